@@ -1,0 +1,23 @@
+//! Pull specs, the image proxy, and what can go wrong on the way to a manifest.
+//!
+//! This room turns a pull spec into a verified manifest, config and layer streams through
+//! `containers-image-proxy` (skopeo: registries.conf, mirrors, policy.json, proxies and auth files,
+//! none of it reimplemented) and classifies every failure as worth retrying or not.
+//! It may not touch ostree, the store, or the running system.
+
+mod failure;
+
+pub use failure::{Class, Failure, Kind};
+
+use serde::{Deserialize, Serialize};
+
+/// What resolve hands to pull: one image, pinned by digest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResolvedImage {
+    /// The pull spec as the operator wrote it.
+    pub requested: String,
+    /// The same image by digest: `registry/name@sha256:…`.
+    pub pinned: String,
+    /// The digest of the (per-architecture) manifest: `sha256:…`.
+    pub digest: String,
+}

@@ -1,0 +1,10 @@
+//! What we say: the status document, progress, the timeline and its summary.
+//!
+//! Everything shown anywhere (D-Bus, CLI, console, `systemctl status`) is a view of one
+//! [`Status`]. This room may not act on the system.
+
+mod progress;
+mod status;
+
+pub use progress::{ProgressSnapshot, PullProgress};
+pub use status::{Cost, LastError, Phase, State, Status, TimelineEntry};

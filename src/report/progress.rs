@@ -1,0 +1,73 @@
+//! Counters that the pull pipeline bumps from any thread, and a plain snapshot of them.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use serde::{Deserialize, Serialize};
+
+/// Live counters of a pull. Every field only grows within one attempt.
+#[derive(Debug, Default)]
+pub struct PullProgress {
+    /// Layers the manifest lists.
+    pub layers_total: AtomicU64,
+    /// Layers fetched, or found not to be needed.
+    pub layers_done: AtomicU64,
+    /// Compressed bytes of all layers that are to be fetched.
+    pub bytes_total: AtomicU64,
+    /// Compressed bytes fetched.
+    pub bytes_fetched: AtomicU64,
+    /// Content objects that the booted repo lacks; 0 until the first layer is read.
+    pub objects_wanted: AtomicU64,
+    /// Content objects written.
+    pub objects_done: AtomicU64,
+    /// Bytes written to the node store.
+    pub bytes_written: AtomicU64,
+}
+
+/// [`PullProgress`] at one instant.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)] // the fields are those of PullProgress
+pub struct ProgressSnapshot {
+    pub layers_total: u64,
+    pub layers_done: u64,
+    pub bytes_total: u64,
+    pub bytes_fetched: u64,
+    pub objects_wanted: u64,
+    pub objects_done: u64,
+    pub bytes_written: u64,
+}
+
+impl PullProgress {
+    /// The counters now.
+    pub fn snapshot(&self) -> ProgressSnapshot {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        ProgressSnapshot {
+            layers_total: get(&self.layers_total),
+            layers_done: get(&self.layers_done),
+            bytes_total: get(&self.bytes_total),
+            bytes_fetched: get(&self.bytes_fetched),
+            objects_wanted: get(&self.objects_wanted),
+            objects_done: get(&self.objects_done),
+            bytes_written: get(&self.bytes_written),
+        }
+    }
+
+    /// Adds to one counter.
+    pub fn add(counter: &AtomicU64, amount: u64) {
+        counter.fetch_add(amount, Ordering::Relaxed);
+    }
+
+    /// Back to zero, before another attempt.
+    pub fn reset(&self) {
+        for counter in [
+            &self.layers_total,
+            &self.layers_done,
+            &self.bytes_total,
+            &self.bytes_fetched,
+            &self.objects_wanted,
+            &self.objects_done,
+            &self.bytes_written,
+        ] {
+            counter.store(0, Ordering::Relaxed);
+        }
+    }
+}

@@ -1,0 +1,141 @@
+//! The status document: what `status --json` prints and the D-Bus properties are taken from.
+
+use serde::{Deserialize, Serialize};
+
+use super::ProgressSnapshot;
+
+/// The six phases, in order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Phase {
+    /// Pull spec to digest.
+    Resolve,
+    /// Layers to ostree objects.
+    Pull,
+    /// Delta tree, `/etc` plan, preflight.
+    Stage,
+    /// One `move_mount`, then `/etc`.
+    Switch,
+    /// Users, files, policy, units.
+    Refresh,
+    /// Isolate to the original default target.
+    Finish,
+}
+
+impl Phase {
+    /// The name used everywhere: status document, journal, console.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Phase::Resolve => "resolve",
+            Phase::Pull => "pull",
+            Phase::Stage => "stage",
+            Phase::Switch => "switch",
+            Phase::Refresh => "refresh",
+            Phase::Finish => "finish",
+        }
+    }
+}
+
+/// Where the whole pivot stands.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum State {
+    /// Nothing asked for yet.
+    #[default]
+    Idle,
+    /// A phase is running.
+    Running,
+    /// A transient failure; another attempt is scheduled.
+    Waiting,
+    /// Everything is staged; the running system is untouched.
+    Pulled,
+    /// `/usr` and `/etc` are the node image's.
+    Switched,
+    /// Isolated to the original default target.
+    Done,
+    /// A permanent failure.
+    Failed,
+    /// The system already has the cluster's binaries.
+    NothingToDo,
+}
+
+/// The last failure, kept until the next success.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LastError {
+    /// A stable word for what went wrong (`network`, `unauthorized`, …).
+    pub class: String,
+    /// For a person: what, and what to do.
+    pub message: String,
+    /// How many attempts have failed.
+    pub attempt: u32,
+    /// When the next attempt starts, in seconds since the epoch; absent when there is none.
+    pub next_retry_unix: Option<u64>,
+}
+
+/// One phase that ran.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TimelineEntry {
+    /// Which phase.
+    pub phase: Phase,
+    /// When it began, in milliseconds since the epoch.
+    pub start_unix_ms: u64,
+    /// How long it took; absent while it runs.
+    pub duration_ms: Option<u64>,
+}
+
+/// What the pivot cost this machine.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cost {
+    /// Compressed bytes fetched from the registry.
+    pub bytes_fetched: u64,
+    /// Bytes of RAM that the node store's tmpfs holds.
+    pub ram_store_bytes: u64,
+}
+
+/// The status document. `schema` changes only when a field changes its meaning or goes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// Version of this document: 1.
+    pub schema: u32,
+    /// Where the pivot stands.
+    pub state: State,
+    /// The phase that runs or failed.
+    pub phase: Option<Phase>,
+    /// The pull spec asked for.
+    pub image: Option<String>,
+    /// The manifest's digest, once resolved.
+    pub digest: Option<String>,
+    /// The ostree commit, once pulled.
+    pub commit: Option<String>,
+    /// The target to isolate to in the end.
+    pub target: Option<String>,
+    /// Counters of the pull.
+    pub progress: ProgressSnapshot,
+    /// The last failure.
+    pub error: Option<LastError>,
+    /// Phases so far.
+    pub timeline: Vec<TimelineEntry>,
+    /// What it cost.
+    pub cost: Cost,
+    /// What changed, one line each; for the summary.
+    pub notes: Vec<String>,
+}
+
+impl Default for Status {
+    fn default() -> Self {
+        Self {
+            schema: 1,
+            state: State::Idle,
+            phase: None,
+            image: None,
+            digest: None,
+            commit: None,
+            target: None,
+            progress: ProgressSnapshot::default(),
+            error: None,
+            timeline: Vec::new(),
+            cost: Cost::default(),
+            notes: Vec::new(),
+        }
+    }
+}
