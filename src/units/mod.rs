@@ -1,1 +1,12 @@
-//! units: to be written.
+//! What systemd runs: which units still run old code, what to do about each, and doing it.
+//!
+//! [`plan`] decides, purely; [`Manager`] is the only way to PID 1. This room may not mount, write
+//! `/etc` or talk to registries.
+
+mod manager;
+mod plan;
+mod running;
+
+pub use manager::Manager;
+pub use plan::{Action, Class, Flow, RunningUnit, plan};
+pub use running::{mapped_files, running_units};

@@ -1,0 +1,54 @@
+//! Running one program to its end, with a limit and an error that holds what it said.
+
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use tokio::process::Command;
+
+/// How much of a failing program's stderr the error keeps.
+const TAIL: usize = 800;
+
+/// Runs `command` (program, then arguments), stdin empty. Returns its stdout; the error names the
+/// command, its exit status and the end of its stderr. A program that outlives `limit` is killed.
+pub async fn run(command: &[&str], limit: Duration) -> Result<Vec<u8>> {
+    let shown = command.join(" ");
+    let [program, arguments @ ..] = command else { bail!("no program to run") };
+    let child = Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .with_context(|| format!("{shown}: cannot start"))?;
+    let output = tokio::time::timeout(limit, child.wait_with_output())
+        .await
+        .with_context(|| format!("{shown}: killed after {} s", limit.as_secs()))?
+        .with_context(|| format!("{shown}: cannot wait for it"))?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        let said = said.trim();
+        let start = said.char_indices().rev().nth(TAIL).map_or(0, |(index, _)| index);
+        bail!("{shown}: {}: {}", output.status, &said[start..]);
+    }
+    Ok(output.stdout)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn output_failure_and_limit() {
+        let limit = Duration::from_secs(10);
+        assert_eq!(run(&["echo", "hello"], limit).await.unwrap(), b"hello\n");
+        let error = run(&["sh", "-c", "echo the reason >&2; exit 3"], limit).await.unwrap_err().to_string();
+        assert!(error.contains("exit status: 3") && error.contains("the reason"), "{error}");
+        let error = run(&["/nonexistent/program"], limit).await.unwrap_err().to_string();
+        assert!(error.contains("/nonexistent/program: cannot start"), "{error}");
+        let error = run(&["sleep", "60"], Duration::from_millis(50)).await.unwrap_err().to_string();
+        assert!(error.contains("killed after"), "{error}");
+    }
+}

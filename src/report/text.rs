@@ -1,0 +1,159 @@
+//! The status document in words: one line for `systemctl status`, a bar for the console, a summary
+//! for the end. Pure functions of a [`Status`].
+
+use std::fmt::Write;
+
+use super::{ProgressSnapshot, State, Status};
+
+/// Bytes with a binary unit: `0 B`, `12.3 MiB`.
+pub fn human_bytes(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 { format!("{bytes} B") } else { format!("{value:.1} {}", UNITS[unit]) }
+}
+
+/// Milliseconds for a person: `85 ms`, `4.2 s`, `3 min 05 s`.
+fn human_ms(ms: u64) -> String {
+    match ms {
+        0..1_000 => format!("{ms} ms"),
+        1_000..120_000 => format!("{:.1} s", ms as f64 / 1_000.0),
+        _ => format!("{} min {:02} s", ms / 60_000, ms / 1_000 % 60),
+    }
+}
+
+/// The pull as a bar of `width` cells with numbers behind it.
+pub fn progress_line(progress: &ProgressSnapshot, width: usize) -> String {
+    let share = if progress.bytes_total == 0 {
+        0.0
+    } else {
+        (progress.bytes_fetched as f64 / progress.bytes_total as f64).min(1.0)
+    };
+    let full = (share * width as f64) as usize;
+    format!(
+        "[{}{}] {:3.0}%  {} of {}, layer {} of {}, {} objects",
+        "#".repeat(full),
+        ".".repeat(width - full),
+        share * 100.0,
+        human_bytes(progress.bytes_fetched),
+        human_bytes(progress.bytes_total),
+        progress.layers_done,
+        progress.layers_total,
+        progress.objects_done,
+    )
+}
+
+/// One line that says where the pivot stands: the unit's `Status:` and the console's.
+pub fn state_line(status: &Status, now_unix: u64) -> String {
+    let phase = status.phase.map_or("", |phase| phase.as_str());
+    match (status.state, &status.error) {
+        (State::Waiting, Some(error)) => {
+            let wait = error.next_retry_unix.unwrap_or(now_unix).saturating_sub(now_unix);
+            format!("{phase}: attempt {} failed ({}): {}; next attempt in {wait} s", error.attempt, error.class, error.message)
+        }
+        (State::Failed, Some(error)) => format!("{phase} failed ({}): {}", error.class, error.message),
+        (State::Running, _) if status.progress.bytes_total > 0 && phase == "pull" => {
+            format!("pull: {}", progress_line(&status.progress, 20))
+        }
+        (State::Running, _) => format!("{phase} is running"),
+        (State::Idle, _) => "nothing asked for yet".to_owned(),
+        (State::Pulled, _) => "the node image is pulled and staged; the running system is untouched".to_owned(),
+        (State::Switched, _) => "/usr and /etc are the node image's".to_owned(),
+        (State::Done, _) => "the pivot is done".to_owned(),
+        (State::NothingToDo, _) => "nothing to do: this system already has the cluster's binaries".to_owned(),
+        (State::Waiting | State::Failed, None) => format!("{phase} failed"),
+    }
+}
+
+/// The end of it: what changed, how long each phase took, what was fetched, the RAM it cost.
+pub fn summary(status: &Status) -> String {
+    let mut out = String::new();
+    // Writing to a String cannot fail.
+    let mut line = |name: &str, value: &str| {
+        let _ = writeln!(out, "{name:<12}{value}");
+    };
+    line("state", &state_line(status, 0));
+    if let Some(image) = &status.image {
+        line("image", image);
+    }
+    if let Some(digest) = &status.digest {
+        line("digest", digest);
+    }
+    if let Some(commit) = &status.commit {
+        line("commit", commit);
+    }
+    if let Some(target) = &status.target {
+        line("target", target);
+    }
+    for entry in &status.timeline {
+        let took = entry.duration_ms.map_or_else(|| "running".to_owned(), human_ms);
+        line(entry.phase.as_str(), &took);
+    }
+    if status.progress.layers_total > 0 {
+        line(
+            "fetched",
+            &format!(
+                "{} in {} layers; {} objects, {} written",
+                human_bytes(status.cost.bytes_fetched),
+                status.progress.layers_total,
+                status.progress.objects_done,
+                human_bytes(status.progress.bytes_written),
+            ),
+        );
+        line("RAM", &format!("{} in the node store", human_bytes(status.cost.ram_store_bytes)));
+    }
+    for note in &status.notes {
+        line("", note);
+    }
+    out
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::super::{LastError, Phase};
+    use super::*;
+
+    #[test]
+    fn bytes() {
+        assert_eq!(human_bytes(0), "0 B");
+        assert_eq!(human_bytes(1023), "1023 B");
+        assert_eq!(human_bytes(1536), "1.5 KiB");
+        assert_eq!(human_bytes(3 << 30), "3.0 GiB");
+        assert!(human_bytes(u64::MAX).ends_with("TiB"));
+    }
+
+    #[test]
+    fn a_bar_never_overflows() {
+        let mut progress = ProgressSnapshot { bytes_total: 100, bytes_fetched: 250, ..Default::default() };
+        assert!(progress_line(&progress, 10).starts_with("[##########] 100%"));
+        progress.bytes_total = 0;
+        assert!(progress_line(&progress, 10).starts_with("[..........]   0%"));
+        progress = ProgressSnapshot { bytes_total: 100, bytes_fetched: 42, ..Default::default() };
+        assert!(progress_line(&progress, 10).starts_with("[####......]  42%"));
+    }
+
+    #[test]
+    fn waiting_says_why_and_when() {
+        let status = Status {
+            state: State::Waiting,
+            phase: Some(Phase::Resolve),
+            error: Some(LastError {
+                class: "network".into(),
+                message: "connection refused".into(),
+                attempt: 3,
+                next_retry_unix: Some(110),
+            }),
+            ..Status::default()
+        };
+        assert_eq!(
+            state_line(&status, 100),
+            "resolve: attempt 3 failed (network): connection refused; next attempt in 10 s"
+        );
+        assert!(summary(&status).contains("connection refused"));
+    }
+}

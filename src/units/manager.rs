@@ -1,0 +1,214 @@
+//! PID 1, over its private socket.
+//!
+//! As root, systemd answers on `/run/systemd/private` without any message bus. A dead or
+//! restarting bus then costs us the status API, not the pivot. Where the socket is missing, the
+//! system bus is used.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use futures_util::StreamExt;
+use zbus::message::Type;
+use zbus::{Connection, MessageStream, OwnedObjectPath, OwnedVariant};
+
+const PRIVATE_SOCKET: &str = "/run/systemd/private";
+const DESTINATION: &str = "org.freedesktop.systemd1";
+const PATH: &str = "/org/freedesktop/systemd1";
+const MANAGER: &str = "org.freedesktop.systemd1.Manager";
+
+/// How long a reply of PID 1 may take. A reload on a loaded machine takes seconds.
+const REPLY: Duration = Duration::from_secs(90);
+/// How long the manager may be silent while it re-executes itself.
+const REEXEC: Duration = Duration::from_secs(90);
+
+/// A connection to PID 1.
+pub struct Manager {
+    connection: Connection,
+    /// Absent on the private socket: there is no bus that could route.
+    destination: Option<&'static str>,
+}
+
+/// One row of `ListUnits`.
+pub struct Unit {
+    /// `sshd.service`.
+    pub name: String,
+    /// `active`, `inactive`, `failed`, `activating`…
+    pub active: String,
+    /// Where its properties are.
+    path: OwnedObjectPath,
+}
+
+type UnitRow = (
+    String,
+    String,
+    String,
+    String,
+    String,
+    String,
+    OwnedObjectPath,
+    u32,
+    String,
+    OwnedObjectPath,
+);
+
+impl Manager {
+    /// Connects to PID 1.
+    pub async fn connect() -> Result<Self> {
+        if Path::new(PRIVATE_SOCKET).exists() {
+            let connection = zbus::connection::Builder::address(format!("unix:path={PRIVATE_SOCKET}").as_str())
+                .p2p()
+                .method_timeout(REPLY)
+                .build()
+                .await
+                .with_context(|| format!("cannot reach systemd on {PRIVATE_SOCKET}"))?;
+            return Ok(Self { connection, destination: None });
+        }
+        let connection = zbus::connection::Builder::system()
+            .method_timeout(REPLY)
+            .build()
+            .await
+            .with_context(|| format!("{PRIVATE_SOCKET} is missing and the system bus does not answer"))?;
+        Ok(Self { connection, destination: Some(DESTINATION) })
+    }
+
+    async fn call<B>(&self, method: &'static str, body: &B) -> Result<zbus::Message>
+    where
+        B: serde::Serialize + zbus::DynamicType,
+    {
+        self.connection
+            .call_method(self.destination, PATH, Some(MANAGER), method, body)
+            .await
+            .with_context(|| format!("systemd refused {method}"))
+    }
+
+    /// Reads the unit files anew and runs the generators.
+    pub async fn reload(&self) -> Result<()> {
+        self.call("Reload", &()).await.map(drop)
+    }
+
+    /// Replaces PID 1 by the systemd that `/usr` now holds, with its state kept; returns connected
+    /// to the new one.
+    ///
+    /// The call has no reply (the connection is closed by the exec), so success is told by the
+    /// version that the new manager reports after it answers again.
+    pub async fn reexecute(self) -> Result<Self> {
+        let before = self.started().await?;
+        // An error here is the closed connection.
+        let _ = self.call("Reexecute", &()).await;
+        let deadline = tokio::time::Instant::now() + REEXEC;
+        loop {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            let answer = match Self::connect().await {
+                Ok(manager) => tokio::time::timeout(Duration::from_secs(10), manager.started())
+                    .await
+                    .map_err(anyhow::Error::from)
+                    .and_then(|started| started.map(|started| (manager, started))),
+                Err(error) => Err(error),
+            };
+            match answer {
+                // The generators' timestamp moves when the new manager has run them.
+                Ok((manager, started)) if started != before => return Ok(manager),
+                Ok(_) | Err(_) if tokio::time::Instant::now() < deadline => {}
+                Ok(_) => bail!("systemd still answers as before the re-exec"),
+                Err(error) => return Err(error.context("systemd did not come back after its re-exec")),
+            }
+        }
+    }
+
+    /// When the manager last finished loading units, in microseconds of the monotonic clock.
+    async fn started(&self) -> Result<u64> {
+        let value = self.property(PATH, MANAGER, "UnitsLoadFinishTimestampMonotonic").await?;
+        u64::try_from(value).context("UnitsLoadFinishTimestampMonotonic is not a number")
+    }
+
+    /// Starts the isolation of `target` and returns when the job is queued; it is not waited for,
+    /// because whoever asked is part of what it rearranges.
+    pub async fn isolate(&self, target: &str) -> Result<()> {
+        self.call("StartUnit", &(target, "isolate")).await.map(drop)
+    }
+
+    /// Restarts `unit` if it is running and waits for the job to end, at most `limit`.
+    pub async fn try_restart(&self, unit: &str, limit: Duration) -> Result<()> {
+        self.job("TryRestartUnit", unit, limit).await
+    }
+
+    /// Reloads `unit` if it can be, restarts it otherwise, and waits for the job.
+    pub async fn reload_or_try_restart(&self, unit: &str, limit: Duration) -> Result<()> {
+        self.job("ReloadOrTryRestartUnit", unit, limit).await
+    }
+
+    /// Starts `unit` and waits for the job.
+    pub async fn start(&self, unit: &str, limit: Duration) -> Result<()> {
+        self.job("StartUnit", unit, limit).await
+    }
+
+    async fn job(&self, method: &'static str, unit: &str, limit: Duration) -> Result<()> {
+        // The stream is opened before the job is queued: its end cannot be missed.
+        let mut signals = MessageStream::from(&self.connection);
+        self.call("Subscribe", &()).await.or_else(already_subscribed)?;
+        let reply = self.call(method, &(unit, "replace")).await.with_context(|| format!("{method} {unit}"))?;
+        let job: OwnedObjectPath = reply.body().deserialize().context("the job path of systemd")?;
+        let ended = async {
+            while let Some(message) = signals.next().await {
+                let message = message?;
+                let header = message.header();
+                if header.message_type() != Type::Signal || header.member().is_none_or(|name| name != "JobRemoved") {
+                    continue;
+                }
+                let (_, path, _, result): (u32, OwnedObjectPath, String, String) = message.body().deserialize()?;
+                if path == job {
+                    return Ok(result);
+                }
+            }
+            bail!("systemd closed the connection")
+        };
+        match tokio::time::timeout(limit, ended).await {
+            Err(_) => bail!("{unit}: its job has not ended within {} s; it goes on", limit.as_secs()),
+            Ok(Err(error)) => Err(error),
+            Ok(Ok(result)) if matches!(result.as_str(), "done" | "skipped") => Ok(()),
+            Ok(Ok(result)) => bail!("{unit}: the job ended as {result}; see systemctl status {unit}"),
+        }
+    }
+
+    /// All loaded units.
+    pub async fn list(&self) -> Result<Vec<Unit>> {
+        let reply = self.call("ListUnits", &()).await?;
+        let rows: Vec<UnitRow> = reply.body().deserialize().context("the unit list of systemd")?;
+        Ok(rows.into_iter().map(|row| Unit { name: row.0, active: row.3, path: row.6 }).collect())
+    }
+
+    /// The `ActiveState` of one unit; `inactive` for one that does not exist.
+    pub async fn active_state(&self, unit: &str) -> Result<String> {
+        Ok(self.list().await?.into_iter().find(|row| row.name == unit).map_or("inactive".into(), |row| row.active))
+    }
+
+    /// The cgroup of a service, relative to the cgroup root; empty when it has none.
+    pub async fn control_group(&self, unit: &Unit) -> Result<String> {
+        let value = self.property(unit.path.as_str(), "org.freedesktop.systemd1.Service", "ControlGroup").await?;
+        String::try_from(value).context("ControlGroup is not a string")
+    }
+
+    async fn property(&self, path: &str, interface: &str, name: &str) -> Result<OwnedVariant> {
+        let reply = self
+            .connection
+            .call_method(
+                self.destination,
+                path,
+                Some("org.freedesktop.DBus.Properties"),
+                "Get",
+                &(interface, name),
+            )
+            .await
+            .with_context(|| format!("cannot read {name} of {path}"))?;
+        reply.body().deserialize().with_context(|| format!("{name} of {path}"))
+    }
+}
+
+/// On the private socket a second Subscribe is an error that changes nothing.
+fn already_subscribed(error: anyhow::Error) -> Result<zbus::Message> {
+    match error.downcast_ref::<zbus::Error>() {
+        Some(zbus::Error::MethodError(name, _, reply)) if name.contains("AlreadySubscribed") => Ok(reply.clone()),
+        _ => Err(error),
+    }
+}

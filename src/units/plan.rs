@@ -1,0 +1,144 @@
+//! What to do about a unit that still runs the bootimage's code: a total function of plain data.
+
+use serde::{Deserialize, Serialize};
+
+/// In which of the flows the pivot runs: it bounds what may be touched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Flow {
+    /// In the pivot target, before the units of the default target: little runs, all of it may restart.
+    Bootstrap,
+    /// On a system that has long booted: nothing that runs may be stopped, except that new ssh
+    /// logins must work (sessions survive, sshd kills its main process only).
+    Live,
+}
+
+/// A service with processes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RunningUnit {
+    /// `sshd.service`.
+    pub name: String,
+    /// Files under `/usr`, relative to it, that its processes execute or map and that differ in the
+    /// node image. Empty when it runs nothing old.
+    pub changed: Vec<String>,
+}
+
+/// What happens to a unit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Class {
+    /// It runs nothing that changed.
+    None,
+    /// Restarted after the switch.
+    Restart,
+    /// Left alone on purpose; reported as still running the bootimage's code.
+    Never,
+}
+
+/// The decision about one unit, with its reason.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Action {
+    /// Which unit.
+    pub unit: String,
+    /// What happens to it.
+    pub class: Class,
+    /// Why.
+    pub reason: String,
+}
+
+/// Units whose restart would take the system, a session or us down. Reported instead.
+/// Sources: what systemd itself marks as not restartable, and what holds user sessions.
+const NEVER: &[&str] = &[
+    "dbus.service",
+    "dbus-broker.service",
+    "systemd-logind.service",
+    "systemd-journald.service",
+    "systemd-journald@",
+    "user@",
+    "user-runtime-dir@",
+    "getty@",
+    "serial-getty@",
+    "console-getty.service",
+    "container-getty@",
+    "emergency.service",
+    "rescue.service",
+    "node-image-",
+];
+
+/// The only units that the live flow restarts.
+const LIVE: &[&str] = &["ssh.service", "sshd.service"];
+
+/// Decides for every running unit, in the order given.
+pub fn plan(running: &[RunningUnit], flow: Flow) -> Vec<Action> {
+    running.iter().map(|unit| decide(unit, flow)).collect()
+}
+
+fn decide(unit: &RunningUnit, flow: Flow) -> Action {
+    let act = |class, reason: String| Action { unit: unit.name.clone(), class, reason };
+    let Some(first) = unit.changed.first() else {
+        return act(Class::None, "runs nothing that the node image changes".into());
+    };
+    let what = match unit.changed.len() {
+        1 => format!("/usr/{first} changed"),
+        more => format!("/usr/{first} and {} more changed", more - 1),
+    };
+    if NEVER.iter().any(|prefix| unit.name.starts_with(prefix)) {
+        return act(Class::Never, format!("{what}; a restart would end sessions or the system's own services"));
+    }
+    if flow == Flow::Live && !LIVE.contains(&unit.name.as_str()) {
+        return act(Class::Never, format!("{what}; a live system's services are not touched"));
+    }
+    act(Class::Restart, what)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn unit(name: &str, changed: &[&str]) -> RunningUnit {
+        RunningUnit { name: name.into(), changed: changed.iter().map(|&path| path.into()).collect() }
+    }
+
+    #[test]
+    fn table() {
+        use Class::{Never, None, Restart};
+        use Flow::{Bootstrap, Live};
+        for (name, changed, flow, class) in [
+            ("ssh.service", vec!["sbin/sshd"], Bootstrap, Restart),
+            ("ssh.service", vec!["sbin/sshd"], Live, Restart),
+            ("ssh.service", vec![], Bootstrap, None),
+            ("systemd-udevd.service", vec!["bin/udevadm"], Bootstrap, Restart),
+            ("systemd-udevd.service", vec!["bin/udevadm"], Live, Never),
+            ("dbus.service", vec!["bin/dbus-daemon"], Bootstrap, Never),
+            ("systemd-journald.service", vec!["lib/systemd/systemd-journald"], Bootstrap, Never),
+            ("user@1000.service", vec!["lib/systemd/systemd"], Bootstrap, Never),
+            ("serial-getty@ttyS0.service", vec!["sbin/agetty"], Bootstrap, Never),
+            ("node-image-pivotd.service", vec!["lib/libc.so.6"], Bootstrap, Never),
+        ] {
+            let actions = plan(&[unit(name, &changed)], flow);
+            assert_eq!(actions[0].class, class, "{name} {changed:?} {flow:?}: {}", actions[0].reason);
+        }
+    }
+
+    proptest! {
+        /// A live system loses nothing but sshd's listener, whatever runs.
+        #[test]
+        fn live_restarts_only_sshd(names in proptest::collection::vec("[a-z@-]{1,20}\\.service", 0..20)) {
+            let running: Vec<_> = names.iter().map(|name| unit(name, &["bin/x"])).collect();
+            for action in plan(&running, Flow::Live) {
+                prop_assert!(action.class != Class::Restart || LIVE.contains(&action.unit.as_str()));
+            }
+        }
+
+        /// Every unit gets exactly one decision, and what runs nothing old is never touched.
+        #[test]
+        fn total(names in proptest::collection::vec("[a-z@-]{1,20}\\.service", 0..20), live: bool) {
+            let running: Vec<_> = names.iter().map(|name| unit(name, &[])).collect();
+            let actions = plan(&running, if live { Flow::Live } else { Flow::Bootstrap });
+            prop_assert_eq!(actions.len(), running.len());
+            prop_assert!(actions.iter().all(|action| action.class == Class::None));
+        }
+    }
+}
