@@ -2,7 +2,27 @@
 //! node store (a bare repo on a tmpfs of its own, or the system repo on disk).
 //!
 //! This room knows paths, objects, refs and locking. It may not talk to registries or change the
-//! running system's `/usr` or `/etc`.
+//! running system's `/usr` or `/etc`. It mounts nothing: whoever calls [`NodeStore::on_tmpfs`] has
+//! mounted the tmpfs (sized by [`tmpfs_limit`]) before.
+
+mod booted;
+mod header;
+mod journal;
+mod lock;
+mod node;
+mod object;
+mod refs;
+mod size;
+mod write;
+
+pub use booted::BootedRepo;
+pub use journal::{LayerJournal, Scope};
+pub use lock::{LockError, StoreLock};
+pub use node::NodeStore;
+pub use object::{BadObjectId, ObjectId, ObjectSet, ObjectType};
+pub use refs::{LAYER_REF_PREFIX, escape_ref, layer_ref};
+pub use size::tmpfs_limit;
+pub use write::{FileMeta, ObjectWriter, WriteError, Xattrs};
 
 /// The ref that names the node image's commit in the node store.
 pub const NODE_IMAGE_REF: &str = "coreos/node-image";

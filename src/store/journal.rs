@@ -1,0 +1,101 @@
+//! Which layers are done: a line per layer, so that a pull that was killed goes on where it was.
+//!
+//! The journal only ever saves downloads. It is not what makes an object trusted (that is its
+//! checksum), and when it says more than the objects bear out, the pull reads the layer again.
+
+use std::collections::HashSet;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+
+/// For which wanted set a layer was read: an entry for one scope says nothing about a wider one.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Scope {
+    /// Only what the booted commit lacks, without `/usr/lib/modules`.
+    Delta {
+        /// The booted commit, or `-`.
+        booted: String,
+    },
+    /// Everything that the booted repo lacks.
+    Complete {
+        /// The booted commit, or `-`.
+        booted: String,
+    },
+}
+
+impl Scope {
+    /// The scope of a pull.
+    pub fn new(complete: bool, booted_commit: Option<&str>) -> Self {
+        let booted = booted_commit.unwrap_or("-").to_owned();
+        if complete { Scope::Complete { booted } } else { Scope::Delta { booted } }
+    }
+
+    fn line(&self, digest: &str) -> String {
+        match self {
+            Scope::Delta { booted } => format!("{digest} delta {booted}"),
+            Scope::Complete { booted } => format!("{digest} complete {booted}"),
+        }
+    }
+}
+
+/// The journal of one node store, open for appending.
+#[derive(Debug)]
+pub struct LayerJournal {
+    file: Mutex<File>,
+    known: HashSet<String>,
+}
+
+impl LayerJournal {
+    /// Opens (or starts) the journal at `path`. A last line without its newline is the mark of a kill
+    /// and is not believed.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let mut file = OpenOptions::new().create(true).read(true).append(true).open(path)?;
+        let mut text = String::new();
+        file.read_to_string(&mut text)?;
+        let known = text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n')).map(str::to_owned).collect();
+        if !text.is_empty() && !text.ends_with('\n') {
+            file.write_all(b"\n")?;
+        }
+        Ok(Self { file: Mutex::new(file), known })
+    }
+
+    /// Whether an earlier run read this layer for this scope, or for everything.
+    pub fn has(&self, digest: &str, scope: &Scope) -> bool {
+        let wider = match scope {
+            Scope::Delta { booted } | Scope::Complete { booted } => Scope::Complete { booted: booted.clone() },
+        };
+        self.known.contains(&scope.line(digest)) || self.known.contains(&wider.line(digest))
+    }
+
+    /// Notes a layer whose wanted objects are all stored, in one write.
+    pub fn add(&self, digest: &str, scope: &Scope) -> io::Result<()> {
+        let line = format!("{}\n", scope.line(digest));
+        self.file.lock().unwrap_or_else(PoisonError::into_inner).write_all(line.as_bytes())
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scopes_and_torn_lines() {
+        let temp = tempfile::tempdir().unwrap();
+        let path = temp.path().join("layers");
+        let (delta, complete) = (Scope::new(false, Some("c1")), Scope::new(true, Some("c1")));
+        let journal = LayerJournal::open(&path).unwrap();
+        journal.add("sha256:a", &delta).unwrap();
+        journal.add("sha256:b", &complete).unwrap();
+        let mut file = OpenOptions::new().append(true).open(&path).unwrap();
+        file.write_all(b"sha256:c delta c").unwrap();
+        let journal = LayerJournal::open(&path).unwrap();
+        assert!(journal.has("sha256:a", &delta) && !journal.has("sha256:a", &complete));
+        assert!(journal.has("sha256:b", &delta) && journal.has("sha256:b", &complete));
+        assert!(!journal.has("sha256:a", &Scope::new(false, Some("c2"))));
+        assert!(!journal.has("sha256:c", &Scope::new(false, Some("c"))), "a torn line is not believed");
+        journal.add("sha256:d", &delta).unwrap();
+        assert!(LayerJournal::open(&path).unwrap().has("sha256:d", &delta), "nor does it spoil the next");
+    }
+}

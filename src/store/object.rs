@@ -1,0 +1,144 @@
+//! Names of ostree objects: SHA-256 checksums, their types, and the paths they live at.
+
+use std::collections::HashSet;
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+/// The SHA-256 that names an object. 32 bytes, so that a set of 30,000 of them stays at a megabyte.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ObjectId(pub [u8; 32]);
+
+/// A set of object names.
+pub type ObjectSet = HashSet<ObjectId>;
+
+/// Not 64 lower-case hexadecimal digits.
+#[derive(Debug, thiserror::Error)]
+#[error("not an object name (64 lower-case hexadecimal digits): {0:?}")]
+pub struct BadObjectId(String);
+
+impl ObjectId {
+    /// From the 32 bytes that GVariant metadata hold; `None` for any other length.
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        bytes.try_into().ok().map(Self)
+    }
+
+    /// From `AA` and the rest, as they stand in a loose object's path.
+    pub fn from_parts(prefix: &[u8], rest: &[u8]) -> Option<Self> {
+        if prefix.len() != 2 || rest.len() != 62 {
+            return None;
+        }
+        let mut digits = [0; 64];
+        digits[..2].copy_from_slice(prefix);
+        digits[2..].copy_from_slice(rest);
+        Self::from_hex(&digits)
+    }
+
+    fn from_hex(digits: &[u8]) -> Option<Self> {
+        // Upper case is refused: ostree never writes it, and two names for one object is one too many.
+        if digits.len() != 64 || digits.iter().any(u8::is_ascii_uppercase) {
+            return None;
+        }
+        let mut bytes = [0; 32];
+        hex::decode_to_slice(digits, &mut bytes).ok()?;
+        Some(Self(bytes))
+    }
+}
+
+impl FromStr for ObjectId {
+    type Err = BadObjectId;
+
+    fn from_str(text: &str) -> Result<Self, BadObjectId> {
+        Self::from_hex(text.as_bytes()).ok_or_else(|| BadObjectId(text.chars().take(80).collect()))
+    }
+}
+
+impl fmt::Display for ObjectId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&hex::encode(self.0))
+    }
+}
+
+impl fmt::Debug for ObjectId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// The kinds of objects a bare repo holds (libostree's `OstreeObjectType`, those that images carry).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ObjectType {
+    /// A commit: metadata, root dirtree and root dirmeta.
+    Commit,
+    /// Detached metadata of a commit (signatures). Named by the commit, so it does not hash to its name.
+    CommitMeta,
+    /// Names and checksums of one directory's entries.
+    DirTree,
+    /// Owner, mode and xattrs of a directory.
+    DirMeta,
+    /// A regular file or a symlink, with owner, mode and xattrs.
+    File,
+}
+
+impl ObjectType {
+    /// The file name's extension in a bare repo.
+    pub fn extension(self) -> &'static str {
+        match self {
+            ObjectType::Commit => "commit",
+            ObjectType::CommitMeta => "commitmeta",
+            ObjectType::DirTree => "dirtree",
+            ObjectType::DirMeta => "dirmeta",
+            ObjectType::File => "file",
+        }
+    }
+
+    /// The reverse of [`ObjectType::extension`].
+    pub fn from_extension(extension: &[u8]) -> Option<Self> {
+        Some(match extension {
+            b"commit" => ObjectType::Commit,
+            b"commitmeta" => ObjectType::CommitMeta,
+            b"dirtree" => ObjectType::DirTree,
+            b"dirmeta" => ObjectType::DirMeta,
+            b"file" => ObjectType::File,
+            _ => return None,
+        })
+    }
+}
+
+/// The path of a loose object, relative to the repo: `objects/AA/REST.type`.
+pub(super) fn loose_path(id: &ObjectId, kind: ObjectType) -> PathBuf {
+    let digits = hex::encode(id.0);
+    PathBuf::from(format!("objects/{}/{}.{}", &digits[..2], &digits[2..], kind.extension()))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_round_trip_and_bad_ones_are_refused() {
+        let text = "b8627e3ef0f255a322d2bd9610cfaaacc8f122b7f8d17c0e7e3caafa160f9fc7";
+        let id: ObjectId = text.parse().unwrap();
+        assert_eq!(id.to_string(), text);
+        assert_eq!(ObjectId::from_parts(&text.as_bytes()[..2], &text.as_bytes()[2..]), Some(id));
+        for bad in ["", "b8", &text[1..], &text.to_uppercase(), &format!("{text}0"), &text.replace('b', "g")] {
+            assert!(bad.parse::<ObjectId>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn paths_are_those_of_a_bare_repo() {
+        let id = ObjectId([0xab; 32]);
+        assert_eq!(
+            loose_path(&id, ObjectType::DirTree),
+            PathBuf::from(format!("objects/ab/{}.dirtree", "ab".repeat(31)))
+        );
+        for kind in
+            [ObjectType::Commit, ObjectType::CommitMeta, ObjectType::DirTree, ObjectType::DirMeta, ObjectType::File]
+        {
+            assert_eq!(ObjectType::from_extension(kind.extension().as_bytes()), Some(kind));
+        }
+        assert_eq!(ObjectType::from_extension(b"filez"), None);
+    }
+}

@@ -1,0 +1,292 @@
+//! Writing objects into a bare repo, checked before they can be seen.
+//!
+//! Not through libostree's content streams: an image names every object before its content, so one
+//! pass can hash and write, on any number of threads. A regular file is written to a nameless file
+//! (`O_TMPFILE`) of the repo's own file system and linked to its name after its checksum was found
+//! right; a kill leaves nothing behind. Symlinks cannot be nameless and are checked first.
+//!
+//! Nothing is synced: the store is RAM.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::fs::{AtFlags, Gid, Mode, OFlags, Timespec, Timestamps, UTIME_OMIT, Uid, XattrFlags};
+use rustix::io::Errno;
+use sha2::{Digest, Sha256};
+
+pub use super::header::{FileMeta, Xattrs};
+use super::object::{ObjectId, ObjectType, loose_path};
+
+/// Why an object was not stored.
+#[derive(Debug, thiserror::Error)]
+pub enum WriteError {
+    /// The content is not what the name says. Nothing was made visible.
+    #[error("object {object} has the checksum {actual}")]
+    Mismatch {
+        /// `CHECKSUM.type`, as asked for.
+        object: String,
+        /// What the content hashes to.
+        actual: ObjectId,
+    },
+    /// The store could not take it.
+    #[error("storing object {object}: {what}")]
+    Io {
+        /// `CHECKSUM.type`.
+        object: String,
+        /// The step that failed.
+        what: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Writes into one repo, from any thread.
+#[derive(Debug)]
+pub struct ObjectWriter {
+    repo: PathBuf,
+    dir: OwnedFd,
+    serial: AtomicU64,
+    root: bool,
+}
+
+/// A regular file on its way: nameless until [`FileWrite::finish`], gone when dropped before.
+#[derive(Debug)]
+pub struct FileWrite<'a> {
+    writer: &'a ObjectWriter,
+    id: ObjectId,
+    meta: FileMeta,
+    file: File,
+    hasher: Sha256,
+}
+
+impl ObjectWriter {
+    pub(super) fn new(repo: &Path) -> io::Result<Self> {
+        let dir = rustix::fs::open(repo, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+        let root = rustix::process::geteuid().is_root();
+        Ok(Self { repo: repo.to_owned(), dir, serial: AtomicU64::new(0), root })
+    }
+
+    /// Stores a metadata object. Its SHA-256 must be its name, except for a `CommitMeta`, which is
+    /// named by its commit. One that is there already is left alone.
+    pub fn metadata(&self, id: &ObjectId, kind: ObjectType, content: &[u8]) -> Result<(), WriteError> {
+        if kind != ObjectType::CommitMeta {
+            check(id, kind, Sha256::new_with_prefix(content))?;
+        }
+        let step = |what: &'static str| fail(id, kind, what);
+        let mut file = self.nameless().map_err(step("creating it"))?;
+        file.write_all(content).map_err(step("writing"))?;
+        rustix::fs::fchmod(&file, Mode::from_raw_mode(0o644))
+            .map_err(io::Error::from)
+            .map_err(step("setting its mode"))?;
+        self.name(&file, id, kind)
+    }
+
+    /// Stores a symlink.
+    pub fn symlink(&self, id: &ObjectId, meta: &FileMeta) -> Result<(), WriteError> {
+        let kind = ObjectType::File;
+        check(id, kind, meta.hasher())?;
+        let step = |what: &'static str| fail(id, kind, what);
+        let temp = format!("tmp/import-{}-{}", std::process::id(), self.serial.fetch_add(1, Ordering::Relaxed));
+        let target = meta.target.as_deref().unwrap_or_default();
+        rustix::fs::symlinkat(target, &self.dir, &temp)
+            .map_err(io::Error::from)
+            .map_err(step("creating the symlink"))?;
+        let prepared = self.prepare_symlink(&temp, meta, id).and_then(|()| {
+            match rustix::fs::linkat(&self.dir, &temp, &self.dir, loose_path(id, kind), AtFlags::empty()) {
+                Ok(()) | Err(Errno::EXIST) => Ok(()),
+                Err(errno) => Err(step("naming it")(errno.into())),
+            }
+        });
+        // Whether or not it got its name, the temporary one goes; a failure to remove it costs an inode.
+        let _ = rustix::fs::unlinkat(&self.dir, &temp, AtFlags::empty());
+        prepared
+    }
+
+    fn prepare_symlink(&self, temp: &str, meta: &FileMeta, id: &ObjectId) -> Result<(), WriteError> {
+        let step = |what: &'static str| fail(id, ObjectType::File, what);
+        if self.root || (meta.uid, meta.gid) != own_ids() {
+            let (uid, gid) = (Some(Uid::from_raw(meta.uid)), Some(Gid::from_raw(meta.gid)));
+            rustix::fs::chownat(&self.dir, temp, uid, gid, AtFlags::SYMLINK_NOFOLLOW)
+                .map_err(io::Error::from)
+                .map_err(step("setting its owner"))?;
+        }
+        let path = self.repo.join(temp);
+        for (name, value) in meta.xattrs.iter() {
+            rustix::fs::lsetxattr(&path, name, value, XattrFlags::empty())
+                .map_err(|errno| xattr_failed(id, name, errno))?;
+        }
+        Ok(())
+    }
+
+    /// Stores a regular file whose content is at hand.
+    pub fn file(&self, id: &ObjectId, meta: &FileMeta, content: &[u8]) -> Result<(), WriteError> {
+        let mut hasher = meta.hasher();
+        hasher.update(content);
+        check(id, ObjectType::File, hasher)?;
+        let mut file = self.nameless().map_err(fail(id, ObjectType::File, "creating it"))?;
+        file.write_all(content).map_err(fail(id, ObjectType::File, "writing"))?;
+        self.seal(&file, id, meta)
+    }
+
+    /// Starts a regular file that is too large to be held in memory.
+    pub fn begin(&self, id: &ObjectId, meta: FileMeta) -> Result<FileWrite<'_>, WriteError> {
+        let file = self.nameless().map_err(fail(id, ObjectType::File, "creating it"))?;
+        let hasher = meta.hasher();
+        Ok(FileWrite { writer: self, id: *id, meta, file, hasher })
+    }
+
+    fn nameless(&self) -> io::Result<File> {
+        let flags = OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC;
+        Ok(rustix::fs::openat(&self.dir, "tmp", flags, Mode::from_raw_mode(0o600))?.into())
+    }
+
+    /// Owner before mode (chown clears set-id bits), both before xattrs (chown clears capabilities),
+    /// time last; then the name.
+    fn seal(&self, file: &File, id: &ObjectId, meta: &FileMeta) -> Result<(), WriteError> {
+        let step = |what: &'static str| fail(id, ObjectType::File, what);
+        if !self.root || (meta.uid, meta.gid) != (0, 0) {
+            rustix::fs::fchown(file, Some(Uid::from_raw(meta.uid)), Some(Gid::from_raw(meta.gid)))
+                .map_err(io::Error::from)
+                .map_err(step("setting its owner"))?;
+        }
+        let mode = Mode::from_raw_mode(meta.mode & 0o7777);
+        rustix::fs::fchmod(file, mode).map_err(io::Error::from).map_err(step("setting its mode"))?;
+        for (name, value) in meta.xattrs.iter() {
+            rustix::fs::fsetxattr(file, name, value, XattrFlags::empty())
+                .map_err(|errno| xattr_failed(id, name, errno))?;
+        }
+        // All content of an ostree repo is from 1970: what compares times (compiled Python, Guile)
+        // sees the same on every system.
+        let times = Timestamps {
+            last_access: Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT },
+            last_modification: Timespec { tv_sec: 0, tv_nsec: 0 },
+        };
+        rustix::fs::futimens(file, &times).map_err(io::Error::from).map_err(step("setting its time"))?;
+        self.name(file, id, ObjectType::File)
+    }
+
+    fn name(&self, file: &File, id: &ObjectId, kind: ObjectType) -> Result<(), WriteError> {
+        let nameless = format!("/proc/self/fd/{}", file.as_fd().as_raw_fd());
+        let path = loose_path(id, kind);
+        match rustix::fs::linkat(rustix::fs::CWD, nameless, &self.dir, &path, AtFlags::SYMLINK_FOLLOW) {
+            // Another layer carried the same object: equal names are equal content.
+            Ok(()) | Err(Errno::EXIST) => Ok(()),
+            Err(errno) => Err(fail(id, kind, "naming it")(errno.into())),
+        }
+    }
+}
+
+impl FileWrite<'_> {
+    /// Appends content.
+    pub fn write(&mut self, content: &[u8]) -> Result<(), WriteError> {
+        self.hasher.update(content);
+        self.file.write_all(content).map_err(fail(&self.id, ObjectType::File, "writing"))
+    }
+
+    /// Checks the whole, then makes it visible.
+    pub fn finish(self) -> Result<(), WriteError> {
+        check(&self.id, ObjectType::File, self.hasher)?;
+        self.writer.seal(&self.file, &self.id, &self.meta)
+    }
+}
+
+fn own_ids() -> (u32, u32) {
+    (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw())
+}
+
+fn check(id: &ObjectId, kind: ObjectType, hasher: Sha256) -> Result<(), WriteError> {
+    let actual = ObjectId(hasher.finalize().into());
+    if actual == *id {
+        return Ok(());
+    }
+    Err(WriteError::Mismatch { object: format!("{id}.{}", kind.extension()), actual })
+}
+
+fn fail(id: &ObjectId, kind: ObjectType, what: &'static str) -> impl FnOnce(io::Error) -> WriteError + use<> {
+    let id = *id;
+    move |source| WriteError::Io { object: format!("{id}.{}", kind.extension()), what: what.to_owned(), source }
+}
+
+fn xattr_failed(id: &ObjectId, name: &[u8], errno: Errno) -> WriteError {
+    let what = format!("setting the attribute {}", name.escape_ascii());
+    WriteError::Io { object: format!("{id}.file"), what, source: errno.into() }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::store::NodeStore;
+    use std::os::unix::fs::MetadataExt;
+
+    fn meta(target: Option<&str>) -> FileMeta {
+        let xattrs = Xattrs::from_pairs([(b"trusted.test".as_slice(), b"value".as_slice())]);
+        FileMeta { uid: 3, gid: 4, mode: 0o4755, target: target.map(|t| t.as_bytes().to_vec()), xattrs }
+    }
+
+    fn id_of(meta: &FileMeta, content: &[u8]) -> ObjectId {
+        let mut hasher = meta.hasher();
+        hasher.update(content);
+        ObjectId(hasher.finalize().into())
+    }
+
+    /// Needs root for owners and trusted xattrs, like the agent itself.
+    #[test]
+    fn what_is_written_is_what_libostree_reads_back() {
+        let temp = tempfile::tempdir().unwrap();
+        let store = NodeStore::on_tmpfs(temp.path(), None).unwrap();
+        let writer = store.writer().unwrap();
+        let large = vec![42; 300_000];
+        let mut written = Vec::new();
+        for content in [b"".as_slice(), b"small", &large] {
+            let id = id_of(&meta(None), content);
+            writer.file(&id, &meta(None), content).unwrap();
+            writer.file(&id, &meta(None), content).unwrap();
+            written.push(id);
+        }
+        let streamed = id_of(&FileMeta { mode: 0o644, ..meta(None) }, &large);
+        let mut stream = writer.begin(&streamed, FileMeta { mode: 0o644, ..meta(None) }).unwrap();
+        large.chunks(1000).for_each(|chunk| stream.write(chunk).unwrap());
+        stream.finish().unwrap();
+        written.push(streamed);
+        let link = id_of(&meta(Some("..//sbin/x")), b"");
+        writer.symlink(&link, &meta(Some("..//sbin/x"))).unwrap();
+        writer.symlink(&link, &meta(Some("..//sbin/x"))).unwrap();
+        written.push(link);
+
+        let repo = ostree::Repo::new_for_path(store.repo_path());
+        repo.open(ostree::gio::Cancellable::NONE).unwrap();
+        for id in &written {
+            repo.fsck_object(ostree::ObjectType::File, &id.to_string(), ostree::gio::Cancellable::NONE).unwrap();
+        }
+        let stat = std::fs::metadata(store.object_path(&written[1], ObjectType::File)).unwrap();
+        assert_eq!((stat.uid(), stat.gid(), stat.mode() & 0o7777, stat.mtime()), (3, 4, 0o4755, 0));
+        assert_eq!(std::fs::read_dir(store.repo_path().join("tmp")).unwrap().count(), 1, "only tmp/cache");
+    }
+
+    #[test]
+    fn a_wrong_name_is_never_visible() {
+        let temp = tempfile::tempdir().unwrap();
+        let store = NodeStore::on_tmpfs(temp.path(), None).unwrap();
+        let writer = store.writer().unwrap();
+        let id = ObjectId([1; 32]);
+        let mut stream = writer.begin(&id, meta(None)).unwrap();
+        stream.write(b"x").unwrap();
+        for result in [
+            writer.file(&id, &meta(None), b"x"),
+            writer.symlink(&id, &meta(Some("x"))),
+            writer.metadata(&id, ObjectType::DirTree, b"x"),
+            stream.finish(),
+        ] {
+            let error = result.unwrap_err();
+            assert!(matches!(error, WriteError::Mismatch { .. }), "{error}");
+            assert!(error.to_string().contains(&id.to_string()));
+        }
+        assert!(store.content_objects().unwrap().is_empty());
+        assert!(!store.has(&id, ObjectType::DirTree));
+    }
+}
