@@ -35,6 +35,8 @@ pub enum Kind {
     Policy,
     /// No room left in the node store.
     NoSpace,
+    /// The caller asked to stop.
+    Cancelled,
     /// Anything of this machine's own: a tool that does not start, an I/O error.
     Local,
 }
@@ -53,6 +55,7 @@ impl Kind {
             Kind::WrongArchitecture => "wrong-architecture",
             Kind::Policy => "policy",
             Kind::NoSpace => "no-space",
+            Kind::Cancelled => "cancelled",
             Kind::Local => "local",
         }
     }
@@ -95,6 +98,7 @@ impl Failure {
             Kind::WrongArchitecture => "use the image, or the index, that holds this machine's architecture",
             Kind::Policy => "check /etc/containers/policy.json and the image's signature",
             Kind::NoSpace => "give the machine more memory, or a smaller node image",
+            Kind::Cancelled => "what was stored is kept; start the pull again to go on",
             Kind::Local => "see the journal of node-image-pivotd.service",
         };
         Self { kind, message: message.into(), advice, retry_after: None }

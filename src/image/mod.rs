@@ -5,9 +5,17 @@
 //! none of it reimplemented) and classifies every failure as worth retrying or not.
 //! It may not touch ostree, the store, or the running system.
 
+mod classify;
 mod failure;
+mod layout;
+mod source;
+mod spec;
 
+pub use classify::classify;
 pub use failure::{Class, Failure, Kind};
+pub use layout::{Compression, Layer, Layout, layout, machine_architecture};
+pub use source::{ImageDescription, ImageSettings, LayerStream, Source};
+pub use spec::PullSpec;
 
 use serde::{Deserialize, Serialize};
 

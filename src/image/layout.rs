@@ -1,0 +1,239 @@
+//! Which layers an image has and what they are for, read from its manifest and config alone.
+//!
+//! Format source: the OCI image specification, and the labels and annotations that ostree-ext
+//! writes (`ostree.final-diffid`, `ostree.commit`, `ostree.components`).
+
+use oci_spec::image::{Descriptor, ImageConfiguration, ImageManifest, MediaType};
+
+use super::{Failure, Kind};
+
+/// How a layer is compressed, as its media type says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Compression {
+    /// A plain tar archive.
+    None,
+    /// gzip.
+    Gzip,
+    /// zstd (zstd:chunked is zstd with frames to be skipped).
+    Zstd,
+}
+
+/// One layer, as the manifest, the config and the annotations describe it.
+#[derive(Debug, Clone)]
+pub struct Layer {
+    /// Position in the manifest, from 0.
+    pub index: usize,
+    /// The blob: digest and compressed size in bytes.
+    pub descriptor: Descriptor,
+    /// SHA-256 of the uncompressed archive: `sha256:…`.
+    pub diff_id: String,
+    /// How the blob is compressed.
+    pub compression: Compression,
+    /// Names of the components (packages) in the layer; empty when it says none.
+    pub components: Vec<String>,
+}
+
+impl Layer {
+    /// The blob's digest: `sha256:…`.
+    pub fn digest(&self) -> String {
+        self.descriptor.digest().to_string()
+    }
+
+    /// The blob's size in bytes.
+    pub fn size(&self) -> u64 {
+        self.descriptor.size()
+    }
+}
+
+/// The layers of an encapsulated image by purpose, and the commit it says to hold.
+#[derive(Debug, Clone)]
+pub struct Layout {
+    /// The commit that the label `ostree.commit` names.
+    pub commit: String,
+    /// The first layer: commit, dirtrees, dirmetas and the content that no chunk claims.
+    pub commit_layer: Layer,
+    /// Further layers with content of the commit.
+    pub chunks: Vec<Layer>,
+    /// Plain layers on top of the commit.
+    pub derived: Vec<Layer>,
+}
+
+impl Layout {
+    /// All layers in the manifest's order.
+    pub fn layers(&self) -> impl Iterator<Item = &Layer> {
+        std::iter::once(&self.commit_layer).chain(&self.chunks).chain(&self.derived)
+    }
+}
+
+/// Reads the layout of `image` (named in errors only) and refuses what is no encapsulated image, or
+/// one for another machine than `architecture` (in Go's terms: `amd64`, `arm64`, `ppc64le`, `s390x`).
+pub fn layout(
+    image: &str,
+    manifest: &ImageManifest,
+    config: &ImageConfiguration,
+    architecture: &str,
+) -> Result<Layout, Failure> {
+    let bad = |what: String| Failure::new(Kind::BadFormat, format!("image {image} {what}"));
+    let actual = config.architecture().to_string();
+    if actual != architecture {
+        let message = format!("image {image} is for {actual}, but this machine is {architecture}");
+        return Err(Failure::new(Kind::WrongArchitecture, message));
+    }
+    let label = |name: &str| config.labels_of_config().and_then(|labels| labels.get(name)).cloned();
+    let Some(final_diff_id) = label("ostree.final-diffid") else {
+        return Err(bad("is not ostree-encapsulated: its config has no label ostree.final-diffid".into()));
+    };
+    let Some(commit) = label("ostree.commit") else {
+        return Err(bad("is not ostree-encapsulated: its config has no label ostree.commit".into()));
+    };
+    if commit.parse::<crate::store::ObjectId>().is_err() {
+        return Err(bad(format!("has a label ostree.commit that is no checksum: {commit:?}")));
+    }
+    let (layers, diff_ids) = (manifest.layers(), config.rootfs().diff_ids());
+    if layers.len() != diff_ids.len() {
+        return Err(bad(format!("has {} layers but {} diff ids", layers.len(), diff_ids.len())));
+    }
+    let mut positions = diff_ids.iter().enumerate().filter(|(_, id)| **id == final_diff_id).map(|(index, _)| index);
+    // With equal layers in a row (empty ones, say) the last of them ends the commit.
+    let Some(last) = positions.next_back() else {
+        return Err(bad(format!("names {final_diff_id} in its label ostree.final-diffid, but has no such layer")));
+    };
+    let mut all = Vec::with_capacity(layers.len());
+    for (index, (descriptor, diff_id)) in layers.iter().zip(diff_ids).enumerate() {
+        let Some(compression) = compression(descriptor.media_type()) else {
+            let media_type = descriptor.media_type();
+            return Err(bad(format!("has layer {index} ({}) of the unknown type {media_type}", descriptor.digest())));
+        };
+        if !diff_id.starts_with("sha256:") {
+            return Err(bad(format!("has a diff id that is not a sha256: {diff_id}")));
+        }
+        let components = descriptor
+            .annotations()
+            .as_ref()
+            .and_then(|annotations| annotations.get("ostree.components"))
+            .map(|names| names.split(',').filter(|name| !name.is_empty()).map(str::to_owned).collect())
+            .unwrap_or_default();
+        all.push(Layer { index, descriptor: descriptor.clone(), diff_id: diff_id.clone(), compression, components });
+    }
+    let derived = all.split_off(last + 1);
+    let mut encapsulated = all.into_iter();
+    let Some(commit_layer) = encapsulated.next() else { return Err(bad("has no layers".into())) };
+    Ok(Layout { commit, commit_layer, chunks: encapsulated.collect(), derived })
+}
+
+/// The compression that a media type stands for, OCI's or docker's; `None` for what is no layer.
+fn compression(media_type: &MediaType) -> Option<Compression> {
+    let name = media_type.to_string();
+    let name = name.replace(".nondistributable", "").replace(".foreign", "");
+    Some(match name.as_str() {
+        "application/vnd.oci.image.layer.v1.tar" | "application/vnd.docker.image.rootfs.diff.tar" => Compression::None,
+        "application/vnd.oci.image.layer.v1.tar+gzip" | "application/vnd.docker.image.rootfs.diff.tar.gzip" => {
+            Compression::Gzip
+        }
+        "application/vnd.oci.image.layer.v1.tar+zstd" | "application/vnd.docker.image.rootfs.diff.tar.zstd" => {
+            Compression::Zstd
+        }
+        _ => return None,
+    })
+}
+
+/// This machine's architecture in Go's terms, as images name it.
+pub fn machine_architecture() -> &'static str {
+    match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        "powerpc64" if cfg!(target_endian = "little") => "ppc64le",
+        "powerpc64" => "ppc64",
+        other => other,
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    const GZIP: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
+
+    fn digest(byte: usize) -> String {
+        format!("sha256:{}", format!("{byte:02x}").repeat(32))
+    }
+
+    fn manifest(types: &[&str]) -> ImageManifest {
+        let layers: Vec<_> = types
+            .iter()
+            .enumerate()
+            .map(|(index, kind)| {
+                json!({"mediaType": kind, "digest": digest(index), "size": 10 + index,
+                       "annotations": {"ostree.components": format!("kernel,pkg{index}")}})
+            })
+            .collect();
+        let config = json!({"mediaType": "application/vnd.oci.image.config.v1+json", "digest": digest(200), "size": 1});
+        serde_json::from_value(json!({"schemaVersion": 2, "config": config, "layers": layers})).unwrap()
+    }
+
+    fn config(layers: usize, labels: serde_json::Value) -> ImageConfiguration {
+        let diff_ids: Vec<_> = (0..layers).map(|index| digest(100 + index)).collect();
+        serde_json::from_value(json!({"architecture": "amd64", "os": "linux", "config": {"Labels": labels},
+                                      "rootfs": {"type": "layers", "diff_ids": diff_ids}}))
+        .unwrap()
+    }
+
+    fn labels(last: usize) -> serde_json::Value {
+        json!({"ostree.final-diffid": digest(100 + last), "ostree.commit": "ab".repeat(32)})
+    }
+
+    #[test]
+    fn layers_by_purpose() {
+        let types =
+            [GZIP, "application/vnd.oci.image.layer.v1.tar+zstd", "application/vnd.docker.image.rootfs.diff.tar.gzip"];
+        let layout = layout("img", &manifest(&types), &config(3, labels(1)), "amd64").unwrap();
+        assert_eq!(layout.commit, "ab".repeat(32));
+        assert_eq!((layout.commit_layer.index, layout.commit_layer.compression), (0, Compression::Gzip));
+        assert_eq!(layout.chunks.len(), 1);
+        assert_eq!(layout.chunks[0].compression, Compression::Zstd);
+        assert_eq!(layout.chunks[0].components, ["kernel", "pkg1"]);
+        assert_eq!(layout.chunks[0].diff_id, digest(101));
+        assert_eq!(layout.derived.len(), 1);
+        assert_eq!(layout.layers().map(|layer| layer.index).collect::<Vec<_>>(), [0, 1, 2]);
+    }
+
+    #[test]
+    fn refusals_name_the_image_and_what_is_missing() {
+        let good = manifest(&[GZIP]);
+        for (manifest, config, machine, kind, words) in [
+            (good.clone(), config(1, labels(0)), "arm64", Kind::WrongArchitecture, vec!["amd64", "arm64"]),
+            (good.clone(), config(1, json!({})), "amd64", Kind::BadFormat, vec!["ostree.final-diffid"]),
+            (
+                good.clone(),
+                config(1, json!({"ostree.final-diffid": digest(100)})),
+                "amd64",
+                Kind::BadFormat,
+                vec!["ostree.commit"],
+            ),
+            (
+                good.clone(),
+                config(1, json!({"ostree.final-diffid": digest(100), "ostree.commit": "x"})),
+                "amd64",
+                Kind::BadFormat,
+                vec!["no checksum"],
+            ),
+            (good.clone(), config(2, labels(0)), "amd64", Kind::BadFormat, vec!["1 layers but 2 diff ids"]),
+            (good.clone(), config(1, labels(5)), "amd64", Kind::BadFormat, vec!["no such layer"]),
+            (
+                manifest(&["text/plain"]),
+                config(1, labels(0)),
+                "amd64",
+                Kind::BadFormat,
+                vec!["unknown type text/plain"],
+            ),
+        ] {
+            let failure = layout("q.io/img:1", &manifest, &config, machine).unwrap_err();
+            assert_eq!(failure.kind, kind, "{}", failure.message);
+            for word in words.into_iter().chain(["q.io/img:1"]) {
+                assert!(failure.message.contains(word), "{}", failure.message);
+            }
+        }
+    }
+}
