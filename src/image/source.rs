@@ -9,7 +9,7 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use oci_spec::image::{ImageConfiguration, ImageManifest};
 use sha2::{Digest, Sha256};
-use tokio::io::AsyncRead;
+use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::sync::Mutex;
 
 use super::{Failure, Kind, Layer, PullSpec, ResolvedImage, classify};
@@ -106,14 +106,7 @@ impl Source {
         }
         let manifest: ImageManifest = serde_json::from_slice(&raw)
             .map_err(|error| Failure::new(Kind::BadFormat, format!("the manifest of {name} is malformed: {error}")))?;
-        let raw = self.request(name, "config", self.proxy.fetch_config_raw(&opened)).await?;
-        let actual = format!("sha256:{}", hex::encode(Sha256::digest(&raw)));
-        let expected = manifest.config().digest().to_string();
-        // A manifest converted from docker's form keeps docker's config blob, so the digest holds there too.
-        if actual != expected {
-            let message = format!("the config of {name} has the digest {actual}, not {expected}");
-            return Err(Failure::new(Kind::BadDigest, message));
-        }
+        let raw = self.config(name, &opened, &manifest).await?;
         let config: ImageConfiguration = serde_json::from_slice(&raw)
             .map_err(|error| Failure::new(Kind::BadFormat, format!("the config of {name} is malformed: {error}")))?;
         let layout = super::layout(name, &manifest, &config, super::machine_architecture())?;
@@ -147,6 +140,37 @@ impl Source {
     async fn open_image(&self, name: &str) -> Result<Arc<OpenedImage>, Failure> {
         let reference = format!("docker://{name}");
         self.request(name, "image", self.proxy.open_image(&reference)).await.map(Arc::new)
+    }
+
+    /// The config's bytes, as the manifest's digest names them.
+    ///
+    /// What the proxy calls the full config is serialised anew, so it hashes right only for manifests
+    /// that were converted from docker's form; for the others the config is a blob like any other.
+    async fn config(&self, name: &str, opened: &OpenedImage, manifest: &ImageManifest) -> Result<Vec<u8>, Failure> {
+        const LARGEST: u64 = 8 << 20;
+        let descriptor = manifest.config();
+        let expected = descriptor.digest().to_string();
+        let digest_of = |raw: &[u8]| format!("sha256:{}", hex::encode(Sha256::digest(raw)));
+        let full = self.request(name, "config", self.proxy.fetch_config_raw(opened)).await?;
+        if digest_of(&full) == expected {
+            return Ok(full);
+        }
+        if descriptor.size() > LARGEST {
+            let message = format!("the config of {name} has {} bytes", descriptor.size());
+            return Err(Failure::new(Kind::BadFormat, message));
+        }
+        let blob = self.proxy.get_blob(opened, descriptor.digest(), descriptor.size());
+        let (reader, verdict) = self.request(name, "config", blob).await?;
+        let mut raw = Vec::new();
+        let read = async { reader.take(LARGEST + 1).read_to_end(&mut raw).await.map_err(ProxyError::from) };
+        self.request(name, "config", read).await?;
+        self.request(name, "config", verdict).await?;
+        let actual = digest_of(&raw);
+        if actual != expected {
+            let message = format!("the config of {name} has the digest {actual}, not {expected}");
+            return Err(Failure::new(Kind::BadDigest, message));
+        }
+        Ok(raw)
     }
 
     async fn raw_manifest(&self, name: &str, opened: &OpenedImage) -> Result<(String, Vec<u8>), Failure> {

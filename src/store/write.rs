@@ -51,6 +51,7 @@ pub struct ObjectWriter {
     dir: OwnedFd,
     serial: AtomicU64,
     root: bool,
+    dropped_xattrs: AtomicU64,
 }
 
 /// A regular file on its way: nameless until [`FileWrite::finish`], gone when dropped before.
@@ -67,7 +68,35 @@ impl ObjectWriter {
     pub(super) fn new(repo: &Path) -> io::Result<Self> {
         let dir = rustix::fs::open(repo, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
         let root = rustix::process::geteuid().is_root();
-        Ok(Self { repo: repo.to_owned(), dir, serial: AtomicU64::new(0), root })
+        Ok(Self { repo: repo.to_owned(), dir, serial: AtomicU64::new(0), root, dropped_xattrs: AtomicU64::new(0) })
+    }
+
+    /// What could not be stored as it should have been, one line each.
+    pub fn warnings(&self) -> Vec<String> {
+        match self.dropped_xattrs.load(Ordering::Relaxed) {
+            0 => Vec::new(),
+            count => vec![format!("{count} user.* attributes were left out: the node store's file system has none")],
+        }
+    }
+
+    /// Sets attributes with `set`. tmpfs has no `user.*` before Linux 6.6: leaving those out is a
+    /// warning, as nothing in an operating system's own files depends on them.
+    fn set_xattrs(
+        &self,
+        id: &ObjectId,
+        meta: &FileMeta,
+        set: impl Fn(&[u8], &[u8]) -> Result<(), Errno>,
+    ) -> Result<(), WriteError> {
+        for (name, value) in meta.xattrs.iter() {
+            match set(name, value) {
+                Ok(()) => {}
+                Err(Errno::OPNOTSUPP) if name.starts_with(b"user.") => {
+                    self.dropped_xattrs.fetch_add(1, Ordering::Relaxed);
+                }
+                Err(errno) => return Err(xattr_failed(id, name, errno)),
+            }
+        }
+        Ok(())
     }
 
     /// Stores a metadata object. Its SHA-256 must be its name, except for a `CommitMeta`, which is
@@ -115,11 +144,7 @@ impl ObjectWriter {
                 .map_err(step("setting its owner"))?;
         }
         let path = self.repo.join(temp);
-        for (name, value) in meta.xattrs.iter() {
-            rustix::fs::lsetxattr(&path, name, value, XattrFlags::empty())
-                .map_err(|errno| xattr_failed(id, name, errno))?;
-        }
-        Ok(())
+        self.set_xattrs(id, meta, |name, value| rustix::fs::lsetxattr(&path, name, value, XattrFlags::empty()))
     }
 
     /// Stores a regular file whose content is at hand.
@@ -155,10 +180,7 @@ impl ObjectWriter {
         }
         let mode = Mode::from_raw_mode(meta.mode & 0o7777);
         rustix::fs::fchmod(file, mode).map_err(io::Error::from).map_err(step("setting its mode"))?;
-        for (name, value) in meta.xattrs.iter() {
-            rustix::fs::fsetxattr(file, name, value, XattrFlags::empty())
-                .map_err(|errno| xattr_failed(id, name, errno))?;
-        }
+        self.set_xattrs(id, meta, |name, value| rustix::fs::fsetxattr(file, name, value, XattrFlags::empty()))?;
         // All content of an ostree repo is from 1970: what compares times (compiled Python, Guile)
         // sees the same on every system.
         let times = Timestamps {

@@ -1,0 +1,274 @@
+//! One layer's archive, entry by entry: metadata and wanted content are stored, the rest is read past.
+//! Runs on a thread of its own and blocks.
+//!
+//! Format source: ostree-ext's layer layout, formats 0 and 1 (see [`super::entry`]). In both, a
+//! content object follows the entry that names its extended attributes.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use sha2::{Digest, Sha256};
+use tar::EntryType;
+
+use crate::image::{Failure, Kind};
+use crate::store::{FileMeta, ObjectId, ObjectType, Xattrs};
+
+use super::entry::{BadPath, Role, inside, role};
+use super::state::Import;
+use super::tarstream::{Chunks, Entry, TarError, TarStream};
+use super::tree::TreeError;
+
+/// libostree refuses larger metadata objects.
+const LARGEST_METADATA: u64 = 128 << 20;
+/// One set of extended attributes, and all of a layer's together (they are kept while it is read).
+const LARGEST_XATTRS: u64 = 1 << 20;
+const ALL_XATTRS: usize = 16 << 20;
+/// Files up to this size are hashed in memory before anything is written.
+const SMALL: u64 = 512 * 1024;
+
+/// What a layer may hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// Commit, dirtrees, dirmetas and content.
+    Commit,
+    /// Content only.
+    Chunk,
+}
+
+/// What is left to do when the layer has turned out whole.
+#[derive(Debug, Default)]
+pub(super) struct Consumed {
+    /// The commit's detached metadata. Nothing in them can be checked but the layer's own digest.
+    pub commit_meta: Option<Vec<u8>>,
+}
+
+/// Reads a layer to the archive's end. `name` is for messages; `contributed` is set with the first
+/// object that this layer adds to the store.
+pub(super) fn consume(
+    import: &Import,
+    name: &str,
+    purpose: Purpose,
+    contributed: &AtomicBool,
+    chunks: impl Chunks,
+) -> Result<Consumed, Failure> {
+    let mut layer = LayerReader {
+        import,
+        name,
+        purpose,
+        contributed,
+        tar: TarStream::new(chunks),
+        xattrs: HashMap::new(),
+        xattrs_size: 0,
+        next: None,
+        buffer: Vec::new(),
+        tree_tried: purpose == Purpose::Chunk,
+        consumed: Consumed::default(),
+    };
+    layer.run()?;
+    Ok(layer.consumed)
+}
+
+struct LayerReader<'a, C> {
+    import: &'a Import,
+    name: &'a str,
+    purpose: Purpose,
+    contributed: &'a AtomicBool,
+    tar: TarStream<C>,
+    xattrs: HashMap<ObjectId, Arc<Xattrs>>,
+    xattrs_size: usize,
+    /// The attributes that the next content object is said to have.
+    next: Option<(ObjectId, Arc<Xattrs>)>,
+    buffer: Vec<u8>,
+    tree_tried: bool,
+    consumed: Consumed,
+}
+
+impl<C: Chunks> LayerReader<'_, C> {
+    fn run(&mut self) -> Result<(), Failure> {
+        while let Some(entry) = self.tar.next_entry().map_err(|error| self.tar_failure(&error))? {
+            let role = role(&entry.path).map_err(|error| self.path_failure(&entry.path, error))?;
+            match role {
+                Role::Object(id, ObjectType::File) => {
+                    self.before_content()?;
+                    self.content(&entry, &id)?;
+                }
+                Role::Object(id, kind) => self.metadata(&entry, &id, kind)?,
+                Role::Xattrs(id) => {
+                    self.before_content()?;
+                    let (actual, xattrs) = self.read_xattrs(&entry)?;
+                    if actual != id {
+                        let message = format!("{}: extended attributes {id} have the checksum {actual}", self.name);
+                        return Err(Failure::new(Kind::BadDigest, message));
+                    }
+                    self.xattrs.insert(id, xattrs);
+                }
+                Role::XattrsLink(id) => {
+                    self.before_content()?;
+                    self.xattrs_link(&entry, id)?;
+                }
+                Role::Other => {
+                    // Nothing is extracted, so a bad link could do no harm here; but an archive that
+                    // tries is not one to take a system from.
+                    if entry.kind == EntryType::Link {
+                        inside(&entry.link).map_err(|error| self.path_failure(&entry.link, error))?;
+                    }
+                }
+            }
+        }
+        if let Some((id, _)) = &self.next {
+            return Err(self.bad(format!("ends where the object {id}.file should follow")));
+        }
+        Ok(())
+    }
+
+    /// In the commit layer, metadata come first: with the first sign of content the wanted set can be
+    /// known. Where they are mixed (very old images) it cannot yet, and that is no error.
+    fn before_content(&mut self) -> Result<(), Failure> {
+        if std::mem::replace(&mut self.tree_tried, true) {
+            return Ok(());
+        }
+        match self.import.fix_wanted() {
+            Ok(()) | Err(TreeError::Missing(..)) => Ok(()),
+            Err(error) => Err(self.bad(error.to_string())),
+        }
+    }
+
+    fn metadata(&mut self, entry: &Entry, id: &ObjectId, kind: ObjectType) -> Result<(), Failure> {
+        let object = || format!("{id}.{}", kind.extension());
+        if self.purpose != Purpose::Commit {
+            return Err(self.bad(format!("has the object {} that belongs into the first layer", object())));
+        }
+        if !is_regular(entry.kind) || entry.size > LARGEST_METADATA {
+            return Err(self.bad(format!("has the object {} as a {:?} of {} bytes", object(), entry.kind, entry.size)));
+        }
+        if matches!(kind, ObjectType::Commit | ObjectType::CommitMeta) && *id != self.import.commit {
+            let expected = self.import.commit;
+            return Err(self.bad(format!("has the object {}, but the image's label names commit {expected}", object())));
+        }
+        let is_detached = kind == ObjectType::CommitMeta;
+        if !is_detached && kind != ObjectType::Commit && !self.import.wants_metadata(id, kind) {
+            return Ok(());
+        }
+        self.buffer.clear();
+        let mut buffer = std::mem::take(&mut self.buffer);
+        self.tar.read_content(&mut buffer).map_err(|error| self.tar_failure(&error))?;
+        if is_detached {
+            self.consumed.commit_meta = Some(buffer);
+            return Ok(());
+        }
+        self.import.writer.metadata(id, kind, &buffer).map_err(|error| self.import.write_failure(self.name, &error))?;
+        self.contributed.store(true, Ordering::Relaxed);
+        self.buffer = buffer;
+        Ok(())
+    }
+
+    fn read_xattrs(&mut self, entry: &Entry) -> Result<(ObjectId, Arc<Xattrs>), Failure> {
+        let path = entry.path.escape_ascii();
+        if !is_regular(entry.kind) || entry.size > LARGEST_XATTRS {
+            return Err(self.bad(format!("has {path} as a {:?} of {} bytes", entry.kind, entry.size)));
+        }
+        self.buffer.clear();
+        let mut buffer = std::mem::take(&mut self.buffer);
+        self.tar.read_content(&mut buffer).map_err(|error| self.tar_failure(&error))?;
+        self.xattrs_size += buffer.len() + 64;
+        if self.xattrs_size > ALL_XATTRS {
+            return Err(self.bad("has more than 16 MiB of extended attributes".into()));
+        }
+        let xattrs =
+            Xattrs::parse(&buffer).ok_or_else(|| self.bad(format!("has malformed extended attributes in {path}")))?;
+        let id = ObjectId(Sha256::digest(&buffer).into());
+        self.buffer = buffer;
+        Ok((id, Arc::new(xattrs)))
+    }
+
+    fn xattrs_link(&mut self, entry: &Entry, id: ObjectId) -> Result<(), Failure> {
+        if let Some((other, _)) = &self.next {
+            return Err(self
+                .bad(format!("names extended attributes for {id}.file where the object {other}.file should follow")));
+        }
+        let xattrs = if entry.kind == EntryType::Link {
+            let target = role(&entry.link).map_err(|error| self.path_failure(&entry.link, error))?;
+            let Role::Xattrs(name) = target else {
+                let link = entry.link.escape_ascii();
+                return Err(self.bad(format!("links the extended attributes of {id}.file to {link}")));
+            };
+            let known = self.xattrs.get(&name).cloned();
+            known.ok_or_else(|| self.bad(format!("lacks the extended attributes {name} of {id}.file")))?
+        } else {
+            self.read_xattrs(entry)?.1
+        };
+        self.next = Some((id, xattrs));
+        Ok(())
+    }
+
+    fn content(&mut self, entry: &Entry, id: &ObjectId) -> Result<(), Failure> {
+        let named = self.next.take();
+        if !self.import.wants_content(id) {
+            return Ok(());
+        }
+        let Some((_, xattrs)) = named.filter(|(name, _)| name == id) else {
+            return Err(self.bad(format!("has the object {id}.file without its extended attributes")));
+        };
+        let target = match entry.kind {
+            EntryType::Symlink => Some(entry.link.clone()),
+            kind if is_regular(kind) => None,
+            kind => return Err(self.bad(format!("has the object {id}.file as a {kind:?}"))),
+        };
+        let meta = FileMeta {
+            uid: entry.uid,
+            gid: entry.gid,
+            // Format 0 keeps the file type in the mode; the entry's own type says it already.
+            mode: entry.mode & 0o7777,
+            target,
+            xattrs: Xattrs::clone(&xattrs),
+        };
+        let writer = &self.import.writer;
+        let written = if meta.target.is_some() {
+            writer.symlink(id, &meta)
+        } else if entry.size <= SMALL {
+            self.buffer.clear();
+            let mut buffer = std::mem::take(&mut self.buffer);
+            self.tar.read_content(&mut buffer).map_err(|error| self.tar_failure(&error))?;
+            let written = writer.file(id, &meta, &buffer);
+            self.buffer = buffer;
+            written
+        } else {
+            let fail = |error| self.import.write_failure(self.name, &error);
+            let mut file = writer.begin(id, meta).map_err(fail)?;
+            loop {
+                match self.tar.content() {
+                    Ok(Some(piece)) => file.write(piece).map_err(fail)?,
+                    Ok(None) => break,
+                    Err(error) => return Err(tar_failure(self.name, &error)),
+                }
+            }
+            file.finish()
+        };
+        written.map_err(|error| self.import.write_failure(self.name, &error))?;
+        self.contributed.store(true, Ordering::Relaxed);
+        self.import.content_stored(id, entry.size);
+        Ok(())
+    }
+
+    fn bad(&self, what: String) -> Failure {
+        Failure::new(Kind::BadFormat, format!("{} {what}", self.name))
+    }
+
+    fn path_failure(&self, path: &[u8], error: BadPath) -> Failure {
+        self.bad(format!("has the entry {}, which {error}", path.escape_ascii()))
+    }
+
+    fn tar_failure(&self, error: &TarError) -> Failure {
+        tar_failure(self.name, error)
+    }
+}
+
+fn tar_failure(name: &str, error: &TarError) -> Failure {
+    let kind = if matches!(error, TarError::Truncated) { Kind::Truncated } else { Kind::BadFormat };
+    Failure::new(kind, format!("{name}: {error}"))
+}
+
+fn is_regular(kind: EntryType) -> bool {
+    matches!(kind, EntryType::Regular | EntryType::Continuous)
+}

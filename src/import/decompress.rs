@@ -1,0 +1,120 @@
+//! From a blob's bytes to the archive's, with the diff id taken on the way.
+
+use std::io::{self, BufReader, Read};
+
+use sha2::{Digest, Sha256};
+
+use crate::image::Compression;
+
+/// The size of the pieces handed on. Large enough that handing over costs nothing, small enough that
+/// a handful of them in flight per layer is a few megabytes.
+const PIECE: usize = 256 * 1024;
+
+/// zstd frames may ask for a window of up to 2 GiB; this many bits (32 MiB) is what we hold for them.
+const ZSTD_WINDOW_BITS: u32 = 25;
+
+/// Reads `input` to its end, hands the decompressed bytes on in pieces and returns their SHA-256.
+/// Once `sink` answers false nothing is handed on any more, but the digest is still taken of all.
+pub(super) fn decompress(
+    compression: Compression,
+    input: impl Read,
+    sink: &mut dyn FnMut(Vec<u8>) -> bool,
+) -> io::Result<[u8; 32]> {
+    match compression {
+        Compression::None => pump(input, sink),
+        // A gzip blob may be several gzip files in a row (pigz, zstd:chunked's ancestor estargz).
+        Compression::Gzip => pump(flate2::bufread::MultiGzDecoder::new(BufReader::with_capacity(PIECE, input)), sink),
+        Compression::Zstd => {
+            let mut decoder = zstd::stream::read::Decoder::new(input)?;
+            decoder.window_log_max(ZSTD_WINDOW_BITS)?;
+            pump(decoder, sink)
+        }
+    }
+}
+
+fn pump(mut reader: impl Read, sink: &mut dyn FnMut(Vec<u8>) -> bool) -> io::Result<[u8; 32]> {
+    let mut hasher = Sha256::new();
+    let mut open = true;
+    loop {
+        let mut piece = vec![0; PIECE];
+        let mut filled = 0;
+        while filled < piece.len() {
+            match reader.read(&mut piece[filled..]) {
+                Ok(0) => break,
+                Ok(count) => filled += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        if filled == 0 {
+            return Ok(hasher.finalize().into());
+        }
+        piece.truncate(filled);
+        hasher.update(&piece);
+        open = open && sink(piece);
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    fn gzip(data: &[u8]) -> Vec<u8> {
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        encoder.write_all(data).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    fn run(compression: Compression, blob: &[u8]) -> io::Result<(Vec<u8>, [u8; 32])> {
+        let mut out = Vec::new();
+        let digest = decompress(compression, blob, &mut |piece| {
+            out.extend(piece);
+            true
+        })?;
+        Ok((out, digest))
+    }
+
+    #[test]
+    fn all_compressions_give_the_same_archive_and_diff_id() {
+        let data: Vec<u8> = (0..600_000_u32).flat_map(|n| n.wrapping_mul(n).to_le_bytes()).collect();
+        let expected: [u8; 32] = Sha256::digest(&data).into();
+        let members = [gzip(&data[..1000]), gzip(&data[1000..])].concat();
+        for (compression, blob) in [
+            (Compression::None, data.clone()),
+            (Compression::Gzip, gzip(&data)),
+            (Compression::Gzip, members),
+            (Compression::Zstd, zstd::encode_all(data.as_slice(), 1).unwrap()),
+        ] {
+            let (out, digest) = run(compression, &blob).unwrap();
+            assert!(out == data && digest == expected, "{compression:?}");
+        }
+    }
+
+    #[test]
+    fn truncated_and_corrupt_blobs_are_errors() {
+        let data = vec![b'x'; 100_000];
+        for (compression, blob) in
+            [(Compression::Gzip, gzip(&data)), (Compression::Zstd, zstd::encode_all(data.as_slice(), 1).unwrap())]
+        {
+            assert!(run(compression, &blob[..blob.len() - 1]).is_err(), "{compression:?}");
+            assert!(run(compression, b"no such thing").is_err(), "{compression:?}");
+        }
+        let mut corrupt = gzip(&data);
+        let last = corrupt.len() - 6;
+        corrupt[last] ^= 1;
+        assert!(run(Compression::Gzip, &corrupt).is_err());
+    }
+
+    #[test]
+    fn the_digest_is_of_everything_even_when_nobody_listens() {
+        let data = vec![7; 3 * PIECE];
+        let mut pieces = 0;
+        let digest = decompress(Compression::None, data.as_slice(), &mut |_| {
+            pieces += 1;
+            false
+        });
+        assert_eq!((pieces, digest.unwrap()), (1, Sha256::digest(&data).into()));
+    }
+}

@@ -1,0 +1,313 @@
+//! The order of an import: metadata first, then the layers that may hold something wanted, then the ref.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::stream::{self, StreamExt};
+use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
+
+use crate::image::{Failure, ImageDescription, Kind, Layer, ResolvedImage, Source};
+use crate::report::PullProgress;
+use crate::store::{BootedRepo, LayerJournal, LockError, NodeStore, ObjectId, ObjectType, Scope, StoreLock};
+
+use super::consume::Purpose;
+use super::fetch::{Outcome, cancelled, fetch_layer};
+use super::state::Import;
+use super::tree::TreeError;
+use super::wanted::schedule;
+
+/// What a pull is to bring.
+#[derive(Debug, Clone, Default)]
+pub struct PullOptions {
+    /// Also fetch what only `/usr/lib/modules` has, so that the commit can be deployed elsewhere.
+    pub complete: bool,
+    /// How many layers to read at once; by default one per CPU, at least two and at most four.
+    pub parallel: Option<usize>,
+}
+
+/// What pull hands to stage: the commit, and what it took to get it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PulledImage {
+    /// The image that was pulled.
+    pub image: ResolvedImage,
+    /// The ostree commit, whose metadata are all in the node store or the booted repo.
+    pub commit: String,
+    /// The booted commit that the wanted set was taken against.
+    pub booted_commit: Option<String>,
+    /// Whether all content is in the node store or the booted repo, kernel modules included.
+    pub complete: bool,
+    /// Layers read from the registry by the run that finished the pull.
+    pub layers_fetched: u64,
+    /// Layers that were not needed, or that an earlier run had read.
+    pub layers_skipped: u64,
+    /// Compressed bytes read from the registry by that run.
+    pub bytes_fetched: u64,
+    /// Content objects written by that run.
+    pub objects_written: u64,
+    /// What an operator should know, one line each.
+    pub warnings: Vec<String>,
+}
+
+/// Brings what `booted` lacks of `image` into `store`, then points `coreos/node-image` at the commit.
+///
+/// Pulled before: returns at once, without asking the registry. Killed or failed before: goes on,
+/// without fetching a layer again that was read to its end. Every object is checked against its name
+/// before it is visible; the ref is set only when everything is there. One import at a time: a second
+/// caller waits for the first, or until `cancel`.
+///
+/// Errors name the image and the layer. After one, `source` should be opened anew. Nothing but the
+/// node store is changed, and what it holds remains good.
+pub async fn pull(
+    source: &Source,
+    image: &ResolvedImage,
+    store: &NodeStore,
+    booted: Option<&BootedRepo>,
+    options: &PullOptions,
+    progress: Arc<PullProgress>,
+    cancel: &CancellationToken,
+) -> Result<PulledImage, Failure> {
+    let lock = lock(store, image, cancel).await?;
+    if let Some(before) = pulled_before(image, store, booted, options)? {
+        return Ok(before);
+    }
+    let description = tokio::select! {
+        () = cancel.cancelled() => return Err(cancelled(&image.pinned)),
+        description = source.manifest(image) => description?,
+    };
+    refuse_derived(image, &description)?;
+    let commit: ObjectId = description.layout.commit.parse().map_err(|error| local(image, error))?;
+    let booted_commit = booted.and_then(|booted| booted.commit.clone());
+    let scope = Scope::new(options.complete, booted_commit.as_deref());
+    let journal = store.journal().map_err(|error| local(image, error))?;
+    let import = {
+        let (name, store, booted, complete) = (image.pinned.clone(), store.clone(), booted.cloned(), options.complete);
+        let progress = progress.clone();
+        let list = move || Import::new(name, commit, &store, booted.as_ref(), complete, progress, lock);
+        blocking(image, list).await?.map(Arc::new).map_err(|error| local(image, error))?
+    };
+    let layers: Vec<&Layer> = description.layout.layers().collect();
+    PullProgress::add(&progress.layers_total, layers.len() as u64);
+    let run = Run { source, image, import: &import, journal: &journal, scope: &scope, cancel };
+    let fetched = run.all(&description, booted, options).await?;
+
+    let finished = import.clone();
+    let complete = blocking(image, move || -> std::io::Result<bool> {
+        let complete = finished.is_complete();
+        finished.store.mark_partial(&finished.commit.to_string(), !complete)?;
+        finished.store.set_ref(&finished.commit.to_string())?;
+        Ok(complete)
+    })
+    .await?
+    .map_err(|error| local(image, error))?;
+    let (objects_written, bytes_fetched) = import.totals();
+    let pulled = PulledImage {
+        image: image.clone(),
+        commit: commit.to_string(),
+        booted_commit,
+        complete,
+        layers_fetched: fetched.len() as u64,
+        layers_skipped: (layers.len() - fetched.len()) as u64,
+        bytes_fetched,
+        objects_written,
+        warnings: import.writer.warnings(),
+    };
+    let record = serde_json::to_vec_pretty(&pulled).map_err(|error| local(image, error))?;
+    store.write_record(&record).map_err(|error| local(image, error))?;
+    Ok(pulled)
+}
+
+/// One run over an image's layers.
+struct Run<'a> {
+    source: &'a Source,
+    image: &'a ResolvedImage,
+    import: &'a Arc<Import>,
+    journal: &'a LayerJournal,
+    scope: &'a Scope,
+    cancel: &'a CancellationToken,
+}
+
+impl Run<'_> {
+    /// Reads what has to be read; answers with the positions of the layers that were.
+    async fn all(
+        &self,
+        description: &ImageDescription,
+        booted: Option<&BootedRepo>,
+        options: &PullOptions,
+    ) -> Result<HashSet<usize>, Failure> {
+        let layout = &description.layout;
+        let progress = &self.import.progress;
+        let mut fetched = HashSet::new();
+        // The same commit may be booted, or the metadata may be stored from an earlier run.
+        if !self.fix_wanted().await? {
+            PullProgress::add(&progress.bytes_total, layout.commit_layer.size());
+            self.one(&layout.commit_layer, Purpose::Commit).await?;
+            fetched.insert(layout.commit_layer.index);
+            if !self.fix_wanted().await? {
+                let message = format!("the metadata of {} vanished while it was pulled", self.image.pinned);
+                return Err(Failure::new(Kind::Local, message));
+            }
+        }
+        let parallel = options
+            .parallel
+            .unwrap_or_else(|| std::thread::available_parallelism().map_or(2, std::num::NonZero::get).clamp(2, 4));
+        // First the layers that nobody has read yet; should they not bring everything (a journal or a
+        // ref that says too much), then the others too.
+        let unread = |layer: &&Layer| {
+            !self.journal.has(&layer.digest(), self.scope)
+                && !booted.is_some_and(|booted| booted.has_layer(&layer.digest()))
+        };
+        let rest = layout.layers().filter(|layer| !fetched.contains(&layer.index));
+        let (first, second): (Vec<&Layer>, Vec<&Layer>) = rest.partition(unread);
+        for round in [schedule(first), schedule(second)] {
+            if self.import.done.is_cancelled() {
+                break;
+            }
+            PullProgress::add(&progress.bytes_total, round.iter().map(|layer| layer.size()).sum());
+            let reads: Vec<_> =
+                round.into_iter().map(|layer| self.if_needed(layer, layout.commit_layer.index)).collect();
+            let mut reads = stream::iter(reads).buffer_unordered(parallel.max(1));
+            while let Some(read) = reads.next().await {
+                fetched.extend(read?);
+            }
+        }
+        match self.import.still_wanted() {
+            Some((0, _)) => {}
+            Some((count, Some(example))) => {
+                let message =
+                    format!("{} lacks {count} objects of its own commit, {example}.file for one", self.image.pinned);
+                return Err(Failure::new(Kind::BadFormat, message));
+            }
+            _ => {
+                return Err(Failure::new(Kind::Local, format!("{}: nothing is known to be wanted", self.image.pinned)));
+            }
+        }
+        let total = layout.layers().count();
+        PullProgress::add(&progress.layers_done, (total - fetched.len()) as u64);
+        Ok(fetched)
+    }
+
+    async fn if_needed(&self, layer: &Layer, commit_layer: usize) -> Result<Option<usize>, Failure> {
+        if self.import.done.is_cancelled() {
+            return Ok(None);
+        }
+        let purpose = if layer.index == commit_layer { Purpose::Commit } else { Purpose::Chunk };
+        match self.one(layer, purpose).await? {
+            Outcome::Whole => Ok(Some(layer.index)),
+            Outcome::NotNeeded => Ok(None),
+        }
+    }
+
+    async fn one(&self, layer: &Layer, purpose: Purpose) -> Result<Outcome, Failure> {
+        let started = std::time::Instant::now();
+        let outcome = fetch_layer(self.source, self.image, layer, purpose, self.import, self.cancel).await?;
+        if outcome == Outcome::Whole {
+            self.journal.add(&layer.digest(), self.scope).map_err(|error| local(self.image, error))?;
+            PullProgress::add(&self.import.progress.layers_done, 1);
+        }
+        let (digest, seconds) = (layer.digest(), started.elapsed().as_secs_f64());
+        tracing::debug!(layer = layer.index, digest, size = layer.size(), seconds, ?outcome, "layer read");
+        Ok(outcome)
+    }
+
+    /// Fixes the wanted set from the metadata at hand; false when some of them are missing.
+    async fn fix_wanted(&self) -> Result<bool, Failure> {
+        let import = self.import.clone();
+        match blocking(self.image, move || import.fix_wanted()).await? {
+            Ok(()) => Ok(true),
+            Err(TreeError::Missing(..)) => Ok(false),
+            Err(error @ TreeError::Malformed(..)) => {
+                Err(Failure::new(Kind::BadFormat, format!("{}: {error}", self.image.pinned)))
+            }
+            Err(error @ TreeError::Read(..)) => Err(local(self.image, error)),
+        }
+    }
+}
+
+/// Takes the import lock, waiting for whoever holds it.
+async fn lock(store: &NodeStore, image: &ResolvedImage, cancel: &CancellationToken) -> Result<StoreLock, Failure> {
+    let mut told = false;
+    loop {
+        match store.lock() {
+            Ok(lock) => return Ok(lock),
+            Err(error @ LockError::Io { .. }) => return Err(local(image, error)),
+            Err(error @ LockError::Held { .. }) => {
+                if !std::mem::replace(&mut told, true) {
+                    tracing::info!(image = image.pinned, "waiting: {error}");
+                }
+                tokio::select! {
+                    () = cancel.cancelled() => {
+                        let message = format!("the pull of {} was cancelled while it waited: {error}", image.pinned);
+                        return Err(Failure::new(Kind::Cancelled, message));
+                    }
+                    () = tokio::time::sleep(Duration::from_millis(200)) => {}
+                }
+            }
+        }
+    }
+}
+
+/// The record of an earlier pull, when it holds for this one too.
+fn pulled_before(
+    image: &ResolvedImage,
+    store: &NodeStore,
+    booted: Option<&BootedRepo>,
+    options: &PullOptions,
+) -> Result<Option<PulledImage>, Failure> {
+    let Some(record) = store.read_record().map_err(|error| local(image, error))? else { return Ok(None) };
+    // A record that this version cannot read only costs a look at the registry.
+    let Ok(record) = serde_json::from_slice::<PulledImage>(&record) else { return Ok(None) };
+    let Ok(commit) = record.commit.parse::<ObjectId>() else { return Ok(None) };
+    let holds = record.image.digest == image.digest
+        && (record.complete || !options.complete)
+        && record.booted_commit == booted.and_then(|booted| booted.commit.clone())
+        && store.has(&commit, ObjectType::Commit)
+        && store.resolve_ref().map_err(|error| local(image, error))?.as_deref() == Some(record.commit.as_str());
+    Ok(holds.then(|| PulledImage { image: image.clone(), ..record }))
+}
+
+/// Plain layers on top would be lost silently; better no pivot than half of one.
+fn refuse_derived(image: &ResolvedImage, description: &ImageDescription) -> Result<(), Failure> {
+    let derived = &description.layout.derived;
+    if derived.is_empty() {
+        return Ok(());
+    }
+    let digests: Vec<String> = derived.iter().map(Layer::digest).collect();
+    let message = format!(
+        "{} has {} plain layers on top of its ostree commit ({}), which this version cannot import",
+        image.pinned,
+        derived.len(),
+        digests.join(", ")
+    );
+    Err(Failure::new(Kind::BadFormat, message))
+}
+
+async fn blocking<T: Send + 'static>(
+    image: &ResolvedImage,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Failure> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| local(image, error))
+}
+
+fn local(image: &ResolvedImage, error: impl std::fmt::Display) -> Failure {
+    Failure::new(Kind::Local, format!("{}: {error}", image.pinned))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The agent runs pulls as tasks of their own.
+    #[allow(dead_code)]
+    fn a_pull_can_be_spawned(
+        source: Arc<Source>,
+        image: ResolvedImage,
+        store: NodeStore,
+    ) -> tokio::task::JoinHandle<Result<PulledImage, Failure>> {
+        tokio::spawn(async move {
+            let (options, progress) = (PullOptions::default(), Arc::default());
+            pull(&source, &image, &store, None, &options, progress, &CancellationToken::new()).await
+        })
+    }
+}

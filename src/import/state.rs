@@ -1,0 +1,194 @@
+//! What all layers of one import share: the wanted set, the writer, the counters.
+
+use std::collections::HashSet;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio_util::sync::CancellationToken;
+
+use crate::image::{Failure, Kind};
+use crate::report::PullProgress;
+use crate::store::{BootedRepo, NodeStore, ObjectId, ObjectSet, ObjectType, ObjectWriter, StoreLock, WriteError};
+
+use super::tree::{Target, TreeError, walk};
+use super::wanted::wanted;
+
+/// One import. Layers hold it by `Arc` from their threads, and with it the lock: no thread of an
+/// import that failed can still write when the next one begins.
+pub(super) struct Import {
+    /// The image, for messages.
+    pub image: String,
+    /// The commit that the image's label names.
+    pub commit: ObjectId,
+    pub store: NodeStore,
+    pub booted: Option<BootedRepo>,
+    pub writer: ObjectWriter,
+    pub progress: Arc<PullProgress>,
+    /// Fires when nothing is wanted any more.
+    pub done: CancellationToken,
+    /// Whether what only the kernel's modules directory has is wanted too.
+    complete: bool,
+    booted_content: ObjectSet,
+    /// What the store had when this import began.
+    stored_before: ObjectSet,
+    wants: Mutex<Option<Wants>>,
+    objects_written: AtomicU64,
+    bytes_fetched: AtomicU64,
+    _lock: StoreLock,
+}
+
+struct Wants {
+    target: Target,
+    open: ObjectSet,
+}
+
+impl Import {
+    /// Lists both repos. Blocks.
+    pub(super) fn new(
+        image: String,
+        commit: ObjectId,
+        store: &NodeStore,
+        booted: Option<&BootedRepo>,
+        complete: bool,
+        progress: Arc<PullProgress>,
+        lock: StoreLock,
+    ) -> io::Result<Self> {
+        Ok(Self {
+            image,
+            commit,
+            store: store.clone(),
+            booted: booted.cloned(),
+            writer: store.writer()?,
+            progress,
+            done: CancellationToken::new(),
+            complete,
+            booted_content: booted.map(BootedRepo::content_objects).transpose()?.unwrap_or_default(),
+            stored_before: store.content_objects()?,
+            wants: Mutex::new(None),
+            objects_written: AtomicU64::new(0),
+            bytes_fetched: AtomicU64::new(0),
+            _lock: lock,
+        })
+    }
+
+    /// Lists the target from metadata that is stored by now and fixes the wanted set, once.
+    pub(super) fn fix_wanted(&self) -> Result<(), TreeError> {
+        if self.wants().is_some() {
+            return Ok(());
+        }
+        let target = walk(&self.commit, &mut |id, kind| self.read_metadata(id, kind))?;
+        // The objects that this run stored before the target was known (an old format that mixes
+        // metadata and content) are on disk and no longer wanted.
+        let mut open = wanted(&target, &self.booted_content, &self.stored_before, self.complete);
+        if self.objects_written.load(Ordering::Relaxed) > 0 {
+            open.retain(|id| !self.store.has(id, ObjectType::File));
+        }
+        PullProgress::add(&self.progress.objects_wanted, open.len() as u64);
+        if open.is_empty() {
+            self.done.cancel();
+        }
+        *self.wants() = Some(Wants { target, open });
+        Ok(())
+    }
+
+    fn read_metadata(&self, id: &ObjectId, kind: ObjectType) -> io::Result<Option<Vec<u8>>> {
+        if let Some(found) = self.store.read_metadata(id, kind)? {
+            return Ok(Some(found));
+        }
+        match &self.booted {
+            Some(booted) if booted.has(id, kind) => std::fs::read(booted.object_path(id, kind)).map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    /// Whether a content object is to be written. While the target is not known yet: whatever
+    /// neither repo has.
+    pub(super) fn wants_content(&self, id: &ObjectId) -> bool {
+        match self.wants().as_ref() {
+            Some(wants) => wants.open.contains(id),
+            None => !self.booted_content.contains(id) && !self.store.has(id, ObjectType::File),
+        }
+    }
+
+    /// Whether a metadata object is to be written.
+    pub(super) fn wants_metadata(&self, id: &ObjectId, kind: ObjectType) -> bool {
+        !self.store.has(id, kind) && !self.booted.as_ref().is_some_and(|booted| booted.has(id, kind))
+    }
+
+    /// Notes a content object that was written.
+    pub(super) fn content_stored(&self, id: &ObjectId, size: u64) {
+        let mut wants = self.wants();
+        let news = match wants.as_mut() {
+            Some(wants) => {
+                let news = wants.open.remove(id);
+                if wants.open.is_empty() {
+                    self.done.cancel();
+                }
+                news
+            }
+            None => true,
+        };
+        drop(wants);
+        if news {
+            self.objects_written.fetch_add(1, Ordering::Relaxed);
+            PullProgress::add(&self.progress.objects_done, 1);
+            PullProgress::add(&self.progress.bytes_written, size);
+        }
+    }
+
+    /// Notes compressed bytes that arrived.
+    pub(super) fn fetched(&self, bytes: u64) {
+        self.bytes_fetched.fetch_add(bytes, Ordering::Relaxed);
+        PullProgress::add(&self.progress.bytes_fetched, bytes);
+    }
+
+    /// Objects written and bytes fetched by this run.
+    pub(super) fn totals(&self) -> (u64, u64) {
+        (self.objects_written.load(Ordering::Relaxed), self.bytes_fetched.load(Ordering::Relaxed))
+    }
+
+    /// How many objects are still wanted, and one of them; `None` while that is not known.
+    pub(super) fn still_wanted(&self) -> Option<(usize, Option<ObjectId>)> {
+        self.wants().as_ref().map(|wants| (wants.open.len(), wants.open.iter().min().copied()))
+    }
+
+    /// Whether every content object of the target is in one of the two repos by now.
+    pub(super) fn is_complete(&self) -> bool {
+        let wants = self.wants();
+        let Some(wants) = wants.as_ref() else { return false };
+        let unstored: HashSet<&ObjectId> =
+            wants.target.content.keys().filter(|id| !self.stored_before.contains(*id)).collect();
+        super::wanted::is_complete(&wants.target, &self.booted_content, |id| {
+            !unstored.contains(id) || self.store.has(id, ObjectType::File)
+        })
+    }
+
+    /// A failure to store, in the terms of the field.
+    pub(super) fn write_failure(&self, layer: &str, error: &WriteError) -> Failure {
+        match error {
+            WriteError::Mismatch { .. } => Failure::new(Kind::BadDigest, format!("{layer}: {error}")),
+            WriteError::Io { source, .. } if is_no_space(source) => {
+                let wanted = self.still_wanted().map_or(0, |(count, _)| count);
+                let room = match self.store.space() {
+                    Ok((free, total)) => format!("{} MiB of {} MiB are free", free >> 20, total >> 20),
+                    Err(_) => "its size is unknown".to_owned(),
+                };
+                let root = self.store.root().display();
+                let message = format!(
+                    "{layer}: {error}: no room left in the node store {root}: {room}, {wanted} objects are still to come"
+                );
+                Failure::new(Kind::NoSpace, message)
+            }
+            WriteError::Io { source, .. } => Failure::new(Kind::Local, format!("{layer}: {error}: {source}")),
+        }
+    }
+
+    fn wants(&self) -> MutexGuard<'_, Option<Wants>> {
+        self.wants.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn is_no_space(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}

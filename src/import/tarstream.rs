@@ -1,0 +1,359 @@
+//! A tar archive as it arrives: headers, names, and content lent out without copying.
+//!
+//! Own code, small, because of what is asked of it: hostile input (every length is checked before
+//! anything is allocated), content that is mostly skipped, and chunks that arrive from another
+//! thread. Single headers are read with the `tar` crate. Formats: ustar, GNU (long names, base-256
+//! numbers) and PAX (path, linkpath, size, uid, gid and xattrs).
+
+use std::collections::BTreeMap;
+use std::io;
+
+use tar::{EntryType, Header};
+
+/// The largest block of extended headers that is believed.
+const LARGEST_EXTENSION: u64 = 1 << 20;
+
+/// Why an archive cannot be read on.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum TarError {
+    /// It ends in the middle of something.
+    #[error("the archive ends early")]
+    Truncated,
+    /// It is not, or no longer, a tar archive that we accept.
+    #[error("the archive is malformed: {0}")]
+    Malformed(String),
+    /// The bytes before the archive (decompression) failed.
+    #[error("reading the archive: {0}")]
+    Read(#[from] io::Error),
+}
+
+/// Where an archive comes from: chunk after chunk, empty at the end.
+pub(super) trait Chunks {
+    /// The next chunk; an empty one is the end.
+    fn next(&mut self) -> io::Result<Vec<u8>>;
+}
+
+impl<F: FnMut() -> io::Result<Vec<u8>>> Chunks for F {
+    fn next(&mut self) -> io::Result<Vec<u8>> {
+        self()
+    }
+}
+
+/// What stands before an entry's content.
+#[derive(Debug, Clone)]
+pub(super) struct Entry {
+    /// The path, byte for byte.
+    pub path: Vec<u8>,
+    /// The target of a hardlink or symlink, byte for byte.
+    pub link: Vec<u8>,
+    /// What it is.
+    pub kind: EntryType,
+    /// Bytes of content that follow.
+    pub size: u64,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Mode bits as they stand in the header.
+    pub mode: u32,
+}
+
+/// Reads entries and their content in order.
+pub(super) struct TarStream<C> {
+    chunks: C,
+    current: Vec<u8>,
+    at: usize,
+    /// Content of the current entry, and its padding, not read yet.
+    content: u64,
+    padding: u64,
+    /// Extended headers read before the first entry are bounded for the whole archive too.
+    globals: u64,
+}
+
+impl<C: Chunks> TarStream<C> {
+    pub(super) fn new(chunks: C) -> Self {
+        Self { chunks, current: Vec::new(), at: 0, content: 0, padding: 0, globals: 0 }
+    }
+
+    /// The next entry, after whatever was left of the last one's content; `None` at the end marker.
+    pub(super) fn next_entry(&mut self) -> Result<Option<Entry>, TarError> {
+        self.skip_content()?;
+        let mut long_path = None;
+        let mut long_link = None;
+        let mut pax = BTreeMap::new();
+        loop {
+            let mut block = [0; 512];
+            if !self.read_block(&mut block)? {
+                return Ok(None);
+            }
+            if block.iter().all(|byte| *byte == 0) {
+                return Ok(None);
+            }
+            let header = Header::from_byte_slice(&block);
+            check_sum(header, &block)?;
+            let kind = header.entry_type();
+            let number =
+                |what: &str, value: io::Result<u64>| value.map_err(|_| malformed(format!("unreadable {what}")));
+            let size = number("size", if blank(&header.as_old().size) { Ok(0) } else { header.entry_size() })?;
+            match kind {
+                EntryType::GNULongName => long_path = Some(until_nul(self.extension(size)?)),
+                EntryType::GNULongLink => long_link = Some(until_nul(self.extension(size)?)),
+                EntryType::XHeader => pax.extend(pax_records(&self.extension(size)?)?),
+                EntryType::XGlobalHeader => {
+                    self.globals += size;
+                    if self.globals > LARGEST_EXTENSION {
+                        return Err(malformed("global headers of more than a mebibyte".into()));
+                    }
+                    self.extension(size)?;
+                }
+                EntryType::GNUSparse => return Err(malformed("a sparse file".into())),
+                _ => {
+                    let old = header.as_old();
+                    let uid = number("owner", if blank(&old.uid) { Ok(0) } else { header.uid() })?;
+                    let gid = number("group", if blank(&old.gid) { Ok(0) } else { header.gid() })?;
+                    let mode = number("mode", if blank(&old.mode) { Ok(0) } else { header.mode().map(u64::from) })?;
+                    let mut entry = Entry {
+                        path: long_path.unwrap_or_else(|| header.path_bytes().into_owned()),
+                        link: long_link.unwrap_or_else(|| header.link_name_bytes().unwrap_or_default().into_owned()),
+                        kind,
+                        size,
+                        uid: narrow(uid)?,
+                        gid: narrow(gid)?,
+                        mode: narrow(mode)?,
+                    };
+                    apply_pax(&mut entry, &pax)?;
+                    // Links have no content, whatever their size field says (tar writers differ).
+                    let has_content = !matches!(kind, EntryType::Link | EntryType::Symlink | EntryType::Directory);
+                    self.set_content(if has_content { entry.size } else { 0 })?;
+                    return Ok(Some(entry));
+                }
+            }
+        }
+    }
+
+    /// Lends the next piece of the current entry's content; `None` at its end.
+    pub(super) fn content(&mut self) -> Result<Option<&[u8]>, TarError> {
+        if self.content == 0 {
+            return Ok(None);
+        }
+        self.fill()?;
+        let length = usize::try_from(self.content).unwrap_or(usize::MAX).min(self.current.len() - self.at);
+        let start = self.at;
+        self.at += length;
+        self.content -= length as u64;
+        Ok(Some(&self.current[start..self.at]))
+    }
+
+    /// The whole content of the current entry, appended to `out`. The caller has checked its size.
+    pub(super) fn read_content(&mut self, out: &mut Vec<u8>) -> Result<(), TarError> {
+        while let Some(piece) = self.content()? {
+            out.extend_from_slice(piece);
+        }
+        Ok(())
+    }
+
+    fn skip_content(&mut self) -> Result<(), TarError> {
+        while self.content()?.is_some() {}
+        self.content = std::mem::take(&mut self.padding);
+        while self.content()?.is_some() {}
+        Ok(())
+    }
+
+    fn set_content(&mut self, size: u64) -> Result<(), TarError> {
+        // 1 TiB is more than any layer; beyond it the padding sum could overflow.
+        if size > 1 << 40 {
+            return Err(malformed(format!("an entry of {size} bytes")));
+        }
+        self.content = size;
+        self.padding = size.next_multiple_of(512) - size;
+        Ok(())
+    }
+
+    fn extension(&mut self, size: u64) -> Result<Vec<u8>, TarError> {
+        if size > LARGEST_EXTENSION {
+            return Err(malformed(format!("an extended header of {size} bytes")));
+        }
+        self.set_content(size)?;
+        let mut out = Vec::new();
+        self.read_content(&mut out)?;
+        self.skip_content()?;
+        Ok(out)
+    }
+
+    /// False when the archive ended right here, without its end marker; some writers leave it out.
+    fn read_block(&mut self, block: &mut [u8; 512]) -> Result<bool, TarError> {
+        let mut filled = 0;
+        while filled < block.len() {
+            match self.fill() {
+                Ok(()) => {}
+                Err(TarError::Truncated) if filled == 0 => return Ok(false),
+                Err(error) => return Err(error),
+            }
+            let length = (block.len() - filled).min(self.current.len() - self.at);
+            block[filled..filled + length].copy_from_slice(&self.current[self.at..self.at + length]);
+            self.at += length;
+            filled += length;
+        }
+        Ok(true)
+    }
+
+    fn fill(&mut self) -> Result<(), TarError> {
+        if self.at == self.current.len() {
+            self.current = self.chunks.next()?;
+            self.at = 0;
+            if self.current.is_empty() {
+                return Err(TarError::Truncated);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn malformed(what: String) -> TarError {
+    TarError::Malformed(what)
+}
+
+/// Fields that mean nothing for an entry are left blank by some writers.
+fn blank(field: &[u8]) -> bool {
+    field.iter().all(|byte| matches!(byte, 0 | b' '))
+}
+
+fn narrow(id: u64) -> Result<u32, TarError> {
+    u32::try_from(id).map_err(|_| malformed(format!("an owner or group of {id}")))
+}
+
+fn until_nul(mut name: Vec<u8>) -> Vec<u8> {
+    if let Some(end) = name.iter().position(|byte| *byte == 0) {
+        name.truncate(end);
+    }
+    name
+}
+
+fn check_sum(header: &Header, block: &[u8; 512]) -> Result<(), TarError> {
+    let expected = header.cksum().map_err(|_| malformed("a header without checksum".into()))?;
+    let sum = |range: &[u8]| range.iter().map(|byte| u32::from(*byte)).sum::<u32>();
+    // The checksum field itself counts as eight spaces.
+    let actual = sum(&block[..148]) + 8 * u32::from(b' ') + sum(&block[156..]);
+    if actual == expected { Ok(()) } else { Err(malformed("a header with a wrong checksum".into())) }
+}
+
+/// `LENGTH KEY=VALUE\n`, repeated; lengths count the whole record.
+fn pax_records(mut block: &[u8]) -> Result<BTreeMap<Vec<u8>, Vec<u8>>, TarError> {
+    let bad = || malformed("a PAX header that cannot be read".into());
+    let mut records = BTreeMap::new();
+    while !block.is_empty() {
+        let space = block.iter().position(|byte| *byte == b' ').ok_or_else(bad)?;
+        let length: usize = std::str::from_utf8(&block[..space]).ok().and_then(|n| n.parse().ok()).ok_or_else(bad)?;
+        let record = block.get(space + 1..length).and_then(|record| record.strip_suffix(b"\n")).ok_or_else(bad)?;
+        let equals = record.iter().position(|byte| *byte == b'=').ok_or_else(bad)?;
+        records.insert(record[..equals].to_vec(), record[equals + 1..].to_vec());
+        block = &block[length..];
+    }
+    Ok(records)
+}
+
+fn apply_pax(entry: &mut Entry, pax: &BTreeMap<Vec<u8>, Vec<u8>>) -> Result<(), TarError> {
+    let number = |value: &[u8]| {
+        let text = std::str::from_utf8(value).ok();
+        text.and_then(|text| text.parse::<u64>().ok())
+            .ok_or_else(|| malformed("a PAX number that cannot be read".into()))
+    };
+    for (key, value) in pax {
+        match key.as_slice() {
+            b"path" => entry.path = value.clone(),
+            b"linkpath" => entry.link = value.clone(),
+            b"size" => entry.size = number(value)?,
+            b"uid" => entry.uid = narrow(number(value)?)?,
+            b"gid" => entry.gid = narrow(number(value)?)?,
+            // Sparse content is stored as a map and pieces; taking it for the content would be wrong.
+            key if key.starts_with(b"GNU.sparse") => return Err(malformed("a sparse file".into())),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn chunked(data: Vec<u8>, size: usize) -> TarStream<impl Chunks> {
+        let mut chunks: Vec<Vec<u8>> = data.chunks(size.max(1)).map(<[u8]>::to_vec).collect();
+        chunks.reverse();
+        TarStream::new(move || Ok(chunks.pop().unwrap_or_default()))
+    }
+
+    fn archive() -> Vec<u8> {
+        let mut builder = tar::Builder::new(Vec::new());
+        let mut header = Header::new_gnu();
+        header.set_size(5);
+        header.set_mode(0o4755);
+        header.set_uid(7);
+        header.set_gid(8);
+        builder.append_data(&mut header, "short", b"hello".as_slice()).unwrap();
+        builder.append_pax_extensions([("SCHILY.xattr.user.x", b"1".as_slice()), ("path", b"from-pax")]).unwrap();
+        builder.append_data(&mut header, "replaced", b"world".as_slice()).unwrap();
+        let long = "d/".repeat(120) + "end";
+        builder.append_data(&mut header, &long, b"12345".as_slice()).unwrap();
+        let mut link = Header::new_gnu();
+        link.set_entry_type(EntryType::Symlink);
+        link.set_size(0);
+        builder.append_link(&mut link, "link", "t/".repeat(120)).unwrap();
+        builder.into_inner().unwrap()
+    }
+
+    #[test]
+    fn entries_whatever_the_chunks() {
+        for size in [1, 3, 511, 512, 513, 100_000] {
+            let mut tar = chunked(archive(), size);
+            let mut seen = Vec::new();
+            while let Some(entry) = tar.next_entry().unwrap() {
+                let mut content = Vec::new();
+                if seen.len() != 1 {
+                    tar.read_content(&mut content).unwrap();
+                }
+                seen.push((String::from_utf8(entry.path).unwrap(), content, entry.uid, entry.mode));
+            }
+            assert_eq!(seen.len(), 4, "{size}");
+            assert_eq!(seen[0], ("short".into(), b"hello".to_vec(), 7, 0o4755));
+            assert_eq!(seen[1].0, "from-pax");
+            assert_eq!(seen[2].0, "d/".repeat(120) + "end");
+            assert_eq!(seen[2].1, b"12345");
+        }
+    }
+
+    #[test]
+    fn every_truncation_is_noticed() {
+        let whole = archive();
+        let contents = whole.len() - 1024;
+        for length in 0..contents {
+            let mut tar = chunked(whole[..length].to_vec(), 4096);
+            let mut count = 0;
+            let result = loop {
+                match tar.next_entry() {
+                    Ok(Some(_)) => count += 1,
+                    other => break other,
+                }
+            };
+            // Between two entries the archive may end; the diff id notices that one.
+            assert!(matches!(result, Err(TarError::Truncated)) || (length % 512 == 0 && count < 4), "{length}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn total_on_garbage(data in prop::collection::vec(any::<u8>(), 0..3000), flips in prop::collection::vec((0_usize..4000, any::<u8>()), 0..6)) {
+            let mut broken = archive();
+            for (at, byte) in flips {
+                let at = at % broken.len();
+                broken[at] = byte;
+            }
+            for data in [data, broken] {
+                let mut tar = chunked(data, 700);
+                while let Ok(Some(_)) = tar.next_entry() {}
+            }
+        }
+    }
+}

@@ -1,0 +1,243 @@
+//! From a commit to the list of its content objects. Pure but for the reading of metadata objects,
+//! which the caller lends as a function.
+//!
+//! Format source: libostree's `OSTREE_COMMIT_GVARIANT_FORMAT` and `OSTREE_TREE_GVARIANT_FORMAT`.
+
+use std::collections::{HashMap, HashSet};
+
+use ostree::glib::Variant;
+
+use crate::store::{ObjectId, ObjectType};
+
+/// Why a tree cannot be listed.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum TreeError {
+    /// A metadata object is not there.
+    #[error("the object {0}.{1} is missing")]
+    Missing(ObjectId, &'static str),
+    /// A metadata object is not what its type says.
+    #[error("the object {0}.{1} is malformed: {2}")]
+    Malformed(ObjectId, &'static str, &'static str),
+    /// A metadata object could not be read.
+    #[error("reading the object {0}.{1}: {2}")]
+    Read(ObjectId, &'static str, std::io::Error),
+}
+
+/// Where a content object occurs in the tree.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Place {
+    /// Under `/usr/lib/modules` and nowhere else: the running kernel keeps its own.
+    ModulesOnly,
+    /// Somewhere that counts.
+    Anywhere,
+}
+
+/// The content objects of one commit.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Target {
+    /// Every content object, and where it occurs.
+    pub content: HashMap<ObjectId, Place>,
+}
+
+/// How far on the way to `/usr/lib/modules` a directory is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Depth {
+    Root,
+    Usr,
+    UsrLib,
+    Modules,
+    Elsewhere,
+}
+
+impl Depth {
+    fn enter(self, name: &str) -> Self {
+        match (self, name) {
+            (Depth::Root, "usr") => Depth::Usr,
+            (Depth::Usr, "lib") => Depth::UsrLib,
+            (Depth::UsrLib, "modules") | (Depth::Modules, _) => Depth::Modules,
+            _ => Depth::Elsewhere,
+        }
+    }
+}
+
+/// A lent reader of metadata objects; `Ok(None)` when there is no such object.
+pub(super) type Lookup<'a> = dyn FnMut(&ObjectId, ObjectType) -> std::io::Result<Option<Vec<u8>>> + 'a;
+
+/// Lists all content objects of `commit`, and makes sure that every dirtree and dirmeta is there.
+/// Equal directories are read once, so a tree that repeats itself costs nothing extra.
+pub(super) fn walk(commit: &ObjectId, lookup: &mut Lookup<'_>) -> Result<Target, TreeError> {
+    let bytes = load(commit, ObjectType::Commit, lookup)?;
+    let variant = Variant::from_data_with_type(
+        bytes,
+        ostree::glib::VariantTy::new("(a{sv}aya(say)sstayay)")
+            .map_err(|_| TreeError::Malformed(*commit, "commit", "no such type"))?,
+    );
+    let bad = |what| TreeError::Malformed(*commit, "commit", what);
+    if !variant.is_normal_form() {
+        return Err(bad("not a commit in normal form"));
+    }
+    let checksum = |index| {
+        let bytes = variant.child_value(index).get::<Vec<u8>>().unwrap_or_default();
+        ObjectId::from_bytes(&bytes).ok_or_else(|| bad("a checksum of the wrong length"))
+    };
+    let (root, root_meta) = (checksum(6)?, checksum(7)?);
+    let mut target = Target::default();
+    let mut metas = HashSet::new();
+    let mut check_meta = |meta: ObjectId, lookup: &mut Lookup<'_>| match metas.insert(meta) {
+        true => load(&meta, ObjectType::DirMeta, lookup).map(drop),
+        false => Ok(()),
+    };
+    check_meta(root_meta, lookup)?;
+    let mut seen = HashSet::from([(root, Depth::Root)]);
+    let mut queue = vec![(root, Depth::Root)];
+    while let Some((tree, depth)) = queue.pop() {
+        let bytes = load(&tree, ObjectType::DirTree, lookup)?;
+        let variant = Variant::from_data::<ostree::TreeVariantType, _>(bytes);
+        let bad = |what| TreeError::Malformed(tree, "dirtree", what);
+        if !variant.is_normal_form() {
+            return Err(bad("not a dirtree in normal form"));
+        }
+        let (files, dirs) = variant.get::<ostree::TreeVariantType>().ok_or_else(|| bad("not a dirtree"))?;
+        for (name, checksum) in files {
+            let id = ObjectId::from_bytes(&checksum).ok_or_else(|| bad("a checksum of the wrong length"))?;
+            check_name(&name).map_err(bad)?;
+            let place = target.content.entry(id).or_insert(Place::ModulesOnly);
+            if depth != Depth::Modules {
+                *place = Place::Anywhere;
+            }
+        }
+        for (name, tree, meta) in dirs {
+            let tree = ObjectId::from_bytes(&tree).ok_or_else(|| bad("a checksum of the wrong length"))?;
+            let meta = ObjectId::from_bytes(&meta).ok_or_else(|| bad("a checksum of the wrong length"))?;
+            check_name(&name).map_err(bad)?;
+            check_meta(meta, lookup)?;
+            let next = (tree, depth.enter(&name));
+            if seen.insert(next) {
+                queue.push(next);
+            }
+        }
+    }
+    Ok(target)
+}
+
+fn load(id: &ObjectId, kind: ObjectType, lookup: &mut Lookup<'_>) -> Result<Vec<u8>, TreeError> {
+    match lookup(id, kind) {
+        Ok(Some(bytes)) => Ok(bytes),
+        Ok(None) => Err(TreeError::Missing(*id, kind.extension())),
+        Err(error) => Err(TreeError::Read(*id, kind.extension(), error)),
+    }
+}
+
+/// Later phases join these names to paths.
+fn check_name(name: &str) -> Result<(), &'static str> {
+    if name.is_empty() || name == "." || name == ".." || name.contains('/') {
+        return Err("an entry whose name is no file name");
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use ostree::glib::variant::ToVariant;
+    use sha2::{Digest, Sha256};
+
+    #[derive(Default)]
+    struct Repo(HashMap<(ObjectId, &'static str), Vec<u8>>);
+
+    type Dir<'a> = (&'a str, ObjectId, ObjectId);
+
+    impl Repo {
+        fn put(&mut self, kind: ObjectType, variant: &Variant) -> ObjectId {
+            let bytes = variant.data_as_bytes().to_vec();
+            let id = ObjectId(Sha256::digest(&bytes).into());
+            self.0.insert((id, kind.extension()), bytes);
+            id
+        }
+
+        fn meta(&mut self) -> ObjectId {
+            let empty: Vec<(Vec<u8>, Vec<u8>)> = Vec::new();
+            self.put(ObjectType::DirMeta, &(0_u32, 0_u32, 0o40755_u32.to_be(), empty).to_variant())
+        }
+
+        fn tree(&mut self, files: &[(&str, u8)], dirs: &[Dir<'_>]) -> ObjectId {
+            let files: Vec<_> = files.iter().map(|(name, id)| (name.to_string(), vec![*id; 32])).collect();
+            let dirs: Vec<_> =
+                dirs.iter().map(|(name, tree, meta)| (name.to_string(), tree.0.to_vec(), meta.0.to_vec())).collect();
+            self.put(ObjectType::DirTree, &(files, dirs).to_variant())
+        }
+
+        fn commit(&mut self, tree: ObjectId, meta: ObjectId) -> ObjectId {
+            let none: Vec<(String, Vec<u8>)> = Vec::new();
+            let dict = ostree::glib::VariantDict::new(None).end();
+            let variant = Variant::tuple_from_iter([
+                dict,
+                Vec::<u8>::new().to_variant(),
+                none.to_variant(),
+                "".to_variant(),
+                "".to_variant(),
+                0_u64.to_variant(),
+                tree.0.to_vec().to_variant(),
+                meta.0.to_vec().to_variant(),
+            ]);
+            self.put(ObjectType::Commit, &variant)
+        }
+
+        fn walk(&self, commit: &ObjectId) -> Result<Target, TreeError> {
+            walk(commit, &mut |id, kind| Ok(self.0.get(&(*id, kind.extension())).cloned()))
+        }
+    }
+
+    fn sample() -> (Repo, ObjectId, ObjectId) {
+        let mut repo = Repo::default();
+        let meta = repo.meta();
+        let version = repo.tree(&[("vmlinuz", 1), ("shared", 2)], &[]);
+        let modules = repo.tree(&[], &[("6.1", version, meta)]);
+        let lib = repo.tree(&[("libc", 3)], &[("modules", modules, meta)]);
+        let other = repo.tree(&[("modules", 5)], &[("lib", lib, meta)]);
+        let usr = repo.tree(&[("x", 2)], &[("lib", lib, meta), ("other", other, meta)]);
+        let usr_only = repo.tree(&[("x", 2)], &[("lib", lib, meta)]);
+        let root = repo.tree(&[], &[("usr", usr, meta)]);
+        let plain = repo.tree(&[], &[("usr", usr_only, meta)]);
+        let (with_other, plain) = (repo.commit(root, meta), repo.commit(plain, meta));
+        (repo, with_other, plain)
+    }
+
+    #[test]
+    fn modules_count_only_where_they_are_the_kernels() {
+        let (repo, with_other, plain) = sample();
+        let place = |target: &Target, id: u8| target.content[&ObjectId([id; 32])];
+        let target = repo.walk(&plain).unwrap();
+        assert_eq!(place(&target, 1), Place::ModulesOnly);
+        assert_eq!(place(&target, 2), Place::Anywhere, "also at /usr/x");
+        assert_eq!(place(&target, 3), Place::Anywhere);
+        let target = repo.walk(&with_other).unwrap();
+        assert_eq!(place(&target, 1), Place::Anywhere, "the same directory stands at /usr/other/lib/modules too");
+        assert_eq!(target.content.len(), 4);
+    }
+
+    #[test]
+    fn missing_and_malformed_metadata_are_named() {
+        let (repo, commit, _) = sample();
+        for key in repo.0.keys() {
+            let mut less = Repo(repo.0.clone());
+            less.0.remove(key);
+            if let Err(error) = less.walk(&commit) {
+                assert!(matches!(error, TreeError::Missing(id, kind) if (id, kind) == *key), "{error}");
+            }
+        }
+        for bytes in [vec![], vec![0xff; 40]] {
+            let mut broken = Repo(repo.0.clone());
+            broken.0.insert((commit, "commit"), bytes);
+            assert!(matches!(broken.walk(&commit), Err(TreeError::Malformed(..))));
+        }
+        let mut repo = Repo::default();
+        let meta = repo.meta();
+        for name in ["", ".", "..", "a/b"] {
+            let tree = repo.tree(&[(name, 1)], &[]);
+            let commit = repo.commit(tree, meta);
+            assert!(matches!(repo.walk(&commit), Err(TreeError::Malformed(..))), "{name:?}");
+        }
+    }
+}
