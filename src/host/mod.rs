@@ -38,7 +38,7 @@ const STEPS: &[Step] = &[
 
 /// Runs what the differences make necessary. A tool that fails or is missing is no reason to leave
 /// the system half refreshed: all of them run, and every failure comes back as one line.
-pub async fn refresh(differs: &dyn Fn(&Path) -> bool) -> Vec<String> {
+pub async fn refresh(differs: &(dyn Fn(&Path) -> bool + Sync)) -> Vec<String> {
     let mut failures = Vec::new();
     for step in STEPS {
         if !step.inputs.iter().any(|input| differs(Path::new(input))) {

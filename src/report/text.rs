@@ -53,7 +53,10 @@ pub fn state_line(status: &Status, now_unix: u64) -> String {
     match (status.state, &status.error) {
         (State::Waiting, Some(error)) => {
             let wait = error.next_retry_unix.unwrap_or(now_unix).saturating_sub(now_unix);
-            format!("{phase}: attempt {} failed ({}): {}; next attempt in {wait} s", error.attempt, error.class, error.message)
+            format!(
+                "{phase}: attempt {} failed ({}): {}; next attempt in {wait} s",
+                error.attempt, error.class, error.message
+            )
         }
         (State::Failed, Some(error)) => format!("{phase} failed ({}): {}", error.class, error.message),
         (State::Running, _) if status.progress.bytes_total > 0 && phase == "pull" => {

@@ -39,18 +39,7 @@ pub struct Unit {
     path: OwnedObjectPath,
 }
 
-type UnitRow = (
-    String,
-    String,
-    String,
-    String,
-    String,
-    String,
-    OwnedObjectPath,
-    u32,
-    String,
-    OwnedObjectPath,
-);
+type UnitRow = (String, String, String, String, String, String, OwnedObjectPath, u32, String, OwnedObjectPath);
 
 impl Manager {
     /// Connects to PID 1.
@@ -192,13 +181,7 @@ impl Manager {
     async fn property(&self, path: &str, interface: &str, name: &str) -> Result<OwnedVariant> {
         let reply = self
             .connection
-            .call_method(
-                self.destination,
-                path,
-                Some("org.freedesktop.DBus.Properties"),
-                "Get",
-                &(interface, name),
-            )
+            .call_method(self.destination, path, Some("org.freedesktop.DBus.Properties"), "Get", &(interface, name))
             .await
             .with_context(|| format!("cannot read {name} of {path}"))?;
         reply.body().deserialize().with_context(|| format!("{name} of {path}"))

@@ -9,7 +9,7 @@ use super::{Manager, RunningUnit};
 
 /// All active services with the files under `/usr` that they run and that `differs` in the node
 /// image. A process that ends while it is looked at counts as running nothing.
-pub async fn running_units(manager: &Manager, differs: &dyn Fn(&Path) -> bool) -> Result<Vec<RunningUnit>> {
+pub async fn running_units(manager: &Manager, differs: &(dyn Fn(&Path) -> bool + Sync)) -> Result<Vec<RunningUnit>> {
     let mut running = Vec::new();
     for unit in manager.list().await? {
         if !unit.name.ends_with(".service") || !matches!(unit.active.as_str(), "active" | "reloading") {
