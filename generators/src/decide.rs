@@ -1,0 +1,228 @@
+//! The decision, as a pure function: facts in, decision out.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use crate::Problem;
+use crate::kmsg::Level;
+use crate::target::DefaultTarget;
+
+/// `node-image-pivot=` on the kernel command line, `mode` in the configuration.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// Pivot when none of the probe paths exists.
+    #[default]
+    Auto,
+    /// Never.
+    Off,
+    /// Pivot even if the probe paths exist.
+    Force,
+}
+
+impl FromStr for Mode {
+    type Err = Problem;
+
+    fn from_str(word: &str) -> Result<Self, Problem> {
+        match word {
+            "auto" => Ok(Mode::Auto),
+            "off" => Ok(Mode::Off),
+            "force" => Ok(Mode::Force),
+            _ => Err(Problem(format!("\"{word}\" is not a mode; write auto, off or force"))),
+        }
+    }
+}
+
+/// Paths that only the node image has: if any exists, the machine is one already.
+pub const DEFAULT_PROBE_PATHS: [&str; 2] = ["/usr/bin/oc", "/usr/bin/kubelet"];
+
+/// All that the decision depends on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Facts {
+    /// We run in the initramfs, whose own targets are none of our business.
+    pub in_initrd: bool,
+    /// `/run/node-image-pivot/pivoted` exists: the switch has been made since power on.
+    pub pivoted: bool,
+    /// The command line or a drop-in file cannot be understood.
+    pub unclear: Option<String>,
+    /// `off`, `auto` or `force`.
+    pub mode: Mode,
+    /// The unit that the kernel command line names.
+    pub unit: Option<String>,
+    /// An offline update is pending; its generator redirects this boot.
+    pub update_pending: bool,
+    /// What `default.target` is.
+    pub default_target: DefaultTarget,
+    /// The unit file of `node-image-pivot.target`.
+    pub pivot_target: Option<PathBuf>,
+    /// The probe path that was found.
+    pub binary: Option<PathBuf>,
+    /// A node image or release image is configured.
+    pub image: bool,
+    /// `target` from the configuration or the command line, checked.
+    pub target: Option<String>,
+}
+
+/// What to do with this boot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Decision {
+    /// Boot to the pivot target, and remember where the boot would have gone.
+    Redirect {
+        /// The unit file to link `default.target` to.
+        pivot_target: PathBuf,
+        /// The target to isolate to in the end.
+        original: String,
+    },
+    /// Boot as if we were not there.
+    Leave(Reason),
+}
+
+/// Why the boot is left alone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Reason {
+    /// In the initramfs.
+    InInitrd,
+    /// The switch has been made.
+    AlreadyPivoted,
+    /// The configuration cannot be understood.
+    Unclear(String),
+    /// Mode off.
+    Off,
+    /// The boot was told where to go.
+    ExplicitUnit(String),
+    /// An offline update comes first.
+    UpdatePending,
+    /// `default.target` is masked.
+    DefaultMasked,
+    /// The pivot target is not there, or masked.
+    NoPivotTarget,
+    /// This is no base-only system.
+    HasBinary(PathBuf),
+    /// There is nothing to pivot to.
+    NoImage,
+}
+
+impl Reason {
+    /// How loudly to say it; `None` when it is the normal course of things.
+    pub fn level(&self) -> Option<Level> {
+        match self {
+            Reason::InInitrd | Reason::AlreadyPivoted => None,
+            // Every daemon-reload of every cluster node comes this way.
+            Reason::HasBinary(_) => Some(Level::Debug),
+            Reason::Unclear(_) => Some(Level::Warning),
+            _ => Some(Level::Info),
+        }
+    }
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Reason::InInitrd => f.write_str("this is the initramfs"),
+            Reason::AlreadyPivoted => f.write_str("the pivot has been made"),
+            Reason::Unclear(what) => f.write_str(what),
+            Reason::Off => f.write_str("node-image-pivot=off"),
+            Reason::ExplicitUnit(unit) => write!(f, "the kernel command line asks for {unit}"),
+            Reason::UpdatePending => f.write_str("an offline system update is pending"),
+            Reason::DefaultMasked => f.write_str("default.target is masked"),
+            Reason::NoPivotTarget => f.write_str("node-image-pivot.target is missing or masked"),
+            Reason::HasBinary(path) => write!(f, "{} exists", path.display()),
+            Reason::NoImage => f.write_str(
+                "no node image is configured (image, release_image, or node-image-pivot.image= on the kernel command line)",
+            ),
+        }
+    }
+}
+
+/// Decides. The order matters only for which reason is given.
+pub fn decide(facts: Facts) -> Decision {
+    let mode = facts.mode;
+    let leave = if facts.in_initrd {
+        Reason::InInitrd
+    } else if facts.pivoted {
+        Reason::AlreadyPivoted
+    } else if let Some(what) = facts.unclear {
+        // Half a configuration could say "off" in the half that is lost.
+        Reason::Unclear(what)
+    } else if mode == Mode::Off {
+        Reason::Off
+    } else if let Some(unit) = facts.unit.filter(|unit| unit != "default.target") {
+        Reason::ExplicitUnit(unit)
+    } else if facts.update_pending {
+        Reason::UpdatePending
+    } else if let Some(path) = facts.binary.filter(|_| mode == Mode::Auto) {
+        Reason::HasBinary(path)
+    } else if !facts.image {
+        // Not even with force: the machine would wait in the pivot target for something that never
+        // comes. Where the image is known only later (assisted flow), an installer starts the units.
+        Reason::NoImage
+    } else {
+        match (facts.default_target, facts.pivot_target) {
+            (DefaultTarget::Masked, _) => Reason::DefaultMasked,
+            (_, None) => Reason::NoPivotTarget,
+            (DefaultTarget::Name(name), Some(pivot_target)) => {
+                return Decision::Redirect { pivot_target, original: facts.target.unwrap_or(name) };
+            }
+        }
+    };
+    Decision::Leave(leave)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn base_only() -> Facts {
+        Facts {
+            in_initrd: false,
+            pivoted: false,
+            unclear: None,
+            mode: Mode::Auto,
+            unit: None,
+            update_pending: false,
+            default_target: DefaultTarget::Name("graphical.target".into()),
+            pivot_target: Some("/p".into()),
+            binary: None,
+            image: true,
+            target: None,
+        }
+    }
+
+    #[test]
+    fn table() {
+        let redirect = |original: &str| Decision::Redirect { pivot_target: "/p".into(), original: original.into() };
+        let oc = || Some(PathBuf::from("/usr/bin/oc"));
+        let leave = Decision::Leave;
+        for (facts, expected) in [
+            (base_only(), redirect("graphical.target")),
+            (Facts { target: Some("a.target".into()), ..base_only() }, redirect("a.target")),
+            (Facts { mode: Mode::Force, binary: oc(), ..base_only() }, redirect("graphical.target")),
+            (Facts { unit: Some("default.target".into()), ..base_only() }, redirect("graphical.target")),
+            (Facts { in_initrd: true, unclear: Some("x".into()), ..base_only() }, leave(Reason::InInitrd)),
+            (Facts { pivoted: true, mode: Mode::Force, ..base_only() }, leave(Reason::AlreadyPivoted)),
+            (Facts { unclear: Some("x".into()), ..base_only() }, leave(Reason::Unclear("x".into()))),
+            (Facts { mode: Mode::Off, ..base_only() }, leave(Reason::Off)),
+            (
+                Facts { mode: Mode::Force, unit: Some("rescue.target".into()), ..base_only() },
+                leave(Reason::ExplicitUnit("rescue.target".into())),
+            ),
+            (Facts { update_pending: true, ..base_only() }, leave(Reason::UpdatePending)),
+            (Facts { binary: oc(), ..base_only() }, leave(Reason::HasBinary(oc().unwrap()))),
+            (Facts { image: false, ..base_only() }, leave(Reason::NoImage)),
+            (Facts { image: false, mode: Mode::Force, ..base_only() }, leave(Reason::NoImage)),
+            (Facts { default_target: DefaultTarget::Masked, ..base_only() }, leave(Reason::DefaultMasked)),
+            (Facts { pivot_target: None, ..base_only() }, leave(Reason::NoPivotTarget)),
+        ] {
+            assert_eq!(decide(facts.clone()), expected, "{facts:?}");
+        }
+    }
+
+    #[test]
+    fn modes() {
+        assert_eq!("force".parse(), Ok(Mode::Force));
+        for bad in ["", "on", "OFF", "yes"] {
+            assert!(bad.parse::<Mode>().is_err(), "{bad}");
+        }
+    }
+}

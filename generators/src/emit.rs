@@ -1,0 +1,86 @@
+//! Writes the redirect into the generator directories.
+//!
+//! `default.target` goes to the early directory (second argument), which wins over `/etc`: an
+//! installer or administrator who set a default there did not mean to skip the pivot. With a single
+//! directory, as systemd's documentation allows for tests and old versions, it goes there and
+//! loses to `/etc`.
+
+use std::fs;
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+
+use crate::Problem;
+
+/// The directories from the command line.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Output {
+    /// Ordinary priority.
+    pub normal: PathBuf,
+    /// Wins over `/etc`; the ordinary one when only that was given.
+    pub early: PathBuf,
+}
+
+/// The variable that hands the original default target to the agent.
+pub const TARGET_VARIABLE: &str = "NODE_IMAGE_PIVOT_TARGET";
+
+/// Redirects: a drop-in for the agent first, the link last, so that the boot is never redirected
+/// without a way back. Doing it again changes nothing. Another generator's `default.target` is an
+/// error and stays.
+pub fn redirect(output: &Output, pivot_target: &Path, original: &str) -> Result<(), Problem> {
+    let dropin = output.normal.join("node-image-pivotd.service.d/50-default-target.conf");
+    // A backslash is the only character of a unit name that Environment= takes specially.
+    let value = original.replace('\\', r"\\");
+    let text = format!(
+        "# Written by node-image-pivot-generator: where this boot goes after the pivot.\n\
+         [Service]\nEnvironment={TARGET_VARIABLE}={value}\n"
+    );
+    write(&dropin, &text).map_err(|e| problem(&dropin, &e))?;
+    let link = output.early.join("default.target");
+    match symlink(pivot_target, &link) {
+        Err(e) if e.kind() == ErrorKind::AlreadyExists => match fs::read_link(&link) {
+            Ok(existing) if existing == pivot_target => Ok(()),
+            _ => Err(Problem(format!("{} is another generator's; this boot is left to it", link.display()))),
+        },
+        result => result.map_err(|e| problem(&link, &e)),
+    }
+}
+
+fn problem(path: &Path, error: &io::Error) -> Problem {
+    Problem(format!("cannot write {}: {error}; this boot is left alone", path.display()))
+}
+
+/// Whole or not at all.
+fn write(path: &Path, text: &str) -> io::Result<()> {
+    if let Some(parent) = path.parent() {
+        fs::create_dir_all(parent)?;
+    }
+    let temporary = path.with_extension("new");
+    fs::write(&temporary, text)?;
+    fs::rename(temporary, path)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_generators_link_stays() {
+        let temp = tempfile::tempdir().unwrap();
+        let output = Output { normal: temp.path().join("n"), early: temp.path().to_owned() };
+        symlink("system-update.target", temp.path().join("default.target")).unwrap();
+        assert!(redirect(&output, Path::new("/p"), "a.target").is_err());
+        assert_eq!(fs::read_link(temp.path().join("default.target")).unwrap(), Path::new("system-update.target"));
+    }
+
+    #[test]
+    fn backslashes_are_escaped() {
+        let temp = tempfile::tempdir().unwrap();
+        let output = Output { normal: temp.path().join("n"), early: temp.path().to_owned() };
+        redirect(&output, Path::new("/p"), r"a\x2db.target").unwrap();
+        let text =
+            fs::read_to_string(output.normal.join("node-image-pivotd.service.d/50-default-target.conf")).unwrap();
+        assert!(text.ends_with("\nEnvironment=NODE_IMAGE_PIVOT_TARGET=a\\\\x2db.target\n"), "{text}");
+    }
+}

@@ -1,0 +1,107 @@
+//! Reads the facts that the decision needs from a system's root. Changes nothing.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::cmdline::CommandLine;
+use crate::decide::{DEFAULT_PROBE_PATHS, Facts, Mode};
+use crate::target::{self, DefaultTarget};
+use crate::{Problem, dropin, under};
+
+/// Made by the agent at the switch, before it lets systemd reload: from then on nothing is redirected.
+pub const PIVOTED: &str = "/run/node-image-pivot/pivoted";
+
+/// Each of these asks for an offline update; systemd-system-update-generator redirects the boot then.
+const UPDATE_LINKS: [&str; 2] = ["/system-update", "/etc/system-update"];
+
+/// What the generator uses of the configuration. The agent knows all keys and refuses unknown ones;
+/// here they are skipped, since they cannot change where the boot goes.
+#[derive(Debug, Default)]
+struct Keys {
+    mode: Mode,
+    image: bool,
+    target: Option<String>,
+    probe_paths: Option<Vec<PathBuf>>,
+}
+
+/// Gathers everything. Problems become the fact [`Facts::unclear`]; there is no other error.
+pub fn gather(root: &Path, in_initrd: bool) -> Facts {
+    let exists = |path: &Path| fs::symlink_metadata(under(root, path)).is_ok();
+    let pivoted = exists(Path::new(PIVOTED));
+    let mut facts = Facts {
+        in_initrd,
+        pivoted,
+        unclear: None,
+        mode: Mode::Auto,
+        unit: None,
+        update_pending: false,
+        default_target: DefaultTarget::Name(target::FALLBACK_TARGET.to_owned()),
+        pivot_target: None,
+        binary: None,
+        image: false,
+        target: None,
+    };
+    if in_initrd || pivoted {
+        return facts;
+    }
+    let (line, keys) = match CommandLine::read(root).and_then(|line| Ok((keys(root, &line)?, line))) {
+        Ok((keys, line)) => (line, keys),
+        Err(Problem(what)) => return Facts { unclear: Some(what), ..facts },
+    };
+    let probe_paths = keys.probe_paths.unwrap_or_else(|| DEFAULT_PROBE_PATHS.map(PathBuf::from).to_vec());
+    facts.mode = keys.mode;
+    facts.unit = line.unit;
+    facts.update_pending = UPDATE_LINKS.iter().any(|path| exists(Path::new(path)));
+    facts.default_target = target::default_target(root);
+    facts.pivot_target = target::find(root, target::PIVOT_TARGET);
+    facts.binary = probe_paths.into_iter().find(|path| exists(path));
+    facts.image = keys.image;
+    facts.target = keys.target;
+    facts
+}
+
+fn keys(root: &Path, line: &CommandLine) -> Result<Keys, Problem> {
+    let mut keys = Keys::default();
+    for fragment in dropin::fragments(root)? {
+        let at = |what: String| Problem(format!("{}: {what}", fragment.path.display()));
+        let table: toml::Table = fragment.text.parse().map_err(|e: toml::de::Error| at(e.message().to_owned()))?;
+        let text = |key: &str| match table.get(key) {
+            None => Ok(None),
+            Some(toml::Value::String(value)) => Ok(Some(value.as_str())),
+            Some(_) => Err(at(format!("{key} must be a string"))),
+        };
+        if let Some(mode) = text("mode")? {
+            keys.mode = mode.parse().map_err(|Problem(what)| at(format!("mode: {what}")))?;
+        }
+        // A file that has either key replaces what earlier files said; an empty one takes it back.
+        let images = [text("image")?, text("release_image")?];
+        if images.iter().any(Option::is_some) {
+            keys.image = images.into_iter().flatten().any(|value| !value.is_empty());
+        }
+        if let Some(name) = text("target")? {
+            keys.target = Some(checked_target(name).map_err(at)?);
+        }
+        if let Some(value) = table.get("probe_paths") {
+            keys.probe_paths =
+                Some(paths(value).ok_or_else(|| at("probe_paths must be a list of absolute paths".to_owned()))?);
+        }
+    }
+    let at = |what: String| Problem(format!("kernel command line: {what}"));
+    if let Some(mode) = &line.mode {
+        keys.mode = mode.parse().map_err(|Problem(what)| at(format!("node-image-pivot: {what}")))?;
+    }
+    if let Some(name) = &line.target {
+        keys.target = Some(checked_target(name).map_err(at)?);
+    }
+    keys.image |= line.image.is_some() || line.release_image.is_some();
+    Ok(keys)
+}
+
+fn checked_target(name: &str) -> Result<String, String> {
+    target::check_name(name).map(|()| name.to_owned()).map_err(|why| format!("target: \"{name}\" {why}"))
+}
+
+fn paths(value: &toml::Value) -> Option<Vec<PathBuf>> {
+    let paths = value.as_array()?.iter().map(|item| item.as_str().map(PathBuf::from));
+    paths.collect::<Option<Vec<_>>>().filter(|paths| paths.iter().all(|path| path.is_absolute()))
+}
