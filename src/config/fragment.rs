@@ -1,0 +1,80 @@
+//! One drop-in file, as written.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use serde::Deserialize;
+
+/// Every key is optional; a key that is not listed here is an error.
+#[derive(Debug, Default, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Fragment {
+    pub image: Option<String>,
+    pub release_image: Option<String>,
+    pub image_tags: Option<Vec<String>>,
+    pub mode: Option<String>,
+    pub target: Option<String>,
+    pub probe_paths: Option<Vec<PathBuf>>,
+    pub auth_file: Option<PathBuf>,
+    pub ram_limit: Option<RamLimitText>,
+    #[serde(default)]
+    pub retry: RetryTable,
+    #[serde(default)]
+    pub etc: EtcTable,
+}
+
+/// A bare number is bytes.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(untagged, expecting = "ram_limit must be a number of bytes, or text such as \"60%\" or \"3GiB\"")]
+pub(super) enum RamLimitText {
+    Bytes(u64),
+    Text(String),
+}
+
+#[derive(Debug, Default, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RetryTable {
+    pub initial: Option<f64>,
+    pub maximum: Option<f64>,
+    pub attempts: Option<u32>,
+}
+
+#[derive(Debug, Default, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct EtcTable {
+    pub strategy: Option<String>,
+}
+
+impl Fragment {
+    /// Parses `text`; the error names `path`, the line and the key.
+    pub fn parse(path: &Path, text: &str) -> Result<Self> {
+        toml::from_str(text).with_context(|| format!("{}: not a valid configuration file", path.display()))
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_name_the_file_and_the_key() {
+        for (text, expected) in [
+            ("imgae = \"x\"\n", "unknown field `imgae`"),
+            ("[retry]\nfirst = 1\n", "unknown field `first`"),
+            ("image = 3\n", "expected a string"),
+            ("ram_limit = -1\n", "ram_limit must be"),
+            ("image = \"a\"\nimage = \"b\"\n", "duplicate key"),
+            ("image\n", "line 1"),
+        ] {
+            let message = format!("{:#}", Fragment::parse(Path::new("/etc/x.toml"), text).unwrap_err());
+            assert!(message.starts_with("/etc/x.toml: ") && message.contains(expected), "{message}");
+        }
+    }
+
+    #[test]
+    fn whole_numbers_are_seconds_too() {
+        let fragment = Fragment::parse(Path::new("x"), "[retry]\ninitial = 1\nmaximum = 2.5\n").unwrap();
+        assert_eq!((fragment.retry.initial, fragment.retry.maximum), (Some(1.0), Some(2.5)));
+    }
+}

@@ -1,0 +1,151 @@
+//! All sources merged. Later sources win; every value remembers where it is from, for messages.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, bail};
+use node_image_pivot_generator::cmdline::CommandLine;
+use node_image_pivot_generator::emit::TARGET_VARIABLE;
+use node_image_pivot_generator::target::{DefaultTarget, FALLBACK_TARGET, default_target};
+
+use super::fragment::{Fragment, RamLimitText};
+use super::{AUTH_CREDENTIAL, Environment, ImageSource};
+
+/// The auth file that cluster installers write. Used only if it is there.
+const INSTALLER_AUTH_FILE: &str = "/root/.docker/config.json";
+
+/// Where a value is from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    /// A drop-in file.
+    File(PathBuf),
+    /// The kernel command line.
+    CommandLine,
+    /// A systemd credential.
+    Credential,
+    /// The environment that the generator set.
+    Environment,
+    /// Found on this machine, since nothing says otherwise.
+    Machine,
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Source::File(path) => write!(f, "{}", path.display()),
+            Source::CommandLine => f.write_str("kernel command line"),
+            Source::Credential => write!(f, "credential {AUTH_CREDENTIAL}"),
+            Source::Environment => write!(f, "environment variable {TARGET_VARIABLE}"),
+            Source::Machine => f.write_str("this machine"),
+        }
+    }
+}
+
+/// A value and where it is from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sourced<T> {
+    /// The value.
+    pub value: T,
+    /// Where it is from.
+    pub source: Source,
+}
+
+/// The merged configuration, unchecked. `None` is "nobody said anything".
+#[derive(Debug, Default, Clone, PartialEq)]
+#[allow(missing_docs)] // the keys of docs/configuration.md
+pub struct Inputs {
+    pub image: Option<Sourced<ImageSource>>,
+    pub image_tags: Option<Sourced<Vec<String>>>,
+    pub mode: Option<Sourced<String>>,
+    pub target: Option<Sourced<String>>,
+    pub probe_paths: Option<Sourced<Vec<PathBuf>>>,
+    pub auth_file: Option<Sourced<PathBuf>>,
+    pub ram_limit: Option<Sourced<String>>,
+    pub retry_initial: Option<Sourced<f64>>,
+    pub retry_maximum: Option<Sourced<f64>>,
+    pub retry_attempts: Option<Sourced<u32>>,
+    pub etc_strategy: Option<Sourced<String>>,
+}
+
+/// Lets `value`, if there is one, replace what is in `place`.
+fn set<T>(place: &mut Option<Sourced<T>>, value: Option<T>, source: &Source) {
+    if let Some(value) = value {
+        *place = Some(Sourced { value, source: source.clone() });
+    }
+}
+
+impl Inputs {
+    /// Applies one drop-in file over what is there.
+    pub(super) fn apply_fragment(&mut self, path: &Path, fragment: Fragment) -> Result<()> {
+        let source = &Source::File(path.to_owned());
+        self.apply_image(fragment.image, fragment.release_image, source)?;
+        set(&mut self.image_tags, fragment.image_tags, source);
+        set(&mut self.mode, fragment.mode, source);
+        set(&mut self.target, fragment.target, source);
+        set(&mut self.probe_paths, fragment.probe_paths, source);
+        set(&mut self.auth_file, fragment.auth_file, source);
+        let ram_limit = fragment.ram_limit.map(|limit| match limit {
+            RamLimitText::Bytes(bytes) => bytes.to_string(),
+            RamLimitText::Text(text) => text,
+        });
+        set(&mut self.ram_limit, ram_limit, source);
+        set(&mut self.retry_initial, fragment.retry.initial, source);
+        set(&mut self.retry_maximum, fragment.retry.maximum, source);
+        set(&mut self.retry_attempts, fragment.retry.attempts, source);
+        set(&mut self.etc_strategy, fragment.etc.strategy, source);
+        Ok(())
+    }
+
+    /// Applies the kernel command line, which wins over all files.
+    pub(super) fn apply_command_line(&mut self, line: &CommandLine) -> Result<()> {
+        let source = &Source::CommandLine;
+        self.apply_image(line.image.clone(), line.release_image.clone(), source)?;
+        set(&mut self.mode, line.mode.clone(), source);
+        set(&mut self.target, line.target.clone(), source);
+        Ok(())
+    }
+
+    /// Fills what files and command line leave open from the environment of the process.
+    pub(super) fn apply_environment(&mut self, environment: &Environment, exists: &dyn Fn(&Path) -> bool) {
+        if self.target.is_none() {
+            set(&mut self.target, environment.original_target.clone(), &Source::Environment);
+        }
+        if self.auth_file.is_none() {
+            let credential =
+                environment.credentials_directory.as_ref().map(|directory| directory.join(AUTH_CREDENTIAL));
+            set(&mut self.auth_file, credential.filter(|path| exists(path)), &Source::Credential);
+        }
+        if self.auth_file.is_none() {
+            let path = PathBuf::from(INSTALLER_AUTH_FILE);
+            set(&mut self.auth_file, Some(path).filter(|path| exists(path)), &Source::Machine);
+        }
+    }
+
+    /// Fills in what the machine itself says: its default target.
+    pub(super) fn apply_defaults(&mut self, root: &Path) {
+        if self.target.is_none() {
+            let name = match default_target(root) {
+                DefaultTarget::Name(name) => name,
+                DefaultTarget::Masked => FALLBACK_TARGET.to_owned(),
+            };
+            set(&mut self.target, Some(name), &Source::Machine);
+        }
+    }
+
+    /// `image` and `release_image` answer one question, so a later source that has either replaces
+    /// both. Empty takes back what an earlier source said.
+    fn apply_image(&mut self, image: Option<String>, release: Option<String>, source: &Source) -> Result<()> {
+        if image.is_none() && release.is_none() {
+            return Ok(());
+        }
+        let given = |text: Option<String>| text.filter(|text| !text.is_empty());
+        let value = match (given(image), given(release)) {
+            (Some(_), Some(_)) => bail!("{source}: both image and release_image; keep one"),
+            (Some(image), None) => Some(ImageSource::Image(image)),
+            (None, Some(release)) => Some(ImageSource::Release(release)),
+            (None, None) => None,
+        };
+        self.image = value.map(|value| Sourced { value, source: source.clone() });
+        Ok(())
+    }
+}

@@ -1,0 +1,212 @@
+//! Checked settings: complete, in units that cannot be misread.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use node_image_pivot_generator::decide::{DEFAULT_PROBE_PATHS, Mode};
+use node_image_pivot_generator::target;
+
+use super::inputs::{Inputs, Sourced};
+
+/// Names that the node image has in a release payload, tried in this order.
+const DEFAULT_IMAGE_TAGS: [&str; 3] = ["rhel-coreos-10", "rhel-coreos", "stream-coreos"];
+
+const DEFAULT_RAM_LIMIT: RamLimit = RamLimit::Percent(60);
+const DEFAULT_RETRY: Retry = Retry { initial: Duration::from_secs(2), maximum: Duration::from_secs(60), attempts: 0 };
+
+/// Longer delays are a mistake in the unit.
+const LONGEST_DELAY: f64 = 86_400.0;
+
+/// Everything the agent has to know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settings {
+    /// What to pivot to; `None` when nothing is configured (yet).
+    pub image: Option<ImageSource>,
+    /// Names of the node image in a release payload, in order of preference; not empty.
+    pub image_tags: Vec<String>,
+    /// Whether to pivot.
+    pub mode: Mode,
+    /// The target to isolate to in the end: a valid name, not our own.
+    pub target: String,
+    /// Absolute paths; one that exists says that this is no base-only system.
+    pub probe_paths: Vec<PathBuf>,
+    /// Registry auth file. `None` leaves the search to containers-auth.json(5).
+    pub auth_file: Option<PathBuf>,
+    /// How large the RAM store may grow.
+    pub ram_limit: RamLimit,
+    /// How transient failures are retried.
+    pub retry: Retry,
+    /// What to do about a type clash in `/etc`.
+    pub etc_strategy: EtcStrategy,
+}
+
+/// Where the node image comes from: a pull spec, not yet parsed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ImageSource {
+    /// The node image itself.
+    Image(String),
+    /// A release payload that names it.
+    Release(String),
+}
+
+/// An upper bound for the RAM store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RamLimit {
+    /// Of the machine's memory: 1 to 95.
+    Percent(u8),
+    /// Bytes, not 0.
+    Bytes(u64),
+}
+
+impl RamLimit {
+    /// The limit in bytes on a machine with `total` bytes of memory; never more than that.
+    pub fn bytes(self, total: u64) -> u64 {
+        match self {
+            RamLimit::Percent(percent) => (u128::from(total) * u128::from(percent) / 100) as u64,
+            RamLimit::Bytes(bytes) => bytes.min(total),
+        }
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        if let Some(percent) = text.strip_suffix('%') {
+            return percent.trim_end().parse().ok().filter(|percent| (1..=95).contains(percent)).map(RamLimit::Percent);
+        }
+        let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+        let (number, unit) = text.split_at(digits);
+        let shift = match unit.trim_start() {
+            "" | "B" => 0,
+            "K" | "KiB" => 10,
+            "M" | "MiB" => 20,
+            "G" | "GiB" => 30,
+            "T" | "TiB" => 40,
+            _ => return None,
+        };
+        let bytes = number.parse::<u64>().ok()?.checked_mul(1 << shift)?;
+        (bytes > 0).then_some(RamLimit::Bytes(bytes))
+    }
+}
+
+/// How transient failures are retried: the delay doubles from `initial` up to `maximum`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Retry {
+    /// Before the second attempt.
+    pub initial: Duration,
+    /// Never longer than this; `initial` is not more.
+    pub maximum: Duration,
+    /// Give up after so many attempts; 0 is never.
+    pub attempts: u32,
+}
+
+impl Retry {
+    /// How long to wait after `failed` attempts (1 or more); `None` to give up.
+    ///
+    /// `jitter`, from 0 to 1, takes off up to a quarter, so that machines that were started together
+    /// do not ask together.
+    pub fn delay_after(&self, failed: u32, jitter: f64) -> Option<Duration> {
+        if self.attempts != 0 && failed >= self.attempts {
+            return None;
+        }
+        let doubled = self.initial.saturating_mul(1 << failed.saturating_sub(1).min(30));
+        Some(doubled.min(self.maximum).mul_f64(1.0 - jitter.clamp(0.0, 1.0) / 4.0))
+    }
+}
+
+/// What to do where the node image has a file and the machine a directory, or the reverse.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub enum EtcStrategy {
+    /// The machine's own stays and is reported.
+    #[default]
+    Keep,
+    /// The pivot is refused before the switch.
+    Fail,
+}
+
+/// The checked value, or the default; the error gets source and key in front.
+fn checked<I, T>(
+    key: &str,
+    input: Option<Sourced<I>>,
+    default: impl FnOnce() -> T,
+    check: impl FnOnce(I) -> Result<T>,
+) -> Result<T> {
+    let Some(Sourced { value, source }) = input else { return Ok(default()) };
+    check(value).with_context(|| format!("{source}: {key}"))
+}
+
+impl Settings {
+    /// Checks the merged inputs. The first thing that is wrong is the error, with its source, its
+    /// key and what may be written instead.
+    pub fn validate(inputs: Inputs) -> Result<Self> {
+        Ok(Settings {
+            image: inputs.image.map(|image| image.value),
+            image_tags: checked(
+                "image_tags",
+                inputs.image_tags,
+                || DEFAULT_IMAGE_TAGS.map(str::to_owned).to_vec(),
+                tags,
+            )?,
+            mode: checked("mode", inputs.mode, || Mode::Auto, |word| Ok(word.parse()?))?,
+            target: checked(
+                "target",
+                inputs.target,
+                || target::FALLBACK_TARGET.to_owned(),
+                |name| target::check_name(&name).map_err(|why| anyhow!("\"{name}\" {why}")).map(|()| name),
+            )?,
+            probe_paths: checked(
+                "probe_paths",
+                inputs.probe_paths,
+                || DEFAULT_PROBE_PATHS.map(PathBuf::from).to_vec(),
+                |paths| paths.iter().try_for_each(|path| absolute(path)).map(|()| paths),
+            )?,
+            auth_file: checked("auth_file", inputs.auth_file, || None, |path| absolute(&path).map(|()| Some(path)))?,
+            ram_limit: checked(
+                "ram_limit",
+                inputs.ram_limit,
+                || DEFAULT_RAM_LIMIT,
+                |text| {
+                    RamLimit::parse(&text).ok_or_else(|| {
+                        anyhow!("\"{text}\" is no limit; write \"1%\" to \"95%\", a number of bytes, or one with KiB, MiB, GiB")
+                    })
+                },
+            )?,
+            retry: retry(inputs.retry_initial, inputs.retry_maximum, inputs.retry_attempts)?,
+            etc_strategy: checked("etc.strategy", inputs.etc_strategy, EtcStrategy::default, |word| {
+                match word.as_str() {
+                    "keep" => Ok(EtcStrategy::Keep),
+                    "fail" => Ok(EtcStrategy::Fail),
+                    _ => Err(anyhow!("\"{word}\" is no strategy; write keep or fail")),
+                }
+            })?,
+        })
+    }
+}
+
+fn tags(tags: Vec<String>) -> Result<Vec<String>> {
+    ensure!(!tags.is_empty(), "the list is empty; leave the key out for the default");
+    ensure!(tags.iter().all(|tag| !tag.trim().is_empty()), "an empty name in the list");
+    Ok(tags)
+}
+
+fn absolute(path: &Path) -> Result<()> {
+    ensure!(path.is_absolute(), "\"{}\" is not an absolute path", path.display());
+    Ok(())
+}
+
+fn retry(
+    initial: Option<Sourced<f64>>,
+    maximum: Option<Sourced<f64>>,
+    attempts: Option<Sourced<u32>>,
+) -> Result<Retry> {
+    let seconds = |value: f64| {
+        ensure!(
+            value > 0.0 && value <= LONGEST_DELAY,
+            "{value} is no delay; write seconds, above 0 and up to {LONGEST_DELAY}"
+        );
+        Ok(Duration::from_secs_f64(value))
+    };
+    let initial = checked("retry.initial", initial, || DEFAULT_RETRY.initial, seconds)?;
+    let maximum = checked("retry.maximum", maximum, || DEFAULT_RETRY.maximum.max(initial), seconds)?;
+    // A maximum below the initial delay, given or by default, is meant as "never longer than this".
+    let initial = initial.min(maximum);
+    Ok(Retry { initial, maximum, attempts: attempts.map_or(DEFAULT_RETRY.attempts, |attempts| attempts.value) })
+}

@@ -1,0 +1,21 @@
+//! The files that `make install` puts below `/usr`: the one list of them.
+//!
+//! Staging keeps these paths of the booted system visible where the node image has no file of that
+//! name, so that the units' `ExecStart=` and the running daemon's own binary stay valid after
+//! the switch. `tests/units.rs` compares the list with a real installation.
+
+/// Paths relative to `/usr`, sorted. Links are listed like files.
+pub const SHIPPED: &[&str] = &[
+    "bin/node-image-pivot",
+    "lib/dracut/modules.d/98node-image-pivot/carry.sh",
+    "lib/dracut/modules.d/98node-image-pivot/module-setup.sh",
+    "lib/dracut/modules.d/98node-image-pivot/node-image-pivot-carry.service",
+    "lib/systemd/system-generators/node-image-pivot-generator",
+    "lib/systemd/system/node-image-finish.service",
+    "lib/systemd/system/node-image-overlay.service",
+    "lib/systemd/system/node-image-overlay.target",
+    "lib/systemd/system/node-image-pivot.target",
+    "lib/systemd/system/node-image-pivotd.service",
+    "lib/systemd/system/node-image-pull.service",
+    "share/dbus-1/system.d/org.nodeimage.Pivot1.conf",
+];

@@ -1,0 +1,186 @@
+#![allow(clippy::unwrap_used)]
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::*;
+
+/// A root that holds these drop-in files: (directory, name, text).
+fn root(files: &[(&str, &str, &str)]) -> tempfile::TempDir {
+    let root = tempfile::tempdir().unwrap();
+    for (directory, name, text) in files {
+        let directory = root.path().join(directory).join("node-image-pivot.conf.d");
+        fs::create_dir_all(&directory).unwrap();
+        fs::write(directory.join(name), text).unwrap();
+    }
+    root
+}
+
+fn load(files: &[(&str, &str, &str)], cmdline: &str) -> Result<Settings> {
+    Settings::load_from(root(files).path(), cmdline)
+}
+
+fn etc(text: &str) -> Result<Settings> {
+    load(&[("etc", "50.toml", text)], "")
+}
+
+fn image(name: &str) -> Option<ImageSource> {
+    Some(ImageSource::Image(name.to_owned()))
+}
+
+fn release(name: &str) -> Option<ImageSource> {
+    Some(ImageSource::Release(name.to_owned()))
+}
+
+#[test]
+fn nothing_configured_gives_the_documented_defaults() {
+    let expected = Settings {
+        image: None,
+        image_tags: ["rhel-coreos-10", "rhel-coreos", "stream-coreos"].map(str::to_owned).to_vec(),
+        mode: Mode::Auto,
+        target: "multi-user.target".to_owned(),
+        probe_paths: ["/usr/bin/oc", "/usr/bin/kubelet"].map(PathBuf::from).to_vec(),
+        auth_file: None,
+        ram_limit: RamLimit::Percent(60),
+        retry: Retry { initial: Duration::from_secs(2), maximum: Duration::from_secs(60), attempts: 0 },
+        etc_strategy: EtcStrategy::Keep,
+    };
+    assert_eq!(load(&[], "quiet").unwrap(), expected);
+}
+
+#[test]
+fn every_key_arrives() {
+    let settings = etc("image = \"r/n:1\"\nimage_tags = [\"a\"]\nmode = \"force\"\ntarget = \"a.target\"\n\
+         probe_paths = [\"/usr/bin/crio\"]\nauth_file = \"/etc/auth.json\"\nram_limit = \"3GiB\"\n\
+         [retry]\ninitial = 0.5\nmaximum = 8\nattempts = 3\n[etc]\nstrategy = \"fail\"\n")
+    .unwrap();
+    let expected = Settings {
+        image: image("r/n:1"),
+        image_tags: vec!["a".to_owned()],
+        mode: Mode::Force,
+        target: "a.target".to_owned(),
+        probe_paths: vec![PathBuf::from("/usr/bin/crio")],
+        auth_file: Some(PathBuf::from("/etc/auth.json")),
+        ram_limit: RamLimit::Bytes(3 << 30),
+        retry: Retry { initial: Duration::from_millis(500), maximum: Duration::from_secs(8), attempts: 3 },
+        etc_strategy: EtcStrategy::Fail,
+    };
+    assert_eq!(settings, expected);
+}
+
+#[test]
+fn the_later_source_says_which_image() {
+    let vendor = ("usr/lib", "10.toml", "image = \"vendor\"");
+    for (files, cmdline, expected) in [
+        (vec![vendor], "", image("vendor")),
+        (vec![vendor, ("etc", "20.toml", "release_image = \"etc\"")], "", release("etc")),
+        (vec![vendor, ("etc", "05.toml", "release_image = \"etc\"")], "", image("vendor")),
+        (vec![vendor, ("run", "10.toml", "mode = \"auto\"")], "", None),
+        (vec![vendor, ("etc", "20.toml", "image = \"\"")], "", None),
+        (vec![vendor, ("etc", "20.toml", "image = \"\"\nrelease_image = \"etc\"")], "", release("etc")),
+        (vec![vendor], "node-image-pivot.release-image=line", release("line")),
+        (vec![vendor], "node-image-pivot.image=", image("vendor")),
+    ] {
+        assert_eq!(load(&files, cmdline).unwrap().image, expected, "{files:?} {cmdline}");
+    }
+}
+
+#[test]
+fn wrong_values_name_source_key_and_the_way_out() {
+    for (text, expected) in [
+        ("mode = \"on\"", "/etc/node-image-pivot.conf.d/50.toml: mode: \"on\" is not a mode; write auto, off or force"),
+        ("image = \"a\"\nrelease_image = \"b\"", "50.toml: both image and release_image; keep one"),
+        ("imgae = \"a\"", "unknown field `imgae`"),
+        ("image_tags = []", "image_tags: the list is empty"),
+        ("target = \"multi-user\"", "target: \"multi-user\" is not the name of a target"),
+        ("target = \"node-image-pivot.target\"", "is where the pivot happens"),
+        ("probe_paths = [\"bin/oc\"]", "probe_paths: \"bin/oc\" is not an absolute path"),
+        ("auth_file = \"auth.json\"", "auth_file: \"auth.json\" is not an absolute path"),
+        ("ram_limit = \"0%\"", "ram_limit: \"0%\" is no limit"),
+        ("ram_limit = \"96%\"", "ram_limit: \"96%\" is no limit"),
+        ("ram_limit = 0", "ram_limit: \"0\" is no limit"),
+        ("ram_limit = \"99999999999TiB\"", "is no limit"),
+        ("ram_limit = \"3 GB\"", "is no limit"),
+        ("[retry]\ninitial = 0", "retry.initial: 0 is no delay"),
+        ("[retry]\nmaximum = nan", "retry.maximum: NaN is no delay"),
+        ("[retry]\nmaximum = 1e9", "is no delay"),
+        ("[etc]\nstrategy = \"merge\"", "etc.strategy: \"merge\" is no strategy; write keep or fail"),
+    ] {
+        let message = format!("{:#}", etc(text).unwrap_err());
+        assert!(message.contains(expected) && message.contains("50.toml"), "{text}: {message}");
+    }
+    for (cmdline, expected) in [
+        ("node-image-pivot=on", "kernel command line: mode: \"on\" is not a mode"),
+        ("node-image-pivot.target=x", "kernel command line: target: \"x\" is not the name of a target"),
+        ("node-image-pivot.imgae=x", "kernel command line: unknown key node-image-pivot.imgae"),
+        (
+            "node-image-pivot.image=a node-image-pivot.release-image=b",
+            "kernel command line: both image and release_image",
+        ),
+    ] {
+        let message = format!("{:#}", load(&[], cmdline).unwrap_err());
+        assert!(message.contains(expected), "{cmdline}: {message}");
+    }
+}
+
+#[test]
+fn where_the_boot_would_have_gone() {
+    let root = root(&[]);
+    let units = root.path().join("etc/systemd/system");
+    fs::create_dir_all(&units).unwrap();
+    symlink("/usr/lib/systemd/system/graphical.target", units.join("default.target")).unwrap();
+    let target = |cmdline, original: Option<&str>| {
+        let environment = Environment { original_target: original.map(str::to_owned), ..Environment::default() };
+        Settings::load_with(root.path(), &CommandLine::parse(cmdline), &environment).unwrap().target
+    };
+    assert_eq!(target("", None), "graphical.target");
+    assert_eq!(target("", Some("a.target")), "a.target");
+    assert_eq!(target("node-image-pivot.target=b.target", Some("a.target")), "b.target");
+}
+
+#[test]
+fn which_auth_file() {
+    let root = root(&[]);
+    let write = |path: &str| {
+        let path = root.path().join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, "{}").unwrap();
+    };
+    let environment =
+        Environment { credentials_directory: Some(PathBuf::from("/run/credentials/d")), ..Environment::default() };
+    let auth = || Settings::load_with(root.path(), &CommandLine::default(), &environment).unwrap().auth_file;
+    assert_eq!(auth(), None, "a credential that was not passed is not used");
+    write("root/.docker/config.json");
+    assert_eq!(auth().as_deref(), Some(Path::new("/root/.docker/config.json")));
+    write("run/credentials/d/node-image-pivot.auth");
+    assert_eq!(auth().as_deref(), Some(Path::new("/run/credentials/d/node-image-pivot.auth")));
+    fs::create_dir_all(root.path().join("etc/node-image-pivot.conf.d")).unwrap();
+    fs::write(root.path().join("etc/node-image-pivot.conf.d/a.toml"), "auth_file = \"/a\"").unwrap();
+    assert_eq!(auth().as_deref(), Some(Path::new("/a")));
+}
+
+#[test]
+fn limits_in_bytes() {
+    let limit = |text: &str| etc(&format!("ram_limit = {text}")).unwrap().ram_limit;
+    assert_eq!(limit("\"50%\"").bytes(16 << 30), 8 << 30);
+    assert_eq!(limit("4096"), RamLimit::Bytes(4096));
+    assert_eq!(limit("\"512 MiB\""), RamLimit::Bytes(512 << 20));
+    assert_eq!(limit("\"2TiB\"").bytes(1 << 30), 1 << 30, "never more than there is");
+}
+
+#[test]
+fn delays() {
+    let retry = |text: &str| etc(&format!("[retry]\n{text}")).unwrap().retry;
+    let seconds = |retry: &Retry, failed| retry.delay_after(failed, 0.0).map(|delay| delay.as_secs_f64());
+    let standard = retry("");
+    let delays: Vec<_> = (1..=7).map(|failed| seconds(&standard, failed).unwrap()).collect();
+    assert_eq!(delays, [2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]);
+    assert_eq!(seconds(&standard, u32::MAX), Some(60.0), "for ever");
+    assert_eq!(standard.delay_after(1, 1.0), Some(Duration::from_millis(1500)));
+    let limited = retry("attempts = 2");
+    assert_eq!((seconds(&limited, 1), seconds(&limited, 2)), (Some(2.0), None));
+    assert_eq!(seconds(&retry("maximum = 1"), 1), Some(1.0), "a maximum below the default initial delay");
+    assert_eq!(seconds(&retry("initial = 90"), 5), Some(90.0), "an initial delay above the default maximum");
+}
