@@ -1,0 +1,77 @@
+# Front door. `make check` and `make demo` install what they need (Debian 12 or later, as root) and
+# need nothing else but a Rust toolchain.
+
+PREFIX ?= /usr
+DESTDIR ?=
+CARGO ?= cargo
+# Where the built binaries are; packagers who build elsewhere set it.
+BUILD ?= target/release
+
+UNITS = node-image-pivot.target node-image-pivotd.service node-image-pull.service \
+        node-image-overlay.service node-image-finish.service
+lib = $(DESTDIR)$(PREFIX)/lib
+unitdir = $(lib)/systemd/system
+dracutdir = $(lib)/dracut/modules.d/98node-image-pivot
+
+.PHONY: all build deps deps-build cargo install check demo bench clean
+
+all: build
+
+cargo:
+	@command -v $(CARGO) >/dev/null || { \
+	  echo "$(CARGO) not found: install a Rust toolchain (1.88 or later, with rustfmt and clippy), see rust-lang.org," \
+	       "or set CARGO=" >&2; exit 1; }
+
+# What the agent is built and tested with; the test bed brings its own list.
+DEBIAN_BUILD_DEPS = build-essential pkg-config libostree-dev ostree skopeo systemd dbus shellcheck dracut-core cpio
+
+deps-build: cargo
+	@command -v dpkg-query >/dev/null || { \
+	  echo "make deps knows Debian only; install the equivalents of: $(DEBIAN_BUILD_DEPS)" >&2; exit 1; }
+	@missing=; for package in $(DEBIAN_BUILD_DEPS); do \
+	  dpkg-query -W -f '$${db:Status-Status}' $$package 2>/dev/null | grep -qx installed || missing="$$missing $$package"; \
+	done; \
+	if [ -n "$$missing" ]; then \
+	  apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $$missing; fi
+
+deps: deps-build
+	@bash tests/bed/deps.sh
+
+build: cargo
+	$(CARGO) build --release -p node-image-pivot -p node-image-pivot-generator
+
+# Builds first, unless BUILD says that somebody else has built. src/config/shipped.rs lists the same
+# files for the agent, and tests/units.rs compares the two.
+ifeq ($(origin BUILD),file)
+install: build
+endif
+install:
+	install -D -m 0755 $(BUILD)/node-image-pivot $(DESTDIR)$(PREFIX)/bin/node-image-pivot
+	install -D -m 0755 $(BUILD)/node-image-pivot-generator \
+	  $(lib)/systemd/system-generators/node-image-pivot-generator
+	install -d $(unitdir) $(dracutdir)
+	install -m 0644 $(addprefix units/,$(UNITS)) $(unitdir)
+	ln -sfn node-image-pivot.target $(unitdir)/node-image-overlay.target
+	install -D -m 0644 packaging/dbus/org.nodeimage.Pivot1.conf \
+	  $(DESTDIR)$(PREFIX)/share/dbus-1/system.d/org.nodeimage.Pivot1.conf
+	install -m 0755 dracut/98node-image-pivot/module-setup.sh dracut/98node-image-pivot/carry.sh $(dracutdir)
+	install -m 0644 dracut/98node-image-pivot/node-image-pivot-carry.service $(dracutdir)
+
+# The quick tests first; those that boot containers and virtual machines last and one at a time.
+check: deps
+	$(CARGO) fmt --all --check
+	shellcheck dracut/98node-image-pivot/*.sh dracut/test.sh
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	$(CARGO) test --workspace --exclude testbed
+	sh dracut/test.sh
+	$(CARGO) test --release -p testbed -- --test-threads=1
+
+demo: deps
+	$(CARGO) run --release -p testbed --bin demo
+
+# How long the generator adds to a boot. The pull's benchmarks join it when they exist.
+bench: cargo
+	$(CARGO) test --release -p node-image-pivot-generator --test golden start_up_time -- --nocapture
+
+clean:
+	$(CARGO) clean

@@ -1,0 +1,138 @@
+//! What `make install` installs: the same as the agent's list of it, and units that systemd accepts.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use node_image_pivot::config::shipped::SHIPPED;
+
+fn project() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn run(command: &mut Command) -> Output {
+    let output = command.output().unwrap_or_else(|e| panic!("{command:?}: {e}"));
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{command:?}: {}\n{out}{err}", output.status);
+    output
+}
+
+/// Installs into a new directory. The binaries are stand-ins: they need not be built for this.
+fn installed() -> tempfile::TempDir {
+    let root = tempfile::tempdir().unwrap();
+    let build = tempfile::tempdir().unwrap();
+    for name in ["node-image-pivot", "node-image-pivot-generator"] {
+        fs::write(build.path().join(name), "#!/bin/sh\n").unwrap();
+    }
+    run(Command::new("make")
+        .args(["-s", "-C"])
+        .arg(project())
+        .arg("install")
+        .arg(format!("DESTDIR={}", root.path().display()))
+        .arg(format!("BUILD={}", build.path().display()))
+        // A make that runs these tests must not hand its own settings down.
+        .env_remove("MAKEFLAGS")
+        .env_remove("MAKELEVEL"));
+    root
+}
+
+fn files(directory: &Path) -> BTreeSet<PathBuf> {
+    let mut found = BTreeSet::new();
+    let mut pending = vec![directory.to_owned()];
+    while let Some(next) = pending.pop() {
+        for entry in fs::read_dir(next).unwrap().map(Result::unwrap) {
+            match entry.file_type().unwrap().is_dir() {
+                true => pending.push(entry.path()),
+                false => drop(found.insert(entry.path().strip_prefix(directory).unwrap().to_owned())),
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn the_agents_list_is_what_make_installs() {
+    let root = installed();
+    assert_eq!(files(root.path()), SHIPPED.iter().map(|path| Path::new("usr").join(path)).collect());
+    assert!(SHIPPED.is_sorted(), "the list is sorted");
+}
+
+#[test]
+fn systemd_finds_nothing_wrong() {
+    let root = installed();
+    let units = root.path().join("usr/lib/systemd/system");
+    // verify looks for the program of ExecStart= on this machine; point it to the installed one.
+    for unit in files(&units) {
+        let path = units.join(&unit);
+        if !path.is_symlink() {
+            let binary = root.path().join("usr/bin/node-image-pivot");
+            let text = fs::read_to_string(&path).unwrap();
+            fs::write(&path, text.replace("/usr/bin/node-image-pivot", binary.to_str().unwrap())).unwrap();
+        }
+    }
+    let names = files(&units);
+    let output = run(Command::new("systemd-analyze")
+        .args(["verify", "--man=no", "--recursive-errors=one"])
+        .args(names.iter().map(|name| units.join(name)))
+        .env("SYSTEMD_UNIT_PATH", format!("{}:", units.display())));
+    let said = String::from_utf8(output.stderr).unwrap();
+    // Units of this machine that ours pull in may have faults of their own.
+    let ours: Vec<_> = said.lines().filter(|line| line.contains("node-image")).collect();
+    assert!(ours.is_empty(), "{}", ours.join("\n"));
+}
+
+/// What others rely on, and what keeps the switch and the isolate from hurting us.
+#[test]
+fn what_the_units_promise() {
+    let unit = |name: &str| fs::read_to_string(project().join("units").join(name)).unwrap();
+    let has = |name: &str, line: &str| unit(name).lines().any(|l| l == line);
+    let oneshots = ["node-image-pull.service", "node-image-overlay.service", "node-image-finish.service"];
+    for name in oneshots {
+        for line in ["Type=oneshot", "RemainAfterExit=yes", "TimeoutStartSec=infinity"] {
+            assert!(has(name, line), "{name}: {line}");
+        }
+        assert!(!unit(name).contains("[Install]\n"), "{name} cannot be enabled");
+    }
+    for name in oneshots.iter().chain(&["node-image-pivotd.service"]) {
+        assert!(has(name, "IgnoreOnIsolate=yes"), "{name} survives the isolate");
+        for sandbox in ["Private", "Protect", "MountFlags", "ReadOnly", "RootDirectory", "DynamicUser"] {
+            let found = unit(name).lines().any(|line| line.starts_with(sandbox));
+            assert!(!found, "{name}: {sandbox}… would give it a mount namespace of its own");
+        }
+    }
+    assert!(has("node-image-overlay.service", "Requires=node-image-pull.service"));
+    assert!(has("node-image-finish.service", "Requires=node-image-overlay.service"));
+    assert!(has("node-image-pivot.target", "AllowIsolate=yes"));
+}
+
+#[test]
+fn the_initramfs_script_puts_a_working_set_under_run() {
+    let root = installed();
+    let carry = root.path().join("usr/lib/node-image-pivot/carry");
+    for (from, to) in [
+        ("bin/node-image-pivot", "bin"),
+        ("lib/systemd/system-generators/node-image-pivot-generator", "system-generators"),
+        ("lib/systemd/system/node-image-pivot.target", "system"),
+        ("lib/systemd/system/node-image-pull.service", "system"),
+    ] {
+        let from = root.path().join("usr").join(from);
+        fs::create_dir_all(carry.join(to)).unwrap();
+        fs::copy(&from, carry.join(to).join(from.file_name().unwrap())).unwrap();
+    }
+    let script = root.path().join("usr/lib/dracut/modules.d/98node-image-pivot/carry.sh");
+    for _ in ["once", "and again"] {
+        run(Command::new("sh").arg(&script).arg(root.path()));
+    }
+    let expected = [
+        "node-image-pivot/bin/node-image-pivot",
+        "systemd/system-generators/node-image-pivot-generator",
+        "systemd/system/node-image-overlay.target",
+        "systemd/system/node-image-pivot.target",
+        "systemd/system/node-image-pull.service",
+    ];
+    assert_eq!(files(&root.path().join("run")), expected.iter().map(PathBuf::from).collect());
+    let pull = fs::read_to_string(root.path().join("run/systemd/system/node-image-pull.service")).unwrap();
+    assert!(pull.contains("\nExecStart=/run/node-image-pivot/bin/node-image-pivot pull\n"), "{pull}");
+}
