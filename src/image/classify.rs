@@ -11,6 +11,9 @@ use super::Kind;
 /// What it does not know is [`Kind::Local`]: shown as it is, and not retried blindly.
 pub fn classify(text: &str) -> (Kind, Option<Duration>) {
     let text = text.to_lowercase();
+    let retry_after = retry_after(&text);
+    let text = without_names(&text);
+    let status = |codes: &[&str]| text.split(|c: char| !c.is_ascii_alphanumeric()).any(|word| codes.contains(&word));
     let has = |needles: &[&str]| needles.iter().any(|needle| text.contains(needle));
     // Order matters: a message often wraps several causes, and the more specific one decides.
     let kind = if has(&[
@@ -21,7 +24,7 @@ pub fn classify(text: &str) -> (Kind, Option<Duration>) {
         "source image rejected",
     ]) {
         Kind::Policy
-    } else if has(&["toomanyrequests", "too many requests", "429"]) {
+    } else if has(&["toomanyrequests", "too many requests"]) || status(&["429"]) {
         Kind::Network
     } else if has(&[
         "unauthorized",
@@ -35,7 +38,9 @@ pub fn classify(text: &str) -> (Kind, Option<Duration>) {
         Kind::Unauthorized
     } else if has(&["no such file or directory", "executable file not found", "permission denied"]) {
         Kind::Local
-    } else if has(&["manifest unknown", "name unknown", "name_unknown", "blob unknown", "not found", "404"]) {
+    } else if has(&["manifest unknown", "name unknown", "name_unknown", "blob unknown", "not found"])
+        || status(&["404"])
+    {
         Kind::NotFound
     } else if has(&["no image found in manifest list", "no image found in image index"]) {
         Kind::WrongArchitecture
@@ -94,7 +99,20 @@ pub fn classify(text: &str) -> (Kind, Option<Duration>) {
     } else {
         Kind::Local
     };
-    (kind, retry_after(&text))
+    (kind, retry_after)
+}
+
+/// The text without ports and digests, which may hold any number: a registry on port 42900 does not
+/// mean that it had too many requests.
+fn without_names(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for word in text.split_inclusive(|c: char| !c.is_ascii_alphanumeric()) {
+        let bare = word.trim_end_matches(|c: char| !c.is_ascii_alphanumeric());
+        let is_port = out.ends_with(':') && bare.len() > 1 && bare.bytes().all(|b| b.is_ascii_digit());
+        let is_digest = bare.len() >= 32 && bare.bytes().all(|b| b.is_ascii_hexdigit());
+        out.push_str(if is_port || is_digest { &word[bare.len()..] } else { word });
+    }
+    out
 }
 
 /// `Retry-After: 30`, wherever it stands in the (lower-cased) text.
@@ -103,4 +121,78 @@ fn retry_after(text: &str) -> Option<Duration> {
     let digits: String =
         rest.chars().skip_while(|c| !c.is_ascii_digit()).take_while(char::is_ascii_digit).take(6).collect();
     digits.parse().ok().map(Duration::from_secs)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn what_skopeo_says() {
+        for (text, kind) in [
+            // skopeo 1.9.3 against docker-registry and worse.
+            (
+                "failed to invoke method OpenImage: reading manifest nosuch in 127.0.0.1:42923/os: manifest unknown: manifest unknown",
+                Kind::NotFound,
+            ),
+            (
+                "failed to invoke method OpenImage: reading manifest 1 in 127.0.0.1:34917/os: unauthorized: authentication required",
+                Kind::Unauthorized,
+            ),
+            (
+                "failed to invoke method OpenImage: pinging container registry 127.0.0.1:42989: invalid status code from registry 403 (Forbidden)",
+                Kind::Unauthorized,
+            ),
+            (
+                "failed to invoke method OpenImage: pinging container registry 127.0.0.1:40401: received unexpected HTTP status: 503 Service Unavailable",
+                Kind::Network,
+            ),
+            (
+                "failed to invoke method FinishPipe: corrupted blob, expecting sha256:4014290f1293e8d815a2b9e635cfe45c1fff17cf323a118a669a55c80c18ad32",
+                Kind::BadDigest,
+            ),
+            (
+                "failed to invoke method OpenImage: pinging container registry 127.0.0.1:40903: Get \"http://127.0.0.1:40903/v2/\": dial tcp 127.0.0.1:40903: connect: connection refused",
+                Kind::Network,
+            ),
+            (
+                "failed to invoke method OpenImage: pinging container registry registry.invalid: Get \"http://registry.invalid/v2/\": dial tcp: lookup registry.invalid: no such host",
+                Kind::Network,
+            ),
+            (
+                "failed to invoke method OpenImage: pinging container registry 127.0.0.1:5000: Get \"http://127.0.0.1:5000/v2/\": EOF",
+                Kind::Network,
+            ),
+            ("failed to invoke method FinishPipe: unexpected EOF", Kind::Truncated),
+            // Texts of registries and of other versions.
+            ("reading manifest x in q.io/y: denied: requested access to the resource is denied", Kind::Unauthorized),
+            ("reading manifest x in q.io/y: toomanyrequests: slow down (Retry-After: 30)", Kind::Network),
+            ("Source image rejected: Running image docker://q.io/y is rejected by policy.", Kind::Policy),
+            ("Source image rejected: A signature was required, but no signature exists", Kind::Policy),
+            ("no image found in manifest list for architecture s390x, variant \"\", OS linux", Kind::WrongArchitecture),
+            ("Get \"https://q.io/v2/\": x509: certificate signed by unknown authority", Kind::Policy),
+            ("http: server gave HTTP response to HTTPS client", Kind::Policy),
+            ("net/http: TLS handshake timeout", Kind::Network),
+            ("write /var/tmp/x: no space left on device", Kind::NoSpace),
+            ("something nobody has seen before", Kind::Local),
+        ] {
+            assert_eq!(classify(text).0, kind, "{text}");
+        }
+        assert_eq!(classify("429 Too Many Requests, retry-after: 17").1, Some(Duration::from_secs(17)));
+        assert_eq!(classify("retry-after: soon").1, None);
+    }
+
+    proptest! {
+        #[test]
+        fn ports_and_digests_do_not_matter(port in 1000_u16.., digest in "[0-9a-f]{64}") {
+            let text = format!("reading blob sha256:{digest} from 127.0.0.1:{port}: something odd");
+            prop_assert_eq!(classify(&text), (Kind::Local, None));
+        }
+
+        #[test]
+        fn total(text in "\\PC{0,200}") {
+            classify(&text);
+        }
+    }
 }

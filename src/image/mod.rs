@@ -5,16 +5,18 @@
 //! none of it reimplemented) and classifies every failure as worth retrying or not.
 //! It may not touch ostree, the store, or the running system.
 
+mod blob;
 mod classify;
 mod failure;
 mod layout;
 mod source;
 mod spec;
 
+pub use blob::LayerStream;
 pub use classify::classify;
 pub use failure::{Class, Failure, Kind};
 pub use layout::{Compression, Layer, Layout, layout, machine_architecture};
-pub use source::{ImageDescription, ImageSettings, LayerStream, Source};
+pub use source::{ImageDescription, ImageSettings, Source};
 pub use spec::PullSpec;
 
 use serde::{Deserialize, Serialize};

@@ -2,17 +2,17 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use containers_image_proxy::{Error as ProxyError, ImageProxy, ImageProxyConfig, OpenedImage};
 use futures_util::FutureExt;
-use futures_util::future::BoxFuture;
 use oci_spec::image::{ImageConfiguration, ImageManifest};
 use sha2::{Digest, Sha256};
-use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio::io::AsyncReadExt;
 use tokio::sync::Mutex;
 
-use super::{Failure, Kind, Layer, PullSpec, ResolvedImage, classify};
+use super::{Failure, Kind, Layer, LayerStream, PullSpec, ResolvedImage, classify};
 
 /// The auth file of the field: the installer puts the pull secret there.
 const DEFAULT_AUTHFILE: &str = "/root/.docker/config.json";
@@ -39,15 +39,7 @@ pub struct Source {
     proxy: ImageProxy,
     idle: Duration,
     opened: Mutex<Option<(String, Arc<OpenedImage>)>>,
-}
-
-/// The bytes of a layer, and what the proxy says about them in the end.
-pub struct LayerStream<'a> {
-    /// The blob as the registry sent it.
-    pub reader: Box<dyn AsyncRead + Send + Unpin + 'a>,
-    /// To be awaited after the reader's end (the proxy answers nothing else meanwhile): whether size
-    /// and digest are what the manifest says.
-    pub verdict: BoxFuture<'a, Result<(), Failure>>,
+    activity: AtomicU64,
 }
 
 /// The manifest, the config and the layers' purposes, all verified against the image's digest.
@@ -76,12 +68,7 @@ impl Source {
             .await
             .map_err(|error| Failure::new(Kind::Local, format!("starting skopeo: {error}")))?;
         let idle = settings.idle_timeout.unwrap_or(Duration::from_secs(60));
-        Ok(Self { proxy, idle, opened: Mutex::new(None) })
-    }
-
-    /// How long a registry may stay silent.
-    pub fn idle_timeout(&self) -> Duration {
-        self.idle
+        Ok(Self { proxy, idle, opened: Mutex::new(None), activity: AtomicU64::new(0) })
     }
 
     /// Finds the image and pins it by digest. For a multi-architecture index, the digest is that of
@@ -121,8 +108,20 @@ impl Source {
         // in another process and so on another core.
         let blob = self.proxy.get_blob(&opened, layer.descriptor.digest(), layer.size());
         let (reader, verdict) = self.request(&name, "layer", blob).await?;
+        let stream_name = name.clone();
         let verdict = verdict.map(move |result| result.map_err(|error| failure(&name, "layer", &error))).boxed();
-        Ok(LayerStream { reader: Box::new(reader), verdict })
+        Ok(LayerStream {
+            name: stream_name,
+            reader: Box::new(reader),
+            verdict,
+            size: layer.size(),
+            idle: self.idle,
+            activity: &self.activity,
+            total: 0,
+            asked: false,
+            answered: false,
+            wrong: None,
+        })
     }
 
     async fn opened(&self, image: &ResolvedImage) -> Result<Arc<OpenedImage>, Failure> {
@@ -162,9 +161,13 @@ impl Source {
         let blob = self.proxy.get_blob(opened, descriptor.digest(), descriptor.size());
         let (reader, verdict) = self.request(name, "config", blob).await?;
         let mut raw = Vec::new();
-        let read = async { reader.take(LARGEST + 1).read_to_end(&mut raw).await.map_err(ProxyError::from) };
-        self.request(name, "config", read).await?;
-        self.request(name, "config", verdict).await?;
+        // The proxy closes the pipe when it is asked for its verdict, not before.
+        let both = async {
+            let mut limited = reader.take(LARGEST + 1);
+            let (read, verdict) = futures_util::future::join(limited.read_to_end(&mut raw), verdict).await;
+            verdict.and_then(|()| read.map_err(ProxyError::from))
+        };
+        self.request(name, "config", both).await?;
         let actual = digest_of(&raw);
         if actual != expected {
             let message = format!("the config of {name} has the digest {actual}, not {expected}");

@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc as blocking;
 
-use tokio::io::AsyncReadExt;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -18,8 +17,7 @@ use super::consume::{Consumed, Purpose, consume};
 use super::decompress::decompress;
 use super::state::Import;
 
-/// Bytes read from the proxy at a time, and how many such pieces may wait: 1 MiB a layer.
-const READ: usize = 128 * 1024;
+/// How many pieces of the blob (128 KiB each) may wait: 1 MiB a layer.
 const WAITING_READS: usize = 8;
 /// How many decompressed pieces (256 KiB each) may wait: 1.5 MiB a layer.
 const WAITING_PIECES: usize = 6;
@@ -43,11 +41,10 @@ pub(super) async fn fetch_layer(
     cancel: &CancellationToken,
 ) -> Result<Outcome, Failure> {
     let name = format!("{} layer {} ({})", image.pinned, layer.index, layer.digest());
-    let stream = tokio::select! {
+    let mut stream = tokio::select! {
         () = cancel.cancelled() => return Err(cancelled(&image.pinned)),
         stream = source.layer(image, layer) => stream?,
     };
-    let mut reader = stream.reader;
     let contributed = Arc::new(AtomicBool::new(false));
     let (compressed, incoming) = mpsc::channel::<Vec<u8>>(WAITING_READS);
     let (pieces, archive) = blocking::sync_channel::<io::Result<Vec<u8>>>(WAITING_PIECES);
@@ -71,9 +68,7 @@ pub(super) async fn fetch_layer(
     };
 
     let mut compressed = Some(compressed);
-    let mut total = 0_u64;
-    loop {
-        let mut piece = vec![0; READ];
+    let verdict = loop {
         let unneeded = async {
             import.done.cancelled().await;
             if contributed.load(Ordering::Relaxed) {
@@ -81,27 +76,18 @@ pub(super) async fn fetch_layer(
                 std::future::pending::<()>().await;
             }
         };
-        let read = tokio::select! {
+        let piece = tokio::select! {
             biased;
             () = cancel.cancelled() => return Err(cancelled(&image.pinned)),
             () = unneeded => return Ok(Outcome::NotNeeded),
-            read = tokio::time::timeout(source.idle_timeout(), reader.read(&mut piece)) => read,
+            piece = stream.next() => piece,
         };
-        let count = match read {
-            Ok(Ok(count)) => count,
-            Ok(Err(error)) => return Err(Failure::new(Kind::Network, format!("{name}: reading: {error}"))),
-            Err(_) => {
-                let silent = source.idle_timeout().as_secs();
-                let message = format!("{name}: nothing came for {silent} s, after {total} of {} bytes", layer.size());
-                return Err(Failure::new(Kind::Network, message));
-            }
+        let piece = match piece {
+            Ok(Some(piece)) => piece,
+            Ok(None) => break Ok(()),
+            Err(failure) => break Err(failure),
         };
-        if count == 0 {
-            break;
-        }
-        total += count as u64;
-        import.fetched(count as u64);
-        piece.truncate(count);
+        import.fetched(piece.len() as u64);
         if let Some(channel) = &compressed {
             let sent = tokio::select! {
                 biased;
@@ -114,14 +100,10 @@ pub(super) async fn fetch_layer(
                 compressed = None;
             }
         }
-    }
-    drop(compressed);
-    let verdict = match tokio::time::timeout(source.idle_timeout(), stream.verdict).await {
-        Ok(verdict) => verdict,
-        Err(_) => Err(Failure::new(Kind::Network, format!("{name}: the proxy does not finish"))),
     };
+    drop(compressed);
     let (diff_id, consumed) = (join(decompressor, &name).await?, join(parser, &name).await?);
-    judge(&name, layer, total, verdict, diff_id, consumed).and_then(|consumed| finish(import, &name, &consumed))
+    judge(&name, layer, verdict, diff_id, consumed).and_then(|consumed| finish(import, &name, &consumed))
 }
 
 /// Puts the answers of the proxy and both threads in order: the proxy's reason explains the threads',
@@ -129,7 +111,6 @@ pub(super) async fn fetch_layer(
 fn judge(
     name: &str,
     layer: &Layer,
-    total: u64,
     verdict: Result<(), Failure>,
     diff_id: io::Result<[u8; 32]>,
     consumed: Result<Consumed, Failure>,
@@ -138,10 +119,6 @@ fn judge(
         && matches!(failure.kind, Kind::NoSpace | Kind::Local)
     {
         return consumed;
-    }
-    if total < layer.size() {
-        let message = format!("{name}: ended after {total} of {} bytes", layer.size());
-        return Err(Failure::new(Kind::Truncated, message));
     }
     verdict?;
     // From here on the blob is what the manifest names: whatever is wrong was built that way.

@@ -82,9 +82,9 @@ pub async fn pull(
     let scope = Scope::new(options.complete, booted_commit.as_deref());
     let journal = store.journal().map_err(|error| local(image, error))?;
     let import = {
-        let (name, store, booted, complete) = (image.pinned.clone(), store.clone(), booted.cloned(), options.complete);
+        let (store, booted, complete) = (store.clone(), booted.cloned(), options.complete);
         let progress = progress.clone();
-        let list = move || Import::new(name, commit, &store, booted.as_ref(), complete, progress, lock);
+        let list = move || Import::new(commit, &store, booted.as_ref(), complete, progress, lock);
         blocking(image, list).await?.map(Arc::new).map_err(|error| local(image, error))?
     };
     let layers: Vec<&Layer> = description.layout.layers().collect();

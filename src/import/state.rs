@@ -17,8 +17,6 @@ use super::wanted::wanted;
 /// One import. Layers hold it by `Arc` from their threads, and with it the lock: no thread of an
 /// import that failed can still write when the next one begins.
 pub(super) struct Import {
-    /// The image, for messages.
-    pub image: String,
     /// The commit that the image's label names.
     pub commit: ObjectId,
     pub store: NodeStore,
@@ -46,7 +44,6 @@ struct Wants {
 impl Import {
     /// Lists both repos. Blocks.
     pub(super) fn new(
-        image: String,
         commit: ObjectId,
         store: &NodeStore,
         booted: Option<&BootedRepo>,
@@ -55,7 +52,6 @@ impl Import {
         lock: StoreLock,
     ) -> io::Result<Self> {
         Ok(Self {
-            image,
             commit,
             store: store.clone(),
             booted: booted.cloned(),

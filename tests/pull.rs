@@ -1,0 +1,443 @@
+//! Pulls from a real registry, through skopeo, into a real ostree repo.
+//!
+//! Runs as root (owners, trusted attributes), as the agent does.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+#[path = "pull/fixture.rs"]
+mod fixture;
+#[path = "pull/registry.rs"]
+mod registry;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, chown, symlink};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use fixture::{Compress, Image, Repo, encapsulate, listing, run};
+use node_image_pivot::image::{Failure, ImageSettings, Kind, PullSpec, Source};
+use node_image_pivot::import::{PullOptions, PulledImage, pull};
+use node_image_pivot::report::PullProgress;
+use node_image_pivot::store::{BootedRepo, NodeStore};
+use registry::{Registry, always, free_address};
+use tempfile::TempDir;
+use tokio_util::sync::CancellationToken;
+
+fn settings() -> ImageSettings {
+    ImageSettings { insecure: true, idle_timeout: Some(Duration::from_secs(10)), ..ImageSettings::default() }
+}
+
+/// A registry, a repo with a tree, and places for stores.
+struct Bench {
+    temp: TempDir,
+    registry: Registry,
+    repo: Repo,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let temp = tempfile::tempdir().unwrap();
+        let registry = Registry::start(temp.path(), None);
+        let repo = Repo::create(&temp.path().join("source"));
+        Self { temp, registry, repo }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.temp.path().join(name)
+    }
+
+    fn push(&self, image: &Image, name: &str) -> String {
+        let layout = self.path("layout");
+        image.write(&layout);
+        self.registry.push(&layout, name)
+    }
+
+    fn store(&self, name: &str, booted: Option<&BootedRepo>) -> NodeStore {
+        let root = self.path(name);
+        fs::create_dir_all(&root).unwrap();
+        NodeStore::on_tmpfs(&root, booted).unwrap()
+    }
+}
+
+/// A small system tree: all kinds of entries that an image may have. `version` changes some of them.
+fn tree(dir: &Path, version: u8) {
+    for path in ["usr/bin", "usr/etc/app", "usr/lib/modules/6.1/kernel", "usr/share/empty", "usr/share/deep/er"] {
+        fs::create_dir_all(dir.join(path)).unwrap();
+    }
+    let write = |path: &str, content: &[u8]| fs::write(dir.join(path), content).unwrap();
+    write("usr/bin/bash", &vec![b'b'; 3000]);
+    write("usr/bin/kubelet", &noise(2_000_000, version));
+    write("usr/bin/ping", format!("ping {version}").as_bytes());
+    write("usr/etc/app/app.conf", format!("version = {version}\n").as_bytes());
+    write("usr/etc/hostname", b"");
+    write("usr/share/empty/zero", b"");
+    write("usr/share/stable", &noise(700_000, 0));
+    write(&format!("usr/share/only-in-{version}"), &[version]);
+    write("usr/lib/modules/6.1/vmlinuz", &noise(500_000, 100 + version));
+    write("usr/lib/modules/6.1/kernel/net.ko", &noise(100_000, 50 + version));
+    let long = format!("usr/share/deep/er/{}", "long-name-".repeat(20));
+    write(&long, b"long");
+    symlink("bash", dir.join("usr/bin/sh")).unwrap();
+    symlink("..//bin/bash", dir.join("usr/bin/denormal")).unwrap();
+    symlink("x/".repeat(90), dir.join("usr/share/far")).unwrap();
+    fs::set_permissions(dir.join("usr/bin/ping"), fs::Permissions::from_mode(0o4755)).unwrap();
+    chown(dir.join("usr/share/stable"), Some(81), Some(82)).unwrap();
+    let set = |path: &str, name: &str, value: &[u8]| {
+        rustix::fs::lsetxattr(dir.join(path), name, value, rustix::fs::XattrFlags::empty()).unwrap();
+    };
+    set("usr/bin/ping", "security.capability", &[1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    set("usr/bin/bash", "security.selinux", b"system_u:object_r:shell_exec_t:s0\0");
+    set("usr/bin/sh", "security.selinux", b"system_u:object_r:bin_t:s0\0");
+    set("usr/share", "trusted.note", b"on a directory");
+}
+
+/// Bytes that do not compress.
+fn noise(length: usize, seed: u8) -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64 ^ u64::from(seed);
+    std::iter::repeat_with(|| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state as u8
+    })
+    .take(length)
+    .collect()
+}
+
+fn chunker(path: &str) -> Option<&'static str> {
+    match path {
+        path if path.starts_with("usr/lib/modules") => Some("kernel-core,kernel-modules"),
+        "usr/bin/kubelet" => Some("kubelet"),
+        path if path.starts_with("usr/bin") => Some("bash"),
+        path if path.starts_with("usr/share/stable") => Some("stable"),
+        _ => None,
+    }
+}
+
+fn image(bench: &Bench, version: u8, format: u8) -> Image {
+    let dir = bench.path(&format!("tree{version}"));
+    if !dir.exists() {
+        tree(&dir, version);
+    }
+    let commit = bench.repo.commit(&dir, &format!("v{version}"));
+    encapsulate(&bench.repo, &commit, &chunker, format)
+}
+
+async fn try_pull_with(
+    spec: &str,
+    store: &NodeStore,
+    booted: Option<&BootedRepo>,
+    options: PullOptions,
+) -> Result<PulledImage, Failure> {
+    let source = Source::open(&settings()).await?;
+    let image = source.resolve(&spec.parse::<PullSpec>()?).await?;
+    let progress = Arc::new(PullProgress::default());
+    let pulled = pull(&source, &image, store, booted, &options, progress.clone(), &CancellationToken::new()).await?;
+    let shown = progress.snapshot();
+    assert!(shown.layers_done == shown.layers_total && shown.objects_done <= shown.objects_wanted, "{shown:?}");
+    Ok(pulled)
+}
+
+async fn try_pull(spec: &str, store: &NodeStore, booted: Option<&BootedRepo>) -> Result<PulledImage, Failure> {
+    try_pull_with(spec, store, booted, PullOptions::default()).await
+}
+
+async fn failure(spec: &str, store: &NodeStore) -> Failure {
+    let complete = PullOptions { complete: true, ..PullOptions::default() };
+    let failure = try_pull_with(spec, store, None, complete).await.unwrap_err();
+    println!("{:?}: {failure}", failure.kind);
+    assert_eq!(store.resolve_ref().unwrap(), None, "a failed pull leaves no ref");
+    failure
+}
+
+fn fsck(repo: &Path) {
+    run("ostree", &["fsck", "--repo", repo.to_str().unwrap()]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_complete_import_is_the_tree_that_was_encapsulated() {
+    let bench = Bench::new();
+    for format in [1, 0] {
+        let image = image(&bench, 1, format);
+        let spec = bench.push(&image, &format!("os:f{format}"));
+        let store = bench.store(&format!("store{format}"), None);
+        let options = PullOptions { complete: true, ..PullOptions::default() };
+        let pulled = try_pull_with(&spec, &store, None, options.clone()).await.unwrap();
+        assert!(pulled.complete && pulled.commit == image.commit);
+        assert_eq!((pulled.layers_fetched, pulled.layers_skipped), (5, 0));
+        fsck(store.repo_path());
+        assert_eq!(listing(store.repo_path(), "coreos/node-image"), listing(&bench.repo.path, &image.commit));
+        let (repo, out) = (format!("--repo={}", store.repo_path().display()), bench.path(&format!("out{format}")));
+        run("ostree", &["checkout", &repo, "coreos/node-image", out.to_str().unwrap()]);
+        assert_eq!(fs::read(out.join("usr/bin/kubelet")).unwrap(), noise(2_000_000, 1));
+        let again = try_pull_with(&spec, &store, None, options).await.unwrap();
+        assert_eq!(again, pulled, "pulled before: the record is the answer");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_what_the_booted_system_lacks_is_stored() {
+    let bench = Bench::new();
+    let old = image(&bench, 1, 1);
+    let new = image(&bench, 2, 1);
+    // The booted repo has the old commit and nothing of the new one.
+    let booted_repo = Repo::create(&bench.path("booted"));
+    run(
+        "ostree",
+        &["pull-local", "--repo", booted_repo.path.to_str().unwrap(), bench.repo.path.to_str().unwrap(), &old.commit],
+    );
+    let booted = BootedRepo { path: booted_repo.path.clone(), commit: Some(old.commit.clone()) };
+    let spec = bench.push(&new, "os:2");
+    let store = bench.store("store", Some(&booted));
+    let pulled = try_pull(&spec, &store, Some(&booted)).await.unwrap();
+    // kubelet, ping, app.conf, only-in-2: what changed, without the kernel's two files.
+    assert_eq!(pulled.objects_written, 4);
+    assert!(!pulled.complete);
+    assert!(pulled.layers_fetched <= 4, "the kernel layer is not fetched: {pulled:?}");
+    assert_eq!(store.content_objects().unwrap().len(), 4);
+    let expected = listing(&bench.repo.path, &new.commit);
+    assert_eq!(
+        expected.lines().count(),
+        run("ostree", &["ls", "-R", "--nul-filenames-only", "--repo", bench.repo.path.to_str().unwrap(), &new.commit])
+            .split_terminator('\0')
+            .count()
+    );
+    let dirs = ["ls", "-d", "--repo", store.repo_path().to_str().unwrap(), "coreos/node-image", "/usr/lib/modules/6.1"];
+    run("ostree", &dirs);
+    // Later, for a deployment: the rest, without fetching anything twice.
+    let complete = PullOptions { complete: true, ..PullOptions::default() };
+    let pulled = try_pull_with(&spec, &store, Some(&booted), complete).await.unwrap();
+    assert!(pulled.complete);
+    assert_eq!(pulled.objects_written, 2);
+    assert_eq!(listing(store.repo_path(), "coreos/node-image"), expected);
+    let (repo, out) = (format!("--repo={}", store.repo_path().display()), bench.path("out"));
+    run("ostree", &["checkout", "-U", "--force-copy", &repo, "coreos/node-image", out.to_str().unwrap()]);
+    // The same commit as booted: nothing to fetch at all.
+    let same = bench.push(&old, "os:1");
+    let store = bench.store("same", Some(&booted));
+    let pulled = try_pull(&same, &store, Some(&booted)).await.unwrap();
+    assert_eq!((pulled.layers_fetched, pulled.bytes_fetched, pulled.complete), (0, 0, true));
+    run("ostree", &["ls", "-R", "--repo", store.repo_path().to_str().unwrap(), "coreos/node-image"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_registry_is_told_and_resumed_from() {
+    let bench = Bench::new();
+    let image = image(&bench, 1, 1);
+    let layout = bench.path("layout");
+    let spec = bench.push(&image, "os:1");
+    let manifest: serde_json::Value =
+        serde_json::from_str(&run("skopeo", &["inspect", "--raw", &format!("oci:{}", layout.display())])).unwrap();
+    let layers: Vec<&str> =
+        manifest["layers"].as_array().unwrap().iter().map(|layer| layer["digest"].as_str().unwrap()).collect();
+    for digest in &layers {
+        let file = bench.registry.blob(digest);
+        let good = fs::read(&file).unwrap();
+        let mut corrupt = good.clone();
+        let middle = corrupt.len() / 2;
+        corrupt[middle] ^= 0xff;
+        for (spoiled, kind) in [(&corrupt[..], Kind::BadDigest), (&good[..middle], Kind::Truncated)] {
+            fs::write(&file, spoiled).unwrap();
+            let told = failure(&spec, &bench.store(&format!("{digest}-{kind:?}"), None)).await;
+            assert_eq!(told.kind, kind, "{told}");
+            assert!(told.message.contains(digest), "{}", told.message);
+        }
+        fs::write(&file, &good).unwrap();
+    }
+    // The layer of the tools is the smallest and comes after all others but the kernel's.
+    let file = bench.registry.blob(layers[1]);
+    let good = fs::read(&file).unwrap();
+    fs::write(&file, b"gone").unwrap();
+    let store = bench.store("store", None);
+    failure(&spec, &store).await;
+    fs::write(&file, &good).unwrap();
+    let complete = PullOptions { complete: true, ..PullOptions::default() };
+    let pulled = try_pull_with(&spec, &store, None, complete).await.unwrap();
+    assert!(pulled.layers_fetched <= 3 && pulled.bytes_fetched < 1_000_000, "goes on where it was: {pulled:?}");
+    fsck(store.repo_path());
+    assert_eq!(listing(store.repo_path(), "coreos/node-image"), listing(&bench.repo.path, &image.commit));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bad_images_are_refused_before_they_are_used() {
+    let bench = Bench::new();
+    type Spoil = fn(&mut Image);
+    let layer = |image: &mut Image, path: &str, kind: tar::EntryType, link: &str| {
+        let mut tar = tar::Builder::new(Vec::new());
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(kind);
+        header.set_mode(0o644);
+        header.set_size(0);
+        // The tar crate refuses to write such paths; an attacker would not.
+        header.as_old_mut().name[..path.len()].copy_from_slice(path.as_bytes());
+        header.set_link_name_literal(link).unwrap();
+        header.set_cksum();
+        tar.append(&header, std::io::empty()).unwrap();
+        let spoiled = tar.into_inner().unwrap();
+        image.layers[1].tar = [&spoiled[..512], &image.layers[1].tar].concat();
+    };
+    let cases: BTreeMap<&str, (Spoil, Kind, &str)> = BTreeMap::from([
+        ("arch", ((|image| image.architecture = "m68k".into()) as Spoil, Kind::WrongArchitecture, "m68k")),
+        ("plain", (|image| image.labels.clear(), Kind::BadFormat, "ostree.final-diffid")),
+        ("derived", (|image| image.final_layer -= 1, Kind::BadFormat, "plain layers on top")),
+        (
+            "short",
+            (
+                |image| {
+                    image.layers.remove(2);
+                    image.final_layer -= 1;
+                },
+                Kind::BadFormat,
+                "lacks",
+            ),
+        ),
+        (
+            "label",
+            (
+                |image| {
+                    image.labels.insert("ostree.commit".into(), "ab".repeat(32));
+                },
+                Kind::BadFormat,
+                "label names commit",
+            ),
+        ),
+        (
+            "flipped",
+            (
+                |image| {
+                    let tar = &mut image.layers[1].tar;
+                    let at = tar.windows(4).position(|four| four == b"bbbb").unwrap();
+                    tar[at] ^= 1;
+                },
+                Kind::BadDigest,
+                "has the checksum",
+            ),
+        ),
+        ("garbage", (|image| image.layers[1].tar = vec![7; 2048], Kind::BadFormat, "malformed")),
+        (
+            "ends",
+            (
+                |image| {
+                    let tar = &mut image.layers[1].tar;
+                    tar.truncate(tar.len() - 1024 - 700);
+                },
+                Kind::BadFormat,
+                "ends early",
+            ),
+        ),
+    ]);
+    for (name, (spoil, kind, words)) in cases {
+        let mut image = image(&bench, 1, 1);
+        spoil(&mut image);
+        let spec = bench.push(&image, &format!("bad:{name}"));
+        let told = failure(&spec, &bench.store(name, None)).await;
+        assert_eq!(told.kind, kind, "{name}: {told}");
+        assert!(told.message.contains(words) && told.message.contains("/bad@sha256:"), "{name}: {told}");
+    }
+    for (name, path, kind, link) in [
+        ("dotdot", "usr/../../etc/passwd", tar::EntryType::Regular, ""),
+        ("absolute", "/etc/passwd", tar::EntryType::Regular, ""),
+        ("outlink", "usr/x", tar::EntryType::Link, "../etc/passwd"),
+    ] {
+        let mut image = image(&bench, 1, 1);
+        layer(&mut image, path, kind, link);
+        let spec = bench.push(&image, &format!("bad:{name}"));
+        let told = failure(&spec, &bench.store(name, None)).await;
+        assert_eq!(told.kind, Kind::BadFormat, "{name}: {told}");
+        assert!(told.message.contains("escapes"), "{name}: {told}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn registries_that_refuse_or_fail() {
+    let bench = Bench::new();
+    let store = bench.store("store", None);
+    let spec = bench.push(&image(&bench, 1, 1), "os:1");
+    let repository = spec.strip_suffix(":1").unwrap();
+    let guarded_dir = tempfile::tempdir().unwrap();
+    let guarded = Registry::start(guarded_dir.path(), Some("user:secret"));
+    let closed = free_address();
+    let unavailable = always("HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+    let internal = always("HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+    let forbidden = always("HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+    let hangs_up = always("");
+    for (spec, kind) in [
+        (format!("{repository}:nosuch"), Kind::NotFound),
+        (format!("{repository}@sha256:{}", "0".repeat(64)), Kind::NotFound),
+        (format!("{}/nosuch:1", bench.registry.address), Kind::NotFound),
+        (format!("{}/os:1", guarded.address), Kind::Unauthorized),
+        (format!("{forbidden}/os:1"), Kind::Unauthorized),
+        (format!("{closed}/os:1"), Kind::Network),
+        ("registry.invalid/os:1".to_owned(), Kind::Network),
+        (format!("{unavailable}/os:1"), Kind::Network),
+        (format!("{internal}/os:1"), Kind::Network),
+        (format!("{hangs_up}/os:1"), Kind::Network),
+        ("os:1".to_owned(), Kind::BadPullSpec),
+    ] {
+        let told = failure(&spec, &store).await;
+        assert_eq!(told.kind, kind, "{spec}: {told}");
+    }
+    // With the credentials it works.
+    let layout = bench.path("layout");
+    let spec = guarded.push(&layout, "os:1");
+    let authfile = bench.path("auth.json");
+    run(
+        "skopeo",
+        &[
+            "login",
+            "--tls-verify=false",
+            "--authfile",
+            authfile.to_str().unwrap(),
+            "-u",
+            "user",
+            "-p",
+            "secret",
+            &guarded.address,
+        ],
+    );
+    let source = Source::open(&ImageSettings { authfile: Some(authfile), ..settings() }).await.unwrap();
+    source.resolve(&spec.parse().unwrap()).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cancelled_and_contended() {
+    let bench = Bench::new();
+    let store = bench.store("store", None);
+    let spec = bench.push(&image(&bench, 1, 1), "os:1");
+    let source = Source::open(&settings()).await.unwrap();
+    let image = source.resolve(&spec.parse().unwrap()).await.unwrap();
+    let (options, cancel) = (PullOptions::default(), CancellationToken::new());
+    cancel.cancel();
+    let told = pull(&source, &image, &store, None, &options, Arc::default(), &cancel).await.unwrap_err();
+    assert_eq!(told.kind, Kind::Cancelled);
+    // Two at once: the second waits for the first and takes its result.
+    let cancel = CancellationToken::new();
+    let other = Source::open(&settings()).await.unwrap();
+    let (one, two) = tokio::join!(
+        pull(&source, &image, &store, None, &options, Arc::default(), &cancel),
+        pull(&other, &image, &store, None, &options, Arc::default(), &cancel),
+    );
+    assert_eq!(one.unwrap(), two.unwrap());
+    let held = store.lock().unwrap();
+    let other_image =
+        node_image_pivot::image::ResolvedImage { digest: format!("sha256:{}", "1".repeat(64)), ..image.clone() };
+    let waiting = CancellationToken::new();
+    let (told, ()) =
+        tokio::join!(pull(&source, &other_image, &store, None, &options, Arc::default(), &waiting), async {
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            waiting.cancel();
+        });
+    assert!(told.unwrap_err().message.contains("pid"), "says who holds the lock");
+    drop(held);
+}
+
+/// Every compression is used by some layer of the fixture; this keeps it so.
+#[test]
+fn the_fixture_has_all_compressions() {
+    let bench = Bench::new();
+    let image = image(&bench, 1, 1);
+    for compress in [Compress::Gzip, Compress::Zstd, Compress::None] {
+        assert!(image.layers.iter().any(|layer| layer.compress == compress));
+    }
+}

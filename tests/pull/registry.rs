@@ -1,0 +1,98 @@
+//! A real registry on loopback, and an HTTP server that gives one bad answer to everything.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use super::fixture::run;
+
+/// docker-registry, stopped when dropped.
+pub struct Registry {
+    pub address: String,
+    storage: PathBuf,
+    child: Child,
+    credentials: Option<&'static str>,
+}
+
+impl Registry {
+    /// Starts one that keeps its blobs below `dir`; with credentials (`user:password`) it wants them.
+    pub fn start(dir: &Path, credentials: Option<&'static str>) -> Self {
+        let address = free_address();
+        let storage = dir.join("storage");
+        let mut config = format!(
+            "version: 0.1\nlog: {{level: error, accesslog: {{disabled: true}}}}\nstorage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: '{address}'}}\n",
+            storage.display()
+        );
+        if let Some(credentials) = credentials {
+            let (user, password) = credentials.split_once(':').unwrap();
+            let file = dir.join("htpasswd");
+            run("htpasswd", &["-Bbc", file.to_str().unwrap(), user, password]);
+            config.push_str(&format!("auth: {{htpasswd: {{realm: test, path: {}}}}}\n", file.display()));
+        }
+        let path = dir.join("config.yml");
+        fs::write(&path, config).unwrap();
+        let child = Command::new("docker-registry")
+            .arg("serve")
+            .arg(&path)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let registry = Self { address, storage, child, credentials };
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while TcpStream::connect(&registry.address).is_err() {
+            assert!(Instant::now() < deadline, "docker-registry does not start");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        registry
+    }
+
+    /// Pushes an OCI layout blob by blob; the pull spec.
+    pub fn push(&self, layout: &Path, name: &str) -> String {
+        let spec = format!("{}/{name}", self.address);
+        let (source, target) = (format!("oci:{}", layout.display()), format!("docker://{spec}"));
+        let mut args = vec!["copy", "-q", "--insecure-policy", "--preserve-digests", "--dest-tls-verify=false"];
+        if let Some(credentials) = self.credentials {
+            args.extend(["--dest-creds", credentials]);
+        }
+        args.extend([source.as_str(), target.as_str()]);
+        run("skopeo", &args);
+        spec
+    }
+
+    /// The file that holds a blob (`sha256:…`), to be spoiled.
+    pub fn blob(&self, digest: &str) -> PathBuf {
+        let hex = digest.strip_prefix("sha256:").unwrap();
+        self.storage.join(format!("docker/registry/v2/blobs/sha256/{}/{hex}/data", &hex[..2]))
+    }
+}
+
+impl Drop for Registry {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// An address that nobody listens on right now.
+pub fn free_address() -> String {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string()
+}
+
+/// Answers every request with `response` and closes; its address. Lives as long as the test program.
+pub fn always(response: &'static str) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let Ok(mut stream) = stream else { continue };
+            let mut request = [0; 4096];
+            let _ = stream.read(&mut request);
+            let _ = stream.write_all(response.as_bytes());
+        }
+    });
+    address
+}
