@@ -1,0 +1,41 @@
+# Bootimages: the base tree with the agent on top, deployed, as a read-only filesystem to be booted live.
+# shellcheck shell=bash
+
+# A directory with the agent installed as by `make install DESTDIR=`; empty when there is none yet.
+agent() {
+    local out=$CACHE/agent
+    case ${PIVOT_TESTBED_AGENT-} in
+        none) mkdir -p "$out/none" && printf '%s\n' "$out/none" ;;
+        "")
+            # Always asked: cargo and make know best whether anything is to do. The stages behind it are keyed by the result.
+            rm -rf --one-file-system "$out/installed.tmp"
+            make -s -C "$PROJECT" install DESTDIR="$out/installed.tmp" >&2
+            mkdir -p "$out/by-key"
+            local dir
+            dir=$out/by-key/$(key "$out/installed.tmp")
+            [ -d "$dir" ] || mv -T "$out/installed.tmp" "$dir"
+            printf '%s\n' "$dir" ;;
+        *) printf '%s\n' "$PIVOT_TESTBED_AGENT" ;;
+    esac
+}
+
+# boot [VARIANT]: prints a directory with vmlinuz, initramfs.img, sysroot.squashfs, kargs; VARIANT "binaries" has the
+# cluster's binaries in its tree, "" does not.
+boot() {
+    local variant=${1-} base agent overlays=()
+    base=$(tree_base12)
+    agent=$(agent)
+    overlays=("$agent")
+    [ "$variant" != binaries ] || overlays+=("$(binaries)")
+    stage "boot${variant:+-$variant}" "$(key "$BED/bootimage.sh" "=$base" "${overlays[@]}")" \
+        recipe bootimage.sh BED="$BED" BASE="$base" OVERLAYS="${overlays[*]}"
+}
+
+# The cluster's binaries on their own, for a bootimage that already has them.
+binaries() { stage binaries "$(key "=$(debs)")" unpack_binaries; }
+unpack_binaries() {
+    local deb
+    for deb in "$(debs)"/cluster-*.deb; do dpkg-deb -x "$deb" "$OUT"; done
+    # Programs only: the units are not what this variant is about.
+    rm -rf "$OUT/etc" "$OUT/usr/lib"
+}

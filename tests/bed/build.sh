@@ -1,0 +1,62 @@
+#!/bin/bash
+# Builds what the tests run on: QEMU, trees, bootimages, node images, the registry's storage.
+#
+#   build.sh TARGET...    targets: qemu oracle trees boot registry all
+#   build.sh paths        prints where they are, as JSON; builds what is missing
+#
+# PIVOT_TESTBED_CACHE   where (default /var/cache/node-image-pivot-testbed)
+# PIVOT_TESTBED_AGENT   a directory with the installed agent (as by DESTDIR); "" builds and installs it from this
+#                       checkout; "none" makes a bootimage without it
+# shellcheck source=lib.sh
+. "$(dirname "$0")/lib.sh"
+
+common_inputs=("$BED/tree.sh" "$BED/tree" "$BED/dracut" "$BED/packages")
+
+qemu() { stage qemu "$(key "$BED/qemu.sh")" recipe qemu.sh; }
+
+debs() { stage debs "$(key "$BED/debs.sh" "$BED/programs")" recipe debs.sh BED="$BED"; }
+
+# The oracle is built by cargo, which knows best what is stale; its target directory lives in the cache.
+oracle() {
+    local target=$CACHE/oracle
+    nice -n 5 cargo build --release --locked --quiet --manifest-path "$PROJECT/tests/oracle/Cargo.toml" --target-dir "$target" >&2
+    printf '%s\n' "$target/release/oracle"
+}
+
+tree() { # NAME SUITE "LISTS" DEB...
+    local name=$1 suite=$2 lists=$3 debs=""
+    shift 3
+    for deb in "$@"; do debs+=" $(debs)/$deb"; done
+    stage "tree-$name" "$(key "${common_inputs[@]}" "=$name $suite $lists" $debs)" \
+        recipe tree.sh BED="$BED" TREE="$name" SUITE="$suite" PACKAGES="$lists" DEBS="$debs"
+}
+tree_base12() { tree base12 bookworm "common base" base-tool_1.0.deb base-legacy_1.0.deb; }
+tree_node_a() { tree node-a trixie "common node" base-tool_2.0.deb cluster-client_4.99.0.deb cluster-node_4.99.0.deb; }
+tree_node_b() { tree node-b bookworm "common node" base-tool_2.0.deb cluster-client_4.99.0.deb cluster-node_4.99.0.deb; }
+
+# shellcheck source=boot.sh
+. "$BED/boot.sh"
+
+# shellcheck source=registry.sh
+. "$BED/registry.sh"
+
+trees() {
+    # Two at a time: half of the work is waiting for dpkg.
+    debs >/dev/null
+    tree_base12 >/dev/null &
+    local base=$!
+    tree_node_a >/dev/null
+    wait "$base"
+    tree_node_b >/dev/null
+}
+
+for target in "${@:-all}"; do
+    case $target in
+        qemu | oracle | debs | trees | boot | registry | tree_*) "$target" >&2 ;;
+        all) trees; boot >&2; registry >&2; qemu >&2 ;;
+        paths)
+            jq -n --arg qemu "$(qemu)/qemu" --arg boot "$(boot)" --arg registry "$(registry)" --arg cache "$CACHE" \
+                '{qemu: $qemu, boot: $boot, registry: $registry, cache: $cache}' ;;
+        *) die "unknown target: $target" ;;
+    esac
+done

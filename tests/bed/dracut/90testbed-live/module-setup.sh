@@ -1,0 +1,23 @@
+#!/bin/bash
+# dracut module of the test bed: the live medium's root, and the files a test brings along.
+# shellcheck disable=SC2154 # moddir, systemdsystemunitdir: given by dracut
+
+check() { return 255; }   # only on request
+
+depends() { echo systemd; }
+
+installkernel() {
+    # By name: --no-hostonly would bring every driver of the kernel package.
+    instmods virtio_pci virtio_blk virtio_net squashfs lz4_decompress erofs overlay ext4 xfs crc32c loop
+}
+
+install() {
+    inst_multiple mount mkdir cp touch
+    inst_script "$moddir/testbed-live.sh" /usr/bin/testbed-live
+    local unit
+    for unit in testbed-live testbed-inject; do
+        inst_simple "$moddir/$unit.service" "$systemdsystemunitdir/$unit.service"
+        mkdir -p "$initdir$systemdsystemunitdir/initrd-root-fs.target.requires"
+        ln -s "../$unit.service" "$initdir$systemdsystemunitdir/initrd-root-fs.target.requires/$unit.service"
+    done
+}

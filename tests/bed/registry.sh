@@ -1,0 +1,34 @@
+# Node images and bad images, and the storage of a registry that serves them all.
+# shellcheck shell=bash
+
+# image NAME TREE: the tree as a chunked container image, in a storage of its own.
+image() {
+    local name=$1 tree=$2
+    stage "image-$name" "$(key "$BED/image.sh" "$BED/serve.sh" "$PROJECT/tests/oracle/src" "$PROJECT/tests/oracle/Cargo.lock" "=$tree")" \
+        recipe image.sh BED="$BED" NAME="$name" REPO="$tree/repo" ORACLE="$CACHE/oracle/release/oracle"
+}
+bad_images() {
+    stage image-bad "$(key "$BED/bad-images.sh" "$BED/serve.sh")" \
+        recipe bad-images.sh BED="$BED" ORACLE="$CACHE/oracle/release/oracle"
+}
+
+# registry: prints a directory with storage/ (for docker-registry's filesystem driver) and images.json.
+registry() {
+    oracle >/dev/null
+    local parts a b
+    # Compressing is one core's work per image: both at once.
+    image node-a "$(tree_node_a)" >/dev/null &
+    a=$!
+    image node-b "$(tree_node_b)" >/dev/null &
+    b=$!
+    wait "$a" && wait "$b"
+    parts=("$(image node-a "$(tree_node_a)")" "$(image node-b "$(tree_node_b)")" "$(bad_images)")
+    stage registry "$(key "${parts[@]/#/=}" =1)" merge_storages "${parts[@]}"
+}
+# Storages are addressed by content below and by name above: hardlinking them into one directory merges them.
+merge_storages() {
+    local part
+    for part in "$@"; do cp -al "$part/storage" "$OUT/"; done
+    cat "${@/%//images.jsonl}" | jq -s 'map({key: .name, value: .}) | from_entries' >"$OUT/images.json"
+    cat "$OUT/images.json"
+}

@@ -1,0 +1,97 @@
+//! ostree-ext as a program: what node images are written with, and the importer that ours is compared with.
+
+use std::num::NonZeroU32;
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+use ostree_ext::container::store::{ImageImporter, PrepareResult};
+use ostree_ext::container::{Config, ExportOpts, ImageReference, OstreeImageReference, SignatureSource};
+use ostree_ext::containers_image_proxy::ImageProxyConfig;
+use ostree_ext::{gio, ostree};
+
+mod components;
+
+#[derive(Parser)]
+#[command(about, version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Write a commit as a chunked container image; prints the digest of its manifest.
+    Encapsulate {
+        /// Repository that holds the commit.
+        #[arg(long)]
+        repo: String,
+        /// Ref or checksum of the commit.
+        #[arg(long = "ref")]
+        reference: String,
+        /// Value of the label org.opencontainers.image.title.
+        #[arg(long)]
+        name: String,
+        /// Value of the image's `architecture` label (as node images carry it, RPM spelling).
+        #[arg(long, default_value = "x86_64")]
+        architecture: String,
+        /// Most layers that packages are spread over (the commit layer not counted).
+        #[arg(long, default_value_t = NonZeroU32::new(36).expect("not zero"))]
+        max_layers: NonZeroU32,
+        /// All content in one layer; for trees without a dpkg database.
+        #[arg(long)]
+        single: bool,
+        /// Where to: `oci:DIR:TAG`, `docker://HOST/NAME:TAG`.
+        dest: String,
+    },
+    /// Import an image into a repository, as the incumbent does; prints the merge commit.
+    Import {
+        /// Repository to import to; must exist.
+        #[arg(long)]
+        repo: String,
+        /// Container auth file.
+        #[arg(long)]
+        authfile: Option<std::path::PathBuf>,
+        /// `ostree-unverified-registry:HOST/NAME:TAG`, `ostree-unverified-image:oci:DIR:TAG`, ….
+        image: OstreeImageReference,
+    },
+}
+
+#[tokio::main]
+async fn main() -> Result<()> {
+    match Cli::parse().command {
+        Command::Encapsulate { repo, reference, name, architecture, max_layers, single, dest } => {
+            let repo = open(&repo)?;
+            let dest = ImageReference::try_from(dest.as_str())?;
+            let commit = repo.require_rev(&reference)?;
+            let components = if single { None } else { Some(components::of_commit(&repo, &commit)?) };
+            let labels = [("org.opencontainers.image.title".to_string(), name), ("architecture".to_string(), architecture)];
+            let config = Config { labels: Some(labels.into()), cmd: None };
+            let mut opts = ExportOpts::default();
+            opts.max_layers = Some(max_layers);
+            opts.contentmeta = components.as_ref();
+            opts.legacy_version_label = true;
+            let digest = ostree_ext::container::encapsulate(&repo, &commit, &config, Some(opts), &dest).await?;
+            println!("{digest}");
+        }
+        Command::Import { repo, authfile, mut image } => {
+            // Both spellings of "unverified" are fine here; the policy.json of this machine decides.
+            image.sigverify = SignatureSource::ContainerPolicyAllowInsecure;
+            let mut proxy = ImageProxyConfig::default();
+            proxy.authfile = authfile;
+            proxy.insecure_skip_tls_verification = Some(true);
+            let mut importer = ImageImporter::new(&open(&repo)?, &image, proxy).await?;
+            let state = match importer.prepare().await? {
+                PrepareResult::AlreadyPresent(state) => state,
+                PrepareResult::Ready(prepared) => importer.import(prepared).await?,
+            };
+            println!("{}", state.merge_commit);
+        }
+    }
+    Ok(())
+}
+
+fn open(path: &str) -> Result<ostree::Repo> {
+    let repo = ostree::Repo::new(&gio::File::for_path(path));
+    repo.open(gio::Cancellable::NONE).with_context(|| format!("opening the repository {path}"))?;
+    Ok(repo)
+}
