@@ -1,6 +1,8 @@
 # Shared by the scripts of the test bed: the cache, stages keyed by their inputs, timing.
 # shellcheck shell=bash
 set -euo pipefail
+# A failing $(command) ends the script also inside functions called by $(…).
+shopt -s inherit_errexit
 umask 022
 
 BED=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -15,14 +15,17 @@ bad_images() {
 # registry: prints a directory with storage/ (for docker-registry's filesystem driver) and images.json.
 registry() {
     oracle >/dev/null
-    local parts a b
+    local parts a b bad
     # Compressing is one core's work per image: both at once.
     image node-a "$(tree_node_a)" >/dev/null &
     a=$!
     image node-b "$(tree_node_b)" >/dev/null &
     b=$!
     wait "$a" && wait "$b"
-    parts=("$(image node-a "$(tree_node_a)")" "$(image node-b "$(tree_node_b)")" "$(bad_images)")
+    a=$(image node-a "$(tree_node_a)")
+    b=$(image node-b "$(tree_node_b)")
+    bad=$(bad_images)
+    parts=("$a" "$b" "$bad")
     stage registry "$(key "${parts[@]/#/=}" =1)" merge_storages "${parts[@]}"
 }
 # Storages are addressed by content below and by name above: hardlinking them into one directory merges them.
