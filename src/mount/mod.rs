@@ -1,1 +1,37 @@
-//! mount: to be written.
+//! Mount trees: built detached, looked into, tried, exposed in one step, and taken away again.
+//!
+//! This room knows the kernel's mount API and mount namespaces, and nothing of images, ostree or
+//! `/etc`. It never decides *whether* to expose something; it may not remount, bind or unmount
+//! anything that it did not mount itself.
+//!
+//! The namespace that counts is PID 1's ([`Namespace::init`]): the agent may be sandboxed, and what it
+//! mounts in a namespace of its own helps nobody.
+
+mod namespace;
+mod table;
+mod tmpfs;
+mod tree;
+mod trial;
+
+#[cfg(test)]
+pub(crate) mod testing;
+
+pub use namespace::Namespace;
+pub use table::{Exposure, Mount, exposure, mounts_below, overlay_depth, parse};
+pub use tmpfs::{TmpfsUse, tmpfs, tmpfs_used};
+pub use tree::{DetachedTree, supports_overlay};
+pub use trial::{Trial, trial};
+
+use std::path::Path;
+
+use anyhow::Result;
+
+/// Whether a mount named `source` is at `target` in PID 1's namespace, on top or covered.
+pub fn exposed(target: &Path, source: &str) -> Result<bool> {
+    Ok(Namespace::init().exposure(target, source)? != Exposure::Absent)
+}
+
+/// Takes our mount `source` away from `target` in PID 1's namespace. See [`Namespace::withdraw`].
+pub fn withdraw(target: &Path, source: &str) -> Result<bool> {
+    Namespace::init().withdraw(target, source)
+}

@@ -1,0 +1,209 @@
+//! The mount table, `/proc/PID/mountinfo`, as plain data: parsing and questions, no system calls.
+
+use std::ffi::OsString;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+
+/// One line of mountinfo.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mount {
+    /// The mount's id.
+    pub id: u64,
+    /// The id of the mount that it sits on.
+    pub parent: u64,
+    /// Where it is mounted, unescaped.
+    pub target: PathBuf,
+    /// The file system type, for example `overlay`.
+    pub fstype: String,
+    /// The mount source, unescaped: a device, or any word that the mounter chose.
+    pub source: OsString,
+    /// The super block's options, as the kernel prints them.
+    pub super_options: OsString,
+}
+
+/// How a mount of ours shows at its target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exposure {
+    /// It is not there.
+    Absent,
+    /// It is what a path lookup finds.
+    OnTop,
+    /// It is there, but something else was mounted over it.
+    Covered,
+}
+
+/// Parses the text of a mountinfo file. Lines that do not have the documented form are left out:
+/// the kernel may add fields, but never removes these.
+pub fn parse(text: &[u8]) -> Vec<Mount> {
+    text.split(|byte| *byte == b'\n').filter_map(parse_line).collect()
+}
+
+fn parse_line(line: &[u8]) -> Option<Mount> {
+    let mut fields = line.split(|byte| *byte == b' ');
+    let id = number(fields.next()?)?;
+    let parent = number(fields.next()?)?;
+    let target = fields.nth(2)?;
+    // Mount options, then any number of optional fields, up to the lone dash.
+    fields.by_ref().find(|field| *field == b"-")?;
+    let fstype = fields.next()?;
+    let source = fields.next()?;
+    let super_options = fields.next().unwrap_or_default();
+    Some(Mount {
+        id,
+        parent,
+        target: PathBuf::from(OsString::from_vec(unescape(target))),
+        fstype: String::from_utf8_lossy(fstype).into_owned(),
+        source: OsString::from_vec(unescape(source)),
+        super_options: OsString::from_vec(super_options.to_vec()),
+    })
+}
+
+fn number(field: &[u8]) -> Option<u64> {
+    std::str::from_utf8(field).ok()?.parse().ok()
+}
+
+/// Undoes the kernel's `\040` style escapes (blank, tab, newline, backslash, hash).
+fn unescape(field: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((&byte, tail)) = rest.split_first() {
+        let code = tail.get(..3).filter(|digits| byte == b'\\' && digits.iter().all(|d| (b'0'..=b'7').contains(d)));
+        let value = code.map(|digits| digits.iter().fold(0u32, |sum, d| sum * 8 + u32::from(d - b'0')));
+        match value.and_then(|value| u8::try_from(value).ok()) {
+            Some(value) => {
+                out.push(value);
+                rest = &tail[3..];
+            }
+            None => {
+                out.push(byte);
+                rest = tail;
+            }
+        }
+    }
+    out
+}
+
+/// How the mount named `source` shows at `target`.
+pub fn exposure(mounts: &[Mount], target: &Path, source: &str) -> Exposure {
+    let ours = |mount: &&Mount| mount.target == target && mount.source == source;
+    match top(mounts, target) {
+        Some(mount) if mount.source == source => Exposure::OnTop,
+        _ if mounts.iter().any(|mount| ours(&mount)) => Exposure::Covered,
+        _ => Exposure::Absent,
+    }
+}
+
+/// The mount that a lookup of exactly `target` finds, if `target` is a mount point.
+pub(super) fn top<'a>(mounts: &'a [Mount], target: &Path) -> Option<&'a Mount> {
+    let stack = || mounts.iter().filter(|mount| mount.target == target);
+    // Neither ids nor the order of lines say what is on top (a tree that was built detached has an
+    // old id); being nobody's parent at the same place does.
+    stack().find(|mount| !stack().any(|other| other.parent == mount.id))
+}
+
+/// The mount points strictly below `target`: a mount over `target` would hide them.
+pub fn mounts_below(mounts: &[Mount], target: &Path) -> Vec<PathBuf> {
+    let mut below: Vec<PathBuf> = mounts
+        .iter()
+        .filter(|mount| mount.target.starts_with(target) && mount.target != target)
+        .map(|mount| mount.target.clone())
+        .collect();
+    below.sort();
+    below.dedup();
+    below
+}
+
+/// How many overlays lie on top of each other under `path`, 0 for none. The kernel allows 2, so a
+/// new overlay on `path` fits when this is at most 1.
+///
+/// Lower directories are looked up by the names in the mount options. A name that no longer leads
+/// anywhere (composefs detaches its erofs) counts as a plain file system, so this may be too low,
+/// never too high: the kernel's own refusal stays the last word.
+pub fn overlay_depth(mounts: &[Mount], path: &Path) -> usize {
+    depth_of(mounts, path, &mut Vec::new())
+}
+
+fn depth_of(mounts: &[Mount], path: &Path, visited: &mut Vec<u64>) -> usize {
+    // An overlay's own mount cannot be its lower layer: what was at the path before counts.
+    let visible: Vec<Mount> = mounts.iter().filter(|mount| !visited.contains(&mount.id)).cloned().collect();
+    let Some(mount) = path.ancestors().find_map(|place| top(&visible, place)) else { return 0 };
+    if mount.fstype != "overlay" {
+        return 0;
+    }
+    visited.push(mount.id);
+    let below = lower_dirs(&mount.super_options).iter().map(|dir| depth_of(mounts, dir, visited)).max();
+    visited.pop();
+    1 + below.unwrap_or(0)
+}
+
+fn lower_dirs(options: &OsString) -> Vec<PathBuf> {
+    let mut dirs = Vec::new();
+    for option in options.as_bytes().split(|byte| *byte == b',') {
+        let value = option.strip_prefix(b"lowerdir+=").or_else(|| option.strip_prefix(b"lowerdir="));
+        for dir in value.unwrap_or_default().split(|byte| *byte == b':').filter(|dir| !dir.is_empty()) {
+            dirs.push(PathBuf::from(OsString::from_vec(unescape(dir))));
+        }
+    }
+    dirs
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    const LIVE: &str = "\
+22 1 7:0 / / ro,relatime shared:1 - squashfs /dev/loop0 ro\n\
+23 22 7:0 /usr /usr ro,relatime shared:2 master:4 - squashfs /dev/loop0 ro\n\
+24 22 0:30 / /run rw,nosuid shared:3 - tmpfs tmpfs rw,size=10k\n\
+25 22 0:31 / /with\\040blank\\134and\\011tab rw - ext4 /dev/\\043x rw\n\
+nonsense\n";
+
+    fn live_with(extra: &str) -> Vec<Mount> {
+        parse(format!("{LIVE}{extra}").as_bytes())
+    }
+
+    #[test]
+    fn lines_are_parsed_and_unescaped() {
+        let mounts = live_with("");
+        assert_eq!(mounts.len(), 4);
+        assert_eq!(mounts[1].target, Path::new("/usr"));
+        assert_eq!(mounts[1].fstype, "squashfs");
+        assert_eq!(mounts[3].target, Path::new("/with blank\\and\ttab"));
+        assert_eq!(mounts[3].source, "/dev/#x");
+    }
+
+    #[test]
+    fn escapes_that_are_none_stay() {
+        assert_eq!(unescape(b"a\\9b\\04"), b"a\\9b\\04");
+        assert_eq!(unescape(b"\\777"), b"\\777");
+        assert_eq!(unescape(b"\\"), b"\\");
+    }
+
+    #[test]
+    fn what_is_on_top_follows_from_parents() {
+        // Ours has the smaller id: it was built before the other mount came.
+        let mounts = live_with("12 40 0:50 / /usr ro - overlay ours ro\n40 23 0:51 / /usr ro - tmpfs other ro\n");
+        assert_eq!(exposure(&mounts, Path::new("/usr"), "ours"), Exposure::OnTop);
+        assert_eq!(exposure(&mounts, Path::new("/usr"), "other"), Exposure::Covered);
+        assert_eq!(exposure(&mounts, Path::new("/usr"), "none"), Exposure::Absent);
+        assert_eq!(exposure(&mounts, Path::new("/usr/lib"), "ours"), Exposure::Absent);
+    }
+
+    #[test]
+    fn mounts_below_are_by_component() {
+        let mounts = live_with("30 23 0:50 / /usr/share/oem ro - ext4 x ro\n31 22 0:52 / /usrlocal ro - ext4 x ro\n");
+        assert_eq!(mounts_below(&mounts, Path::new("/usr")), [PathBuf::from("/usr/share/oem")]);
+    }
+
+    #[test]
+    fn overlays_are_counted() {
+        assert_eq!(overlay_depth(&live_with(""), Path::new("/usr")), 0);
+        let composefs = "22 1 0:40 / / ro - overlay composefs ro,lowerdir+=/run/gone,datadir+=/sysroot/objects\n";
+        assert_eq!(overlay_depth(&parse(composefs.as_bytes()), Path::new("/usr")), 1);
+        let sysext = format!("{composefs}60 22 0:60 / /usr ro - overlay sysext ro,lowerdir=/run/x:/usr\n");
+        assert_eq!(overlay_depth(&parse(sysext.as_bytes()), Path::new("/usr")), 2);
+        let ours = live_with("60 23 0:60 / /usr ro - overlay ours ro,lowerdir=/run/delta:/usr\n");
+        assert_eq!(overlay_depth(&ours, Path::new("/usr")), 1);
+    }
+}
