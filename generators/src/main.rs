@@ -19,7 +19,7 @@ fn main() {
     let root = env::var_os(ROOT_VARIABLE).map(PathBuf::from);
     let sink = if root.is_some() { Sink::Stderr } else { Sink::Kernel };
     panic::set_hook(Box::new(move |info| {
-        sink.log(Level::Warning, &format!("this is a bug, please report it: {info}"))
+        sink.log(Level::Warning, &format!("this is a bug, please report it: {info}"));
     }));
     let _ = panic::catch_unwind(|| run(&root.unwrap_or_else(|| PathBuf::from("/")), sink));
 }
@@ -43,7 +43,7 @@ fn run(root: &std::path::Path, sink: Sink) {
             }
             match emit::redirect(&Output { normal, early }, &pivot_target, &original) {
                 Ok(()) => {
-                    sink.log(Level::Notice, &format!("this boot goes to the node image first, then to {original}"))
+                    sink.log(Level::Notice, &format!("this boot goes to the node image first, then to {original}"));
                 }
                 Err(Problem(what)) => sink.log(Level::Warning, &what),
             }
