@@ -432,6 +432,64 @@ async fn cancelled_and_contended() {
     drop(held);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn an_index_of_several_architectures() {
+    let bench = Bench::new();
+    let own = image(&bench, 1, 1);
+    let mut other = image(&bench, 2, 1);
+    other.architecture = "s390x".into();
+    let layout = bench.path("multi");
+    let digest = own.write_with(&other, &layout);
+    let spec = bench.registry.push(&layout, "multi:1");
+    let store = bench.store("store", None);
+    let pulled = try_pull(&spec, &store, None).await.unwrap();
+    assert_eq!(pulled.commit, own.commit);
+    assert_eq!(pulled.image.digest, digest, "pinned to this machine's manifest, not to the index");
+    // From the persisted record, with a proxy that has never seen the tag.
+    let source = Source::open(&settings()).await.unwrap();
+    let (store, cancel) = (bench.store("again", None), CancellationToken::new());
+    let again =
+        pull(&source, &pulled.image, &store, None, &PullOptions::default(), Arc::default(), &cancel).await.unwrap();
+    assert_eq!(again.commit, own.commit);
+}
+
+/// The agent, killed at any moment, finds a store that it can go on with.
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_and_resumed() {
+    let bench = Bench::new();
+    let image = image(&bench, 1, 1);
+    let spec = bench.push(&image, "os:1");
+    let store = bench.store("store", None);
+    for delay in [60, 90, 120, 150, 180, 220, 260] {
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--ignored", "--exact", "child_pull"])
+            .env("PIVOT_CHILD", format!("{spec} {}", store.root().display()))
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        tokio::time::sleep(Duration::from_millis(delay)).await;
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let temporary = fs::read_dir(store.repo_path().join("tmp")).unwrap().count();
+        println!("killed after {delay} ms: {} objects, {temporary} in tmp", store.content_objects().unwrap().len());
+    }
+    let complete = PullOptions { complete: true, ..PullOptions::default() };
+    let pulled = try_pull_with(&spec, &store, None, complete).await.unwrap();
+    assert!(pulled.complete);
+    fsck(store.repo_path());
+    assert_eq!(listing(store.repo_path(), "coreos/node-image"), listing(&bench.repo.path, &image.commit));
+    assert_eq!(fs::read_dir(store.repo_path().join("tmp")).unwrap().count(), 1, "only tmp/cache is left");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "the child of killed_and_resumed"]
+async fn child_pull() {
+    let Ok(arguments) = std::env::var("PIVOT_CHILD") else { return };
+    let (spec, root) = arguments.split_once(' ').unwrap();
+    let complete = PullOptions { complete: true, ..PullOptions::default() };
+    try_pull_with(spec, &NodeStore::open(Path::new(root)).unwrap(), None, complete).await.unwrap();
+}
+
 /// Every compression is used by some layer of the fixture; this keeps it so.
 #[test]
 fn the_fixture_has_all_compressions() {

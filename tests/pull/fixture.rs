@@ -272,10 +272,34 @@ impl Image {
         let manifest = json!({ "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
                                "config": config, "layers": layers });
         let manifest = blob(dir, manifest.to_string().as_bytes(), "application/vnd.oci.image.manifest.v1+json");
-        fs::write(dir.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
-        let index = json!({ "schemaVersion": 2, "manifests": [manifest] });
-        fs::write(dir.join("index.json"), index.to_string()).unwrap();
+        write_index(dir, &manifest);
     }
+
+    /// Writes a multi-architecture index of this image and `other` to `dir`; this image's digest.
+    pub fn write_with(&self, other: &Image, dir: &Path) -> String {
+        let mut manifests = Vec::new();
+        self.write(dir);
+        other.write(&dir.join("other"));
+        for (image, layout) in [(other, dir.join("other")), (self, dir.to_owned())] {
+            let index: Value = serde_json::from_slice(&fs::read(layout.join("index.json")).unwrap()).unwrap();
+            let mut manifest = index["manifests"][0].clone();
+            manifest["platform"] = json!({ "architecture": image.architecture, "os": "linux" });
+            manifests.push(manifest);
+        }
+        run("cp", &["-r", dir.join("other/blobs").to_str().unwrap(), dir.to_str().unwrap()]);
+        fs::remove_dir_all(dir.join("other")).unwrap();
+        let own = manifests[1]["digest"].as_str().unwrap().to_owned();
+        let media_type = "application/vnd.oci.image.index.v1+json";
+        let index = json!({ "schemaVersion": 2, "mediaType": media_type, "manifests": manifests });
+        write_index(dir, &blob(dir, index.to_string().as_bytes(), media_type));
+        own
+    }
+}
+
+fn write_index(dir: &Path, manifest: &Value) {
+    fs::write(dir.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
+    let index = json!({ "schemaVersion": 2, "manifests": [manifest] });
+    fs::write(dir.join("index.json"), index.to_string()).unwrap();
 }
 
 fn blob(dir: &Path, data: &[u8], media_type: &str) -> Value {

@@ -54,7 +54,8 @@ impl Registry {
     pub fn push(&self, layout: &Path, name: &str) -> String {
         let spec = format!("{}/{name}", self.address);
         let (source, target) = (format!("oci:{}", layout.display()), format!("docker://{spec}"));
-        let mut args = vec!["copy", "-q", "--insecure-policy", "--preserve-digests", "--dest-tls-verify=false"];
+        let mut args =
+            vec!["copy", "-q", "--all", "--insecure-policy", "--preserve-digests", "--dest-tls-verify=false"];
         if let Some(credentials) = self.credentials {
             args.extend(["--dest-creds", credentials]);
         }
