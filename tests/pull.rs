@@ -5,12 +5,15 @@
 
 #[path = "pull/fixture.rs"]
 mod fixture;
+#[path = "pull/measure.rs"]
+mod measure;
 #[path = "pull/registry.rs"]
 mod registry;
+#[path = "pull/tree.rs"]
+mod tree;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,6 +26,7 @@ use node_image_pivot::store::{BootedRepo, NodeStore};
 use registry::{Registry, always, free_address};
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
+use tree::{chunker, noise, tree};
 
 fn settings() -> ImageSettings {
     ImageSettings { insecure: true, idle_timeout: Some(Duration::from_secs(10)), ..ImageSettings::default() }
@@ -57,61 +61,6 @@ impl Bench {
         let root = self.path(name);
         fs::create_dir_all(&root).unwrap();
         NodeStore::on_tmpfs(&root, booted).unwrap()
-    }
-}
-
-/// A small system tree: all kinds of entries that an image may have. `version` changes some of them.
-fn tree(dir: &Path, version: u8) {
-    for path in ["usr/bin", "usr/etc/app", "usr/lib/modules/6.1/kernel", "usr/share/empty", "usr/share/deep/er"] {
-        fs::create_dir_all(dir.join(path)).unwrap();
-    }
-    let write = |path: &str, content: &[u8]| fs::write(dir.join(path), content).unwrap();
-    write("usr/bin/bash", &vec![b'b'; 3000]);
-    write("usr/bin/kubelet", &noise(2_000_000, version));
-    write("usr/bin/ping", format!("ping {version}").as_bytes());
-    write("usr/etc/app/app.conf", format!("version = {version}\n").as_bytes());
-    write("usr/etc/hostname", b"");
-    write("usr/share/empty/zero", b"");
-    write("usr/share/stable", &noise(700_000, 0));
-    write(&format!("usr/share/only-in-{version}"), &[version]);
-    write("usr/lib/modules/6.1/vmlinuz", &noise(500_000, 100 + version));
-    write("usr/lib/modules/6.1/kernel/net.ko", &noise(100_000, 50 + version));
-    let long = format!("usr/share/deep/er/{}", "long-name-".repeat(20));
-    write(&long, b"long");
-    symlink("bash", dir.join("usr/bin/sh")).unwrap();
-    symlink("..//bin/bash", dir.join("usr/bin/denormal")).unwrap();
-    symlink("x/".repeat(90), dir.join("usr/share/far")).unwrap();
-    fs::set_permissions(dir.join("usr/bin/ping"), fs::Permissions::from_mode(0o4755)).unwrap();
-    chown(dir.join("usr/share/stable"), Some(81), Some(82)).unwrap();
-    let set = |path: &str, name: &str, value: &[u8]| {
-        rustix::fs::lsetxattr(dir.join(path), name, value, rustix::fs::XattrFlags::empty()).unwrap();
-    };
-    set("usr/bin/ping", "security.capability", &[1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
-    set("usr/bin/bash", "security.selinux", b"system_u:object_r:shell_exec_t:s0\0");
-    set("usr/bin/sh", "security.selinux", b"system_u:object_r:bin_t:s0\0");
-    set("usr/share", "trusted.note", b"on a directory");
-}
-
-/// Bytes that do not compress.
-fn noise(length: usize, seed: u8) -> Vec<u8> {
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64 ^ u64::from(seed);
-    std::iter::repeat_with(|| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state as u8
-    })
-    .take(length)
-    .collect()
-}
-
-fn chunker(path: &str) -> Option<&'static str> {
-    match path {
-        path if path.starts_with("usr/lib/modules") => Some("kernel-core,kernel-modules"),
-        "usr/bin/kubelet" => Some("kubelet"),
-        path if path.starts_with("usr/bin") => Some("bash"),
-        path if path.starts_with("usr/share/stable") => Some("stable"),
-        _ => None,
     }
 }
 
@@ -498,57 +447,4 @@ fn the_fixture_has_all_compressions() {
     for compress in [Compress::Gzip, Compress::Zstd, Compress::None] {
         assert!(image.layers.iter().any(|layer| layer.compress == compress));
     }
-}
-
-/// Not a test but a measurement: pulls OCI layouts named in `PIVOT_LAYOUTS` (`DIR:TAG`, comma-separated)
-/// against the repo `PIVOT_BOOTED` (with the commit `PIVOT_BOOTED_COMMIT`) and against nothing, to
-/// `/dev/shm`, and prints what it cost. `cargo test --release --test pull -- --ignored --nocapture measure`.
-#[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs large images; prints numbers"]
-async fn measure() {
-    let temp = tempfile::tempdir().unwrap();
-    let registry = Registry::start(temp.path(), None);
-    let booted = std::env::var("PIVOT_BOOTED")
-        .ok()
-        .map(|path| BootedRepo { path: path.into(), commit: std::env::var("PIVOT_BOOTED_COMMIT").ok() });
-    for (index, layout) in
-        std::env::var("PIVOT_LAYOUTS").unwrap_or_default().split(',').filter(|l| !l.is_empty()).enumerate()
-    {
-        let spec = registry.push(Path::new(layout), &format!("measured:{index}"));
-        for (what, booted) in [("nothing booted", None), ("booted", booted.as_ref())] {
-            let root = tempfile::tempdir_in("/dev/shm").unwrap();
-            let store = NodeStore::on_tmpfs(root.path(), booted).unwrap();
-            let (start, cpu, skopeo) = (std::time::Instant::now(), cpu_seconds("self"), cpu_seconds("children"));
-            let pulled =
-                try_pull_with(&spec, &store, booted, PullOptions { complete: booted.is_none(), parallel: None })
-                    .await
-                    .unwrap();
-            let (wall, cpu) = (start.elapsed().as_secs_f64(), cpu_seconds("self") - cpu);
-            tokio::time::sleep(Duration::from_millis(300)).await;
-            let skopeo = cpu_seconds("children") - skopeo;
-            let stored = run("du", &["-sm", root.path().to_str().unwrap()]);
-            println!(
-                "{layout} {what}: {wall:.1} s wall, {cpu:.1} s CPU, skopeo {skopeo:.1} s CPU, {} MiB peak RSS, {} MiB stored; {pulled:?}",
-                peak_rss_mib(),
-                stored.split_whitespace().next().unwrap(),
-            );
-            if booted.is_none() {
-                fsck(store.repo_path());
-            }
-        }
-    }
-}
-
-/// User and system time of this process, or of its ended children.
-fn cpu_seconds(whose: &str) -> f64 {
-    let stat = fs::read_to_string("/proc/self/stat").unwrap();
-    let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
-    let at = if whose == "self" { 11 } else { 13 };
-    (fields[at].parse::<f64>().unwrap() + fields[at + 1].parse::<f64>().unwrap()) / 100.0
-}
-
-fn peak_rss_mib() -> u64 {
-    let status = fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmHWM")).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() / 1024
 }
