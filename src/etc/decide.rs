@@ -1,0 +1,275 @@
+//! The three-way merge, as a pure function. The table stands at [`decide`]; the tests go through every
+//! combination.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::name::Bytes;
+use super::plan::{Change, Class, Decision, Origin, Plan};
+use super::snapshot::{Content, Entry, Leaf, Meta, Snapshot};
+
+/// Files in which the system keeps its own state. They stay as they are: users come from
+/// systemd-sysusers, the cache from ldconfig.
+const OWN_STATE: [&[u8]; 17] = [
+    b"passwd",
+    b"passwd-",
+    b"group",
+    b"group-",
+    b"shadow",
+    b"shadow-",
+    b"gshadow",
+    b"gshadow-",
+    b"subuid",
+    b"subuid-",
+    b"subgid",
+    b"subgid-",
+    b"machine-id",
+    b"hostname",
+    b"resolv.conf",
+    b"mtab",
+    b"ld.so.cache",
+];
+
+/// Decides the merge of `base` (B, the old defaults), `new` (N, the new defaults) and `current` (C,
+/// what is in `/etc`).
+///
+/// | case | result | class |
+/// |---|---|---|
+/// | C = B | N; a directory goes only when nothing local is left in it | updated |
+/// | C ≠ B, N = B | C | local |
+/// | C = N | C | converged |
+/// | all differ | C; content and metadata are looked at apart, so that a change of one side to the content and of the other to owner or mode are both taken | conflict, or updated |
+/// | C absent, B present | absent | local, or conflict if N ≠ B |
+/// | B absent, C and N differ | C | conflict |
+/// | kinds clash, C modified | C | conflict |
+/// | C is special or a mount point | C | local |
+/// | the system's own state (`passwd`, `machine-id`, …) | C | local |
+///
+/// Directories are merged entry by entry, their own metadata like content. What is below a path that is
+/// no directory in the result cannot come into being; it shares that path's fate. A special file in
+/// N is never created.
+///
+/// Total, and without effects.
+pub fn decide(base: &Snapshot, new: &Snapshot, current: &Snapshot) -> Plan {
+    let mut walk = Walk::default();
+    walk.entry(&Bytes::default(), Some(&base.root), Some(&new.root), Some(&current.root), Fate::Free);
+    let mut plan = walk.plan;
+    plan.changes = walk.removals;
+    plan.changes.append(&mut walk.rest);
+    plan.decisions.sort_by(|one, other| one.path.cmp(&other.path));
+    plan.aside.sort();
+    plan
+}
+
+/// What the result above a path means for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    /// The parent is a directory in the result.
+    Free,
+    /// The parent is kept as something else, or is gone, by local choice.
+    NoParent,
+    /// The parent is a mount point or a special file.
+    Foreign,
+}
+
+/// What to do about one entry.
+enum Verdict {
+    Same,
+    Keep(Class, &'static str),
+    Take(&'static str),
+    Merge(Leaf, Origin, &'static str),
+}
+
+#[derive(Default)]
+struct Walk {
+    plan: Plan,
+    removals: Vec<Change>,
+    rest: Vec<Change>,
+}
+
+type Side<'a> = Option<&'a Entry>;
+
+impl Walk {
+    /// Decides `path` and everything below; returns whether it is there in the result.
+    fn entry(&mut self, path: &Bytes, base: Side<'_>, new: Side<'_>, current: Side<'_>, fate: Fate) -> bool {
+        let verdict = verdict(path, leaf(base), leaf(new), leaf(current), fate);
+        let class = match verdict {
+            Verdict::Same => None,
+            Verdict::Keep(class, reason) => Some((class, reason)),
+            Verdict::Take(reason) | Verdict::Merge(_, _, reason) => Some((Class::Updated, reason)),
+        };
+        let (result, origin) = match verdict {
+            Verdict::Same | Verdict::Keep(..) => (leaf(current).cloned(), Origin::Current),
+            Verdict::Take(_) => (leaf(new).cloned(), Origin::New),
+            Verdict::Merge(leaf, origin, _) => (Some(leaf), origin),
+        };
+        let was_directory = leaf(current).is_some_and(Leaf::is_directory);
+        let stays_directory = result.as_ref().is_some_and(Leaf::is_directory);
+        if was_directory && !stays_directory {
+            return self.dissolve(path, base, new, current, result, class);
+        }
+        if let Some((class, reason)) = class {
+            self.note(path, class, reason, new);
+        }
+        let present = result.is_some();
+        if result.as_ref() != leaf(current) {
+            let change = Change { path: path.clone(), before: leaf(current).cloned(), after: result, content: origin };
+            let list = if present { &mut self.rest } else { &mut self.removals };
+            list.push(change);
+        }
+        let below = match (fate, leaf(current).map(|leaf| &leaf.content)) {
+            (Fate::Foreign, _) | (_, Some(Content::Other)) => Fate::Foreign,
+            _ if stays_directory => Fate::Free,
+            _ => Fate::NoParent,
+        };
+        self.children(path, base, new, current, below);
+        present
+    }
+
+    /// A directory that the node image drops, or has something else for: it goes if nothing local is
+    /// left in it.
+    fn dissolve(
+        &mut self,
+        path: &Bytes,
+        base: Side<'_>,
+        new: Side<'_>,
+        current: Side<'_>,
+        result: Option<Leaf>,
+        class: Option<(Class, &'static str)>,
+    ) -> bool {
+        // What is in it is decided as if it stayed; N's own entries are none, it is no directory there.
+        let left = self.children(path, base, None, current, Fate::Free);
+        if left {
+            match result {
+                Some(_) => self.note(
+                    path,
+                    Class::Conflict,
+                    "the node image has no directory here, but local entries are left in it",
+                    new,
+                ),
+                None => {
+                    self.note(path, Class::Updated, "dropped by the node image, kept for the local entries in it", None)
+                }
+            }
+            return true;
+        }
+        if let Some((class, reason)) = class {
+            self.note(path, class, reason, new);
+        }
+        let present = result.is_some();
+        let change = Change { path: path.clone(), before: leaf(current).cloned(), after: result, content: Origin::New };
+        if present {
+            self.rest.push(change)
+        } else {
+            self.removals.push(change)
+        }
+        present
+    }
+
+    /// Decides all entries below `path`; returns whether any is there in the result.
+    fn children(&mut self, path: &Bytes, base: Side<'_>, new: Side<'_>, current: Side<'_>, fate: Fate) -> bool {
+        let sides = [base, new, current].map(|side| side.map(|entry| &entry.children));
+        let names: BTreeSet<&Vec<u8>> = sides.iter().flatten().flat_map(|children| children.keys()).collect();
+        let mut left = false;
+        for name in names {
+            let [base, new, current] = sides.map(|side: Option<&BTreeMap<Vec<u8>, Entry>>| side?.get(name));
+            left |= self.entry(&path.join(name), base, new, current, fate);
+        }
+        left
+    }
+
+    fn note(&mut self, path: &Bytes, class: Class, reason: &str, new: Side<'_>) {
+        let saved = new.is_some_and(|entry| matches!(entry.leaf.content, Content::File { .. } | Content::Symlink(_)));
+        if class == Class::Conflict && saved {
+            self.plan.aside.push(path.clone());
+        }
+        self.plan.decisions.push(Decision { path: path.clone(), class, reason: reason.to_owned() });
+    }
+}
+
+fn leaf<'a>(side: Side<'a>) -> Option<&'a Leaf> {
+    side.map(|entry| &entry.leaf)
+}
+
+/// One entry, by the table. `fate` says whether its parent will be a directory.
+fn verdict(path: &Bytes, base: Option<&Leaf>, new: Option<&Leaf>, current: Option<&Leaf>, fate: Fate) -> Verdict {
+    use Class::{Conflict, Converged, Local};
+    let special = |side: Option<&Leaf>| side.is_some_and(|leaf| leaf.content == Content::Other);
+    if special(current) {
+        return Verdict::Keep(Local, "a special file or a mount point");
+    }
+    if base == new && new == current {
+        return Verdict::Same;
+    }
+    if fate == Fate::Foreign {
+        return Verdict::Keep(Local, "below a special file or a mount point");
+    }
+    if current == new {
+        return Verdict::Keep(Converged, "the same as in the node image");
+    }
+    if OWN_STATE.contains(&path.0.as_slice()) {
+        return Verdict::Keep(Local, "the system's own state");
+    }
+    if fate == Fate::NoParent {
+        // Nothing can be here; current is absent, since its parent is no directory either.
+        return if base == new {
+            Verdict::Keep(Local, "removed here with what is above it")
+        } else {
+            Verdict::Keep(Conflict, "changed in the node image, but its directory is gone here")
+        };
+    }
+    if special(new) {
+        return Verdict::Keep(Conflict, "a special file in the node image, which is never created");
+    }
+    if current == base {
+        return Verdict::Take(match (current, new) {
+            (None, _) => "new in the node image",
+            (_, None) => "dropped by the node image",
+            _ => "changed in the node image",
+        });
+    }
+    if base == new {
+        return Verdict::Keep(Local, if current.is_none() { "removed here" } else { "changed here" });
+    }
+    let (Some(base), Some(new), Some(current)) = (base, new, current) else {
+        return Verdict::Keep(
+            Conflict,
+            match (base, current) {
+                (None, _) => "added here and, differently, in the node image",
+                (_, None) => "removed here, changed in the node image",
+                _ => "changed here, dropped by the node image",
+            },
+        );
+    };
+    let content = three_way(&base.content, &new.content, &current.content);
+    let meta = three_way(&base.meta, &new.meta, &current.meta);
+    let same_kind = [new, current].iter().all(|leaf| kind(&leaf.content) == kind(&base.content));
+    let (Some(content), Some(meta)) = (content.filter(|_| same_kind), meta) else {
+        let reason = if same_kind {
+            "changed here and, differently, in the node image"
+        } else {
+            "of different kinds here and in the node image"
+        };
+        return Verdict::Keep(Conflict, reason);
+    };
+    let merged = Leaf { content: content.clone(), meta: Meta::clone(meta) };
+    if merged == *current {
+        return Verdict::Keep(Local, "changed here");
+    }
+    let origin = if merged.content == current.content { Origin::Current } else { Origin::New };
+    Verdict::Merge(merged, origin, "content and metadata merged from both sides")
+}
+
+fn kind(content: &Content) -> std::mem::Discriminant<Content> {
+    std::mem::discriminant(content)
+}
+
+/// `None` when both sides changed it in different ways.
+fn three_way<'a, T: PartialEq>(base: &'a T, new: &'a T, current: &'a T) -> Option<&'a T> {
+    if current == base || current == new {
+        Some(new)
+    } else if new == base {
+        Some(current)
+    } else {
+        None
+    }
+}

@@ -1,0 +1,128 @@
+//! Paths below `/etc`: bytes, written down readably.
+
+use std::ffi::OsStr;
+use std::fmt::{self, Write as _};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::str::FromStr;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+/// A byte string that need not be UTF-8. In text, a backslash is `\\`, and every byte that is no
+/// printable UTF-8 is `\xHH`.
+#[derive(Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Bytes(pub Vec<u8>);
+
+impl Bytes {
+    /// As a path.
+    pub fn as_path(&self) -> &Path {
+        Path::new(OsStr::from_bytes(&self.0))
+    }
+
+    /// A path relative to `/etc`, one component longer.
+    pub(super) fn join(&self, name: &[u8]) -> Self {
+        let mut path = self.0.clone();
+        if !path.is_empty() {
+            path.push(b'/');
+        }
+        path.extend_from_slice(name);
+        Self(path)
+    }
+}
+
+impl From<&str> for Bytes {
+    fn from(text: &str) -> Self {
+        Self(text.as_bytes().to_vec())
+    }
+}
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for chunk in self.0.utf8_chunks() {
+            for letter in chunk.valid().chars() {
+                match letter {
+                    '\\' => out.write_str("\\\\")?,
+                    letter if letter.is_control() => {
+                        letter.encode_utf8(&mut [0; 4]).bytes().try_for_each(|byte| write!(out, "\\x{byte:02x}"))?;
+                    }
+                    letter => out.write_char(letter)?,
+                }
+            }
+            chunk.invalid().iter().try_for_each(|byte| write!(out, "\\x{byte:02x}"))?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Bytes {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(out, "\"{self}\"")
+    }
+}
+
+impl FromStr for Bytes {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let mut bytes = Vec::with_capacity(text.len());
+        let mut rest = text.as_bytes();
+        while let Some((&byte, tail)) = rest.split_first() {
+            rest = match (byte, tail) {
+                (b'\\', [b'\\', tail @ ..]) => {
+                    bytes.push(b'\\');
+                    tail
+                }
+                (b'\\', [b'x', high, low, tail @ ..]) => {
+                    let digits = [*high, *low];
+                    let digits = std::str::from_utf8(&digits).map_err(|_| "a broken \\x escape")?;
+                    bytes.push(u8::from_str_radix(digits, 16).map_err(|_| "a broken \\x escape")?);
+                    tail
+                }
+                (b'\\', _) => return Err("a backslash that escapes nothing"),
+                _ => {
+                    bytes.push(byte);
+                    tail
+                }
+            };
+        }
+        Ok(Self(bytes))
+    }
+}
+
+impl Serialize for Bytes {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Bytes {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        String::deserialize(from)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn readable() {
+        assert_eq!(Bytes(b"a b/\xc3\xa4\\\n\xff".to_vec()).to_string(), "a b/ä\\\\\\x0a\\xff");
+        for broken in ["\\", "\\x1", "\\xzz", "\\n"] {
+            assert!(broken.parse::<Bytes>().is_err(), "{broken}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn there_and_back(bytes in prop::collection::vec(any::<u8>(), 0..40)) {
+            let bytes = Bytes(bytes);
+            prop_assert_eq!(&bytes.to_string().parse::<Bytes>().unwrap(), &bytes);
+            let json = serde_json::to_string(&bytes).unwrap();
+            prop_assert_eq!(serde_json::from_str::<Bytes>(&json).unwrap(), bytes);
+        }
+    }
+}

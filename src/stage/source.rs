@@ -1,0 +1,142 @@
+//! Trees to compare: a commit in an ostree repo, or a plain directory.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow};
+use ostree::ObjectType;
+use ostree::glib::Variant;
+use sha2::{Digest, Sha256};
+
+use super::diff::{Checksum, Directory, Listing, Tree};
+
+/// Owner, mode and extended attributes of a directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct DirMeta {
+    pub uid: u32,
+    pub gid: u32,
+    /// With or without the file type bits.
+    pub mode: u32,
+    /// Names without their final NUL.
+    pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+}
+
+/// Extended attributes as ostree stores them, `a(ayay)`, with the names' final NUL taken off.
+pub(super) fn xattrs_of(pairs: Vec<(Vec<u8>, Vec<u8>)>) -> Vec<(Vec<u8>, Vec<u8>)> {
+    let strip = |mut name: Vec<u8>| {
+        name.truncate(name.iter().position(|byte| *byte == 0).unwrap_or(name.len()));
+        name
+    };
+    pairs.into_iter().map(|(name, value)| (strip(name), value)).collect()
+}
+
+/// Trees of a repo and its parents.
+pub(super) struct RepoTree<'a> {
+    repo: &'a ostree::Repo,
+}
+
+impl<'a> RepoTree<'a> {
+    pub fn new(repo: &'a ostree::Repo) -> Self {
+        Self { repo }
+    }
+
+    /// The `/usr` directory of a commit.
+    pub fn usr_of(&self, commit: &str) -> Result<Directory> {
+        let (variant, _) = self.repo.load_commit(commit).with_context(|| format!("reading the commit {commit}"))?;
+        let broken = || anyhow!("the commit object {commit} is malformed");
+        let root: Vec<u8> = variant.try_child_get(6).ok().flatten().ok_or_else(broken)?;
+        let root = checksum(&root).ok_or_else(broken)?;
+        let listing = self.list(&root)?;
+        listing.directories.get("usr").copied().with_context(|| format!("the commit {commit} has no /usr directory"))
+    }
+
+    pub fn meta(&self, name: &Checksum) -> Result<DirMeta> {
+        let hex = hex::encode(name);
+        let parsed = self.repo.read_dirmeta(&hex).with_context(|| format!("reading the directory metadata {hex}"))?;
+        Ok(DirMeta { uid: parsed.uid, gid: parsed.gid, mode: parsed.mode, xattrs: xattrs_of(parsed.xattrs) })
+    }
+}
+
+impl Tree for RepoTree<'_> {
+    fn list(&self, tree: &Checksum) -> Result<Listing> {
+        let hex = hex::encode(tree);
+        let variant = self
+            .repo
+            .load_variant(ObjectType::DirTree, &hex)
+            .with_context(|| format!("reading the directory {hex}"))?;
+        listing(&variant).with_context(|| format!("the directory object {hex} is malformed"))
+    }
+}
+
+/// Reads `(a(say)a(sayay))`. Names that could leave their directory are refused: they become paths.
+fn listing(variant: &Variant) -> Option<Listing> {
+    let (files, directories): ostree::TreeVariantType = variant.get()?;
+    let proper = |name: &str| !name.is_empty() && name != "." && name != ".." && !name.contains('/');
+    let mut listing = Listing::default();
+    for (name, object) in files.into_iter() {
+        proper(&name).then_some(())?;
+        listing.files.insert(name, checksum(&object)?);
+    }
+    for (name, tree, meta) in directories.into_iter() {
+        (proper(&name) && !listing.files.contains_key(&name)).then_some(())?;
+        listing.directories.insert(name, Directory { tree: checksum(&tree)?, meta: checksum(&meta)? });
+    }
+    Some(listing)
+}
+
+fn checksum(bytes: &[u8]) -> Option<Checksum> {
+    bytes.try_into().ok()
+}
+
+/// A plain directory whose commit is not known: every entry counts as different from the target's.
+pub(super) struct PlainTree {
+    paths: RefCell<HashMap<Checksum, PathBuf>>,
+}
+
+impl PlainTree {
+    pub fn new() -> Self {
+        Self { paths: RefCell::default() }
+    }
+
+    /// The directory at `path`, as a tree.
+    pub fn root(&self, path: &Path) -> Directory {
+        let name: Checksum =
+            Sha256::new().chain_update(b"plain:").chain_update(path.as_os_str().as_bytes()).finalize().into();
+        self.paths.borrow_mut().insert(name, path.to_owned());
+        Directory { tree: name, meta: name }
+    }
+
+    fn path(&self, name: &Checksum) -> Result<PathBuf> {
+        self.paths.borrow().get(name).cloned().context("a directory that was never listed")
+    }
+
+    pub fn meta(&self, name: &Checksum) -> Result<DirMeta> {
+        let path = self.path(name)?;
+        let stat = std::fs::symlink_metadata(&path).with_context(|| format!("looking at {}", path.display()))?;
+        let xattrs =
+            crate::etc::xattr::read(&path).with_context(|| format!("reading attributes of {}", path.display()))?;
+        Ok(DirMeta { uid: stat.uid(), gid: stat.gid(), mode: stat.mode(), xattrs: xattrs.into_iter().collect() })
+    }
+}
+
+impl Tree for PlainTree {
+    fn list(&self, tree: &Checksum) -> Result<Listing> {
+        let path = self.path(tree)?;
+        let (mut files, mut directories) = (BTreeMap::new(), BTreeMap::new());
+        for entry in std::fs::read_dir(&path).with_context(|| format!("listing {}", path.display()))? {
+            let entry = entry.with_context(|| format!("listing {}", path.display()))?;
+            // ostree's names are UTF-8, so no other name can be in the target; such a file stays.
+            let Ok(name) = entry.file_name().into_string() else { continue };
+            let directory = self.root(&entry.path());
+            if entry.file_type().with_context(|| format!("looking at {}", entry.path().display()))?.is_dir() {
+                directories.insert(name, directory);
+            } else {
+                files.insert(name, directory.tree);
+            }
+        }
+        Ok(Listing { files, directories })
+    }
+}

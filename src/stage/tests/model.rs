@@ -1,0 +1,121 @@
+//! `diff` against the specification, with overlayfs modelled.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+
+use anyhow::{Context, Result};
+use proptest::prelude::*;
+use sha2::{Digest, Sha256};
+
+use super::*;
+use crate::stage::diff::{Checksum, DeltaOp, Directory, Listing, Tree, diff};
+
+#[derive(Default)]
+struct Memory(RefCell<HashMap<Checksum, Listing>>);
+
+impl Memory {
+    fn add(&self, meta: u8, entries: &Entries) -> Directory {
+        let mut listing = Listing::default();
+        for (name, node) in entries {
+            match node {
+                Node::File(content) => drop(listing.files.insert(name.clone(), [*content; 32])),
+                Node::Dir(meta, below) => drop(listing.directories.insert(name.clone(), self.add(*meta, below))),
+            }
+        }
+        let tree: Checksum = Sha256::digest(format!("{listing:?}")).into();
+        self.0.borrow_mut().insert(tree, listing);
+        Directory { tree, meta: [meta; 32] }
+    }
+}
+
+impl Tree for Memory {
+    fn list(&self, tree: &Checksum) -> Result<Listing> {
+        self.0.borrow().get(tree).cloned().context("unknown tree")
+    }
+}
+
+/// Overlayfs, as far as a delta uses it.
+fn overlay(ops: &mut std::slice::Iter<'_, DeltaOp>, below: &Entries) -> Entries {
+    let mut shown = below.clone();
+    loop {
+        match ops.next().unwrap() {
+            DeltaOp::Leave => return shown,
+            DeltaOp::File { name, object, added } => {
+                let before = shown.insert(name.clone(), Node::File(object[0]));
+                assert_eq!(before.is_none(), *added);
+                assert_ne!(before, Some(Node::File(object[0])), "an unchanged file is not in the delta");
+            }
+            DeltaOp::Whiteout { name, .. } => assert!(shown.remove(name).is_some(), "a whiteout over nothing"),
+            DeltaOp::Enter { name, meta, .. } => {
+                let below = match shown.get(name) {
+                    Some(Node::Dir(_, entries)) => entries.clone(),
+                    _ => Entries::new(),
+                };
+                let entered = overlay(ops, &below);
+                shown.insert(name.clone(), Node::Dir(meta[0], entered));
+            }
+        }
+    }
+}
+
+fn entries() -> impl Strategy<Value = Entries> {
+    let name = || prop::sample::select(&NAMES[..]).prop_map(str::to_owned);
+    let leaf = (0u8..3).prop_map(Node::File);
+    let node = leaf.prop_recursive(4, 40, 5, move |inner| {
+        (0u8..3, prop::collection::btree_map(name(), inner, 0..5)).prop_map(|(meta, entries)| Node::Dir(meta, entries))
+    });
+    prop::collection::btree_map(prop::sample::select(&NAMES[..]).prop_map(str::to_owned), node, 0..6)
+}
+
+/// Two trees that have much in common: parts of one are grafted onto the other.
+fn pairs() -> impl Strategy<Value = (Entries, Entries)> {
+    (entries(), entries(), prop::collection::vec(any::<bool>(), NAMES.len())).prop_map(|(old, mut new, same)| {
+        for (name, _) in NAMES.iter().zip(&same).filter(|(_, same)| **same) {
+            match old.get(*name) {
+                Some(node) => drop(new.insert((*name).to_owned(), node.clone())),
+                None => drop(new.remove(*name)),
+            }
+        }
+        (old, new)
+    })
+}
+
+fn steps(old: &Entries, new: &Entries, keep: &Keep) -> Result<Vec<DeltaOp>> {
+    let memory = Memory::default();
+    let (old, new) = (memory.add(0, old), memory.add(1, new));
+    diff((&memory, old), (&memory, new), keep)
+}
+
+fn shown(old: &Entries, ops: &[DeltaOp]) -> Entries {
+    let mut ops = ops.iter();
+    assert!(matches!(ops.next(), Some(DeltaOp::Enter { name, .. }) if name.is_empty()));
+    let shown = overlay(&mut ops, old);
+    assert_eq!(ops.next(), None);
+    shown
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1500))]
+
+    #[test]
+    fn without_keeping_the_target_shows((old, new) in pairs()) {
+        let ops = steps(&old, &new, &Keep::nothing()).unwrap();
+        prop_assert_eq!(shown(&old, &ops), new);
+    }
+
+    #[test]
+    fn with_keeping_the_specification_shows((old, new) in pairs()) {
+        match expected(&old, &new, &keep(), Path::new("")) {
+            Some(expected) => {
+                let ops = steps(&old, &new, &keep()).unwrap();
+                prop_assert_eq!(shown(&old, &ops), expected);
+            }
+            None => prop_assert!(steps(&old, &new, &keep()).is_err()),
+        }
+    }
+
+    #[test]
+    fn equal_trees_give_an_empty_delta(old in entries()) {
+        prop_assert_eq!(steps(&old, &old, &keep()).unwrap().len(), 2);
+    }
+}

@@ -1,0 +1,275 @@
+//! `build_delta` on real ostree repos, and what the real overlayfs shows.
+
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+use ostree::gio::Cancellable;
+use ostree::prelude::Cast;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use rustix::fs::XattrFlags;
+
+use super::*;
+use crate::mount::testing::{here, private};
+use crate::stage::{Booted, Delta, build_delta, open_new_usr};
+
+fn write(dir: &Path, meta: u8, entries: &Entries) {
+    fs::create_dir_all(dir).unwrap();
+    for (name, node) in entries {
+        let path = dir.join(name);
+        match node {
+            Node::Dir(meta, below) => write(&path, *meta, below),
+            Node::File(content @ 2) => std::os::unix::fs::symlink(format!("to/{content}"), &path).unwrap(),
+            Node::File(content) => {
+                fs::write(&path, format!("content {content}").repeat(usize::from(*content))).unwrap();
+                fs::set_permissions(&path, fs::Permissions::from_mode([0o644, 0o4755][usize::from(*content % 2)]))
+                    .unwrap();
+            }
+        }
+    }
+    std::os::unix::fs::chown(dir, Some(u32::from(meta)), Some(7)).unwrap();
+    fs::set_permissions(dir, fs::Permissions::from_mode([0o755, 0o2750, 0o1777][usize::from(meta % 3)])).unwrap();
+    rustix::fs::setxattr(dir, "trusted.nip", &[meta], XattrFlags::empty()).unwrap();
+}
+
+/// `dir` (as the empty path) and every path below it, with all that is compared.
+fn describe(dir: &Path) -> BTreeMap<PathBuf, String> {
+    fn walk(top: &Path, path: &Path, all: &mut BTreeMap<PathBuf, String>) {
+        let stat = fs::symlink_metadata(path).unwrap();
+        let mut words = format!("{:o} {}:{}", stat.mode(), stat.uid(), stat.gid());
+        if stat.is_dir() {
+            let mut value = [0; 8];
+            let length = rustix::fs::getxattr(path, "trusted.nip", &mut value).unwrap_or(0);
+            words += &format!(" xattr {:?}", &value[..length]);
+            for entry in fs::read_dir(path).unwrap() {
+                walk(top, &entry.unwrap().path(), all);
+            }
+        } else if stat.is_symlink() {
+            words += &format!(" -> {:?}", fs::read_link(path).unwrap());
+        } else {
+            words += &format!(" {:?}", String::from_utf8_lossy(&fs::read(path).unwrap()));
+        }
+        all.insert(path.strip_prefix(top).unwrap().to_owned(), words);
+    }
+    let mut all = BTreeMap::new();
+    walk(dir, dir, &mut all);
+    all
+}
+
+pub(super) fn repo(path: &Path, parent: Option<&Path>) -> ostree::Repo {
+    let repo = ostree::Repo::new_for_path(path);
+    fs::create_dir_all(path).unwrap();
+    repo.create(ostree::RepoMode::Bare, Cancellable::NONE).unwrap();
+    let config = repo.copy_config();
+    config.set_string("core", "fsync", "false");
+    if let Some(parent) = parent {
+        config.set_string("core", "parent", parent.to_str().unwrap());
+    }
+    repo.write_config(&config).unwrap();
+    let repo = ostree::Repo::new_for_path(path);
+    repo.open(Cancellable::NONE).unwrap();
+    repo
+}
+
+pub(super) fn commit(repo: &ostree::Repo, tree: &Path) -> String {
+    let none = Cancellable::NONE;
+    repo.prepare_transaction(none).unwrap();
+    let mtree = ostree::MutableTree::new();
+    repo.write_dfd_to_mtree(ostree::AT_FDCWD, tree.to_str().unwrap(), &mtree, None, none).unwrap();
+    let root = repo.write_mtree(&mtree, none).unwrap().downcast::<ostree::RepoFile>().unwrap();
+    let commit = repo.write_commit(None, Some("test"), None, None, &root, none).unwrap();
+    repo.commit_transaction(none).unwrap();
+    commit.into()
+}
+
+pub(super) fn loose(repo: &Path, hex: &str) -> PathBuf {
+    repo.join("objects").join(&hex[..2]).join(format!("{}.file", &hex[2..]))
+}
+
+struct Machine {
+    scratch: PathBuf,
+    booted_usr: PathBuf,
+    booted_commit: String,
+    store: ostree::Repo,
+    commit: String,
+}
+
+/// A booted system and a pulled target; the store lacks the content that the booted repo has.
+fn machine(scratch: &Path, old: &Entries, new: &Entries) -> Machine {
+    let booted_usr = scratch.join("booted/usr");
+    write(&booted_usr, 1, old);
+    write(&scratch.join("target/usr"), 2, new);
+    let booted_repo = repo(&scratch.join("booted-repo"), None);
+    let booted_commit = commit(&booted_repo, &scratch.join("booted"));
+    let store = repo(&scratch.join("store"), Some(&scratch.join("booted-repo")));
+    let target = commit(&store, &scratch.join("target"));
+    for bucket in fs::read_dir(scratch.join("store/objects")).unwrap() {
+        for object in fs::read_dir(bucket.unwrap().path()).unwrap() {
+            let object = object.unwrap().path();
+            let twin = scratch.join("booted-repo").join(object.strip_prefix(scratch.join("store")).unwrap());
+            if object.extension().is_some_and(|kind| kind.as_bytes() == b"file") && twin.symlink_metadata().is_ok() {
+                fs::remove_file(object).unwrap();
+            }
+        }
+    }
+    Machine { scratch: scratch.to_owned(), booted_usr, booted_commit, store, commit: target }
+}
+
+impl Machine {
+    fn build(&self, booted: Booted<'_>, keep: &Keep) -> Delta {
+        let objects =
+            |hex: &str| Some(loose(&self.scratch.join("store"), hex)).filter(|path| path.symlink_metadata().is_ok());
+        build_delta(&self.store, booted, &self.commit, &objects, &self.scratch.join("delta"), keep).unwrap()
+    }
+
+    fn show(&self) -> BTreeMap<PathBuf, String> {
+        let target = self.scratch.join("usr");
+        fs::create_dir_all(&target).unwrap();
+        let tree = open_new_usr(&self.scratch.join("delta"), &self.booted_usr, "nip:usr").unwrap();
+        tree.expose_in(&here(), &target).unwrap();
+        let shown = describe(&target);
+        assert!(here().withdraw(&target, "nip:usr").unwrap());
+        shown
+    }
+}
+
+fn random(random_numbers: &mut StdRng, depth: u32) -> Entries {
+    let mut entries = Entries::new();
+    for name in NAMES {
+        let node = match random_numbers.random_range(0..if depth == 0 { 4 } else { 8 }) {
+            0 => continue,
+            1..=3 => Node::File(random_numbers.random_range(0..3)),
+            _ => Node::Dir(random_numbers.random_range(0..3), random(random_numbers, depth - 1)),
+        };
+        entries.insert(name.to_owned(), node);
+    }
+    entries
+}
+
+fn mix(random_numbers: &mut StdRng, old: &Entries, new: &Entries) -> Entries {
+    let mut mixed = new.clone();
+    for (name, node) in old {
+        match (node, new.get(name)) {
+            (Node::Dir(_, below), Some(Node::Dir(meta, other))) => {
+                drop(mixed.insert(name.clone(), Node::Dir(*meta, mix(random_numbers, below, other))));
+            }
+            _ if random_numbers.random_bool(0.5) => drop(mixed.insert(name.clone(), node.clone())),
+            _ => {}
+        }
+    }
+    mixed
+}
+
+fn with_root(root_meta: u8, entries: &Entries) -> BTreeMap<PathBuf, String> {
+    let place = tempfile::tempdir_in("/dev/shm").unwrap();
+    write(&place.path().join("usr"), root_meta, entries);
+    describe(&place.path().join("usr"))
+}
+
+#[test]
+fn random_trees_show_as_specified() {
+    let mut random_numbers = StdRng::seed_from_u64(7);
+    let mut compared = 0;
+    for round in 0..40 {
+        let old = random(&mut random_numbers, 3);
+        let new = random(&mut random_numbers, 3);
+        let new = mix(&mut random_numbers, &old, &new);
+        let keep = if round % 2 == 0 { keep() } else { Keep::nothing() };
+        let Some(expected) = expected(&old, &new, &keep, Path::new("")) else { continue };
+        compared += 1;
+        private(|scratch| {
+            let machine = machine(scratch, &old, &new);
+            let delta = machine.build(Booted::Commit(&machine.booted_commit), &keep);
+            let shown = machine.show();
+            assert_eq!(shown, with_root(2, &expected), "round {round}");
+
+            let before = describe(&machine.booted_usr);
+            let differs = |path: &Path| before.get(path) != shown.get(path);
+            for path in before.keys().chain(shown.keys()) {
+                let below = |other: &&PathBuf| other.starts_with(path) && differs(other);
+                let expected = before.keys().chain(shown.keys()).any(|other| below(&other));
+                assert_eq!(delta.contains(path).unwrap(), expected, "round {round}: {path:?}");
+            }
+            // Again, over the leftover of a build that was killed and a delta that is there.
+            fs::create_dir_all(scratch.join(".delta.building/junk")).unwrap();
+            assert_eq!(machine.build(Booted::Commit(&machine.booted_commit), &keep), delta);
+            assert_eq!(machine.show(), shown);
+            // Without a commit to compare with, the same shows.
+            machine.build(Booted::Directory(&machine.booted_usr), &keep);
+            assert_eq!(machine.show(), shown, "round {round}, commit unknown");
+        });
+    }
+    assert!(compared > 10, "only {compared} rounds were comparable");
+}
+
+#[test]
+fn a_moved_file_is_copied_and_a_new_one_linked() {
+    private(|scratch| {
+        let old = Entries::from([("a".into(), Node::Dir(0, [("was".into(), Node::File(1))].into()))]);
+        let new = Entries::from([
+            ("b".into(), Node::Dir(0, [("is".into(), Node::File(1)), ("again".into(), Node::File(1))].into())),
+            ("new".into(), Node::File(3)),
+        ]);
+        let machine = machine(scratch, &old, &new);
+        let delta = machine.build(Booted::Commit(&machine.booted_commit), &Keep::default());
+        let counts = delta.counts;
+        assert_eq!((counts.added, counts.changed, counts.removed, counts.copied), (3, 0, 1, 1), "{counts:?}");
+        let inode = |path: &str| fs::metadata(scratch.join("delta").join(path)).unwrap().ino();
+        assert_eq!(inode("b/is"), inode("b/again"), "copied once");
+        assert!(fs::metadata(scratch.join("delta/new")).unwrap().nlink() > 1);
+        assert_eq!(machine.show(), with_root(2, &new));
+    });
+}
+
+#[test]
+fn a_missing_object_is_named_and_nothing_is_left() {
+    private(|scratch| {
+        let machine = machine(scratch, &Entries::new(), &Entries::from([("new".into(), Node::File(3))]));
+        for bucket in fs::read_dir(scratch.join("store/objects")).unwrap() {
+            for object in fs::read_dir(bucket.unwrap().path()).unwrap() {
+                let object = object.unwrap().path();
+                if object.extension().is_some_and(|kind| kind == "file") {
+                    fs::remove_file(object).unwrap();
+                }
+            }
+        }
+        let booted = Booted::Commit(&machine.booted_commit);
+        let out = scratch.join("delta");
+        let error =
+            build_delta(&machine.store, booted, &machine.commit, &|_| None, &out, &Keep::nothing()).unwrap_err();
+        let error = format!("{error:#}");
+        assert!(error.contains("/usr/new") && error.contains("neither in the node store"), "{error}");
+        assert!(!out.exists());
+    });
+}
+
+#[test]
+fn a_tree_that_cannot_boot_is_refused() {
+    use crate::stage::{Refusal, check_content, check_tree};
+    private(|scratch| {
+        let delta = scratch.join("delta");
+        fs::create_dir_all(delta.join("lib/systemd")).unwrap();
+        fs::create_dir_all(scratch.join("empty")).unwrap();
+        let tree = open_new_usr(&delta, &scratch.join("empty"), "nip:usr").unwrap();
+        let missing = check_content(tree.as_fd());
+        assert!(matches!(missing[..], [Refusal::Missing { .. }, Refusal::Missing { .. }, Refusal::Missing { .. }]));
+
+        let over = scratch.join("over");
+        fs::create_dir_all(over.join("lib/systemd")).unwrap();
+        fs::create_dir_all(over.join("bin")).unwrap();
+        fs::write(over.join("lib/os-release"), "NAME=x\nID=test\n").unwrap();
+        fs::copy("/usr/bin/true", over.join("lib/systemd/systemd")).unwrap();
+        let tree = open_new_usr(&over, Path::new("/usr"), "nip:usr").unwrap();
+        assert!(check_tree(&tree).is_empty(), "{:?}", check_tree(&tree));
+
+        fs::create_dir_all(scratch.join("broken/bin")).unwrap();
+        fs::write(scratch.join("broken/bin/true"), "#!/no/such/loader\n").unwrap();
+        fs::set_permissions(scratch.join("broken/bin/true"), fs::Permissions::from_mode(0o755)).unwrap();
+        let (broken, usr) = (scratch.join("broken"), Path::new("/usr"));
+        let tree = crate::mount::DetachedTree::overlay(&[&broken, &over, usr], "nip:usr").unwrap();
+        let refusals = check_tree(&tree);
+        assert!(matches!(refusals[..], [Refusal::Trial(_)]), "{refusals:?}");
+        assert!(refusals[0].to_string().contains("/usr/bin/true"), "{}", refusals[0]);
+    });
+}
