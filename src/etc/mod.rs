@@ -5,9 +5,13 @@
 //! directory, nowhere else; it follows no symbolic link and enters no mount below `/etc`. It may not
 //! mount anything, start programs, or know where the node image came from.
 
+mod apply;
 mod decide;
 mod name;
+mod place;
 mod plan;
+mod record;
+mod report;
 mod scan;
 mod snapshot;
 pub(crate) mod xattr;
@@ -15,8 +19,10 @@ pub(crate) mod xattr;
 #[cfg(test)]
 mod tests;
 
+pub use apply::{Labeler, apply, aside_dir, in_progress, open_defaults, open_dir, plan, refuse_conflicts, undo};
 pub use decide::decide;
 pub use name::Bytes;
 pub use plan::{Change, Class, Decision, Origin, Plan};
+pub use report::{NotDone, Report, UndoReport};
 pub use scan::scan;
 pub use snapshot::{Content, Entry, Leaf, Meta, Snapshot};

@@ -1,0 +1,214 @@
+//! One entry of `/etc`, reached safely, and the few things that are done to it.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::fs::{AtFlags, Gid, Mode, OFlags, RenameFlags, Timespec, Timestamps, Uid};
+use rustix::io::Errno;
+use sha2::{Digest, Sha256};
+
+use super::name::Bytes;
+use super::scan::{TEMPORARY, look, open, proc_path, resolve};
+use super::snapshot::{Content, Leaf, Meta};
+use super::xattr::{self, LABEL};
+
+/// A name in an open directory. The directory cannot be swapped under us any more.
+pub(super) struct Place {
+    dir: OwnedFd,
+    name: Vec<u8>,
+}
+
+/// What an act came to.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Outcome {
+    /// It was done. The label could not be set if `labelled` is false.
+    Done { labelled: bool },
+    /// It was not done, the entry is as it was, and this is why.
+    Skipped(&'static str),
+}
+
+/// Content, label and time for an entry that is put in place.
+#[derive(Default)]
+pub(super) struct Source<'a> {
+    /// The content of a regular file.
+    pub content: Option<File>,
+    pub label: Option<&'a [u8]>,
+    /// Seconds and nanoseconds; now, if not given.
+    pub mtime: Option<(i64, i64)>,
+}
+
+impl Place {
+    /// Finds `path` below `root`. `None` when the directory it would be in is not there, is reached only
+    /// through a link, or lies in another mount.
+    pub fn find(root: BorrowedFd<'_>, path: &Bytes) -> Result<Option<Self>> {
+        let (parent, name) = match path.0.iter().rposition(|byte| *byte == b'/') {
+            Some(slash) => (&path.0[..slash], &path.0[slash + 1..]),
+            None => (&b"."[..], if path.0.is_empty() { b"." } else { &path.0[..] }),
+        };
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        match rustix::fs::openat2(root, parent, flags, Mode::empty(), resolve()) {
+            Ok(dir) => Ok(Some(Self { dir, name: name.to_vec() })),
+            Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::XDEV) => Ok(None),
+            Err(error) => Err(error).context("opening its directory"),
+        }
+    }
+
+    /// What is there now.
+    pub fn look(&self) -> Result<Option<Leaf>> {
+        look(self.dir.as_fd(), &self.name).context("looking at it")
+    }
+
+    /// The label and the time of change of what is there now.
+    pub fn label_and_mtime(&self) -> Result<(Option<Bytes>, (i64, i64))> {
+        let xattrs = xattr::read(&proc_path(self.dir.as_fd(), &self.name)).context("reading its label")?;
+        let stat = rustix::fs::statat(&self.dir, &self.name, AtFlags::SYMLINK_NOFOLLOW).context("looking at it")?;
+        Ok((xattrs.get(LABEL).cloned().map(Bytes), (stat.st_mtime, stat.st_mtime_nsec.cast_signed())))
+    }
+
+    /// Opens a regular file.
+    pub fn open(&self) -> Result<File> {
+        open(self.dir.as_fd(), &self.name).context("opening it")
+    }
+
+    /// Removes what is there. A directory that is not empty stays.
+    pub fn remove(&self, directory: bool) -> Result<Outcome> {
+        let flags = if directory { AtFlags::REMOVEDIR } else { AtFlags::empty() };
+        match rustix::fs::unlinkat(&self.dir, &self.name, flags) {
+            Ok(()) | Err(Errno::NOENT) => Ok(Outcome::Done { labelled: true }),
+            Err(Errno::NOTEMPTY | Errno::EXIST) => Ok(Outcome::Skipped("something new is in the directory")),
+            Err(Errno::BUSY) => Ok(Outcome::Skipped("something is mounted there")),
+            Err(error) => Err(error).context("removing it"),
+        }
+    }
+
+    /// Puts `leaf` there in place of `before`: in one step, except where a directory takes the place of
+    /// something else or the other way round, which has a moment with nothing there. Owner, mode,
+    /// attributes and label are set before it appears. `number` tells temporary names apart.
+    pub fn put(&self, before: Option<&Leaf>, leaf: &Leaf, source: &mut Source<'_>, number: usize) -> Result<Outcome> {
+        let was_directory = before.is_some_and(Leaf::is_directory);
+        if was_directory && leaf.is_directory() {
+            let labelled = self.dress(&self.name, leaf, source)?;
+            return Ok(Outcome::Done { labelled });
+        }
+        let temporary = self.clear_temporary(number)?;
+        let labelled = match self.make(&temporary, leaf, source) {
+            Ok(labelled) => labelled,
+            Err(error) => {
+                let _ = self.clear_temporary(number);
+                return Err(error);
+            }
+        };
+        let skipped = self.swap_in(&temporary, before, was_directory, leaf.is_directory())?;
+        if let Some(reason) = skipped {
+            self.clear_temporary(number)?;
+            return Ok(Outcome::Skipped(reason));
+        }
+        Ok(Outcome::Done { labelled })
+    }
+
+    fn swap_in(
+        &self,
+        temporary: &[u8],
+        before: Option<&Leaf>,
+        was_directory: bool,
+        directory: bool,
+    ) -> Result<Option<&'static str>> {
+        if before.is_some() && was_directory != directory {
+            // Exchanging the two would be one step, but overlayfs, on which a live /etc lies, does not
+            // exchange directories. The record says what was here, should we be killed between.
+            if let Outcome::Skipped(reason) = self.remove(was_directory)? {
+                return Ok(Some(reason));
+            }
+        }
+        let flags = if before.is_none() { RenameFlags::NOREPLACE } else { RenameFlags::empty() };
+        match rustix::fs::renameat_with(&self.dir, temporary, &self.dir, &self.name, flags) {
+            Ok(()) => Ok(None),
+            Err(Errno::BUSY) => Ok(Some("something is mounted there")),
+            Err(Errno::EXIST | Errno::NOTEMPTY | Errno::ISDIR | Errno::NOTDIR) => Ok(Some("something new is there")),
+            Err(error) => Err(error).context("renaming the new version into its place"),
+        }
+    }
+
+    /// Removes what a killed act with this number left; returns the temporary name.
+    pub fn clear_temporary(&self, number: usize) -> Result<Vec<u8>> {
+        let name = [TEMPORARY, number.to_string().as_bytes()].concat();
+        for flags in [AtFlags::empty(), AtFlags::REMOVEDIR] {
+            match rustix::fs::unlinkat(&self.dir, &name, flags) {
+                Ok(()) | Err(Errno::NOENT) => return Ok(name),
+                Err(Errno::ISDIR | Errno::PERM) if flags.is_empty() => {}
+                Err(error) => return Err(error).context("removing a leftover temporary file"),
+            }
+        }
+        Ok(name)
+    }
+
+    fn make(&self, name: &[u8], leaf: &Leaf, source: &mut Source<'_>) -> Result<bool> {
+        match &leaf.content {
+            Content::File { sha256, .. } => {
+                let mut content = source.content.take().context("its content is missing from the record")?;
+                let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                let file = rustix::fs::openat(&self.dir, name, flags, Mode::RUSR | Mode::WUSR)
+                    .context("making a temporary file beside it")?;
+                let written = copy(&mut content, &mut File::from(file))?;
+                ensure!(written == *sha256, "its source is not what the plan says any more; plan again");
+            }
+            Content::Symlink(target) => {
+                rustix::fs::symlinkat(&target.0, &self.dir, name).context("making a temporary link beside it")?;
+            }
+            Content::Directory => {
+                rustix::fs::mkdirat(&self.dir, name, Mode::RWXU).context("making a temporary directory beside it")?;
+            }
+            Content::Other => bail!("special files are never made"),
+        }
+        self.dress(name, leaf, source)
+    }
+
+    /// Sets owner, mode, attributes, time and label; returns whether the label could be set.
+    fn dress(&self, name: &[u8], leaf: &Leaf, source: &Source<'_>) -> Result<bool> {
+        let Meta { mode, uid, gid, xattrs } = &leaf.meta;
+        let owner = (Some(Uid::from_raw(*uid)), Some(Gid::from_raw(*gid)));
+        let is_link = matches!(leaf.content, Content::Symlink(_));
+        // Owner first: a change of owner takes setuid bits and capabilities away.
+        rustix::fs::chownat(&self.dir, name, owner.0, owner.1, AtFlags::SYMLINK_NOFOLLOW)
+            .context("setting its owner")?;
+        if !is_link {
+            let kind = if leaf.is_directory() { OFlags::DIRECTORY } else { OFlags::empty() };
+            let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC | kind;
+            let fd = rustix::fs::openat2(&self.dir, name, flags, Mode::empty(), resolve()).context("opening it")?;
+            rustix::fs::fchmod(&fd, Mode::from_raw_mode(*mode)).context("setting its mode")?;
+        }
+        let path = proc_path(self.dir.as_fd(), name);
+        // A default ACL of the directory has given it some already.
+        for present in xattr::read(&path).context("reading its attributes")?.into_keys() {
+            if present != LABEL && !xattrs.contains_key(&Bytes(present.clone())) {
+                xattr::remove(&path, &present).with_context(|| format!("removing {}", Bytes(present)))?;
+            }
+        }
+        for (attribute, value) in xattrs {
+            xattr::set(&path, &attribute.0, &value.0).with_context(|| format!("setting {attribute}"))?;
+        }
+        let labelled = source.label.is_none_or(|label| xattr::set(&path, LABEL, label).is_ok());
+        if let Some((tv_sec, tv_nsec)) = source.mtime {
+            let time = Timespec { tv_sec, tv_nsec };
+            let times = Timestamps { last_access: time, last_modification: time };
+            rustix::fs::utimensat(&self.dir, name, &times, AtFlags::SYMLINK_NOFOLLOW).context("setting its time")?;
+        }
+        Ok(labelled)
+    }
+}
+
+/// Copies to the end and returns the SHA-256 of what was copied.
+pub(super) fn copy(from: &mut File, to: &mut File) -> Result<String> {
+    let mut hash = Sha256::new();
+    let mut buffer = [0; 32 * 1024];
+    loop {
+        let length = from.read(&mut buffer).context("reading its content")?;
+        if length == 0 {
+            return Ok(hex::encode(hash.finalize()));
+        }
+        hash.update(&buffer[..length]);
+        to.write_all(&buffer[..length]).context("writing its content")?;
+    }
+}

@@ -1,0 +1,249 @@
+//! On real file systems: what is on disk after `apply` is what the plan says, and `undo` brings back
+//! what was there.
+
+use std::fs;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::Path;
+
+use proptest::prelude::*;
+use proptest::test_runner::{Config, TestRunner};
+use rustix::fs::{CWD, FileType, Mode, XattrFlags};
+
+use super::properties::families;
+use super::*;
+use crate::etc::apply::act;
+use crate::etc::record::Record;
+use crate::mount::testing::private;
+
+/// Makes the tree on disk.
+fn write(path: &Path, entry: &Entry, content: &dyn Fn(&str) -> String) {
+    match &entry.leaf.content {
+        Content::File { sha256, .. } => fs::write(path, content(sha256)).unwrap(),
+        Content::Symlink(target) => std::os::unix::fs::symlink(target.as_path(), path).unwrap(),
+        Content::Directory => fs::create_dir_all(path).unwrap(),
+        Content::Other => rustix::fs::mknodat(CWD, path, FileType::Fifo, Mode::RUSR, 0).unwrap(),
+    }
+    for (name, child) in &entry.children {
+        write(&path.join(Bytes(name.clone()).as_path()), child, content);
+    }
+    let Meta { mode, uid, gid, xattrs } = &entry.leaf.meta;
+    std::os::unix::fs::lchown(path, Some(*uid), Some(*gid)).unwrap();
+    if !matches!(entry.leaf.content, Content::Symlink(_)) {
+        fs::set_permissions(path, fs::Permissions::from_mode(*mode)).unwrap();
+    }
+    for (name, value) in xattrs {
+        rustix::fs::lsetxattr(path, &name.0, &value.0, XattrFlags::empty()).unwrap();
+    }
+    if matches!(entry.leaf.content, Content::File { .. }) {
+        let label = format!("label of {}", entry.leaf.meta.uid);
+        rustix::fs::lsetxattr(path, "security.selinux", label.as_bytes(), XattrFlags::empty()).unwrap();
+    }
+}
+
+fn write_tree(path: &Path, etc: &Snapshot) {
+    let known: BTreeMap<String, String> =
+        (0..8).map(|number| (hex::encode(Sha256::digest(text(number))), text(number))).collect();
+    write(path, &etc.root, &|sha256| known[sha256].clone());
+}
+
+fn rescan(path: &Path) -> Snapshot {
+    scan(open_dir(path).unwrap().as_fd()).unwrap()
+}
+
+/// Labels and times of all files: what a snapshot does not hold, and undo must bring back.
+fn beyond(path: &Path) -> BTreeMap<std::path::PathBuf, (Vec<u8>, i64)> {
+    let mut all = BTreeMap::new();
+    for entry in fs::read_dir(path).unwrap() {
+        let path = entry.unwrap().path();
+        let stat = fs::symlink_metadata(&path).unwrap();
+        if stat.is_dir() {
+            all.extend(beyond(&path));
+        } else if stat.is_file() {
+            let mut label = [0; 64];
+            let length = rustix::fs::lgetxattr(&path, "security.selinux", &mut label).unwrap_or(0);
+            all.insert(path, (label[..length].to_vec(), stat.mtime_nsec()));
+        }
+    }
+    all
+}
+
+/// A fresh place with B, N and C on disk.
+fn stage(scratch: &Path, name: &str, trees: &[Snapshot; 3]) -> std::path::PathBuf {
+    let place = scratch.join(name);
+    fs::create_dir_all(&place).unwrap();
+    for (name, tree) in ["base", "new", "etc"].into_iter().zip(trees) {
+        write_tree(&place.join(name), tree);
+    }
+    place
+}
+
+fn plan_in(place: &Path) -> Plan {
+    let [base, new, etc] = ["base", "new", "etc"].map(|name| open_dir(&place.join(name)).unwrap());
+    plan(base.as_fd(), new.as_fd(), etc.as_fd()).unwrap()
+}
+
+fn apply_in(place: &Path, plan: &Plan) -> Report {
+    let [new, etc] = ["new", "etc"].map(|name| open_dir(&place.join(name)).unwrap());
+    apply(plan, new.as_fd(), etc.as_fd(), &place.join("state/undo"), None).unwrap()
+}
+
+fn undo_in(place: &Path) -> UndoReport {
+    undo(&place.join("state/undo"), open_dir(&place.join("etc")).unwrap().as_fd()).unwrap()
+}
+
+#[test]
+fn random_trees_are_applied_and_undone() {
+    private(|scratch| {
+        let mut round = 0;
+        let mut runner = TestRunner::new(Config { failure_persistence: None, ..Config::with_cases(150) });
+        runner
+            .run(&families(), |trees| {
+                round += 1;
+                let place = stage(scratch, &format!("{round}"), &trees);
+                let etc = place.join("etc");
+                prop_assert_eq!(&rescan(&etc), &trees[2]);
+                let before = beyond(&etc);
+
+                let plan = plan_in(&place);
+                prop_assert_eq!(&plan, &decide(&trees[0], &trees[1], &trees[2]));
+                let report = apply_in(&place, &plan);
+                prop_assert_eq!((report.applied, report.skipped.len()), (plan.changes.len(), 0));
+                let after = rescan(&etc);
+                prop_assert_eq!(&after, &outcome(&plan, &trees[2]));
+                for path in &plan.aside {
+                    let aside = place.join("state/etc-new").join(path.as_path());
+                    prop_assert!(aside.symlink_metadata().is_ok(), "{:?}", aside);
+                }
+                let inodes = beyond(&etc);
+                prop_assert_eq!(apply_in(&place, &plan).applied, plan.changes.len());
+                prop_assert_eq!(beyond(&etc), inodes, "nothing was written again");
+
+                let undone = undo_in(&place);
+                prop_assert_eq!((undone.kept.len(), undone.failed.len()), (0, 0));
+                prop_assert_eq!(&rescan(&etc), &trees[2]);
+                prop_assert_eq!(beyond(&etc), before);
+                prop_assert_eq!(undo_in(&place), UndoReport::default());
+
+                // Again, but stopped half-way; then finished, or undone.
+                let record_dir = place.join("state/undo");
+                let [new, etc_dir] = ["new", "etc"].map(|name| open_dir(&place.join(name)).unwrap());
+                for finish in [false, true] {
+                    let mut record = Record::create(&record_dir, &plan).unwrap();
+                    for (number, change) in plan.changes.iter().enumerate().take(plan.changes.len() / 2) {
+                        act(&mut record, number, change, new.as_fd(), etc_dir.as_fd(), None).unwrap();
+                    }
+                    drop(record);
+                    if finish {
+                        apply_in(&place, &plan);
+                        prop_assert_eq!(&rescan(&etc), &after);
+                    }
+                    undo_in(&place);
+                    prop_assert_eq!(&rescan(&etc), &trees[2]);
+                }
+                fs::remove_dir_all(&place).unwrap();
+                Ok(())
+            })
+            .unwrap();
+    });
+}
+
+#[test]
+fn an_overlay_as_etc_works_too() {
+    private(|scratch| {
+        let base = etc([("d", dir(0, [("a", file(1, 0))])), ("f", file(1, 0)), ("gone", dir(0, [("x", file(1, 0))]))]);
+        let new = etc([("d", file(3, 1)), ("f", dir(1, [("y", file(2, 0))])), ("n", file(2, 2)), ("l", link(1))]);
+        let place = stage(scratch, "live", &[base.clone(), new.clone(), base.clone()]);
+        for name in ["upper", "work"] {
+            fs::create_dir(place.join(name)).unwrap();
+        }
+        let options = format!("lowerdir={0}/base,upperdir={0}/upper,workdir={0}/work", place.display());
+        let options = std::ffi::CString::new(options).unwrap();
+        let none = rustix::mount::MountFlags::empty();
+        rustix::mount::mount("overlay", place.join("etc"), "overlay", none, options.as_c_str()).unwrap();
+
+        let plan = plan_in(&place);
+        let report = apply_in(&place, &plan);
+        assert_eq!(report.skipped, []);
+        assert_eq!(rescan(&place.join("etc")), new);
+        assert_eq!(undo_in(&place).failed, []);
+        assert_eq!(rescan(&place.join("etc")), base);
+    });
+}
+
+#[test]
+fn what_somebody_changes_meanwhile_is_kept_and_said() {
+    private(|scratch| {
+        let base = etc([("a", file(1, 0)), ("b", file(1, 0)), ("d", dir(0, [("x", file(1, 0))]))]);
+        let new = etc([("a", file(2, 0)), ("b", file(2, 0)), ("n", file(2, 0))]);
+        let place = stage(scratch, "race", &[base.clone(), new, base]);
+        let plan = plan_in(&place);
+        // Before the apply: one file changed, a directory that goes has got an entry.
+        fs::write(place.join("etc/a"), "mine").unwrap();
+        fs::write(place.join("etc/d/mine"), "mine").unwrap();
+        let report = apply_in(&place, &plan);
+        let skipped: Vec<String> = report.skipped.iter().map(|skipped| skipped.path.to_string()).collect();
+        assert_eq!(skipped, ["d", "a"]);
+        assert_eq!(fs::read(place.join("etc/a")).unwrap(), b"mine");
+        assert!(report.to_string().contains("left alone: /etc/a"), "{report}");
+        // Before the undo: another one.
+        fs::write(place.join("etc/n"), "mine now").unwrap();
+        let undone = undo_in(&place);
+        assert_eq!(undone.kept.len(), 1);
+        assert_eq!(undone.kept[0].path, Bytes::from("n"));
+        assert_eq!(fs::read_to_string(place.join("etc/b")).unwrap(), text(1));
+        assert!(place.join("etc/d/x").exists());
+        assert!(!place.join("state/undo").exists());
+    });
+}
+
+#[test]
+fn links_and_mounts_are_never_gone_through() {
+    private(|scratch| {
+        let base = etc([("d", dir(0, [("x", file(1, 0))])), ("m", dir(0, [("x", file(1, 0))])), ("f", file(1, 0))]);
+        let new = etc([("d", dir(0, [("x", file(2, 0))])), ("m", dir(0, [("x", file(2, 0))])), ("f", file(2, 0))]);
+        let place = stage(scratch, "links", &[base.clone(), new, base]);
+        let plan = plan_in(&place);
+        assert_eq!(plan.changes.len(), 3);
+        // Somebody swaps directories for a link and a mount, and binds a file over a file.
+        let outside = scratch.join("outside");
+        fs::create_dir(&outside).unwrap();
+        fs::write(outside.join("x"), text(1)).unwrap();
+        fs::remove_dir_all(place.join("etc/d")).unwrap();
+        std::os::unix::fs::symlink(&outside, place.join("etc/d")).unwrap();
+        rustix::mount::mount_bind(&outside, place.join("etc/m")).unwrap();
+        rustix::mount::mount_bind(outside.join("x"), place.join("etc/f")).unwrap();
+        let report = apply_in(&place, &plan);
+        assert_eq!((report.applied, report.skipped.len()), (0, 3), "{report}");
+        assert_eq!(fs::read_to_string(outside.join("x")).unwrap(), text(1));
+
+        let again = plan_in(&place);
+        assert!(again.is_empty());
+        let of = |path: &str| again.decisions.iter().find(|decision| decision.path == Bytes::from(path)).unwrap();
+        assert_eq!([of("m").class, of("f").class], [Class::Local; 2]);
+        assert_eq!(of("d").class, Class::Local, "changed here, the directory's own metadata not there");
+        assert_eq!(of("d/x").class, Class::Conflict);
+    });
+}
+
+#[test]
+fn another_plan_is_refused_and_no_room_leaves_the_entry() {
+    private(|scratch| {
+        let place =
+            stage(scratch, "two", &[etc([("a", file(1, 0))]), etc([("a", file(2, 0))]), etc([("a", file(1, 0))])]);
+        let plan = plan_in(&place);
+        let state = place.join("state");
+        fs::create_dir(&state).unwrap();
+        rustix::mount::mount("small", &state, "tmpfs", rustix::mount::MountFlags::empty(), Some(c"size=8k")).unwrap();
+        fs::write(state.join("filler"), [0; 8192]).unwrap();
+        let [new, dir] = ["new", "etc"].map(|name| open_dir(&place.join(name)).unwrap());
+        let error = apply(&plan, new.as_fd(), dir.as_fd(), &state.join("undo"), None).unwrap_err();
+        assert!(format!("{error:#}").contains("No space left"), "{error:#}");
+        assert_eq!(fs::read_to_string(place.join("etc/a")).unwrap(), text(1));
+        fs::remove_file(state.join("filler")).unwrap();
+        assert_eq!(apply_in(&place, &plan).applied, 1);
+        let other = Plan::default();
+        let error = apply(&other, new.as_fd(), dir.as_fd(), &state.join("undo"), None).unwrap_err();
+        assert!(error.to_string().contains("another merge"), "{error}");
+    });
+}

@@ -1,0 +1,153 @@
+//! The table, row by row and over all combinations.
+
+use super::*;
+
+fn at_x(entry: &Option<Entry>) -> Snapshot {
+    etc(entry.clone().map(|entry| ("x", entry)))
+}
+
+/// The plan for a single entry: what it is afterwards, and its class.
+fn merge(base: &Option<Entry>, new: &Option<Entry>, current: &Option<Entry>) -> (Option<Entry>, Option<Class>) {
+    let current = at_x(current);
+    let plan = decide(&at_x(base), &at_x(new), &current);
+    assert!(plan.decisions.len() <= 1);
+    let after = outcome(&plan, &current).root.children.remove(&b"x"[..]);
+    (after, plan.decisions.first().map(|decision| decision.class))
+}
+
+#[test]
+fn every_combination_of_kinds() {
+    let kinds = [
+        None,
+        Some(file(1, 0)),
+        Some(file(2, 0)),
+        Some(file(3, 0)),
+        Some(link(1)),
+        Some(link(2)),
+        Some(dir(0, [])),
+        Some(other()),
+    ];
+    for base in &kinds {
+        for new in &kinds {
+            for current in &kinds {
+                let expected = if *current == Some(other()) {
+                    (current, Some(Class::Local))
+                } else if base == new && new == current {
+                    (current, None)
+                } else if current == new {
+                    (current, Some(Class::Converged))
+                } else if *new == Some(other()) {
+                    (current, Some(Class::Conflict))
+                } else if current == base {
+                    (new, Some(Class::Updated))
+                } else if new == base {
+                    (current, Some(Class::Local))
+                } else {
+                    (current, Some(Class::Conflict))
+                };
+                let merged = merge(base, new, current);
+                assert_eq!((&merged.0, merged.1), expected, "B {base:?}\nN {new:?}\nC {current:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn content_and_metadata_are_merged_apart() {
+    for code in 0..729u32 {
+        let digit = |place: u32| u8::try_from(code / 3u32.pow(place) % 3).unwrap();
+        let [base, new, current] = [0, 2, 4].map(|place| (digit(place), digit(place + 1)));
+        let part = |base: u8, new: u8, current: u8| match () {
+            () if current == base || current == new => Some(new),
+            () if new == base => Some(current),
+            () => None,
+        };
+        let merged = part(base.0, new.0, current.0).zip(part(base.1, new.1, current.1));
+        let entry = |(content, meta)| Some(file(content, meta));
+        let (result, class) = merge(&entry(base), &entry(new), &entry(current));
+        assert_eq!(result, entry(merged.unwrap_or(current)), "{base:?} {new:?} {current:?}");
+        let conflict = merged.is_none() && current != new && current != base;
+        assert_eq!(class == Some(Class::Conflict), conflict, "{base:?} {new:?} {current:?}");
+    }
+}
+
+fn paths(etc: &Snapshot) -> Vec<String> {
+    flat(etc).keys().skip(1).map(Bytes::to_string).collect()
+}
+
+fn classes(plan: &Plan) -> Vec<(String, Class)> {
+    plan.decisions.iter().map(|decision| (decision.path.to_string(), decision.class)).collect()
+}
+
+#[test]
+fn a_dropped_directory_stays_for_what_is_local_in_it() {
+    let base = etc([("d", dir(0, [("theirs", file(1, 0)), ("sub", dir(0, [("more", file(1, 0))]))]))]);
+    let current =
+        etc([("d", dir(0, [("theirs", file(1, 0)), ("ours", file(2, 0)), ("sub", dir(0, [("more", file(1, 0))]))]))]);
+    let plan = decide(&base, &etc([]), &current);
+    assert_eq!(paths(&outcome(&plan, &current)), ["d", "d/ours"]);
+    assert_eq!(classes(&plan)[0], ("d".into(), Class::Updated));
+    assert_eq!(paths(&outcome(&decide(&base, &etc([]), &base), &base)), [""; 0]);
+
+    // The node image has a file in its place: that needs the directory empty.
+    let new = etc([("d", file(3, 0))]);
+    let plan = decide(&base, &new, &current);
+    assert_eq!(paths(&outcome(&plan, &current)), ["d", "d/ours"]);
+    assert_eq!((plan.decisions[0].class, plan.aside[0].to_string()), (Class::Conflict, "d".into()));
+    let plan = decide(&base, &new, &base);
+    assert_eq!(outcome(&plan, &base), new);
+}
+
+#[test]
+fn a_deleted_directory_stays_deleted_with_what_is_new_in_it() {
+    let base = etc([("d", dir(0, [("a", file(1, 0)), ("b", file(1, 0))]))]);
+    let new = etc([("d", dir(0, [("a", file(1, 0)), ("b", file(2, 0)), ("c", file(1, 0))]))]);
+    let plan = decide(&base, &new, &etc([]));
+    assert!(plan.is_empty());
+    let class = |path: &str, class| (path.to_owned(), class);
+    let expected = [
+        class("d", Class::Local),
+        class("d/a", Class::Local),
+        class("d/b", Class::Conflict),
+        class("d/c", Class::Conflict),
+    ];
+    assert_eq!(classes(&plan), expected);
+    assert_eq!(plan.aside, [Bytes::from("d/b"), Bytes::from("d/c")]);
+}
+
+#[test]
+fn a_chmod_of_a_directory_survives() {
+    let with = |number, content| etc([("d", dir(number, [("a", file(content, 0))]))]);
+    let plan = decide(&with(0, 1), &with(0, 2), &with(2, 1));
+    assert_eq!(outcome(&plan, &with(2, 1)), with(2, 2));
+}
+
+#[test]
+fn mount_points_are_left_alone_with_all_below() {
+    let tree = |content| etc([("crypto", dir(0, [("policy", file(content, 0))]))]);
+    let plan = decide(&tree(1), &tree(2), &etc([("crypto", other())]));
+    assert!(plan.is_empty() && plan.aside.is_empty());
+    assert!(plan.decisions.iter().all(|decision| decision.class == Class::Local));
+}
+
+#[test]
+fn the_systems_own_state_is_kept_at_the_top_only() {
+    for name in ["passwd", "shadow-", "machine-id", "ld.so.cache"] {
+        assert!(decide(&etc([(name, file(1, 0))]), &etc([(name, file(2, 0))]), &etc([(name, file(1, 0))])).is_empty());
+        assert!(decide(&etc([]), &etc([(name, file(2, 0))]), &etc([])).is_empty());
+        let below = |content| etc([("pam.d", dir(0, [(name, file(content, 0))]))]);
+        assert_eq!(decide(&below(1), &below(2), &below(1)).changes.len(), 1);
+    }
+}
+
+#[test]
+fn a_plan_survives_being_written_down() {
+    let plan = decide(
+        &etc([("a", file(1, 0)), ("l", link(1))]),
+        &etc([("a", file(2, 2)), ("l", link(2))]),
+        &etc([("a", file(1, 0)), ("l", link(3))]),
+    );
+    let text = serde_json::to_string(&plan).unwrap();
+    assert_eq!(serde_json::from_str::<Plan>(&text).unwrap(), plan);
+    assert!(refuse_conflicts(&plan).unwrap_err().to_string().contains("/etc/l"));
+}
