@@ -147,7 +147,12 @@ impl Walk {
                     new,
                 ),
                 None => {
-                    self.note(path, Class::Updated, "dropped by the node image, kept for the local entries in it", None)
+                    self.note(
+                        path,
+                        Class::Updated,
+                        "dropped by the node image, kept for the local entries in it",
+                        None,
+                    );
                 }
             }
             return true;
@@ -158,9 +163,9 @@ impl Walk {
         let present = result.is_some();
         let change = Change { path: path.clone(), before: leaf(current).cloned(), after: result, content: Origin::New };
         if present {
-            self.rest.push(change)
+            self.rest.push(change);
         } else {
-            self.removals.push(change)
+            self.removals.push(change);
         }
         present
     }

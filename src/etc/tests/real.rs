@@ -95,12 +95,12 @@ fn undo_in(place: &Path) -> UndoReport {
 #[test]
 fn random_trees_are_applied_and_undone() {
     private(|scratch| {
-        let mut round = 0;
+        let round = std::cell::Cell::new(0);
         let mut runner = TestRunner::new(Config { failure_persistence: None, ..Config::with_cases(150) });
         runner
             .run(&families(), |trees| {
-                round += 1;
-                let place = stage(scratch, &format!("{round}"), &trees);
+                round.set(round.get() + 1);
+                let place = stage(scratch, &format!("{}", round.get()), &trees);
                 let etc = place.join("etc");
                 prop_assert_eq!(&rescan(&etc), &trees[2]);
                 let before = beyond(&etc);
@@ -157,6 +157,7 @@ fn an_overlay_as_etc_works_too() {
         for name in ["upper", "work"] {
             fs::create_dir(place.join(name)).unwrap();
         }
+        write_tree(&place.join("upper"), &etc([]));
         let options = format!("lowerdir={0}/base,upperdir={0}/upper,workdir={0}/work", place.display());
         let options = std::ffi::CString::new(options).unwrap();
         let none = rustix::mount::MountFlags::empty();
@@ -234,8 +235,8 @@ fn another_plan_is_refused_and_no_room_leaves_the_entry() {
         let plan = plan_in(&place);
         let state = place.join("state");
         fs::create_dir(&state).unwrap();
-        rustix::mount::mount("small", &state, "tmpfs", rustix::mount::MountFlags::empty(), Some(c"size=8k")).unwrap();
-        fs::write(state.join("filler"), [0; 8192]).unwrap();
+        rustix::mount::mount("small", &state, "tmpfs", rustix::mount::MountFlags::empty(), Some(c"size=64k")).unwrap();
+        fs::write(state.join("filler"), [0; 65536]).unwrap();
         let [new, dir] = ["new", "etc"].map(|name| open_dir(&place.join(name)).unwrap());
         let error = apply(&plan, new.as_fd(), dir.as_fd(), &state.join("undo"), None).unwrap_err();
         assert!(format!("{error:#}").contains("No space left"), "{error:#}");

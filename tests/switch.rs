@@ -1,0 +1,344 @@
+//! The switch without the agent around it: two commits in real ostree repos, a delta on a tmpfs, a real
+//! overlay over a scratch `usr`, the merge of a scratch `etc`, and all of it undone. The oracle for
+//! `/usr` is `ostree checkout`.
+//!
+//! Needs root and the `ostree` program; everything happens in a private mount namespace.
+
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Instant;
+
+use nix::sched::CloneFlags;
+use node_image_pivot::etc::{self, Class};
+use node_image_pivot::mount::{self, Namespace};
+use node_image_pivot::stage::{self, Booted, Delta, Keep};
+use rustix::mount::{MountFlags, MountPropagationFlags};
+
+const SOURCE: &str = "node-image:test";
+
+fn private(test: impl FnOnce(&Path) + Send) {
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            nix::sched::unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_FS).unwrap();
+            rustix::mount::mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
+            let scratch = tempfile::tempdir().unwrap();
+            rustix::mount::mount("scratch", scratch.path(), "tmpfs", MountFlags::empty(), Some(c"nr_inodes=0"))
+                .unwrap();
+            test(scratch.path());
+            rustix::mount::unmount(scratch.path(), rustix::mount::UnmountFlags::DETACH).unwrap();
+        });
+        if let Err(panic) = thread.join() {
+            std::panic::resume_unwind(panic);
+        }
+    });
+}
+
+fn here() -> Namespace {
+    Namespace::of(rustix::thread::gettid().as_raw_nonzero().get())
+}
+
+fn ostree(arguments: &[&str]) -> String {
+    let output = Command::new("ostree").args(arguments).output().unwrap();
+    assert!(output.status.success(), "ostree {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap().trim().to_owned()
+}
+
+fn repo(path: &Path, parent: Option<&Path>) -> ostree::Repo {
+    let option = format!("--repo={}", path.display());
+    ostree(&["init", &option, "--mode=bare"]);
+    ostree(&["config", &option, "set", "core.fsync", "false"]);
+    if let Some(parent) = parent {
+        ostree(&["config", &option, "set", "core.parent", parent.to_str().unwrap()]);
+    }
+    let repo = ostree::Repo::new_for_path(path);
+    repo.open(ostree::gio::Cancellable::NONE).unwrap();
+    repo
+}
+
+fn commit(repo: &Path, tree: &Path) -> String {
+    let tree = format!("--tree=dir={}", tree.display());
+    ostree(&["commit", &format!("--repo={}", repo.display()), "--branch=test", &tree])
+}
+
+fn write(root: &Path, files: &[(&str, &str)]) {
+    for (path, content) in files {
+        let path = root.join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        match content.strip_prefix("-> ") {
+            Some(target) => symlink(target, &path).unwrap(),
+            None => fs::write(&path, content).unwrap(),
+        }
+    }
+}
+
+/// Every path below `dir` with kind, mode, owner and content.
+fn describe(dir: &Path) -> BTreeMap<PathBuf, String> {
+    fn walk(top: &Path, dir: &Path, all: &mut BTreeMap<PathBuf, String>) {
+        for entry in fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            let stat = fs::symlink_metadata(&path).unwrap();
+            let words = match () {
+                () if stat.is_dir() => String::new(),
+                () if stat.is_symlink() => fs::read_link(&path).unwrap().display().to_string(),
+                () => fs::read_to_string(&path).unwrap(),
+            };
+            let words = format!("{:o} {}:{} {words}", stat.mode(), stat.uid(), stat.gid());
+            all.insert(path.strip_prefix(top).unwrap().to_owned(), words);
+            if stat.is_dir() {
+                walk(top, &path, all);
+            }
+        }
+    }
+    let mut all = BTreeMap::new();
+    walk(dir, dir, &mut all);
+    all
+}
+
+fn build(store: &ostree::Repo, root: &Path, booted: &str, target: &str, keep: &Keep) -> Delta {
+    let objects = |hex: &str| {
+        let path = root.join("repo/objects").join(&hex[..2]).join(format!("{}.file", &hex[2..]));
+        path.symlink_metadata().is_ok().then_some(path)
+    };
+    stage::build_delta(store, Booted::Commit(booted), target, &objects, &root.join("delta"), keep).unwrap()
+}
+
+const BOOTED: &[(&str, &str)] = &[
+    ("bin/bash", "bash 5"),
+    ("bin/node-image-pivot", "the agent"),
+    ("bin/sudo", "sudo"),
+    ("bin/sh", "-> bash"),
+    ("lib/gone.so", "gone"),
+    ("lib/gone.d/a/b", "gone"),
+    ("lib/turns-dir", "a file"),
+    ("lib/turns-file/inside", "x"),
+    ("lib/turns-link/inside", "x"),
+    ("lib/modules/6.1/vmlinuz", "booted kernel"),
+    ("lib/os-release", "ID=old\n"),
+    ("lib/systemd/system/node-image-pull.service", "ours"),
+    ("lib/systemd/systemd", "systemd 252"),
+    ("share/same/a", "a"),
+    ("share/moved/from", "moved content"),
+    ("etc/default", "default 1"),
+    ("etc/edited", "default 1"),
+    ("etc/both", "default 1"),
+    ("etc/deleted", "default 1"),
+    ("etc/dropped", "default 1"),
+    ("etc/passwd", "root"),
+];
+
+const TARGET: &[(&str, &str)] = &[
+    ("bin/bash", "bash 6"),
+    ("bin/kubelet", "kubelet"),
+    ("bin/sudo", "sudo"),
+    ("bin/sh", "-> dash"),
+    ("bin/true", "true"),
+    ("lib/turns-dir/inside", "x"),
+    ("lib/turns-file", "a file"),
+    ("lib/turns-link", "-> modules"),
+    ("lib/modules/6.12/vmlinuz", "new kernel"),
+    ("lib/os-release", "ID=new\n"),
+    ("lib/systemd/system/kubelet.service", "kubelet"),
+    ("lib/systemd/systemd", "systemd 257"),
+    ("share/same/a", "a"),
+    ("share/moved/to", "moved content"),
+    ("etc/default", "default 2"),
+    ("etc/edited", "default 1"),
+    ("etc/both", "default 2"),
+    ("etc/deleted", "default 1"),
+    ("etc/added", "default 2"),
+    ("etc/passwd", "root\nkubelet"),
+];
+
+#[test]
+fn a_system_is_switched_and_switched_back() {
+    private(|scratch| {
+        let path = |name: &str| scratch.join(name);
+        write(&path("booted/usr"), BOOTED);
+        write(&path("target/usr"), TARGET);
+        for tree in ["booted", "target"] {
+            fs::set_permissions(path(tree).join("usr/bin/sudo"), fs::Permissions::from_mode(0o4755)).unwrap();
+        }
+        repo(&path("booted-repo"), None);
+        let booted = commit(&path("booted-repo"), &path("booted"));
+        assert!(mount::tmpfs(&here(), &path("store"), 16 << 20, "node-image:store").unwrap());
+        let store = repo(&path("store/repo"), Some(&path("booted-repo")));
+        let target = commit(&path("store/repo"), &path("target"));
+
+        let delta = build(&store, &path("store"), &booted, &target, &Keep::default());
+        for (name, differs) in
+            [("bin/bash", true), ("bin/sudo", false), ("lib/gone.d/a/b", true), ("share/same", false)]
+        {
+            assert_eq!(delta.contains(Path::new(name)).unwrap(), differs, "{name}");
+        }
+        // /usr as it was deployed, and /etc as its administrator left it.
+        let (usr, etc_path) = (path("usr"), path("etc"));
+        ostree(&[
+            "checkout",
+            &format!("--repo={}", path("booted-repo").display()),
+            "--subpath=/usr",
+            &booted,
+            usr.to_str().unwrap(),
+        ]);
+        let booted_usr = describe(&usr);
+        write(
+            &etc_path,
+            &[("default", "default 1"), ("edited", "by the administrator"), ("both", "by the administrator")],
+        );
+        write(&etc_path, &[("dropped", "default 1"), ("passwd", "root\ncore"), ("own", "local")]);
+        let local_etc = describe(&etc_path);
+
+        let tree = stage::open_new_usr(&delta.directory, &usr, SOURCE).unwrap();
+        assert!(stage::check_content(tree.as_fd()).is_empty());
+        let new_etc = etc::open_defaults(tree.as_fd()).unwrap().unwrap();
+        let old_etc = etc::open_dir(&usr.join("etc")).unwrap();
+        let etc_dir = etc::open_dir(&etc_path).unwrap();
+        let plan = etc::plan(old_etc.as_fd(), new_etc.as_fd(), etc_dir.as_fd()).unwrap();
+        assert_eq!(describe(&usr), booted_usr, "nothing is switched yet");
+
+        tree.expose_in(&here(), &usr).unwrap();
+        let report = etc::apply(&plan, new_etc.as_fd(), etc_dir.as_fd(), &path("state/undo"), None).unwrap();
+
+        let checkout = path("checkout");
+        ostree(&[
+            "checkout",
+            &format!("--repo={}", path("store/repo").display()),
+            "--subpath=/usr",
+            &target,
+            checkout.to_str().unwrap(),
+        ]);
+        let modules = |all: BTreeMap<PathBuf, String>| {
+            all.into_iter().partition::<BTreeMap<_, _>, _>(|(path, _)| path.starts_with("lib/modules"))
+        };
+        let (shown_modules, mut shown) = modules(describe(&usr));
+        let (booted_modules, _) = modules(booted_usr.clone());
+        let (_, expected) = modules(describe(&checkout));
+        assert_eq!(shown_modules, booted_modules);
+        for kept in ["bin/node-image-pivot", "lib/systemd/system/node-image-pull.service"] {
+            assert_eq!(shown.remove(Path::new(kept)).as_ref(), booted_usr.get(Path::new(kept)));
+        }
+        assert_eq!(shown, expected);
+
+        let etc_now: BTreeMap<String, String> = fs::read_dir(&etc_path)
+            .unwrap()
+            .map(|entry| entry.unwrap())
+            .map(|entry| (entry.file_name().into_string().unwrap(), fs::read_to_string(entry.path()).unwrap()))
+            .collect();
+        let expected = [
+            ("added", "default 2"),
+            ("both", "by the administrator"),
+            ("default", "default 2"),
+            ("edited", "by the administrator"),
+            ("own", "local"),
+            ("passwd", "root\ncore"),
+        ];
+        assert_eq!(etc_now, expected.map(|(name, content)| (name.to_owned(), content.to_owned())).into());
+        assert_eq!(report.counts[&Class::Conflict], 1, "{report}");
+        assert_eq!(fs::read_to_string(path("state/etc-new/both")).unwrap(), "default 2");
+
+        let undone = etc::undo(&path("state/undo"), etc_dir.as_fd()).unwrap();
+        assert!(undone.kept.is_empty() && undone.failed.is_empty(), "{undone}");
+        assert!(here().withdraw(&usr, SOURCE).unwrap());
+        assert_eq!(describe(&usr), booted_usr);
+        assert_eq!(describe(&etc_path), local_etc);
+        assert!(here().withdraw(&path("store"), "node-image:store").unwrap());
+    });
+}
+
+/// Programs that start again and again across the switch never miss their file.
+#[test]
+fn there_is_no_moment_without_usr() {
+    private(|scratch| {
+        let path = |name: &str| scratch.join(name);
+        for (tree, word) in [("usr", "old"), ("delta", "new")] {
+            write(&path(tree), &[("a", word), ("b", word)]);
+        }
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        let ns = here();
+        std::thread::scope(|scope| {
+            let reader = scope.spawn(|| {
+                let mut seen = BTreeMap::new();
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    *seen.entry(fs::read_to_string(path("usr/a")).unwrap()).or_insert(0) += 1;
+                }
+                seen
+            });
+            for _ in 0..200 {
+                stage::open_new_usr(&path("delta"), &path("usr"), SOURCE)
+                    .unwrap()
+                    .expose_in(&ns, &path("usr"))
+                    .unwrap();
+                assert_eq!(fs::read_to_string(path("usr/a")).unwrap(), "new");
+                assert!(ns.withdraw(&path("usr"), SOURCE).unwrap());
+            }
+            stop.store(true, std::sync::atomic::Ordering::Relaxed);
+            let seen = reader.join().unwrap();
+            assert_eq!(seen.keys().collect::<Vec<_>>(), ["new", "old"]);
+        });
+    });
+}
+
+/// Prints how long things take: `cargo test --release --test switch -- --ignored --nocapture`.
+#[test]
+#[ignore = "a measurement"]
+fn how_long_it_takes() {
+    private(|scratch| {
+        let path = |name: &str| scratch.join(name);
+        let file = |root: &str, number: usize, content: &str| {
+            let place = path(root).join(format!("lib/d{}/e{}/f{number}", number % 200, number % 3000));
+            fs::create_dir_all(place.parent().unwrap()).unwrap();
+            fs::write(place, format!("{number} {content}")).unwrap();
+        };
+        for number in 0..50_000 {
+            file("booted/usr", number, "old");
+            file("target/usr", number, if number % 2 == 0 { "new" } else { "old" });
+        }
+        repo(&path("booted-repo"), None);
+        let booted = commit(&path("booted-repo"), &path("booted"));
+        fs::create_dir(path("store")).unwrap();
+        let store = repo(&path("store/repo"), Some(&path("booted-repo")));
+        let target = commit(&path("store/repo"), &path("target"));
+        let start = Instant::now();
+        let delta = build(&store, &path("store"), &booted, &target, &Keep::default());
+        println!("delta, half of 50,000 files changed: {:?} {:?}", start.elapsed(), delta.counts);
+        let start = Instant::now();
+        let delta = stage::build_delta(
+            &store,
+            Booted::Commit(&booted),
+            &booted,
+            &|_| None,
+            &path("store/none"),
+            &Keep::default(),
+        );
+        println!("delta, nothing changed: {:?} {:?}", start.elapsed(), delta.unwrap().counts);
+        let empty = path("empty/usr");
+        fs::create_dir_all(&empty).unwrap();
+        let nothing = commit(&path("booted-repo"), &path("empty"));
+        let start = Instant::now();
+        let delta = build(&store, &path("store"), &nothing, &target, &Keep::default());
+        println!("delta, all 50,000 files: {:?} {:?}", start.elapsed(), delta.counts);
+
+        for number in 0..5000 {
+            for (tree, content) in [("base", "1"), ("etc", "1"), ("new", "2")] {
+                let place = path(tree).join(format!("d{}/f{number}", number % 300));
+                fs::create_dir_all(place.parent().unwrap()).unwrap();
+                fs::write(place, content.repeat(2000)).unwrap();
+            }
+        }
+        let [base, new, dir] = ["base", "new", "etc"].map(|name| etc::open_dir(&path(name)).unwrap());
+        let start = Instant::now();
+        let plan = etc::plan(base.as_fd(), new.as_fd(), dir.as_fd()).unwrap();
+        println!("etc plan, {} changes: {:?}", plan.changes.len(), start.elapsed());
+        let start = Instant::now();
+        etc::apply(&plan, new.as_fd(), dir.as_fd(), &path("state/undo"), None).unwrap();
+        println!("etc apply: {:?}", start.elapsed());
+        let start = Instant::now();
+        let undone = etc::undo(&path("state/undo"), dir.as_fd()).unwrap();
+        println!("etc undo of {}: {:?}", undone.restored, start.elapsed());
+    });
+}
