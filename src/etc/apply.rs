@@ -40,7 +40,7 @@ pub fn apply(
     undo_dir: &Path,
     label: Option<&Labeler<'_>>,
 ) -> Result<Report> {
-    let aside_dir = undo_dir.with_file_name("etc-new");
+    let aside_dir = aside_dir(undo_dir);
     let mut record = Record::create(undo_dir, plan)?;
     let mut report = Report::new(plan, &aside_dir);
     save_aside(plan, new_dir, &aside_dir)?;
@@ -79,6 +79,9 @@ pub(super) fn act(
         return Ok(if gone { Outcome::Done { labelled: true } } else { Outcome::Skipped("its directory is gone") });
     };
     let begun = record.begun.contains_key(&number);
+    if begun {
+        place.clear_temporary(number)?;
+    }
     let current = place.look()?;
     if current == change.after {
         return Ok(Outcome::Done { labelled: true });
@@ -195,7 +198,7 @@ fn save_one_aside(
 /// mode, attributes, labels and times of files are those from before. An entry that somebody changed
 /// since is kept and reported. It goes on after a failure, so that as much as possible is undone.
 ///
-/// The record is removed when everything that can be undone is. Without a record nothing is done.
+/// The record, and what was saved aside, are removed when everything that can be undone is. Without a record nothing is done.
 ///
 /// # Errors
 /// Only when the record itself cannot be read or removed; failures of single entries are in the report,
@@ -218,6 +221,14 @@ pub fn undo(undo_dir: &Path, etc_dir: BorrowedFd<'_>) -> Result<UndoReport> {
     }
     if report.failed.is_empty() {
         record.forget()?;
+        let aside = aside_dir(undo_dir);
+        match std::fs::remove_dir_all(&aside) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(error)
+                    .with_context(|| format!("/etc is as it was, but removing {} failed", aside.display()));
+            }
+            _ => {}
+        }
     }
     Ok(report)
 }
@@ -234,9 +245,7 @@ fn take_back(
         let absent = change.before.is_none();
         return Ok(if absent { Outcome::Done { labelled: true } } else { Outcome::Skipped(gone) });
     };
-    if !change.path.0.is_empty() {
-        place.clear_temporary(number)?;
-    }
+    place.clear_temporary(number)?;
     let current = place.look()?;
     if current == change.before {
         return Ok(Outcome::Done { labelled: true });

@@ -246,6 +246,41 @@ mod tests {
     }
 
     #[test]
+    fn a_sandboxed_caller_exposes_to_the_outside_and_to_everybody_below_it() {
+        use nix::sched::CloneFlags;
+        use rustix::mount::{MountPropagationFlags, mount_change};
+        private(|scratch| {
+            let (top, bottom) = layers(scratch);
+            let target = scratch.join("usr");
+            fs::create_dir(&target).unwrap();
+            // PID 1's tree is shared, and a sandboxed service's is a slave of it.
+            mount_change(scratch, MountPropagationFlags::SHARED).unwrap();
+            let outside = here();
+            let sandboxed = |act: &(dyn Fn() + Sync)| {
+                std::thread::scope(|scope| {
+                    let thread = scope.spawn(|| {
+                        nix::sched::unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_FS).unwrap();
+                        mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC).unwrap();
+                        act();
+                    });
+                    thread.join().unwrap();
+                });
+            };
+            sandboxed(&|| {
+                let tree = DetachedTree::overlay(&[&top, &bottom], "nip:test").unwrap();
+                tree.expose_in(&outside, &target).unwrap();
+                assert_eq!(names(&target), ["new", "old"], "it came down to us");
+            });
+            assert_eq!(names(&target), ["new", "old"]);
+            sandboxed(&|| {
+                assert!(outside.withdraw(&target, "nip:test").unwrap());
+                assert_eq!(names(&target), [""; 0]);
+            });
+            assert_eq!(names(&target), [""; 0]);
+        });
+    }
+
+    #[test]
     fn a_covered_mount_is_not_withdrawn() {
         private(|scratch| {
             let (top, bottom) = layers(scratch);

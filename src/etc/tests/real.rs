@@ -248,3 +248,50 @@ fn another_plan_is_refused_and_no_room_leaves_the_entry() {
         assert!(error.to_string().contains("another merge"), "{error}");
     });
 }
+
+#[test]
+fn a_kill_within_an_act_is_finished_or_undone() {
+    // File to directory, directory to file, and a directory's metadata: the acts with more than one step.
+    let base = etc([("f", file(1, 0)), ("d", dir(0, [])), ("m", dir(0, [])), ("c", file(1, 0))]);
+    let new = etc([("f", dir(1, [])), ("d", file(2, 1)), ("m", dir(2, [])), ("c", file(2, 0))]);
+    private(|scratch| {
+        for (round, (finish, deeper)) in
+            [(true, false), (true, true), (false, false), (false, true)].into_iter().enumerate()
+        {
+            let place = stage(scratch, &format!("{round}"), &[base.clone(), new.clone(), base.clone()]);
+            let plan = plan_in(&place);
+            let [from, dir] = ["new", "etc"].map(|name| open_dir(&place.join(name)).unwrap());
+            let etc_path = place.join("etc");
+            // Every act is done once, so that all is saved and journaled; then taken back by hand to where
+            // a kill within it would have left it.
+            let mut record = Record::create(&place.join("state/undo"), &plan).unwrap();
+            for (number, change) in plan.changes.iter().enumerate() {
+                act(&mut record, number, change, from.as_fd(), dir.as_fd(), None).unwrap();
+            }
+            drop(record);
+            let journal = place.join("state/undo/journal");
+            fs::write(&journal, [fs::read(&journal).unwrap(), b"{\"change\":7,\"la".to_vec()].concat()).unwrap();
+            fs::remove_dir(etc_path.join("f")).unwrap();
+            fs::remove_file(etc_path.join("d")).unwrap();
+            fs::write(etc_path.join(".node-image-pivot-0"), "half of it").unwrap();
+            fs::set_permissions(etc_path.join("m"), fs::Permissions::from_mode(base_mode())).unwrap();
+            if deeper {
+                write(&etc_path.join("f"), &file(1, 0), &|_| text(1));
+                fs::create_dir(etc_path.join(".node-image-pivot-1")).unwrap();
+            }
+            if finish {
+                assert_eq!(apply_in(&place, &plan).skipped, []);
+                assert_eq!(rescan(&etc_path), new);
+            }
+            let undone = undo_in(&place);
+            assert_eq!((undone.kept, undone.failed), (vec![], vec![]));
+            assert_eq!(rescan(&etc_path), base);
+            let left = fs::read_dir(&etc_path).unwrap().count();
+            assert_eq!(left, 4, "no temporary file is left");
+        }
+    });
+}
+
+fn base_mode() -> u32 {
+    meta(0).mode
+}
