@@ -40,6 +40,12 @@ tree_node_b() { tree node-b bookworm "common node" base-tool_2.0.deb cluster-cli
 # shellcheck source=registry.sh
 . "$BED/registry.sh"
 
+# The key that guests accept: made here, never shipped.
+ssh_key() {
+    [ -f "$CACHE/ssh/key" ] || { mkdir -p "$CACHE/ssh" && ssh-keygen -q -t ed25519 -N "" -C testbed -f "$CACHE/ssh/key"; }
+    printf '%s\n' "$CACHE/ssh/key"
+}
+
 trees() {
     # Two at a time: half of the work is waiting for dpkg.
     debs >/dev/null
@@ -55,8 +61,11 @@ for target in "${@:-all}"; do
         qemu | oracle | debs | trees | boot | registry | tree_*) "$target" >&2 ;;
         all) trees; boot >&2; registry >&2; qemu >&2 ;;
         paths)
-            jq -n --arg qemu "$(qemu)/qemu" --arg boot "$(boot)" --arg registry "$(registry)" --arg cache "$CACHE" \
-                '{qemu: $qemu, boot: $boot, registry: $registry, cache: $cache}' ;;
+            # Assignments, not arguments: a failing stage has to end this.
+            trees
+            q=$(qemu) b=$(boot) bb=$(boot binaries) r=$(registry) k=$(ssh_key) o=$CACHE/oracle/release/oracle
+            jq -n --arg q "$q/qemu" --arg b "$b" --arg bb "$bb" --arg r "$r" --arg k "$k" --arg o "$o" \
+                '{qemu: $q, boot: $b, boot_binaries: $bb, registry: $r, ssh_key: $k, oracle: $o}' ;;
         *) die "unknown target: $target" ;;
     esac
 done

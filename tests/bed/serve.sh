@@ -8,7 +8,7 @@ serve() {
         port=$((20000 + RANDOM % 20000))
         cat >"$config" <<YAML
 version: 0.1
-log: {level: warn, accesslog: {disabled: true}}
+log: {level: fatal, accesslog: {disabled: true}}
 storage: {filesystem: {rootdirectory: $storage}, delete: {enabled: true}}
 http: {addr: "127.0.0.1:$port", secret: testbed}
 YAML

@@ -41,6 +41,5 @@ version=$(. "$root/usr/lib/os-release" && cat "$root/usr/share/base-files/debian
 # --consume moves the files; a fixed time makes the same tree the same commit.
 ostree commit --repo="$OUT/repo" --branch="$TREE" --subject="$TREE: Debian $SUITE" --timestamp='2026-01-01 00:00:00 +0000' \
     --add-metadata-string=version="$version" --bootable --consume --tree=dir="$root"
-ostree summary --repo="$OUT/repo" --update
 rm -rf "$root"
 step "done"

@@ -42,5 +42,3 @@ enabled=no
 [sysroot]
 readonly=true
 CONF
-# Caches that name every file would change with every build.
-rm -rf usr/share/mime/mime.cache var/cache/* usr/lib/udev/hwdb.bin usr/etc/udev/hwdb.bin

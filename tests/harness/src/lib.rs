@@ -1,1 +1,12 @@
-//! t
+//! Real systems for tests: a live bootimage under QEMU or systemd-nspawn, a real registry, and what to ask them.
+
+pub mod check;
+pub mod console;
+pub mod container;
+pub mod files;
+pub mod guest;
+pub mod images;
+pub mod proc;
+pub mod registry;
+pub mod scenario;
+pub mod vm;

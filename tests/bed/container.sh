@@ -1,0 +1,41 @@
+#!/bin/bash
+# Boots the deployment inside BOOT/sysroot.squashfs with systemd-nspawn. The caller puts us into a mount namespace of our
+# own: everything mounted here is gone with us. WORK: folder for mount points; FILES: etc/… and var/… of this boot;
+# NETNS: network namespace file; LIVE: 1 for a live medium; CMDLINE: what /proc/cmdline shall say.
+set -euo pipefail
+: "${BOOT:?}" "${WORK:?}" "${FILES:?}" "${NETNS:?}" "${LIVE:=1}" "${CMDLINE:=}"
+umask 022
+
+# systemd wants a pure cgroup v2; this machine may mount something else. The namespace is ours, so is this choice.
+umount -R /sys/fs/cgroup 2>/dev/null || true
+mount -t cgroup2 none /sys/fs/cgroup
+cgroup=/sys/fs/cgroup/testbed-$$
+mkdir "$cgroup"
+echo $$ >"$cgroup/cgroup.procs"
+
+mkdir -p "$WORK"/{sysroot,root,state}
+mount -o loop,ro "$BOOT/sysroot.squashfs" "$WORK/sysroot"
+deployment=$WORK/sysroot/ostree/deploy/testbed/deploy/$(cat "$BOOT/commit").0
+mount -t tmpfs -o mode=0755 testbed-state "$WORK/state"
+mkdir "$WORK"/state/{etc,etc.work}
+
+# The root is the deployment's own directory: libostree knows it by device and inode.
+mount --bind "$deployment" "$WORK/root"
+mount --bind "$deployment/usr" "$WORK/root/usr"
+mount -t overlay -o "lowerdir=$deployment/etc,upperdir=$WORK/state/etc,workdir=$WORK/state/etc.work" overlay "$WORK/root/etc"
+mount -t tmpfs -o mode=0755,size=50% tmpfs "$WORK/root/var"
+mount --bind "$WORK/sysroot" "$WORK/root/sysroot"
+for dir in "$FILES"/*; do cp -a "$dir/." "$WORK/root/${dir##*/}/"; done
+
+: >"$WORK/marker"
+printf '%s\n' "console=ttyS0 ro ostree=${CMDLINE:+ $CMDLINE}" >"$WORK/cmdline"
+options=(
+    --directory="$WORK/root" --boot --register=no --keep-unit --machine="testbed-$$" --network-namespace-path="$NETNS"
+    --capability=all --resolv-conf=off --timezone=off --link-journal=no --console=read-only
+    --bind-ro="$WORK/cmdline:/proc/cmdline" --bind-ro="$WORK/marker:/run/ostree-booted"
+)
+[ "$LIVE" != 1 ] || options+=(--bind-ro="$WORK/marker:/run/ostree-live")
+# The pivot mounts overlays; nspawn's filter of system calls is older than some of what that takes.
+export SYSTEMD_SECCOMP=0 SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1 SYSTEMD_NSPAWN_USE_CGNS=1
+# shellcheck disable=SC2086 # words
+exec systemd-nspawn "${options[@]}" -- $CMDLINE

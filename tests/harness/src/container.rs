@@ -1,0 +1,159 @@
+//! The same bootimage as a container: a real systemd as PID 1 on the real deployment, in seconds. No kernel of its own.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use crate::files::Files;
+use crate::guest::{Answer, Guest, ssh};
+use crate::images::{Images, project, work_dir};
+use crate::proc::{bound, end, log_to, succeed, wait_for};
+
+/// A network namespace with a loopback and a cable to nowhere, held open by a process.
+pub struct Network {
+    holder: Child,
+}
+
+impl Network {
+    /// A new one.
+    pub fn new() -> Result<Self> {
+        // Both ends of the cable stay in here; without one, "the network is online" would never come.
+        let script = "ip link set lo up && ip link add eth0 type veth peer name cable && ip link set cable up && echo up && exec sleep infinity";
+        let mut holder = bound("unshare").args(["--net", "sh", "-c", script]).stdout(Stdio::piped()).spawn()?;
+        let mut line = [0u8; 3];
+        let out = holder.stdout.as_mut().context("no pipe")?;
+        std::io::Read::read_exact(out, &mut line).context("setting up a network namespace")?;
+        Ok(Network { holder })
+    }
+
+    /// The process in it.
+    pub fn pid(&self) -> u32 {
+        self.holder.id()
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        end(&mut self.holder);
+    }
+}
+
+/// What to boot.
+pub struct Setup<'a> {
+    /// Name of its folder.
+    pub name: &'a str,
+    /// A bootimage of [`Images`].
+    pub boot: &'a Path,
+    /// Words for /proc/cmdline and for its systemd.
+    pub kargs: &'a [&'a str],
+    /// Whether it says that it runs from a live medium.
+    pub live: bool,
+}
+
+/// A running container; dropped, it is gone.
+pub struct Container {
+    work: PathBuf,
+    key: PathBuf,
+    network: u32,
+    child: Child,
+    leader: u32,
+}
+
+impl Container {
+    /// Boot one in a network (which outlives it: the registry is in there).
+    pub fn start(images: &Images, network: &Network, setup: &Setup<'_>, fill: impl FnOnce(&Files) -> Result<()>) -> Result<Self> {
+        let work = work_dir(setup.name)?;
+        let files = Files::new(&work)?;
+        files.put("/var/roothome/.ssh/authorized_keys", 0o600, &fs::read_to_string(images.ssh_key.with_extension("pub"))?)?;
+        files.put("/etc/systemd/network/10-cable.network", 0o644, "[Match]\nName=eth0\n[Network]\nAddress=192.0.2.2/24\nIPv6AcceptRA=no\n")?;
+        files.put("/etc/systemd/network/10-cable-end.network", 0o644, "[Match]\nName=cable\n[Link]\nUnmanaged=yes\n")?;
+        fill(&files)?;
+        let mut command = bound("unshare");
+        command.args(["--mount", "--propagation", "private", "--", "bash"]).arg(project().join("tests/bed/container.sh"));
+        command.env("BOOT", setup.boot).env("WORK", work.join("mnt")).env("FILES", files.root());
+        command.env("NETNS", format!("/proc/{}/ns/net", network.pid()));
+        command.env("LIVE", if setup.live { "1" } else { "0" }).env("CMDLINE", setup.kargs.join(" "));
+        log_to(&mut command, &work.join("console.log"))?;
+        let mut child = command.spawn().context("starting systemd-nspawn")?;
+        let mut leader = None;
+        let found = wait_for("PID 1 of the container", Duration::from_secs(20), || {
+            if let Some(status) = child.try_wait()? {
+                bail!("systemd-nspawn ended: {status}");
+            }
+            leader = leader_of(child.id());
+            Ok(leader.is_some())
+        });
+        let console = || fs::read_to_string(work.join("console.log")).unwrap_or_default();
+        if let Err(error) = found {
+            end(&mut child);
+            return Err(error).with_context(console);
+        }
+        let leader = leader.context("no leader")?;
+        let container = Container { key: images.ssh_key.clone(), network: network.pid(), child, leader, work };
+        wait_for("systemd's answer", Duration::from_secs(20), || Ok(container.run("systemctl show-environment")?.status == 0))
+            .with_context(|| container.console())?;
+        Ok(container)
+    }
+
+    /// Power off in the orderly way.
+    pub fn power_off(mut self) -> Result<()> {
+        succeed(Command::new("kill").args(["-s", "RTMIN+4", &self.leader.to_string()]))?;
+        wait_for("power off", Duration::from_secs(30), || Ok(self.child.try_wait()?.is_some()))
+    }
+}
+
+/// The process that is number 1 in a namespace of its own, among the children of `pid`.
+fn leader_of(pid: u32) -> Option<u32> {
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).ok()?;
+    children.split_whitespace().filter_map(|c| c.parse().ok()).find(|child: &u32| {
+        let status = fs::read_to_string(format!("/proc/{child}/status")).unwrap_or_default();
+        status.lines().any(|l| l.starts_with("NSpid:") && l.split_whitespace().count() > 2 && l.ends_with("\t1"))
+    })
+}
+
+impl Guest for Container {
+    fn run(&self, command: &str) -> Result<Answer> {
+        let mut nsenter = Command::new("nsenter");
+        nsenter.args(["--target", &self.leader.to_string(), "--all", "--", "/usr/bin/env", "-i", "HOME=/root", "TERM=dumb"]);
+        nsenter.args(["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin", "/bin/bash", "-c", &format!("cd /; exec 2>&1; {command}")]);
+        Ok(Answer::of(&nsenter.stdin(Stdio::null()).output()?))
+    }
+
+    fn login(&self, command: &str) -> Result<Answer> {
+        let ssh = ssh(&self.key);
+        let mut nsenter = Command::new("nsenter");
+        nsenter.args(["--net", &format!("--target={}", self.network), "--"]).arg(ssh.get_program()).args(ssh.get_args());
+        nsenter.args(["root@127.0.0.1", &format!("exec 2>&1; {command}")]);
+        Ok(Answer::of(&nsenter.stdin(Stdio::null()).output()?))
+    }
+
+    fn console(&self) -> String {
+        fs::read_to_string(self.work.join("console.log")).unwrap_or_default()
+    }
+
+    fn registry_host(&self) -> &'static str {
+        "127.0.0.1"
+    }
+
+    fn has_own_kernel(&self) -> bool {
+        false
+    }
+
+    fn work(&self) -> &Path {
+        &self.work
+    }
+}
+
+impl Drop for Container {
+    fn drop(&mut self) {
+        if matches!(self.child.try_wait(), Ok(None)) {
+            self.collect();
+            // PID 1 first: with it goes everything inside.
+            let _ = Command::new("kill").args(["-KILL", &self.leader.to_string()]).output();
+        }
+        end(&mut self.child);
+    }
+}

@@ -1,0 +1,62 @@
+//! The files that one boot brings along: what Ignition would write.
+
+use std::fs;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+use crate::proc::succeed;
+
+/// A folder with `etc/…` and `var/…`, copied over the guest's own before its systemd starts.
+pub struct Files {
+    root: PathBuf,
+}
+
+impl Files {
+    /// An empty set under `work`.
+    pub fn new(work: &Path) -> Result<Self> {
+        let root = work.join("files");
+        if root.exists() {
+            fs::remove_dir_all(&root)?;
+        }
+        fs::create_dir_all(&root)?;
+        Ok(Files { root })
+    }
+
+    /// Where they are.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Add a file; its folders get the usual mode, except a home's: private.
+    pub fn put(&self, path: &str, mode: u32, content: &str) -> Result<()> {
+        let path = self.root.join(path.trim_start_matches('/'));
+        let mut dir = self.root.clone();
+        for part in path.strip_prefix(&self.root)?.parent().into_iter().flat_map(Path::components) {
+            dir.push(part);
+            if !dir.exists() {
+                let private = dir.strip_prefix(&self.root)?.starts_with("var/roothome");
+                fs::DirBuilder::new().mode(if private { 0o700 } else { 0o755 }).create(&dir)?;
+            }
+        }
+        fs::write(&path, content).with_context(|| format!("writing {}", path.display()))?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode))?;
+        Ok(())
+    }
+
+    /// An initramfs with these files behind the given one.
+    pub fn append_to_initramfs(&self, initramfs: &Path, out: &Path) -> Result<()> {
+        // The kernel unpacks concatenated archives in turn; testbed-inject.service does the rest.
+        let script = r#"
+            set -e
+            stage=$(mktemp -d); trap 'rm -rf "$stage"' EXIT
+            mkdir "$stage/testbed-inject"; cp -a "$1/." "$stage/testbed-inject/"
+            cat "$2" >"$3"
+            cd "$stage"; find . | LC_ALL=C sort | cpio --quiet -o -H newc -R 0:0 >>"$3"
+        "#;
+        succeed(Command::new("bash").args(["-c", script, "bash"]).arg(&self.root).arg(initramfs).arg(out))?;
+        Ok(())
+    }
+}

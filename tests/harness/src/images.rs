@@ -1,0 +1,116 @@
+//! What the scripts in `tests/bed` build, and where it is.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+/// One image that the registry serves.
+#[derive(Debug, Clone)]
+pub struct Image {
+    /// Repository, for example `cluster/node-a`.
+    pub repo: String,
+    /// Its tag.
+    pub tag: String,
+    /// Digest of its manifest.
+    pub digest: String,
+    /// The ostree commit in it, where the test bed knows it.
+    pub commit: Option<String>,
+}
+
+impl Image {
+    /// As a node's configuration names it: a registry that exists only through its mirror.
+    pub fn by_digest(&self) -> String {
+        format!("registry.example.test/{}@{}", self.repo, self.digest)
+    }
+
+    /// The same by tag.
+    pub fn by_tag(&self) -> String {
+        format!("registry.example.test/{}:{}", self.repo, self.tag)
+    }
+}
+
+/// Everything built.
+#[derive(Debug)]
+pub struct Images {
+    /// Program that starts the emulator.
+    pub qemu: PathBuf,
+    /// Live bootimage: vmlinuz, initramfs.img, sysroot.squashfs, kargs, commit.
+    pub boot: PathBuf,
+    /// The same with the cluster's binaries in it.
+    pub boot_binaries: PathBuf,
+    /// Storage of the registry.
+    pub storage: PathBuf,
+    /// Private key whose public half guests accept.
+    pub ssh_key: PathBuf,
+    /// By name: node-a, node-b, plain, corrupt, ….
+    pub by_name: HashMap<String, Image>,
+}
+
+/// The project's folder.
+pub fn project() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).unwrap_or(Path::new(".")).to_path_buf()
+}
+
+/// A folder for one guest's console, journal and sockets, emptied.
+pub fn work_dir(name: &str) -> Result<PathBuf> {
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| project().join("target"), PathBuf::from);
+    let dir = target.join("testbed").join(name);
+    if dir.exists() {
+        fs::remove_dir_all(&dir).with_context(|| format!("emptying {}", dir.display()))?;
+    }
+    fs::create_dir_all(&dir)?;
+    Ok(dir)
+}
+
+impl Images {
+    /// Build what is missing; the scripts decide. Once per process.
+    pub fn ensure() -> Result<&'static Images> {
+        static IMAGES: OnceLock<Images> = OnceLock::new();
+        if let Some(images) = IMAGES.get() {
+            return Ok(images);
+        }
+        let images = Images::build()?;
+        Ok(IMAGES.get_or_init(|| images))
+    }
+
+    fn build() -> Result<Images> {
+        let script = project().join("tests/bed/build.sh");
+        // Its progress goes to the terminal, its answer is JSON on standard output.
+        let output = Command::new(&script).arg("paths").stderr(Stdio::inherit()).output().with_context(|| format!("starting {}", script.display()))?;
+        if !output.status.success() {
+            bail!("{} paths: {}", script.display(), output.status);
+        }
+        let paths: Value = serde_json::from_slice(&output.stdout).context("reading the answer of build.sh paths")?;
+        let path = |key: &str| paths[key].as_str().map(PathBuf::from).with_context(|| format!("build.sh paths: no {key:?}"));
+        let registry = path("registry")?;
+        let list: HashMap<String, Value> = serde_json::from_slice(&fs::read(registry.join("images.json"))?)?;
+        let by_name = list.into_iter().map(|(name, v)| {
+            let text = |key: &str| v[key].as_str().map(str::to_string);
+            let image = Image {
+                repo: text("repo").unwrap_or_default(),
+                tag: text("tag").unwrap_or_default(),
+                digest: text("digest").unwrap_or_default(),
+                commit: text("commit"),
+            };
+            (name, image)
+        });
+        Ok(Images {
+            qemu: path("qemu")?,
+            boot: path("boot")?,
+            boot_binaries: path("boot_binaries")?,
+            storage: registry.join("storage"),
+            ssh_key: path("ssh_key")?,
+            by_name: by_name.collect(),
+        })
+    }
+
+    /// An image by name.
+    pub fn image(&self, name: &str) -> Result<&Image> {
+        self.by_name.get(name).with_context(|| format!("the test bed has no image {name:?}"))
+    }
+}

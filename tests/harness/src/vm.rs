@@ -1,0 +1,184 @@
+//! A virtual machine under software emulation: boots the live bootimage with kernel and initramfs of its own.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+use crate::console::Console;
+use crate::files::Files;
+use crate::guest::{Answer, Guest, ssh};
+use crate::images::{Images, work_dir};
+use crate::proc::{bound, end, free_port, log_to, succeed, wait_for};
+
+/// How the emulator's network calls the host.
+pub const HOST: &str = "10.0.2.2";
+
+/// What to boot.
+pub struct Setup<'a> {
+    /// Name of its folder.
+    pub name: &'a str,
+    /// A bootimage of [`Images`].
+    pub boot: &'a Path,
+    /// More kernel arguments.
+    pub kargs: &'a [&'a str],
+    /// Memory.
+    pub memory_mib: u32,
+    /// It is killed after this, whatever happens.
+    pub limit: Duration,
+}
+
+/// A running machine; dropped, it is gone.
+pub struct Vm {
+    /// Its serial console.
+    pub console: Console,
+    work: PathBuf,
+    sockets: PathBuf,
+    key: PathBuf,
+    port: u16,
+    child: Child,
+    done: Arc<AtomicBool>,
+    started: Instant,
+}
+
+impl Vm {
+    /// Switch a machine on. `fill` adds the files of this boot; the key for ssh is added here.
+    pub fn start(images: &Images, setup: &Setup<'_>, fill: impl FnOnce(&Files) -> Result<()>) -> Result<Self> {
+        let work = work_dir(setup.name)?;
+        let files = Files::new(&work)?;
+        files.put("/var/roothome/.ssh/authorized_keys", 0o600, &fs::read_to_string(images.ssh_key.with_extension("pub"))?)?;
+        // Journal lines about every audited system call would push what matters off the console.
+        files.put("/etc/sysctl.d/90-testbed.conf", 0o644, "kernel.printk = 4 4 1 7\n")?;
+        fill(&files)?;
+        let initrd = work.join("initrd.img");
+        files.append_to_initramfs(&setup.boot.join("initramfs.img"), &initrd)?;
+
+        let kargs = fs::read_to_string(setup.boot.join("kargs"))?;
+        let append = format!(
+            "console=ttyS0 root=/dev/disk/by-id/virtio-live rootfstype=squashfs ro testbed.live audit=0 {} {}",
+            kargs.trim(),
+            setup.kargs.join(" ")
+        );
+        // Not in the work folder: the path of a socket has to be short.
+        let sockets = std::env::temp_dir().join(format!("testbed-{}-{}", std::process::id(), setup.name));
+        fs::create_dir_all(&sockets)?;
+        let socket = sockets.join("console");
+        let port = free_port()?;
+        let mut qemu = bound(&images.qemu);
+        qemu.args("-M pc -accel tcg,thread=multi,tb-size=512 -cpu qemu64 -smp 2 -nodefaults -no-user-config -display none -no-reboot".split(' '));
+        qemu.args(["-m", &setup.memory_mib.to_string(), "-append", &append]);
+        qemu.arg("-kernel").arg(setup.boot.join("vmlinuz")).arg("-initrd").arg(&initrd);
+        let disk = setup.boot.join("sysroot.squashfs");
+        qemu.args(["-drive", &format!("file={},format=raw,if=none,id=live,readonly=on", disk.display())]);
+        qemu.args(["-device", "virtio-blk-pci,drive=live,serial=live", "-device", "virtio-rng-pci"]);
+        qemu.args(["-netdev", &format!("user,id=n,hostfwd=tcp:127.0.0.1:{port}-:22"), "-device", "virtio-net-pci,netdev=n"]);
+        let log = work.join("console.log");
+        qemu.args(["-chardev", &format!("socket,id=c,path={},server=on,wait=off,logfile={}", socket.display(), log.display())]);
+        qemu.args(["-serial", "chardev:c"]);
+        log_to(&mut qemu, &work.join("qemu.log"))?;
+        let child = qemu.spawn().context("starting the emulator")?;
+
+        let done = Arc::new(AtomicBool::new(false));
+        watchdog(child.id(), setup.limit, Arc::clone(&done));
+        let console = Console::connect(&socket).with_context(|| fs::read_to_string(work.join("qemu.log")).unwrap_or_default())?;
+        Ok(Vm { console, work, sockets, key: images.ssh_key.clone(), port, child, done, started: Instant::now() })
+    }
+
+    /// Time since power on.
+    pub fn age(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// Wait until ssh answers.
+    pub fn wait_ssh(&self, limit: Duration) -> Result<()> {
+        let start = Instant::now();
+        self.console.expect(0, "OpenBSD Secure Shell server", limit)?;
+        wait_for("ssh", limit.saturating_sub(start.elapsed()), || Ok(self.run("true")?.status == 0))
+    }
+
+    /// Log in on the serial console with the password, and run a command there.
+    pub fn console_run(&self, command: &str, limit: Duration) -> Result<String> {
+        let mark = self.console.mark();
+        self.console.send("\n")?;
+        self.console.expect(mark, "login:", limit)?;
+        self.console.send("root\n")?;
+        self.console.expect(mark, "Password:", limit)?;
+        self.console.send("testbed\n")?;
+        self.console.expect(mark, "# ", limit)?;
+        let mark = self.console.mark();
+        // The end mark is spelled so that the echo of the line does not contain it.
+        self.console.send(&format!("{command}; echo end-of''-command; exit\n"))?;
+        self.console.expect(mark, "end-of-command", limit)?;
+        let text = self.console.since(mark);
+        Ok(text.split("end-of-command").next().unwrap_or_default().to_string())
+    }
+
+    fn ssh(&self, multiplexed: bool, command: &str) -> Result<Answer> {
+        let mut ssh = ssh(&self.key);
+        ssh.args(["-p", &self.port.to_string()]);
+        if multiplexed {
+            // One login serves all questions: a key exchange takes seconds in there.
+            ssh.arg(format!("-oControlPath={}", self.sockets.join("ssh").display())).args(["-oControlMaster=auto", "-oControlPersist=60"]);
+        }
+        let output = ssh.args(["root@127.0.0.1", &format!("exec 2>&1; {command}")]).stdin(std::process::Stdio::null()).output()?;
+        Ok(Answer::of(&output))
+    }
+}
+
+/// Ends the emulator when its time is over, also when a test hangs in something else.
+fn watchdog(pid: u32, limit: Duration, done: Arc<AtomicBool>) {
+    std::thread::spawn(move || {
+        let start = Instant::now();
+        while start.elapsed() < limit {
+            if done.load(Ordering::SeqCst) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(500));
+        }
+        eprintln!("the machine (process {pid}) ran for {} s: ended by its watchdog", limit.as_secs());
+        let _ = succeed(Command::new("kill").args(["-KILL", &pid.to_string()]));
+    });
+}
+
+impl Guest for Vm {
+    fn run(&self, command: &str) -> Result<Answer> {
+        self.ssh(true, command)
+    }
+
+    fn login(&self, command: &str) -> Result<Answer> {
+        self.ssh(false, command)
+    }
+
+    fn console(&self) -> String {
+        self.console.since(0)
+    }
+
+    fn registry_host(&self) -> &'static str {
+        HOST
+    }
+
+    fn has_own_kernel(&self) -> bool {
+        true
+    }
+
+    fn work(&self) -> &Path {
+        &self.work
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        self.collect();
+        self.done.store(true, Ordering::SeqCst);
+        let control = format!("-oControlPath={}", self.sockets.join("ssh").display());
+        let _ = Command::new("ssh").args([&control, "-O", "exit", "root@127.0.0.1"]).output();
+        end(&mut self.child);
+        let _ = fs::remove_dir_all(&self.sockets);
+        // Big, and made anew at every boot.
+        let _ = fs::remove_file(self.work.join("initrd.img"));
+    }
+}
