@@ -250,7 +250,7 @@ fn a_system_is_switched_and_switched_back() {
     });
 }
 
-/// Programs that start again and again across the switch never miss their file.
+/// A file that is opened again and again across the switch is never missing.
 #[test]
 fn there_is_no_moment_without_usr() {
     private(|scratch| {
