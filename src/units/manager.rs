@@ -12,6 +12,8 @@ use futures_util::StreamExt;
 use zbus::message::Type;
 use zbus::{Connection, MessageStream, OwnedObjectPath, OwnedVariant};
 
+use super::private;
+
 const PRIVATE_SOCKET: &str = "/run/systemd/private";
 const DESTINATION: &str = "org.freedesktop.systemd1";
 const PATH: &str = "/org/freedesktop/systemd1";
@@ -19,6 +21,8 @@ const MANAGER: &str = "org.freedesktop.systemd1.Manager";
 
 /// How long a reply of PID 1 may take. A reload on a loaded machine takes seconds.
 const REPLY: Duration = Duration::from_secs(90);
+/// Changes with every exec of PID 1.
+const AUXV: &str = "/proc/1/auxv";
 /// How long the manager may be silent while it re-executes itself.
 const REEXEC: Duration = Duration::from_secs(90);
 
@@ -45,10 +49,7 @@ impl Manager {
     /// Connects to PID 1.
     pub async fn connect() -> Result<Self> {
         if Path::new(PRIVATE_SOCKET).exists() {
-            let connection = zbus::connection::Builder::address(format!("unix:path={PRIVATE_SOCKET}").as_str())
-                .p2p()
-                .method_timeout(REPLY)
-                .build()
+            let connection = private::connect(Path::new(PRIVATE_SOCKET), |builder| builder.method_timeout(REPLY))
                 .await
                 .with_context(|| format!("cannot reach systemd on {PRIVATE_SOCKET}"))?;
             return Ok(Self { connection, destination: None });
@@ -79,36 +80,36 @@ impl Manager {
     /// Replaces PID 1 by the systemd that `/usr` now holds, with its state kept; returns connected
     /// to the new one.
     ///
-    /// The call has no reply (the connection is closed by the exec), so success is told by the
-    /// version that the new manager reports after it answers again.
+    /// The call has no reply (the connection is closed by the exec). That PID 1 is another program
+    /// than before is told by the kernel: the auxiliary vector holds addresses that every exec
+    /// draws anew. systemd's own timestamps do not tell, they are carried over.
     pub async fn reexecute(self) -> Result<Self> {
-        let before = self.started().await?;
+        let before = std::fs::read(AUXV).with_context(|| format!("cannot read {AUXV}"))?;
         // An error here is the closed connection.
         let _ = self.call("Reexecute", &()).await;
         let deadline = tokio::time::Instant::now() + REEXEC;
         loop {
             tokio::time::sleep(Duration::from_millis(200)).await;
+            let executed = std::fs::read(AUXV).is_ok_and(|now| now != before);
             let answer = match Self::connect().await {
-                Ok(manager) => tokio::time::timeout(Duration::from_secs(10), manager.started())
+                Ok(manager) => tokio::time::timeout(Duration::from_secs(10), manager.version())
                     .await
                     .map_err(anyhow::Error::from)
-                    .and_then(|started| started.map(|started| (manager, started))),
+                    .and_then(|version| version.map(|_| manager)),
                 Err(error) => Err(error),
             };
             match answer {
-                // The generators' timestamp moves when the new manager has run them.
-                Ok((manager, started)) if started != before => return Ok(manager),
-                Ok(_) | Err(_) if tokio::time::Instant::now() < deadline => {}
-                Ok(_) => bail!("systemd still answers as before the re-exec"),
+                Ok(manager) if executed => return Ok(manager),
+                _ if tokio::time::Instant::now() < deadline => {}
+                Ok(_) => bail!("systemd has not re-executed itself within {} s", REEXEC.as_secs()),
                 Err(error) => return Err(error.context("systemd did not come back after its re-exec")),
             }
         }
     }
 
-    /// When the manager last finished loading units, in microseconds of the monotonic clock.
-    async fn started(&self) -> Result<u64> {
-        let value = self.property(PATH, MANAGER, "UnitsLoadFinishTimestampMonotonic").await?;
-        u64::try_from(value).context("UnitsLoadFinishTimestampMonotonic is not a number")
+    /// The version that PID 1 reports, such as `252.39-1~deb12u1`.
+    pub async fn version(&self) -> Result<String> {
+        String::try_from(self.property(PATH, MANAGER, "Version").await?).context("systemd's version is not a string")
     }
 
     /// Starts the isolation of `target` and returns when the job is queued; it is not waited for,

@@ -5,6 +5,7 @@
 
 mod manager;
 mod plan;
+mod private;
 mod running;
 
 pub use manager::Manager;

@@ -1,0 +1,214 @@
+//! The transport to PID 1's private socket.
+//!
+//! Without a bus there is nobody to name peers, yet systemd fills the header field SENDER with its
+//! well-known name. The D-Bus specification allows unique names only there, and zbus refuses such
+//! a message. So each message's header is read here and the field's text replaced, same length, by
+//! a unique name before zbus sees it. Nothing else is touched.
+//!
+//! Format: D-Bus specification, "Authentication Protocol" and "Message Format".
+
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use zbus::Connection;
+use zbus::connection::Builder;
+use zbus::connection::socket::{ReadHalf, Socket, Split, WriteHalf};
+use zbus::export::async_trait::async_trait;
+
+/// Header bytes before the fields.
+const FIXED: usize = 16;
+/// The largest message of the specification, 128 MiB.
+const LARGEST: usize = 1 << 27;
+/// The header field SENDER.
+const SENDER: u8 = 7;
+
+/// Connects to `path` as the caller's user and applies `finish` to the builder before it is built.
+pub(super) async fn connect(path: &Path, finish: impl FnOnce(Builder<'_>) -> Builder<'_>) -> io::Result<Connection> {
+    let (read, mut write) = UnixStream::connect(path).await?.into_split();
+    let mut read = BufReader::new(read);
+    // The uid in decimal, in hexadecimal digits of its text.
+    let uid = hex::encode(rustix::process::geteuid().as_raw().to_string());
+    write.write_all(format!("\0AUTH EXTERNAL {uid}\r\n").as_bytes()).await?;
+    let mut answer = String::new();
+    read.read_line(&mut answer).await?;
+    let Some(guid) = answer.trim_end().strip_prefix("OK ") else {
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, format!("authentication: {}", answer.trim_end())));
+    };
+    write.write_all(b"BEGIN\r\n").await?;
+    let socket = PrivateSocket(Reader { stream: read, message: Vec::new(), given: 0 }, Writer(write));
+    finish(Builder::authenticated_socket(socket, guid).p2p()).build().await.map_err(io::Error::other)
+}
+
+/// Both halves, as zbus wants them.
+struct PrivateSocket(Reader, Writer);
+
+impl Socket for PrivateSocket {
+    type ReadHalf = Reader;
+    type WriteHalf = Writer;
+
+    fn split(self) -> Split<Reader, Writer> {
+        Split::new(self.0, self.1)
+    }
+}
+
+#[derive(Debug)]
+struct Reader {
+    stream: BufReader<OwnedReadHalf>,
+    /// The message that is being handed out.
+    message: Vec<u8>,
+    /// How much of it was.
+    given: usize,
+}
+
+#[async_trait]
+impl ReadHalf for Reader {
+    async fn recvmsg(&mut self, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
+        if self.given == self.message.len() {
+            let mut message = vec![0; FIXED];
+            if let Err(error) = self.stream.read_exact(&mut message).await {
+                // The end of the stream between two messages is the end of the connection.
+                return if error.kind() == io::ErrorKind::UnexpectedEof { Ok((0, Vec::new())) } else { Err(error) };
+            }
+            let total = total_length(&message)?;
+            message.resize(total, 0);
+            self.stream.read_exact(&mut message[FIXED..]).await?;
+            replace_sender(&mut message);
+            self.message = message;
+            self.given = 0;
+        }
+        let rest = &self.message[self.given..];
+        let count = rest.len().min(buffer.len());
+        buffer[..count].copy_from_slice(&rest[..count]);
+        self.given += count;
+        Ok((count, Vec::new()))
+    }
+}
+
+#[derive(Debug)]
+struct Writer(OwnedWriteHalf);
+
+#[async_trait]
+impl WriteHalf for Writer {
+    async fn sendmsg(&mut self, buffer: &[u8], _fds: &[BorrowedFd<'_>]) -> io::Result<usize> {
+        self.0.write(buffer).await
+    }
+
+    async fn flush(&mut self) -> io::Result<()> {
+        self.0.flush().await
+    }
+
+    async fn close(&mut self) -> io::Result<()> {
+        self.0.shutdown().await
+    }
+}
+
+/// A number of the message, in its own byte order.
+fn number(message: &[u8], at: usize) -> Option<usize> {
+    let bytes: [u8; 4] = message.get(at..at + 4)?.try_into().ok()?;
+    let value = if message.first() == Some(&b'B') { u32::from_be_bytes(bytes) } else { u32::from_le_bytes(bytes) };
+    usize::try_from(value).ok()
+}
+
+/// The length of the message that begins with these bytes.
+fn total_length(fixed: &[u8]) -> io::Result<usize> {
+    let body = number(fixed, 4);
+    let fields = number(fixed, 12);
+    body.zip(fields)
+        .map(|(body, fields)| FIXED + fields.next_multiple_of(8) + body)
+        .filter(|total| *total <= LARGEST)
+        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "a message longer than D-Bus allows"))
+}
+
+/// Replaces the text of the field SENDER, unless it is a unique name, by one of the same length.
+fn replace_sender(message: &mut [u8]) {
+    let Some(range) = sender(message) else { return };
+    let text = &mut message[range];
+    if text.len() >= 4 && text[0] != b':' {
+        text.fill(b'0');
+        text[..3].copy_from_slice(b":1.");
+    }
+}
+
+/// Where the text of the field SENDER is. `None` when there is none or the header is malformed,
+/// which zbus reports better than we could.
+fn sender(message: &[u8]) -> Option<std::ops::Range<usize>> {
+    let end = FIXED.checked_add(number(message, 12)?)?;
+    let mut at = FIXED;
+    while at < end {
+        // A field: its code, then a variant: the signature (length, one type, NUL) and the value.
+        let code = *message.get(at)?;
+        let &[1, kind, 0] = message.get(at + 1..at + 4)? else { return None };
+        let value = at + 4;
+        let next = match kind {
+            b's' | b'o' => {
+                let length = number(message, value)?;
+                if code == SENDER {
+                    message.get(value + 4..value + 4 + length)?;
+                    return Some(value + 4..value + 4 + length);
+                }
+                value + 4 + length + 1
+            }
+            b'g' => value + 1 + usize::from(*message.get(value)?) + 1,
+            b'u' => value + 4,
+            _ => return None,
+        };
+        at = next.next_multiple_of(8);
+    }
+    None
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn message(sender: &str) -> Vec<u8> {
+        // A well-formed message of zbus with a unique name of the same length, then systemd's text.
+        let unique = format!(":1.{}", "9".repeat(sender.len() - 3));
+        let message = zbus::Message::signal("/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager", "JobNew")
+            .unwrap()
+            .sender(unique.as_str())
+            .unwrap()
+            .build(&("org.freedesktop.systemd1", 7_u32))
+            .unwrap();
+        let mut bytes = message.data().to_vec();
+        let at = bytes.windows(unique.len()).position(|window| window == unique.as_bytes()).unwrap();
+        bytes[at..at + sender.len()].copy_from_slice(sender.as_bytes());
+        bytes
+    }
+
+    #[test]
+    fn only_the_sender_is_replaced() {
+        let before = message("org.freedesktop.systemd1");
+        assert_eq!(total_length(&before[..FIXED]).unwrap(), before.len());
+        let mut after = before.clone();
+        replace_sender(&mut after);
+        let range = sender(&before).unwrap();
+        assert_eq!(&after[range.clone()], b":1.000000000000000000000");
+        assert_eq!(after[..range.start], before[..range.start]);
+        assert_eq!(after[range.end..], before[range.end..], "the same text in the body stays");
+    }
+
+    #[test]
+    fn a_unique_name_stays() {
+        let before = message(":1.4711");
+        let mut after = before.clone();
+        replace_sender(&mut after);
+        assert_eq!(after, before);
+    }
+
+    proptest! {
+        #[test]
+        fn garbage_does_not_panic(mut bytes in proptest::collection::vec(any::<u8>(), FIXED..200)) {
+            let _ = total_length(&bytes[..FIXED]);
+            let length = bytes.len();
+            replace_sender(&mut bytes);
+            prop_assert_eq!(bytes.len(), length);
+        }
+    }
+}
