@@ -4,9 +4,9 @@
 //! what it may not do. Data flows one way through six phases: resolve, pull, stage, switch, refresh,
 //! finish. Each phase takes the previous phase's value, so a wrong order does not compile.
 
-
-
-
+pub mod agent;
+pub mod bus;
+pub mod cli;
 pub mod config;
 pub mod dirfd;
 pub mod etc;

@@ -1,1 +1,152 @@
-//! cli: to be written.
+//! The command line: one file per group of subcommands, no logic of its own.
+//!
+//! Every command but `daemon` is a client of the daemon. Exit codes are part of the contract, see
+//! [`Exit`].
+
+mod daemon;
+mod drive;
+mod show;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+use crate::agent::Paths;
+use crate::bus::CallError;
+
+/// Exit codes, documented and stable. 2 is clap's for a wrong command line. Ours begin at 10, because
+/// `systemctl status` gives 2 to 7 the names of the LSB's init scripts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Exit {
+    /// Done, or nothing to do.
+    Done = 0,
+    /// Anything not listed here; the message says what.
+    Error = 1,
+    /// Refused by preflight; the system is untouched.
+    Refused = 10,
+    /// Failed for good: another attempt gives the same result. The system is untouched.
+    Permanent = 11,
+    /// Cancelled; the system is untouched.
+    Cancelled = 12,
+}
+
+impl From<&CallError> for Exit {
+    fn from(error: &CallError) -> Self {
+        match error {
+            CallError::Refused(_) => Self::Refused,
+            CallError::Permanent(_) => Self::Permanent,
+            CallError::Cancelled(_) => Self::Cancelled,
+            CallError::Failed(_) | CallError::Disconnected(_) => Self::Error,
+        }
+    }
+}
+
+/// Turns the running base system into the cluster's node image, without a reboot.
+#[derive(Debug, Parser)]
+#[command(version, about, max_term_width = 100)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Show where the pivot stands.
+    Status {
+        /// The whole status document.
+        #[arg(long)]
+        json: bool,
+        /// Show it again whenever it changes, until the pivot is done or has failed.
+        #[arg(long)]
+        watch: bool,
+    },
+    /// Show what happened: phases and how long they took, what was fetched, the RAM it cost.
+    Report,
+    /// Say what the switch would change; pulls and stages first, which changes nothing that runs.
+    Plan,
+    /// Resolve, pull and stage the node image; the running system is untouched.
+    Pull,
+    /// Switch /usr and /etc to the node image and refresh what runs; pulls first if needed.
+    Overlay,
+    /// Isolate to the target that the machine would have booted to.
+    Finish,
+    /// All phases in the foreground; isolates only on a machine that booted into the pivot target.
+    Run,
+    /// Put /usr and /etc back as they were before the switch.
+    Undo,
+    /// End a pull that runs or waits.
+    Cancel,
+    /// Run the daemon; started by node-image-pivotd.service.
+    Daemon,
+    /// Print a shell completion script.
+    Completions {
+        /// For which shell.
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page.
+    Man,
+}
+
+/// Runs the command line and returns its exit code.
+pub fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let runtime = match tokio::runtime::Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("node-image-pivot: cannot start: {error}");
+            return ExitCode::from(Exit::Error as u8);
+        }
+    };
+    let exit = match runtime.block_on(dispatch(arguments.command)) {
+        Ok(exit) => exit,
+        Err(error) => {
+            eprintln!("node-image-pivot: {error:#}");
+            Exit::Error
+        }
+    };
+    ExitCode::from(exit as u8)
+}
+
+async fn dispatch(command: Command) -> anyhow::Result<Exit> {
+    let paths = Paths::default();
+    match command {
+        Command::Status { json, watch: false } => show::status(&paths, json).await,
+        Command::Status { json, watch: true } => show::watch(&paths, json).await,
+        Command::Report => show::report(&paths).await,
+        Command::Plan => drive::drive(&paths, "Plan").await,
+        Command::Pull => drive::drive(&paths, "Pull").await,
+        Command::Overlay => drive::drive(&paths, "Overlay").await,
+        Command::Finish => drive::drive(&paths, "Finish").await,
+        Command::Run => drive::drive(&paths, "Run").await,
+        Command::Undo => drive::drive(&paths, "Undo").await,
+        Command::Cancel => drive::drive(&paths, "Cancel").await,
+        Command::Daemon => daemon::daemon(paths).await,
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Arguments::command(), "node-image-pivot", &mut std::io::stdout());
+            Ok(Exit::Done)
+        }
+        Command::Man => {
+            clap_mangen::Man::new(Arguments::command()).render(&mut std::io::stdout())?;
+            Ok(Exit::Done)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn exit_codes_are_stable() {
+        assert_eq!(Exit::from(&CallError::Refused(String::new())) as u8, 10);
+        assert_eq!(Exit::from(&CallError::Permanent(String::new())) as u8, 11);
+        assert_eq!(Exit::from(&CallError::Cancelled(String::new())) as u8, 12);
+        assert_eq!(Exit::from(&CallError::Failed(String::new())) as u8, 1);
+    }
+}

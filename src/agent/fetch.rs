@@ -1,0 +1,180 @@
+//! Resolve and pull, with retries: everything here leaves the running system untouched.
+
+use std::future::Future;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::Context as _;
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+use super::{Context, Error};
+use crate::config::{ImageSource, Settings};
+use crate::image::{Class, Failure, ImageSettings, Kind, PullSpec, ResolvedImage, Source};
+use crate::import::{self, PullOptions, PulledImage};
+use crate::mount::{self, Namespace};
+use crate::report::{LastError, Phase, State};
+use crate::store::{BootedRepo, NodeStore};
+
+/// The source that mount tables show for the node store's tmpfs.
+pub(super) const STORE_SOURCE: &str = "node-image-store";
+
+/// Pull spec to digest.
+pub(super) async fn resolve(context: &Context, cancel: &CancellationToken) -> Result<ResolvedImage, Error> {
+    let phase = Phase::Resolve;
+    context.tracker.begin(phase);
+    let image = with_retry(context, phase, cancel, || async {
+        let text = match &context.settings.image {
+            Some(ImageSource::Image(text)) => text,
+            Some(ImageSource::Release(_)) => {
+                return Err(Failure::new(
+                    Kind::BadPullSpec,
+                    "this version cannot read release payloads yet: set `image` instead of `release_image`",
+                ));
+            }
+            None => {
+                return Err(Failure::new(
+                    Kind::BadPullSpec,
+                    "no node image is configured: set `image` in /etc/node-image-pivot.conf.d/*.toml, \
+                     or node-image-pivot.image= on the kernel command line",
+                ));
+            }
+        };
+        let spec: PullSpec = text.parse()?;
+        let source = Source::open(&image_settings(&context.settings)).await?;
+        source.resolve(&spec).await
+    })
+    .await?;
+    context.tracker.update(|status| status.digest = Some(image.digest.clone()));
+    context.tracker.end(phase, State::Running);
+    Ok(image)
+}
+
+/// Layers to objects in the node store.
+pub(super) async fn pull(
+    context: &Context,
+    image: ResolvedImage,
+    cancel: &CancellationToken,
+) -> Result<PulledImage, Error> {
+    let phase = Phase::Pull;
+    context.tracker.begin(phase);
+    let root = context.paths.store();
+    let pulled = with_retry(context, phase, cancel, || async {
+        let local = |error: anyhow::Error| Failure::new(Kind::Local, format!("{error:#}"));
+        let limit = context.settings.ram_limit.bytes(total_memory().map_err(local)?);
+        mount::tmpfs(&Namespace::init(), &root, limit, STORE_SOURCE).map_err(local)?;
+        let booted = BootedRepo::discover().map_err(local)?;
+        let store = NodeStore::on_tmpfs(&root, booted.as_ref()).map_err(local)?;
+        let source = Source::open(&image_settings(&context.settings)).await?;
+        context.tracker.progress.reset();
+        let progress = context.tracker.progress.clone();
+        import::pull(&source, &image, &store, booted.as_ref(), &PullOptions::default(), progress, cancel).await
+    })
+    .await?;
+    context.tracker.update(|status| {
+        status.commit = Some(pulled.commit.clone());
+        status.cost.bytes_fetched = pulled.bytes_fetched;
+    });
+    for warning in &pulled.warnings {
+        warn!("{warning}");
+        context.tracker.note(format!("warning: {warning}"));
+    }
+    context.tracker.end(phase, State::Running);
+    Ok(pulled)
+}
+
+/// Runs `attempt` until it succeeds, fails for good, or is cancelled. Each failure is told in the
+/// status document with its class, its number and the time of the next attempt.
+async fn with_retry<T, F>(
+    context: &Context,
+    phase: Phase,
+    cancel: &CancellationToken,
+    attempt: impl Fn() -> F,
+) -> Result<T, Error>
+where
+    F: Future<Output = Result<T, Failure>>,
+{
+    let policy = context.settings.retry;
+    let mut failed = 0;
+    loop {
+        let outcome = tokio::select! {
+            outcome = attempt() => outcome,
+            () = cancel.cancelled() => return Err(cancelled(context, failed)),
+        };
+        let failure = match outcome {
+            Ok(value) => return Ok(value),
+            Err(_) if cancel.is_cancelled() => return Err(cancelled(context, failed)),
+            Err(failure) => failure,
+        };
+        failed += 1;
+        let delay = match failure.kind.class() {
+            Class::Transient => policy
+                .delay_after(failed, rand::random())
+                // What the registry asks for is a lower bound, even over the configured maximum.
+                .map(|delay| delay.max(failure.retry_after.unwrap_or_default())),
+            Class::Permanent => None,
+        };
+        context.tracker.fail(LastError {
+            class: failure.kind.as_str().into(),
+            message: failure.to_string(),
+            attempt: failed,
+            next_retry_unix: delay.map(unix_in),
+        });
+        let Some(delay) = delay else {
+            return Err(Error::Permanent(failure));
+        };
+        warn!(
+            phase = phase.as_str(),
+            class = failure.kind.as_str(),
+            attempt = failed,
+            next_in_seconds = delay.as_secs(),
+            "{failure}"
+        );
+        tokio::select! {
+            () = tokio::time::sleep(delay) => context.tracker.begin(phase),
+            () = cancel.cancelled() => return Err(cancelled(context, failed)),
+        }
+    }
+}
+
+fn cancelled(context: &Context, attempt: u32) -> Error {
+    let error = Error::Cancelled;
+    context.tracker.fail(LastError {
+        class: error.class().into(),
+        message: error.to_string(),
+        attempt,
+        next_retry_unix: None,
+    });
+    error
+}
+
+fn unix_in(delay: Duration) -> u64 {
+    (SystemTime::now() + delay).duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+fn image_settings(settings: &Settings) -> ImageSettings {
+    ImageSettings { authfile: settings.auth_file.clone(), ..ImageSettings::default() }
+}
+
+/// The machine's memory in bytes.
+fn total_memory() -> anyhow::Result<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
+    mem_total(&text).context("/proc/meminfo has no MemTotal")
+}
+
+/// `MemTotal:` of proc_meminfo(5), which is in KiB, in bytes.
+fn mem_total(meminfo: &str) -> Option<u64> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    line.split_whitespace().next()?.parse::<u64>().ok()?.checked_mul(1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn meminfo() {
+        assert_eq!(mem_total("MemTotal:       24684084 kB\nMemFree: 1 kB\n"), Some(24_684_084 * 1024));
+        assert_eq!(mem_total("MemFree: 1 kB\n"), None);
+        assert_eq!(mem_total("MemTotal: lots kB\n"), None);
+    }
+}

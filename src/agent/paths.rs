@@ -1,0 +1,52 @@
+//! Where the agent keeps what it must remember.
+
+use std::path::{Path, PathBuf};
+
+/// Everything is below one directory on `/run`: volatile, so that a reboot forgets the pivot.
+#[derive(Debug, Clone)]
+pub struct Paths {
+    run: PathBuf,
+}
+
+impl Default for Paths {
+    fn default() -> Self {
+        Self { run: "/run/node-image-pivot".into() }
+    }
+}
+
+impl Paths {
+    /// The plan for `/etc`, written before the first act; a file of the directory.
+    pub const ETC_PLAN: &str = "etc-plan.json";
+    /// See [`Paths::pivoted`].
+    pub const PIVOTED: &str = "pivoted";
+
+    /// The directory itself.
+    pub fn run(&self) -> &Path {
+        &self.run
+    }
+
+    /// The node store's own tmpfs: objects, and the delta tree that is hardlinked to them.
+    pub fn store(&self) -> PathBuf {
+        self.run.join("store")
+    }
+
+    /// What differs between the booted `/usr` and the node image's; the upper of the two lowerdirs.
+    pub fn delta(&self) -> PathBuf {
+        self.store().join("usr")
+    }
+
+    /// The undo record of `/etc`.
+    pub fn etc_undo(&self) -> PathBuf {
+        self.run.join("etc-undo")
+    }
+
+    /// Exists from the switch on: the generator sees it at every reload and never re-arms.
+    pub fn pivoted(&self) -> PathBuf {
+        self.run.join(Self::PIVOTED)
+    }
+
+    /// The private socket of the daemon.
+    pub fn socket(&self) -> PathBuf {
+        self.run.join("socket")
+    }
+}

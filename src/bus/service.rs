@@ -1,0 +1,163 @@
+//! The D-Bus interface: a thin view of the agent.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use zbus::interface;
+
+use crate::agent::{Agent, Error, Goal};
+use crate::report::ProgressSnapshot;
+
+/// The object behind [`super::PATH`].
+pub(super) struct Pivot {
+    pub(super) agent: Arc<Agent>,
+}
+
+/// How a method ends badly; the message is for a person, the name for a program.
+#[derive(Debug, zbus::DBusError)]
+#[zbus(prefix = "org.nodeimage.Pivot1.Error")]
+pub(super) enum MethodError {
+    #[zbus(error)]
+    ZBus(zbus::Error),
+    /// Preflight refused before anything changed.
+    Refused(String),
+    /// Another attempt gives the same result.
+    Permanent(String),
+    /// Cancel was called.
+    Cancelled(String),
+    /// Anything of the machine's own.
+    Failed(String),
+}
+
+impl From<Error> for MethodError {
+    fn from(error: Error) -> Self {
+        let message = error.to_string();
+        match error {
+            Error::Refused(_) => Self::Refused(message),
+            Error::Permanent(_) => Self::Permanent(message),
+            Error::Cancelled => Self::Cancelled(message),
+            Error::Internal(_) => Self::Failed(message),
+        }
+    }
+}
+
+/// Failures of a phase, as the timeline shows them: class, message, attempt, next retry (seconds
+/// since the epoch, 0 for none).
+type LastErrorTuple = (String, String, u32, u64);
+
+#[interface(interface = "org.nodeimage.Pivot1")]
+impl Pivot {
+    /// Resolve, pull and stage; returns when staged. The running system is untouched.
+    async fn pull(&self) -> Result<(), MethodError> {
+        Ok(self.agent.advance(Goal::Staged).await?)
+    }
+
+    /// Switch and refresh; pulls first if needed.
+    async fn overlay(&self) -> Result<(), MethodError> {
+        Ok(self.agent.advance(Goal::Switched).await?)
+    }
+
+    /// Isolates to the original default target; does everything before it if needed.
+    async fn finish(&self) -> Result<(), MethodError> {
+        Ok(self.agent.advance(Goal::Finished).await?)
+    }
+
+    /// All phases that belong to the flow.
+    async fn run(&self) -> Result<(), MethodError> {
+        Ok(self.agent.run().await?)
+    }
+
+    /// Puts `/usr` and `/etc` back; returns what could not be put back.
+    async fn undo(&self) -> Result<Vec<String>, MethodError> {
+        Ok(self.agent.undo().await?)
+    }
+
+    /// What the switch would change, a line each.
+    async fn plan(&self) -> Result<Vec<String>, MethodError> {
+        Ok(self.agent.plan().await?)
+    }
+
+    /// Ends a pull that runs or waits.
+    fn cancel(&self) {
+        self.agent.cancel();
+    }
+
+    /// The whole status document, JSON.
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn status(&self) -> String {
+        serde_json::to_string(&self.agent.tracker().status()).unwrap_or_default()
+    }
+
+    /// `idle`, `running`, `waiting`, `pulled`, `switched`, `done`, `failed`, `nothing-to-do`.
+    #[zbus(property)]
+    fn state(&self) -> String {
+        word(&self.agent.tracker().status().state)
+    }
+
+    /// The phase that runs or failed; empty before the first.
+    #[zbus(property)]
+    fn phase(&self) -> String {
+        self.agent.tracker().status().phase.map(|phase| phase.as_str().to_owned()).unwrap_or_default()
+    }
+
+    /// Counters of the pull, by name.
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn progress(&self) -> HashMap<String, u64> {
+        counters(&self.agent.tracker().status().progress)
+    }
+
+    /// The last failure; all empty when there is none.
+    #[zbus(property)]
+    fn last_error(&self) -> LastErrorTuple {
+        self.agent
+            .tracker()
+            .status()
+            .error
+            .map(|error| (error.class, error.message, error.attempt, error.next_retry_unix.unwrap_or(0)))
+            .unwrap_or_default()
+    }
+
+    /// Phases so far: name, start in milliseconds since the epoch, duration in milliseconds (0
+    /// while it runs).
+    #[zbus(property)]
+    fn timeline(&self) -> Vec<(String, u64, u64)> {
+        self.agent
+            .tracker()
+            .status()
+            .timeline
+            .iter()
+            .map(|entry| (entry.phase.as_str().to_owned(), entry.start_unix_ms, entry.duration_ms.unwrap_or(0)))
+            .collect()
+    }
+}
+
+/// The serialised word of a unit variant.
+fn word(value: &impl serde::Serialize) -> String {
+    match serde_json::to_value(value) {
+        Ok(serde_json::Value::String(word)) => word,
+        _ => String::new(),
+    }
+}
+
+fn counters(progress: &ProgressSnapshot) -> HashMap<String, u64> {
+    match serde_json::to_value(progress) {
+        Ok(serde_json::Value::Object(map)) => {
+            map.into_iter().filter_map(|(name, value)| Some((name, value.as_u64()?))).collect()
+        }
+        _ => HashMap::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::State;
+
+    #[test]
+    fn words_and_counters() {
+        assert_eq!(word(&State::NothingToDo), "nothing-to-do");
+        let progress = ProgressSnapshot { bytes_total: 7, ..Default::default() };
+        assert_eq!(counters(&progress).get("bytes_total"), Some(&7));
+        assert_eq!(counters(&progress).len(), 7);
+    }
+}

@@ -1,0 +1,53 @@
+//! `daemon`: loads the configuration, takes up the record, serves until it is told to stop.
+
+use anyhow::Result;
+use libsystemd::daemon::{NotifyState, notify};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+
+use super::Exit;
+use super::drive::unix_now;
+use crate::agent::{Agent, Paths};
+use crate::bus;
+use crate::config::Settings;
+use crate::report;
+
+pub(super) async fn daemon(paths: Paths) -> Result<Exit> {
+    log();
+    let settings = Settings::load()?;
+    let socket = paths.socket();
+    let agent = Agent::open(settings, paths)?;
+    bus::serve(agent.clone(), &socket).await?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let _ = notify(false, &[NotifyState::Ready]);
+
+    let mut watch = agent.tracker().watch();
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+            changed = watch.changed() => {
+                if changed.is_err() {
+                    break;
+                }
+                let line = report::state_line(&watch.borrow_and_update(), unix_now());
+                let _ = notify(false, &[NotifyState::Status(line)]);
+            }
+        }
+    }
+    let _ = notify(false, &[NotifyState::Stopping]);
+    Ok(Exit::Done)
+}
+
+/// To the journal with fields; to stderr where there is no journal.
+fn log() {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("NODE_IMAGE_PIVOT_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    let registry = tracing_subscriber::registry().with(filter);
+    match tracing_journald::layer() {
+        Ok(journal) => registry.with(journal.with_syslog_identifier("node-image-pivot".into())).init(),
+        Err(_) => registry.with(tracing_subscriber::fmt::layer().with_writer(std::io::stderr)).init(),
+    }
+}

@@ -1,0 +1,141 @@
+//! Asking the daemon for something and telling how it goes until it ends: on the terminal, on the
+//! console through the unit, and in `systemctl status`.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::Result;
+use libsystemd::daemon::{NotifyState, notify};
+
+use super::Exit;
+use crate::agent::Paths;
+use crate::bus::{CallError, Client};
+use crate::report::{self, Phase, State, Status};
+
+/// How often the status is looked at.
+const POLL: Duration = Duration::from_millis(500);
+/// A daemon that went away is waited for this long; its unit restarts it.
+const RECONNECT: Duration = Duration::from_secs(60);
+
+/// Calls `method` and waits for its end. The daemon may die in the middle: its unit starts it again,
+/// it takes up its record, and the same call goes on.
+pub(super) async fn drive(paths: &Paths, method: &str) -> Result<Exit> {
+    let mut teller = Teller::default();
+    let mut broken_since = None;
+    loop {
+        let outcome = match Client::connect_or_start(&paths.socket()).await {
+            Ok(client) => {
+                let call = client.call(method);
+                tokio::pin!(call);
+                loop {
+                    tokio::select! {
+                        outcome = &mut call => break outcome.map(|lines| (lines, client.clone())),
+                        () = tokio::time::sleep(POLL) => {
+                            if let Ok(status) = client.status().await {
+                                broken_since = None;
+                                teller.tell(&status);
+                            }
+                        }
+                    }
+                }
+            }
+            Err(error) => Err(CallError::Disconnected(format!("{error:#}"))),
+        };
+        match outcome {
+            Ok((lines, client)) => {
+                let status = client.status().await.unwrap_or_default();
+                teller.end(&status, &lines);
+                return Ok(Exit::Done);
+            }
+            Err(CallError::Disconnected(reason))
+                if broken_since.get_or_insert_with(std::time::Instant::now).elapsed() < RECONNECT =>
+            {
+                eprintln!("node-image-pivot: {reason}; trying again");
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+            Err(error) => {
+                let _ = notify(false, &[NotifyState::Status(error.to_string())]);
+                eprintln!("node-image-pivot: {error}");
+                return Ok(Exit::from(&error));
+            }
+        }
+    }
+}
+
+/// Says what is new, once.
+#[derive(Default)]
+struct Teller {
+    /// Told last, so that nothing is told twice.
+    last: Option<(Option<Phase>, State, u32)>,
+    /// Tenths of the pull that were told.
+    tenths: u64,
+}
+
+impl Teller {
+    fn tell(&mut self, status: &Status) {
+        let line = report::state_line(status, unix_now());
+        // `systemctl status` shows the last line that was sent.
+        let _ = notify(false, &[NotifyState::Status(line.clone())]);
+        if let Some(line) = self.news(status, &line) {
+            println!("node-image-pivot: {line}");
+        }
+    }
+
+    /// The line to print, if something changed that a person at the console wants to know.
+    fn news(&mut self, status: &Status, line: &str) -> Option<String> {
+        let attempt = status.error.as_ref().map_or(0, |error| error.attempt);
+        let key = (status.phase, status.state, attempt);
+        if self.last != Some(key) {
+            self.last = Some(key);
+            return Some(line.to_owned());
+        }
+        if status.phase == Some(Phase::Pull) && status.progress.bytes_total > 0 {
+            let tenths = status.progress.bytes_fetched * 10 / status.progress.bytes_total;
+            if tenths != self.tenths {
+                self.tenths = tenths;
+                return Some(line.to_owned());
+            }
+        }
+        None
+    }
+
+    fn end(&mut self, status: &Status, lines: &[String]) {
+        for line in lines {
+            println!("{line}");
+        }
+        let line = report::state_line(status, unix_now());
+        let _ = notify(false, &[NotifyState::Status(line.clone())]);
+        println!("node-image-pivot: {line}");
+    }
+}
+
+/// Seconds since the epoch.
+pub(super) fn unix_now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::report::LastError;
+
+    #[test]
+    fn news_are_told_once() {
+        let mut teller = Teller::default();
+        let mut status = Status { state: State::Running, phase: Some(Phase::Pull), ..Status::default() };
+        assert!(teller.news(&status, "x").is_some());
+        assert!(teller.news(&status, "x").is_none());
+        status.progress.bytes_total = 100;
+        status.progress.bytes_fetched = 5;
+        assert!(teller.news(&status, "x").is_none(), "not yet a tenth");
+        status.progress.bytes_fetched = 10;
+        assert!(teller.news(&status, "x").is_some());
+        status.state = State::Waiting;
+        status.error =
+            Some(LastError { class: "network".into(), message: "m".into(), attempt: 1, next_retry_unix: Some(1) });
+        assert!(teller.news(&status, "x").is_some());
+        assert!(teller.news(&status, "x").is_none(), "a countdown is not news");
+        status.error.as_mut().unwrap().attempt = 2;
+        assert!(teller.news(&status, "x").is_some(), "the next failure is");
+    }
+}
