@@ -25,14 +25,17 @@ mount --bind "$deployment/usr" "$WORK/root/usr"
 mount -t overlay -o "lowerdir=$deployment/etc,upperdir=$WORK/state/etc,workdir=$WORK/state/etc.work" overlay "$WORK/root/etc"
 mount -t tmpfs -o mode=0755,size=50% tmpfs "$WORK/root/var"
 mount --bind "$WORK/sysroot" "$WORK/root/sysroot"
+mount --bind "$WORK/sysroot/boot" "$WORK/root/boot"
 for dir in "$FILES"/*; do cp -a "$dir/." "$WORK/root/${dir##*/}/"; done
 
 : >"$WORK/marker"
-printf '%s\n' "console=ttyS0 ro ostree=${CMDLINE:+ $CMDLINE}" >"$WORK/cmdline"
+# nspawn makes mounts below /proc when it is inside already: their sources have to be in there, too.
+mkdir -p "$WORK/root/var/.testbed"
+printf '%s\n' "console=ttyS0 ro ostree=$(cut -d= -f2- "$BOOT/kargs")${CMDLINE:+ $CMDLINE}" >"$WORK/root/var/.testbed/cmdline"
 options=(
     --directory="$WORK/root" --boot --register=no --keep-unit --machine="testbed-$$" --network-namespace-path="$NETNS"
     --capability=all --resolv-conf=off --timezone=off --link-journal=no --console=read-only
-    --bind-ro="$WORK/cmdline:/proc/cmdline" --bind-ro="$WORK/marker:/run/ostree-booted"
+    --bind-ro=/var/.testbed/cmdline:/proc/cmdline --bind-ro="$WORK/marker:/run/ostree-booted"
 )
 [ "$LIVE" != 1 ] || options+=(--bind-ro="$WORK/marker:/run/ostree-live")
 # The pivot mounts overlays; nspawn's filter of system calls is older than some of what that takes.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
 use crate::files::Files;
 use crate::guest::{Answer, Guest, ssh};
@@ -80,18 +80,15 @@ impl Container {
         let mut child = command.spawn().context("starting systemd-nspawn")?;
         let mut leader = None;
         let found = wait_for("PID 1 of the container", Duration::from_secs(20), || {
-            if let Some(status) = child.try_wait()? {
-                bail!("systemd-nspawn ended: {status}");
-            }
             leader = leader_of(child.id());
-            Ok(leader.is_some())
+            Ok(leader.is_some() || child.try_wait()?.is_some())
         });
         let console = || fs::read_to_string(work.join("console.log")).unwrap_or_default();
         if let Err(error) = found {
             end(&mut child);
             return Err(error).with_context(console);
         }
-        let leader = leader.context("no leader")?;
+        let leader = leader.context("systemd-nspawn ended").with_context(console)?;
         let container = Container { key: images.ssh_key.clone(), network: network.pid(), child, leader, work };
         wait_for("systemd's answer", Duration::from_secs(20), || Ok(container.run("systemctl show-environment")?.status == 0))
             .with_context(|| container.console())?;
