@@ -21,8 +21,10 @@ impl Checks {
 
     /// One assertion: `Err` says what was seen instead.
     pub fn check(&mut self, name: &str, assertion: impl FnOnce() -> Result<()>) -> bool {
+        let result = assertion();
+        // When it was settled, since power on.
         let at = self.start.elapsed().as_secs_f64();
-        match assertion() {
+        match result {
             Ok(()) => {
                 self.passed += 1;
                 println!("  ok   {at:6.1} s  {name}");
@@ -56,6 +58,15 @@ impl Checks {
 pub fn same<T: PartialEq + std::fmt::Debug>(seen: T, wanted: T) -> Result<()> {
     if seen != wanted {
         bail!("saw {seen:?}, wanted {wanted:?}");
+    }
+    Ok(())
+}
+
+/// `Err` with the text unless it has one of the words in it, in whatever case.
+pub fn contains_any(text: &str, words: &[&str]) -> Result<()> {
+    let lower = text.to_lowercase();
+    if !words.iter().any(|w| lower.contains(&w.to_lowercase())) {
+        bail!("none of {words:?} in:\n{text}");
     }
     Ok(())
 }

@@ -64,15 +64,34 @@ pub struct Container {
 
 impl Container {
     /// Boot one in a network (which outlives it: the registry is in there).
-    pub fn start(images: &Images, network: &Network, setup: &Setup<'_>, fill: impl FnOnce(&Files) -> Result<()>) -> Result<Self> {
+    pub fn start(
+        images: &Images,
+        network: &Network,
+        setup: &Setup<'_>,
+        fill: impl FnOnce(&Files) -> Result<()>,
+    ) -> Result<Self> {
         let work = work_dir(setup.name)?;
         let files = Files::new(&work)?;
-        files.put("/var/roothome/.ssh/authorized_keys", 0o600, &fs::read_to_string(images.ssh_key.with_extension("pub"))?)?;
-        files.put("/etc/systemd/network/10-cable.network", 0o644, "[Match]\nName=eth0\n[Network]\nAddress=192.0.2.2/24\nIPv6AcceptRA=no\n")?;
-        files.put("/etc/systemd/network/10-cable-end.network", 0o644, "[Match]\nName=cable\n[Link]\nUnmanaged=yes\n")?;
+        files.put(
+            "/var/roothome/.ssh/authorized_keys",
+            0o600,
+            &fs::read_to_string(images.ssh_key.with_extension("pub"))?,
+        )?;
+        files.put(
+            "/etc/systemd/network/10-cable.network",
+            0o644,
+            "[Match]\nName=eth0\n[Network]\nAddress=192.0.2.2/24\nIPv6AcceptRA=no\n",
+        )?;
+        files.put(
+            "/etc/systemd/network/10-cable-end.network",
+            0o644,
+            "[Match]\nName=cable\n[Link]\nUnmanaged=yes\n",
+        )?;
         fill(&files)?;
         let mut command = bound("unshare");
-        command.args(["--mount", "--propagation", "private", "--", "bash"]).arg(project().join("tests/bed/container.sh"));
+        command
+            .args(["--mount", "--propagation", "private", "--", "bash"])
+            .arg(project().join("tests/bed/container.sh"));
         command.env("BOOT", setup.boot).env("WORK", work.join("mnt")).env("FILES", files.root());
         command.env("NETNS", format!("/proc/{}/ns/net", network.pid()));
         command.env("LIVE", if setup.live { "1" } else { "0" }).env("CMDLINE", setup.kargs.join(" "));
@@ -90,8 +109,10 @@ impl Container {
         }
         let leader = leader.context("systemd-nspawn ended").with_context(console)?;
         let container = Container { key: images.ssh_key.clone(), network: network.pid(), child, leader, work };
-        wait_for("systemd's answer", Duration::from_secs(20), || Ok(container.run("systemctl show-environment")?.status == 0))
-            .with_context(|| container.console())?;
+        wait_for("systemd's answer", Duration::from_secs(20), || {
+            Ok(container.run("systemctl show-environment")?.status == 0)
+        })
+        .with_context(|| container.console())?;
         Ok(container)
     }
 
@@ -114,15 +135,32 @@ fn leader_of(pid: u32) -> Option<u32> {
 impl Guest for Container {
     fn run(&self, command: &str) -> Result<Answer> {
         let mut nsenter = Command::new("nsenter");
-        nsenter.args(["--target", &self.leader.to_string(), "--all", "--", "/usr/bin/env", "-i", "HOME=/root", "TERM=dumb"]);
-        nsenter.args(["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin", "/bin/bash", "-c", &format!("cd /; exec 2>&1; {command}")]);
+        nsenter.args([
+            "--target",
+            &self.leader.to_string(),
+            "--all",
+            "--",
+            "/usr/bin/env",
+            "-i",
+            "HOME=/root",
+            "TERM=dumb",
+        ]);
+        nsenter.args([
+            "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin",
+            "/bin/bash",
+            "-c",
+            &format!("cd /; exec 2>&1; {command}"),
+        ]);
         Ok(Answer::of(&nsenter.stdin(Stdio::null()).output()?))
     }
 
     fn login(&self, command: &str) -> Result<Answer> {
         let ssh = ssh(&self.key);
         let mut nsenter = Command::new("nsenter");
-        nsenter.args(["--net", &format!("--target={}", self.network), "--"]).arg(ssh.get_program()).args(ssh.get_args());
+        nsenter
+            .args(["--net", &format!("--target={}", self.network), "--"])
+            .arg(ssh.get_program())
+            .args(ssh.get_args());
         nsenter.args(["root@127.0.0.1", &format!("exec 2>&1; {command}")]);
         Ok(Answer::of(&nsenter.stdin(Stdio::null()).output()?))
     }
@@ -152,5 +190,8 @@ impl Drop for Container {
             let _ = Command::new("kill").args(["-KILL", &self.leader.to_string()]).output();
         }
         end(&mut self.child);
+        // Empty by now, and nobody else's: the hierarchy of this machine sees what the namespace of the container made.
+        let script = "for d in /sys/fs/cgroup/unified/testbed-$0 /sys/fs/cgroup/testbed-$0; do [ ! -d $d ] || find $d -depth -type d -exec rmdir {} +; done";
+        let _ = Command::new("sh").args(["-c", script, &self.child.id().to_string()]).output();
     }
 }

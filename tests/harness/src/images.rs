@@ -81,12 +81,17 @@ impl Images {
     fn build() -> Result<Images> {
         let script = project().join("tests/bed/build.sh");
         // Its progress goes to the terminal, its answer is JSON on standard output.
-        let output = Command::new(&script).arg("paths").stderr(Stdio::inherit()).output().with_context(|| format!("starting {}", script.display()))?;
+        let output = Command::new(&script)
+            .arg("paths")
+            .stderr(Stdio::inherit())
+            .output()
+            .with_context(|| format!("starting {}", script.display()))?;
         if !output.status.success() {
             bail!("{} paths: {}", script.display(), output.status);
         }
         let paths: Value = serde_json::from_slice(&output.stdout).context("reading the answer of build.sh paths")?;
-        let path = |key: &str| paths[key].as_str().map(PathBuf::from).with_context(|| format!("build.sh paths: no {key:?}"));
+        let path =
+            |key: &str| paths[key].as_str().map(PathBuf::from).with_context(|| format!("build.sh paths: no {key:?}"));
         let registry = path("registry")?;
         let list: HashMap<String, Value> = serde_json::from_slice(&fs::read(registry.join("images.json"))?)?;
         let by_name = list.into_iter().map(|(name, v)| {

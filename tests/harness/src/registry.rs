@@ -109,7 +109,10 @@ pub fn registries_conf(host: &str, port: u16) -> String {
 
 /// An auth file with one login.
 pub fn auth_file(registry: &str, user: &str, password: &str) -> String {
-    format!("{{\"auths\": {{\"{registry}\": {{\"auth\": \"{}\"}}}}}}\n", base64(format!("{user}:{password}").as_bytes()))
+    format!(
+        "{{\"auths\": {{\"{registry}\": {{\"auth\": \"{}\"}}}}}}\n",
+        base64(format!("{user}:{password}").as_bytes())
+    )
 }
 
 fn base64(bytes: &[u8]) -> String {

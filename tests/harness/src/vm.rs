@@ -50,7 +50,11 @@ impl Vm {
     pub fn start(images: &Images, setup: &Setup<'_>, fill: impl FnOnce(&Files) -> Result<()>) -> Result<Self> {
         let work = work_dir(setup.name)?;
         let files = Files::new(&work)?;
-        files.put("/var/roothome/.ssh/authorized_keys", 0o600, &fs::read_to_string(images.ssh_key.with_extension("pub"))?)?;
+        files.put(
+            "/var/roothome/.ssh/authorized_keys",
+            0o600,
+            &fs::read_to_string(images.ssh_key.with_extension("pub"))?,
+        )?;
         // Journal lines about every audited system call would push what matters off the console.
         files.put("/etc/sysctl.d/90-testbed.conf", 0o644, "kernel.printk = 4 4 1 7\n")?;
         fill(&files)?;
@@ -75,16 +79,25 @@ impl Vm {
         let disk = setup.boot.join("sysroot.squashfs");
         qemu.args(["-drive", &format!("file={},format=raw,if=none,id=live,readonly=on", disk.display())]);
         qemu.args(["-device", "virtio-blk-pci,drive=live,serial=live", "-device", "virtio-rng-pci"]);
-        qemu.args(["-netdev", &format!("user,id=n,hostfwd=tcp:127.0.0.1:{port}-:22"), "-device", "virtio-net-pci,netdev=n"]);
+        qemu.args([
+            "-netdev",
+            &format!("user,id=n,hostfwd=tcp:127.0.0.1:{port}-:22"),
+            "-device",
+            "virtio-net-pci,netdev=n",
+        ]);
         let log = work.join("console.log");
-        qemu.args(["-chardev", &format!("socket,id=c,path={},server=on,wait=off,logfile={}", socket.display(), log.display())]);
+        qemu.args([
+            "-chardev",
+            &format!("socket,id=c,path={},server=on,wait=off,logfile={}", socket.display(), log.display()),
+        ]);
         qemu.args(["-serial", "chardev:c"]);
         log_to(&mut qemu, &work.join("qemu.log"))?;
         let child = qemu.spawn().context("starting the emulator")?;
 
         let done = Arc::new(AtomicBool::new(false));
         watchdog(child.id(), setup.limit, Arc::clone(&done));
-        let console = Console::connect(&socket).with_context(|| fs::read_to_string(work.join("qemu.log")).unwrap_or_default())?;
+        let console =
+            Console::connect(&socket).with_context(|| fs::read_to_string(work.join("qemu.log")).unwrap_or_default())?;
         Ok(Vm { console, work, sockets, key: images.ssh_key.clone(), port, child, done, started: Instant::now() })
     }
 
@@ -122,9 +135,13 @@ impl Vm {
         ssh.args(["-p", &self.port.to_string()]);
         if multiplexed {
             // One login serves all questions: a key exchange takes seconds in there.
-            ssh.arg(format!("-oControlPath={}", self.sockets.join("ssh").display())).args(["-oControlMaster=auto", "-oControlPersist=60"]);
+            ssh.arg(format!("-oControlPath={}", self.sockets.join("ssh").display()))
+                .args(["-oControlMaster=auto", "-oControlPersist=60"]);
         }
-        let output = ssh.args(["root@127.0.0.1", &format!("exec 2>&1; {command}")]).stdin(std::process::Stdio::null()).output()?;
+        let output = ssh
+            .args(["root@127.0.0.1", &format!("exec 2>&1; {command}")])
+            .stdin(std::process::Stdio::null())
+            .output()?;
         Ok(Answer::of(&output))
     }
 }

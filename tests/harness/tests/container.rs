@@ -1,0 +1,127 @@
+//! The same on a real systemd as PID 1 in a container: seconds instead of minutes, everything but the kernel.
+//! `cargo test -p testbed --test container -- --test-threads=1 --nocapture`
+
+use std::time::Duration;
+
+use anyhow::Result;
+use testbed::check::{Checks, same};
+use testbed::container::{Container, Network, Setup};
+use testbed::guest::Guest;
+use testbed::images::{Images, work_dir};
+use testbed::registry::{Registry, auth_file};
+use testbed::scenario::{Before, Expected, left_alone, node_files, pivoted, wait_pivoted, waits_and_says_why};
+
+const PIVOT: Duration = Duration::from_secs(180);
+
+fn setup<'a>(name: &'a str, images: &'a Images) -> Setup<'a> {
+    Setup { name, boot: &images.boot, kargs: &[], live: true }
+}
+
+#[test]
+fn next_release_after_waiting_for_the_registry() -> Result<()> {
+    let images = Images::ensure()?;
+    let expected = Expected::node_a(images.image("node-a")?);
+    let mut checks = Checks::new("container: Debian 12 becomes node image a (Debian 13), the registry comes late");
+    let network = Network::new()?;
+    let mut registry = Registry::start(&images.storage, &work_dir("container-a-registry")?, Some(network.pid()), None)?;
+    registry.stop();
+    let guest = Container::start(images, &network, &setup("container-a", images), |files| {
+        node_files(files, &expected.image.by_digest(), "127.0.0.1", registry.port)
+    })?;
+    let before = Before::of(&guest)?;
+    waits_and_says_why(&guest, &mut checks);
+    checks.check("registry down: a new ssh login works", || {
+        same(guest.login("base-tool")?.text.trim().into(), "base-tool 1.0".to_string())
+    });
+    registry.resume()?;
+    checks.note("the registry is back");
+    if checks.check("it goes on by itself and becomes the node image", || {
+        wait_pivoted(&guest, &Checks::new("progress"), PIVOT)
+    }) {
+        pivoted(&guest, &before, &expected, &mut checks);
+    }
+    checks.finish()
+}
+
+/// Behind a login this time, with the auth file that the contract names.
+#[test]
+fn same_release_other_packages_with_a_login() -> Result<()> {
+    let images = Images::ensure()?;
+    let expected = Expected::node_b(images.image("node-b")?);
+    let mut checks = Checks::new("container: Debian 12 becomes node image b, from a registry that wants a login");
+    let network = Network::new()?;
+    let login = Some(("core", "secret"));
+    let registry = Registry::start(&images.storage, &work_dir("container-b-registry")?, Some(network.pid()), login)?;
+    let guest = Container::start(images, &network, &setup("container-b", images), |files| {
+        node_files(files, &expected.image.by_tag(), "127.0.0.1", registry.port)?;
+        files.put(
+            "/var/roothome/.docker/config.json",
+            0o600,
+            &auth_file(&format!("127.0.0.1:{}", registry.port), "core", "secret"),
+        )
+    })?;
+    let before = Before::of(&guest)?;
+    if checks.check("it becomes the node image", || wait_pivoted(&guest, &Checks::new("progress"), PIVOT)) {
+        pivoted(&guest, &before, &expected, &mut checks);
+    }
+    checks.finish()
+}
+
+#[test]
+fn with_the_binaries_it_is_left_alone() -> Result<()> {
+    let images = Images::ensure()?;
+    let mut checks = Checks::new("container: a bootimage that has the binaries");
+    let network = Network::new()?;
+    let mut setup = setup("container-binaries", images);
+    setup.boot = &images.boot_binaries;
+    let guest = Container::start(images, &network, &setup, |files| {
+        node_files(files, &images.image("node-a")?.by_digest(), "127.0.0.1", 1)
+    })?;
+    left_alone(&guest, &mut checks);
+    checks.finish()
+}
+
+#[test]
+fn switched_off_by_the_kernel_command_line() -> Result<()> {
+    let images = Images::ensure()?;
+    let mut checks = Checks::new("container: node-image-pivot=off");
+    let network = Network::new()?;
+    let mut setup = setup("container-off", images);
+    setup.kargs = &["node-image-pivot=off"];
+    let guest = Container::start(images, &network, &setup, |files| {
+        node_files(files, &images.image("node-a")?.by_digest(), "127.0.0.1", 1)
+    })?;
+    left_alone(&guest, &mut checks);
+    checks.finish()
+}
+
+/// The assisted installer's way: units started from outside on a system that is up, nothing isolated, nothing stopped.
+#[test]
+fn started_by_an_installer_nothing_is_isolated() -> Result<()> {
+    let images = Images::ensure()?;
+    let mut checks = Checks::new("container: the assisted installer's flow");
+    let network = Network::new()?;
+    let registry =
+        Registry::start(&images.storage, &work_dir("container-assisted-registry")?, Some(network.pid()), None)?;
+    let mut setup = setup("container-assisted", images);
+    setup.kargs = &["node-image-pivot=off"];
+    let guest = Container::start(images, &network, &setup, |files| {
+        node_files(files, &images.image("node-a")?.by_digest(), "127.0.0.1", registry.port)
+    })?;
+    guest.wait_unit("multi-user.target", "active", Duration::from_secs(60))?;
+    let legacy = guest.unit("base-legacy.service", "MainPID")?;
+    checks.check("both units start without blocking", || {
+        guest.ask("systemctl start --no-block node-image-pull.service node-image-overlay.service").map(drop)
+    });
+    checks.check("node-image-overlay.service becomes active", || {
+        guest.wait_unit("node-image-overlay.service", "active", PIVOT)
+    });
+    checks.check("/usr/bin/oc is there", || guest.ask("oc version --client").map(drop));
+    checks.check("what ran goes on running, in multi-user", || {
+        same(guest.unit("base-legacy.service", "MainPID")?, legacy.clone())?;
+        same(guest.unit("multi-user.target", "ActiveState")?, "active".into())?;
+        same(guest.unit("node-image-finish.service", "ActiveState")?, "inactive".into())
+    });
+    checks.check("no unit has failed", || same(guest.ask("systemctl --failed --no-legend --plain")?, String::new()));
+    checks.finish()
+}
