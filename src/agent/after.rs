@@ -48,7 +48,7 @@ pub(super) async fn refresh(context: &Context, mut switched: Switched, flow: Flo
 
     switched.units = units::plan(&running, flow);
     for action in &switched.units {
-        info!(unit = action.unit, class = ?action.class, reason = action.reason, "unit plan");
+        info!("{}: {}: {}", action.unit, action.class.as_str(), action.reason);
         if action.class == Class::Restart
             && let Err(error) = manager.try_restart(&action.unit, RESTART).await
         {

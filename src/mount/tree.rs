@@ -43,9 +43,11 @@ impl DetachedTree {
     /// When a layer cannot be opened, or the kernel refuses (no overlay, stacked too deep); its own
     /// words are in the message. Nothing is mounted then.
     pub fn overlay(lowers: &[&Path], source: &str) -> Result<Self> {
-        match Self::build(lowers, source, Style::Append) {
-            // Old kernels do not know the key, and say so early or late.
-            Err(error) if is_invalid(&error) => Self::build(lowers, source, Style::Joined),
+        // An old kernel refuses the key too, but writes a warning to its log each time.
+        let appends = rustix::system::uname().release().to_str().is_ok_and(knows_append);
+        match Self::build(lowers, source, if appends { Style::Append } else { Style::Joined }) {
+            // A kernel that is less than its number says.
+            Err(error) if appends && is_invalid(&error) => Self::build(lowers, source, Style::Joined),
             other => other,
         }
     }
@@ -167,6 +169,12 @@ impl Layer {
     }
 }
 
+/// Whether a kernel of this release (`6.8.0-45-generic`) knows `lowerdir+`.
+fn knows_append(release: &str) -> bool {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map_while(|digits| digits.parse::<u32>().ok());
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= (6, 8)
+}
+
 fn joined(layers: &[Layer]) -> String {
     let join = |short| layers.iter().map(|layer| layer.quiet_name(short)).collect::<Vec<_>>().join(":");
     let long = join(false);
@@ -200,6 +208,20 @@ mod tests {
 
     use super::*;
     use crate::mount::testing::{here, private};
+
+    #[test]
+    fn kernel_releases() {
+        for (release, expected) in [
+            ("6.1.0-50-cloud-amd64", false),
+            ("5.14.0-503.el9.x86_64", false),
+            ("6.8.0", true),
+            ("6.12.43+deb13", true),
+            ("7.0-rc1", true),
+            ("x", false),
+        ] {
+            assert_eq!(knows_append(release), expected, "{release}");
+        }
+    }
 
     fn layers(root: &Path) -> (PathBuf, PathBuf) {
         let (top, bottom) = (root.join("top"), root.join("bottom"));

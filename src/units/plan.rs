@@ -35,6 +35,17 @@ pub enum Class {
     Never,
 }
 
+impl Class {
+    /// The word in the journal and in the plan.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Class::None => "none",
+            Class::Restart => "restart",
+            Class::Never => "never",
+        }
+    }
+}
+
 /// The decision about one unit, with its reason.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Action {

@@ -171,9 +171,7 @@ mod tests {
         // A well-formed message of zbus with a unique name of the same length, then systemd's text.
         let unique = format!(":1.{}", "9".repeat(sender.len() - 3));
         let message = zbus::Message::signal("/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager", "JobNew")
-            .unwrap()
             .sender(unique.as_str())
-            .unwrap()
             .build(&("org.freedesktop.systemd1", 7_u32))
             .unwrap();
         let mut bytes = message.data().to_vec();

@@ -53,7 +53,7 @@ fn main() -> Result<()> {
         bar(&vm, &status);
         match status["state"].as_str() {
             Some("done") if vm.unit("multi-user.target", "ActiveState").is_ok_and(|s| s == "active") => {
-                pivoted = Some(Instant::now())
+                pivoted = Some(Instant::now());
             }
             Some("failed") => {
                 println!("\n{}", vm.run("node-image-pivot status; systemctl status --no-pager 'node-image-*'")?.text);
