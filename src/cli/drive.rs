@@ -88,7 +88,7 @@ impl Teller {
             self.last = Some(key);
             return Some(line.to_owned());
         }
-        if status.phase == Some(Phase::Pull) && status.progress.bytes_total > 0 {
+        if status.phase == Some(Phase::Pull) && status.progress.layers_done > 0 && status.progress.bytes_total > 0 {
             let tenths = status.progress.bytes_fetched * 10 / status.progress.bytes_total;
             if tenths != self.tenths {
                 self.tenths = tenths;
@@ -125,6 +125,7 @@ mod tests {
         let mut status = Status { state: State::Running, phase: Some(Phase::Pull), ..Status::default() };
         assert!(teller.news(&status, "x").is_some());
         assert!(teller.news(&status, "x").is_none());
+        status.progress.layers_done = 1;
         status.progress.bytes_total = 100;
         status.progress.bytes_fetched = 5;
         assert!(teller.news(&status, "x").is_none(), "not yet a tenth");

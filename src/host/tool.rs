@@ -16,6 +16,8 @@ pub async fn run(command: &[&str], limit: Duration) -> Result<Vec<u8>> {
     let [program, arguments @ ..] = command else { bail!("no program to run") };
     let child = Command::new(program)
         .args(arguments)
+        // It would report its own readiness as ours.
+        .env_remove("NOTIFY_SOCKET")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())

@@ -59,7 +59,8 @@ pub fn state_line(status: &Status, now_unix: u64) -> String {
             )
         }
         (State::Failed, Some(error)) => format!("{phase} failed ({}): {}", error.class, error.message),
-        (State::Running, _) if status.progress.bytes_total > 0 && phase == "pull" => {
+        // The first layer says what else is needed; before that a share would be one of nothing.
+        (State::Running, _) if status.progress.layers_done > 0 && phase == "pull" => {
             format!("pull: {}", progress_line(&status.progress, 20))
         }
         (State::Running, _) => format!("{phase} is running"),

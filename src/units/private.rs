@@ -32,13 +32,14 @@ pub(super) async fn connect(path: &Path, finish: impl FnOnce(Builder<'_>) -> Bui
     let mut read = BufReader::new(read);
     // The uid in decimal, in hexadecimal digits of its text.
     let uid = hex::encode(rustix::process::geteuid().as_raw().to_string());
-    write.write_all(format!("\0AUTH EXTERNAL {uid}\r\n").as_bytes()).await?;
+    // BEGIN goes with the first line, as sd-bus itself does it: systemd loses sight of a message that
+    // reaches it in the same read as a BEGIN of its own, and answers it only when another one comes.
+    write.write_all(format!("\0AUTH EXTERNAL {uid}\r\nBEGIN\r\n").as_bytes()).await?;
     let mut answer = String::new();
     read.read_line(&mut answer).await?;
     let Some(guid) = answer.trim_end().strip_prefix("OK ") else {
         return Err(io::Error::new(io::ErrorKind::PermissionDenied, format!("authentication: {}", answer.trim_end())));
     };
-    write.write_all(b"BEGIN\r\n").await?;
     let socket = PrivateSocket(Reader { stream: read, message: Vec::new(), given: 0 }, Writer(write));
     finish(Builder::authenticated_socket(socket, guid).p2p()).build().await.map_err(io::Error::other)
 }
