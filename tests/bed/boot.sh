@@ -37,5 +37,5 @@ unpack_binaries() {
     local deb
     for deb in "$(debs)"/cluster-*.deb; do dpkg-deb -x "$deb" "$OUT"; done
     # Programs only: the units are not what this variant is about.
-    rm -rf "$OUT/etc" "$OUT/usr/lib"
+    rm -rf "${OUT:?}/etc" "${OUT:?}/usr/lib"
 }

@@ -28,7 +28,7 @@ for dir in ${OVERLAYS:-}; do cp -a "$dir/." "$overlay/"; done
 if [ -d "$overlay/etc" ]; then
     mkdir -p "$overlay/usr/etc"
     cp -a "$overlay/etc/." "$overlay/usr/etc/"
-    rm -rf "$overlay/etc"
+    rm -rf "${overlay:?}/etc"
 fi
 step "commit"
 ostree commit --repo="$repo" --fsync=no --branch=testbed/bootimage --subject="bootimage of the test bed" --bootable \

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Builds what the tests run on: QEMU, trees, bootimages, node images, the registry's storage.
 #
-#   build.sh TARGET...    targets: qemu oracle trees boot registry all
+#   build.sh TARGET...    targets: qemu oracle debs trees boot registry all
 #   build.sh paths        prints where they are, as JSON; builds what is missing
 #
 # PIVOT_TESTBED_CACHE   where (default /var/cache/node-image-pivot-testbed)
@@ -24,11 +24,12 @@ oracle() {
 }
 
 tree() { # NAME SUITE "LISTS" DEB...
-    local name=$1 suite=$2 lists=$3 debs=""
+    local name=$1 suite=$2 lists=$3 dir
     shift 3
-    for deb in "$@"; do debs+=" $(debs)/$deb"; done
-    stage "tree-$name" "$(key "${common_inputs[@]}" "=$name $suite $lists" $debs)" \
-        recipe tree.sh BED="$BED" TREE="$name" SUITE="$suite" PACKAGES="$lists" DEBS="$debs"
+    dir=$(debs)
+    local debs=("${@/#/$dir/}")
+    stage "tree-$name" "$(key "${common_inputs[@]}" "=$name $suite $lists" "${debs[@]}")" \
+        recipe tree.sh BED="$BED" TREE="$name" SUITE="$suite" PACKAGES="$lists" DEBS="${debs[*]}"
 }
 tree_base12() { tree base12 bookworm "common base" base-tool_1.0.deb base-legacy_1.0.deb; }
 tree_node_a() { tree node-a trixie "common node" base-tool_2.0.deb cluster-client_4.99.0.deb cluster-node_4.99.0.deb; }
@@ -56,7 +57,8 @@ trees() {
     tree_node_b >/dev/null
 }
 
-for target in "${@:-all}"; do
+[ $# -gt 0 ] || set -- all
+for target in "$@"; do
     case $target in
         qemu | oracle | debs | trees | boot | registry | tree_*) "$target" >&2 ;;
         all) trees; boot >&2; registry >&2; qemu >&2 ;;

@@ -6,6 +6,7 @@ shopt -s inherit_errexit
 umask 022
 
 BED=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck disable=SC2034 # for those who source this
 PROJECT=$(cd "$BED/../.." && pwd)
 CACHE=${PIVOT_TESTBED_CACHE:-/var/cache/node-image-pivot-testbed}
 mkdir -p "$CACHE"

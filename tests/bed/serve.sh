@@ -17,6 +17,7 @@ YAML
         for _ in $(seq 100); do
             kill -0 "$REGISTRY_PID" 2>/dev/null || break
             if curl -fs "http://127.0.0.1:$port/v2/" >/dev/null; then
+                # shellcheck disable=SC2034 # the result
                 REGISTRY=127.0.0.1:$port
                 # shellcheck disable=SC2064 # now, not then
                 trap "kill $REGISTRY_PID; rm -f $config $config.log" EXIT

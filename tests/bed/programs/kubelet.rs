@@ -26,8 +26,14 @@ fn os_name() -> String {
 }
 
 fn answer(stream: TcpStream, respond: &dyn Fn(&str) -> Option<String>) -> std::io::Result<()> {
-    let mut request = String::new();
-    BufReader::new(&stream).read_line(&mut request)?;
+    let mut lines = BufReader::new(&stream).lines();
+    let request = lines.next().transpose()?.unwrap_or_default();
+    // To the end of the head: closing with unread data would reset the connection, and the answer be lost.
+    for line in lines {
+        if line?.is_empty() {
+            break;
+        }
+    }
     let path = request.split_whitespace().nth(1).unwrap_or("/");
     let (status, body) = match respond(path) {
         Some(body) => ("200 OK", body),

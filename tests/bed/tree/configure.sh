@@ -11,6 +11,8 @@ ln -s ../run/systemd/resolve/stub-resolv.conf "$root/etc/resolv.conf"
 # Empty, not absent: absent means "first boot", and presets would then enable every unit there is.
 : >"$root/etc/machine-id"
 : >"$root/etc/fstab"
+# PAM asks for it at every login.
+mkdir -p "$root/etc/default" && echo 'LANG=C.UTF-8' >"$root/etc/default/locale"
 
 # Console login as root with a password, the same in all trees. A fixed salt and day keep the file the same as well.
 hash=$(openssl passwd -6 -salt testbed testbed)

@@ -35,6 +35,8 @@ d /var/lib/misc 0755 root root -
 d /var/lib/selinux 0755 root root -
 L /var/lib/dpkg - - - - ../../usr/lib/sysimage/dpkg
 TMPFILES
+# Debian's own lines for what is a link in this layout would complain at every boot.
+sed -i -E '\#^[A-Za-z+!=~^-]+[[:space:]]+/(home|srv|root)[[:space:]]#d' usr/lib/tmpfiles.d/*.conf
 mkdir -p usr/lib/ostree
 cat >usr/lib/ostree/prepare-root.conf <<'CONF'
 [composefs]
