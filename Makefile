@@ -56,6 +56,9 @@ install:
 	  $(DESTDIR)$(PREFIX)/share/dbus-1/system.d/org.nodeimage.Pivot1.conf
 	install -m 0755 dracut/98node-image-pivot/module-setup.sh dracut/98node-image-pivot/carry.sh $(dracutdir)
 	install -m 0644 dracut/98node-image-pivot/node-image-pivot-carry.service $(dracutdir)
+	install -d $(DESTDIR)$(PREFIX)/share/man/man1 $(DESTDIR)$(PREFIX)/share/bash-completion/completions
+	$(BUILD)/node-image-pivot man >$(DESTDIR)$(PREFIX)/share/man/man1/node-image-pivot.1
+	$(BUILD)/node-image-pivot completions bash >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/node-image-pivot
 
 # The quick tests first; those that boot containers and virtual machines last and one at a time.
 check: deps

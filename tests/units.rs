@@ -3,10 +3,12 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use node_image_pivot::config::shipped::SHIPPED;
+use node_image_pivot::stage::Keep;
 
 fn project() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -24,7 +26,10 @@ fn installed() -> tempfile::TempDir {
     let root = tempfile::tempdir().unwrap();
     let build = tempfile::tempdir().unwrap();
     for name in ["node-image-pivot", "node-image-pivot-generator"] {
-        fs::write(build.path().join(name), "#!/bin/sh\n").unwrap();
+        let path = build.path().join(name);
+        fs::write(&path, "#!/bin/sh\n").unwrap();
+        // The manual page and the completions are what the program itself prints.
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
     }
     run(Command::new("make")
         .args(["-s", "-C"])
@@ -57,6 +62,14 @@ fn the_agents_list_is_what_make_installs() {
     let root = installed();
     assert_eq!(files(root.path()), SHIPPED.iter().map(|path| Path::new("usr").join(path)).collect());
     assert!(SHIPPED.is_sorted(), "the list is sorted");
+}
+
+#[test]
+fn what_is_installed_outlives_the_switch() {
+    let keep = Keep::default();
+    for path in SHIPPED {
+        assert!(keep.is_spared(Path::new(path)), "/usr/{path} would be hidden by a node image that lacks it");
+    }
 }
 
 #[test]

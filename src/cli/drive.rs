@@ -24,6 +24,9 @@ pub(super) async fn drive(paths: &Paths, method: &str) -> Result<Exit> {
     loop {
         let outcome = match Client::connect_or_start(&paths.socket()).await {
             Ok(client) => {
+                if let Ok(status) = client.status().await {
+                    teller.begin(&status);
+                }
                 let call = client.call(method);
                 tokio::pin!(call);
                 loop {
@@ -64,6 +67,8 @@ pub(super) async fn drive(paths: &Paths, method: &str) -> Result<Exit> {
 /// Says what is new, once.
 #[derive(Default)]
 struct Teller {
+    /// The document before the call.
+    before: Option<Status>,
     /// Told last, so that nothing is told twice.
     last: Option<(Option<Phase>, State, u32)>,
     /// Tenths of the pull that were told.
@@ -71,6 +76,10 @@ struct Teller {
 }
 
 impl Teller {
+    fn begin(&mut self, status: &Status) {
+        self.before.get_or_insert_with(|| status.clone());
+    }
+
     fn tell(&mut self, status: &Status) {
         let line = report::state_line(status, unix_now());
         // `systemctl status` shows the last line that was sent.
@@ -102,9 +111,18 @@ impl Teller {
         for line in lines {
             println!("{line}");
         }
-        let line = report::state_line(status, unix_now());
+        let line = self.last_line(status);
         let _ = notify(false, &[NotifyState::Status(line.clone())]);
         println!("node-image-pivot: {line}");
+    }
+
+    /// A call that found everything done says so.
+    fn last_line(&self, status: &Status) -> String {
+        let line = report::state_line(status, unix_now());
+        match &self.before {
+            Some(before) if before == status && status.state != State::NothingToDo => format!("nothing to do: {line}"),
+            _ => line,
+        }
     }
 }
 
@@ -118,6 +136,21 @@ pub(super) fn unix_now() -> u64 {
 mod tests {
     use super::*;
     use crate::report::LastError;
+
+    #[test]
+    fn a_call_that_changes_nothing_says_so() {
+        let done = Status { state: State::Done, ..Status::default() };
+        let mut teller = Teller::default();
+        teller.begin(&Status::default());
+        assert_eq!(teller.last_line(&done), "the pivot is done");
+        let mut teller = Teller::default();
+        teller.begin(&done);
+        assert_eq!(teller.last_line(&done), "nothing to do: the pivot is done");
+        let nothing = Status { state: State::NothingToDo, ..Status::default() };
+        let mut teller = Teller::default();
+        teller.begin(&nothing);
+        assert_eq!(teller.last_line(&nothing).matches("nothing to do").count(), 1);
+    }
 
     #[test]
     fn news_are_told_once() {

@@ -17,5 +17,7 @@ pub const SHIPPED: &[&str] = &[
     "lib/systemd/system/node-image-pivot.target",
     "lib/systemd/system/node-image-pivotd.service",
     "lib/systemd/system/node-image-pull.service",
+    "share/bash-completion/completions/node-image-pivot",
     "share/dbus-1/system.d/org.nodeimage.Pivot1.conf",
+    "share/man/man1/node-image-pivot.1",
 ];
