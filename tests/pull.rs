@@ -3,8 +3,12 @@
 //! Runs as root (owners, trusted attributes), as the agent does.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+#[path = "pull/derived.rs"]
+mod derived;
 #[path = "pull/fixture.rs"]
 mod fixture;
+#[path = "pull/layers.rs"]
+mod layers;
 #[path = "pull/measure.rs"]
 mod measure;
 #[path = "pull/registry.rs"]
@@ -229,7 +233,6 @@ async fn bad_images_are_refused_before_they_are_used() {
     let cases: BTreeMap<&str, (Spoil, Kind, &str)> = BTreeMap::from([
         ("arch", ((|image| image.architecture = "m68k".into()) as Spoil, Kind::WrongArchitecture, "m68k")),
         ("plain", (|image| image.labels.clear(), Kind::BadFormat, "ostree.final-diffid")),
-        ("derived", (|image| image.final_layer -= 1, Kind::BadFormat, "plain layers on top")),
         (
             "short",
             (

@@ -61,7 +61,12 @@ pub struct Layout {
 impl Layout {
     /// All layers in the manifest's order.
     pub fn layers(&self) -> impl Iterator<Item = &Layer> {
-        std::iter::once(&self.commit_layer).chain(&self.chunks).chain(&self.derived)
+        self.encapsulated().chain(&self.derived)
+    }
+
+    /// The layers that hold the commit, without the plain ones on top.
+    pub fn encapsulated(&self) -> impl Iterator<Item = &Layer> {
+        std::iter::once(&self.commit_layer).chain(&self.chunks)
     }
 }
 

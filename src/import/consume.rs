@@ -264,7 +264,8 @@ impl<C: Chunks> LayerReader<'_, C> {
     }
 }
 
-fn tar_failure(name: &str, error: &TarError) -> Failure {
+/// A broken archive, in the terms of the field.
+pub(super) fn tar_failure(name: &str, error: &TarError) -> Failure {
     let kind = if matches!(error, TarError::Truncated) { Kind::Truncated } else { Kind::BadFormat };
     Failure::new(kind, format!("{name}: {error}"))
 }

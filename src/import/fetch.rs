@@ -15,6 +15,9 @@ use crate::store::ObjectType;
 
 use super::consume::{Consumed, Purpose, consume};
 use super::decompress::decompress;
+use super::derive::BaseFacts;
+use super::layertree::LayerTree;
+use super::plain::read_plain;
 use super::state::Import;
 
 /// How many pieces of the blob (128 KiB each) may wait: 1 MiB a layer.
@@ -22,30 +25,77 @@ const WAITING_READS: usize = 8;
 /// How many decompressed pieces (256 KiB each) may wait: 1.5 MiB a layer.
 const WAITING_PIECES: usize = 6;
 
-/// How reading a layer ended, when it did not fail.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Outcome {
-    /// Read to its end; digest and diff id are right.
-    Whole,
-    /// Given up because nothing is wanted any more, and nothing had been taken from it.
-    NotNeeded,
+/// How a layer is called in messages.
+pub(super) fn layer_name(image: &ResolvedImage, layer: &Layer) -> String {
+    format!("{} layer {} ({})", image.pinned, layer.index, layer.digest())
 }
 
-/// Reads one layer. What it stored before a failure stays: each object was checked by itself.
-pub(super) async fn fetch_layer(
+/// Reads one layer of the encapsulated commit. What it stored before a failure stays: each object was
+/// checked by itself. False when it was given up because nothing is wanted any more, and nothing had
+/// been taken from it.
+pub(super) async fn fetch_encapsulated(
     source: &Source,
     image: &ResolvedImage,
     layer: &Layer,
     purpose: Purpose,
     import: &Arc<Import>,
     cancel: &CancellationToken,
-) -> Result<Outcome, Failure> {
-    let name = format!("{} layer {} ({})", image.pinned, layer.index, layer.digest());
+) -> Result<bool, Failure> {
+    let contributed = Arc::new(AtomicBool::new(false));
+    let name = layer_name(image, layer);
+    let work = {
+        let (import, name, contributed) = (import.clone(), name.clone(), contributed.clone());
+        move |archive: &mut Archive<'_>| consume(&import, &name, purpose, &contributed, archive)
+    };
+    match fetch_layer(source, image, layer, import, cancel, Some(contributed), work).await? {
+        None => Ok(false),
+        Some(Consumed { commit_meta }) => {
+            if let Some(content) = commit_meta {
+                let stored = import.writer.metadata(&import.commit, ObjectType::CommitMeta, &content);
+                stored.map_err(|error| import.write_failure(&name, &error))?;
+            }
+            Ok(true)
+        }
+    }
+}
+
+/// Reads one plain layer.
+pub(super) async fn fetch_plain(
+    source: &Source,
+    image: &ResolvedImage,
+    layer: &Layer,
+    facts: &BaseFacts,
+    import: &Arc<Import>,
+    cancel: &CancellationToken,
+) -> Result<LayerTree, Failure> {
+    let name = layer_name(image, layer);
+    let work = {
+        let (import, name, facts) = (import.clone(), name.clone(), facts.clone());
+        move |archive: &mut Archive<'_>| read_plain(&import, &name, &facts, archive)
+    };
+    let tree = fetch_layer(source, image, layer, import, cancel, None, work).await?;
+    tree.ok_or_else(|| Failure::new(Kind::Local, format!("{name}: was given up")))
+}
+
+/// The decompressed archive, piece by piece.
+type Archive<'a> = dyn FnMut() -> io::Result<Vec<u8>> + 'a;
+
+/// Runs a layer through `work`. With `contributed`, the layer is given up (`None`) when nothing is
+/// wanted any more while that is still false.
+async fn fetch_layer<T: Send + 'static>(
+    source: &Source,
+    image: &ResolvedImage,
+    layer: &Layer,
+    import: &Arc<Import>,
+    cancel: &CancellationToken,
+    contributed: Option<Arc<AtomicBool>>,
+    work: impl FnOnce(&mut Archive<'_>) -> Result<T, Failure> + Send + 'static,
+) -> Result<Option<T>, Failure> {
+    let name = layer_name(image, layer);
     let mut stream = tokio::select! {
         () = cancel.cancelled() => return Err(cancelled(&image.pinned)),
         stream = source.layer(image, layer) => stream?,
     };
-    let contributed = Arc::new(AtomicBool::new(false));
     let (compressed, incoming) = mpsc::channel::<Vec<u8>>(WAITING_READS);
     let (pieces, archive) = blocking::sync_channel::<io::Result<Vec<u8>>>(WAITING_PIECES);
     let compression = layer.compression;
@@ -57,21 +107,18 @@ pub(super) async fn fetch_layer(
         }
         result
     });
-    let parser = {
-        let (import, name, contributed) = (import.clone(), name.clone(), contributed.clone());
-        tokio::task::spawn_blocking(move || {
-            consume(&import, &name, purpose, &contributed, || match archive.recv() {
-                Ok(piece) => piece,
-                Err(blocking::RecvError) => Ok(Vec::new()),
-            })
+    let parser = tokio::task::spawn_blocking(move || {
+        work(&mut || match archive.recv() {
+            Ok(piece) => piece,
+            Err(blocking::RecvError) => Ok(Vec::new()),
         })
-    };
+    });
 
     let mut compressed = Some(compressed);
     let verdict = loop {
         let unneeded = async {
             import.done.cancelled().await;
-            if contributed.load(Ordering::Relaxed) {
+            if contributed.as_ref().is_none_or(|contributed| contributed.load(Ordering::Relaxed)) {
                 // It holds something that was taken: read on, until its digest is known to be right.
                 std::future::pending::<()>().await;
             }
@@ -79,7 +126,7 @@ pub(super) async fn fetch_layer(
         let piece = tokio::select! {
             biased;
             () = cancel.cancelled() => return Err(cancelled(&image.pinned)),
-            () = unneeded => return Ok(Outcome::NotNeeded),
+            () = unneeded => return Ok(None),
             piece = stream.next() => piece,
         };
         let piece = match piece {
@@ -103,18 +150,18 @@ pub(super) async fn fetch_layer(
     };
     drop(compressed);
     let (diff_id, consumed) = (join(decompressor, &name).await?, join(parser, &name).await?);
-    judge(&name, layer, verdict, diff_id, consumed).and_then(|consumed| finish(import, &name, &consumed))
+    judge(&name, layer, verdict, diff_id, consumed).map(Some)
 }
 
 /// Puts the answers of the proxy and both threads in order: the proxy's reason explains the threads',
 /// and a parser's reason is only believed of a blob that is known to be the right one.
-fn judge(
+fn judge<T>(
     name: &str,
     layer: &Layer,
     verdict: Result<(), Failure>,
     diff_id: io::Result<[u8; 32]>,
-    consumed: Result<Consumed, Failure>,
-) -> Result<Consumed, Failure> {
+    consumed: Result<T, Failure>,
+) -> Result<T, Failure> {
     if let Err(failure) = &consumed
         && matches!(failure.kind, Kind::NoSpace | Kind::Local)
     {
@@ -133,14 +180,6 @@ fn judge(
         return Err(Failure::new(Kind::BadDigest, message));
     }
     Ok(consumed)
-}
-
-fn finish(import: &Import, name: &str, consumed: &Consumed) -> Result<Outcome, Failure> {
-    if let Some(content) = &consumed.commit_meta {
-        let stored = import.writer.metadata(&import.commit, ObjectType::CommitMeta, content);
-        stored.map_err(|error| import.write_failure(name, &error))?;
-    }
-    Ok(Outcome::Whole)
 }
 
 async fn join<T>(task: tokio::task::JoinHandle<T>, name: &str) -> Result<T, Failure> {

@@ -1,18 +1,29 @@
 //! Layer streams into ostree objects.
 //!
 //! This room reads the layers of an encapsulated image, stores the commit's metadata and those content
-//! objects that the booted repo lacks, and points the node image's ref at the commit. It decides which
+//! objects that the booted repo lacks, lays plain layers on top over it into a commit of their own
+//! (labelled by the image's SELinux policy), and points the node image's ref at it. It decides which
 //! layers are fetched, in which order, and when enough has come. It writes to the node store only
 //! (through [`crate::store`]); it never touches the running system's `/usr` or `/etc` and never
 //! retries: retries are the agent's.
 //!
-//! What it costs: about 10 MiB of buffers per layer in flight, and some 150 bytes per object.
+//! What it costs: about 10 MiB of buffers per layer in flight, some 150 bytes per object, and with
+//! plain layers on top as much again per file of the directories that they touch.
 
+mod commit;
 mod consume;
 mod decompress;
+mod derive;
 mod entry;
 mod fetch;
+mod label;
+mod layertree;
+mod merge;
+mod path;
+mod plain;
+mod plain_layers;
 mod pull;
+mod relabel;
 mod state;
 mod tarstream;
 mod tree;

@@ -4,7 +4,9 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::stream::{self, StreamExt};
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use futures_util::stream::{self, BoxStream, StreamExt};
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
@@ -13,7 +15,9 @@ use crate::report::PullProgress;
 use crate::store::{BootedRepo, LayerJournal, LockError, NodeStore, ObjectId, ObjectType, Scope, StoreLock};
 
 use super::consume::Purpose;
-use super::fetch::{Outcome, cancelled, fetch_layer};
+use super::derive::Derived;
+use super::fetch::{cancelled, fetch_encapsulated};
+use super::plain_layers::{PlainLayers, Read};
 use super::state::Import;
 use super::tree::TreeError;
 use super::wanted::schedule;
@@ -76,7 +80,6 @@ pub async fn pull(
         () = cancel.cancelled() => return Err(cancelled(&image.pinned)),
         description = source.manifest(image) => description?,
     };
-    refuse_derived(image, &description)?;
     let commit: ObjectId = description.layout.commit.parse().map_err(|error| local(image, error))?;
     let booted_commit = booted.and_then(|booted| booted.commit.clone());
     let scope = Scope::new(options.complete, booted_commit.as_deref());
@@ -90,17 +93,24 @@ pub async fn pull(
     let layers: Vec<&Layer> = description.layout.layers().collect();
     PullProgress::add(&progress.layers_total, layers.len() as u64);
     let run = Run { source, image, import: &import, journal: &journal, scope: &scope, cancel };
-    let fetched = run.all(&description, booted, options).await?;
+    let (fetched, derived) = run.all(&description, booted, options).await?;
+    let (commit, sources, mut warnings) = match derived {
+        Some(derived) => (derived.commit, derived.sources, derived.warnings),
+        None => (commit, HashSet::new(), Vec::new()),
+    };
 
     let finished = import.clone();
     let complete = blocking(image, move || -> std::io::Result<bool> {
+        finished.prune_derived(|id| sources.contains(id))?;
         let complete = finished.is_complete();
-        finished.store.mark_partial(&finished.commit.to_string(), !complete)?;
-        finished.store.set_ref(&finished.commit.to_string())?;
+        finished.store.mark_partial(&finished.commit.to_string(), !finished.base_is_complete())?;
+        finished.store.mark_partial(&commit.to_string(), !complete)?;
+        finished.store.set_ref(&commit.to_string())?;
         Ok(complete)
     })
     .await?
     .map_err(|error| local(image, error))?;
+    warnings.extend(import.writer.warnings());
     let (objects_written, bytes_fetched) = import.totals();
     let pulled = PulledImage {
         image: image.clone(),
@@ -111,7 +121,7 @@ pub async fn pull(
         layers_skipped: (layers.len() - fetched.len()) as u64,
         bytes_fetched,
         objects_written,
-        warnings: import.writer.warnings(),
+        warnings,
     };
     let record = serde_json::to_vec_pretty(&pulled).map_err(|error| local(image, error))?;
     store.write_record(&record).map_err(|error| local(image, error))?;
@@ -119,23 +129,24 @@ pub async fn pull(
 }
 
 /// One run over an image's layers.
-struct Run<'a> {
-    source: &'a Source,
-    image: &'a ResolvedImage,
-    import: &'a Arc<Import>,
+pub(super) struct Run<'a> {
+    pub(super) source: &'a Source,
+    pub(super) image: &'a ResolvedImage,
+    pub(super) import: &'a Arc<Import>,
     journal: &'a LayerJournal,
     scope: &'a Scope,
-    cancel: &'a CancellationToken,
+    pub(super) cancel: &'a CancellationToken,
 }
 
 impl Run<'_> {
-    /// Reads what has to be read; answers with the positions of the layers that were.
+    /// Reads what has to be read; answers with the positions of the layers that were, and with the
+    /// derived commit when there are plain layers.
     async fn all(
         &self,
         description: &ImageDescription,
         booted: Option<&BootedRepo>,
         options: &PullOptions,
-    ) -> Result<HashSet<usize>, Failure> {
+    ) -> Result<(HashSet<usize>, Option<Derived>), Failure> {
         let layout = &description.layout;
         let progress = &self.import.progress;
         let mut fetched = HashSet::new();
@@ -152,63 +163,76 @@ impl Run<'_> {
         let parallel = options
             .parallel
             .unwrap_or_else(|| std::thread::available_parallelism().map_or(2, std::num::NonZero::get).clamp(2, 4));
+        let mut plain = PlainLayers::new(self, layout, parallel);
         // First the layers that nobody has read yet; should they not bring everything (a journal or a
         // ref that says too much), then the others too.
         let unread = |layer: &&Layer| {
             !self.journal.has(&layer.digest(), self.scope)
                 && !booted.is_some_and(|booted| booted.has_layer(&layer.digest()))
         };
-        let rest = layout.layers().filter(|layer| !fetched.contains(&layer.index));
+        let rest = layout.encapsulated().filter(|layer| !fetched.contains(&layer.index));
         let (first, second): (Vec<&Layer>, Vec<&Layer>) = rest.partition(unread);
+        // Plain layers join in as soon as what they need of the base is there.
+        let mut early = plain.when_ready().await?;
         for round in [schedule(first), schedule(second)] {
             if self.import.done.is_cancelled() {
                 break;
             }
             PullProgress::add(&progress.bytes_total, round.iter().map(|layer| layer.size()).sum());
-            let reads: Vec<_> =
-                round.into_iter().map(|layer| self.if_needed(layer, layout.commit_layer.index)).collect();
-            let mut reads = stream::iter(reads).buffer_unordered(parallel.max(1));
+            let mut due = std::mem::take(&mut early);
+            for layer in round {
+                due.push(self.if_needed(layer, layout.commit_layer.index).boxed());
+            }
+            let mut reads = all_of(due, parallel);
             while let Some(read) = reads.next().await {
-                fetched.extend(read?);
+                fetched.extend(plain.note(read?));
             }
         }
+        let mut reads = all_of(early, parallel);
+        while let Some(read) = reads.next().await {
+            fetched.extend(plain.note(read?));
+        }
+        self.nothing_is_missing()?;
+        let derived = match layout.derived.is_empty() {
+            true => None,
+            false => Some(plain.commit(description, &mut fetched).await?),
+        };
+        let total = layout.layers().count();
+        PullProgress::add(&progress.layers_done, (total - fetched.len()) as u64);
+        Ok((fetched, derived))
+    }
+
+    /// Refuses to go on while wanted objects have not come, though all layers were read.
+    pub(super) fn nothing_is_missing(&self) -> Result<(), Failure> {
         match self.import.still_wanted() {
-            Some((0, _)) => {}
+            Some((0, _)) => Ok(()),
             Some((count, Some(example))) => {
                 let message =
                     format!("{} lacks {count} objects of its own commit, {example}.file for one", self.image.pinned);
-                return Err(Failure::new(Kind::BadFormat, message));
+                Err(Failure::new(Kind::BadFormat, message))
             }
-            _ => {
-                return Err(Failure::new(Kind::Local, format!("{}: nothing is known to be wanted", self.image.pinned)));
-            }
+            _ => Err(Failure::new(Kind::Local, format!("{}: nothing is known to be wanted", self.image.pinned))),
         }
-        let total = layout.layers().count();
-        PullProgress::add(&progress.layers_done, (total - fetched.len()) as u64);
-        Ok(fetched)
     }
 
-    async fn if_needed(&self, layer: &Layer, commit_layer: usize) -> Result<Option<usize>, Failure> {
+    async fn if_needed(&self, layer: &Layer, commit_layer: usize) -> Result<Read, Failure> {
         if self.import.done.is_cancelled() {
-            return Ok(None);
+            return Ok(Read::NotNeeded);
         }
         let purpose = if layer.index == commit_layer { Purpose::Commit } else { Purpose::Chunk };
-        match self.one(layer, purpose).await? {
-            Outcome::Whole => Ok(Some(layer.index)),
-            Outcome::NotNeeded => Ok(None),
-        }
+        Ok(if self.one(layer, purpose).await? { Read::Encapsulated(layer.index) } else { Read::NotNeeded })
     }
 
-    async fn one(&self, layer: &Layer, purpose: Purpose) -> Result<Outcome, Failure> {
+    async fn one(&self, layer: &Layer, purpose: Purpose) -> Result<bool, Failure> {
         let started = std::time::Instant::now();
-        let outcome = fetch_layer(self.source, self.image, layer, purpose, self.import, self.cancel).await?;
-        if outcome == Outcome::Whole {
+        let whole = fetch_encapsulated(self.source, self.image, layer, purpose, self.import, self.cancel).await?;
+        if whole {
             self.journal.add(&layer.digest(), self.scope).map_err(|error| local(self.image, error))?;
             PullProgress::add(&self.import.progress.layers_done, 1);
         }
         let (digest, seconds) = (layer.digest(), started.elapsed().as_secs_f64());
-        tracing::debug!(layer = layer.index, digest, size = layer.size(), seconds, ?outcome, "layer read");
-        Ok(outcome)
+        tracing::debug!(layer = layer.index, digest, size = layer.size(), seconds, whole, "layer read");
+        Ok(whole)
     }
 
     /// Fixes the wanted set from the metadata at hand; false when some of them are missing.
@@ -224,6 +248,14 @@ impl Run<'_> {
         }
     }
 }
+
+/// Several reads at once. Boxed, because the compiler cannot see through it that pulls can be spawned.
+pub(super) fn all_of(reads: Vec<DueRead<'_>>, parallel: usize) -> BoxStream<'_, Result<Read, Failure>> {
+    stream::iter(reads).buffer_unordered(parallel.max(1)).boxed()
+}
+
+/// A read that has not begun.
+pub(super) type DueRead<'a> = BoxFuture<'a, Result<Read, Failure>>;
 
 /// Takes the import lock, waiting for whoever holds it.
 async fn lock(store: &NodeStore, image: &ResolvedImage, cancel: &CancellationToken) -> Result<StoreLock, Failure> {
@@ -267,30 +299,14 @@ fn pulled_before(
     Ok(holds.then(|| PulledImage { image: image.clone(), ..record }))
 }
 
-/// Plain layers on top would be lost silently; better no pivot than half of one.
-fn refuse_derived(image: &ResolvedImage, description: &ImageDescription) -> Result<(), Failure> {
-    let derived = &description.layout.derived;
-    if derived.is_empty() {
-        return Ok(());
-    }
-    let digests: Vec<String> = derived.iter().map(Layer::digest).collect();
-    let message = format!(
-        "{} has {} plain layers on top of its ostree commit ({}), which this version cannot import",
-        image.pinned,
-        derived.len(),
-        digests.join(", ")
-    );
-    Err(Failure::new(Kind::BadFormat, message))
-}
-
-async fn blocking<T: Send + 'static>(
+pub(super) async fn blocking<T: Send + 'static>(
     image: &ResolvedImage,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, Failure> {
     tokio::task::spawn_blocking(work).await.map_err(|error| local(image, error))
 }
 
-fn local(image: &ResolvedImage, error: impl std::fmt::Display) -> Failure {
+pub(super) fn local(image: &ResolvedImage, error: impl std::fmt::Display) -> Failure {
     Failure::new(Kind::Local, format!("{}: {error}", image.pinned))
 }
 

@@ -33,12 +33,18 @@ pub(super) struct Import {
     wants: Mutex<Option<Wants>>,
     objects_written: AtomicU64,
     bytes_fetched: AtomicU64,
+    /// Content objects that plain layers brought in this run.
+    derived: Mutex<ObjectSet>,
     _lock: StoreLock,
 }
 
 struct Wants {
+    /// The commit that the label names, and with plain layers on top the merged tree too.
     target: Target,
+    base: ObjectSet,
     open: ObjectSet,
+    /// Whether the target is the merged tree, so that nothing is wanted but what is open.
+    merged: bool,
 }
 
 impl Import {
@@ -64,6 +70,7 @@ impl Import {
             wants: Mutex::new(None),
             objects_written: AtomicU64::new(0),
             bytes_fetched: AtomicU64::new(0),
+            derived: Mutex::default(),
             _lock: lock,
         })
     }
@@ -84,11 +91,72 @@ impl Import {
         if open.is_empty() {
             self.done.cancel();
         }
-        *self.wants() = Some(Wants { target, open });
+        let base = target.content.keys().copied().collect();
+        *self.wants() = Some(Wants { target, base, open, merged: false });
         Ok(())
     }
 
-    fn read_metadata(&self, id: &ObjectId, kind: ObjectType) -> io::Result<Option<Vec<u8>>> {
+    /// Makes the merged tree the target, once layers have been laid over the commit. The answer is
+    /// what is wanted now.
+    pub(super) fn retarget(&self, target: Target) -> ObjectSet {
+        let mut guard = self.wants();
+        let base = guard.take().map(|wants| wants.base).unwrap_or_default();
+        let mut open = wanted(&target, &self.booted_content, &self.stored_before, self.complete);
+        open.retain(|id| !self.store.has(id, ObjectType::File));
+        PullProgress::add(&self.progress.objects_wanted, open.len() as u64);
+        *guard = Some(Wants { target, base, open: open.clone(), merged: true });
+        open
+    }
+
+    /// Whether the commit that the label names has the content object.
+    pub(super) fn base_has(&self, id: &ObjectId) -> bool {
+        self.wants().as_ref().is_some_and(|wants| wants.base.contains(id))
+    }
+
+    /// Whether a content object of a plain layer, at `path` below the root, is to be kept. Before layers
+    /// were laid over each other: whatever could be needed. After: what is still wanted.
+    pub(super) fn keeps_derived(&self, id: &ObjectId, path: &str) -> bool {
+        match self.wants().as_ref() {
+            Some(wants) if wants.merged => wants.open.contains(id),
+            _ => self.keeps_at(id, path),
+        }
+    }
+
+    /// Whether a content object that is at `path` belongs into the store.
+    pub(super) fn keeps_at(&self, id: &ObjectId, path: &str) -> bool {
+        !self.booted_content.contains(id) && (self.complete || !path.starts_with("usr/lib/modules/"))
+    }
+
+    /// Notes a content object of a plain layer that was written.
+    pub(super) fn derived_stored(&self, id: &ObjectId, size: u64) {
+        if self.stored_before.contains(id) {
+            return;
+        }
+        if self.wants().as_mut().is_some_and(|wants| wants.open.contains(id)) {
+            return self.content_stored(id, size);
+        }
+        if self.derived.lock().unwrap_or_else(PoisonError::into_inner).insert(*id) {
+            PullProgress::add(&self.progress.objects_wanted, 1);
+            self.objects_written.fetch_add(1, Ordering::Relaxed);
+            PullProgress::add(&self.progress.objects_done, 1);
+            PullProgress::add(&self.progress.bytes_written, size);
+        }
+    }
+
+    /// Removes what plain layers brought in this run and a later layer replaced or hid. `keep` says
+    /// what is needed for other reasons.
+    pub(super) fn prune_derived(&self, keep: impl Fn(&ObjectId) -> bool) -> io::Result<()> {
+        let wants = self.wants();
+        let Some(wants) = wants.as_ref() else { return Ok(()) };
+        for id in self.derived.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            if !wants.target.content.contains_key(id) && !wants.base.contains(id) && !keep(id) {
+                self.store.remove_content(id)?;
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn read_metadata(&self, id: &ObjectId, kind: ObjectType) -> io::Result<Option<Vec<u8>>> {
         if let Some(found) = self.store.read_metadata(id, kind)? {
             return Ok(Some(found));
         }
@@ -160,24 +228,42 @@ impl Import {
         })
     }
 
+    /// Whether all content of the commit that the label names is here, whatever became of it on top.
+    pub(super) fn base_is_complete(&self) -> bool {
+        let wants = self.wants();
+        let here = |id: &ObjectId| {
+            self.booted_content.contains(id) || self.stored_before.contains(id) || self.store.has(id, ObjectType::File)
+        };
+        wants.as_ref().is_some_and(|wants| wants.base.iter().all(here))
+    }
+
     /// A failure to store, in the terms of the field.
     pub(super) fn write_failure(&self, layer: &str, error: &WriteError) -> Failure {
         match error {
             WriteError::Mismatch { .. } => Failure::new(Kind::BadDigest, format!("{layer}: {error}")),
-            WriteError::Io { source, .. } if is_no_space(source) => {
-                let wanted = self.still_wanted().map_or(0, |(count, _)| count);
-                let room = match self.store.space() {
-                    Ok((free, total)) => format!("{} MiB of {} MiB are free", free >> 20, total >> 20),
-                    Err(_) => "its size is unknown".to_owned(),
-                };
-                let root = self.store.root().display();
-                let message = format!(
-                    "{layer}: {error}: no room left in the node store {root}: {room}, {wanted} objects are still to come"
-                );
-                Failure::new(Kind::NoSpace, message)
-            }
+            WriteError::Io { source, .. } if is_no_space(source) => self.no_space(&format!("{layer}: {error}")),
             WriteError::Io { source, .. } => Failure::new(Kind::Local, format!("{layer}: {error}: {source}")),
         }
+    }
+
+    /// A failure to write one of the store's own files.
+    pub(super) fn store_failure(&self, layer: &str, error: &io::Error) -> Failure {
+        match is_no_space(error) {
+            true => self.no_space(&format!("{layer}: {error}")),
+            false => Failure::new(Kind::Local, format!("{layer}: {error}")),
+        }
+    }
+
+    fn no_space(&self, what: &str) -> Failure {
+        let wanted = self.still_wanted().map_or(0, |(count, _)| count);
+        let room = match self.store.space() {
+            Ok((free, total)) => format!("{} MiB of {} MiB are free", free >> 20, total >> 20),
+            Err(_) => "its size is unknown".to_owned(),
+        };
+        let root = self.store.root().display();
+        let message =
+            format!("{what}: no room left in the node store {root}: {room}, {wanted} objects are still to come");
+        Failure::new(Kind::NoSpace, message)
     }
 
     fn wants(&self) -> MutexGuard<'_, Option<Wants>> {

@@ -13,6 +13,9 @@ use tar::{EntryType, Header};
 /// The largest block of extended headers that is believed.
 const LARGEST_EXTENSION: u64 = 1 << 20;
 
+/// How Go's and GNU's tar writers store extended attributes: the name after this, the value as it is.
+const PAX_XATTR: &[u8] = b"SCHILY.xattr.";
+
 /// Why an archive cannot be read on.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum TarError {
@@ -33,7 +36,7 @@ pub(super) trait Chunks {
     fn next(&mut self) -> io::Result<Vec<u8>>;
 }
 
-impl<F: FnMut() -> io::Result<Vec<u8>>> Chunks for F {
+impl<F: FnMut() -> io::Result<Vec<u8>> + ?Sized> Chunks for &mut F {
     fn next(&mut self) -> io::Result<Vec<u8>> {
         self()
     }
@@ -56,6 +59,8 @@ pub(super) struct Entry {
     pub gid: u32,
     /// Mode bits as they stand in the header.
     pub mode: u32,
+    /// Extended attributes of a PAX header (`SCHILY.xattr.NAME`), sorted by name.
+    pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
 /// Reads entries and their content in order.
@@ -120,6 +125,7 @@ impl<C: Chunks> TarStream<C> {
                         uid: narrow(uid)?,
                         gid: narrow(gid)?,
                         mode: narrow(mode)?,
+                        xattrs: Vec::new(),
                     };
                     apply_pax(&mut entry, &pax)?;
                     // Links have no content, whatever their size field says (tar writers differ).
@@ -265,6 +271,13 @@ fn apply_pax(entry: &mut Entry, pax: &BTreeMap<Vec<u8>, Vec<u8>>) -> Result<(), 
             b"size" => entry.size = number(value)?,
             b"uid" => entry.uid = narrow(number(value)?)?,
             b"gid" => entry.gid = narrow(number(value)?)?,
+            key if key.starts_with(PAX_XATTR) => {
+                let name = &key[PAX_XATTR.len()..];
+                if name.is_empty() || name.contains(&0) {
+                    return Err(malformed("an extended attribute without a proper name".into()));
+                }
+                entry.xattrs.push((name.to_vec(), value.clone()));
+            }
             // Sparse content is stored as a map and pieces; taking it for the content would be wrong.
             key if key.starts_with(b"GNU.sparse") => return Err(malformed("a sparse file".into())),
             _ => {}
@@ -279,10 +292,18 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    struct Pieces(Vec<Vec<u8>>);
+
+    impl Chunks for Pieces {
+        fn next(&mut self) -> io::Result<Vec<u8>> {
+            Ok(self.0.pop().unwrap_or_default())
+        }
+    }
+
     fn chunked(data: Vec<u8>, size: usize) -> TarStream<impl Chunks> {
         let mut chunks: Vec<Vec<u8>> = data.chunks(size.max(1)).map(<[u8]>::to_vec).collect();
         chunks.reverse();
-        TarStream::new(move || Ok(chunks.pop().unwrap_or_default()))
+        TarStream::new(Pieces(chunks))
     }
 
     fn archive() -> Vec<u8> {

@@ -39,9 +39,19 @@ pub(super) struct Target {
     pub content: HashMap<ObjectId, Place>,
 }
 
+impl Target {
+    /// Notes that a directory at `depth` has the object.
+    pub(super) fn add(&mut self, id: ObjectId, depth: Depth) {
+        let place = self.content.entry(id).or_insert(Place::ModulesOnly);
+        if depth != Depth::Modules {
+            *place = Place::Anywhere;
+        }
+    }
+}
+
 /// How far on the way to `/usr/lib/modules` a directory is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum Depth {
+pub(super) enum Depth {
     Root,
     Usr,
     UsrLib,
@@ -50,7 +60,7 @@ enum Depth {
 }
 
 impl Depth {
-    fn enter(self, name: &str) -> Self {
+    pub(super) fn enter(self, name: &str) -> Self {
         match (self, name) {
             (Depth::Root, "usr") => Depth::Usr,
             (Depth::Usr, "lib") => Depth::UsrLib,
@@ -66,21 +76,7 @@ pub(super) type Lookup<'a> = dyn FnMut(&ObjectId, ObjectType) -> std::io::Result
 /// Lists all content objects of `commit`, and makes sure that every dirtree and dirmeta is there.
 /// Equal directories are read once, so a tree that repeats itself costs nothing extra.
 pub(super) fn walk(commit: &ObjectId, lookup: &mut Lookup<'_>) -> Result<Target, TreeError> {
-    let bytes = load(commit, ObjectType::Commit, lookup)?;
-    let variant = Variant::from_data_with_type(
-        bytes,
-        ostree::glib::VariantTy::new("(a{sv}aya(say)sstayay)")
-            .map_err(|_| TreeError::Malformed(*commit, "commit", "no such type"))?,
-    );
-    let bad = |what| TreeError::Malformed(*commit, "commit", what);
-    if !variant.is_normal_form() {
-        return Err(bad("not a commit in normal form"));
-    }
-    let checksum = |index| {
-        let bytes = variant.child_value(index).get::<Vec<u8>>().unwrap_or_default();
-        ObjectId::from_bytes(&bytes).ok_or_else(|| bad("a checksum of the wrong length"))
-    };
-    let (root, root_meta) = (checksum(6)?, checksum(7)?);
+    let (root, root_meta) = commit_root(commit, lookup)?;
     let mut target = Target::default();
     let mut metas = HashSet::new();
     let mut check_meta = |meta: ObjectId, lookup: &mut Lookup<'_>| match metas.insert(meta) {
@@ -101,10 +97,7 @@ pub(super) fn walk(commit: &ObjectId, lookup: &mut Lookup<'_>) -> Result<Target,
         for (name, checksum) in files {
             let id = ObjectId::from_bytes(&checksum).ok_or_else(|| bad("a checksum of the wrong length"))?;
             check_name(&name).map_err(bad)?;
-            let place = target.content.entry(id).or_insert(Place::ModulesOnly);
-            if depth != Depth::Modules {
-                *place = Place::Anywhere;
-            }
+            target.add(id, depth);
         }
         for (name, tree, meta) in dirs {
             let tree = ObjectId::from_bytes(&tree).ok_or_else(|| bad("a checksum of the wrong length"))?;
@@ -120,7 +113,27 @@ pub(super) fn walk(commit: &ObjectId, lookup: &mut Lookup<'_>) -> Result<Target,
     Ok(target)
 }
 
-fn load(id: &ObjectId, kind: ObjectType, lookup: &mut Lookup<'_>) -> Result<Vec<u8>, TreeError> {
+/// The root dirtree and dirmeta of a commit.
+pub(super) fn commit_root(commit: &ObjectId, lookup: &mut Lookup<'_>) -> Result<(ObjectId, ObjectId), TreeError> {
+    let bytes = load(commit, ObjectType::Commit, lookup)?;
+    let variant = Variant::from_data_with_type(
+        bytes,
+        ostree::glib::VariantTy::new("(a{sv}aya(say)sstayay)")
+            .map_err(|_| TreeError::Malformed(*commit, "commit", "no such type"))?,
+    );
+    let bad = |what| TreeError::Malformed(*commit, "commit", what);
+    if !variant.is_normal_form() {
+        return Err(bad("not a commit in normal form"));
+    }
+    let checksum = |index| {
+        let bytes = variant.child_value(index).get::<Vec<u8>>().unwrap_or_default();
+        ObjectId::from_bytes(&bytes).ok_or_else(|| bad("a checksum of the wrong length"))
+    };
+    Ok((checksum(6)?, checksum(7)?))
+}
+
+/// A metadata object's bytes, which must be there.
+pub(super) fn load(id: &ObjectId, kind: ObjectType, lookup: &mut Lookup<'_>) -> Result<Vec<u8>, TreeError> {
     match lookup(id, kind) {
         Ok(Some(bytes)) => Ok(bytes),
         Ok(None) => Err(TreeError::Missing(*id, kind.extension())),
@@ -129,7 +142,7 @@ fn load(id: &ObjectId, kind: ObjectType, lookup: &mut Lookup<'_>) -> Result<Vec<
 }
 
 /// Later phases join these names to paths.
-fn check_name(name: &str) -> Result<(), &'static str> {
+pub(super) fn check_name(name: &str) -> Result<(), &'static str> {
     if name.is_empty() || name == "." || name == ".." || name.contains('/') {
         return Err("an entry whose name is no file name");
     }

@@ -22,7 +22,7 @@ pub use node::NodeStore;
 pub use object::{BadObjectId, ObjectId, ObjectSet, ObjectType};
 pub use refs::{LAYER_REF_PREFIX, escape_ref, layer_ref};
 pub use size::tmpfs_limit;
-pub use write::{FileMeta, ObjectWriter, WriteError, Xattrs};
+pub use write::{FileMeta, ObjectWriter, UnnamedWrite, WriteError, Xattrs};
 
 /// The ref that names the node image's commit in the node store.
 pub const NODE_IMAGE_REF: &str = "coreos/node-image";

@@ -11,7 +11,7 @@ use super::object::{ObjectId, ObjectSet, ObjectType, loose_path};
 use super::{BootedRepo, LayerJournal, LockError, NODE_IMAGE_REF, ObjectWriter, StoreLock};
 
 /// A bare ostree repo at `ROOT/repo`, with what we keep beside it: `ROOT/lock`, `ROOT/layers` (the
-/// layer journal) and `ROOT/pulled.json`.
+/// layer journal), `ROOT/derived/` (what plain layers hold) and `ROOT/pulled.json`.
 ///
 /// On a RAM store nothing is ever synced: a crash forgets all of it anyway. Objects appear under
 /// their names only after their checksum was found right, so whatever is found there is good.
@@ -158,6 +158,27 @@ impl NodeStore {
         };
         tidy().map_err(|source| LockError::Io { path: tmp.display().to_string(), source })?;
         Ok(lock)
+    }
+
+    /// Removes a content object from this store's own repo. None there is not an error.
+    pub fn remove_content(&self, id: &ObjectId) -> io::Result<()> {
+        absent_is_fine(fs::remove_file(self.object_path(id, ObjectType::File)))
+    }
+
+    /// What an earlier run found in a plain layer, as [`NodeStore::write_layer_list`] left it.
+    pub fn read_layer_list(&self, name: &str) -> io::Result<Option<Vec<u8>>> {
+        match fs::read(self.root.join("derived").join(name)) {
+            Ok(list) => Ok(Some(list)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Keeps what was found in a plain layer, in one step. `name` is a plain file name.
+    pub fn write_layer_list(&self, name: &str, list: &[u8]) -> io::Result<()> {
+        let dir = self.root.join("derived");
+        fs::create_dir_all(&dir)?;
+        replace(&dir.join(name), list)
     }
 
     /// The journal of layers that are done.

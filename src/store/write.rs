@@ -164,6 +164,12 @@ impl ObjectWriter {
         Ok(FileWrite { writer: self, id: *id, meta, file, hasher })
     }
 
+    /// Starts a regular file whose checksum is not known beforehand, of any size.
+    pub fn begin_unnamed(&self, meta: FileMeta) -> Result<UnnamedWrite<'_>, WriteError> {
+        let hasher = meta.hasher();
+        Ok(UnnamedWrite { writer: self, meta, hasher, held: Vec::new(), file: None })
+    }
+
     fn nameless(&self) -> io::Result<File> {
         let flags = OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC;
         Ok(rustix::fs::openat(&self.dir, "tmp", flags, Mode::from_raw_mode(0o600))?.into())
@@ -214,6 +220,59 @@ impl FileWrite<'_> {
         check(&self.id, ObjectType::File, self.hasher)?;
         self.writer.seal(&self.file, &self.id, &self.meta)
     }
+}
+
+/// A regular file whose name will be known at its end. Small ones wait in memory, so that those that
+/// turn out not to be wanted cost nothing; larger ones go to a nameless file.
+#[derive(Debug)]
+pub struct UnnamedWrite<'a> {
+    writer: &'a ObjectWriter,
+    meta: FileMeta,
+    hasher: Sha256,
+    held: Vec<u8>,
+    file: Option<File>,
+}
+
+impl UnnamedWrite<'_> {
+    /// How much waits in memory.
+    const HELD: usize = 512 * 1024;
+
+    /// Appends content.
+    pub fn write(&mut self, content: &[u8]) -> Result<(), WriteError> {
+        self.hasher.update(content);
+        if self.file.is_none() && self.held.len() + content.len() > Self::HELD {
+            self.file = Some(self.writer.nameless().map_err(unnamed("creating it"))?);
+        }
+        let Some(file) = &mut self.file else {
+            self.held.extend_from_slice(content);
+            return Ok(());
+        };
+        let held = std::mem::take(&mut self.held);
+        file.write_all(&held).and_then(|()| file.write_all(content)).map_err(unnamed("writing"))
+    }
+
+    /// The object's name; it is stored under it when `keep` says so, and gone otherwise.
+    pub fn finish(self, keep: impl FnOnce(&ObjectId) -> bool) -> Result<(ObjectId, bool), WriteError> {
+        let id = ObjectId(self.hasher.finalize().into());
+        if !keep(&id) {
+            return Ok((id, false));
+        }
+        let step = |what: &'static str| fail(&id, ObjectType::File, what);
+        let file = match self.file {
+            Some(file) => file,
+            None => {
+                let mut file = self.writer.nameless().map_err(step("creating it"))?;
+                file.write_all(&self.held).map_err(step("writing"))?;
+                file
+            }
+        };
+        self.writer.seal(&file, &id, &self.meta)?;
+        Ok((id, true))
+    }
+}
+
+fn unnamed(what: &'static str) -> impl FnOnce(io::Error) -> WriteError {
+    move |source| WriteError::Io { object: "that has no name yet".into(), what: what.into(), source }
 }
 
 fn own_ids() -> (u32, u32) {

@@ -266,7 +266,9 @@ impl Image {
         }
         let config = json!({
             "architecture": self.architecture, "os": "linux", "config": { "Labels": labels },
-            "rootfs": { "type": "layers", "diff_ids": diff_ids }, "history": [],
+            "rootfs": { "type": "layers", "diff_ids": diff_ids },
+            // ostree-ext wants one.
+            "history": [{ "created_by": "the tests" }],
         });
         let config = blob(dir, config.to_string().as_bytes(), "application/vnd.oci.image.config.v1+json");
         let manifest = json!({ "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",

@@ -1,0 +1,282 @@
+//! From a commit and the layers on top of it to a commit of their own: lay, label, store, commit.
+//! Blocks.
+//!
+//! Format source: ostree-ext's import of derived images: which metadata the merge commit has, and that
+//! all of the merged tree is labelled by the merged tree's policy.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::sync::Arc;
+
+use ostree::glib;
+
+use crate::image::{Failure, ImageDescription, Kind, ResolvedImage};
+use crate::store::{ObjectId, ObjectType};
+
+use super::commit::{CommitInfo, DERIVED_FROM, IMAGE, commit_bytes, store_commit, store_tree};
+use super::label::{PolicyFiles, policy_objects};
+use super::layertree::{LayerDir, LayerFile, LayerTree};
+use super::merge::{Content, Dir, MergeError, read_dirtree, tree_of};
+use super::path::Placement;
+use super::relabel::Relabeller;
+use super::state::Import;
+use super::tree::{Depth, Lookup, Target, TreeError};
+
+/// What plain layers need to know about the commit below them.
+#[derive(Debug, Clone)]
+pub(super) struct BaseFacts {
+    pub placement: Placement,
+    /// The base's SELinux policy; `None` when it has none.
+    pub policy: Option<Arc<PolicyFiles>>,
+    /// Two layers read with the same key give the same tree.
+    key: String,
+}
+
+/// The merged tree, laid but not labelled.
+pub(super) struct Merged {
+    root: Dir,
+}
+
+/// What came of it.
+#[derive(Debug)]
+pub(super) struct Derived {
+    pub commit: ObjectId,
+    pub target: Target,
+    /// Objects that others were made of. They are needed to find out the same again.
+    pub sources: HashSet<ObjectId>,
+    pub warnings: Vec<String>,
+}
+
+impl BaseFacts {
+    /// Reads the facts; `None` while objects that they are in have not been stored yet.
+    pub(super) fn read(import: &Import) -> Result<Option<Self>, Failure> {
+        let lookup: &mut Lookup<'_> = &mut |id, kind| import.read_metadata(id, kind);
+        let fail = |error: TreeError| tree_failure(import, &error);
+        let mut root = tree_of(&import.commit, lookup).map_err(fail)?;
+        let mut placement = Placement { keep_var: ostree::check_version(2024, 3), any_top_level: false };
+        for path in ["etc/ostree/prepare-root.conf", "usr/lib/ostree/prepare-root.conf"] {
+            let path: Vec<String> = path.split('/').map(str::to_owned).collect();
+            let Some(id) = root.file(&path, lookup).map_err(fail)? else { continue };
+            let Some(object) = import.store.find_object(&id, ObjectType::File) else { return Ok(None) };
+            let config = std::fs::read_to_string(object).map_err(|error| local(import, error))?;
+            placement.any_top_level = root_is_overlay(&config);
+            break;
+        }
+        let mut key = format!("{:?} {}", placement, import.commit);
+        let mut policy = None;
+        if let Some(objects) = policy_objects(&mut root, lookup).map_err(fail)? {
+            let Some(files) = objects.show(&import.store).map_err(|error| local(import, error))? else {
+                return Ok(None);
+            };
+            key.push_str(&objects.identity());
+            policy = Some(Arc::new(files));
+        }
+        Ok(Some(Self { placement, policy, key }))
+    }
+
+    /// The name that a layer's tree is kept by in the store.
+    pub(super) fn list_name(&self, diff_id: &str) -> String {
+        use sha2::Digest;
+        hex::encode(sha2::Sha256::digest(format!("1 {diff_id} {}", self.key)))
+    }
+}
+
+/// Whether the root directory of the booted system will be an overlay, so that anything may be in it.
+fn root_is_overlay(config: &str) -> bool {
+    let file = glib::KeyFile::new();
+    if file.load_from_data(config, glib::KeyFileFlags::NONE).is_err() {
+        return false;
+    }
+    let transient = file.boolean("root", "transient").unwrap_or(false);
+    let composefs = file.string("composefs", "enabled");
+    transient || composefs.is_ok_and(|value| matches!(value.as_str(), "signed" | "maybe" | "yes" | "true" | "1"))
+}
+
+impl Merged {
+    /// Lays `layers` over the base, in order.
+    pub(super) fn lay(import: &Import, layers: &[(String, Arc<LayerTree>)]) -> Result<Self, Failure> {
+        let lookup: &mut Lookup<'_> = &mut |id, kind| import.read_metadata(id, kind);
+        let mut root = tree_of(&import.commit, lookup).map_err(|error| tree_failure(import, &error))?;
+        for (name, layer) in layers {
+            root.lay(layer, &|id| import.base_has(id), lookup).map_err(|error| match error {
+                MergeError::Tree(error) => tree_failure(import, &error),
+                error => Failure::new(Kind::BadFormat, format!("{name}: {error}")),
+            })?;
+        }
+        Ok(Self { root })
+    }
+
+    /// The content objects of the tree as it is now.
+    pub(super) fn target(&self, import: &Import) -> Result<Target, Failure> {
+        let mut target = Target::default();
+        let lookup: &mut Lookup<'_> = &mut |id, kind| import.read_metadata(id, kind);
+        list(&self.root, Depth::Root, &mut HashSet::new(), &mut target, lookup)
+            .map_err(|error| tree_failure(import, &error))?;
+        Ok(target)
+    }
+
+    /// Labels the tree by its own policy, stores its metadata, and makes a commit of it.
+    pub(super) fn commit(
+        mut self,
+        import: &Import,
+        facts: &BaseFacts,
+        image: &ResolvedImage,
+        description: &ImageDescription,
+        layers: &[(String, Arc<LayerTree>)],
+    ) -> Result<Derived, Failure> {
+        let fail = |error: TreeError| tree_failure(import, &error);
+        let lookup: &mut Lookup<'_> = &mut |id, kind| import.read_metadata(id, kind);
+        let mut warnings = left_out(layers);
+        let mut sources = HashSet::new();
+        let policy = policy_objects(&mut self.root, lookup).map_err(fail)?;
+        if let Some(objects) = policy {
+            let own = match &facts.policy {
+                Some(base) if base.objects == objects => Some(base.clone()),
+                _ => objects.show(&import.store).map_err(|error| local(import, error))?.map(Arc::new),
+            };
+            let own = own.ok_or_else(|| local(import, "files of the SELinux policy vanished while it was pulled"))?;
+            let mut relabeller = Relabeller::new(import, &own, &image.pinned)?;
+            relabeller.label(&mut self.root)?;
+            warnings.extend(relabeller.warning());
+            sources = relabeller.sources();
+        }
+        let (tree, meta) = store_tree(import, &self.root, lookup)?;
+        let left_out: BTreeMap<String, BTreeMap<String, u32>> = description
+            .layout
+            .derived
+            .iter()
+            .zip(layers)
+            .filter(|(_, (_, tree))| !tree.left_out.is_empty())
+            .map(|(layer, (_, tree))| (layer.digest(), tree.left_out.clone()))
+            .collect();
+        // By way of values, whose keys are in order: the same image is always the same commit.
+        let json = |value: serde_json::Result<serde_json::Value>| {
+            value.map(|value| value.to_string()).map_err(|error| local(import, error))
+        };
+        let info = CommitInfo {
+            strings: BTreeMap::from([
+                ("ostree.manifest-digest", image.digest.clone()),
+                ("ostree.manifest", json(serde_json::to_value(&description.manifest))?),
+                ("ostree.container.image-config", json(serde_json::to_value(&description.config))?),
+                (DERIVED_FROM, import.commit.to_string()),
+                (IMAGE, image.pinned.clone()),
+            ]),
+            left_out,
+            parent: import.commit,
+            timestamp: created(description),
+            tree,
+            meta,
+        };
+        let commit = store_commit(import, &commit_bytes(&info))?;
+        let target = self.target(import)?;
+        Ok(Derived { commit, target, sources, warnings })
+    }
+}
+
+/// The objects that a layer brings itself.
+pub(super) fn objects_of(layer: &LayerTree) -> HashSet<ObjectId> {
+    let mut found = HashSet::new();
+    let mut queue: Vec<&LayerDir> = vec![&layer.root];
+    while let Some(dir) = queue.pop() {
+        queue.extend(dir.dirs.values());
+        found.extend(dir.files.values().filter_map(|file| match file {
+            LayerFile::Object(id) => Some(*id),
+            _ => None,
+        }));
+    }
+    found
+}
+
+fn list(
+    dir: &Dir,
+    depth: Depth,
+    seen: &mut HashSet<(ObjectId, Depth)>,
+    target: &mut Target,
+    lookup: &mut Lookup<'_>,
+) -> Result<(), TreeError> {
+    let read;
+    let (files, dirs) = match &dir.content {
+        Content::Open { files, dirs } => (files, dirs),
+        Content::Stored(tree) if !seen.insert((*tree, depth)) => return Ok(()),
+        Content::Stored(tree) => {
+            read = read_dirtree(tree, lookup)?;
+            (&read.0, &read.1)
+        }
+    };
+    for id in files.values() {
+        target.add(*id, depth);
+    }
+    for (name, dir) in dirs {
+        list(dir, depth.enter(name), seen, target, lookup)?;
+    }
+    Ok(())
+}
+
+/// One line for each layer that things were left out of.
+fn left_out(layers: &[(String, Arc<LayerTree>)]) -> Vec<String> {
+    const SHOWN: usize = 12;
+    let mut lines = Vec::new();
+    for (name, layer) in layers.iter().filter(|(_, layer)| !layer.left_out.is_empty()) {
+        let total: u64 = layer.left_out.values().map(|count| u64::from(*count)).sum();
+        let mut parts: Vec<String> =
+            layer.left_out.iter().take(SHOWN).map(|(what, count)| format!("{what} ({count})")).collect();
+        if layer.left_out.len() > SHOWN {
+            parts.push(format!("and {} more places", layer.left_out.len() - SHOWN));
+        }
+        lines.push(format!("{name}: {total} entries cannot be part of an ostree commit: {}", parts.join(", ")));
+    }
+    // Equal layers say equal things.
+    let unique: BTreeSet<String> = lines.into_iter().collect();
+    unique.into_iter().collect()
+}
+
+/// When the image was made, in seconds since 1970; `None` when it does not say.
+fn created(description: &ImageDescription) -> Option<u64> {
+    let annotation = description.manifest.annotations().as_ref();
+    let text = annotation
+        .and_then(|all| all.get("org.opencontainers.image.created"))
+        .or(description.config.created().as_ref())?;
+    let time = glib::DateTime::from_iso8601(text, None).ok()?;
+    u64::try_from(time.to_unix()).ok()
+}
+
+pub(super) fn tree_failure(import: &Import, error: &TreeError) -> Failure {
+    let kind = if matches!(error, TreeError::Malformed(..)) { Kind::BadFormat } else { Kind::Local };
+    Failure::new(kind, format!("commit {}: {error}", import.commit))
+}
+
+pub(super) fn local(import: &Import, error: impl std::fmt::Display) -> Failure {
+    Failure::new(Kind::Local, format!("commit {}: {error}", import.commit))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn which_roots_are_overlays() {
+        for (config, expected) in [
+            ("", false),
+            ("[root]\n", false),
+            ("[root]\ntransient=true\n", true),
+            ("[root]\ntransient=false\n", false),
+            ("[composefs]\nenabled = false\n", false),
+            ("[composefs]\nenabled=maybe\n", true),
+            ("[composefs]\nenabled=signed\n", true),
+            ("not a key file", false),
+        ] {
+            assert_eq!(root_is_overlay(config), expected, "{config:?}");
+        }
+    }
+
+    #[test]
+    fn warnings_name_places_and_counts() {
+        let mut layer = LayerTree::default();
+        for (place, times) in [("/opt", 3), ("/srv", 1)] {
+            (0..times).for_each(|_| layer.leave_out(place.into()));
+        }
+        let quiet = ("layer 2".to_owned(), Arc::new(LayerTree::default()));
+        let lines = left_out(&[("layer 1".into(), Arc::new(layer)), quiet]);
+        assert_eq!(lines, ["layer 1: 4 entries cannot be part of an ostree commit: /opt (3), /srv (1)"]);
+    }
+}

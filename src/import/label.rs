@@ -1,0 +1,126 @@
+//! SELinux labels from the image's own policy, as libostree looks them up.
+//!
+//! libostree wants a policy as files. They are shown to it as symlinks to objects, in a directory of
+//! the node store that is gone when the import ends. libselinux keeps one policy root per process:
+//! nothing else here looks labels up, and whoever does must set its own.
+
+use std::io;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use ostree::gio;
+use sha2::{Digest, Sha256};
+
+use crate::store::{NodeStore, ObjectId, ObjectType};
+
+use super::merge::Dir;
+use super::tree::{Lookup, TreeError};
+
+/// Where a commit keeps its policy.
+const POLICY: [&str; 3] = ["usr", "etc", "selinux"];
+
+/// The files of one policy that label lookups need, by path below the root.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct PolicyObjects(Vec<(String, ObjectId)>);
+
+/// The same as files; removed when dropped.
+#[derive(Debug)]
+pub(super) struct PolicyFiles {
+    root: PathBuf,
+    /// What they show.
+    pub objects: PolicyObjects,
+}
+
+/// An open policy. Belongs to one thread.
+pub(super) struct Labels(ostree::SePolicy);
+
+/// Finds the policy in a tree; `None` when it has none.
+pub(super) fn policy_objects(root: &mut Dir, lookup: &mut Lookup<'_>) -> Result<Option<PolicyObjects>, TreeError> {
+    let Some(selinux) = root.directory(&POLICY, lookup)? else { return Ok(None) };
+    let (files, kinds) = selinux.open(lookup)?;
+    let Some(config) = files.get("config") else { return Ok(None) };
+    let mut found = vec![("usr/etc/selinux/config".to_owned(), *config)];
+    for (kind, dir) in kinds {
+        // The module store beside these is large and says nothing about labels.
+        for part in ["contexts", "policy"] {
+            let Some(dir) = dir.directory(&[part], lookup)? else { continue };
+            let mut queue = vec![(format!("usr/etc/selinux/{kind}/{part}"), dir)];
+            while let Some((path, dir)) = queue.pop() {
+                let (files, dirs) = dir.open(lookup)?;
+                found.extend(files.iter().map(|(name, id)| (format!("{path}/{name}"), *id)));
+                queue.extend(dirs.iter_mut().map(|(name, dir)| (format!("{path}/{name}"), dir)));
+            }
+        }
+    }
+    found.sort();
+    Ok(Some(PolicyObjects(found)))
+}
+
+impl PolicyObjects {
+    /// What tells one policy from another.
+    pub(super) fn identity(&self) -> String {
+        let mut hasher = Sha256::new();
+        for (path, id) in &self.0 {
+            hasher.update(path.as_bytes());
+            hasher.update(id.0);
+        }
+        hex::encode(hasher.finalize())
+    }
+
+    /// Shows the policy as files. `None` while some of them are neither here nor in the booted repo.
+    pub(super) fn show(&self, store: &NodeStore) -> io::Result<Option<PolicyFiles>> {
+        let root = store.root().join(format!("policy-{}", &self.identity()[..16]));
+        match std::fs::remove_dir_all(&root) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let files = PolicyFiles { root, objects: self.clone() };
+        for (path, id) in &self.0 {
+            let at = files.root.join(path);
+            if let Some(dir) = at.parent() {
+                std::fs::create_dir_all(dir)?;
+            }
+            // The binary policy: libostree insists on a regular file, but labels are not in it.
+            if path.split('/').nth(4) == Some("policy") {
+                std::fs::write(&at, b"")?;
+                continue;
+            }
+            let Some(object) = store.find_object(id, ObjectType::File) else { return Ok(None) };
+            match std::fs::read_link(&object) {
+                Ok(target) => symlink(target, &at)?,
+                Err(_) => symlink(std::path::absolute(object)?, &at)?,
+            }
+        }
+        Ok(Some(files))
+    }
+}
+
+impl Drop for PolicyFiles {
+    fn drop(&mut self) {
+        // What stays behind is a few symlinks; the next import removes them.
+        let _ = std::fs::remove_dir_all(&self.root);
+    }
+}
+
+impl PolicyFiles {
+    /// Opens the policy for one thread.
+    pub(super) fn open(&self) -> Result<Labels, String> {
+        // Opening sets libselinux's policy root for the whole process.
+        static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+        let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        let root = gio::File::for_path(Path::new(&self.root));
+        let policy = ostree::SePolicy::new(&root, gio::Cancellable::NONE);
+        policy.map(Labels).map_err(|error| format!("its SELinux policy (/usr/etc/selinux) cannot be used: {error}"))
+    }
+}
+
+impl Labels {
+    /// The label of a path (absolute) with this mode (file type included), as it stands in the
+    /// attribute `security.selinux`: with its final NUL. `None` when the policy has none for it.
+    pub(super) fn of(&self, path: &str, mode: u32) -> Result<Option<Vec<u8>>, String> {
+        let label = self.0.label(path, mode, gio::Cancellable::NONE);
+        let label = label.map_err(|error| format!("looking up the SELinux label of {path}: {error}"))?;
+        Ok(label.map(|label| label.as_bytes().iter().copied().chain([0]).collect()))
+    }
+}

@@ -1,0 +1,326 @@
+//! The tree of a derived image: the commit's tree with layers laid over it. Pure but for the reading
+//! of metadata objects. Directories that no layer touches stay what they are, an object's name.
+//!
+//! Format source: the OCI image layer specification, and libostree's union checkout with whiteouts,
+//! which ostree-ext lays layers over each other with: a directory that exists keeps its metadata.
+
+use std::collections::BTreeMap;
+
+use ostree::glib::Variant;
+
+use crate::store::{ObjectId, ObjectType, Xattrs};
+
+use super::layertree::{DirMeta, LayerDir, LayerFile, LayerTree};
+use super::tree::{Lookup, TreeError, check_name, commit_root, load};
+
+/// A directory of the merged tree.
+#[derive(Debug, Clone)]
+pub(super) struct Dir {
+    pub meta: Meta,
+    pub content: Content,
+}
+
+/// A directory's metadata.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Meta {
+    /// As in this dirmeta object.
+    Stored(ObjectId),
+    /// New.
+    New(DirMeta),
+}
+
+/// A directory's content.
+#[derive(Debug, Clone)]
+pub(super) enum Content {
+    /// As in this dirtree object.
+    Stored(ObjectId),
+    /// Read, and maybe changed.
+    Open { files: BTreeMap<String, ObjectId>, dirs: BTreeMap<String, Dir> },
+}
+
+/// Why layers cannot be laid over a tree.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum MergeError {
+    #[error(transparent)]
+    Tree(#[from] TreeError),
+    #[error("/{0} is a hardlink to /{1}, which neither its layer nor one below has as a file")]
+    NoLinkTarget(String, String),
+    #[error("/{0} is a hardlink to the object {1}.file, which is not in the image")]
+    NoLinkObject(String, ObjectId),
+}
+
+/// A directory's files and directories, read from a dirtree object.
+type Listing = (BTreeMap<String, ObjectId>, BTreeMap<String, Dir>);
+
+/// The tree of a commit, untouched.
+pub(super) fn tree_of(commit: &ObjectId, lookup: &mut Lookup<'_>) -> Result<Dir, TreeError> {
+    let (tree, meta) = commit_root(commit, lookup)?;
+    Ok(Dir { meta: Meta::Stored(meta), content: Content::Stored(tree) })
+}
+
+/// Reads a dirtree object.
+pub(super) fn read_dirtree(tree: &ObjectId, lookup: &mut Lookup<'_>) -> Result<Listing, TreeError> {
+    let bytes = load(tree, ObjectType::DirTree, lookup)?;
+    let variant = Variant::from_data::<ostree::TreeVariantType, _>(bytes);
+    let bad = |what| TreeError::Malformed(*tree, "dirtree", what);
+    if !variant.is_normal_form() {
+        return Err(bad("not a dirtree in normal form"));
+    }
+    let (files, dirs) = variant.get::<ostree::TreeVariantType>().ok_or_else(|| bad("not a dirtree"))?;
+    let id = |bytes: Vec<u8>| ObjectId::from_bytes(&bytes).ok_or_else(|| bad("a checksum of the wrong length"));
+    let mut listing = Listing::default();
+    for (name, file) in files {
+        check_name(&name).map_err(bad)?;
+        listing.0.insert(name, id(file)?);
+    }
+    for (name, tree, meta) in dirs {
+        check_name(&name).map_err(bad)?;
+        let dir = Dir { meta: Meta::Stored(id(meta)?), content: Content::Stored(id(tree)?) };
+        listing.1.insert(name, dir);
+    }
+    Ok(listing)
+}
+
+/// Reads a dirmeta object.
+pub(super) fn read_dirmeta(meta: &ObjectId, lookup: &mut Lookup<'_>) -> Result<DirMeta, TreeError> {
+    let bytes = load(meta, ObjectType::DirMeta, lookup)?;
+    let bad = || TreeError::Malformed(*meta, "dirmeta", "not a dirmeta in normal form");
+    let variant = Variant::from_data::<(u32, u32, u32, Vec<(Vec<u8>, Vec<u8>)>), _>(bytes);
+    let fields = variant.is_normal_form().then(|| variant.get::<(u32, u32, u32, Vec<(Vec<u8>, Vec<u8>)>)>()).flatten();
+    let (uid, gid, mode, xattrs) = fields.ok_or_else(bad)?;
+    let mut pairs = Vec::with_capacity(xattrs.len());
+    for (mut name, value) in xattrs {
+        name.pop().filter(|nul| *nul == 0).ok_or_else(bad)?;
+        pairs.push((name, value));
+    }
+    Ok(DirMeta { uid: u32::from_be(uid), gid: u32::from_be(gid), mode: u32::from_be(mode) & 0o7777, xattrs: pairs })
+}
+
+/// A dirmeta object's bytes.
+pub(super) fn dirmeta_bytes(meta: &DirMeta) -> Vec<u8> {
+    use ostree::glib::variant::ToVariant;
+    const S_IFDIR: u32 = 0o040_000;
+    let xattrs = Xattrs::from_pairs(meta.xattrs.iter().map(|(name, value)| (name.as_slice(), value.as_slice())));
+    let with_nul = |name: &[u8]| name.iter().copied().chain([0]).collect::<Vec<u8>>();
+    let pairs: Vec<(Vec<u8>, Vec<u8>)> = xattrs.iter().map(|(name, value)| (with_nul(name), value.to_vec())).collect();
+    let mode = S_IFDIR | (meta.mode & 0o7777);
+    (meta.uid.to_be(), meta.gid.to_be(), mode.to_be(), pairs).to_variant().data().to_vec()
+}
+
+/// A dirtree object's bytes.
+pub(super) fn dirtree_bytes(
+    files: &BTreeMap<String, ObjectId>,
+    dirs: &BTreeMap<String, (ObjectId, ObjectId)>,
+) -> Vec<u8> {
+    use ostree::glib::variant::ToVariant;
+    let files: Vec<(&str, Vec<u8>)> = files.iter().map(|(name, id)| (name.as_str(), id.0.to_vec())).collect();
+    let dirs: Vec<(&str, Vec<u8>, Vec<u8>)> =
+        dirs.iter().map(|(name, (tree, meta))| (name.as_str(), tree.0.to_vec(), meta.0.to_vec())).collect();
+    (files, dirs).to_variant().data().to_vec()
+}
+
+impl Dir {
+    /// The content, read when it was not yet.
+    pub(super) fn open(&mut self, lookup: &mut Lookup<'_>) -> Result<OpenDir<'_>, TreeError> {
+        if let Content::Stored(tree) = &self.content {
+            let (files, dirs) = read_dirtree(tree, lookup)?;
+            self.content = Content::Open { files, dirs };
+        }
+        match &mut self.content {
+            Content::Open { files, dirs } => Ok((files, dirs)),
+            // Just replaced above.
+            Content::Stored(tree) => Err(TreeError::Missing(*tree, "dirtree")),
+        }
+    }
+
+    /// The file at a path; `None` when there is none, or something else.
+    pub(super) fn file(&mut self, path: &[String], lookup: &mut Lookup<'_>) -> Result<Option<ObjectId>, TreeError> {
+        let Some((name, parents)) = path.split_last() else { return Ok(None) };
+        let Some(dir) = self.directory(parents, lookup)? else { return Ok(None) };
+        Ok(dir.open(lookup)?.0.get(name).copied())
+    }
+
+    /// The directory at a path; `None` when there is none.
+    pub(super) fn directory(
+        &mut self,
+        path: &[impl AsRef<str>],
+        lookup: &mut Lookup<'_>,
+    ) -> Result<Option<&mut Dir>, TreeError> {
+        let mut dir = self;
+        for part in path {
+            match dir.open(lookup)?.1.get_mut(part.as_ref()) {
+                Some(next) => dir = next,
+                None => return Ok(None),
+            }
+        }
+        Ok(Some(dir))
+    }
+
+    /// Lays a layer over the tree. `in_base` says whether the commit at the bottom has an object.
+    pub(super) fn lay(
+        &mut self,
+        layer: &LayerTree,
+        in_base: &dyn Fn(&ObjectId) -> bool,
+        lookup: &mut Lookup<'_>,
+    ) -> Result<(), MergeError> {
+        // Links to what is below are followed before the layer hides any of it.
+        let mut below = BTreeMap::new();
+        let mut queue = vec![&layer.root];
+        while let Some(dir) = queue.pop() {
+            queue.extend(dir.dirs.values());
+            for target in dir.files.values() {
+                if let LayerFile::Below(target) = target
+                    && let Some(id) = self.file(target, lookup)?
+                {
+                    below.insert(target, id);
+                }
+            }
+        }
+        let object = |path: &str, file: &LayerFile| match file {
+            LayerFile::Object(id) => Ok(*id),
+            LayerFile::OfBase(id) if in_base(id) => Ok(*id),
+            LayerFile::OfBase(id) => Err(MergeError::NoLinkObject(path.to_owned(), *id)),
+            LayerFile::Below(target) => {
+                below.get(target).copied().ok_or_else(|| MergeError::NoLinkTarget(path.to_owned(), target.join("/")))
+            }
+        };
+        lay(self, &layer.root, "", &object, lookup)
+    }
+}
+
+/// An open directory's files and directories.
+pub(super) type OpenDir<'a> = (&'a mut BTreeMap<String, ObjectId>, &'a mut BTreeMap<String, Dir>);
+
+type Object<'a> = dyn Fn(&str, &LayerFile) -> Result<ObjectId, MergeError> + 'a;
+
+fn lay(
+    below: &mut Dir,
+    layer: &LayerDir,
+    path: &str,
+    object: &Object<'_>,
+    lookup: &mut Lookup<'_>,
+) -> Result<(), MergeError> {
+    if layer.whiteouts.is_empty() && layer.files.is_empty() && layer.dirs.is_empty() {
+        return Ok(());
+    }
+    let (files, dirs) = below.open(lookup)?;
+    for name in &layer.whiteouts {
+        files.remove(name);
+        dirs.remove(name);
+    }
+    let at = |name: &str| if path.is_empty() { name.to_owned() } else { format!("{path}/{name}") };
+    for (name, file) in &layer.files {
+        dirs.remove(name);
+        files.insert(name.clone(), object(&at(name), file)?);
+    }
+    for (name, layer) in &layer.dirs {
+        files.remove(name);
+        if layer.opaque {
+            dirs.remove(name);
+        }
+        let new = || Dir {
+            meta: Meta::New(layer.meta.clone()),
+            content: Content::Open { files: BTreeMap::new(), dirs: BTreeMap::new() },
+        };
+        lay(dirs.entry(name.clone()).or_insert_with(new), layer, &at(name), object, lookup)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use sha2::{Digest, Sha256};
+    use std::collections::HashMap;
+
+    fn path(text: &str) -> Vec<String> {
+        text.split('/').map(str::to_owned).collect()
+    }
+
+    fn id(byte: u8) -> ObjectId {
+        ObjectId([byte; 32])
+    }
+
+    /// /usr/{a,b}, /usr/d/{c,e}: a base in memory.
+    fn base() -> (HashMap<ObjectId, Vec<u8>>, Dir) {
+        let mut objects = HashMap::new();
+        let mut put = |bytes: Vec<u8>| {
+            let id = ObjectId(Sha256::digest(&bytes).into());
+            objects.insert(id, bytes);
+            id
+        };
+        let meta = put(dirmeta_bytes(&DirMeta { mode: 0o750, ..DirMeta::default() }));
+        let files = |names: &[(&str, u8)]| names.iter().map(|(name, byte)| (name.to_string(), id(*byte))).collect();
+        let d = put(dirtree_bytes(&files(&[("c", 3), ("e", 4)]), &BTreeMap::new()));
+        let usr = put(dirtree_bytes(&files(&[("a", 1), ("b", 2)]), &BTreeMap::from([("d".into(), (d, meta))])));
+        let root = put(dirtree_bytes(&BTreeMap::new(), &BTreeMap::from([("usr".into(), (usr, meta))])));
+        (objects, Dir { meta: Meta::Stored(meta), content: Content::Stored(root) })
+    }
+
+    fn laid(entries: &[(&str, u8)]) -> Result<(Dir, HashMap<ObjectId, Vec<u8>>), MergeError> {
+        let (objects, mut tree) = base();
+        let mut layer = LayerTree::default();
+        for (name, byte) in entries {
+            let at = path(name.trim_end_matches('/'));
+            match byte {
+                0 if name.ends_with('/') => layer.directory(&at, DirMeta::default()).unwrap(),
+                0 if layer.whiteout(&at, 0, 0).unwrap() => {}
+                byte => layer.file(&at, LayerFile::Object(id(*byte)), 0, 0).unwrap(),
+            }
+        }
+        layer.file(&path("usr/link"), LayerFile::Below(path("usr/a")), 0, 0).unwrap();
+        tree.lay(&layer, &|_| true, &mut |id, _| Ok(objects.get(id).cloned()))?;
+        Ok((tree, objects))
+    }
+
+    #[test]
+    fn whiteouts_replacements_and_links() {
+        for (entries, gone, there) in [
+            (&[("usr/.wh.a", 0)][..], &["usr/a"][..], &[("usr/b", 2), ("usr/link", 1)][..]),
+            (&[("usr/.wh.d", 0)], &["usr/d/c"], &[("usr/a", 1)]),
+            (&[("usr/d", 9)], &["usr/d/c"], &[("usr/d", 9)]),
+            (&[("usr/a/", 0), ("usr/a/x", 8)], &["usr/a"], &[("usr/a/x", 8), ("usr/link", 1)]),
+            (&[("usr/d/.wh..wh..opq", 0), ("usr/d/new", 7)], &["usr/d/c", "usr/d/e"], &[("usr/d/new", 7)]),
+            (&[("usr/.wh.a", 0), ("usr/a", 5)], &[], &[("usr/a", 5), ("usr/link", 1)]),
+            (&[("usr/d/.wh.nothing", 0)], &[], &[("usr/d/c", 3)]),
+        ] {
+            let (mut tree, objects) = laid(entries).unwrap();
+            let lookup: &mut Lookup<'_> = &mut |id, _| Ok(objects.get(id).cloned());
+            for name in gone {
+                assert_eq!(tree.file(&path(name), lookup).unwrap(), None, "{entries:?} {name}");
+            }
+            for (name, byte) in there {
+                assert_eq!(tree.file(&path(name), lookup).unwrap(), Some(id(*byte)), "{entries:?} {name}");
+            }
+        }
+    }
+
+    #[test]
+    fn directories_that_exist_keep_their_metadata() {
+        let (mut tree, objects) = laid(&[("usr/d/", 0), ("usr/n/", 0)]).unwrap();
+        let lookup: &mut Lookup<'_> = &mut |id, _| Ok(objects.get(id).cloned());
+        let meta = |tree: &mut Dir, name: &str, lookup: &mut Lookup<'_>| {
+            tree.directory(&path(name), lookup).unwrap().unwrap().meta.clone()
+        };
+        let Meta::Stored(stored) = meta(&mut tree, "usr/d", lookup) else { panic!("changed") };
+        assert_eq!(read_dirmeta(&stored, lookup).unwrap().mode, 0o750);
+        assert_eq!(meta(&mut tree, "usr/n", lookup), Meta::New(DirMeta::default()));
+        let untouched = tree.directory(&path("usr/d"), lookup).unwrap().unwrap();
+        assert!(matches!(untouched.content, Content::Stored(_)), "nothing was read that was not needed");
+    }
+
+    #[test]
+    fn links_to_nothing_are_errors() {
+        let (objects, mut tree) = base();
+        for (file, words) in
+            [(LayerFile::Below(path("usr/none")), "/usr/none"), (LayerFile::OfBase(id(9)), "not in the image")]
+        {
+            let mut layer = LayerTree::default();
+            layer.file(&path("usr/x"), file, 0, 0).unwrap();
+            let lookup: &mut Lookup<'_> = &mut |id, _| Ok(objects.get(id).cloned());
+            let error = tree.lay(&layer, &|_| false, lookup).unwrap_err().to_string();
+            assert!(error.contains("/usr/x") && error.contains(words), "{error}");
+        }
+    }
+}

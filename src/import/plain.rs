@@ -1,0 +1,238 @@
+//! One plain layer's archive, entry by entry: content becomes objects at once, the rest a
+//! [`LayerTree`]. Runs on a thread of its own and blocks.
+//!
+//! Format source: the OCI image layer specification; PAX headers for extended attributes.
+
+use std::collections::HashMap;
+
+use tar::EntryType;
+
+use crate::image::{Failure, Kind};
+use crate::store::{FileMeta, ObjectId, ObjectType, WriteError, Xattrs};
+
+use super::consume::tar_failure;
+use super::derive::BaseFacts;
+use super::entry::{Role, role};
+use super::label::Labels;
+use super::layertree::{DirMeta, LayerFile, LayerTree};
+use super::path::Place;
+use super::state::Import;
+use super::tarstream::{Chunks, Entry, TarError, TarStream};
+
+/// Extended attributes: names without NUL, and values.
+pub(super) type Pairs = Vec<(Vec<u8>, Vec<u8>)>;
+
+const S_IFDIR: u32 = 0o040_000;
+const S_IFREG: u32 = 0o100_000;
+const S_IFLNK: u32 = 0o120_000;
+const SELINUX: &[u8] = b"security.selinux";
+
+/// Reads a layer to the archive's end. Objects that are to be kept are stored as they come; what the
+/// layer is to become of the tree is the result. `name` is for messages.
+pub(super) fn read_plain(
+    import: &Import,
+    name: &str,
+    facts: &BaseFacts,
+    chunks: impl Chunks,
+) -> Result<LayerTree, Failure> {
+    let bad = |what: String| Failure::new(Kind::BadFormat, format!("{name}: {what}"));
+    let labels = facts.policy.as_ref().map(|policy| policy.open()).transpose().map_err(bad)?;
+    let mut layer = PlainReader {
+        import,
+        name,
+        facts,
+        labels,
+        tar: TarStream::new(chunks),
+        tree: LayerTree::default(),
+        repo_objects: HashMap::new(),
+    };
+    while let Some(entry) = layer.tar.next_entry().map_err(|error| tar_failure(name, &error))? {
+        layer.entry(&entry)?;
+    }
+    layer.tree.resolve_links().map_err(|(path, error)| bad(format!("the entry /{path} {error}")))?;
+    Ok(layer.tree)
+}
+
+struct PlainReader<'a, C> {
+    import: &'a Import,
+    name: &'a str,
+    facts: &'a BaseFacts,
+    labels: Option<Labels>,
+    tar: TarStream<C>,
+    tree: LayerTree,
+    /// Files below the repo's directory that are not the base's any more: where a lower file was changed
+    /// that is a hardlink there, its other names are hardlinks to this.
+    repo_objects: HashMap<String, ObjectId>,
+}
+
+impl<C: Chunks> PlainReader<'_, C> {
+    fn entry(&mut self, entry: &Entry) -> Result<(), Failure> {
+        let path = match self.place(entry, &entry.path)? {
+            Place::At(path) => path,
+            Place::RepoObject(path) => {
+                if is_regular(entry.kind) {
+                    let id = self.regular(entry, &path)?;
+                    self.repo_objects.insert(path, id);
+                } else {
+                    self.tree.leave_out("/sysroot".into());
+                }
+                return Ok(());
+            }
+            Place::Nowhere(top) => {
+                self.tree.leave_out(top);
+                return Ok(());
+            }
+        };
+        let named = || path.join("/");
+        match entry.kind {
+            EntryType::Directory => {
+                let meta = DirMeta {
+                    uid: entry.uid,
+                    gid: entry.gid,
+                    mode: entry.mode & 0o7777,
+                    xattrs: self.xattrs(entry, &named(), S_IFDIR)?,
+                };
+                self.tree.directory(&path, meta).map_err(|error| self.bad(entry, error))
+            }
+            EntryType::Symlink => {
+                let file = self.symlink(entry, &named())?;
+                self.put(entry, &path, LayerFile::Object(file))
+            }
+            kind if is_regular(kind) || kind == EntryType::Link => {
+                let whiteout = self.tree.whiteout(&path, entry.uid, entry.gid);
+                if whiteout.map_err(|error| self.bad(entry, error))? {
+                    return Ok(());
+                }
+                let file = match kind {
+                    EntryType::Link => self.link(entry)?,
+                    _ => LayerFile::Object(self.regular(entry, &named())?),
+                };
+                self.put(entry, &path, file)
+            }
+            EntryType::Char | EntryType::Block => {
+                self.tree.leave_out(format!("device /{}", named()));
+                Ok(())
+            }
+            EntryType::Fifo => {
+                self.tree.leave_out(format!("fifo /{}", named()));
+                Ok(())
+            }
+            kind => Err(self.bad(entry, format!("has the unknown type {kind:?}"))),
+        }
+    }
+
+    fn put(&mut self, entry: &Entry, path: &[String], file: LayerFile) -> Result<(), Failure> {
+        self.tree.file(path, file, entry.uid, entry.gid).map_err(|error| self.bad(entry, error))
+    }
+
+    /// Where a hardlink leads.
+    fn link(&self, entry: &Entry) -> Result<LayerFile, Failure> {
+        match self.place(entry, &entry.link)? {
+            Place::At(path) => Ok(LayerFile::Below(path)),
+            Place::RepoObject(path) => {
+                if let Some(id) = self.repo_objects.get(&path) {
+                    return Ok(LayerFile::Object(*id));
+                }
+                match role(path.as_bytes()) {
+                    Ok(Role::Object(id, ObjectType::File)) => Ok(LayerFile::OfBase(id)),
+                    _ => Err(self.bad(entry, format!("is a hardlink to /{path}, which is no content object"))),
+                }
+            }
+            Place::Nowhere(top) => {
+                let target = entry.link.escape_ascii();
+                Err(self.bad(entry, format!("is a hardlink to {target}, but what is in {top} cannot be kept")))
+            }
+        }
+    }
+
+    fn symlink(&mut self, entry: &Entry, path: &str) -> Result<ObjectId, Failure> {
+        if std::str::from_utf8(&entry.link).is_err() || entry.link.is_empty() || entry.link.contains(&0) {
+            let target = entry.link.escape_ascii();
+            return Err(self.bad(entry, format!("is a symlink to {target}, which ostree cannot store")));
+        }
+        let meta = self.meta(entry, path, Some(entry.link.clone()))?;
+        let id = ObjectId(sha2::Digest::finalize(meta.hasher()).into());
+        if self.import.keeps_derived(&id, path) {
+            let stored = self.import.writer.symlink(&id, &meta);
+            stored.map_err(|error| self.write_failure(path, &error))?;
+            self.import.derived_stored(&id, 0);
+        }
+        Ok(id)
+    }
+
+    fn regular(&mut self, entry: &Entry, path: &str) -> Result<ObjectId, Failure> {
+        let meta = self.meta(entry, path, None)?;
+        let fail = |error: &WriteError| self.import.write_failure(&format!("{}: /{path}", self.name), error);
+        let mut file = self.import.writer.begin_unnamed(meta).map_err(|error| fail(&error))?;
+        loop {
+            match self.tar.content() {
+                Ok(Some(piece)) => file.write(piece).map_err(|error| fail(&error))?,
+                Ok(None) => break,
+                Err(error) => return Err(self.tar_failure(&error)),
+            }
+        }
+        let keep = |id: &ObjectId| self.import.keeps_derived(id, path);
+        let (id, stored) = file.finish(keep).map_err(|error| fail(&error))?;
+        if stored {
+            self.import.derived_stored(&id, entry.size);
+        }
+        Ok(id)
+    }
+
+    fn meta(&self, entry: &Entry, path: &str, target: Option<Vec<u8>>) -> Result<FileMeta, Failure> {
+        let kind = if target.is_some() { S_IFLNK } else { S_IFREG };
+        let xattrs = self.xattrs(entry, path, kind)?;
+        let xattrs = Xattrs::from_pairs(xattrs.iter().map(|(name, value)| (name.as_slice(), value.as_slice())));
+        Ok(FileMeta { uid: entry.uid, gid: entry.gid, mode: entry.mode & 0o7777, target, xattrs })
+    }
+
+    /// The archive's attributes, with the policy's label in place of the archive's when it has one.
+    fn xattrs(&self, entry: &Entry, path: &str, kind: u32) -> Result<Pairs, Failure> {
+        let mut xattrs = entry.xattrs.clone();
+        if let Some(labels) = &self.labels
+            && let Some(label) = labels
+                .of(&format!("/{path}"), kind | (entry.mode & 0o7777))
+                .map_err(|what| Failure::new(Kind::BadFormat, format!("{}: {what}", self.name)))?
+        {
+            set_label(&mut xattrs, label);
+        }
+        Ok(xattrs)
+    }
+
+    fn place(&self, entry: &Entry, path: &[u8]) -> Result<Place, Failure> {
+        self.facts.placement.place(path).map_err(|error| {
+            let what =
+                if path == entry.path { String::new() } else { format!("links to {}: it ", path.escape_ascii()) };
+            self.bad(entry, format!("{what}{error}"))
+        })
+    }
+
+    fn bad(&self, entry: &Entry, what: impl std::fmt::Display) -> Failure {
+        let path = entry.path.escape_ascii();
+        Failure::new(Kind::BadFormat, format!("{}: the entry {path} {what}", self.name))
+    }
+
+    fn write_failure(&self, path: &str, error: &WriteError) -> Failure {
+        self.import.write_failure(&format!("{}: /{path}", self.name), error)
+    }
+
+    fn tar_failure(&self, error: &TarError) -> Failure {
+        tar_failure(self.name, error)
+    }
+}
+
+/// Puts a label in place of whatever there was, in the order of names.
+pub(super) fn set_label(xattrs: &mut Pairs, label: Vec<u8>) {
+    xattrs.retain(|(name, _)| name != SELINUX);
+    xattrs.push((SELINUX.to_vec(), label));
+    xattrs.sort();
+}
+
+/// The label among attributes.
+pub(super) fn label_of(xattrs: &[(Vec<u8>, Vec<u8>)]) -> Option<&[u8]> {
+    xattrs.iter().find(|(name, _)| name == SELINUX).map(|(_, value)| value.as_slice())
+}
+
+fn is_regular(kind: EntryType) -> bool {
+    matches!(kind, EntryType::Regular | EntryType::Continuous)
+}
