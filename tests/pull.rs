@@ -11,8 +11,12 @@ mod fixture;
 mod layers;
 #[path = "pull/measure.rs"]
 mod measure;
+#[path = "pull/policy.rs"]
+mod policy;
 #[path = "pull/registry.rs"]
 mod registry;
+#[path = "pull/release.rs"]
+mod release;
 #[path = "pull/tree.rs"]
 mod tree;
 

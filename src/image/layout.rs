@@ -94,15 +94,30 @@ pub fn layout(
     if commit.parse::<crate::store::ObjectId>().is_err() {
         return Err(bad(format!("has a label ostree.commit that is no checksum: {commit:?}")));
     }
-    let (layers, diff_ids) = (manifest.layers(), config.rootfs().diff_ids());
-    if layers.len() != diff_ids.len() {
-        return Err(bad(format!("has {} layers but {} diff ids", layers.len(), diff_ids.len())));
-    }
+    let mut all = layers(image, manifest, config)?;
+    let diff_ids = config.rootfs().diff_ids();
     let mut positions = diff_ids.iter().enumerate().filter(|(_, id)| **id == final_diff_id).map(|(index, _)| index);
     // With equal layers in a row (empty ones, say) the last of them ends the commit.
     let Some(last) = positions.next_back() else {
         return Err(bad(format!("names {final_diff_id} in its label ostree.final-diffid, but has no such layer")));
     };
+    let derived = all.split_off(last + 1);
+    let mut encapsulated = all.into_iter();
+    let Some(commit_layer) = encapsulated.next() else { return Err(bad("has no layers".into())) };
+    Ok(Layout { commit, commit_layer, chunks: encapsulated.collect(), derived })
+}
+
+/// All layers of any image, in the manifest's order.
+pub(super) fn layers(
+    image: &str,
+    manifest: &ImageManifest,
+    config: &ImageConfiguration,
+) -> Result<Vec<Layer>, Failure> {
+    let bad = |what: String| Failure::new(Kind::BadFormat, format!("image {image} {what}"));
+    let (layers, diff_ids) = (manifest.layers(), config.rootfs().diff_ids());
+    if layers.len() != diff_ids.len() {
+        return Err(bad(format!("has {} layers but {} diff ids", layers.len(), diff_ids.len())));
+    }
     let mut all = Vec::with_capacity(layers.len());
     for (index, (descriptor, diff_id)) in layers.iter().zip(diff_ids).enumerate() {
         let Some(compression) = compression(descriptor.media_type()) else {
@@ -120,10 +135,7 @@ pub fn layout(
             .unwrap_or_default();
         all.push(Layer { index, descriptor: descriptor.clone(), diff_id: diff_id.clone(), compression, components });
     }
-    let derived = all.split_off(last + 1);
-    let mut encapsulated = all.into_iter();
-    let Some(commit_layer) = encapsulated.next() else { return Err(bad("has no layers".into())) };
-    Ok(Layout { commit, commit_layer, chunks: encapsulated.collect(), derived })
+    Ok(all)
 }
 
 /// The compression that a media type stands for, OCI's or docker's; `None` for what is no layer.

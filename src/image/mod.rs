@@ -2,20 +2,28 @@
 //!
 //! This room turns a pull spec into a verified manifest, config and layer streams through
 //! `containers-image-proxy` (skopeo: registries.conf, mirrors, policy.json, proxies and auth files,
-//! none of it reimplemented) and classifies every failure as worth retrying or not.
+//! none of it reimplemented), finds the node image that a release payload names, and classifies every
+//! failure as worth retrying or not. What layers are made of (compression, tar) is read here too.
 //! It may not touch ostree, the store, or the running system.
 
 mod blob;
 mod classify;
+pub(crate) mod decompress;
 mod failure;
+pub(crate) mod incoming;
 mod layout;
+mod policy;
+mod references;
+mod release;
 mod source;
 mod spec;
+pub(crate) mod tarstream;
 
 pub use blob::LayerStream;
 pub use classify::classify;
 pub use failure::{Class, Failure, Kind};
 pub use layout::{Compression, Layer, Layout, layout, machine_architecture};
+pub use release::resolve_release;
 pub use source::{ImageDescription, ImageSettings, Source};
 pub use spec::PullSpec;
 

@@ -12,6 +12,7 @@ use sha2::{Digest, Sha256};
 use tokio::io::AsyncReadExt;
 use tokio::sync::Mutex;
 
+use super::policy::Enforcement;
 use super::{Failure, Kind, Layer, LayerStream, PullSpec, ResolvedImage, classify};
 
 /// The auth file of the field: the installer puts the pull secret there.
@@ -40,6 +41,7 @@ pub struct Source {
     idle: Duration,
     opened: Mutex<Option<(String, Arc<OpenedImage>)>>,
     activity: AtomicU64,
+    policy: Enforcement,
 }
 
 /// The manifest, the config and the layers' purposes, all verified against the image's digest.
@@ -67,12 +69,16 @@ impl Source {
         let proxy = ImageProxy::new_with_config(config)
             .await
             .map_err(|error| Failure::new(Kind::Local, format!("starting skopeo: {error}")))?;
+        let version = tokio::process::Command::new("skopeo").arg("--version").output().await;
+        let version = version.map_err(|error| Failure::new(Kind::Local, format!("starting skopeo: {error}")))?;
+        let policy = Enforcement::of_version(&String::from_utf8_lossy(&version.stdout));
         let idle = settings.idle_timeout.unwrap_or(Duration::from_secs(60));
-        Ok(Self { proxy, idle, opened: Mutex::new(None), activity: AtomicU64::new(0) })
+        Ok(Self { proxy, idle, opened: Mutex::new(None), activity: AtomicU64::new(0), policy })
     }
 
     /// Finds the image and pins it by digest. For a multi-architecture index, the digest is that of
-    /// this machine's manifest in it. The signature policy is enforced here, by the proxy.
+    /// this machine's manifest in it. The signature policy is enforced here: by the proxy, or, where that is
+    /// too old to do it, by refusing whatever needs a signature.
     pub async fn resolve(&self, spec: &PullSpec) -> Result<ResolvedImage, Failure> {
         let requested = spec.to_string();
         let opened = self.open_image(&requested).await?;
@@ -84,6 +90,16 @@ impl Source {
 
     /// The image's manifest and config, checked: digests, architecture, ostree labels.
     pub async fn manifest(&self, image: &ResolvedImage) -> Result<ImageDescription, Failure> {
+        let (manifest, config) = self.any_manifest(image).await?;
+        let layout = super::layout(&image.pinned, &manifest, &config, super::machine_architecture())?;
+        Ok(ImageDescription { manifest, config, layout })
+    }
+
+    /// The manifest and config of any image, checked against its digest.
+    pub(super) async fn any_manifest(
+        &self,
+        image: &ResolvedImage,
+    ) -> Result<(ImageManifest, ImageConfiguration), Failure> {
         let name = &image.pinned;
         let opened = self.opened(image).await?;
         let (digest, raw) = self.raw_manifest(name, &opened).await?;
@@ -96,8 +112,7 @@ impl Source {
         let raw = self.config(name, &opened, &manifest).await?;
         let config: ImageConfiguration = serde_json::from_slice(&raw)
             .map_err(|error| Failure::new(Kind::BadFormat, format!("the config of {name} is malformed: {error}")))?;
-        let layout = super::layout(name, &manifest, &config, super::machine_architecture())?;
-        Ok(ImageDescription { manifest, config, layout })
+        Ok((manifest, config))
     }
 
     /// Starts to fetch a layer.
@@ -137,6 +152,7 @@ impl Source {
     }
 
     async fn open_image(&self, name: &str) -> Result<Arc<OpenedImage>, Failure> {
+        self.policy.check(name)?;
         let reference = format!("docker://{name}");
         self.request(name, "image", self.proxy.open_image(&reference)).await.map(Arc::new)
     }

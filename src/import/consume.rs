@@ -16,8 +16,8 @@ use crate::store::{FileMeta, ObjectId, ObjectType, Xattrs};
 
 use super::entry::{BadPath, Role, inside, role};
 use super::state::Import;
-use super::tarstream::{Chunks, Entry, TarError, TarStream};
 use super::tree::TreeError;
+use crate::image::tarstream::{Chunks, Entry, TarError, TarStream};
 
 /// libostree refuses larger metadata objects.
 const LARGEST_METADATA: u64 = 128 << 20;

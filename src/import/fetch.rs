@@ -2,7 +2,7 @@
 //! threads behind it (decompress and digest; parse, hash and write). Bounded channels between them
 //! are the back pressure and the bound on memory.
 
-use std::io::{self, Read};
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc as blocking;
@@ -10,11 +10,12 @@ use std::sync::mpsc as blocking;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use crate::image::decompress::decompress;
+use crate::image::incoming::Incoming;
 use crate::image::{Failure, Kind, Layer, ResolvedImage, Source};
 use crate::store::ObjectType;
 
 use super::consume::{Consumed, Purpose, consume};
-use super::decompress::decompress;
 use super::derive::BaseFacts;
 use super::layertree::LayerTree;
 use super::plain::read_plain;
@@ -189,31 +190,4 @@ async fn join<T>(task: tokio::task::JoinHandle<T>, name: &str) -> Result<T, Fail
 /// What a caller gets who asked to stop.
 pub(super) fn cancelled(image: &str) -> Failure {
     Failure::new(Kind::Cancelled, format!("the pull of {image} was cancelled"))
-}
-
-/// The decompressor's view of the pieces that the async end sends.
-struct Incoming {
-    channel: mpsc::Receiver<Vec<u8>>,
-    current: Vec<u8>,
-    at: usize,
-}
-
-impl Incoming {
-    fn new(channel: mpsc::Receiver<Vec<u8>>) -> Self {
-        Self { channel, current: Vec::new(), at: 0 }
-    }
-}
-
-impl Read for Incoming {
-    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        if self.at == self.current.len() {
-            let Some(next) = self.channel.blocking_recv() else { return Ok(0) };
-            self.current = next;
-            self.at = 0;
-        }
-        let count = out.len().min(self.current.len() - self.at);
-        out[..count].copy_from_slice(&self.current[self.at..self.at + count]);
-        self.at += count;
-        Ok(count)
-    }
 }

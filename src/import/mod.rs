@@ -12,7 +12,6 @@
 
 mod commit;
 mod consume;
-mod decompress;
 mod derive;
 mod entry;
 mod fetch;
@@ -25,7 +24,6 @@ mod plain_layers;
 mod pull;
 mod relabel;
 mod state;
-mod tarstream;
 mod tree;
 mod wanted;
 

@@ -17,7 +17,7 @@ use super::label::Labels;
 use super::layertree::{DirMeta, LayerFile, LayerTree};
 use super::path::Place;
 use super::state::Import;
-use super::tarstream::{Chunks, Entry, TarError, TarStream};
+use crate::image::tarstream::{Chunks, Entry, TarError, TarStream};
 
 /// Extended attributes: names without NUL, and values.
 pub(super) type Pairs = Vec<(Vec<u8>, Vec<u8>)>;

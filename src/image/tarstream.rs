@@ -18,7 +18,7 @@ const PAX_XATTR: &[u8] = b"SCHILY.xattr.";
 
 /// Why an archive cannot be read on.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum TarError {
+pub(crate) enum TarError {
     /// It ends in the middle of something.
     #[error("the archive ends early")]
     Truncated,
@@ -31,7 +31,7 @@ pub(super) enum TarError {
 }
 
 /// Where an archive comes from: chunk after chunk, empty at the end.
-pub(super) trait Chunks {
+pub(crate) trait Chunks {
     /// The next chunk; an empty one is the end.
     fn next(&mut self) -> io::Result<Vec<u8>>;
 }
@@ -44,7 +44,7 @@ impl<F: FnMut() -> io::Result<Vec<u8>> + ?Sized> Chunks for &mut F {
 
 /// What stands before an entry's content.
 #[derive(Debug, Clone)]
-pub(super) struct Entry {
+pub(crate) struct Entry {
     /// The path, byte for byte.
     pub path: Vec<u8>,
     /// The target of a hardlink or symlink, byte for byte.
@@ -64,7 +64,7 @@ pub(super) struct Entry {
 }
 
 /// Reads entries and their content in order.
-pub(super) struct TarStream<C> {
+pub(crate) struct TarStream<C> {
     chunks: C,
     current: Vec<u8>,
     at: usize,
@@ -76,12 +76,12 @@ pub(super) struct TarStream<C> {
 }
 
 impl<C: Chunks> TarStream<C> {
-    pub(super) fn new(chunks: C) -> Self {
+    pub(crate) fn new(chunks: C) -> Self {
         Self { chunks, current: Vec::new(), at: 0, content: 0, padding: 0, globals: 0 }
     }
 
     /// The next entry, after whatever was left of the last one's content; `None` at the end marker.
-    pub(super) fn next_entry(&mut self) -> Result<Option<Entry>, TarError> {
+    pub(crate) fn next_entry(&mut self) -> Result<Option<Entry>, TarError> {
         self.skip_content()?;
         let mut long_path = None;
         let mut long_link = None;
@@ -138,7 +138,7 @@ impl<C: Chunks> TarStream<C> {
     }
 
     /// Lends the next piece of the current entry's content; `None` at its end.
-    pub(super) fn content(&mut self) -> Result<Option<&[u8]>, TarError> {
+    pub(crate) fn content(&mut self) -> Result<Option<&[u8]>, TarError> {
         if self.content == 0 {
             return Ok(None);
         }
@@ -151,7 +151,7 @@ impl<C: Chunks> TarStream<C> {
     }
 
     /// The whole content of the current entry, appended to `out`. The caller has checked its size.
-    pub(super) fn read_content(&mut self, out: &mut Vec<u8>) -> Result<(), TarError> {
+    pub(crate) fn read_content(&mut self, out: &mut Vec<u8>) -> Result<(), TarError> {
         while let Some(piece) = self.content()? {
             out.extend_from_slice(piece);
         }

@@ -4,7 +4,7 @@ use std::io::{self, BufReader, Read};
 
 use sha2::{Digest, Sha256};
 
-use crate::image::Compression;
+use super::Compression;
 
 /// The size of the pieces handed on. Large enough that handing over costs nothing, small enough that
 /// a handful of them in flight per layer is a few megabytes.
@@ -15,21 +15,26 @@ const ZSTD_WINDOW_BITS: u32 = 25;
 
 /// Reads `input` to its end, hands the decompressed bytes on in pieces and returns their SHA-256.
 /// Once `sink` answers false nothing is handed on any more, but the digest is still taken of all.
-pub(super) fn decompress(
+pub(crate) fn decompress(
     compression: Compression,
     input: impl Read,
     sink: &mut dyn FnMut(Vec<u8>) -> bool,
 ) -> io::Result<[u8; 32]> {
-    match compression {
-        Compression::None => pump(input, sink),
+    pump(decoder(compression, input)?, sink)
+}
+
+/// A reader of what `input` holds.
+pub(crate) fn decoder<'a>(compression: Compression, input: impl Read + 'a) -> io::Result<Box<dyn Read + 'a>> {
+    Ok(match compression {
+        Compression::None => Box::new(input),
         // A gzip blob may be several gzip files in a row (pigz, zstd:chunked's ancestor estargz).
-        Compression::Gzip => pump(flate2::bufread::MultiGzDecoder::new(BufReader::with_capacity(PIECE, input)), sink),
+        Compression::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(BufReader::with_capacity(PIECE, input))),
         Compression::Zstd => {
             let mut decoder = zstd::stream::read::Decoder::new(input)?;
             decoder.window_log_max(ZSTD_WINDOW_BITS)?;
-            pump(decoder, sink)
+            Box::new(decoder)
         }
-    }
+    })
 }
 
 fn pump(mut reader: impl Read, sink: &mut dyn FnMut(Vec<u8>) -> bool) -> io::Result<[u8; 32]> {

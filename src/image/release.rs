@@ -1,0 +1,217 @@
+//! From a release payload to the node image that it names, without a container runtime.
+//!
+//! Layers are read newest first, and no further than to the one that has the file (or hides it). That
+//! one is read to its end: before its digest is known to be right, nothing in it means anything.
+
+use std::io::{self, Read};
+
+use sha2::{Digest, Sha256};
+use tar::EntryType;
+use tokio::sync::mpsc;
+
+use super::decompress::decoder;
+use super::incoming::Incoming;
+use super::layout::layers;
+use super::references::node_image;
+use super::tarstream::{Chunks, TarError, TarStream};
+use super::{Failure, Kind, Layer, PullSpec, ResolvedImage, Source};
+
+/// The file, and the directory that it is in.
+const DIRECTORY: &[u8] = b"release-manifests";
+const FILE: &[u8] = b"image-references";
+/// Real ones have some 200 KiB.
+const LARGEST: u64 = 8 << 20;
+/// Pieces of 128 KiB that may wait between the registry and the reader.
+const WAITING: usize = 8;
+
+const ADVICE: &str = "give the pull spec of a release payload whose references have the node image, or the node \
+                      image itself";
+
+/// The pull spec by digest of the node image: the first of `tags` that the release payload has.
+///
+/// The payload itself may be named by tag or by digest; signature policy applies to it as to any image.
+/// It needs no ostree labels. Fetches its manifest, its config and as few layers as possible.
+///
+/// Errors: those of the registry, by their kinds (a retry may help); [`Kind::BadFormat`] when the image
+/// is no release payload, has none of the tags (the message lists similar ones), or names the image
+/// other than by digest. `source` should be opened anew after an error.
+pub async fn resolve_release(source: &Source, payload: &PullSpec, tags: &[String]) -> Result<PullSpec, Failure> {
+    let image = source.resolve(payload).await?;
+    let (manifest, config) = source.any_manifest(&image).await?;
+    let name = &image.pinned;
+    for layer in layers(name, &manifest, &config)?.iter().rev() {
+        match read_layer(source, &image, layer).await? {
+            Found::Nothing => {}
+            Found::Hidden => break,
+            Found::File(json) => {
+                return node_image(&json, tags).map_err(|error| {
+                    bad(format!("the release payload {name}: release-manifests/image-references {error}"))
+                });
+            }
+            Found::NoFile(what) => {
+                return Err(bad(format!("the release payload {name}: release-manifests/image-references {what}")));
+            }
+        }
+    }
+    Err(bad(format!("{name} is no release payload: it has no file release-manifests/image-references")))
+}
+
+fn bad(message: String) -> Failure {
+    Failure { advice: ADVICE, ..Failure::new(Kind::BadFormat, message) }
+}
+
+/// What a layer has to say about the file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Found {
+    /// Nothing: the layers below decide.
+    Nothing,
+    /// What is in the layers below does not count.
+    Hidden,
+    /// This content.
+    File(Vec<u8>),
+    /// Something else, under its name.
+    NoFile(String),
+}
+
+async fn read_layer(source: &Source, image: &ResolvedImage, layer: &Layer) -> Result<Found, Failure> {
+    let name = format!("{} layer {} ({})", image.pinned, layer.index, layer.digest());
+    let mut stream = source.layer(image, layer).await?;
+    let (pieces, incoming) = mpsc::channel::<Vec<u8>>(WAITING);
+    let compression = layer.compression;
+    let reader = tokio::task::spawn_blocking(move || {
+        let mut archive =
+            Archive { reader: decoder(compression, Incoming::new(incoming))?, hasher: Sha256::new(), ended: false };
+        let found = search(&mut archive)?;
+        // Behind the archive's end marker there may be padding, which counts for the digest.
+        while !archive.next()?.is_empty() {}
+        Ok::<_, TarError>((found, format!("sha256:{}", hex::encode(archive.hasher.finalize()))))
+    });
+    let mut pieces = Some(pieces);
+    while let Some(piece) = stream.next().await? {
+        // A reader that gave up has its reason; the rest is read for the digest's sake, which explains more.
+        if let Some(channel) = &pieces
+            && channel.send(piece).await.is_err()
+        {
+            pieces = None;
+        }
+    }
+    drop(pieces);
+    let read = reader.await.map_err(|error| Failure::new(Kind::Local, format!("{name}: a thread failed: {error}")))?;
+    let (found, diff_id) = read.map_err(|error| bad(format!("{name}: {error}")))?;
+    if diff_id != layer.diff_id {
+        let message = format!("{name}: its archive has the diff id {diff_id}, not {}", layer.diff_id);
+        return Err(Failure::new(Kind::BadDigest, message));
+    }
+    Ok(found)
+}
+
+struct Archive<'a> {
+    reader: Box<dyn Read + 'a>,
+    hasher: Sha256,
+    ended: bool,
+}
+
+impl Chunks for &mut Archive<'_> {
+    fn next(&mut self) -> io::Result<Vec<u8>> {
+        Archive::next(self)
+    }
+}
+
+impl Archive<'_> {
+    fn next(&mut self) -> io::Result<Vec<u8>> {
+        let mut piece = vec![0; if self.ended { 0 } else { 64 * 1024 }];
+        let count = loop {
+            match self.reader.read(&mut piece) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                other => break other?,
+            }
+        };
+        self.ended = count == 0;
+        piece.truncate(count);
+        self.hasher.update(&piece);
+        Ok(piece)
+    }
+}
+
+/// Looks for the file in one layer's archive.
+fn search(archive: impl Chunks) -> Result<Found, TarError> {
+    let mut tar = TarStream::new(archive);
+    let (mut found, mut hidden) = (Found::Nothing, false);
+    while let Some(entry) = tar.next_entry()? {
+        let parts: Vec<&[u8]> =
+            entry.path.split(|byte| *byte == b'/').filter(|part| !matches!(*part, b"" | b".")).collect();
+        match parts.as_slice() {
+            [b".wh..wh..opq" | b".wh.release-manifests"] => hidden = true,
+            [dir] if *dir == DIRECTORY && entry.kind != EntryType::Directory => hidden = true,
+            [dir, b".wh..wh..opq" | b".wh.image-references"] if *dir == DIRECTORY => hidden = true,
+            [dir, file] if *dir == DIRECTORY && *file == FILE => {
+                found = match entry.kind {
+                    EntryType::Regular | EntryType::Continuous if entry.size <= LARGEST => {
+                        let mut json = Vec::new();
+                        tar.read_content(&mut json)?;
+                        Found::File(json)
+                    }
+                    EntryType::Regular | EntryType::Continuous => {
+                        Found::NoFile(format!("has {} bytes, which is more than the {LARGEST} expected", entry.size))
+                    }
+                    kind => Found::NoFile(format!("is not a file but a {kind:?}")),
+                };
+            }
+            _ => {}
+        }
+    }
+    Ok(match found {
+        Found::Nothing if hidden => Found::Hidden,
+        found => found,
+    })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    struct Whole(Option<Vec<u8>>);
+
+    impl Chunks for Whole {
+        fn next(&mut self) -> io::Result<Vec<u8>> {
+            Ok(self.0.take().unwrap_or_default())
+        }
+    }
+
+    fn found(entries: &[(&str, EntryType, &str)]) -> Found {
+        let mut tar = tar::Builder::new(Vec::new());
+        for (path, kind, content) in entries {
+            let mut header = tar::Header::new_gnu();
+            header.set_entry_type(*kind);
+            header.set_size(content.len() as u64);
+            tar.append_data(&mut header, path, content.as_bytes()).unwrap();
+        }
+        search(Whole(Some(tar.into_inner().unwrap()))).unwrap()
+    }
+
+    #[test]
+    fn what_a_layer_says() {
+        use EntryType::{Directory, Regular};
+        let file = "release-manifests/image-references";
+        let json = || Found::File(b"{}".to_vec());
+        for (entries, expected) in [
+            (&[][..], Found::Nothing),
+            (&[("usr/bin/x", Regular, "x"), ("release-manifests", Directory, "")], Found::Nothing),
+            (&[("release-manifests/other", Regular, "x")], Found::Nothing),
+            (&[("release-manifests", Directory, ""), (file, Regular, "{}")], json()),
+            (&[("./release-manifests//image-references", Regular, "{}")], json()),
+            (&[(file, Regular, "old"), (file, Regular, "{}")], json()),
+            (&[("release-manifests/.wh..wh..opq", Regular, ""), (file, Regular, "{}")], json()),
+            (&[("release-manifests/.wh..wh..opq", Regular, "")], Found::Hidden),
+            (&[("release-manifests/.wh.image-references", Regular, "")], Found::Hidden),
+            (&[(".wh.release-manifests", Regular, "")], Found::Hidden),
+            (&[("release-manifests", Regular, "")], Found::Hidden),
+            (&[(file, Directory, "")], Found::NoFile("is not a file but a Directory".into())),
+        ] {
+            assert_eq!(found(entries), expected, "{entries:?}");
+        }
+        let large = "x".repeat(LARGEST as usize + 1);
+        assert!(matches!(found(&[(file, Regular, &large)]), Found::NoFile(what) if what.contains("more than")));
+    }
+}
