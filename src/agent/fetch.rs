@@ -9,7 +9,7 @@ use tracing::warn;
 
 use super::{Context, Error};
 use crate::config::{ImageSource, Settings};
-use crate::image::{Class, Failure, ImageSettings, Kind, PullSpec, ResolvedImage, Source};
+use crate::image::{self, Class, Failure, ImageSettings, Kind, PullSpec, ResolvedImage, Source};
 use crate::import::{self, PullOptions, PulledImage};
 use crate::mount::{self, Namespace};
 use crate::report::{LastError, Phase, State};
@@ -23,24 +23,21 @@ pub(super) async fn resolve(context: &Context, cancel: &CancellationToken) -> Re
     let phase = Phase::Resolve;
     context.tracker.begin(phase);
     let image = with_retry(context, phase, cancel, || async {
-        let text = match &context.settings.image {
-            Some(ImageSource::Image(text)) => text,
-            Some(ImageSource::Release(_)) => {
-                return Err(Failure::new(
-                    Kind::BadPullSpec,
-                    "this version cannot read release payloads yet: set `image` instead of `release_image`",
-                ));
-            }
-            None => {
-                return Err(Failure::new(
-                    Kind::BadPullSpec,
-                    "no node image is configured: set `image` in /etc/node-image-pivot.conf.d/*.toml, \
-                     or node-image-pivot.image= on the kernel command line",
-                ));
+        let Some(configured) = &context.settings.image else {
+            return Err(Failure::new(
+                Kind::BadPullSpec,
+                "no node image is configured: set `image` or `release_image` in /etc/node-image-pivot.conf.d/*.toml, \
+                 or node-image-pivot.image= on the kernel command line",
+            ));
+        };
+        let source = Source::open(&image_settings(&context.settings)).await?;
+        let spec: PullSpec = match configured {
+            ImageSource::Image(text) => text.parse()?,
+            // The payload names the node image by digest: nothing else is accepted from here on.
+            ImageSource::Release(text) => {
+                image::resolve_release(&source, &text.parse()?, &context.settings.image_tags).await?
             }
         };
-        let spec: PullSpec = text.parse()?;
-        let source = Source::open(&image_settings(&context.settings)).await?;
         source.resolve(&spec).await
     })
     .await?;
