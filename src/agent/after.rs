@@ -6,7 +6,6 @@ use std::time::Duration;
 use anyhow::Context as _;
 use tracing::{info, warn};
 
-use super::fetch::STORE_SOURCE;
 use super::{Context, Error, Switched};
 use crate::host;
 use crate::mount;
@@ -14,7 +13,7 @@ use crate::report::{Phase, State};
 use crate::units::{self, Class, Flow, Manager};
 
 /// How long one unit may take to restart before we go on without it.
-const RESTART: Duration = Duration::from_secs(90);
+pub(super) const RESTART: Duration = Duration::from_secs(90);
 /// Units without processes that apply files at boot: run again when their inputs differ.
 const APPLIERS: &[(&str, &[&str])] = &[
     ("systemd-sysctl.service", &["lib/sysctl.d"]),
@@ -37,10 +36,10 @@ pub(super) async fn refresh(context: &Context, mut switched: Switched, flow: Flo
     let mut manager = Manager::connect().await?;
     let running = units::running_units(&manager, &differs).await?;
     if units::mapped_files(1).iter().any(|path| differs(Path::new(path))) {
-        manager = manager.reexecute().await.context("after the switch")?;
+        manager = manager.reexecute().await?;
         context.tracker.note("systemd was re-executed: its binary or libraries changed");
     } else {
-        manager.reload().await.context("after the switch")?;
+        manager.reload().await?;
     }
     if let Err(error) = host::reload_bus().await {
         trouble.push(format!("{error:#}"));
@@ -83,7 +82,7 @@ pub(super) async fn refresh(context: &Context, mut switched: Switched, flow: Flo
         status.cost.ram_store_bytes = mount::tmpfs_used(&context.paths.store()).map_or(0, |usage| usage.used);
     });
     context.tracker.end(phase, State::Switched);
-    info!(source = STORE_SOURCE, "the running system is the node image's");
+    info!("the running system is the node image's");
     Ok(switched)
 }
 

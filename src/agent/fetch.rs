@@ -4,10 +4,9 @@ use std::future::Future;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
-use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-use super::{Context, Error};
+use super::{Context, Error, Ticket};
 use crate::config::{ImageSource, Settings};
 use crate::image::{self, Class, Failure, ImageSettings, Kind, PullSpec, ResolvedImage, Source};
 use crate::import::{self, PullOptions, PulledImage};
@@ -19,10 +18,10 @@ use crate::store::{BootedRepo, NodeStore};
 pub(super) const STORE_SOURCE: &str = "node-image-store";
 
 /// Pull spec to digest.
-pub(super) async fn resolve(context: &Context, cancel: &CancellationToken) -> Result<ResolvedImage, Error> {
+pub(super) async fn resolve(context: &Context, ticket: &Ticket) -> Result<ResolvedImage, Error> {
     let phase = Phase::Resolve;
     context.tracker.begin(phase);
-    let image = with_retry(context, phase, cancel, || async {
+    let image = with_retry(context, phase, ticket, || async {
         let Some(configured) = &context.settings.image else {
             return Err(Failure::new(
                 Kind::BadPullSpec,
@@ -47,15 +46,11 @@ pub(super) async fn resolve(context: &Context, cancel: &CancellationToken) -> Re
 }
 
 /// Layers to objects in the node store.
-pub(super) async fn pull(
-    context: &Context,
-    image: ResolvedImage,
-    cancel: &CancellationToken,
-) -> Result<PulledImage, Error> {
+pub(super) async fn pull(context: &Context, image: ResolvedImage, ticket: &Ticket) -> Result<PulledImage, Error> {
     let phase = Phase::Pull;
     context.tracker.begin(phase);
     let root = context.paths.store();
-    let pulled = with_retry(context, phase, cancel, || async {
+    let pulled = with_retry(context, phase, ticket, || async {
         let local = |error: anyhow::Error| Failure::new(Kind::Local, format!("{error:#}"));
         let limit = context.settings.ram_limit.bytes(total_memory().map_err(local)?);
         mount::tmpfs(&Namespace::init(), &root, limit, STORE_SOURCE).map_err(local)?;
@@ -64,7 +59,7 @@ pub(super) async fn pull(
         let source = Source::open(&image_settings(&context.settings)).await?;
         context.tracker.progress.reset();
         let progress = context.tracker.progress.clone();
-        import::pull(&source, &image, &store, booted.as_ref(), &PullOptions::default(), progress, cancel).await
+        import::pull(&source, &image, &store, booted.as_ref(), &PullOptions::default(), progress, ticket.token()).await
     })
     .await?;
     context.tracker.update(|status| {
@@ -81,12 +76,7 @@ pub(super) async fn pull(
 
 /// Runs `attempt` until it succeeds, fails for good, or is cancelled. Each failure is told in the
 /// status document with its class, its number and the time of the next attempt.
-async fn with_retry<T, F>(
-    context: &Context,
-    phase: Phase,
-    cancel: &CancellationToken,
-    attempt: impl Fn() -> F,
-) -> Result<T, Error>
+async fn with_retry<T, F>(context: &Context, phase: Phase, ticket: &Ticket, attempt: impl Fn() -> F) -> Result<T, Error>
 where
     F: Future<Output = Result<T, Failure>>,
 {
@@ -95,11 +85,11 @@ where
     loop {
         let outcome = tokio::select! {
             outcome = attempt() => outcome,
-            () = cancel.cancelled() => return Err(cancelled(context, failed)),
+            () = ticket.cancelled() => return Err(Error::Cancelled),
         };
         let failure = match outcome {
             Ok(value) => return Ok(value),
-            Err(_) if cancel.is_cancelled() => return Err(cancelled(context, failed)),
+            Err(_) if ticket.is_cancelled() => return Err(Error::Cancelled),
             Err(failure) => failure,
         };
         failed += 1;
@@ -110,15 +100,18 @@ where
                 .map(|delay| delay.max(failure.retry_after.unwrap_or_default())),
             Class::Permanent => None,
         };
+        let Some(delay) = delay else {
+            return Err(match failure.kind.class() {
+                Class::Transient => Error::GaveUp { failure, attempts: failed },
+                Class::Permanent => Error::Permanent(failure),
+            });
+        };
         context.tracker.fail(LastError {
             class: failure.kind.as_str().into(),
             message: failure.to_string(),
             attempt: failed,
-            next_retry_unix: delay.map(unix_in),
+            next_retry_unix: Some(unix_in(delay)),
         });
-        let Some(delay) = delay else {
-            return Err(Error::Permanent(failure));
-        };
         warn!(
             phase = phase.as_str(),
             class = failure.kind.as_str(),
@@ -128,20 +121,9 @@ where
         );
         tokio::select! {
             () = tokio::time::sleep(delay) => context.tracker.begin(phase),
-            () = cancel.cancelled() => return Err(cancelled(context, failed)),
+            () = ticket.cancelled() => return Err(Error::Cancelled),
         }
     }
-}
-
-fn cancelled(context: &Context, attempt: u32) -> Error {
-    let error = Error::Cancelled;
-    context.tracker.fail(LastError {
-        class: error.class().into(),
-        message: error.to_string(),
-        attempt,
-        next_retry_unix: None,
-    });
-    error
 }
 
 fn unix_in(delay: Duration) -> u64 {

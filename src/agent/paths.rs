@@ -20,6 +20,12 @@ impl Paths {
     /// See [`Paths::pivoted`].
     pub const PIVOTED: &str = "pivoted";
 
+    /// The same below another directory.
+    #[cfg(test)]
+    pub(super) fn below(run: &Path) -> Self {
+        Self { run: run.to_owned() }
+    }
+
     /// The directory itself.
     pub fn run(&self) -> &Path {
         &self.run
@@ -43,6 +49,11 @@ impl Paths {
     /// Exists from the switch on: the generator sees it at every reload and never re-arms.
     pub fn pivoted(&self) -> PathBuf {
         self.run.join(Self::PIVOTED)
+    }
+
+    /// Held by the daemon as long as it lives: two would switch twice.
+    pub fn lock(&self) -> PathBuf {
+        self.run.join("daemon.lock")
     }
 
     /// The private socket of the daemon.

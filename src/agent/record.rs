@@ -4,16 +4,34 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use super::Paths;
+use crate::config::{ImageSource, Settings};
 use crate::dirfd::Directory;
 use crate::image::ResolvedImage;
 use crate::import::PulledImage;
-use crate::report::{State, Status, human_bytes};
+use crate::report::{LastError, State, Status, human_bytes};
 use crate::stage::Delta;
 use crate::units::{Action, Flow};
 
 /// Version of the record's format. A record of another version is refused, not guessed at.
 const SCHEMA: u32 = 1;
 const FILE: &str = "state.json";
+
+/// What the settings ask for, to be compared: another answer makes everything before the switch stale.
+pub(super) fn asked(settings: &Settings) -> String {
+    let source = match &settings.image {
+        Some(ImageSource::Image(spec)) => format!("image {spec}"),
+        Some(ImageSource::Release(spec)) => format!("release {spec} {}", settings.image_tags.join(" ")),
+        None => "nothing".to_owned(),
+    };
+    format!("{:?} {:?} {source}", settings.mode, settings.etc_strategy)
+}
+
+/// What the status document shows as the image asked for.
+pub(super) fn shown(settings: &Settings) -> Option<String> {
+    settings.image.as_ref().map(|source| match source {
+        ImageSource::Image(spec) | ImageSource::Release(spec) => spec.clone(),
+    })
+}
 
 /// Everything that the switch needs, decided and checked.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -66,6 +84,8 @@ pub enum Step {
     NothingToDo {
         /// What told us.
         reason: String,
+        /// Whether the machine was sent on to its default target.
+        isolated: bool,
     },
     /// The digest is known.
     Resolved(ResolvedImage),
@@ -99,13 +119,18 @@ impl Step {
         }
     }
 
-    /// The state that a daemon shows which was just started and finds this step.
+    /// Whether the running system is untouched.
+    pub fn is_before_switch(&self) -> bool {
+        matches!(self, Step::Idle | Step::NothingToDo { .. } | Step::Resolved(_) | Step::Pulled(_) | Step::Staged(_))
+    }
+
+    /// The state in which nothing runs.
     fn resting_state(&self) -> State {
         match self {
             Step::Idle | Step::Resolved(_) | Step::Pulled(_) => State::Idle,
             Step::NothingToDo { .. } => State::NothingToDo,
             Step::Staged(_) => State::Pulled,
-            Step::Switching(_) => State::Running,
+            Step::Switching(_) => State::Failed,
             Step::Switched(_) | Step::Refreshed(_) => State::Switched,
             Step::Finished(_) => State::Done,
         }
@@ -121,13 +146,16 @@ pub struct Record {
     /// Whether the generator redirected this boot.
     #[serde(default)]
     pub bootstrap: bool,
+    /// What the configuration asked for when the step was reached.
+    #[serde(default)]
+    pub asked: Option<String>,
     /// The status document as it was last saved.
     pub status: Status,
 }
 
 impl Default for Record {
     fn default() -> Self {
-        Self { schema: SCHEMA, step: Step::Idle, bootstrap: false, status: Status::default() }
+        Self { schema: SCHEMA, step: Step::Idle, bootstrap: false, asked: None, status: Status::default() }
     }
 }
 
@@ -139,7 +167,7 @@ impl Record {
         let Some(text) = dir.read_optional(FILE).with_context(|| format!("cannot read {}", shown.display()))? else {
             return Ok(Self::default());
         };
-        let mut record: Self = serde_json::from_slice(&text)
+        let record: Self = serde_json::from_slice(&text)
             .with_context(|| format!("{} is damaged; nothing was touched; reboot to begin anew", shown.display()))?;
         if record.schema != SCHEMA {
             bail!(
@@ -148,7 +176,6 @@ impl Record {
                 record.schema
             );
         }
-        record.status.state = record.step.resting_state();
         Ok(record)
     }
 
@@ -160,8 +187,129 @@ impl Record {
             .with_context(|| format!("cannot write {}", paths.run().join(FILE).display()))
     }
 
+    /// The status that is true when nobody works: for a daemon that was just started.
+    pub fn rest(&mut self) {
+        // A failure stays until somebody tries again; a planned attempt went with the daemon.
+        let failed = self.status.error.as_ref().is_some_and(|error| error.next_retry_unix.is_none());
+        if let Step::Switching(_) = self.step {
+            self.status.error.get_or_insert_with(|| LastError {
+                class: "interrupted".into(),
+                message: "the switch was interrupted: start node-image-overlay.service again to finish it, or run undo"
+                    .into(),
+                attempt: 1,
+                next_retry_unix: None,
+            });
+        } else if !failed {
+            self.status.error = None;
+        }
+        self.status.state = if failed { State::Failed } else { self.step.resting_state() };
+    }
+
     /// In which flow the pivot runs.
     pub fn flow(&self) -> Flow {
         if self.bootstrap { Flow::Bootstrap } else { Flow::Live }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::image::ResolvedImage;
+    use crate::stage::DeltaCounts;
+
+    fn staged() -> StagedRoot {
+        let image =
+            ResolvedImage { requested: "r/n:t".into(), pinned: "r/n@sha256:x".into(), digest: "sha256:x".into() };
+        let pulled = PulledImage {
+            image,
+            commit: "c".into(),
+            booted_commit: None,
+            complete: false,
+            layers_fetched: 1,
+            layers_skipped: 0,
+            bytes_fetched: 1,
+            objects_written: 1,
+            warnings: Vec::new(),
+        };
+        let delta = Delta { directory: "/x".into(), counts: DeltaCounts::default() };
+        StagedRoot { pulled, delta, etc: Vec::new() }
+    }
+
+    /// Every step, in order.
+    fn steps() -> Vec<Step> {
+        let staged = staged();
+        let switched = Switched { staged: staged.clone(), units: Vec::new() };
+        vec![
+            Step::Idle,
+            Step::NothingToDo { reason: "x".into(), isolated: false },
+            Step::Resolved(staged.pulled.image.clone()),
+            Step::Pulled(staged.pulled.clone()),
+            Step::Staged(staged.clone()),
+            Step::Switching(staged),
+            Step::Switched(switched.clone()),
+            Step::Refreshed(switched.clone()),
+            Step::Finished(switched),
+        ]
+    }
+
+    #[test]
+    fn every_step_survives_the_file_and_rests() {
+        use State::{Done, Failed, Idle, NothingToDo, Pulled, Switched};
+        let states = [Idle, NothingToDo, Idle, Idle, Pulled, Failed, Switched, Switched, Done];
+        for (step, state) in steps().into_iter().zip(states) {
+            let name = step.name();
+            let text = serde_json::to_vec(&Record { step, ..Record::default() }).unwrap();
+            let mut record: Record = serde_json::from_slice(&text).unwrap();
+            assert_eq!(record.step.name(), name);
+            record.status.state = State::Running;
+            record.rest();
+            assert_eq!(record.status.state, state, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_failure_outlives_the_daemon_and_a_planned_attempt_does_not() {
+        let error = |next_retry_unix| LastError {
+            class: "network".into(),
+            message: "refused".into(),
+            attempt: 2,
+            next_retry_unix,
+        };
+        let mut record = Record::default();
+        record.status.error = Some(error(Some(7)));
+        record.rest();
+        assert_eq!((record.status.state, record.status.error.clone()), (State::Idle, None));
+        record.status.error = Some(error(None));
+        record.rest();
+        assert_eq!(record.status.state, State::Failed);
+        assert!(record.status.error.is_some());
+    }
+
+    #[test]
+    fn an_interrupted_switch_says_what_to_do() {
+        let mut record = Record { step: Step::Switching(staged()), ..Record::default() };
+        record.rest();
+        assert!(record.status.error.unwrap().message.contains("node-image-overlay.service"));
+    }
+
+    #[test]
+    fn what_comes_before_the_switch() {
+        let before: Vec<_> = steps().iter().map(Step::is_before_switch).collect();
+        assert_eq!(before, [true, true, true, true, true, false, false, false, false]);
+    }
+
+    #[test]
+    fn a_foreign_record_is_refused() {
+        let temp = tempfile::tempdir().unwrap();
+        let paths = Paths::below(temp.path());
+        assert!(matches!(Record::load(&paths).unwrap().step, Step::Idle));
+        Record::default().save(&paths).unwrap();
+        assert!(matches!(Record::load(&paths).unwrap().step, Step::Idle));
+        std::fs::write(temp.path().join(FILE), "{").unwrap();
+        assert!(Record::load(&paths).unwrap_err().to_string().contains("damaged"));
+        let newer = Record { schema: SCHEMA + 1, ..Record::default() };
+        newer.save(&paths).unwrap();
+        assert!(Record::load(&paths).unwrap_err().to_string().contains("format 2"));
     }
 }

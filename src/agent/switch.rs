@@ -9,11 +9,12 @@ use std::path::Path;
 use anyhow::Context as _;
 use tracing::{info, warn};
 
+use super::after::RESTART;
 use super::prepare::{ETC, USR, USR_SOURCE, new_etc};
 use super::{Context, Error, Paths, StagedRoot, Switched};
 use crate::dirfd::Directory;
 use crate::report::{Phase, State};
-use crate::units::Manager;
+use crate::units::{Action, Class, Manager};
 use crate::{etc, mount, stage};
 
 /// Exposes the new `/usr` and merges `/etc`.
@@ -33,7 +34,8 @@ pub(super) async fn switch(context: &Context, staged: StagedRoot) -> Result<Swit
     for skipped in &report.skipped {
         context.tracker.note(format!("left alone: /etc/{}: {}", skipped.path, skipped.reason));
     }
-    context.tracker.end(phase, State::Switched);
+    // Not switched before the refresh: until then the machine is between the two.
+    context.tracker.end(phase, State::Running);
     Ok(Switched { staged, units: Vec::new() })
 }
 
@@ -56,35 +58,58 @@ fn blocking(paths: &Paths, staged: &StagedRoot) -> anyhow::Result<etc::Report> {
         .context("/usr is switched, /etc is not complete: start node-image-overlay.service again, or run undo")
 }
 
-/// Puts `/etc` and `/usr` back. Everything is tried; what could not be put back is returned.
-pub(super) async fn undo(context: &Context, _staged: &StagedRoot) -> Result<Vec<String>, Error> {
-    let paths = context.paths.clone();
-    let mut left = tokio::task::spawn_blocking(move || {
-        let mut left = Vec::new();
-        match etc::open_dir(Path::new(ETC)).and_then(|dir| etc::undo(&paths.etc_undo(), dir.as_fd())) {
-            Ok(report) => {
-                left.extend(report.kept.iter().map(|entry| format!("/etc/{} stays: {}", entry.path, entry.reason)));
-                left.extend(report.failed.iter().map(|entry| format!("/etc/{}: {}", entry.path, entry.reason)));
+/// How an undo went.
+#[derive(Debug, Default)]
+pub(super) struct Undone {
+    /// What stays on purpose, such as files that somebody changed since.
+    pub(super) kept: Vec<String>,
+    /// What could not be put back.
+    pub(super) failed: Vec<String>,
+}
+
+/// Puts `/etc` and `/usr` back. Everything is tried, whatever fails.
+pub(super) async fn undo(paths: &Paths, units: &[Action]) -> Undone {
+    let for_files = paths.clone();
+    let mut undone = match tokio::task::spawn_blocking(move || undo_files(&for_files)).await {
+        Ok(undone) => undone,
+        Err(error) => Undone { failed: vec![format!("undo panicked: {error}")], ..Undone::default() },
+    };
+    // PID 1 must be the old program again, with the old unit files, and so must be what was restarted
+    // for the switch: sshd's helpers, for one, are the old ones again.
+    let back = async {
+        let manager = Manager::connect().await?.reexecute().await?;
+        for unit in units.iter().filter(|action| action.class == Class::Restart) {
+            if let Err(error) = manager.try_restart(&unit.unit, RESTART).await {
+                undone.kept.push(format!("{error:#}"));
             }
-            Err(error) => left.push(format!("/etc: {error:#}")),
         }
-        if let Err(error) = mount::withdraw(Path::new(USR), USR_SOURCE) {
-            left.push(format!("/usr: {error:#}"));
-        }
-        if let Err(error) = Directory::ensure(paths.run()).and_then(|run| run.remove_all(Paths::PIVOTED)) {
-            left.push(format!("{}: {error}", paths.pivoted().display()));
-        }
-        left
-    })
-    .await
-    .context("undo panicked; run it again")?;
-    // PID 1 must read the old unit files again, and be the old program again.
-    let back = async { Manager::connect().await?.reexecute().await.map(drop) };
+        anyhow::Ok(())
+    };
     if let Err(error) = back.await {
-        left.push(format!("systemd: {error:#}"));
+        undone.failed.push(format!("systemd: {error:#}"));
     }
-    for line in &left {
+    if undone.failed.is_empty()
+        && let Err(error) = Directory::ensure(paths.run()).and_then(|run| run.remove_all(Paths::PIVOTED))
+    {
+        undone.failed.push(format!("{}: {error}", paths.pivoted().display()));
+    }
+    for line in undone.kept.iter().chain(&undone.failed) {
         warn!("undo: {line}");
     }
-    Ok(left)
+    undone
+}
+
+fn undo_files(paths: &Paths) -> Undone {
+    let mut undone = Undone::default();
+    match etc::open_dir(Path::new(ETC)).and_then(|dir| etc::undo(&paths.etc_undo(), dir.as_fd())) {
+        Ok(report) => {
+            undone.kept.extend(report.kept.iter().map(|entry| format!("/etc/{} stays: {}", entry.path, entry.reason)));
+            undone.failed.extend(report.failed.iter().map(|entry| format!("/etc/{}: {}", entry.path, entry.reason)));
+        }
+        Err(error) => undone.failed.push(format!("/etc: {error:#}")),
+    }
+    if let Err(error) = mount::withdraw(Path::new(USR), USR_SOURCE) {
+        undone.failed.push(format!("/usr: {error:#}"));
+    }
+    undone
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use tokio::net::UnixListener;
+use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 use zbus::object_server::InterfaceRef;
 use zbus::{Connection, Guid};
@@ -24,7 +25,7 @@ const BUS_RETRY: Duration = Duration::from_secs(5);
 /// # Errors
 /// The socket cannot be made: the message names it.
 pub async fn serve(agent: Arc<Agent>, socket: &Path) -> Result<()> {
-    // The daemon is one per machine (its unit sees to that): a socket that is there is a dead one's.
+    // The agent holds the lock of the one daemon: a socket that is there is a dead one's.
     let _ = std::fs::remove_file(socket);
     let listener = UnixListener::bind(socket).with_context(|| format!("cannot listen on {}", socket.display()))?;
     std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))
@@ -46,21 +47,25 @@ async fn accept(listener: UnixListener, agent: Arc<Agent>) {
         };
         let agent = agent.clone();
         tokio::spawn(async move {
-            match private_connection(stream, agent).await {
+            let gone = CancellationToken::new();
+            match private_connection(stream, Pivot { agent, gone: gone.clone() }).await {
                 // The connection lives as long as somebody holds it.
-                Ok(connection) => connection.closed().await,
+                Ok(connection) => {
+                    connection.closed().await;
+                    gone.cancel();
+                }
                 Err(error) => debug!("a client of the private socket went away: {error:#}"),
             }
         });
     }
 }
 
-async fn private_connection(stream: tokio::net::UnixStream, agent: Arc<Agent>) -> Result<Connection> {
+async fn private_connection(stream: tokio::net::UnixStream, pivot: Pivot) -> Result<Connection> {
     let stream = stream.into_std()?;
     Ok(zbus::connection::Builder::unix_stream(stream)
         .server(Guid::generate())
         .p2p()
-        .serve_at(PATH, Pivot { agent })
+        .serve_at(PATH, pivot)
         .build()
         .await?)
 }
@@ -89,7 +94,11 @@ async fn system_bus(agent: Arc<Agent>) {
 }
 
 async fn bus_connection(agent: Arc<Agent>) -> Result<Connection> {
-    Ok(zbus::connection::Builder::system().serve_at(PATH, Pivot { agent }).name(NAME).build().await?)
+    Ok(zbus::connection::Builder::system()
+        .serve_at(PATH, Pivot { agent, gone: CancellationToken::new() })
+        .name(NAME)
+        .build()
+        .await?)
 }
 
 /// Emits PropertiesChanged whenever the status document changes. Ends when the bus refuses.

@@ -3,14 +3,26 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use tokio_util::sync::CancellationToken;
 use zbus::interface;
 
-use crate::agent::{Agent, Error, Goal};
+use crate::agent::{Agent, Error, Goal, Ticket};
 use crate::report::ProgressSnapshot;
 
 /// The object behind [`super::PATH`].
 pub(super) struct Pivot {
     pub(super) agent: Arc<Agent>,
+    /// Cancelled when the peer of this connection is gone. A call that nobody waits for must not act
+    /// hours later. On the bus, where connections outlive callers, it never is.
+    pub(super) gone: CancellationToken,
+}
+
+impl Pivot {
+    fn ticket(&self) -> Ticket {
+        let ticket = self.agent.ticket();
+        ticket.end_with(&self.gone);
+        ticket
+    }
 }
 
 /// How a method ends badly; the message is for a person, the name for a program.
@@ -23,6 +35,8 @@ pub(super) enum MethodError {
     Refused(String),
     /// Another attempt gives the same result.
     Permanent(String),
+    /// The configured number of attempts was made.
+    GaveUp(String),
     /// Cancel was called.
     Cancelled(String),
     /// Anything of the machine's own.
@@ -35,13 +49,14 @@ impl From<Error> for MethodError {
         match error {
             Error::Refused(_) => Self::Refused(message),
             Error::Permanent(_) => Self::Permanent(message),
+            Error::GaveUp { .. } => Self::GaveUp(message),
             Error::Cancelled => Self::Cancelled(message),
             Error::Internal(_) => Self::Failed(message),
         }
     }
 }
 
-/// Failures of a phase, as the timeline shows them: class, message, attempt, next retry (seconds
+/// The last failure: class, message, attempt, next retry (seconds
 /// since the epoch, 0 for none).
 type LastErrorTuple = (String, String, u32, u64);
 
@@ -49,22 +64,22 @@ type LastErrorTuple = (String, String, u32, u64);
 impl Pivot {
     /// Resolve, pull and stage; returns when staged. The running system is untouched.
     async fn pull(&self) -> Result<(), MethodError> {
-        Ok(self.agent.advance(Goal::Staged).await?)
+        Ok(self.agent.advance(Goal::Staged, &self.ticket()).await?)
     }
 
     /// Switch and refresh; pulls first if needed.
     async fn overlay(&self) -> Result<(), MethodError> {
-        Ok(self.agent.advance(Goal::Switched).await?)
+        Ok(self.agent.advance(Goal::Switched, &self.ticket()).await?)
     }
 
     /// Isolates to the original default target; does everything before it if needed.
     async fn finish(&self) -> Result<(), MethodError> {
-        Ok(self.agent.advance(Goal::Finished).await?)
+        Ok(self.agent.advance(Goal::Finished, &self.ticket()).await?)
     }
 
     /// All phases that belong to the flow.
     async fn run(&self) -> Result<(), MethodError> {
-        Ok(self.agent.run().await?)
+        Ok(self.agent.run(&self.ticket()).await?)
     }
 
     /// Puts `/usr` and `/etc` back; returns what could not be put back.
@@ -74,12 +89,12 @@ impl Pivot {
 
     /// What the switch would change, a line each.
     async fn plan(&self) -> Result<Vec<String>, MethodError> {
-        Ok(self.agent.plan().await?)
+        Ok(self.agent.plan(&self.ticket()).await?)
     }
 
-    /// Ends a pull that runs or waits.
-    fn cancel(&self) {
-        self.agent.cancel();
+    /// Ends every call that has not begun to switch; answers a line if there was one.
+    fn cancel(&self) -> Vec<String> {
+        if self.agent.cancel() { vec!["cancelled".to_owned()] } else { Vec::new() }
     }
 
     /// The whole status document, JSON.

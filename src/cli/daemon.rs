@@ -10,14 +10,12 @@ use super::Exit;
 use super::drive::unix_now;
 use crate::agent::{Agent, Paths};
 use crate::bus;
-use crate::config::Settings;
 use crate::report;
 
 pub(super) async fn daemon(paths: Paths) -> Result<Exit> {
     log();
-    let settings = Settings::load()?;
     let socket = paths.socket();
-    let agent = Agent::open(settings, paths)?;
+    let agent = Agent::open(paths)?;
     bus::serve(agent.clone(), &socket).await?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;

@@ -78,6 +78,14 @@ impl Tracker {
         });
     }
 
+    /// Another image is asked for: what was said about the last one goes.
+    pub fn restart(&self, image: Option<String>) {
+        self.update(|status| {
+            let target = status.target.take();
+            *status = Status { image, target, ..Status::default() };
+        });
+    }
+
     /// Adds a line for the summary, once.
     pub fn note(&self, line: impl Into<String>) {
         let line = line.into();
