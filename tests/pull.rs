@@ -5,12 +5,18 @@
 
 #[path = "pull/derived.rs"]
 mod derived;
+#[path = "pull/failing.rs"]
+mod failing;
+#[path = "pull/faults.rs"]
+mod faults;
 #[path = "pull/fixture.rs"]
 mod fixture;
 #[path = "pull/layers.rs"]
 mod layers;
 #[path = "pull/measure.rs"]
 mod measure;
+#[path = "pull/oracle.rs"]
+mod oracle;
 #[path = "pull/policy.rs"]
 mod policy;
 #[path = "pull/registry.rs"]

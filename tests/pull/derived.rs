@@ -88,7 +88,7 @@ async fn compared(bench: &Bench, oracle: &str, image: &Image, name: &str) -> Pul
     pulled
 }
 
-fn capability() -> Vec<(String, Vec<u8>)> {
+pub fn capability() -> Vec<(String, Vec<u8>)> {
     let value = vec![1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     vec![("security.capability".into(), value)]
 }

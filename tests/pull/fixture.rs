@@ -56,6 +56,7 @@ pub enum Compress {
 }
 
 /// One layer before compression.
+#[derive(Clone)]
 pub struct RawLayer {
     pub tar: Vec<u8>,
     pub components: Option<&'static str>,
@@ -63,6 +64,7 @@ pub struct RawLayer {
 }
 
 /// A whole image before it is written; tests spoil it as they like.
+#[derive(Clone)]
 pub struct Image {
     pub commit: String,
     pub layers: Vec<RawLayer>,

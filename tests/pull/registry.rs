@@ -20,8 +20,12 @@ pub struct Registry {
 impl Registry {
     /// Starts one that keeps its blobs below `dir`; with credentials (`user:password`) it wants them.
     pub fn start(dir: &Path, credentials: Option<&'static str>) -> Self {
+        Self::serve(dir.join("storage"), dir, credentials)
+    }
+
+    /// Starts one that serves what is in `storage`, with its own files in `dir`.
+    pub fn serve(storage: PathBuf, dir: &Path, credentials: Option<&'static str>) -> Self {
         let address = free_address();
-        let storage = dir.join("storage");
         let mut config = format!(
             "version: 0.1\nlog: {{level: error, accesslog: {{disabled: true}}}}\nstorage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: '{address}'}}\n",
             storage.display()

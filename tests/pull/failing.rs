@@ -1,0 +1,123 @@
+//! Failures through real pulls: what is told, and that the next attempt goes on where the last one was.
+
+use std::fs;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use node_image_pivot::image::{Class, ImageSettings, Kind, Source};
+use node_image_pivot::import::{PulledImage, pull};
+use node_image_pivot::store::NodeStore;
+use tokio_util::sync::CancellationToken;
+
+use super::derived::complete;
+use super::faults::{Fault, Faults};
+use super::fixture::{listing, run};
+use super::{Bench, Failure, fsck, image, settings};
+
+async fn attempt(spec: &str, store: &NodeStore) -> Result<PulledImage, Failure> {
+    // One layer at a time, so that it is known what came before the fault.
+    let settings = ImageSettings { idle_timeout: Some(Duration::from_secs(5)), ..settings() };
+    let source = Source::open(&settings).await?;
+    let image = source.resolve(&spec.parse()?).await?;
+    let options = node_image_pivot::import::PullOptions { parallel: Some(1), ..complete() };
+    pull(&source, &image, store, None, &options, Default::default(), &CancellationToken::new()).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn faults_are_told_apart_and_the_next_attempt_goes_on() {
+    let bench = Bench::new();
+    let image = image(&bench, 1, 1);
+    let direct = bench.push(&image, "os:1");
+    let faults = Faults::before(&bench.registry.address);
+    let spec = direct.replace(&bench.registry.address, &faults.address);
+    let layout = format!("oci:{}", bench.path("layout").display());
+    let manifest: serde_json::Value = serde_json::from_str(&run("skopeo", &["inspect", "--raw", &layout])).unwrap();
+    let layers: Vec<(&str, u64)> = manifest["layers"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|layer| (layer["digest"].as_str().unwrap(), layer["size"].as_u64().unwrap()))
+        .collect();
+    // The smallest of the layers that are not the kernel's comes after the larger ones.
+    let late = layers[1].0;
+    for (name, path, fault, kind) in [
+        ("stall", late, Fault::Stall, Kind::Network),
+        // skopeo says of a reset only that the blob ended.
+        ("reset", late, Fault::Reset, Kind::Truncated),
+        ("cut", late, Fault::Cut, Kind::Truncated),
+        ("corrupt", late, Fault::Corrupt, Kind::BadDigest),
+        ("401", late, Fault::Answer(401, ""), Kind::Unauthorized),
+        ("403", late, Fault::Answer(403, ""), Kind::Unauthorized),
+        ("404", late, Fault::Answer(404, ""), Kind::NotFound),
+        ("429", late, Fault::Answer(429, "Retry-After: 1\r\n"), Kind::Network),
+        ("500", late, Fault::Answer(500, ""), Kind::Network),
+        ("503", late, Fault::Answer(503, ""), Kind::Network),
+        ("manifest 404", "/manifests/", Fault::Answer(404, ""), Kind::NotFound),
+        ("manifest 429", "/manifests/", Fault::Answer(429, "Retry-After: 1\r\n"), Kind::Network),
+        ("manifest 503", "/manifests/", Fault::Answer(503, ""), Kind::Network),
+        ("manifest cut", "/manifests/", Fault::Cut, Kind::Truncated),
+    ] {
+        let store = bench.store(&name.replace(' ', "-"), None);
+        // skopeo tries some things again by itself.
+        faults.plan(path, fault, 50);
+        faults.served();
+        let start = Instant::now();
+        let told = attempt(&spec, &store).await.unwrap_err();
+        println!(
+            "{name}: {:.1} s, {} hits: {:?}: {told}",
+            start.elapsed().as_secs_f64(),
+            faults.hits.load(Ordering::SeqCst),
+            told.kind
+        );
+        assert_eq!(told.kind, kind, "{name}: {told}");
+        // skopeo itself waits as long as Retry-After says, and gives up after five times.
+        assert!(!name.ends_with("429") || faults.hits.load(Ordering::SeqCst) == 5, "{name}");
+        let transient = matches!(kind, Kind::Network | Kind::Truncated);
+        assert_eq!(kind.class() == Class::Transient, transient, "{name}");
+        assert!(path != late || told.message.contains(late), "{name} names the layer: {told}");
+        assert_eq!(store.resolve_ref().unwrap(), None);
+        let before = faults.served();
+        faults.plan("", fault, 0);
+        let start = Instant::now();
+        let pulled = attempt(&spec, &store).await.unwrap();
+        println!("{name}: then {:.1} s", start.elapsed().as_secs_f64());
+        let after = faults.served();
+        for (digest, _) in &layers {
+            let twice = before.iter().any(|served| served == digest) && after.iter().any(|served| served == digest);
+            assert!(!twice, "{name}: {digest} was fetched again");
+        }
+        assert!(pulled.complete && (path != late || pulled.layers_fetched <= 2), "{name}: {pulled:?}");
+        assert_eq!(listing(store.repo_path(), "coreos/node-image"), listing(&bench.repo.path, &image.commit), "{name}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_store_says_how_full() {
+    let bench = Bench::new();
+    let image = image(&bench, 1, 1);
+    let spec = bench.push(&image, "os:1");
+    let root = bench.path("small");
+    fs::create_dir_all(&root).unwrap();
+    let root_path = root.to_str().unwrap();
+    run("mount", &["-t", "tmpfs", "-o", "size=3m", "tmpfs", root_path]);
+    struct Mounted<'a>(&'a str);
+    impl Drop for Mounted<'_> {
+        fn drop(&mut self) {
+            let _ = std::process::Command::new("umount").arg("--lazy").arg(self.0).status();
+        }
+    }
+    let _mounted = Mounted(root_path);
+    let store = NodeStore::on_tmpfs(&root, None).unwrap();
+    let told = attempt(&spec, &store).await.unwrap_err();
+    println!("{told}");
+    assert_eq!(told.kind, Kind::NoSpace, "{told}");
+    assert_eq!(told.kind.class(), Class::Permanent);
+    for words in ["of 3 MiB are free", "objects are still to come", "object ", root_path, "more memory"] {
+        assert!(told.to_string().contains(words), "{words}: {told}");
+    }
+    // With more room it goes on; what was stored stayed good.
+    run("mount", &["-o", "remount,size=64m", root_path]);
+    let pulled = attempt(&spec, &store).await.unwrap();
+    assert!(pulled.complete && pulled.layers_fetched < 5, "{pulled:?}");
+    fsck(store.repo_path());
+}

@@ -1,0 +1,174 @@
+//! Our importer and ostree-ext's, on the same images: random stacks of plain layers, and the images of the
+//! test bed.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use rand::rngs::StdRng;
+use rand::seq::{IndexedRandom, SliceRandom};
+use rand::{Rng, SeedableRng};
+
+use super::derived::{Labels, base, capability, complete};
+use super::fixture::Compress;
+use super::fixture::listing;
+use super::layers::{Item, What, by_ostree_ext, difference, item, layer, oracle};
+use super::registry::Registry;
+use super::{Bench, NodeStore, fsck, try_pull_with};
+
+/// A layer of some entries below a few directories, in any order. What ostree-ext (with libostree 2022.7)
+/// refuses or gets wrong is not made: hardlinks out of the layer, attributes that sort behind the label, a directory
+/// where a lower layer has a file. Names sort behind `.wh.`: libostree applies whiteouts in order of names.
+fn random_layer(rng: &mut StdRng, last: bool) -> Vec<Item> {
+    let tops = ["usr/share/t", "etc/t", "usr/lib/t", "usr/bin", "usr/share", "var/t"];
+    let mut entries: BTreeMap<String, Item> = BTreeMap::new();
+    let mut whiteouts: BTreeSet<String> = BTreeSet::new();
+    for _ in 0..rng.random_range(1..25) {
+        let mut dir = tops.choose(rng).unwrap().to_string();
+        for _ in 0..rng.random_range(0..3) {
+            dir = format!("{dir}/d{}", rng.random_range(0..2));
+        }
+        let file = format!("{dir}/f{}", rng.random_range(0..3));
+        let owner = (rng.random_range(0..3), rng.random_range(0..70_000));
+        let mut new = match rng.random_range(0..12) {
+            0..5 => {
+                let content = vec![rng.random(); [0, 1, 700, 600_000][rng.random_range(0..4)]];
+                item(&file, What::File(content, *[0o644, 0o4755, 0o600, 0o2711].choose(rng).unwrap()))
+            }
+            5 => item(&file, What::Symlink(["x", "../y", "/usr/bin/bash"].choose(rng).unwrap().to_string())),
+            6 | 7 => item(&dir, What::Dir(*[0o755, 0o700, 0o1777].choose(rng).unwrap())),
+            8 => {
+                whiteouts.insert(format!("{dir}/.wh.{}{}", ["f", "d"].choose(rng).unwrap(), rng.random_range(0..2)));
+                continue;
+            }
+            9 => {
+                whiteouts.insert(format!("{dir}/.wh..wh..opq"));
+                continue;
+            }
+            10 => item(["opt/x", "run/x", "srv", "root/y"].choose(rng).unwrap(), What::File(vec![1], 0o644)),
+            // A file where a lower layer may have a directory.
+            _ if last => item(&format!("{dir}/d1"), What::File(vec![7], 0o644)),
+            _ => continue,
+        };
+        new.owner = owner;
+        if rng.random_bool(0.2) && matches!(new.what, What::File(..)) {
+            new.xattrs = capability();
+        }
+        let below = format!("{}/", new.path);
+        let clash = entries.keys().any(|path| {
+            let is_file = |path: &str| entries.get(path).is_some_and(|other| !matches!(other.what, What::Dir(_)));
+            (!matches!(new.what, What::Dir(_)) && path.starts_with(&below))
+                || (new.path.starts_with(&format!("{path}/")) && is_file(path))
+        });
+        let parent_is_whiteout_target = whiteouts.iter().any(|path| path.starts_with(&below));
+        if !clash && !(parent_is_whiteout_target && !matches!(new.what, What::Dir(_))) {
+            entries.entry(new.path.clone()).or_insert(new);
+        }
+    }
+    whiteouts.retain(|path| {
+        !entries.iter().any(|(file, item)| !matches!(item.what, What::Dir(_)) && path.starts_with(&format!("{file}/")))
+    });
+    let mut items: Vec<Item> = entries.into_values().collect();
+    items.extend(whiteouts.iter().map(|path| item(path, What::File(Vec::new(), 0o644))));
+    items.shuffle(rng);
+    let files: Vec<String> = items
+        .iter()
+        .filter(|item| matches!(&item.what, What::File(content, _) if !content.is_empty()))
+        .map(|item| item.path.clone())
+        .filter(|path| path.starts_with("usr/") || path.starts_with("etc/"))
+        .collect();
+    for at in 0..rng.random_range(0..3) {
+        if let Some(target) = files.choose(rng) {
+            items.push(item(&format!("usr/share/link{at}"), What::Hardlink(target.clone())));
+        }
+    }
+    items
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn random_layer_stacks_are_imported_alike() {
+    const CASES: u64 = 30;
+    let bench = Bench::new();
+    let oracle = oracle();
+    let first: u64 = std::env::var("PIVOT_SEED").ok().map_or(1, |seed| seed.parse().unwrap());
+    for labels in [Labels::None, Labels::Own] {
+        // The base is read once by each; only the layers on top are new.
+        let (name, repo) = (format!("ours-{labels:?}"), bench.path(&format!("theirs-{labels:?}")));
+        let store = bench.store(&name, None);
+        let mut bottom = base(&bench, labels);
+        // Compressing is most of what a debug build would do here.
+        bottom.layers.iter_mut().for_each(|layer| layer.compress = Compress::None);
+        for seed in first..first + CASES / 2 {
+            let mut rng = StdRng::seed_from_u64(seed);
+            let count = rng.random_range(1..4);
+            let stack: Vec<Vec<Item>> = (0..count).map(|at| random_layer(&mut rng, at + 1 == count)).collect();
+            let mut image = bottom.clone();
+            image.layers.extend(stack.iter().map(|items| layer(items)));
+            let spec = bench.push(&image, &format!("random:{}-{seed}", labels as u8));
+            let told = || format!("PIVOT_SEED={seed} {labels:?}: {stack:#?}").replace(&"0,\n".repeat(3), "");
+            try_pull_with(&spec, &store, None, complete()).await.unwrap_or_else(|error| panic!("{error} {}", told()));
+            let theirs = by_ostree_ext(&oracle, &spec, &repo).unwrap_or_else(|error| panic!("{error} {}", told()));
+            let ours = listing(store.repo_path(), "coreos/node-image");
+            assert!(ours == theirs, "{}\n{}", difference(&ours, &theirs), told());
+        }
+        fsck(store.repo_path());
+    }
+}
+
+/// `storage` of the test bed's registry, built when it is not. `PIVOT_TESTBED_REGISTRY` names another
+/// directory. Without optimisation, hashing gigabytes takes minutes: then only when it is named.
+fn testbed_storage() -> Option<PathBuf> {
+    if let Ok(path) = std::env::var("PIVOT_TESTBED_REGISTRY") {
+        return Some(path.into());
+    }
+    if cfg!(debug_assertions) {
+        println!("left out of a debug build: use --release, or set PIVOT_TESTBED_REGISTRY");
+        return None;
+    }
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/bed/build.sh");
+    let output = Command::new("bash").arg(script).arg("registry").env_remove("CARGO_TARGET_DIR").output().unwrap();
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "building the test bed's images: {told}");
+    Some(PathBuf::from(told.lines().last().unwrap()).join("storage"))
+}
+
+/// Type, mode, owner, size and path of each line of a listing.
+fn without_labels(listing: &str) -> String {
+    let line = |line: &str| {
+        let what: Vec<&str> = line.split_whitespace().take(4).collect();
+        let path = line.rsplit_once(" } ").map_or("", |(_, path)| path);
+        format!("{} {path}\n", what.join(" "))
+    };
+    listing.lines().map(line).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_test_beds_images_are_imported_alike() {
+    let Some(storage) = testbed_storage() else { return };
+    let oracle = oracle();
+    let temp = tempfile::tempdir().unwrap();
+    let registry = Registry::serve(storage, temp.path(), None);
+    for name in ["node-a", "node-b"] {
+        let spec = format!("{}/cluster/{name}:latest", registry.address);
+        let root = temp.path().join(name);
+        std::fs::create_dir_all(&root).unwrap();
+        let store = NodeStore::on_tmpfs(&root, None).unwrap();
+        let start = std::time::Instant::now();
+        let pulled = try_pull_with(&spec, &store, None, complete()).await.unwrap();
+        let ours_took = start.elapsed().as_secs_f64();
+        fsck(store.repo_path());
+        let start = std::time::Instant::now();
+        let repo = temp.path().join(format!("{name}-theirs"));
+        let merged = by_ostree_ext(&oracle, &spec, &repo).unwrap();
+        println!("{name}: {ours_took:.1} s, ostree-ext {:.1} s: {pulled:?}", start.elapsed().as_secs_f64());
+        let ours = listing(store.repo_path(), "coreos/node-image");
+        let theirs = listing(&repo, &pulled.commit);
+        assert!(ours == theirs, "{name}: {}", difference(&ours, &theirs));
+        // ostree-ext labels its merge commit by the image's policy even when nothing was laid over the
+        // commit. The test bed's trees have no labels, so checksums and attributes differ, and nothing else.
+        let (ours, merged) = (without_labels(&ours), without_labels(&merged));
+        assert!(ours == merged, "{name}: {}", difference(&ours, &merged));
+        std::fs::remove_dir_all(repo).unwrap();
+        std::fs::remove_dir_all(root).unwrap();
+    }
+}
