@@ -11,6 +11,8 @@ mod failing;
 mod faults;
 #[path = "pull/fixture.rs"]
 mod fixture;
+#[path = "pull/killed.rs"]
+mod killed;
 #[path = "pull/layers.rs"]
 mod layers;
 #[path = "pull/measure.rs"]
@@ -413,43 +415,6 @@ async fn an_index_of_several_architectures() {
     let again =
         pull(&source, &pulled.image, &store, None, &PullOptions::default(), Arc::default(), &cancel).await.unwrap();
     assert_eq!(again.commit, own.commit);
-}
-
-/// The agent, killed at any moment, finds a store that it can go on with.
-#[tokio::test(flavor = "multi_thread")]
-async fn killed_and_resumed() {
-    let bench = Bench::new();
-    let image = image(&bench, 1, 1);
-    let spec = bench.push(&image, "os:1");
-    let store = bench.store("store", None);
-    for delay in [60, 90, 120, 150, 180, 220, 260] {
-        let mut child = std::process::Command::new(std::env::current_exe().unwrap())
-            .args(["--ignored", "--exact", "child_pull"])
-            .env("PIVOT_CHILD", format!("{spec} {}", store.root().display()))
-            .stdout(std::process::Stdio::null())
-            .spawn()
-            .unwrap();
-        tokio::time::sleep(Duration::from_millis(delay)).await;
-        child.kill().unwrap();
-        child.wait().unwrap();
-        let temporary = fs::read_dir(store.repo_path().join("tmp")).unwrap().count();
-        println!("killed after {delay} ms: {} objects, {temporary} in tmp", store.content_objects().unwrap().len());
-    }
-    let complete = PullOptions { complete: true, ..PullOptions::default() };
-    let pulled = try_pull_with(&spec, &store, None, complete).await.unwrap();
-    assert!(pulled.complete);
-    fsck(store.repo_path());
-    assert_eq!(listing(store.repo_path(), "coreos/node-image"), listing(&bench.repo.path, &image.commit));
-    assert_eq!(fs::read_dir(store.repo_path().join("tmp")).unwrap().count(), 1, "only tmp/cache is left");
-}
-
-#[tokio::test(flavor = "multi_thread")]
-#[ignore = "the child of killed_and_resumed"]
-async fn child_pull() {
-    let Ok(arguments) = std::env::var("PIVOT_CHILD") else { return };
-    let (spec, root) = arguments.split_once(' ').unwrap();
-    let complete = PullOptions { complete: true, ..PullOptions::default() };
-    try_pull_with(spec, &NodeStore::open(Path::new(root)).unwrap(), None, complete).await.unwrap();
 }
 
 /// Every compression is used by some layer of the fixture; this keeps it so.

@@ -13,7 +13,7 @@ mod failure;
 pub(crate) mod incoming;
 mod layout;
 mod policy;
-mod references;
+pub(crate) mod references;
 mod release;
 mod source;
 mod spec;

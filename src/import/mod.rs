@@ -15,6 +15,8 @@ mod consume;
 mod derive;
 mod entry;
 mod fetch;
+#[doc(hidden)]
+pub mod fuzzing;
 mod label;
 mod layertree;
 mod merge;

@@ -61,7 +61,7 @@ fn random_layer(rng: &mut StdRng, last: bool) -> Vec<Item> {
                 || (new.path.starts_with(&format!("{path}/")) && is_file(path))
         });
         let parent_is_whiteout_target = whiteouts.iter().any(|path| path.starts_with(&below));
-        if !clash && !(parent_is_whiteout_target && !matches!(new.what, What::Dir(_))) {
+        if !clash && (!parent_is_whiteout_target || matches!(new.what, What::Dir(_))) {
             entries.entry(new.path.clone()).or_insert(new);
         }
     }
