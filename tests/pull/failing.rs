@@ -42,7 +42,7 @@ async fn faults_are_told_apart_and_the_next_attempt_goes_on() {
     let late = layers[1].0;
     for (name, path, fault, kind) in [
         ("stall", late, Fault::Stall, Kind::Network),
-        // skopeo says of a reset only that the blob ended.
+        // Of a reset skopeo says only that the blob ended, or nothing until our own patience ends.
         ("reset", late, Fault::Reset, Kind::Truncated),
         ("cut", late, Fault::Cut, Kind::Truncated),
         ("corrupt", late, Fault::Corrupt, Kind::BadDigest),
@@ -69,7 +69,8 @@ async fn faults_are_told_apart_and_the_next_attempt_goes_on() {
             faults.hits.load(Ordering::SeqCst),
             told.kind
         );
-        assert_eq!(told.kind, kind, "{name}: {told}");
+        let silent = name == "reset" && told.kind == Kind::Network;
+        assert!(told.kind == kind || silent, "{name}: {:?}: {told}", told.kind);
         // skopeo itself waits as long as Retry-After says, and gives up after five times.
         assert!(!name.ends_with("429") || faults.hits.load(Ordering::SeqCst) == 5, "{name}");
         let transient = matches!(kind, Kind::Network | Kind::Truncated);
