@@ -65,7 +65,7 @@ check: deps
 	$(CARGO) fmt --all --check
 	shellcheck dracut/98node-image-pivot/*.sh dracut/test.sh
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
-	$(CARGO) test --workspace --exclude testbed
+	$(CARGO) test --release --workspace --exclude testbed
 	sh dracut/test.sh
 	$(CARGO) test --release -p testbed -- --test-threads=1
 
