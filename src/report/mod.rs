@@ -10,5 +10,5 @@ mod tracker;
 
 pub use progress::{ProgressSnapshot, PullProgress};
 pub use status::{Cost, LastError, Phase, State, Status, TimelineEntry};
-pub use text::{human_bytes, progress_line, state_line, summary};
+pub use text::{human_bytes, one_line, progress_line, state_line, summary};
 pub use tracker::Tracker;

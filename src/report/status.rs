@@ -16,7 +16,7 @@ pub enum Phase {
     Stage,
     /// One `move_mount`, then `/etc`.
     Switch,
-    /// Users, files, policy, units.
+    /// Users, files, caches, PID 1, units.
     Refresh,
     /// Isolate to the original default target.
     Finish,

@@ -47,8 +47,28 @@ pub fn progress_line(progress: &ProgressSnapshot, width: usize) -> String {
     )
 }
 
-/// One line that says where the pivot stands: the unit's `Status:` and the console's.
+/// `text` in one line. Messages hold what registries and tools said: a line break in one of them would
+/// be a field of its own in the notification to systemd (`MAINPID=`, `STOPPING=1`), and an escape
+/// sequence would reach the console.
+pub fn one_line(text: &str) -> String {
+    let mut line = String::with_capacity(text.len());
+    for character in text.trim().chars() {
+        match character {
+            '\n' => line.push_str("; "),
+            control if control.is_control() => line.push(' '),
+            other => line.push(other),
+        }
+    }
+    line
+}
+
+/// One line, whatever the messages in it hold, that says where the pivot stands: the unit's `Status:`
+/// and the console's.
 pub fn state_line(status: &Status, now_unix: u64) -> String {
+    one_line(&state_text(status, now_unix))
+}
+
+fn state_text(status: &Status, now_unix: u64) -> String {
     let phase = status.phase.map_or("", |phase| phase.as_str());
     match (status.state, &status.error) {
         (State::Waiting, Some(error)) => {
@@ -78,7 +98,7 @@ pub fn summary(status: &Status) -> String {
     let mut out = String::new();
     // Writing to a String cannot fail.
     let mut line = |name: &str, value: &str| {
-        let _ = writeln!(out, "{name:<12}{value}");
+        let _ = writeln!(out, "{name:<12}{}", one_line(value));
     };
     line("state", &state_line(status, 0));
     if let Some(image) = &status.image {
@@ -101,7 +121,7 @@ pub fn summary(status: &Status) -> String {
         line(
             "fetched",
             &format!(
-                "{} in {} layers; {} objects, {} written",
+                "{} of an image of {} layers; {} objects, {} written",
                 human_bytes(status.cost.bytes_fetched),
                 status.progress.layers_total,
                 status.progress.objects_done,
@@ -139,6 +159,27 @@ mod tests {
         assert!(progress_line(&progress, 10).starts_with("[..........]   0%"));
         progress = ProgressSnapshot { bytes_total: 100, bytes_fetched: 42, ..Default::default() };
         assert!(progress_line(&progress, 10).starts_with("[####......]  42%"));
+    }
+
+    #[test]
+    fn whatever_a_message_holds_it_is_one_line() {
+        for (message, expected) in [
+            ("too little RAM\nfree 1 GiB", "stage failed (refused): too little RAM; free 1 GiB"),
+            ("x\nSTOPPING=1", "stage failed (refused): x; STOPPING=1"),
+            ("x\r\n\x1b[2J\0y\n", "stage failed (refused): x ;  [2J y"),
+        ] {
+            let error =
+                LastError { class: "refused".into(), message: message.into(), attempt: 1, next_retry_unix: None };
+            let status = Status {
+                state: State::Failed,
+                phase: Some(Phase::Stage),
+                error: Some(error),
+                notes: vec![message.into()],
+                ..Status::default()
+            };
+            assert_eq!(state_line(&status, 0), expected);
+            assert_eq!(summary(&status).lines().count(), 2, "the state and one note");
+        }
     }
 
     #[test]

@@ -40,16 +40,22 @@ impl Tracker {
         self.status.send_modify(change);
     }
 
-    /// A phase begins: the last failure is over, the clock of this phase runs. A phase that begins
-    /// again (a retry, a restart of the daemon) keeps its first start, so that the timeline shows
-    /// what the machine really waited.
+    /// A phase begins and its clock runs. The last failure stays in the document until something
+    /// succeeds: whoever looks during an attempt sees why there is one. A phase that has not ended (a
+    /// retry, a restart of the daemon) keeps its first start, so that the timeline shows what the
+    /// machine really waited; one that had ended and runs once more starts anew.
     pub fn begin(&self, phase: Phase) {
         let now = unix_ms();
         self.update(|status| {
             status.state = State::Running;
             status.phase = Some(phase);
             match status.timeline.iter_mut().find(|entry| entry.phase == phase) {
-                Some(entry) => entry.duration_ms = None,
+                // The time since it ended was not spent in it.
+                Some(entry) if entry.duration_ms.is_some() => {
+                    entry.start_unix_ms = now;
+                    entry.duration_ms = None;
+                }
+                Some(_) => {}
                 None => status.timeline.push(TimelineEntry { phase, start_unix_ms: now, duration_ms: None }),
             }
         });
@@ -78,11 +84,12 @@ impl Tracker {
         });
     }
 
-    /// Another image is asked for: what was said about the last one goes.
+    /// The pivot begins anew, for `image`: nothing of an earlier attempt stays in the document. The
+    /// target stays, it is the machine's and was told once.
     pub fn restart(&self, image: Option<String>) {
+        self.progress.reset();
         self.update(|status| {
-            let target = status.target.take();
-            *status = Status { image, target, ..Status::default() };
+            *status = Status { schema: status.schema, target: status.target.take(), image, ..Status::default() };
         });
     }
 
@@ -127,6 +134,40 @@ mod tests {
         assert_eq!(status.timeline[0].start_unix_ms, start);
         assert!(status.timeline[0].duration_ms.unwrap() >= 5);
         assert_eq!(status.error, None, "a success ends the failure");
+    }
+
+    #[test]
+    fn a_phase_that_had_ended_starts_anew_and_a_failure_stays_visible() {
+        let tracker = Tracker::new(Status::default());
+        tracker.begin(Phase::Switch);
+        tracker.end(Phase::Switch, State::Running);
+        let first = tracker.status().timeline[0].start_unix_ms;
+        tracker.fail(LastError { class: "local".into(), message: "m".into(), attempt: 1, next_retry_unix: None });
+        std::thread::sleep(std::time::Duration::from_millis(5));
+        tracker.begin(Phase::Switch);
+        let status = tracker.status();
+        assert!(status.timeline[0].start_unix_ms > first);
+        assert_eq!(status.timeline[0].duration_ms, None);
+        assert!(status.error.is_some(), "until something succeeds");
+    }
+
+    #[test]
+    fn a_restart_keeps_the_target_only() {
+        let tracker = Tracker::new(Status { target: Some("multi-user.target".into()), ..Status::default() });
+        tracker.begin(Phase::Pull);
+        PullProgress::add(&tracker.progress.bytes_fetched, 7);
+        tracker.note("a note");
+        tracker.update(|status| {
+            status.digest = Some("sha256:0".into());
+            status.commit = Some("0".into());
+            status.cost.bytes_fetched = 7;
+        });
+        tracker.end(Phase::Pull, State::Pulled);
+        tracker.restart(Some("quay.io/x/y".into()));
+        let expected =
+            Status { target: Some("multi-user.target".into()), image: Some("quay.io/x/y".into()), ..Status::default() };
+        assert_eq!(tracker.status(), expected);
+        assert_eq!(tracker.progress.snapshot().bytes_fetched, 0);
     }
 
     #[test]
