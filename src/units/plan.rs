@@ -71,6 +71,9 @@ const NEVER: &[&str] = &[
     "serial-getty@",
     "console-getty.service",
     "container-getty@",
+    // Instances of a socket-activated sshd: each is a login that runs, the next one runs new code.
+    "ssh@",
+    "sshd@",
     "emergency.service",
     "rescue.service",
     "node-image-",
@@ -126,6 +129,9 @@ mod tests {
             ("systemd-journald.service", vec!["lib/systemd/systemd-journald"], Bootstrap, Never),
             ("user@1000.service", vec!["lib/systemd/systemd"], Bootstrap, Never),
             ("serial-getty@ttyS0.service", vec!["sbin/agetty"], Bootstrap, Never),
+            ("ssh@3-10.0.0.1:22-10.0.0.2:4711.service", vec!["sbin/sshd"], Bootstrap, Never),
+            ("sshd@3-10.0.0.1:22-10.0.0.2:4711.service", vec!["sbin/sshd"], Bootstrap, Never),
+            ("sshd@3-10.0.0.1:22-10.0.0.2:4711.service", vec!["sbin/sshd"], Live, Never),
             ("node-image-pivotd.service", vec!["lib/libc.so.6"], Bootstrap, Never),
         ] {
             let actions = plan(&[unit(name, &changed)], flow);
