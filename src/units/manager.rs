@@ -4,6 +4,7 @@
 //! restarting bus then costs us the status API, not the pivot. Where the socket is missing, the
 //! system bus is used.
 
+use std::io;
 use std::path::Path;
 use std::time::Duration;
 
@@ -26,6 +27,13 @@ const AUXV: &str = "/proc/1/auxv";
 /// How long the manager may be silent while it re-executes itself.
 const REEXEC: Duration = Duration::from_secs(90);
 
+/// How long one attempt to reach the re-executed manager may take, connecting included.
+const ANSWER: Duration = Duration::from_secs(10);
+/// How long the private socket may be away because somebody else re-executes the manager.
+const COMEBACK: Duration = Duration::from_secs(30);
+/// Exists where systemd runs: sd_booted(3).
+const BOOTED: &str = "/run/systemd/system";
+
 /// A connection to PID 1.
 pub struct Manager {
     connection: Connection,
@@ -46,20 +54,48 @@ pub struct Unit {
 type UnitRow = (String, String, String, String, String, String, OwnedObjectPath, u32, String, OwnedObjectPath);
 
 impl Manager {
-    /// Connects to PID 1.
+    /// Connects to PID 1. Somebody else's `daemon-reexec` closes the private socket for a moment: that
+    /// is waited for. A socket that stays away leaves the system bus.
     pub async fn connect() -> Result<Self> {
-        if Path::new(PRIVATE_SOCKET).exists() {
-            let connection = private::connect(Path::new(PRIVATE_SOCKET), |builder| builder.method_timeout(REPLY))
-                .await
-                .with_context(|| format!("cannot reach systemd on {PRIVATE_SOCKET}"))?;
-            return Ok(Self { connection, destination: None });
+        let deadline = tokio::time::Instant::now() + COMEBACK;
+        loop {
+            let error = match Self::private().await {
+                Ok(manager) => return Ok(manager),
+                Err(error) => error,
+            };
+            if !may_come_back(error.kind()) {
+                return Err(error).with_context(|| format!("cannot reach systemd on {PRIVATE_SOCKET}"));
+            }
+            // Where systemd does not run, there is nothing to wait for.
+            if tokio::time::Instant::now() >= deadline || !Path::new(BOOTED).exists() {
+                return Self::system_bus().await.with_context(|| format!("{PRIVATE_SOCKET}: {error}"));
+            }
+            tokio::time::sleep(Duration::from_millis(200)).await;
         }
+    }
+
+    async fn private() -> io::Result<Self> {
+        let connection = private::connect(Path::new(PRIVATE_SOCKET), |builder| builder.method_timeout(REPLY)).await?;
+        Ok(Self { connection, destination: None })
+    }
+
+    async fn system_bus() -> Result<Self> {
         let connection = zbus::connection::Builder::system()
             .method_timeout(REPLY)
             .build()
             .await
-            .with_context(|| format!("{PRIVATE_SOCKET} is missing and the system bus does not answer"))?;
+            .context("the system bus does not answer either")?;
         Ok(Self { connection, destination: Some(DESTINATION) })
+    }
+
+    /// One attempt, proven by an answer.
+    async fn answering() -> Result<Self> {
+        let manager = match Self::private().await {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Self::system_bus().await?,
+            other => other?,
+        };
+        manager.version().await?;
+        Ok(manager)
     }
 
     async fn call<B>(&self, method: &'static str, body: &B) -> Result<zbus::Message>
@@ -91,13 +127,9 @@ impl Manager {
         loop {
             tokio::time::sleep(Duration::from_millis(200)).await;
             let executed = std::fs::read(AUXV).is_ok_and(|now| now != before);
-            let answer = match Self::connect().await {
-                Ok(manager) => tokio::time::timeout(Duration::from_secs(10), manager.version())
-                    .await
-                    .map_err(anyhow::Error::from)
-                    .and_then(|version| version.map(|_| manager)),
-                Err(error) => Err(error),
-            };
+            let answer = tokio::time::timeout(ANSWER, Self::answering())
+                .await
+                .unwrap_or_else(|_| bail!("no answer within {} s", ANSWER.as_secs()));
             match answer {
                 Ok(manager) if executed => return Ok(manager),
                 _ if tokio::time::Instant::now() < deadline => {}
@@ -121,11 +153,6 @@ impl Manager {
     /// Restarts `unit` if it is running and waits for the job to end, at most `limit`.
     pub async fn try_restart(&self, unit: &str, limit: Duration) -> Result<()> {
         self.job("TryRestartUnit", unit, limit).await
-    }
-
-    /// Reloads `unit` if it can be, restarts it otherwise, and waits for the job.
-    pub async fn reload_or_try_restart(&self, unit: &str, limit: Duration) -> Result<()> {
-        self.job("ReloadOrTryRestartUnit", unit, limit).await
     }
 
     /// Starts `unit` and waits for the job.
@@ -168,11 +195,6 @@ impl Manager {
         Ok(rows.into_iter().map(|row| Unit { name: row.0, active: row.3, path: row.6 }).collect())
     }
 
-    /// The `ActiveState` of one unit; `inactive` for one that does not exist.
-    pub async fn active_state(&self, unit: &str) -> Result<String> {
-        Ok(self.list().await?.into_iter().find(|row| row.name == unit).map_or("inactive".into(), |row| row.active))
-    }
-
     /// The cgroup of a service, relative to the cgroup root; empty when it has none.
     pub async fn control_group(&self, unit: &Unit) -> Result<String> {
         let value = self.property(unit.path.as_str(), "org.freedesktop.systemd1.Service", "ControlGroup").await?;
@@ -189,10 +211,30 @@ impl Manager {
     }
 }
 
+/// Whether a failure to connect is what a PID 1 that re-executes itself looks like.
+fn may_come_back(kind: io::ErrorKind) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionRefused, ConnectionReset, NotFound, TimedOut, UnexpectedEof};
+    matches!(kind, NotFound | ConnectionRefused | ConnectionReset | BrokenPipe | UnexpectedEof | TimedOut)
+}
+
 /// On the private socket a second Subscribe is an error that changes nothing.
 fn already_subscribed(error: anyhow::Error) -> Result<zbus::Message> {
     match error.downcast_ref::<zbus::Error>() {
         Some(zbus::Error::MethodError(name, _, reply)) if name.contains("AlreadySubscribed") => Ok(reply.clone()),
         _ => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_is_final_and_a_restart_is_not() {
+        for kind in [io::ErrorKind::NotFound, io::ErrorKind::ConnectionRefused, io::ErrorKind::UnexpectedEof] {
+            assert!(may_come_back(kind), "{kind}");
+        }
+        assert!(!may_come_back(io::ErrorKind::PermissionDenied));
+        assert!(!may_come_back(io::ErrorKind::InvalidData));
     }
 }

@@ -10,6 +10,7 @@
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::time::Duration;
 
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
@@ -23,11 +24,19 @@ use zbus::export::async_trait::async_trait;
 const FIXED: usize = 16;
 /// The largest message of the specification, 128 MiB.
 const LARGEST: usize = 1 << 27;
+/// How long connecting may take. A PID 1 that is stuck must not stick us.
+const CONNECT: Duration = Duration::from_secs(10);
 /// The header field SENDER.
 const SENDER: u8 = 7;
 
 /// Connects to `path` as the caller's user and applies `finish` to the builder before it is built.
 pub(super) async fn connect(path: &Path, finish: impl FnOnce(Builder<'_>) -> Builder<'_>) -> io::Result<Connection> {
+    tokio::time::timeout(CONNECT, unlimited(path, finish))
+        .await
+        .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {} s", CONNECT.as_secs())))?
+}
+
+async fn unlimited(path: &Path, finish: impl FnOnce(Builder<'_>) -> Builder<'_>) -> io::Result<Connection> {
     let (read, mut write) = UnixStream::connect(path).await?.into_split();
     let mut read = BufReader::new(read);
     // The uid in decimal, in hexadecimal digits of its text.
@@ -36,7 +45,10 @@ pub(super) async fn connect(path: &Path, finish: impl FnOnce(Builder<'_>) -> Bui
     // reaches it in the same read as a BEGIN of its own, and answers it only when another one comes.
     write.write_all(format!("\0AUTH EXTERNAL {uid}\r\nBEGIN\r\n").as_bytes()).await?;
     let mut answer = String::new();
-    read.read_line(&mut answer).await?;
+    if read.read_line(&mut answer).await? == 0 {
+        // PID 1 closes what it has not answered when it re-executes itself.
+        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "closed before the authentication"));
+    }
     let Some(guid) = answer.trim_end().strip_prefix("OK ") else {
         return Err(io::Error::new(io::ErrorKind::PermissionDenied, format!("authentication: {}", answer.trim_end())));
     };
@@ -199,6 +211,21 @@ mod tests {
         let mut after = before.clone();
         replace_sender(&mut after);
         assert_eq!(after, before);
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_closes_is_no_refusal() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("private");
+        let listener = tokio::net::UnixListener::bind(&path).unwrap();
+        let (connected, accepted) = tokio::join!(connect(&path, |builder| builder), async {
+            let (mut stream, _) = listener.accept().await?;
+            // All of it is read, or the close would be a reset.
+            let mut greeting = [0; 64];
+            stream.read(&mut greeting).await.map(drop)
+        });
+        accepted.unwrap();
+        assert_eq!(connected.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
     }
 
     proptest! {
