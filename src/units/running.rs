@@ -1,28 +1,53 @@
 //! What the processes of each service execute and map, from `/proc`.
 
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::fs::Metadata;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
+use tracing::warn;
 
 use super::{Manager, RunningUnit};
 
-/// All active services with the files under `/usr` that they run and that `differs` in the node
-/// image. A process that ends while it is looked at counts as running nothing.
-pub async fn running_units(manager: &Manager, differs: &(dyn Fn(&Path) -> bool + Sync)) -> Result<Vec<RunningUnit>> {
+/// Which paths below a directory, relative to it, are of interest.
+type Differs<'a> = &'a (dyn Fn(&Path) -> bool + Sync);
+
+/// [`survey`] with its troubles in the journal only.
+pub async fn running_units(manager: &Manager, differs: Differs<'_>) -> Result<Vec<RunningUnit>> {
+    let (running, troubles) = survey(manager, differs).await?;
+    for trouble in troubles {
+        warn!("{trouble}");
+    }
+    Ok(running)
+}
+
+/// All active services with the files under `/usr` that they run, that `differs` in the node image
+/// and that are not yet the node image's. A process that ends while it is looked at counts as running
+/// nothing. One unit that cannot be looked at does not hide the others: it is left out, and a line of
+/// the second list names it.
+pub async fn survey(manager: &Manager, differs: Differs<'_>) -> Result<(Vec<RunningUnit>, Vec<String>)> {
     let mut running = Vec::new();
+    let mut troubles = Vec::new();
     for unit in manager.list().await? {
         if !unit.name.ends_with(".service") || !matches!(unit.active.as_str(), "active" | "reloading") {
             continue;
         }
-        let cgroup = manager.control_group(&unit).await?;
+        let cgroup = match manager.control_group(&unit).await {
+            Ok(cgroup) => cgroup,
+            Err(error) => {
+                troubles.push(format!("{}: cannot tell what it runs: {error:#}", unit.name));
+                continue;
+            }
+        };
         let mut changed = BTreeSet::new();
         for pid in processes(&cgroup) {
-            changed.extend(mapped_files(pid).into_iter().filter(|path| differs(Path::new(path))));
+            changed.extend(old_below(pid, Path::new("/usr"), differs));
         }
         running.push(RunningUnit { name: unit.name, changed: changed.into_iter().collect() });
     }
-    Ok(running)
+    Ok((running, troubles))
 }
 
 /// The processes below a cgroup, in the unified hierarchy or in systemd's own.
@@ -54,20 +79,72 @@ fn collect(dir: &Path, pids: &mut Vec<u32>) {
     }
 }
 
-/// The files under `/usr` that a process executes or maps, relative to `/usr`.
+/// The files under `/usr`, relative to it, that a process executes or maps and that are not the files
+/// which stand at these paths now.
 pub fn mapped_files(pid: u32) -> BTreeSet<String> {
-    std::fs::read_to_string(format!("/proc/{pid}/maps")).map(|maps| under_usr(&maps)).unwrap_or_default()
+    old_below(pid, Path::new("/usr"), &|_| true)
 }
 
-/// Paths under `/usr` in the text of `/proc/PID/maps` (proc(5)): the sixth column, executable
-/// mappings and data alike, without the kernel's `(deleted)` mark.
-fn under_usr(maps: &str) -> BTreeSet<String> {
-    maps.lines()
-        .filter_map(|line| line.find('/').map(|start| &line[start..]))
-        .map(|path| path.strip_suffix(" (deleted)").unwrap_or(path))
-        .filter_map(|path| path.strip_prefix("/usr/"))
-        .map(str::to_owned)
-        .collect()
+/// The files below `root` that `differs` and whose mapped version is not the one at that path now.
+fn old_below(pid: u32, root: &Path, differs: Differs<'_>) -> BTreeSet<String> {
+    let process = PathBuf::from(format!("/proc/{pid}"));
+    let maps = std::fs::read(process.join("maps")).unwrap_or_default();
+    let maps = String::from_utf8_lossy(&maps);
+    let mut seen = BTreeSet::new();
+    let mut old = BTreeSet::new();
+    for mapping in mappings(&maps) {
+        let Ok(path) = Path::new(mapping.path).strip_prefix(root) else { continue };
+        // A file is mapped in several pieces, and one path may stand for an old and a new file.
+        if !seen.insert((mapping.path, mapping.file)) || !differs(path) {
+            continue;
+        }
+        // Through the link the kernel answers in terms of the filesystem that the file was opened on.
+        // The device and inode in the text may be those of a layer below an overlay.
+        let mapped = std::fs::metadata(process.join("map_files").join(mapping.range));
+        if is_old(&mapped, &std::fs::metadata(mapping.path)) {
+            old.insert(path.to_string_lossy().into_owned());
+        }
+    }
+    // A process that ended in the meantime runs nothing; its links were gone, not incomparable.
+    if process.exists() { old } else { BTreeSet::new() }
+}
+
+/// Whether what is mapped is another file than the one at its path now. What cannot be compared is:
+/// a needless restart is the smaller mistake.
+fn is_old(mapped: &io::Result<Metadata>, now: &io::Result<Metadata>) -> bool {
+    match (mapped, now) {
+        (Ok(mapped), Ok(now)) => (mapped.dev(), mapped.ino()) != (now.dev(), now.ino()),
+        _ => true,
+    }
+}
+
+/// One line of `/proc/PID/maps` (proc(5)) that maps a file.
+#[derive(Debug, PartialEq, Eq)]
+struct Mapping<'a> {
+    /// The first column, as `/proc/PID/map_files` has it.
+    range: String,
+    /// Device and inode; they tell files apart, but not what is at the path.
+    file: (&'a str, &'a str),
+    /// The sixth column, without the kernel's `(deleted)` mark.
+    path: &'a str,
+}
+
+/// The file mappings in the text of `/proc/PID/maps`, executable ones and data alike.
+fn mappings(maps: &str) -> impl Iterator<Item = Mapping<'_>> {
+    maps.lines().filter_map(|line| {
+        let mut columns = line.split_whitespace();
+        let range = range_name(columns.next()?)?;
+        let file = (columns.nth(2)?, columns.next()?);
+        let path = &line[line.find('/')?..];
+        Some(Mapping { range, file, path: path.strip_suffix(" (deleted)").unwrap_or(path) })
+    })
+}
+
+/// The name in `map_files`: without the zeros that `maps` pads addresses with.
+fn range_name(range: &str) -> Option<String> {
+    let (start, end) = range.split_once('-')?;
+    let number = |text| u64::from_str_radix(text, 16).ok();
+    Some(format!("{:x}-{:x}", number(start)?, number(end)?))
 }
 
 #[cfg(test)]
@@ -78,15 +155,65 @@ mod tests {
     #[test]
     fn maps() {
         let text = "\
-55d0c5a00000-55d0c5a02000 r--p 00000000 fe:00 1234  /usr/bin/cat
+00400000-00402000 r--p 00000000 fe:00 1234  /usr/bin/cat
 7f0000000000-7f0000001000 r-xp 00000000 fe:00 77    /usr/lib/x86_64-linux-gnu/libc.so.6 (deleted)
 7f0000002000-7f0000003000 rw-p 00000000 00:00 0
 7ffe00000000-7ffe00001000 rw-p 00000000 00:00 0     [stack]
-7f0000004000-7f0000005000 r--s 00000000 00:01 5     /memfd:x (deleted)
 7f0000005000-7f0000006000 r--p 00000000 fe:00 9     /usr/lib/with space.so
+nonsense
 ";
-        let expected = ["bin/cat", "lib/with space.so", "lib/x86_64-linux-gnu/libc.so.6"];
-        assert_eq!(under_usr(text).into_iter().collect::<Vec<_>>(), expected);
+        let found: Vec<_> = mappings(text).collect();
+        assert_eq!(found[0], Mapping { range: "400000-402000".into(), file: ("fe:00", "1234"), path: "/usr/bin/cat" });
+        assert_eq!(found[1].path, "/usr/lib/x86_64-linux-gnu/libc.so.6");
+        assert_eq!(found[2].path, "/usr/lib/with space.so");
+        assert_eq!(found.len(), 3);
+    }
+
+    #[test]
+    fn what_cannot_be_compared_is_old() {
+        let here = || std::fs::metadata("/");
+        let nowhere = || std::fs::metadata("/nonexistent");
+        assert!(!is_old(&here(), &here()));
+        assert!(is_old(&here(), &std::fs::metadata("/proc/self/maps")));
+        assert!(is_old(&here(), &nowhere()) && is_old(&nowhere(), &here()));
+    }
+
+    /// A program that is replaced while it runs, as a package manager does it, then started again.
+    #[test]
+    fn a_program_is_old_once_its_file_is_replaced() {
+        if std::fs::read_dir("/proc/self/map_files")
+            .and_then(|mut files| files.next().ok_or(io::ErrorKind::NotFound)?)
+            .and_then(|file| std::fs::metadata(file.path()))
+            .is_err()
+        {
+            eprintln!("skipped: needs root's /proc/self/map_files");
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().canonicalize().unwrap();
+        let program = root.join("sleep");
+        let start = || {
+            let child = std::process::Command::new(&program).arg("60").spawn().unwrap();
+            // spawn() returns before the kernel has mapped the program.
+            let maps = format!("/proc/{}/maps", child.id());
+            while !std::fs::read_to_string(&maps).unwrap().contains("/sleep") {
+                std::thread::sleep(std::time::Duration::from_millis(5));
+            }
+            (old_below(child.id(), &root, &|_| true), child)
+        };
+        std::fs::copy("/bin/sleep", &program).unwrap();
+        let (old, mut first) = start();
+        assert_eq!(old, BTreeSet::new(), "what was just started is current");
+        std::fs::copy("/bin/sleep", root.join("new")).unwrap();
+        std::fs::rename(root.join("new"), &program).unwrap();
+        assert_eq!(old_below(first.id(), &root, &|_| true), BTreeSet::from(["sleep".to_owned()]));
+        assert_eq!(old_below(first.id(), &root, &|_| false), BTreeSet::new(), "the node image has the same");
+        let (old, mut second) = start();
+        assert_eq!(old, BTreeSet::new(), "restarted once, not again");
+        for child in [&mut first, &mut second] {
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
     }
 
     #[test]
