@@ -1,9 +1,11 @@
 //! Talking to the daemon: over its private socket as root, over the system bus otherwise.
 
+use std::io;
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use tokio::net::UnixStream;
 use zbus::{Connection, OwnedVariant};
 
 use super::{INTERFACE, NAME, PATH};
@@ -40,17 +42,10 @@ pub enum CallError {
 }
 
 impl Client {
-    /// Connects to a daemon that runs: to `socket` when it may be opened, else over the system bus.
+    /// Connects to read the status: to `socket` when it may be opened, else over the system bus.
     pub async fn connect(socket: &Path) -> Result<Self> {
-        match tokio::net::UnixStream::connect(socket).await {
-            Ok(stream) => {
-                let connection = zbus::connection::Builder::unix_stream(stream.into_std()?)
-                    .p2p()
-                    .build()
-                    .await
-                    .with_context(|| format!("no answer on {}", socket.display()))?;
-                Ok(Self { connection, destination: None })
-            }
+        match UnixStream::connect(socket).await {
+            Ok(stream) => Self::private(stream).await.with_context(|| format!("no answer on {}", socket.display())),
             Err(refused) => {
                 let connection = zbus::connection::Builder::system()
                     .build()
@@ -61,16 +56,64 @@ impl Client {
         }
     }
 
-    /// Connects; starts the daemon's unit first when it does not run.
-    pub async fn connect_or_start(socket: &Path) -> Result<Self> {
-        if tokio::net::UnixStream::connect(socket).await.is_err() {
-            let manager = Manager::connect().await?;
-            manager
-                .start(DAEMON_UNIT, Duration::from_secs(60))
-                .await
-                .with_context(|| format!("the daemon does not run and {DAEMON_UNIT} cannot be started"))?;
+    async fn private(stream: UnixStream) -> Result<Self> {
+        let connection = zbus::connection::Builder::unix_stream(stream.into_std()?).p2p().build().await?;
+        Ok(Self { connection, destination: None })
+    }
+
+    /// Connects to call a method, which only root may; `None` when no daemon runs.
+    ///
+    /// # Errors
+    /// [`CallError::Failed`] for others than root, [`CallError::Disconnected`] when the daemon went
+    /// away before it answered.
+    pub async fn running(socket: &Path) -> Result<Option<Self>, CallError> {
+        match UnixStream::connect(socket).await {
+            Ok(stream) => {
+                Self::private(stream).await.map(Some).map_err(|error| CallError::Disconnected(format!("{error:#}")))
+            }
+            Err(error) => absent(socket, &error).map(|()| None),
         }
-        Self::connect(socket).await
+    }
+
+    /// Connects to call a method; starts the daemon's unit first, once, when it does not run.
+    ///
+    /// # Errors
+    /// As [`Client::running`]; [`CallError::Failed`] when the unit cannot be started.
+    pub async fn connect_or_start(socket: &Path) -> Result<Self, CallError> {
+        if let Some(client) = Self::running(socket).await? {
+            return Ok(client);
+        }
+        // systemd would say so, in words that do not tell what to do.
+        if !rustix::process::geteuid().is_root() {
+            return Err(CallError::Failed(format!("must be root to start {DAEMON_UNIT}")));
+        }
+        start().await.map_err(|error| {
+            CallError::Failed(format!("the daemon cannot be started: {error:#}; see systemctl status {DAEMON_UNIT}"))
+        })?;
+        Self::running(socket).await?.ok_or_else(|| {
+            CallError::Failed(format!(
+                "{DAEMON_UNIT} was started and nothing listens on {}; see systemctl status {DAEMON_UNIT}",
+                socket.display()
+            ))
+        })
+    }
+
+    /// Waits at most `limit` for a daemon that went away. Its unit has `Restart=`, so starting it again
+    /// is not ours, and would use up its start limit; only in the end is that tried, once.
+    ///
+    /// # Errors
+    /// As [`Client::connect_or_start`].
+    pub async fn reconnect(socket: &Path, limit: Duration) -> Result<Self, CallError> {
+        let deadline = tokio::time::Instant::now() + limit;
+        while tokio::time::Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            match Self::running(socket).await {
+                Ok(Some(client)) => return Ok(client),
+                Ok(None) | Err(CallError::Disconnected(_)) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Self::connect_or_start(socket).await
     }
 
     /// Calls a method and waits for its end, however long it takes; returns the lines it answers.
@@ -100,6 +143,21 @@ impl Client {
     }
 }
 
+async fn start() -> Result<()> {
+    Manager::connect().await?.start(DAEMON_UNIT, Duration::from_secs(60)).await
+}
+
+/// Whether the socket that could not be connected to means that no daemon runs.
+fn absent(socket: &Path, error: &io::Error) -> Result<(), CallError> {
+    match error.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Ok(()),
+        io::ErrorKind::PermissionDenied => {
+            Err(CallError::Failed(format!("must be root: {} may not be opened", socket.display())))
+        }
+        _ => Err(CallError::Failed(format!("cannot connect to {}: {error}", socket.display()))),
+    }
+}
+
 fn classify(error: zbus::Error) -> CallError {
     let zbus::Error::MethodError(name, message, _) = &error else {
         return match error {
@@ -113,5 +171,30 @@ fn classify(error: zbus::Error) -> CallError {
         Some("Permanent") => CallError::Permanent(message),
         Some("Cancelled") => CallError::Cancelled(message),
         _ => CallError::Failed(message),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_socket_without_a_listener_means_that_no_daemon_runs() {
+        let of = |kind: io::ErrorKind| absent(Path::new("/run/x"), &kind.into());
+        assert!(of(io::ErrorKind::NotFound).is_ok());
+        assert!(of(io::ErrorKind::ConnectionRefused).is_ok());
+        let error = of(io::ErrorKind::PermissionDenied).unwrap_err();
+        assert!(matches!(&error, CallError::Failed(message) if message.starts_with("must be root")), "{error}");
+        assert!(matches!(of(io::ErrorKind::NotConnected).unwrap_err(), CallError::Failed(_)));
+    }
+
+    #[tokio::test]
+    async fn a_dead_daemons_socket_is_no_daemon() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("socket");
+        assert!(Client::running(&socket).await.unwrap().is_none());
+        drop(tokio::net::UnixListener::bind(&socket).unwrap());
+        assert!(Client::running(&socket).await.unwrap().is_none());
     }
 }

@@ -1,12 +1,12 @@
 //! Asking the daemon for something and telling how it goes until it ends: on the terminal, on the
 //! console through the unit, and in `systemctl status`.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Result;
 use libsystemd::daemon::{NotifyState, notify};
 
-use super::Exit;
+use super::{Exit, say};
 use crate::agent::Paths;
 use crate::bus::{CallError, Client};
 use crate::report::{self, Phase, State, Status};
@@ -19,49 +19,81 @@ const RECONNECT: Duration = Duration::from_secs(60);
 /// Calls `method` and waits for its end. The daemon may die in the middle: its unit starts it again,
 /// it takes up its record, and the same call goes on.
 pub(super) async fn drive(paths: &Paths, method: &str) -> Result<Exit> {
+    let socket = paths.socket();
     let mut teller = Teller::default();
     let mut broken_since = None;
+    let mut client = match Client::connect_or_start(&socket).await {
+        Ok(client) => client,
+        Err(error) => return Ok(failed(&error)),
+    };
     loop {
-        let outcome = match Client::connect_or_start(&paths.socket()).await {
-            Ok(client) => {
-                if let Ok(status) = client.status().await {
-                    teller.begin(&status);
-                }
-                let call = client.call(method);
-                tokio::pin!(call);
-                loop {
-                    tokio::select! {
-                        outcome = &mut call => break outcome.map(|lines| (lines, client.clone())),
-                        () = tokio::time::sleep(POLL) => {
-                            if let Ok(status) = client.status().await {
-                                broken_since = None;
-                                teller.tell(&status);
-                            }
-                        }
-                    }
-                }
-            }
-            Err(error) => Err(CallError::Disconnected(format!("{error:#}"))),
-        };
-        match outcome {
-            Ok((lines, client)) => {
+        match follow(&client, method, &mut teller, &mut broken_since).await {
+            Ok(lines) => {
                 let status = client.status().await.unwrap_or_default();
                 teller.end(&status, &lines);
                 return Ok(Exit::Done);
             }
-            Err(CallError::Disconnected(reason))
-                if broken_since.get_or_insert_with(std::time::Instant::now).elapsed() < RECONNECT =>
+            // A daemon that takes calls and never answers one is given up like one that is away.
+            Err(error @ CallError::Disconnected(_))
+                if broken_since.get_or_insert_with(Instant::now).elapsed() < RECONNECT =>
             {
-                eprintln!("node-image-pivot: {reason}; trying again");
-                tokio::time::sleep(Duration::from_secs(1)).await;
+                say::error(&format!("{error}; waiting for it to come back"));
+                client = match Client::reconnect(&socket, RECONNECT).await {
+                    Ok(client) => client,
+                    Err(error) => return Ok(failed(&error)),
+                };
             }
-            Err(error) => {
-                let _ = notify(false, &[NotifyState::Status(error.to_string())]);
-                eprintln!("node-image-pivot: {error}");
-                return Ok(Exit::from(&error));
+            Err(error) => return Ok(failed(&error)),
+        }
+    }
+}
+
+/// One call, with the status told while it lasts.
+async fn follow(
+    client: &Client,
+    method: &str,
+    teller: &mut Teller,
+    broken_since: &mut Option<Instant>,
+) -> Result<Vec<String>, CallError> {
+    if let Ok(status) = client.status().await {
+        teller.begin(&status);
+    }
+    let call = client.call(method);
+    tokio::pin!(call);
+    loop {
+        tokio::select! {
+            outcome = &mut call => return outcome,
+            () = tokio::time::sleep(POLL) => {
+                if let Ok(status) = client.status().await {
+                    *broken_since = None;
+                    teller.tell(&status);
+                }
             }
         }
     }
+}
+
+/// Ends a pull that runs or waits. A daemon that does not run has none, and is not started to say so.
+pub(super) async fn cancel(paths: &Paths) -> Result<Exit> {
+    let outcome = match Client::running(&paths.socket()).await {
+        Ok(Some(client)) => client.call("Cancel").await,
+        Ok(None) => Ok(Vec::new()),
+        Err(error) => Err(error),
+    };
+    match outcome {
+        Ok(lines) if lines.is_empty() => say::out("nothing was running"),
+        Ok(lines) => lines.iter().for_each(|line| say::out(report::one_line(line))),
+        Err(error) => return Ok(failed(&error)),
+    }
+    Ok(Exit::Done)
+}
+
+/// Tells systemd and the person why, and says how to exit.
+fn failed(error: &CallError) -> Exit {
+    let message = error.to_string();
+    let _ = notify(false, &[NotifyState::Status(report::one_line(&message))]);
+    say::error(&message);
+    Exit::from(error)
 }
 
 /// Says what is new, once.
@@ -85,7 +117,7 @@ impl Teller {
         // `systemctl status` shows the last line that was sent.
         let _ = notify(false, &[NotifyState::Status(line.clone())]);
         if let Some(line) = self.news(status, &line) {
-            println!("node-image-pivot: {line}");
+            say::out(format_args!("node-image-pivot: {line}"));
         }
     }
 
@@ -109,11 +141,11 @@ impl Teller {
 
     fn end(&mut self, status: &Status, lines: &[String]) {
         for line in lines {
-            println!("{line}");
+            say::out(report::one_line(line));
         }
         let line = self.last_line(status);
         let _ = notify(false, &[NotifyState::Status(line.clone())]);
-        println!("node-image-pivot: {line}");
+        say::out(format_args!("node-image-pivot: {line}"));
     }
 
     /// A call that found everything done says so.

@@ -5,6 +5,7 @@
 
 mod daemon;
 mod drive;
+mod say;
 mod show;
 
 use std::process::ExitCode;
@@ -94,14 +95,14 @@ pub fn main() -> ExitCode {
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => {
-            eprintln!("node-image-pivot: cannot start: {error}");
+            say::error(&format!("cannot start: {error}"));
             return ExitCode::from(Exit::Error as u8);
         }
     };
     let exit = match runtime.block_on(dispatch(arguments.command)) {
         Ok(exit) => exit,
         Err(error) => {
-            eprintln!("node-image-pivot: {error:#}");
+            say::error(&format!("{error:#}"));
             Exit::Error
         }
     };
@@ -120,14 +121,19 @@ async fn dispatch(command: Command) -> anyhow::Result<Exit> {
         Command::Finish => drive::drive(&paths, "Finish").await,
         Command::Run => drive::drive(&paths, "Run").await,
         Command::Undo => drive::drive(&paths, "Undo").await,
-        Command::Cancel => drive::drive(&paths, "Cancel").await,
+        Command::Cancel => drive::cancel(&paths).await,
         Command::Daemon => daemon::daemon(paths).await,
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Arguments::command(), "node-image-pivot", &mut std::io::stdout());
+            // By way of memory: clap panics when it cannot write.
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Arguments::command(), "node-image-pivot", &mut script);
+            say::raw(&script);
             Ok(Exit::Done)
         }
         Command::Man => {
-            clap_mangen::Man::new(Arguments::command()).render(&mut std::io::stdout())?;
+            let mut page = Vec::new();
+            clap_mangen::Man::new(Arguments::command()).render(&mut page)?;
+            say::raw(&page);
             Ok(Exit::Done)
         }
     }

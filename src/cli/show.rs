@@ -1,22 +1,36 @@
-//! `status` and `report`: the status document, from the daemon or, when it does not run, from what
-//! it left behind.
+//! `status` and `report`: the status document, from the daemon or, when it does not answer on its
+//! socket or the system bus, from the record it left behind.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
-use super::Exit;
 use super::drive::unix_now;
+use super::{Exit, say};
 use crate::agent::{Paths, Record};
 use crate::bus::Client;
 use crate::report::{self, State, Status};
 
+/// How often a watch looks.
+const LOOK: Duration = Duration::from_secs(1);
+/// A daemon that does not answer is waited for this long.
+const ABSENT: Duration = Duration::from_secs(60);
+
 async fn current(paths: &Paths) -> Result<Status> {
-    match Client::connect(&paths.socket()).await {
-        Ok(client) => client.status().await,
+    match asked(paths).await {
+        Ok(status) => Ok(status),
         // The record is root's; for others the daemon's silence is the answer.
-        Err(error) => Record::load(paths).map(|record| record.status).map_err(|_| error),
+        Err(error) => recorded(paths).map_err(|_| error),
     }
+}
+
+/// What the daemon says. That there is a system bus does not mean that the daemon is on it.
+async fn asked(paths: &Paths) -> Result<Status> {
+    Client::connect(&paths.socket()).await?.status().await
+}
+
+fn recorded(paths: &Paths) -> Result<Status> {
+    Ok(Record::load(paths)?.status)
 }
 
 pub(super) async fn status(paths: &Paths, json: bool) -> Result<Exit> {
@@ -25,31 +39,90 @@ pub(super) async fn status(paths: &Paths, json: bool) -> Result<Exit> {
 }
 
 pub(super) async fn report(paths: &Paths) -> Result<Exit> {
-    print!("{}", report::summary(&current(paths).await?));
+    say::raw(report::summary(&current(paths).await?).as_bytes());
     Ok(Exit::Done)
 }
 
 pub(super) async fn watch(paths: &Paths, json: bool) -> Result<Exit> {
     let mut last = None;
+    let mut absent_since = None;
     loop {
-        let status = current(paths).await?;
+        let status = match asked(paths).await {
+            Ok(status) => {
+                absent_since = None;
+                status
+            }
+            // Its unit starts a daemon that died again. One that stays away changes nothing any more.
+            Err(error) if absent_since.get_or_insert_with(Instant::now).elapsed() >= ABSENT => return Err(error),
+            Err(error) => recorded(paths).map_err(|_| error)?,
+        };
         if last.as_ref() != Some(&status) {
             print(&status, json)?;
         }
-        match status.state {
-            State::Done | State::NothingToDo => return Ok(Exit::Done),
-            State::Failed => return Ok(Exit::Permanent),
-            _ => last = Some(status),
+        if let Some(exit) = exit_of(&status) {
+            return Ok(exit);
         }
-        tokio::time::sleep(Duration::from_secs(1)).await;
+        last = Some(status);
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+/// How the watch ends in this status; `None` while there is more to come.
+fn exit_of(status: &Status) -> Option<Exit> {
+    match status.state {
+        // A phase that begins after the switch makes it `running` again.
+        State::Done | State::NothingToDo | State::Switched => Some(Exit::Done),
+        State::Failed => Some(match status.error.as_ref().map(|error| error.class.as_str()) {
+            Some("refused") => Exit::Refused,
+            Some("cancelled") => Exit::Cancelled,
+            Some("local") => Exit::Error,
+            _ => Exit::Permanent,
+        }),
+        State::Idle | State::Running | State::Waiting | State::Pulled => None,
     }
 }
 
 fn print(status: &Status, json: bool) -> Result<()> {
     if json {
-        println!("{}", serde_json::to_string(status)?);
+        say::out(serde_json::to_string(status)?);
     } else {
-        println!("{}", report::state_line(status, unix_now()));
+        say::out(report::state_line(status, unix_now()));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::LastError;
+
+    #[test]
+    fn a_watch_ends_where_nothing_more_comes() {
+        let of = |state, class: Option<&str>| {
+            let error = class.map(|class| LastError {
+                class: class.into(),
+                message: "m".into(),
+                attempt: 1,
+                next_retry_unix: None,
+            });
+            exit_of(&Status { state, error, ..Status::default() })
+        };
+        for state in [State::Done, State::NothingToDo, State::Switched] {
+            assert_eq!(of(state, None), Some(Exit::Done), "{state:?}");
+        }
+        // A failure stays in the document while the next attempt runs.
+        for state in [State::Idle, State::Running, State::Waiting, State::Pulled] {
+            assert_eq!(of(state, Some("network")), None, "{state:?}");
+        }
+        for (class, exit) in [
+            ("refused", Exit::Refused),
+            ("cancelled", Exit::Cancelled),
+            ("local", Exit::Error),
+            ("network", Exit::Permanent),
+            ("unauthorized", Exit::Permanent),
+        ] {
+            assert_eq!(of(State::Failed, Some(class)), Some(exit), "{class}");
+        }
+        assert_eq!(of(State::Failed, None), Some(Exit::Permanent));
+    }
 }
