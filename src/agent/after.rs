@@ -34,7 +34,8 @@ pub(super) async fn refresh(context: &Context, mut switched: Switched, flow: Flo
     let mut trouble = host::refresh(&differs).await;
 
     let mut manager = Manager::connect().await?;
-    let running = units::running_units(&manager, &differs).await?;
+    let (running, unseen) = units::survey(&manager, &differs).await?;
+    trouble.extend(unseen);
     if units::mapped_files(1).iter().any(|path| differs(Path::new(path))) {
         manager = manager.reexecute().await?;
         context.tracker.note("systemd was re-executed: its binary or libraries changed");

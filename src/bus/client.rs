@@ -30,6 +30,9 @@ pub enum CallError {
     /// Another attempt gives the same result.
     #[error("{0}")]
     Permanent(String),
+    /// The configured number of attempts was made.
+    #[error("{0}")]
+    GaveUp(String),
     /// Somebody called cancel.
     #[error("{0}")]
     Cancelled(String),
@@ -169,6 +172,7 @@ fn classify(error: zbus::Error) -> CallError {
     match name.as_str().rsplit('.').next() {
         Some("Refused") => CallError::Refused(message),
         Some("Permanent") => CallError::Permanent(message),
+        Some("GaveUp") => CallError::GaveUp(message),
         Some("Cancelled") => CallError::Cancelled(message),
         _ => CallError::Failed(message),
     }

@@ -30,6 +30,8 @@ pub enum Exit {
     Permanent = 11,
     /// Cancelled; the system is untouched.
     Cancelled = 12,
+    /// The configured number of attempts was made; the system is untouched.
+    GaveUp = 13,
 }
 
 impl From<&CallError> for Exit {
@@ -38,6 +40,7 @@ impl From<&CallError> for Exit {
             CallError::Refused(_) => Self::Refused,
             CallError::Permanent(_) => Self::Permanent,
             CallError::Cancelled(_) => Self::Cancelled,
+            CallError::GaveUp(_) => Self::GaveUp,
             CallError::Failed(_) | CallError::Disconnected(_) => Self::Error,
         }
     }
@@ -153,6 +156,7 @@ mod tests {
         assert_eq!(Exit::from(&CallError::Refused(String::new())) as u8, 10);
         assert_eq!(Exit::from(&CallError::Permanent(String::new())) as u8, 11);
         assert_eq!(Exit::from(&CallError::Cancelled(String::new())) as u8, 12);
+        assert_eq!(Exit::from(&CallError::GaveUp(String::new())) as u8, 13);
         assert_eq!(Exit::from(&CallError::Failed(String::new())) as u8, 1);
     }
 }

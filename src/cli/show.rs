@@ -75,7 +75,9 @@ fn exit_of(status: &Status) -> Option<Exit> {
         State::Failed => Some(match status.error.as_ref().map(|error| error.class.as_str()) {
             Some("refused") => Exit::Refused,
             Some("cancelled") => Exit::Cancelled,
-            Some("local") => Exit::Error,
+            Some("local" | "interrupted") => Exit::Error,
+            // These end in a failure only when there are no attempts left.
+            Some("network" | "truncated") => Exit::GaveUp,
             _ => Exit::Permanent,
         }),
         State::Idle | State::Running | State::Waiting | State::Pulled => None,
@@ -118,7 +120,7 @@ mod tests {
             ("refused", Exit::Refused),
             ("cancelled", Exit::Cancelled),
             ("local", Exit::Error),
-            ("network", Exit::Permanent),
+            ("network", Exit::GaveUp),
             ("unauthorized", Exit::Permanent),
         ] {
             assert_eq!(of(State::Failed, Some(class)), Some(exit), "{class}");

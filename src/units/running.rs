@@ -7,21 +7,11 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use tracing::warn;
 
 use super::{Manager, RunningUnit};
 
 /// Which paths below a directory, relative to it, are of interest.
 type Differs<'a> = &'a (dyn Fn(&Path) -> bool + Sync);
-
-/// [`survey`] with its troubles in the journal only.
-pub async fn running_units(manager: &Manager, differs: Differs<'_>) -> Result<Vec<RunningUnit>> {
-    let (running, troubles) = survey(manager, differs).await?;
-    for trouble in troubles {
-        warn!("{trouble}");
-    }
-    Ok(running)
-}
 
 /// All active services with the files under `/usr` that they run, that `differs` in the node image
 /// and that are not yet the node image's. A process that ends while it is looked at counts as running
