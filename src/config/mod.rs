@@ -16,7 +16,6 @@ mod tests;
 
 pub use inputs::{Inputs, Source, Sourced};
 pub use node_image_pivot_generator::decide::Mode;
-pub use node_image_pivot_generator::facts::PIVOTED;
 pub use settings::{EtcStrategy, ImageSource, RamLimit, Retry, Settings};
 
 use std::path::{Path, PathBuf};

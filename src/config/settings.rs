@@ -37,7 +37,7 @@ pub struct Settings {
     pub ram_limit: RamLimit,
     /// How transient failures are retried.
     pub retry: Retry,
-    /// What to do about a type clash in `/etc`.
+    /// What to do about conflicts in `/etc`.
     pub etc_strategy: EtcStrategy,
 }
 
@@ -112,7 +112,8 @@ impl Retry {
     }
 }
 
-/// What to do where the node image has a file and the machine a directory, or the reverse.
+/// What to do about a conflict in `/etc`: whatever machine and node image both changed, each in its own
+/// way, be it a file's content or a file here and a directory there.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub enum EtcStrategy {
     /// The machine's own stays and is reported.
