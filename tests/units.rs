@@ -81,7 +81,8 @@ fn the_rpm_packages_what_make_installs() {
     let lines = list.lines().take_while(|line| !line.is_empty()).filter(|line| line.starts_with("%{"));
     let patterns: Vec<String> = lines
         .map(|line| {
-            let macros = [("bindir", "usr/bin"), ("prefix", "usr"), ("datadir", "usr/share"), ("mandir", "usr/share/man")];
+            let macros =
+                [("bindir", "usr/bin"), ("prefix", "usr"), ("datadir", "usr/share"), ("mandir", "usr/share/man")];
             macros.iter().fold(line.to_owned(), |line, (name, path)| line.replace(&format!("%{{_{name}}}"), path))
         })
         .collect();
@@ -148,6 +149,10 @@ fn what_the_units_promise() {
             assert!(!found, "{name}: {sandbox}… would give it a mount namespace of its own");
         }
     }
+    let pull = unit("node-image-pull.service");
+    let wants: Vec<_> = pull.lines().filter_map(|line| line.strip_prefix("Wants=")).collect();
+    let expected = ["node-image-pivotd.service", "network.target network-online.target"];
+    assert_eq!(wants, expected, "a network manager or resolver that is disabled stays off");
     assert!(has("node-image-overlay.service", "Requires=node-image-pull.service"));
     assert!(has("node-image-finish.service", "Requires=node-image-overlay.service"));
     assert!(has("node-image-pivot.target", "AllowIsolate=yes"));

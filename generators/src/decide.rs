@@ -61,6 +61,8 @@ pub struct Facts {
     pub image: bool,
     /// `target` from the configuration or the command line, checked.
     pub target: Option<String>,
+    /// The enabled services that bring the network up.
+    pub network: Vec<&'static str>,
 }
 
 /// What to do with this boot.
@@ -72,6 +74,8 @@ pub enum Decision {
         pivot_target: PathBuf,
         /// The target to isolate to in the end.
         original: String,
+        /// Services that the pull needs and that nothing else starts before `original`.
+        network: Vec<&'static str>,
     },
     /// Boot as if we were not there.
     Leave(Reason),
@@ -161,7 +165,8 @@ pub fn decide(facts: Facts) -> Decision {
             (DefaultTarget::Masked, _) => Reason::DefaultMasked,
             (_, None) => Reason::NoPivotTarget,
             (DefaultTarget::Name(name), Some(pivot_target)) => {
-                return Decision::Redirect { pivot_target, original: facts.target.unwrap_or(name) };
+                let original = facts.target.unwrap_or(name);
+                return Decision::Redirect { pivot_target, original, network: facts.network };
             }
         }
     };
@@ -186,12 +191,17 @@ mod tests {
             binary: None,
             image: true,
             target: None,
+            network: vec!["n.service"],
         }
     }
 
     #[test]
     fn table() {
-        let redirect = |original: &str| Decision::Redirect { pivot_target: "/p".into(), original: original.into() };
+        let redirect = |original: &str| Decision::Redirect {
+            pivot_target: "/p".into(),
+            original: original.into(),
+            network: vec!["n.service"],
+        };
         let oc = || Some(PathBuf::from("/usr/bin/oc"));
         let leave = Decision::Leave;
         for (facts, expected) in [

@@ -24,10 +24,12 @@ pub struct Output {
 /// The variable that hands the original default target to the agent.
 pub const TARGET_VARIABLE: &str = "NODE_IMAGE_PIVOT_TARGET";
 
-/// Redirects: a drop-in for the agent first, the link last, so that the boot is never redirected
-/// without a way back. Doing it again changes nothing. Another generator's `default.target` is an
-/// error and stays.
-pub fn redirect(output: &Output, pivot_target: &Path, original: &str) -> Result<(), Problem> {
+/// Redirects: drop-ins for the agent and the pull first, the link last, so that the boot is never
+/// redirected without a way back. Doing it again changes nothing. Another generator's
+/// `default.target` is an error and stays.
+///
+/// `network`: services that the pull has to start, because what they are enabled for comes after it.
+pub fn redirect(output: &Output, pivot_target: &Path, original: &str, network: &[&str]) -> Result<(), Problem> {
     let dropin = output.normal.join("node-image-pivotd.service.d/50-default-target.conf");
     // A backslash is the only character of a unit name that Environment= takes specially.
     let value = original.replace('\\', r"\\");
@@ -36,6 +38,15 @@ pub fn redirect(output: &Output, pivot_target: &Path, original: &str) -> Result<
          [Service]\nEnvironment={TARGET_VARIABLE}={value}\n"
     );
     write(&dropin, &text).map_err(|e| problem(&dropin, &e))?;
+    if !network.is_empty() {
+        let dropin = output.normal.join("node-image-pull.service.d/50-network.conf");
+        let text = format!(
+            "# Written by node-image-pivot-generator: enabled here, but for a target that comes after the pivot.\n\
+             [Unit]\nWants={}\n",
+            network.join(" ")
+        );
+        write(&dropin, &text).map_err(|e| problem(&dropin, &e))?;
+    }
     let link = output.early.join("default.target");
     match symlink(pivot_target, &link) {
         Err(e) if e.kind() == ErrorKind::AlreadyExists => match fs::read_link(&link) {
@@ -70,7 +81,7 @@ mod tests {
         let temp = tempfile::tempdir().unwrap();
         let output = Output { normal: temp.path().join("n"), early: temp.path().to_owned() };
         symlink("system-update.target", temp.path().join("default.target")).unwrap();
-        assert!(redirect(&output, Path::new("/p"), "a.target").is_err());
+        assert!(redirect(&output, Path::new("/p"), "a.target", &[]).is_err());
         assert_eq!(fs::read_link(temp.path().join("default.target")).unwrap(), Path::new("system-update.target"));
     }
 
@@ -78,7 +89,7 @@ mod tests {
     fn backslashes_are_escaped() {
         let temp = tempfile::tempdir().unwrap();
         let output = Output { normal: temp.path().join("n"), early: temp.path().to_owned() };
-        redirect(&output, Path::new("/p"), r"a\x2db.target").unwrap();
+        redirect(&output, Path::new("/p"), r"a\x2db.target", &[]).unwrap();
         let text =
             fs::read_to_string(output.normal.join("node-image-pivotd.service.d/50-default-target.conf")).unwrap();
         assert!(text.ends_with("\nEnvironment=NODE_IMAGE_PIVOT_TARGET=a\\\\x2db.target\n"), "{text}");

@@ -8,6 +8,14 @@ use std::path::{Path, PathBuf};
 
 use crate::under;
 
+/// What brings the network and its names up, on the systems we know.
+pub const NETWORK_SERVICES: [&str; 3] =
+    ["NetworkManager.service", "systemd-networkd.service", "systemd-resolved.service"];
+
+/// Where the [`NETWORK_SERVICES`] are enabled, depending on distribution and version.
+const NETWORK_WANTS: [&str; 4] =
+    ["multi-user.target.wants", "network-online.target.wants", "network.target.wants", "sysinit.target.wants"];
+
 /// Where systemd looks for system units, strongest first; without generator output.
 pub const LOAD_PATH: [&str; 4] =
     ["/etc/systemd/system", "/run/systemd/system", "/usr/local/lib/systemd/system", "/usr/lib/systemd/system"];
@@ -38,6 +46,13 @@ pub enum DefaultTarget {
 pub fn find(root: &Path, name: &str) -> Option<PathBuf> {
     let path = first(root, name)?;
     (fs::read_link(under(root, &path)).ok().as_deref() != Some(Path::new("/dev/null"))).then_some(path)
+}
+
+/// Those of [`NETWORK_SERVICES`] that exist, are not masked and are enabled.
+pub fn enabled_network_services(root: &Path) -> Vec<&'static str> {
+    // A link to /dev/null in one directory takes back the link of that name in a weaker one.
+    let wanted = |name: &str| NETWORK_WANTS.iter().any(|wants| find(root, &format!("{wants}/{name}")).is_some());
+    NETWORK_SERVICES.into_iter().filter(|name| wanted(name) && find(root, name).is_some()).collect()
 }
 
 /// What `default.target` is, before any redirect of ours. Missing, looping, ours or not a valid name:
@@ -148,6 +163,25 @@ mod tests {
         assert_eq!(find(tree.path(), "a.target"), None);
         let tree = root(&["run/systemd/system/a.target", "usr/lib/systemd/system/a.target"]);
         assert_eq!(find(tree.path(), "a.target"), Some(PathBuf::from("/run/systemd/system/a.target")));
+    }
+
+    #[test]
+    fn network_services_count_if_they_are_enabled() {
+        let (nm, unit) = ("NetworkManager.service", "usr/lib/systemd/system/NetworkManager.service");
+        let link = "etc/systemd/system/multi-user.target.wants/NetworkManager.service -> /usr/lib/systemd/system/x";
+        let shipped = "usr/lib/systemd/system/sysinit.target.wants/NetworkManager.service -> ../NetworkManager.service";
+        let masked = "etc/systemd/system/NetworkManager.service -> /dev/null";
+        let taken_back = "etc/systemd/system/sysinit.target.wants/NetworkManager.service -> /dev/null";
+        for (entries, expected) in [
+            (vec![unit, link], vec![nm]),
+            (vec![unit, shipped], vec![nm]),
+            (vec![unit], vec![]),
+            (vec![link], vec![]),
+            (vec![unit, link, masked], vec![]),
+            (vec![unit, shipped, taken_back], vec![]),
+        ] {
+            assert_eq!(enabled_network_services(root(&entries).path()), expected, "{entries:?}");
+        }
     }
 
     #[test]
