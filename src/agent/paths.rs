@@ -61,3 +61,13 @@ impl Paths {
         self.run.join("socket")
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_generator_looks_for_the_same_marker() {
+        assert_eq!(Paths::default().pivoted(), Path::new("/").join(node_image_pivot_generator::facts::PIVOTED));
+    }
+}
