@@ -11,6 +11,8 @@ if [ "${1-}" != inside ]; then
     mkdir "$work/build"
     for name in node-image-pivot node-image-pivot-generator; do
         printf '#!/bin/sh\necho %s\n' "$name" > "$work/build/$name"
+        # The manual page and the completions are what the program itself prints.
+        chmod 0755 "$work/build/$name"
     done
     make -s -C "$project" install DESTDIR="$work/installed" BUILD="$work/build"
     # A private mount namespace shows the installation in this machine's /usr to dracut only.
