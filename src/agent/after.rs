@@ -10,7 +10,7 @@ use super::{Context, Error, Switched};
 use crate::host;
 use crate::mount;
 use crate::report::{Phase, State};
-use crate::units::{self, Class, Flow, Manager};
+use crate::units::{self, Class, Flow, Manager, Version};
 
 /// How long one unit may take to restart before we go on without it.
 pub(super) const RESTART: Duration = Duration::from_secs(90);
@@ -34,7 +34,7 @@ pub(super) async fn refresh(context: &Context, mut switched: Switched, flow: Flo
     let mut trouble = host::refresh(&differs).await;
 
     let mut manager = Manager::connect().await?;
-    let (running, unseen) = units::survey(&manager, &differs).await?;
+    let (running, unseen) = units::survey(&manager, Version::Replaced, &differs).await?;
     trouble.extend(unseen);
     if units::mapped_files(1).iter().any(|path| differs(Path::new(path))) {
         manager = manager.reexecute().await?;
@@ -102,7 +102,7 @@ pub(super) async fn isolate(context: &Context) -> Result<(), Error> {
     let target = context.tracker.status().target.unwrap_or_else(|| context.settings.target.clone());
     let manager = Manager::connect().await?;
     manager.isolate(&target).await.with_context(|| {
-        format!("{target} was not isolated; /usr and /etc are switched; try systemctl isolate {target}")
+        format!("{target} was not isolated, everything before that is done; try systemctl isolate {target}")
     })?;
     info!(target, "isolating");
     Ok(())

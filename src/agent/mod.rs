@@ -166,8 +166,8 @@ impl Agent {
         self.tickets.cancel_all()
     }
 
-    /// Puts `/usr` and `/etc` back as they were before the switch, and restarts what was restarted
-    /// for it. Returns what stays on purpose, a line each. Units that the node image started are
+    /// Puts `/usr` and `/etc` back as they were before the switch, and restarts what runs
+    /// the node image's code. Returns what stays on purpose, a line each. Units that the node image started are
     /// not stopped.
     ///
     /// # Errors
@@ -177,17 +177,15 @@ impl Agent {
         let Ok(mut record) = self.record.try_lock() else {
             return Err(Error::Refused("a phase is under way: wait for it, or cancel it first".into()));
         };
-        let (staged, units) = match record.step.clone() {
-            Step::Switching(staged) => (staged, Vec::new()),
-            Step::Switched(switched) | Step::Refreshed(switched) | Step::Finished(switched) => {
-                (switched.staged, switched.units)
-            }
+        let staged = match record.step.clone() {
+            Step::Switching(staged) => staged,
+            Step::Switched(switched) | Step::Refreshed(switched) | Step::Finished(switched) => switched.staged,
             _ => return Err(Error::Refused("nothing was switched, so there is nothing to undo".into())),
         };
         // Half of an undo is like half of a switch, for whoever finds the record.
         record.step = Step::Switching(staged.clone());
         self.save(&mut record)?;
-        let undone = switch::undo(&self.paths, &units).await;
+        let undone = switch::undo(&self.paths, &staged, record.flow()).await;
         if !undone.failed.is_empty() {
             let error =
                 Error::Internal(anyhow::anyhow!("undo is not complete, run it again: {}", undone.failed.join("; ")));

@@ -14,7 +14,7 @@ use super::prepare::{ETC, USR, USR_SOURCE, new_etc};
 use super::{Context, Error, Paths, StagedRoot, Switched};
 use crate::dirfd::Directory;
 use crate::report::{Phase, State};
-use crate::units::{Action, Class, Manager};
+use crate::units::{self, Class, Flow, Manager, RunningUnit, Version};
 use crate::{etc, mount, stage};
 
 /// Exposes the new `/usr` and merges `/etc`.
@@ -68,24 +68,19 @@ pub(super) struct Undone {
 }
 
 /// Puts `/etc` and `/usr` back. Everything is tried, whatever fails.
-pub(super) async fn undo(paths: &Paths, units: &[Action]) -> Undone {
+pub(super) async fn undo(paths: &Paths, staged: &StagedRoot, flow: Flow) -> Undone {
+    // Before anything goes: afterwards nobody can tell what ran the node image's code.
+    let running = survey(staged).await;
     let for_files = paths.clone();
     let mut undone = match tokio::task::spawn_blocking(move || undo_files(&for_files)).await {
         Ok(undone) => undone,
         Err(error) => Undone { failed: vec![format!("undo panicked: {error}")], ..Undone::default() },
     };
-    // PID 1 must be the old program again, with the old unit files, and so must be what was restarted
-    // for the switch: sshd's helpers, for one, are the old ones again.
-    let back = async {
-        let manager = Manager::connect().await?.reexecute().await?;
-        for unit in units.iter().filter(|action| action.class == Class::Restart) {
-            if let Err(error) = manager.try_restart(&unit.unit, RESTART).await {
-                undone.kept.push(format!("{error:#}"));
-            }
-        }
-        anyhow::Ok(())
-    };
-    if let Err(error) = back.await {
+    let running = running.unwrap_or_else(|error| {
+        undone.kept.push(format!("cannot tell what runs the node image's code, restart sshd by hand: {error:#}"));
+        Vec::new()
+    });
+    if let Err(error) = undo_units(&running, flow, &mut undone.kept).await {
         undone.failed.push(format!("systemd: {error:#}"));
     }
     if undone.failed.is_empty()
@@ -97,6 +92,36 @@ pub(super) async fn undo(paths: &Paths, units: &[Action]) -> Undone {
         warn!("undo: {line}");
     }
     undone
+}
+
+/// What runs the node image's code now. It is looked at, not taken from what the switch recorded: a
+/// refresh that failed half-way has no complete record.
+async fn survey(staged: &StagedRoot) -> anyhow::Result<Vec<RunningUnit>> {
+    let delta = staged.delta.lookup()?;
+    let differs = |path: &Path| delta.contains(path).unwrap_or(true);
+    let (running, unseen) = units::survey(&Manager::connect().await?, Version::Current, &differs).await?;
+    for line in unseen {
+        warn!("undo: {line}");
+    }
+    Ok(running)
+}
+
+/// PID 1 must be the old program again, with the old unit files, and so must be what ran the node
+/// image's code: sshd's helpers, for one, are the old ones again.
+async fn undo_units(running: &[RunningUnit], flow: Flow, kept: &mut Vec<String>) -> anyhow::Result<()> {
+    let manager = Manager::connect().await?.reexecute().await?;
+    for action in units::plan(running, flow) {
+        match action.class {
+            Class::None => {}
+            Class::Restart => {
+                if let Err(error) = manager.try_restart(&action.unit, RESTART).await {
+                    kept.push(format!("{error:#}"));
+                }
+            }
+            Class::Never => info!("undo leaves {} alone: {}", action.unit, action.reason),
+        }
+    }
+    Ok(())
 }
 
 fn undo_files(paths: &Paths) -> Undone {

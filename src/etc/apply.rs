@@ -277,11 +277,6 @@ pub fn refuse_conflicts(plan: &Plan) -> Result<()> {
     Ok(())
 }
 
-/// Whether a merge was begun and neither undone nor forgotten.
-pub fn in_progress(undo_dir: &Path) -> Result<Option<Plan>> {
-    Ok(Record::load(undo_dir)?.map(|record| record.plan))
-}
-
 /// Scans the three trees, each on a thread of its own, and decides.
 pub fn plan(base: BorrowedFd<'_>, new: BorrowedFd<'_>, current: BorrowedFd<'_>) -> Result<Plan> {
     let [base, new, current] = std::thread::scope(|scope| {

@@ -19,7 +19,7 @@ pub(crate) mod xattr;
 #[cfg(test)]
 mod tests;
 
-pub use apply::{Labeler, apply, aside_dir, in_progress, open_defaults, open_dir, plan, refuse_conflicts, undo};
+pub use apply::{Labeler, apply, aside_dir, open_defaults, open_dir, plan, refuse_conflicts, undo};
 pub use decide::decide;
 pub use name::Bytes;
 pub use plan::{Change, Class, Decision, Origin, Plan};

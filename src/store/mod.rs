@@ -1,9 +1,9 @@
 //! Where ostree objects live: the booted repo (read-only, never written by us on live media) and the
-//! node store (a bare repo on a tmpfs of its own, or the system repo on disk).
+//! node store (a bare repo on a tmpfs of its own).
 //!
 //! This room knows paths, objects, refs and locking. It may not talk to registries or change the
 //! running system's `/usr` or `/etc`. It mounts nothing: whoever calls [`NodeStore::on_tmpfs`] has
-//! mounted the tmpfs (sized by [`tmpfs_limit`]) before.
+//! mounted the tmpfs before.
 
 mod booted;
 mod header;
@@ -12,7 +12,6 @@ mod lock;
 mod node;
 mod object;
 mod refs;
-mod size;
 mod write;
 
 pub use booted::BootedRepo;
@@ -21,7 +20,6 @@ pub use lock::{LockError, StoreLock};
 pub use node::NodeStore;
 pub use object::{BadObjectId, ObjectId, ObjectSet, ObjectType};
 pub use refs::{LAYER_REF_PREFIX, escape_ref, layer_ref};
-pub use size::tmpfs_limit;
 pub use write::{FileMeta, ObjectWriter, UnnamedWrite, WriteError, Xattrs};
 
 /// The ref that names the node image's commit in the node store.

@@ -10,4 +10,4 @@ mod running;
 
 pub use manager::Manager;
 pub use plan::{Action, Class, Flow, RunningUnit, plan};
-pub use running::{mapped_files, survey};
+pub use running::{Version, mapped_files, survey};

@@ -13,11 +13,25 @@ use super::{Manager, RunningUnit};
 /// Which paths below a directory, relative to it, are of interest.
 type Differs<'a> = &'a (dyn Fn(&Path) -> bool + Sync);
 
-/// All active services with the files under `/usr` that they run, that `differs` in the node image
-/// and that are not yet the node image's. A process that ends while it is looked at counts as running
+/// Which of the files that processes map are of interest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Version {
+    /// Those that are no longer what stands at their path: after a switch, the bootimage's.
+    Replaced,
+    /// Those that are what stands at their path now: before an undo, the node image's. (After it they
+    /// cannot be found any more: the kernel shows paths on a detached mount without `/usr`.)
+    Current,
+}
+
+/// All active services with the files under `/usr` that they run, that `differs` between bootimage and
+/// node image, in the `version` asked for. A process that ends while it is looked at counts as running
 /// nothing. One unit that cannot be looked at does not hide the others: it is left out, and a line of
 /// the second list names it.
-pub async fn survey(manager: &Manager, differs: Differs<'_>) -> Result<(Vec<RunningUnit>, Vec<String>)> {
+pub async fn survey(
+    manager: &Manager,
+    version: Version,
+    differs: Differs<'_>,
+) -> Result<(Vec<RunningUnit>, Vec<String>)> {
     let mut running = Vec::new();
     let mut troubles = Vec::new();
     for unit in manager.list().await? {
@@ -33,7 +47,7 @@ pub async fn survey(manager: &Manager, differs: Differs<'_>) -> Result<(Vec<Runn
         };
         let mut changed = BTreeSet::new();
         for pid in processes(&cgroup) {
-            changed.extend(old_below(pid, Path::new("/usr"), differs));
+            changed.extend(mapped_below(pid, Path::new("/usr"), version, differs));
         }
         running.push(RunningUnit { name: unit.name, changed: changed.into_iter().collect() });
     }
@@ -72,11 +86,11 @@ fn collect(dir: &Path, pids: &mut Vec<u32>) {
 /// The files under `/usr`, relative to it, that a process executes or maps and that are not the files
 /// which stand at these paths now.
 pub fn mapped_files(pid: u32) -> BTreeSet<String> {
-    old_below(pid, Path::new("/usr"), &|_| true)
+    mapped_below(pid, Path::new("/usr"), Version::Replaced, &|_| true)
 }
 
-/// The files below `root` that `differs` and whose mapped version is not the one at that path now.
-fn old_below(pid: u32, root: &Path, differs: Differs<'_>) -> BTreeSet<String> {
+/// The files below `root` that `differs`, mapped in the `version` asked for.
+fn mapped_below(pid: u32, root: &Path, version: Version, differs: Differs<'_>) -> BTreeSet<String> {
     let process = PathBuf::from(format!("/proc/{pid}"));
     let maps = std::fs::read(process.join("maps")).unwrap_or_default();
     let maps = String::from_utf8_lossy(&maps);
@@ -91,7 +105,7 @@ fn old_below(pid: u32, root: &Path, differs: Differs<'_>) -> BTreeSet<String> {
         // Through the link the kernel answers in terms of the filesystem that the file was opened on.
         // The device and inode in the text may be those of a layer below an overlay.
         let mapped = std::fs::metadata(process.join("map_files").join(mapping.range));
-        if is_old(&mapped, &std::fs::metadata(mapping.path)) {
+        if is_old(&mapped, &std::fs::metadata(mapping.path)) == (version == Version::Replaced) {
             old.insert(path.to_string_lossy().into_owned());
         }
     }
@@ -189,17 +203,21 @@ nonsense
             while !std::fs::read_to_string(&maps).unwrap().contains("/sleep") {
                 std::thread::sleep(std::time::Duration::from_millis(5));
             }
-            (old_below(child.id(), &root, &|_| true), child)
+            (mapped_below(child.id(), &root, Version::Replaced, &|_| true), child)
         };
         std::fs::copy("/bin/sleep", &program).unwrap();
         let (old, mut first) = start();
         assert_eq!(old, BTreeSet::new(), "what was just started is current");
         std::fs::copy("/bin/sleep", root.join("new")).unwrap();
         std::fs::rename(root.join("new"), &program).unwrap();
-        assert_eq!(old_below(first.id(), &root, &|_| true), BTreeSet::from(["sleep".to_owned()]));
-        assert_eq!(old_below(first.id(), &root, &|_| false), BTreeSet::new(), "the node image has the same");
+        let of = |version, differs: bool| mapped_below(first.id(), &root, version, &move |_| differs);
+        assert_eq!(of(Version::Replaced, true), BTreeSet::from(["sleep".to_owned()]));
+        assert_eq!(of(Version::Replaced, false), BTreeSet::new(), "the node image has the same");
+        assert_eq!(of(Version::Current, true), BTreeSet::new(), "it is one or the other");
         let (old, mut second) = start();
         assert_eq!(old, BTreeSet::new(), "restarted once, not again");
+        let current = mapped_below(second.id(), &root, Version::Current, &|_| true);
+        assert_eq!(current, BTreeSet::from(["sleep".to_owned()]));
         for child in [&mut first, &mut second] {
             child.kill().unwrap();
             child.wait().unwrap();
