@@ -16,6 +16,7 @@ mod policy;
 pub(crate) mod references;
 mod release;
 mod source;
+mod sparse;
 mod spec;
 pub(crate) mod tarstream;
 

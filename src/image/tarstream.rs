@@ -3,14 +3,16 @@
 //! Own code, small, because of what is asked of it: hostile input (every length is checked before
 //! anything is allocated), content that is mostly skipped, and chunks that arrive from another
 //! thread. Single headers are read with the `tar` crate. Formats: ustar, GNU (long names, base-256
-//! numbers) and PAX (path, linkpath, size, uid, gid and xattrs).
+//! numbers) and PAX (path, linkpath, size, uid, gid and xattrs); sparse files as in [`super::sparse`].
 
 use std::collections::BTreeMap;
 use std::io;
 
 use tar::{EntryType, Header};
 
-/// The largest block of extended headers that is believed.
+use super::sparse::{self, Declared, Map, Next};
+
+/// The most bytes of extended headers that are believed, for one entry and for the whole archive.
 const LARGEST_EXTENSION: u64 = 1 << 20;
 
 /// How Go's and GNU's tar writers store extended attributes: the name after this, the value as it is.
@@ -51,8 +53,10 @@ pub(crate) struct Entry {
     pub link: Vec<u8>,
     /// What it is.
     pub kind: EntryType,
-    /// Bytes of content that follow.
+    /// Bytes of content, holes included.
     pub size: u64,
+    /// How many of them are holes of a sparse file: zeros that the archive does not hold.
+    pub holes: u64,
     /// Owner.
     pub uid: u32,
     /// Group.
@@ -63,6 +67,21 @@ pub(crate) struct Entry {
     pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
+/// The next part of an entry's content.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Piece<'a> {
+    /// These bytes.
+    Data(&'a [u8]),
+    /// So many zeros.
+    Hole(u64),
+}
+
+impl From<String> for TarError {
+    fn from(what: String) -> Self {
+        Self::Malformed(what)
+    }
+}
+
 /// Reads entries and their content in order.
 pub(crate) struct TarStream<C> {
     chunks: C,
@@ -71,13 +90,15 @@ pub(crate) struct TarStream<C> {
     /// Content of the current entry, and its padding, not read yet.
     content: u64,
     padding: u64,
+    /// Where the content belongs in a sparse file.
+    sparse: Option<Map>,
     /// Extended headers read before the first entry are bounded for the whole archive too.
     globals: u64,
 }
 
 impl<C: Chunks> TarStream<C> {
     pub(crate) fn new(chunks: C) -> Self {
-        Self { chunks, current: Vec::new(), at: 0, content: 0, padding: 0, globals: 0 }
+        Self { chunks, current: Vec::new(), at: 0, content: 0, padding: 0, sparse: None, globals: 0 }
     }
 
     /// The next entry, after whatever was left of the last one's content; `None` at the end marker.
@@ -85,13 +106,19 @@ impl<C: Chunks> TarStream<C> {
         self.skip_content()?;
         let mut long_path = None;
         let mut long_link = None;
-        let mut pax = BTreeMap::new();
+        let mut pax = Pax::default();
+        let mut extended = 0;
         loop {
             let mut block = [0; 512];
             if !self.read_block(&mut block)? {
                 return Ok(None);
             }
             if block.iter().all(|byte| *byte == 0) {
+                // Two such blocks are the end, and what is behind them is nobody's; some writers leave
+                // out the second. Readers disagree about entries behind only one.
+                if self.read_block(&mut block)? && block.iter().any(|byte| *byte != 0) {
+                    return Err(malformed("something follows half an end marker".into()));
+                }
                 return Ok(None);
             }
             let header = Header::from_byte_slice(&block);
@@ -100,18 +127,24 @@ impl<C: Chunks> TarStream<C> {
             let number =
                 |what: &str, value: io::Result<u64>| value.map_err(|_| malformed(format!("unreadable {what}")));
             let size = number("size", if blank(&header.as_old().size) { Ok(0) } else { header.entry_size() })?;
+            let is_extension = matches!(kind, EntryType::GNULongName | EntryType::GNULongLink | EntryType::XHeader);
+            if is_extension {
+                extended += size.min(LARGEST_EXTENSION + 1);
+                if extended > LARGEST_EXTENSION {
+                    return Err(malformed(format!("extended headers of more than {LARGEST_EXTENSION} bytes")));
+                }
+            }
             match kind {
                 EntryType::GNULongName => long_path = Some(until_nul(self.extension(size)?)),
                 EntryType::GNULongLink => long_link = Some(until_nul(self.extension(size)?)),
-                EntryType::XHeader => pax.extend(pax_records(&self.extension(size)?)?),
+                EntryType::XHeader => pax.read(&self.extension(size)?)?,
                 EntryType::XGlobalHeader => {
-                    self.globals += size;
+                    self.globals += size.min(LARGEST_EXTENSION + 1);
                     if self.globals > LARGEST_EXTENSION {
                         return Err(malformed("global headers of more than a mebibyte".into()));
                     }
                     self.extension(size)?;
                 }
-                EntryType::GNUSparse => return Err(malformed("a sparse file".into())),
                 _ => {
                     let old = header.as_old();
                     let uid = number("owner", if blank(&old.uid) { Ok(0) } else { header.uid() })?;
@@ -122,6 +155,7 @@ impl<C: Chunks> TarStream<C> {
                         link: long_link.unwrap_or_else(|| header.link_name_bytes().unwrap_or_default().into_owned()),
                         kind,
                         size,
+                        holes: 0,
                         uid: narrow(uid)?,
                         gid: narrow(gid)?,
                         mode: narrow(mode)?,
@@ -131,6 +165,7 @@ impl<C: Chunks> TarStream<C> {
                     // Links have no content, whatever their size field says (tar writers differ).
                     let has_content = !matches!(kind, EntryType::Link | EntryType::Symlink | EntryType::Directory);
                     self.set_content(if has_content { entry.size } else { 0 })?;
+                    self.set_sparse(&mut entry, header, &pax)?;
                     return Ok(Some(entry));
                 }
             }
@@ -138,30 +173,95 @@ impl<C: Chunks> TarStream<C> {
     }
 
     /// Lends the next piece of the current entry's content; `None` at its end.
-    pub(crate) fn content(&mut self) -> Result<Option<&[u8]>, TarError> {
-        if self.content == 0 {
-            return Ok(None);
+    pub(crate) fn content(&mut self) -> Result<Option<Piece<'_>>, TarError> {
+        let most = match self.sparse.as_mut().map(Map::next) {
+            None => u64::MAX,
+            Some(Next::Data(most)) => most,
+            Some(Next::Hole(count)) => return Ok(Some(Piece::Hole(count))),
+            Some(Next::End) => return Ok(None),
+        };
+        let Some((start, end)) = self.stored(most)? else { return Ok(None) };
+        if let Some(map) = &mut self.sparse {
+            map.took((end - start) as u64);
         }
-        self.fill()?;
-        let length = usize::try_from(self.content).unwrap_or(usize::MAX).min(self.current.len() - self.at);
-        let start = self.at;
-        self.at += length;
-        self.content -= length as u64;
-        Ok(Some(&self.current[start..self.at]))
+        Ok(Some(Piece::Data(&self.current[start..end])))
     }
 
     /// The whole content of the current entry, appended to `out`. The caller has checked its size.
     pub(crate) fn read_content(&mut self, out: &mut Vec<u8>) -> Result<(), TarError> {
         while let Some(piece) = self.content()? {
-            out.extend_from_slice(piece);
+            match piece {
+                Piece::Data(data) => out.extend_from_slice(data),
+                Piece::Hole(count) => out.resize(out.len().saturating_add(narrow_length(count)?), 0),
+            }
         }
         Ok(())
     }
 
+    /// Passes the next bytes that the archive holds of the current entry, at most `most`: where they
+    /// are in the current chunk.
+    fn stored(&mut self, most: u64) -> Result<Option<(usize, usize)>, TarError> {
+        if self.content == 0 {
+            return Ok(None);
+        }
+        self.fill()?;
+        let most = usize::try_from(most.min(self.content)).unwrap_or(usize::MAX);
+        let start = self.at;
+        self.at += most.min(self.current.len() - self.at);
+        self.content -= (self.at - start) as u64;
+        Ok(Some((start, self.at)))
+    }
+
     fn skip_content(&mut self) -> Result<(), TarError> {
-        while self.content()?.is_some() {}
+        self.sparse = None;
+        while self.stored(u64::MAX)?.is_some() {}
         self.content = std::mem::take(&mut self.padding);
-        while self.content()?.is_some() {}
+        while self.stored(u64::MAX)?.is_some() {}
+        Ok(())
+    }
+
+    /// Takes note of the map, when the entry is a sparse file.
+    fn set_sparse(&mut self, entry: &mut Entry, header: &Header, pax: &Pax) -> Result<(), TarError> {
+        let declared = sparse::pax(&pax.records, &pax.parts)?;
+        let map = match (entry.kind, declared) {
+            (EntryType::GNUSparse, None) => {
+                let header = header.as_gnu().ok_or_else(|| malformed("a sparse file without GNU's header".into()))?;
+                // The rest of the map stands between the header and the content.
+                let (content, padding) = (std::mem::take(&mut self.content), std::mem::take(&mut self.padding));
+                let map = sparse::old_gnu(header, |block| match self.read_block(block)? {
+                    true => Ok(()),
+                    false => Err(TarError::Truncated),
+                })?;
+                (self.content, self.padding) = (content, padding);
+                entry.kind = EntryType::Regular;
+                map
+            }
+            (EntryType::Regular | EntryType::Continuous, Some(Declared::Map(map))) => map,
+            (EntryType::Regular | EntryType::Continuous, Some(Declared::InContent(size))) => {
+                sparse::in_content(size, |block| self.read_content_block(block))?
+            }
+            (_, None) => return Ok(()),
+            (kind, Some(_)) => return Err(malformed(format!("a sparse {kind:?}"))),
+        };
+        if map.stored() != self.content {
+            let (map, content) = (map.stored(), self.content);
+            return Err(malformed(format!("a sparse file with {content} bytes of content, but {map} in its map")));
+        }
+        entry.size = map.size();
+        entry.holes = map.size() - map.stored();
+        self.sparse = Some(map);
+        Ok(())
+    }
+
+    fn read_content_block(&mut self, block: &mut [u8; 512]) -> Result<(), TarError> {
+        let mut filled = 0;
+        while filled < block.len() {
+            let Some((start, end)) = self.stored((block.len() - filled) as u64)? else {
+                return Err(malformed("a sparse file whose map does not end".into()));
+            };
+            block[filled..filled + end - start].copy_from_slice(&self.current[start..end]);
+            filled += end - start;
+        }
         Ok(())
     }
 
@@ -228,6 +328,10 @@ fn narrow(id: u64) -> Result<u32, TarError> {
     u32::try_from(id).map_err(|_| malformed(format!("an owner or group of {id}")))
 }
 
+fn narrow_length(count: u64) -> Result<usize, TarError> {
+    usize::try_from(count).map_err(|_| malformed(format!("a hole of {count} bytes")))
+}
+
 fn until_nul(mut name: Vec<u8>) -> Vec<u8> {
     if let Some(end) = name.iter().position(|byte| *byte == 0) {
         name.truncate(end);
@@ -243,28 +347,47 @@ fn check_sum(header: &Header, block: &[u8; 512]) -> Result<(), TarError> {
     if actual == expected { Ok(()) } else { Err(malformed("a header with a wrong checksum".into())) }
 }
 
-/// `LENGTH KEY=VALUE\n`, repeated; lengths count the whole record.
-fn pax_records(mut block: &[u8]) -> Result<BTreeMap<Vec<u8>, Vec<u8>>, TarError> {
-    let bad = || malformed("a PAX header that cannot be read".into());
-    let mut records = BTreeMap::new();
-    while !block.is_empty() {
-        let space = block.iter().position(|byte| *byte == b' ').ok_or_else(bad)?;
-        let length: usize = std::str::from_utf8(&block[..space]).ok().and_then(|n| n.parse().ok()).ok_or_else(bad)?;
-        let record = block.get(space + 1..length).and_then(|record| record.strip_suffix(b"\n")).ok_or_else(bad)?;
-        let equals = record.iter().position(|byte| *byte == b'=').ok_or_else(bad)?;
-        records.insert(record[..equals].to_vec(), record[equals + 1..].to_vec());
-        block = &block[length..];
-    }
-    Ok(records)
+/// The PAX records of one entry.
+#[derive(Debug, Default)]
+struct Pax {
+    records: BTreeMap<Vec<u8>, Vec<u8>>,
+    /// Values of the two keys that may repeat: `GNU.sparse.offset` and `GNU.sparse.numbytes`, in turn.
+    parts: Vec<Vec<u8>>,
 }
 
-fn apply_pax(entry: &mut Entry, pax: &BTreeMap<Vec<u8>, Vec<u8>>) -> Result<(), TarError> {
+impl Pax {
+    /// `LENGTH KEY=VALUE\n`, repeated; lengths count the whole record.
+    fn read(&mut self, mut block: &[u8]) -> Result<(), TarError> {
+        let bad = || malformed("a PAX header that cannot be read".into());
+        while !block.is_empty() {
+            let space = block.iter().position(|byte| *byte == b' ').ok_or_else(bad)?;
+            let length: usize =
+                std::str::from_utf8(&block[..space]).ok().and_then(|n| n.parse().ok()).ok_or_else(bad)?;
+            let record = block.get(space + 1..length).and_then(|record| record.strip_suffix(b"\n")).ok_or_else(bad)?;
+            let equals = record.iter().position(|byte| *byte == b'=').ok_or_else(bad)?;
+            let (key, value) = (&record[..equals], record[equals + 1..].to_vec());
+            match key {
+                b"GNU.sparse.offset" | b"GNU.sparse.numbytes" => {
+                    if (key == b"GNU.sparse.offset") != self.parts.len().is_multiple_of(2) {
+                        return Err(malformed("a sparse file whose map cannot be read".into()));
+                    }
+                    self.parts.push(value);
+                }
+                _ => drop(self.records.insert(key.to_vec(), value)),
+            }
+            block = &block[length..];
+        }
+        Ok(())
+    }
+}
+
+fn apply_pax(entry: &mut Entry, pax: &Pax) -> Result<(), TarError> {
     let number = |value: &[u8]| {
         let text = std::str::from_utf8(value).ok();
         text.and_then(|text| text.parse::<u64>().ok())
             .ok_or_else(|| malformed("a PAX number that cannot be read".into()))
     };
-    for (key, value) in pax {
+    for (key, value) in &pax.records {
         match key.as_slice() {
             b"path" => entry.path = value.clone(),
             b"linkpath" => entry.link = value.clone(),
@@ -278,10 +401,12 @@ fn apply_pax(entry: &mut Entry, pax: &BTreeMap<Vec<u8>, Vec<u8>>) -> Result<(), 
                 }
                 entry.xattrs.push((name.to_vec(), value.clone()));
             }
-            // Sparse content is stored as a map and pieces; taking it for the content would be wrong.
-            key if key.starts_with(b"GNU.sparse") => return Err(malformed("a sparse file".into())),
             _ => {}
         }
+    }
+    // `path` is a name made up for readers that do not know about sparse files.
+    if let Some(name) = pax.records.get(b"GNU.sparse.name".as_slice()) {
+        entry.path = name.clone();
     }
     Ok(())
 }

@@ -13,7 +13,6 @@ use sha2::{Digest, Sha256};
 use crate::image::Failure;
 use crate::store::{ObjectId, ObjectType};
 
-use super::derive::{local, tree_failure};
 use super::merge::{Content, Dir, Meta, dirmeta_bytes, dirtree_bytes};
 use super::state::Import;
 use super::tree::Lookup;
@@ -80,9 +79,9 @@ pub(super) fn store_tree(import: &Import, dir: &Dir, lookup: &mut Lookup<'_>) ->
         }
     };
     for (id, kind) in [(meta, ObjectType::DirMeta), (tree, ObjectType::DirTree)] {
-        let found = lookup(&id, kind).map_err(|error| local(import, error))?;
+        let found = lookup(&id, kind).map_err(|error| import.local(error))?;
         if found.is_none() {
-            return Err(tree_failure(import, &super::tree::TreeError::Missing(id, kind.extension())));
+            return Err(import.tree_failure(&super::tree::TreeError::Missing(id, kind.extension())));
         }
     }
     Ok((tree, meta))

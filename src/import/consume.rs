@@ -17,7 +17,7 @@ use crate::store::{FileMeta, ObjectId, ObjectType, Xattrs};
 use super::entry::{BadPath, Role, inside, role};
 use super::state::Import;
 use super::tree::TreeError;
-use crate::image::tarstream::{Chunks, Entry, TarError, TarStream};
+use crate::image::tarstream::{Chunks, Entry, Piece, TarError, TarStream};
 
 /// libostree refuses larger metadata objects.
 const LARGEST_METADATA: u64 = 128 << 20;
@@ -139,7 +139,7 @@ impl<C: Chunks> LayerReader<'_, C> {
         if self.purpose != Purpose::Commit {
             return Err(self.bad(format!("has the object {} that belongs into the first layer", object())));
         }
-        if !is_regular(entry.kind) || entry.size > LARGEST_METADATA {
+        if !is_regular(entry.kind) || entry.size > LARGEST_METADATA || entry.holes > 0 {
             return Err(self.bad(format!("has the object {} as a {:?} of {} bytes", object(), entry.kind, entry.size)));
         }
         if matches!(kind, ObjectType::Commit | ObjectType::CommitMeta) && *id != self.import.commit {
@@ -165,7 +165,7 @@ impl<C: Chunks> LayerReader<'_, C> {
 
     fn read_xattrs(&mut self, entry: &Entry) -> Result<(ObjectId, Arc<Xattrs>), Failure> {
         let path = entry.path.escape_ascii();
-        if !is_regular(entry.kind) || entry.size > LARGEST_XATTRS {
+        if !is_regular(entry.kind) || entry.size > LARGEST_XATTRS || entry.holes > 0 {
             return Err(self.bad(format!("has {path} as a {:?} of {} bytes", entry.kind, entry.size)));
         }
         self.buffer.clear();
@@ -177,6 +177,9 @@ impl<C: Chunks> LayerReader<'_, C> {
         }
         let xattrs =
             Xattrs::parse(&buffer).ok_or_else(|| self.bad(format!("has malformed extended attributes in {path}")))?;
+        if xattrs.iter().any(|(name, value)| !Xattrs::can_be_set(name, value)) {
+            return Err(self.bad(format!("has extended attributes in {path} that Linux has no room for")));
+        }
         let id = ObjectId(Sha256::digest(&buffer).into());
         self.buffer = buffer;
         Ok((id, Arc::new(xattrs)))
@@ -210,7 +213,13 @@ impl<C: Chunks> LayerReader<'_, C> {
         let Some((_, xattrs)) = named.filter(|(name, _)| name == id) else {
             return Err(self.bad(format!("has the object {id}.file without its extended attributes")));
         };
+        self.import.agree_to_holes(&format!("{} {id}.file", self.name), entry.size, entry.holes)?;
         let target = match entry.kind {
+            // libostree's own serialisation of a symlink has its target as a string.
+            EntryType::Symlink if std::str::from_utf8(&entry.link).is_err() => {
+                let target = entry.link.escape_ascii();
+                return Err(self.bad(format!("has the object {id}.file, a symlink to {target}, which is not UTF-8")));
+            }
             EntryType::Symlink => Some(entry.link.clone()),
             kind if is_regular(kind) => None,
             kind => return Err(self.bad(format!("has the object {id}.file as a {kind:?}"))),
@@ -238,7 +247,8 @@ impl<C: Chunks> LayerReader<'_, C> {
             let mut file = writer.begin(id, meta).map_err(fail)?;
             loop {
                 match self.tar.content() {
-                    Ok(Some(piece)) => file.write(piece).map_err(fail)?,
+                    Ok(Some(Piece::Data(data))) => file.write(data).map_err(fail)?,
+                    Ok(Some(Piece::Hole(length))) => file.hole(length).map_err(fail)?,
                     Ok(None) => break,
                     Err(error) => return Err(tar_failure(self.name, &error)),
                 }

@@ -10,26 +10,17 @@ use std::sync::Arc;
 use ostree::glib;
 
 use crate::image::{Failure, ImageDescription, Kind, ResolvedImage};
-use crate::store::{ObjectId, ObjectType};
+use crate::store::ObjectId;
 
 use super::commit::{CommitInfo, DERIVED_FROM, IMAGE, commit_bytes, store_commit, store_tree};
-use super::label::{PolicyFiles, policy_objects};
+use super::facts::BaseFacts;
+use super::label::policy_objects;
 use super::layertree::{LayerDir, LayerFile, LayerTree};
 use super::merge::{Content, Dir, MergeError, read_dirtree, tree_of};
-use super::path::Placement;
+use super::path::{foreign, shown};
 use super::relabel::Relabeller;
 use super::state::Import;
 use super::tree::{Depth, Lookup, Target, TreeError};
-
-/// What plain layers need to know about the commit below them.
-#[derive(Debug, Clone)]
-pub(super) struct BaseFacts {
-    pub placement: Placement,
-    /// The base's SELinux policy; `None` when it has none.
-    pub policy: Option<Arc<PolicyFiles>>,
-    /// Two layers read with the same key give the same tree.
-    key: String,
-}
 
 /// The merged tree, laid but not labelled.
 pub(super) struct Merged {
@@ -46,63 +37,39 @@ pub(super) struct Derived {
     pub warnings: Vec<String>,
 }
 
-impl BaseFacts {
-    /// Reads the facts; `None` while objects that they are in have not been stored yet.
-    pub(super) fn read(import: &Import) -> Result<Option<Self>, Failure> {
-        let lookup: &mut Lookup<'_> = &mut |id, kind| import.read_metadata(id, kind);
-        let fail = |error: TreeError| tree_failure(import, &error);
-        let mut root = tree_of(&import.commit, lookup).map_err(fail)?;
-        let mut placement = Placement { keep_var: ostree::check_version(2024, 3), any_top_level: false };
-        for path in ["etc/ostree/prepare-root.conf", "usr/lib/ostree/prepare-root.conf"] {
-            let path: Vec<String> = path.split('/').map(str::to_owned).collect();
-            let Some(id) = root.file(&path, lookup).map_err(fail)? else { continue };
-            let Some(object) = import.store.find_object(&id, ObjectType::File) else { return Ok(None) };
-            let config = std::fs::read_to_string(object).map_err(|error| local(import, error))?;
-            placement.any_top_level = root_is_overlay(&config);
-            break;
-        }
-        let mut key = format!("{:?} {}", placement, import.commit);
-        let mut policy = None;
-        if let Some(objects) = policy_objects(&mut root, lookup).map_err(fail)? {
-            let Some(files) = objects.show(&import.store).map_err(|error| local(import, error))? else {
-                return Ok(None);
-            };
-            key.push_str(&objects.identity());
-            policy = Some(Arc::new(files));
-        }
-        Ok(Some(Self { placement, policy, key }))
-    }
-
-    /// The name that a layer's tree is kept by in the store.
-    pub(super) fn list_name(&self, diff_id: &str) -> String {
-        use sha2::Digest;
-        hex::encode(sha2::Sha256::digest(format!("1 {diff_id} {}", self.key)))
-    }
-}
-
-/// Whether the root directory of the booted system will be an overlay, so that anything may be in it.
-fn root_is_overlay(config: &str) -> bool {
-    let file = glib::KeyFile::new();
-    if file.load_from_data(config, glib::KeyFileFlags::NONE).is_err() {
-        return false;
-    }
-    let transient = file.boolean("root", "transient").unwrap_or(false);
-    let composefs = file.string("composefs", "enabled");
-    transient || composefs.is_ok_and(|value| matches!(value.as_str(), "signed" | "maybe" | "yes" | "true" | "1"))
-}
-
 impl Merged {
     /// Lays `layers` over the base, in order.
     pub(super) fn lay(import: &Import, layers: &[(String, Arc<LayerTree>)]) -> Result<Self, Failure> {
         let lookup: &mut Lookup<'_> = &mut |id, kind| import.read_metadata(id, kind);
-        let mut root = tree_of(&import.commit, lookup).map_err(|error| tree_failure(import, &error))?;
+        let mut root = tree_of(&import.commit, lookup).map_err(|error| import.tree_failure(&error))?;
         for (name, layer) in layers {
             root.lay(layer, &|id| import.base_has(id), lookup).map_err(|error| match error {
-                MergeError::Tree(error) => tree_failure(import, &error),
+                MergeError::Tree(error) => import.tree_failure(&error),
                 error => Failure::new(Kind::BadFormat, format!("{name}: {error}")),
             })?;
         }
-        Ok(Self { root })
+        let merged = Self { root };
+        merged.refuse_uncommittable(layers)?;
+        Ok(merged)
+    }
+
+    /// Refuses what is left of the layers that libostree has no form for: it keeps names and the targets
+    /// of symlinks as GVariant strings, which are UTF-8. What a later layer removed has done no harm.
+    fn refuse_uncommittable(&self, layers: &[(String, Arc<LayerTree>)]) -> Result<(), Failure> {
+        const ADVICE: &str =
+            "rename or remove it where the image is built: ostree stores names and symlink targets as UTF-8 only";
+        let target = |id: &ObjectId| layers.iter().find_map(|(_, layer)| layer.unstorable.get(id));
+        let all = self.root.uncommittable(&|id| target(id).is_some());
+        let Some(path) = all.first() else { return Ok(()) };
+        let layer = layers.iter().rev().find(|(_, layer)| layer.has(path)).map_or("the image", |(name, _)| name);
+        let what = if path.iter().any(|name| foreign(name).is_some()) {
+            "a name that is not UTF-8"
+        } else {
+            "a target that is not UTF-8"
+        };
+        let more = if all.len() > 1 { format!(" (and {} more such paths)", all.len() - 1) } else { String::new() };
+        let message = format!("{layer}: /{} has {what}{more}: it cannot be part of an ostree commit", shown(path));
+        Err(Failure { advice: ADVICE, ..Failure::new(Kind::BadFormat, message) })
     }
 
     /// The content objects of the tree as it is now.
@@ -110,7 +77,7 @@ impl Merged {
         let mut target = Target::default();
         let lookup: &mut Lookup<'_> = &mut |id, kind| import.read_metadata(id, kind);
         list(&self.root, Depth::Root, &mut HashSet::new(), &mut target, lookup)
-            .map_err(|error| tree_failure(import, &error))?;
+            .map_err(|error| import.tree_failure(&error))?;
         Ok(target)
     }
 
@@ -123,7 +90,7 @@ impl Merged {
         description: &ImageDescription,
         layers: &[(String, Arc<LayerTree>)],
     ) -> Result<Derived, Failure> {
-        let fail = |error: TreeError| tree_failure(import, &error);
+        let fail = |error: TreeError| import.tree_failure(&error);
         let lookup: &mut Lookup<'_> = &mut |id, kind| import.read_metadata(id, kind);
         let mut warnings = left_out(layers);
         let mut sources = HashSet::new();
@@ -131,9 +98,9 @@ impl Merged {
         if let Some(objects) = policy {
             let own = match &facts.policy {
                 Some(base) if base.objects == objects => Some(base.clone()),
-                _ => objects.show(&import.store).map_err(|error| local(import, error))?.map(Arc::new),
+                _ => objects.show(&import.store).map_err(|error| import.local(error))?.map(Arc::new),
             };
-            let own = own.ok_or_else(|| local(import, "files of the SELinux policy vanished while it was pulled"))?;
+            let own = own.ok_or_else(|| import.local("files of the SELinux policy vanished while it was pulled"))?;
             let mut relabeller = Relabeller::new(import, &own, &image.pinned)?;
             relabeller.label(&mut self.root)?;
             warnings.extend(relabeller.warning());
@@ -150,7 +117,7 @@ impl Merged {
             .collect();
         // By way of values, whose keys are in order: the same image is always the same commit.
         let json = |value: serde_json::Result<serde_json::Value>| {
-            value.map(|value| value.to_string()).map_err(|error| local(import, error))
+            value.map(|value| value.to_string()).map_err(|error| import.local(error))
         };
         let info = CommitInfo {
             strings: BTreeMap::from([
@@ -239,35 +206,10 @@ fn created(description: &ImageDescription) -> Option<u64> {
     u64::try_from(time.to_unix()).ok()
 }
 
-pub(super) fn tree_failure(import: &Import, error: &TreeError) -> Failure {
-    let kind = if matches!(error, TreeError::Malformed(..)) { Kind::BadFormat } else { Kind::Local };
-    Failure::new(kind, format!("commit {}: {error}", import.commit))
-}
-
-pub(super) fn local(import: &Import, error: impl std::fmt::Display) -> Failure {
-    Failure::new(Kind::Local, format!("commit {}: {error}", import.commit))
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn which_roots_are_overlays() {
-        for (config, expected) in [
-            ("", false),
-            ("[root]\n", false),
-            ("[root]\ntransient=true\n", true),
-            ("[root]\ntransient=false\n", false),
-            ("[composefs]\nenabled = false\n", false),
-            ("[composefs]\nenabled=maybe\n", true),
-            ("[composefs]\nenabled=signed\n", true),
-            ("not a key file", false),
-        ] {
-            assert_eq!(root_is_overlay(config), expected, "{config:?}");
-        }
-    }
 
     #[test]
     fn warnings_name_places_and_counts() {

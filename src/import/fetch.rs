@@ -16,7 +16,7 @@ use crate::image::{Failure, Kind, Layer, ResolvedImage, Source};
 use crate::store::ObjectType;
 
 use super::consume::{Consumed, Purpose, consume};
-use super::derive::BaseFacts;
+use super::facts::BaseFacts;
 use super::layertree::LayerTree;
 use super::plain::read_plain;
 use super::state::Import;

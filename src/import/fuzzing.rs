@@ -2,12 +2,12 @@
 
 use std::io;
 
-use crate::image::tarstream::{Chunks, TarStream};
+use crate::image::tarstream::{Chunks, Piece, TarStream};
 use crate::store::ObjectId;
 
 use super::entry::{inside, role};
 use super::layertree::{DirMeta, LayerFile, LayerTree};
-use super::path::{Place, Placement};
+use super::path::{Place, Placement, foreign};
 
 struct Pieces<'a>(std::slice::Chunks<'a, u8>);
 
@@ -22,11 +22,16 @@ pub fn tar(data: &[u8]) {
     let Some((size, data)) = data.split_first() else { return };
     let mut tar = TarStream::new(Pieces(data.chunks(usize::from(*size) * 7 + 1)));
     let (mut entries, mut content) = (0_usize, 0_usize);
-    while let Ok(Some(_)) = tar.next_entry() {
+    while let Ok(Some(entry)) = tar.next_entry() {
         entries += 1;
+        let mut holes = 0;
         while let Ok(Some(piece)) = tar.content() {
-            content += piece.len();
+            match piece {
+                Piece::Data(data) => content += data.len(),
+                Piece::Hole(length) => holes += length,
+            }
         }
+        assert!(holes <= entry.holes && entry.holes <= entry.size, "no more holes than were announced");
     }
     assert!(entries * 512 + content <= data.len(), "more came out than went in");
 }
@@ -40,7 +45,8 @@ pub fn entries(data: &[u8]) {
         let _ = (role(&entry.path), inside(&entry.link));
         let place = |path: &[u8]| placement.place(path);
         let Ok(Place::At(path)) = place(&entry.path) else { continue };
-        assert!(path.iter().all(|part| !matches!(part.as_str(), "" | "." | "..") && !part.contains(['/', '\0'])));
+        let names = path.iter().map(|name| foreign(name).unwrap_or(name));
+        assert!(names.clone().all(|name| !matches!(name, "" | "." | "..") && !name.contains(['/', '\0'])));
         let (uid, gid) = (entry.uid, entry.gid);
         // Each may refuse; none may panic or take for ever.
         if entry.kind == tar::EntryType::Directory {

@@ -20,6 +20,12 @@ use super::tree::{Lookup, TreeError};
 /// Where a commit keeps its policy.
 const POLICY: [&str; 3] = ["usr", "etc", "selinux"];
 
+/// Extended attributes: names without NUL, and values.
+pub(super) type Pairs = Vec<(Vec<u8>, Vec<u8>)>;
+
+/// The attribute that a label is.
+const SELINUX: &[u8] = b"security.selinux";
+
 /// The files of one policy that label lookups need, by path below the root.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct PolicyObjects(Vec<(String, ObjectId)>);
@@ -123,4 +129,16 @@ impl Labels {
         let label = label.map_err(|error| format!("looking up the SELinux label of {path}: {error}"))?;
         Ok(label.map(|label| label.as_bytes().iter().copied().chain([0]).collect()))
     }
+}
+
+/// Puts a label in place of whatever there was, in the order of names.
+pub(super) fn set_label(xattrs: &mut Pairs, label: Vec<u8>) {
+    xattrs.retain(|(name, _)| name != SELINUX);
+    xattrs.push((SELINUX.to_vec(), label));
+    xattrs.sort();
+}
+
+/// The label among attributes.
+pub(super) fn label_of(xattrs: &[(Vec<u8>, Vec<u8>)]) -> Option<&[u8]> {
+    xattrs.iter().find(|(name, _)| name == SELINUX).map(|(_, value)| value.as_slice())
 }

@@ -11,6 +11,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::store::ObjectId;
 
+use super::path::{foreign, shown};
+
 /// Everything about a directory but its content. Mode is 07777 only.
 #[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub(super) struct DirMeta {
@@ -51,8 +53,20 @@ pub(super) struct LayerTree {
     pub root: LayerDir,
     /// How many entries were left out, by where they are or (`device`, `fifo`) what they are.
     pub left_out: BTreeMap<String, u32>,
+    /// Symlinks that libostree has no form for, as their target is not UTF-8: what they would be called,
+    /// and the target, escaped. Such an object is stored nowhere.
+    pub unstorable: BTreeMap<ObjectId, String>,
     links: Vec<Vec<String>>,
+    /// Bytes of memory that all this takes, roughly, while it is built.
+    cost: usize,
 }
+
+/// How much memory one layer's tree may take. A system's 20,000 directories with 200,000 files take a
+/// third of it; some kilobytes of a compressed archive can ask for any amount.
+const MOST: usize = 256 << 20;
+/// A directory with one file in it: the first node of each map has room for eleven.
+const DIR_COST: usize = 2400;
+const FILE_COST: usize = 160;
 
 /// Why an entry cannot be part of a tree.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -61,6 +75,10 @@ pub(super) enum BadEntry {
     EmptyWhiteout,
     #[error("would replace the root directory")]
     Root,
+    #[error("is below /{0}, which is no directory in this layer")]
+    BelowFile(String),
+    #[error("is one too many: the list of the layer's entries takes {} MiB", MOST >> 20)]
+    TooMany,
     #[error("is a hardlink to the directory /{0}")]
     LinkToDirectory(String),
     #[error("is a hardlink to /{0}, which is itself a hardlink to nothing in this layer")]
@@ -77,7 +95,8 @@ impl LayerTree {
             self.root.meta = meta;
             return Ok(());
         };
-        let parent = self.parent(parents, meta.uid, meta.gid);
+        self.spend(name.len() + meta.xattrs.iter().map(|(name, value)| 64 + name.len() + value.len()).sum::<usize>())?;
+        let parent = self.parent(parents, meta.uid, meta.gid)?;
         parent.files.remove(name);
         parent.dirs.entry(name.clone()).or_default().meta = meta;
         Ok(())
@@ -86,26 +105,38 @@ impl LayerTree {
     /// A file or symlink. Whatever the layer had there before is replaced.
     pub(super) fn file(&mut self, path: &[String], file: LayerFile, uid: u32, gid: u32) -> Result<(), BadEntry> {
         let (name, parents) = path.split_last().ok_or(BadEntry::Root)?;
-        if matches!(file, LayerFile::Below(_)) {
+        self.spend(FILE_COST + name.len())?;
+        if let LayerFile::Below(target) = &file {
+            self.spend([path, target].into_iter().flatten().map(|part| 32 + part.len()).sum())?;
             self.links.push(path.to_vec());
         }
-        let parent = self.parent(parents, uid, gid);
+        let parent = self.parent(parents, uid, gid)?;
         parent.dirs.remove(name);
         parent.files.insert(name.clone(), file);
+        Ok(())
+    }
+
+    /// A symlink whose target, escaped, is not UTF-8. `id` is what libostree would call it.
+    pub(super) fn unstorable(&mut self, id: ObjectId, target: String) -> Result<(), BadEntry> {
+        self.spend(FILE_COST + target.len())?;
+        self.unstorable.insert(id, target);
         Ok(())
     }
 
     /// Takes a whiteout, when the path's name is one.
     pub(super) fn whiteout(&mut self, path: &[String], uid: u32, gid: u32) -> Result<bool, BadEntry> {
         let Some((name, parents)) = path.split_last() else { return Ok(false) };
-        let Some(hidden) = name.strip_prefix(WHITEOUT) else { return Ok(false) };
+        let Some(hidden) = foreign(name).unwrap_or(name).strip_prefix(WHITEOUT) else { return Ok(false) };
         if matches!(hidden, "" | "." | "..") {
             return Err(BadEntry::EmptyWhiteout);
         }
+        self.spend(FILE_COST + name.len())?;
         if name == OPAQUE {
-            self.parent(parents, uid, gid).opaque = true;
+            self.parent(parents, uid, gid)?.opaque = true;
         } else if !hidden.starts_with(WHITEOUT) {
-            self.parent(parents, uid, gid).whiteouts.insert(hidden.to_owned());
+            // What is hidden is named as it would be itself.
+            let hidden = name.replacen(WHITEOUT, "", 1);
+            self.parent(parents, uid, gid)?.whiteouts.insert(hidden);
         }
         // Other names of the form .wh..wh.* are a storage driver's own notes.
         Ok(true)
@@ -123,6 +154,7 @@ impl LayerTree {
     /// Follows hardlinks within the layer, once all of it was read. The path of one that leads nowhere
     /// good comes with the error.
     pub(super) fn resolve_links(&mut self) -> Result<(), (String, BadEntry)> {
+        self.cost = 0;
         for path in std::mem::take(&mut self.links) {
             let mut target = path.clone();
             let mut steps = 0;
@@ -133,11 +165,11 @@ impl LayerTree {
                         target = next.clone();
                     }
                     Some(Found::File(LayerFile::Below(_))) => {
-                        return Err((path.join("/"), BadEntry::LinkCircle(target.join("/"))));
+                        return Err((shown(&path), BadEntry::LinkCircle(shown(&target))));
                     }
                     Some(Found::File(file)) => break file.clone(),
                     Some(Found::Directory) if steps > 0 => {
-                        return Err((path.join("/"), BadEntry::LinkToDirectory(target.join("/"))));
+                        return Err((shown(&path), BadEntry::LinkToDirectory(shown(&target))));
                     }
                     _ => break LayerFile::Below(target),
                 }
@@ -153,6 +185,11 @@ impl LayerTree {
         Ok(())
     }
 
+    /// Whether the layer has something at the path.
+    pub(super) fn has(&self, path: &[String]) -> bool {
+        self.lookup(path).is_some()
+    }
+
     fn lookup(&self, path: &[String]) -> Option<Found<'_>> {
         let Some((name, parents)) = path.split_last() else { return Some(Found::Directory) };
         let dir = parents.iter().try_fold(&self.root, |dir, part| dir.dirs.get(part))?;
@@ -165,21 +202,38 @@ impl LayerTree {
 
     /// The directory that an entry belongs into. When part of the way has no entry, all of the way gets
     /// the entry's owner and mode 0755, as libostree has it.
-    fn parent(&mut self, path: &[String], uid: u32, gid: u32) -> &mut LayerDir {
-        let all_there = self.existing(path).is_some();
+    ///
+    /// A way through a symlink or file of the same layer is refused, by libostree too: readers that follow it end
+    /// elsewhere than those that replace it.
+    fn parent(&mut self, path: &[String], uid: u32, gid: u32) -> Result<&mut LayerDir, BadEntry> {
+        let mut dir = &self.root;
+        let mut there = 0;
+        for part in path {
+            if dir.files.contains_key(part) {
+                return Err(BadEntry::BelowFile(shown(&path[..=there])));
+            }
+            let Some(next) = dir.dirs.get(part) else { break };
+            (dir, there) = (next, there + 1);
+        }
+        let missing = &path[there..];
+        self.spend(missing.iter().map(|part| DIR_COST + part.len()).sum())?;
         let meta = DirMeta { uid, gid, mode: 0o755, xattrs: Vec::new() };
         let mut dir = &mut self.root;
-        if !all_there {
+        if !missing.is_empty() {
             dir.meta = meta.clone();
         }
         for part in path {
-            dir.files.remove(part);
             dir = dir.dirs.entry(part.clone()).or_default();
-            if !all_there {
+            if !missing.is_empty() {
                 dir.meta = meta.clone();
             }
         }
-        dir
+        Ok(dir)
+    }
+
+    fn spend(&mut self, bytes: usize) -> Result<(), BadEntry> {
+        self.cost = self.cost.saturating_add(bytes);
+        if self.cost > MOST { Err(BadEntry::TooMany) } else { Ok(()) }
     }
 }
 
@@ -193,6 +247,7 @@ enum Found<'a> {
 struct Kept {
     dirs: Vec<KeptDir>,
     left_out: BTreeMap<String, u32>,
+    unstorable: BTreeMap<ObjectId, String>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -216,14 +271,15 @@ impl LayerTree {
             let LayerDir { meta, opaque, whiteouts, files, .. } = dir.clone();
             dirs.push(KeptDir { path, meta, opaque, whiteouts, files });
         }
-        let json = serde_json::to_vec(&Kept { dirs, left_out: self.left_out.clone() })?;
+        let (left_out, unstorable) = (self.left_out.clone(), self.unstorable.clone());
+        let json = serde_json::to_vec(&Kept { dirs, left_out, unstorable })?;
         zstd::encode_all(json.as_slice(), 1)
     }
 
     /// What [`LayerTree::to_bytes`] kept; `None` for what this version cannot read.
     pub(super) fn from_bytes(bytes: &[u8]) -> Option<Self> {
         let kept: Kept = serde_json::from_slice(&zstd::decode_all(bytes).ok()?).ok()?;
-        let mut tree = Self { left_out: kept.left_out, ..Self::default() };
+        let mut tree = Self { left_out: kept.left_out, unstorable: kept.unstorable, ..Self::default() };
         for KeptDir { path, meta, opaque, whiteouts, files } in kept.dirs {
             let dir = match path.split_last() {
                 None => &mut tree.root,
@@ -266,6 +322,10 @@ mod tests {
         assert!(tree.whiteout(&path("usr/a/.wh.gone"), 0, 0).unwrap());
         assert!(tree.whiteout(&path("usr/.wh..wh..opq"), 0, 0).unwrap());
         assert!(tree.whiteout(&path("usr/.wh..wh.plnk"), 0, 0).unwrap());
+        assert!(
+            tree.whiteout(&path("usr/a").into_iter().chain(["/.wh.\\xff".into()]).collect::<Vec<_>>(), 0, 0).unwrap()
+        );
+        tree.unstorable(ObjectId([7; 32]), "\\xff".into()).unwrap();
         tree.leave_out("/opt".into());
         tree.leave_out("/opt".into());
         tree.resolve_links().unwrap();
@@ -277,7 +337,8 @@ mod tests {
         let tree = sample();
         let usr = &tree.root.dirs["usr"];
         let a = &usr.dirs["a"];
-        assert!(usr.opaque && usr.whiteouts.is_empty() && a.whiteouts.contains("gone"));
+        assert!(usr.opaque && usr.whiteouts.is_empty());
+        assert_eq!(a.whiteouts, BTreeSet::from(["gone".into(), "/\\xff".into()]));
         assert_eq!((&a.files["link"], &a.files["link2"], &a.files["early"]), (&object(1), &object(1), &object(2)));
         assert_eq!(a.files["lower"], below("usr/bin/bash"));
         assert_eq!((usr.meta.mode, a.meta.mode), (0o700, 0o700));
@@ -305,11 +366,26 @@ mod tests {
             assert_eq!(tree.whiteout(&path(&format!("usr/{name}")), 0, 0), Err(BadEntry::EmptyWhiteout), "{name}");
         }
         assert_eq!(tree.file(&[], object(1), 0, 0), Err(BadEntry::Root));
+        let below_file = Err(BadEntry::BelowFile("usr/a".into()));
+        assert_eq!(tree.file(&path("usr/a/b/c"), object(1), 0, 0), below_file);
+        assert_eq!(tree.directory(&path("usr/a/b"), DirMeta::default()), below_file);
+        assert_eq!(tree.whiteout(&path("usr/a/.wh.x"), 0, 0).map(drop), below_file);
         tree.file(&path("usr/l"), below("usr/z"), 0, 0).unwrap();
         assert!(matches!(tree.resolve_links(), Err((_, BadEntry::LinkToDirectory(_)))));
         let mut tree = LayerTree::default();
         tree.file(&path("usr/l"), below("usr/m"), 0, 0).unwrap();
         tree.file(&path("usr/m"), below("usr/l"), 0, 0).unwrap();
         assert!(matches!(tree.resolve_links(), Err((_, BadEntry::LinkCircle(_)))));
+    }
+    #[test]
+    fn endless_layers_end() {
+        let mut tree = LayerTree::default();
+        let deep = vec!["d".to_owned(); 250];
+        let result = (0..10_000).try_for_each(|at| {
+            let own = [path(&format!("usr/{at}")), deep.clone()].concat();
+            tree.file(&own, object(1), 0, 0)
+        });
+        assert_eq!(result, Err(BadEntry::TooMany));
+        assert!(tree.cost <= MOST + 1000 * DIR_COST);
     }
 }

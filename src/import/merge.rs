@@ -11,6 +11,7 @@ use ostree::glib::Variant;
 use crate::store::{ObjectId, ObjectType, Xattrs};
 
 use super::layertree::{DirMeta, LayerDir, LayerFile, LayerTree};
+use super::path::{foreign, shown};
 use super::tree::{Lookup, TreeError, check_name, commit_root, load};
 
 /// A directory of the merged tree.
@@ -156,6 +157,27 @@ impl Dir {
         Ok(Some(dir))
     }
 
+    /// The paths that no commit can have, among what layers laid here: those with a name that is not
+    /// UTF-8, and symlinks that `is_unstorable` knows.
+    pub(super) fn uncommittable(&self, is_unstorable: &dyn Fn(&ObjectId) -> bool) -> Vec<Vec<String>> {
+        let mut found = Vec::new();
+        let mut queue = vec![(Vec::new(), self)];
+        while let Some((path, dir)) = queue.pop() {
+            let Content::Open { files, dirs } = &dir.content else { continue };
+            let at = |name: &String| path.iter().chain([name]).cloned().collect::<Vec<_>>();
+            let bad = files.iter().filter(|(name, id)| foreign(name).is_some() || is_unstorable(id));
+            found.extend(bad.map(|(name, _)| at(name)));
+            for (name, dir) in dirs {
+                match foreign(name) {
+                    Some(_) => found.push(at(name)),
+                    None => queue.push((at(name), dir)),
+                }
+            }
+        }
+        found.sort();
+        found
+    }
+
     /// Lays a layer over the tree. `in_base` says whether the commit at the bottom has an object.
     pub(super) fn lay(
         &mut self,
@@ -181,7 +203,7 @@ impl Dir {
             LayerFile::OfBase(id) if in_base(id) => Ok(*id),
             LayerFile::OfBase(id) => Err(MergeError::NoLinkObject(path.to_owned(), *id)),
             LayerFile::Below(target) => {
-                below.get(target).copied().ok_or_else(|| MergeError::NoLinkTarget(path.to_owned(), target.join("/")))
+                below.get(target).copied().ok_or_else(|| MergeError::NoLinkTarget(path.to_owned(), shown(target)))
             }
         };
         lay(self, &layer.root, "", &object, lookup)
@@ -208,7 +230,10 @@ fn lay(
         files.remove(name);
         dirs.remove(name);
     }
-    let at = |name: &str| if path.is_empty() { name.to_owned() } else { format!("{path}/{name}") };
+    let at = |name: &str| {
+        let name = foreign(name).unwrap_or(name);
+        if path.is_empty() { name.to_owned() } else { format!("{path}/{name}") }
+    };
     for (name, file) in &layer.files {
         dirs.remove(name);
         files.insert(name.clone(), object(&at(name), file)?);

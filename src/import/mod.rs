@@ -14,6 +14,7 @@ mod commit;
 mod consume;
 mod derive;
 mod entry;
+mod facts;
 mod fetch;
 #[doc(hidden)]
 pub mod fuzzing;
@@ -25,6 +26,7 @@ mod plain;
 mod plain_layers;
 mod pull;
 mod relabel;
+mod run;
 mod state;
 mod tree;
 mod wanted;

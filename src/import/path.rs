@@ -31,12 +31,28 @@ pub(super) enum BadName {
     /// It leaves the archive's root.
     #[error("escapes the archive's root")]
     Escapes,
-    /// ostree cannot name it.
-    #[error("is not UTF-8, which ostree needs names to be")]
-    NotUtf8,
     /// A NUL in it, or a component that no file system takes.
     #[error("is no path that a file system can hold")]
     Unusable,
+}
+
+/// A name that is not UTF-8 stands in a tree as this and its escaped form. No file name has a slash, so
+/// it is taken for no other; and no commit can have it, so it must be gone when all layers are laid.
+const FOREIGN: char = '/';
+
+/// A name, as trees of layers have it.
+fn name(part: &[u8]) -> String {
+    std::str::from_utf8(part).map_or_else(|_| format!("{FOREIGN}{}", part.escape_ascii()), str::to_owned)
+}
+
+/// The escaped form of a name that is not UTF-8; `None` for a name that is.
+pub(super) fn foreign(name: &str) -> Option<&str> {
+    name.strip_prefix(FOREIGN)
+}
+
+/// A path as messages show it: relative, with escapes where it is not UTF-8.
+pub(super) fn shown(path: &[String]) -> String {
+    path.iter().map(|name| foreign(name).unwrap_or(name)).collect::<Vec<_>>().join("/")
 }
 
 /// No file system call takes a longer path, and nothing sensible is deeper.
@@ -64,28 +80,24 @@ impl Placement {
         if parts.len() > DEEPEST {
             return Err(BadName::Unusable);
         }
-        // What is left out anyway may have any name.
-        let Some(top) = parts.first() else { return Ok(Place::At(Vec::new())) };
-        let Ok(top) = std::str::from_utf8(top) else {
-            return Ok(Place::Nowhere(format!("/{}", top.escape_ascii())));
+        let below = |prefix: &[&str]| {
+            let rest = parts.iter().map(|part| name(part));
+            prefix.iter().map(|part| part.to_string()).chain(rest).collect::<Vec<_>>()
         };
-        let below = |prefix: &[&str], parts: &[&[u8]]| {
-            let rest = parts.iter().map(|part| String::from_utf8(part.to_vec()).map_err(|_| BadName::NotUtf8));
-            prefix.iter().map(|part| Ok(part.to_string())).chain(rest).collect::<Result<Vec<_>, _>>()
-        };
-        match top {
-            "usr" => below(&[], &parts).map(Place::At),
-            "etc" => below(&["usr"], &parts).map(Place::At),
-            "var" if self.keep_var => below(&[], &parts).map(Place::At),
-            "var" => below(&["usr", "share", "factory"], &parts).map(Place::At),
-            "run" | "tmp" | "proc" | "sys" | "dev" if parts.len() == 1 => below(&[], &parts).map(Place::At),
+        let Some(top) = parts.first().map(|part| name(part)) else { return Ok(Place::At(Vec::new())) };
+        Ok(match top.as_str() {
+            "usr" => Place::At(below(&[])),
+            "etc" => Place::At(below(&["usr"])),
+            "var" if self.keep_var => Place::At(below(&[])),
+            "var" => Place::At(below(&["usr", "share", "factory"])),
+            "run" | "tmp" | "proc" | "sys" | "dev" if parts.len() == 1 => Place::At(below(&[])),
             "sysroot" if parts.len() > 3 && parts[..3].iter().zip(REPO).all(|(a, b)| *a == b.as_bytes()) => {
-                Ok(Place::RepoObject(below(&[], &parts)?.join("/")))
+                Place::RepoObject(below(&[]).join("/"))
             }
-            "run" | "tmp" | "proc" | "sys" | "dev" => Ok(Place::Nowhere(format!("/{top}"))),
-            _ if self.any_top_level && top != "sysroot" => below(&[], &parts).map(Place::At),
-            _ => Ok(Place::Nowhere(format!("/{top}"))),
-        }
+            "run" | "tmp" | "proc" | "sys" | "dev" | "sysroot" => Place::Nowhere(format!("/{top}")),
+            _ if self.any_top_level => Place::At(below(&[])),
+            top => Place::Nowhere(format!("/{}", foreign(top).unwrap_or(top))),
+        })
     }
 }
 
@@ -119,7 +131,9 @@ mod tests {
             (b"opt/puppet", nowhere("/opt")),
             (b".wh.opt", nowhere("/.wh.opt")),
             (b"opt/\xff", nowhere("/opt")),
-            (b"usr/\xff", Err(BadName::NotUtf8)),
+            (b"\xff/x", nowhere("/\\xff")),
+            (b"tmp/\xff", nowhere("/tmp")),
+            (b"usr/\xff/\\xff", Ok(Place::At(vec!["usr".into(), "/\\xff".into(), "\\xff".into()]))),
             (b"usr/../../etc", Err(BadName::Escapes)),
             (b"opt/../x", Err(BadName::Escapes)),
             (b"usr/a\0b", Err(BadName::Unusable)),
@@ -133,6 +147,7 @@ mod tests {
         for (path, expected) in [
             (b"var/lib/x".as_slice(), at("var/lib/x")),
             (b"opt/puppet", at("opt/puppet")),
+            (b"\xff", Ok(Place::At(vec!["/\\xff".into()]))),
             (b"run/x", nowhere("/run")),
             (b"sysroot/x", nowhere("/sysroot")),
         ] {
@@ -144,7 +159,9 @@ mod tests {
         #[test]
         fn total_and_never_outside(path in prop::collection::vec(any::<u8>(), 0..80), keep_var: bool, any_top_level: bool) {
             if let Ok(Place::At(parts)) = (Placement { keep_var, any_top_level }).place(&path) {
-                prop_assert!(parts.iter().all(|part| !part.is_empty() && part != "." && part != ".." && !part.contains('/')));
+                prop_assert!(parts.iter().all(|part| !part.is_empty() && part != "." && part != ".."));
+                prop_assert!(parts.iter().all(|part| !foreign(part).unwrap_or(part).contains('/')));
+                prop_assert_eq!(parts.iter().any(|part| foreign(part).is_some()), std::str::from_utf8(&path).is_err());
             }
         }
     }

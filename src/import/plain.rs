@@ -11,21 +11,19 @@ use crate::image::{Failure, Kind};
 use crate::store::{FileMeta, ObjectId, ObjectType, WriteError, Xattrs};
 
 use super::consume::tar_failure;
-use super::derive::BaseFacts;
 use super::entry::{Role, role};
-use super::label::Labels;
+use super::facts::BaseFacts;
+use super::label::{Labels, Pairs, set_label};
 use super::layertree::{DirMeta, LayerFile, LayerTree};
-use super::path::Place;
+use super::path::{Place, shown};
 use super::state::Import;
-use crate::image::tarstream::{Chunks, Entry, TarError, TarStream};
+use crate::image::tarstream::{Chunks, Entry, Piece, TarError, TarStream};
 
-/// Extended attributes: names without NUL, and values.
-pub(super) type Pairs = Vec<(Vec<u8>, Vec<u8>)>;
-
+/// The longest target that a symlink can have (PATH_MAX, less its NUL).
+const LONGEST_TARGET: usize = 4095;
 const S_IFDIR: u32 = 0o040_000;
 const S_IFREG: u32 = 0o100_000;
 const S_IFLNK: u32 = 0o120_000;
-const SELINUX: &[u8] = b"security.selinux";
 
 /// Reads a layer to the archive's end. Objects that are to be kept are stored as they come; what the
 /// layer is to become of the tree is the result. `name` is for messages.
@@ -83,7 +81,7 @@ impl<C: Chunks> PlainReader<'_, C> {
                 return Ok(());
             }
         };
-        let named = || path.join("/");
+        let named = || shown(&path);
         match entry.kind {
             EntryType::Directory => {
                 let meta = DirMeta {
@@ -146,12 +144,19 @@ impl<C: Chunks> PlainReader<'_, C> {
     }
 
     fn symlink(&mut self, entry: &Entry, path: &str) -> Result<ObjectId, Failure> {
-        if std::str::from_utf8(&entry.link).is_err() || entry.link.is_empty() || entry.link.contains(&0) {
-            let target = entry.link.escape_ascii();
-            return Err(self.bad(entry, format!("is a symlink to {target}, which ostree cannot store")));
+        let link = &entry.link;
+        if link.is_empty() || link.contains(&0) || link.len() > LONGEST_TARGET {
+            let what = format!("is a symlink with a target of {} bytes, which no file system can hold", link.len());
+            return Err(self.bad(entry, what));
         }
-        let meta = self.meta(entry, path, Some(entry.link.clone()))?;
+        let meta = self.meta(entry, path, Some(link.clone()))?;
         let id = ObjectId(sha2::Digest::finalize(meta.hasher()).into());
+        if std::str::from_utf8(link).is_err() {
+            // To be refused, unless it is gone when all layers are laid.
+            let target = link.escape_ascii().to_string();
+            self.tree.unstorable(id, target).map_err(|error| self.bad(entry, error))?;
+            return Ok(id);
+        }
         if self.import.keeps_derived(&id, path) {
             let stored = self.import.writer.symlink(&id, &meta);
             stored.map_err(|error| self.write_failure(path, &error))?;
@@ -162,11 +167,13 @@ impl<C: Chunks> PlainReader<'_, C> {
 
     fn regular(&mut self, entry: &Entry, path: &str) -> Result<ObjectId, Failure> {
         let meta = self.meta(entry, path, None)?;
+        self.import.agree_to_holes(&format!("{}: /{path}", self.name), entry.size, entry.holes)?;
         let fail = |error: &WriteError| self.import.write_failure(&format!("{}: /{path}", self.name), error);
         let mut file = self.import.writer.begin_unnamed(meta).map_err(|error| fail(&error))?;
         loop {
             match self.tar.content() {
-                Ok(Some(piece)) => file.write(piece).map_err(|error| fail(&error))?,
+                Ok(Some(Piece::Data(data))) => file.write(data).map_err(|error| fail(&error))?,
+                Ok(Some(Piece::Hole(length))) => file.hole(length).map_err(|error| fail(&error))?,
                 Ok(None) => break,
                 Err(error) => return Err(self.tar_failure(&error)),
             }
@@ -189,6 +196,12 @@ impl<C: Chunks> PlainReader<'_, C> {
     /// The archive's attributes, with the policy's label in place of the archive's when it has one.
     fn xattrs(&self, entry: &Entry, path: &str, kind: u32) -> Result<Pairs, Failure> {
         let mut xattrs = entry.xattrs.clone();
+        if let Some((name, value)) = xattrs.iter().find(|(name, value)| !Xattrs::can_be_set(name, value)) {
+            let (name, length) = (name.escape_ascii(), value.len());
+            return Err(
+                self.bad(entry, format!("has the attribute {name} of {length} bytes, which Linux has no room for"))
+            );
+        }
         if let Some(labels) = &self.labels
             && let Some(label) = labels
                 .of(&format!("/{path}"), kind | (entry.mode & 0o7777))
@@ -219,18 +232,6 @@ impl<C: Chunks> PlainReader<'_, C> {
     fn tar_failure(&self, error: &TarError) -> Failure {
         tar_failure(self.name, error)
     }
-}
-
-/// Puts a label in place of whatever there was, in the order of names.
-pub(super) fn set_label(xattrs: &mut Pairs, label: Vec<u8>) {
-    xattrs.retain(|(name, _)| name != SELINUX);
-    xattrs.push((SELINUX.to_vec(), label));
-    xattrs.sort();
-}
-
-/// The label among attributes.
-pub(super) fn label_of(xattrs: &[(Vec<u8>, Vec<u8>)]) -> Option<&[u8]> {
-    xattrs.iter().find(|(name, _)| name == SELINUX).map(|(_, value)| value.as_slice())
 }
 
 fn is_regular(kind: EntryType) -> bool {

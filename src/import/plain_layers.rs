@@ -9,20 +9,11 @@ use futures_util::stream::StreamExt;
 use crate::image::{Failure, ImageDescription, Kind, Layer, Layout};
 use crate::report::PullProgress;
 
-use super::derive::{BaseFacts, Derived, Merged, objects_of};
+use super::derive::{Derived, Merged, objects_of};
+use super::facts::BaseFacts;
 use super::fetch::{fetch_plain, layer_name};
 use super::layertree::LayerTree;
-use super::pull::{DueRead, Run, all_of, blocking, local};
-
-/// How reading a layer ended.
-pub(super) enum Read {
-    /// It was given up, or not begun, because nothing is wanted any more.
-    NotNeeded,
-    /// This layer of the commit was read.
-    Encapsulated(usize),
-    /// This plain layer (position in the manifest) was read, and this is in it.
-    Plain(usize, LayerTree),
-}
+use super::run::{DueRead, Read, Run, all_of, blocking, local};
 
 /// The plain layers of an image, in order.
 pub(super) struct PlainLayers<'a> {

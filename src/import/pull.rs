@@ -5,19 +5,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt;
-use futures_util::future::BoxFuture;
-use futures_util::stream::{self, BoxStream, StreamExt};
+use futures_util::stream::StreamExt;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
 use crate::image::{Failure, ImageDescription, Kind, Layer, ResolvedImage, Source};
 use crate::report::PullProgress;
-use crate::store::{BootedRepo, LayerJournal, LockError, NodeStore, ObjectId, ObjectType, Scope, StoreLock};
+use crate::store::{BootedRepo, LockError, NodeStore, ObjectId, ObjectType, Scope, StoreLock};
 
 use super::consume::Purpose;
 use super::derive::Derived;
 use super::fetch::{cancelled, fetch_encapsulated};
-use super::plain_layers::{PlainLayers, Read};
+use super::plain_layers::PlainLayers;
+use super::run::{Read, Run, all_of, blocking, local};
 use super::state::Import;
 use super::tree::TreeError;
 use super::wanted::schedule;
@@ -128,16 +128,6 @@ pub async fn pull(
     Ok(pulled)
 }
 
-/// One run over an image's layers.
-pub(super) struct Run<'a> {
-    pub(super) source: &'a Source,
-    pub(super) image: &'a ResolvedImage,
-    pub(super) import: &'a Arc<Import>,
-    journal: &'a LayerJournal,
-    scope: &'a Scope,
-    pub(super) cancel: &'a CancellationToken,
-}
-
 impl Run<'_> {
     /// Reads what has to be read; answers with the positions of the layers that were, and with the
     /// derived commit when there are plain layers.
@@ -202,19 +192,6 @@ impl Run<'_> {
         Ok((fetched, derived))
     }
 
-    /// Refuses to go on while wanted objects have not come, though all layers were read.
-    pub(super) fn nothing_is_missing(&self) -> Result<(), Failure> {
-        match self.import.still_wanted() {
-            Some((0, _)) => Ok(()),
-            Some((count, Some(example))) => {
-                let message =
-                    format!("{} lacks {count} objects of its own commit, {example}.file for one", self.image.pinned);
-                Err(Failure::new(Kind::BadFormat, message))
-            }
-            _ => Err(Failure::new(Kind::Local, format!("{}: nothing is known to be wanted", self.image.pinned))),
-        }
-    }
-
     async fn if_needed(&self, layer: &Layer, commit_layer: usize) -> Result<Read, Failure> {
         if self.import.done.is_cancelled() {
             return Ok(Read::NotNeeded);
@@ -248,14 +225,6 @@ impl Run<'_> {
         }
     }
 }
-
-/// Several reads at once. Boxed, because the compiler cannot see through it that pulls can be spawned.
-pub(super) fn all_of(reads: Vec<DueRead<'_>>, parallel: usize) -> BoxStream<'_, Result<Read, Failure>> {
-    stream::iter(reads).buffer_unordered(parallel.max(1)).boxed()
-}
-
-/// A read that has not begun.
-pub(super) type DueRead<'a> = BoxFuture<'a, Result<Read, Failure>>;
 
 /// Takes the import lock, waiting for whoever holds it.
 async fn lock(store: &NodeStore, image: &ResolvedImage, cancel: &CancellationToken) -> Result<StoreLock, Failure> {
@@ -297,17 +266,6 @@ fn pulled_before(
         && store.has(&commit, ObjectType::Commit)
         && store.resolve_ref().map_err(|error| local(image, error))?.as_deref() == Some(record.commit.as_str());
     Ok(holds.then(|| PulledImage { image: image.clone(), ..record }))
-}
-
-pub(super) async fn blocking<T: Send + 'static>(
-    image: &ResolvedImage,
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, Failure> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| local(image, error))
-}
-
-pub(super) fn local(image: &ResolvedImage, error: impl std::fmt::Display) -> Failure {
-    Failure::new(Kind::Local, format!("{}: {error}", image.pinned))
 }
 
 #[cfg(test)]

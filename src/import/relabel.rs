@@ -14,11 +14,9 @@ use sha2::Digest;
 use crate::image::{Failure, Kind};
 use crate::store::{FileMeta, ObjectId, ObjectType, Xattrs};
 
-use super::derive::{local, tree_failure};
-use super::label::{Labels, PolicyFiles};
+use super::label::{Labels, Pairs, PolicyFiles, label_of, set_label};
 use super::layertree::DirMeta;
 use super::merge::{Content, Dir, Meta, read_dirmeta, read_dirtree};
-use super::plain::{Pairs, label_of, set_label};
 use super::state::Import;
 
 /// What an object on disk says about itself.
@@ -74,7 +72,7 @@ impl<'a> Relabeller<'a> {
             Content::Open { files, dirs } => (files, dirs),
             Content::Stored(tree) => {
                 let lookup = &mut |id: &ObjectId, kind| import.read_metadata(id, kind);
-                let listing = read_dirtree(tree, lookup).map_err(|error| tree_failure(import, &error))?;
+                let listing = read_dirtree(tree, lookup).map_err(|error| import.tree_failure(&error))?;
                 let (files, dirs) = read.insert(listing);
                 (files, dirs)
             }
@@ -103,7 +101,7 @@ impl<'a> Relabeller<'a> {
                 Some(meta) => meta.clone(),
                 None => {
                     let lookup = &mut |id: &ObjectId, kind| import.read_metadata(id, kind);
-                    let read = read_dirmeta(id, lookup).map_err(|error| tree_failure(import, &error))?;
+                    let read = read_dirmeta(id, lookup).map_err(|error| import.tree_failure(&error))?;
                     self.metas.insert(*id, read.clone());
                     read
                 }
@@ -145,7 +143,7 @@ impl<'a> Relabeller<'a> {
         let known = match self.import.store.find_object(id, ObjectType::File) {
             None => None,
             Some(path) => {
-                let fail = |error| local(self.import, format!("reading object {id}.file: {error}"));
+                let fail = |error| self.import.local(format!("reading object {id}.file: {error}"));
                 let mode = path.symlink_metadata().map_err(fail)?.mode();
                 let label = read_xattr(&path, c"security.selinux").map_err(|errno| fail(errno.into()))?;
                 Some(Known { mode, label })
@@ -158,9 +156,9 @@ impl<'a> Relabeller<'a> {
     /// The same file with another label. Written unless the booted repo has it.
     fn copy(&mut self, id: &ObjectId, at: &str, label: &[u8]) -> Result<ObjectId, Failure> {
         let import = self.import;
-        let fail = |error: std::io::Error| local(import, format!("reading object {id}.file: {error}"));
+        let fail = |error: std::io::Error| import.local(format!("reading object {id}.file: {error}"));
         let Some(path) = import.store.find_object(id, ObjectType::File) else {
-            return Err(local(import, format!("the object {id}.file vanished")));
+            return Err(import.local(format!("the object {id}.file vanished")));
         };
         let stat = path.symlink_metadata().map_err(fail)?;
         let mut xattrs = read_xattrs(&path).map_err(|errno| fail(errno.into()))?;

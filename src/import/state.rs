@@ -14,6 +14,10 @@ use crate::store::{BootedRepo, NodeStore, ObjectId, ObjectSet, ObjectType, Objec
 use super::tree::{Target, TreeError, walk};
 use super::wanted::wanted;
 
+/// The most holes of sparse files that one pull takes. They cost no room but time: zeros are hashed, and
+/// this many take some ten to forty seconds.
+const MOST_HOLES: u64 = 16 << 30;
+
 /// One import. Layers hold it by `Arc` from their threads, and with it the lock: no thread of an
 /// import that failed can still write when the next one begins.
 pub(super) struct Import {
@@ -33,6 +37,8 @@ pub(super) struct Import {
     wants: Mutex<Option<Wants>>,
     objects_written: AtomicU64,
     bytes_fetched: AtomicU64,
+    /// Bytes of holes that were agreed to.
+    holes: AtomicU64,
     /// Content objects that plain layers brought in this run.
     derived: Mutex<ObjectSet>,
     _lock: StoreLock,
@@ -70,6 +76,7 @@ impl Import {
             wants: Mutex::new(None),
             objects_written: AtomicU64::new(0),
             bytes_fetched: AtomicU64::new(0),
+            holes: AtomicU64::new(0),
             derived: Mutex::default(),
             _lock: lock,
         })
@@ -201,6 +208,27 @@ impl Import {
         }
     }
 
+    /// Agrees to hash the holes of a sparse file of `size` bytes, or refuses: a few bytes of an archive can
+    /// declare any number of them. What does not fit the store as a whole is refused too, though its holes
+    /// take no room there, because whoever copies it may write them out.
+    pub(super) fn agree_to_holes(&self, entry: &str, size: u64, holes: u64) -> Result<(), Failure> {
+        if holes == 0 {
+            return Ok(());
+        }
+        let before =
+            self.holes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |sum| Some(sum.saturating_add(holes)));
+        let sum = before.unwrap_or_else(|sum| sum).saturating_add(holes);
+        let what = format!("{entry} is a sparse file of {size} bytes");
+        if sum > MOST_HOLES {
+            let message = format!("{what}: that makes holes of {sum} bytes, and an image may have {MOST_HOLES}");
+            return Err(Failure::new(Kind::BadFormat, message));
+        }
+        match self.store.space() {
+            Ok((free, _)) if size > free => Err(self.no_space(&what)),
+            _ => Ok(()),
+        }
+    }
+
     /// Notes compressed bytes that arrived.
     pub(super) fn fetched(&self, bytes: u64) {
         self.bytes_fetched.fetch_add(bytes, Ordering::Relaxed);
@@ -252,6 +280,17 @@ impl Import {
             true => self.no_space(&format!("{layer}: {error}")),
             false => Failure::new(Kind::Local, format!("{layer}: {error}")),
         }
+    }
+
+    /// What is wrong with the commit or with the tree made of it.
+    pub(super) fn tree_failure(&self, error: &TreeError) -> Failure {
+        let kind = if matches!(error, TreeError::Malformed(..)) { Kind::BadFormat } else { Kind::Local };
+        Failure::new(kind, format!("commit {}: {error}", self.commit))
+    }
+
+    /// A failure of this machine's own.
+    pub(super) fn local(&self, error: impl std::fmt::Display) -> Failure {
+        Failure::new(Kind::Local, format!("commit {}: {error}", self.commit))
     }
 
     fn no_space(&self, what: &str) -> Failure {

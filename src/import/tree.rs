@@ -70,6 +70,12 @@ impl Depth {
     }
 }
 
+/// No deeper tree is taken: libostree's own limit (OSTREE_MAX_RECURSION).
+const DEEPEST: u32 = 256;
+/// Nor one with more paths. Few dirtrees can make any number, as each may be in several places; a system
+/// has some 200,000.
+const MOST_PATHS: u64 = 10_000_000;
+
 /// A lent reader of metadata objects; `Ok(None)` when there is no such object.
 pub(super) type Lookup<'a> = dyn FnMut(&ObjectId, ObjectType) -> std::io::Result<Option<Vec<u8>>> + 'a;
 
@@ -84,6 +90,7 @@ pub(super) fn walk(commit: &ObjectId, lookup: &mut Lookup<'_>) -> Result<Target,
         false => Ok(()),
     };
     check_meta(root_meta, lookup)?;
+    let mut shape = Shape::default();
     let mut seen = HashSet::from([(root, Depth::Root)]);
     let mut queue = vec![(root, Depth::Root)];
     while let Some((tree, depth)) = queue.pop() {
@@ -94,6 +101,7 @@ pub(super) fn walk(commit: &ObjectId, lookup: &mut Lookup<'_>) -> Result<Target,
             return Err(bad("not a dirtree in normal form"));
         }
         let (files, dirs) = variant.get::<ostree::TreeVariantType>().ok_or_else(|| bad("not a dirtree"))?;
+        let (count, mut children) = (files.len(), Vec::with_capacity(dirs.len()));
         for (name, checksum) in files {
             let id = ObjectId::from_bytes(&checksum).ok_or_else(|| bad("a checksum of the wrong length"))?;
             check_name(&name).map_err(bad)?;
@@ -104,13 +112,62 @@ pub(super) fn walk(commit: &ObjectId, lookup: &mut Lookup<'_>) -> Result<Target,
             let meta = ObjectId::from_bytes(&meta).ok_or_else(|| bad("a checksum of the wrong length"))?;
             check_name(&name).map_err(bad)?;
             check_meta(meta, lookup)?;
+            children.push(tree);
             let next = (tree, depth.enter(&name));
             if seen.insert(next) {
                 queue.push(next);
             }
         }
+        shape.0.insert(tree, (count as u64, children));
     }
+    shape.check(root).map_err(|what| TreeError::Malformed(root, "dirtree", what))?;
     Ok(target)
+}
+
+/// What every dirtree has: how many files, and which dirtrees.
+#[derive(Default)]
+struct Shape(HashMap<ObjectId, (u64, Vec<ObjectId>)>);
+
+impl Shape {
+    /// Refuses a tree that whoever goes through it path by path would not come to the end of.
+    fn check(&self, root: ObjectId) -> Result<(), &'static str> {
+        // Height, and paths below; `None` while that is being found out.
+        let mut known: HashMap<ObjectId, Option<(u32, u64)>> = HashMap::new();
+        let mut queue = vec![root];
+        while let Some(tree) = queue.last().copied() {
+            let Some((files, children)) = self.0.get(&tree) else { return Err("a tree that was not listed") };
+            match known.get(&tree) {
+                Some(Some(_)) => drop(queue.pop()),
+                None => {
+                    known.insert(tree, None);
+                    for child in children {
+                        match known.get(child) {
+                            Some(None) => return Err("a directory that is inside itself"),
+                            Some(Some(_)) => {}
+                            None => queue.push(*child),
+                        }
+                    }
+                }
+                Some(None) => {
+                    queue.pop();
+                    let (mut height, mut paths) = (0, *files);
+                    for child in children {
+                        let (below, more) = known.get(child).copied().flatten().unwrap_or_default();
+                        height = height.max(below + 1);
+                        paths = paths.saturating_add(more).saturating_add(1);
+                    }
+                    if height > DEEPEST {
+                        return Err("the top of a tree deeper than 256 directories");
+                    }
+                    if paths > MOST_PATHS {
+                        return Err("the top of a tree of more than ten million paths");
+                    }
+                    known.insert(tree, Some((height, paths)));
+                }
+            }
+        }
+        Ok(())
+    }
 }
 
 /// The root dirtree and dirmeta of a commit.
@@ -252,5 +309,31 @@ mod tests {
             let commit = repo.commit(tree, meta);
             assert!(matches!(repo.walk(&commit), Err(TreeError::Malformed(..))), "{name:?}");
         }
+    }
+    #[test]
+    fn trees_without_end_are_refused() {
+        let mut repo = Repo::default();
+        let meta = repo.meta();
+        // One directory in another; and each twice in the next, which is two paths more often every time.
+        for (names, most, words) in [(&["d"][..], 256, "deeper"), (&["a", "b"], 22, "million")] {
+            let mut tree = repo.tree(&[], &[]);
+            for level in 1..=most + 1 {
+                let dirs: Vec<_> = names.iter().map(|name| (*name, tree, meta)).collect();
+                tree = repo.tree(&[], &dirs);
+                let commit = repo.commit(tree, meta);
+                match repo.walk(&commit) {
+                    Ok(_) => assert!(level <= most, "{names:?} {level}"),
+                    Err(error) => assert!(level > most && error.to_string().contains(words), "{level}: {error}"),
+                }
+            }
+        }
+        // Names are not checksums in this repo, so there can be what no real one has.
+        let inner = ObjectId([9; 32]);
+        let outer = repo.tree(&[], &[("inner", inner, meta)]);
+        let circle = repo.tree(&[], &[("outer", outer, meta)]);
+        let bytes = repo.0[&(circle, "dirtree")].clone();
+        repo.0.insert((inner, "dirtree"), bytes);
+        let commit = repo.commit(outer, meta);
+        assert!(repo.walk(&commit).unwrap_err().to_string().contains("inside itself"));
     }
 }

@@ -38,6 +38,11 @@ impl Xattrs {
         self.pairs.iter().map(|(name, value)| (&name[..name.len() - 1], value.as_slice()))
     }
 
+    /// Whether Linux takes such an attribute (XATTR_NAME_MAX, XATTR_SIZE_MAX).
+    pub fn can_be_set(name: &[u8], value: &[u8]) -> bool {
+        name.len() <= 255 && value.len() <= 65_536
+    }
+
     /// The serialised form; its SHA-256 names it in an image.
     pub fn as_bytes(&self) -> &[u8] {
         &self.raw

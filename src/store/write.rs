@@ -8,7 +8,7 @@
 //! Nothing is synced: the store is RAM.
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -215,6 +215,12 @@ impl FileWrite<'_> {
         self.file.write_all(content).map_err(fail(&self.id, ObjectType::File, "writing"))
     }
 
+    /// Appends zeros without storing them: a hole. They are hashed, at the speed of SHA-256.
+    pub fn hole(&mut self, length: u64) -> Result<(), WriteError> {
+        hash_zeros(&mut self.hasher, length);
+        grow(&mut self.file, length).map_err(fail(&self.id, ObjectType::File, "leaving a hole"))
+    }
+
     /// Checks the whole, then makes it visible.
     pub fn finish(self) -> Result<(), WriteError> {
         check(&self.id, ObjectType::File, self.hasher)?;
@@ -251,6 +257,26 @@ impl UnnamedWrite<'_> {
         file.write_all(&held).and_then(|()| file.write_all(content)).map_err(unnamed("writing"))
     }
 
+    /// Appends zeros without storing them: a hole. They are hashed, at the speed of SHA-256.
+    pub fn hole(&mut self, length: u64) -> Result<(), WriteError> {
+        let fits = usize::try_from(length).ok().filter(|more| *more <= Self::HELD - self.held.len().min(Self::HELD));
+        if let (Some(length), None) = (fits, &self.file) {
+            hash_zeros(&mut self.hasher, length as u64);
+            self.held.resize(self.held.len() + length, 0);
+            return Ok(());
+        }
+        let file = match &mut self.file {
+            Some(file) => file,
+            none => {
+                let file = none.insert(self.writer.nameless().map_err(unnamed("creating it"))?);
+                file.write_all(&std::mem::take(&mut self.held)).map_err(unnamed("writing"))?;
+                file
+            }
+        };
+        hash_zeros(&mut self.hasher, length);
+        grow(file, length).map_err(unnamed("leaving a hole"))
+    }
+
     /// The object's name; it is stored under it when `keep` says so, and gone otherwise.
     pub fn finish(self, keep: impl FnOnce(&ObjectId) -> bool) -> Result<(ObjectId, bool), WriteError> {
         let id = ObjectId(self.hasher.finalize().into());
@@ -268,6 +294,22 @@ impl UnnamedWrite<'_> {
         };
         self.writer.seal(&file, &id, &self.meta)?;
         Ok((id, true))
+    }
+}
+
+/// Makes the file longer by a hole and goes behind it.
+fn grow(file: &mut File, length: u64) -> io::Result<()> {
+    let too_large = |_| io::Error::from(io::ErrorKind::FileTooLarge);
+    let end = file.seek(SeekFrom::Current(i64::try_from(length).map_err(too_large)?))?;
+    file.set_len(end)
+}
+
+fn hash_zeros(hasher: &mut Sha256, mut length: u64) {
+    static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
+    while length > 0 {
+        let count = length.min(ZEROS.len() as u64);
+        hasher.update(&ZEROS[..count as usize]);
+        length -= count;
     }
 }
 
@@ -347,6 +389,40 @@ mod tests {
         let stat = std::fs::metadata(store.object_path(&written[1], ObjectType::File)).unwrap();
         assert_eq!((stat.uid(), stat.gid(), stat.mode() & 0o7777, stat.mtime()), (3, 4, 0o4755, 0));
         assert_eq!(std::fs::read_dir(store.repo_path().join("tmp")).unwrap().count(), 1, "only tmp/cache");
+    }
+
+    #[test]
+    fn holes_are_hashed_and_stay_holes() {
+        let temp = tempfile::tempdir().unwrap();
+        let store = NodeStore::on_tmpfs(temp.path(), None).unwrap();
+        let writer = store.writer().unwrap();
+        const MIB: usize = 1 << 20;
+        for parts in [&[(3, 16 * MIB), (4, 0)][..], &[(0, 16 * MIB)], &[(MIB, 16 * MIB), (1, 1), (1, 0)], &[(5, 100)]] {
+            let mut content = Vec::new();
+            let mut unnamed = writer.begin_unnamed(meta(None)).unwrap();
+            for (data, hole) in parts {
+                unnamed.write(&vec![7; *data]).unwrap();
+                unnamed.hole(*hole as u64).unwrap();
+                content.extend(std::iter::repeat_n(7, *data).chain(std::iter::repeat_n(0, *hole)));
+            }
+            let (id, _) = unnamed.finish(|_| true).unwrap();
+            assert_eq!(id, id_of(&meta(None), &content), "{parts:?}");
+            let path = store.object_path(&id, ObjectType::File);
+            let check = |what: &str| {
+                assert!(std::fs::read(&path).unwrap() == content, "{what} {parts:?}");
+                let kept = std::fs::metadata(&path).unwrap().blocks() * 512;
+                assert!(kept < 3 * MIB as u64 / 2, "{what} {parts:?}: {kept} bytes of {}", content.len());
+            };
+            check("unnamed");
+            std::fs::remove_file(&path).unwrap();
+            let mut named = writer.begin(&id, meta(None)).unwrap();
+            for (data, hole) in parts {
+                named.write(&vec![7; *data]).unwrap();
+                named.hole(*hole as u64).unwrap();
+            }
+            named.finish().unwrap();
+            check("named");
+        }
     }
 
     #[test]

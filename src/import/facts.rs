@@ -1,0 +1,90 @@
+//! What plain layers need to know about the commit below them, read from the commit itself. Blocks.
+
+use std::sync::Arc;
+
+use ostree::glib;
+
+use crate::image::Failure;
+use crate::store::ObjectType;
+
+use super::label::{PolicyFiles, policy_objects};
+use super::merge::tree_of;
+use super::path::Placement;
+use super::state::Import;
+use super::tree::{Lookup, TreeError};
+
+/// What plain layers need to know about the commit below them.
+#[derive(Debug, Clone)]
+pub(super) struct BaseFacts {
+    pub placement: Placement,
+    /// The base's SELinux policy; `None` when it has none.
+    pub policy: Option<Arc<PolicyFiles>>,
+    /// Two layers read with the same key give the same tree.
+    key: String,
+}
+
+impl BaseFacts {
+    /// Reads the facts; `None` while objects that they are in have not been stored yet.
+    pub(super) fn read(import: &Import) -> Result<Option<Self>, Failure> {
+        let lookup: &mut Lookup<'_> = &mut |id, kind| import.read_metadata(id, kind);
+        let fail = |error: TreeError| import.tree_failure(&error);
+        let mut root = tree_of(&import.commit, lookup).map_err(fail)?;
+        let mut placement = Placement { keep_var: ostree::check_version(2024, 3), any_top_level: false };
+        for path in ["etc/ostree/prepare-root.conf", "usr/lib/ostree/prepare-root.conf"] {
+            let path: Vec<String> = path.split('/').map(str::to_owned).collect();
+            let Some(id) = root.file(&path, lookup).map_err(fail)? else { continue };
+            let Some(object) = import.store.find_object(&id, ObjectType::File) else { return Ok(None) };
+            let config = std::fs::read_to_string(object).map_err(|error| import.local(error))?;
+            placement.any_top_level = root_is_overlay(&config);
+            break;
+        }
+        let mut key = format!("{:?} {}", placement, import.commit);
+        let mut policy = None;
+        if let Some(objects) = policy_objects(&mut root, lookup).map_err(fail)? {
+            let Some(files) = objects.show(&import.store).map_err(|error| import.local(error))? else {
+                return Ok(None);
+            };
+            key.push_str(&objects.identity());
+            policy = Some(Arc::new(files));
+        }
+        Ok(Some(Self { placement, policy, key }))
+    }
+
+    /// The name that a layer's tree is kept by in the store.
+    pub(super) fn list_name(&self, diff_id: &str) -> String {
+        use sha2::Digest;
+        hex::encode(sha2::Sha256::digest(format!("2 {diff_id} {}", self.key)))
+    }
+}
+
+/// Whether the root directory of the booted system will be an overlay, so that anything may be in it.
+fn root_is_overlay(config: &str) -> bool {
+    let file = glib::KeyFile::new();
+    if file.load_from_data(config, glib::KeyFileFlags::NONE).is_err() {
+        return false;
+    }
+    let transient = file.boolean("root", "transient").unwrap_or(false);
+    let composefs = file.string("composefs", "enabled");
+    transient || composefs.is_ok_and(|value| matches!(value.as_str(), "signed" | "maybe" | "yes" | "true" | "1"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn which_roots_are_overlays() {
+        for (config, expected) in [
+            ("", false),
+            ("[root]\n", false),
+            ("[root]\ntransient=true\n", true),
+            ("[root]\ntransient=false\n", false),
+            ("[composefs]\nenabled = false\n", false),
+            ("[composefs]\nenabled=maybe\n", true),
+            ("[composefs]\nenabled=signed\n", true),
+            ("not a key file", false),
+        ] {
+            assert_eq!(root_is_overlay(config), expected, "{config:?}");
+        }
+    }
+}
