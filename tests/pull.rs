@@ -11,20 +11,30 @@ mod failing;
 mod faults;
 #[path = "pull/fixture.rs"]
 mod fixture;
+#[path = "pull/hostile.rs"]
+mod hostile;
 #[path = "pull/killed.rs"]
 mod killed;
 #[path = "pull/layers.rs"]
 mod layers;
 #[path = "pull/measure.rs"]
 mod measure;
+#[path = "pull/media.rs"]
+mod media;
+#[path = "pull/names.rs"]
+mod names;
 #[path = "pull/oracle.rs"]
 mod oracle;
 #[path = "pull/policy.rs"]
 mod policy;
+#[path = "pull/refs.rs"]
+mod refs;
 #[path = "pull/registry.rs"]
 mod registry;
 #[path = "pull/release.rs"]
 mod release;
+#[path = "pull/sparse.rs"]
+mod sparse;
 #[path = "pull/tree.rs"]
 mod tree;
 

@@ -470,6 +470,63 @@ mod tests {
         }
     }
 
+    /// A header as nobody's library would write it, and content.
+    fn raw(kind: u8, size: &[u8; 12], content: &[u8]) -> Vec<u8> {
+        let mut header = Header::new_gnu();
+        header.as_old_mut().name[..1].copy_from_slice(b"x");
+        header.as_old_mut().linkflag = [kind];
+        header.as_old_mut().size = *size;
+        header.set_cksum();
+        let mut out = header.as_bytes().to_vec();
+        out.extend(content);
+        out.resize(out.len().next_multiple_of(512), 0);
+        out
+    }
+
+    fn octal(size: usize) -> [u8; 12] {
+        format!("{size:011o}\0").into_bytes().try_into().unwrap()
+    }
+
+    #[test]
+    fn what_archives_may_not_say() {
+        let large = |kind: u8, size: usize, times: usize| raw(kind, &octal(size), &vec![b'1'; size]).repeat(times);
+        let mut record = vec![b' '; 600_000];
+        record[..19].copy_from_slice(b"600000 comment=long");
+        record[599_999] = b'\n';
+        let pax = raw(b'x', &octal(600_000), &record);
+        for (archive, words) in [
+            (raw(b'0', &[0xff; 12], b""), "unreadable size"),
+            (raw(b'0', b"\x80\0\0\0\x7f\xff\xff\xff\xff\xff\xff\xff", b""), "an entry of 9223372036854775807 bytes"),
+            (raw(b'0', b"777777777777", b"abc"), "ends early"),
+            (raw(b'0', b"99 no size  ", b""), "unreadable size"),
+            (large(b'L', 2 << 20, 1), "more than 1048576 bytes"),
+            (large(b'K', 2 << 20, 1), "more than 1048576 bytes"),
+            (large(b'x', 2 << 20, 1), "more than 1048576 bytes"),
+            (pax.repeat(2), "more than 1048576 bytes"),
+            (large(b'L', 600_000, 2), "more than 1048576 bytes"),
+            (raw(b'g', &octal(600_000), &record).repeat(2), "global headers"),
+            (raw(b'x', &octal(20), b"99 path=too-long\n   "), "PAX header"),
+            (raw(b'x', &octal(20), b"0 path=x\n           "), "PAX header"),
+            (raw(b'S', &octal(0), b""), "sparse file"),
+            ([vec![0; 512], raw(b'0', &octal(0), b"")].concat(), "half an end marker"),
+        ] {
+            let entry = raw(b'0', &octal(0), b"");
+            let mut tar = chunked([archive, entry].concat(), 4096);
+            let told = loop {
+                match tar.next_entry() {
+                    Ok(Some(entry)) if entry.kind != EntryType::Regular => {}
+                    Ok(Some(entry)) if entry.size > 0 => {}
+                    other => break other.map(|entry| entry.is_some()).map_err(|error| error.to_string()),
+                }
+            };
+            assert!(told.as_ref().is_err_and(|told| told.contains(words)), "{words}: {told:?}");
+        }
+        // One extended header of 600 kB is fine, and what is behind the end is nobody's.
+        let mut tar = chunked([pax, raw(b'0', &octal(3), b"abc"), vec![0; 1024], vec![7; 700]].concat(), 4096);
+        assert_eq!(tar.next_entry().unwrap().unwrap().size, 3);
+        assert!(tar.next_entry().unwrap().is_none());
+    }
+
     #[test]
     fn every_truncation_is_noticed() {
         let whole = archive();

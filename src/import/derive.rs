@@ -53,8 +53,9 @@ impl Merged {
         Ok(merged)
     }
 
-    /// Refuses what is left of the layers that libostree has no form for: it keeps names and the targets
-    /// of symlinks as GVariant strings, which are UTF-8. What a later layer removed has done no harm.
+    /// Refuses what is left of the layers that libostree has no form for: it keeps names and the targets of
+    /// symlinks as GVariant strings, which are UTF-8. It refuses such names itself; such targets its checksum does
+    /// not cover, so that one symlink is taken for another. What a later layer removed has done no harm.
     fn refuse_uncommittable(&self, layers: &[(String, Arc<LayerTree>)]) -> Result<(), Failure> {
         const ADVICE: &str =
             "rename or remove it where the image is built: ostree stores names and symlink targets as UTF-8 only";

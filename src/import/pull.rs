@@ -141,13 +141,13 @@ impl Run<'_> {
         let progress = &self.import.progress;
         let mut fetched = HashSet::new();
         // The same commit may be booted, or the metadata may be stored from an earlier run.
-        if !self.fix_wanted().await? {
+        if self.missing_metadata().await?.is_some() {
             PullProgress::add(&progress.bytes_total, layout.commit_layer.size());
             self.one(&layout.commit_layer, Purpose::Commit).await?;
             fetched.insert(layout.commit_layer.index);
-            if !self.fix_wanted().await? {
-                let message = format!("the metadata of {} vanished while it was pulled", self.image.pinned);
-                return Err(Failure::new(Kind::Local, message));
+            if let Some(missing) = self.missing_metadata().await? {
+                let message = format!("{}: its first layer is not whole: {missing}", self.image.pinned);
+                return Err(Failure::new(Kind::BadFormat, message));
             }
         }
         let parallel = options
@@ -212,12 +212,12 @@ impl Run<'_> {
         Ok(whole)
     }
 
-    /// Fixes the wanted set from the metadata at hand; false when some of them are missing.
-    async fn fix_wanted(&self) -> Result<bool, Failure> {
+    /// Fixes the wanted set from the metadata at hand; when some of them are missing, the first.
+    async fn missing_metadata(&self) -> Result<Option<TreeError>, Failure> {
         let import = self.import.clone();
         match blocking(self.image, move || import.fix_wanted()).await? {
-            Ok(()) => Ok(true),
-            Err(TreeError::Missing(..)) => Ok(false),
+            Ok(()) => Ok(None),
+            Err(error @ TreeError::Missing(..)) => Ok(Some(error)),
             Err(error @ TreeError::Malformed(..)) => {
                 Err(Failure::new(Kind::BadFormat, format!("{}: {error}", self.image.pinned)))
             }

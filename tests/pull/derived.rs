@@ -280,6 +280,64 @@ async fn only_what_the_booted_system_lacks_of_a_derived_image() {
     assert_eq!(listing(store.repo_path(), "coreos/node-image"), listing(whole.repo_path(), "coreos/node-image"));
 }
 
+/// Whiteouts and opaque directories before and after the entries they stand beside, and of odd things.
+#[tokio::test(flavor = "multi_thread")]
+async fn whiteouts_in_all_positions() {
+    let bench = Bench::new();
+    let below = vec![
+        file("usr/share/a/one", "1"),
+        file("usr/share/a/two", "2"),
+        file("usr/share/b/one", "1"),
+        file("usr/share/b/sub/deep", "d"),
+        file("usr/share/c/x/y/z", "z"),
+        file("usr/share/d/keep", "k"),
+        file("usr/share/e/one", "1"),
+        file("usr/share/zz name with spaces", "s"),
+        item("usr/share/linked", What::Symlink("a".into())),
+        file("etc/gone/conf", "c"),
+        file("var/gone/data", "d"),
+    ];
+    let above = vec![
+        // Opaque after what the same layer has in it, and before.
+        file("usr/share/a/three", "3"),
+        file("usr/share/a/.wh..wh..opq", ""),
+        file("usr/share/b/.wh..wh..opq", ""),
+        file("usr/share/b/three", "3"),
+        // A directory removed and made again, with an entry of its own.
+        file("usr/share/.wh.c", ""),
+        item("usr/share/c", What::Dir(0o700)),
+        dir("usr/share/c/x"),
+        file("usr/share/c/x/new", "n"),
+        file("usr/share/d/.wh.absent", ""),
+        file("usr/share/absent/.wh.absent", ""),
+        file("usr/share/e/.wh..wh.plnk", ""),
+        file("usr/share/.wh.zz name with spaces", ""),
+        file("usr/share/.wh.linked", ""),
+        file("etc/gone/.wh..wh..opq", ""),
+        file("etc/gone/fresh", "f"),
+        file("var/gone/.wh.data", ""),
+        // At the top, where nothing of the kind can be.
+        file(".wh..wh..opq", ""),
+        file(".wh.opt", ""),
+    ];
+    compared(&bench, &oracle(), &with(base(&bench, Labels::None), &[below.clone(), above.clone()]), "white").await;
+    let store = NodeStore::open(&bench.path("white")).unwrap();
+    let all = listing(store.repo_path(), "coreos/node-image");
+    for gone in ["/a/one", "/b/one", "/b/sub", "/c/x/y", "spaces", "/linked", "gone/conf", "gone/data", ".wh."] {
+        assert!(!all.contains(gone), "{gone}: {all}");
+    }
+    for there in ["/a/three", "/b/three", "/c/x/new", "/d/keep", "/e/one", "gone/fresh", "/usr/bin/bash"] {
+        assert!(all.contains(there), "{there}: {all}");
+    }
+    // In whatever order the entries come, it is the same tree.
+    let mut turned = above;
+    turned.reverse();
+    let image = with(base(&bench, Labels::None), &[below, turned]);
+    let store = bench.store("turned", None);
+    try_pull_with(&bench.push(&image, "derived:turned"), &store, None, complete()).await.unwrap();
+    assert_eq!(listing(store.repo_path(), "coreos/node-image"), all);
+}
+
 /// ostree-ext refuses a layer with devices; what runs from such an image makes its own.
 #[tokio::test(flavor = "multi_thread")]
 async fn devices_are_left_out_with_a_warning() {
@@ -300,7 +358,6 @@ async fn derived_layers_that_must_be_refused() {
     let bench = Bench::new();
     for (name, item, words) in [
         ("up", file("usr/x", ""), "escapes"),
-        ("latin", file("usr/x", ""), "not UTF-8"),
         ("nothing", link("usr/x", "usr/nosuch"), "/usr/nosuch"),
         ("directory", link("usr/x", "usr/share"), "hardlink"),
         ("left-out", link("usr/x", "opt/y"), "/opt"),
@@ -315,7 +372,6 @@ async fn derived_layers_that_must_be_refused() {
         };
         match name {
             "up" => spoil(&mut layer.tar, b"usr/../../etc/x"),
-            "latin" => spoil(&mut layer.tar, b"usr/\xe4"),
             _ => {}
         }
         let mut image = base(&bench, Labels::None);

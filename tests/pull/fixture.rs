@@ -51,8 +51,47 @@ pub type Chunker = dyn Fn(&str) -> Option<&'static str>;
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Compress {
     Gzip,
+    /// Several gzip files in a row, as pigz and estargz write them.
+    GzipMembers,
+    /// With something behind it.
+    GzipAndMore,
     Zstd,
+    /// A frame for each part, and frames to be skipped: zstd:chunked.
+    ZstdChunked,
+    /// With a window of so many bits.
+    ZstdWindow(u32),
     None,
+}
+
+impl Compress {
+    fn blob(self, data: &[u8]) -> (Vec<u8>, &'static str) {
+        let gzip = |data: &[u8]| {
+            let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::new(6));
+            encoder.write_all(data).unwrap();
+            encoder.finish().unwrap()
+        };
+        let skipped = |content: &[u8]| {
+            [&0x184d_2a50_u32.to_le_bytes()[..], &(content.len() as u32).to_le_bytes(), content].concat()
+        };
+        match self {
+            Compress::None => (data.to_vec(), ""),
+            Compress::Gzip => (gzip(data), "+gzip"),
+            Compress::GzipMembers => (data.chunks(10_000).flat_map(gzip).collect(), "+gzip"),
+            Compress::GzipAndMore => ([gzip(data), b"more to come".to_vec()].concat(), "+gzip"),
+            Compress::Zstd => (zstd::encode_all(data, 3).unwrap(), "+zstd"),
+            Compress::ZstdChunked => {
+                let parts = data.chunks(10_000).flat_map(|part| zstd::encode_all(part, 3).unwrap());
+                let (list, footer) = (skipped(&zstd::encode_all(&b"{}"[..], 3).unwrap()), skipped(&[7; 64]));
+                (parts.chain(list).chain(footer).collect(), "+zstd")
+            }
+            Compress::ZstdWindow(bits) => {
+                let mut encoder = zstd::stream::write::Encoder::new(Vec::new(), 1).unwrap();
+                encoder.window_log(bits).unwrap();
+                encoder.write_all(data).unwrap();
+                (encoder.finish().unwrap(), "+zstd")
+            }
+        }
+    }
 }
 
 /// One layer before compression.
@@ -247,15 +286,7 @@ impl Image {
         for layer in &self.layers {
             let diff_id = format!("sha256:{}", hex::encode(Sha256::digest(&layer.tar)));
             diff_ids.push(diff_id);
-            let (data, suffix) = match layer.compress {
-                Compress::None => (layer.tar.clone(), ""),
-                Compress::Zstd => (zstd::encode_all(layer.tar.as_slice(), 3).unwrap(), "+zstd"),
-                Compress::Gzip => {
-                    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::new(6));
-                    encoder.write_all(&layer.tar).unwrap();
-                    (encoder.finish().unwrap(), "+gzip")
-                }
-            };
+            let (data, suffix) = layer.compress.blob(&layer.tar);
             let mut descriptor = blob(dir, &data, &format!("application/vnd.oci.image.layer.v1.tar{suffix}"));
             if let Some(components) = layer.components {
                 descriptor["annotations"] = json!({ "ostree.components": components });

@@ -42,6 +42,45 @@ pub fn link(path: &str, target: &str) -> Item {
     item(path, What::Hardlink(target.into()))
 }
 
+/// An entry as it stands in an archive, with whatever bytes in it: names, targets and PAX records that
+/// no library writes.
+pub fn raw(path: &[u8], kind: u8, link: &[u8], content: &[u8], pax: &[(&[u8], &[u8])]) -> Vec<u8> {
+    let mut out = Vec::new();
+    if !pax.is_empty() {
+        let mut records = Vec::new();
+        for (key, value) in pax {
+            let body = [b" ", *key, b"=", *value, b"\n"].concat();
+            // The length counts its own digits.
+            let length = (1..9)
+                .map(|digits| body.len() + digits)
+                .find(|length| length.to_string().len() + body.len() == *length);
+            records.extend(length.unwrap().to_string().into_bytes());
+            records.extend(body);
+        }
+        out.extend(raw(b"pax", b'x', b"", &records, &[]));
+    }
+    let mut header = tar::Header::new_gnu();
+    header.as_old_mut().name[..path.len()].copy_from_slice(path);
+    header.as_old_mut().linkname[..link.len()].copy_from_slice(link);
+    header.as_old_mut().linkflag = [kind];
+    header.set_mode(if kind == b'5' { 0o755 } else { 0o644 });
+    header.set_uid(0);
+    header.set_gid(0);
+    header.set_mtime(1_700_000_000);
+    header.set_size(content.len() as u64);
+    header.set_cksum();
+    out.extend(header.as_bytes());
+    out.extend(content);
+    out.resize(out.len().next_multiple_of(512), 0);
+    out
+}
+
+/// A layer of entries made by [`raw`].
+pub fn raw_layer(entries: &[Vec<u8>]) -> RawLayer {
+    let tar = [entries.concat(), vec![0; 1024]].concat();
+    RawLayer { tar, components: None, compress: Compress::Gzip }
+}
+
 /// The archive of a layer.
 pub fn layer(items: &[Item]) -> RawLayer {
     let mut tar = tar::Builder::new(Vec::new());

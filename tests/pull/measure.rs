@@ -7,9 +7,12 @@ use std::time::Duration;
 use node_image_pivot::import::PullOptions;
 use node_image_pivot::store::{BootedRepo, NodeStore};
 
-use super::fixture::run;
+use super::derived::{Labels, base};
+use super::fixture::{Compress, run};
+use super::layers::{raw, raw_layer};
 use super::registry::Registry;
-use super::{fsck, try_pull_with};
+use super::tree::noise;
+use super::{Bench, fsck, try_pull_with};
 
 /// Not a test but a measurement: pulls OCI layouts named in `PIVOT_LAYOUTS` (`DIR:TAG`, comma-separated)
 /// against the repo `PIVOT_BOOTED` (with the commit `PIVOT_BOOTED_COMMIT`) and against nothing, to
@@ -48,6 +51,48 @@ async fn measure() {
             }
         }
     }
+}
+
+/// Several layers at once with the largest zstd window that is taken, and bombs: a hundred times their size,
+/// a gigabyte in all. The pull runs in a process of its own, which says how much memory it took.
+#[tokio::test(flavor = "multi_thread")]
+async fn memory_is_bounded_whatever_the_layers() {
+    const MOST_MIB: u64 = 150;
+    if let Ok(spec) = std::env::var("PIVOT_BOUNDED") {
+        let root = tempfile::tempdir().unwrap();
+        let store = NodeStore::on_tmpfs(root.path(), None).unwrap();
+        // As many as a machine of any size reads.
+        let options = PullOptions { complete: true, parallel: Some(4) };
+        try_pull_with(&spec, &store, None, options).await.unwrap();
+        return println!("peak {} MiB", peak_rss_mib());
+    }
+    let bench = Bench::new();
+    let mut image = base(&bench, Labels::None);
+    for (at, compress) in
+        [23, 24, 25, 25, 25].map(Compress::ZstdWindow).into_iter().chain([Compress::Gzip; 2]).enumerate()
+    {
+        // In /opt, so that nothing is stored; noise that comes again within the window, so that all of it is used.
+        let mut content = noise(40 << 20, at as u8);
+        match compress {
+            Compress::ZstdWindow(_) => content.extend_from_within(..40 << 20),
+            _ => content = vec![0; 400 << 20],
+        }
+        let mut layer = raw_layer(&[raw(b"opt/large", b'0', b"", &content, &[])]);
+        layer.compress = compress;
+        image.layers.push(layer);
+    }
+    let spec = bench.push(&image, "bounded:1");
+    drop(image);
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "measure::memory_is_bounded_whatever_the_layers", "--nocapture"])
+        .env("PIVOT_BOUNDED", &spec)
+        .output()
+        .unwrap();
+    let told = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{told}{}", String::from_utf8_lossy(&output.stderr));
+    let peak = told.split("peak ").nth(1).and_then(|rest| rest.split(' ').next()).unwrap();
+    println!("{peak} MiB");
+    assert!(peak.parse::<u64>().unwrap() <= MOST_MIB, "{peak} MiB");
 }
 
 /// User and system time of this process, or of its ended children.

@@ -28,7 +28,12 @@ fn random_layer(rng: &mut StdRng, last: bool) -> Vec<Item> {
         for _ in 0..rng.random_range(0..3) {
             dir = format!("{dir}/d{}", rng.random_range(0..2));
         }
-        let file = format!("{dir}/f{}", rng.random_range(0..3));
+        let mut file = format!("{dir}/f{}", rng.random_range(0..3));
+        if rng.random_bool(0.1) {
+            // Longer than a header has room for.
+            file =
+                format!("{dir}/{}/{}", "g".repeat(rng.random_range(60..120)), "long".repeat(rng.random_range(10..60)));
+        }
         let owner = (rng.random_range(0..3), rng.random_range(0..70_000));
         let mut new = match rng.random_range(0..12) {
             0..5 => {
@@ -42,7 +47,8 @@ fn random_layer(rng: &mut StdRng, last: bool) -> Vec<Item> {
                 continue;
             }
             9 => {
-                whiteouts.insert(format!("{dir}/.wh..wh..opq"));
+                let odd = [".wh..wh..opq", ".wh..wh..opq", ".wh..wh.plnk", ".wh.no such", ".wh.x.wh.y"];
+                whiteouts.insert(format!("{dir}/{}", odd.choose(rng).unwrap()));
                 continue;
             }
             10 => item(["opt/x", "run/x", "srv", "root/y"].choose(rng).unwrap(), What::File(vec![1], 0o644)),

@@ -56,10 +56,19 @@ impl Registry {
 
     /// Pushes an OCI layout blob by blob; the pull spec.
     pub fn push(&self, layout: &Path, name: &str) -> String {
+        self.copy(layout, name, &["--preserve-digests"])
+    }
+
+    /// Pushes an OCI layout in docker's form; the pull spec.
+    pub fn push_docker(&self, layout: &Path, name: &str) -> String {
+        self.copy(layout, name, &["--format=v2s2"])
+    }
+
+    fn copy(&self, layout: &Path, name: &str, how: &[&str]) -> String {
         let spec = format!("{}/{name}", self.address);
         let (source, target) = (format!("oci:{}", layout.display()), format!("docker://{spec}"));
-        let mut args =
-            vec!["copy", "-q", "--all", "--insecure-policy", "--preserve-digests", "--dest-tls-verify=false"];
+        let mut args = vec!["copy", "-q", "--all", "--insecure-policy", "--dest-tls-verify=false"];
+        args.extend(how);
         if let Some(credentials) = self.credentials {
             args.extend(["--dest-creds", credentials]);
         }
