@@ -111,6 +111,7 @@ async fn try_pull_with(
     let pulled = pull(&source, &image, store, booted, &options, progress.clone(), &CancellationToken::new()).await?;
     let shown = progress.snapshot();
     assert!(shown.layers_done == shown.layers_total && shown.objects_done <= shown.objects_wanted, "{shown:?}");
+    assert_eq!(shown.bytes_total, shown.bytes_fetched, "in the end nothing more is expected");
     Ok(pulled)
 }
 

@@ -129,7 +129,7 @@ impl Teller {
             self.last = Some(key);
             return Some(line.to_owned());
         }
-        if status.phase == Some(Phase::Pull) && status.progress.layers_done > 0 && status.progress.bytes_total > 0 {
+        if status.phase == Some(Phase::Pull) && status.progress.bytes_total > 0 {
             let tenths = status.progress.bytes_fetched * 10 / status.progress.bytes_total;
             if tenths != self.tenths {
                 self.tenths = tenths;

@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 use crate::image::decompress::decompress;
 use crate::image::incoming::Incoming;
 use crate::image::{Failure, Kind, Layer, ResolvedImage, Source};
+use crate::report::PullProgress;
 use crate::store::ObjectType;
 
 use super::consume::{Consumed, Purpose, consume};
@@ -115,7 +116,7 @@ async fn fetch_layer<T: Send + 'static>(
         })
     });
 
-    let mut compressed = Some(compressed);
+    let (mut compressed, mut arrived) = (Some(compressed), 0);
     let verdict = loop {
         let unneeded = async {
             import.done.cancelled().await;
@@ -127,7 +128,10 @@ async fn fetch_layer<T: Send + 'static>(
         let piece = tokio::select! {
             biased;
             () = cancel.cancelled() => return Err(cancelled(&image.pinned)),
-            () = unneeded => return Ok(None),
+            () = unneeded => {
+                PullProgress::sub(&import.progress.bytes_total, layer.size().saturating_sub(arrived));
+                return Ok(None);
+            }
             piece = stream.next() => piece,
         };
         let piece = match piece {
@@ -135,6 +139,7 @@ async fn fetch_layer<T: Send + 'static>(
             Ok(None) => break Ok(()),
             Err(failure) => break Err(failure),
         };
+        arrived += piece.len() as u64;
         import.fetched(piece.len() as u64);
         if let Some(channel) = &compressed {
             let sent = tokio::select! {

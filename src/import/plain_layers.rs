@@ -47,7 +47,10 @@ impl<'a> PlainLayers<'a> {
             let kept = self.run.import.store.read_layer_list(&facts.list_name(&layer.diff_id));
             let kept = kept.map_err(|error| local(self.run.image, error))?;
             match kept.and_then(|bytes| LayerTree::from_bytes(&bytes)) {
-                Some(tree) => self.trees[at] = Some(Arc::new(tree)),
+                Some(tree) => {
+                    self.trees[at] = Some(Arc::new(tree));
+                    PullProgress::sub(&self.run.import.progress.bytes_total, layer.size());
+                }
                 None => reads.push(self.read(layer, facts.clone())),
             }
         }
@@ -122,13 +125,14 @@ impl<'a> PlainLayers<'a> {
                 return Ok(derived);
             }
             read_again.extend(again.iter().map(|layer| layer.index));
+            let bytes = again.iter().map(|layer| layer.size()).sum();
+            PullProgress::add(&run.import.progress.bytes_total, bytes);
             late = again.into_iter().map(|layer| self.read(layer, facts.clone())).collect();
         }
     }
 
     fn read(&self, layer: &'a Layer, facts: BaseFacts) -> DueRead<'a> {
         let run = self.run;
-        PullProgress::add(&run.import.progress.bytes_total, layer.size());
         async move {
             let started = std::time::Instant::now();
             let tree = fetch_plain(run.source, run.image, layer, &facts, run.import, run.cancel).await?;

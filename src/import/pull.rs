@@ -141,8 +141,19 @@ impl Run<'_> {
         let progress = &self.import.progress;
         let mut fetched = HashSet::new();
         // The same commit may be booted, or the metadata may be stored from an earlier run.
-        if self.missing_metadata().await?.is_some() {
-            PullProgress::add(&progress.bytes_total, layout.commit_layer.size());
+        let known = self.missing_metadata().await?.is_none();
+        // First the layers that nobody has read yet; should they not bring everything (a journal or a
+        // ref that says too much), then the others too.
+        let unread = |layer: &&Layer| {
+            !self.journal.has(&layer.digest(), self.scope)
+                && !booted.is_some_and(|booted| booted.has_layer(&layer.digest()))
+        };
+        let rest = layout.encapsulated().filter(|layer| known || layer.index != layout.commit_layer.index);
+        let (first, second): (Vec<&Layer>, Vec<&Layer>) = rest.partition(unread);
+        let (first, second) = (schedule(first), schedule(second));
+        let due = first.iter().copied().chain(&layout.derived).chain((!known).then_some(&layout.commit_layer));
+        PullProgress::add(&progress.bytes_total, due.map(Layer::size).sum());
+        if !known {
             self.one(&layout.commit_layer, Purpose::Commit).await?;
             fetched.insert(layout.commit_layer.index);
             if let Some(missing) = self.missing_metadata().await? {
@@ -154,21 +165,15 @@ impl Run<'_> {
             .parallel
             .unwrap_or_else(|| std::thread::available_parallelism().map_or(2, std::num::NonZero::get).clamp(2, 4));
         let mut plain = PlainLayers::new(self, layout, parallel);
-        // First the layers that nobody has read yet; should they not bring everything (a journal or a
-        // ref that says too much), then the others too.
-        let unread = |layer: &&Layer| {
-            !self.journal.has(&layer.digest(), self.scope)
-                && !booted.is_some_and(|booted| booted.has_layer(&layer.digest()))
-        };
-        let rest = layout.encapsulated().filter(|layer| !fetched.contains(&layer.index));
-        let (first, second): (Vec<&Layer>, Vec<&Layer>) = rest.partition(unread);
         // Plain layers join in as soon as what they need of the base is there.
         let mut early = plain.when_ready().await?;
-        for round in [schedule(first), schedule(second)] {
+        for (round, counted) in [(first, true), (second, false)] {
+            let bytes = round.iter().map(|layer| layer.size()).sum();
             if self.import.done.is_cancelled() {
-                break;
+                PullProgress::sub(&progress.bytes_total, if counted { bytes } else { 0 });
+                continue;
             }
-            PullProgress::add(&progress.bytes_total, round.iter().map(|layer| layer.size()).sum());
+            PullProgress::add(&progress.bytes_total, if counted { 0 } else { bytes });
             let mut due = std::mem::take(&mut early);
             for layer in round {
                 due.push(self.if_needed(layer, layout.commit_layer.index).boxed());
@@ -194,6 +199,7 @@ impl Run<'_> {
 
     async fn if_needed(&self, layer: &Layer, commit_layer: usize) -> Result<Read, Failure> {
         if self.import.done.is_cancelled() {
+            PullProgress::sub(&self.import.progress.bytes_total, layer.size());
             return Ok(Read::NotNeeded);
         }
         let purpose = if layer.index == commit_layer { Purpose::Commit } else { Purpose::Chunk };

@@ -4,14 +4,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::{Deserialize, Serialize};
 
-/// Live counters of a pull. Every field only grows within one attempt.
+/// Live counters of a pull. Within one attempt every field only grows, but for `bytes_total`.
 #[derive(Debug, Default)]
 pub struct PullProgress {
     /// Layers the manifest lists.
     pub layers_total: AtomicU64,
     /// Layers fetched, or found not to be needed.
     pub layers_done: AtomicU64,
-    /// Compressed bytes of all layers that are to be fetched.
+    /// Compressed bytes of all layers that may have to be fetched: known as soon as the manifest is, and less
+    /// with every layer that turns out not to be needed. In the end it equals `bytes_fetched`.
     pub bytes_total: AtomicU64,
     /// Compressed bytes fetched.
     pub bytes_fetched: AtomicU64,
@@ -54,6 +55,12 @@ impl PullProgress {
     /// Adds to one counter.
     pub fn add(counter: &AtomicU64, amount: u64) {
         counter.fetch_add(amount, Ordering::Relaxed);
+    }
+
+    /// Takes off one counter, at most what is there.
+    pub fn sub(counter: &AtomicU64, amount: u64) {
+        // The update always answers with a value, so it cannot fail.
+        let _ = counter.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |value| Some(value.saturating_sub(amount)));
     }
 
     /// Back to zero, before another attempt.
