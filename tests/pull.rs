@@ -35,6 +35,8 @@ mod registry;
 mod release;
 #[path = "pull/sparse.rs"]
 mod sparse;
+#[path = "pull/signed.rs"]
+mod signed;
 #[path = "pull/tree.rs"]
 mod tree;
 

@@ -1,7 +1,7 @@
 //! From what skopeo says to what it means. Pure: text in, kind out.
 //!
 //! skopeo before 1.19 does not classify its errors, and its texts are all there is. The table in the
-//! tests holds texts as skopeo 1.9.3 gave them to this program.
+//! tests holds texts as skopeo 1.9.3 gave them to this program, and 1.18 those about signatures.
 
 use std::time::Duration;
 
@@ -22,7 +22,12 @@ pub fn classify(text: &str) -> (Kind, Option<Duration>) {
         "policy.json",
         "signature verification",
         "source image rejected",
-    ]) {
+        "invalid gpg signature",
+        "invalid signature",
+        "no public keys imported",
+        "signatures were accepted",
+    ]) || (has(&["signature"]) && has(&["is not accepted"]))
+    {
         Kind::Policy
     } else if has(&["toomanyrequests", "too many requests"]) || status(&["429"]) {
         Kind::Network
@@ -83,7 +88,7 @@ pub fn classify(text: &str) -> (Kind, Option<Duration>) {
         "use of closed",
     ]) {
         Kind::Network
-    } else if has(&["x509", "certificate", "server gave http response to https client"]) {
+    } else if is_about_certificates(&text) {
         // A wrong certificate stays wrong; only the host's trust or its registries.conf can change that.
         Kind::Policy
     } else if has(&[
@@ -100,6 +105,15 @@ pub fn classify(text: &str) -> (Kind, Option<Duration>) {
         Kind::Local
     };
     (kind, retry_after)
+}
+
+/// Whether a text of kind [`Kind::Policy`] is about the registry's certificate, not about signatures.
+pub(super) fn is_about_certificates(text: &str) -> bool {
+    let text = text.to_lowercase();
+    let has = |needles: &[&str]| needles.iter().any(|needle| text.contains(needle));
+    // Signatures may come with certificates of their own.
+    has(&["x509", "server gave http response to https client"])
+        || (has(&["certificate"]) && !has(&["signature", "fulcio", "rekor"]))
 }
 
 /// The text without ports and digests, which may hold any number: a registry on port 42900 does not
@@ -170,6 +184,12 @@ mod tests {
             ("reading manifest x in q.io/y: toomanyrequests: slow down (Retry-After: 30)", Kind::Network),
             ("Source image rejected: Running image docker://q.io/y is rejected by policy.", Kind::Policy),
             ("Source image rejected: A signature was required, but no signature exists", Kind::Policy),
+            ("Invalid GPG signature: gpgme.Signature{Summary:128, Fingerprint:\"C7\"}", Kind::Policy),
+            (
+                "cryptographic signature verification failed: invalid signature when validating ASN.1 encoded signature",
+                Kind::Policy,
+            ),
+            ("Signature for identity q.io/x:1 is not accepted", Kind::Policy),
             ("no image found in manifest list for architecture s390x, variant \"\", OS linux", Kind::WrongArchitecture),
             ("Get \"https://q.io/v2/\": x509: certificate signed by unknown authority", Kind::Policy),
             ("http: server gave HTTP response to HTTPS client", Kind::Policy),

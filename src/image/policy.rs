@@ -70,10 +70,12 @@ enum Verdict {
     Needs(String),
 }
 
-/// The user's own policy comes before the system's.
-fn policy_path() -> Option<PathBuf> {
-    let own = std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".config/containers/policy.json"));
-    own.into_iter().chain([PathBuf::from("/etc/containers/policy.json")]).find(|path| path.exists())
+/// The policy that skopeo reads: the user's own before the system's.
+pub(super) fn policy_path() -> Option<PathBuf> {
+    // Services have no HOME; skopeo then asks the user database, and the agent is root.
+    let home = std::env::var_os("HOME").filter(|home| !home.is_empty()).unwrap_or_else(|| "/root".into());
+    let own = PathBuf::from(home).join(".config/containers/policy.json");
+    [own, PathBuf::from("/etc/containers/policy.json")].into_iter().find(|path| path.exists())
 }
 
 fn verdict(policy: &Value, image: &str) -> Result<Verdict, String> {

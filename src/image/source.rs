@@ -12,8 +12,9 @@ use sha2::{Digest, Sha256};
 use tokio::io::AsyncReadExt;
 use tokio::sync::Mutex;
 
-use super::policy::Enforcement;
-use super::{Failure, Kind, Layer, LayerStream, PullSpec, ResolvedImage, classify};
+use super::classify::is_about_certificates;
+use super::policy::{Enforcement, policy_path};
+use super::{Class, Failure, Kind, Layer, LayerStream, PullSpec, ResolvedImage, classify};
 
 /// The auth file of the field: the installer puts the pull secret there.
 const DEFAULT_AUTHFILE: &str = "/root/.docker/config.json";
@@ -146,9 +147,27 @@ impl Source {
         {
             return Ok(opened.clone());
         }
-        let opened = self.open_image(&image.pinned).await?;
+        let opened = match self.open_image(&image.pinned).await {
+            Err(refused) if refused.kind == Kind::Policy && image.requested != image.pinned => {
+                self.open_as_requested(image, refused).await?
+            }
+            opened => opened?,
+        };
         *cached = Some((image.pinned.clone(), opened.clone()));
         Ok(opened)
+    }
+
+    /// The image by the name that it was asked for. Signatures, and scopes of the policy, may be those of a
+    /// tag or of an index, and say nothing about the one manifest in it. What the policy accepts under that
+    /// name must be the pinned manifest still, or the refusal stands.
+    async fn open_as_requested(&self, image: &ResolvedImage, refused: Failure) -> Result<Arc<OpenedImage>, Failure> {
+        let opened = match self.open_image(&image.requested).await {
+            Ok(opened) => opened,
+            Err(failure) if failure.kind.class() == Class::Transient => return Err(failure),
+            Err(_) => return Err(refused),
+        };
+        let (digest, _) = self.raw_manifest(&image.requested, &opened).await?;
+        if digest == image.digest { Ok(opened) } else { Err(refused) }
     }
 
     async fn open_image(&self, name: &str) -> Result<Arc<OpenedImage>, Failure> {
@@ -192,6 +211,9 @@ impl Source {
         Ok(raw)
     }
 
+    /// The manifest in OCI's form, and the digest of what the registry sent. That digest is skopeo's word: it checks
+    /// manifests that are named by digest, by us or by an index, and may convert them, so that the bytes here need
+    /// not hash to it.
     async fn raw_manifest(&self, name: &str, opened: &OpenedImage) -> Result<(String, Vec<u8>), Failure> {
         self.request(name, "manifest", self.proxy.fetch_manifest_raw_oci(opened)).await
     }
@@ -220,6 +242,13 @@ fn failure(name: &str, what: &str, error: &ProxyError) -> Failure {
     }
     let mut failure = Failure::new(kind, format!("{name}: fetching its {what}: {text}"));
     failure.retry_after = retry_after;
+    if kind == Kind::Policy {
+        if is_about_certificates(&text) {
+            failure.advice = "check the registry's certificate, /etc/containers/certs.d and the machine's clock";
+        } else if let Some(path) = policy_path() {
+            failure.message = format!("{name}: refused by the signature policy {}: {text}", path.display());
+        }
+    }
     failure
 }
 

@@ -2,6 +2,7 @@
 # Builds what the tests run on: QEMU, trees, bootimages, node images, the registry's storage.
 #
 #   build.sh TARGET...    targets: qemu oracle debs trees boot registry all
+#   build.sh skopeo       prints the directory of a newer skopeo; builds it if it is missing
 #   build.sh paths        prints where they are, as JSON; builds what is missing
 #
 # PIVOT_TESTBED_CACHE   where (default /var/cache/node-image-pivot-testbed)
@@ -13,6 +14,9 @@
 common_inputs=("$BED/tree.sh" "$BED/tree" "$BED/dracut" "$BED/packages")
 
 qemu() { stage qemu "$(key "$BED/qemu.sh")" recipe qemu.sh; }
+
+# A skopeo that enforces policy.json when it serves as the image proxy; the host's is too old for that.
+skopeo_new() { stage skopeo "$(key "$BED/skopeo.sh")" recipe skopeo.sh; }
 
 debs() { stage debs "$(key "$BED/debs.sh" "$BED/programs")" recipe debs.sh BED="$BED"; }
 
@@ -61,7 +65,9 @@ trees() {
 for target in "$@"; do
     case $target in
         qemu | oracle | debs | trees | boot | registry | tree_*) "$target" >&2 ;;
-        all) trees; boot >&2; registry >&2; qemu >&2 ;;
+        # Prints where it is: the tests of the pull want nothing else of the test bed.
+        skopeo) skopeo_new ;;
+        all) trees; boot >&2; registry >&2; qemu >&2; skopeo_new >&2 ;;
         paths)
             # Assignments, not arguments: a failing stage has to end this.
             trees
