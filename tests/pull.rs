@@ -3,6 +3,8 @@
 //! Runs as root (owners, trusted attributes), as the agent does.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+#[path = "pull/completing.rs"]
+mod completing;
 #[path = "pull/derived.rs"]
 mod derived;
 #[path = "pull/failing.rs"]

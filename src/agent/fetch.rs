@@ -48,20 +48,7 @@ pub(super) async fn resolve(context: &Context, ticket: &Ticket) -> Result<Resolv
 /// Layers to objects in the node store.
 pub(super) async fn pull(context: &Context, image: ResolvedImage, ticket: &Ticket) -> Result<PulledImage, Error> {
     let phase = Phase::Pull;
-    context.tracker.begin(phase);
-    let root = context.paths.store();
-    let pulled = with_retry(context, phase, ticket, || async {
-        let local = |error: anyhow::Error| Failure::new(Kind::Local, format!("{error:#}"));
-        let limit = context.settings.ram_limit.bytes(total_memory().map_err(local)?);
-        mount::tmpfs(&Namespace::init(), &root, limit, STORE_SOURCE).map_err(local)?;
-        let booted = BootedRepo::discover().map_err(local)?;
-        let store = NodeStore::on_tmpfs(&root, booted.as_ref()).map_err(local)?;
-        let source = Source::open(&image_settings(&context.settings)).await?;
-        context.tracker.progress.reset();
-        let progress = context.tracker.progress.clone();
-        import::pull(&source, &image, &store, booted.as_ref(), &PullOptions::default(), progress, ticket.token()).await
-    })
-    .await?;
+    let pulled = store(context, &image, context.settings.complete, ticket).await?;
     context.tracker.update(|status| {
         status.commit = Some(pulled.commit.clone());
         status.cost.bytes_fetched = pulled.bytes_fetched;
@@ -72,6 +59,46 @@ pub(super) async fn pull(context: &Context, image: ResolvedImage, ticket: &Ticke
     }
     context.tracker.end(phase, State::Running);
     Ok(pulled)
+}
+
+/// What a pull that was not complete left out, into the same store.
+pub(super) async fn rest(context: &Context, pulled: &PulledImage, ticket: &Ticket) -> Result<PulledImage, Error> {
+    let rest = store(context, &pulled.image, true, ticket).await?;
+    if rest.commit != pulled.commit {
+        return Err(Error::Internal(anyhow::anyhow!(
+            "{} became commit {} this time, not {}: the configuration or the store changed in between; reboot and pull \
+             again",
+            pulled.image.pinned,
+            rest.commit,
+            pulled.commit
+        )));
+    }
+    Ok(rest)
+}
+
+/// The objects of `image`, all or what a pivot needs, into the node store.
+async fn store(
+    context: &Context,
+    image: &ResolvedImage,
+    complete: bool,
+    ticket: &Ticket,
+) -> Result<PulledImage, Error> {
+    let phase = Phase::Pull;
+    context.tracker.begin(phase);
+    let root = context.paths.store();
+    let options = PullOptions { complete, ..PullOptions::default() };
+    with_retry(context, phase, ticket, || async {
+        let local = |error: anyhow::Error| Failure::new(Kind::Local, format!("{error:#}"));
+        let limit = context.settings.ram_limit.bytes(total_memory().map_err(local)?);
+        mount::tmpfs(&Namespace::init(), &root, limit, STORE_SOURCE).map_err(local)?;
+        let booted = BootedRepo::discover().map_err(local)?;
+        let store = NodeStore::on_tmpfs(&root, booted.as_ref()).map_err(local)?;
+        let source = Source::open(&image_settings(&context.settings)).await?;
+        context.tracker.progress.reset();
+        let progress = context.tracker.progress.clone();
+        import::pull(&source, image, &store, booted.as_ref(), &options, progress, ticket.token()).await
+    })
+    .await
 }
 
 /// Runs `attempt` until it succeeds, fails for good, or is cancelled. Each failure is told in the

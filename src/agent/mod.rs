@@ -6,6 +6,7 @@
 //! was. This room may call every other one except `bus` and `cli`.
 
 mod after;
+mod complete;
 mod error;
 mod fetch;
 mod paths;

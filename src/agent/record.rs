@@ -23,7 +23,8 @@ pub(super) fn asked(settings: &Settings) -> String {
         Some(ImageSource::Release(spec)) => format!("release {spec} {}", settings.image_tags.join(" ")),
         None => "nothing".to_owned(),
     };
-    format!("{:?} {:?} {source}", settings.mode, settings.etc_strategy)
+    let complete = if settings.complete { " complete" } else { "" };
+    format!("{:?} {:?} {source}{complete}", settings.mode, settings.etc_strategy)
 }
 
 /// What the status document shows as the image asked for.

@@ -67,6 +67,12 @@ impl Pivot {
         Ok(self.agent.advance(Goal::Staged, &self.ticket()).await?)
     }
 
+    /// Fetches what the pull left out of the node image; pulls and stages first if needed. Possible at any
+    /// time, also after the pivot: the running system is untouched. Returns what was done, a line each.
+    async fn complete(&self) -> Result<Vec<String>, MethodError> {
+        Ok(self.agent.complete(&self.ticket()).await?)
+    }
+
     /// Switch and refresh; pulls first if needed.
     async fn overlay(&self) -> Result<(), MethodError> {
         Ok(self.agent.advance(Goal::Switched, &self.ticket()).await?)

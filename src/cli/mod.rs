@@ -70,13 +70,22 @@ enum Command {
     /// Say what the switch would change; pulls and stages first, which changes nothing that runs.
     Plan,
     /// Resolve, pull and stage the node image; the running system is untouched.
-    Pull,
+    Pull {
+        /// Also fetch what the pivot does not need (kernel modules), so that the image can be deployed to a disk;
+        /// at any time, also after the pivot.
+        #[arg(long)]
+        complete: bool,
+    },
     /// Switch /usr and /etc to the node image and refresh what runs; pulls first if needed.
     Overlay,
     /// Isolate to the target that the machine would have booted to.
     Finish,
     /// All phases in the foreground; isolates only on a machine that booted into the pivot target.
-    Run,
+    Run {
+        /// In the end also fetch what the pivot does not need, as `pull --complete` does.
+        #[arg(long)]
+        complete: bool,
+    },
     /// Put /usr and /etc back as they were before the switch.
     Undo,
     /// End a pull that runs or waits.
@@ -119,10 +128,14 @@ async fn dispatch(command: Command) -> anyhow::Result<Exit> {
         Command::Status { json, watch: true } => show::watch(&paths, json).await,
         Command::Report => show::report(&paths).await,
         Command::Plan => drive::drive(&paths, "Plan").await,
-        Command::Pull => drive::drive(&paths, "Pull").await,
+        Command::Pull { complete: false } => drive::drive(&paths, "Pull").await,
+        Command::Pull { complete: true } => drive::drive(&paths, "Complete").await,
         Command::Overlay => drive::drive(&paths, "Overlay").await,
         Command::Finish => drive::drive(&paths, "Finish").await,
-        Command::Run => drive::drive(&paths, "Run").await,
+        Command::Run { complete } => match drive::drive(&paths, "Run").await? {
+            Exit::Done if complete => drive::drive(&paths, "Complete").await,
+            exit => Ok(exit),
+        },
         Command::Undo => drive::drive(&paths, "Undo").await,
         Command::Cancel => drive::cancel(&paths).await,
         Command::Daemon => daemon::daemon(paths).await,

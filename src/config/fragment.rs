@@ -17,6 +17,7 @@ pub(super) struct Fragment {
     pub probe_paths: Option<Vec<PathBuf>>,
     pub auth_file: Option<PathBuf>,
     pub ram_limit: Option<RamLimitText>,
+    pub complete: Option<bool>,
     #[serde(default)]
     pub retry: RetryTable,
     #[serde(default)]

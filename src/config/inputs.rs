@@ -61,6 +61,7 @@ pub struct Inputs {
     pub probe_paths: Option<Sourced<Vec<PathBuf>>>,
     pub auth_file: Option<Sourced<PathBuf>>,
     pub ram_limit: Option<Sourced<String>>,
+    pub complete: Option<Sourced<bool>>,
     pub retry_initial: Option<Sourced<f64>>,
     pub retry_maximum: Option<Sourced<f64>>,
     pub retry_attempts: Option<Sourced<u32>>,
@@ -89,6 +90,7 @@ impl Inputs {
             RamLimitText::Text(text) => text,
         });
         set(&mut self.ram_limit, ram_limit, source);
+        set(&mut self.complete, fragment.complete, source);
         set(&mut self.retry_initial, fragment.retry.initial, source);
         set(&mut self.retry_maximum, fragment.retry.maximum, source);
         set(&mut self.retry_attempts, fragment.retry.attempts, source);

@@ -35,6 +35,8 @@ pub struct Settings {
     pub auth_file: Option<PathBuf>,
     /// How large the RAM store may grow.
     pub ram_limit: RamLimit,
+    /// Whether a pull fetches all of the node image, also what the pivot does not need (kernel modules).
+    pub complete: bool,
     /// How transient failures are retried.
     pub retry: Retry,
     /// What to do about conflicts in `/etc`.
@@ -170,6 +172,7 @@ impl Settings {
                     })
                 },
             )?,
+            complete: inputs.complete.is_some_and(|complete| complete.value),
             retry: retry(inputs.retry_initial, inputs.retry_maximum, inputs.retry_attempts)?,
             etc_strategy: checked("etc.strategy", inputs.etc_strategy, EtcStrategy::default, |word| {
                 match word.as_str() {

@@ -44,6 +44,7 @@ fn nothing_configured_gives_the_documented_defaults() {
         probe_paths: ["/usr/bin/oc", "/usr/bin/kubelet"].map(PathBuf::from).to_vec(),
         auth_file: None,
         ram_limit: RamLimit::Percent(60),
+        complete: false,
         retry: Retry { initial: Duration::from_secs(2), maximum: Duration::from_secs(60), attempts: 0 },
         etc_strategy: EtcStrategy::Keep,
     };
@@ -54,7 +55,7 @@ fn nothing_configured_gives_the_documented_defaults() {
 fn every_key_arrives() {
     let settings = etc("image = \"r/n:1\"\nimage_tags = [\"a\"]\nmode = \"force\"\ntarget = \"a.target\"\n\
          probe_paths = [\"/usr/bin/crio\"]\nauth_file = \"/etc/auth.json\"\nram_limit = \"3GiB\"\n\
-         [retry]\ninitial = 0.5\nmaximum = 8\nattempts = 3\n[etc]\nstrategy = \"fail\"\n")
+         complete = true\n[retry]\ninitial = 0.5\nmaximum = 8\nattempts = 3\n[etc]\nstrategy = \"fail\"\n")
     .unwrap();
     let expected = Settings {
         image: image("r/n:1"),
@@ -64,6 +65,7 @@ fn every_key_arrives() {
         probe_paths: vec![PathBuf::from("/usr/bin/crio")],
         auth_file: Some(PathBuf::from("/etc/auth.json")),
         ram_limit: RamLimit::Bytes(3 << 30),
+        complete: true,
         retry: Retry { initial: Duration::from_millis(500), maximum: Duration::from_secs(8), attempts: 3 },
         etc_strategy: EtcStrategy::Fail,
     };

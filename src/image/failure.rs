@@ -97,7 +97,7 @@ impl Failure {
             Kind::BadFormat => "the node image must be an ostree-encapsulated container image",
             Kind::WrongArchitecture => "use the image, or the index, that holds this machine's architecture",
             Kind::Policy => "check /etc/containers/policy.json and the image's signature",
-            Kind::NoSpace => "give the machine more memory, or a smaller node image",
+            Kind::NoSpace => "raise `ram_limit`, give the machine more memory, or use a smaller node image",
             Kind::Cancelled => "what was stored is kept; start the pull again to go on",
             Kind::Local => "see the journal of node-image-pivotd.service",
         };

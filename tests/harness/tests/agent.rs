@@ -197,3 +197,64 @@ fn undo_brings_back_what_was() -> Result<()> {
     checks.check("no unit has failed", || same(guest.ask("systemctl --failed --no-legend --plain")?, String::new()));
     checks.finish()
 }
+
+/// For a deployment: the rest of the image, after the pivot, and nothing that runs notices.
+#[test]
+fn the_rest_comes_after_the_pivot() -> Result<()> {
+    let images = Images::ensure()?;
+    let mut checks = Checks::new("agent: pull --complete after the pivot");
+    let network = Network::new()?;
+    let mut registry = Registry::start(&images.storage, &work_dir("agent-rest-registry")?, Some(network.pid()), None)?;
+    let guest = Container::start(images, &network, &setup("agent-rest", images), |files| {
+        node_files(files, &images.image("node-a")?.by_digest(), "127.0.0.1", registry.port)
+    })?;
+    wait_pivoted(&guest, &Checks::new("progress"), PIVOT)?;
+    const STORE: &str = "/run/node-image-pivot/store";
+    let running = "systemctl show -p Id -p MainPID -p ActiveState -p InvocationID '*.service' '*.target' | grep -v '^$'; \
+                   grep -v node-image-store /proc/self/mountinfo; \
+                   cd /etc && find . -xdev -printf '%p %i %m %u %g %l\\n' | sort";
+    let before = guest.ask(running)?;
+    checks.check("the pivot has left something out", || {
+        guest.ask(&format!("ls {STORE}/repo/state/*.commitpartial")).map(drop)
+    });
+    checks.check("too little room: refused with numbers, and the pivot is none the worse", || {
+        let used: u64 = guest.ask(&format!("du -sk {STORE} | cut -f1"))?.trim().parse()?;
+        let limit = format!("echo 'ram_limit = \"{}KiB\"' >/etc/node-image-pivot.conf.d/90-limit.toml", used + 2048);
+        guest.ask(&limit)?;
+        let answer = guest.run("node-image-pivot pull --complete")?;
+        guest.ask("rm /etc/node-image-pivot.conf.d/90-limit.toml")?;
+        same(answer.status, 11)?;
+        contains(&answer.text, "MiB are free")?;
+        contains(&answer.text, "ram_limit")?;
+        same(state(&guest)?, "done".into())?;
+        same(guest.ask(running)?, before.clone())
+    });
+    checks.check("pull --complete fetches the rest", || {
+        contains(&guest.ask("node-image-pivot pull --complete")?, "the node store has all of")?;
+        guest.ask(&format!("! ls {STORE}/repo/state/*.commitpartial")).map(drop)
+    });
+    checks.check("the store passes ostree fsck", || guest.ask(&format!("ostree fsck --repo={STORE}/repo")).map(drop));
+    checks.check("modules of the node image's own kernel are there", || {
+        guest.ask(&format!("ostree ls -R --repo={STORE}/repo coreos/node-image /usr/lib/modules | grep -q '[.]ko'"))?;
+        let checksum = format!(
+            "ostree ls -C --repo={STORE}/repo coreos/node-image $(ostree ls -R --nul-filenames-only \
+             --repo={STORE}/repo coreos/node-image /usr/lib/modules | tr '\\0' '\\n' | grep vmlinuz | head -n1)"
+        );
+        contains(&guest.ask(&checksum)?, "vmlinuz")
+    });
+    checks.check("nothing that runs noticed", || {
+        same(state(&guest)?, "done".into())?;
+        same(guest.ask(running)?, before.clone())?;
+        same(guest.ask("base-tool")?, "base-tool 2.0".into())
+    });
+    registry.stop();
+    checks.check("once complete, the registry is not asked again", || {
+        contains(&guest.ask("node-image-pivot pull --complete")?, "the node store has all of")
+    });
+    checks.check("undo still works", || {
+        guest.ask("node-image-pivot undo")?;
+        same(guest.ask("base-tool")?, "base-tool 1.0".into())
+    });
+    checks.check("no unit has failed", || same(guest.ask("systemctl --failed --no-legend --plain")?, String::new()));
+    checks.finish()
+}

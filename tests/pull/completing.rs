@@ -1,0 +1,79 @@
+//! `--complete`: the rest of an image, later, and nothing twice.
+
+use std::fs;
+
+use node_image_pivot::image::{Class, Kind};
+use node_image_pivot::import::PullOptions;
+use node_image_pivot::store::NodeStore;
+
+use super::derived::complete;
+use super::faults::Faults;
+use super::fixture::{listing, run};
+use super::{Bench, fsck, image, try_pull_with};
+
+/// A tmpfs, unmounted when dropped.
+struct Tmpfs(String);
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg("--lazy").arg(&self.0).status();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_rest_is_fetched_later_and_nothing_twice() {
+    let bench = Bench::new();
+    let image = image(&bench, 1, 1);
+    let direct = bench.push(&image, "os:1");
+    let faults = Faults::before(&bench.registry.address);
+    let spec = direct.replace(&bench.registry.address, &faults.address);
+    let layout = format!("oci:{}", bench.path("layout").display());
+    let manifest: serde_json::Value = serde_json::from_str(&run("skopeo", &["inspect", "--raw", &layout])).unwrap();
+    let mut layers: Vec<String> =
+        manifest["layers"].as_array().unwrap().iter().map(|layer| layer["digest"].as_str().unwrap().into()).collect();
+    layers.sort();
+    let fetched = || {
+        let mut fetched = faults.served();
+        fetched.retain(|digest| layers.contains(digest));
+        fetched.sort();
+        fetched
+    };
+
+    let root = bench.path("tmpfs");
+    fs::create_dir_all(&root).unwrap();
+    let tmpfs = Tmpfs(root.to_str().unwrap().to_owned());
+    run("mount", &["-t", "tmpfs", "-o", "size=64m", "tmpfs", &tmpfs.0]);
+    let store = NodeStore::on_tmpfs(&root, None).unwrap();
+    // One layer at a time: the kernel's is last, and is not begun when nothing else is missing.
+    let one = |complete| PullOptions { complete, parallel: Some(1) };
+    let pulled = try_pull_with(&spec, &store, None, one(false)).await.unwrap();
+    let first = fetched();
+    assert!(!pulled.complete && first.len() == 4, "{first:?} {pulled:?}");
+
+    // There is no room for the rest: that is said with numbers, and what is there stays.
+    let objects = store.content_objects().unwrap();
+    let used: u64 = run("du", &["-sk", &tmpfs.0]).split_whitespace().next().unwrap().parse().unwrap();
+    run("mount", &["-o", &format!("remount,size={}k", used + 100), &tmpfs.0]);
+    let told = try_pull_with(&spec, &store, None, complete()).await.unwrap_err();
+    println!("{told}");
+    assert_eq!((told.kind, told.kind.class()), (Kind::NoSpace, Class::Permanent), "{told}");
+    for words in ["MiB are free", "objects are still to come", &tmpfs.0, "ram_limit"] {
+        assert!(told.to_string().contains(words), "{words}: {told}");
+    }
+    assert!(store.content_objects().unwrap().is_superset(&objects));
+    assert_eq!(store.resolve_ref().unwrap().as_deref(), Some(image.commit.as_str()));
+    fetched();
+
+    run("mount", &["-o", "remount,size=64m", &tmpfs.0]);
+    let pulled = try_pull_with(&spec, &store, None, complete()).await.unwrap();
+    let second = fetched();
+    assert!(pulled.complete && second.len() == 1, "{second:?} {pulled:?}");
+    let mut both = [first, second].concat();
+    both.sort();
+    assert_eq!(both, layers, "each layer once");
+    fsck(store.repo_path());
+    assert_eq!(listing(store.repo_path(), "coreos/node-image"), listing(&bench.repo.path, &image.commit));
+    // And once it is complete, there is nothing to ask for.
+    try_pull_with(&spec, &store, None, complete()).await.unwrap();
+    assert_eq!(fetched(), [""; 0]);
+}
