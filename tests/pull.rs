@@ -15,6 +15,8 @@ mod faults;
 mod fixture;
 #[path = "pull/hostile.rs"]
 mod hostile;
+#[path = "pull/integrity.rs"]
+mod integrity;
 #[path = "pull/killed.rs"]
 mod killed;
 #[path = "pull/layers.rs"]
