@@ -27,6 +27,8 @@ mod measure;
 mod media;
 #[path = "pull/names.rs"]
 mod names;
+#[path = "pull/memory.rs"]
+mod memory;
 #[path = "pull/oracle.rs"]
 mod oracle;
 #[path = "pull/policy.rs"]

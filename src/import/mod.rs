@@ -7,8 +7,10 @@
 //! (through [`crate::store`]); it never touches the running system's `/usr` or `/etc` and never
 //! retries: retries are the agent's.
 //!
-//! What it costs: about 10 MiB of buffers per layer in flight, some 150 bytes per object, and with
-//! plain layers on top as much again per file of the directories that they touch.
+//! What it costs: about 10 MiB of buffers per layer in flight, some 150 bytes per object, as much again per
+//! file of the directories that plain layers touch, and some 700 bytes per file in plain layers. The cap is
+//! 150 MiB resident, whatever the image's bytes, up to 100 000 files in plain layers:
+//! `tests/pull/memory.rs` holds the importer to it (110 MiB for that many, 37 MiB for 1 GiB of few files).
 
 mod commit;
 mod consume;

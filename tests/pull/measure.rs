@@ -103,7 +103,8 @@ fn cpu_seconds(whose: &str) -> f64 {
     (fields[at].parse::<f64>().unwrap() + fields[at + 1].parse::<f64>().unwrap()) / 100.0
 }
 
-fn peak_rss_mib() -> u64 {
+/// The most that was resident of this process so far.
+pub fn peak_rss_mib() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find(|line| line.starts_with("VmHWM")).unwrap();
     line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() / 1024
