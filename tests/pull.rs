@@ -25,10 +25,10 @@ mod layers;
 mod measure;
 #[path = "pull/media.rs"]
 mod media;
-#[path = "pull/names.rs"]
-mod names;
 #[path = "pull/memory.rs"]
 mod memory;
+#[path = "pull/names.rs"]
+mod names;
 #[path = "pull/oracle.rs"]
 mod oracle;
 #[path = "pull/policy.rs"]
@@ -39,10 +39,10 @@ mod refs;
 mod registry;
 #[path = "pull/release.rs"]
 mod release;
-#[path = "pull/sparse.rs"]
-mod sparse;
 #[path = "pull/signed.rs"]
 mod signed;
+#[path = "pull/sparse.rs"]
+mod sparse;
 #[path = "pull/tree.rs"]
 mod tree;
 

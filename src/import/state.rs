@@ -15,8 +15,8 @@ use super::tree::{Target, TreeError, walk};
 use super::wanted::wanted;
 
 /// The most holes of sparse files that one pull takes. They cost no room but time: zeros are hashed, and
-/// this many take some ten to forty seconds.
-const MOST_HOLES: u64 = 16 << 30;
+/// this many take some three to ten seconds.
+const MOST_HOLES: u64 = 4 << 30;
 
 /// One import. Layers hold it by `Arc` from their threads, and with it the lock: no thread of an
 /// import that failed can still write when the next one begins.
