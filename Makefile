@@ -72,8 +72,10 @@ check: deps
 demo: deps
 	$(CARGO) run --release -p testbed --bin demo
 
-# How long the generator adds to a boot. The pull's benchmarks join it when they exist.
-bench: cargo
+# docs/benchmarks.md says what it measures. BENCH_ROUNDS=N; BENCH_QUICK=1: one round on small images;
+# BENCH_CASES=PART: only cases with that in their names.
+bench: deps
+	$(CARGO) run --release -p benchmark -- compare
 	$(CARGO) test --release -p node-image-pivot-generator --test golden start_up_time -- --nocapture
 
 clean:

@@ -4,10 +4,12 @@
 #   build.sh TARGET...    targets: qemu oracle debs trees boot registry all
 #   build.sh skopeo       prints the directory of a newer skopeo; builds it if it is missing
 #   build.sh paths        prints where they are, as JSON; builds what is missing
+#   build.sh bench        the benchmark's images (not part of all); prints where they are
 #
 # PIVOT_TESTBED_CACHE   where (default /var/cache/node-image-pivot-testbed)
 # PIVOT_TESTBED_AGENT   a directory with the installed agent (as by DESTDIR); "" builds and installs it from this
 #                       checkout; "none" makes a bootimage without it
+# PIVOT_BENCHMARK       the benchmark program, which makes its images itself; "" builds it
 # shellcheck source=lib.sh
 . "$(dirname "$0")/lib.sh"
 
@@ -45,6 +47,19 @@ tree_node_b() { tree node-b bookworm "common node" base-tool_2.0.deb cluster-cli
 # shellcheck source=registry.sh
 . "$BED/registry.sh"
 
+bench() {
+    local base more node program=${PIVOT_BENCHMARK:-}
+    oracle >/dev/null
+    base=$(tree_base12) more=$(tree_node_a) node=$(tree_node_b)
+    if [ -z "$program" ]; then
+        cargo build --release --quiet -p benchmark --manifest-path "$PROJECT/Cargo.toml" >&2
+        program=${CARGO_TARGET_DIR:-$PROJECT/target}/release/benchmark
+    fi
+    stage bench "$(key "$BED/bench.sh" "$PROJECT/tests/bench/src/images" "$PROJECT/tests/oracle/src" "=$base $more $node")" \
+        recipe bench.sh BED="$BED" PROGRAM="$program" ORACLE="$CACHE/oracle/release/oracle" \
+        BASE="$base/repo=base12" MORE="$more/repo=node-a" NODE="$node/repo=node-b"
+}
+
 # The key that guests accept: made here, never shipped.
 ssh_key() {
     [ -f "$CACHE/ssh/key" ] || { mkdir -p "$CACHE/ssh" && ssh-keygen -q -t ed25519 -N "" -C testbed -f "$CACHE/ssh/key"; }
@@ -65,8 +80,9 @@ trees() {
 for target in "$@"; do
     case $target in
         qemu | oracle | debs | trees | boot | registry | tree_*) "$target" >&2 ;;
-        # Prints where it is: the tests of the pull want nothing else of the test bed.
+        # These print where they are, each for its own tests; the bench's images are no part of all.
         skopeo) skopeo_new ;;
+        bench) bench ;;
         all) trees; boot >&2; registry >&2; qemu >&2; skopeo_new >&2 ;;
         paths)
             # Assignments, not arguments: a failing stage has to end this.

@@ -1,0 +1,205 @@
+//! The whole run: all cases, both sides in turns, and what came of it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::SystemTime;
+
+use anyhow::{Context, Result, ensure};
+use clap::Args;
+use serde_json::json;
+use tempfile::TempDir;
+
+use crate::images::{self, Images};
+use crate::proc::{output, run};
+use crate::proxy::Proxy;
+use crate::registry::Registry;
+use crate::side::{Sample, Side};
+use crate::summary::Runs;
+use crate::{etc, fixture, limit, listing, svg, table};
+
+/// What to run. The variables are what `make bench` takes.
+#[derive(Debug, Clone, Args)]
+pub struct Options {
+    /// How often each side pulls each image, after a warm-up.
+    #[arg(long, env = "BENCH_ROUNDS", default_value_t = 3)]
+    pub rounds: usize,
+    /// One round without warm-up, on small images: shows that the benchmark works, not how fast anything is.
+    #[arg(long)]
+    pub quick: bool,
+    /// Only cases whose name contains this.
+    #[arg(long, env = "BENCH_CASES")]
+    pub cases: Option<String>,
+    /// Where bench.json, bench.md and bench.svg go.
+    #[arg(long, default_value = "target")]
+    pub out: PathBuf,
+}
+
+/// Entries of the `/etc` that is merged; and in the quick mode.
+const ETC_ENTRIES: (usize, usize) = (5000, 100);
+
+/// Runs everything; prints the table and writes the files.
+///
+/// # Errors
+/// When a side fails, or the two sides' trees differ. A missed goal is not an error.
+pub fn compare(options: &Options) -> Result<()> {
+    let quick = options.quick || std::env::var("BENCH_QUICK").is_ok_and(|value| value == "1");
+    let rounds = if quick { 1 } else { options.rounds };
+    ensure!(rounds > 0, "BENCH_ROUNDS must be at least 1");
+    let oracle = oracle()?;
+    let small = tempfile::tempdir_in(if quick { "/dev/shm" } else { "/tmp" })?;
+    let dir = if quick {
+        let dir = small.path().join("images");
+        images::build(&fixture::inputs(small.path(), &oracle)?, &dir)?;
+        dir
+    } else {
+        testbed_images()?
+    };
+    let images = Images::read(&dir)?;
+    let bench = Bench::start(&dir, oracle)?;
+
+    let mut runs = Vec::new();
+    for case in &images.cases {
+        if options.cases.as_ref().is_some_and(|part| !case.name.contains(part)) {
+            continue;
+        }
+        eprintln!("benchmark: {}: {}", case.name, case.what);
+        let mut result = Runs { case: case.clone(), ours: Vec::new(), incumbent: Vec::new(), limit: Vec::new() };
+        // The warm-up fills the page cache, and looks closer at the result than one would between measurements.
+        let (ours, incumbent, fetched) = bench.compared(&case.image)?;
+        let limit = limit::image_of(&bench.registry.address, &case.image, &fetched)?;
+        if quick {
+            result.ours.push(ours);
+            result.incumbent.push(incumbent);
+        }
+        while result.ours.len() < rounds {
+            result.ours.push(bench.side(Side::Ours, &case.image, None)?.0);
+            result.incumbent.push(bench.side(Side::Incumbent, &case.image, None)?.0);
+        }
+        while let Some(image) = limit.as_ref().filter(|_| result.limit.len() < rounds) {
+            result.limit.push(bench.side(Side::Limit, image, None)?.0);
+        }
+        for (ours, incumbent) in result.ours.iter().zip(&result.incumbent) {
+            same_tree(&case.name, ours, incumbent)?;
+        }
+        runs.push(result);
+    }
+    ensure!(!runs.is_empty(), "no case is called like {}", options.cases.as_deref().unwrap_or_default());
+
+    let entries = if quick { ETC_ENTRIES.1 } else { ETC_ENTRIES.0 };
+    let etc = etc::measure(tempfile::tempdir_in("/dev/shm")?.path(), entries)?;
+    let text = table::table(&images, &runs, &etc, rounds);
+    println!("{text}");
+    fs::create_dir_all(&options.out)?;
+    let cases: Vec<_> = runs.iter().map(|run| json!({ "runs": run, "rows": run.rows() })).collect();
+    let record = json!({
+        "unix_time": SystemTime::UNIX_EPOCH.elapsed()?.as_secs(),
+        "cores": std::thread::available_parallelism().map_or(0, std::num::NonZero::get),
+        "quick": quick,
+        "rounds": rounds,
+        "base": { "bytes": images.base_bytes, "files": images.base_files, "compressed": images.base_compressed },
+        "cases": cases,
+        "etc": etc,
+    });
+    for (name, content) in
+        [("bench.json", serde_json::to_string_pretty(&record)?), ("bench.md", text), ("bench.svg", svg::svg(&runs))]
+    {
+        let path = options.out.join(name);
+        fs::write(&path, content).with_context(|| format!("writing {}", path.display()))?;
+        eprintln!("benchmark: {}", path.display());
+    }
+    Ok(())
+}
+
+/// What all runs share.
+struct Bench<'a> {
+    images: &'a Path,
+    oracle: PathBuf,
+    proxy: Proxy,
+    registry: Registry,
+    scratch: TempDir,
+    /// A copy of the registry's storage by hard links, because the limit's manifests are added to it.
+    _storage: TempDir,
+}
+
+impl<'a> Bench<'a> {
+    fn start(images: &'a Path, oracle: PathBuf) -> Result<Self> {
+        let scratch = tempfile::tempdir()?;
+        let storage = tempfile::tempdir_in(images)?;
+        run("cp", ["-al", &Images::storage(images).display().to_string(), &storage.path().display().to_string()])?;
+        let registry = Registry::start(&storage.path().join("storage"), scratch.path())?;
+        let proxy = Proxy::start(registry.address.clone())?;
+        Ok(Self { images, oracle, proxy, registry, scratch, _storage: storage })
+    }
+
+    /// One run of one side; what it took, and the blobs that it asked for.
+    fn side(
+        &self,
+        side: Side,
+        image: &str,
+        listing: Option<&Path>,
+    ) -> Result<(Sample, std::collections::BTreeSet<String>)> {
+        let place = tempfile::tempdir_in(self.scratch.path())?;
+        let mut command = Command::new(std::env::current_exe()?);
+        command.args(["side", side.word(), "--image", &format!("{}/{image}", self.proxy.address)]);
+        command.arg("--images").arg(self.images).arg("--oracle").arg(&self.oracle).arg("--place").arg(place.path());
+        if let Some(listing) = listing {
+            command.arg("--listing").arg(listing);
+        }
+        self.proxy.take();
+        let said = output(command.stdin(Stdio::null())).with_context(|| format!("{image}: {}", side.word()))?;
+        let (bytes, blobs) = self.proxy.take();
+        let mut sample: Sample = serde_json::from_str(&said).context("reading what a run took")?;
+        sample.bytes = bytes;
+        let seconds = sample.wall;
+        eprintln!("benchmark:   {:9} {seconds:7.2} s wall {:7.2} s CPU", side.word(), sample.cpu);
+        Ok((sample, blobs))
+    }
+
+    /// One run of each side, whose results are compared file by file.
+    fn compared(&self, image: &str) -> Result<(Sample, Sample, std::collections::BTreeSet<String>)> {
+        let [own, other] = ["ours", "incumbent"].map(|name| self.scratch.path().join(name));
+        let (ours, fetched) = self.side(Side::Ours, image, Some(&own))?;
+        let (incumbent, _) = self.side(Side::Incumbent, image, Some(&other))?;
+        same_tree(image, &ours, &incumbent)?;
+        let (own, other) = (fs::read_to_string(own)?, fs::read_to_string(other)?);
+        ensure!(!own.is_empty(), "{image}: the new /usr is empty");
+        if let Some(difference) = listing::difference(&own, &other) {
+            anyhow::bail!("{image}: the two sides' /usr differ:\n{difference}");
+        }
+        Ok((ours, incumbent, fetched))
+    }
+}
+
+fn same_tree(name: &str, ours: &Sample, incumbent: &Sample) -> Result<()> {
+    let (own, other) = (&ours.tree, &incumbent.tree);
+    ensure!(own == other, "{name}: the two sides' commits have different trees: ours {own}, the incumbent's {other}");
+    Ok(())
+}
+
+/// The oracle program, built when it is not; `PIVOT_ORACLE` names another one.
+fn oracle() -> Result<PathBuf> {
+    if let Some(path) = std::env::var_os("PIVOT_ORACLE") {
+        return Ok(path.into());
+    }
+    let told = bed("oracle", Stdio::piped())?;
+    Ok(told.lines().last().context("the test bed says not where the oracle is")?.into())
+}
+
+/// The images, built when they are not.
+fn testbed_images() -> Result<PathBuf> {
+    let told = bed("bench", Stdio::inherit())?;
+    Ok(Path::new(told.lines().last().context("the test bed says not where the images are")?).join("images"))
+}
+
+/// What the test bed's build script says when asked for `target`: on standard error, if that is not passed on.
+fn bed(target: &str, error: Stdio) -> Result<String> {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../bed/build.sh");
+    let mut command = Command::new("bash");
+    command.arg(script).arg(target).env_remove("CARGO_TARGET_DIR").env("PIVOT_BENCHMARK", std::env::current_exe()?);
+    let output = command.stderr(error).output().context("starting the test bed's build.sh")?;
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim_end().to_owned();
+    let (out, error) = (text(&output.stdout), text(&output.stderr));
+    ensure!(output.status.success(), "the test bed's {target} cannot be built\n{error}");
+    Ok(if out.is_empty() { error } else { out })
+}

@@ -1,0 +1,251 @@
+//! Builds what is pulled: one booted repo, and node images that differ from it in known shares.
+//!
+//! The base tree is a real one, made larger by the `/usr` of a second release and by an altered second copy
+//! of its own, both below `/usr/lib/more`, each file with its package's name, so that it is spread over the
+//! layers as in a large system. A share is changed by altering all files of packages, chosen in an order that
+//! looks random and is the same each time, until they make up that share of all bytes; what a smaller share
+//! has altered is altered in a larger one too. The booted repo is filled by importing the base's image, so
+//! that it has the refs of its layers as on a real system.
+
+mod layer;
+mod tree;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+
+use crate::proc::{output, run};
+use crate::registry::Registry;
+use tree::Tree;
+
+/// The file in the directory of the images that says what there is.
+pub const LIST: &str = "cases.json";
+
+/// A commit in a repo.
+#[derive(Debug, Clone)]
+pub struct Commit {
+    /// The repo's directory, of mode bare.
+    pub repo: PathBuf,
+    /// Ref or checksum.
+    pub rev: String,
+}
+
+impl std::str::FromStr for Commit {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let (repo, rev) = text.rsplit_once('=').context("a commit is given as REPO=REF")?;
+        Ok(Self { repo: repo.into(), rev: rev.into() })
+    }
+}
+
+/// What the images are made from: trees with a dpkg database in `/usr/lib/sysimage/dpkg`.
+#[derive(Debug, Clone)]
+pub struct Inputs {
+    /// The base operating system.
+    pub base: Commit,
+    /// Another release, for more real content.
+    pub more: Commit,
+    /// The base with what a node needs: what it has at paths that the base lacks becomes the node layer.
+    pub node: Commit,
+    /// ostree-ext as a program (`tests/oracle`).
+    pub oracle: PathBuf,
+}
+
+/// Everything built, as [`LIST`] holds it. Paths are relative to its directory.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Images {
+    /// The booted commit: the base's image as ostree-ext imported it.
+    pub booted_commit: String,
+    /// Content of the base in bytes, files counted once per path.
+    pub base_bytes: u64,
+    /// Its number of files and links.
+    pub base_files: u64,
+    /// Compressed size of the base's image in bytes.
+    pub base_compressed: u64,
+    /// In the order of the table.
+    pub cases: Vec<Case>,
+}
+
+/// One image to be pulled over the booted base.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Case {
+    /// A word: `same-base`, `older-base`, `nothing-in-common`, `growth-10`.
+    pub name: String,
+    /// The share of changed content in percent, for the growth curve; `None` for the three main cases.
+    pub growth: Option<u8>,
+    /// What exactly it is.
+    pub what: String,
+    /// Name and tag in the registry.
+    pub image: String,
+    /// Compressed size of all its layers in bytes.
+    pub compressed: u64,
+    /// How many bytes of the base's content are changed.
+    pub changed_bytes: u64,
+}
+
+impl Images {
+    /// Reads the list.
+    pub fn read(dir: &Path) -> Result<Self> {
+        let path = dir.join(LIST);
+        let text = fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
+        serde_json::from_slice(&text).with_context(|| format!("{} is malformed", path.display()))
+    }
+
+    /// The repo of the booted system.
+    pub fn booted_repo(dir: &Path) -> PathBuf {
+        dir.join("booted/repo")
+    }
+
+    /// The booted system's root, checked out of it.
+    pub fn booted_root(dir: &Path) -> PathBuf {
+        dir.join("booted/root")
+    }
+
+    /// The registry's storage.
+    pub fn storage(dir: &Path) -> PathBuf {
+        dir.join("storage")
+    }
+}
+
+/// The share that changes within a month of updates: kernel and initramfs always, and then packages.
+const MONTH: u8 = 65;
+
+/// Builds everything in `out`, which must be empty and on one file system.
+pub fn build(inputs: &Inputs, out: &Path) -> Result<Images> {
+    let work = out.join("work");
+    for dir in [work.as_path(), &Images::storage(out), &out.join("booted")] {
+        fs::create_dir_all(dir).with_context(|| format!("making {}", dir.display()))?;
+    }
+    let registry = Registry::start(&Images::storage(out), &work)?;
+    let mut builder = Builder { inputs, out, work: &work, registry: &registry, source: work.join("repo") };
+    let images = builder.all()?;
+    drop(registry);
+    fs::remove_dir_all(&work)?;
+    fs::write(out.join(LIST), serde_json::to_vec_pretty(&images)?)?;
+    Ok(images)
+}
+
+struct Builder<'a> {
+    inputs: &'a Inputs,
+    out: &'a Path,
+    work: &'a Path,
+    registry: &'a Registry,
+    source: PathBuf,
+}
+
+impl Builder<'_> {
+    fn all(&mut self) -> Result<Images> {
+        init(&self.source)?;
+        let mut tree = Tree::check_out(&self.inputs.base, &self.work.join("tree"))?;
+        tree.graft(&self.inputs.more, "release", false)?;
+        tree.graft(&self.inputs.base, "copy", true)?;
+        tree.weigh()?;
+        let (base_bytes, base_files) = (tree.bytes(), tree.files());
+
+        let layout = self.encapsulate(&tree)?;
+        let (image, base_compressed) = self.push(&layout, "base")?;
+        let booted_commit = self.boot(&image)?;
+        let node_layer = layer::make(&self.inputs.node, &self.inputs.base, self.work)?;
+        let added = format!("{:.0} MB of node programs in one plain layer", node_layer.bytes as f64 / 1e6);
+
+        let mut cases = Vec::new();
+        layer::append(&layout, &node_layer)?;
+        let what = format!("the booted base itself, and {added}");
+        cases.push(self.case(&layout, "same-base", None, what, 0)?);
+
+        for percent in [1, 10, 50] {
+            let changed = tree.alter_until(percent)?;
+            let what = told(changed, base_bytes, &tree);
+            cases.push(self.case(
+                &self.encapsulate(&tree)?,
+                &format!("growth-{percent}"),
+                Some(percent),
+                what,
+                changed,
+            )?);
+        }
+        tree.alter_kernel()?;
+        let changed = tree.alter_until(MONTH)?;
+        let layout = self.encapsulate(&tree)?;
+        layer::append(&layout, &node_layer)?;
+        let what =
+            format!("{}, kernel, modules and initramfs among them; and {added}", told(changed, base_bytes, &tree));
+        cases.push(self.case(&layout, "older-base", None, what, changed)?);
+
+        let changed = tree.alter_until(100)?;
+        let layout = self.encapsulate(&tree)?;
+        let what = format!("every file that is not empty changed ({:.0} MB)", changed as f64 / 1e6);
+        cases.push(self.case(&layout, "growth-100", Some(100), what.clone(), changed)?);
+        layer::append(&layout, &node_layer)?;
+        cases.push(self.case(&layout, "nothing-in-common", None, format!("{what}; and {added}"), changed)?);
+
+        let order = ["same-base", "older-base", "nothing-in-common"];
+        cases
+            .sort_by_key(|case| (order.iter().position(|name| *name == case.name).unwrap_or(order.len()), case.growth));
+        Ok(Images { booted_commit, base_bytes, base_files, base_compressed, cases })
+    }
+
+    /// Commits the tree as it is now and writes it as a chunked image; its OCI layout.
+    fn encapsulate(&self, tree: &Tree) -> Result<PathBuf> {
+        let repo = repo_arg(&self.source);
+        let dir = format!("--tree=dir={}", tree.root().display());
+        let time = "--timestamp=2026-01-01 00:00:00 +0000";
+        run("ostree", ["commit", &repo, "--branch=bench", "--no-bindings", time, &dir])?;
+        // What only the previous state had: the disk need not hold all of them at once.
+        run("ostree", ["prune", &repo, "--refs-only", "--depth=0"])?;
+        let layout = self.work.join("oci");
+        let _ = fs::remove_dir_all(&layout);
+        let mut oracle = std::process::Command::new(&self.inputs.oracle);
+        oracle.args(["encapsulate", "--ref", "bench", "--name", "bench", "--repo"]).arg(&self.source);
+        output(oracle.arg(format!("oci:{}:latest", layout.display())))?;
+        Ok(layout)
+    }
+
+    /// Name in the registry and compressed size.
+    fn push(&self, layout: &Path, tag: &str) -> Result<(String, u64)> {
+        let image = format!("bench/node:{tag}");
+        self.registry.push(layout, &image)?;
+        Ok((image, layer::compressed_size(layout)?))
+    }
+
+    fn case(&self, layout: &Path, name: &str, growth: Option<u8>, what: String, changed_bytes: u64) -> Result<Case> {
+        let (image, compressed) = self.push(layout, name)?;
+        eprintln!("benchmark: {name}: {:.0} MB compressed; {what}", compressed as f64 / 1e6);
+        Ok(Case { name: name.into(), growth, what, image, compressed, changed_bytes })
+    }
+
+    /// Imports the base's image to what plays the booted system's disk; the booted commit.
+    fn boot(&self, image: &str) -> Result<String> {
+        let (repo, root) = (Images::booted_repo(self.out), Images::booted_root(self.out));
+        init(&repo)?;
+        let mut oracle = std::process::Command::new(&self.inputs.oracle);
+        oracle.arg("import").arg("--repo").arg(&repo);
+        let commit = output(oracle.arg(format!("ostree-unverified-registry:{}/{image}", self.registry.address)))?;
+        run("ostree", ["checkout", "-H", &repo_arg(&repo), &commit, &root.display().to_string()])?;
+        Ok(commit)
+    }
+}
+
+/// A bare repo that is not synced to disk: what is killed while it is built is built anew.
+fn init(repo: &Path) -> Result<()> {
+    run("ostree", ["init", "--mode=bare", &repo_arg(repo)])?;
+    run("ostree", ["config", &repo_arg(repo), "set", "core.fsync", "false"]).map(drop)
+}
+
+fn told(changed: u64, all: u64, tree: &Tree) -> String {
+    let (changed_mb, all_mb) = (changed as f64 / 1e6, all as f64 / 1e6);
+    format!(
+        "{changed_mb:.0} of {all_mb:.0} MB ({:.1} %) changed, in {} of {} packages",
+        changed as f64 / all as f64 * 100.0,
+        tree.altered_units(),
+        tree.units()
+    )
+}
+
+/// `--repo=PATH`.
+pub fn repo_arg(repo: &Path) -> String {
+    format!("--repo={}", repo.display())
+}

@@ -1,0 +1,108 @@
+//! The table on standard output, in Markdown, so that it can be pasted into `docs/benchmarks.md`.
+
+use std::fmt::Write;
+
+use crate::etc::EtcTimes;
+use crate::images::Images;
+use crate::summary::{Measure, Row, Runs, steps};
+
+/// Everything as text.
+pub fn table(images: &Images, runs: &[Runs], etc: &EtcTimes, rounds: usize) -> String {
+    let mut out = String::new();
+    // Writing to a string does not fail.
+    let _ = write(&mut out, images, runs, etc, rounds);
+    out
+}
+
+fn write(
+    out: &mut String,
+    images: &Images,
+    runs: &[Runs],
+    etc: &EtcTimes,
+    rounds: usize,
+) -> Result<(), std::fmt::Error> {
+    let megabytes = |bytes: u64| bytes as f64 / 1e6;
+    writeln!(
+        out,
+        "Booted: a base of {:.0} MB in {} files, {:.0} MB compressed, imported from its image. Medians of {rounds} round{}.",
+        megabytes(images.base_bytes),
+        images.base_files,
+        megabytes(images.base_compressed),
+        if rounds == 1 { "" } else { "s" },
+    )?;
+    for run in runs.iter().filter(|run| run.case.growth.is_none()) {
+        writeln!(out, "\n### {}\n", run.case.name)?;
+        writeln!(out, "Node image: {}. {:.0} MB compressed.\n", run.case.what, megabytes(run.case.compressed))?;
+        writeln!(out, "| | incumbent | ours | ratio | goal | |\n|---|---:|---:|---:|---|---|")?;
+        for row in run.rows() {
+            let shown = |value| row.measure.shown(value);
+            let (goal, met) = (row.goal.as_deref().unwrap_or(""), verdict(&row));
+            let (label, ratio) = (row.measure.label(), ratio(&row));
+            writeln!(out, "| {label} | {} | {} | {ratio} | {goal} | {met} |", shown(row.incumbent), shown(row.ours))?;
+        }
+        writeln!(out, "\nSteps: incumbent {}; ours {}.", told(&steps(&run.incumbent)), ours(run))?;
+        if let Some((limit, factor)) = run.distance() {
+            let parts = told(&steps(&run.limit));
+            writeln!(
+                out,
+                "Limit for the layers that ours fetched: {limit:.2} s ({parts}); ours takes {factor:.2} times that."
+            )?;
+        }
+    }
+    writeln!(out, "\n### Growth with the share of changed content\n")?;
+    writeln!(out, "| changed | | incumbent | ours | ratio | goal | |\n|---|---|---:|---:|---:|---|---|")?;
+    for run in runs.iter().filter(|run| run.case.growth.is_some()) {
+        for (at, row) in run.rows().into_iter().filter(|row| row.measure != Measure::SkopeoRss).enumerate() {
+            let first = run.case.growth.filter(|_| at == 0).map_or(String::new(), |percent| format!("{percent} %"));
+            let (label, shown) = (row.measure.label(), |value| row.measure.shown(value));
+            let (goal, met) = (row.goal.as_deref().unwrap_or(""), verdict(&row));
+            let (incumbent, own, ratio) = (shown(row.incumbent), shown(row.ours), ratio(&row));
+            writeln!(out, "| {first} | {label} | {incumbent} | {own} | {ratio} | {goal} | {met} |")?;
+        }
+    }
+    writeln!(out)?;
+    for run in runs.iter().filter(|run| run.case.growth.is_some()) {
+        let factor = run.distance().map_or(String::new(), |(limit, factor)| {
+            format!(" Limit {limit:.2} s, ours takes {factor:.2} times that.")
+        });
+        writeln!(out, "* {}: {}.{factor}", run.case.name, run.case.what)?;
+    }
+    writeln!(
+        out,
+        "\n### /etc\n\n{} entries, each changed by the node image: plan {:.3} s, apply {:.3} s, undo {:.3} s.",
+        etc.entries, etc.plan, etc.apply, etc.undo
+    )
+}
+
+fn ratio(row: &Row) -> String {
+    row.ratio.map_or("–".into(), |ratio| format!("{ratio:.2}"))
+}
+
+fn verdict(row: &Row) -> String {
+    match row.met {
+        Some(true) => "met".into(),
+        // A ratio of 1.00 may hide what was too much.
+        Some(false) if row.measure == Measure::Fetched => {
+            format!("**not met**: {:.1} KiB more", (row.ours - row.incumbent) / 1024.0)
+        }
+        Some(false) => "**not met**".into(),
+        None => String::new(),
+    }
+}
+
+fn told(steps: &[(String, f64)]) -> String {
+    steps.iter().map(|(name, seconds)| format!("{name} {seconds:.2}")).collect::<Vec<_>>().join(", ")
+}
+
+fn ours(run: &Runs) -> String {
+    let Some(pulled) = run.ours.last().and_then(|sample| sample.pulled.as_ref()) else { return String::new() };
+    format!(
+        "pull {:.2}, stage {:.2}; {} layers fetched, {} not; {} objects written, {} files in the delta",
+        pulled.pull_seconds,
+        pulled.stage_seconds,
+        pulled.layers_fetched,
+        pulled.layers_skipped,
+        pulled.objects_written,
+        pulled.delta_files
+    )
+}
