@@ -30,6 +30,9 @@ pub struct Options {
     /// Only cases whose name contains this.
     #[arg(long, env = "BENCH_CASES")]
     pub cases: Option<String>,
+    /// A directory that `benchmark images` made, instead of the test bed's.
+    #[arg(long, conflicts_with = "quick")]
+    pub images: Option<PathBuf>,
     /// Where bench.json, bench.md and bench.svg go.
     #[arg(long, default_value = "target")]
     pub out: PathBuf,
@@ -47,13 +50,15 @@ pub fn compare(options: &Options) -> Result<()> {
     let rounds = if quick { 1 } else { options.rounds };
     ensure!(rounds > 0, "BENCH_ROUNDS must be at least 1");
     let oracle = oracle()?;
-    let small = tempfile::tempdir_in(if quick { "/dev/shm" } else { "/tmp" })?;
-    let dir = if quick {
-        let dir = small.path().join("images");
-        images::build(&fixture::inputs(small.path(), &oracle)?, &dir)?;
-        dir
-    } else {
-        testbed_images()?
+    let small = tempfile::tempdir_in("/dev/shm")?;
+    let dir = match &options.images {
+        Some(dir) => dir.clone(),
+        None if quick => {
+            let dir = small.path().join("images");
+            images::build(&fixture::inputs(small.path(), &oracle)?, &dir)?;
+            dir
+        }
+        None => testbed_images()?,
     };
     let images = Images::read(&dir)?;
     let bench = Bench::start(&dir, oracle)?;
