@@ -107,9 +107,11 @@ pub fn tree(root: &Path, commit: &str) -> Result<String> {
     tree_of(&repo, commit)
 }
 
-/// The checksums of the directory tree and of the directory itself that a commit has as its root.
+/// The checksums of the directory tree and of the directory itself that a commit or ref has as its root.
 pub fn tree_of(repo: &Path, commit: &str) -> Result<String> {
-    let (variant, _) = open(repo)?.load_commit(commit)?;
+    let repo = open(repo)?;
+    let commit = repo.resolve_rev(commit, false)?.context("no such commit")?;
+    let (variant, _) = repo.load_commit(&commit)?;
     // (metadata, parent, related, subject, body, time, root dirtree, root dirmeta): ostree's OstreeCommit.
     let checksum = |index| variant.child_value(index).get::<Vec<u8>>().map(hex::encode).context("malformed commit");
     Ok(format!("{} {}", checksum(6)?, checksum(7)?))

@@ -13,9 +13,10 @@ mod tree;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
+use crate::ours;
 use crate::proc::{output, run};
 use crate::registry::Registry;
 use tree::Tree;
@@ -177,7 +178,8 @@ impl Builder<'_> {
 
         let changed = tree.alter_until(100)?;
         let layout = self.encapsulate(&tree)?;
-        let what = format!("every file that is not empty changed ({:.0} MB)", changed as f64 / 1e6);
+        let what =
+            format!("every file changed that is neither empty nor SELinux policy ({:.0} MB)", changed as f64 / 1e6);
         cases.push(self.case(&layout, "growth-100", Some(100), what.clone(), changed)?);
         layer::append(&layout, &node_layer)?;
         cases.push(self.case(&layout, "nothing-in-common", None, format!("{what}; and {added}"), changed)?);
@@ -191,9 +193,14 @@ impl Builder<'_> {
     /// Commits the tree as it is now and writes it as a chunked image; its OCI layout.
     fn encapsulate(&self, tree: &Tree) -> Result<PathBuf> {
         let repo = repo_arg(&self.source);
-        let dir = format!("--tree=dir={}", tree.root().display());
-        let time = "--timestamp=2026-01-01 00:00:00 +0000";
-        run("ostree", ["commit", &repo, "--branch=bench", "--no-bindings", time, &dir])?;
+        let mut commit = std::process::Command::new("ostree");
+        commit.args(["commit", &repo, "--branch=bench", "--no-bindings", "--timestamp=2026-01-01 00:00:00 +0000"]);
+        commit.arg(format!("--tree=dir={}", tree.root().display()));
+        // Labelled, as real ones are; ostree-ext would relabel one that is not, and make another tree of it.
+        if tree.root().join(tree::POLICY).exists() {
+            commit.arg(format!("--selinux-policy={}", tree.root().display()));
+        }
+        output(&mut commit)?;
         // What only the previous state had: the disk need not hold all of them at once.
         run("ostree", ["prune", &repo, "--refs-only", "--depth=0"])?;
         let layout = self.work.join("oci");
@@ -224,6 +231,8 @@ impl Builder<'_> {
         let mut oracle = std::process::Command::new(&self.inputs.oracle);
         oracle.arg("import").arg("--repo").arg(&repo);
         let commit = output(oracle.arg(format!("ostree-unverified-registry:{}/{image}", self.registry.address)))?;
+        let same = ours::tree_of(&repo, &commit)? == ours::tree_of(&self.source, "bench")?;
+        ensure!(same, "ostree-ext's import of the base is not the tree that it was made from");
         run("ostree", ["checkout", "-H", &repo_arg(&repo), &commit, &root.display().to_string()])?;
         Ok(commit)
     }

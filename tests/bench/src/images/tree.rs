@@ -14,6 +14,8 @@ use crate::proc::run;
 
 /// Where the trees keep dpkg's lists of files, one per package.
 pub const DPKG_INFO: &str = "usr/lib/sysimage/dpkg/info";
+/// The SELinux policy: never altered, because it is read.
+pub const POLICY: &str = "usr/etc/selinux";
 /// What generated the kernel's initramfs belongs to no package; it changes with the kernel.
 const KERNEL: &str = "kernel";
 /// What is flipped in the first byte of an altered file. Sizes stay the same, and so does the packing of packages
@@ -94,7 +96,7 @@ impl Tree {
             };
             let new = || Unit { name: unit.to_owned(), files: Vec::new(), bytes: 0 };
             let unit = units.entry(unit.to_owned()).or_insert_with(new);
-            if size > 0 {
+            if size > 0 && !name.starts_with(POLICY) {
                 unit.files.push(path.to_owned());
                 unit.bytes += size;
             }
