@@ -10,8 +10,8 @@ use crate::images::{Commit, Inputs, repo_arg};
 use crate::proc::run;
 
 /// Packages in the base, and files in each.
-const PACKAGES: u32 = 40;
-const FILES: u32 = 6;
+const PACKAGES: u32 = 24;
+const FILES: u32 = 4;
 
 /// Three commits in three repos below `dir`.
 pub fn inputs(dir: &Path, oracle: &Path) -> Result<Inputs> {
@@ -44,7 +44,7 @@ fn tree(root: &Path, release: u32, node: bool) -> Result<()> {
         let mut list = String::from("/.\n/usr\n");
         for file in 0..FILES {
             let path = format!("usr/lib/{package}/file-{file}");
-            put(&path, &noise(1000 + 9000 * (number as u32 % 7) + file, &format!("{release} {path}")))?;
+            put(&path, &noise(1000 + 5000 * (number as u32 % 7) + file, &format!("{release} {path}")))?;
             list.push_str(&format!("/{path}\n"));
         }
         put(&format!("usr/etc/{package}.conf"), format!("default of {release}\n").as_bytes())?;
