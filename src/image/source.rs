@@ -110,7 +110,8 @@ impl Source {
         }
         let manifest: ImageManifest = serde_json::from_slice(&raw)
             .map_err(|error| Failure::new(Kind::BadFormat, format!("the manifest of {name} is malformed: {error}")))?;
-        let raw = self.config(name, &opened, &manifest).await?;
+        let converted = sha256(&raw) != digest;
+        let raw = self.config(name, &opened, &manifest, converted).await?;
         let config: ImageConfiguration = serde_json::from_slice(&raw)
             .map_err(|error| Failure::new(Kind::BadFormat, format!("the config of {name} is malformed: {error}")))?;
         Ok((manifest, config))
@@ -178,16 +179,23 @@ impl Source {
 
     /// The config's bytes, as the manifest's digest names them.
     ///
-    /// What the proxy calls the full config is serialised anew, so it hashes right only for manifests
-    /// that were converted from docker's form; for the others the config is a blob like any other.
-    async fn config(&self, name: &str, opened: &OpenedImage, manifest: &ImageManifest) -> Result<Vec<u8>, Failure> {
+    /// It is a blob like any other, unless the manifest was converted from docker's form: then it names a
+    /// config that was converted too, which is in no registry and which only the proxy's "full config" is.
+    async fn config(
+        &self,
+        name: &str,
+        opened: &OpenedImage,
+        manifest: &ImageManifest,
+        converted: bool,
+    ) -> Result<Vec<u8>, Failure> {
         const LARGEST: u64 = 8 << 20;
         let descriptor = manifest.config();
         let expected = descriptor.digest().to_string();
-        let digest_of = |raw: &[u8]| format!("sha256:{}", hex::encode(Sha256::digest(raw)));
-        let full = self.request(name, "config", self.proxy.fetch_config_raw(opened)).await?;
-        if digest_of(&full) == expected {
-            return Ok(full);
+        if converted {
+            let full = self.request(name, "config", self.proxy.fetch_config_raw(opened)).await?;
+            if sha256(&full) == expected {
+                return Ok(full);
+            }
         }
         if descriptor.size() > LARGEST {
             let message = format!("the config of {name} has {} bytes", descriptor.size());
@@ -203,7 +211,7 @@ impl Source {
             verdict.and_then(|()| read.map_err(ProxyError::from))
         };
         self.request(name, "config", both).await?;
-        let actual = digest_of(&raw);
+        let actual = sha256(&raw);
         if actual != expected {
             let message = format!("the config of {name} has the digest {actual}, not {expected}");
             return Err(Failure::new(Kind::BadDigest, message));
@@ -232,6 +240,10 @@ impl Source {
             }
         }
     }
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    format!("sha256:{}", hex::encode(Sha256::digest(bytes)))
 }
 
 fn failure(name: &str, what: &str, error: &ProxyError) -> Failure {
