@@ -111,8 +111,9 @@ impl Images {
     }
 }
 
-/// The share that changes within a month of updates: kernel and initramfs always, and then packages.
-const MONTH: u8 = 65;
+/// The share that changes within a month of updates, in percent: kernel and initramfs always, and then
+/// packages. It is what two bases of this project's first measurements differed by (625 of 1,326 MB).
+const MONTH: u8 = 47;
 
 /// Builds everything in `out`, which must be empty and on one file system.
 pub fn build(inputs: &Inputs, out: &Path) -> Result<Images> {
@@ -157,16 +158,8 @@ impl Builder<'_> {
         let what = format!("the booted base itself, and {added}");
         cases.push(self.case(&layout, "same-base", None, what, 0)?);
 
-        for percent in [1, 10, 50] {
-            let changed = tree.alter_until(percent)?;
-            let what = told(changed, base_bytes, &tree);
-            cases.push(self.case(
-                &self.encapsulate(&tree)?,
-                &format!("growth-{percent}"),
-                Some(percent),
-                what,
-                changed,
-            )?);
+        for percent in [1, 10] {
+            cases.push(self.growth(&mut tree, percent, base_bytes)?);
         }
         tree.alter_kernel()?;
         let changed = tree.alter_until(MONTH)?;
@@ -175,6 +168,7 @@ impl Builder<'_> {
         let what =
             format!("{}, kernel, modules and initramfs among them; and {added}", told(changed, base_bytes, &tree));
         cases.push(self.case(&layout, "older-base", None, what, changed)?);
+        cases.push(self.growth(&mut tree, 50, base_bytes)?);
 
         let changed = tree.alter_until(100)?;
         let layout = self.encapsulate(&tree)?;
@@ -188,6 +182,13 @@ impl Builder<'_> {
         cases
             .sort_by_key(|case| (order.iter().position(|name| *name == case.name).unwrap_or(order.len()), case.growth));
         Ok(Images { booted_commit, base_bytes, base_files, base_compressed, cases })
+    }
+
+    /// The base with so many percent of it changed.
+    fn growth(&self, tree: &mut Tree, percent: u8, base_bytes: u64) -> Result<Case> {
+        let changed = tree.alter_until(percent)?;
+        let what = told(changed, base_bytes, tree);
+        self.case(&self.encapsulate(tree)?, &format!("growth-{percent}"), Some(percent), what, changed)
     }
 
     /// Commits the tree as it is now and writes it as a chunked image; its OCI layout.
