@@ -22,8 +22,8 @@ pub type Labeler<'a> = dyn Fn(&Path, u32) -> Option<Vec<u8>> + 'a;
 /// Carries out `plan` on `etc_dir`, taking content from `new_dir` (the new tree's `usr/etc`), with an undo
 /// record in `undo_dir`. Conflicting versions of the node image are saved in `etc-new` beside it.
 ///
-/// What it writes is labelled by `label`, or, without one, as the new tree's file is: an image's
-/// `usr/etc` carries the labels of its own policy. A label that the kernel refuses is counted, not fatal.
+/// What it writes is labelled by `label`, or, without one, as the plan says, or as the new tree's file is: an
+/// image's `usr/etc` carries the labels of its own policy. A label that the kernel refuses is counted, not fatal.
 ///
 /// Each entry changes in one step and only if it is still what the plan says; one that somebody changed
 /// meanwhile is left alone and reported. Calling it again with the same plan finishes a call that was
@@ -129,12 +129,10 @@ fn choose_label(
     label: Option<&Labeler<'_>>,
 ) -> Result<Option<Vec<u8>>> {
     if let Some(label) = label {
-        let kind = match after.content {
-            Content::File { .. } => 0o100_000,
-            Content::Symlink(_) => 0o120_000,
-            _ => 0o040_000,
-        };
-        return Ok(label(&Path::new("/etc").join(change.path.as_path()), kind | after.meta.mode));
+        return Ok(label(&Path::new("/etc").join(change.path.as_path()), after.raw_mode()));
+    }
+    if let Some(label) = &change.label {
+        return Ok(Some(label.0.clone()));
     }
     match (change.content, from) {
         (Origin::New, Some(from)) => Ok(from.label_and_mtime()?.0.map(|label| label.0)),

@@ -112,7 +112,13 @@ impl Walk {
         }
         let present = result.is_some();
         if result.as_ref() != leaf(current) {
-            let change = Change { path: path.clone(), before: leaf(current).cloned(), after: result, content: origin };
+            let change = Change {
+                path: path.clone(),
+                before: leaf(current).cloned(),
+                after: result,
+                content: origin,
+                label: None,
+            };
             let list = if present { &mut self.rest } else { &mut self.removals };
             list.push(change);
         }
@@ -161,7 +167,13 @@ impl Walk {
             self.note(path, class, reason, new);
         }
         let present = result.is_some();
-        let change = Change { path: path.clone(), before: leaf(current).cloned(), after: result, content: Origin::New };
+        let change = Change {
+            path: path.clone(),
+            before: leaf(current).cloned(),
+            after: result,
+            content: Origin::New,
+            label: None,
+        };
         if present {
             self.rest.push(change);
         } else {

@@ -1,12 +1,13 @@
 //! The three-way merge of `/etc`.
 //!
-//! [`scan`] reads a tree, [`decide`] (pure) says what to do, [`apply`] does it entry by entry with a
-//! record, [`undo`] takes it back. This room writes below the `/etc` it is given and into the record's
+//! [`scan`] reads a tree, [`decide`] (pure) says what to do, [`diff()`] shows it, [`apply`] does it entry by entry
+//! with a record, [`undo`] takes it back. The table is in `docs/etc-merge.md`. This room writes below the `/etc` it is given and into the record's
 //! directory, nowhere else; it follows no symbolic link and enters no mount below `/etc`. It may not
 //! mount anything, start programs, or know where the node image came from.
 
 mod apply;
 mod decide;
+mod diff;
 mod name;
 mod place;
 mod plan;
@@ -21,6 +22,7 @@ mod tests;
 
 pub use apply::{Labeler, apply, aside_dir, open_defaults, open_dir, plan, refuse_conflicts, undo};
 pub use decide::decide;
+pub use diff::diff;
 pub use name::Bytes;
 pub use plan::{Change, Class, Decision, Origin, Plan};
 pub use report::{NotDone, Report, UndoReport};

@@ -5,7 +5,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use super::name::Bytes;
-use super::snapshot::Leaf;
+use super::snapshot::{Content, Leaf};
 
 /// How an entry fared in the merge.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -74,6 +74,9 @@ pub struct Change {
     pub after: Option<Leaf>,
     /// Where content comes from.
     pub content: Origin,
+    /// The security label that it gets, as in its attribute; without one, that of the file it is taken from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub label: Option<Bytes>,
 }
 
 /// A whole merge. The acts are in the order in which they must be done: removals from the bottom up,
@@ -92,6 +95,18 @@ impl Plan {
     /// Whether nothing is to be done.
     pub fn is_empty(&self) -> bool {
         self.changes.is_empty()
+    }
+
+    /// The bytes that carrying it out writes: new content, what is saved for an undo, and what is put aside. The
+    /// latter is not in the plan, so a conflict counts as what is there now.
+    pub fn bytes(&self) -> u64 {
+        let size = |leaf: &Option<Leaf>| match leaf.as_ref().map(|leaf| &leaf.content) {
+            Some(Content::File { size, .. }) => *size,
+            _ => 0,
+        };
+        self.changes
+            .iter()
+            .fold(0, |sum, change| sum.saturating_add(size(&change.before)).saturating_add(size(&change.after)))
     }
 
     /// The decisions of one class.

@@ -50,6 +50,16 @@ pub struct Leaf {
 }
 
 impl Leaf {
+    /// Mode with the file type, as stat(2) gives it.
+    pub fn raw_mode(&self) -> u32 {
+        let kind = match self.content {
+            Content::File { .. } | Content::Other => 0o100_000,
+            Content::Symlink(_) => 0o120_000,
+            Content::Directory => 0o040_000,
+        };
+        kind | self.meta.mode
+    }
+
     /// Whether it is a directory.
     pub fn is_directory(&self) -> bool {
         self.content == Content::Directory

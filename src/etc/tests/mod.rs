@@ -2,7 +2,10 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod diff;
+mod ostree;
 mod properties;
+mod race;
 mod real;
 mod table;
 

@@ -108,4 +108,25 @@ proptest! {
         prop_assert!(missing.is_empty(), "{:?}", missing);
         prop_assert!(decided.is_sorted_by(|one, other| one < other), "no path twice");
     }
+
+    #[test]
+    fn an_entry_is_decided_whatever_is_beside_it([base, new, current] in families()) {
+        let whole = decide(&base, &new, &current);
+        for name in NAMES {
+            let only = |etc: &Snapshot| {
+                let mut etc = etc.clone();
+                etc.root.children.retain(|other, _| other == name.as_bytes());
+                etc
+            };
+            let alone = decide(&only(&base), &only(&new), &only(&current));
+            let here = |path: &Bytes| path.as_path().starts_with(name);
+            let of = |plan: &Plan| {
+                let changes: Vec<_> = plan.changes.iter().filter(|change| here(&change.path)).cloned().collect();
+                let decisions: Vec<_> = plan.decisions.iter().filter(|one| here(&one.path)).cloned().collect();
+                let aside: Vec<_> = plan.aside.iter().filter(|path| here(path)).cloned().collect();
+                (changes, decisions, aside)
+            };
+            prop_assert_eq!(of(&whole), of(&alone));
+        }
+    }
 }

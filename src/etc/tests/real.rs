@@ -41,13 +41,13 @@ fn write(path: &Path, entry: &Entry, content: &dyn Fn(&str) -> String) {
     }
 }
 
-fn write_tree(path: &Path, etc: &Snapshot) {
+pub(super) fn write_tree(path: &Path, etc: &Snapshot) {
     let known: BTreeMap<String, String> =
         (0..8).map(|number| (hex::encode(Sha256::digest(text(number))), text(number))).collect();
     write(path, &etc.root, &|sha256| known[sha256].clone());
 }
 
-fn rescan(path: &Path) -> Snapshot {
+pub(super) fn rescan(path: &Path) -> Snapshot {
     scan(open_dir(path).unwrap().as_fd()).unwrap()
 }
 
@@ -294,4 +294,77 @@ fn a_kill_within_an_act_is_finished_or_undone() {
 
 fn base_mode() -> u32 {
     meta(0).mode
+}
+
+/// An access control list as the kernel takes it: version 2, then tag, permissions and id of each entry.
+fn acl(user: u32) -> Bytes {
+    let mut value = 2u32.to_le_bytes().to_vec();
+    for (tag, id) in [(1u16, u32::MAX), (2, user), (4, u32::MAX), (0x10, u32::MAX), (0x20, u32::MAX)] {
+        value.extend(tag.to_le_bytes());
+        value.extend(4u16.to_le_bytes());
+        value.extend(id.to_le_bytes());
+    }
+    Bytes(value)
+}
+
+#[test]
+fn access_control_lists_arrive_and_survive() {
+    private(|scratch| {
+        let listed = |content, name: &str, user| {
+            let mut entry = if content == 0 { dir(0, []) } else { file(content, 0) };
+            entry.leaf.meta.mode = 0o444;
+            entry.leaf.meta.xattrs.insert(Bytes::from(name), acl(user));
+            entry
+        };
+        let access = |content, user| listed(content, "system.posix_acl_access", user);
+        // What is made in this directory would inherit a list.
+        let inherited = |children: &[(&'static str, u8)]| {
+            let mut entry = listed(0, "system.posix_acl_default", 7);
+            let children = children.iter().map(|(name, content)| (name.as_bytes().to_vec(), file(*content, 0)));
+            entry.children.extend(children);
+            entry
+        };
+        let base = etc([("f", access(1, 1)), ("local", file(1, 0)), ("d", inherited(&[("a", 1)]))]);
+        let new = etc([("f", access(2, 2)), ("local", file(2, 0)), ("d", inherited(&[("a", 2), ("b", 1)]))]);
+        let current = etc([("f", access(1, 1)), ("local", access(1, 3)), ("d", inherited(&[("a", 1)]))]);
+        let place = stage(scratch, "acl", &[base, new, current.clone()]);
+        assert_eq!(rescan(&place.join("etc")), current);
+        let plan = plan_in(&place);
+        assert_eq!(apply_in(&place, &plan).skipped, []);
+        // The list that was given here and the content that came with the node image do not contradict each other.
+        let merged = etc([("f", access(2, 2)), ("local", access(2, 3)), ("d", inherited(&[("a", 2), ("b", 1)]))]);
+        assert_eq!(rescan(&place.join("etc")), merged);
+        undo_in(&place);
+        assert_eq!(rescan(&place.join("etc")), current);
+    });
+}
+
+#[test]
+fn the_order_on_disk_does_not_matter() {
+    private(|scratch| {
+        for (dir, numbers) in [("up", [1, 2, 3, 4, 5]), ("down", [5, 4, 3, 2, 1])] {
+            fs::create_dir(scratch.join(dir)).unwrap();
+            for number in numbers {
+                fs::write(scratch.join(dir).join(format!("\u{e4}{number}")), text(number)).unwrap();
+            }
+        }
+        assert_eq!(rescan(&scratch.join("up")), rescan(&scratch.join("down")));
+    });
+}
+
+#[test]
+fn the_plans_label_is_the_one_that_is_set() {
+    private(|scratch| {
+        let trees = [etc([("a", file(1, 0))]), etc([("a", file(2, 0)), ("b", file(1, 0))]), etc([("a", file(1, 0))])];
+        let place = stage(scratch, "label", &trees);
+        let mut plan = plan_in(&place);
+        for change in &mut plan.changes {
+            change.label = Some(Bytes(format!("by policy: {}", change.path).into_bytes()));
+        }
+        assert_eq!(apply_in(&place, &plan).unlabelled, 0);
+        let labels: Vec<_> = beyond(&place.join("etc")).into_values().map(|(label, _)| label).collect();
+        assert_eq!(labels, [b"by policy: a".to_vec(), b"by policy: b".to_vec()]);
+        undo_in(&place);
+        assert_eq!(beyond(&place.join("etc")).into_values().next().unwrap().0, b"label of 0");
+    });
 }

@@ -71,6 +71,64 @@ fn content_and_metadata_are_merged_apart() {
     }
 }
 
+#[test]
+fn every_combination_of_kinds_with_something_below() {
+    let with = |meta, content| dir(meta, [("a", file(content, 0))]);
+    let kinds = [
+        None,
+        Some(file(1, 0)),
+        Some(file(2, 0)),
+        Some(file(1, 1)),
+        Some(link(1)),
+        Some(link(2)),
+        Some(dir(0, [])),
+        Some(with(0, 1)),
+        Some(with(0, 2)),
+        Some(with(2, 1)),
+        Some(dir(0, [("a", other()), ("b", link(1))])),
+        Some(other()),
+    ];
+    for base in &kinds {
+        for new in &kinds {
+            for current in &kinds {
+                let [b, n, c] = [base, new, current].map(at_x);
+                let shown = || format!("B {base:?}\nN {new:?}\nC {current:?}");
+                let plan = decide(&b, &n, &c);
+                let after = outcome(&plan, &c);
+                assert_eq!(decide(&b, &n, &after).changes, [], "{}", shown());
+                let special = |etc: &Snapshot| flat(etc).values().any(|leaf| leaf.content == Content::Other);
+                if b == c && ![&b, &n].into_iter().any(special) {
+                    assert_eq!(after, n, "{}", shown());
+                }
+                let (base, after) = (flat(&b), flat(&after));
+                for (path, leaf) in flat(&c) {
+                    if base.get(&path) != Some(&leaf) && leaf.content == Content::Other {
+                        assert_eq!(after.get(&path), Some(&leaf), "{path}\n{}", shown());
+                    } else if base.get(&path).map(|before| &before.content) != Some(&leaf.content) {
+                        assert_eq!(
+                            after.get(&path).map(|now| &now.content),
+                            Some(&leaf.content),
+                            "{path}\n{}",
+                            shown()
+                        );
+                    }
+                }
+                // A type that changed on both sides, differently, is a conflict, and N's version is saved.
+                let kinds = [&b, &n, &c].map(|etc| etc.root.children.get(&b"x"[..]).map(|entry| &entry.leaf.content));
+                let files = |side: Option<&Content>| matches!(side, Some(Content::File { .. } | Content::Symlink(_)));
+                if kinds[2] != kinds[0]
+                    && kinds[2] != kinds[1]
+                    && kinds[0] != kinds[1]
+                    && files(kinds[1])
+                    && kinds[2] != Some(&Content::Other)
+                {
+                    assert!(plan.aside.contains(&Bytes::from("x")), "{}", shown());
+                }
+            }
+        }
+    }
+}
+
 fn paths(etc: &Snapshot) -> Vec<String> {
     flat(etc).keys().skip(1).map(Bytes::to_string).collect()
 }
