@@ -194,7 +194,7 @@ fn a_system_is_switched_and_switched_back() {
         let local_etc = describe(&etc_path);
 
         let tree = stage::open_new_usr(&delta.directory, &usr, SOURCE).unwrap();
-        assert!(stage::check_content(tree.as_fd()).is_empty());
+        assert!(stage::check_content(tree.as_fd(), stage::Machine::here().unwrap()).is_empty());
         let new_etc = etc::open_defaults(tree.as_fd()).unwrap().unwrap();
         let old_etc = etc::open_dir(&usr.join("etc")).unwrap();
         let etc_dir = etc::open_dir(&etc_path).unwrap();

@@ -10,6 +10,7 @@ mod complete;
 mod error;
 mod fetch;
 mod paths;
+mod plan;
 mod prepare;
 mod record;
 mod switch;
@@ -28,6 +29,7 @@ use crate::store::StoreLock;
 
 pub use error::Error;
 pub use paths::Paths;
+pub use plan::{EtcPlan, MemoryPlan, PlanDocument, SwitchPlan};
 pub use record::{Record, StagedRoot, Step, Switched};
 pub use ticket::{Ticket, Tickets};
 
@@ -207,19 +209,49 @@ impl Agent {
         Ok(undone.kept)
     }
 
-    /// What the switch would change, as lines for a person; pulls and stages first if that was not
-    /// done yet, which leaves the running system untouched.
+    /// What the switch would change; pulls and stages first if that was not done yet, which leaves the
+    /// running system untouched.
     ///
     /// # Errors
     /// As [`Agent::advance`].
-    pub async fn plan(&self, ticket: &Ticket) -> Result<Vec<String>, Error> {
-        self.advance(Goal::Staged, ticket).await?;
+    pub async fn plan(&self, ticket: &Ticket) -> Result<PlanDocument, Error> {
+        self.stage_anew(ticket).await?;
         let record = self.record.lock().await;
         Ok(match &record.step {
-            Step::Staged(staged) => staged.plan_lines(),
-            Step::NothingToDo { reason, .. } => vec![format!("nothing to do: {reason}")],
-            _ => vec!["already switched".into()],
+            Step::Staged(_) => PlanDocument::staged(SwitchPlan::load(&self.paths)?),
+            Step::NothingToDo { reason, .. } => PlanDocument::without_plan("nothing-to-do", Some(reason.clone())),
+            _ => PlanDocument::without_plan("switched", None),
         })
+    }
+
+    /// Stages, again if that was done: `/etc`, the mounts and free memory may be others by now.
+    async fn stage_anew(&self, ticket: &Ticket) -> Result<(), Error> {
+        {
+            let mut record = self.record.lock().await;
+            if let Step::Staged(staged) = &record.step {
+                record.step = Step::Pulled(staged.pulled.clone());
+            }
+        }
+        self.advance(Goal::Staged, ticket).await
+    }
+
+    /// What the switch would change in `/etc`, as a unified diff; pulls and stages first, like [`Agent::plan`].
+    /// What not everybody may read is only named, unless `secrets`. Empty when nothing is to be done.
+    ///
+    /// # Errors
+    /// As [`Agent::advance`]; [`Error::Refused`] after the switch.
+    pub async fn diff_etc(&self, secrets: bool, ticket: &Ticket) -> Result<Vec<u8>, Error> {
+        self.stage_anew(ticket).await?;
+        // Held until the end: nobody may switch under us.
+        let record = self.record.lock().await;
+        let staged = match &record.step {
+            Step::Staged(staged) => staged.clone(),
+            Step::NothingToDo { .. } => return Ok(Vec::new()),
+            _ => return Err(Error::Refused("already switched: /etc is merged; see the report of the switch".into())),
+        };
+        let paths = self.paths.clone();
+        let diff = tokio::task::spawn_blocking(move || prepare::diff_etc(&paths, &staged, secrets)).await;
+        Ok(diff.map_err(anyhow::Error::from)??)
     }
 
     /// Shows a failure in the status document, with the attempts of a phase that counted them.

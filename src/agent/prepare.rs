@@ -1,19 +1,22 @@
 //! Stage: the delta tree, the `/etc` plan and every check that can refuse, before anything changes.
 
+use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use anyhow::Context as _;
 use ostree::gio::Cancellable;
-use tracing::info;
+use ostree::glib::{Variant, VariantDict};
+use tracing::{info, warn};
 
+use super::plan::{EtcPlan, MemoryPlan, SwitchPlan};
 use super::{Context, Error, Paths, StagedRoot};
 use crate::config::EtcStrategy;
 use crate::etc::{self, Class, Plan};
 use crate::import::PulledImage;
-use crate::mount::Namespace;
+use crate::mount::{DetachedTree, Namespace};
 use crate::report::{Phase, State};
-use crate::stage::{self, Booted, Keep, Refusals};
+use crate::stage::{self, Booted, Free, Keep, Need, PackageChanges, Packages, Refusal, Refusals};
 use crate::store::{NodeStore, ObjectType};
 
 /// What mount tables show for the exposed `/usr`.
@@ -28,48 +31,112 @@ pub(super) async fn stage(context: &Context, pulled: PulledImage) -> Result<Stag
     let paths = context.paths.clone();
     let strategy = context.settings.etc_strategy;
     // libostree's objects must stay on one thread.
-    let staged = tokio::task::spawn_blocking(move || blocking(&paths, pulled, strategy))
+    let (staged, warnings) = tokio::task::spawn_blocking(move || blocking(&paths, pulled, strategy))
         .await
         .context("staging panicked; the running system is untouched")??;
     for line in staged.plan_lines() {
         info!("{line}");
         context.tracker.note(line);
     }
+    for line in warnings {
+        warn!("{line}");
+        context.tracker.note(format!("warning: {line}"));
+    }
     context.tracker.end(phase, State::Pulled);
     Ok(staged)
 }
 
-fn blocking(paths: &Paths, pulled: PulledImage, strategy: EtcStrategy) -> Result<StagedRoot, Error> {
+/// Everything that can refuse does so in here, cheapest first. What it finds is written down; returned are
+/// what the switch needs, and warnings.
+fn blocking(paths: &Paths, pulled: PulledImage, strategy: EtcStrategy) -> Result<(StagedRoot, Vec<String>), Error> {
+    let usr = Path::new(USR);
     let mounts = Namespace::init().mounts()?;
-    refuse(stage::check_system(&mounts, Path::new(USR), Path::new(ETC)))?;
+    refuse(stage::check_system(&mounts, usr, Path::new(ETC)))?;
+    let mut warnings = stage::warnings(&mounts, usr);
 
-    let store = NodeStore::open(&paths.store())?;
+    let store_dir = paths.store();
+    let store = NodeStore::open(&store_dir)?;
     let repo = ostree::Repo::new_for_path(store.repo_path());
     repo.open(Cancellable::NONE).context("cannot open the node store; the running system is untouched")?;
+    let metadata = metadata_of(&repo, &pulled.commit)?;
+    refuse(check_metadata(&metadata))?;
     let booted = match &pulled.booted_commit {
         Some(commit) => Booted::Commit(commit),
-        None => Booted::Directory(Path::new(USR)),
+        None => Booted::Directory(usr),
     };
     let own_object = |name: &str| {
         let path = store.object_path(&name.parse().ok()?, ObjectType::File);
         path.symlink_metadata().is_ok().then_some(path)
     };
-    let delta = stage::build_delta(&repo, booted, &pulled.commit, &own_object, &paths.delta(), &Keep::default())?;
+    let difference = stage::compare(&repo, booted, &pulled.commit, &own_object, &Keep::default())?;
+    refuse(too_little(Free::at(&store_dir)?.needs(&store_dir, difference.bytes_to_copy()?, 0)))?;
+    let delta = difference.build(&paths.delta())?;
 
-    let tree = stage::open_new_usr(&delta.directory, Path::new(USR), USR_SOURCE)?;
-    refuse(stage::check_tree(&tree))?;
+    let tree = stage::open_new_usr(&delta.directory, usr, USR_SOURCE)?;
+    refuse(stage::check_content(tree.as_fd(), stage::Machine::here().context("looking at this program")?))?;
 
-    let base = etc::open_dir(Path::new("/usr/etc"))?;
-    let current = etc::open_dir(Path::new(ETC))?;
-    let plan = etc::plan(base.as_fd(), new_etc(tree.as_fd())?.as_fd(), current.as_fd())?;
-    if strategy == EtcStrategy::Fail {
-        etc::refuse_conflicts(&plan).map_err(|error| Error::Refused(format!("{error:#}")))?;
+    let mut plan = plan_etc(&tree)?;
+    match stage::label_plan(&mut plan, tree.as_fd(), paths.run()) {
+        Ok(labelled) => info!("/etc: {labelled} of {} changes are labelled by the policy", plan.changes.len()),
+        // The image's own files have labels, too.
+        Err(error) => warnings.push(format!("{error:#}; what is written to /etc gets the labels of the image's files")),
     }
+    if strategy == EtcStrategy::Fail {
+        refuse(
+            etc::refuse_conflicts(&plan)
+                .err()
+                .map(|error| Refusal::Conflicts(format!("{error:#}")))
+                .into_iter()
+                .collect(),
+        )?;
+    }
+    let needs = Free::at(&store_dir)?.needs(&store_dir, 0, plan.bytes());
+    let memory = MemoryPlan::from(&needs[0]);
+    refuse(too_little(needs))?;
+
+    let new = new_etc(tree.as_fd())?;
+    let merge = |etc: BorrowedFd<'_>, records: &Path| {
+        etc::apply(&plan, new.as_fd(), etc, &records.join("undo"), None).map(drop)
+    };
+    let trial = stage::check_runs(&tree, &merge)?;
+    refuse(trial.refusals)?;
+    warnings.extend(trial.warning);
+
     let text = serde_json::to_vec(&plan).context("cannot write the plan for /etc")?;
     crate::dirfd::Directory::ensure(paths.run())
         .and_then(|dir| dir.write_atomic(Paths::ETC_PLAN, 0o600, &text))
         .context("cannot store the plan for /etc; nothing was changed")?;
-    Ok(StagedRoot { pulled, delta, etc: etc_lines(&plan) })
+    let document = SwitchPlan {
+        image: pulled.image.pinned.clone(),
+        commit: pulled.commit.clone(),
+        booted_commit: pulled.booted_commit.clone(),
+        usr: delta.counts,
+        packages: packages(&repo, &tree, &pulled, &metadata),
+        etc: EtcPlan::from(&plan),
+        memory,
+        warnings: pulled.warnings.iter().chain(&warnings).cloned().collect(),
+    };
+    document.save(paths)?;
+    Ok((StagedRoot { pulled, delta, etc: etc_lines(&plan) }, warnings))
+}
+
+/// The plan for `/etc` as it is now, against a new `/usr` that is not exposed yet.
+fn plan_etc(tree: &DetachedTree) -> anyhow::Result<Plan> {
+    let base = etc::open_dir(Path::new("/usr/etc"))?;
+    let current = etc::open_dir(Path::new(ETC))?;
+    etc::plan(base.as_fd(), new_etc(tree.as_fd())?.as_fd(), current.as_fd())
+}
+
+/// What the staged plan would do to `/etc`, as a unified diff. Nothing is changed.
+pub(super) fn diff_etc(paths: &Paths, staged: &StagedRoot, secrets: bool) -> anyhow::Result<Vec<u8>> {
+    let tree = stage::open_new_usr(&staged.delta.directory, Path::new(USR), USR_SOURCE)?;
+    let text = crate::dirfd::Directory::ensure(paths.run())
+        .and_then(|dir| dir.read_optional(Paths::ETC_PLAN))
+        .context("cannot read the plan for /etc")?
+        .context("the plan for /etc is missing; run pull again")?;
+    let plan: Plan = serde_json::from_slice(&text).context("the plan for /etc is damaged; run pull again")?;
+    let current = etc::open_dir(Path::new(ETC))?;
+    etc::diff(&plan, new_etc(tree.as_fd())?.as_fd(), current.as_fd(), secrets)
 }
 
 /// How many entries of each class, and the conflicts by name.
@@ -85,6 +152,50 @@ pub(super) fn new_etc(usr: BorrowedFd<'_>) -> anyhow::Result<OwnedFd> {
     etc::open_defaults(usr)?.context("the node image has no /usr/etc: it is no ostree system; use another node image")
 }
 
-fn refuse(refusals: Vec<stage::Refusal>) -> Result<(), Error> {
+/// The metadata that a commit says of itself.
+fn metadata_of(repo: &ostree::Repo, commit: &str) -> anyhow::Result<VariantDict> {
+    let (variant, _) = repo.load_commit(commit).with_context(|| format!("reading the commit {commit}"))?;
+    let metadata: Variant = variant.try_child_value(0).with_context(|| format!("the commit {commit} is malformed"))?;
+    Ok(VariantDict::new(Some(&metadata)))
+}
+
+fn check_metadata(metadata: &VariantDict) -> Vec<Refusal> {
+    stage::check_metadata(
+        &|key| metadata.lookup::<String>(key).ok().flatten(),
+        &|key| metadata.lookup::<bool>(key).ok().flatten(),
+        &rustix::system::uname().machine().to_string_lossy(),
+    )
+}
+
+/// What changes in packages: by dpkg's database in both trees, or rpm-ostree's list in both commits. An image
+/// that was built upon another has the list of that one, or none: then nothing is said.
+fn packages(
+    repo: &ostree::Repo,
+    tree: &DetachedTree,
+    pulled: &PulledImage,
+    new: &VariantDict,
+) -> Option<PackageChanges> {
+    let booted_usr = etc::open_dir(Path::new(USR)).ok()?;
+    if let (Some(old), Some(new)) = (dpkg_of(booted_usr.as_fd()), dpkg_of(tree.as_fd())) {
+        return Some(PackageChanges::between(&old, &new));
+    }
+    let old = metadata_of(repo, pulled.booted_commit.as_ref()?).ok()?;
+    Some(PackageChanges::between(&stage::rpm(&old)?, &stage::rpm(new)?))
+}
+
+fn dpkg_of(usr: BorrowedFd<'_>) -> Option<Packages> {
+    use rustix::fs::{Mode, OFlags, ResolveFlags};
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    let file = rustix::fs::openat2(usr, stage::DPKG_STATUS, flags, Mode::empty(), ResolveFlags::IN_ROOT).ok()?;
+    let mut text = Vec::new();
+    std::fs::File::from(file).read_to_end(&mut text).ok()?;
+    Some(stage::dpkg(&String::from_utf8_lossy(&text)))
+}
+
+fn too_little(needs: Vec<Need>) -> Vec<Refusal> {
+    needs.into_iter().filter_map(Need::check).collect()
+}
+
+fn refuse(refusals: Vec<Refusal>) -> Result<(), Error> {
     if refusals.is_empty() { Ok(()) } else { Err(Error::Refused(Refusals(refusals).to_string())) }
 }

@@ -55,7 +55,7 @@ impl StagedRoot {
                 self.delta.counts.added,
                 self.delta.counts.changed,
                 self.delta.counts.removed,
-                human_bytes(self.delta.counts.bytes)
+                human_bytes(self.delta.counts.added_bytes + self.delta.counts.changed_bytes)
             ),
         ];
         lines.extend(self.etc.iter().map(|line| format!("/etc: {line}")));

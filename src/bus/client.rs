@@ -124,13 +124,28 @@ impl Client {
     /// # Errors
     /// See [`CallError`].
     pub async fn call(&self, method: &str) -> Result<Vec<String>, CallError> {
-        let reply = self
-            .connection
-            .call_method(self.destination, PATH, Some(INTERFACE), method, &())
-            .await
-            .map_err(classify)?;
         // Methods answer with lines or with nothing.
-        Ok(reply.body().deserialize().unwrap_or_default())
+        Ok(self.reply(method, &()).await?.body().deserialize().unwrap_or_default())
+    }
+
+    /// The plan as a JSON document. See [`Client::call`].
+    pub async fn plan_document(&self) -> Result<String, CallError> {
+        let reply = self.reply("PlanDocument", &()).await?;
+        reply.body().deserialize().map_err(|error| CallError::Failed(format!("the daemon's answer: {error}")))
+    }
+
+    /// The plan for `/etc` as a unified diff. See [`Client::call`].
+    pub async fn diff_etc(&self, secrets: bool) -> Result<Vec<u8>, CallError> {
+        let reply = self.reply("DiffEtc", &secrets).await?;
+        reply.body().deserialize().map_err(|error| CallError::Failed(format!("the daemon's answer: {error}")))
+    }
+
+    async fn reply<B>(&self, method: &str, body: &B) -> Result<zbus::Message, CallError>
+    where
+        B: serde::Serialize + zbus::zvariant::DynamicType,
+    {
+        let call = self.connection.call_method(self.destination, PATH, Some(INTERFACE), method, body);
+        call.await.map_err(classify)
     }
 
     /// The status document.

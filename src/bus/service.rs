@@ -95,7 +95,19 @@ impl Pivot {
 
     /// What the switch would change, a line each.
     async fn plan(&self) -> Result<Vec<String>, MethodError> {
-        Ok(self.agent.plan(&self.ticket()).await?)
+        Ok(self.agent.plan(&self.ticket()).await?.lines())
+    }
+
+    /// The same as a JSON document.
+    async fn plan_document(&self) -> Result<String, MethodError> {
+        let plan = self.agent.plan(&self.ticket()).await?;
+        serde_json::to_string_pretty(&plan).map_err(|error| MethodError::Failed(error.to_string()))
+    }
+
+    /// What the switch would change in `/etc`, as a unified diff. `secrets`: also of files that not everybody may
+    /// read.
+    async fn diff_etc(&self, secrets: bool) -> Result<Vec<u8>, MethodError> {
+        Ok(self.agent.diff_etc(secrets, &self.ticket()).await?)
     }
 
     /// Ends every call that has not begun to switch; answers a line if there was one.

@@ -89,7 +89,7 @@ pub(super) async fn cancel(paths: &Paths) -> Result<Exit> {
 }
 
 /// Tells systemd and the person why, and says how to exit.
-fn failed(error: &CallError) -> Exit {
+pub(super) fn failed(error: &CallError) -> Exit {
     let message = error.to_string();
     let _ = notify(false, &[NotifyState::Status(report::one_line(&message))]);
     say::error(&message);

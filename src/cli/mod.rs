@@ -5,6 +5,7 @@
 
 mod daemon;
 mod drive;
+mod plan;
 mod say;
 mod show;
 
@@ -68,7 +69,18 @@ enum Command {
     /// Show what happened: phases and how long they took, what was fetched, the RAM it cost.
     Report,
     /// Say what the switch would change; pulls and stages first, which changes nothing that runs.
-    Plan,
+    Plan {
+        /// As a JSON document, with every path of /etc and every package.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show what the switch would change in /etc as a unified diff; pulls and stages first. Conflicts, of which
+    /// the local version stays, are shown as comments.
+    DiffEtc {
+        /// Also show the content of files that not everybody may read.
+        #[arg(long)]
+        secrets: bool,
+    },
     /// Resolve, pull and stage the node image; the running system is untouched.
     Pull {
         /// Also fetch what the pivot does not need (kernel modules), so that the image can be deployed to a disk;
@@ -127,7 +139,9 @@ async fn dispatch(command: Command) -> anyhow::Result<Exit> {
         Command::Status { json, watch: false } => show::status(&paths, json).await,
         Command::Status { json, watch: true } => show::watch(&paths, json).await,
         Command::Report => show::report(&paths).await,
-        Command::Plan => drive::drive(&paths, "Plan").await,
+        Command::Plan { json: false } => drive::drive(&paths, "Plan").await,
+        Command::Plan { json: true } => plan::json(&paths).await,
+        Command::DiffEtc { secrets } => plan::diff_etc(&paths, secrets).await,
         Command::Pull { complete: false } => drive::drive(&paths, "Pull").await,
         Command::Pull { complete: true } => drive::drive(&paths, "Complete").await,
         Command::Overlay => drive::drive(&paths, "Overlay").await,

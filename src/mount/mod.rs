@@ -1,8 +1,8 @@
 //! Mount trees: built detached, looked into, tried, exposed in one step, and taken away again.
 //!
 //! This room knows the kernel's mount API and mount namespaces, and nothing of images, ostree or
-//! `/etc`. It never decides *whether* to expose something; it may not remount, bind or unmount
-//! anything that it did not mount itself.
+//! `/etc`. It never decides *whether* to expose something; outside of a trial's private namespace it may not
+//! remount, bind or unmount anything that it did not mount itself.
 //!
 //! The namespace that counts is PID 1's ([`Namespace::init`]): the agent may be sandboxed, and what it
 //! mounts in a namespace of its own helps nobody.
@@ -17,10 +17,10 @@ mod trial;
 pub(crate) mod testing;
 
 pub use namespace::Namespace;
-pub use table::{Exposure, Mount, exposure, mounts_below, overlay_depth, parse};
+pub use table::{Exposure, Mount, exposure, mounts_below, overlay_stack, parse, writable_overlay};
 pub use tmpfs::{TmpfsUse, tmpfs, tmpfs_used};
-pub use tree::{DetachedTree, supports_overlay};
-pub use trial::{Trial, trial};
+pub use tree::{DetachedTree, overlay_fits, overlay_support};
+pub use trial::{Ended, Trial, trial};
 
 use std::path::Path;
 

@@ -113,27 +113,37 @@ pub fn mounts_below(mounts: &[Mount], target: &Path) -> Vec<PathBuf> {
     below
 }
 
-/// How many overlays lie on top of each other under `path`, 0 for none. The kernel allows 2, so a
-/// new overlay on `path` fits when this is at most 1.
+/// The overlays that lie on top of each other under `path`, topmost first, by the names that mount
+/// tables give them; the longest such chain. The kernel allows 2, so a new overlay on `path` fits when this has
+/// at most 1.
 ///
 /// Lower directories are looked up by the names in the mount options. A name that no longer leads
-/// anywhere (composefs detaches its erofs) counts as a plain file system, so this may be too low,
-/// never too high: the kernel's own refusal stays the last word.
-pub fn overlay_depth(mounts: &[Mount], path: &Path) -> usize {
-    depth_of(mounts, path, &mut Vec::new())
+/// anywhere (composefs detaches its erofs) counts as a plain file system, so this may be too short,
+/// never too long: the kernel's own refusal stays the last word.
+pub fn overlay_stack(mounts: &[Mount], path: &Path) -> Vec<String> {
+    stack_of(mounts, path, &mut Vec::new())
 }
 
-fn depth_of(mounts: &[Mount], path: &Path, visited: &mut Vec<u64>) -> usize {
+fn stack_of(mounts: &[Mount], path: &Path, visited: &mut Vec<u64>) -> Vec<String> {
     // An overlay's own mount cannot be its lower layer: what was at the path before counts.
     let visible: Vec<Mount> = mounts.iter().filter(|mount| !visited.contains(&mount.id)).cloned().collect();
-    let Some(mount) = path.ancestors().find_map(|place| top(&visible, place)) else { return 0 };
+    let Some(mount) = path.ancestors().find_map(|place| top(&visible, place)) else { return Vec::new() };
     if mount.fstype != "overlay" {
-        return 0;
+        return Vec::new();
     }
     visited.push(mount.id);
-    let below = lower_dirs(&mount.super_options).iter().map(|dir| depth_of(mounts, dir, visited)).max();
+    let below = lower_dirs(&mount.super_options).into_iter().map(|dir| stack_of(mounts, &dir, visited));
+    let deepest = below.max_by_key(Vec::len).unwrap_or_default();
     visited.pop();
-    1 + below.unwrap_or(0)
+    std::iter::once(mount.source.to_string_lossy().into_owned()).chain(deepest).collect()
+}
+
+/// The name of the overlay that is mounted at exactly `path` and takes changes, if there is one: somebody made
+/// `path` writable.
+pub fn writable_overlay(mounts: &[Mount], path: &Path) -> Option<String> {
+    let mount = top(mounts, path).filter(|mount| mount.fstype == "overlay")?;
+    let mut options = mount.super_options.as_bytes().split(|byte| *byte == b',');
+    options.any(|option| option.starts_with(b"upperdir=")).then(|| mount.source.to_string_lossy().into_owned())
 }
 
 fn lower_dirs(options: &OsString) -> Vec<PathBuf> {
@@ -198,6 +208,7 @@ nonsense\n";
 
     #[test]
     fn overlays_are_counted() {
+        let overlay_depth = |mounts: &[Mount], path: &Path| overlay_stack(mounts, path).len();
         assert_eq!(overlay_depth(&live_with(""), Path::new("/usr")), 0);
         let composefs = "22 1 0:40 / / ro - overlay composefs ro,lowerdir+=/run/gone,datadir+=/sysroot/objects\n";
         assert_eq!(overlay_depth(&parse(composefs.as_bytes()), Path::new("/usr")), 1);

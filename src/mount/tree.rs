@@ -133,8 +133,20 @@ impl DetachedTree {
 }
 
 /// Whether this kernel has, or can load, the overlay file system.
-pub fn supports_overlay() -> bool {
-    rustix::mount::fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).is_ok()
+///
+/// # Errors
+/// The kernel's own: `ENODEV` when it has none, `ENOSYS` before Linux 5.2, `EPERM` without CAP_SYS_ADMIN.
+pub fn overlay_support() -> rustix::io::Result<()> {
+    rustix::mount::fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).map(drop)
+}
+
+/// Tries whether the kernel lays an overlay over `path`. It is never mounted anywhere.
+///
+/// # Errors
+/// The kernel's words when it refuses: stacked too deep, or a file system that cannot be a layer.
+pub fn overlay_fits(path: &Path) -> Result<()> {
+    // Any directory of another file system will do as the other layer; this one is always there.
+    DetachedTree::overlay(&[path, Path::new("/run")], "probe").map(drop)
 }
 
 /// A layer's directory, held open so that a name through `/proc/self/fd` leads to it.
@@ -344,7 +356,7 @@ mod tests {
             }
             let error = format!("{:#}", DetachedTree::overlay(&[&top, &below], "nip:test").unwrap_err());
             assert!(error.contains("level1") && error.contains("Invalid argument"), "{error}");
-            assert_eq!(super::super::overlay_depth(&here().mounts().unwrap(), &below), 2);
+            assert_eq!(super::super::overlay_stack(&here().mounts().unwrap(), &below).len(), 2);
             let error = DetachedTree::overlay(&[&top, &scratch.join("none")], "nip:test").unwrap_err();
             assert!(format!("{error:#}").contains("none"));
         });

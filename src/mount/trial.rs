@@ -1,7 +1,8 @@
-//! Running a program of a tree that is not exposed yet.
+//! Running programs of a tree that is not exposed yet.
 
 use std::fs::File;
 use std::io::{Read, Seek};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
@@ -11,55 +12,115 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use nix::sched::CloneFlags;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
-use rustix::fs::{CWD, MemfdFlags};
-use rustix::mount::{MountPropagationFlags, MoveMountFlags};
+use rustix::fs::{CWD, MemfdFlags, Mode, OFlags};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags, fsconfig_create,
+    fsconfig_set_string,
+};
 
 use super::DetachedTree;
 
 /// How a program of the new tree ended.
 #[derive(Debug)]
-pub struct Trial {
+pub struct Ended {
     /// Its exit status.
     pub status: ExitStatus,
-    /// What it wrote to its standard output.
+    /// What it wrote to its standard output, at most 4 MiB of it.
     pub stdout: String,
-    /// What it wrote to its standard error.
+    /// What it wrote to its standard error, likewise.
     pub stderr: String,
 }
 
-/// Runs `argv` with `tree` as `/usr` in a private mount namespace: nobody else sees the tree, and the
-/// running system keeps its own. Returns how the program ended, whatever its exit status.
-///
-/// # Errors
-/// When the namespace cannot be made, the program cannot be started (missing, a broken loader, a
-/// foreign architecture), or it runs for longer than `timeout`: then it is killed. Nothing outside
-/// the private namespace is touched in any case.
-pub fn trial(tree: &DetachedTree, argv: &[&str], timeout: Duration) -> Result<Trial> {
-    trial_at(tree, Path::new("/usr"), argv, timeout)
+/// A private view of the machine: the new tree is `/usr`, `/etc` is a writable copy, `/var` is empty.
+/// Programs run in it can change neither the running system's `/usr`, `/etc` nor `/var`.
+#[derive(Debug)]
+pub struct Trial {
+    /// Why `/etc` is the running one, should it not be the merged one: it is read-only then.
+    pub etc_unmerged: Option<String>,
 }
 
-fn trial_at(tree: &DetachedTree, target: &Path, argv: &[&str], timeout: Duration) -> Result<Trial> {
+/// Lets `act` run programs with `tree` as `/usr` in a private mount namespace: nobody else sees the tree,
+/// and the running system keeps its own.
+///
+/// `/etc` is an overlay of the running one, to which `merge_etc` is applied first: it gets the directory
+/// and a scratch directory for its records. Where that is not possible (the running `/etc` may be an overlay
+/// of overlays already), [`Trial::etc_unmerged`] says why, and programs see the running `/etc`.
+///
+/// # Errors
+/// When the namespace cannot be made, and those of `act`. Nothing outside of it is touched in any case.
+pub fn trial<T: Send>(
+    tree: &DetachedTree,
+    merge_etc: &(dyn Fn(BorrowedFd<'_>, &Path) -> Result<()> + Sync),
+    act: impl FnOnce(&Trial) -> T + Send,
+) -> Result<T> {
     let twin = tree.twin().context("building a second tree for the trial run")?;
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
-            isolate(&twin, target).context("making a private mount namespace for the trial run")?;
-            run(argv, timeout).with_context(|| format!("trial run of {} in the new /usr", argv.join(" ")))
+            let trial = isolate(&twin, merge_etc).context("making a private mount namespace for the trial run")?;
+            Ok(act(&trial))
         });
         thread.join().map_err(|_| anyhow!("the trial run's thread panicked"))?
     })
 }
 
-/// Gives the calling, short-lived thread a mount namespace of its own, with `tree` at `target`.
-fn isolate(tree: &DetachedTree, target: &Path) -> Result<()> {
+/// Gives the calling, short-lived thread a mount namespace of its own, with `tree` at `/usr`.
+fn isolate(tree: &DetachedTree, merge_etc: &(dyn Fn(BorrowedFd<'_>, &Path) -> Result<()> + Sync)) -> Result<Trial> {
     nix::sched::unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_FS).context("unshare")?;
     // Before anything else: what is mounted from here on must not spread.
     rustix::mount::mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
         .context("keeping mounts to ourselves")?;
-    rustix::mount::move_mount(tree.as_fd(), "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
-        .with_context(|| format!("mounting the new tree at {}", target.display()))
+    // The overlay's upper layer and the merge's records need a place. And what a program under trial
+    // leaves behind, such as ldconfig's second cache, goes away with it.
+    rustix::mount::mount("trial", "/var", "tmpfs", MountFlags::NODEV | MountFlags::NOSUID, Some(c"mode=0755"))
+        .context("mounting an empty /var")?;
+    let etc_unmerged = private_etc(merge_etc).err().map(|error| format!("{error:#}"));
+    if etc_unmerged.is_some() {
+        rustix::mount::mount_bind("/etc", "/etc")
+            .and_then(|()| rustix::mount::mount_remount("/etc", MountFlags::BIND | MountFlags::RDONLY, ""))
+            .context("making /etc read-only")?;
+    }
+    rustix::mount::move_mount(tree.as_fd(), "", CWD, "/usr", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+        .context("mounting the new tree at /usr")?;
+    Ok(Trial { etc_unmerged })
 }
 
-fn run(argv: &[&str], timeout: Duration) -> Result<Trial> {
+/// Mounts an overlay of `/etc` over it, merged before anybody can see it.
+fn private_etc(merge: &(dyn Fn(BorrowedFd<'_>, &Path) -> Result<()> + Sync)) -> Result<()> {
+    let records = Path::new("/var/records");
+    for directory in [Path::new("/var/upper"), Path::new("/var/work"), records] {
+        std::fs::create_dir(directory).with_context(|| format!("making {}", directory.display()))?;
+    }
+    let overlay = overlay_of_etc().context("laying an overlay over /etc")?;
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = rustix::fs::openat(&overlay, ".", flags, Mode::empty()).context("opening the overlay of /etc")?;
+    merge(root.as_fd(), records).context("merging /etc")?;
+    rustix::mount::move_mount(&overlay, "", CWD, "/etc", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+        .context("mounting the overlay of /etc")
+}
+
+fn overlay_of_etc() -> rustix::io::Result<OwnedFd> {
+    let fs = rustix::mount::fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    for (key, value) in
+        [("source", "trial"), ("lowerdir", "/etc"), ("upperdir", "/var/upper"), ("workdir", "/var/work")]
+    {
+        fsconfig_set_string(&fs, key, value)?;
+    }
+    fsconfig_create(&fs)?;
+    rustix::mount::fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::MOUNT_ATTR_NODEV)
+}
+
+impl Trial {
+    /// Runs `argv`, an absolute path first, and returns how it ended, whatever its exit status.
+    ///
+    /// # Errors
+    /// When it cannot be started (missing, a broken loader, a foreign architecture), or runs for longer
+    /// than `timeout`: then it is killed.
+    pub fn run(&self, argv: &[&str], timeout: Duration) -> Result<Ended> {
+        run(argv, timeout).with_context(|| format!("trial run of {} in the new /usr", argv.join(" ")))
+    }
+}
+
+fn run(argv: &[&str], timeout: Duration) -> Result<Ended> {
     let (program, arguments) = argv.split_first().context("no program given")?;
     ensure!(program.starts_with('/'), "{program} must be an absolute path");
     // Files, not pipes: a child of the child that keeps them open cannot make us wait.
@@ -91,7 +152,7 @@ fn run(argv: &[&str], timeout: Duration) -> Result<Trial> {
         }
         std::thread::sleep(Duration::from_millis(5));
     };
-    Ok(Trial { status, stdout: text_of(&mut stdout)?, stderr: text_of(&mut stderr)? })
+    Ok(Ended { status, stdout: text_of(&mut stdout)?, stderr: text_of(&mut stderr)? })
 }
 
 fn memory_file(name: &str) -> Result<File> {
@@ -100,8 +161,7 @@ fn memory_file(name: &str) -> Result<File> {
 }
 
 fn text_of(file: &mut File) -> Result<String> {
-    /// More than any `--version` prints.
-    const LONGEST: u64 = 64 * 1024;
+    const LONGEST: u64 = 4 << 20;
     let mut bytes = Vec::new();
     file.rewind()?;
     file.take(LONGEST).read_to_end(&mut bytes)?;
@@ -112,6 +172,7 @@ fn text_of(file: &mut File) -> Result<String> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use std::fs;
+    use std::io::Write;
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
@@ -129,16 +190,43 @@ mod tests {
             let before = here().mounts().unwrap();
 
             let ten = Duration::from_secs(10);
-            let trial_run = trial(&tree, &["/usr/bin/only-in-the-new-tree", "hello"], ten).unwrap();
-            assert!(trial_run.status.success());
-            assert_eq!(trial_run.stdout, "hello\n");
-            assert!(!trial(&tree, &["/usr/bin/false"], ten).unwrap().status.success());
-            let error = trial(&tree, &["/usr/bin/not-a-program"], ten).unwrap_err();
-            assert!(format!("{error:#}").contains("cannot be started"), "{error:#}");
-            let started = Instant::now();
-            let error = trial(&tree, &["/usr/bin/sleep", "60"], Duration::from_millis(100)).unwrap_err();
-            assert!(format!("{error:#}").contains("killed"), "{error:#}");
-            assert!(started.elapsed() < ten);
+            let merge = |etc: BorrowedFd<'_>, records: &Path| -> Result<()> {
+                assert!(records.is_dir());
+                let flags = OFlags::WRONLY | OFlags::CREATE;
+                File::from(rustix::fs::openat(etc, "trial", flags, Mode::RUSR)?).write_all(b"merged")?;
+                rustix::fs::unlinkat(etc, "passwd", rustix::fs::AtFlags::empty())?;
+                Ok(())
+            };
+            trial(&tree, &merge, |trial| {
+                assert_eq!(trial.etc_unmerged, None);
+                let ended = trial.run(&["/usr/bin/only-in-the-new-tree", "hello"], ten).unwrap();
+                assert!(ended.status.success());
+                assert_eq!(ended.stdout, "hello\n");
+                assert!(!trial.run(&["/usr/bin/false"], ten).unwrap().status.success());
+                let error = trial.run(&["/usr/bin/not-a-program"], ten).unwrap_err();
+                assert!(format!("{error:#}").contains("cannot be started"), "{error:#}");
+                let started = Instant::now();
+                let error = trial.run(&["/usr/bin/sleep", "60"], Duration::from_millis(100)).unwrap_err();
+                assert!(format!("{error:#}").contains("killed"), "{error:#}");
+                assert!(started.elapsed() < ten);
+                // What a program of the tree writes stays in there.
+                let script = "cat /etc/trial; ls /etc/passwd /var/lib; echo x >/etc/x; echo x >/var/x";
+                let ended = trial.run(&["/usr/bin/sh", "-c", script], ten).unwrap();
+                assert!(ended.status.success() && ended.stdout == "merged", "{ended:?}");
+            })
+            .unwrap();
+            for path in ["/etc/trial", "/etc/x", "/var/x"] {
+                assert!(!Path::new(path).exists(), "{path}");
+            }
+            assert!(Path::new("/etc/passwd").exists());
+
+            let fails = |_: BorrowedFd<'_>, _: &Path| -> Result<()> { bail!("no room") };
+            trial(&tree, &fails, |trial| {
+                assert!(trial.etc_unmerged.as_ref().unwrap().contains("no room"));
+                let ended = trial.run(&["/usr/bin/sh", "-c", "cat /etc/passwd; ! echo x >/etc/x"], ten).unwrap();
+                assert!(ended.status.success() && ended.stdout.contains("root:"), "{ended:?}");
+            })
+            .unwrap();
 
             assert_eq!(here().mounts().unwrap(), before);
             assert!(!Path::new("/usr/bin/only-in-the-new-tree").exists());

@@ -1,6 +1,6 @@
 //! Carries out the steps of a diff: makes the delta directory.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -14,7 +14,7 @@ use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, RenameFlags, Timespe
 use rustix::io::Errno;
 
 use super::delta::{Delta, DeltaCounts};
-use super::diff::{self, Checksum, DeltaOp, Directory};
+use super::diff::{self, Checksum, DeltaOp, Directory, Tree as _};
 use super::keep::Keep;
 use super::source::{DirMeta, PlainTree, RepoTree, xattrs_of};
 
@@ -31,16 +31,92 @@ pub enum Booted<'a> {
     Directory(&'a Path),
 }
 
-/// Builds at `out` the directory that, laid over the booted `/usr`, shows the target commit's `/usr`.
-///
-/// It holds hard links to the store's objects (`object_path`), so it must be on the store's file
-/// system to cost nothing; an object that only a parent repo has is copied. It is built beside `out`
-/// and renamed: a failure leaves no `out` that was not there before, and an `out` from before is
-/// replaced. It must not be called while a mount uses `out`.
+/// What the target commit's `/usr` has otherwise than the booted one. Nothing is written yet.
+pub struct Difference<'a> {
+    repo: &'a ostree::Repo,
+    object_path: &'a ObjectPath<'a>,
+    target: RepoTree<'a>,
+    /// Where the booted tree is a directory, its metadata.
+    plain: Option<PlainTree>,
+    steps: Vec<DeltaOp>,
+}
+
+/// Compares the commit's `/usr` with the booted one. `object_path` says what the node store itself holds.
 ///
 /// # Errors
-/// When an object is missing (named), a label or attribute cannot be set, or there is no room.
-/// The running system is untouched in every case.
+/// When a tree cannot be read, or the target has a file where something that is kept needs a
+/// directory. Nothing is written in any case.
+pub fn compare<'a>(
+    repo: &'a ostree::Repo,
+    booted: Booted<'_>,
+    commit: &str,
+    object_path: &'a ObjectPath<'a>,
+    keep: &Keep,
+) -> Result<Difference<'a>> {
+    let target = RepoTree::new(repo);
+    let new = target.usr_of(commit)?;
+    let (plain, steps) = match booted {
+        Booted::Commit(booted) => (None, diff::diff((&target, target.usr_of(booted)?), (&target, new), keep)?),
+        Booted::Directory(path) => {
+            let plain = PlainTree::new();
+            let old: Directory = plain.root(path);
+            let steps = diff::diff((&plain, old), (&target, new), keep)?;
+            (Some(plain), steps)
+        }
+    };
+    Ok(Difference { repo, object_path, target, plain, steps })
+}
+
+impl Difference<'_> {
+    /// The bytes that building the delta will write: content that the node store does not hold is copied
+    /// from the booted repo. Everything else is linked.
+    ///
+    /// # Errors
+    /// When an object is nowhere; it is named.
+    pub fn bytes_to_copy(&self) -> Result<u64> {
+        let mut seen = HashSet::new();
+        let mut sum = 0;
+        for step in &self.steps {
+            if let DeltaOp::File { object, .. } = step
+                && seen.insert(object)
+                && (self.object_path)(&hex::encode(object)).is_none()
+            {
+                sum += self.target.size(object)?;
+            }
+        }
+        Ok(sum)
+    }
+
+    /// Builds at `out` the directory that, laid over the booted `/usr`, shows the target commit's `/usr`.
+    ///
+    /// It holds hard links to the store's objects, so it must be on the store's file system to cost
+    /// nothing; an object that only a parent repo has is copied. It is built beside `out` and renamed: a
+    /// failure leaves no `out` that was not there before, and an `out` from before is replaced. It must
+    /// not be called while a mount uses `out`.
+    ///
+    /// # Errors
+    /// When an object is missing (named), a label or attribute cannot be set, or there is no room.
+    /// The running system is untouched in every case.
+    pub fn build(&self, out: &Path) -> Result<Delta> {
+        let building = beside(out, "building")?;
+        remove_tree(&building)?;
+        let mut builder = Builder::new(self.repo, self.object_path, &building)?;
+        let booted_meta = |name: &Checksum| match &self.plain {
+            None => self.target.meta(name),
+            Some(plain) => plain.meta(name),
+        };
+        for step in &self.steps {
+            builder.step(step, &|name| self.target.meta(name), &booted_meta).with_context(|| {
+                format!("building the delta tree at /usr/{}; the running system is untouched", builder.path.display())
+            })?;
+        }
+        let counts = builder.counts;
+        publish(&building, out)?;
+        Ok(Delta { directory: out.to_owned(), counts })
+    }
+}
+
+/// Both in one: [`compare`], then [`Difference::build`].
 pub fn build_delta(
     repo: &ostree::Repo,
     booted: Booted<'_>,
@@ -49,31 +125,7 @@ pub fn build_delta(
     out: &Path,
     keep: &Keep,
 ) -> Result<Delta> {
-    let target = RepoTree::new(repo);
-    let plain = PlainTree::new();
-    let new = target.usr_of(commit)?;
-    let steps = match booted {
-        Booted::Commit(booted) => diff::diff((&target, target.usr_of(booted)?), (&target, new), keep)?,
-        Booted::Directory(path) => {
-            let old: Directory = plain.root(path);
-            diff::diff((&plain, old), (&target, new), keep)?
-        }
-    };
-    let building = beside(out, "building")?;
-    remove_tree(&building)?;
-    let mut builder = Builder::new(repo, object_path, &building)?;
-    let booted_meta = |name: &Checksum| match booted {
-        Booted::Commit(_) => target.meta(name),
-        Booted::Directory(_) => plain.meta(name),
-    };
-    for step in &steps {
-        builder.step(step, &|name| target.meta(name), &booted_meta).with_context(|| {
-            format!("building the delta tree at /usr/{}; the running system is untouched", builder.path.display())
-        })?;
-    }
-    let counts = builder.counts;
-    publish(&building, out)?;
-    Ok(Delta { directory: out.to_owned(), counts })
+    compare(repo, booted, commit, object_path, keep)?.build(out)
 }
 
 fn beside(out: &Path, word: &str) -> Result<PathBuf> {
@@ -169,19 +221,30 @@ impl<'a> Builder<'a> {
                 set_metadata(directory.as_fd(), &meta)?;
                 self.path.pop();
             }
-            DeltaOp::File { name, object, added } => {
+            DeltaOp::File { name, object, replaces } => {
                 self.path.push(name);
-                self.file(name, object)?;
+                let size = self.file(name, object)?;
                 self.path.pop();
-                *(if *added { &mut self.counts.added } else { &mut self.counts.changed }) += 1;
+                match replaces {
+                    None => {
+                        self.counts.added += 1;
+                        self.counts.added_bytes += size;
+                    }
+                    Some(hidden) => {
+                        self.counts.changed += 1;
+                        self.counts.changed_bytes += size;
+                        self.counts.replaced_bytes += hidden.bytes;
+                    }
+                }
             }
-            DeltaOp::Whiteout { name, files } => {
+            DeltaOp::Whiteout { name, hides } => {
                 self.path.push(name);
                 // Overlayfs takes a character device 0:0 for "nothing here".
                 rustix::fs::mknodat(self.here()?, name, FileType::CharacterDevice, Mode::empty(), 0)
                     .context("making a whiteout")?;
                 self.path.pop();
-                self.counts.removed += files;
+                self.counts.removed += hides.files;
+                self.counts.removed_bytes += hides.bytes;
             }
         }
         Ok(())
@@ -191,7 +254,8 @@ impl<'a> Builder<'a> {
         Ok(self.stack.last().context("a step outside of the root")?.0.as_fd())
     }
 
-    fn file(&mut self, name: &str, object: &Checksum) -> Result<()> {
+    /// Puts the object there and returns its size in bytes.
+    fn file(&mut self, name: &str, object: &Checksum) -> Result<u64> {
         let hex = hex::encode(object);
         let here = self.here()?;
         let stored = self.copies.get(object).map(|copy| self.root.join(copy)).or_else(|| (self.object_path)(&hex));
@@ -211,13 +275,12 @@ impl<'a> Builder<'a> {
         }
         let stat = rustix::fs::statat(here, name, AtFlags::SYMLINK_NOFOLLOW).context("looking at it")?;
         let size = u64::try_from(stat.st_size).unwrap_or_default();
-        self.counts.bytes += size;
         if !linked {
             self.counts.copied += 1;
             self.counts.copied_bytes += size;
             self.copies.insert(*object, self.path.clone());
         }
-        Ok(())
+        Ok(size)
     }
 }
 

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 /// How much a delta changes. A symbolic link is a file.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct DeltaCounts {
     /// Files that the booted tree lacks.
     pub added: u64,
@@ -20,8 +21,14 @@ pub struct DeltaCounts {
     pub removed: u64,
     /// Directories in the delta.
     pub directories: u64,
-    /// Size of all added and changed files, in bytes.
-    pub bytes: u64,
+    /// Size of the added files, in bytes.
+    pub added_bytes: u64,
+    /// Size of the changed files, in bytes, as they are in the node image.
+    pub changed_bytes: u64,
+    /// What the changed files, and whatever else they take the place of, had in the booted tree, in bytes.
+    pub replaced_bytes: u64,
+    /// Size of the removed files, in bytes.
+    pub removed_bytes: u64,
     /// Of these, how many files had to be copied because the node store does not hold them.
     pub copied: u64,
     /// Their size in bytes: what the delta costs beyond the store.

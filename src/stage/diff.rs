@@ -32,6 +32,8 @@ pub struct Listing {
 pub trait Tree {
     /// The entries of the directory whose listing is named `tree`.
     fn list(&self, tree: &Checksum) -> Result<Listing>;
+    /// The size of a file that a listing names, in bytes; of a link, that of its target.
+    fn size(&self, file: &Checksum) -> Result<u64>;
 }
 
 /// One step of building the delta directory. Steps are relative to the directory entered last, and
@@ -55,16 +57,25 @@ pub enum DeltaOp {
         name: String,
         /// Its content object, of the target.
         object: Checksum,
-        /// Nothing of this name is in the booted tree.
-        added: bool,
+        /// What of the booted tree it takes the place of, if anything is there.
+        replaces: Option<Hidden>,
     },
     /// Hide what the booted tree has here.
     Whiteout {
         /// Its name.
         name: String,
-        /// How many files that hides.
-        files: u64,
+        /// What that hides.
+        hides: Hidden,
     },
+}
+
+/// Files of the booted tree that no longer show.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Hidden {
+    /// How many.
+    pub files: u64,
+    /// Their size in bytes.
+    pub bytes: u64,
 }
 
 /// The steps that turn `old` into `new` where nothing is kept, and leave alone what `keep` says.
@@ -150,8 +161,12 @@ impl Walk<'_> {
             if old.directories.contains_key(name) {
                 self.refuse_over_frozen()?;
             }
-            let added = !old.files.contains_key(name) && !old.directories.contains_key(name);
-            self.push(DeltaOp::File { name: name.to_owned(), object: *object, added });
+            let replaces = match (old.files.get(name), old.directories.get(name)) {
+                (Some(file), _) => Some(Hidden { files: 1, bytes: self.old.size(file)? }),
+                (None, Some(directory)) => Some(self.count(directory)?),
+                (None, None) => None,
+            };
+            self.push(DeltaOp::File { name: name.to_owned(), object: *object, replaces });
             return Ok(());
         }
         let was = old.directories.get(name);
@@ -168,17 +183,18 @@ impl Walk<'_> {
             self.leave();
             return Ok(());
         }
-        self.remove(name, was)
+        self.remove(name, old.files.get(name), was)
     }
 
     /// `name` is only in the booted tree.
-    fn remove(&mut self, name: &str, directory: Option<&Directory>) -> Result<()> {
+    fn remove(&mut self, name: &str, file: Option<&Checksum>, directory: Option<&Directory>) -> Result<()> {
         let verdict = self.keep.verdict(&self.path);
         if matches!(verdict, Verdict::Frozen | Verdict::Spared) {
             return Ok(());
         }
         let Some(directory) = directory else {
-            self.push(DeltaOp::Whiteout { name: name.to_owned(), files: 1 });
+            let bytes = file.map_or(Ok(0), |file| self.old.size(file))?;
+            self.push(DeltaOp::Whiteout { name: name.to_owned(), hides: Hidden { files: 1, bytes } });
             return Ok(());
         };
         if verdict == Verdict::Above && self.holds_kept(directory, &self.path.clone())? {
@@ -187,8 +203,8 @@ impl Walk<'_> {
             self.leave();
             return Ok(());
         }
-        let files = self.count(directory)?;
-        self.push(DeltaOp::Whiteout { name: name.to_owned(), files });
+        let hides = self.count(directory)?;
+        self.push(DeltaOp::Whiteout { name: name.to_owned(), hides });
         Ok(())
     }
 
@@ -211,10 +227,18 @@ impl Walk<'_> {
         Ok(false)
     }
 
-    fn count(&self, directory: &Directory) -> Result<u64> {
+    fn count(&self, directory: &Directory) -> Result<Hidden> {
         let listing = self.old.list(&directory.tree)?;
-        let below = listing.directories.values().map(|child| self.count(child)).sum::<Result<u64>>()?;
-        Ok(below + listing.files.len() as u64)
+        let mut all = Hidden { files: listing.files.len() as u64, bytes: 0 };
+        for file in listing.files.values() {
+            all.bytes += self.old.size(file)?;
+        }
+        for child in listing.directories.values() {
+            let below = self.count(child)?;
+            all.files += below.files;
+            all.bytes += below.bytes;
+        }
+        Ok(all)
     }
 
     fn refuse_over_frozen(&self) -> Result<()> {

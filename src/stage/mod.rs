@@ -2,24 +2,34 @@
 //!
 //! This room compares the target's tree with the booted one ([`diff()`], pure), builds the directory
 //! that holds only the difference ([`build_delta`]), and checks everything that can be checked
-//! beforehand ([`check_system`], [`check_tree`]). It reads the store and writes the delta directory.
-//! It may not expose a mount, touch `/etc`, talk to a registry or to systemd.
+//! beforehand ([`check_system`], [`check_content`], [`check_runs`], [`Free`]). It reads the store and
+//! writes the delta directory. It may not expose a mount, touch `/etc`, talk to a registry or to systemd.
 
 mod build;
 mod delta;
 mod diff;
+mod elf;
 mod keep;
+mod labels;
+mod memory;
+mod packages;
 mod preflight;
 mod source;
+mod trial;
 
 #[cfg(test)]
 mod tests;
 
-pub use build::{Booted, ObjectPath, build_delta};
+pub use build::{Booted, Difference, ObjectPath, build_delta, compare};
 pub use delta::{Delta, DeltaCounts, DeltaLookup};
-pub use diff::{Checksum, DeltaOp, Directory, Listing, Tree, diff};
+pub use diff::{Checksum, DeltaOp, Directory, Hidden, Listing, Tree, diff};
+pub use elf::Machine;
 pub use keep::Keep;
-pub use preflight::{Refusal, Refusals, check_content, check_system, check_tree};
+pub use labels::label_plan;
+pub use memory::{Free, Need};
+pub use packages::{DPKG_STATUS, Package, PackageChange, PackageChanges, Packages, dpkg, rpm};
+pub use preflight::{Refusal, Refusals, check_content, check_metadata, check_system, warnings};
+pub use trial::{TrialReport, check_runs};
 
 use std::path::Path;
 

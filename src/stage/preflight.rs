@@ -4,27 +4,53 @@ use std::fmt;
 use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
-use std::time::Duration;
 
 use anyhow::{Context, Result};
 use rustix::fs::{Mode, OFlags, ResolveFlags, StatVfsMountFlags};
+use rustix::io::Errno;
 
-use crate::mount::{self, DetachedTree, Mount};
+use super::elf::{Machine, machine_of};
+use super::memory::Need;
+use crate::mount::{self, Mount};
+use crate::report::human_bytes;
 
 /// One reason not to switch.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum Refusal {
+    /// A system call that the switch is made of is missing.
+    #[error("this kernel lacks {feature}; boot a bootimage with Linux {since} or later")]
+    OldKernel {
+        /// What is missing.
+        feature: &'static str,
+        /// The first version that has it.
+        since: &'static str,
+    },
     /// The kernel has no overlay file system.
     #[error("this kernel has no overlay file system; load or enable overlay")]
     NoOverlay,
+    /// The daemon has not the right to mount.
+    #[error("the daemon may not mount (no CAP_SYS_ADMIN); run it with the unit that is shipped")]
+    NotAllowed,
     /// The overlay would lie on too many others.
     #[error(
-        "the booted /usr is already made of {depth} overlays and the kernel allows one more on at most 1; \
-         undo `systemd-sysext merge` or `ostree admin unlock`, whichever made it"
+        "the booted /usr is already made of {} stacked overlays ({}) and the kernel allows one more on at most 1; {}",
+        layers.len(), layers.join(" over "), too_deep_remedy(layers)
     )]
     TooDeep {
-        /// How many there are.
-        depth: usize,
+        /// The mounts that are stacked, topmost first, as mount tables name them.
+        layers: Vec<String>,
+    },
+    /// The kernel refuses the overlay for a reason of its own.
+    #[error("the kernel cannot lay an overlay over /usr: {0}; use a bootimage with /usr on another file system")]
+    NotStackable(String),
+    /// Somebody made `/usr` writable.
+    #[error(
+        "/usr was made writable ({source_name}), so nobody can tell what is in it; reboot without `ostree admin unlock` \
+         (`bootc usr-overlay`, `rpm-ostree usroverlay`)"
+    )]
+    Unlocked {
+        /// What mount tables call it.
+        source_name: String,
     },
     /// Something every node image has is missing from this one.
     #[error("the node image lacks /usr/{path}, which every bootable system has; use another node image")]
@@ -35,12 +61,42 @@ pub enum Refusal {
     /// os-release says nothing.
     #[error("the node image's /usr/lib/os-release does not name a system (no ID=); use another node image")]
     OsRelease,
+    /// Its programs are for other machines.
+    #[error("the node image is built for {image} and this machine is {here}; use the node image for {here}")]
+    Architecture {
+        /// What the image's programs need.
+        image: Machine,
+        /// What this program was built for.
+        here: Machine,
+    },
+    /// The commit contradicts itself.
+    #[error("the node image's commit says {0}; use another node image")]
+    Metadata(String),
+    /// Too little memory, or room, for what is still to be done.
+    #[error(
+        "too little {}: {} are needed ({}) and {} are free; add some, or stop something that uses it",
+        need.what, human_bytes(need.sum()), need.parts(), human_bytes(need.free)
+    )]
+    TooLittle {
+        /// The numbers.
+        need: Need,
+    },
     /// A program of the new tree does not run here.
     #[error("{0}; the node image does not run on this machine (another CPU, or a broken C library?)")]
     Trial(String),
     /// `/etc` cannot be written.
     #[error("/etc is mounted read-only; make it writable first")]
     EtcReadOnly,
+    /// Conflicts, and the strategy is to fail.
+    #[error("{0}")]
+    Conflicts(String),
+}
+
+fn too_deep_remedy(layers: &[String]) -> &'static str {
+    match layers.first().map(String::as_str) {
+        Some("sysext") => "undo `systemd-sysext merge` (systemd-sysext unmerge), and merge again afterwards",
+        _ => "undo whatever mounted the topmost one, or use a bootimage without it",
+    }
 }
 
 /// All the reasons, none of them hidden by another.
@@ -57,50 +113,103 @@ impl fmt::Display for Refusals {
 impl std::error::Error for Refusals {}
 
 /// Paths, relative to `/usr`, that every node image has.
-const REQUIRED: [&str; 3] = ["lib/os-release", "lib/systemd/systemd", "bin/true"];
+const REQUIRED: [&str; 4] = ["etc", "lib/os-release", "lib/systemd/systemd", "bin/true"];
 
-/// Programs of the new tree that must run.
-const PROGRAMS: [&[&str]; 2] = [&["/usr/bin/true"], &["/usr/lib/systemd/systemd", "--version"]];
+/// A program that is never a script or a link to another one.
+const MACHINE_PROGRAM: &str = "lib/systemd/systemd";
 
-/// How long a program of the trial run may take. Generous: an emulated machine is slow.
-const TRIAL_TIME: Duration = Duration::from_secs(60);
-
-/// Checks that can be made before there is a new tree: the kernel, the stacking depth, `/etc`.
+/// Checks that can be made before there is a new tree: the kernel, what `/usr` is made of, `/etc`.
 /// Nothing is changed.
 pub fn check_system(mounts: &[Mount], usr: &Path, etc: &Path) -> Vec<Refusal> {
-    let mut refusals = Vec::new();
-    if !mount::supports_overlay() {
-        refusals.push(Refusal::NoOverlay);
+    let mut refusals: Vec<Refusal> = check_kernel(mount::overlay_support(), openat2_support()).into_iter().collect();
+    let of_usr = check_stack(mounts, usr);
+    if refusals.is_empty() && of_usr.is_none() {
+        // The mount table cannot tell everything (file systems in files count, too): the kernel can.
+        refusals.extend(mount::overlay_fits(usr).err().map(|error| Refusal::NotStackable(format!("{error:#}"))));
     }
-    let depth = mount::overlay_depth(mounts, usr);
-    if depth > 1 {
-        refusals.push(Refusal::TooDeep { depth });
-    }
+    refusals.extend(of_usr);
     if rustix::fs::statvfs(etc).is_ok_and(|stat| stat.f_flag.contains(StatVfsMountFlags::RDONLY)) {
         refusals.push(Refusal::EtcReadOnly);
     }
     refusals
 }
 
-/// Checks of the new `/usr`: what it must hold, and that its programs run here. Nothing is changed.
-pub fn check_tree(tree: &DetachedTree) -> Vec<Refusal> {
-    let mut refusals = check_content(tree.as_fd());
-    if !refusals.is_empty() {
-        return refusals;
+/// What the kernel answered to a first step of each kind of call.
+fn check_kernel(overlay: Result<(), Errno>, openat2: Result<(), Errno>) -> Option<Refusal> {
+    match (overlay, openat2) {
+        (Err(Errno::NOSYS), _) => Some(Refusal::OldKernel { feature: "the mount API (fsopen)", since: "5.2" }),
+        (Err(Errno::PERM), _) => Some(Refusal::NotAllowed),
+        (Err(_), _) => Some(Refusal::NoOverlay),
+        (_, Err(Errno::NOSYS)) => Some(Refusal::OldKernel { feature: "openat2", since: "5.6" }),
+        _ => None,
     }
-    refusals.extend(PROGRAMS.iter().filter_map(|argv| try_program(tree, argv)));
-    refusals
 }
 
-/// The part of [`check_tree`] that only looks: `usr` is the new `/usr` directory.
-pub fn check_content(usr: BorrowedFd<'_>) -> Vec<Refusal> {
+fn openat2_support() -> Result<(), Errno> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    rustix::fs::openat2(rustix::fs::CWD, "/", flags, Mode::empty(), ResolveFlags::NO_MAGICLINKS).map(drop)
+}
+
+fn check_stack(mounts: &[Mount], usr: &Path) -> Option<Refusal> {
+    if let Some(source) = mount::writable_overlay(mounts, usr) {
+        return Some(Refusal::Unlocked { source_name: source });
+    }
+    let layers = mount::overlay_stack(mounts, usr);
+    (layers.len() > 1).then_some(Refusal::TooDeep { layers })
+}
+
+/// What is no reason to refuse, but to know of: a line each.
+pub fn warnings(mounts: &[Mount], usr: &Path) -> Vec<String> {
+    let mut warnings: Vec<String> = mount::mounts_below(mounts, usr)
+        .iter()
+        .map(|hidden| {
+            format!("{} is a mount point and is hidden by the new {} until an undo", hidden.display(), usr.display())
+        })
+        .collect();
+    if mount::overlay_stack(mounts, usr).first().is_some_and(|source| source == "sysext") {
+        warnings
+            .push("system extensions are merged on /usr: they show through what the node image does not have".into());
+    }
+    warnings
+}
+
+/// Looks at the new tree: what it must hold, what it calls itself, and for which machine it is. `usr` is the
+/// new `/usr` directory, `here` the machine that this program was built for. Nothing is changed.
+pub fn check_content(usr: BorrowedFd<'_>, here: Machine) -> Vec<Refusal> {
     let mut refusals: Vec<Refusal> = REQUIRED
         .iter()
         .filter(|path| open(usr, path, OFlags::PATH | OFlags::NOFOLLOW).is_err())
         .map(|path| Refusal::Missing { path })
         .collect();
-    if refusals.is_empty() && !os_release_names_a_system(usr).unwrap_or(false) {
+    if !refusals.is_empty() {
+        return refusals;
+    }
+    if !read_start(usr, "lib/os-release").is_ok_and(|text| names_a_system(&text)) {
         refusals.push(Refusal::OsRelease);
+    }
+    // What is no ELF file at all is left to the trial run.
+    let image = read_start(usr, MACHINE_PROGRAM).ok().and_then(|start| machine_of(&start));
+    if let Some(image) = image.filter(|image| *image != here) {
+        refusals.push(Refusal::Architecture { image, here });
+    }
+    refusals
+}
+
+/// Checks what the commit says about itself. `text` and `flag` look a metadata key up; `machine` is uname(2)'s
+/// word. A key that is not there is no reason to refuse.
+///
+/// Keys: libostree's `ostree.bootable`, coreos-assembler's `coreos-assembler.basearch`.
+pub fn check_metadata(
+    text: &dyn Fn(&str) -> Option<String>,
+    flag: &dyn Fn(&str) -> Option<bool>,
+    machine: &str,
+) -> Vec<Refusal> {
+    let mut refusals = Vec::new();
+    if flag("ostree.bootable") == Some(false) {
+        refusals.push(Refusal::Metadata("that it is not bootable (ostree.bootable)".into()));
+    }
+    if let Some(arch) = text("coreos-assembler.basearch").filter(|arch| arch != machine) {
+        refusals.push(Refusal::Metadata(format!("that it is for {arch}, and this machine is {machine}")));
     }
     refusals
 }
@@ -113,20 +222,19 @@ fn open(usr: BorrowedFd<'_>, path: &str, flags: OFlags) -> Result<std::fs::File>
     Ok(fd.into())
 }
 
-fn os_release_names_a_system(usr: BorrowedFd<'_>) -> Result<bool> {
+/// The first part of a file: all of an os-release, more than enough of a program.
+fn read_start(usr: BorrowedFd<'_>, path: &str) -> Result<Vec<u8>> {
     const LONGEST: u64 = 64 * 1024;
-    let mut text = String::new();
-    open(usr, "lib/os-release", OFlags::RDONLY | OFlags::NONBLOCK)?.take(LONGEST).read_to_string(&mut text)?;
-    Ok(text.lines().any(|line| line.strip_prefix("ID=").is_some_and(|id| !id.trim_matches(['"', '\'']).is_empty())))
+    let mut start = Vec::new();
+    open(usr, path, OFlags::RDONLY | OFlags::NONBLOCK)?.take(LONGEST).read_to_end(&mut start)?;
+    Ok(start)
 }
 
-fn try_program(tree: &DetachedTree, argv: &[&str]) -> Option<Refusal> {
-    match mount::trial(tree, argv, TRIAL_TIME) {
-        Ok(trial) if trial.status.success() => None,
-        Ok(trial) => {
-            let words = trial.stderr.trim().lines().last().unwrap_or_default().to_owned();
-            Some(Refusal::Trial(format!("trial run of {}: {}: {words}", argv.join(" "), trial.status)))
-        }
-        Err(error) => Some(Refusal::Trial(format!("{error:#}"))),
-    }
+fn names_a_system(os_release: &[u8]) -> bool {
+    let Ok(text) = std::str::from_utf8(os_release) else { return false };
+    text.lines().any(|line| line.strip_prefix("ID=").is_some_and(|id| !id.trim_matches(['"', '\'']).is_empty()))
 }
+
+#[cfg(test)]
+#[path = "tests/preflight.rs"]
+mod tests;

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use sha2::{Digest, Sha256};
 
 use super::*;
-use crate::stage::diff::{Checksum, DeltaOp, Directory, Listing, Tree, diff};
+use crate::stage::diff::{Checksum, DeltaOp, Directory, Hidden, Listing, Tree, diff};
 
 #[derive(Default)]
 struct Memory(RefCell<HashMap<Checksum, Listing>>);
@@ -32,6 +32,21 @@ impl Tree for Memory {
     fn list(&self, tree: &Checksum) -> Result<Listing> {
         self.0.borrow().get(tree).cloned().context("unknown tree")
     }
+
+    fn size(&self, file: &Checksum) -> Result<u64> {
+        Ok(u64::from(file[0]) + 1)
+    }
+}
+
+/// The files in a node, and their size.
+fn hidden(node: &Node) -> Hidden {
+    match node {
+        Node::File(content) => Hidden { files: 1, bytes: u64::from(*content) + 1 },
+        Node::Dir(_, entries) => entries.values().map(hidden).fold(Hidden::default(), |sum, below| Hidden {
+            files: sum.files + below.files,
+            bytes: sum.bytes + below.bytes,
+        }),
+    }
 }
 
 /// Overlayfs, as far as a delta uses it.
@@ -40,12 +55,15 @@ fn overlay(ops: &mut std::slice::Iter<'_, DeltaOp>, below: &Entries) -> Entries 
     loop {
         match ops.next().unwrap() {
             DeltaOp::Leave => return shown,
-            DeltaOp::File { name, object, added } => {
+            DeltaOp::File { name, object, replaces } => {
                 let before = shown.insert(name.clone(), Node::File(object[0]));
-                assert_eq!(before.is_none(), *added);
+                assert_eq!(before.as_ref().map(hidden), *replaces);
                 assert_ne!(before, Some(Node::File(object[0])), "an unchanged file is not in the delta");
             }
-            DeltaOp::Whiteout { name, .. } => assert!(shown.remove(name).is_some(), "a whiteout over nothing"),
+            DeltaOp::Whiteout { name, hides } => {
+                let before = shown.remove(name);
+                assert_eq!(before.as_ref().map(hidden), Some(*hides), "a whiteout counts what it hides");
+            }
             DeltaOp::Enter { name, meta, .. } => {
                 let below = match shown.get(name) {
                     Some(Node::Dir(_, entries)) => entries.clone(),

@@ -1,0 +1,232 @@
+//! What the switch would do, as a document: what `plan --json` prints, kept beside the record.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+
+use super::Paths;
+use crate::dirfd::Directory;
+use crate::etc::{self, Class};
+use crate::report::human_bytes;
+use crate::stage::{DeltaCounts, Need, PackageChanges};
+
+/// The answer to a call of `plan`. `schema` changes only when a field changes its meaning or goes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlanDocument {
+    /// Version of this document: 1.
+    pub schema: u32,
+    /// `staged`: the rest says what the switch would do. `nothing-to-do`, or `switched`: there is no rest.
+    pub state: String,
+    /// Why there is nothing to do.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub reason: Option<String>,
+    /// What the switch would do.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub plan: Option<SwitchPlan>,
+}
+
+/// What the switch would do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SwitchPlan {
+    /// The image, by digest.
+    pub image: String,
+    /// Its ostree commit.
+    pub commit: String,
+    /// The booted commit, if it is known.
+    pub booted_commit: Option<String>,
+    /// What `/usr` gains, loses and changes.
+    pub usr: DeltaCounts,
+    /// The same in packages, if both sides have a package database that can be read.
+    pub packages: Option<PackageChanges>,
+    /// What happens to `/etc`.
+    pub etc: EtcPlan,
+    /// Memory that the switch and the refresh still need.
+    pub memory: MemoryPlan,
+    /// What to know of.
+    pub warnings: Vec<String>,
+}
+
+/// What happens to `/etc`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EtcPlan {
+    /// Decisions by class.
+    pub counts: BTreeMap<Class, usize>,
+    /// Every path on which the booted defaults, the node image's defaults and `/etc` do not agree.
+    pub decisions: Vec<etc::Decision>,
+}
+
+/// Bytes of memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryPlan {
+    /// What the switch and the refresh still need, by purpose.
+    pub needed: BTreeMap<String, u64>,
+    /// All of it.
+    pub needed_bytes: u64,
+    /// What was free when this was planned.
+    pub available_bytes: u64,
+}
+
+impl From<&Need> for MemoryPlan {
+    fn from(need: &Need) -> Self {
+        let needed = need.parts.iter().map(|(purpose, bytes)| ((*purpose).to_owned(), *bytes)).collect();
+        Self { needed, needed_bytes: need.sum(), available_bytes: need.free }
+    }
+}
+
+impl From<&etc::Plan> for EtcPlan {
+    fn from(plan: &etc::Plan) -> Self {
+        let counts = Class::ALL.into_iter().map(|class| (class, plan.count(class))).collect();
+        Self { counts, decisions: plan.decisions.clone() }
+    }
+}
+
+/// A file of the agent's directory.
+const FILE: &str = "plan.json";
+
+impl SwitchPlan {
+    pub(super) fn save(&self, paths: &Paths) -> Result<()> {
+        let text = serde_json::to_vec_pretty(self).context("cannot write the plan")?;
+        Directory::ensure(paths.run())
+            .and_then(|dir| dir.write_atomic(FILE, 0o600, &text))
+            .with_context(|| format!("cannot store {}; nothing was changed", paths.run().join(FILE).display()))
+    }
+
+    pub(super) fn load(paths: &Paths) -> Result<Self> {
+        let shown = paths.run().join(FILE);
+        let text = Directory::ensure(paths.run()).and_then(|dir| dir.read_optional(FILE));
+        let text = text.with_context(|| format!("cannot read {}", shown.display()))?;
+        let text = text.with_context(|| format!("{} is gone; run pull again", shown.display()))?;
+        serde_json::from_slice(&text).with_context(|| format!("{} is damaged; run pull again", shown.display()))
+    }
+}
+
+impl PlanDocument {
+    /// Nothing is planned.
+    pub(super) fn without_plan(state: &str, reason: Option<String>) -> Self {
+        Self { schema: 1, state: state.to_owned(), reason, plan: None }
+    }
+
+    /// What is planned.
+    pub(super) fn staged(plan: SwitchPlan) -> Self {
+        Self { schema: 1, state: "staged".to_owned(), reason: None, plan: Some(plan) }
+    }
+
+    /// For a person, a line each.
+    pub fn lines(&self) -> Vec<String> {
+        match (&self.plan, self.state.as_str(), &self.reason) {
+            (Some(plan), ..) => plan.lines(),
+            (None, "switched", _) => vec!["already switched".to_owned()],
+            (None, _, reason) => vec![format!("nothing to do: {}", reason.as_deref().unwrap_or_default())],
+        }
+    }
+}
+
+impl SwitchPlan {
+    fn lines(&self) -> Vec<String> {
+        let usr = &self.usr;
+        let mut lines = vec![
+            format!("node image {} (commit {})", self.image, self.commit),
+            format!(
+                "/usr: {} files added ({}), {} changed ({}, before {}), {} removed ({})",
+                usr.added,
+                human_bytes(usr.added_bytes),
+                usr.changed,
+                human_bytes(usr.changed_bytes),
+                human_bytes(usr.replaced_bytes),
+                usr.removed,
+                human_bytes(usr.removed_bytes)
+            ),
+        ];
+        match &self.packages {
+            Some(packages) => lines.extend(package_lines(packages)),
+            None => lines.push("packages: unknown, there is no package database that can be read".to_owned()),
+        }
+        let counts: Vec<_> = Class::ALL
+            .iter()
+            .map(|class| format!("{} {class}", self.etc.counts.get(class).copied().unwrap_or_default()))
+            .collect();
+        lines.push(format!("/etc: {}; diff-etc shows what changes", counts.join(", ")));
+        let conflicts = self.etc.decisions.iter().filter(|decision| decision.class == Class::Conflict);
+        lines
+            .extend(conflicts.map(|one| format!("/etc: conflict: {} ({}); the local one stays", one.path, one.reason)));
+        lines.push(format!(
+            "memory: {} needed, {} available",
+            human_bytes(self.memory.needed_bytes),
+            human_bytes(self.memory.available_bytes)
+        ));
+        lines.extend(self.warnings.iter().map(|line| format!("warning: {line}")));
+        lines
+    }
+}
+
+fn package_lines(packages: &PackageChanges) -> Vec<String> {
+    let PackageChanges { added, removed, changed } = packages;
+    let mut lines =
+        vec![format!("packages: {} added, {} changed, {} removed", added.len(), changed.len(), removed.len())];
+    lines.extend(added.iter().map(|package| format!("  + {} {}", package.name, package.version)));
+    lines.extend(changed.iter().map(|package| format!("  ! {} {} -> {}", package.name, package.from, package.to)));
+    lines.extend(removed.iter().map(|package| format!("  - {} {}", package.name, package.version)));
+    lines
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::stage::{Package, PackageChange};
+
+    fn plan() -> SwitchPlan {
+        let package = |name: &str| Package { name: name.into(), version: "1".into() };
+        let decision =
+            etc::Decision { path: "x".into(), class: Class::Conflict, reason: "changed on both sides".into() };
+        SwitchPlan {
+            image: "r/n@sha256:1".into(),
+            commit: "c".into(),
+            booted_commit: None,
+            usr: DeltaCounts { added: 2, added_bytes: 2048, ..DeltaCounts::default() },
+            packages: Some(PackageChanges {
+                added: vec![package("new")],
+                removed: vec![package("old")],
+                changed: vec![PackageChange { name: "p".into(), from: "1".into(), to: "2".into() }],
+            }),
+            etc: EtcPlan { counts: BTreeMap::from([(Class::Conflict, 1)]), decisions: vec![decision] },
+            memory: MemoryPlan { needed: BTreeMap::new(), needed_bytes: 1 << 20, available_bytes: 1 << 30 },
+            warnings: vec!["w".into()],
+        }
+    }
+
+    #[test]
+    fn in_words() {
+        let lines = PlanDocument::staged(plan()).lines();
+        assert_eq!(
+            lines[1..],
+            [
+                "/usr: 2 files added (2.0 KiB), 0 changed (0 B, before 0 B), 0 removed (0 B)",
+                "packages: 1 added, 1 changed, 1 removed",
+                "  + new 1",
+                "  ! p 1 -> 2",
+                "  - old 1",
+                "/etc: 0 updated, 0 converged, 0 local, 1 conflict; diff-etc shows what changes",
+                "/etc: conflict: x (changed on both sides); the local one stays",
+                "memory: 1.0 MiB needed, 1.0 GiB available",
+                "warning: w",
+            ]
+        );
+        let nothing = PlanDocument::without_plan("nothing-to-do", Some("/usr/bin/oc exists".into()));
+        assert_eq!(nothing.lines(), ["nothing to do: /usr/bin/oc exists"]);
+        assert_eq!(PlanDocument::without_plan("switched", None).lines(), ["already switched"]);
+    }
+
+    #[test]
+    fn kept_and_read_again() {
+        let temp = tempfile::tempdir().unwrap();
+        let paths = Paths::below(temp.path());
+        assert!(SwitchPlan::load(&paths).unwrap_err().to_string().contains("run pull again"));
+        plan().save(&paths).unwrap();
+        assert_eq!(SwitchPlan::load(&paths).unwrap(), plan());
+        let json = serde_json::to_value(PlanDocument::staged(plan())).unwrap();
+        assert_eq!(json["plan"]["etc"]["counts"]["conflict"], 1);
+        assert_eq!(json["plan"]["packages"]["changed"][0]["to"], "2");
+    }
+}

@@ -1,0 +1,109 @@
+//! Every refusal, once: what makes it, and that it says what to do.
+
+use super::*;
+
+fn mounts(lines: &str) -> Vec<Mount> {
+    let root = "22 1 7:0 / / ro,relatime shared:1 - squashfs /dev/loop0 ro\n";
+    mount::parse(format!("{root}{lines}").as_bytes())
+}
+
+const COMPOSEFS: &str = "23 22 0:40 / / ro - overlay composefs ro,lowerdir+=/run/gone,datadir+=/sysroot/objects\n";
+const SYSEXT: &str = "60 23 0:60 / /usr ro - overlay sysext ro,lowerdir=/run/x:/usr\n";
+const SYSEXT_ON_PLAIN: &str = "60 22 0:60 / /usr ro - overlay sysext ro,lowerdir=/run/x:/usr\n";
+const UNLOCKED: &str = "60 22 0:60 / /usr rw - overlay overlay rw,lowerdir=usr,upperdir=/var/o/u,workdir=/var/o/w\n";
+
+#[test]
+fn kernels() {
+    let of = check_kernel;
+    assert_eq!(of(Ok(()), Ok(())), None);
+    assert_eq!(of(Err(Errno::NODEV), Ok(())), Some(Refusal::NoOverlay));
+    assert_eq!(of(Err(Errno::PERM), Ok(())), Some(Refusal::NotAllowed));
+    for (overlay, openat2, since) in [(Err(Errno::NOSYS), Ok(()), "5.2"), (Ok(()), Err(Errno::NOSYS), "5.6")] {
+        let refusal = of(overlay, openat2).map(|refusal| refusal.to_string()).unwrap_or_default();
+        assert!(refusal.contains(&format!("boot a bootimage with Linux {since}")), "{refusal}");
+    }
+    assert_eq!(of(mount::overlay_support(), openat2_support()), None, "this machine");
+}
+
+#[test]
+fn what_usr_is_made_of() {
+    let usr = Path::new("/usr");
+    let refusal = |lines: &str| check_stack(&mounts(lines), usr).map(|refusal| refusal.to_string());
+    assert_eq!(refusal(""), None);
+    assert_eq!(refusal(COMPOSEFS), None);
+    assert_eq!(refusal(SYSEXT_ON_PLAIN), None);
+    let both = refusal(&format!("{COMPOSEFS}{SYSEXT}")).unwrap_or_default();
+    assert!(both.contains("2 stacked overlays (sysext over composefs)"), "{both}");
+    assert!(both.contains("systemd-sysext unmerge"), "{both}");
+    let other = refusal(&format!("{COMPOSEFS}{}", SYSEXT.replace("sysext", "mine"))).unwrap_or_default();
+    assert!(other.contains("(mine over composefs)") && other.contains("undo whatever mounted"), "{other}");
+    let unlocked = refusal(UNLOCKED).unwrap_or_default();
+    assert!(unlocked.contains("ostree admin unlock"), "{unlocked}");
+    assert_eq!(check_stack(&mounts(UNLOCKED), Path::new("/etc")), None);
+}
+
+#[test]
+fn hidden_mounts_and_extensions_are_warned_of() {
+    let usr = Path::new("/usr");
+    assert_eq!(warnings(&mounts(COMPOSEFS), usr), [""; 0]);
+    let lines = format!("{SYSEXT_ON_PLAIN}70 60 8:1 / /usr/share/oem ro - ext4 /dev/sda ro\n");
+    let warnings = warnings(&mounts(&lines), usr);
+    assert_eq!(warnings.len(), 2, "{warnings:?}");
+    assert!(warnings[0].starts_with("/usr/share/oem is a mount point and is hidden"), "{warnings:?}");
+    assert!(warnings[1].contains("system extensions"), "{warnings:?}");
+}
+
+#[test]
+fn commits_that_contradict_themselves() {
+    let of = |arch: Option<&str>, bootable: Option<bool>| {
+        let text = |key: &str| arch.filter(|_| key == "coreos-assembler.basearch").map(str::to_owned);
+        check_metadata(&text, &|key| bootable.filter(|_| key == "ostree.bootable"), "x86_64")
+    };
+    assert_eq!(of(None, None), []);
+    assert_eq!(of(Some("x86_64"), Some(true)), []);
+    let refusals = of(Some("s390x"), Some(false));
+    assert_eq!(refusals.len(), 2);
+    assert!(refusals[0].to_string().contains("not bootable"));
+    assert!(refusals[1].to_string().contains("for s390x, and this machine is x86_64"));
+}
+
+#[test]
+fn os_releases() {
+    for (text, expected) in [
+        ("NAME=x\nID=rhel\n", true),
+        ("ID=\"fedora\"", true),
+        ("NAME=x\n", false),
+        ("ID=\n", false),
+        ("ID=\"\"\n", false),
+        ("VERSION_ID=9\n", false),
+        ("", false),
+    ] {
+        assert_eq!(names_a_system(text.as_bytes()), expected, "{text:?}");
+    }
+    assert!(!names_a_system(b"ID=\xff\n"));
+}
+
+#[test]
+fn all_refusals_are_shown_at_once() {
+    let all = Refusals(vec![Refusal::NoOverlay, Refusal::EtcReadOnly]).to_string();
+    assert_eq!(all.lines().count(), 3);
+    assert!(all.starts_with("refused before anything was changed"), "{all}");
+}
+
+#[test]
+fn a_read_only_etc_and_a_usr_that_cannot_be_stacked_upon() {
+    use crate::mount::testing::private;
+    use rustix::mount::{MountFlags, mount, mount_remount};
+    private(|scratch| {
+        let etc = scratch.join("etc");
+        std::fs::create_dir(&etc).expect("a directory");
+        mount("etc", &etc, "tmpfs", MountFlags::empty(), None).expect("a tmpfs");
+        let check = |usr: &Path| check_system(&[], usr, &etc);
+        assert_eq!(check(scratch), []);
+        mount_remount(&etc, MountFlags::BIND | MountFlags::RDONLY, "").expect("read-only");
+        assert_eq!(check(scratch), [Refusal::EtcReadOnly]);
+        // The kernel's own word, where the mount table says nothing.
+        let refusals = check(Path::new("/proc"));
+        assert!(matches!(&refusals[0], Refusal::NotStackable(why) if why.contains("/proc")), "{refusals:?}");
+    });
+}
