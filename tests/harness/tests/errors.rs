@@ -67,6 +67,7 @@ const CASES: &[Case] = &[
         words: &["truncated", "unexpected", "digest", "short", "size", "corrupt"],
         login: false,
     },
+    Case { name: "no-system", image: "good-small", words: &["lacks /usr/lib/systemd/systemd"], login: false },
     Case { name: "entry-escapes", image: "escape-dots", words: &["..", "escape", "outside", "path"], login: false },
     Case { name: "object-escapes", image: "escape-object", words: &["..", "escape", "outside", "path"], login: false },
 ];
