@@ -100,7 +100,7 @@ fn blocking(paths: &Paths, pulled: PulledImage, strategy: EtcStrategy) -> Result
     };
     let trial = stage::check_runs(&tree, &merge)?;
     refuse(trial.refusals)?;
-    warnings.extend(trial.warning);
+    warnings.extend(trial.warnings);
 
     let text = serde_json::to_vec(&plan).context("cannot write the plan for /etc")?;
     crate::dirfd::Directory::ensure(paths.run())

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use nix::sched::CloneFlags;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
-use rustix::fs::{CWD, MemfdFlags, Mode, OFlags};
+use rustix::fs::{CWD, MemfdFlags, Mode, OFlags, XattrFlags};
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags, fsconfig_create,
     fsconfig_set_string,
@@ -71,8 +71,10 @@ fn isolate(tree: &DetachedTree, merge_etc: &(dyn Fn(BorrowedFd<'_>, &Path) -> Re
         .context("keeping mounts to ourselves")?;
     // The overlay's upper layer and the merge's records need a place. And what a program under trial
     // leaves behind, such as ldconfig's second cache, goes away with it.
+    let label = label_of("/var");
     rustix::mount::mount("trial", "/var", "tmpfs", MountFlags::NODEV | MountFlags::NOSUID, Some(c"mode=0755"))
         .context("mounting an empty /var")?;
+    set_label("/var", label.as_deref());
     let etc_unmerged = private_etc(merge_etc).err().map(|error| format!("{error:#}"));
     if etc_unmerged.is_some() {
         rustix::mount::mount_bind("/etc", "/etc")
@@ -90,12 +92,29 @@ fn private_etc(merge: &(dyn Fn(BorrowedFd<'_>, &Path) -> Result<()> + Sync)) -> 
     for directory in [Path::new("/var/upper"), Path::new("/var/work"), records] {
         std::fs::create_dir(directory).with_context(|| format!("making {}", directory.display()))?;
     }
+    // The overlay's root has the label of its upper layer.
+    set_label("/var/upper", label_of("/etc").as_deref());
     let overlay = overlay_of_etc().context("laying an overlay over /etc")?;
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let root = rustix::fs::openat(&overlay, ".", flags, Mode::empty()).context("opening the overlay of /etc")?;
     merge(root.as_fd(), records).context("merging /etc")?;
     rustix::mount::move_mount(&overlay, "", CWD, "/etc", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
         .context("mounting the overlay of /etc")
+}
+
+/// The security label, if there is one: a confined program under trial may do only what it may do at its place.
+fn label_of(path: &str) -> Option<Vec<u8>> {
+    let mut label = vec![0; 4096];
+    let length = rustix::fs::lgetxattr(path, "security.selinux", &mut label).ok()?;
+    label.truncate(length);
+    Some(label)
+}
+
+fn set_label(path: &str, label: Option<&[u8]>) {
+    if let Some(label) = label {
+        // Where this fails, a program under trial may fail, and says so.
+        let _ = rustix::fs::lsetxattr(path, "security.selinux", label, XattrFlags::empty());
+    }
 }
 
 fn overlay_of_etc() -> rustix::io::Result<OwnedFd> {

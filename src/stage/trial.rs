@@ -13,8 +13,8 @@ use crate::mount::{self, DetachedTree, Trial};
 const CACHE: &[&str] = &["/usr/sbin/ldconfig", "-X"];
 
 /// Programs of the new tree that must run.
-const PROGRAMS: [&[&str]; 4] =
-    [CACHE, &["/usr/bin/true"], &["/usr/lib/systemd/systemd", "--version"], &["/usr/sbin/ldconfig", "-p"]];
+const PROGRAMS: [&[&str]; 3] =
+    [&["/usr/bin/true"], &["/usr/lib/systemd/systemd", "--version"], &["/usr/sbin/ldconfig", "-p"]];
 
 /// A system with another C library than glibc has no such program.
 const OPTIONAL: &str = "/usr/sbin/ldconfig";
@@ -27,8 +27,8 @@ const TIME: Duration = Duration::from_secs(60);
 pub struct TrialReport {
     /// Programs that did not run.
     pub refusals: Vec<Refusal>,
-    /// Why the programs saw the running `/etc` and not the merged one, if so.
-    pub warning: Option<String>,
+    /// What is no reason to refuse, a line each.
+    pub warnings: Vec<String>,
 }
 
 /// Runs programs of the new tree in a private view of the machine, with an `/etc` to which `merge_etc` was
@@ -42,20 +42,19 @@ pub fn check_runs(
 ) -> Result<TrialReport> {
     mount::trial(tree, merge_etc, |trial| {
         let mut report = TrialReport::default();
-        for argv in PROGRAMS {
-            let absent = argv[0] == OPTIONAL && !Path::new(OPTIONAL).exists();
-            // The running /etc is not ours to write.
-            if absent || (argv == CACHE && trial.etc_unmerged.is_some()) {
-                continue;
+        let has_ldconfig = Path::new(OPTIONAL).exists();
+        match &trial.etc_unmerged {
+            Some(why) => {
+                report.warnings.push(format!("the trial run had the running /etc, not the merged one: {why}"));
             }
-            if let Some(refusal) = try_program(trial, argv) {
-                report.refusals.push(refusal);
+            // The refresh does not depend on its success either.
+            None if has_ldconfig => {
+                report.warnings.extend(try_program(trial, CACHE).map(|refusal| refusal.to_string()));
             }
+            None => {}
         }
-        report.warning = trial
-            .etc_unmerged
-            .as_ref()
-            .map(|why| format!("the trial run had the running /etc, not the merged one: {why}"));
+        let programs = PROGRAMS.iter().filter(|argv| argv[0] != OPTIONAL || has_ldconfig);
+        report.refusals = programs.filter_map(|argv| try_program(trial, argv)).collect();
         report
     })
 }

@@ -325,10 +325,10 @@ fn a_tree_that_cannot_boot_is_refused() {
         assert_eq!(check_content(tree.as_fd(), machine), []);
         let unmerged = |_: std::os::fd::BorrowedFd<'_>, _: &Path| Ok(());
         let report = check_runs(&tree, &unmerged).unwrap();
-        assert!(report.refusals.is_empty() && report.warning.is_none(), "{report:?}");
+        assert!(report.refusals.is_empty() && report.warnings.is_empty(), "{report:?}");
         let report = check_runs(&tree, &|_, _| anyhow::bail!("no room")).unwrap();
         assert!(report.refusals.is_empty(), "a running /etc will do: {report:?}");
-        assert!(report.warning.unwrap().contains("no room"));
+        assert!(report.warnings[0].contains("no room"));
 
         // A program without its loader, and a loader that is none: then nothing runs at all.
         let usr = Path::new("/usr");
