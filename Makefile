@@ -13,7 +13,7 @@ lib = $(DESTDIR)$(PREFIX)/lib
 unitdir = $(lib)/systemd/system
 dracutdir = $(lib)/dracut/modules.d/98node-image-pivot
 
-.PHONY: all build deps deps-build cargo install check demo bench clean
+.PHONY: all build deps deps-build cargo install check demo bench fuzz clean
 
 all: build
 
@@ -63,7 +63,7 @@ install:
 # The quick tests first; those that boot containers and virtual machines last and one at a time.
 check: deps
 	$(CARGO) fmt --all --check
-	shellcheck dracut/98node-image-pivot/*.sh dracut/test.sh
+	shellcheck dracut/98node-image-pivot/*.sh dracut/test.sh fuzz/run.sh
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 	$(CARGO) test --release --workspace --exclude testbed
 	sh dracut/test.sh
@@ -77,6 +77,10 @@ demo: deps
 bench: deps
 	$(CARGO) run --release -p benchmark -- compare
 	$(CARGO) test --release -p node-image-pivot-generator --test golden start_up_time -- --nocapture
+
+# The parsers of what comes from elsewhere, for FUZZ_SECONDS (60) each. `make check` replays the seeds.
+fuzz: deps-build
+	sh fuzz/run.sh
 
 clean:
 	$(CARGO) clean

@@ -24,6 +24,12 @@ pub(super) struct BaseFacts {
 }
 
 impl BaseFacts {
+    /// Of a commit that has no policy.
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn without_policy(placement: Placement) -> Self {
+        Self { placement, policy: None, key: String::new() }
+    }
+
     /// Reads the facts; `None` while objects that they are in have not been stored yet.
     pub(super) fn read(import: &Import) -> Result<Option<Self>, Failure> {
         let lookup: &mut Lookup<'_> = &mut |id, kind| import.read_metadata(id, kind);

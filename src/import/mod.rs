@@ -18,7 +18,7 @@ mod derive;
 mod entry;
 mod facts;
 mod fetch;
-#[doc(hidden)]
+#[cfg(any(test, fuzzing))]
 pub mod fuzzing;
 mod label;
 mod layertree;

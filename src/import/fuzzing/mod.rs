@@ -1,0 +1,256 @@
+//! Entrances for the fuzz targets in `fuzz/`: what reads hostile bytes, without a registry. Built only
+//! for tests and fuzzing.
+//!
+//! Whatever comes in may be refused; nothing may panic, take for ever, store an object under a name
+//! that is not its checksum, or write outside the store.
+
+mod seeds;
+
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use crate::image::tarstream::{Chunks, Piece, TarStream};
+use crate::store::{NodeStore, ObjectId, ObjectType};
+
+use super::consume::{Purpose, consume};
+use super::entry::{Role, role};
+use super::facts::BaseFacts;
+use super::layertree::LayerTree;
+use super::path::Placement;
+use super::plain::read_plain;
+use super::state::Import;
+
+pub use seeds::seeds;
+
+/// A fuzz target: its name and its function.
+pub type Target = (&'static str, fn(&[u8]));
+
+/// All targets.
+pub const TARGETS: [Target; 4] = [
+    ("tar", tar),
+    ("encapsulated", encapsulated),
+    ("plain", plain),
+    ("references", references),
+];
+
+struct Pieces<'a>(std::slice::Chunks<'a, u8>);
+
+impl Chunks for Pieces<'_> {
+    fn next(&mut self) -> io::Result<Vec<u8>> {
+        Ok(self.0.next().unwrap_or_default().to_vec())
+    }
+}
+
+/// The first byte says in which pieces the rest arrives, and is an option where one is needed.
+fn pieces(data: &[u8]) -> (u8, Pieces<'_>) {
+    let (first, data) = data.split_first().unwrap_or((&0, data));
+    (*first, Pieces(data.chunks(usize::from(*first) * 7 + 1)))
+}
+
+/// Reads an archive, content included.
+pub fn tar(data: &[u8]) {
+    let mut tar = TarStream::new(pieces(data).1);
+    while let Ok(Some(entry)) = tar.next_entry() {
+        let (mut content, mut holes) = (0, 0);
+        while let Ok(Some(piece)) = tar.content() {
+            match piece {
+                Piece::Data(data) => content += data.len() as u64,
+                Piece::Hole(length) => holes += length,
+            }
+        }
+        assert!(holes <= entry.holes, "more holes than were announced");
+        assert!(content + holes <= entry.size, "more came out than the entry says");
+        assert!(content <= data.len() as u64, "more came out than went in");
+    }
+}
+
+/// Imports an archive as the first layer of an image and lists the tree that it brought.
+pub fn encapsulated(data: &[u8]) {
+    let (option, chunks) = pieces(data);
+    let purpose = if option % 4 == 3 { Purpose::Chunk } else { Purpose::Commit };
+    in_store(first_commit(data), |import| {
+        let done = consume(import, "layer", purpose, &AtomicBool::new(false), chunks);
+        if done.is_ok() && purpose == Purpose::Commit {
+            let _ = import.fix_wanted();
+        }
+    });
+}
+
+/// Imports an archive as a plain layer, and keeps and restores what it holds.
+pub fn plain(data: &[u8]) {
+    let (option, chunks) = pieces(data);
+    let placement = Placement { keep_var: option & 1 != 0, any_top_level: option & 2 != 0 };
+    in_store(ObjectId([7; 32]), |import| {
+        let Ok(tree) = read_plain(import, "layer", &BaseFacts::without_policy(placement), chunks) else { return };
+        let bytes = tree.to_bytes().expect("any tree can be kept");
+        assert!(LayerTree::from_bytes(&bytes).as_ref() == Some(&tree), "what is kept is what is restored");
+    });
+}
+
+/// Reads the references of a release payload.
+pub fn references(data: &[u8]) {
+    let wanted = ["rhel-coreos".to_owned(), "stream-coreos".to_owned()];
+    if let Ok(spec) = crate::image::references::node_image(data, &wanted) {
+        assert!(spec.digest().is_some(), "only by digest");
+    }
+}
+
+/// The commit that an archive brings: what its image's label would say.
+fn first_commit(data: &[u8]) -> ObjectId {
+    let mut tar = TarStream::new(pieces(data).1);
+    while let Ok(Some(entry)) = tar.next_entry() {
+        if let Ok(Role::Object(id, ObjectType::Commit)) = role(&entry.path) {
+            return id;
+        }
+    }
+    ObjectId([0; 32])
+}
+
+/// Runs an import into an empty store in memory, and checks all that is in it afterwards.
+fn in_store(commit: ObjectId, run: impl FnOnce(&Import)) {
+    thread_local!(static ROOT: Scratch = Scratch::new());
+    ROOT.with(|Scratch(root)| {
+        let store = NodeStore::on_tmpfs(root, None).expect("a store in memory");
+        let lock = store.lock().expect("nobody else has it");
+        let import = Import::new(commit, &store, None, true, Arc::default(), lock).expect("an import");
+        run(&import);
+        for prefix in fs::read_dir(store.repo_path().join("objects")).expect("objects").flatten() {
+            for object in fs::read_dir(prefix.path()).expect("a prefix").flatten() {
+                check(&store, &prefix.file_name().to_string_lossy(), &object.file_name().to_string_lossy());
+                fs::remove_file(object.path()).expect("removing an object");
+            }
+        }
+    });
+}
+
+/// Whether libostree agrees that the object is what its name says.
+fn check(store: &NodeStore, prefix: &str, rest: &str) {
+    let (rest, kind) = rest.split_once('.').expect("objects have a type");
+    let kind = match kind {
+        "file" => ostree::ObjectType::File,
+        "dirtree" => ostree::ObjectType::DirTree,
+        "dirmeta" => ostree::ObjectType::DirMeta,
+        "commit" => ostree::ObjectType::Commit,
+        other => panic!("stored an object of type {other}"),
+    };
+    let repo = ostree::Repo::new_for_path(store.repo_path());
+    repo.open(ostree::gio::Cancellable::NONE).expect("a repo");
+    let name = format!("{prefix}{rest}");
+    if kind != ostree::ObjectType::File {
+        use sha2::Digest;
+        let bytes = fs::read(store.repo_path().join(format!("objects/{prefix}/{rest}.{}", ext(kind)))).expect("bytes");
+        assert_eq!(hex::encode(sha2::Sha256::digest(bytes)), name, "metadata under another's name");
+        return;
+    }
+    repo.fsck_object(kind, &name, ostree::gio::Cancellable::NONE).expect("fsck finds nothing");
+}
+
+fn ext(kind: ostree::ObjectType) -> &'static str {
+    match kind {
+        ostree::ObjectType::DirTree => "dirtree",
+        ostree::ObjectType::DirMeta => "dirmeta",
+        _ => "commit",
+    }
+}
+
+/// A directory in memory, removed at the end.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> Self {
+        let memory = PathBuf::from("/dev/shm");
+        let base = if memory.is_dir() { memory } else { std::env::temp_dir() };
+        let thread = format!("{:?}", std::thread::current().id()).replace(|c: char| !c.is_ascii_digit(), "");
+        let root = base.join(format!("node-image-pivot-fuzz-{}-{thread}", std::process::id()));
+        fs::create_dir_all(&root).expect("a scratch directory");
+        Self(root)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rand::rngs::StdRng;
+    use rand::{Rng, SeedableRng};
+
+    /// Seeds are good input: they reach the depths that mutations are to start from. `make fuzz` has
+    /// them written as the corpus to begin with.
+    #[test]
+    fn seeds_are_accepted() {
+        let corpus = std::env::var_os("FUZZ_CORPUS").map(PathBuf::from);
+        for (target, name, bytes) in seeds() {
+            if let Some(dir) = corpus.as_ref().map(|corpus| corpus.join(target)) {
+                fs::create_dir_all(&dir).expect("a directory for the corpus");
+                fs::write(dir.join(format!("seed-{name}")), &bytes).expect("a seed");
+            }
+            if name == "stream" {
+                let found = crate::image::references::node_image(&bytes, &["rhel-coreos".to_owned()]);
+                assert!(found.is_ok(), "{name}: {found:?}");
+            }
+            if target == "encapsulated" {
+                in_store(first_commit(&bytes), |import| {
+                    let (option, chunks) = pieces(&bytes);
+                    let purpose = if option % 4 == 3 { Purpose::Chunk } else { Purpose::Commit };
+                    let done = consume(import, name, purpose, &AtomicBool::new(false), chunks);
+                    assert!(done.is_ok(), "{name}: {done:?}");
+                });
+            }
+            if target == "plain" {
+                in_store(ObjectId([7; 32]), |import| {
+                    let facts = BaseFacts::without_policy(Placement { keep_var: true, any_top_level: false });
+                    let done = read_plain(import, name, &facts, pieces(&bytes).1);
+                    assert!(done.is_ok(), "{name}: {done:?}");
+                });
+            }
+        }
+    }
+
+    /// Every seed, and each spoilt a few dozen times, through its target: what `make fuzz` does for
+    /// longer and with an eye on coverage.
+    #[test]
+    fn spoilt_seeds_are_refused_quietly() {
+        let mut random = StdRng::seed_from_u64(1);
+        for (target, _, seed) in seeds() {
+            let (_, run) = TARGETS.iter().find(|(name, _)| *name == target).expect("a target");
+            run(&seed);
+            for _ in 0..50 {
+                let mut bytes = seed.clone();
+                for _ in 0..random.random_range(1..6) {
+                    spoil(&mut bytes, &mut random);
+                }
+                run(&bytes);
+            }
+        }
+    }
+
+    fn spoil(bytes: &mut Vec<u8>, random: &mut StdRng) {
+        if bytes.is_empty() {
+            return;
+        }
+        let at = random.random_range(0..bytes.len());
+        match random.random_range(0..5) {
+            0 => bytes.truncate(at),
+            1 => bytes[at] = random.random(),
+            2 => bytes[at] ^= 1 << random.random_range(0..8),
+            3 => {
+                let end = (at + 512).min(bytes.len());
+                let block = bytes[at..end].to_vec();
+                let to = random.random_range(0..bytes.len());
+                bytes.splice(to..to, block);
+            }
+            _ => {
+                let end = (at + random.random_range(1..600)).min(bytes.len());
+                bytes.drain(at..end);
+            }
+        }
+    }
+}
