@@ -495,7 +495,7 @@ mod tests {
         record[599_999] = b'\n';
         let pax = raw(b'x', &octal(600_000), &record);
         for (archive, words) in [
-            (raw(b'0', &[0xff; 12], b""), "unreadable size"),
+            (raw(b'0', &[0xff; 12], b""), "an entry of 18446744073709551615 bytes"),
             (raw(b'0', b"\x80\0\0\0\x7f\xff\xff\xff\xff\xff\xff\xff", b""), "an entry of 9223372036854775807 bytes"),
             (raw(b'0', b"777777777777", b"abc"), "ends early"),
             (raw(b'0', b"99 no size  ", b""), "unreadable size"),
