@@ -12,15 +12,17 @@ mod table;
 mod tmpfs;
 mod tree;
 mod trial;
+mod view;
 
 #[cfg(test)]
 pub(crate) mod testing;
 
 pub use namespace::Namespace;
-pub use table::{Exposure, Mount, exposure, mounts_below, overlay_stack, parse, writable_overlay};
+pub use table::{Exposure, Mount, exposure, holding, mounts_below, overlay_stack, parse, writable_overlay};
 pub use tmpfs::{TmpfsUse, tmpfs, tmpfs_used};
 pub use tree::{DetachedTree, overlay_fits, overlay_support};
 pub use trial::{Ended, Trial, trial};
+pub use view::writable_view;
 
 use std::path::Path;
 

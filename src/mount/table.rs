@@ -101,6 +101,11 @@ pub(super) fn top<'a>(mounts: &'a [Mount], target: &Path) -> Option<&'a Mount> {
     stack().find(|mount| !stack().any(|other| other.parent == mount.id))
 }
 
+/// The mount that `path` is on. `path` must be without links.
+pub fn holding<'a>(mounts: &'a [Mount], path: &Path) -> Option<&'a Mount> {
+    path.ancestors().find_map(|place| top(mounts, place))
+}
+
 /// The mount points strictly below `target`: a mount over `target` would hide them.
 pub fn mounts_below(mounts: &[Mount], target: &Path) -> Vec<PathBuf> {
     let mut below: Vec<PathBuf> = mounts
@@ -127,7 +132,7 @@ pub fn overlay_stack(mounts: &[Mount], path: &Path) -> Vec<String> {
 fn stack_of(mounts: &[Mount], path: &Path, visited: &mut Vec<u64>) -> Vec<String> {
     // An overlay's own mount cannot be its lower layer: what was at the path before counts.
     let visible: Vec<Mount> = mounts.iter().filter(|mount| !visited.contains(&mount.id)).cloned().collect();
-    let Some(mount) = path.ancestors().find_map(|place| top(&visible, place)) else { return Vec::new() };
+    let Some(mount) = holding(&visible, path) else { return Vec::new() };
     if mount.fstype != "overlay" {
         return Vec::new();
     }
@@ -198,6 +203,13 @@ nonsense\n";
         assert_eq!(exposure(&mounts, Path::new("/usr"), "other"), Exposure::Covered);
         assert_eq!(exposure(&mounts, Path::new("/usr"), "none"), Exposure::Absent);
         assert_eq!(exposure(&mounts, Path::new("/usr/lib"), "ours"), Exposure::Absent);
+    }
+
+    #[test]
+    fn a_path_is_on_the_nearest_mount() {
+        let mounts = live_with("30 22 254:4 / /sysroot ro - xfs /dev/vda4 rw\n");
+        let on = |path: &str| holding(&mounts, Path::new(path)).unwrap().fstype.clone();
+        assert_eq!([on("/sysroot/ostree/repo"), on("/sysroot"), on("/sysrootless")], ["xfs", "xfs", "squashfs"]);
     }
 
     #[test]
