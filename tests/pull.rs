@@ -7,6 +7,8 @@
 mod completing;
 #[path = "pull/derived.rs"]
 mod derived;
+#[path = "pull/disk.rs"]
+mod disk;
 #[path = "pull/failing.rs"]
 mod failing;
 #[path = "pull/faults.rs"]
@@ -56,7 +58,7 @@ use fixture::{Compress, Image, Repo, encapsulate, listing, run};
 use node_image_pivot::image::{Failure, ImageSettings, Kind, PullSpec, Source};
 use node_image_pivot::import::{PullOptions, PulledImage, pull};
 use node_image_pivot::report::PullProgress;
-use node_image_pivot::store::{BootedRepo, NodeStore};
+use node_image_pivot::store::{BootedRepo, NodeStore, ObjectType};
 use registry::{Registry, always, free_address};
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;

@@ -72,7 +72,7 @@ pub async fn pull(
     progress: Arc<PullProgress>,
     cancel: &CancellationToken,
 ) -> Result<PulledImage, Failure> {
-    let lock = lock(store, image, cancel).await?;
+    let lock = lock(store, image, &progress, cancel).await?;
     if let Some(before) = pulled_before(image, store, booted, options)? {
         return Ok(before);
     }
@@ -103,13 +103,11 @@ pub async fn pull(
     let complete = blocking(image, move || -> std::io::Result<bool> {
         finished.prune_derived(|id| sources.contains(id))?;
         let complete = finished.is_complete();
-        finished.store.mark_partial(&finished.commit.to_string(), !finished.base_is_complete())?;
-        finished.store.mark_partial(&commit.to_string(), !complete)?;
-        finished.store.set_ref(&commit.to_string())?;
+        finished.store.publish(&[(finished.commit, finished.base_is_complete()), (commit, complete)])?;
         Ok(complete)
     })
     .await?
-    .map_err(|error| local(image, error))?;
+    .map_err(|error| import.store_failure(&image.pinned, &error))?;
     warnings.extend(import.writer.warnings());
     let (objects_written, bytes_fetched) = import.totals();
     let pulled = PulledImage {
@@ -232,19 +230,29 @@ impl Run<'_> {
     }
 }
 
-/// Takes the import lock, waiting for whoever holds it.
-async fn lock(store: &NodeStore, image: &ResolvedImage, cancel: &CancellationToken) -> Result<StoreLock, Failure> {
-    let mut told = false;
+/// Takes the import lock, waiting for whoever holds it, visibly.
+async fn lock(
+    store: &NodeStore,
+    image: &ResolvedImage,
+    progress: &PullProgress,
+    cancel: &CancellationToken,
+) -> Result<StoreLock, Failure> {
     loop {
         match store.lock() {
-            Ok(lock) => return Ok(lock),
+            Ok(lock) => {
+                progress.wait_for(None);
+                return Ok(lock);
+            }
             Err(error @ LockError::Io { .. }) => return Err(local(image, error)),
             Err(error @ LockError::Held { .. }) => {
-                if !std::mem::replace(&mut told, true) {
-                    tracing::info!(image = image.pinned, "waiting: {error}");
+                let held = error.to_string();
+                if progress.waiting_for().as_ref() != Some(&held) {
+                    tracing::info!(image = image.pinned, "waiting: {held}");
+                    progress.wait_for(Some(held));
                 }
                 tokio::select! {
                     () = cancel.cancelled() => {
+                        progress.wait_for(None);
                         let message = format!("the pull of {} was cancelled while it waited: {error}", image.pinned);
                         return Err(Failure::new(Kind::Cancelled, message));
                     }

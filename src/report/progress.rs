@@ -1,6 +1,7 @@
 //! Counters that the pull pipeline bumps from any thread, and a plain snapshot of them.
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
@@ -22,6 +23,7 @@ pub struct PullProgress {
     pub objects_done: AtomicU64,
     /// Bytes written to the node store.
     pub bytes_written: AtomicU64,
+    waiting_for: Mutex<Option<String>>,
 }
 
 /// [`PullProgress`] at one instant.
@@ -52,6 +54,16 @@ impl PullProgress {
         }
     }
 
+    /// Says what the pull waits for, such as a lock; `None` when it goes on.
+    pub fn wait_for(&self, what: Option<String>) {
+        *self.waiting_for.lock().unwrap_or_else(PoisonError::into_inner) = what;
+    }
+
+    /// What the pull waits for.
+    pub fn waiting_for(&self) -> Option<String> {
+        self.waiting_for.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// Adds to one counter.
     pub fn add(counter: &AtomicU64, amount: u64) {
         counter.fetch_add(amount, Ordering::Relaxed);
@@ -76,5 +88,6 @@ impl PullProgress {
         ] {
             counter.store(0, Ordering::Relaxed);
         }
+        self.wait_for(None);
     }
 }

@@ -111,6 +111,9 @@ pub struct Status {
     pub target: Option<String>,
     /// Counters of the pull.
     pub progress: ProgressSnapshot,
+    /// What the running phase waits for, such as a lock and who holds it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub waiting_for: Option<String>,
     /// The last failure.
     pub error: Option<LastError>,
     /// Phases so far.
@@ -132,6 +135,7 @@ impl Default for Status {
             commit: None,
             target: None,
             progress: ProgressSnapshot::default(),
+            waiting_for: None,
             error: None,
             timeline: Vec::new(),
             cost: Cost::default(),

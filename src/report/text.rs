@@ -79,6 +79,9 @@ fn state_text(status: &Status, now_unix: u64) -> String {
             )
         }
         (State::Failed, Some(error)) => format!("{phase} failed ({}): {}", error.class, error.message),
+        (State::Running, _) if status.waiting_for.is_some() => {
+            format!("{phase}: waiting: {}", status.waiting_for.as_deref().unwrap_or_default())
+        }
         // The first layer says what else is needed; before that a share would be one of nothing.
         (State::Running, _) if status.progress.layers_done > 0 && phase == "pull" => {
             format!("pull: {}", progress_line(&status.progress, 20))

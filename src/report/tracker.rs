@@ -26,6 +26,7 @@ impl Tracker {
         let mut status = self.status.borrow().clone();
         if status.phase == Some(Phase::Pull) && status.state == State::Running {
             status.progress = self.progress.snapshot();
+            status.waiting_for = self.progress.waiting_for();
         }
         status
     }

@@ -1,20 +1,25 @@
-//! One importer at a time: an advisory lock (flock) that the kernel releases when its holder dies.
+//! Locks: one importer at a time (flock), and libostree's own lock of a repo that others write to. The
+//! kernel releases both when their holder dies.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::libc;
 use rustix::fs::{FlockOperation, flock};
 
 /// Why the lock was not taken.
 #[derive(Debug, thiserror::Error)]
 pub enum LockError {
-    /// Another process, or another part of this one, imports right now.
-    #[error("another import holds {path}: {holder}")]
+    /// Another process, or another part of this one, has it right now.
+    #[error("{path} is locked by {holder}")]
     Held {
         /// The lock file.
         path: String,
-        /// Who says to hold it: process id and name, as far as known.
+        /// Who holds it: process id and name, as far as known.
         holder: String,
     },
     /// The lock file could not be used.
@@ -32,12 +37,14 @@ pub enum LockError {
 #[derive(Debug)]
 pub struct StoreLock {
     _file: File,
+    /// Of a repo that others write to, too.
+    _repo: Option<File>,
 }
 
 impl StoreLock {
     /// Takes the lock or says who holds it. Never waits.
     pub fn try_acquire(path: &Path) -> Result<Self, LockError> {
-        let fail = |source| LockError::Io { path: path.display().to_string(), source };
+        let fail = |source| failed(path, source);
         let mut file =
             OpenOptions::new().create(true).truncate(false).read(true).write(true).open(path).map_err(fail)?;
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
@@ -47,19 +54,83 @@ impl StoreLock {
                 // Who holds it is a courtesy; an unreadable file only costs the name.
                 let _ = file.read_to_string(&mut holder);
                 let holder = match holder.trim() {
-                    "" => "holder unknown".to_owned(),
+                    "" => UNKNOWN.to_owned(),
                     holder => holder.to_owned(),
                 };
                 return Err(LockError::Held { path: path.display().to_string(), holder });
             }
             Err(errno) => return Err(fail(errno.into())),
         }
-        let name = std::fs::read_to_string("/proc/self/comm").unwrap_or_default();
         file.set_len(0).map_err(fail)?;
         file.rewind().map_err(fail)?;
-        writeln!(file, "pid {} ({})", std::process::id(), name.trim()).map_err(fail)?;
-        Ok(Self { _file: file })
+        writeln!(file, "{}", process(std::process::id())).map_err(fail)?;
+        Ok(Self { _file: file, _repo: None })
     }
+
+    /// Takes, besides, libostree's lock of `repo`, shared as every writer does: whoever prunes takes it
+    /// exclusively, so nothing that is written under it can be taken for garbage. Never waits.
+    ///
+    /// Source: `ostree_repo_lock_push` in libostree's `ostree-repo.c`: an open file description lock
+    /// (fcntl(2)) over the whole file `.lock`.
+    pub(super) fn with_repo(self, repo: &Path, shown: &Path) -> Result<Self, LockError> {
+        let path = shown.join(".lock");
+        let fail = |source| failed(&path, source);
+        let file = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .read(true)
+            .write(true)
+            .open(repo.join(".lock"))
+            .map_err(fail)?;
+        match fcntl(&file, FcntlArg::F_OFD_SETLK(&whole_file(libc::F_RDLCK))) {
+            Ok(_) => Ok(Self { _repo: Some(file), ..self }),
+            Err(Errno::EAGAIN | Errno::EACCES) => {
+                Err(LockError::Held { path: path.display().to_string(), holder: holders(&file) })
+            }
+            Err(errno) => Err(fail(errno.into())),
+        }
+    }
+}
+
+/// What fcntl(2) is told: all of the file, whatever its size.
+fn whole_file(kind: libc::c_int) -> libc::flock {
+    libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    }
+}
+
+const UNKNOWN: &str = "a process that is not known";
+
+fn failed(path: &Path, source: io::Error) -> LockError {
+    LockError::Io { path: path.display().to_string(), source }
+}
+
+/// Who holds a lock of the file. `/proc/locks` has no process id for an open file description lock; the
+/// descriptor's own `fdinfo` shows it.
+fn holders(file: &File) -> String {
+    let Ok(wanted) = file.metadata() else { return UNKNOWN.to_owned() };
+    let is_holder = |pid: u32| {
+        let dir = std::fs::read_dir(format!("/proc/{pid}/fd")).ok()?;
+        dir.flatten().find(|entry| {
+            let same = std::fs::metadata(entry.path())
+                .is_ok_and(|meta| (meta.dev(), meta.ino()) == (wanted.dev(), wanted.ino()));
+            let info = format!("/proc/{pid}/fdinfo/{}", entry.file_name().display());
+            same && std::fs::read_to_string(info).is_ok_and(|info| info.lines().any(|line| line.starts_with("lock:")))
+        })
+    };
+    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let holders: Vec<_> = pids.filter(|pid| is_holder(*pid).is_some()).map(process).collect();
+    if holders.is_empty() { UNKNOWN.to_owned() } else { holders.join(", ") }
+}
+
+fn process(pid: u32) -> String {
+    let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    format!("pid {pid} ({})", name.trim())
 }
 
 #[cfg(test)]
@@ -76,5 +147,42 @@ mod tests {
         assert!(refused.contains(&format!("pid {}", std::process::id())), "{refused}");
         drop(first);
         StoreLock::try_acquire(&path).unwrap();
+    }
+
+    /// With libostree itself at the other end.
+    #[test]
+    fn libostree_and_we_keep_out_of_each_others_way() {
+        use ostree::gio::Cancellable;
+        let temp = tempfile::tempdir().unwrap();
+        let path = temp.path().join("repo");
+        let repo = ostree::Repo::new_for_path(&path);
+        repo.create(ostree::RepoMode::Bare, Cancellable::NONE).unwrap();
+        let ours = || StoreLock::try_acquire(&temp.path().join("lock")).unwrap().with_repo(&path, &path);
+        let prune = || {
+            let mut ostree = std::process::Command::new("ostree");
+            ostree.args(["prune", "--refs-only"]).arg(format!("--repo={}", path.display())).output().unwrap()
+        };
+        let config = path.join("config");
+        let text = std::fs::read_to_string(&config).unwrap().replace("[core]", "[core]\nlock-timeout-secs=0");
+        std::fs::write(&config, text).unwrap();
+
+        // A transaction of libostree's is a writer like us.
+        repo.prepare_transaction(Cancellable::NONE).unwrap();
+        let held = ours().unwrap();
+        repo.abort_transaction(Cancellable::NONE).unwrap();
+        let refused = prune();
+        assert!(
+            !refused.status.success() && String::from_utf8_lossy(&refused.stderr).contains("Locking"),
+            "{refused:?}"
+        );
+        drop(held);
+        assert!(prune().status.success());
+
+        let file = OpenOptions::new().write(true).open(path.join(".lock")).unwrap();
+        fcntl(&file, FcntlArg::F_OFD_SETLK(&whole_file(libc::F_WRLCK))).unwrap();
+        let refused = ours().unwrap_err().to_string();
+        assert!(refused.contains(&format!("pid {} (", std::process::id())), "{refused}");
+        drop(file);
+        ours().unwrap();
     }
 }

@@ -2,24 +2,40 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
 
 use super::booted::list_content;
+use super::disk::Disk;
 use super::object::{ObjectId, ObjectSet, ObjectType, loose_path};
+use super::place::is_bare;
 use super::{BootedRepo, LayerJournal, LockError, NODE_IMAGE_REF, ObjectWriter, StoreLock};
 
-/// A bare ostree repo at `ROOT/repo`, with what we keep beside it: `ROOT/lock`, `ROOT/layers` (the
-/// layer journal), `ROOT/derived/` (what plain layers hold) and `ROOT/pulled.json`.
+/// Of a disk, this much is left to the system. libostree's default for `core.min-free-space-percent`, for
+/// the same reason: a full disk stops more than us.
+const RESERVE_PERCENT: u64 = 3;
+
+/// A bare ostree repo, with what we keep beside it below a root: `layers` (the layer journal),
+/// `derived/` (what plain layers hold), `pulled.json`, `usr` (the delta tree) and `lock`.
 ///
-/// On a RAM store nothing is ever synced: a crash forgets all of it anyway. Objects appear under
-/// their names only after their checksum was found right, so whatever is found there is good.
+/// Objects get their names only after their checksum was found right, so whatever is found under one is
+/// good. There are two kinds:
+///
+/// * The **RAM store** has a repo of its own at `ROOT/repo`. Nothing is ever synced: a crash forgets
+///   all of it anyway.
+/// * The **disk store** is the system's own repo, with all the rest in the repo's
+///   `extensions/node-image-pivot/`. Others write to the repo, too: we hold libostree's lock while we
+///   do. What a power cut finds half done is in `boot-ID` there, which the next boot removes; what is in
+///   the repo itself had reached the disk before it got its name. `derived/` stays: whatever is in there
+///   is compared with the objects that are there.
 #[derive(Debug, Clone)]
 pub struct NodeStore {
     root: PathBuf,
     repo: PathBuf,
     parent: Option<PathBuf>,
+    disk: Option<Disk>,
 }
 
 impl NodeStore {
@@ -56,26 +72,58 @@ impl NodeStore {
         }
         // Last and in one step: a repo with a config is a whole repo.
         replace(&repo.join("config"), config.as_bytes()).context("writing the node store's config")?;
-        Ok(Self { root: root.to_owned(), repo, parent })
+        Ok(Self { root: root.to_owned(), repo, parent, disk: None })
     }
 
-    /// Opens the store that an earlier run made below `root`.
+    /// The store in the system's repo, which is at `repo` for everybody. Where that cannot be written,
+    /// `view` is the same directory on a mount that can.
+    ///
+    /// What an interrupted pull of an earlier boot left behind is removed.
+    ///
+    /// # Errors
+    /// When it is no repo of mode `bare`, or cannot be written. Nothing that others see has changed.
+    pub fn on_disk(repo: &Path, view: Option<OwnedFd>) -> anyhow::Result<Self> {
+        let place = repo.display();
+        let config =
+            fs::read_to_string(repo.join("config")).with_context(|| format!("there is no ostree repo at {place}"))?;
+        ensure!(is_bare(&config), "the ostree repo {place} is not of the mode bare; set store = \"ram\"");
+        let disk = Disk::open(repo, view)
+            .with_context(|| format!("the ostree repo {place} cannot be written; mend that, or set store = \"ram\""))?;
+        Ok(Self { root: disk.volatile(), repo: disk.repo.clone(), parent: None, disk: Some(disk) })
+    }
+
+    /// Opens the RAM store that an earlier run made below `root`.
     pub fn open(root: &Path) -> anyhow::Result<Self> {
         let repo = root.join("repo");
         let config = fs::read_to_string(repo.join("config"))
             .with_context(|| format!("there is no node store at {}", root.display()))?;
         let parent = config.lines().find_map(|line| line.strip_prefix("parent=")).map(PathBuf::from);
-        Ok(Self { root: root.to_owned(), repo, parent })
+        Ok(Self { root: root.to_owned(), repo, parent, disk: None })
     }
 
-    /// The directory that holds the store.
+    /// Whether this is the system's repo.
+    pub fn is_on_disk(&self) -> bool {
+        self.disk.is_some()
+    }
+
+    /// The directory for what we keep beside the repo.
     pub fn root(&self) -> &Path {
         &self.root
     }
 
-    /// The repo, for the ostree tools.
+    /// The repo, for the ostree tools and for messages: on a disk store it may be read-only by this path.
     pub fn repo_path(&self) -> &Path {
-        &self.repo
+        self.disk.as_ref().map_or(&self.repo, |disk| &disk.shown)
+    }
+
+    /// Where to build the delta tree, so that it can be hardlinked to [`NodeStore::object_path`].
+    pub fn delta_build_path(&self) -> PathBuf {
+        self.root.join("usr")
+    }
+
+    /// Where everybody finds the delta tree.
+    pub fn delta_path(&self) -> PathBuf {
+        self.disk.as_ref().map_or_else(|| self.root.clone(), Disk::volatile_shown).join("usr")
     }
 
     /// Where an object is, or would be, in this store's own repo.
@@ -83,19 +131,23 @@ impl NodeStore {
         self.repo.join(loose_path(id, kind))
     }
 
-    /// Whether this store's own repo has the object.
+    /// Whether this store's own repo has the object, or has it waiting for its name.
     pub fn has(&self, id: &ObjectId, kind: ObjectType) -> bool {
-        self.object_path(id, kind).symlink_metadata().is_ok()
+        self.own_object(id, kind).is_some()
     }
 
     /// Where the object is: here, or in the parent (the booted repo, maybe on another file system).
     pub fn find_object(&self, id: &ObjectId, kind: ObjectType) -> Option<PathBuf> {
-        let here = self.object_path(id, kind);
-        if here.symlink_metadata().is_ok() {
-            return Some(here);
-        }
-        let there = self.parent.as_ref()?.join(loose_path(id, kind));
-        there.symlink_metadata().is_ok().then_some(there)
+        self.own_object(id, kind).or_else(|| there(self.parent.as_ref()?.join(loose_path(id, kind))))
+    }
+
+    fn own_object(&self, id: &ObjectId, kind: ObjectType) -> Option<PathBuf> {
+        there(self.object_path(id, kind)).or_else(|| there(self.disk.as_ref()?.incoming().join(loose_path(id, kind))))
+    }
+
+    /// Where objects are written to.
+    fn incoming(&self) -> PathBuf {
+        self.disk.as_ref().map_or_else(|| self.repo.clone(), Disk::incoming)
     }
 
     /// A metadata object's bytes, from here or the parent; `None` when neither has it.
@@ -103,14 +155,25 @@ impl NodeStore {
         self.find_object(id, kind).map(fs::read).transpose()
     }
 
-    /// The names of all content objects of this store's own repo.
+    /// The names of all content objects of this store's own repo, and of those that wait for theirs.
     pub fn content_objects(&self) -> io::Result<ObjectSet> {
-        list_content(&self.repo)
+        let mut found = list_content(&self.repo)?;
+        if let Some(disk) = &self.disk {
+            found.extend(list_content(&disk.incoming())?);
+        }
+        Ok(found)
     }
 
     /// Writes objects into this store.
     pub fn writer(&self) -> io::Result<ObjectWriter> {
-        ObjectWriter::new(&self.repo)
+        let room = match self.disk {
+            Some(_) => {
+                let (free, total) = self.space()?;
+                free.saturating_sub(total * RESERVE_PERCENT / 100)
+            }
+            None => u64::MAX,
+        };
+        ObjectWriter::new(&self.incoming(), room)
     }
 
     /// The commit that `coreos/node-image` names; `None` before the first pull is complete.
@@ -122,13 +185,46 @@ impl NodeStore {
         }
     }
 
+    /// Ends a pull: gives what was written its place in the repo, notes which commits lack content, and
+    /// points `coreos/node-image` at the last of `commits`. Each comes with whether it is complete.
+    ///
+    /// On a disk store, every step is on the disk before the next one begins. Interrupted anywhere, the
+    /// repo is consistent, and this can be called again; after a reboot, the pull has to be.
+    pub fn publish(&self, commits: &[(ObjectId, bool)]) -> io::Result<()> {
+        if let Some(disk) = &self.disk {
+            // A commit that others can see must not miss anything unless it says so.
+            for (commit, _) in commits {
+                if there(self.object_path(commit, ObjectType::Commit)).is_none() {
+                    self.mark_partial(commit, true)?;
+                }
+            }
+            disk.sync()?;
+            disk.give_names()?;
+            disk.sync()?;
+        }
+        for (commit, complete) in commits {
+            self.mark_partial(commit, !complete)?;
+        }
+        if let Some((commit, _)) = commits.last() {
+            self.set_ref(&commit.to_string())?;
+        }
+        self.disk.as_ref().map_or(Ok(()), Disk::sync)
+    }
+
     /// Points `coreos/node-image` at a commit, in one step.
     pub fn set_ref(&self, commit: &str) -> io::Result<()> {
         let path = self.ref_path();
         if let Some(dir) = path.parent() {
             fs::create_dir_all(dir)?;
         }
-        replace(&path, format!("{commit}\n").as_bytes())
+        // Not beside it: whatever is below `refs` is a ref.
+        let temp = self.root.join("ref.new");
+        let mut file = fs::File::create(&temp)?;
+        io::Write::write_all(&mut file, format!("{commit}\n").as_bytes())?;
+        if self.disk.is_some() {
+            file.sync_all()?;
+        }
+        fs::rename(&temp, &path)
     }
 
     /// Removes `coreos/node-image`. None there is not an error.
@@ -136,17 +232,48 @@ impl NodeStore {
         absent_is_fine(fs::remove_file(self.ref_path()))
     }
 
+    /// Gives the disk back what an unfinished pull wrote: the next one begins anew. A RAM store keeps it,
+    /// nobody else suffers.
+    ///
+    /// # Errors
+    /// As [`NodeStore::lock`]: a pull may still run.
+    pub fn discard_unpublished(&self) -> Result<(), LockError> {
+        let Some(disk) = &self.disk else { return Ok(()) };
+        let _lock = self.lock()?;
+        let volatile = disk.volatile_shown().display().to_string();
+        disk.discard().map_err(|source| LockError::Io { path: volatile, source })
+    }
+
+    /// Removes what keeps the node image in the store: the ref, the delta tree, and what we know about
+    /// layers. The next pull begins anew. Objects of the system's repo go when the system prunes it.
+    ///
+    /// Not while a mount uses the delta tree, or a pull runs.
+    pub fn forget(&self) -> io::Result<()> {
+        self.remove_ref()?;
+        if let Some(disk) = &self.disk {
+            return disk.forget();
+        }
+        absent_is_fine(fs::remove_dir_all(self.delta_build_path()))?;
+        absent_is_fine(fs::remove_dir_all(self.root.join("derived")))?;
+        absent_is_fine(fs::remove_file(self.root.join("layers")))?;
+        absent_is_fine(fs::remove_file(self.record_path()))
+    }
+
     /// Tells the ostree tools whether content of the commit was left out.
-    pub fn mark_partial(&self, commit: &str, partial: bool) -> io::Result<()> {
+    fn mark_partial(&self, commit: &ObjectId, partial: bool) -> io::Result<()> {
         let path = self.repo.join("state").join(format!("{commit}.commitpartial"));
         // libostree reads the content too: 'f' would mean that fsck found the objects missing.
         if partial { fs::write(path, b"") } else { absent_is_fine(fs::remove_file(path)) }
     }
 
-    /// Takes the import lock, or says who holds it. Leftovers of a killed import are removed then.
+    /// Takes the import lock, on a disk store with libostree's own, or says who holds it. Leftovers of a
+    /// killed import are removed then.
     pub fn lock(&self) -> Result<StoreLock, LockError> {
-        let lock = StoreLock::try_acquire(&self.root.join("lock"))?;
-        let tmp = self.repo.join("tmp");
+        let lock = match &self.disk {
+            Some(disk) => StoreLock::try_acquire(&disk.kept().join("lock"))?.with_repo(&disk.repo, &disk.shown)?,
+            None => StoreLock::try_acquire(&self.root.join("lock"))?,
+        };
+        let tmp = self.incoming().join("tmp");
         let tidy = || -> io::Result<()> {
             for entry in fs::read_dir(&tmp)? {
                 let entry = entry?;
@@ -160,14 +287,15 @@ impl NodeStore {
         Ok(lock)
     }
 
-    /// Removes a content object from this store's own repo. None there is not an error.
+    /// Removes a content object that was written since the last [`NodeStore::publish`]. None there is
+    /// not an error. In the system's repo itself nothing is ever removed: somebody else may rely on it.
     pub fn remove_content(&self, id: &ObjectId) -> io::Result<()> {
-        absent_is_fine(fs::remove_file(self.object_path(id, ObjectType::File)))
+        absent_is_fine(fs::remove_file(self.incoming().join(loose_path(id, ObjectType::File))))
     }
 
     /// What an earlier run found in a plain layer, as [`NodeStore::write_layer_list`] left it.
     pub fn read_layer_list(&self, name: &str) -> io::Result<Option<Vec<u8>>> {
-        match fs::read(self.root.join("derived").join(name)) {
+        match fs::read(self.lists().join(name)) {
             Ok(list) => Ok(Some(list)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
@@ -176,9 +304,13 @@ impl NodeStore {
 
     /// Keeps what was found in a plain layer, in one step. `name` is a plain file name.
     pub fn write_layer_list(&self, name: &str, list: &[u8]) -> io::Result<()> {
-        let dir = self.root.join("derived");
+        let dir = self.lists();
         fs::create_dir_all(&dir)?;
         replace(&dir.join(name), list)
+    }
+
+    fn lists(&self) -> PathBuf {
+        self.disk.as_ref().map_or_else(|| self.root.clone(), Disk::kept).join("derived")
     }
 
     /// The journal of layers that are done.
@@ -215,6 +347,10 @@ impl NodeStore {
     }
 }
 
+fn there(path: PathBuf) -> Option<PathBuf> {
+    path.symlink_metadata().is_ok().then_some(path)
+}
+
 fn absent_is_fine(result: io::Result<()>) -> io::Result<()> {
     match result {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -247,11 +383,14 @@ mod tests {
         store.set_ref(&commit).unwrap();
         assert_eq!(repo.resolve_rev(NODE_IMAGE_REF, false).unwrap().unwrap(), commit);
         assert_eq!(store.resolve_ref().unwrap(), Some(commit.clone()));
-        store.mark_partial(&commit, true).unwrap();
-        store.mark_partial(&commit, false).unwrap();
-        store.mark_partial(&commit, false).unwrap();
-        store.remove_ref().unwrap();
-        store.remove_ref().unwrap();
+        let (commit, marked) = (ObjectId([0xab; 32]), store.repo.join(format!("state/{commit}.commitpartial")));
+        for complete in [false, true, true] {
+            store.publish(&[(commit, complete)]).unwrap();
+            assert_eq!(marked.exists(), !complete);
+        }
+        store.forget().unwrap();
+        store.forget().unwrap();
+        assert_eq!(store.resolve_ref().unwrap(), None);
     }
 
     #[test]

@@ -5,13 +5,13 @@
 //! (`O_TMPFILE`) of the repo's own file system and linked to its name after its checksum was found
 //! right; a kill leaves nothing behind. Symlinks cannot be nameless and are checked first.
 //!
-//! Nothing is synced: the store is RAM.
+//! Nothing is synced here: on a disk, objects wait elsewhere for one sync of all (see `disk`).
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 
 use rustix::fs::{AtFlags, Gid, Mode, OFlags, Timespec, Timestamps, UTIME_OMIT, Uid, XattrFlags};
 use rustix::io::Errno;
@@ -19,6 +19,9 @@ use sha2::{Digest, Sha256};
 
 pub use super::header::{FileMeta, Xattrs};
 use super::object::{ObjectId, ObjectType, loose_path};
+
+/// What an object costs besides its content: half a block at its end, and an inode.
+const BLOCK: usize = 4096;
 
 /// Why an object was not stored.
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +55,8 @@ pub struct ObjectWriter {
     serial: AtomicU64,
     root: bool,
     dropped_xattrs: AtomicU64,
+    /// How many bytes may still be written.
+    room: AtomicI64,
 }
 
 /// A regular file on its way: nameless until [`FileWrite::finish`], gone when dropped before.
@@ -65,10 +70,31 @@ pub struct FileWrite<'a> {
 }
 
 impl ObjectWriter {
-    pub(super) fn new(repo: &Path) -> io::Result<Self> {
+    /// Writes at most `room` bytes, and a file system block for each object.
+    pub(super) fn new(repo: &Path, room: u64) -> io::Result<Self> {
         let dir = rustix::fs::open(repo, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
-        let root = rustix::process::geteuid().is_root();
-        Ok(Self { repo: repo.to_owned(), dir, serial: AtomicU64::new(0), root, dropped_xattrs: AtomicU64::new(0) })
+        Ok(Self {
+            repo: repo.to_owned(),
+            dir,
+            serial: AtomicU64::new(0),
+            root: rustix::process::geteuid().is_root(),
+            dropped_xattrs: AtomicU64::new(0),
+            room: AtomicI64::new(i64::try_from(room).unwrap_or(i64::MAX)),
+        })
+    }
+
+    /// Writes to a file of ours, as long as there is room.
+    fn put(&self, file: &mut File, content: &[u8]) -> io::Result<()> {
+        self.take(content.len())?;
+        file.write_all(content)
+    }
+
+    fn take(&self, bytes: usize) -> io::Result<()> {
+        let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
+        if self.room.fetch_sub(bytes, Ordering::Relaxed) < bytes {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        Ok(())
     }
 
     /// What could not be stored as it should have been, one line each.
@@ -107,7 +133,7 @@ impl ObjectWriter {
         }
         let step = |what: &'static str| fail(id, kind, what);
         let mut file = self.nameless().map_err(step("creating it"))?;
-        file.write_all(content).map_err(step("writing"))?;
+        self.put(&mut file, content).map_err(step("writing"))?;
         rustix::fs::fchmod(&file, Mode::from_raw_mode(0o644))
             .map_err(io::Error::from)
             .map_err(step("setting its mode"))?;
@@ -153,7 +179,7 @@ impl ObjectWriter {
         hasher.update(content);
         check(id, ObjectType::File, hasher)?;
         let mut file = self.nameless().map_err(fail(id, ObjectType::File, "creating it"))?;
-        file.write_all(content).map_err(fail(id, ObjectType::File, "writing"))?;
+        self.put(&mut file, content).map_err(fail(id, ObjectType::File, "writing"))?;
         self.seal(&file, id, meta)
     }
 
@@ -171,6 +197,7 @@ impl ObjectWriter {
     }
 
     fn nameless(&self) -> io::Result<File> {
+        self.take(BLOCK)?;
         let flags = OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC;
         Ok(rustix::fs::openat(&self.dir, "tmp", flags, Mode::from_raw_mode(0o600))?.into())
     }
@@ -212,7 +239,7 @@ impl FileWrite<'_> {
     /// Appends content.
     pub fn write(&mut self, content: &[u8]) -> Result<(), WriteError> {
         self.hasher.update(content);
-        self.file.write_all(content).map_err(fail(&self.id, ObjectType::File, "writing"))
+        self.writer.put(&mut self.file, content).map_err(fail(&self.id, ObjectType::File, "writing"))
     }
 
     /// Appends zeros without storing them: a hole. They are hashed, at the speed of SHA-256.
@@ -254,7 +281,8 @@ impl UnnamedWrite<'_> {
             return Ok(());
         };
         let held = std::mem::take(&mut self.held);
-        file.write_all(&held).and_then(|()| file.write_all(content)).map_err(unnamed("writing"))
+        let writer = self.writer;
+        writer.put(file, &held).and_then(|()| writer.put(file, content)).map_err(unnamed("writing"))
     }
 
     /// Appends zeros without storing them: a hole. They are hashed, at the speed of SHA-256.
@@ -288,7 +316,7 @@ impl UnnamedWrite<'_> {
             Some(file) => file,
             None => {
                 let mut file = self.writer.nameless().map_err(step("creating it"))?;
-                file.write_all(&self.held).map_err(step("writing"))?;
+                self.writer.put(&mut file, &self.held).map_err(step("writing"))?;
                 file
             }
         };
