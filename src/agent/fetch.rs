@@ -3,19 +3,14 @@
 use std::future::Future;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::Context as _;
 use tracing::warn;
 
-use super::{Context, Error, Ticket};
+use super::{Context, Error, Ticket, storage};
 use crate::config::{ImageSource, Settings};
 use crate::image::{self, Class, Failure, ImageSettings, Kind, PullSpec, ResolvedImage, Source};
 use crate::import::{self, PullOptions, PulledImage};
-use crate::mount::{self, Namespace};
 use crate::report::{LastError, Phase, State};
-use crate::store::{BootedRepo, NodeStore};
-
-/// The source that mount tables show for the node store's tmpfs.
-pub(super) const STORE_SOURCE: &str = "node-image-store";
+use crate::store::{LockError, NodeStore};
 
 /// Pull spec to digest.
 pub(super) async fn resolve(context: &Context, ticket: &Ticket) -> Result<ResolvedImage, Error> {
@@ -85,20 +80,33 @@ async fn store(
 ) -> Result<PulledImage, Error> {
     let phase = Phase::Pull;
     context.tracker.begin(phase);
-    let root = context.paths.store();
     let options = PullOptions { complete, ..PullOptions::default() };
     with_retry(context, phase, ticket, || async {
-        let local = |error: anyhow::Error| Failure::new(Kind::Local, format!("{error:#}"));
-        let limit = context.settings.ram_limit.bytes(total_memory().map_err(local)?);
-        mount::tmpfs(&Namespace::init(), &root, limit, STORE_SOURCE).map_err(local)?;
-        let booted = BootedRepo::discover().map_err(local)?;
-        let store = NodeStore::on_tmpfs(&root, booted.as_ref()).map_err(local)?;
+        let (store, booted) = storage::open(&context.paths, &context.settings)
+            .map_err(|error| Failure::new(Kind::Local, format!("{error:#}")))?;
         let source = Source::open(&image_settings(&context.settings)).await?;
         context.tracker.progress.reset();
         let progress = context.tracker.progress.clone();
-        import::pull(&source, image, &store, booted.as_ref(), &options, progress, ticket.token()).await
+        let pulled = import::pull(&source, image, &store, booted.as_ref(), &options, progress, ticket.token()).await;
+        if matches!(&pulled, Err(failure) if failure.kind == Kind::NoSpace) {
+            give_back(&store).await;
+        }
+        pulled
     })
     .await
+}
+
+/// On a disk that is full, everybody suffers: what was written for nothing goes at once.
+async fn give_back(store: &NodeStore) {
+    for _ in 0..50 {
+        match store.discard_unpublished() {
+            Ok(()) => return,
+            // Threads of the pull that failed are still ending.
+            Err(LockError::Held { .. }) => tokio::time::sleep(Duration::from_millis(100)).await,
+            Err(error) => return warn!("what was pulled so far stays on the disk until the next boot: {error}"),
+        }
+    }
+    warn!("what was pulled so far stays on the disk until the next boot: somebody has its lock");
 }
 
 /// Runs `attempt` until it succeeds, fails for good, or is cancelled. Each failure is told in the
@@ -159,28 +167,4 @@ fn unix_in(delay: Duration) -> u64 {
 
 fn image_settings(settings: &Settings) -> ImageSettings {
     ImageSettings { authfile: settings.auth_file.clone(), ..ImageSettings::default() }
-}
-
-/// The machine's memory in bytes.
-fn total_memory() -> anyhow::Result<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
-    mem_total(&text).context("/proc/meminfo has no MemTotal")
-}
-
-/// `MemTotal:` of proc_meminfo(5), which is in KiB, in bytes.
-fn mem_total(meminfo: &str) -> Option<u64> {
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
-    line.split_whitespace().next()?.parse::<u64>().ok()?.checked_mul(1024)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn meminfo() {
-        assert_eq!(mem_total("MemTotal:       24684084 kB\nMemFree: 1 kB\n"), Some(24_684_084 * 1024));
-        assert_eq!(mem_total("MemFree: 1 kB\n"), None);
-        assert_eq!(mem_total("MemTotal: lots kB\n"), None);
-    }
 }

@@ -13,6 +13,7 @@ mod paths;
 mod plan;
 mod prepare;
 mod record;
+mod storage;
 mod switch;
 mod ticket;
 

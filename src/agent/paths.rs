@@ -31,14 +31,9 @@ impl Paths {
         &self.run
     }
 
-    /// The node store's own tmpfs: objects, and the delta tree that is hardlinked to them.
+    /// The RAM store's tmpfs: objects, and the delta tree that is hardlinked to them.
     pub fn store(&self) -> PathBuf {
         self.run.join("store")
-    }
-
-    /// What differs between the booted `/usr` and the node image's; the upper of the two lowerdirs.
-    pub fn delta(&self) -> PathBuf {
-        self.store().join("usr")
     }
 
     /// The undo record of `/etc`.

@@ -10,14 +10,14 @@ use ostree::glib::{Variant, VariantDict};
 use tracing::{info, warn};
 
 use super::plan::{EtcPlan, MemoryPlan, SwitchPlan};
-use super::{Context, Error, Paths, StagedRoot};
-use crate::config::EtcStrategy;
+use super::{Context, Error, Paths, StagedRoot, storage};
+use crate::config::{EtcStrategy, Settings};
 use crate::etc::{self, Class, Plan};
 use crate::import::PulledImage;
 use crate::mount::{DetachedTree, Namespace};
 use crate::report::{Phase, State};
-use crate::stage::{self, Booted, Free, Keep, Need, PackageChanges, Packages, Refusal, Refusals};
-use crate::store::{NodeStore, ObjectType};
+use crate::stage::{self, Booted, Delta, Free, Keep, Need, PackageChanges, Packages, Refusal, Refusals};
+use crate::store::ObjectType;
 
 /// What mount tables show for the exposed `/usr`.
 pub(super) const USR_SOURCE: &str = "node-image";
@@ -29,9 +29,9 @@ pub(super) async fn stage(context: &Context, pulled: PulledImage) -> Result<Stag
     let phase = Phase::Stage;
     context.tracker.begin(phase);
     let paths = context.paths.clone();
-    let strategy = context.settings.etc_strategy;
+    let settings = context.settings.clone();
     // libostree's objects must stay on one thread.
-    let (staged, warnings) = tokio::task::spawn_blocking(move || blocking(&paths, pulled, strategy))
+    let (staged, warnings) = tokio::task::spawn_blocking(move || blocking(&paths, pulled, &settings))
         .await
         .context("staging panicked; the running system is untouched")??;
     for line in staged.plan_lines() {
@@ -48,14 +48,14 @@ pub(super) async fn stage(context: &Context, pulled: PulledImage) -> Result<Stag
 
 /// Everything that can refuse does so in here, cheapest first. What it finds is written down; returned are
 /// what the switch needs, and warnings.
-fn blocking(paths: &Paths, pulled: PulledImage, strategy: EtcStrategy) -> Result<(StagedRoot, Vec<String>), Error> {
+fn blocking(paths: &Paths, pulled: PulledImage, settings: &Settings) -> Result<(StagedRoot, Vec<String>), Error> {
     let usr = Path::new(USR);
     let mounts = Namespace::init().mounts()?;
     refuse(stage::check_system(&mounts, usr, Path::new(ETC)))?;
     let mut warnings = stage::warnings(&mounts, usr);
 
-    let store_dir = paths.store();
-    let store = NodeStore::open(&store_dir)?;
+    let (store, _) = storage::open(paths, settings)?;
+    let store_dir = store.root().to_owned();
     let repo = ostree::Repo::new_for_path(store.repo_path());
     repo.open(Cancellable::NONE).context("cannot open the node store; the running system is untouched")?;
     let metadata = metadata_of(&repo, &pulled.commit)?;
@@ -70,7 +70,9 @@ fn blocking(paths: &Paths, pulled: PulledImage, strategy: EtcStrategy) -> Result
     };
     let difference = stage::compare(&repo, booted, &pulled.commit, &own_object, &Keep::default())?;
     refuse(too_little(Free::at(&store_dir)?.needs(&store_dir, difference.bytes_to_copy()?, 0)))?;
-    let delta = difference.build(&paths.delta())?;
+    let built = difference.build(&store.delta_build_path())?;
+    // Where it was built may be a name that only this process has.
+    let delta = Delta { directory: store.delta_path(), ..built };
 
     let tree = stage::open_new_usr(&delta.directory, usr, USR_SOURCE)?;
     refuse(stage::check_content(tree.as_fd(), stage::Machine::here().context("looking at this program")?))?;
@@ -81,7 +83,7 @@ fn blocking(paths: &Paths, pulled: PulledImage, strategy: EtcStrategy) -> Result
         // The image's own files have labels, too.
         Err(error) => warnings.push(format!("{error:#}; what is written to /etc gets the labels of the image's files")),
     }
-    if strategy == EtcStrategy::Fail {
+    if settings.etc_strategy == EtcStrategy::Fail {
         refuse(
             etc::refuse_conflicts(&plan)
                 .err()

@@ -24,7 +24,7 @@ pub(super) fn asked(settings: &Settings) -> String {
         None => "nothing".to_owned(),
     };
     let complete = if settings.complete { " complete" } else { "" };
-    format!("{:?} {:?} {source}{complete}", settings.mode, settings.etc_strategy)
+    format!("{:?} {:?} {:?} {source}{complete}", settings.mode, settings.etc_strategy, settings.store)
 }
 
 /// What the status document shows as the image asked for.

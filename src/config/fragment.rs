@@ -18,6 +18,7 @@ pub(super) struct Fragment {
     pub auth_file: Option<PathBuf>,
     pub ram_limit: Option<RamLimitText>,
     pub complete: Option<bool>,
+    pub store: Option<String>,
     #[serde(default)]
     pub retry: RetryTable,
     #[serde(default)]

@@ -62,6 +62,7 @@ pub struct Inputs {
     pub auth_file: Option<Sourced<PathBuf>>,
     pub ram_limit: Option<Sourced<String>>,
     pub complete: Option<Sourced<bool>>,
+    pub store: Option<Sourced<String>>,
     pub retry_initial: Option<Sourced<f64>>,
     pub retry_maximum: Option<Sourced<f64>>,
     pub retry_attempts: Option<Sourced<u32>>,
@@ -91,6 +92,7 @@ impl Inputs {
         });
         set(&mut self.ram_limit, ram_limit, source);
         set(&mut self.complete, fragment.complete, source);
+        set(&mut self.store, fragment.store, source);
         set(&mut self.retry_initial, fragment.retry.initial, source);
         set(&mut self.retry_maximum, fragment.retry.maximum, source);
         set(&mut self.retry_attempts, fragment.retry.attempts, source);

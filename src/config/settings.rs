@@ -8,6 +8,7 @@ use node_image_pivot_generator::decide::{DEFAULT_PROBE_PATHS, Mode};
 use node_image_pivot_generator::target;
 
 use super::inputs::{Inputs, Sourced};
+use crate::store::Wish;
 
 /// Names that the node image has in a release payload, tried in this order.
 const DEFAULT_IMAGE_TAGS: [&str; 3] = ["rhel-coreos-10", "rhel-coreos", "stream-coreos"];
@@ -37,6 +38,8 @@ pub struct Settings {
     pub ram_limit: RamLimit,
     /// Whether a pull fetches all of the node image, also what the pivot does not need (kernel modules).
     pub complete: bool,
+    /// Where the node image is stored.
+    pub store: Wish,
     /// How transient failures are retried.
     pub retry: Retry,
     /// What to do about conflicts in `/etc`.
@@ -173,6 +176,7 @@ impl Settings {
                 },
             )?,
             complete: inputs.complete.is_some_and(|complete| complete.value),
+            store: checked("store", inputs.store, Wish::default, |word| word.parse().map_err(|why| anyhow!("{why}")))?,
             retry: retry(inputs.retry_initial, inputs.retry_maximum, inputs.retry_attempts)?,
             etc_strategy: checked("etc.strategy", inputs.etc_strategy, EtcStrategy::default, |word| {
                 match word.as_str() {

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::*;
+use crate::store::Wish;
 
 /// A root that holds these drop-in files: (directory, name, text).
 fn root(files: &[(&str, &str, &str)]) -> tempfile::TempDir {
@@ -46,6 +47,7 @@ fn nothing_configured_gives_the_documented_defaults() {
         ram_limit: RamLimit::Percent(60),
         complete: false,
         retry: Retry { initial: Duration::from_secs(2), maximum: Duration::from_secs(60), attempts: 0 },
+        store: Wish::Auto,
         etc_strategy: EtcStrategy::Keep,
     };
     assert_eq!(load(&[], "quiet").unwrap(), expected);
@@ -54,7 +56,7 @@ fn nothing_configured_gives_the_documented_defaults() {
 #[test]
 fn every_key_arrives() {
     let settings = etc("image = \"r/n:1\"\nimage_tags = [\"a\"]\nmode = \"force\"\ntarget = \"a.target\"\n\
-         probe_paths = [\"/usr/bin/crio\"]\nauth_file = \"/etc/auth.json\"\nram_limit = \"3GiB\"\n\
+         probe_paths = [\"/usr/bin/crio\"]\nauth_file = \"/etc/auth.json\"\nram_limit = \"3GiB\"\nstore = \"disk\"\n\
          complete = true\n[retry]\ninitial = 0.5\nmaximum = 8\nattempts = 3\n[etc]\nstrategy = \"fail\"\n")
     .unwrap();
     let expected = Settings {
@@ -67,6 +69,7 @@ fn every_key_arrives() {
         ram_limit: RamLimit::Bytes(3 << 30),
         complete: true,
         retry: Retry { initial: Duration::from_millis(500), maximum: Duration::from_secs(8), attempts: 3 },
+        store: Wish::Disk,
         etc_strategy: EtcStrategy::Fail,
     };
     assert_eq!(settings, expected);
@@ -102,6 +105,7 @@ fn wrong_values_name_source_key_and_the_way_out() {
         ("auth_file = \"auth.json\"", "auth_file: \"auth.json\" is not an absolute path"),
         ("ram_limit = \"0%\"", "ram_limit: \"0%\" is no limit"),
         ("ram_limit = \"96%\"", "ram_limit: \"96%\" is no limit"),
+        ("store = \"tape\"", "store: \"tape\" is no store; write auto, ram or disk"),
         ("ram_limit = 0", "ram_limit: \"0\" is no limit"),
         ("ram_limit = \"99999999999TiB\"", "is no limit"),
         ("ram_limit = \"3 GB\"", "is no limit"),

@@ -105,14 +105,14 @@ impl Disk {
         commits.iter().try_for_each(|(from, to)| give_name(from, to))
     }
 
-    /// Removes what waits, and what was noted about it.
+    /// Removes the objects that wait. The delta tree, which may be in use, stays.
     pub fn discard(&self) -> io::Result<()> {
-        remove_all(&self.volatile())
+        remove_all(&self.incoming())
     }
 
     /// Removes everything of ours but the lock.
     pub fn forget(&self) -> io::Result<()> {
-        self.discard()?;
+        remove_all(&self.volatile())?;
         remove_all(&self.kept().join("derived"))
     }
 }

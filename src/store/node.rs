@@ -240,8 +240,9 @@ impl NodeStore {
     pub fn discard_unpublished(&self) -> Result<(), LockError> {
         let Some(disk) = &self.disk else { return Ok(()) };
         let _lock = self.lock()?;
-        let volatile = disk.volatile_shown().display().to_string();
-        disk.discard().map_err(|source| LockError::Io { path: volatile, source })
+        let place = disk.volatile_shown().display().to_string();
+        let discarded = absent_is_fine(fs::remove_file(self.root.join("layers"))).and_then(|()| disk.discard());
+        discarded.map_err(|source| LockError::Io { path: place, source })
     }
 
     /// Removes what keeps the node image in the store: the ref, the delta tree, and what we know about
