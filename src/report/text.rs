@@ -204,4 +204,12 @@ mod tests {
         );
         assert!(summary(&status).contains("connection refused"));
     }
+
+    #[test]
+    fn a_lock_that_is_waited_for_is_named() {
+        let waiting_for = Some("/x/.lock is locked by pid 7 (ostree)".to_owned());
+        let phase = Some(Phase::Pull);
+        let status = Status { state: State::Running, phase, waiting_for, ..Status::default() };
+        assert_eq!(state_line(&status, 0), "pull: waiting: /x/.lock is locked by pid 7 (ostree)");
+    }
 }
