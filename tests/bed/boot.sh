@@ -31,6 +31,15 @@ boot() {
         recipe bootimage.sh BED="$BED" BASE="$base" OVERLAYS="${overlays[*]}"
 }
 
+# disk: the same base system installed to a disk: a directory with vmlinuz, initramfs.img, disk.img, kargs.
+disk() {
+    local base agent
+    base=$(tree_base12)
+    agent=$(agent)
+    stage disk "$(key "$BED/bootimage.sh" "=$base" "$agent" =disk)" \
+        recipe bootimage.sh BED="$BED" BASE="$base" OVERLAYS="$agent" MEDIUM=disk
+}
+
 # The cluster's binaries on their own, for a bootimage that already has them.
 binaries() { stage binaries "$(key "=$(debs)")" unpack_binaries; }
 unpack_binaries() {

@@ -1,11 +1,12 @@
 #!/bin/bash
-# BASE (a tree stage) with OVERLAYS (directories to put on top) → OUT/{vmlinuz,initramfs.img,sysroot.squashfs,kargs,commit}.
+# BASE (a tree stage) with OVERLAYS (directories to put on top) → OUT/{vmlinuz,initramfs.img,kargs,commit} and the root:
+# sysroot.squashfs, or with MEDIUM=disk an installed system's disk.img (ext4, sparse).
 # Cheap on purpose: it runs every time the agent changes. Only the new files are hashed.
 set -euo pipefail
-: "${OUT:?}" "${BASE:?}" "${BED:?}"
+: "${OUT:?}" "${BASE:?}" "${BED:?}" "${MEDIUM:=live}"
 # The sysroot is put together on a tmpfs: ostree syncs the whole file system after commits and deployments, and on a disk
 # that others write to this takes half a minute. A mount namespace of our own, so that it goes away with us.
-[ -n "${IN_NAMESPACE:-}" ] || IN_NAMESPACE=1 exec unshare -m --propagation private bash "$0"
+[ -n "${IN_NAMESPACE:-}" ] || MEDIUM=$MEDIUM IN_NAMESPACE=1 exec unshare -m --propagation private bash "$0"
 umask 022
 step() { printf '%(%T)T %s\n' -1 "$*"; }
 sysroot=$OUT/sysroot
@@ -16,7 +17,9 @@ mount -t tmpfs -o mode=0755 testbed-sysroot "$sysroot"
 ostree admin init-fs --modern "$sysroot"
 ostree config --repo="$repo" set sysroot.bootloader none
 # On a medium that cannot be written anyway, ostree-prepare-root refuses sysroot.readonly=true (it wants to remount).
-ostree config --repo="$repo" set sysroot.readonly false
+readonly=false
+[ "$MEDIUM" != disk ] || readonly=true
+ostree config --repo="$repo" set sysroot.readonly "$readonly"
 
 step "base"
 # A summary would be believed about which branches there are.
@@ -47,11 +50,16 @@ modules=$(find "$deployment/usr/lib/modules" -mindepth 1 -maxdepth 1 -type d)
 cp "$modules/vmlinuz" "$modules/initramfs.img" "$OUT/"
 sed -n 's/^options //p' "$sysroot"/boot/loader/entries/*.conf | grep -o 'ostree=[^ ]*' >"$OUT/kargs"
 basename "$deployment" .0 >"$OUT/commit"
-# The kernel is started by the emulator: what ostree put into /boot is not needed on the medium.
-rm -rf "$sysroot"/boot/ostree
-
-step "squashfs"
-mksquashfs "$sysroot" "$OUT/sysroot.squashfs" -comp lz4 -noappend -no-progress -quiet
+if [ "$MEDIUM" = disk ]; then
+    step "ext4"
+    # With room for a node image.
+    mkfs.ext4 -q -L root -d "$sysroot" "$OUT/disk.img" 3G
+else
+    # The kernel is started by the emulator: what ostree put into /boot is not needed on the medium.
+    rm -rf "$sysroot"/boot/ostree
+    step "squashfs"
+    mksquashfs "$sysroot" "$OUT/sysroot.squashfs" -comp lz4 -noappend -no-progress -quiet
+fi
 umount "$sysroot"
 rmdir "$sysroot"
 step "done"

@@ -3,6 +3,7 @@
 #
 #   build.sh TARGET...    targets: qemu oracle debs trees boot registry all
 #   build.sh skopeo       prints the directory of a newer skopeo; builds it if it is missing
+#   build.sh disk         builds an installed system's disk, and prints where it is
 #   build.sh paths        prints where they are, as JSON; builds what is missing
 #   build.sh bench        the benchmark's images (not part of all); prints where they are
 #
@@ -83,6 +84,7 @@ for target in "$@"; do
         # These print where they are, each for its own tests; the bench's images are no part of all.
         skopeo) skopeo_new ;;
         bench) bench ;;
+        disk) disk ;;
         all) trees; boot >&2; registry >&2; qemu >&2; skopeo_new >&2 ;;
         paths)
             # Assignments, not arguments: a failing stage has to end this.

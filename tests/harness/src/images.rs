@@ -9,6 +9,8 @@ use std::sync::OnceLock;
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
+use crate::proc::succeed;
+
 /// One image that the registry serves.
 #[derive(Debug, Clone)]
 pub struct Image {
@@ -112,6 +114,14 @@ impl Images {
             ssh_key: path("ssh_key")?,
             by_name: by_name.collect(),
         })
+    }
+
+    /// An installed system, built if need be: vmlinuz, initramfs.img, disk.img, kargs, commit. Few tests
+    /// need it, so it is not among the fields.
+    pub fn disk(&self) -> Result<PathBuf> {
+        let mut build = Command::new("bash");
+        let output = succeed(build.arg(project().join("tests/bed/build.sh")).arg("disk").stderr(Stdio::inherit()))?;
+        Ok(String::from_utf8(output.stdout)?.trim().into())
     }
 
     /// An image by name.

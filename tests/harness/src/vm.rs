@@ -1,4 +1,5 @@
-//! A virtual machine under software emulation: boots the live bootimage with kernel and initramfs of its own.
+//! A virtual machine under software emulation: boots a live bootimage, or an installed system's disk, with kernel and
+//! initramfs of its own.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -24,6 +25,9 @@ pub struct Setup<'a> {
     pub name: &'a str,
     /// A bootimage of [`Images`].
     pub boot: &'a Path,
+    /// An installed system's disk, which the machine writes to, with a deployment that `kargs` name. Without
+    /// one, the bootimage's live medium.
+    pub disk: Option<&'a Path>,
     /// More kernel arguments.
     pub kargs: &'a [&'a str],
     /// Memory.
@@ -58,15 +62,25 @@ impl Vm {
         // Journal lines about every audited system call would push what matters off the console.
         files.put("/etc/sysctl.d/90-testbed.conf", 0o644, "kernel.printk = 4 4 1 7\n")?;
         fill(&files)?;
+        if let Some(disk) = setup.disk {
+            // The initramfs brings files to /etc only: an installed system's /var is mounted after it.
+            let script = "mount -o loop \"$0\" /mnt; cp -a \"$1\"/var/. /mnt/ostree/deploy/testbed/var/; umount /mnt";
+            let mut shell = Command::new("unshare");
+            succeed(
+                shell.args(["--mount", "--propagation", "private", "bash", "-euc", script]).arg(disk).arg(files.root()),
+            )?;
+        }
         let initrd = work.join("initrd.img");
         files.append_to_initramfs(&setup.boot.join("initramfs.img"), &initrd)?;
 
-        let kargs = fs::read_to_string(setup.boot.join("kargs"))?;
-        let append = format!(
-            "console=ttyS0 root=/dev/disk/by-id/virtio-live rootfstype=squashfs ro testbed.live audit=0 {} {}",
-            kargs.trim(),
-            setup.kargs.join(" ")
-        );
+        let root = match setup.disk {
+            Some(_) => "root=LABEL=root rootfstype=ext4 rw".to_owned(),
+            None => {
+                let kargs = fs::read_to_string(setup.boot.join("kargs"))?;
+                format!("root=/dev/disk/by-id/virtio-root rootfstype=squashfs ro testbed.live {}", kargs.trim())
+            }
+        };
+        let append = format!("console=ttyS0 audit=0 {root} {}", setup.kargs.join(" "));
         // Not in the work folder: the path of a socket has to be short.
         let sockets = std::env::temp_dir().join(format!("testbed-{}-{}", std::process::id(), setup.name));
         fs::create_dir_all(&sockets)?;
@@ -76,9 +90,13 @@ impl Vm {
         qemu.args("-M pc -accel tcg,thread=multi,tb-size=512 -cpu qemu64 -smp 2 -nodefaults -no-user-config -display none -no-reboot".split(' '));
         qemu.args(["-m", &setup.memory_mib.to_string(), "-append", &append]);
         qemu.arg("-kernel").arg(setup.boot.join("vmlinuz")).arg("-initrd").arg(&initrd);
-        let disk = setup.boot.join("sysroot.squashfs");
-        qemu.args(["-drive", &format!("file={},format=raw,if=none,id=live,readonly=on", disk.display())]);
-        qemu.args(["-device", "virtio-blk-pci,drive=live,serial=live", "-device", "virtio-rng-pci"]);
+        let (disk, options) = match setup.disk {
+            // What reached the emulator survives it: its end is a power cut for the guest's own caches only.
+            Some(disk) => (disk.to_owned(), "cache=unsafe"),
+            None => (setup.boot.join("sysroot.squashfs"), "readonly=on"),
+        };
+        qemu.args(["-drive", &format!("file={},format=raw,if=none,id=root,{options}", disk.display())]);
+        qemu.args(["-device", "virtio-blk-pci,drive=root,serial=root", "-device", "virtio-rng-pci"]);
         qemu.args([
             "-netdev",
             &format!("user,id=n,hostfwd=tcp:127.0.0.1:{port}-:22"),
@@ -104,6 +122,11 @@ impl Vm {
     /// Time since power on.
     pub fn age(&self) -> Duration {
         self.started.elapsed()
+    }
+
+    /// Pull the plug.
+    pub fn power_cut(mut self) {
+        end(&mut self.child);
     }
 
     /// Wait until ssh answers.

@@ -62,6 +62,7 @@ fn vm_boots() -> Result<()> {
     let setup = vm::Setup {
         name: "smoke-vm",
         boot: &images.boot,
+        disk: None,
         kargs: &["node-image-pivot=off"],
         memory_mib: 3072,
         limit: Duration::from_secs(240),

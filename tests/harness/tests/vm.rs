@@ -16,7 +16,7 @@ const BOOT: Duration = Duration::from_secs(180);
 const PIVOT: Duration = Duration::from_secs(420);
 
 fn setup<'a>(name: &'a str, images: &'a Images) -> vm::Setup<'a> {
-    vm::Setup { name, boot: &images.boot, kargs: &[], memory_mib: 3072, limit: Duration::from_secs(900) }
+    vm::Setup { name, boot: &images.boot, disk: None, kargs: &[], memory_mib: 3072, limit: Duration::from_secs(900) }
 }
 
 /// Debian 13 over Debian 12; the registry is down at first.
