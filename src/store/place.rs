@@ -82,7 +82,7 @@ pub enum NoDisk {
 }
 
 /// File systems of installed systems: they have nameless files, hard links and attributes, and a sync
-/// that means it. (Their logs are kept in order, too: a rename is never seen before what it renames.)
+/// that means it.
 const REAL: [&str; 4] = ["ext4", "xfs", "btrfs", "f2fs"];
 
 /// Which kind of store to use. A wish for the disk is taken at its word wherever the repo can be written.
