@@ -147,7 +147,8 @@ fn stays_ostrees(guest: &Vm, checks: &mut Checks) {
         let make = "mount -o remount,rw /sysroot && cd /sysroot/ostree && \
                     ostree commit --repo=repo --branch=later --tree=ref=testbed/bootimage --bootable";
         guest.ask(&format!("unshare -m sh -c '{make}'"))?;
-        guest.ask("ostree admin deploy --os=testbed later")?;
+        // Merging /etc, it would rebuild the SELinux policy, and for that want bubblewrap, which the test's trees lack.
+        guest.ask("ostree admin deploy --no-merge --os=testbed later")?;
         contains(&guest.ask("ostree admin status")?, "(pending)")
     });
 }
