@@ -9,6 +9,8 @@ use std::path::Path;
 
 use openat_ext::OpenatDirExt;
 
+use crate::failpoint::{self, Point};
+
 /// A directory that the agent owns.
 pub struct Directory(openat::Dir);
 
@@ -22,6 +24,7 @@ impl Directory {
     /// Replaces `name` in one step: readers see the old content or the new, never half of it.
     /// On failure the old file is as it was.
     pub fn write_atomic(&self, name: &str, mode: u32, content: &[u8]) -> io::Result<()> {
+        failpoint::hit(Point::Write, name)?;
         self.0.write_file_with(name, mode, |file| file.write_all(content))
     }
 
@@ -35,6 +38,7 @@ impl Directory {
 
     /// Removes `name`, file or directory, with all below it. Nothing there is not an error.
     pub fn remove_all(&self, name: &str) -> io::Result<()> {
+        failpoint::hit(Point::Remove, name)?;
         self.0.remove_all(name).map(drop)
     }
 }

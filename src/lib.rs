@@ -10,6 +10,7 @@ pub mod cli;
 pub mod config;
 pub mod dirfd;
 pub mod etc;
+pub mod failpoint;
 pub mod host;
 pub mod image;
 pub mod import;

@@ -11,6 +11,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
+use crate::failpoint::{self, Point};
+
 pub use tool::run;
 
 /// How long one tool may take.
@@ -54,6 +56,7 @@ pub async fn refresh(differs: &(dyn Fn(&Path) -> bool + Sync)) -> Vec<String> {
 /// Makes the running message bus read the node image's D-Bus policy and activation files. A bus
 /// that is down reads them when it starts.
 pub async fn reload_bus() -> Result<()> {
+    failpoint::hit(Point::ReloadBus, "").context("reloading the message bus")?;
     let connection = zbus::connection::Builder::system()
         .method_timeout(Duration::from_secs(25))
         .build()

@@ -6,6 +6,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use tokio::process::Command;
 
+use crate::failpoint::{self, Point};
+
 /// How much of a failing program's stderr the error keeps.
 const TAIL: usize = 800;
 
@@ -14,6 +16,7 @@ const TAIL: usize = 800;
 pub async fn run(command: &[&str], limit: Duration) -> Result<Vec<u8>> {
     let shown = command.join(" ");
     let [program, arguments @ ..] = command else { bail!("no program to run") };
+    failpoint::hit(Point::Tool, program).with_context(|| shown.clone())?;
     let child = Command::new(program)
         .args(arguments)
         // It would report its own readiness as ours.

@@ -9,6 +9,7 @@ use rustix::mount::UnmountFlags;
 use rustix::thread::LinkNameSpaceType;
 
 use super::table::{self, Exposure, Mount};
+use crate::failpoint::{self, Point};
 
 /// A mount namespace, named by a process that lives in it.
 #[derive(Debug, Clone)]
@@ -91,7 +92,8 @@ impl Namespace {
             Exposure::OnTop => {}
         }
         self.run(|| {
-            rustix::mount::unmount(target, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)
+            failpoint::hit(Point::Withdraw, "")
+                .and_then(|()| Ok(rustix::mount::unmount(target, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)?))
                 .with_context(|| format!("unmounting {source} from {}: it is still in place", target.display()))
         })?;
         Ok(true)

@@ -11,6 +11,7 @@ use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, f
 
 use super::Namespace;
 use super::table::Exposure;
+use crate::failpoint::{self, Point};
 
 /// The longest string that `fsconfig` takes, without its end.
 const LONGEST_VALUE: usize = 255;
@@ -53,6 +54,7 @@ impl DetachedTree {
     }
 
     fn build(lowers: &[&Path], source: &str, style: Style) -> Result<Self> {
+        failpoint::hit(Point::Overlay, "").context("putting the overlay together")?;
         ensure!(lowers.len() > 1, "an overlay without an upper layer needs two lower ones");
         let layers = lowers.iter().map(|path| Layer::open(path)).collect::<Result<Vec<_>>>()?;
         let fs = rustix::mount::fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)
@@ -117,9 +119,11 @@ impl DetachedTree {
             let directory = rustix::fs::open(target, flags, Mode::empty())
                 .with_context(|| format!("opening {place}: nothing was changed"))?;
             let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
-            rustix::mount::move_mount(&self.tree, "", &directory, "", flags)
+            failpoint::hit(Point::Expose, "")
+                .and_then(|()| Ok(rustix::mount::move_mount(&self.tree, "", &directory, "", flags)?))
                 .with_context(|| format!("mounting {} at {place}: nothing was changed", self.source))?;
-            let seen = rustix::fs::statat(CWD, target, AtFlags::SYMLINK_NOFOLLOW)
+            let seen = failpoint::hit(Point::Exposed, "")
+                .and_then(|()| Ok(rustix::fs::statat(CWD, target, AtFlags::SYMLINK_NOFOLLOW)?))
                 .with_context(|| format!("looking at {place} after mounting {}", self.source))?
                 .st_dev;
             ensure!(

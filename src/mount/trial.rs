@@ -19,6 +19,7 @@ use rustix::mount::{
 };
 
 use super::DetachedTree;
+use crate::failpoint::{self, Point};
 
 /// How a program of the new tree ended.
 #[derive(Debug)]
@@ -53,6 +54,7 @@ pub fn trial<T: Send>(
     merge_etc: &(dyn Fn(BorrowedFd<'_>, &Path) -> Result<()> + Sync),
     act: impl FnOnce(&Trial) -> T + Send,
 ) -> Result<T> {
+    failpoint::hit(Point::Trial, "").context("beginning the trial run")?;
     let twin = tree.twin().context("building a second tree for the trial run")?;
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
@@ -97,7 +99,7 @@ fn private_etc(merge: &(dyn Fn(BorrowedFd<'_>, &Path) -> Result<()> + Sync)) -> 
     let overlay = overlay_of_etc().context("laying an overlay over /etc")?;
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let root = rustix::fs::openat(&overlay, ".", flags, Mode::empty()).context("opening the overlay of /etc")?;
-    merge(root.as_fd(), records).context("merging /etc")?;
+    failpoint::rehearse(|| merge(root.as_fd(), records)).context("merging /etc")?;
     rustix::mount::move_mount(&overlay, "", CWD, "/etc", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
         .context("mounting the overlay of /etc")
 }

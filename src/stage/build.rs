@@ -16,6 +16,8 @@ use rustix::io::Errno;
 use super::delta::{Delta, DeltaCounts};
 use super::diff::{self, Checksum, DeltaOp, Directory, Tree as _};
 use super::keep::Keep;
+use crate::failpoint::{self, Point};
+
 use super::source::{DirMeta, PlainTree, RepoTree, xattrs_of};
 
 /// Where the loose content object of a checksum is stored, if the node store has it.
@@ -148,6 +150,7 @@ fn remove_tree(path: &Path) -> Result<()> {
 /// Puts the finished directory in its place, in one step.
 fn publish(building: &Path, out: &Path) -> Result<()> {
     let into_place = || format!("renaming {} to {}", building.display(), out.display());
+    failpoint::hit(Point::DeltaPublish, "").with_context(into_place)?;
     match rustix::fs::renameat_with(CWD, building, CWD, out, RenameFlags::NOREPLACE) {
         Err(Errno::EXIST) => {
             rustix::fs::renameat_with(CWD, building, CWD, out, RenameFlags::EXCHANGE).with_context(into_place)?;
@@ -194,6 +197,7 @@ impl<'a> Builder<'a> {
         new_meta: &dyn Fn(&Checksum) -> Result<DirMeta>,
         booted_meta: &dyn Fn(&Checksum) -> Result<DirMeta>,
     ) -> Result<()> {
+        failpoint::hit(Point::Delta, "")?;
         match step {
             DeltaOp::Enter { name, meta, booted } => {
                 self.path.push(name);

@@ -14,6 +14,7 @@ use zbus::message::Type;
 use zbus::{Connection, MessageStream, OwnedObjectPath, OwnedVariant};
 
 use super::private;
+use crate::failpoint::{self, Point};
 
 const PRIVATE_SOCKET: &str = "/run/systemd/private";
 const DESTINATION: &str = "org.freedesktop.systemd1";
@@ -110,6 +111,7 @@ impl Manager {
 
     /// Reads the unit files anew and runs the generators.
     pub async fn reload(&self) -> Result<()> {
+        failpoint::hit(Point::Systemd, "Reload").context("asking systemd to reload")?;
         self.call("Reload", &()).await.map(drop)
     }
 
@@ -121,6 +123,7 @@ impl Manager {
     /// draws anew. systemd's own timestamps do not tell, they are carried over.
     pub async fn reexecute(self) -> Result<Self> {
         let before = std::fs::read(AUXV).with_context(|| format!("cannot read {AUXV}"))?;
+        failpoint::hit(Point::Systemd, "Reexecute").context("asking systemd to re-execute itself")?;
         // An error here is the closed connection.
         let _ = self.call("Reexecute", &()).await;
         let deadline = tokio::time::Instant::now() + REEXEC;
@@ -147,6 +150,7 @@ impl Manager {
     /// Starts the isolation of `target` and returns when the job is queued; it is not waited for,
     /// because whoever asked is part of what it rearranges.
     pub async fn isolate(&self, target: &str) -> Result<()> {
+        failpoint::hit(Point::Systemd, "Isolate").with_context(|| format!("isolating {target}"))?;
         self.call("StartUnit", &(target, "isolate")).await.map(drop)
     }
 
@@ -161,6 +165,7 @@ impl Manager {
     }
 
     async fn job(&self, method: &'static str, unit: &str, limit: Duration) -> Result<()> {
+        failpoint::hit(Point::Systemd, method).with_context(|| format!("{method} {unit}"))?;
         // The stream is opened before the job is queued: its end cannot be missed.
         let mut signals = MessageStream::from(&self.connection);
         self.call("Subscribe", &()).await.or_else(already_subscribed)?;
