@@ -15,6 +15,8 @@ use super::plan::{Change, Class, Origin, Plan};
 use super::record::{Prior, Record};
 use super::report::{NotDone, Report, UndoReport};
 use super::snapshot::{Content, Leaf};
+use crate::failpoint::{self, Point};
+use crate::report::human_bytes;
 
 /// The security label for a path (absolute, in `/etc`) and its file type and mode, by the new policy.
 pub type Labeler<'a> = dyn Fn(&Path, u32) -> Option<Vec<u8>> + 'a;
@@ -176,6 +178,7 @@ fn save_one_aside(
     target: &Path,
     directories: &dyn Fn(&Path) -> std::io::Result<()>,
 ) -> Result<()> {
+    failpoint::hit(Point::EtcAside, "")?;
     let Some(from) = Place::find(new_dir, path)? else { return Ok(()) };
     directories(target.parent().context("it has no directory")?)?;
     match std::fs::remove_file(target) {
@@ -211,6 +214,9 @@ pub fn undo(undo_dir: &Path, etc_dir: BorrowedFd<'_>) -> Result<UndoReport> {
                 report.restored += 1;
                 report.unlabelled += usize::from(!labelled);
             }
+            // Nobody's change, but what failed below it: told already.
+            Ok(Outcome::Skipped(_))
+                if report.failed.iter().any(|entry| entry.path.as_path().starts_with(change.path.as_path())) => {}
             Ok(Outcome::Skipped(reason)) => {
                 report.kept.push(NotDone { path: change.path.clone(), reason: reason.to_owned() });
             }
@@ -218,7 +224,7 @@ pub fn undo(undo_dir: &Path, etc_dir: BorrowedFd<'_>) -> Result<UndoReport> {
         }
     }
     if report.failed.is_empty() {
-        record.forget()?;
+        // While there still is a record: without one, nobody would come back for it.
         let aside = aside_dir(undo_dir);
         match std::fs::remove_dir_all(&aside) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -227,6 +233,7 @@ pub fn undo(undo_dir: &Path, etc_dir: BorrowedFd<'_>) -> Result<UndoReport> {
             }
             _ => {}
         }
+        record.forget()?;
     }
     Ok(report)
 }
@@ -238,6 +245,7 @@ fn take_back(
     prior: &Prior,
     etc_dir: BorrowedFd<'_>,
 ) -> Result<Outcome> {
+    failpoint::hit(Point::EtcTakeBack, "").context("taking it back")?;
     let gone = "its directory is gone";
     let Some(place) = Place::find(etc_dir, &change.path)? else {
         let absent = change.before.is_none();
@@ -262,6 +270,51 @@ fn take_back(
         source.content = Some(record.saved(number)?);
     }
     place.put(current.as_ref(), before, &mut source, number)
+}
+
+/// What is missing, a line each, when the file systems of `etc` and of the undo record (below `run`) lack the
+/// room to carry out `plan` and to take it back. An upper bound: every file counts as whole pages.
+///
+/// # Errors
+/// When a file system does not tell its room.
+pub fn check_room(plan: &Plan, etc: &Path, run: &Path) -> Result<Vec<String>> {
+    const PAGE: u64 = 4096;
+    // The plan once more, a line of the journal for each act, and the agent's own record.
+    const RECORD: u64 = 256 * 1024;
+    const LINE: u64 = 512;
+    let pages = |leaf: &Option<Leaf>| match leaf {
+        Some(Leaf { content: Content::File { size, .. }, .. }) => size.next_multiple_of(PAGE) + PAGE,
+        Some(_) => PAGE,
+        None => 0,
+    };
+    let changes = plan.changes.len() as u64;
+    let needs = [
+        (etc, plan.changes.iter().map(|change| pages(&change.after)).sum::<u64>(), changes),
+        (run, RECORD + plan.changes.iter().map(|change| LINE + pages(&change.before)).sum::<u64>(), changes + 8),
+    ];
+    let mut missing = Vec::new();
+    for (place, bytes, files) in needs {
+        let stat =
+            rustix::fs::statvfs(place).with_context(|| format!("cannot tell the room on {}", place.display()))?;
+        let free = stat.f_bavail.saturating_mul(stat.f_frsize);
+        // Without a limit, a file system counts no blocks or no inodes at all.
+        if stat.f_blocks > 0 && free < bytes {
+            missing.push(format!(
+                "the switch needs up to {} on the file system of {}, which has {} free; make room there",
+                human_bytes(bytes),
+                place.display(),
+                human_bytes(free)
+            ));
+        }
+        if stat.f_files > 0 && stat.f_favail < files {
+            missing.push(format!(
+                "the switch makes up to {files} files on the file system of {}, which has room for {}; make room there",
+                place.display(),
+                stat.f_favail
+            ));
+        }
+    }
+    Ok(missing)
 }
 
 /// Refuses, before anything is changed, a plan with conflicts: for `strategy = "fail"`.

@@ -20,7 +20,7 @@ pub(crate) mod xattr;
 #[cfg(test)]
 mod tests;
 
-pub use apply::{Labeler, apply, aside_dir, open_defaults, open_dir, plan, refuse_conflicts, undo};
+pub use apply::{Labeler, apply, aside_dir, check_room, open_defaults, open_dir, plan, refuse_conflicts, undo};
 pub use decide::decide;
 pub use diff::diff;
 pub use name::Bytes;

@@ -13,6 +13,7 @@ use super::name::Bytes;
 use super::scan::{TEMPORARY, look, open, proc_path, resolve};
 use super::snapshot::{Content, Leaf, Meta};
 use super::xattr::{self, LABEL};
+use crate::failpoint::{self, Point};
 
 /// A name in an open directory. The directory cannot be swapped under us any more.
 pub(super) struct Place {
@@ -74,6 +75,7 @@ impl Place {
 
     /// Removes what is there. A directory that is not empty stays.
     pub fn remove(&self, directory: bool) -> Result<Outcome> {
+        failpoint::hit(Point::EtcUnlink, "").context("removing it")?;
         let flags = if directory { AtFlags::REMOVEDIR } else { AtFlags::empty() };
         match rustix::fs::unlinkat(&self.dir, &self.name, flags) {
             Ok(()) | Err(Errno::NOENT) => Ok(Outcome::Done { labelled: true }),
@@ -122,6 +124,7 @@ impl Place {
                 return Ok(Some(reason));
             }
         }
+        failpoint::hit(Point::EtcRename, "").context("renaming the new version into its place")?;
         let flags = if before.is_none() { RenameFlags::NOREPLACE } else { RenameFlags::empty() };
         match rustix::fs::renameat_with(&self.dir, temporary, &self.dir, &self.name, flags) {
             Ok(()) => Ok(None),
@@ -145,6 +148,7 @@ impl Place {
     }
 
     fn make(&self, name: &[u8], leaf: &Leaf, source: &mut Source<'_>) -> Result<bool> {
+        failpoint::hit(Point::EtcMake, "").context("making the new version beside it")?;
         match &leaf.content {
             Content::File { sha256, .. } => {
                 let mut content = source.content.take().context("its content is missing from the record")?;
@@ -167,12 +171,15 @@ impl Place {
 
     /// Sets owner, mode, attributes, time and label; returns whether the label could be set.
     fn dress(&self, name: &[u8], leaf: &Leaf, source: &Source<'_>) -> Result<bool> {
+        let step = || failpoint::hit(Point::EtcDress, "").context("setting owner, mode and attributes");
         let Meta { mode, uid, gid, xattrs } = &leaf.meta;
         let owner = (Some(Uid::from_raw(*uid)), Some(Gid::from_raw(*gid)));
         let is_link = matches!(leaf.content, Content::Symlink(_));
+        step()?;
         // Owner first: a change of owner takes setuid bits and capabilities away.
         rustix::fs::chownat(&self.dir, name, owner.0, owner.1, AtFlags::SYMLINK_NOFOLLOW)
             .context("setting its owner")?;
+        step()?;
         if !is_link {
             let kind = if leaf.is_directory() { OFlags::DIRECTORY } else { OFlags::empty() };
             let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC | kind;
@@ -180,6 +187,7 @@ impl Place {
             rustix::fs::fchmod(&fd, Mode::from_raw_mode(*mode)).context("setting its mode")?;
         }
         let path = proc_path(self.dir.as_fd(), name);
+        step()?;
         // A default ACL of the directory has given it some already.
         for present in xattr::read(&path).context("reading its attributes")?.into_keys() {
             if present != LABEL && !xattrs.contains_key(&Bytes(present.clone())) {
@@ -209,6 +217,7 @@ pub(super) fn copy(from: &mut File, to: &mut File) -> Result<String> {
             return Ok(hex::encode(hash.finalize()));
         }
         hash.update(&buffer[..length]);
+        failpoint::hit(Point::EtcContent, "").context("writing its content")?;
         to.write_all(&buffer[..length]).context("writing its content")?;
     }
 }

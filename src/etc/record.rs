@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use super::name::Bytes;
 use super::plan::Plan;
+use crate::failpoint::{self, Point};
 
 /// What an act replaced, apart from what the plan says already.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -55,6 +56,7 @@ impl Record {
             return Ok(existing);
         }
         let making = || format!("making the undo record {}", directory.display());
+        failpoint::hit(Point::EtcRecord, "").with_context(making)?;
         DirBuilder::new().recursive(true).mode(0o700).create(directory.join(SAVED)).with_context(making)?;
         // Left over from an undo that was killed at its very end.
         match std::fs::remove_file(directory.join(JOURNAL)) {
@@ -97,7 +99,7 @@ impl Record {
         let mut line = serde_json::to_vec(&prior).context("writing the undo record")?;
         line.push(b'\n');
         let end = self.journal.metadata().context("writing the undo record")?.len();
-        if let Err(error) = self.journal.write_all(&line) {
+        if let Err(error) = self.append(&line) {
             // No room for all of it: take the part back, or a later line would follow it.
             let _ = self.journal.set_len(end);
             return Err(error).context("writing the undo record");
@@ -106,11 +108,24 @@ impl Record {
         Ok(())
     }
 
+    fn append(&mut self, line: &[u8]) -> std::io::Result<()> {
+        failpoint::hit(Point::EtcBegin, "")?;
+        #[cfg(any(test, feature = "failpoints"))]
+        let line = {
+            let (half, rest) = line.split_at(line.len() / 2);
+            self.journal.write_all(half)?;
+            failpoint::hit(Point::EtcJournal, "")?;
+            rest
+        };
+        self.journal.write_all(line)
+    }
+
     /// A new file for content that act `number` replaces.
     pub fn save(&self, number: usize) -> Result<File> {
         let path = self.saved_path(number);
-        let file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&path);
-        file.with_context(|| format!("saving it to {}", path.display()))
+        failpoint::hit(Point::EtcSave, "")
+            .and_then(|()| OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&path))
+            .with_context(|| format!("saving it to {}", path.display()))
     }
 
     /// The content that act `number` replaced.
@@ -127,7 +142,9 @@ impl Record {
     /// no record rather than a wrong one.
     pub fn forget(self) -> Result<()> {
         let removing = || format!("removing the undo record {}", self.directory.display());
+        failpoint::hit(Point::EtcForget, "").with_context(removing)?;
         std::fs::remove_file(self.directory.join(PLAN)).with_context(removing)?;
+        failpoint::hit(Point::EtcForgotten, "").with_context(removing)?;
         std::fs::remove_dir_all(&self.directory).with_context(removing)
     }
 }

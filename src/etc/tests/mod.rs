@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod diff;
+mod failing;
 mod ostree;
 mod properties;
 mod race;

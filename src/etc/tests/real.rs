@@ -52,7 +52,7 @@ pub(super) fn rescan(path: &Path) -> Snapshot {
 }
 
 /// Labels and times of all files: what a snapshot does not hold, and undo must bring back.
-fn beyond(path: &Path) -> BTreeMap<std::path::PathBuf, (Vec<u8>, i64)> {
+pub(super) fn beyond(path: &Path) -> BTreeMap<std::path::PathBuf, (Vec<u8>, i64)> {
     let mut all = BTreeMap::new();
     for entry in fs::read_dir(path).unwrap() {
         let path = entry.unwrap().path();
@@ -69,7 +69,7 @@ fn beyond(path: &Path) -> BTreeMap<std::path::PathBuf, (Vec<u8>, i64)> {
 }
 
 /// A fresh place with B, N and C on disk.
-fn stage(scratch: &Path, name: &str, trees: &[Snapshot; 3]) -> std::path::PathBuf {
+pub(super) fn stage(scratch: &Path, name: &str, trees: &[Snapshot; 3]) -> std::path::PathBuf {
     let place = scratch.join(name);
     fs::create_dir_all(&place).unwrap();
     for (name, tree) in ["base", "new", "etc"].into_iter().zip(trees) {
@@ -78,7 +78,7 @@ fn stage(scratch: &Path, name: &str, trees: &[Snapshot; 3]) -> std::path::PathBu
     place
 }
 
-fn plan_in(place: &Path) -> Plan {
+pub(super) fn plan_in(place: &Path) -> Plan {
     let [base, new, etc] = ["base", "new", "etc"].map(|name| open_dir(&place.join(name)).unwrap());
     plan(base.as_fd(), new.as_fd(), etc.as_fd()).unwrap()
 }
@@ -88,7 +88,7 @@ fn apply_in(place: &Path, plan: &Plan) -> Report {
     apply(plan, new.as_fd(), etc.as_fd(), &place.join("state/undo"), None).unwrap()
 }
 
-fn undo_in(place: &Path) -> UndoReport {
+pub(super) fn undo_in(place: &Path) -> UndoReport {
     undo(&place.join("state/undo"), open_dir(&place.join("etc")).unwrap().as_fd()).unwrap()
 }
 
@@ -366,5 +366,36 @@ fn the_plans_label_is_the_one_that_is_set() {
         assert_eq!(labels, [b"by policy: a".to_vec(), b"by policy: b".to_vec()]);
         undo_in(&place);
         assert_eq!(beyond(&place.join("etc")).into_values().next().unwrap().0, b"label of 0");
+    });
+}
+
+#[test]
+fn room_is_told_in_numbers() {
+    private(|scratch| {
+        let place =
+            stage(scratch, "room", &[etc([("a", file(1, 0))]), etc([("a", file(2, 0))]), etc([("a", file(1, 0))])]);
+        let plan = plan_in(&place);
+        let small = place.join("small");
+        fs::create_dir(&small).unwrap();
+        let mount = |options| {
+            rustix::mount::mount("small", &small, "tmpfs", rustix::mount::MountFlags::empty(), Some(options)).unwrap();
+        };
+        mount(c"size=4k");
+        assert_eq!(
+            check_room(&plan, &small, &place).unwrap(),
+            [format!(
+                "the switch needs up to 8.0 KiB on the file system of {}, which has 4.0 KiB free; make room there",
+                small.display()
+            )]
+        );
+        mount(c"size=1m,nr_inodes=5");
+        let missing = check_room(&plan, &place, &small).unwrap();
+        assert!(missing.len() == 1 && missing[0].contains("makes up to 9 files"), "{missing:?}");
+        // Without any limit there are no numbers.
+        mount(c"size=0,nr_inodes=0");
+        assert_eq!(check_room(&plan, &small, &small).unwrap(), Vec::<String>::new());
+        for _ in 0..3 {
+            rustix::mount::unmount(&small, rustix::mount::UnmountFlags::DETACH).unwrap();
+        }
     });
 }
