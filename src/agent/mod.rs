@@ -12,26 +12,33 @@ mod fetch;
 mod paths;
 mod plan;
 mod prepare;
+mod probation;
 mod record;
 mod storage;
 mod switch;
 mod ticket;
+mod undo;
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
+use anyhow::{Context as _, anyhow};
 use node_image_pivot_generator::emit::TARGET_VARIABLE;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, watch};
 use tracing::{error, info, warn};
 
 use crate::config::{Mode, Settings};
+use crate::dirfd::Directory;
 use crate::report::{LastError, State, Tracker};
-use crate::store::StoreLock;
+use crate::store::{LockError, StoreLock};
 
 pub use error::Error;
 pub use paths::Paths;
 pub use plan::{EtcPlan, MemoryPlan, PlanDocument, SwitchPlan};
-pub use record::{Record, StagedRoot, Step, Switched};
+pub use probation::Probation;
+pub use record::{Record, StagedRoot, Step, Switched, Undo};
 pub use ticket::{Ticket, Tickets};
 
 /// How far to go.
@@ -59,6 +66,10 @@ pub struct Agent {
     /// Whether the generator redirected this boot.
     bootstrap: bool,
     record: Mutex<Record>,
+    /// Whether whoever holds the record undoes.
+    undoing: AtomicBool,
+    /// As in the record, for the watch over it.
+    probation: watch::Sender<Option<Probation>>,
     tickets: Tickets,
     _lock: StoreLock,
 }
@@ -69,12 +80,17 @@ impl Agent {
     /// # Errors
     /// Another agent runs, or there is a record that cannot be read. Nothing was touched.
     pub fn open(paths: Paths) -> anyhow::Result<Arc<Self>> {
+        Directory::ensure(paths.run()).with_context(|| format!("cannot use {}", paths.run().display()))?;
+        let lock = StoreLock::try_acquire(&paths.lock()).map_err(|error| match error {
+            LockError::Held { path, holder } => anyhow!("another agent runs, {holder}; it holds {path}"),
+            other => other.into(),
+        })?;
         let mut record = Record::load(&paths)?;
-        let lock = StoreLock::try_acquire(&paths.lock())?;
         // Only the generator sets it, in a drop-in that goes with the first reload after the switch:
         // the record keeps what it says.
         record.bootstrap |= std::env::var_os(TARGET_VARIABLE).is_some();
         record.rest();
+        record.status.undo_unix = record.probation.and_then(undo_unix);
         // The configuration is read anew at each call; here it only fills in what status shows. What
         // is wrong with it is the answer to the call.
         if let Ok(settings) = Settings::load() {
@@ -87,6 +103,8 @@ impl Agent {
             tracker: Tracker::new(record.status.clone()),
             paths,
             bootstrap: record.bootstrap,
+            undoing: AtomicBool::new(false),
+            probation: watch::Sender::new(record.probation),
             record: Mutex::new(record),
             tickets: Tickets::default(),
             _lock: lock,
@@ -110,11 +128,15 @@ impl Agent {
     /// # Errors
     /// See [`Error`]: each variant says whether the running system was touched.
     pub async fn advance(&self, goal: Goal, ticket: &Ticket) -> Result<(), Error> {
+        self.advance_for(goal, None, ticket).await
+    }
+
+    async fn advance_for(&self, goal: Goal, length: Option<Duration>, ticket: &Ticket) -> Result<(), Error> {
         let mut record = tokio::select! {
             record = self.record.lock() => record,
             () = ticket.cancelled() => return Err(Error::Cancelled),
         };
-        let outcome = self.advance_locked(&mut record, goal, ticket).await;
+        let outcome = self.advance_locked(&mut record, goal, length, ticket).await;
         if let Err(error) = &outcome {
             self.tell(error);
             if record.step.is_before_switch() {
@@ -129,10 +151,24 @@ impl Agent {
         outcome
     }
 
-    async fn advance_locked(&self, record: &mut Record, goal: Goal, ticket: &Ticket) -> Result<(), Error> {
+    async fn advance_locked(
+        &self,
+        record: &mut Record,
+        goal: Goal,
+        length: Option<Duration>,
+        ticket: &Ticket,
+    ) -> Result<(), Error> {
+        if let Step::Undoing(_) = record.step {
+            self.undo_locked(record).await?;
+        }
+        if length.is_some() && !record.step.is_before_switch() && record.probation.is_none_or(|until| until.kept) {
+            return Err(Error::Refused("this system is switched already, for good; run undo before a try".into()));
+        }
         // Read at each call: whoever mends the configuration need not restart anything.
-        let settings =
-            Settings::load().map_err(|error| Error::Refused(format!("{error:#}; the running system is untouched")))?;
+        let settings = Settings::load().map_err(|error| {
+            let standing = if record.step.is_before_switch() { "untouched" } else { "as the last call left it" };
+            Error::Refused(format!("{error:#}; the running system is {standing}"))
+        })?;
         let asked = record::asked(&settings);
         if record.step.is_before_switch() && record.asked.as_ref() != Some(&asked) {
             record.step = Step::Idle;
@@ -145,14 +181,48 @@ impl Agent {
             if touches_nothing_yet && ticket.is_cancelled() {
                 return Err(Error::Cancelled);
             }
-            let Some(next) = next(&context, record, goal, ticket).await? else { return Ok(()) };
-            let before = std::mem::replace(&mut record.step, next);
-            if let Err(error) = self.save(record) {
-                record.step = before;
-                return Err(error);
+            match self.step(&context, record, goal, length, ticket).await {
+                Ok(true) => info!("step reached: {}", record.step.name()),
+                Ok(false) => return Ok(()),
+                Err(error) => {
+                    return Err(match record.step.clone() {
+                        Step::Switching(staged) => self.roll_back(record, staged, error).await,
+                        _ => error,
+                    });
+                }
             }
-            info!("step reached: {}", record.step.name());
         }
+    }
+
+    /// One step on, which is in the record when this returns. Whether there was one.
+    async fn step(
+        &self,
+        context: &Context,
+        record: &mut Record,
+        goal: Goal,
+        length: Option<Duration>,
+        ticket: &Ticket,
+    ) -> Result<bool, Error> {
+        let Some(next) = next(context, record, goal, ticket).await? else { return Ok(false) };
+        let before = record.clone();
+        if let (Step::Staged(_), Step::Switching(_)) = (&record.step, &next) {
+            record.undone = None;
+            // From before the first act: what cuts the network may be part of the switch.
+            record.probation = length.map(Probation::begin);
+        }
+        record.step = next;
+        if let Err(error) = self.save(record) {
+            *record = before;
+            return Err(match record.step {
+                // What becomes of it is said by whoever rolls it back.
+                Step::Switching(_) => error,
+                Step::Switched(_) | Step::Refreshed(_) => {
+                    error.context("/usr and /etc are switched: start node-image-overlay.service again, or run undo")
+                }
+                _ => error.context("the running system is untouched"),
+            });
+        }
+        Ok(true)
     }
 
     /// All phases. The isolate belongs to the bootstrap flow only: on a system that has long booted,
@@ -161,53 +231,26 @@ impl Agent {
     /// # Errors
     /// As [`Agent::advance`].
     pub async fn run(&self, ticket: &Ticket) -> Result<(), Error> {
-        self.advance(if self.bootstrap { Goal::Finished } else { Goal::Switched }, ticket).await
+        self.advance(self.last_goal(), ticket).await
+    }
+
+    /// The same on probation: the switch is undone `length` after it began, unless [`Agent::keep`] is
+    /// called before.
+    ///
+    /// # Errors
+    /// As [`Agent::advance`]; refused on a system that is switched for good.
+    pub async fn run_for(&self, length: Duration, ticket: &Ticket) -> Result<(), Error> {
+        self.advance_for(self.last_goal(), Some(length), ticket).await
+    }
+
+    fn last_goal(&self) -> Goal {
+        if self.bootstrap { Goal::Finished } else { Goal::Switched }
     }
 
     /// Ends every call that has not begun to switch, running or waiting; what the store already
     /// holds stays there for the next one. Returns whether there was any.
     pub fn cancel(&self) -> bool {
         self.tickets.cancel_all()
-    }
-
-    /// Puts `/usr` and `/etc` back as they were before the switch, and restarts what runs
-    /// the node image's code. Returns what stays on purpose, a line each. Units that the node image started are
-    /// not stopped.
-    ///
-    /// # Errors
-    /// [`Error::Refused`] when nothing was switched, or something is under way;
-    /// [`Error::Internal`] with everything that could not be put back: undo can be called again.
-    pub async fn undo(&self) -> Result<Vec<String>, Error> {
-        let Ok(mut record) = self.record.try_lock() else {
-            return Err(Error::Refused("a phase is under way: wait for it, or cancel it first".into()));
-        };
-        let staged = match record.step.clone() {
-            Step::Switching(staged) => staged,
-            Step::Switched(switched) | Step::Refreshed(switched) | Step::Finished(switched) => switched.staged,
-            _ => return Err(Error::Refused("nothing was switched, so there is nothing to undo".into())),
-        };
-        // Half of an undo is like half of a switch, for whoever finds the record.
-        record.step = Step::Switching(staged.clone());
-        self.save(&mut record)?;
-        let undone = switch::undo(&self.paths, &staged, record.flow()).await;
-        if !undone.failed.is_empty() {
-            let error =
-                Error::Internal(anyhow::anyhow!("undo is not complete, run it again: {}", undone.failed.join("; ")));
-            self.tell(&error);
-            if let Err(error) = self.save(&mut record) {
-                warn!("{error}");
-            }
-            return Err(error);
-        }
-        record.step = Step::Staged(staged);
-        self.tracker.update(|status| {
-            status.state = State::Pulled;
-            status.phase = Some(crate::report::Phase::Stage);
-            status.error = None;
-            status.timeline.retain(|entry| entry.phase <= crate::report::Phase::Stage);
-        });
-        self.save(&mut record)?;
-        Ok(undone.kept)
     }
 
     /// What the switch would change; pulls and stages first if that was not done yet, which leaves the
@@ -271,9 +314,24 @@ impl Agent {
     }
 
     fn save(&self, record: &mut Record) -> Result<(), Error> {
-        record.status = self.tracker.status();
-        record.save(&self.paths).map_err(Error::from)
+        self.show(record);
+        record.save(&self.paths)?;
+        self.probation.send_replace(record.probation);
+        Ok(())
     }
+
+    /// Brings the status document into the record and what follows from the record into the document.
+    fn show(&self, record: &mut Record) {
+        let undo_unix = record.probation.and_then(undo_unix);
+        self.tracker.update(|status| status.undo_unix = undo_unix);
+        record.status = self.tracker.status();
+    }
+}
+
+/// When the probation ends, in seconds since the epoch; `None` for a switch that is kept.
+fn undo_unix(probation: Probation) -> Option<u64> {
+    let at = std::time::SystemTime::now() + probation.left()?;
+    at.duration_since(std::time::UNIX_EPOCH).ok().map(|since| since.as_secs())
 }
 
 /// The step after the one that stands in the record, or `None` when the goal is reached.
@@ -305,8 +363,13 @@ async fn next(context: &Context, record: &Record, goal: Goal, ticket: &Ticket) -
         Step::Staged(_) if goal < Goal::Switched => return Ok(None),
         // Written before the first act: whoever finds it knows that the switch may be half done
         // and finishes it.
-        Step::Staged(staged) => Step::Switching(staged),
+        Step::Staged(staged) => {
+            switch::check(&context.paths)?;
+            Step::Switching(staged)
+        }
         Step::Switching(staged) => Step::Switched(switch::switch(context, staged).await?),
+        // Taken back to the end before anybody asks for a next step.
+        Step::Undoing(_) => return Err(Error::Internal(anyhow!("undo is not complete, run it again"))),
         Step::Switched(switched) => {
             let refreshed = after::refresh(context, switched, record.flow()).await;
             Step::Refreshed(refreshed.map_err(|error| {

@@ -3,9 +3,10 @@
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use super::Paths;
+use super::{Paths, Probation};
 use crate::config::{ImageSource, Settings};
 use crate::dirfd::Directory;
+use crate::failpoint::{self, Point};
 use crate::image::ResolvedImage;
 use crate::import::PulledImage;
 use crate::report::{LastError, State, Status, human_bytes};
@@ -74,6 +75,16 @@ pub struct Switched {
     pub units: Vec<Action>,
 }
 
+/// An undo that has begun. What it has to do is written down before the first act: afterwards nobody
+/// can tell what ran the node image's code.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Undo {
+    /// What was switched to.
+    pub staged: StagedRoot,
+    /// Decisions about running units; absent when a failed switch is rolled back, before any unit saw it.
+    pub units: Option<Vec<Action>>,
+}
+
 /// Where the pivot stands. The value of each step is what the next phase takes.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -96,6 +107,8 @@ pub enum Step {
     Staged(StagedRoot),
     /// The switch has begun and may be half done.
     Switching(StagedRoot),
+    /// It is being taken back, and that may be half done.
+    Undoing(Undo),
     /// `/usr` and `/etc` are the node image's.
     Switched(Switched),
     /// What runs is, too.
@@ -114,6 +127,7 @@ impl Step {
             Step::Pulled(_) => "pulled",
             Step::Staged(_) => "staged",
             Step::Switching(_) => "switching",
+            Step::Undoing(_) => "undoing",
             Step::Switched(_) => "switched",
             Step::Refreshed(_) => "refreshed",
             Step::Finished(_) => "finished",
@@ -131,7 +145,7 @@ impl Step {
             Step::Idle | Step::Resolved(_) | Step::Pulled(_) => State::Idle,
             Step::NothingToDo { .. } => State::NothingToDo,
             Step::Staged(_) => State::Pulled,
-            Step::Switching(_) => State::Failed,
+            Step::Switching(_) | Step::Undoing(_) => State::Failed,
             Step::Switched(_) | Step::Refreshed(_) => State::Switched,
             Step::Finished(_) => State::Done,
         }
@@ -150,13 +164,27 @@ pub struct Record {
     /// What the configuration asked for when the step was reached.
     #[serde(default)]
     pub asked: Option<String>,
+    /// When the switch is undone unless somebody keeps it.
+    #[serde(default)]
+    pub probation: Option<Probation>,
+    /// What the last undo left on purpose, until the next switch: whoever asks again is told again.
+    #[serde(default)]
+    pub undone: Option<Vec<String>>,
     /// The status document as it was last saved.
     pub status: Status,
 }
 
 impl Default for Record {
     fn default() -> Self {
-        Self { schema: SCHEMA, step: Step::Idle, bootstrap: false, asked: None, status: Status::default() }
+        Self {
+            schema: SCHEMA,
+            step: Step::Idle,
+            bootstrap: false,
+            asked: None,
+            probation: None,
+            undone: None,
+            status: Status::default(),
+        }
     }
 }
 
@@ -183,20 +211,38 @@ impl Record {
     /// Replaces the file in one step.
     pub fn save(&self, paths: &Paths) -> Result<()> {
         let text = serde_json::to_vec_pretty(self).context("cannot write the record")?;
-        Directory::ensure(paths.run())
+        failpoint::hit(Point::Record, self.step.name())
+            .and_then(|()| Directory::ensure(paths.run()))
             .and_then(|dir| dir.write_atomic(FILE, 0o600, &text))
             .with_context(|| format!("cannot write {}", paths.run().join(FILE).display()))
+    }
+
+    /// The same, for a record that says that the running system is untouched. Where there is no room for
+    /// it, the old one goes first: whoever finds none begins anew, whoever finds the old one would not.
+    pub fn save_over(&self, paths: &Paths) -> Result<()> {
+        self.save(paths).or_else(|_| {
+            Directory::ensure(paths.run())
+                .and_then(|dir| dir.remove_all(FILE))
+                .with_context(|| format!("cannot remove {}", paths.run().join(FILE).display()))?;
+            self.save(paths)
+        })
     }
 
     /// The status that is true when nobody works: for a daemon that was just started.
     pub fn rest(&mut self) {
         // A failure stays until somebody tries again; a planned attempt went with the daemon.
         let failed = self.status.error.as_ref().is_some_and(|error| error.next_retry_unix.is_none());
-        if let Step::Switching(_) = self.step {
+        let interrupted = match self.step {
+            Step::Switching(_) => {
+                Some("the switch was interrupted: start node-image-overlay.service again to finish it, or run undo")
+            }
+            Step::Undoing(_) => Some("undo was interrupted: run it again"),
+            _ => None,
+        };
+        if let Some(message) = interrupted {
             self.status.error.get_or_insert_with(|| LastError {
                 class: "interrupted".into(),
-                message: "the switch was interrupted: start node-image-overlay.service again to finish it, or run undo"
-                    .into(),
+                message: message.into(),
                 attempt: 1,
                 next_retry_unix: None,
             });
@@ -237,6 +283,10 @@ mod tests {
         StagedRoot { pulled, delta, etc: Vec::new() }
     }
 
+    fn undo() -> Undo {
+        Undo { staged: staged(), units: None }
+    }
+
     /// Every step, in order.
     fn steps() -> Vec<Step> {
         let staged = staged();
@@ -247,7 +297,8 @@ mod tests {
             Step::Resolved(staged.pulled.image.clone()),
             Step::Pulled(staged.pulled.clone()),
             Step::Staged(staged.clone()),
-            Step::Switching(staged),
+            Step::Switching(staged.clone()),
+            Step::Undoing(undo()),
             Step::Switched(switched.clone()),
             Step::Refreshed(switched.clone()),
             Step::Finished(switched),
@@ -257,7 +308,7 @@ mod tests {
     #[test]
     fn every_step_survives_the_file_and_rests() {
         use State::{Done, Failed, Idle, NothingToDo, Pulled, Switched};
-        let states = [Idle, NothingToDo, Idle, Idle, Pulled, Failed, Switched, Switched, Done];
+        let states = [Idle, NothingToDo, Idle, Idle, Pulled, Failed, Failed, Switched, Switched, Done];
         for (step, state) in steps().into_iter().zip(states) {
             let name = step.name();
             let text = serde_json::to_vec(&Record { step, ..Record::default() }).unwrap();
@@ -289,15 +340,32 @@ mod tests {
 
     #[test]
     fn an_interrupted_switch_says_what_to_do() {
-        let mut record = Record { step: Step::Switching(staged()), ..Record::default() };
-        record.rest();
-        assert!(record.status.error.unwrap().message.contains("node-image-overlay.service"));
+        for (step, way_out) in [
+            (Step::Switching(staged()), "start node-image-overlay.service again"),
+            (Step::Undoing(undo()), "run it again"),
+        ] {
+            let mut record = Record { step, ..Record::default() };
+            record.rest();
+            assert!(record.status.error.unwrap().message.contains(way_out));
+        }
+    }
+
+    #[test]
+    fn a_record_that_says_untouched_replaces_one_that_does_not_whatever_happens() {
+        let temp = tempfile::tempdir().unwrap();
+        let paths = Paths::below(temp.path());
+        Record { step: Step::Switching(staged()), ..Record::default() }.save(&paths).unwrap();
+        failpoint::fail_here(Some((1, rustix::io::Errno::NOSPC)));
+        Record { step: Step::Staged(staged()), bootstrap: true, ..Record::default() }.save_over(&paths).unwrap();
+        assert!(!failpoint::fail_here(None), "the first write failed");
+        let record = Record::load(&paths).unwrap();
+        assert!(record.bootstrap && record.step.is_before_switch());
     }
 
     #[test]
     fn what_comes_before_the_switch() {
         let before: Vec<_> = steps().iter().map(Step::is_before_switch).collect();
-        assert_eq!(before, [true, true, true, true, true, false, false, false, false]);
+        assert_eq!(before, [true, true, true, true, true, false, false, false, false, false]);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Switch: one `move_mount`, then the `/etc` plan. Also the way back.
 //!
-//! Whatever may fail is done before the first act. The record says `switching` by then, so a daemon
-//! that is killed in here finds it, and each act can be done again.
+//! The record says `switching` before the first act, so a daemon that is killed in here finds it, and
+//! each act can be done again. An act that fails rolls back those before it.
 
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -13,8 +13,10 @@ use super::after::RESTART;
 use super::prepare::{ETC, USR, USR_SOURCE, new_etc};
 use super::{Context, Error, Paths, StagedRoot, Switched};
 use crate::dirfd::Directory;
+use crate::failpoint::{self, Point};
 use crate::report::{Phase, State};
-use crate::units::{self, Class, Flow, Manager, RunningUnit, Version};
+use crate::store::{NODE_IMAGE_REF, NodeStore};
+use crate::units::{self, Action, Class, Flow, Manager, Version};
 use crate::{etc, mount, stage};
 
 /// Exposes the new `/usr` and merges `/etc`.
@@ -27,7 +29,7 @@ pub(super) async fn switch(context: &Context, staged: StagedRoot) -> Result<Swit
         Ok((staged, report))
     })
     .await
-    .context("the switch panicked; start node-image-overlay.service again to finish it, or run undo")??;
+    .context("the switch panicked")??;
     for line in report.to_string().lines() {
         info!("{line}");
     }
@@ -39,15 +41,32 @@ pub(super) async fn switch(context: &Context, staged: StagedRoot) -> Result<Swit
     Ok(Switched { staged, units: Vec::new() })
 }
 
+/// Refuses, with numbers, a switch for whose files there is no room. Nothing is changed.
+pub(super) fn check(paths: &Paths) -> Result<(), Error> {
+    let plan = load_plan(paths)?;
+    let refusals = etc::check_room(&plan, Path::new(ETC), paths.run())?;
+    if refusals.is_empty() {
+        return Ok(());
+    }
+    Err(Error::Refused(format!("{}; the running system is untouched", refusals.join("; "))))
+}
+
+fn load_plan(paths: &Paths) -> anyhow::Result<etc::Plan> {
+    let run = Directory::ensure(paths.run()).with_context(|| format!("cannot use {}", paths.run().display()))?;
+    let path = paths.run().join(Paths::ETC_PLAN);
+    let text = run.read_optional(Paths::ETC_PLAN).with_context(|| format!("cannot read {}", path.display()))?;
+    let text = text.with_context(|| format!("the plan for /etc, {}, is missing; pull again", path.display()))?;
+    serde_json::from_slice(&text).with_context(|| format!("the plan for /etc, {}, is damaged", path.display()))
+}
+
 fn blocking(paths: &Paths, staged: &StagedRoot) -> anyhow::Result<etc::Report> {
     let usr = Path::new(USR);
+    let plan = load_plan(paths)?;
     let run = Directory::ensure(paths.run()).with_context(|| format!("cannot use {}", paths.run().display()))?;
-    let plan =
-        run.read_optional(Paths::ETC_PLAN)?.context("the plan for /etc is missing; run undo, then start again")?;
-    let plan: etc::Plan = serde_json::from_slice(&plan).context("the plan for /etc is damaged; run undo")?;
+    set_ref(paths, Some(&staged.pulled.commit))?;
     // Before /usr changes: a generator that runs from here on must not arm the pivot again.
     run.write_atomic(Paths::PIVOTED, 0o644, staged.pulled.image.pinned.as_bytes())
-        .with_context(|| format!("cannot write {}; nothing was changed", paths.pivoted().display()))?;
+        .with_context(|| format!("cannot write {}", paths.pivoted().display()))?;
 
     if !mount::exposed(usr, USR_SOURCE)? {
         stage::open_new_usr(&staged.delta.directory, usr, USR_SOURCE)?.expose(usr)?;
@@ -55,7 +74,6 @@ fn blocking(paths: &Paths, staged: &StagedRoot) -> anyhow::Result<etc::Report> {
     let new = new_etc(etc::open_dir(usr)?.as_fd())?;
     let current = etc::open_dir(Path::new(ETC))?;
     etc::apply(&plan, new.as_fd(), current.as_fd(), &paths.etc_undo(), None)
-        .context("/usr is switched, /etc is not complete: start node-image-overlay.service again, or run undo")
 }
 
 /// How an undo went.
@@ -67,22 +85,32 @@ pub(super) struct Undone {
     pub(super) failed: Vec<String>,
 }
 
-/// Puts `/etc` and `/usr` back. Everything is tried, whatever fails.
-pub(super) async fn undo(paths: &Paths, staged: &StagedRoot, flow: Flow) -> Undone {
-    // Before anything goes: afterwards nobody can tell what ran the node image's code.
-    let running = survey(staged).await;
-    let for_files = paths.clone();
-    let mut undone = match tokio::task::spawn_blocking(move || undo_files(&for_files)).await {
-        Ok(undone) => undone,
-        Err(error) => Undone { failed: vec![format!("undo panicked: {error}")], ..Undone::default() },
+/// What runs the node image's code, and what to do about it. It is looked at, not taken from what the
+/// switch recorded: a refresh that failed half-way has no complete record.
+pub(super) async fn plan_units(staged: &StagedRoot, flow: Flow) -> anyhow::Result<Vec<Action>> {
+    let delta = staged.delta.lookup()?;
+    let differs = |path: &Path| delta.contains(path).unwrap_or(true);
+    let (running, unseen) = units::survey(&Manager::connect().await?, Version::Current, &differs).await?;
+    for line in unseen {
+        warn!("undo: {line}");
+    }
+    Ok(units::plan(&running, flow))
+}
+
+/// Puts `/etc`, `/usr`, the ref and, where units saw the switch, those back. Everything is tried, whatever
+/// fails; what is done already is not done again.
+pub(super) async fn undo(paths: &Paths, units: Option<&[Action]>) -> Undone {
+    let (for_files, to_guard) = (paths.clone(), units.is_some());
+    let (mut undone, _guard) = match tokio::task::spawn_blocking(move || undo_files(&for_files, to_guard)).await {
+        Ok(done) => done,
+        Err(error) => (Undone { failed: vec![format!("undo panicked: {error}")], ..Undone::default() }, None),
     };
-    let running = running.unwrap_or_else(|error| {
-        undone.kept.push(format!("cannot tell what runs the node image's code, restart sshd by hand: {error:#}"));
-        Vec::new()
-    });
-    if let Err(error) = undo_units(&running, flow, &mut undone.kept).await {
+    if let Some(units) = units
+        && let Err(error) = undo_units(units, &mut undone.kept).await
+    {
         undone.failed.push(format!("systemd: {error:#}"));
     }
+    // Last: a generator that runs before must not arm the pivot again.
     if undone.failed.is_empty()
         && let Err(error) = Directory::ensure(paths.run()).and_then(|run| run.remove_all(Paths::PIVOTED))
     {
@@ -94,23 +122,11 @@ pub(super) async fn undo(paths: &Paths, staged: &StagedRoot, flow: Flow) -> Undo
     undone
 }
 
-/// What runs the node image's code now. It is looked at, not taken from what the switch recorded: a
-/// refresh that failed half-way has no complete record.
-async fn survey(staged: &StagedRoot) -> anyhow::Result<Vec<RunningUnit>> {
-    let delta = staged.delta.lookup()?;
-    let differs = |path: &Path| delta.contains(path).unwrap_or(true);
-    let (running, unseen) = units::survey(&Manager::connect().await?, Version::Current, &differs).await?;
-    for line in unseen {
-        warn!("undo: {line}");
-    }
-    Ok(running)
-}
-
 /// PID 1 must be the old program again, with the old unit files, and so must be what ran the node
 /// image's code: sshd's helpers, for one, are the old ones again.
-async fn undo_units(running: &[RunningUnit], flow: Flow, kept: &mut Vec<String>) -> anyhow::Result<()> {
+async fn undo_units(actions: &[Action], kept: &mut Vec<String>) -> anyhow::Result<()> {
     let manager = Manager::connect().await?.reexecute().await?;
-    for action in units::plan(running, flow) {
+    for action in actions {
         match action.class {
             Class::None => {}
             Class::Restart => {
@@ -124,17 +140,43 @@ async fn undo_units(running: &[RunningUnit], flow: Flow, kept: &mut Vec<String>)
     Ok(())
 }
 
-fn undo_files(paths: &Paths) -> Undone {
+/// The second value watches over us until PID 1 is the old one again. Without one we go on: it is needed
+/// only if we are killed.
+fn undo_files(paths: &Paths, to_guard: bool) -> (Undone, Option<units::Guard>) {
     let mut undone = Undone::default();
     match etc::open_dir(Path::new(ETC)).and_then(|dir| etc::undo(&paths.etc_undo(), dir.as_fd())) {
         Ok(report) => {
             undone.kept.extend(report.kept.iter().map(|entry| format!("/etc/{} stays: {}", entry.path, entry.reason)));
             undone.failed.extend(report.failed.iter().map(|entry| format!("/etc/{}: {}", entry.path, entry.reason)));
+            if report.unlabelled > 0 {
+                undone.kept.push(format!(
+                    "{} entries of /etc could not be given their old security label; run restorecon on /etc",
+                    report.unlabelled
+                ));
+            }
         }
         Err(error) => undone.failed.push(format!("/etc: {error:#}")),
     }
+    if let Err(error) = set_ref(paths, None) {
+        undone.failed.push(format!("{error:#}"));
+    }
+    // Last: between this and its re-execution PID 1 may be unable to start anything.
+    let start = || units::Guard::start().inspect_err(|error| warn!("{error:#}")).ok();
+    let guard = to_guard.then(start).flatten();
     if let Err(error) = mount::withdraw(Path::new(USR), USR_SOURCE) {
         undone.failed.push(format!("/usr: {error:#}"));
     }
-    undone
+    (undone, guard)
+}
+
+/// The ref says which node image is in use: the switch sets it, undo removes it.
+fn set_ref(paths: &Paths, commit: Option<&str>) -> anyhow::Result<()> {
+    let detail = if commit.is_some() { "set" } else { "remove" };
+    let store = NodeStore::open(&paths.store())?;
+    failpoint::hit(Point::Ref, detail)
+        .and_then(|()| match commit {
+            Some(commit) => store.set_ref(commit),
+            None => store.remove_ref(),
+        })
+        .with_context(|| format!("cannot {detail} the ref {NODE_IMAGE_REF} in {}", store.repo_path().display()))
 }

@@ -10,7 +10,7 @@ use zbus::{Connection, OwnedVariant};
 
 use super::{INTERFACE, NAME, PATH};
 use crate::report::Status;
-use crate::units::Manager;
+use crate::units::{self, Manager};
 
 const DAEMON_UNIT: &str = "node-image-pivotd.service";
 
@@ -124,8 +124,19 @@ impl Client {
     /// # Errors
     /// See [`CallError`].
     pub async fn call(&self, method: &str) -> Result<Vec<String>, CallError> {
+        self.call_with(method, &()).await
+    }
+
+    /// The same with arguments.
+    ///
+    /// # Errors
+    /// See [`CallError`].
+    pub async fn call_with<B>(&self, method: &str, body: &B) -> Result<Vec<String>, CallError>
+    where
+        B: serde::Serialize + zbus::zvariant::DynamicType,
+    {
         // Methods answer with lines or with nothing.
-        Ok(self.reply(method, &()).await?.body().deserialize().unwrap_or_default())
+        Ok(self.reply(method, body).await?.body().deserialize().unwrap_or_default())
     }
 
     /// The plan as a JSON document. See [`Client::call`].
@@ -162,7 +173,15 @@ impl Client {
 }
 
 async fn start() -> Result<()> {
-    Manager::connect().await?.start(DAEMON_UNIT, Duration::from_secs(60)).await
+    let limit = Duration::from_secs(60);
+    let manager = Manager::connect().await?;
+    match manager.start(DAEMON_UNIT, limit).await {
+        Ok(()) => Ok(()),
+        // A PID 1 of another /usr than the one in place may be unable to start anything: what was left
+        // by a daemon that was killed in the middle of a switch or an undo.
+        Err(_) if !units::mapped_files(1).is_empty() => manager.reexecute().await?.start(DAEMON_UNIT, limit).await,
+        Err(error) => Err(error),
+    }
 }
 
 /// Whether the socket that could not be connected to means that no daemon runs.

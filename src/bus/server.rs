@@ -114,6 +114,7 @@ async fn announce(connection: &Connection, agent: &Agent) {
             pivot.state_changed(emitter).await?;
             pivot.phase_changed(emitter).await?;
             pivot.last_error_changed(emitter).await?;
+            pivot.undo_at_changed(emitter).await?;
             pivot.timeline_changed(emitter).await
         };
         if let Err(error) = sent.await {

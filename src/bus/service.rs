@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 use zbus::interface;
@@ -88,7 +89,18 @@ impl Pivot {
         Ok(self.agent.run(&self.ticket()).await?)
     }
 
-    /// Puts `/usr` and `/etc` back; returns what could not be put back.
+    /// The same on probation: undone this many seconds after the switch began, unless Keep is called.
+    #[zbus(name = "Try")]
+    async fn try_for(&self, seconds: u64) -> Result<(), MethodError> {
+        Ok(self.agent.run_for(Duration::from_secs(seconds), &self.ticket()).await?)
+    }
+
+    /// Ends the probation: the switch stays. Answers a line.
+    fn keep(&self) -> Result<Vec<String>, MethodError> {
+        Ok(self.agent.keep()?)
+    }
+
+    /// Puts `/usr` and `/etc` back; returns what stays on purpose.
     async fn undo(&self) -> Result<Vec<String>, MethodError> {
         Ok(self.agent.undo().await?)
     }
@@ -131,6 +143,12 @@ impl Pivot {
     #[zbus(property)]
     fn phase(&self) -> String {
         self.agent.tracker().status().phase.map(|phase| phase.as_str().to_owned()).unwrap_or_default()
+    }
+
+    /// When the switch will be undone unless Keep is called, in seconds since the epoch; 0 for never.
+    #[zbus(property)]
+    fn undo_at(&self) -> u64 {
+        self.agent.tracker().status().undo_unix.unwrap_or(0)
     }
 
     /// Counters of the pull, by name.

@@ -17,6 +17,7 @@ pub(super) async fn daemon(paths: Paths) -> Result<Exit> {
     let socket = paths.socket();
     let agent = Agent::open(paths)?;
     bus::serve(agent.clone(), &socket).await?;
+    agent.attend();
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let _ = notify(false, &[NotifyState::Ready]);

@@ -16,9 +16,45 @@ const POLL: Duration = Duration::from_millis(500);
 /// A daemon that went away is waited for this long; its unit restarts it.
 const RECONNECT: Duration = Duration::from_secs(60);
 
-/// Calls `method` and waits for its end. The daemon may die in the middle: its unit starts it again,
+/// A method of the daemon, and its argument if it has one.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Call {
+    pub(super) method: &'static str,
+    pub(super) seconds: Option<u64>,
+}
+
+impl Call {
+    pub(super) fn of(method: &'static str) -> Self {
+        Self { method, seconds: None }
+    }
+
+    async fn make(self, client: &Client) -> Result<Vec<String>, CallError> {
+        match self.seconds {
+            Some(seconds) => client.call_with(self.method, &seconds).await,
+            None => client.call(self.method).await,
+        }
+    }
+}
+
+/// A length of time from the command line, in seconds: `90`, `90s`, `10m`, `2h`; not 0.
+pub(super) fn seconds(text: &str) -> Result<u64, String> {
+    let digits = text.find(|character: char| !character.is_ascii_digit()).unwrap_or(text.len());
+    let factor = match &text[digits..] {
+        "" | "s" => Some(1),
+        "m" | "min" => Some(60),
+        "h" => Some(3600),
+        _ => None,
+    };
+    let number = text[..digits].parse::<u64>().ok().filter(|number| *number > 0);
+    number
+        .zip(factor)
+        .and_then(|(number, factor)| number.checked_mul(factor))
+        .ok_or_else(|| "not a length of time: a number of seconds, or one with s, m or h, such as 10m".to_owned())
+}
+
+/// Makes `call` and waits for its end. The daemon may die in the middle: its unit starts it again,
 /// it takes up its record, and the same call goes on.
-pub(super) async fn drive(paths: &Paths, method: &str) -> Result<Exit> {
+pub(super) async fn drive(paths: &Paths, call: Call) -> Result<Exit> {
     let socket = paths.socket();
     let mut teller = Teller::default();
     let mut broken_since = None;
@@ -27,7 +63,7 @@ pub(super) async fn drive(paths: &Paths, method: &str) -> Result<Exit> {
         Err(error) => return Ok(failed(&error)),
     };
     loop {
-        match follow(&client, method, &mut teller, &mut broken_since).await {
+        match follow(&client, call, &mut teller, &mut broken_since).await {
             Ok(lines) => {
                 let status = client.status().await.unwrap_or_default();
                 teller.end(&status, &lines);
@@ -51,14 +87,14 @@ pub(super) async fn drive(paths: &Paths, method: &str) -> Result<Exit> {
 /// One call, with the status told while it lasts.
 async fn follow(
     client: &Client,
-    method: &str,
+    call: Call,
     teller: &mut Teller,
     broken_since: &mut Option<Instant>,
 ) -> Result<Vec<String>, CallError> {
     if let Ok(status) = client.status().await {
         teller.begin(&status);
     }
-    let call = client.call(method);
+    let call = call.make(client);
     tokio::pin!(call);
     loop {
         tokio::select! {
@@ -182,6 +218,16 @@ mod tests {
         let mut teller = Teller::default();
         teller.begin(&nothing);
         assert_eq!(teller.last_line(&nothing).matches("nothing to do").count(), 1);
+    }
+
+    #[test]
+    fn lengths_of_time() {
+        for (text, expected) in [("90", 90), ("90s", 90), ("10m", 600), ("10min", 600), ("2h", 7200)] {
+            assert_eq!(seconds(text), Ok(expected), "{text}");
+        }
+        for text in ["", "0", "0m", "m", "-1", "10 m", "1d", "1m30s", "99999999999999999999", "18446744073709551615h"] {
+            assert!(seconds(text).is_err(), "{text}");
+        }
     }
 
     #[test]

@@ -15,6 +15,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::agent::Paths;
 use crate::bus::CallError;
+use drive::Call;
 
 /// Exit codes, documented and stable. 2 is clap's for a wrong command line. Ours begin at 10, because
 /// `systemctl status` gives 2 to 7 the names of the LSB's init scripts.
@@ -97,7 +98,13 @@ enum Command {
         /// In the end also fetch what the pivot does not need, as `pull --complete` does.
         #[arg(long)]
         complete: bool,
+        /// Undo the switch this long after it began, unless `keep` is called before: seconds, or a number
+        /// with s, m or h, such as 10m.
+        #[arg(long = "try", value_name = "TIME", value_parser = drive::seconds)]
+        try_for: Option<u64>,
     },
+    /// Keep a switch that was made with `run --try`.
+    Keep,
     /// Put /usr and /etc back as they were before the switch.
     Undo,
     /// End a pull that runs or waits.
@@ -139,18 +146,22 @@ async fn dispatch(command: Command) -> anyhow::Result<Exit> {
         Command::Status { json, watch: false } => show::status(&paths, json).await,
         Command::Status { json, watch: true } => show::watch(&paths, json).await,
         Command::Report => show::report(&paths).await,
-        Command::Plan { json: false } => drive::drive(&paths, "Plan").await,
+        Command::Plan { json: false } => drive::drive(&paths, Call::of("Plan")).await,
         Command::Plan { json: true } => plan::json(&paths).await,
         Command::DiffEtc { secrets } => plan::diff_etc(&paths, secrets).await,
-        Command::Pull { complete: false } => drive::drive(&paths, "Pull").await,
-        Command::Pull { complete: true } => drive::drive(&paths, "Complete").await,
-        Command::Overlay => drive::drive(&paths, "Overlay").await,
-        Command::Finish => drive::drive(&paths, "Finish").await,
-        Command::Run { complete } => match drive::drive(&paths, "Run").await? {
-            Exit::Done if complete => drive::drive(&paths, "Complete").await,
-            exit => Ok(exit),
-        },
-        Command::Undo => drive::drive(&paths, "Undo").await,
+        Command::Pull { complete: false } => drive::drive(&paths, Call::of("Pull")).await,
+        Command::Pull { complete: true } => drive::drive(&paths, Call::of("Complete")).await,
+        Command::Overlay => drive::drive(&paths, Call::of("Overlay")).await,
+        Command::Finish => drive::drive(&paths, Call::of("Finish")).await,
+        Command::Run { complete, try_for } => {
+            let method = if try_for.is_some() { "Try" } else { "Run" };
+            match drive::drive(&paths, Call { method, seconds: try_for }).await? {
+                Exit::Done if complete => drive::drive(&paths, Call::of("Complete")).await,
+                exit => Ok(exit),
+            }
+        }
+        Command::Keep => drive::drive(&paths, Call::of("Keep")).await,
+        Command::Undo => drive::drive(&paths, Call::of("Undo")).await,
         Command::Cancel => drive::cancel(&paths).await,
         Command::Daemon => daemon::daemon(paths).await,
         Command::Completions { shell } => {

@@ -39,7 +39,7 @@ pub(super) async fn status(paths: &Paths, json: bool) -> Result<Exit> {
 }
 
 pub(super) async fn report(paths: &Paths) -> Result<Exit> {
-    say::raw(report::summary(&current(paths).await?).as_bytes());
+    say::raw(report::summary(&current(paths).await?, unix_now()).as_bytes());
     Ok(Exit::Done)
 }
 

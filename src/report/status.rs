@@ -120,6 +120,10 @@ pub struct Status {
     pub timeline: Vec<TimelineEntry>,
     /// What it cost.
     pub cost: Cost,
+    /// When the switch will be undone unless somebody keeps it, in seconds since the epoch; absent for one
+    /// that stays.
+    #[serde(default)]
+    pub undo_unix: Option<u64>,
     /// What changed, one line each; for the summary.
     pub notes: Vec<String>,
 }
@@ -139,6 +143,7 @@ impl Default for Status {
             error: None,
             timeline: Vec::new(),
             cost: Cost::default(),
+            undo_unix: None,
             notes: Vec::new(),
         }
     }

@@ -89,21 +89,29 @@ fn state_text(status: &Status, now_unix: u64) -> String {
         (State::Running, _) => format!("{phase} is running"),
         (State::Idle, _) => "nothing asked for yet".to_owned(),
         (State::Pulled, _) => "the node image is pulled and staged; the running system is untouched".to_owned(),
-        (State::Switched, _) => "/usr and /etc are the node image's".to_owned(),
-        (State::Done, _) => "the pivot is done".to_owned(),
+        (State::Switched, _) => format!("/usr and /etc are the node image's{}", probation(status, now_unix)),
+        (State::Done, _) => format!("the pivot is done{}", probation(status, now_unix)),
         (State::NothingToDo, _) => "nothing to do: this system already has the cluster's binaries".to_owned(),
         (State::Waiting | State::Failed, None) => format!("{phase} failed"),
     }
 }
 
+/// What becomes of a switch that nobody keeps.
+fn probation(status: &Status, now_unix: u64) -> String {
+    match status.undo_unix {
+        Some(at) => format!("; undone in {} s unless kept (node-image-pivot keep)", at.saturating_sub(now_unix)),
+        None => String::new(),
+    }
+}
+
 /// The end of it: what changed, how long each phase took, what was fetched, the RAM it cost.
-pub fn summary(status: &Status) -> String {
+pub fn summary(status: &Status, now_unix: u64) -> String {
     let mut out = String::new();
     // Writing to a String cannot fail.
     let mut line = |name: &str, value: &str| {
         let _ = writeln!(out, "{name:<12}{}", one_line(value));
     };
-    line("state", &state_line(status, 0));
+    line("state", &state_line(status, now_unix));
     if let Some(image) = &status.image {
         line("image", image);
     }
@@ -181,7 +189,7 @@ mod tests {
                 ..Status::default()
             };
             assert_eq!(state_line(&status, 0), expected);
-            assert_eq!(summary(&status).lines().count(), 2, "the state and one note");
+            assert_eq!(summary(&status, 0).lines().count(), 2, "the state and one note");
         }
     }
 
@@ -202,7 +210,18 @@ mod tests {
             state_line(&status, 100),
             "resolve: attempt 3 failed (network): connection refused; next attempt in 10 s"
         );
-        assert!(summary(&status).contains("connection refused"));
+        assert!(summary(&status, 100).contains("connection refused"));
+    }
+
+    #[test]
+    fn a_switch_on_probation_says_until_when() {
+        let status = Status { state: State::Switched, undo_unix: Some(700), ..Status::default() };
+        assert_eq!(
+            state_line(&status, 100),
+            "/usr and /etc are the node image's; undone in 600 s unless kept (node-image-pivot keep)"
+        );
+        let kept = Status { undo_unix: None, ..status };
+        assert_eq!(state_line(&kept, 100), "/usr and /etc are the node image's");
     }
 
     #[test]

@@ -1,0 +1,90 @@
+//! A switch on probation: it is undone at its deadline unless somebody keeps it before.
+//!
+//! The deadline is a time of the boot-time clock, which nobody sets and which goes on while the
+//! machine sleeps; like the record, it ends with the boot.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tracing::{info, warn};
+
+use super::Agent;
+
+/// The longest sleep: tokio's clock stands still while the machine sleeps.
+const LOOK: Duration = Duration::from_secs(5);
+/// Between two attempts of an undo that is not complete.
+const AGAIN: Duration = Duration::from_secs(30);
+
+/// Until when, and whether it still counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Probation {
+    /// Milliseconds of the boot-time clock.
+    pub until_boottime_ms: u64,
+    /// Somebody kept the switch.
+    pub kept: bool,
+}
+
+impl Probation {
+    /// One that begins now.
+    pub fn begin(length: Duration) -> Self {
+        let length = u64::try_from(length.as_millis()).unwrap_or(u64::MAX);
+        Self { until_boottime_ms: boottime_ms().saturating_add(length), kept: false }
+    }
+
+    /// How long the switch still has; `None` once it is kept.
+    pub fn left(self) -> Option<Duration> {
+        let left = Duration::from_millis(self.until_boottime_ms.saturating_sub(boottime_ms()));
+        (!self.kept).then_some(left)
+    }
+}
+
+/// Undoes the switch when its time is over, for as long as the daemon lives.
+pub(super) async fn watch(agent: Arc<Agent>) {
+    let mut changes = agent.probation.subscribe();
+    loop {
+        let probation = *changes.borrow_and_update();
+        let Some(left) = probation.and_then(Probation::left) else {
+            if changes.changed().await.is_err() {
+                return;
+            }
+            continue;
+        };
+        if left.is_zero() {
+            info!("nobody kept the switch: it is undone");
+            while let Err(error) = agent.undo_expired().await {
+                warn!("{error}; trying again in {} s", AGAIN.as_secs());
+                tokio::time::sleep(AGAIN).await;
+            }
+            continue;
+        }
+        tokio::select! {
+            () = tokio::time::sleep(left.min(LOOK)) => {}
+            changed = changes.changed() => if changed.is_err() { return },
+        }
+    }
+}
+
+fn boottime_ms() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    // Neither part is negative: the clock starts at 0.
+    now.tv_sec.unsigned_abs() * 1000 + now.tv_nsec.unsigned_abs() / 1_000_000
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn time_runs_out_unless_it_is_kept() {
+        let long = Probation::begin(Duration::from_secs(600));
+        let left = long.left().unwrap();
+        assert!(left > Duration::from_secs(590) && left <= Duration::from_secs(600), "{left:?}");
+        assert_eq!(Probation { kept: true, ..long }.left(), None);
+        let over = Probation { until_boottime_ms: 1, kept: false };
+        assert_eq!(over.left(), Some(Duration::ZERO));
+        assert_eq!(Probation { kept: true, ..over }.left(), None);
+        assert_eq!(Probation::begin(Duration::MAX).until_boottime_ms, u64::MAX);
+    }
+}

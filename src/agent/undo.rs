@@ -1,0 +1,191 @@
+//! The way back: undo when somebody asks, roll back when a switch fails, both when a start finds one that
+//! was interrupted; and what keeps a switch that is on probation.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use tracing::{info, warn};
+
+use super::{Agent, Error, Goal, Probation, Record, StagedRoot, Step, Undo, probation, switch};
+use crate::report::{Phase, State};
+
+/// Says, as long as it lives, that whoever holds the record undoes.
+struct Flag<'a>(&'a AtomicBool);
+
+impl<'a> Flag<'a> {
+    fn raise(flag: &'a AtomicBool) -> Self {
+        flag.store(true, Ordering::Release);
+        Self(flag)
+    }
+}
+
+impl Drop for Flag<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
+    }
+}
+
+impl Agent {
+    /// Puts `/usr`, `/etc` and the ref back as they were before the switch, and restarts what runs the node
+    /// image's code. Returns what stays on purpose, a line each. Units that the node image started are
+    /// not stopped. Called again, it answers the same.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] when nothing was switched, or another phase is under way;
+    /// [`Error::Internal`] with everything that could not be put back: undo can be called again.
+    pub async fn undo(&self) -> Result<Vec<String>, Error> {
+        let mut record = match self.record.try_lock() {
+            Ok(record) => record,
+            // Whoever asked before the daemon was killed asks again.
+            Err(_) if self.undoing.load(Ordering::Acquire) => self.record.lock().await,
+            Err(_) => return Err(Error::Refused("a phase is under way: wait for it, or cancel it first".into())),
+        };
+        self.undo_locked(&mut record).await
+    }
+
+    /// Undoes a switch whose probation is over, or goes on with that.
+    pub(super) async fn undo_expired(&self) -> Result<(), Error> {
+        let mut record = self.record.lock().await;
+        let over = record.probation.and_then(Probation::left).is_some_and(|left| left.is_zero());
+        if !record.step.is_before_switch() && (over || matches!(record.step, Step::Undoing(_))) {
+            self.undo_locked(&mut record).await.map(drop)
+        } else if over {
+            record.probation = None;
+            self.save(&mut record)
+        } else {
+            Ok(())
+        }
+    }
+
+    pub(super) async fn undo_locked(&self, record: &mut Record) -> Result<Vec<String>, Error> {
+        let _flag = Flag::raise(&self.undoing);
+        let undo = match record.step.clone() {
+            Step::Undoing(undo) => undo,
+            Step::Switching(staged) => self.begin_undo(staged, record).await,
+            Step::Switched(switched) | Step::Refreshed(switched) | Step::Finished(switched) => {
+                self.begin_undo(switched.staged, record).await
+            }
+            _ => {
+                return record
+                    .undone
+                    .clone()
+                    .ok_or_else(|| Error::Refused("nothing was switched, so there is nothing to undo".into()));
+            }
+        };
+        // What has begun is not on probation any more: half of an undo is finished, never kept.
+        let before = record.clone();
+        record.step = Step::Undoing(undo.clone());
+        record.probation = None;
+        if let Err(error) = self.save(record) {
+            *record = before;
+            return Err(error.context("nothing was undone; run undo again"));
+        }
+        let undone = switch::undo(&self.paths, undo.units.as_deref()).await;
+        if !undone.failed.is_empty() {
+            let error =
+                Error::Internal(anyhow::anyhow!("undo is not complete, run it again: {}", undone.failed.join("; ")));
+            self.tell(&error);
+            if let Err(error) = self.save(record) {
+                warn!("{error}");
+            }
+            return Err(error);
+        }
+        record.undone = Some(undone.kept.clone());
+        self.untouched(record, undo.staged)?;
+        info!("undone: /usr and /etc are as they were");
+        Ok(undone.kept)
+    }
+
+    async fn begin_undo(&self, staged: StagedRoot, record: &Record) -> Undo {
+        let units = switch::plan_units(&staged, record.flow()).await.unwrap_or_else(|error| {
+            warn!("undo: cannot tell what runs the node image's code, restart sshd by hand: {error:#}");
+            Vec::new()
+        });
+        Undo { staged, units: Some(units) }
+    }
+
+    /// All of it, or none of it: takes back what a switch did that failed with `error`, and says how the
+    /// system stands.
+    pub(super) async fn roll_back(&self, record: &mut Record, staged: StagedRoot, error: Error) -> Error {
+        warn!("{error}; rolling back");
+        record.step = Step::Undoing(Undo { staged: staged.clone(), units: None });
+        record.probation = None;
+        // Without room for it the old record stands: a start that finds it switches first.
+        if let Err(error) = self.save(record) {
+            warn!("{error}");
+        }
+        let undone = switch::undo(&self.paths, None).await;
+        if !undone.failed.is_empty() {
+            let failed = undone.failed.join("; ");
+            return Error::Internal(anyhow::anyhow!("{error}; rolling back is not complete, run undo: {failed}"));
+        }
+        if let Err(trouble) = self.untouched(record, staged) {
+            warn!("{trouble}");
+        }
+        error.context("rolled back: /usr and /etc are as they were")
+    }
+
+    /// The running system is as before the switch: that goes on record.
+    fn untouched(&self, record: &mut Record, staged: StagedRoot) -> Result<(), Error> {
+        record.step = Step::Staged(staged);
+        self.tracker.update(|status| {
+            status.state = State::Pulled;
+            status.phase = Some(Phase::Stage);
+            status.error = None;
+            status.timeline.retain(|entry| entry.phase <= Phase::Stage);
+        });
+        self.show(record);
+        record.save_over(&self.paths)?;
+        self.probation.send_replace(record.probation);
+        Ok(())
+    }
+
+    /// Ends the probation: the switch stays. Returns a line for a person. Called again, it does nothing.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] when nothing is on probation, or a phase is under way.
+    pub fn keep(&self) -> Result<Vec<String>, Error> {
+        let Ok(mut record) = self.record.try_lock() else {
+            return Err(Error::Refused("a phase is under way: keep the switch when it has ended".into()));
+        };
+        let switched = matches!(record.step, Step::Switched(_) | Step::Refreshed(_) | Step::Finished(_));
+        match record.probation {
+            Some(probation) if switched && probation.kept => Ok(vec!["kept already".into()]),
+            Some(probation) if switched => {
+                let before = record.clone();
+                record.probation = Some(Probation { kept: true, ..probation });
+                if let Err(error) = self.save(&mut record) {
+                    *record = before;
+                    return Err(error);
+                }
+                info!("the switch is kept");
+                Ok(vec!["kept: the switch stays".into()])
+            }
+            _ => Err(Error::Refused("there is nothing to keep: no switch is on probation (run --try)".into())),
+        }
+    }
+
+    /// What a daemon does by itself for as long as it lives: first it finishes what the record says was
+    /// interrupted, a switch or an undo; then it watches over a probation.
+    pub fn attend(self: &Arc<Self>) {
+        let agent = self.clone();
+        tokio::spawn(async move {
+            if let Err(error) = agent.resume().await {
+                warn!("what was interrupted is not finished: {error}");
+            }
+            probation::watch(agent).await;
+        });
+    }
+
+    async fn resume(&self) -> Result<(), Error> {
+        let step = self.record.lock().await.step.clone();
+        match step {
+            Step::Undoing(_) => self.undo().await.map(drop),
+            Step::Switching(_) | Step::Switched(_) => {
+                info!("the switch was interrupted: finishing it");
+                self.advance(Goal::Switched, &self.ticket()).await
+            }
+            _ => Ok(()),
+        }
+    }
+}
