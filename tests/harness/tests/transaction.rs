@@ -1,0 +1,592 @@
+//! The switch is a transaction: killed or failing at every act, it is finished or undone, never half done. On a
+//! real systemd in a container, with an agent that has failpoints (src/failpoint.rs).
+//! `cargo test -p testbed --test transaction -- --test-threads=1 --nocapture`
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use testbed::check::{Checks, contains, same};
+use testbed::container::{Container, Network, Setup};
+use testbed::guest::{Answer, Guest};
+use testbed::images::{Images, project, work_dir};
+use testbed::proc::{succeed, wait_for};
+use testbed::registry::Registry;
+use testbed::scenario::node_files;
+
+const SOON: Duration = Duration::from_secs(60);
+const NODE_IMAGE_REF: &str = "/run/node-image-pivot/store/repo/refs/heads/coreos/node-image";
+
+/// A booted container that has long reached its target, a registry in its network, and nothing pulled yet.
+struct Bed {
+    guest: Container,
+    _registry: Registry,
+    _network: Network,
+}
+
+impl Bed {
+    fn start(name: &str, image: &str) -> Result<Self> {
+        let images = Images::ensure()?;
+        let network = Network::new()?;
+        let registry =
+            Registry::start(&images.storage, &work_dir(&format!("{name}-registry"))?, Some(network.pid()), None)?;
+        let agent = agent_with_failpoints()?;
+        let setup = Setup { name, boot: &images.boot, kargs: &[], live: true };
+        let guest = Container::start(images, &network, &setup, |files| {
+            node_files(files, &images.image(image)?.by_digest(), "127.0.0.1", registry.port)?;
+            std::fs::rename(files.root().join("etc/node-image-pivot.conf.d"), files.root().join("etc/later"))?;
+            // The same program before and after the switch.
+            files.put("/var/failpoints/.keep", 0o644, "")?;
+            std::fs::copy(&agent, files.root().join("var/failpoints/agent"))?;
+            files.put(
+                "/etc/systemd/system/node-image-pivotd.service.d/failpoints.conf",
+                0o644,
+                "[Unit]\nStartLimitIntervalSec=0\n[Service]\nExecStart=\nExecStart=/var/failpoints/agent daemon\n\
+                 Environment=NODE_IMAGE_PIVOT_FAILPOINTS=/run/failpoints\nRestart=no\n",
+            )
+        })?;
+        guest.wait_unit("multi-user.target", "active", SOON)?;
+        guest.ask("mv /etc/later /etc/node-image-pivot.conf.d; mkdir /run/failpoints")?;
+        Ok(Bed { guest, _registry: registry, _network: network })
+    }
+
+    fn arm(&self, point: &str, action: &str) -> Result<()> {
+        self.guest.ask(&format!("echo '{point} 0 {action}' >/run/failpoints/armed")).map(drop)
+    }
+
+    /// Whether what was armed has acted.
+    fn acted(&self) -> Result<bool> {
+        Ok(self.guest.run("test -e /run/failpoints/armed")?.status != 0)
+    }
+
+    /// A command of the agent that must succeed.
+    fn agent(&self, command: &str) -> Result<String> {
+        self.guest.ask(&format!("node-image-pivot {command}"))
+    }
+
+    /// Asks for something of which the agent dies, and stays dead; whoever asked dies, too. Whether it did.
+    fn killed_in(&self, command: &str) -> Result<bool> {
+        let script = format!(
+            "node-image-pivot {command} >/run/asked 2>&1 & asked=$!
+             while [ -e /run/failpoints/armed ] && kill -0 $asked 2>/dev/null; do sleep 0.02; done
+             [ -e /run/failpoints/armed ] && exit 3
+             kill -9 $asked
+             ask() {{ systemctl show -p $1 --value node-image-pivotd.service 2>/dev/null; }}
+             until [ \"$(ask ActiveState)\" = failed ]; do sleep 0.02; done
+             ask Result"
+        );
+        let answer = self.guest.run(&script)?;
+        if answer.status == 3 {
+            return Ok(false);
+        }
+        same(answer.text.lines().last().unwrap_or_default().to_owned(), "signal".to_owned())?;
+        Ok(true)
+    }
+
+    /// Kind, mode, owner, link and content of all of /etc. Caches are nobody's to take back.
+    fn etc(&self) -> Result<String> {
+        self.guest.ask(
+            "cd /etc && { find . -xdev ! -name ld.so.cache ! -name .updated ! -name .pwd.lock \
+             -printf '%p %y %m %U %G %l\\n' | LC_ALL=C sort; \
+             find . -xdev -type f ! -name ld.so.cache ! -name .updated ! -name .pwd.lock -print0 | LC_ALL=C sort -z \
+             | xargs -0 sha256sum; }",
+        )
+    }
+
+    /// One generation or the other, on disk and in the record.
+    fn consistent(&self) -> Result<()> {
+        let data = self.guest.ask("cat /usr/lib/base-tool/data")?;
+        let tool = self.guest.ask("base-tool")?;
+        same(data.replace("data of", "base-tool"), tool.clone())?;
+        let step = self.step()?;
+        let may_be_new = ["switching", "undoing", "switched", "refreshed", "finished"];
+        if tool == "base-tool 2.0" && !may_be_new.contains(&step.as_str()) {
+            bail!("/usr is the node image's, and the record says {step}");
+        }
+        if tool == "base-tool 1.0" && ["switched", "refreshed", "finished"].contains(&step.as_str()) {
+            bail!("/usr is the bootimage's, and the record says {step}");
+        }
+        Ok(())
+    }
+
+    fn step(&self) -> Result<String> {
+        self.guest.ask("jq -r '.step | if type == \"string\" then . else keys[0] end' /run/node-image-pivot/state.json 2>/dev/null || echo idle")
+    }
+
+    /// All of it.
+    fn is_switched(&self, etc: &str) -> Result<()> {
+        same(self.guest.ask("base-tool")?, "base-tool 2.0".into())?;
+        same(self.guest.ask("grep -c ' /usr .* node-image ' /proc/self/mountinfo")?, "1".into())?;
+        same_text(&self.etc()?, etc)?;
+        self.guest.ask("test -e /run/node-image-pivot/pivoted")?;
+        self.guest.ask(&format!("test -e {NODE_IMAGE_REF}"))?;
+        self.nothing_failed()
+    }
+
+    /// None of it.
+    fn is_as_before(&self, etc: &str) -> Result<()> {
+        same(self.guest.ask("base-tool")?, "base-tool 1.0".into())?;
+        same(
+            self.guest.run("grep -c ' /usr .* node-image ' /proc/self/mountinfo")?.text.trim().into(),
+            "0".to_owned(),
+        )?;
+        same_text(&self.etc()?, etc)?;
+        self.guest
+            .ask("test ! -e /run/node-image-pivot/pivoted && test ! -e /run/node-image-pivot/etc-undo/plan.json")?;
+        self.nothing_failed()
+    }
+
+    /// The same, and the ref is gone.
+    fn is_undone(&self, etc: &str) -> Result<()> {
+        self.is_as_before(etc)?;
+        self.guest.ask(&format!("test ! -e {NODE_IMAGE_REF}")).map(drop)
+    }
+
+    fn nothing_failed(&self) -> Result<()> {
+        // What was killed on purpose; it may not even be loaded any more.
+        self.guest.run("systemctl reset-failed node-image-pivotd.service")?;
+        // The node image's systemd 257 has it, and stops it with a networkctl that is the old one again after
+        // an undo: undo does not stop the node image's own units before it takes /usr away.
+        self.guest.run("systemctl reset-failed systemd-networkd-persistent-storage.service")?;
+        same(self.guest.ask("systemctl --failed --no-legend --plain")?, String::new())
+    }
+}
+
+/// Builds it. Another program than the one that is installed, so that nobody ships it by mistake.
+fn agent_with_failpoints() -> Result<PathBuf> {
+    let build = ["build", "--release", "--quiet", "-p", "node-image-pivot", "--features", "failpoints", "--example"];
+    succeed(Command::new(env!("CARGO")).args(build).arg("failpoints").current_dir(project()))?;
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| project().join("target"), PathBuf::from);
+    Ok(target.join("release/examples/failpoints"))
+}
+
+/// `Err` with the lines that differ.
+fn same_text(seen: &str, wanted: &str) -> Result<()> {
+    let [left, right] = [seen, wanted].map(|text| text.lines().collect::<BTreeSet<_>>());
+    let lines: Vec<_> = left.symmetric_difference(&right).collect();
+    if !lines.is_empty() {
+        bail!("these lines are on one side only: {lines:#?}");
+    }
+    Ok(())
+}
+
+fn errno_words(action: &str) -> &'static str {
+    if action == "eio" { "Input/output error" } else { "No space left on device" }
+}
+
+/// An error may be tolerated: what it cost is then in the report.
+fn told(bed: &Bed, answer: &Answer, action: &str) -> Result<()> {
+    let text = if answer.status == 0 { bed.agent("report")? } else { answer.text.clone() };
+    contains(&text, errno_words(action)).with_context(|| format!("exit status {}", answer.status))
+}
+
+#[test]
+fn what_is_shipped_has_no_failpoints() -> Result<()> {
+    const MARK: &[u8] = b"NODE_IMAGE_PIVOT_FAILPOINTS";
+    let has = |path: &PathBuf| -> Result<bool> {
+        let program = std::fs::read(path).with_context(|| format!("reading {}", path.display()))?;
+        Ok(program.windows(MARK.len()).any(|bytes| bytes == MARK))
+    };
+    let with = agent_with_failpoints()?;
+    same(has(&with)?, true)?;
+    let guest_tree = work_dir("transaction-shipped")?;
+    succeed(
+        Command::new("make")
+            .args(["-s", "-C"])
+            .arg(project())
+            .arg("install")
+            .arg(format!("DESTDIR={}", guest_tree.display())),
+    )?;
+    same(has(&guest_tree.join("usr/bin/node-image-pivot"))?, false)
+}
+
+/// The journal, act by act.
+#[test]
+fn killed_or_failing_at_every_act() -> Result<()> {
+    let mut checks = Checks::new("transaction: every failpoint");
+    let bed = Bed::start("transaction-acts", "node-a")?;
+    let guest = &bed.guest;
+
+    // Once there and back: users that sysusers makes stay, and what the node image's services make for
+    // themselves; they are part of what was there from then on.
+    bed.agent("run")?;
+    bed.agent("finish")?;
+    wait_for("the services of the node image", SOON, || {
+        Ok(guest.ask("systemctl list-jobs --no-legend | wc -l")? == "0"
+            && guest.run("test -d /etc/cni/net.d")?.status == 0)
+    })?;
+    bed.agent("undo")?;
+    let before = bed.etc()?;
+
+    // Once more, to see which points there are, in order.
+    guest.ask("systemctl stop node-image-pivotd.service; : >/run/failpoints/hits")?;
+    let hits = |part: &str| -> Result<Vec<String>> {
+        let text = guest.ask("cat /run/failpoints/hits")?;
+        guest.ask("systemctl stop node-image-pivotd.service; : >/run/failpoints/hits")?;
+        checks_note(&text, part);
+        Ok(text.lines().map(str::to_owned).collect())
+    };
+    // From the beginning, as after a failure.
+    guest.ask("rm /run/node-image-pivot/state.json")?;
+    bed.agent("run")?;
+    let there = hits("there")?;
+    let after = bed.etc()?;
+    bed.agent("finish")?;
+    let finish = hits("finish")?;
+    bed.agent("undo")?;
+    let back = hits("back")?;
+    guest.ask("systemctl stop node-image-pivotd.service; rm /run/failpoints/hits")?;
+
+    checks.check("all points are reached, on the way there or back", || {
+        let list = succeed(Command::new(agent_with_failpoints()?).arg("--failpoints"))?;
+        let all: BTreeSet<String> = String::from_utf8(list.stdout)?.lines().map(str::to_owned).collect();
+        let kinds = there.iter().chain(&finish).chain(&back);
+        let kinds = kinds.map(|name| name.split(' ').next().unwrap_or_default().to_owned()).collect();
+        same(kinds, all)
+    });
+    checks.check("there and back again: /etc is the same", || bed.is_undone(&before));
+
+    // Killed at each point in turn: every start goes on with what the record says, and comes to the next.
+    guest.ask("rm /run/node-image-pivot/state.json")?;
+    for point in &there {
+        checks.check(&format!("kill -9, switch: {point}"), || {
+            bed.arm(point, "kill")?;
+            if !bed.killed_in("run")? {
+                bail!("not reached: {}", guest.ask("cat /run/asked")?);
+            }
+            bed.consistent()
+        });
+    }
+    checks.check("killed everywhere, it is switched all the same", || {
+        guest.ask("rm -f /run/failpoints/armed")?;
+        bed.agent("run")?;
+        bed.is_switched(&after)
+    });
+    for point in &finish {
+        checks.check(&format!("kill -9, finish: {point}"), || {
+            bed.arm(point, "kill")?;
+            if !bed.killed_in("finish")? {
+                bail!("not reached: {}", guest.ask("cat /run/asked")?);
+            }
+            bed.consistent()
+        });
+    }
+    checks.check("killed there, too, it is finished all the same", || {
+        guest.ask("rm -f /run/failpoints/armed")?;
+        bed.agent("finish")?;
+        same(bed.step()?, "finished".into())
+    });
+    for point in &back {
+        checks.check(&format!("kill -9, undo: {point}"), || {
+            bed.arm(point, "kill")?;
+            if !bed.killed_in("undo")? {
+                bail!("not reached: {}", guest.ask("cat /run/asked")?);
+            }
+            bed.consistent()
+        });
+    }
+    checks.check("killed everywhere, it is undone all the same", || {
+        guest.ask("rm -f /run/failpoints/armed")?;
+        bed.agent("undo")?;
+        bed.is_undone(&before)
+    });
+
+    guest.ask("systemctl stop node-image-pivotd.service; rm /run/node-image-pivot/state.json")?;
+    // Each act fails, before the switch and in it: the system is as before. After it: all is switched.
+    for (number, point) in there.iter().enumerate() {
+        let action = ["enospc", "eio"][number % 2];
+        checks.check(&format!("{action}, switch: {point}"), || {
+            bed.arm(point, action)?;
+            let answer = guest.run("node-image-pivot run")?;
+            same(bed.acted()?, true)?;
+            told(&bed, &answer, action)?;
+            bed.consistent()?;
+            if bed.step()? == "idle" {
+                return bed.is_as_before(&before);
+            }
+            if answer.status != 0 {
+                contains(&answer.text, "/usr and /etc are switched")?;
+                bed.agent("run")?;
+            }
+            bed.is_switched(&after)?;
+            bed.agent("undo").map(drop)
+        });
+    }
+    checks.check("after all that: switched", || {
+        guest.ask("rm -f /run/failpoints/armed")?;
+        bed.agent("run")?;
+        bed.is_switched(&after)
+    });
+    for (number, point) in back.iter().enumerate() {
+        let action = ["eio", "enospc"][number % 2];
+        checks.check(&format!("{action}, undo: {point}"), || {
+            bed.arm(point, action)?;
+            let answer = guest.run("node-image-pivot undo")?;
+            same(bed.acted()?, true)?;
+            // At the end the record replaces one for which there is no room.
+            if point != "record staged" {
+                contains(&answer.text, errno_words(action))?;
+            }
+            bed.consistent()?;
+            if answer.status != 0 {
+                bed.agent("undo")?;
+            }
+            bed.is_undone(&before)?;
+            bed.agent("run").map(drop)
+        });
+    }
+    checks.check("after all that: undone", || {
+        guest.ask("rm -f /run/failpoints/armed")?;
+        bed.agent("undo")?;
+        bed.is_as_before(&before)
+    });
+    checks.finish()
+}
+
+fn checks_note(text: &str, part: &str) {
+    println!("  --   {part}: {} points: {}", text.lines().count(), text.trim().replace('\n', ", "));
+}
+
+/// No room for the files: refused with numbers before anything happens; none for the record: rolled back.
+#[test]
+fn no_room() -> Result<()> {
+    let mut checks = Checks::new("transaction: full file systems");
+    let bed = Bed::start("transaction-room", "node-b")?;
+    let guest = &bed.guest;
+    // An /etc whose size can be set, as that of /run can.
+    guest.ask(
+        "mkdir /run/small && mount -t tmpfs -o size=64m,mode=0755 small /run/small && cp -a /etc/. /run/small/ \
+         && mount --bind /run/small /etc",
+    )?;
+    let leave = |place: &str, kib: u64| {
+        let used = format!("$(df --output=used -k {place} | tail -n 1)");
+        guest.ask(&format!("mount -o remount,size=$(({used} + {kib}))k {place}"))
+    };
+    bed.agent("pull")?;
+    let before = bed.etc()?;
+    checks.check("/etc has no room: refused, with numbers, nothing happened", || {
+        leave("/run/small", 8)?;
+        let answer = guest.run("node-image-pivot run")?;
+        guest.ask("mount -o remount,size=64m /run/small")?;
+        same(answer.status, 10)?;
+        contains(&answer.text, "on the file system of /etc, which has 8.0 KiB free")?;
+        bed.is_as_before(&before)
+    });
+    checks.check("/run has no room: refused, with numbers, nothing happened", || {
+        bed.agent("pull")?;
+        leave("/run", 80)?;
+        let answer = guest.run("node-image-pivot run")?;
+        guest.ask("mount -o remount,size=1g /run")?;
+        same(answer.status, 10)?;
+        contains(&answer.text, "on the file system of /run/node-image-pivot, which has 80.0 KiB free")?;
+        bed.is_as_before(&before)
+    });
+    checks.check("/etc fills up after the check: rolled back", || {
+        bed.agent("pull")?;
+        // Between the check and the acts: the record of the merge is made just before the first of them.
+        bed.arm("etc-record", "sleep")?;
+        let asked = guest.run(&format!(
+            "node-image-pivot run >/run/asked 2>&1 & asked=$!
+             while [ -e /run/failpoints/armed ]; do sleep 0.02; done
+             mount -o remount,size=$(($(df --output=used -k /run/small | tail -n 1) + {}))k /run/small
+             wait $asked; status=$?; mount -o remount,size=64m /run/small; cat /run/asked; exit $status",
+            16
+        ))?;
+        same(asked.status, 1)?;
+        contains(&asked.text, "No space left on device")?;
+        contains(&asked.text, "rolled back: /usr and /etc are as they were")?;
+        bed.is_undone(&before)
+    });
+    checks.check("with room again, it is switched", || {
+        bed.agent("run")?;
+        same(guest.ask("base-tool")?, "base-tool 2.0".into())?;
+        bed.nothing_failed()
+    });
+    checks.finish()
+}
+
+/// Programs of /usr in a tight loop, and pairs of files: at no moment is /usr missing or mixed.
+#[test]
+fn usr_changes_in_one_step() -> Result<()> {
+    let mut checks = Checks::new("transaction: /usr in one step");
+    let bed = Bed::start("transaction-step", "node-b")?;
+    let guest = &bed.guest;
+    bed.agent("pull")?;
+    // Builtins only in the second loop: tens of thousands of looks a second. Of three looks, the first and the
+    // last at the same file, those may differ only when the switch was between them.
+    let looks = r#"
+        cat >/run/looks <<'END'
+        exec 2>>/run/fails
+        runs=0
+        while [ ! -e /run/stop ]; do /usr/bin/true || echo "true: $?" >&2; runs=$((runs + 1)); done
+        echo $runs >/run/runs
+END
+        cat >/run/pairs <<'END'
+        exec 2>>/run/fails
+        pairs=0 seen1=0 seen2=0
+        while [ ! -e /run/stop ]; do
+            read -r _ _ a </usr/lib/base-tool/data || echo "data" >&2
+            { read -r _; read -r _ _ b; } </usr/bin/base-tool || echo "base-tool" >&2
+            read -r _ _ c </usr/lib/base-tool/data || echo "data" >&2
+            [ "$a" != "$c" ] || [ "$a" = "$b" ] || echo "mixed: $a $b $c" >&2
+            [ "$c" != 1.0 ] || seen1=1
+            [ "$c" != 2.0 ] || seen2=$((seen2 + 1))
+            pairs=$((pairs + 1))
+        done
+        echo $pairs $seen1 $seen2 >/run/pairs.count
+END
+        rm -f /run/stop /run/fails
+        systemd-run -q --unit=looks bash /run/looks; systemd-run -q --unit=pairs bash /run/pairs"#;
+    guest.ask(looks)?;
+    checks.check("switch and undo, three times, under the eyes of both loops", || {
+        for _ in 0..3 {
+            bed.agent("run")?;
+            bed.agent("undo")?;
+        }
+        Ok(())
+    });
+    checks.check("nothing failed, nothing was mixed", || {
+        guest.ask("touch /run/stop")?;
+        wait_for("the loops' end", SOON, || Ok(guest.run("test -s /run/runs -a -s /run/pairs.count")?.status == 0))?;
+        println!("       {} runs of true; pairs: {}", guest.ask("cat /run/runs")?, guest.ask("cat /run/pairs.count")?);
+        same(guest.ask("cat /run/fails")?, String::new())?;
+        let count = guest.ask("cat /run/pairs.count")?;
+        let [pairs, seen1, seen2] = count.split(' ').map(|n| n.parse::<u64>().unwrap_or(0)).collect::<Vec<_>>()[..]
+        else {
+            bail!("{count}")
+        };
+        if pairs < 1000 || seen1 == 0 || seen2 == 0 || guest.ask("cat /run/runs")?.parse::<u64>()? < 100 {
+            bail!("too few looks to mean anything: {count}");
+        }
+        Ok(())
+    });
+    checks.finish()
+}
+
+/// `run --try`: undone in time, whatever happens to the agent, unless it is kept.
+#[test]
+fn a_try_is_undone_unless_it_is_kept() -> Result<()> {
+    let mut checks = Checks::new("transaction: run --try and keep");
+    let bed = Bed::start("transaction-try", "node-b")?;
+    let guest = &bed.guest;
+    checks.check("nothing to keep before", || {
+        let answer = guest.run("node-image-pivot keep")?;
+        same(answer.status, 10)?;
+        contains(&answer.text, "nothing to keep")
+    });
+    // Once there and back: users that sysusers makes stay.
+    bed.agent("run")?;
+    bed.agent("undo")?;
+    let before = bed.etc()?;
+    checks.check("a try switches, and status, property and record say until when", || {
+        bed.agent("run --try 20s")?;
+        same(guest.ask("base-tool")?, "base-tool 2.0".into())?;
+        contains(&bed.agent("status")?, "unless kept")?;
+        let at = guest.status()?["undo_unix"].as_u64().context("no undo_unix")?;
+        let now: u64 = guest.ask("date +%s")?.parse()?;
+        if !(now..=now + 20).contains(&at) {
+            bail!("it is {now}, undone at {at}");
+        }
+        let property =
+            guest.ask("busctl get-property org.nodeimage.Pivot1 /org/nodeimage/Pivot1 org.nodeimage.Pivot1 UndoAt")?;
+        same(property, format!("t {at}"))
+    });
+    checks.check("the agent is killed, nobody keeps it: the next one undoes it in time", || {
+        guest.ask(
+            "systemctl kill -s KILL node-image-pivotd.service; sleep 0.5; systemctl start node-image-pivotd.service",
+        )?;
+        same(guest.ask("base-tool")?, "base-tool 2.0".into())?;
+        wait_for("the undo", SOON, || Ok(guest.status()?["state"] == "pulled"))?;
+        same(guest.status()?["undo_unix"].as_u64(), None)?;
+        bed.is_as_before(&before)
+    });
+    checks.check("the agent is dead when the time is over: its next start undoes it", || {
+        bed.agent("run --try 8s")?;
+        guest.ask("systemctl kill -s KILL node-image-pivotd.service; sleep 9")?;
+        same(guest.ask("base-tool")?, "base-tool 2.0".into())?;
+        guest.ask("systemctl start node-image-pivotd.service")?;
+        wait_for("the undo", SOON, || Ok(guest.status()?["state"] == "pulled"))?;
+        bed.is_as_before(&before)
+    });
+    checks.check("kept, twice: it stays, also after a restart of the agent", || {
+        bed.agent("run --try 10s")?;
+        contains(&bed.agent("keep")?, "the switch stays")?;
+        contains(&bed.agent("keep")?, "kept already")?;
+        guest.ask("systemctl restart node-image-pivotd.service; sleep 11")?;
+        same(guest.ask("base-tool")?, "base-tool 2.0".into())?;
+        same(guest.status()?["undo_unix"].as_u64(), None)
+    });
+    checks.check("no try of what is switched for good; undo all the same; then nothing to keep", || {
+        let answer = guest.run("node-image-pivot run --try 10m")?;
+        same(answer.status, 10)?;
+        contains(&answer.text, "switched already")?;
+        bed.agent("undo")?;
+        bed.is_as_before(&before)?;
+        same(guest.run("node-image-pivot keep")?.status, 10)
+    });
+    checks.check("a length of time that is none is wrong usage", || {
+        same(guest.run("node-image-pivot run --try soon")?.status, 2)
+    });
+    checks.finish()
+}
+
+/// What somebody changed after the switch stays and is named; all that fails is named; undo twice answers alike.
+#[test]
+fn undo_tells_all_it_could_not_do() -> Result<()> {
+    let mut checks = Checks::new("transaction: undo");
+    let bed = Bed::start("transaction-undo", "node-b")?;
+    let guest = &bed.guest;
+    bed.agent("run")?;
+    checks.check("files that were changed since are kept, each by name", || {
+        guest.ask("echo mine >/etc/base-tool/new-default.conf; echo mine >>/etc/base-tool/changed-default.conf")?;
+        let said = bed.agent("undo")?;
+        contains(&said, "/etc/base-tool/new-default.conf stays: changed since the switch")?;
+        contains(&said, "/etc/base-tool/changed-default.conf stays: changed since the switch")?;
+        same(guest.ask("cat /etc/base-tool/new-default.conf")?, "mine".into())?;
+        same(guest.ask("cat /etc/base-tool/removed-default.conf")?, "goes away".into())
+    });
+    checks.check("whoever asks again is told again", || {
+        contains(&bed.agent("undo")?, "/etc/base-tool/new-default.conf stays")
+    });
+    checks.check("undo names all that it cannot do, not only the first, and goes on later", || {
+        guest.ask("rm /etc/base-tool/new-default.conf; echo 'default of 1.0' >/etc/base-tool/changed-default.conf")?;
+        bed.agent("run")?;
+        // /usr cannot be taken away while something covers it, and one entry of /etc fails.
+        guest.ask("mkdir /run/empty && mount -t overlay -o lowerdir=/usr:/run/empty cover /usr")?;
+        bed.arm("etc-take-back", "eio")?;
+        let answer = guest.run("node-image-pivot undo")?;
+        same(answer.status, 1)?;
+        contains(&answer.text, "Input/output error")?;
+        contains(&answer.text, "/usr is covered by another mount")?;
+        contains(&answer.text, "run it again")?;
+        guest.ask("umount -l /usr")?;
+        bed.agent("undo")?;
+        same(guest.ask("base-tool")?, "base-tool 1.0".into())?;
+        bed.nothing_failed()
+    });
+    checks.finish()
+}
+
+/// One agent at a time; the second says who the first is.
+#[test]
+fn a_second_agent_says_who_holds_the_lock() -> Result<()> {
+    let mut checks = Checks::new("transaction: the lock");
+    let bed = Bed::start("transaction-lock", "node-b")?;
+    let guest = &bed.guest;
+    bed.agent("plan")?;
+    checks.check("a second daemon ends, and names the first", || {
+        let pid = guest.unit("node-image-pivotd.service", "MainPID")?;
+        let answer = guest.run("node-image-pivot daemon")?;
+        same(answer.status, 1)?;
+        contains(&answer.text, "another agent runs")?;
+        contains(&answer.text, &format!("pid {pid}"))?;
+        same(guest.unit("node-image-pivotd.service", "MainPID")?, pid)
+    });
+    checks.check("two callers at once: both succeed, one switch", || {
+        guest.ask("node-image-pivot run & first=$!; node-image-pivot run && wait $first")?;
+        same(guest.ask("grep -c ' /usr .* node-image ' /proc/self/mountinfo")?, "1".into())
+    });
+    checks.finish()
+}
