@@ -214,9 +214,8 @@ pub fn undo(undo_dir: &Path, etc_dir: BorrowedFd<'_>) -> Result<UndoReport> {
                 report.restored += 1;
                 report.unlabelled += usize::from(!labelled);
             }
-            // Nobody's change, but what failed below it: told already.
-            Ok(Outcome::Skipped(_))
-                if report.failed.iter().any(|entry| entry.path.as_path().starts_with(change.path.as_path())) => {}
+            // Nobody's change, but what failed below or above it: told already.
+            Ok(Outcome::Skipped(_)) if report.failed.iter().any(|entry| is_kin(&entry.path, &change.path)) => {}
             Ok(Outcome::Skipped(reason)) => {
                 report.kept.push(NotDone { path: change.path.clone(), reason: reason.to_owned() });
             }
@@ -236,6 +235,11 @@ pub fn undo(undo_dir: &Path, etc_dir: BorrowedFd<'_>) -> Result<UndoReport> {
         record.forget()?;
     }
     Ok(report)
+}
+
+/// Whether one is the other's directory, at whatever depth.
+fn is_kin(one: &Bytes, other: &Bytes) -> bool {
+    one.as_path().starts_with(other.as_path()) || other.as_path().starts_with(one.as_path())
 }
 
 fn take_back(
