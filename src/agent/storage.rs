@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::Context as _;
 use tracing::info;
 
-use super::Paths;
+use super::{Paths, StagedRoot};
 use crate::config::Settings;
 use crate::mount::{self, Namespace};
 use crate::store::{self, BootedRepo, Kind, NodeStore, SystemRepo};
@@ -24,10 +24,8 @@ pub(super) fn open(paths: &Paths, settings: &Settings) -> anyhow::Result<(NodeSt
     let kind = store::decide(settings.store, system.as_ref()).context("the node store cannot be on the disk")?;
     let store = match (&kind, &system) {
         (Kind::Disk, Some(repo)) => {
-            let mount = mount::holding(&mounts, &repo.path).context("the system's repo is on no mount")?;
-            let view = mount::writable_view(&Namespace::init(), &mount.target, &repo.path)?;
             info!("the node store is the system's repo {}", repo.path.display());
-            NodeStore::on_disk(&repo.path, Some(view))?
+            on_disk(&repo.path, &mounts)?
         }
         (reason, _) => {
             if let Kind::Ram(Some(why)) = reason {
@@ -40,6 +38,23 @@ pub(super) fn open(paths: &Paths, settings: &Settings) -> anyhow::Result<(NodeSt
         }
     };
     Ok((store, booted))
+}
+
+/// Opens the node store that `staged` was staged in, whatever the configuration says by now.
+pub(super) fn of(paths: &Paths, staged: &StagedRoot) -> anyhow::Result<NodeStore> {
+    if staged.delta.directory.starts_with(paths.store()) {
+        return NodeStore::open(&paths.store());
+    }
+    let booted =
+        BootedRepo::discover()?.context("the booted system's ostree repo, which is the node store, is gone")?;
+    let repo = booted.path.canonicalize().with_context(|| format!("looking for {}", booted.path.display()))?;
+    on_disk(&repo, &Namespace::init().mounts()?)
+}
+
+fn on_disk(repo: &Path, mounts: &[mount::Mount]) -> anyhow::Result<NodeStore> {
+    let mount = mount::holding(mounts, repo).context("the system's repo is on no mount")?;
+    let view = mount::writable_view(&Namespace::init(), &mount.target, repo)?;
+    NodeStore::on_disk(repo, Some(view))
 }
 
 fn look(repo: &Path, mounts: &[mount::Mount]) -> anyhow::Result<SystemRepo> {

@@ -11,11 +11,11 @@ use tracing::{info, warn};
 
 use super::after::RESTART;
 use super::prepare::{ETC, USR, USR_SOURCE, new_etc};
-use super::{Context, Error, Paths, StagedRoot, Switched};
+use super::{Context, Error, Paths, StagedRoot, Switched, storage};
 use crate::dirfd::Directory;
 use crate::failpoint::{self, Point};
 use crate::report::{Phase, State};
-use crate::store::{NODE_IMAGE_REF, NodeStore};
+use crate::store::NODE_IMAGE_REF;
 use crate::units::{self, Action, Class, Flow, Manager, Version};
 use crate::{etc, mount, stage};
 
@@ -63,7 +63,7 @@ fn blocking(paths: &Paths, staged: &StagedRoot) -> anyhow::Result<etc::Report> {
     let usr = Path::new(USR);
     let plan = load_plan(paths)?;
     let run = Directory::ensure(paths.run()).with_context(|| format!("cannot use {}", paths.run().display()))?;
-    set_ref(paths, Some(&staged.pulled.commit))?;
+    set_ref(paths, staged, true)?;
     // Before /usr changes: a generator that runs from here on must not arm the pivot again.
     run.write_atomic(Paths::PIVOTED, 0o644, staged.pulled.image.pinned.as_bytes())
         .with_context(|| format!("cannot write {}", paths.pivoted().display()))?;
@@ -99,9 +99,9 @@ pub(super) async fn plan_units(staged: &StagedRoot, flow: Flow) -> anyhow::Resul
 
 /// Puts `/etc`, `/usr`, the ref and, where units saw the switch, those back. Everything is tried, whatever
 /// fails; what is done already is not done again.
-pub(super) async fn undo(paths: &Paths, units: Option<&[Action]>) -> Undone {
-    let (for_files, to_guard) = (paths.clone(), units.is_some());
-    let (mut undone, _guard) = match tokio::task::spawn_blocking(move || undo_files(&for_files, to_guard)).await {
+pub(super) async fn undo(paths: &Paths, staged: &StagedRoot, units: Option<&[Action]>) -> Undone {
+    let (for_files, of, to_guard) = (paths.clone(), staged.clone(), units.is_some());
+    let (mut undone, _guard) = match tokio::task::spawn_blocking(move || undo_files(&for_files, &of, to_guard)).await {
         Ok(done) => done,
         Err(error) => (Undone { failed: vec![format!("undo panicked: {error}")], ..Undone::default() }, None),
     };
@@ -142,7 +142,7 @@ async fn undo_units(actions: &[Action], kept: &mut Vec<String>) -> anyhow::Resul
 
 /// The second value watches over us until PID 1 is the old one again. Without one we go on: it is needed
 /// only if we are killed.
-fn undo_files(paths: &Paths, to_guard: bool) -> (Undone, Option<units::Guard>) {
+fn undo_files(paths: &Paths, staged: &StagedRoot, to_guard: bool) -> (Undone, Option<units::Guard>) {
     let mut undone = Undone::default();
     match etc::open_dir(Path::new(ETC)).and_then(|dir| etc::undo(&paths.etc_undo(), dir.as_fd())) {
         Ok(report) => {
@@ -157,7 +157,7 @@ fn undo_files(paths: &Paths, to_guard: bool) -> (Undone, Option<units::Guard>) {
         }
         Err(error) => undone.failed.push(format!("/etc: {error:#}")),
     }
-    if let Err(error) = set_ref(paths, None) {
+    if let Err(error) = set_ref(paths, staged, false) {
         undone.failed.push(format!("{error:#}"));
     }
     // Last: between this and its re-execution PID 1 may be unable to start anything.
@@ -170,13 +170,10 @@ fn undo_files(paths: &Paths, to_guard: bool) -> (Undone, Option<units::Guard>) {
 }
 
 /// The ref says which node image is in use: the switch sets it, undo removes it.
-fn set_ref(paths: &Paths, commit: Option<&str>) -> anyhow::Result<()> {
-    let detail = if commit.is_some() { "set" } else { "remove" };
-    let store = NodeStore::open(&paths.store())?;
+fn set_ref(paths: &Paths, staged: &StagedRoot, there: bool) -> anyhow::Result<()> {
+    let detail = if there { "set" } else { "remove" };
+    let store = storage::of(paths, staged)?;
     failpoint::hit(Point::Ref, detail)
-        .and_then(|()| match commit {
-            Some(commit) => store.set_ref(commit),
-            None => store.remove_ref(),
-        })
+        .and_then(|()| if there { store.set_ref(&staged.pulled.commit) } else { store.remove_ref() })
         .with_context(|| format!("cannot {detail} the ref {NODE_IMAGE_REF} in {}", store.repo_path().display()))
 }

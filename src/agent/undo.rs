@@ -80,7 +80,7 @@ impl Agent {
             *record = before;
             return Err(error.context("nothing was undone; run undo again"));
         }
-        let undone = switch::undo(&self.paths, undo.units.as_deref()).await;
+        let undone = switch::undo(&self.paths, &undo.staged, undo.units.as_deref()).await;
         if !undone.failed.is_empty() {
             let error =
                 Error::Internal(anyhow::anyhow!("undo is not complete, run it again: {}", undone.failed.join("; ")));
@@ -114,7 +114,7 @@ impl Agent {
         if let Err(error) = self.save(record) {
             warn!("{error}");
         }
-        let undone = switch::undo(&self.paths, None).await;
+        let undone = switch::undo(&self.paths, &staged, None).await;
         if !undone.failed.is_empty() {
             let failed = undone.failed.join("; ");
             return Error::Internal(anyhow::anyhow!("{error}; rolling back is not complete, run undo: {failed}"));

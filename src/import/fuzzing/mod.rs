@@ -29,12 +29,8 @@ pub use seeds::seeds;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 4] = [
-    ("tar", tar),
-    ("encapsulated", encapsulated),
-    ("plain", plain),
-    ("references", references),
-];
+pub const TARGETS: [Target; 4] =
+    [("tar", tar), ("encapsulated", encapsulated), ("plain", plain), ("references", references)];
 
 struct Pieces<'a>(std::slice::Chunks<'a, u8>);
 

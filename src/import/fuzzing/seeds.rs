@@ -205,6 +205,7 @@ fn references(name: &str) -> Vec<u8> {
     let digest = "ab".repeat(32);
     let image = format!("quay.example/node@sha256:{digest}");
     let tag = serde_json::json!({ "name": name, "from": { "kind": "DockerImage", "name": image } });
-    let stream = serde_json::json!({ "kind": "ImageStream", "apiVersion": "image.openshift.io/v1", "spec": { "tags": [tag] } });
+    let stream =
+        serde_json::json!({ "kind": "ImageStream", "apiVersion": "image.openshift.io/v1", "spec": { "tags": [tag] } });
     serde_json::to_vec(&stream).unwrap_or_default()
 }
