@@ -4,7 +4,7 @@
 //! each act can be done again. An act that fails rolls back those before it.
 
 use std::os::fd::AsFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use tracing::{info, warn};
@@ -90,21 +90,34 @@ pub(super) struct Undone {
 pub(super) async fn plan_units(staged: &StagedRoot, flow: Flow) -> anyhow::Result<Vec<Action>> {
     let delta = staged.delta.lookup()?;
     let differs = |path: &Path| delta.contains(path).unwrap_or(true);
-    let (running, unseen) = units::survey(&Manager::connect().await?, Version::Current, &differs).await?;
+    let manager = Manager::connect().await?;
+    let (running, unseen) = units::survey(&manager, Version::Current, &differs).await?;
     for line in unseen {
         warn!("undo: {line}");
     }
-    Ok(units::plan(&running, flow))
+    let fragments = units::active_fragments(&manager).await?;
+    let leaving = tokio::task::spawn_blocking(move || leaving(fragments)).await.context("undo panicked")?;
+    Ok(units::undo_plan(&running, &leaving.context("cannot tell which units only the node image has")?, flow))
+}
+
+/// The units whose files are not there without the node image's `/usr`.
+fn leaving(fragments: Vec<(String, PathBuf)>) -> anyhow::Result<Vec<String>> {
+    mount::Namespace::init().run_without(Path::new(USR), USR_SOURCE, || {
+        let gone = |(name, fragment): (String, PathBuf)| (!fragment.exists()).then_some(name);
+        Ok(fragments.into_iter().filter_map(gone).collect())
+    })
 }
 
 /// Puts `/etc`, `/usr`, the ref and, where units saw the switch, those back. Everything is tried, whatever
 /// fails; what is done already is not done again.
 pub(super) async fn undo(paths: &Paths, staged: &StagedRoot, units: Option<&[Action]>) -> Undone {
+    let stopped = stop_units(units.unwrap_or_default()).await;
     let (for_files, of, to_guard) = (paths.clone(), staged.clone(), units.is_some());
     let (mut undone, _guard) = match tokio::task::spawn_blocking(move || undo_files(&for_files, &of, to_guard)).await {
         Ok(done) => done,
         Err(error) => (Undone { failed: vec![format!("undo panicked: {error}")], ..Undone::default() }, None),
     };
+    undone.kept.extend(stopped);
     if let Some(units) = units
         && let Err(error) = undo_units(units, &mut undone.kept).await
     {
@@ -122,13 +135,27 @@ pub(super) async fn undo(paths: &Paths, staged: &StagedRoot, units: Option<&[Act
     undone
 }
 
+/// Stops what only the node image has, as long as its own programs can do it. Returns what went wrong: a unit
+/// that does not stop is no reason to stay half-way.
+async fn stop_units(actions: &[Action]) -> Vec<String> {
+    let mut troubles = Vec::new();
+    for action in actions.iter().filter(|action| action.class == Class::Stop) {
+        info!("undo stops {}: {}", action.unit, action.reason);
+        let stopped = async { Manager::connect().await?.stop(&action.unit, RESTART).await };
+        if let Err(error) = stopped.await {
+            troubles.push(format!("{} was not stopped: {error:#}", action.unit));
+        }
+    }
+    troubles
+}
+
 /// PID 1 must be the old program again, with the old unit files, and so must be what ran the node
 /// image's code: sshd's helpers, for one, are the old ones again.
 async fn undo_units(actions: &[Action], kept: &mut Vec<String>) -> anyhow::Result<()> {
     let manager = Manager::connect().await?.reexecute().await?;
     for action in actions {
         match action.class {
-            Class::None => {}
+            Class::None | Class::Stop => {}
             Class::Restart => {
                 if let Err(error) = manager.try_restart(&action.unit, RESTART).await {
                     kept.push(format!("{error:#}"));

@@ -27,8 +27,8 @@ impl Drop for Flag<'_> {
 
 impl Agent {
     /// Puts `/usr`, `/etc` and the ref back as they were before the switch, and restarts what runs the node
-    /// image's code. Returns what stays on purpose, a line each. Units that the node image started are
-    /// not stopped. Called again, it answers the same.
+    /// image's code; units that only the node image has are stopped first. Returns what stays on purpose, a
+    /// line each. Called again, it answers the same.
     ///
     /// # Errors
     /// [`Error::Refused`] when nothing was switched, or another phase is under way;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::sched::CloneFlags;
-use rustix::mount::UnmountFlags;
+use rustix::mount::{MountPropagationFlags, UnmountFlags};
 use rustix::thread::LinkNameSpaceType;
 
 use super::table::{self, Exposure, Mount};
@@ -56,6 +56,35 @@ impl Namespace {
                 act()
             });
             thread.join().map_err(|_| anyhow!("the thread in the other mount namespace panicked"))?
+        })
+    }
+
+    /// Runs `act` in a private copy of this namespace that lacks the mount named `source` at `target`: what
+    /// is below it shows there, to `act` alone.
+    ///
+    /// # Errors
+    /// Something else is mounted over ours; those of [`Namespace::run`] and of the private copy. Nothing is
+    /// changed outside of it.
+    pub fn run_without<T: Send>(
+        &self,
+        target: &Path,
+        source: &str,
+        act: impl FnOnce() -> Result<T> + Send,
+    ) -> Result<T> {
+        let exposure = self.exposure(target, source)?;
+        if exposure == Exposure::Covered {
+            bail!("{} is covered by another mount than {source}", target.display());
+        }
+        self.run(|| {
+            nix::sched::unshare(CloneFlags::CLONE_NEWNS).context("unshare(CLONE_NEWNS)")?;
+            // Before anything else: what is unmounted from here on must not spread.
+            rustix::mount::mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
+                .context("keeping mounts to ourselves")?;
+            if exposure == Exposure::OnTop {
+                rustix::mount::unmount(target, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)
+                    .with_context(|| format!("looking below {source} at {}", target.display()))?;
+            }
+            act()
         })
     }
 

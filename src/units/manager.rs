@@ -5,7 +5,7 @@
 //! system bus is used.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -164,6 +164,14 @@ impl Manager {
         self.job("StartUnit", unit, limit).await
     }
 
+    /// Stops `unit` and waits for the job, at most `limit`. One that is not loaded has been stopped.
+    pub async fn stop(&self, unit: &str, limit: Duration) -> Result<()> {
+        self.job("StopUnit", unit, limit).await.or_else(|error| match error.downcast_ref::<zbus::Error>() {
+            Some(zbus::Error::MethodError(name, ..)) if name.ends_with(".NoSuchUnit") => Ok(()),
+            _ => Err(error),
+        })
+    }
+
     async fn job(&self, method: &'static str, unit: &str, limit: Duration) -> Result<()> {
         failpoint::hit(Point::Systemd, method).with_context(|| format!("{method} {unit}"))?;
         // The stream is opened before the job is queued: its end cannot be missed.
@@ -204,6 +212,12 @@ impl Manager {
     pub async fn control_group(&self, unit: &Unit) -> Result<String> {
         let value = self.property(unit.path.as_str(), "org.freedesktop.systemd1.Service", "ControlGroup").await?;
         String::try_from(value).context("ControlGroup is not a string")
+    }
+
+    /// The unit's file; empty when it has none.
+    pub async fn fragment(&self, unit: &Unit) -> Result<PathBuf> {
+        let value = self.property(unit.path.as_str(), "org.freedesktop.systemd1.Unit", "FragmentPath").await?;
+        String::try_from(value).map(PathBuf::from).context("FragmentPath is not a string")
     }
 
     async fn property(&self, path: &str, interface: &str, name: &str) -> Result<OwnedVariant> {

@@ -11,5 +11,5 @@ mod running;
 
 pub use guard::Guard;
 pub use manager::Manager;
-pub use plan::{Action, Class, Flow, RunningUnit, plan};
-pub use running::{Version, mapped_files, survey};
+pub use plan::{Action, Class, Flow, RunningUnit, plan, undo_plan};
+pub use running::{Version, active_fragments, mapped_files, survey};

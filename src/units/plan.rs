@@ -33,6 +33,8 @@ pub enum Class {
     Restart,
     /// Left alone on purpose; reported as still running the bootimage's code.
     Never,
+    /// Stopped before an undo: its unit file goes with the node image's `/usr`.
+    Stop,
 }
 
 impl Class {
@@ -42,6 +44,7 @@ impl Class {
             Class::None => "none",
             Class::Restart => "restart",
             Class::Never => "never",
+            Class::Stop => "stop",
         }
     }
 }
@@ -85,6 +88,18 @@ const LIVE: &[&str] = &["ssh.service", "sshd.service"];
 /// Decides for every running unit, in the order given.
 pub fn plan(running: &[RunningUnit], flow: Flow) -> Vec<Action> {
     running.iter().map(|unit| decide(unit, flow)).collect()
+}
+
+/// The plan of an undo: that of [`plan`], except that units which only the node image has are stopped, in
+/// both flows: what they run is about to go, and the bootimage's programs cannot stop them later.
+pub fn undo_plan(running: &[RunningUnit], leaving: &[String], flow: Flow) -> Vec<Action> {
+    let stop = |unit: &String| Action {
+        unit: unit.clone(),
+        class: Class::Stop,
+        reason: "only the node image has its unit file".into(),
+    };
+    let stays = |action: &Action| !leaving.contains(&action.unit);
+    leaving.iter().map(stop).chain(plan(running, flow).into_iter().filter(stays)).collect()
 }
 
 fn decide(unit: &RunningUnit, flow: Flow) -> Action {
@@ -136,6 +151,18 @@ mod tests {
         ] {
             let actions = plan(&[unit(name, &changed)], flow);
             assert_eq!(actions[0].class, class, "{name} {changed:?} {flow:?}: {}", actions[0].reason);
+        }
+    }
+
+    #[test]
+    fn an_undo_stops_what_leaves_and_plans_the_rest() {
+        let running = [unit("crio.service", &["bin/crio"]), unit("ssh.service", &["sbin/sshd"])];
+        let leaving = ["crio.service".to_owned(), "new.timer".to_owned()];
+        for flow in [Flow::Bootstrap, Flow::Live] {
+            let actions = undo_plan(&running, &leaving, flow);
+            let classes: Vec<_> = actions.iter().map(|action| (action.unit.as_str(), action.class)).collect();
+            let stop = Class::Stop;
+            assert_eq!(classes, [("crio.service", stop), ("new.timer", stop), ("ssh.service", Class::Restart)]);
         }
     }
 

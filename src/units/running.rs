@@ -54,6 +54,22 @@ pub async fn survey(
     Ok((running, troubles))
 }
 
+/// Units that are active in a way that can be stopped, with their unit files.
+pub async fn active_fragments(manager: &Manager) -> Result<Vec<(String, PathBuf)>> {
+    const STOPPABLE: [&str; 5] = [".service", ".socket", ".timer", ".path", ".mount"];
+    let mut fragments = Vec::new();
+    for unit in manager.list().await? {
+        let active = matches!(unit.active.as_str(), "active" | "reloading" | "activating");
+        if active && STOPPABLE.iter().any(|suffix| unit.name.ends_with(suffix)) {
+            let fragment = manager.fragment(&unit).await?;
+            if fragment.is_absolute() {
+                fragments.push((unit.name, fragment));
+            }
+        }
+    }
+    Ok(fragments)
+}
+
 /// The processes below a cgroup, in the unified hierarchy or in systemd's own.
 fn processes(cgroup: &str) -> Vec<u32> {
     // An empty ControlGroup is a service without processes, not the root cgroup.
