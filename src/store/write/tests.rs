@@ -1,0 +1,104 @@
+use super::*;
+use crate::store::NodeStore;
+use std::os::unix::fs::MetadataExt;
+
+fn meta(target: Option<&str>) -> FileMeta {
+    let xattrs = Xattrs::from_pairs([(b"trusted.test".as_slice(), b"value".as_slice())]);
+    FileMeta { uid: 3, gid: 4, mode: 0o4755, target: target.map(|t| t.as_bytes().to_vec()), xattrs }
+}
+
+fn id_of(meta: &FileMeta, content: &[u8]) -> ObjectId {
+    let mut hasher = meta.hasher();
+    hasher.update(content);
+    ObjectId(hasher.finalize().into())
+}
+
+/// Needs root for owners and trusted xattrs, like the agent itself.
+#[test]
+fn what_is_written_is_what_libostree_reads_back() {
+    let temp = tempfile::tempdir().unwrap();
+    let store = NodeStore::on_tmpfs(temp.path(), None).unwrap();
+    let writer = store.writer().unwrap();
+    let large = vec![42; 300_000];
+    let mut written = Vec::new();
+    for content in [b"".as_slice(), b"small", &large] {
+        let id = id_of(&meta(None), content);
+        writer.file(&id, &meta(None), content).unwrap();
+        writer.file(&id, &meta(None), content).unwrap();
+        written.push(id);
+    }
+    let streamed = id_of(&FileMeta { mode: 0o644, ..meta(None) }, &large);
+    let mut stream = writer.begin(&streamed, FileMeta { mode: 0o644, ..meta(None) }).unwrap();
+    large.chunks(1000).for_each(|chunk| stream.write(chunk).unwrap());
+    stream.finish().unwrap();
+    written.push(streamed);
+    let link = id_of(&meta(Some("..//sbin/x")), b"");
+    writer.symlink(&link, &meta(Some("..//sbin/x"))).unwrap();
+    writer.symlink(&link, &meta(Some("..//sbin/x"))).unwrap();
+    written.push(link);
+
+    let repo = ostree::Repo::new_for_path(store.repo_path());
+    repo.open(ostree::gio::Cancellable::NONE).unwrap();
+    for id in &written {
+        repo.fsck_object(ostree::ObjectType::File, &id.to_string(), ostree::gio::Cancellable::NONE).unwrap();
+    }
+    let stat = std::fs::metadata(store.object_path(&written[1], ObjectType::File)).unwrap();
+    assert_eq!((stat.uid(), stat.gid(), stat.mode() & 0o7777, stat.mtime()), (3, 4, 0o4755, 0));
+    assert_eq!(std::fs::read_dir(store.repo_path().join("tmp")).unwrap().count(), 1, "only tmp/cache");
+}
+
+#[test]
+fn holes_are_hashed_and_stay_holes() {
+    let temp = tempfile::tempdir().unwrap();
+    let store = NodeStore::on_tmpfs(temp.path(), None).unwrap();
+    let writer = store.writer().unwrap();
+    const MIB: usize = 1 << 20;
+    for parts in [&[(3, 16 * MIB), (4, 0)][..], &[(0, 16 * MIB)], &[(MIB, 16 * MIB), (1, 1), (1, 0)], &[(5, 100)]] {
+        let mut content = Vec::new();
+        let mut unnamed = writer.begin_unnamed(meta(None)).unwrap();
+        for (data, hole) in parts {
+            unnamed.write(&vec![7; *data]).unwrap();
+            unnamed.hole(*hole as u64).unwrap();
+            content.extend(std::iter::repeat_n(7, *data).chain(std::iter::repeat_n(0, *hole)));
+        }
+        let (id, _) = unnamed.finish(|_| true).unwrap();
+        assert_eq!(id, id_of(&meta(None), &content), "{parts:?}");
+        let path = store.object_path(&id, ObjectType::File);
+        let check = |what: &str| {
+            assert!(std::fs::read(&path).unwrap() == content, "{what} {parts:?}");
+            let kept = std::fs::metadata(&path).unwrap().blocks() * 512;
+            assert!(kept < 3 * MIB as u64 / 2, "{what} {parts:?}: {kept} bytes of {}", content.len());
+        };
+        check("unnamed");
+        std::fs::remove_file(&path).unwrap();
+        let mut named = writer.begin(&id, meta(None)).unwrap();
+        for (data, hole) in parts {
+            named.write(&vec![7; *data]).unwrap();
+            named.hole(*hole as u64).unwrap();
+        }
+        named.finish().unwrap();
+        check("named");
+    }
+}
+
+#[test]
+fn a_wrong_name_is_never_visible() {
+    let temp = tempfile::tempdir().unwrap();
+    let store = NodeStore::on_tmpfs(temp.path(), None).unwrap();
+    let writer = store.writer().unwrap();
+    let id = ObjectId([1; 32]);
+    let mut stream = writer.begin(&id, meta(None)).unwrap();
+    stream.write(b"x").unwrap();
+    for result in [
+        writer.file(&id, &meta(None), b"x"),
+        writer.symlink(&id, &meta(Some("x"))),
+        writer.metadata(&id, ObjectType::DirTree, b"x"),
+        stream.finish(),
+    ] {
+        let error = result.unwrap_err();
+        assert!(matches!(error, WriteError::Mismatch { .. }), "{error}");
+        assert!(error.to_string().contains(&id.to_string()));
+    }
+    assert!(store.content_objects().unwrap().is_empty());
+    assert!(!store.has(&id, ObjectType::DirTree));
+}

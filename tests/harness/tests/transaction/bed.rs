@@ -1,0 +1,178 @@
+//! A container whose agent has failpoints, and what must hold in it.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use testbed::check::{contains, same};
+use testbed::container::{Container, Network, Setup};
+use testbed::guest::{Answer, Guest};
+use testbed::images::{Images, project, work_dir};
+use testbed::proc::succeed;
+use testbed::registry::Registry;
+use testbed::scenario::node_files;
+
+const SOON: Duration = Duration::from_secs(60);
+const NODE_IMAGE_REF: &str = "/run/node-image-pivot/store/repo/refs/heads/coreos/node-image";
+
+/// A booted container that has long reached its target, a registry in its network, and nothing pulled yet.
+pub struct Bed {
+    pub guest: Container,
+    _registry: Registry,
+    _network: Network,
+}
+
+impl Bed {
+    pub fn start(name: &str, image: &str) -> Result<Self> {
+        let images = Images::ensure()?;
+        let network = Network::new()?;
+        let registry =
+            Registry::start(&images.storage, &work_dir(&format!("{name}-registry"))?, Some(network.pid()), None)?;
+        let agent = agent_with_failpoints()?;
+        let setup = Setup { name, boot: &images.boot, kargs: &[], live: true };
+        let guest = Container::start(images, &network, &setup, |files| {
+            node_files(files, &images.image(image)?.by_digest(), "127.0.0.1", registry.port)?;
+            std::fs::rename(files.root().join("etc/node-image-pivot.conf.d"), files.root().join("etc/later"))?;
+            // The same program before and after the switch.
+            files.put("/var/failpoints/.keep", 0o644, "")?;
+            std::fs::copy(&agent, files.root().join("var/failpoints/agent"))?;
+            files.put(
+                "/etc/systemd/system/node-image-pivotd.service.d/failpoints.conf",
+                0o644,
+                "[Unit]\nStartLimitIntervalSec=0\n[Service]\nExecStart=\nExecStart=/var/failpoints/agent daemon\n\
+                 Environment=NODE_IMAGE_PIVOT_FAILPOINTS=/run/failpoints\nRestart=no\n",
+            )
+        })?;
+        guest.wait_unit("multi-user.target", "active", SOON)?;
+        guest.ask("mv /etc/later /etc/node-image-pivot.conf.d; mkdir /run/failpoints")?;
+        Ok(Bed { guest, _registry: registry, _network: network })
+    }
+
+    pub fn arm(&self, point: &str, action: &str) -> Result<()> {
+        self.guest.ask(&format!("echo '{point} 0 {action}' >/run/failpoints/armed")).map(drop)
+    }
+
+    /// Whether what was armed has acted.
+    pub fn acted(&self) -> Result<bool> {
+        Ok(self.guest.run("test -e /run/failpoints/armed")?.status != 0)
+    }
+
+    /// A command of the agent that must succeed.
+    pub fn agent(&self, command: &str) -> Result<String> {
+        self.guest.ask(&format!("node-image-pivot {command}"))
+    }
+
+    /// Asks for something of which the agent dies, and stays dead; whoever asked dies, too. Whether it did.
+    pub fn killed_in(&self, command: &str) -> Result<bool> {
+        let script = format!(
+            "node-image-pivot {command} >/run/asked 2>&1 & asked=$!
+             while [ -e /run/failpoints/armed ] && kill -0 $asked 2>/dev/null; do sleep 0.02; done
+             [ -e /run/failpoints/armed ] && exit 3
+             kill -9 $asked
+             ask() {{ systemctl show -p $1 --value node-image-pivotd.service 2>/dev/null; }}
+             until [ \"$(ask ActiveState)\" = failed ]; do sleep 0.02; done
+             ask Result"
+        );
+        let answer = self.guest.run(&script)?;
+        if answer.status == 3 {
+            return Ok(false);
+        }
+        same(answer.text.lines().last().unwrap_or_default().to_owned(), "signal".to_owned())?;
+        Ok(true)
+    }
+
+    /// Kind, mode, owner, link and content of all of /etc. Caches are nobody's to take back.
+    pub fn etc(&self) -> Result<String> {
+        self.guest.ask(
+            "cd /etc && { find . -xdev ! -name ld.so.cache ! -name .updated ! -name .pwd.lock \
+             -printf '%p %y %m %U %G %l\\n' | LC_ALL=C sort; \
+             find . -xdev -type f ! -name ld.so.cache ! -name .updated ! -name .pwd.lock -print0 | LC_ALL=C sort -z \
+             | xargs -0 sha256sum; }",
+        )
+    }
+
+    /// One generation or the other, on disk and in the record.
+    pub fn consistent(&self) -> Result<()> {
+        let data = self.guest.ask("cat /usr/lib/base-tool/data")?;
+        let tool = self.guest.ask("base-tool")?;
+        same(data.replace("data of", "base-tool"), tool.clone())?;
+        let step = self.step()?;
+        let may_be_new = ["switching", "undoing", "switched", "refreshed", "finished"];
+        if tool == "base-tool 2.0" && !may_be_new.contains(&step.as_str()) {
+            bail!("/usr is the node image's, and the record says {step}");
+        }
+        if tool == "base-tool 1.0" && ["switched", "refreshed", "finished"].contains(&step.as_str()) {
+            bail!("/usr is the bootimage's, and the record says {step}");
+        }
+        Ok(())
+    }
+
+    pub fn step(&self) -> Result<String> {
+        self.guest.ask("jq -r '.step | if type == \"string\" then . else keys[0] end' /run/node-image-pivot/state.json 2>/dev/null || echo idle")
+    }
+
+    /// All of it.
+    pub fn is_switched(&self, etc: &str) -> Result<()> {
+        same(self.guest.ask("base-tool")?, "base-tool 2.0".into())?;
+        same(self.guest.ask("grep -c ' /usr .* node-image ' /proc/self/mountinfo")?, "1".into())?;
+        same_text(&self.etc()?, etc)?;
+        self.guest.ask("test -e /run/node-image-pivot/pivoted")?;
+        self.guest.ask(&format!("test -e {NODE_IMAGE_REF}"))?;
+        self.nothing_failed()
+    }
+
+    /// None of it.
+    pub fn is_as_before(&self, etc: &str) -> Result<()> {
+        same(self.guest.ask("base-tool")?, "base-tool 1.0".into())?;
+        same(
+            self.guest.run("grep -c ' /usr .* node-image ' /proc/self/mountinfo")?.text.trim().into(),
+            "0".to_owned(),
+        )?;
+        same_text(&self.etc()?, etc)?;
+        self.guest
+            .ask("test ! -e /run/node-image-pivot/pivoted && test ! -e /run/node-image-pivot/etc-undo/plan.json")?;
+        self.nothing_failed()
+    }
+
+    /// The same, and the ref is gone.
+    pub fn is_undone(&self, etc: &str) -> Result<()> {
+        self.is_as_before(etc)?;
+        self.guest.ask(&format!("test ! -e {NODE_IMAGE_REF}")).map(drop)
+    }
+
+    pub fn nothing_failed(&self) -> Result<()> {
+        // What was killed on purpose; it may not even be loaded any more.
+        self.guest.run("systemctl reset-failed node-image-pivotd.service")?;
+        same(self.guest.ask("systemctl --failed --no-legend --plain")?, String::new())
+    }
+}
+
+/// Builds it. Another program than the one that is installed, so that nobody ships it by mistake.
+pub fn agent_with_failpoints() -> Result<PathBuf> {
+    let build = ["build", "--release", "--quiet", "-p", "node-image-pivot", "--features", "failpoints", "--example"];
+    succeed(Command::new(env!("CARGO")).args(build).arg("failpoints").current_dir(project()))?;
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| project().join("target"), PathBuf::from);
+    Ok(target.join("release/examples/failpoints"))
+}
+
+/// `Err` with the lines that differ.
+pub fn same_text(seen: &str, wanted: &str) -> Result<()> {
+    let [left, right] = [seen, wanted].map(|text| text.lines().collect::<BTreeSet<_>>());
+    let lines: Vec<_> = left.symmetric_difference(&right).collect();
+    if !lines.is_empty() {
+        bail!("these lines are on one side only: {lines:#?}");
+    }
+    Ok(())
+}
+
+pub fn errno_words(action: &str) -> &'static str {
+    if action == "eio" { "Input/output error" } else { "No space left on device" }
+}
+
+/// An error may be tolerated: what it cost is then in the report.
+pub fn told(bed: &Bed, answer: &Answer, action: &str) -> Result<()> {
+    let text = if answer.status == 0 { bed.agent("report")? } else { answer.text.clone() };
+    contains(&text, errno_words(action)).with_context(|| format!("exit status {}", answer.status))
+}
