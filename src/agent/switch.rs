@@ -155,7 +155,9 @@ async fn undo_units(actions: &[Action], kept: &mut Vec<String>) -> anyhow::Resul
     let manager = Manager::connect().await?.reexecute().await?;
     for action in actions {
         match action.class {
-            Class::None | Class::Stop => {}
+            Class::None => {}
+            // How it ended concerns nobody any more, and nobody could start it to make that good.
+            Class::Stop => manager.reset_failed(&action.unit).await?,
             Class::Restart => {
                 if let Err(error) = manager.try_restart(&action.unit, RESTART).await {
                     kept.push(format!("{error:#}"));

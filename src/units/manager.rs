@@ -166,10 +166,13 @@ impl Manager {
 
     /// Stops `unit` and waits for the job, at most `limit`. One that is not loaded has been stopped.
     pub async fn stop(&self, unit: &str, limit: Duration) -> Result<()> {
-        self.job("StopUnit", unit, limit).await.or_else(|error| match error.downcast_ref::<zbus::Error>() {
-            Some(zbus::Error::MethodError(name, ..)) if name.ends_with(".NoSuchUnit") => Ok(()),
-            _ => Err(error),
-        })
+        self.job("StopUnit", unit, limit).await.or_else(not_loaded)
+    }
+
+    /// Forgets that `unit` failed. One that is not loaded is forgotten.
+    pub async fn reset_failed(&self, unit: &str) -> Result<()> {
+        failpoint::hit(Point::Systemd, "ResetFailed").with_context(|| format!("resetting {unit}"))?;
+        self.call("ResetFailedUnit", &(unit,)).await.map(drop).or_else(not_loaded)
     }
 
     async fn job(&self, method: &'static str, unit: &str, limit: Duration) -> Result<()> {
@@ -234,6 +237,13 @@ impl Manager {
 fn may_come_back(kind: io::ErrorKind) -> bool {
     use io::ErrorKind::{BrokenPipe, ConnectionRefused, ConnectionReset, NotFound, TimedOut, UnexpectedEof};
     matches!(kind, NotFound | ConnectionRefused | ConnectionReset | BrokenPipe | UnexpectedEof | TimedOut)
+}
+
+fn not_loaded(error: anyhow::Error) -> Result<()> {
+    match error.downcast_ref::<zbus::Error>() {
+        Some(zbus::Error::MethodError(name, ..)) if name.ends_with(".NoSuchUnit") => Ok(()),
+        _ => Err(error),
+    }
 }
 
 /// On the private socket a second Subscribe is an error that changes nothing.
