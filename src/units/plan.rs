@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 pub enum Flow {
     /// In the pivot target, before the units of the default target: little runs, all of it may restart.
     Bootstrap,
-    /// On a system that has long booted: nothing that runs may be stopped, except that new ssh
-    /// logins must work (sessions survive, sshd kills its main process only).
+    /// On a system that has long booted: nothing that runs may be stopped, except that new logins must
+    /// work (sessions survive).
     Live,
 }
 
@@ -65,7 +65,6 @@ pub struct Action {
 const NEVER: &[&str] = &[
     "dbus.service",
     "dbus-broker.service",
-    "systemd-logind.service",
     "systemd-journald.service",
     "systemd-journald@",
     "user@",
@@ -82,8 +81,11 @@ const NEVER: &[&str] = &[
     "node-image-",
 ];
 
-/// The only units that the live flow restarts.
-const LIVE: &[&str] = &["ssh.service", "sshd.service"];
+/// The only units that the live flow restarts, because new logins need them. No session ends with either: sshd's
+/// are processes of their own, and logind keeps them on record and their devices with systemd (it is restarted
+/// at will since systemd 219). A logind of systemd 252 left alone would refuse every user manager whose PAM module is
+/// of 256 or later, which asks for a class of session that it does not know.
+const LIVE: &[&str] = &["ssh.service", "sshd.service", "systemd-logind.service"];
 
 /// Decides for every running unit, in the order given.
 pub fn plan(running: &[RunningUnit], flow: Flow) -> Vec<Action> {
@@ -138,6 +140,8 @@ mod tests {
             ("ssh.service", vec!["sbin/sshd"], Bootstrap, Restart),
             ("ssh.service", vec!["sbin/sshd"], Live, Restart),
             ("ssh.service", vec![], Bootstrap, None),
+            ("systemd-logind.service", vec!["lib/systemd/systemd-logind"], Bootstrap, Restart),
+            ("systemd-logind.service", vec!["lib/systemd/systemd-logind"], Live, Restart),
             ("systemd-udevd.service", vec!["bin/udevadm"], Bootstrap, Restart),
             ("systemd-udevd.service", vec!["bin/udevadm"], Live, Never),
             ("dbus.service", vec!["bin/dbus-daemon"], Bootstrap, Never),
@@ -167,9 +171,9 @@ mod tests {
     }
 
     proptest! {
-        /// A live system loses nothing but sshd's listener, whatever runs.
+        /// A live system loses nothing but what logins need anew, whatever runs.
         #[test]
-        fn live_restarts_only_sshd(names in proptest::collection::vec("[a-z@-]{1,20}\\.service", 0..20)) {
+        fn live_restarts_only_what_logins_need(names in proptest::collection::vec("[a-z@-]{1,20}\\.service", 0..20)) {
             let running: Vec<_> = names.iter().map(|name| unit(name, &["bin/x"])).collect();
             for action in plan(&running, Flow::Live) {
                 prop_assert!(action.class != Class::Restart || LIVE.contains(&action.unit.as_str()));

@@ -54,13 +54,14 @@ pub async fn survey(
     Ok((running, troubles))
 }
 
-/// Units that are active in a way that can be stopped, with their unit files.
+/// Units that run something or wait for something, or failed at it, with their unit files. Not mounts: one that
+/// has a unit file now may have been mounted without one before.
 pub async fn active_fragments(manager: &Manager) -> Result<Vec<(String, PathBuf)>> {
-    const STOPPABLE: [&str; 5] = [".service", ".socket", ".timer", ".path", ".mount"];
+    const KINDS: [&str; 4] = [".service", ".socket", ".timer", ".path"];
     let mut fragments = Vec::new();
     for unit in manager.list().await? {
-        let active = matches!(unit.active.as_str(), "active" | "reloading" | "activating");
-        if active && STOPPABLE.iter().any(|suffix| unit.name.ends_with(suffix)) {
+        let concerned = matches!(unit.active.as_str(), "active" | "reloading" | "activating" | "failed");
+        if concerned && KINDS.iter().any(|suffix| unit.name.ends_with(suffix)) {
             let fragment = manager.fragment(&unit).await?;
             if fragment.is_absolute() {
                 fragments.push((unit.name, fragment));
