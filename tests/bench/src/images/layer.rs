@@ -36,7 +36,10 @@ pub fn make(node: &Commit, base: &Commit, work: &Path) -> Result<Layer> {
     for_each_file(&node_dir, &mut |path, size| {
         let name = path.strip_prefix(&node_dir)?;
         let left_out = name.starts_with("lib/modules") || name.starts_with("lib/sysimage");
-        if left_out || base_dir.join(name).symlink_metadata().is_ok() {
+        // Where the base has a file and the node a directory, ostree-ext cannot lay one over the other.
+        let in_base = |path: &Path| base_dir.join(path).symlink_metadata().ok();
+        let blocked = name.ancestors().skip(1).filter_map(in_base).any(|meta| !meta.is_dir());
+        if left_out || blocked || in_base(name).is_some() {
             return Ok(());
         }
         bytes += size;
