@@ -172,8 +172,10 @@ impl Builder<'_> {
 
         let changed = tree.alter_until(100)?;
         let layout = self.encapsulate(&tree)?;
-        let what =
-            format!("every file changed that is neither empty nor SELinux policy ({:.0} MB)", changed as f64 / 1e6);
+        let what = format!(
+            "every file changed that is neither empty nor SELinux policy nor prepare-root.conf ({:.0} MB)",
+            changed as f64 / 1e6
+        );
         cases.push(self.case(&layout, "growth-100", Some(100), what.clone(), changed)?);
         layer::append(&layout, &node_layer)?;
         cases.push(self.case(&layout, "nothing-in-common", None, format!("{what}; and {added}"), changed)?);

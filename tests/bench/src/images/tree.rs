@@ -16,6 +16,8 @@ use crate::proc::run;
 pub const DPKG_INFO: &str = "usr/lib/sysimage/dpkg/info";
 /// The SELinux policy: never altered, because it is read.
 pub const POLICY: &str = "usr/etc/selinux";
+/// The same: it says how the root is put together.
+const PREPARE_ROOT: &str = "usr/lib/ostree/prepare-root.conf";
 /// What generated the kernel's initramfs belongs to no package; it changes with the kernel.
 const KERNEL: &str = "kernel";
 /// What is flipped in the first byte of an altered file. Sizes stay the same, and so does the packing of packages
@@ -96,7 +98,7 @@ impl Tree {
             };
             let new = || Unit { name: unit.to_owned(), files: Vec::new(), bytes: 0 };
             let unit = units.entry(unit.to_owned()).or_insert_with(new);
-            if size > 0 && !name.starts_with(POLICY) {
+            if size > 0 && !name.starts_with(POLICY) && name != Path::new(PREPARE_ROOT) {
                 unit.files.push(path.to_owned());
                 unit.bytes += size;
             }
