@@ -98,7 +98,7 @@ impl Tree {
             };
             let new = || Unit { name: unit.to_owned(), files: Vec::new(), bytes: 0 };
             let unit = units.entry(unit.to_owned()).or_insert_with(new);
-            if size > 0 && !name.starts_with(POLICY) && name != Path::new(PREPARE_ROOT) {
+            if size > 0 && !name.starts_with(POLICY) && name != PREPARE_ROOT {
                 unit.files.push(path.to_owned());
                 unit.bytes += size;
             }
