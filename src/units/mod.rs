@@ -1,7 +1,8 @@
 //! What systemd runs: which units still run old code, what to do about each, and doing it.
 //!
-//! [`plan`] decides, purely; [`Manager`] is the only way to PID 1. This room may not mount, write
-//! `/etc` or talk to registries.
+//! [`plan`] decides, purely; [`Manager`] is the only way to PID 1, but for [`Guard`], the one program that is
+//! started here: it re-executes PID 1 should we die in an undo. This room may not mount, write `/etc` or talk to
+//! registries.
 
 mod guard;
 mod manager;
