@@ -7,13 +7,14 @@
 use std::io;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use ostree::gio;
 use sha2::{Digest, Sha256};
 
 use crate::store::{NodeStore, ObjectId, ObjectType};
 
+use super::contexts::{Contexts, Found, Texts};
 use super::merge::Dir;
 use super::tree::{Lookup, TreeError};
 
@@ -36,10 +37,16 @@ pub(super) struct PolicyFiles {
     root: PathBuf,
     /// What they show.
     pub objects: PolicyObjects,
+    /// Read when they are first needed.
+    contexts: OnceLock<Option<Arc<Contexts>>>,
 }
 
 /// An open policy. Belongs to one thread.
-pub(super) struct Labels(ostree::SePolicy);
+pub(super) struct Labels {
+    policy: ostree::SePolicy,
+    /// Its file contexts, where they are understood.
+    contexts: Option<Arc<Contexts>>,
+}
 
 /// Finds the policy in a tree; `None` when it has none.
 pub(super) fn policy_objects(root: &mut Dir, lookup: &mut Lookup<'_>) -> Result<Option<PolicyObjects>, TreeError> {
@@ -81,7 +88,7 @@ impl PolicyObjects {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
-        let files = PolicyFiles { root, objects: self.clone() };
+        let files = PolicyFiles { root, objects: self.clone(), contexts: OnceLock::new() };
         for (path, id) in &self.0 {
             let at = files.root.join(path);
             if let Some(dir) = at.parent() {
@@ -112,22 +119,63 @@ impl Drop for PolicyFiles {
 impl PolicyFiles {
     /// Opens the policy for one thread.
     pub(super) fn open(&self) -> Result<Labels, String> {
-        // Opening sets libselinux's policy root for the whole process.
-        static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-        let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-        let root = gio::File::for_path(Path::new(&self.root));
-        let policy = ostree::SePolicy::new(&root, gio::Cancellable::NONE);
-        policy.map(Labels).map_err(|error| format!("its SELinux policy (/usr/etc/selinux) cannot be used: {error}"))
+        let policy = open_policy(&self.root)
+            .map_err(|error| format!("its SELinux policy (/usr/etc/selinux) cannot be used: {error}"))?;
+        let contexts = self.contexts.get_or_init(|| self.read_contexts(&policy));
+        Ok(Labels { contexts: contexts.clone(), policy })
     }
+
+    /// `None` when libselinux should judge alone; what is wrong with a file, it says itself.
+    fn read_contexts(&self, policy: &ostree::SePolicy) -> Option<Arc<Contexts>> {
+        let kind = policy.name()?;
+        let at = self.root.join("usr/etc/selinux").join(kind.as_str()).join("contexts/files/file_contexts");
+        let contexts = Contexts::parse(&Texts::read(&at).ok()?);
+        if contexts.is_none() {
+            tracing::debug!("the image's SELinux file contexts are unusual: each label is looked up by libselinux");
+        }
+        contexts.map(Arc::new)
+    }
+}
+
+/// Opens the policy below a root.
+pub(super) fn open_policy(root: &Path) -> Result<ostree::SePolicy, ostree::glib::Error> {
+    // Opening sets libselinux's policy root for the whole process.
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    ostree::SePolicy::new(&gio::File::for_path(root), gio::Cancellable::NONE)
 }
 
 impl Labels {
     /// The label of a path (absolute) with this mode (file type included), as it stands in the
     /// attribute `security.selinux`: with its final NUL. `None` when the policy has none for it.
+    ///
+    /// libselinux has the last word: it is asked once for each line of the contexts that decides, and
+    /// from then on for everything, should it say otherwise.
     pub(super) fn of(&self, path: &str, mode: u32) -> Result<Option<Vec<u8>>, String> {
-        let label = self.0.label(path, mode, gio::Cancellable::NONE);
+        let terminated = |label: &str| label.bytes().chain([0]).collect();
+        // libostree looks this one up elsewhere.
+        let contexts = self.contexts.as_ref().filter(|_| path != "/proc");
+        let found = contexts.and_then(|contexts| contexts.find(path, mode));
+        if let Some(found) = found.filter(Found::is_confirmed) {
+            return Ok(found.label.map(terminated));
+        }
+        let label = self.policy.label(path, mode, gio::Cancellable::NONE);
         let label = label.map_err(|error| format!("looking up the SELinux label of {path}: {error}"))?;
-        Ok(label.map(|label| label.as_bytes().iter().copied().chain([0]).collect()))
+        match (found, contexts) {
+            (Some(found), _) if found.label == label.as_deref() => found.confirm(),
+            (Some(found), Some(contexts)) => {
+                let (ours, theirs) = (found.label.unwrap_or("none"), label.as_deref().unwrap_or("none"));
+                tracing::debug!(
+                    path,
+                    ours,
+                    theirs,
+                    "libselinux reads the file contexts otherwise: it is asked each time"
+                );
+                contexts.refute();
+            }
+            _ => {}
+        }
+        Ok(label.as_deref().map(terminated))
     }
 }
 

@@ -14,6 +14,7 @@
 
 mod commit;
 mod consume;
+mod contexts;
 mod derive;
 mod entry;
 mod facts;
