@@ -8,11 +8,11 @@ use std::collections::BTreeMap;
 
 use ostree::glib::Variant;
 
-use crate::store::{ObjectId, ObjectType, Xattrs};
+use crate::store::{Dirtree, ObjectId, ObjectType, Xattrs};
 
 use super::layertree::{DirMeta, LayerDir, LayerFile, LayerTree};
 use super::path::{foreign, shown};
-use super::tree::{Lookup, TreeError, check_name, commit_root, load};
+use super::tree::{Lookup, TreeError, commit_root, load};
 
 /// A directory of the merged tree.
 #[derive(Debug, Clone)]
@@ -62,22 +62,13 @@ pub(super) fn tree_of(commit: &ObjectId, lookup: &mut Lookup<'_>) -> Result<Dir,
 /// Reads a dirtree object.
 pub(super) fn read_dirtree(tree: &ObjectId, lookup: &mut Lookup<'_>) -> Result<Listing, TreeError> {
     let bytes = load(tree, ObjectType::DirTree, lookup)?;
-    let variant = Variant::from_data::<ostree::TreeVariantType, _>(bytes);
-    let bad = |what| TreeError::Malformed(*tree, "dirtree", what);
-    if !variant.is_normal_form() {
-        return Err(bad("not a dirtree in normal form"));
-    }
-    let (files, dirs) = variant.get::<ostree::TreeVariantType>().ok_or_else(|| bad("not a dirtree"))?;
-    let id = |bytes: Vec<u8>| ObjectId::from_bytes(&bytes).ok_or_else(|| bad("a checksum of the wrong length"));
+    let parsed = Dirtree::parse(&bytes).map_err(|what| TreeError::Malformed(*tree, "dirtree", what))?;
     let mut listing = Listing::default();
-    for (name, file) in files {
-        check_name(&name).map_err(bad)?;
-        listing.0.insert(name, id(file)?);
+    for (name, file) in parsed.files {
+        listing.0.insert(name.to_owned(), file);
     }
-    for (name, tree, meta) in dirs {
-        check_name(&name).map_err(bad)?;
-        let dir = Dir { meta: Meta::Stored(id(meta)?), content: Content::Stored(id(tree)?) };
-        listing.1.insert(name, dir);
+    for (name, tree, meta) in parsed.dirs {
+        listing.1.insert(name.to_owned(), Dir { meta: Meta::Stored(meta), content: Content::Stored(tree) });
     }
     Ok(listing)
 }

@@ -1,13 +1,13 @@
 //! From a commit to the list of its content objects. Pure but for the reading of metadata objects,
 //! which the caller lends as a function.
 //!
-//! Format source: libostree's `OSTREE_COMMIT_GVARIANT_FORMAT` and `OSTREE_TREE_GVARIANT_FORMAT`.
+//! Format source: libostree's `OSTREE_COMMIT_GVARIANT_FORMAT`.
 
 use std::collections::{HashMap, HashSet};
 
 use ostree::glib::Variant;
 
-use crate::store::{ObjectId, ObjectType};
+use crate::store::{Dirtree, ObjectId, ObjectType};
 
 /// Why a tree cannot be listed.
 #[derive(Debug, thiserror::Error)]
@@ -95,29 +95,20 @@ pub(super) fn walk(commit: &ObjectId, lookup: &mut Lookup<'_>) -> Result<Target,
     let mut queue = vec![(root, Depth::Root)];
     while let Some((tree, depth)) = queue.pop() {
         let bytes = load(&tree, ObjectType::DirTree, lookup)?;
-        let variant = Variant::from_data::<ostree::TreeVariantType, _>(bytes);
-        let bad = |what| TreeError::Malformed(tree, "dirtree", what);
-        if !variant.is_normal_form() {
-            return Err(bad("not a dirtree in normal form"));
+        let listing = Dirtree::parse(&bytes).map_err(|what| TreeError::Malformed(tree, "dirtree", what))?;
+        let mut children = Vec::with_capacity(listing.dirs.len());
+        for (_, id) in &listing.files {
+            target.add(*id, depth);
         }
-        let (files, dirs) = variant.get::<ostree::TreeVariantType>().ok_or_else(|| bad("not a dirtree"))?;
-        let (count, mut children) = (files.len(), Vec::with_capacity(dirs.len()));
-        for (name, checksum) in files {
-            let id = ObjectId::from_bytes(&checksum).ok_or_else(|| bad("a checksum of the wrong length"))?;
-            check_name(&name).map_err(bad)?;
-            target.add(id, depth);
-        }
-        for (name, tree, meta) in dirs {
-            let tree = ObjectId::from_bytes(&tree).ok_or_else(|| bad("a checksum of the wrong length"))?;
-            let meta = ObjectId::from_bytes(&meta).ok_or_else(|| bad("a checksum of the wrong length"))?;
-            check_name(&name).map_err(bad)?;
-            check_meta(meta, lookup)?;
-            children.push(tree);
-            let next = (tree, depth.enter(&name));
+        for (name, child, meta) in &listing.dirs {
+            check_meta(*meta, lookup)?;
+            children.push(*child);
+            let next = (*child, depth.enter(name));
             if seen.insert(next) {
                 queue.push(next);
             }
         }
+        let count = listing.files.len();
         shape.0.insert(tree, (count as u64, children));
     }
     shape.check(root).map_err(|what| TreeError::Malformed(root, "dirtree", what))?;
@@ -196,14 +187,6 @@ pub(super) fn load(id: &ObjectId, kind: ObjectType, lookup: &mut Lookup<'_>) -> 
         Ok(None) => Err(TreeError::Missing(*id, kind.extension())),
         Err(error) => Err(TreeError::Read(*id, kind.extension(), error)),
     }
-}
-
-/// Later phases join these names to paths.
-pub(super) fn check_name(name: &str) -> Result<(), &'static str> {
-    if name.is_empty() || name == "." || name == ".." || name.contains('/') {
-        return Err("an entry whose name is no file name");
-    }
-    Ok(())
 }
 
 #[cfg(test)]

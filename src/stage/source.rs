@@ -8,9 +8,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
 use ostree::ObjectType;
-use ostree::glib::Variant;
 use rustix::fs::AtFlags;
 use sha2::{Digest, Sha256};
+
+use crate::store::Dirtree;
 
 use super::diff::{Checksum, Directory, Listing, Tree};
 
@@ -68,7 +69,7 @@ impl Tree for RepoTree<'_> {
             .repo
             .load_variant(ObjectType::DirTree, &hex)
             .with_context(|| format!("reading the directory {hex}"))?;
-        listing(&variant).with_context(|| format!("the directory object {hex} is malformed"))
+        listing(variant.data()).with_context(|| format!("the directory object {hex} is malformed"))
     }
 
     fn size(&self, file: &Checksum) -> Result<u64> {
@@ -94,20 +95,18 @@ impl Tree for RepoTree<'_> {
     }
 }
 
-/// Reads `(a(say)a(sayay))`. Names that could leave their directory are refused: they become paths.
-fn listing(variant: &Variant) -> Option<Listing> {
-    let (files, directories): ostree::TreeVariantType = variant.get()?;
-    let proper = |name: &str| !name.is_empty() && name != "." && name != ".." && !name.contains('/');
+/// Reads a dirtree. A name may not stand for a file and a directory.
+fn listing(bytes: &[u8]) -> Result<Listing> {
+    let parsed = Dirtree::parse(bytes).map_err(anyhow::Error::msg)?;
     let mut listing = Listing::default();
-    for (name, object) in files.into_iter() {
-        proper(&name).then_some(())?;
-        listing.files.insert(name, checksum(&object)?);
+    for (name, object) in parsed.files {
+        listing.files.insert(name.to_owned(), object.0);
     }
-    for (name, tree, meta) in directories.into_iter() {
-        (proper(&name) && !listing.files.contains_key(&name)).then_some(())?;
-        listing.directories.insert(name, Directory { tree: checksum(&tree)?, meta: checksum(&meta)? });
+    for (name, tree, meta) in parsed.dirs {
+        anyhow::ensure!(!listing.files.contains_key(name), "{name} is a file and a directory");
+        listing.directories.insert(name.to_owned(), Directory { tree: tree.0, meta: meta.0 });
     }
-    Some(listing)
+    Ok(listing)
 }
 
 fn checksum(bytes: &[u8]) -> Option<Checksum> {

@@ -7,6 +7,7 @@
 //! [`NodeStore::on_disk`] brings a mount that can be written.
 
 mod booted;
+mod dirtree;
 mod disk;
 mod header;
 mod journal;
@@ -18,6 +19,7 @@ mod refs;
 mod write;
 
 pub use booted::BootedRepo;
+pub use dirtree::Dirtree;
 pub use journal::{LayerJournal, Scope};
 pub use lock::{LockError, StoreLock};
 pub use node::NodeStore;

@@ -1,0 +1,188 @@
+//! Dirtree objects: the names in a directory, each with the object that it is. A GVariant
+//! `(a(say)a(sayay))`: files with their checksums, then directories with those of their dirtree and dirmeta.
+//!
+//! Format source: libostree's `OSTREE_TREE_GVARIANT_FORMAT`, and the GVariant specification: where each
+//! member of variable size ends stands behind the members, little-endian, as wide as the size of the
+//! whole needs. Nothing in a dirtree is aligned. A pull reads thousands of them, several times; through glib
+//! each name and checksum is several allocations and two locks.
+
+use super::ObjectId;
+
+/// What a dirtree says. Borrows the names from the object's bytes.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Dirtree<'a> {
+    /// Name and content object.
+    pub files: Vec<(&'a str, ObjectId)>,
+    /// Name, dirtree and dirmeta.
+    pub dirs: Vec<(&'a str, ObjectId, ObjectId)>,
+}
+
+impl<'a> Dirtree<'a> {
+    /// Reads an object's bytes.
+    ///
+    /// # Errors
+    /// What is wrong with them: not in normal form, a checksum of the wrong length, or a name that is
+    /// no file name (later phases join them to paths).
+    pub fn parse(bytes: &'a [u8]) -> Result<Self, &'static str> {
+        let not_normal = "not a dirtree in normal form";
+        let [files, dirs] = members(bytes).ok_or(not_normal)?;
+        let mut parsed = Self::default();
+        for element in elements(files).ok_or(not_normal)? {
+            let [name, id] = element.and_then(members).ok_or(not_normal)?;
+            parsed.files.push((file_name(name)?, checksum(id)?));
+        }
+        for element in elements(dirs).ok_or(not_normal)? {
+            let [name, tree, meta] = element.and_then(members).ok_or(not_normal)?;
+            parsed.dirs.push((file_name(name)?, checksum(tree)?, checksum(meta)?));
+        }
+        Ok(parsed)
+    }
+}
+
+/// The width of the offsets in a container of this many bytes.
+fn offset_width(container: usize) -> usize {
+    [1, 2, 4].into_iter().find(|width| container < 1 << (8 * width)).unwrap_or(8)
+}
+
+fn read_offset(bytes: &[u8]) -> Option<usize> {
+    usize::try_from(bytes.iter().rev().fold(0_u64, |value, byte| value << 8 | u64::from(*byte))).ok()
+}
+
+/// The members of a tuple, all of them of variable size: where each ends but the last stands at its end, the
+/// first one's rightmost.
+fn members<const N: usize>(tuple: &[u8]) -> Option<[&[u8]; N]> {
+    let width = offset_width(tuple.len());
+    let body = tuple.len().checked_sub((N - 1) * width)?;
+    let mut members = [&[][..]; N];
+    let mut start = 0;
+    for (index, member) in members.iter_mut().enumerate() {
+        let end = if index == N - 1 {
+            body
+        } else {
+            let at = tuple.len() - (index + 1) * width;
+            read_offset(&tuple[at..at + width])?
+        };
+        *member = tuple[..body].get(start..end)?;
+        start = end;
+    }
+    Some(members)
+}
+
+/// The elements of an array, each `None` where its offset is wrong. `None` when there is no table of offsets.
+fn elements(array: &[u8]) -> Option<impl Iterator<Item = Option<&[u8]>>> {
+    let width = offset_width(array.len());
+    let table = match array {
+        [] => 0,
+        _ => read_offset(&array[array.len().checked_sub(width)?..])?,
+    };
+    let offsets = array.get(table..)?;
+    if offsets.len() % width != 0 || (offsets.is_empty() && !array.is_empty()) {
+        return None;
+    }
+    let body = &array[..table];
+    let mut start = 0;
+    Some(offsets.chunks_exact(width).map(move |offset| {
+        let end = read_offset(offset)?;
+        let element = body.get(start..end)?;
+        start = end;
+        Some(element)
+    }))
+}
+
+/// A string with its NUL.
+fn file_name(bytes: &[u8]) -> Result<&str, &'static str> {
+    let (0, name) = bytes.split_last().ok_or("not a dirtree in normal form")? else {
+        return Err("not a dirtree in normal form");
+    };
+    let name = std::str::from_utf8(name).map_err(|_| "a name that is not UTF-8")?;
+    if name.is_empty() || name == "." || name == ".." || name.contains(['/', '\0']) {
+        return Err("an entry whose name is no file name");
+    }
+    Ok(name)
+}
+
+fn checksum(bytes: &[u8]) -> Result<ObjectId, &'static str> {
+    ObjectId::from_bytes(bytes).ok_or("a checksum of the wrong length")
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use ostree::glib::Variant;
+    use ostree::glib::variant::ToVariant;
+    use proptest::prelude::*;
+
+    type Files = Vec<(String, Vec<u8>)>;
+    type Dirs = Vec<(String, Vec<u8>, Vec<u8>)>;
+
+    /// What glib reads, with the same demands on it as ours. No bytes at all it takes for an empty directory; nobody
+    /// writes that one so.
+    fn by_glib(bytes: &[u8]) -> Option<(Files, Dirs)> {
+        if bytes.is_empty() {
+            return None;
+        }
+        let variant = Variant::from_data::<ostree::TreeVariantType, _>(bytes);
+        let (files, dirs): (Files, Dirs) = variant.is_normal_form().then(|| variant.get()).flatten()?;
+        let proper = |name: &String| !matches!(name.as_str(), "" | "." | "..") && !name.contains('/');
+        let good = |name: &String, id: &Vec<u8>| proper(name) && id.len() == 32;
+        let good = files.iter().all(|(name, id)| good(name, id))
+            && dirs.iter().all(|(name, tree, meta)| good(name, tree) && meta.len() == 32);
+        good.then_some((files, dirs))
+    }
+
+    fn owned(tree: &Dirtree<'_>) -> (Files, Dirs) {
+        let file = |(name, id): &(&str, ObjectId)| (name.to_string(), id.0.to_vec());
+        let dir =
+            |(name, tree, meta): &(&str, ObjectId, ObjectId)| (name.to_string(), tree.0.to_vec(), meta.0.to_vec());
+        (tree.files.iter().map(file).collect(), tree.dirs.iter().map(dir).collect())
+    }
+
+    fn name() -> impl Strategy<Value = String> {
+        prop_oneof![9 => "[a-zé.]{1,9}", 1 => "x{200,300}", 1 => prop::sample::select(vec!["", ".", "..", "a/b"]).prop_map(String::from)]
+    }
+
+    fn id() -> impl Strategy<Value = Vec<u8>> {
+        prop_oneof![30 => prop::collection::vec(any::<u8>(), 32), 1 => prop::collection::vec(any::<u8>(), 0..40)]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 600, ..ProptestConfig::default() })]
+
+        /// Objects as glib writes them, at every width of offsets, some spoiled: ours and glib agree on whether they
+        /// are good, and on what they say.
+        #[test]
+        fn glib_reads_the_same(
+            files in prop::collection::vec((name(), id()), 0..12),
+            dirs in prop::collection::vec((name(), id(), id()), 0..12),
+            times in prop_oneof![Just(1_usize), Just(1), Just(40)],
+            spoil in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..3),
+            cut in prop_oneof![4 => Just(0_usize), 1 => 1..40_usize],
+        ) {
+            let times = if files.len() < 3 { 1 } else { times };
+            let files: Files = std::iter::repeat_n(files, times).flatten().collect();
+            let mut bytes = (files, dirs).to_variant().data().to_vec();
+            for (at, with) in spoil {
+                if !bytes.is_empty() {
+                    let at = at.index(bytes.len());
+                    bytes[at] = with;
+                }
+            }
+            bytes.truncate(bytes.len().saturating_sub(cut));
+            let ours = Dirtree::parse(&bytes);
+            prop_assert_eq!(ours.as_ref().ok().map(owned), by_glib(&bytes), "{:?}", ours.err());
+        }
+
+        #[test]
+        fn any_bytes(bytes in prop::collection::vec(prop_oneof![any::<u8>(), 0..20_u8], 0..80)) {
+            prop_assert_eq!(Dirtree::parse(&bytes).ok().as_ref().map(owned), by_glib(&bytes));
+        }
+    }
+
+    #[test]
+    fn the_empty_directory() {
+        let empty = (Files::new(), Dirs::new()).to_variant().data().to_vec();
+        assert_eq!(Dirtree::parse(&empty), Ok(Dirtree::default()));
+        assert_eq!(Dirtree::parse(&[]), Err("not a dirtree in normal form"));
+    }
+}
