@@ -60,7 +60,28 @@ impl<'a> Relabeller<'a> {
 
     /// Labels everything in a tree.
     pub(super) fn label(&mut self, root: &mut Dir) -> Result<(), Failure> {
+        self.learn()?;
         self.dir(root, "/").map(drop)
+    }
+
+    /// Looks at all of the tree's content objects: thousands of system calls, on all CPUs.
+    fn learn(&mut self) -> Result<(), Failure> {
+        let ids = self.import.target_content();
+        let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let import = self.import;
+        let part = |ids: &[ObjectId]| -> Result<Vec<_>, Failure> {
+            ids.iter().map(|id| Ok((*id, look(import, id)?))).collect()
+        };
+        let part = &part;
+        let parts = std::thread::scope(|scope| {
+            let running: Vec<_> =
+                ids.chunks(ids.len().div_ceil(threads).max(1)).map(|ids| scope.spawn(move || part(ids))).collect();
+            running.into_iter().map(|thread| thread.join()).collect::<Vec<_>>()
+        });
+        for part in parts {
+            self.known.extend(part.map_err(|_| import.local("a thread that looked at objects failed"))??);
+        }
+        Ok(())
     }
 
     /// Answers whether the directory is another one now.
@@ -140,15 +161,7 @@ impl<'a> Relabeller<'a> {
         if let Some(known) = self.known.get(id) {
             return Ok(known.clone());
         }
-        let known = match self.import.store.find_object(id, ObjectType::File) {
-            None => None,
-            Some(path) => {
-                let fail = |error| self.import.local(format!("reading object {id}.file: {error}"));
-                let mode = path.symlink_metadata().map_err(fail)?.mode();
-                let label = read_xattr(&path, c"security.selinux").map_err(|errno| fail(errno.into()))?;
-                Some(Known { mode, label })
-            }
-        };
+        let known = look(self.import, id)?;
         self.known.insert(*id, known.clone());
         Ok(known)
     }
@@ -209,20 +222,32 @@ impl<'a> Relabeller<'a> {
     }
 }
 
+/// What an object on disk says about itself; `None` when it is not here.
+fn look(import: &Import, id: &ObjectId) -> Result<Option<Known>, Failure> {
+    let Some(path) = import.content_path(id) else { return Ok(None) };
+    let fail = |error| import.local(format!("reading object {id}.file: {error}"));
+    let mode = match path.symlink_metadata() {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        other => other.map_err(fail)?.mode(),
+    };
+    let label = read_xattr(&path, c"security.selinux").map_err(|errno| fail(errno.into()))?;
+    Ok(Some(Known { mode, label }))
+}
+
 fn read_xattr(path: &std::path::Path, name: &std::ffi::CStr) -> Result<Option<Vec<u8>>, rustix::io::Errno> {
-    let mut value = vec![0; 256];
-    loop {
-        match rustix::fs::lgetxattr(path, name, value.as_mut_slice()) {
-            Ok(length) => {
-                value.truncate(length);
-                return Ok(Some(value));
-            }
-            Err(rustix::io::Errno::NODATA | rustix::io::Errno::OPNOTSUPP) => return Ok(None),
-            // No attribute is larger than this (XATTR_SIZE_MAX).
-            Err(rustix::io::Errno::RANGE) if value.len() < 65_536 => value = vec![0; 65_536],
-            Err(errno) => return Err(errno),
-        }
+    use rustix::io::Errno;
+    let mut short = [0; 256];
+    match rustix::fs::lgetxattr(path, name, short.as_mut_slice()) {
+        Ok(length) => return Ok(Some(short[..length].to_vec())),
+        Err(Errno::NODATA | Errno::OPNOTSUPP) => return Ok(None),
+        Err(Errno::RANGE) => {}
+        Err(errno) => return Err(errno),
     }
+    // No attribute is larger than this (XATTR_SIZE_MAX).
+    let mut value = vec![0; 65_536];
+    let length = rustix::fs::lgetxattr(path, name, value.as_mut_slice())?;
+    value.truncate(length);
+    Ok(Some(value))
 }
 
 fn read_xattrs(path: &std::path::Path) -> Result<Pairs, rustix::io::Errno> {

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::io;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -132,6 +133,20 @@ impl Import {
     /// Whether a content object that is at `path` belongs into the store.
     pub(super) fn keeps_at(&self, id: &ObjectId, path: &str) -> bool {
         !self.booted_content.contains(id) && (self.complete || !path.starts_with("usr/lib/modules/"))
+    }
+
+    /// The content objects of the target; none before it is known.
+    pub(super) fn target_content(&self) -> Vec<ObjectId> {
+        self.wants().as_ref().map(|wants| wants.target.content.keys().copied().collect()).unwrap_or_default()
+    }
+
+    /// Where a content object of the target is, if it is anywhere.
+    pub(super) fn content_path(&self, id: &ObjectId) -> Option<PathBuf> {
+        match &self.booted {
+            // Listed when this import began: no need to look in the store first.
+            Some(booted) if self.booted_content.contains(id) => Some(booted.object_path(id, ObjectType::File)),
+            _ => self.store.find_object(id, ObjectType::File),
+        }
     }
 
     /// Notes a content object of a plain layer that was written.
