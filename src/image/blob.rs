@@ -40,12 +40,13 @@ impl LayerStream<'_> {
         if self.total >= self.size {
             return self.finish().await.map(|()| None);
         }
-        let mut piece = vec![0; READ];
+        // Filled without being zeroed first.
+        let mut piece = Vec::with_capacity(READ);
         let (ask, deadline) = (Instant::now() + ASK_AFTER, Instant::now() + self.idle);
         loop {
             tokio::select! {
                 biased;
-                read = self.reader.read(&mut piece) => {
+                read = self.reader.read_buf(&mut piece) => {
                     let count = read.map_err(|error| self.fail(Kind::Network, format!("reading: {error}")))?;
                     if count == 0 {
                         // A short blob has a wrong digest too, but being short is the better reason:
@@ -55,7 +56,6 @@ impl LayerStream<'_> {
                     }
                     self.total += count as u64;
                     self.activity.fetch_add(1, Ordering::Relaxed);
-                    piece.truncate(count);
                     return Ok(Some(piece));
                 }
                 verdict = &mut self.verdict, if self.asked && !self.answered => {
