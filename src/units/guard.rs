@@ -5,14 +5,15 @@
 //! would leave the undo half done for good. (Not so in a switch: there users, files and caches come before
 //! PID 1 is re-executed, and whoever calls the agent next sees to it that PID 1 can start it.)
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result};
 
-/// Nothing but builtins: programs that it would start might be those of either `/usr`. A line is the end;
-/// an end of input without one is our death. SIGTERM is systemd's word for re-executing itself.
-const SCRIPT: &str = "trap '' TERM HUP INT; read -r _ || kill -TERM 1";
+/// Nothing but builtins: programs that it would start might be those of either `/usr`. Its first line says that
+/// it is there. A line to it is the end; an end of input without one is our death. SIGTERM is systemd's word for
+/// re-executing itself.
+const SCRIPT: &str = "trap '' TERM HUP INT; echo; read -r _ || kill -TERM 1";
 
 /// A process that watches over us. Dropped, it ends.
 pub struct Guard {
@@ -20,20 +21,30 @@ pub struct Guard {
 }
 
 impl Guard {
-    /// Starts it; before the node image's `/usr` goes.
+    /// Starts it; before the node image's `/usr` goes. Returns when it watches: until then its libraries are still
+    /// being loaded, and those of another `/usr` would be the wrong ones.
     ///
     /// # Errors
-    /// The shell cannot be started.
+    /// The shell cannot be started, or ends at once.
     pub fn start() -> Result<Self> {
-        let child = Command::new("/bin/sh")
-            .args(["-c", SCRIPT])
+        Self::run(SCRIPT)
+    }
+
+    fn run(script: &str) -> Result<Self> {
+        let mut child = Command::new("/bin/sh")
+            .args(["-c", script])
             .env_remove("NOTIFY_SOCKET")
             .stdin(Stdio::piped())
-            .stdout(Stdio::null())
+            .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()
             .context("cannot start a shell to watch over us")?;
-        Ok(Self { child })
+        let told = child.stdout.take().map(|mut output| output.read_exact(&mut [0]));
+        let guard = Self { child };
+        match told {
+            Some(Ok(())) => Ok(guard),
+            _ => anyhow::bail!("the shell that is to watch over us ended at once"),
+        }
     }
 }
 
@@ -44,5 +55,27 @@ impl Drop for Guard {
             let _ = input.write_all(b"\n");
         }
         let _ = self.child.wait();
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use nix::sys::signal::{Signal, kill};
+    use nix::unistd::Pid;
+
+    #[test]
+    fn it_watches_when_it_was_started() {
+        // Of the shell's own script all but the last word, which would re-execute the PID 1 of whoever tests.
+        let script = SCRIPT.replace("kill -TERM 1", "exit 7");
+        for _ in 0..50 {
+            let mut guard = Guard::run(&script).unwrap();
+            // What systemd sends to the rest of a service whose main process died.
+            kill(Pid::from_raw(guard.child.id().cast_signed()), Signal::SIGTERM).unwrap();
+            drop(guard.child.stdin.take());
+            assert_eq!(guard.child.wait().unwrap().code(), Some(7));
+        }
+        assert!(Guard::run("exit 3").is_err());
     }
 }
