@@ -29,6 +29,7 @@ mod plain;
 mod plain_layers;
 mod pull;
 mod relabel;
+mod room;
 mod run;
 mod state;
 mod tree;

@@ -308,7 +308,12 @@ impl Import {
         Failure::new(Kind::Local, format!("commit {}: {error}", self.commit))
     }
 
-    fn no_space(&self, what: &str) -> Failure {
+    /// Whether the content object is wanted and has not come.
+    pub(super) fn is_open(&self, id: &ObjectId) -> bool {
+        self.wants().as_ref().is_some_and(|wants| wants.open.contains(id))
+    }
+
+    pub(super) fn no_space(&self, what: &str) -> Failure {
         let wanted = self.still_wanted().map_or(0, |(count, _)| count);
         let room = match self.store.space() {
             Ok((free, total)) => {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use node_image_pivot::image::{Class, ImageSettings, Kind, Source};
 use node_image_pivot::import::{PulledImage, pull};
-use node_image_pivot::store::NodeStore;
+use node_image_pivot::store::{BootedRepo, NodeStore};
 use tokio_util::sync::CancellationToken;
 
 use super::derived::complete;
@@ -93,23 +93,77 @@ async fn faults_are_told_apart_and_the_next_attempt_goes_on() {
     }
 }
 
+/// A small tmpfs.
+struct Small(String);
+
+impl Small {
+    fn mount(bench: &Bench, name: &str, size: &str) -> Self {
+        let root = bench.path(name);
+        fs::create_dir_all(&root).unwrap();
+        let root = root.to_str().unwrap().to_owned();
+        run("mount", &["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs", &root]);
+        Self(root)
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg("--lazy").arg(&self.0).status();
+    }
+}
+
+/// A commit that says how large its objects are, as `ostree commit --generate-sizes` makes it.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_fit_is_refused_before_it_is_fetched() {
+    let bench = Bench::new();
+    let archive = bench.path("archive");
+    let (tree, archive) = (bench.path("tree1"), archive.to_str().unwrap());
+    super::tree(&tree, 1);
+    run("ostree", &["init", "--mode=archive", "--repo", archive]);
+    let tree = format!("--tree=dir={}", tree.display());
+    let commit = run("ostree", &["commit", "--repo", archive, "--generate-sizes", "-b", "v1", "-s", "v1", &tree]);
+    run("ostree", &["pull-local", "--repo", bench.repo.path.to_str().unwrap(), archive, "v1"]);
+    let image = super::encapsulate(&bench.repo, commit.trim(), &super::chunker, 1);
+    let direct = bench.push(&image, "os:1");
+    let faults = Faults::before(&bench.registry.address);
+    let spec = direct.replace(&bench.registry.address, &faults.address);
+
+    let small = Small::mount(&bench, "small", "3m");
+    let store = NodeStore::on_tmpfs(small.0.as_ref(), None).unwrap();
+    faults.served();
+    let told = attempt(&spec, &store).await.unwrap_err();
+    println!("{told}");
+    assert_eq!(told.kind, Kind::NoSpace, "{told}");
+    for words in ["that this machine lacks; none was fetched", "is untouched", "of 3 MiB are free", "more memory"] {
+        assert!(told.to_string().contains(words), "{words}: {told}");
+    }
+    let layout = format!("oci:{}", bench.path("layout").display());
+    let manifest: serde_json::Value = serde_json::from_str(&run("skopeo", &["inspect", "--raw", &layout])).unwrap();
+    let layers: Vec<&str> =
+        manifest["layers"].as_array().unwrap().iter().map(|l| l["digest"].as_str().unwrap()).collect();
+    let served = faults.served();
+    let fetched: Vec<_> = layers.iter().filter(|layer| served.iter().any(|served| served == *layer)).collect();
+    assert_eq!(fetched, [&layers[0]], "no more than the commit's own layer");
+
+    // Whatever the image's size: where the booted system has the objects, there is room.
+    let empty = Small::mount(&bench, "small-booted", "3m");
+    let booted = BootedRepo { path: bench.repo.path.clone(), commit: None };
+    let store = NodeStore::on_tmpfs(empty.0.as_ref(), Some(&booted)).unwrap();
+    let pulled = super::try_pull(&direct, &store, Some(&booted)).await.unwrap();
+    assert!(pulled.complete && pulled.objects_written == 0, "{pulled:?}");
+    // With more room it goes on.
+    run("mount", &["-o", "remount,size=64m", &small.0]);
+    assert!(attempt(&spec, &NodeStore::open(small.0.as_ref()).unwrap()).await.unwrap().complete);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_store_says_how_full() {
     let bench = Bench::new();
     let image = image(&bench, 1, 1);
     let spec = bench.push(&image, "os:1");
-    let root = bench.path("small");
-    fs::create_dir_all(&root).unwrap();
-    let root_path = root.to_str().unwrap();
-    run("mount", &["-t", "tmpfs", "-o", "size=3m", "tmpfs", root_path]);
-    struct Mounted<'a>(&'a str);
-    impl Drop for Mounted<'_> {
-        fn drop(&mut self) {
-            let _ = std::process::Command::new("umount").arg("--lazy").arg(self.0).status();
-        }
-    }
-    let _mounted = Mounted(root_path);
-    let store = NodeStore::on_tmpfs(&root, None).unwrap();
+    let small = Small::mount(&bench, "small", "3m");
+    let root_path = small.0.as_str();
+    let store = NodeStore::on_tmpfs(root_path.as_ref(), None).unwrap();
     let told = attempt(&spec, &store).await.unwrap_err();
     println!("{told}");
     assert_eq!(told.kind, Kind::NoSpace, "{told}");
