@@ -10,6 +10,7 @@ use crate::config::{ImageSource, Settings};
 use crate::image::{self, Class, Failure, ImageSettings, Kind, PullSpec, ResolvedImage, Source};
 use crate::import::{self, PullOptions, PulledImage};
 use crate::report::{LastError, Phase, State};
+use crate::stage::Refusal;
 use crate::store::{LockError, NodeStore};
 
 /// Pull spec to digest.
@@ -82,8 +83,8 @@ async fn store(
     context.tracker.begin(phase);
     let options = PullOptions { complete, ..PullOptions::default() };
     with_retry(context, phase, ticket, || async {
-        let (store, booted) = storage::open(&context.paths, &context.settings)
-            .map_err(|error| Failure::new(Kind::Local, format!("{error:#}")))?;
+        let (store, booted) =
+            storage::open(&context.paths, &context.settings).map_err(|error| cannot_open(image, &error))?;
         let source = Source::open(&image_settings(&context.settings)).await?;
         context.tracker.progress.reset();
         let progress = context.tracker.progress.clone();
@@ -94,6 +95,14 @@ async fn store(
         pulled
     })
     .await
+}
+
+fn cannot_open(image: &ResolvedImage, error: &anyhow::Error) -> Failure {
+    if error.is::<Refusal>() {
+        let message = format!("{}: {error}; nothing was fetched, and the running system is untouched", image.pinned);
+        return Failure::new(Kind::NoSpace, message);
+    }
+    Failure::new(Kind::Local, format!("{error:#}"))
 }
 
 /// On a disk that is full, everybody suffers: what was written for nothing goes at once.

@@ -54,7 +54,10 @@ fn blocking(paths: &Paths, pulled: PulledImage, settings: &Settings) -> Result<(
     refuse(stage::check_system(&mounts, usr, Path::new(ETC)))?;
     let mut warnings = stage::warnings(&mounts, usr);
 
-    let (store, _) = storage::open(paths, settings)?;
+    let (store, _) = storage::open(paths, settings).map_err(|error| match error.downcast::<Refusal>() {
+        Ok(refusal) => Error::Refused(Refusals(vec![refusal]).to_string()),
+        Err(error) => error.into(),
+    })?;
     let store_dir = store.root().to_owned();
     let repo = ostree::Repo::new_for_path(store.repo_path());
     repo.open(Cancellable::NONE).context("cannot open the node store; the running system is untouched")?;

@@ -8,6 +8,7 @@ use tracing::info;
 use super::{Paths, StagedRoot};
 use crate::config::Settings;
 use crate::mount::{self, Namespace};
+use crate::stage::{self, Memory};
 use crate::store::{self, BootedRepo, Kind, NodeStore, SystemRepo};
 
 /// The source that mount tables show for the node store's tmpfs.
@@ -16,7 +17,10 @@ const STORE_SOURCE: &str = "node-image-store";
 const LIVE_MARKER: &str = "/run/ostree-live";
 
 /// Opens the node store, making it where there is none, and the booted repo. The answer is the same for
-/// all of a boot, as long as the configuration is.
+/// all of a boot, as long as the configuration is; a RAM store's limit follows free memory.
+///
+/// # Errors
+/// [`stage::Refusal`] where there is no memory to store anything in; whatever keeps it from being opened.
 pub(super) fn open(paths: &Paths, settings: &Settings) -> anyhow::Result<(NodeStore, Option<BootedRepo>)> {
     let booted = BootedRepo::discover()?;
     let mounts = Namespace::init().mounts()?;
@@ -32,7 +36,10 @@ pub(super) fn open(paths: &Paths, settings: &Settings) -> anyhow::Result<(NodeSt
                 info!("the node store is in RAM: {why}");
             }
             let root = paths.store();
-            let limit = settings.ram_limit.bytes(total_memory()?);
+            let memory = Memory::now()?;
+            let used = mounts.iter().any(|mount| mount.target == root && mount.source == STORE_SOURCE);
+            let used = if used { mount::tmpfs_used(&root)?.used } else { 0 };
+            let limit = stage::store_limit(settings.ram_limit.bytes(memory.total), used, memory)?;
             mount::tmpfs(&Namespace::init(), &root, limit, STORE_SOURCE)?;
             NodeStore::on_tmpfs(&root, booted.as_ref())?
         }
@@ -69,28 +76,4 @@ fn look(repo: &Path, mounts: &[mount::Mount]) -> anyhow::Result<SystemRepo> {
         read_only: mount.super_options.as_encoded_bytes().split(|byte| *byte == b',').any(|option| option == b"ro"),
         path,
     })
-}
-
-/// The machine's memory in bytes.
-fn total_memory() -> anyhow::Result<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
-    mem_total(&text).context("/proc/meminfo has no MemTotal")
-}
-
-/// `MemTotal:` of proc_meminfo(5), which is in KiB, in bytes.
-fn mem_total(meminfo: &str) -> Option<u64> {
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
-    line.split_whitespace().next()?.parse::<u64>().ok()?.checked_mul(1024)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn meminfo() {
-        assert_eq!(mem_total("MemTotal:       24684084 kB\nMemFree: 1 kB\n"), Some(24_684_084 * 1024));
-        assert_eq!(mem_total("MemFree: 1 kB\n"), None);
-        assert_eq!(mem_total("MemTotal: lots kB\n"), None);
-    }
 }

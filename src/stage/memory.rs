@@ -12,6 +12,53 @@ use crate::report::human_bytes;
 /// side: a systemd that re-executes itself serialises some MiB, ldconfig and restorecon take some tens.
 pub const RESERVE: u64 = 64 << 20;
 
+/// How many bytes the RAM store may hold at most: `limit`, but no more than the `used` ones and what memory there is
+/// beyond [`RESERVE`]. A store that took that, too, would end in a refusal when it is staged, or in the kernel's
+/// killing somebody.
+///
+/// # Errors
+/// [`Refusal::TooLittle`] where that leaves nothing, before anything is fetched.
+pub fn store_limit(limit: u64, used: u64, memory: Memory) -> Result<u64, Refusal> {
+    // What is swapped out makes room, too.
+    let free = memory.available.saturating_add(memory.swap);
+    let need = Need { what: "memory".into(), parts: vec![("to refresh what runs", RESERVE)], free };
+    if free <= RESERVE {
+        return Err(Refusal::TooLittle { need });
+    }
+    Ok(limit.min(used.saturating_add(free - RESERVE)))
+}
+
+/// What the kernel says of the machine's memory, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Memory {
+    /// All of it.
+    pub total: u64,
+    /// What is free or can be freed.
+    pub available: u64,
+    /// What can still be swapped out.
+    pub swap: u64,
+}
+
+impl Memory {
+    /// Asks the kernel.
+    ///
+    /// # Errors
+    /// When /proc/meminfo cannot be read, or does not say.
+    pub fn now() -> Result<Self> {
+        let text = std::fs::read_to_string("/proc/meminfo").context("reading /proc/meminfo")?;
+        Self::parse(&text)
+    }
+
+    fn parse(meminfo: &str) -> Result<Self> {
+        let bytes = |key: &str| field(meminfo, key).with_context(|| format!("/proc/meminfo has no {key}"));
+        Ok(Self {
+            total: bytes("MemTotal")?,
+            available: bytes("MemAvailable")?,
+            swap: field(meminfo, "SwapFree").unwrap_or(0),
+        })
+    }
+}
+
 /// What is needed and what is free, in bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Need {
@@ -58,8 +105,7 @@ impl Free {
     /// When /proc or the file system cannot be asked.
     pub fn at(path: &Path) -> Result<Self> {
         const TMPFS_MAGIC: rustix::fs::FsWord = 0x0102_1994;
-        let text = std::fs::read_to_string("/proc/meminfo").context("reading /proc/meminfo")?;
-        let memory = available(&text).context("/proc/meminfo has no MemAvailable")?;
+        let memory = Memory::now()?.available;
         let asking = || format!("asking how much room {} has", path.display());
         let place = std::fs::File::open(path).with_context(asking)?;
         let stat = rustix::fs::fstatfs(place.as_fd()).with_context(asking)?;
@@ -85,9 +131,9 @@ impl Free {
     }
 }
 
-/// `MemAvailable:` of proc_meminfo(5), which is in KiB, in bytes.
-fn available(meminfo: &str) -> Option<u64> {
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+/// A field of proc_meminfo(5), which is in KiB, in bytes.
+fn field(meminfo: &str, key: &str) -> Option<u64> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?;
     line.split_whitespace().next()?.parse::<u64>().ok()?.checked_mul(1024)
 }
 
@@ -98,10 +144,30 @@ mod tests {
 
     #[test]
     fn meminfo() {
-        assert_eq!(available("MemTotal: 9 kB\nMemAvailable:   2048 kB\n"), Some(2 << 20));
-        assert_eq!(available("MemTotal: 9 kB\n"), None);
+        let text = "MemTotal: 9 kB\nMemFree: 1 kB\nMemAvailable:   2048 kB\n";
+        let memory = Memory::parse(text).unwrap();
+        assert_eq!(memory, Memory { total: 9 << 10, available: 2 << 20, swap: 0 });
+        assert_eq!(Memory::parse(&format!("{text}SwapFree: 3 kB\n")).unwrap().swap, 3 << 10);
+        assert!(Memory::parse("MemTotal: 9 kB\n").unwrap_err().to_string().contains("MemAvailable"));
+        assert!(Memory::parse("MemTotal: lots kB\nMemAvailable: 1 kB").is_err());
         let here = Free::at(Path::new("/proc/self")).unwrap();
         assert!(here.memory > 0 && !here.in_memory);
+    }
+
+    #[test]
+    fn the_store_leaves_what_the_refresh_takes() {
+        let memory = |available, swap| Memory { total: 1 << 30, available, swap };
+        assert_eq!(store_limit(600 << 20, 0, memory(900 << 20, 0)).unwrap(), 600 << 20, "the configured limit");
+        assert_eq!(store_limit(600 << 20, 0, memory(264 << 20, 0)).unwrap(), 200 << 20, "what there is");
+        assert_eq!(store_limit(600 << 20, 0, memory(264 << 20, 100 << 20)).unwrap(), 300 << 20, "with swap");
+        assert_eq!(store_limit(600 << 20, 150 << 20, memory(164 << 20, 0)).unwrap(), 250 << 20, "it holds some");
+        assert_eq!(store_limit(600 << 20, 599 << 20, memory(164 << 20, 0)).unwrap(), 600 << 20);
+        assert_eq!(store_limit(u64::MAX, u64::MAX, memory(u64::MAX, u64::MAX)).unwrap(), u64::MAX, "no overflow");
+        let refused = store_limit(600 << 20, 0, memory(RESERVE, 0)).unwrap_err().to_string();
+        assert!(
+            refused.starts_with("too little memory: 64.0 MiB are needed (64.0 MiB to refresh what runs)"),
+            "{refused}"
+        );
     }
 
     #[test]

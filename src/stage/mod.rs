@@ -26,7 +26,7 @@ pub use diff::{Checksum, DeltaOp, Directory, Hidden, Listing, Tree, diff};
 pub use elf::Machine;
 pub use keep::Keep;
 pub use labels::label_plan;
-pub use memory::{Free, Need};
+pub use memory::{Free, Memory, Need, store_limit};
 pub use packages::{DPKG_STATUS, Package, PackageChange, PackageChanges, Packages, dpkg, rpm};
 pub use preflight::{Refusal, Refusals, check_content, check_metadata, check_system, warnings};
 pub use trial::{TrialReport, check_runs};
