@@ -102,7 +102,7 @@ pub(super) async fn isolate(context: &Context) -> Result<(), Error> {
     let target = context.tracker.status().target.unwrap_or_else(|| context.settings.target.clone());
     let manager = Manager::connect().await?;
     manager.isolate(&target).await.with_context(|| {
-        format!("{target} was not isolated, everything before that is done; try systemctl isolate {target}")
+        format!("{target} was not isolated, everything before that is done; start node-image-finish.service again")
     })?;
     info!(target, "isolating");
     Ok(())

@@ -216,8 +216,11 @@ impl Agent {
             return Err(match record.step {
                 // What becomes of it is said by whoever rolls it back.
                 Step::Switching(_) => error,
-                Step::Switched(_) | Step::Refreshed(_) => {
+                Step::Switched(_) => {
                     error.context("/usr and /etc are switched: start node-image-overlay.service again, or run undo")
+                }
+                Step::Refreshed(_) => {
+                    error.context("the isolation is under way all the same; start node-image-finish.service again")
                 }
                 _ => error.context("the running system is untouched"),
             });

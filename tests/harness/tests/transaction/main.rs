@@ -18,6 +18,8 @@ use testbed::proc::{succeed, wait_for};
 use bed::{Bed, agent_with_failpoints, errno_words, told};
 
 const SOON: Duration = Duration::from_secs(60);
+/// What every act is made to fail with.
+const ERRORS: [&str; 2] = ["enospc", "eio"];
 
 #[test]
 fn what_is_shipped_has_no_failpoints() -> Result<()> {
@@ -132,47 +134,79 @@ fn killed_or_failing_at_every_act() -> Result<()> {
 
     guest.ask("systemctl stop node-image-pivotd.service; rm /run/node-image-pivot/state.json")?;
     // Each act fails, before the switch and in it: the system is as before. After it: all is switched.
-    for (number, point) in there.iter().enumerate() {
-        let action = ["enospc", "eio"][number % 2];
-        checks.check(&format!("{action}, switch: {point}"), || {
-            bed.arm(point, action)?;
-            let answer = guest.run("node-image-pivot run")?;
-            same(bed.acted()?, true)?;
-            told(&bed, &answer, action)?;
-            bed.consistent()?;
-            if bed.step()? == "idle" {
-                return bed.is_as_before(&before);
-            }
-            if answer.status != 0 {
-                contains(&answer.text, "/usr and /etc are switched")?;
-                bed.agent("run")?;
-            }
-            bed.is_switched(&after)?;
-            bed.agent("undo").map(drop)
-        });
+    for point in &there {
+        for action in ERRORS {
+            checks.check(&format!("{action}, switch: {point}"), || {
+                bed.arm(point, action)?;
+                let answer = guest.run("node-image-pivot run")?;
+                same(bed.acted()?, true)?;
+                told(&bed, &answer, action)?;
+                bed.consistent()?;
+                if bed.step()? == "idle" {
+                    return bed.is_as_before(&before);
+                }
+                if answer.status != 0 {
+                    contains(&answer.text, "/usr and /etc are switched")?;
+                    // The next error comes in the call that goes on.
+                    if action != ERRORS[1] {
+                        return Ok(());
+                    }
+                    bed.agent("run")?;
+                }
+                bed.is_switched(&after)?;
+                bed.agent("undo").map(drop)
+            });
+        }
     }
     checks.check("after all that: switched", || {
         guest.ask("rm -f /run/failpoints/armed")?;
         bed.agent("run")?;
         bed.is_switched(&after)
     });
-    for (number, point) in back.iter().enumerate() {
-        let action = ["eio", "enospc"][number % 2];
-        checks.check(&format!("{action}, undo: {point}"), || {
-            bed.arm(point, action)?;
-            let answer = guest.run("node-image-pivot undo")?;
-            same(bed.acted()?, true)?;
-            // At the end the record replaces one for which there is no room.
-            if point != "record staged" {
+    for point in &finish {
+        for action in ERRORS {
+            checks.check(&format!("{action}, finish: {point}"), || {
+                bed.arm(point, action)?;
+                let answer = guest.run("node-image-pivot finish")?;
+                same(bed.acted()?, true)?;
+                same(answer.status, 1)?;
                 contains(&answer.text, errno_words(action))?;
-            }
-            bed.consistent()?;
-            if answer.status != 0 {
-                bed.agent("undo")?;
-            }
-            bed.is_undone(&before)?;
-            bed.agent("run").map(drop)
-        });
+                contains(&answer.text, "node-image-finish.service")?;
+                same(bed.step()?, "refreshed".into())?;
+                bed.consistent()
+            });
+        }
+    }
+    checks.check("after all that: finished", || {
+        guest.ask("rm -f /run/failpoints/armed")?;
+        bed.agent("finish")?;
+        same(bed.step()?, "finished".into())?;
+        bed.is_switched(&after)
+    });
+    for point in &back {
+        for action in ERRORS {
+            checks.check(&format!("{action}, undo: {point}"), || {
+                if bed.step()? == "staged" {
+                    bed.agent("run")?;
+                }
+                bed.arm(point, action)?;
+                let answer = guest.run("node-image-pivot undo")?;
+                same(bed.acted()?, true)?;
+                // At the end the record replaces one for which there is no room.
+                if point != "record staged" {
+                    contains(&answer.text, errno_words(action))?;
+                }
+                bed.consistent()?;
+                if answer.status != 0 {
+                    // The next error comes in the call that goes on.
+                    if action != ERRORS[1] {
+                        return Ok(());
+                    }
+                    bed.agent("undo")?;
+                }
+                bed.is_undone(&before)
+            });
+        }
     }
     checks.check("after all that: undone", || {
         guest.ask("rm -f /run/failpoints/armed")?;
@@ -201,8 +235,35 @@ fn no_room() -> Result<()> {
         let used = format!("$(df --output=used -k {place} | tail -n 1)");
         guest.ask(&format!("mount -o remount,size=$(({used} + {kib}))k {place}"))
     };
-    bed.agent("pull")?;
+    // What the machine has is not ours to take away, but what the agent reads about it is.
+    let memory = |available_mib: u64| {
+        guest.ask(&format!(
+            "sed -E 's/^(MemAvailable|SwapFree):.*/\\1: 0 kB/; s/^MemAvailable:.*/MemAvailable: {} kB/' \
+             </proc/meminfo >/run/meminfo && mount --bind /run/meminfo /proc/meminfo",
+            available_mib << 10
+        ))
+    };
     let before = bed.etc()?;
+    checks.check("too little memory: refused, with numbers, before anything is fetched", || {
+        memory(64)?;
+        let answer = guest.run("node-image-pivot run")?;
+        guest.ask("umount /proc/meminfo")?;
+        same(answer.status, 11)?;
+        contains(&answer.text, "too little memory: 64.0 MiB are needed (64.0 MiB to refresh what runs)")?;
+        contains(&answer.text, "nothing was fetched, and the running system is untouched")?;
+        same(guest.status()?["progress"]["bytes_fetched"].as_u64(), Some(0))?;
+        guest.ask("test ! -e /run/node-image-pivot/store")?;
+        bed.is_as_before(&before)
+    });
+    checks.check("too little memory for the image: the store leaves what the refresh takes", || {
+        memory(72)?;
+        let answer = guest.run("node-image-pivot run")?;
+        guest.ask("umount /proc/meminfo")?;
+        same(answer.status, 11)?;
+        contains(&answer.text, "of 8 MiB are free")?;
+        bed.is_as_before(&before)
+    });
+    bed.agent("pull")?;
     checks.check("/etc has no room: refused, with numbers, nothing happened", || {
         leave("/run/small", 8)?;
         let answer = guest.run("node-image-pivot run")?;
