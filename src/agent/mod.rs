@@ -7,6 +7,7 @@
 
 mod after;
 mod complete;
+mod deadline;
 mod error;
 mod fetch;
 mod paths;
@@ -209,10 +210,19 @@ impl Agent {
             record.undone = None;
             // From before the first act: what cuts the network may be part of the switch.
             record.probation = length.map(Probation::begin);
+            if let Some(probation) = record.probation
+                && let Err(error) = deadline::arm(probation).await
+            {
+                *record = before;
+                return Err(Error::from(error).context("the running system is untouched"));
+            }
         }
         record.step = next;
         if let Err(error) = self.save(record) {
             *record = before;
+            if record.probation.is_none() {
+                deadline::disarm().await;
+            }
             return Err(match record.step {
                 // What becomes of it is said by whoever rolls it back.
                 Step::Switching(_) => error,

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use tracing::{info, warn};
 
-use super::{Agent, Error, Goal, Probation, Record, StagedRoot, Step, Undo, probation, switch};
+use super::{Agent, Error, Goal, Probation, Record, StagedRoot, Step, Undo, deadline, probation, switch};
 use crate::report::{Phase, State};
 
 /// Says, as long as it lives, that whoever holds the record undoes.
@@ -51,6 +51,7 @@ impl Agent {
             self.undo_locked(&mut record).await.map(drop)
         } else if over {
             record.probation = None;
+            deadline::disarm().await;
             self.save(&mut record)
         } else {
             Ok(())
@@ -92,6 +93,7 @@ impl Agent {
         }
         record.undone = Some(undone.kept.clone());
         self.untouched(record, undo.staged)?;
+        deadline::disarm().await;
         info!("undone: /usr and /etc are as they were");
         Ok(undone.kept)
     }
@@ -119,8 +121,9 @@ impl Agent {
             let failed = undone.failed.join("; ");
             return Error::Internal(anyhow::anyhow!("{error}; rolling back is not complete, run undo: {failed}"));
         }
-        if let Err(trouble) = self.untouched(record, staged) {
-            warn!("{trouble}");
+        match self.untouched(record, staged) {
+            Ok(()) => deadline::disarm().await,
+            Err(trouble) => warn!("{trouble}"),
         }
         error.context("rolled back: /usr and /etc are as they were")
     }
@@ -143,14 +146,20 @@ impl Agent {
     /// Ends the probation: the switch stays. Returns a line for a person. Called again, it does nothing.
     ///
     /// # Errors
-    /// [`Error::Refused`] when nothing is on probation, or a phase is under way.
-    pub fn keep(&self) -> Result<Vec<String>, Error> {
+    /// [`Error::Refused`] when nothing is on probation, its time is over, or a phase is under way.
+    pub async fn keep(&self) -> Result<Vec<String>, Error> {
         let Ok(mut record) = self.record.try_lock() else {
             return Err(Error::Refused("a phase is under way: keep the switch when it has ended".into()));
         };
         let switched = matches!(record.step, Step::Switched(_) | Step::Refreshed(_) | Step::Finished(_));
         match record.probation {
-            Some(probation) if switched && probation.kept => Ok(vec!["kept already".into()]),
+            Some(probation) if switched && probation.kept => {
+                deadline::disarm().await;
+                Ok(vec!["kept already".into()])
+            }
+            Some(probation) if switched && probation.left().is_some_and(|left| left.is_zero()) => {
+                Err(Error::Refused("the time of the probation is over: the switch is being undone".into()))
+            }
             Some(probation) if switched => {
                 let before = record.clone();
                 record.probation = Some(Probation { kept: true, ..probation });
@@ -158,6 +167,7 @@ impl Agent {
                     *record = before;
                     return Err(error);
                 }
+                deadline::disarm().await;
                 info!("the switch is kept");
                 Ok(vec!["kept: the switch stays".into()])
             }
@@ -173,8 +183,18 @@ impl Agent {
             if let Err(error) = agent.resume().await {
                 warn!("what was interrupted is not finished: {error}");
             }
+            agent.disarm_if_over().await;
             probation::watch(agent).await;
         });
+    }
+
+    /// Takes a left-over timer away. One that brought us back to finish an undo stays until that is done.
+    async fn disarm_if_over(&self) {
+        let record = self.record.lock().await;
+        let kept = record.probation.is_none_or(|probation| probation.kept);
+        if kept && !matches!(record.step, Step::Undoing(_)) {
+            deadline::disarm().await;
+        }
     }
 
     async fn resume(&self) -> Result<(), Error> {

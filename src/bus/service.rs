@@ -96,8 +96,8 @@ impl Pivot {
     }
 
     /// Ends the probation: the switch stays. Answers a line.
-    fn keep(&self) -> Result<Vec<String>, MethodError> {
-        Ok(self.agent.keep()?)
+    async fn keep(&self) -> Result<Vec<String>, MethodError> {
+        Ok(self.agent.keep().await?)
     }
 
     /// Puts `/usr` and `/etc` back; returns what stays on purpose.

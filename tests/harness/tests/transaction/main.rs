@@ -400,18 +400,51 @@ fn a_try_is_undone_unless_it_is_kept() -> Result<()> {
         same(guest.status()?["undo_unix"].as_u64(), None)?;
         bed.is_as_before(&before)
     });
-    checks.check("the agent is dead when the time is over: its next start undoes it", || {
+    checks.check("the agent is dead when the time is over, and nobody starts it: it is undone all the same", || {
         bed.agent("run --try 8s")?;
-        guest.ask("systemctl kill -s KILL node-image-pivotd.service; sleep 9")?;
+        same(timers(guest)?, "1".into())?;
+        // Restart= is no here. One that died too often is not started by systemd any more.
+        guest.ask(
+            "printf '[Unit]\\nStartLimitIntervalSec=1h\\nStartLimitBurst=1\\n' \
+             >/run/systemd/system/node-image-pivotd.service.d/limit.conf; systemctl daemon-reload
+             systemctl kill -s KILL node-image-pivotd.service; sleep 1
+             systemctl start node-image-pivotd.service; systemctl kill -s KILL node-image-pivotd.service; sleep 1
+             ! systemctl start node-image-pivotd.service",
+        )?;
         same(guest.ask("base-tool")?, "base-tool 2.0".into())?;
-        guest.ask("systemctl start node-image-pivotd.service")?;
-        wait_for("the undo", SOON, || Ok(guest.status()?["state"] == "pulled"))?;
+        let dead = guest.unit("node-image-pivotd.service", "ActiveState")?;
+        same(dead, "failed".into())?;
+        wait_for("the undo", SOON, || Ok(guest.ask("base-tool")? == "base-tool 1.0"))?;
+        wait_for("the undo's end", SOON, || Ok(bed.step()? == "staged"))?;
+        wait_for("the timer's end", SOON, || Ok(timers(guest)? == "0"))?;
         bed.is_as_before(&before)
     });
+    checks.check("killed in that undo, too: the timer brings it back once more", || {
+        guest.ask("rm /run/systemd/system/node-image-pivotd.service.d/limit.conf; systemctl daemon-reload")?;
+        bed.agent("run --try 8s")?;
+        bed.arm("etc-take-back", "kill")?;
+        wait_for("the death of the agent", SOON, || bed.acted())?;
+        wait_for("the undo", 2 * SOON, || Ok(bed.step()? == "staged"))?;
+        wait_for("the timer's end", SOON, || Ok(timers(guest)? == "0"))?;
+        bed.is_as_before(&before)
+    });
+    for point in ["write node-image-pivot-try.service", "systemd StartUnit"] {
+        checks.check(&format!("no timer, no try: {point}"), || {
+            bed.arm(point, "enospc")?;
+            let answer = guest.run("node-image-pivot run --try 10m")?;
+            same(bed.acted()?, true)?;
+            same(answer.status, 1)?;
+            contains(&answer.text, "cannot see to it that the switch is undone in time")?;
+            contains(&answer.text, "the running system is untouched")?;
+            same(timers(guest)?, "0".into())?;
+            bed.is_as_before(&before)
+        });
+    }
     checks.check("kept, twice: it stays, also after a restart of the agent", || {
         bed.agent("run --try 10s")?;
         contains(&bed.agent("keep")?, "the switch stays")?;
         contains(&bed.agent("keep")?, "kept already")?;
+        same(timers(guest)?, "0".into())?;
         guest.ask("systemctl restart node-image-pivotd.service; sleep 11")?;
         same(guest.ask("base-tool")?, "base-tool 2.0".into())?;
         same(guest.status()?["undo_unix"].as_u64(), None)
@@ -428,6 +461,13 @@ fn a_try_is_undone_unless_it_is_kept() -> Result<()> {
         same(guest.run("node-image-pivot run --try soon")?.status, 2)
     });
     checks.finish()
+}
+
+/// How many timers wait for the end of a probation, files and units.
+fn timers(guest: &dyn Guest) -> Result<String> {
+    let loaded = guest.ask("systemctl list-timers --all --no-legend 'node-image-pivot-try-*' | wc -l")?;
+    same(guest.ask("ls /run/systemd/system | grep -c 'node-image-pivot-try-.*timer' || true")?, loaded.clone())?;
+    Ok(loaded)
 }
 
 /// What somebody changed after the switch stays and is named; all that fails is named; undo twice answers alike.

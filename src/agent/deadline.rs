@@ -1,0 +1,131 @@
+//! What brings the agent back at the end of a probation, should it be dead by then: a timer of systemd's.
+//!
+//! The timer undoes nothing. It starts the agent, and again every half minute, until the agent takes the timer
+//! away; whether there is something to undo is in the agent's record. So a timer that was left over does no
+//! harm, and one that comes a moment after `keep` does none either.
+//!
+//! Its files are below `/run`, which neither the new `/usr` nor a reload touches.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use tracing::warn;
+
+use super::Probation;
+use crate::dirfd::Directory;
+use crate::units::Manager;
+
+/// Where the files are; systemd.unit(5).
+const UNITS: &str = "/run/systemd/system";
+const SERVICE: &str = "node-image-pivot-try.service";
+/// Each timer has its own name: systemd would not look at the file of one that it still knows.
+const TIMER: (&str, &str) = ("node-image-pivot-try-", ".timer");
+/// A hundred years in seconds: systemd counts microseconds.
+const LONGEST: u64 = 100 * 365 * 86400;
+/// How long a job of systemd's may take.
+const JOB: Duration = Duration::from_secs(30);
+
+/// An agent that died too often is not started by systemd until that is forgotten.
+const SERVICE_FILE: &str = "[Unit]
+Description=Bring Back the Agent of a Switch on Probation
+Documentation=man:node-image-pivot(1)
+IgnoreOnIsolate=yes
+
+[Service]
+Type=oneshot
+ExecStart=-/usr/bin/systemctl reset-failed node-image-pivotd.service
+ExecStart=/usr/bin/systemctl start node-image-pivotd.service
+TimeoutStartSec=90s
+";
+
+fn timer_name(probation: Probation) -> String {
+    format!("{}{}{}", TIMER.0, probation.until_boottime_ms, TIMER.1)
+}
+
+fn is_timer(name: &str) -> bool {
+    name.starts_with(TIMER.0) && name.ends_with(TIMER.1)
+}
+
+/// `left`: how long from the timer's start on, rounded up to seconds.
+fn timer_file(left: Duration) -> String {
+    let seconds = left.as_secs().saturating_add(u64::from(left.subsec_nanos() > 0)).min(LONGEST);
+    format!(
+        "[Unit]
+Description=End of a Switch on Probation
+Documentation=man:node-image-pivot(1)
+IgnoreOnIsolate=yes
+
+[Timer]
+OnActiveSec={seconds}s
+OnUnitInactiveSec=30s
+AccuracySec=1s
+Unit={SERVICE}
+"
+    )
+}
+
+/// Starts the timer for `probation`.
+///
+/// # Errors
+/// Its files cannot be written, or systemd does not start it. No timer runs then.
+pub(super) async fn arm(probation: Probation) -> anyhow::Result<()> {
+    let Some(left) = probation.left() else { return Ok(()) };
+    let name = timer_name(probation);
+    let start = async {
+        let dir = Directory::ensure(Path::new(UNITS))?;
+        dir.write_atomic(SERVICE, 0o644, SERVICE_FILE.as_bytes())
+            .with_context(|| format!("cannot write {UNITS}/{SERVICE}"))?;
+        dir.write_atomic(&name, 0o644, timer_file(left).as_bytes())
+            .with_context(|| format!("cannot write {UNITS}/{name}"))?;
+        Manager::connect().await?.start(&name, JOB).await
+    };
+    let started = start.await.context("cannot see to it that the switch is undone in time");
+    if started.is_err() {
+        disarm().await;
+    }
+    started
+}
+
+/// Stops every such timer and removes the files. What fails is left over, which does no harm.
+pub(super) async fn disarm() {
+    if let Err(error) = try_disarm().await {
+        warn!("a timer of the probation is left over; it does no harm: {error:#}");
+    }
+}
+
+async fn try_disarm() -> anyhow::Result<()> {
+    let names: Vec<String> = match std::fs::read_dir(UNITS) {
+        Ok(entries) => entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect(),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error).with_context(|| format!("cannot list {UNITS}")),
+    };
+    let dir = Directory::ensure(Path::new(UNITS))?;
+    for name in names.iter().filter(|name| is_timer(name)) {
+        Manager::connect().await?.stop(name, JOB).await?;
+        dir.remove_all(name).with_context(|| format!("cannot remove {UNITS}/{name}"))?;
+    }
+    if names.iter().any(|name| name == SERVICE) {
+        dir.remove_all(SERVICE).with_context(|| format!("cannot remove {UNITS}/{SERVICE}"))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_and_times() {
+        let name = timer_name(Probation { until_boottime_ms: 4711, kept: false });
+        assert_eq!(name, "node-image-pivot-try-4711.timer");
+        assert!(is_timer(&name));
+        for other in [SERVICE, "node-image-pivot.target", "node-image-pivot-try-4711.service", "try.timer"] {
+            assert!(!is_timer(other), "{other}");
+        }
+        // Never before the deadline: whoever comes then would find nothing to undo.
+        assert!(timer_file(Duration::from_millis(8001)).contains("OnActiveSec=9s\n"));
+        assert!(timer_file(Duration::from_secs(8)).contains("OnActiveSec=8s\n"));
+        assert!(timer_file(Duration::MAX).contains(&format!("OnActiveSec={LONGEST}s\n")));
+    }
+}
