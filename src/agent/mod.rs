@@ -34,6 +34,7 @@ use crate::config::{Mode, Settings};
 use crate::dirfd::Directory;
 use crate::report::{LastError, State, Tracker};
 use crate::store::{LockError, StoreLock};
+use crate::units::Manager;
 
 pub use error::Error;
 pub use paths::Paths;
@@ -41,6 +42,9 @@ pub use plan::{EtcPlan, MemoryPlan, PlanDocument, SwitchPlan};
 pub use probation::Probation;
 pub use record::{Record, StagedRoot, Step, Switched, Undo};
 pub use ticket::{Ticket, Tickets};
+
+/// Where the generator sends a boot.
+const PIVOT_TARGET: &str = "node-image-pivot.target";
 
 /// How far to go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -76,20 +80,20 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Takes up what an earlier run left under `paths`, or begins anew.
+    /// Takes up what an earlier run left under `paths`, or begins anew. `bootstrap`: this boot goes to the pivot
+    /// target, see [`is_bootstrap`].
     ///
     /// # Errors
     /// Another agent runs, or there is a record that cannot be read. Nothing was touched.
-    pub fn open(paths: Paths) -> anyhow::Result<Arc<Self>> {
+    pub fn open(paths: Paths, bootstrap: bool) -> anyhow::Result<Arc<Self>> {
         Directory::ensure(paths.run()).with_context(|| format!("cannot use {}", paths.run().display()))?;
         let lock = StoreLock::try_acquire(&paths.lock()).map_err(|error| match error {
             LockError::Held { path, holder } => anyhow!("another agent runs, {holder}; it holds {path}"),
             other => other.into(),
         })?;
         let mut record = Record::load(&paths)?;
-        // Only the generator sets it, in a drop-in that goes with the first reload after the switch:
-        // the record keeps what it says.
-        record.bootstrap |= std::env::var_os(TARGET_VARIABLE).is_some();
+        // The generator's drop-in goes with the first reload after the switch: the record keeps what it says.
+        record.bootstrap |= bootstrap;
         record.rest();
         record.status.undo_unix = record.probation.and_then(undo_unix);
         // The configuration is read anew at each call; here it only fills in what status shows. What
@@ -339,6 +343,20 @@ impl Agent {
         self.tracker.update(|status| status.undo_unix = undo_unix);
         record.status = self.tracker.status();
     }
+}
+
+/// Whether the generator redirected this boot. Its variable alone does not say so: whoever configures an image on a
+/// system that has long booted, and then lets systemd reload, makes the generator set it, too. There nothing may
+/// be isolated, as the pivot target is not what the machine goes to.
+pub async fn is_bootstrap() -> bool {
+    if std::env::var_os(TARGET_VARIABLE).is_none() {
+        return false;
+    }
+    let asked = async { Manager::connect().await?.is_up_or_coming(PIVOT_TARGET).await };
+    asked.await.unwrap_or_else(|error| {
+        warn!("cannot tell whether this boot goes to {PIVOT_TARGET}, taken for granted: {error:#}");
+        true
+    })
 }
 
 /// When the probation ends, in seconds since the epoch; `None` for a switch that is kept.

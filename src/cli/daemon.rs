@@ -8,14 +8,14 @@ use tracing_subscriber::util::SubscriberInitExt;
 
 use super::Exit;
 use super::drive::unix_now;
-use crate::agent::{Agent, Paths};
+use crate::agent::{self, Agent, Paths};
 use crate::bus;
 use crate::report;
 
 pub(super) async fn daemon(paths: Paths) -> Result<Exit> {
     log();
     let socket = paths.socket();
-    let agent = Agent::open(paths)?;
+    let agent = Agent::open(paths, agent::is_bootstrap().await)?;
     bus::serve(agent.clone(), &socket).await?;
     agent.attend();
     let mut terminate = signal(SignalKind::terminate())?;

@@ -204,10 +204,21 @@ impl Manager {
         }
     }
 
+    /// Whether `unit` is active, or has a job (the only one that a target gets while what it wants starts is its own
+    /// start).
+    pub async fn is_up_or_coming(&self, unit: &str) -> Result<bool> {
+        let rows = self.rows().await?;
+        Ok(rows.iter().any(|row| row.0 == unit && (row.3 == "active" || row.7 != 0)))
+    }
+
+    async fn rows(&self) -> Result<Vec<UnitRow>> {
+        let reply = self.call("ListUnits", &()).await?;
+        reply.body().deserialize().context("the unit list of systemd")
+    }
+
     /// All loaded units.
     pub async fn list(&self) -> Result<Vec<Unit>> {
-        let reply = self.call("ListUnits", &()).await?;
-        let rows: Vec<UnitRow> = reply.body().deserialize().context("the unit list of systemd")?;
+        let rows = self.rows().await?;
         Ok(rows.into_iter().map(|row| Unit { name: row.0, active: row.3, path: row.6 }).collect())
     }
 

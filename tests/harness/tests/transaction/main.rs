@@ -522,9 +522,17 @@ fn a_second_agent_says_who_holds_the_lock() -> Result<()> {
         contains(&answer.text, &format!("pid {pid}"))?;
         same(guest.unit("node-image-pivotd.service", "MainPID")?, pid)
     });
-    checks.check("two callers at once: both succeed, one switch", || {
-        guest.ask("node-image-pivot run & first=$!; node-image-pivot run && wait $first")?;
-        same(guest.ask("grep -c ' /usr .* node-image ' /proc/self/mountinfo")?, "1".into())
+    checks.check("two callers at once: both succeed, one switch; nothing is isolated, reload or not", || {
+        // A reload makes the generator redirect: the image is configured by now.
+        guest.ask(
+            "systemctl daemon-reload; systemctl restart node-image-pivotd.service
+             systemctl show -p Environment node-image-pivotd.service | grep -q NODE_IMAGE_PIVOT_TARGET
+             systemd-run -q --unit=installer sleep infinity
+             node-image-pivot run & first=$!; node-image-pivot run && wait $first",
+        )?;
+        same(guest.ask("grep -c ' /usr .* node-image ' /proc/self/mountinfo")?, "1".into())?;
+        same(guest.unit("installer.service", "ActiveState")?, "active".into())?;
+        same(bed.step()?, "refreshed".into())
     });
     checks.finish()
 }
