@@ -156,8 +156,14 @@ async fn undo_units(actions: &[Action], kept: &mut Vec<String>) -> anyhow::Resul
     for action in actions {
         match action.class {
             Class::None => {}
-            // How it ended concerns nobody any more, and nobody could start it to make that good.
-            Class::Stop => manager.reset_failed(&action.unit).await?,
+            // Once more, for what could not be stopped before. How it ended concerns nobody any more, and nobody
+            // could start it to make that good.
+            Class::Stop => {
+                if let Err(error) = manager.stop(&action.unit, RESTART).await {
+                    kept.push(format!("{} was not stopped: {error:#}", action.unit));
+                }
+                manager.reset_failed(&action.unit).await?;
+            }
             Class::Restart => {
                 if let Err(error) = manager.try_restart(&action.unit, RESTART).await {
                     kept.push(format!("{error:#}"));

@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use super::name::Bytes;
 use super::place::{Outcome, Place, Source, copy};
 use super::plan::{Change, Class, Origin, Plan};
-use super::record::{Prior, Record};
+use super::record::{Prior, Record, sweep};
 use super::report::{NotDone, Report, UndoReport};
 use super::snapshot::{Content, Leaf};
 use crate::failpoint::{self, Point};
@@ -206,7 +206,10 @@ fn save_one_aside(
 /// and the record then stays, for another attempt.
 pub fn undo(undo_dir: &Path, etc_dir: BorrowedFd<'_>) -> Result<UndoReport> {
     let mut report = UndoReport::default();
-    let Some(record) = Record::load(undo_dir)? else { return Ok(report) };
+    let Some(record) = Record::load(undo_dir)? else {
+        sweep(undo_dir)?;
+        return Ok(report);
+    };
     for (number, prior) in record.begun.iter().rev() {
         let change = record.plan.changes.get(*number).context("the undo record names an act that the plan lacks")?;
         match take_back(&record, *number, change, prior, etc_dir) {

@@ -144,7 +144,16 @@ impl Record {
         let removing = || format!("removing the undo record {}", self.directory.display());
         failpoint::hit(Point::EtcForget, "").with_context(removing)?;
         std::fs::remove_file(self.directory.join(PLAN)).with_context(removing)?;
-        failpoint::hit(Point::EtcForgotten, "").with_context(removing)?;
-        std::fs::remove_dir_all(&self.directory).with_context(removing)
+        sweep(&self.directory)
     }
+}
+
+/// Removes what is left of a record that has ended: copies of files that not everybody may read.
+pub fn sweep(directory: &Path) -> Result<()> {
+    if directory.symlink_metadata().is_err() {
+        return Ok(());
+    }
+    failpoint::hit(Point::EtcForgotten, "")
+        .and_then(|()| std::fs::remove_dir_all(directory))
+        .with_context(|| format!("removing the undo record {}", directory.display()))
 }
