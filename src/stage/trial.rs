@@ -1,6 +1,7 @@
 //! The trial run: programs of the new tree, with the merged `/etc`, before anybody depends on them.
 
 use std::os::fd::BorrowedFd;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -18,6 +19,17 @@ const PROGRAMS: [&[&str]; 3] =
 
 /// A system with another C library than glibc has no such program.
 const OPTIONAL: &str = "/usr/sbin/ldconfig";
+
+/// Said where it is known.
+const NEWER_CPU: &str = ": it is built for a newer CPU than this machine's";
+
+/// Whether a program ended because the CPU is too old: glibc's loader says so of what is marked as such
+/// (`GNU_PROPERTY_X86_ISA_1_NEEDED`, also a C library's own), and what is not marked ends at the first instruction
+/// that the CPU does not know.
+fn needs_newer_cpu(words: &str, signal: Option<i32>) -> bool {
+    ["CPU ISA level is lower than required", "CPU does not support x86-64-v"].iter().any(|says| words.contains(says))
+        || signal == Some(nix::libc::SIGILL)
+}
 
 /// How long a program of the trial run may take. Generous: an emulated machine is slow.
 const TIME: Duration = Duration::from_secs(60);
@@ -63,9 +75,24 @@ fn try_program(trial: &Trial, argv: &[&str]) -> Option<Refusal> {
     match trial.run(argv, TIME) {
         Ok(ended) if ended.status.success() => None,
         Ok(ended) => {
-            let words = ended.stderr.trim().lines().last().unwrap_or_default().to_owned();
-            Some(Refusal::Trial(format!("trial run of {}: {}: {words}", argv.join(" "), ended.status)))
+            let words = ended.stderr.trim().lines().last().unwrap_or_default();
+            let cpu = if needs_newer_cpu(words, ended.status.signal()) { NEWER_CPU } else { "" };
+            Some(Refusal::Trial(format!("trial run of {}: {}: {words}{cpu}", argv.join(" "), ended.status)))
         }
         Err(error) => Some(Refusal::Trial(format!("{error:#}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_an_old_cpu_looks_like() {
+        assert!(needs_newer_cpu("/usr/bin/true: CPU ISA level is lower than required", None));
+        assert!(needs_newer_cpu("Fatal glibc error: CPU does not support x86-64-v3", None));
+        assert!(needs_newer_cpu("", Some(4)));
+        assert!(!needs_newer_cpu("error while loading shared libraries: libc.so.6", None));
+        assert!(!needs_newer_cpu("", Some(11)));
     }
 }

@@ -12,10 +12,17 @@ bad_images() {
         recipe bad-images.sh BED="$BED" ORACLE="$CACHE/oracle/release/oracle"
 }
 
+# The base system itself, but for a program that needs a newer CPU: little to store for whoever runs the base system.
+newer_cpu() {
+    local base
+    base=$(tree_base12)
+    stage tree-newer-cpu "$(key "$BED/newer-cpu.sh" "=$base")" recipe newer-cpu.sh FROM="$base" NAME=newer-cpu
+}
+
 # registry: prints a directory with storage/ (for docker-registry's filesystem driver) and images.json.
 registry() {
     oracle >/dev/null
-    local parts a b bad
+    local parts a b bad newer
     # Compressing is one core's work per image: both at once.
     image node-a "$(tree_node_a)" >/dev/null &
     a=$!
@@ -25,7 +32,8 @@ registry() {
     a=$(image node-a "$(tree_node_a)")
     b=$(image node-b "$(tree_node_b)")
     bad=$(bad_images)
-    parts=("$a" "$b" "$bad")
+    newer=$(image newer-cpu "$(newer_cpu)")
+    parts=("$a" "$b" "$bad" "$newer")
     stage registry "$(key "${parts[@]/#/=}" =1)" merge_storages "${parts[@]}"
 }
 # Storages are addressed by content below and by name above: hardlinking them into one directory merges them.

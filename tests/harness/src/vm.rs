@@ -19,6 +19,9 @@ use crate::proc::{bound, end, free_port, log_to, succeed, wait_for};
 /// How the emulator's network calls the host.
 pub const HOST: &str = "10.0.2.2";
 
+/// The oldest CPU of its kind.
+pub const CPU: &str = "qemu64";
+
 /// What to boot.
 pub struct Setup<'a> {
     /// Name of its folder.
@@ -32,6 +35,8 @@ pub struct Setup<'a> {
     pub kargs: &'a [&'a str],
     /// Memory.
     pub memory_mib: u32,
+    /// Its CPU, as the emulator calls it; [`CPU`] boots quickest.
+    pub cpu: &'a str,
     /// It is killed after this, whatever happens.
     pub limit: Duration,
 }
@@ -87,8 +92,11 @@ impl Vm {
         let socket = sockets.join("console");
         let port = free_port()?;
         let mut qemu = bound(&images.qemu);
-        qemu.args("-M pc -accel tcg,thread=multi,tb-size=512 -cpu qemu64 -smp 2 -nodefaults -no-user-config -display none -no-reboot".split(' '));
-        qemu.args(["-m", &setup.memory_mib.to_string(), "-append", &append]);
+        qemu.args(
+            "-M pc -accel tcg,thread=multi,tb-size=512 -smp 2 -nodefaults -no-user-config -display none -no-reboot"
+                .split(' '),
+        );
+        qemu.args(["-cpu", setup.cpu, "-m", &setup.memory_mib.to_string(), "-append", &append]);
         qemu.arg("-kernel").arg(setup.boot.join("vmlinuz")).arg("-initrd").arg(&initrd);
         let (disk, options) = match setup.disk {
             // What reached the emulator survives it: its end is a power cut for the guest's own caches only.

@@ -44,7 +44,7 @@ fn an_installed_system_pivots_and_stays_one() -> Result<()> {
     let start = |kargs: &str| {
         let limit = Duration::from_secs(700);
         let (boot, disk, kargs) = (installed.as_path(), Some(disk.as_path()), [kargs.trim()]);
-        let setup = vm::Setup { name: "vm-disk", boot, disk, kargs: &kargs, memory_mib: 2048, limit };
+        let setup = vm::Setup { name: "vm-disk", boot, disk, kargs: &kargs, memory_mib: 2048, cpu: vm::CPU, limit };
         Vm::start(images, &setup, |files| node_files(files, &expected.image.by_digest(), vm::HOST, registry.port))
     };
     let kargs = std::fs::read_to_string(installed.join("kargs"))?;

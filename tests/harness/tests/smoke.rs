@@ -65,6 +65,7 @@ fn vm_boots() -> Result<()> {
         disk: None,
         kargs: &["node-image-pivot=off"],
         memory_mib: 3072,
+        cpu: vm::CPU,
         limit: Duration::from_secs(240),
     };
     let guest = Vm::start(images, &setup, |files| {

@@ -16,7 +16,8 @@ const BOOT: Duration = Duration::from_secs(180);
 const PIVOT: Duration = Duration::from_secs(420);
 
 fn setup<'a>(name: &'a str, images: &'a Images) -> vm::Setup<'a> {
-    vm::Setup { name, boot: &images.boot, disk: None, kargs: &[], memory_mib: 3072, limit: Duration::from_secs(900) }
+    let limit = Duration::from_secs(900);
+    vm::Setup { name, boot: &images.boot, disk: None, kargs: &[], memory_mib: 3072, cpu: vm::CPU, limit }
 }
 
 /// Debian 13 over Debian 12; the registry is down at first.
@@ -69,7 +70,8 @@ fn checks_note() -> Checks {
     Checks::new("progress")
 }
 
-/// The same release with packages newer, added and removed; by tag.
+/// The same release with packages newer, added and removed; by tag. Configured at first is an image that needs another
+/// CPU.
 #[test]
 fn same_release_other_packages() -> Result<()> {
     let images = Images::ensure()?;
@@ -77,28 +79,63 @@ fn same_release_other_packages() -> Result<()> {
     let mut checks = Checks::new("machine: Debian 12 becomes node image b (Debian 12, other packages)");
     let registry = Registry::start(&images.storage, &work_dir("vm-b-registry")?, None, None)?;
     let guest = Vm::start(images, &setup("vm-b", images), |files| {
-        node_files(files, &expected.image.by_tag(), vm::HOST, registry.port)
+        node_files(files, &images.image("newer-cpu")?.by_digest(), vm::HOST, registry.port)
     })?;
     if !checks.check("ssh answers", || guest.wait_ssh(BOOT)) {
         return checks.finish();
     }
     let before = Before::of(&guest)?;
+    checks.check("an image for a newer CPU is refused, with the reason", || {
+        wait_for("the refusal", PIVOT, || Ok(guest.unit("node-image-pull.service", "ActiveState")? == "failed"))?;
+        let status = guest.status()?;
+        same(status["error"]["class"].as_str(), Some("refused"))?;
+        let message = status["error"]["message"].as_str().unwrap_or_default();
+        println!("       {message}");
+        contains(message, "trial run of /usr/bin/true")?;
+        contains(message, "built for a newer CPU than this machine's")
+    });
+    checks.check("refused: nothing changed, and the machine can be reached", || {
+        same(guest.ask("base-tool")?, "base-tool 1.0".into())?;
+        same(guest.run("grep -c ' /usr .* node-image ' /proc/self/mountinfo")?.text.trim().into(), "0".to_owned())?;
+        guest.ask("/usr/bin/true; test ! -e /run/node-image-pivot/pivoted; test -e /etc/base-legacy.conf")?;
+        same(guest.login("base-tool")?.text.trim().into(), "base-tool 1.0".to_string())
+    });
+    checks.check("with another image configured, the unit that waited is started again", || {
+        let image = expected.image.by_tag();
+        guest.ask(&format!(
+            "echo 'image = \"{image}\"' >/etc/node-image-pivot.conf.d/50-testbed.toml
+             systemctl start --no-block node-image-finish.service"
+        ))?;
+        wait_for("the next attempt", PIVOT, || Ok(guest.status()?["state"] != "failed"))
+    });
     if checks.check("it becomes the node image", || wait_pivoted(&guest, &checks_note(), PIVOT)) {
         pivoted(&guest, &before, &expected, &mut checks);
     }
     checks.finish()
 }
 
-/// A bootimage that already has the cluster's binaries.
+/// A bootimage that already has the cluster's binaries. Its CPU has what the image wants that `vm-b` refuses.
 #[test]
 fn with_the_binaries_it_is_left_alone() -> Result<()> {
     let images = Images::ensure()?;
     let mut checks = Checks::new("machine: a bootimage that has the binaries");
     let mut setup = setup("vm-binaries", images);
     setup.boot = &images.boot_binaries;
-    let guest =
-        Vm::start(images, &setup, |files| node_files(files, &images.image("node-a")?.by_digest(), vm::HOST, 1))?;
+    setup.cpu = "max";
+    let newer = images.image("newer-cpu")?;
+    let registry = Registry::start(&images.storage, &work_dir("vm-binaries-registry")?, None, None)?;
+    let guest = Vm::start(images, &setup, |files| node_files(files, &newer.by_digest(), vm::HOST, registry.port))?;
     checks.check("ssh answers", || guest.wait_ssh(BOOT));
     left_alone(&guest, &mut checks);
+    checks.check(
+        "told to pivot all the same, and with the CPU that the image needs: it does, and the program runs",
+        || {
+            guest.ask(
+                "cp /usr/bin/true /run/before; echo 'mode = \"force\"' >/etc/node-image-pivot.conf.d/60-force.toml",
+            )?;
+            guest.ask("node-image-pivot run")?;
+            guest.ask("! cmp -s /usr/bin/true /run/before && /usr/bin/true").map(drop)
+        },
+    );
     checks.finish()
 }

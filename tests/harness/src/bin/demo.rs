@@ -24,7 +24,15 @@ fn main() -> Result<()> {
     let image = images.image(name)?;
     let registry = Registry::start(&images.storage, &work_dir("demo-registry")?, None, None)?;
     println!("Booting the live bootimage (Debian 12, base system only); it is to become\n{}\n", image.by_digest());
-    let setup = Setup { name: "demo", boot: &images.boot, disk: None, kargs: &[], memory_mib: 3072, limit: LIMIT };
+    let setup = Setup {
+        name: "demo",
+        boot: &images.boot,
+        disk: None,
+        kargs: &[],
+        memory_mib: 3072,
+        cpu: testbed::vm::CPU,
+        limit: LIMIT,
+    };
     let vm = Vm::start(images, &setup, |files| {
         node_files(files, &image.by_digest(), HOST, registry.port)?;
         // The progress is for people: on the console it belongs.
