@@ -302,6 +302,18 @@ fn no_room() -> Result<()> {
         same(guest.ask("base-tool")?, "base-tool 2.0".into())?;
         bed.nothing_failed()
     });
+    checks.check("/etc is full when it is undone: told, and undone when there is room again", || {
+        leave("/run/small", 0)?;
+        let answer = guest.run("node-image-pivot undo")?;
+        guest.ask("mount -o remount,size=64m /run/small")?;
+        same(answer.status, 1)?;
+        contains(&answer.text, "No space left on device")?;
+        contains(&answer.text, "run it again")?;
+        bed.agent("undo")?;
+        same(guest.ask("base-tool")?, "base-tool 1.0".into())?;
+        same(guest.ask("cat /etc/base-tool/removed-default.conf")?, "goes away".into())?;
+        bed.nothing_failed()
+    });
     checks.finish()
 }
 
