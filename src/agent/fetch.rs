@@ -1,12 +1,14 @@
 //! Resolve and pull, with retries: everything here leaves the running system untouched.
 
 use std::future::Future;
+use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use tracing::warn;
+use tracing::{info, warn};
 
 use super::{Context, Error, Ticket, storage};
 use crate::config::{ImageSource, Settings};
+use crate::host::{self, SCRIPT};
 use crate::image::{self, Class, Failure, ImageSettings, Kind, PullSpec, ResolvedImage, Source};
 use crate::import::{self, PullOptions, PulledImage};
 use crate::report::{LastError, Phase, State};
@@ -18,15 +20,9 @@ pub(super) async fn resolve(context: &Context, ticket: &Ticket) -> Result<Resolv
     let phase = Phase::Resolve;
     context.tracker.begin(phase);
     let image = with_retry(context, phase, ticket, || async {
-        let Some(configured) = &context.settings.image else {
-            return Err(Failure::new(
-                Kind::BadPullSpec,
-                "no node image is configured: set `image` or `release_image` in /etc/node-image-pivot.conf.d/*.toml, \
-                 or node-image-pivot.image= on the kernel command line",
-            ));
-        };
+        let configured = wanted(&context.settings).await?;
         let source = Source::open(&image_settings(&context.settings)).await?;
-        let spec: PullSpec = match configured {
+        let spec: PullSpec = match &configured {
             ImageSource::Image(text) => text.parse()?,
             // The payload names the node image by digest: nothing else is accepted from here on.
             ImageSource::Release(text) => {
@@ -36,9 +32,32 @@ pub(super) async fn resolve(context: &Context, ticket: &Ticket) -> Result<Resolv
         source.resolve(&spec).await
     })
     .await?;
-    context.tracker.update(|status| status.digest = Some(image.digest.clone()));
+    context.tracker.update(|status| {
+        status.image.get_or_insert_with(|| image.requested.clone());
+        status.digest = Some(image.digest.clone());
+    });
     context.tracker.end(phase, State::Running);
     Ok(image)
+}
+
+/// What is configured; where nothing is, what the installer's own script names.
+async fn wanted(settings: &Settings) -> Result<ImageSource, Failure> {
+    if let Some(configured) = &settings.image {
+        return Ok(configured.clone());
+    }
+    let script = Path::new(SCRIPT);
+    match host::release_image(script).await {
+        Ok(Some(spec)) => {
+            info!("no node image is configured; {SCRIPT} names the release payload {spec}");
+            Ok(ImageSource::Release(spec))
+        }
+        Ok(None) => Err(Failure::new(
+            Kind::BadPullSpec,
+            "no node image is configured: set `image` or `release_image` in /etc/node-image-pivot.conf.d/*.toml, \
+             or node-image-pivot.image= on the kernel command line",
+        )),
+        Err(error) => Err(Failure::new(Kind::Local, format!("{error:#}"))),
+    }
 }
 
 /// Layers to objects in the node store.

@@ -1,9 +1,10 @@
 //! The tools that own users, files and caches, called after the switch: systemd-sysusers,
-//! systemd-tmpfiles, ldconfig, udevadm, and the bus's own reload.
+//! systemd-tmpfiles, ldconfig, udevadm, and the bus's own reload; and what an installer's script says.
 //!
 //! Nothing of theirs is reimplemented. This is the only room that starts programs of the node image
 //! on the live system; it may not mount, write `/etc` itself, or talk to PID 1.
 
+mod installer;
 mod tool;
 
 use std::path::Path;
@@ -13,6 +14,7 @@ use anyhow::{Context, Result};
 
 use crate::failpoint::{self, Point};
 
+pub use installer::{SCRIPT, release_image};
 pub use tool::run;
 
 /// How long one tool may take.
