@@ -1,6 +1,7 @@
 //! Asking the daemon for something and telling how it goes until it ends: on the terminal, on the
 //! console through the unit, and in `systemctl status`.
 
+use std::path::Path;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Result;
@@ -9,7 +10,7 @@ use libsystemd::daemon::{NotifyState, notify};
 use super::{Exit, say};
 use crate::agent::Paths;
 use crate::bus::{CallError, Client};
-use crate::report::{self, Phase, State, Status};
+use crate::report::{self, Phase, ServiceRecord, State, Status};
 
 /// How often the status is looked at.
 const POLL: Duration = Duration::from_millis(500);
@@ -55,33 +56,46 @@ pub(super) fn seconds(text: &str) -> Result<u64, String> {
 /// Makes `call` and waits for its end. The daemon may die in the middle: its unit starts it again,
 /// it takes up its record, and the same call goes on.
 pub(super) async fn drive(paths: &Paths, call: Call) -> Result<Exit> {
+    let mut teller = Teller { record: record(), ..Teller::default() };
+    let outcome = drive_to_end(paths, call, &mut teller).await;
+    teller.end_record(outcome.as_ref().err());
+    Ok(match outcome {
+        Ok(()) => Exit::Done,
+        Err(error) => failed(&error),
+    })
+}
+
+async fn drive_to_end(paths: &Paths, call: Call, teller: &mut Teller) -> Result<(), CallError> {
     let socket = paths.socket();
-    let mut teller = Teller::default();
     let mut broken_since = None;
-    let mut client = match Client::connect_or_start(&socket).await {
-        Ok(client) => client,
-        Err(error) => return Ok(failed(&error)),
-    };
+    let mut client = Client::connect_or_start(&socket).await?;
     loop {
-        match follow(&client, call, &mut teller, &mut broken_since).await {
+        match follow(&client, call, teller, &mut broken_since).await {
             Ok(lines) => {
                 let status = client.status().await.unwrap_or_default();
                 teller.end(&status, &lines);
-                return Ok(Exit::Done);
+                return Ok(());
             }
             // A daemon that takes calls and never answers one is given up like one that is away.
             Err(error @ CallError::Disconnected(_))
                 if broken_since.get_or_insert_with(Instant::now).elapsed() < RECONNECT =>
             {
                 say::error(&format!("{error}; waiting for it to come back"));
-                client = match Client::reconnect(&socket, RECONNECT).await {
-                    Ok(client) => client,
-                    Err(error) => return Ok(failed(&error)),
-                };
+                client = Client::reconnect(&socket, RECONNECT).await?;
             }
-            Err(error) => return Ok(failed(&error)),
+            Err(error) => return Err(error),
         }
     }
+}
+
+/// The service record of the unit that we run as; a person's call has none.
+fn record() -> Option<ServiceRecord> {
+    let cgroup = std::fs::read_to_string("/proc/self/cgroup").ok()?;
+    let unit = report::unit_of(&cgroup).filter(|unit| unit.starts_with("node-image-"))?;
+    ServiceRecord::begin(Path::new("/"), unit).unwrap_or_else(|error| {
+        say::error(&format!("no service record: {error:#}"));
+        None
+    })
 }
 
 /// One call, with the status told while it lasts.
@@ -141,14 +155,35 @@ struct Teller {
     last: Option<(Option<Phase>, State, u32)>,
     /// Tenths of the pull that were told.
     tenths: u64,
+    /// What a log gathering collects.
+    record: Option<ServiceRecord>,
 }
 
 impl Teller {
     fn begin(&mut self, status: &Status) {
         self.before.get_or_insert_with(|| status.clone());
+        self.put_on_record(status);
+    }
+
+    /// A record that cannot be written is given up.
+    fn put_on_record(&mut self, status: &Status) {
+        if let Some(record) = &mut self.record
+            && let Err(error) = record.tell(status)
+        {
+            say::error(&format!("the service record ends here: {error:#}"));
+            self.record = None;
+        }
+    }
+
+    fn end_record(&mut self, failure: Option<&CallError>) {
+        let failure = failure.map(ToString::to_string);
+        if let Some(Err(error)) = self.record.take().map(|record| record.end(failure.as_deref())) {
+            say::error(&format!("the service record is not complete: {error:#}"));
+        }
     }
 
     fn tell(&mut self, status: &Status) {
+        self.put_on_record(status);
         let line = report::state_line(status, unix_now());
         // `systemctl status` shows the last line that was sent.
         let _ = notify(false, &[NotifyState::Status(line.clone())]);
@@ -176,6 +211,7 @@ impl Teller {
     }
 
     fn end(&mut self, status: &Status, lines: &[String]) {
+        self.put_on_record(status);
         for line in lines {
             say::out(report::one_line(line));
         }

@@ -1,14 +1,16 @@
 //! What we say: the status document, progress, the timeline and its summary.
 //!
 //! Everything shown anywhere (D-Bus, CLI, console, `systemctl status`) is a view of one
-//! [`Status`]. This room may not act on the system.
+//! [`Status`]. This room may not act on the system; the one file that it writes is the service record.
 
 mod progress;
+mod service_record;
 mod status;
 mod text;
 mod tracker;
 
 pub use progress::{ProgressSnapshot, PullProgress};
+pub use service_record::{ServiceRecord, unit_of};
 pub use status::{Cost, LastError, Phase, State, Status, TimelineEntry};
 pub use text::{human_bytes, one_line, progress_line, state_line, summary};
 pub use tracker::Tracker;

@@ -1,0 +1,315 @@
+//! A unit's service record: what a cluster installer's log gathering collects from a bootstrap machine.
+//!
+//! `/var/log/openshift/UNIT.json` is an array of entries, each an object of strings: `timestamp` (UTC,
+//! `2026-11-21T20:00:00Z`), `phase` (`service start`, `service end`, `stage start`, `stage end`),
+//! `result` (`success`, `failure`; only at an end), `stage` and `errorMessage` where there is one. The format is that of
+//! the OpenShift installer (`docs/dev/bootstrap_services.md` there). Its analyser shows the last message of
+//! a service that failed.
+//!
+//! Stages are our phases. A record is kept where somebody collects it: where `/var/log/openshift` exists, or
+//! the installer's own library for records. A record that cannot be written is a warning, never a
+//! reason to stop.
+
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+use serde_json::Value;
+
+use super::{Phase, Status};
+use crate::dirfd::Directory;
+
+const DIRECTORY: &str = "var/log/openshift";
+const LIBRARY: &str = "usr/local/bin/bootstrap-service-record.sh";
+
+#[derive(Debug, Default, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Entry {
+    timestamp: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stage: Option<&'static str>,
+    phase: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    result: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error_message: Option<String>,
+}
+
+/// The record of one run of one unit.
+#[derive(Debug)]
+pub struct ServiceRecord {
+    directory: PathBuf,
+    file: String,
+    stages: Stages,
+}
+
+impl ServiceRecord {
+    /// Begins the record of `unit` (`node-image-pull.service`), on the system below `root`. `None` where nobody
+    /// collects one.
+    ///
+    /// # Errors
+    /// The file cannot be read or written; what somebody else wrote is as it was.
+    pub fn begin(root: &Path, unit: &str) -> Result<Option<Self>> {
+        let directory = root.join(DIRECTORY);
+        if !directory.is_dir() && !root.join(LIBRARY).exists() {
+            return Ok(None);
+        }
+        let name = unit.strip_suffix(".service").unwrap_or(unit);
+        let record = Self { directory, file: format!("{name}.json"), stages: Stages::default() };
+        record.append(&[Entry { timestamp: timestamp(now_ms()), phase: "service start", ..Entry::default() }])?;
+        Ok(Some(record))
+    }
+
+    /// Adds what is new in `status`. The first one says what was over before this run.
+    ///
+    /// # Errors
+    /// As [`ServiceRecord::begin`].
+    pub fn tell(&mut self, status: &Status) -> Result<()> {
+        let entries = self.stages.news(status, now_ms());
+        if entries.is_empty() { Ok(()) } else { self.append(&entries) }
+    }
+
+    /// Ends the record; `failure` is what the caller is told.
+    ///
+    /// # Errors
+    /// As [`ServiceRecord::begin`].
+    pub fn end(mut self, failure: Option<&str>) -> Result<()> {
+        let entries = self.stages.end(failure, now_ms());
+        self.append(&entries)
+    }
+
+    fn append(&self, entries: &[Entry]) -> Result<()> {
+        let shown = self.directory.join(&self.file);
+        let directory =
+            Directory::ensure(&self.directory).with_context(|| format!("cannot use {}", shown.display()))?;
+        let text = directory.read_optional(&self.file).with_context(|| format!("cannot read {}", shown.display()))?;
+        let mut all: Vec<Value> = match text {
+            Some(text) => serde_json::from_slice(&text)
+                .with_context(|| format!("{} is no service record; it is left as it is", shown.display()))?,
+            None => Vec::new(),
+        };
+        for entry in entries {
+            all.push(serde_json::to_value(entry).context("cannot write a service record")?);
+        }
+        let text = serde_json::to_vec_pretty(&all).context("cannot write a service record")?;
+        directory.write_atomic(&self.file, 0o644, &text).with_context(|| format!("cannot write {}", shown.display()))
+    }
+}
+
+/// Which stages were told. Pure.
+#[derive(Debug, Default)]
+struct Stages {
+    /// Whether there was a first document.
+    began: bool,
+    /// Stages that ended, by phase and start.
+    ended: Vec<(Phase, u64)>,
+    /// The stage that runs.
+    open: Option<(Phase, u64)>,
+    /// What was told last about it.
+    failure: Option<String>,
+}
+
+impl Stages {
+    fn news(&mut self, status: &Status, now: u64) -> Vec<Entry> {
+        let mut entries = Vec::new();
+        if !self.began {
+            self.began = true;
+            let over = status.timeline.iter().filter(|entry| entry.duration_ms.is_some());
+            self.ended.extend(over.map(|entry| (entry.phase, entry.start_unix_ms)));
+        }
+        for entry in &status.timeline {
+            let key = (entry.phase, entry.start_unix_ms);
+            if self.ended.contains(&key) {
+                continue;
+            }
+            if self.open != Some(key) {
+                entries.push(stage(entry.phase, "stage start", entry.start_unix_ms));
+                self.open = Some(key);
+                self.failure = None;
+            }
+            if let Some(duration) = entry.duration_ms {
+                let end = entry.start_unix_ms.saturating_add(duration);
+                if self.failure.take().is_some() {
+                    entries.push(stage(entry.phase, "stage start", end));
+                }
+                entries.push(Entry { result: Some("success"), ..stage(entry.phase, "stage end", end) });
+                self.ended.push(key);
+                self.open = None;
+            }
+        }
+        // An attempt that failed, to be followed by another: told once, or the file grows as long as the wait lasts.
+        if let (Some(error), Some((phase, _))) = (&status.error, self.open)
+            && error.next_retry_unix.is_some()
+            && self.failure.as_ref() != Some(&error.message)
+        {
+            if self.failure.is_some() {
+                entries.push(stage(phase, "stage start", now));
+            }
+            entries.push(failed(stage(phase, "stage end", now), &error.message));
+            self.failure = Some(error.message.clone());
+        }
+        entries
+    }
+
+    fn end(&mut self, failure: Option<&str>, now: u64) -> Vec<Entry> {
+        let mut entries = Vec::new();
+        let end = |entry, failure: Option<&str>| match failure {
+            Some(message) => failed(entry, message),
+            None => Entry { result: Some("success"), ..entry },
+        };
+        if let Some((phase, _)) = self.open.take() {
+            if self.failure.is_some() {
+                entries.push(stage(phase, "stage start", now));
+            }
+            entries.push(end(stage(phase, "stage end", now), failure));
+        }
+        let service = Entry { timestamp: timestamp(now), phase: "service end", ..Entry::default() };
+        entries.push(end(service, failure));
+        entries
+    }
+}
+
+fn stage(stage: Phase, phase: &'static str, at_ms: u64) -> Entry {
+    Entry { timestamp: timestamp(at_ms), stage: Some(stage.as_str()), phase, ..Entry::default() }
+}
+
+fn failed(entry: Entry, message: &str) -> Entry {
+    Entry { result: Some("failure"), error_message: Some(message.to_owned()), ..entry }
+}
+
+/// The service unit that a process with this `/proc/PID/cgroup` belongs to.
+pub fn unit_of(cgroup: &str) -> Option<&str> {
+    // systemd's own hierarchy: number 0 where there is but one, `name=systemd` otherwise.
+    let line = cgroup.lines().find(|line| line.starts_with("0::/") && line.len() > 4);
+    let line = line.or_else(|| cgroup.lines().find(|line| line.contains(":name=systemd:")))?;
+    line.rsplit('/').find(|part| part.ends_with(".service"))
+}
+
+fn now_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
+}
+
+/// UTC, to the second. Years, months and days from days since 1970, with years that begin in March, so
+/// that the leap day is the last of its year.
+fn timestamp(unix_ms: u64) -> String {
+    let seconds = unix_ms / 1000;
+    let (days, second) = (seconds / 86_400, seconds % 86_400);
+    let days = days + 719_468;
+    let (era, day_of_era) = (days / 146_097, days % 146_097);
+    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
+    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
+    let year = era * 400 + year_of_era + u64::from(month <= 2);
+    format!("{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z", second / 3600, second / 60 % 60, second % 60)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::super::{LastError, TimelineEntry};
+    use super::*;
+
+    #[test]
+    fn timestamps_agree_with_date() {
+        for seconds in [0u64, 951_782_399, 951_782_400, 1_709_164_800, 1_709_251_200, 1_795_291_200, 4_107_542_399] {
+            let date = std::process::Command::new("date")
+                .args(["-u", "-d", &format!("@{seconds}"), "+%Y-%m-%dT%H:%M:%SZ"])
+                .output()
+                .unwrap();
+            assert_eq!(timestamp(seconds * 1000 + 7), String::from_utf8(date.stdout).unwrap().trim());
+        }
+    }
+
+    #[test]
+    fn units_by_cgroup() {
+        for (text, unit) in [
+            ("0::/system.slice/node-image-pull.service\n", Some("node-image-pull.service")),
+            ("5:cpu:/\n1:name=systemd:/system.slice/a.service\n0::/\n", Some("a.service")),
+            ("0::/system.slice/a.service/child\n", Some("a.service")),
+            ("0::/user.slice/user-0.slice/session-1.scope\n", None),
+            ("", None),
+        ] {
+            assert_eq!(unit_of(text), unit, "{text}");
+        }
+    }
+
+    fn timeline(entries: &[(Phase, u64, Option<u64>)]) -> Status {
+        let timeline = entries
+            .iter()
+            .map(|&(phase, start_unix_ms, duration_ms)| TimelineEntry { phase, start_unix_ms, duration_ms })
+            .collect();
+        Status { timeline, ..Status::default() }
+    }
+
+    fn told(entries: &[Entry]) -> Vec<String> {
+        let result = |entry: &Entry| entry.result.unwrap_or("-");
+        entries.iter().map(|e| format!("{} {} {}", e.stage.unwrap_or("-"), e.phase, result(e))).collect()
+    }
+
+    #[test]
+    fn stages_are_told_once_and_only_those_of_this_run() {
+        let mut stages = Stages::default();
+        let before = (Phase::Resolve, 1000, Some(5));
+        assert!(stages.news(&timeline(&[before]), 9).is_empty());
+        let running = timeline(&[before, (Phase::Pull, 2000, None)]);
+        assert_eq!(told(&stages.news(&running, 9)), ["pull stage start -"]);
+        assert!(stages.news(&running, 9).is_empty());
+        let on = timeline(&[before, (Phase::Pull, 2000, Some(3)), (Phase::Stage, 2003, Some(1))]);
+        let entries = stages.news(&on, 9);
+        assert_eq!(told(&entries), ["pull stage end success", "stage stage start -", "stage stage end success"]);
+        assert_eq!(told(&stages.end(None, 9)), ["- service end success"]);
+    }
+
+    #[test]
+    fn failures_that_repeat_are_told_once() {
+        let mut stages = Stages::default();
+        let mut status = timeline(&[(Phase::Resolve, 2000, None)]);
+        let error = |message: &str| LastError {
+            class: "network".into(),
+            message: message.into(),
+            attempt: 1,
+            next_retry_unix: Some(1),
+        };
+        status.error = Some(error("refused"));
+        assert_eq!(told(&stages.news(&status, 9)), ["resolve stage start -", "resolve stage end failure"]);
+        assert!(stages.news(&status, 9).is_empty());
+        status.error = Some(error("no such host"));
+        assert_eq!(told(&stages.news(&status, 9)), ["resolve stage start -", "resolve stage end failure"]);
+        status.error = None;
+        status.timeline[0].duration_ms = Some(1);
+        assert_eq!(told(&stages.news(&status, 9)), ["resolve stage start -", "resolve stage end success"]);
+    }
+
+    #[test]
+    fn a_failure_names_its_stage_last() {
+        let mut stages = Stages::default();
+        stages.news(&timeline(&[(Phase::Stage, 2000, None)]), 9);
+        let entries = stages.end(Some("too little RAM"), 9);
+        assert_eq!(told(&entries), ["stage stage end failure", "- service end failure"]);
+        assert!(entries.iter().all(|entry| entry.error_message.as_deref() == Some("too little RAM")));
+    }
+
+    #[test]
+    fn kept_only_where_somebody_collects_it_and_added_to_what_is_there() {
+        let temp = tempfile::tempdir().unwrap();
+        assert!(ServiceRecord::begin(temp.path(), "a.service").unwrap().is_none());
+        std::fs::create_dir_all(temp.path().join("usr/local/bin")).unwrap();
+        std::fs::write(temp.path().join(LIBRARY), "").unwrap();
+        for _ in 0..2 {
+            ServiceRecord::begin(temp.path(), "a.service").unwrap().unwrap().end(None).unwrap();
+        }
+        let file = temp.path().join(DIRECTORY).join("a.json");
+        let all: Vec<Value> = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+        assert_eq!(
+            all.iter().map(|e| e["phase"].as_str().unwrap()).collect::<Vec<_>>(),
+            ["service start", "service end", "service start", "service end"]
+        );
+        assert_eq!(all[1].as_object().unwrap().keys().collect::<Vec<_>>(), ["phase", "result", "timestamp"]);
+        std::fs::write(&file, "{").unwrap();
+        assert!(ServiceRecord::begin(temp.path(), "a.service").unwrap_err().to_string().contains("left as it is"));
+        assert_eq!(std::fs::read(&file).unwrap(), b"{");
+    }
+}
