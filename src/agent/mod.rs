@@ -10,6 +10,7 @@ mod complete;
 mod deadline;
 mod error;
 mod fetch;
+mod hooks;
 mod paths;
 mod plan;
 mod prepare;
@@ -396,6 +397,7 @@ async fn next(context: &Context, record: &Record, goal: Goal, ticket: &Ticket) -
         // and finishes it.
         Step::Staged(staged) => {
             switch::check(&context.paths)?;
+            hooks::pre_switch(context, &staged, record.flow(), ticket).await?;
             Step::Switching(staged)
         }
         Step::Switching(staged) => Step::Switched(switch::switch(context, staged).await?),
@@ -403,12 +405,14 @@ async fn next(context: &Context, record: &Record, goal: Goal, ticket: &Ticket) -
         Step::Undoing(_) => return Err(Error::Internal(anyhow!("undo is not complete, run it again"))),
         Step::Switched(switched) => {
             let refreshed = after::refresh(context, switched, record.flow()).await;
-            Step::Refreshed(refreshed.map_err(|error| {
+            let refreshed = refreshed.map_err(|error| {
                 error.context(
                     "/usr and /etc are switched, the refresh is not complete: \
                      start node-image-overlay.service again, or run undo",
                 )
-            })?)
+            })?;
+            hooks::post_switch(context, &refreshed.staged, record.flow()).await;
+            Step::Refreshed(refreshed)
         }
         Step::Refreshed(_) if goal < Goal::Finished => return Ok(None),
         Step::Refreshed(switched) => Step::Finished(after::finish(context, switched).await?),

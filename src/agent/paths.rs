@@ -17,6 +17,10 @@ impl Default for Paths {
 impl Paths {
     /// The plan for `/etc`, written before the first act; a file of the directory.
     pub const ETC_PLAN: &str = "etc-plan.json";
+    /// The plan of the switch for a person, likewise.
+    pub const PLAN: &str = "plan.json";
+    /// Which hooks ran after the switch, one name a line.
+    pub const HOOKS_DONE: &str = "hooks-done";
     /// See [`Paths::pivoted`].
     pub const PIVOTED: &str = "pivoted";
 

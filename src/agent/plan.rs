@@ -82,7 +82,7 @@ impl From<&etc::Plan> for EtcPlan {
 }
 
 /// A file of the agent's directory.
-const FILE: &str = "plan.json";
+const FILE: &str = Paths::PLAN;
 
 impl SwitchPlan {
     pub(super) fn save(&self, paths: &Paths) -> Result<()> {

@@ -23,6 +23,8 @@ pub(super) struct Fragment {
     pub retry: RetryTable,
     #[serde(default)]
     pub etc: EtcTable,
+    #[serde(default)]
+    pub hooks: HooksTable,
 }
 
 /// A bare number is bytes.
@@ -45,6 +47,12 @@ pub(super) struct RetryTable {
 #[serde(deny_unknown_fields)]
 pub(super) struct EtcTable {
     pub strategy: Option<String>,
+}
+
+#[derive(Debug, Default, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct HooksTable {
+    pub timeout: Option<f64>,
 }
 
 impl Fragment {

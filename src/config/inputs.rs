@@ -67,6 +67,7 @@ pub struct Inputs {
     pub retry_maximum: Option<Sourced<f64>>,
     pub retry_attempts: Option<Sourced<u32>>,
     pub etc_strategy: Option<Sourced<String>>,
+    pub hooks_timeout: Option<Sourced<f64>>,
 }
 
 /// Lets `value`, if there is one, replace what is in `place`.
@@ -97,6 +98,7 @@ impl Inputs {
         set(&mut self.retry_maximum, fragment.retry.maximum, source);
         set(&mut self.retry_attempts, fragment.retry.attempts, source);
         set(&mut self.etc_strategy, fragment.etc.strategy, source);
+        set(&mut self.hooks_timeout, fragment.hooks.timeout, source);
         Ok(())
     }
 

@@ -16,6 +16,8 @@ const DEFAULT_IMAGE_TAGS: [&str; 3] = ["rhel-coreos-10", "rhel-coreos", "stream-
 const DEFAULT_RAM_LIMIT: RamLimit = RamLimit::Percent(60);
 const DEFAULT_RETRY: Retry = Retry { initial: Duration::from_secs(2), maximum: Duration::from_secs(60), attempts: 0 };
 
+const DEFAULT_HOOKS_TIMEOUT: Duration = Duration::from_secs(120);
+
 /// Longer delays are a mistake in the unit.
 const LONGEST_DELAY: f64 = 86_400.0;
 
@@ -44,6 +46,8 @@ pub struct Settings {
     pub retry: Retry,
     /// What to do about conflicts in `/etc`.
     pub etc_strategy: EtcStrategy,
+    /// How long one hook may take.
+    pub hooks_timeout: Duration,
 }
 
 /// Where the node image comes from: a pull spec, not yet parsed.
@@ -185,6 +189,7 @@ impl Settings {
                     _ => Err(anyhow!("\"{word}\" is no strategy; write keep or fail")),
                 }
             })?,
+            hooks_timeout: checked("hooks.timeout", inputs.hooks_timeout, || DEFAULT_HOOKS_TIMEOUT, seconds)?,
         })
     }
 }
@@ -200,18 +205,19 @@ fn absolute(path: &Path) -> Result<()> {
     Ok(())
 }
 
+fn seconds(value: f64) -> Result<Duration> {
+    ensure!(
+        value > 0.0 && value <= LONGEST_DELAY,
+        "{value} is no length of time; write seconds, above 0 and up to {LONGEST_DELAY}"
+    );
+    Ok(Duration::from_secs_f64(value))
+}
+
 fn retry(
     initial: Option<Sourced<f64>>,
     maximum: Option<Sourced<f64>>,
     attempts: Option<Sourced<u32>>,
 ) -> Result<Retry> {
-    let seconds = |value: f64| {
-        ensure!(
-            value > 0.0 && value <= LONGEST_DELAY,
-            "{value} is no delay; write seconds, above 0 and up to {LONGEST_DELAY}"
-        );
-        Ok(Duration::from_secs_f64(value))
-    };
     let initial = checked("retry.initial", initial, || DEFAULT_RETRY.initial, seconds)?;
     let maximum = checked("retry.maximum", maximum, || DEFAULT_RETRY.maximum.max(initial), seconds)?;
     // A maximum below the initial delay, given or by default, is meant as "never longer than this".

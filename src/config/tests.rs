@@ -49,6 +49,7 @@ fn nothing_configured_gives_the_documented_defaults() {
         retry: Retry { initial: Duration::from_secs(2), maximum: Duration::from_secs(60), attempts: 0 },
         store: Wish::Auto,
         etc_strategy: EtcStrategy::Keep,
+        hooks_timeout: Duration::from_secs(120),
     };
     assert_eq!(load(&[], "quiet").unwrap(), expected);
 }
@@ -57,7 +58,8 @@ fn nothing_configured_gives_the_documented_defaults() {
 fn every_key_arrives() {
     let settings = etc("image = \"r/n:1\"\nimage_tags = [\"a\"]\nmode = \"force\"\ntarget = \"a.target\"\n\
          probe_paths = [\"/usr/bin/crio\"]\nauth_file = \"/etc/auth.json\"\nram_limit = \"3GiB\"\nstore = \"disk\"\n\
-         complete = true\n[retry]\ninitial = 0.5\nmaximum = 8\nattempts = 3\n[etc]\nstrategy = \"fail\"\n")
+         complete = true\n[retry]\ninitial = 0.5\nmaximum = 8\nattempts = 3\n[etc]\nstrategy = \"fail\"\n\
+         [hooks]\ntimeout = 5\n")
     .unwrap();
     let expected = Settings {
         image: image("r/n:1"),
@@ -71,6 +73,7 @@ fn every_key_arrives() {
         retry: Retry { initial: Duration::from_millis(500), maximum: Duration::from_secs(8), attempts: 3 },
         store: Wish::Disk,
         etc_strategy: EtcStrategy::Fail,
+        hooks_timeout: Duration::from_secs(5),
     };
     assert_eq!(settings, expected);
 }
@@ -109,9 +112,10 @@ fn wrong_values_name_source_key_and_the_way_out() {
         ("ram_limit = 0", "ram_limit: \"0\" is no limit"),
         ("ram_limit = \"99999999999TiB\"", "is no limit"),
         ("ram_limit = \"3 GB\"", "is no limit"),
-        ("[retry]\ninitial = 0", "retry.initial: 0 is no delay"),
-        ("[retry]\nmaximum = nan", "retry.maximum: NaN is no delay"),
-        ("[retry]\nmaximum = 1e9", "is no delay"),
+        ("[retry]\ninitial = 0", "retry.initial: 0 is no length of time"),
+        ("[retry]\nmaximum = nan", "retry.maximum: NaN is no length of time"),
+        ("[retry]\nmaximum = 1e9", "is no length of time"),
+        ("[hooks]\ntimeout = 0", "hooks.timeout: 0 is no length of time"),
         ("[etc]\nstrategy = \"merge\"", "etc.strategy: \"merge\" is no strategy; write keep or fail"),
     ] {
         let message = format!("{:#}", etc(text).unwrap_err());

@@ -1,9 +1,11 @@
 //! The tools that own users, files and caches, called after the switch: systemd-sysusers,
-//! systemd-tmpfiles, ldconfig, udevadm, and the bus's own reload; and what an installer's script says.
+//! systemd-tmpfiles, ldconfig, udevadm, and the bus's own reload; hooks, and what an installer's
+//! script says.
 //!
 //! Nothing of theirs is reimplemented. This is the only room that starts programs of the node image
 //! on the live system; it may not mount, write `/etc` itself, or talk to PID 1.
 
+mod hooks;
 mod installer;
 mod tool;
 
@@ -14,6 +16,7 @@ use anyhow::{Context, Result};
 
 use crate::failpoint::{self, Point};
 
+pub use hooks::{Hook, Moment, find as find_hooks, run_hook};
 pub use installer::{SCRIPT, release_image};
 pub use tool::run;
 

@@ -1,0 +1,306 @@
+//! Hooks: executables of the administrator or of the node image, run before and after the switch.
+//!
+//! `docs/hooks.md` says where they are and what they may rely on. Which of them run is decided here, from
+//! directory listings; what their failure means is the agent's.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::ffi::OsString;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use rustix::process::{Pid, Signal, kill_process_group};
+use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReader};
+use tokio::process::Command;
+use tokio::task::JoinSet;
+use tracing::info;
+
+use crate::failpoint::{self, Point};
+
+/// A name in an earlier directory hides the same name in a later one.
+const DIRECTORIES: [&str; 3] = ["etc", "run", "usr/lib"];
+/// Between asking a hook to end and killing it.
+const GRACE: Duration = Duration::from_secs(5);
+/// For output that comes after a hook has ended.
+const DRAIN: Duration = Duration::from_secs(1);
+/// Longer lines are cut: they go to the journal and into messages.
+const LONGEST_LINE: u64 = 2000;
+/// How many of its last lines a failure's message has.
+const LAST_LINES: usize = 3;
+
+/// When a hook runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Moment {
+    /// Everything is staged and checked; the running system is untouched.
+    PreSwitch,
+    /// `/usr`, `/etc` and what runs are the node image's.
+    PostSwitch,
+}
+
+impl Moment {
+    /// Its name, in paths and in the environment.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Moment::PreSwitch => "pre-switch",
+            Moment::PostSwitch => "post-switch",
+        }
+    }
+}
+
+/// One that is to run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Hook {
+    /// Name in its directory.
+    pub name: String,
+    /// Where it is.
+    pub path: PathBuf,
+}
+
+/// The hooks of `moment` on the system below `root`, in the order in which they run.
+///
+/// # Errors
+/// A directory that is there cannot be read.
+pub fn find(root: &Path, moment: Moment) -> Result<Vec<Hook>> {
+    let mut listings = Vec::new();
+    for directory in DIRECTORIES {
+        let directory = root.join(directory).join("node-image-pivot").join(format!("{}.d", moment.as_str()));
+        listings.push(list(&directory).with_context(|| format!("reading the hooks in {}", directory.display()))?);
+    }
+    Ok(choose(listings))
+}
+
+/// Names, and whether each is something that can be run.
+fn list(directory: &Path) -> Result<Vec<(Hook, bool)>> {
+    let entries = match std::fs::read_dir(directory) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error.into()),
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry?.path();
+        let Some(name) = path.file_name().and_then(|name| name.to_str()).filter(|name| counts(name)) else { continue };
+        // Followed: a link to /dev/null is no file, and neither is one to nothing.
+        let runs = std::fs::metadata(&path).is_ok_and(|is| is.is_file() && is.permissions().mode() & 0o111 != 0);
+        found.push((Hook { name: name.to_owned(), path: path.clone() }, runs));
+    }
+    Ok(found)
+}
+
+/// Editors' and package managers' leavings do not count.
+fn counts(name: &str) -> bool {
+    const LEFT: [&str; 9] =
+        ["~", ".bak", ".orig", ".rpmnew", ".rpmsave", ".rpmorig", ".dpkg-new", ".dpkg-old", ".dpkg-dist"];
+    !name.starts_with('.') && !LEFT.iter().any(|end| name.ends_with(end))
+}
+
+/// Pure: the first listing that has a name decides about it; sorted by name.
+fn choose(listings: Vec<Vec<(Hook, bool)>>) -> Vec<Hook> {
+    let mut by_name = BTreeMap::new();
+    for (hook, runs) in listings.into_iter().flatten() {
+        by_name.entry(hook.name.clone()).or_insert((hook, runs));
+    }
+    by_name.into_values().filter_map(|(hook, runs)| runs.then_some(hook)).collect()
+}
+
+/// Runs `hook` to its end, with `environment` added to our own. What it prints goes to the journal, line by
+/// line, with its name. After `limit` its process group is asked to end, and killed 5 s later; when this future
+/// is dropped, it is killed at once.
+///
+/// # Errors
+/// It did not start, did not end in time, or did not end well; the message has the last lines it printed.
+pub async fn run_hook(hook: &Hook, moment: Moment, environment: &[(&str, OsString)], limit: Duration) -> Result<()> {
+    let shown = hook.path.display();
+    failpoint::hit(Point::Tool, &hook.name).with_context(|| format!("the hook {shown}"))?;
+    let mut child = Command::new(&hook.path)
+        .envs(environment.iter().map(|(name, value)| (*name, value)))
+        // It would report its own readiness as ours, and has no business with our secrets.
+        .env_remove("NOTIFY_SOCKET")
+        .env_remove("CREDENTIALS_DIRECTORY")
+        .current_dir("/")
+        .process_group(0)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("the hook {shown} does not start"))?;
+    let mut group = Group(child.id().and_then(|id| Pid::from_raw(id as i32)));
+    let label = format!("{} hook {}", moment.as_str(), hook.name);
+    let last = Arc::new(Mutex::new(VecDeque::new()));
+    let mut output = JoinSet::new();
+    if let Some(stream) = child.stdout.take() {
+        output.spawn(tell(stream, label.clone(), last.clone()));
+    }
+    if let Some(stream) = child.stderr.take() {
+        output.spawn(tell(stream, label, last.clone()));
+    }
+
+    let status = match tokio::time::timeout(limit, child.wait()).await {
+        Ok(status) => Some(status.with_context(|| format!("waiting for the hook {shown}"))?),
+        Err(_) => {
+            group.signal(Signal::TERM);
+            let _ = tokio::time::timeout(GRACE, child.wait()).await;
+            group.signal(Signal::KILL);
+            let _ = child.wait().await;
+            None
+        }
+    };
+    // Its process is reaped: the number may be somebody else's from now on.
+    group.0 = None;
+    // What it left running may hold the pipe open.
+    let _ = tokio::time::timeout(DRAIN, async { while output.join_next().await.is_some() {} }).await;
+
+    let last = last.lock().unwrap_or_else(PoisonError::into_inner);
+    let said = if last.is_empty() {
+        String::new()
+    } else {
+        format!(": {}", Vec::from_iter(last.iter().map(String::as_str)).join("; "))
+    };
+    match status {
+        Some(status) if status.success() => Ok(()),
+        Some(status) => bail!("the hook {shown} failed ({status}){said}"),
+        None => bail!("the hook {shown} was stopped after {} s (hooks.timeout){said}", limit.as_secs_f64()),
+    }
+}
+
+/// Kills what is left of a process group when it is dropped.
+struct Group(Option<Pid>);
+
+impl Group {
+    fn signal(&self, signal: Signal) {
+        if let Some(group) = self.0 {
+            // Nothing left of it is what we want.
+            let _ = kill_process_group(group, signal);
+        }
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        self.signal(Signal::KILL);
+    }
+}
+
+/// Logs each line of `stream`, and keeps the last ones.
+async fn tell(stream: impl AsyncRead + Unpin, label: String, last: Arc<Mutex<VecDeque<String>>>) {
+    let mut stream = BufReader::new(stream);
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        // A line without end is told in pieces.
+        match (&mut stream).take(LONGEST_LINE).read_until(b'\n', &mut line).await {
+            Ok(0) | Err(_) => return,
+            Ok(_) => {}
+        }
+        let text = String::from_utf8_lossy(&line);
+        let text = text.trim_end();
+        if text.is_empty() {
+            continue;
+        }
+        info!("{label}: {text}");
+        let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
+        last.push_back(text.to_owned());
+        if last.len() > LAST_LINES {
+            last.pop_front();
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    fn put(root: &Path, path: &str, mode: u32, text: &str) {
+        let path = root.join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, text).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+    }
+
+    fn names(root: &Path) -> Vec<String> {
+        let shown = |hook: Hook| hook.path.strip_prefix(root).unwrap().display().to_string();
+        find(root, Moment::PreSwitch).unwrap().into_iter().map(shown).collect()
+    }
+
+    #[test]
+    fn earlier_directories_hide_later_ones() {
+        let temp = tempfile::tempdir().unwrap();
+        let root = temp.path();
+        assert_eq!(names(root), [""; 0]);
+        for (path, mode) in [
+            ("usr/lib/node-image-pivot/pre-switch.d/10-image", 0o755),
+            ("usr/lib/node-image-pivot/pre-switch.d/20-both", 0o755),
+            ("usr/lib/node-image-pivot/pre-switch.d/30-switched-off", 0o755),
+            ("usr/lib/node-image-pivot/pre-switch.d/40-not-executable-in-run", 0o755),
+            ("usr/lib/node-image-pivot/post-switch.d/05-other", 0o755),
+            ("run/node-image-pivot/pre-switch.d/40-not-executable-in-run", 0o644),
+            ("run/node-image-pivot/pre-switch.d/15-run", 0o755),
+            ("etc/node-image-pivot/pre-switch.d/20-both", 0o700),
+            ("etc/node-image-pivot/pre-switch.d/50-saved.rpmsave", 0o755),
+            ("etc/node-image-pivot/pre-switch.d/50-saved~", 0o755),
+            ("etc/node-image-pivot/pre-switch.d/.hidden", 0o755),
+        ] {
+            put(root, path, mode, "");
+        }
+        fs::create_dir(root.join("etc/node-image-pivot/pre-switch.d/60-directory")).unwrap();
+        let link = |to: &str, name: &str| {
+            std::os::unix::fs::symlink(to, root.join("etc/node-image-pivot/pre-switch.d").join(name)).unwrap();
+        };
+        link("/dev/null", "30-switched-off");
+        link("/nonexistent", "70-dangling");
+        link("20-both", "80-link");
+        assert_eq!(
+            names(root),
+            [
+                "usr/lib/node-image-pivot/pre-switch.d/10-image",
+                "run/node-image-pivot/pre-switch.d/15-run",
+                "etc/node-image-pivot/pre-switch.d/20-both",
+                "etc/node-image-pivot/pre-switch.d/80-link",
+            ]
+        );
+    }
+
+    async fn script(text: &str, limit: Duration) -> Result<()> {
+        let temp = tempfile::tempdir().unwrap();
+        put(temp.path(), "hook", 0o755, text);
+        let hook = Hook { name: "hook".into(), path: temp.path().join("hook") };
+        run_hook(&hook, Moment::PreSwitch, &[("NODE_IMAGE_PIVOT_HOOK", "pre-switch".into())], limit).await
+    }
+
+    const LONG: Duration = Duration::from_secs(20);
+
+    #[tokio::test]
+    async fn success_failure_and_its_last_lines() {
+        script("#!/bin/sh\ntest \"$NODE_IMAGE_PIVOT_HOOK\" = pre-switch && test -z \"$NOTIFY_SOCKET\"\n", LONG)
+            .await
+            .unwrap();
+        let error = script("#!/bin/sh\nseq 1 9\necho the reason >&2\nexit 3\n", LONG).await.unwrap_err().to_string();
+        assert!(error.contains("exit status: 3") && error.contains("the reason") && !error.contains('6'), "{error}");
+        let error = script("#!/nonexistent\n", LONG).await.unwrap_err().to_string();
+        assert!(error.contains("does not start"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn what_takes_too_long_ends_with_its_children() {
+        let temp = tempfile::tempdir().unwrap();
+        let file = temp.path().join("child");
+        let text = format!("#!/bin/sh\nsleep 300 & echo $! >{}\necho waiting\nwait\n", file.display());
+        let error = script(&text, Duration::from_millis(500)).await.unwrap_err().to_string();
+        assert!(error.contains("stopped after 0.5 s (hooks.timeout): waiting"), "{error}");
+        let child = fs::read_to_string(file).unwrap();
+        let state = fs::read_to_string(format!("/proc/{}/stat", child.trim())).unwrap_or_default();
+        assert!(state.is_empty() || state.contains(") Z "), "{state}");
+    }
+
+    #[tokio::test]
+    async fn what_a_hook_leaves_behind_is_not_waited_for() {
+        let start = std::time::Instant::now();
+        script("#!/bin/sh\nsleep 5 &\nexit 0\n", LONG).await.unwrap();
+        assert!(start.elapsed() < Duration::from_secs(4));
+    }
+}
