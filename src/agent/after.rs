@@ -14,13 +14,6 @@ use crate::units::{self, Class, Flow, Manager, Version};
 
 /// How long one unit may take to restart before we go on without it.
 pub(super) const RESTART: Duration = Duration::from_secs(90);
-/// Units without processes that apply files at boot: run again when their inputs differ.
-const APPLIERS: &[(&str, &[&str])] = &[
-    ("systemd-sysctl.service", &["lib/sysctl.d"]),
-    ("systemd-modules-load.service", &["lib/modules-load.d"]),
-    ("systemd-binfmt.service", &["lib/binfmt.d"]),
-];
-
 /// Users, files, caches, PID 1, the bus and the units that run old code. Idempotent: a daemon that
 /// was killed in here does it again.
 pub(super) async fn refresh(context: &Context, mut switched: Switched, flow: Flow) -> Result<Switched, Error> {
@@ -55,13 +48,14 @@ pub(super) async fn refresh(context: &Context, mut switched: Switched, flow: Flo
             trouble.push(format!("{error:#}"));
         }
     }
-    if flow == Flow::Bootstrap {
-        for (unit, inputs) in APPLIERS {
-            if inputs.iter().any(|input| differs(Path::new(input)))
-                && let Err(error) = manager.try_restart(unit, RESTART).await
-            {
-                trouble.push(format!("{error:#}"));
-            }
+    for unit in host::appliers(&differs, flow == Flow::Live) {
+        // What had no files at boot is not active.
+        let again = async {
+            manager.try_restart(unit, RESTART).await?;
+            manager.start(unit, RESTART).await
+        };
+        if let Err(error) = again.await {
+            trouble.push(format!("{error:#}"));
         }
     }
 

@@ -1,18 +1,21 @@
 //! The tools that own users, files and caches, called after the switch: systemd-sysusers,
-//! systemd-tmpfiles, ldconfig, udevadm, and the bus's own reload; hooks, and what an installer's
+//! systemd-tmpfiles, ldconfig, systemd-hwdb, udevadm, and the bus's own reload; hooks, and what an installer's
 //! script says.
 //!
 //! Nothing of theirs is reimplemented. This is the only room that starts programs of the node image
-//! on the live system; it may not mount, write `/etc` itself, or talk to PID 1.
+//! on the live system; it may not mount, write `/etc` itself, or talk to PID 1. `docs/refresh.md` says what is run
+//! when.
 
 mod hooks;
 mod installer;
+mod skeleton;
 mod tool;
 
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use tracing::info;
 
 use crate::failpoint::{self, Point};
 
@@ -27,35 +30,122 @@ const LIMIT: Duration = Duration::from_secs(120);
 struct Step {
     /// Program and arguments.
     command: &'static [&'static str],
-    /// Which paths of the node image, relative to `/usr`, make it necessary when they differ.
+    /// Which paths of the node image, relative to `/usr`, make it necessary when they differ. `etc/...` are the defaults:
+    /// where they differ, the merge may have changed `/etc`.
     inputs: &'static [&'static str],
 }
 
-const STEPS: &[Step] = &[
-    // The cache lists libraries by path; programs of the node image whose libraries stand outside
-    // the default directories do not start before it is rebuilt.
-    Step { command: &["ldconfig"], inputs: &["lib", "lib64", "etc/ld.so.conf", "etc/ld.so.conf.d"] },
-    // Users first: tmpfiles and services name them.
-    Step { command: &["systemd-sysusers"], inputs: &["lib/sysusers.d"] },
-    // /dev is udev's on a running system. The tool returns 65 or 73 for lines it could not apply
-    // (an unknown user in somebody's fragment), which must not stop a pivot: reported, not fatal.
-    Step { command: &["systemd-tmpfiles", "--create", "--exclude-prefix=/dev"], inputs: &["lib/tmpfiles.d"] },
-    Step { command: &["udevadm", "control", "--reload"], inputs: &["lib/udev/rules.d"] },
+const LDCONFIG: Step = Step { command: &["ldconfig"], inputs: &["lib64", "etc/ld.so.conf", "etc/ld.so.conf.d"] };
+// Users first: tmpfiles and services name them.
+const SYSUSERS: Step = Step { command: &["systemd-sysusers"], inputs: &["lib/sysusers.d", "etc/sysusers.d"] };
+// /dev is udev's on a running system. The tool returns 65 or 73 for lines it could not apply
+// (an unknown user in somebody's fragment), which must not stop a pivot: reported, not fatal.
+const TMPFILES: Step = Step {
+    command: &["systemd-tmpfiles", "--create", "--exclude-prefix=/dev"],
+    inputs: &["lib/tmpfiles.d", "etc/tmpfiles.d", "share/factory"],
+};
+const SKELETON: Step =
+    Step { command: &["systemd-tmpfiles", "--create", "-"], inputs: &["share/factory/var", "lib/opt"] };
+const HWDB: Step = Step { command: &["systemd-hwdb", "update"], inputs: &["lib/udev/hwdb.d", "etc/udev/hwdb.d"] };
+// New rules hold for events from now on. Devices that are there are not triggered: that would rename
+// interfaces and start units under what runs.
+const UDEV: Step =
+    Step { command: &["udevadm", "control", "--reload"], inputs: &["lib/udev/rules.d", "etc/udev/rules.d"] };
+
+/// What applies files of a directory at boot, as a unit of systemd's, and whether it may run on a system that has
+/// long booted.
+const APPLIERS: &[(&str, bool, &[&str])] = &[
+    // Sets all keys of all files anew, and so takes back what was tuned since the boot; a runtime that turned
+    // forwarding on for its containers would lose their network.
+    ("systemd-sysctl.service", false, &["lib/sysctl.d", "etc/sysctl.d", "etc/sysctl.conf"]),
+    // Adds modules, takes nothing away.
+    ("systemd-modules-load.service", true, &["lib/modules-load.d", "etc/modules-load.d"]),
+    // Unregisters everything first, also the interpreters that containers of other architectures run on.
+    ("systemd-binfmt.service", false, &["lib/binfmt.d", "etc/binfmt.d"]),
 ];
+
+/// Units that are to run again because what they apply differs. `live`: on a system that has long booted, only
+/// those that take nothing from what runs.
+pub fn appliers(differs: &dyn Fn(&Path) -> bool, live: bool) -> Vec<&'static str> {
+    let mut units = Vec::new();
+    for (unit, harmless, inputs) in APPLIERS {
+        match (first(inputs, differs), live && !harmless) {
+            (Some(input), false) => {
+                info!("{unit} runs again: {input} differs");
+                units.push(*unit);
+            }
+            (Some(input), true) => info!("{unit} does not run again, though {input} differs: this system is in use"),
+            (None, _) => info!("{unit} does not run again: its inputs are as they were"),
+        }
+    }
+    units
+}
 
 /// Runs what the differences make necessary. A tool that fails or is missing is no reason to leave
 /// the system half refreshed: all of them run, and every failure comes back as one line.
 pub async fn refresh(differs: &(dyn Fn(&Path) -> bool + Sync)) -> Vec<String> {
+    let root = Path::new("/");
     let mut failures = Vec::new();
-    for step in STEPS {
-        if !step.inputs.iter().any(|input| differs(Path::new(input))) {
+    for step in [&LDCONFIG, &SYSUSERS, &TMPFILES, &SKELETON, &HWDB, &UDEV] {
+        let shown = step.command.join(" ");
+        let input = first(step.inputs, differs).or_else(|| match step.command {
+            ["ldconfig"] => libraries(root).into_iter().find(|path| differs(Path::new(path))),
+            _ => None,
+        });
+        let Some(input) = input else {
+            info!("{shown} is not run: its inputs are as they were");
+            continue;
+        };
+        if step.command == HWDB.command && !hwdb_is_stale(root) {
+            info!("{shown} is not run: the node image brings its own database");
             continue;
         }
-        if let Err(error) = run(step.command, LIMIT).await {
-            failures.push(format!("{error:#}"));
+        let ran = match step.command {
+            command if command == SKELETON.command => skeleton(root).await,
+            command => run(command, LIMIT).await.map(|_| true),
+        };
+        match ran {
+            Ok(true) => info!("{shown} was run: {input} differs"),
+            Ok(false) => info!("{shown} is not run: nothing is missing in /var and /opt"),
+            Err(error) => failures.push(format!("{error:#}")),
         }
     }
     failures
+}
+
+/// The first input that differs.
+fn first(inputs: &[&str], differs: &dyn Fn(&Path) -> bool) -> Option<String> {
+    inputs.iter().find(|input| differs(Path::new(input))).map(|input| (*input).to_owned())
+}
+
+/// What in `/usr/lib` is for the loader: the directory of each architecture, and libraries beside them.
+fn libraries(root: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(root.join("usr/lib")).into_iter().flatten().flatten();
+    let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+    names.filter(|name| name.contains("-linux-gnu") || name.contains(".so")).map(|name| format!("lib/{name}")).collect()
+}
+
+/// Whether the database of hardware has to be made here. The one in `/etc`, if there is one, hides the image's;
+/// where there is none, the image's own is as new as its files.
+fn hwdb_is_stale(root: &Path) -> bool {
+    root.join("etc/udev/hwdb.bin").exists() || !root.join("usr/lib/udev/hwdb.bin").exists()
+}
+
+/// `/var` and `/opt`; whether there was anything to do.
+async fn skeleton(root: &Path) -> Result<bool> {
+    let lines = skeleton::lines(root).context("looking for what /var and /opt lack")?;
+    if !lines.is_empty() {
+        for line in &lines {
+            info!("tmpfiles: {line}");
+        }
+        let text = lines.join("\n") + "\n";
+        tool::run_with_input(SKELETON.command, text.as_bytes(), LIMIT).await?;
+    }
+    let removed = skeleton::remove_dangling(root).context("removing links in /opt to what is gone")?;
+    for link in &removed {
+        info!("{}: removed, the node image does not have what it pointed to", link.display());
+    }
+    Ok(!lines.is_empty() || !removed.is_empty())
 }
 
 /// Makes the running message bus read the node image's D-Bus policy and activation files. A bus
@@ -78,4 +168,48 @@ pub async fn reload_bus() -> Result<()> {
         .await
         .context("the message bus refused to reload its configuration")?;
     Ok(())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn appliers_by_what_differs_and_by_who_is_there() {
+        let all = |_: &Path| true;
+        let none = |_: &Path| false;
+        let merged = |path: &Path| path == Path::new("etc/sysctl.d");
+        assert_eq!(appliers(&none, false), [""; 0]);
+        assert_eq!(appliers(&merged, false), ["systemd-sysctl.service"]);
+        assert_eq!(appliers(&merged, true), [""; 0]);
+        assert_eq!(appliers(&all, false).len(), 3);
+        assert_eq!(appliers(&all, true), ["systemd-modules-load.service"]);
+    }
+
+    #[test]
+    fn the_database_in_etc_hides_the_images() {
+        let temp = tempfile::tempdir().unwrap();
+        let put = |path: &str| {
+            let path = temp.path().join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, "").unwrap();
+        };
+        assert!(hwdb_is_stale(temp.path()), "there is none");
+        put("usr/lib/udev/hwdb.bin");
+        assert!(!hwdb_is_stale(temp.path()));
+        put("etc/udev/hwdb.bin");
+        assert!(hwdb_is_stale(temp.path()));
+    }
+
+    #[test]
+    fn what_the_loader_looks_at() {
+        let temp = tempfile::tempdir().unwrap();
+        for name in ["x86_64-linux-gnu", "systemd", "libx.so.1", "os-release"] {
+            std::fs::create_dir_all(temp.path().join("usr/lib").join(name)).unwrap();
+        }
+        let mut found = libraries(temp.path());
+        found.sort();
+        assert_eq!(found, ["lib/libx.so.1", "lib/x86_64-linux-gnu"]);
+    }
 }

@@ -1,0 +1,216 @@
+//! `/var` and `/opt` as the node image's content expects them.
+//!
+//! A commit has no `/var`; what an image wants there is in its tmpfiles.d, which systemd-tmpfiles applies, and in
+//! two directories of its `/usr`: `/usr/share/factory/var`, a skeleton of `/var`, and `/usr/lib/opt`, where
+//! packages of `/opt` live. For what of these is not there yet, lines for systemd-tmpfiles are made.
+//! Nothing that exists is touched, but for one kind of thing: a link in `/opt` into `/usr/lib/opt` to
+//! what the node image does not have. It was the bootimage's; nobody can read it, and it keeps whoever would
+//! make a directory of that name from doing so.
+
+use std::fs;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Component, Path, PathBuf};
+
+const FACTORY: &str = "usr/share/factory/var";
+const OPT_CONTENT: &str = "usr/lib/opt";
+
+/// Lines of tmpfiles.d(5) for what the system below `root` lacks.
+///
+/// # Errors
+/// A directory cannot be read.
+pub(super) fn lines(root: &Path) -> io::Result<Vec<String>> {
+    let mut lines = Vec::new();
+    let factory = root.join(FACTORY);
+    if factory.is_dir() {
+        missing(root, &factory, &root.join("var"), &mut lines)?;
+    }
+    if let Some(opt) = opt(root) {
+        for entry in sorted(&root.join(OPT_CONTENT))? {
+            let Some(name) = entry.file_name() else { continue };
+            if absent(&opt.join(name))? {
+                lines.push(line("L", root, &opt.join(name), &into_usr(root, &opt).join(name)));
+            }
+        }
+    }
+    Ok(lines)
+}
+
+/// Removes links in `/opt` whose targets in `/usr/lib/opt` are not there. Returns them.
+///
+/// # Errors
+/// A link cannot be removed.
+pub(super) fn remove_dangling(root: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut removed = Vec::new();
+    let Some(opt) = opt(root) else { return Ok(removed) };
+    for entry in sorted(&opt)? {
+        let Ok(target) = fs::read_link(&entry) else { continue };
+        let target = lexical(opt.strip_prefix(root).unwrap_or(&opt), &target);
+        if target.starts_with(OPT_CONTENT) && absent(&root.join(target))? {
+            fs::remove_file(&entry)?;
+            removed.push(entry);
+        }
+    }
+    Ok(removed)
+}
+
+/// What `from` has and `to` lacks. Through links nothing is looked at: what they point to is somebody's choice.
+fn missing(root: &Path, from: &Path, to: &Path, lines: &mut Vec<String>) -> io::Result<()> {
+    for source in sorted(from)? {
+        let Some(name) = source.file_name() else { continue };
+        let place = to.join(name);
+        let kind = fs::symlink_metadata(&source)?.file_type();
+        if !absent(&place)? {
+            if kind.is_dir() && fs::symlink_metadata(&place)?.is_dir() {
+                missing(root, &source, &place, lines)?;
+            }
+        } else if kind.is_symlink() {
+            lines.push(line("L", root, &place, &fs::read_link(&source)?));
+        } else {
+            let source = Path::new("/").join(source.strip_prefix(root).unwrap_or(&source));
+            lines.push(line("C", root, &place, &source));
+        }
+    }
+    Ok(())
+}
+
+/// Where `/opt` is: on these systems a link to `/var/opt`. `None` when there is none.
+fn opt(root: &Path) -> Option<PathBuf> {
+    let opt = root.join("opt");
+    match fs::read_link(&opt) {
+        Ok(target) => Some(root.join(lexical(Path::new(""), &target))).filter(|path| path.is_dir()),
+        Err(_) => opt.is_dir().then_some(opt),
+    }
+}
+
+/// From a directory to `/usr/lib/opt`, relative, so that it holds below any mount point of the root.
+fn into_usr(root: &Path, directory: &Path) -> PathBuf {
+    let up = directory.strip_prefix(root).unwrap_or(directory).components().map(|_| "..");
+    up.chain([OPT_CONTENT]).collect()
+}
+
+/// Where a link in `directory` points to, both relative to the root, without looking.
+fn lexical(directory: &Path, target: &Path) -> PathBuf {
+    let mut path = if target.is_absolute() { PathBuf::new() } else { directory.to_owned() };
+    for component in target.components() {
+        match component {
+            Component::Normal(name) => path.push(name),
+            Component::ParentDir => drop(path.pop()),
+            Component::CurDir | Component::RootDir | Component::Prefix(_) => {}
+        }
+    }
+    path
+}
+
+fn absent(path: &Path) -> io::Result<bool> {
+    match fs::symlink_metadata(path) {
+        Ok(_) => Ok(false),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(true),
+        Err(error) => Err(error),
+    }
+}
+
+fn sorted(directory: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut entries = match fs::read_dir(directory) {
+        Ok(entries) => entries.map(|entry| entry.map(|entry| entry.path())).collect::<io::Result<Vec<_>>>()?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+        Err(error) => return Err(error),
+    };
+    entries.sort();
+    Ok(entries)
+}
+
+fn line(kind: &str, root: &Path, place: &Path, argument: &Path) -> String {
+    let place = Path::new("/").join(place.strip_prefix(root).unwrap_or(place));
+    format!("{kind} {} - - - - {}", quoted(&place), quoted(argument))
+}
+
+/// A field as tmpfiles.d(5) reads it: in quotes, with C's escapes, and no specifiers.
+fn quoted(path: &Path) -> String {
+    let mut text = String::from("\"");
+    for &byte in path.as_os_str().as_bytes() {
+        match byte {
+            b'%' => text.push_str("%%"),
+            b'"' | b'\\' => text.extend(['\\', char::from(byte)]),
+            0x20..=0x7e => text.push(char::from(byte)),
+            _ => text.push_str(&format!("\\x{byte:02x}")),
+        }
+    }
+    text.push('"');
+    text
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    fn tree(paths: &[&str]) -> tempfile::TempDir {
+        let temp = tempfile::tempdir().unwrap();
+        for path in paths {
+            let (path, target) = path.split_once(" -> ").map_or((*path, None), |(path, target)| (path, Some(target)));
+            let full = temp.path().join(path);
+            fs::create_dir_all(full.parent().unwrap()).unwrap();
+            match target {
+                Some(target) => symlink(target, full).unwrap(),
+                None if path.ends_with('/') => fs::create_dir_all(full).unwrap(),
+                None => fs::write(full, path).unwrap(),
+            }
+        }
+        temp
+    }
+
+    #[test]
+    fn what_is_missing_and_nothing_else() {
+        let temp = tree(&[
+            "usr/share/factory/var/lib/app/data",
+            "usr/share/factory/var/lib/there/new one",
+            "usr/share/factory/var/lib/there/mine",
+            "usr/share/factory/var/lib/elsewhere/x",
+            "usr/share/factory/var/run -> ../run",
+            "usr/share/factory/var/file-here/x",
+            "usr/lib/opt/cni/bin/bridge",
+            "usr/lib/opt/vendor/x",
+            "opt -> var/opt",
+            "var/opt/vendor/own",
+            "var/lib/there/mine",
+            "var/lib/elsewhere -> /srv/elsewhere",
+            "var/file-here",
+        ]);
+        assert_eq!(
+            lines(temp.path()).unwrap(),
+            [
+                "C \"/var/lib/app\" - - - - \"/usr/share/factory/var/lib/app\"",
+                "C \"/var/lib/there/new one\" - - - - \"/usr/share/factory/var/lib/there/new one\"",
+                "L \"/var/run\" - - - - \"../run\"",
+                "L \"/var/opt/cni\" - - - - \"../../usr/lib/opt/cni\"",
+            ]
+        );
+        assert_eq!(lines(tree(&["var/", "usr/"]).path()).unwrap(), [""; 0]);
+        let plain = tree(&["opt/", "usr/lib/opt/cni/x"]);
+        assert_eq!(lines(plain.path()).unwrap(), ["L \"/opt/cni\" - - - - \"../usr/lib/opt/cni\""]);
+    }
+
+    #[test]
+    fn links_to_what_is_gone_are_removed_and_nothing_else() {
+        let temp = tree(&[
+            "opt -> var/opt",
+            "usr/lib/opt/kept/x",
+            "var/opt/kept -> ../../usr/lib/opt/kept",
+            "var/opt/cni -> ../../usr/lib/opt/cni",
+            "var/opt/absolute -> /usr/lib/opt/absolute",
+            "var/opt/admin -> /srv/not-mounted-yet",
+            "var/opt/file",
+        ]);
+        let removed = remove_dangling(temp.path()).unwrap();
+        assert_eq!(removed, ["absolute", "cni"].map(|name| temp.path().join("var/opt").join(name)));
+        let left: Vec<_> = sorted(&temp.path().join("var/opt")).unwrap();
+        assert_eq!(left, ["admin", "file", "kept"].map(|name| temp.path().join("var/opt").join(name)));
+    }
+
+    #[test]
+    fn fields_are_quoted() {
+        assert_eq!(quoted(Path::new("/a b/100%/\"x\"\\\u{e9}\n")), "\"/a b/100%%/\\\"x\\\"\\\\\\xc3\\xa9\\x0a\"");
+    }
+}
