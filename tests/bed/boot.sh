@@ -20,13 +20,13 @@ agent() {
 }
 
 # boot [VARIANT]: prints a directory with vmlinuz, initramfs.img, sysroot.squashfs, kargs; VARIANT "binaries" has the
-# cluster's binaries in its tree, "" does not.
+# cluster's binaries in its tree, "runtime" a container runtime, "" neither.
 boot() {
     local variant=${1-} base agent overlays=()
     base=$(tree_base12)
     agent=$(agent)
     overlays=("$agent")
-    [ "$variant" != binaries ] || overlays+=("$(binaries)")
+    [ -z "$variant" ] || overlays+=("$("$variant")")
     stage "boot${variant:+-$variant}" "$(key "$BED/bootimage.sh" "=$base" "${overlays[@]}")" \
         recipe bootimage.sh BED="$BED" BASE="$base" OVERLAYS="${overlays[*]}"
 }
@@ -47,4 +47,12 @@ unpack_binaries() {
     for deb in "$(debs)"/cluster-*.deb; do dpkg-deb -x "$deb" "$OUT"; done
     # Programs only: the units are not what this variant is about.
     rm -rf "${OUT:?}/etc" "${OUT:?}/usr/lib"
+}
+
+# A container runtime of the bootimage's release, as live media have one.
+runtime() { stage runtime "$(key =runc)" unpack_runtime; }
+unpack_runtime() {
+    # As published: the node images have the updates.
+    (cd "$OUT" && apt-get download -q runc && dpkg-deb -x runc_*.deb . && rm runc_*.deb)
+    rm -rf "${OUT:?}/usr/share"
 }

@@ -3,6 +3,7 @@
 #
 #   build.sh TARGET...    targets: qemu oracle debs trees boot registry all
 #   build.sh skopeo       prints the directory of a newer skopeo; builds it if it is missing
+#   build.sh runtime      prints the directory of a live bootimage with a container runtime; builds it if it is missing
 #   build.sh disk         builds an installed system's disk, and prints where it is
 #   build.sh paths        prints where they are, as JSON; builds what is missing
 #   build.sh bench        the benchmark's images (not part of all); prints where they are
@@ -85,6 +86,7 @@ for target in "$@"; do
         skopeo) skopeo_new ;;
         bench) bench ;;
         disk) disk ;;
+        runtime) boot runtime ;;
         all) trees; boot >&2; registry >&2; qemu >&2; skopeo_new >&2 ;;
         paths)
             # Assignments, not arguments: a failing stage has to end this.

@@ -18,11 +18,25 @@ newer_cpu() {
     base=$(tree_base12)
     stage tree-newer-cpu "$(key "$BED/newer-cpu.sh" "=$base")" recipe newer-cpu.sh FROM="$base" NAME=newer-cpu
 }
+# The bootimage's own tree with little more.
+node_small() {
+    local base binaries
+    base=$(tree_base12)
+    binaries=$(binaries)
+    stage tree-node-small "$(key "$BED/node-small.sh" "=$base $binaries")" \
+        recipe node-small.sh BASE="$base" BINARIES="$binaries"
+}
+# A payload that names node image a.
+release() {
+    local node
+    node=$(image node-a "$(tree_node_a)")
+    stage image-release "$(key "$BED/release.sh" "$BED/serve.sh" "=$node")" recipe release.sh BED="$BED" NODE="$node"
+}
 
 # registry: prints a directory with storage/ (for docker-registry's filesystem driver) and images.json.
 registry() {
     oracle >/dev/null
-    local parts a b bad newer
+    local parts a b bad newer small release
     # Compressing is one core's work per image: both at once.
     image node-a "$(tree_node_a)" >/dev/null &
     a=$!
@@ -33,7 +47,9 @@ registry() {
     b=$(image node-b "$(tree_node_b)")
     bad=$(bad_images)
     newer=$(image newer-cpu "$(newer_cpu)")
-    parts=("$a" "$b" "$bad" "$newer")
+    small=$(image node-small "$(node_small)")
+    release=$(release)
+    parts=("$a" "$b" "$bad" "$newer" "$small" "$release")
     stage registry "$(key "${parts[@]/#/=}" =1)" merge_storages "${parts[@]}"
 }
 # Storages are addressed by content below and by name above: hardlinking them into one directory merges them.

@@ -119,13 +119,23 @@ impl Images {
     /// An installed system, built if need be: vmlinuz, initramfs.img, disk.img, kargs, commit. Few tests
     /// need it, so it is not among the fields.
     pub fn disk(&self) -> Result<PathBuf> {
-        let mut build = Command::new("bash");
-        let output = succeed(build.arg(project().join("tests/bed/build.sh")).arg("disk").stderr(Stdio::inherit()))?;
-        Ok(String::from_utf8(output.stdout)?.trim().into())
+        build("disk")
+    }
+
+    /// A live bootimage with a container runtime, likewise.
+    pub fn boot_runtime(&self) -> Result<PathBuf> {
+        build("runtime")
     }
 
     /// An image by name.
     pub fn image(&self, name: &str) -> Result<&Image> {
         self.by_name.get(name).with_context(|| format!("the test bed has no image {name:?}"))
     }
+}
+
+/// What a target of build.sh prints: where it is.
+fn build(target: &str) -> Result<PathBuf> {
+    let mut build = Command::new("bash");
+    let output = succeed(build.arg(project().join("tests/bed/build.sh")).arg(target).stderr(Stdio::inherit()))?;
+    Ok(String::from_utf8(output.stdout)?.trim().into())
 }

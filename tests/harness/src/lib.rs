@@ -7,6 +7,7 @@ pub mod files;
 pub mod guest;
 pub mod images;
 pub mod proc;
+pub mod proxy;
 pub mod registry;
 pub mod scenario;
 pub mod vm;

@@ -95,6 +95,7 @@ fn an_installed_system_pivots_and_stays_one() -> Result<()> {
             same(guest.status()?["cost"]["bytes_fetched"].as_u64(), Some(0))
         });
         checks.check("of the last boot, nothing is left", || one_boot(&guest));
+        installed_to_the_existing_root(&guest, &mut checks);
     }
     checks.finish()
 }
@@ -150,5 +151,20 @@ fn stays_ostrees(guest: &Vm, checks: &mut Checks) {
         // Merging /etc, it would rebuild the SELinux policy, and for that want bubblewrap, which the test's trees lack.
         guest.ask("ostree admin deploy --no-merge --os=testbed later")?;
         contains(&guest.ask("ostree admin status")?, "(pending)")
+    });
+}
+
+/// What the assisted installer does to the repo under a system that is pivoted, before it deploys there.
+fn installed_to_the_existing_root(guest: &Vm, checks: &mut Checks) {
+    const REF: &str = "refs/heads/coreos/node-image";
+    checks.check("the ref is where an installer to the existing root looks for it", || {
+        guest.ask(&format!("stat /ostree/repo/{REF}")).map(drop)
+    });
+    checks.check("it deletes the ref, touches tmp/node-image and lets ostree clean: all of /usr stays readable", || {
+        let acts = "mount -o remount,rw /sysroot && ostree refs --repo /ostree/repo --delete coreos/node-image && \
+                    touch /ostree/repo/tmp/node-image && ostree admin cleanup && ostree prune --refs-only --repo=/ostree/repo";
+        guest.ask(&format!("unshare -m sh -c '{acts}'"))?;
+        guest.ask(&format!("test ! -e /ostree/repo/{REF} && find /usr -xdev -type f -exec cat {{}} + >/dev/null"))?;
+        contains(&guest.ask("oc version")?, "Server Version: 4.99.0")
     });
 }
