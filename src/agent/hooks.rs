@@ -24,9 +24,10 @@ pub(super) async fn pre_switch(
     let hooks = host::find_hooks(Path::new(ROOT), moment)
         .map_err(|error| Error::Refused(format!("{error:#}; the running system is untouched")))?;
     // A switch that is made anew has its hooks afterwards anew, too.
-    Directory::ensure(context.paths.run())
-        .and_then(|run| run.remove_all(Paths::HOOKS_DONE))
-        .map_err(|error| anyhow::anyhow!("{error}; the running system is untouched"))?;
+    Directory::ensure(context.paths.run()).and_then(|run| run.remove_all(Paths::HOOKS_DONE)).map_err(|error| {
+        let path = context.paths.run().join(Paths::HOOKS_DONE);
+        anyhow::anyhow!("cannot remove {}: {error}; the running system is untouched", path.display())
+    })?;
     if hooks.is_empty() {
         return Ok(());
     }

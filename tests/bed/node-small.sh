@@ -17,6 +17,13 @@ put usr/share/factory/var/lib/kept-app/data 644 <<<"from the factory"
 # Read at boot only. The value is the network namespace's own; the second file asks for no module.
 put usr/etc/sysctl.d/70-small.conf 644 <<<"net.ipv4.ip_default_ttl = 63"
 put usr/etc/modules-load.d/small.conf 644 <<<"# nothing"
+# Two new units: the image's maker enabled one of them. Presets would enable both, and what is in no preset file as well.
+for unit in small-enabled small-disabled; do
+    put usr/lib/systemd/system/$unit.service 644 <<<$'[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/bin/true\n[Install]\nWantedBy=multi-user.target'
+done
+put usr/lib/systemd/system-preset/10-small.preset 644 <<<"enable small-*.service"
+mkdir -p "$new/usr/etc/systemd/system/multi-user.target.wants"
+ln -s /usr/lib/systemd/system/small-enabled.service "$new/usr/etc/systemd/system/multi-user.target.wants/small-enabled.service"
 put usr/lib/node-image-pivot/pre-switch.d/50-image 755 <<<$'#!/bin/sh\necho runs too late to refuse anything; exit 1'
 put usr/lib/node-image-pivot/post-switch.d/50-image 755 <<<$'#!/bin/sh\necho hook of the node image'
 
