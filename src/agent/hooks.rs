@@ -8,7 +8,7 @@ use tracing::{info, warn};
 use super::{Context, Error, Paths, StagedRoot, Ticket};
 use crate::dirfd::Directory;
 use crate::host::{self, Hook, Moment};
-use crate::report::{Phase, State};
+use crate::report::{Phase, State, one_line};
 use crate::units::Flow;
 
 const ROOT: &str = "/";
@@ -65,20 +65,24 @@ pub(super) async fn post_switch(context: &Context, staged: &StagedRoot, flow: Fl
         Vec::new()
     });
     let mut done = done(&context.paths);
-    let mut hooks =
-        hooks.into_iter().filter(|hook| !done.contains(&hook.name)).collect::<Vec<_>>().into_iter().peekable();
-    if hooks.peek().is_none() {
+    // What an agent that was killed since has not kept.
+    for failure in done.iter().filter_map(|(_, failure)| failure.as_ref()) {
+        warning(context, failure);
+    }
+    let hooks: Vec<_> = hooks.into_iter().filter(|hook| !done.iter().any(|(name, _)| *name == hook.name)).collect();
+    if hooks.is_empty() {
         return;
     }
     context.tracker.update(|status| status.state = State::Running);
     for hook in hooks {
-        if let Err(error) = run(context, &hook, moment, staged, flow).await {
-            warning(context, &format!("{error:#}"));
+        let failure =
+            run(context, &hook, moment, staged, flow).await.err().map(|error| one_line(&format!("{error:#}")));
+        if let Some(failure) = &failure {
+            warning(context, failure);
         }
-        done.push(hook.name);
-        let text = done.join("\n");
+        done.push((hook.name, failure));
         if let Err(error) = Directory::ensure(context.paths.run())
-            .and_then(|run| run.write_atomic(Paths::HOOKS_DONE, 0o644, text.as_bytes()))
+            .and_then(|run| run.write_atomic(Paths::HOOKS_DONE, 0o644, written(&done).as_bytes()))
         {
             warn!("cannot note which hooks have run, an agent that is restarted now runs them again: {error}");
         }
@@ -87,11 +91,29 @@ pub(super) async fn post_switch(context: &Context, staged: &StagedRoot, flow: Fl
     context.tracker.end(Phase::Refresh, State::Switched);
 }
 
-/// Names of the hooks that ran after this switch.
-fn done(paths: &Paths) -> Vec<String> {
+/// A hook that ran after this switch, and how it failed.
+type Done = (String, Option<String>);
+
+fn done(paths: &Paths) -> Vec<Done> {
     let text = Directory::ensure(paths.run()).and_then(|run| run.read_optional(Paths::HOOKS_DONE));
-    let text = text.unwrap_or_default().unwrap_or_default();
-    String::from_utf8_lossy(&text).lines().map(str::to_owned).collect()
+    read(&String::from_utf8_lossy(&text.unwrap_or_default().unwrap_or_default()))
+}
+
+/// One a line: its name, and after a tab how it failed.
+fn read(text: &str) -> Vec<Done> {
+    let parts = |line: &str| match line.split_once('\t') {
+        Some((name, failure)) => (name.to_owned(), Some(failure.to_owned())),
+        None => (line.to_owned(), None),
+    };
+    text.lines().map(parts).collect()
+}
+
+fn written(done: &[Done]) -> String {
+    let line = |(name, failure): &Done| match failure {
+        Some(failure) => format!("{name}\t{failure}\n"),
+        None => format!("{name}\n"),
+    };
+    done.iter().map(line).collect()
 }
 
 async fn run(context: &Context, hook: &Hook, moment: Moment, staged: &StagedRoot, flow: Flow) -> anyhow::Result<()> {
@@ -126,4 +148,16 @@ fn environment(context: &Context, staged: &StagedRoot, moment: Moment, flow: Flo
 fn warning(context: &Context, line: &str) {
     warn!("{line}");
     context.tracker.note(format!("warning: {line}"));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_ran_is_noted_with_how_it_failed() {
+        let done = vec![("10-a".to_owned(), None), ("20-b".to_owned(), Some("the hook failed: x; y".to_owned()))];
+        assert_eq!(read(&written(&done)), done);
+        assert_eq!(read(""), []);
+    }
 }

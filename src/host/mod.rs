@@ -134,18 +134,20 @@ fn hwdb_is_stale(root: &Path) -> bool {
 /// `/var` and `/opt`; whether there was anything to do.
 async fn skeleton(root: &Path) -> Result<bool> {
     let lines = skeleton::lines(root).context("looking for what /var and /opt lack")?;
+    let mut made = Ok(Vec::new());
     if !lines.is_empty() {
         for line in &lines {
             info!("tmpfiles: {line}");
         }
         let text = lines.join("\n") + "\n";
-        tool::run_with_input(SKELETON.command, text.as_bytes(), LIMIT).await?;
+        made = tool::run_with_input(SKELETON.command, text.as_bytes(), LIMIT).await;
     }
+    // After it: a line of the image's own may have made one.
     let removed = skeleton::remove_dangling(root).context("removing links in /opt to what is gone")?;
     for link in &removed {
         info!("{}: removed, the node image does not have what it pointed to", link.display());
     }
-    Ok(!lines.is_empty() || !removed.is_empty())
+    made.map(|_| !lines.is_empty() || !removed.is_empty())
 }
 
 /// Makes the running message bus read the node image's D-Bus policy and activation files. A bus

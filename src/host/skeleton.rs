@@ -122,12 +122,13 @@ fn sorted(directory: &Path) -> io::Result<Vec<PathBuf>> {
 
 fn line(kind: &str, root: &Path, place: &Path, argument: &Path) -> String {
     let place = Path::new("/").join(place.strip_prefix(root).unwrap_or(place));
-    format!("{kind} {} - - - - {}", quoted(&place), quoted(argument))
+    // The argument is the rest of the line: quotes would be part of it.
+    format!("{kind} \"{}\" - - - - {}", escaped(&place), escaped(argument))
 }
 
-/// A field as tmpfiles.d(5) reads it: in quotes, with C's escapes, and no specifiers.
-fn quoted(path: &Path) -> String {
-    let mut text = String::from("\"");
+/// As tmpfiles.d(5) reads it: with C's escapes, and no specifiers.
+fn escaped(path: &Path) -> String {
+    let mut text = String::new();
     for &byte in path.as_os_str().as_bytes() {
         match byte {
             b'%' => text.push_str("%%"),
@@ -136,7 +137,6 @@ fn quoted(path: &Path) -> String {
             _ => text.push_str(&format!("\\x{byte:02x}")),
         }
     }
-    text.push('"');
     text
 }
 
@@ -189,7 +189,7 @@ mod tests {
         );
         assert_eq!(lines(tree(&["var/", "usr/"]).path()).unwrap(), [""; 0]);
         let plain = tree(&["opt/", "usr/lib/opt/cni/x"]);
-        assert_eq!(lines(plain.path()).unwrap(), ["L \"/opt/cni\" - - - - \"../usr/lib/opt/cni\""]);
+        assert_eq!(lines(plain.path()).unwrap(), ["L \"/opt/cni\" - - - - ../usr/lib/opt/cni"]);
     }
 
     #[test]
@@ -210,7 +210,28 @@ mod tests {
     }
 
     #[test]
-    fn fields_are_quoted() {
-        assert_eq!(quoted(Path::new("/a b/100%/\"x\"\\\u{e9}\n")), "\"/a b/100%%/\\\"x\\\"\\\\\\xc3\\xa9\\x0a\"");
+    fn names_are_escaped() {
+        assert_eq!(escaped(Path::new("/a b/100%/\"x\"\\\u{e9}\n")), "/a b/100%%/\\\"x\\\"\\\\\\xc3\\xa9\\x0a");
+    }
+
+    /// The tool itself reads what we write.
+    #[test]
+    fn systemd_tmpfiles_makes_them() {
+        let name = "s p%a\"c\\e'\u{e9}";
+        let temp = tree(&[&format!("usr/share/factory/var/{name}/data"), &format!("usr/lib/opt/{name}/x"), "opt/"]);
+        fs::create_dir(temp.path().join("var")).unwrap();
+        // Sources are looked for on this system, not below the root.
+        let text = lines(temp.path())
+            .unwrap()
+            .join("\n")
+            .replace("- /usr/share", &format!("- {}/usr/share", temp.path().display()));
+        let file = temp.path().join("lines.conf");
+        fs::write(&file, text).unwrap();
+        let root = format!("--root={}", temp.path().display());
+        let made =
+            std::process::Command::new("systemd-tmpfiles").args([&root, "--create"]).arg(&file).output().unwrap();
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+        assert!(temp.path().join("var").join(name).join("data").exists());
+        assert_eq!(fs::read_link(temp.path().join("opt").join(name)).unwrap(), Path::new("../usr/lib/opt").join(name));
     }
 }
