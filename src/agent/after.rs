@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use tracing::{info, warn};
 
-use super::{Context, Error, Switched};
+use super::{Context, Error, Switched, switch};
 use crate::host;
 use crate::mount;
 use crate::report::{Phase, State};
@@ -24,6 +24,8 @@ pub(super) async fn refresh(context: &Context, mut switched: Switched, flow: Flo
     let delta = switched.staged.delta.lookup()?;
     let differs = |path: &Path| delta.contains(path).unwrap_or(true);
 
+    // First of all: until the kernel knows the labels of what was written, nobody may use it.
+    switch::load_policy(context).await?;
     let mut trouble = host::refresh(&differs).await;
 
     let mut manager = Manager::connect().await?;

@@ -12,6 +12,7 @@ use crate::host::{self, SCRIPT};
 use crate::image::{self, Class, Failure, ImageSettings, Kind, PullSpec, ResolvedImage, Source};
 use crate::import::{self, PullOptions, PulledImage};
 use crate::report::{LastError, Phase, State};
+use crate::selinux;
 use crate::stage::Refusal;
 use crate::store::{LockError, NodeStore};
 
@@ -104,6 +105,10 @@ async fn store(
     with_retry(context, phase, ticket, || async {
         let (store, booted) =
             storage::open(&context.paths, &context.settings).map_err(|error| cannot_open(image, &error))?;
+        if let Some(line) = wrong_domain(store.root()) {
+            warn!("{line}");
+            context.tracker.note(format!("warning: {line}"));
+        }
         let source = Source::open(&image_settings(&context.settings)).await?;
         context.tracker.progress.reset();
         let progress = context.tracker.progress.clone();
@@ -122,6 +127,15 @@ fn cannot_open(image: &ResolvedImage, error: &anyhow::Error) -> Failure {
         return Failure::new(Kind::NoSpace, message);
     }
     Failure::new(Kind::Local, format!("{error:#}"))
+}
+
+/// Whether an image whose policy has types that the running one lacks cannot be stored. Most images have none,
+/// so it is a warning; the first label that needs it is the error.
+fn wrong_domain(store: &Path) -> Option<String> {
+    if selinux::mode() == selinux::Mode::Disabled || selinux::may_write_unknown(store).unwrap_or(true) {
+        return None;
+    }
+    Some(selinux::advice(selinux::context().as_deref()))
 }
 
 /// On a disk that is full, everybody suffers: what was written for nothing goes at once.

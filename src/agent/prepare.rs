@@ -86,6 +86,9 @@ fn blocking(paths: &Paths, pulled: PulledImage, settings: &Settings) -> Result<(
         // The image's own files have labels, too.
         Err(error) => warnings.push(format!("{error:#}; what is written to /etc gets the labels of the image's files")),
     }
+    let (refusals, said) = stage::check_selinux(tree.as_fd()).context("looking at SELinux; nothing was changed")?;
+    refuse(refusals)?;
+    warnings.extend(said);
     if settings.etc_strategy == EtcStrategy::Fail {
         refuse(
             etc::refuse_conflicts(&plan)

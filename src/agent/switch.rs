@@ -17,7 +17,7 @@ use crate::failpoint::{self, Point};
 use crate::report::{Phase, State};
 use crate::store::NODE_IMAGE_REF;
 use crate::units::{self, Action, Class, Flow, Manager, Version};
-use crate::{etc, mount, stage};
+use crate::{etc, host, mount, selinux, stage};
 
 /// Exposes the new `/usr` and merges `/etc`.
 pub(super) async fn switch(context: &Context, staged: StagedRoot) -> Result<Switched, Error> {
@@ -49,6 +49,42 @@ pub(super) fn check(paths: &Paths) -> Result<(), Error> {
         return Ok(());
     }
     Err(Error::Refused(format!("{}; the running system is untouched", refusals.join("; "))))
+}
+
+/// Gives the kernel the policy that is in `/etc`, if the merge brought another, and what the merge wrote the labels that
+/// only that one knows. Doing it again is harmless.
+pub(super) async fn load_policy(context: &Context) -> anyhow::Result<()> {
+    let plan = load_plan(&context.paths)?;
+    let step = policy_step(&plan);
+    if let Some(line) = host::load_policy(step).await? {
+        info!("{line}");
+        context.tracker.note(line);
+    }
+    if step == host::PolicyStep::Load && selinux::mode() != selinux::Mode::Disabled {
+        let relabelled = etc::relabel(&plan, etc::open_dir(Path::new(ETC))?.as_fd())?;
+        info!("/etc: {relabelled} entries got labels that the policy from before did not know");
+    }
+    Ok(())
+}
+
+/// The old policy again, when `/etc` and `/usr` are the old ones again.
+async fn load_old_policy(paths: &Paths, undone: &mut Undone) {
+    match load_plan(paths).map(|plan| policy_step(&plan)) {
+        Ok(step @ host::PolicyStep::Load) => match host::load_policy(step).await {
+            Ok(line) => line.iter().for_each(|line| info!("undo: {line}")),
+            Err(error) => undone.failed.push(format!("{error:#}")),
+        },
+        Ok(_) => {}
+        Err(error) => undone.kept.push(format!("the SELinux policy stays as it is loaded: {error:#}")),
+    }
+}
+
+/// What the merge of `/etc` means for the SELinux policy, before and after an undo alike.
+fn policy_step(plan: &etc::Plan) -> host::PolicyStep {
+    host::policy_step(
+        plan.changes.iter().map(|change| change.path.0.as_slice()),
+        plan.of(etc::Class::Conflict).map(|decision| decision.path.0.as_slice()),
+    )
 }
 
 fn load_plan(paths: &Paths) -> anyhow::Result<etc::Plan> {
@@ -118,6 +154,10 @@ pub(super) async fn undo(paths: &Paths, staged: &StagedRoot, units: Option<&[Act
         Err(error) => (Undone { failed: vec![format!("undo panicked: {error}")], ..Undone::default() }, None),
     };
     undone.kept.extend(stopped);
+    // Before PID 1 is the old one again: it looks labels up in what is loaded.
+    if units.is_some() {
+        load_old_policy(paths, &mut undone).await;
+    }
     if let Some(units) = units
         && let Err(error) = undo_units(units, &mut undone.kept).await
     {

@@ -68,6 +68,12 @@ impl Place {
         Ok((xattrs.get(LABEL).cloned().map(Bytes), (stat.st_mtime, stat.st_mtime_nsec.cast_signed())))
     }
 
+    /// Sets the label of what is there now.
+    pub fn set_label(&self, label: &[u8]) -> Result<()> {
+        failpoint::hit(Point::EtcDress, "").context("setting its label")?;
+        xattr::set(&proc_path(self.dir.as_fd(), &self.name), LABEL, label).context("setting its label")
+    }
+
     /// Opens a regular file.
     pub fn open(&self) -> Result<File> {
         open(self.dir.as_fd(), &self.name).context("opening it")

@@ -69,7 +69,8 @@ impl fmt::Display for Report {
         if self.unlabelled > 0 {
             write!(
                 out,
-                "\n{} entries could not be given their security label; run restorecon on /etc",
+                "\n{} entries could not be given their security label yet, which is tried again when a new policy is loaded; \
+                 else run restorecon on /etc",
                 self.unlabelled
             )?;
         }

@@ -1,4 +1,4 @@
-//! The tools that own users, files and caches, called after the switch: systemd-sysusers,
+//! The tools that own policy, users, files and caches, called after the switch: load_policy, systemd-sysusers,
 //! systemd-tmpfiles, ldconfig, systemd-hwdb, udevadm, and the bus's own reload; hooks, and what an installer's
 //! script says.
 //!
@@ -9,6 +9,7 @@
 mod hooks;
 mod installer;
 mod skeleton;
+mod selinux;
 mod tool;
 
 use std::path::Path;
@@ -21,6 +22,7 @@ use crate::failpoint::{self, Point};
 
 pub use hooks::{Hook, Moment, find as find_hooks, run_hook};
 pub use installer::{SCRIPT, release_image};
+pub use selinux::{PolicyStep, load_policy, policy_step};
 pub use tool::run;
 
 /// How long one tool may take.

@@ -17,6 +17,7 @@ use super::delta::{Delta, DeltaCounts};
 use super::diff::{self, Checksum, DeltaOp, Directory, Tree as _};
 use super::keep::Keep;
 use crate::failpoint::{self, Point};
+use crate::selinux;
 
 use super::source::{DirMeta, PlainTree, RepoTree, xattrs_of};
 
@@ -325,8 +326,13 @@ fn copy(repo: &ostree::Repo, hex: &str, here: BorrowedFd<'_>, name: &str) -> Res
 fn attribute(name: &[u8]) -> String {
     let name = String::from_utf8_lossy(name);
     let hint = match &*name {
-        "security.selinux" => " (is its label known to the running policy, or may we set unknown ones?)",
-        _ => "",
+        selinux::ATTRIBUTE if selinux::mode() != selinux::Mode::Disabled => {
+            format!(
+                " (if the loaded policy does not know its label: {})",
+                selinux::advice(selinux::context().as_deref())
+            )
+        }
+        _ => String::new(),
     };
     format!("setting {name}{hint}")
 }

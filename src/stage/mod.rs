@@ -14,6 +14,7 @@ mod labels;
 mod memory;
 mod packages;
 mod preflight;
+mod selinux;
 mod source;
 mod trial;
 
@@ -29,6 +30,7 @@ pub use labels::label_plan;
 pub use memory::{Free, Memory, Need, store_limit};
 pub use packages::{DPKG_STATUS, Package, PackageChange, PackageChanges, Packages, dpkg, rpm};
 pub use preflight::{Refusal, Refusals, check_content, check_metadata, check_system, warnings};
+pub use selinux::check_selinux;
 pub use trial::{TrialReport, check_runs};
 
 use std::path::Path;

@@ -87,6 +87,16 @@ pub enum Refusal {
     /// `/etc` cannot be written.
     #[error("/etc is mounted read-only; make it writable first")]
     EtcReadOnly,
+    /// The kernel checks each access through the new overlay against the domain that mounted it, too.
+    #[error(
+        "the node image's SELinux policy does not know {context}, in which this agent runs: once that policy is loaded, \
+         the kernel would deny every access to the new /usr; run the agent in a domain that both policies have \
+         (install_t), or add it to the node image's policy (packaging/selinux and docs/selinux.md of node-image-pivot)"
+    )]
+    Domain {
+        /// Of this process.
+        context: String,
+    },
     /// Conflicts, and the strategy is to fail.
     #[error("{0}")]
     Conflicts(String),

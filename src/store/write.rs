@@ -19,6 +19,7 @@ use sha2::{Digest, Sha256};
 
 pub use super::header::{FileMeta, Xattrs};
 use super::object::{ObjectId, ObjectType, loose_path};
+use crate::selinux;
 
 /// What an object costs besides its content: half a block at its end, and an inode.
 const BLOCK: usize = 4096;
@@ -119,7 +120,7 @@ impl ObjectWriter {
                 Err(Errno::OPNOTSUPP) if name.starts_with(b"user.") => {
                     self.dropped_xattrs.fetch_add(1, Ordering::Relaxed);
                 }
-                Err(errno) => return Err(xattr_failed(id, name, errno)),
+                Err(errno) => return Err(xattr_failed(id, name, value, errno)),
             }
         }
         Ok(())
@@ -362,8 +363,12 @@ fn fail(id: &ObjectId, kind: ObjectType, what: &'static str) -> impl FnOnce(io::
     move |source| WriteError::Io { object: format!("{id}.{}", kind.extension()), what: what.to_owned(), source }
 }
 
-fn xattr_failed(id: &ObjectId, name: &[u8], errno: Errno) -> WriteError {
-    let what = format!("setting the attribute {}", name.escape_ascii());
+fn xattr_failed(id: &ObjectId, name: &[u8], value: &[u8], errno: Errno) -> WriteError {
+    let mut what = format!("setting the attribute {}", name.escape_ascii());
+    if name == selinux::ATTRIBUTE.as_bytes() && errno == Errno::INVAL {
+        let label = value.strip_suffix(b"\0").unwrap_or(value).escape_ascii();
+        what = format!("{what} to {label}: {}", selinux::advice(selinux::context().as_deref()));
+    }
     WriteError::Io { object: format!("{id}.file"), what, source: errno.into() }
 }
 

@@ -370,6 +370,29 @@ fn the_plans_label_is_the_one_that_is_set() {
 }
 
 #[test]
+fn labels_that_were_refused_are_set_later_on_what_is_still_the_plans() {
+    private(|scratch| {
+        let trees = [etc([]), etc([("a", file(1, 0)), ("b", file(2, 0)), ("c", file(1, 0))]), etc([])];
+        let place = stage(scratch, "relabel", &trees);
+        let mut plan = plan_in(&place);
+        assert_eq!(apply_in(&place, &plan).applied, 3);
+        let root = place.join("etc");
+        fs::write(root.join("b"), "somebody's").unwrap();
+        for change in &mut plan.changes {
+            change.label = (change.path.0 != b"c").then(|| Bytes(format!("by policy: {}", change.path).into_bytes()));
+        }
+        let etc = open_dir(&root).unwrap();
+        assert_eq!(relabel(&plan, etc.as_fd()).unwrap(), 1);
+        let labels: Vec<_> = beyond(&root).into_values().map(|(label, _)| label).collect();
+        assert_eq!(labels[0], b"by policy: a");
+        assert!(!labels[1].starts_with(b"by policy") && labels[2] == b"label of 0", "{labels:?}");
+        assert_eq!(relabel(&plan, etc.as_fd()).unwrap(), 0, "nothing is left to do");
+        undo_in(&place);
+        assert!(!root.join("a").exists() && root.join("b").exists());
+    });
+}
+
+#[test]
 fn room_is_told_in_numbers() {
     private(|scratch| {
         let place =

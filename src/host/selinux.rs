@@ -1,0 +1,100 @@
+//! The SELinux policy: the node image's is loaded when it differs from the one that was loaded at boot.
+//!
+//! The kernel's own copy (`/sys/fs/selinux/policy`) is written anew by the kernel and never equals the file, so files
+//! are compared: the merge of `/etc` knows which of them it replaces.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use super::tool::run;
+use crate::selinux::{self, Mode};
+
+/// How long loading may take. The kernel converts every label that it holds.
+const LOAD: Duration = Duration::from_secs(120);
+
+/// What the merge of `/etc` means for the policy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PolicyStep {
+    /// The policy that is loaded is the one in `/etc`.
+    Keep,
+    /// `/etc` has another one.
+    Load,
+    /// The node image has another one, and the one in `/etc` has local changes: that one stayed.
+    KeptLocal,
+}
+
+/// Decides it. `written` are the paths, relative to `/etc`, that the merge writes or removes, `conflicts` those whose
+/// local version stays although the node image has another.
+pub fn policy_step<'a>(
+    mut written: impl Iterator<Item = &'a [u8]>,
+    mut conflicts: impl Iterator<Item = &'a [u8]>,
+) -> PolicyStep {
+    if written.any(is_policy) {
+        PolicyStep::Load
+    } else if conflicts.any(is_policy) {
+        PolicyStep::KeptLocal
+    } else {
+        PolicyStep::Keep
+    }
+}
+
+/// `selinux/TYPE/policy/policy.NN`, or the file that names TYPE.
+fn is_policy(path: &[u8]) -> bool {
+    let mut parts = path.split(|&byte| byte == b'/');
+    match [parts.next(), parts.next(), parts.next(), parts.next(), parts.next()] {
+        [Some(b"selinux"), Some(b"config"), None, ..] => true,
+        [Some(b"selinux"), Some(_), Some(b"policy"), Some(file), None] => file.starts_with(b"policy."),
+        _ => false,
+    }
+}
+
+/// Gives the kernel the policy that is in `/etc`, if `step` says that it has another. Doing it again is harmless.
+/// Returns what there is to be said: a line for the record.
+///
+/// # Errors
+/// When the policy cannot be loaded and SELinux enforces: files with new labels are useless then. In permissive mode
+/// that is the line.
+pub async fn load_policy(step: PolicyStep) -> Result<Option<String>> {
+    let mode = selinux::mode();
+    match (mode, step) {
+        (_, PolicyStep::Keep) => Ok(None),
+        (Mode::Disabled, _) => Ok(Some("SELinux is disabled: the new policy in /etc/selinux is not loaded".into())),
+        (_, PolicyStep::KeptLocal) => Ok(Some(
+            "warning: the SELinux policy in /etc/selinux has local changes and stays, so types that only the node \
+             image's policy has are unknown; run semodule --build"
+                .into(),
+        )),
+        (_, PolicyStep::Load) => match run(&["load_policy"], LOAD).await {
+            Ok(_) => Ok(Some("the SELinux policy in /etc/selinux differs and was loaded".into())),
+            Err(error) if mode == Mode::Permissive => {
+                Ok(Some(format!("warning: the new SELinux policy is not loaded (permissive): {error:#}")))
+            }
+            Err(error) => Err(error).context("the new SELinux policy cannot be loaded"),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn step(written: &[&str], conflicts: &[&str]) -> PolicyStep {
+        policy_step(written.iter().map(|path| path.as_bytes()), conflicts.iter().map(|path| path.as_bytes()))
+    }
+
+    #[test]
+    fn when_it_is_loaded() {
+        use PolicyStep::{Keep, KeptLocal, Load};
+        let policy = "selinux/targeted/policy/policy.33";
+        assert_eq!(step(&[], &[]), Keep);
+        assert_eq!(step(&["selinux/targeted/contexts/files/file_contexts", "selinux", "selinux/x/policy"], &[]), Keep);
+        assert_eq!(step(&["motd", policy], &[]), Load);
+        assert_eq!(step(&["selinux/config"], &[]), Load);
+        assert_eq!(step(&["selinux/config.old", "x/selinux/config", "selinux/config/x"], &[]), Keep);
+        assert_eq!(step(&[], &["selinux/targeted/active/commit_num"]), Keep);
+        assert_eq!(step(&[], &[policy]), KeptLocal);
+        // Another version of the format beside the one that was changed.
+        assert_eq!(step(&["selinux/targeted/policy/policy.34"], &[policy]), Load);
+    }
+}
