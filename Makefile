@@ -54,6 +54,8 @@ install:
 	ln -sfn node-image-pivot.target $(unitdir)/node-image-overlay.target
 	install -D -m 0644 packaging/dbus/org.nodeimage.Pivot1.conf \
 	  $(DESTDIR)$(PREFIX)/share/dbus-1/system.d/org.nodeimage.Pivot1.conf
+	install -d $(DESTDIR)$(PREFIX)/share/selinux/packages
+	install -m 0644 packaging/selinux/*.cil $(DESTDIR)$(PREFIX)/share/selinux/packages
 	install -m 0755 dracut/98node-image-pivot/module-setup.sh dracut/98node-image-pivot/carry.sh $(dracutdir)
 	install -m 0644 dracut/98node-image-pivot/node-image-pivot-carry.service $(dracutdir)
 	install -d $(DESTDIR)$(PREFIX)/share/man/man1 $(DESTDIR)$(PREFIX)/share/bash-completion/completions

@@ -168,6 +168,7 @@ fn the_initramfs_script_puts_a_working_set_under_run() {
         ("lib/systemd/system-generators/node-image-pivot-generator", "system-generators"),
         ("lib/systemd/system/node-image-pivot.target", "system"),
         ("lib/systemd/system/node-image-pull.service", "system"),
+        ("lib/systemd/system/node-image-pivotd.service", "system"),
     ] {
         let from = root.path().join("usr").join(from);
         fs::create_dir_all(carry.join(to)).unwrap();
@@ -182,9 +183,20 @@ fn the_initramfs_script_puts_a_working_set_under_run() {
         "systemd/system-generators/node-image-pivot-generator",
         "systemd/system/node-image-overlay.target",
         "systemd/system/node-image-pivot.target",
+        "systemd/system/node-image-pivotd.service",
         "systemd/system/node-image-pull.service",
     ];
     assert_eq!(files(&root.path().join("run")), expected.iter().map(PathBuf::from).collect());
     let pull = fs::read_to_string(root.path().join("run/systemd/system/node-image-pull.service")).unwrap();
     assert!(pull.contains("\nExecStart=/run/node-image-pivot/bin/node-image-pivot pull\n"), "{pull}");
+    // The domain that the daemon runs in comes from its program's label, which nothing but this gives it there.
+    let daemon = fs::read_to_string(root.path().join("run/systemd/system/node-image-pivotd.service")).unwrap();
+    let commands: Vec<_> = daemon.lines().filter(|line| line.starts_with("Exec")).collect();
+    let program = "/run/node-image-pivot/bin/node-image-pivot";
+    let label = format!("chcon -t install_exec_t {program}'");
+    assert!(
+        commands.len() == 2 && commands[0].starts_with("ExecStartPre=-") && commands[0].ends_with(&label),
+        "{daemon}"
+    );
+    assert_eq!(commands[1], format!("ExecStart={program} daemon"));
 }

@@ -11,9 +11,12 @@ bin=/run/node-image-pivot/bin
 mkdir -p "$root$bin" "$root/run/systemd/system" "$root/run/systemd/system-generators"
 cp "$from/bin/node-image-pivot" "$root$bin/node-image-pivot"
 chmod 0755 "$root$bin/node-image-pivot"
+# systemd labels /run by its policy, which knows nothing of this program; the label is what decides its domain.
+label="ExecStartPre=-/bin/sh -c '[ ! -e /sys/fs/selinux/enforce ] || chcon -t install_exec_t $bin/node-image-pivot'"
 for unit in "$from"/system/*; do
     # The unit files say where a package puts the agent.
-    sed "s|^ExecStart=/usr/bin/|ExecStart=$bin/|" "$unit" > "$root/run/systemd/system/${unit##*/}"
+    sed -e "s#^ExecStart=/usr/bin/node-image-pivot daemon#$label\\nExecStart=$bin/node-image-pivot daemon#" \
+        -e "s|^ExecStart=/usr/bin/|ExecStart=$bin/|" "$unit" > "$root/run/systemd/system/${unit##*/}"
 done
 ln -sfn node-image-pivot.target "$root/run/systemd/system/node-image-overlay.target"
 

@@ -20,4 +20,6 @@ pub const SHIPPED: &[&str] = &[
     "share/bash-completion/completions/node-image-pivot",
     "share/dbus-1/system.d/org.nodeimage.Pivot1.conf",
     "share/man/man1/node-image-pivot.1",
+    "share/selinux/packages/node-image-pivot-domain.cil",
+    "share/selinux/packages/node-image-pivot.cil",
 ];

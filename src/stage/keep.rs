@@ -45,6 +45,7 @@ impl Default for Keep {
                 "share/dbus-1/interfaces/org.nodeimage.Pivot1*",
                 "share/man/man*/node-image-*",
                 "share/bash-completion/completions/node-image-pivot",
+                "share/selinux/packages/node-image-pivot*",
             ],
         )
     }
