@@ -1,12 +1,13 @@
 #!/bin/bash
 # BASE (a tree stage) with OVERLAYS (directories to put on top) → OUT/{vmlinuz,initramfs.img,kargs,commit} and the root:
 # sysroot.squashfs, or with MEDIUM=disk an installed system's disk.img (ext4, sparse).
+# REF is the tree's ref (base12); with SELINUX=1 it is labelled, and so is what is put on top.
 # Cheap on purpose: it runs every time the agent changes. Only the new files are hashed.
 set -euo pipefail
-: "${OUT:?}" "${BASE:?}" "${BED:?}" "${MEDIUM:=live}"
+: "${OUT:?}" "${BASE:?}" "${BED:?}" "${MEDIUM:=live}" "${REF:=base12}"
 # The sysroot is put together on a tmpfs: ostree syncs the whole file system after commits and deployments, and on a disk
 # that others write to this takes half a minute. A mount namespace of our own, so that it goes away with us.
-[ -n "${IN_NAMESPACE:-}" ] || MEDIUM=$MEDIUM IN_NAMESPACE=1 exec unshare -m --propagation private bash "$0"
+[ -n "${IN_NAMESPACE:-}" ] || MEDIUM=$MEDIUM REF=$REF IN_NAMESPACE=1 exec unshare -m --propagation private bash "$0"
 umask 022
 step() { printf '%(%T)T %s\n' -1 "$*"; }
 sysroot=$OUT/sysroot
@@ -23,7 +24,7 @@ ostree config --repo="$repo" set sysroot.readonly "$readonly"
 
 step "base"
 # A summary would be believed about which branches there are.
-ostree pull-local --disable-fsync --repo="$repo" "$BASE/repo" base12
+ostree pull-local --disable-fsync --repo="$repo" "$BASE/repo" "$REF"
 overlay=$sysroot/.overlay
 mkdir -p "$overlay/usr"
 for dir in ${OVERLAYS:-}; do cp -a "$dir/." "$overlay/"; done
@@ -36,10 +37,10 @@ fi
 step "commit"
 ostree commit --repo="$repo" --fsync=no --branch=testbed/bootimage --subject="bootimage of the test bed" --bootable \
     --timestamp='2026-01-01 00:00:00 +0000' --add-metadata-string=version=12.base \
-    --owner-uid=0 --owner-gid=0 --tree=ref=base12 --tree=dir="$overlay"
+    --owner-uid=0 --owner-gid=0 ${SELINUX:+--selinux-policy-from-base} --tree=ref="$REF" --tree=dir="$overlay"
 rm -rf "$overlay"
 # As on a real bootimage: one ref, one commit.
-ostree refs --repo="$repo" --delete base12
+ostree refs --repo="$repo" --delete "$REF"
 ostree prune --repo="$repo" --refs-only
 
 step "deploy"

@@ -5,6 +5,7 @@
 #   build.sh skopeo       prints the directory of a newer skopeo; builds it if it is missing
 #   build.sh runtime      prints the directory of a live bootimage with a container runtime; builds it if it is missing
 #   build.sh disk         builds an installed system's disk, and prints where it is
+#   build.sh selinux      the same with an SELinux policy, a node image with another one; prints where they are, as JSON
 #   build.sh paths        prints where they are, as JSON; builds what is missing
 #   build.sh bench        the benchmark's images (not part of all); prints where they are
 #
@@ -49,6 +50,41 @@ tree_node_b() { tree node-b bookworm "common node" base-tool_2.0.deb cluster-cli
 # shellcheck source=registry.sh
 . "$BED/registry.sh"
 
+# selinux_tree NAME "FILES" MODULE... -- DEB...: the base tree, labelled, with a policy that has the modules.
+selinux_tree() {
+    local name=$1 files=$2 from dir modules=() debs=()
+    shift 2
+    while [ "$1" != -- ]; do modules+=("$1"); shift; done
+    shift
+    from=$(tree_base12) dir=$(debs)
+    debs=("${@/#/$dir/}")
+    # shellcheck disable=SC2086 # directories, without spaces
+    stage "tree-$name" "$(key "$BED/selinux.sh" "=$from $name" $files "${modules[@]}" "${debs[@]}")" \
+        recipe selinux.sh FROM="$from" REF=base12 TREE="$name" FILES="$files" MODULES="${modules[*]}" DEBS="${debs[*]}"
+}
+# A policy as a distribution ships it, with the agent's domain, and what Debian's own boot needs.
+selinux_modules=("$BED/selinux/boot.cil" "$PROJECT"/packaging/selinux/*.cil)
+tree_selinux_base() { selinux_tree selinux-base "$BED/selinux/base" "${selinux_modules[@]}" --; }
+tree_selinux_node() {
+    selinux_tree selinux-node "$BED/selinux/base $BED/selinux/node" "${selinux_modules[@]}" "$BED/selinux/nodeapp.cil" -- \
+        base-tool_2.0.deb cluster-client_4.99.0.deb cluster-node_4.99.0.deb
+}
+selinux() {
+    local base node agent image
+    oracle >/dev/null
+    tree_base12 >/dev/null
+    # Compiling a policy is one core's work: both at once.
+    tree_selinux_node >/dev/null &
+    base=$(tree_selinux_base)
+    wait $!
+    node=$(tree_selinux_node) agent=$(agent)
+    image=$(image selinux-node "$node")
+    base=$(stage boot-selinux "$(key "$BED/bootimage.sh" "=$base" "$agent")" \
+        recipe bootimage.sh BED="$BED" BASE="$base" REF=selinux-base SELINUX=1 OVERLAYS="$agent")
+    jq -n --arg boot "$base" --arg storage "$image/storage" --slurpfile image "$image/images.jsonl" \
+        '{boot: $boot, storage: $storage, image: $image[0]}'
+}
+
 bench() {
     local base more node program=${PIVOT_BENCHMARK:-}
     oracle >/dev/null
@@ -87,6 +123,7 @@ for target in "$@"; do
         bench) bench ;;
         disk) disk ;;
         runtime) boot runtime ;;
+        selinux) selinux ;;
         all) trees; boot >&2; registry >&2; qemu >&2; skopeo_new >&2 ;;
         paths)
             # Assignments, not arguments: a failing stage has to end this.

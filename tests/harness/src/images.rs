@@ -127,6 +127,23 @@ impl Images {
         build("runtime")
     }
 
+    /// The live bootimage, the storage of a registry, and the node image in it, all three with SELinux; built if
+    /// need be.
+    pub fn selinux(&self) -> Result<(PathBuf, PathBuf, Image)> {
+        let mut build = Command::new("bash");
+        let output = succeed(build.arg(project().join("tests/bed/build.sh")).arg("selinux").stderr(Stdio::inherit()))?;
+        let answer: Value = serde_json::from_slice(&output.stdout).context("reading the answer of build.sh selinux")?;
+        let text = |value: &Value| value.as_str().map(str::to_owned).context("build.sh selinux: something is missing");
+        let image = &answer["image"];
+        let image = Image {
+            repo: text(&image["repo"])?,
+            tag: text(&image["tag"])?,
+            digest: text(&image["digest"])?,
+            commit: image["commit"].as_str().map(str::to_owned),
+        };
+        Ok((text(&answer["boot"])?.into(), text(&answer["storage"])?.into(), image))
+    }
+
     /// An image by name.
     pub fn image(&self, name: &str) -> Result<&Image> {
         self.by_name.get(name).with_context(|| format!("the test bed has no image {name:?}"))
