@@ -6,11 +6,11 @@ use std::time::Duration;
 use anyhow::Context as _;
 use tracing::{info, warn};
 
-use super::{Context, Error, Switched, switch};
+use super::{Context, Error, Switched, switch, units};
 use crate::host;
 use crate::mount;
 use crate::report::{Phase, State};
-use crate::units::{self, Class, Flow, Manager, Version};
+use crate::units::{Flow, Manager};
 
 /// How long one unit may take to restart before we go on without it.
 pub(super) const RESTART: Duration = Duration::from_secs(90);
@@ -28,28 +28,11 @@ pub(super) async fn refresh(context: &Context, mut switched: Switched, flow: Flo
     switch::load_policy(context).await?;
     let mut trouble = host::refresh(&differs).await;
 
-    let mut manager = Manager::connect().await?;
-    let (running, unseen) = units::survey(&manager, Version::Replaced, &differs).await?;
-    trouble.extend(unseen);
-    if units::mapped_files(1).iter().any(|path| differs(Path::new(path))) {
-        manager = manager.reexecute().await?;
-        context.tracker.note("systemd was re-executed: its binary or libraries changed");
-    } else {
-        manager.reload().await?;
-    }
+    let manager = units::renew_manager(context, &differs).await?;
     if let Err(error) = host::reload_bus().await {
         trouble.push(format!("{error:#}"));
     }
-
-    switched.units = units::plan(&running, flow);
-    for action in &switched.units {
-        info!("{}: {}: {}", action.unit, action.class.as_str(), action.reason);
-        if action.class == Class::Restart
-            && let Err(error) = manager.try_restart(&action.unit, RESTART).await
-        {
-            trouble.push(format!("{error:#}"));
-        }
-    }
+    switched.units = units::carry_out(context, &manager, &differs, flow, &mut trouble).await?;
     for unit in host::appliers(&differs, flow == Flow::Live) {
         // What had no files at boot is not active.
         let again = async {
@@ -61,16 +44,7 @@ pub(super) async fn refresh(context: &Context, mut switched: Switched, flow: Flo
         }
     }
 
-    let of =
-        |class| switched.units.iter().filter(move |action| action.class == class).map(|action| action.unit.as_str());
-    let restarted: Vec<_> = of(Class::Restart).collect();
-    if !restarted.is_empty() {
-        context.tracker.note(format!("restarted: {}", restarted.join(" ")));
-    }
-    let old: Vec<_> = of(Class::Never).collect();
-    if !old.is_empty() {
-        context.tracker.note(format!("still runs the bootimage's code: {}", old.join(" ")));
-    }
+    tell_units(context, &manager, &differs, &switched, &mut trouble).await;
     for line in trouble {
         warn!("{line}");
         context.tracker.note(format!("warning: {line}"));
@@ -83,9 +57,41 @@ pub(super) async fn refresh(context: &Context, mut switched: Switched, flow: Flo
     Ok(switched)
 }
 
-/// Isolates to the target that the machine would have booted to.
-pub(super) async fn finish(context: &Context, switched: Switched) -> Result<Switched, Error> {
+/// Says in the status document and the summary what happened to units, and what still runs old code.
+async fn tell_units(
+    context: &Context,
+    manager: &Manager,
+    differs: &(dyn Fn(&Path) -> bool + Sync),
+    switched: &Switched,
+    trouble: &mut Vec<String>,
+) {
+    let still_old = units::still_old(manager, differs).await.unwrap_or_else(|error| {
+        trouble.push(format!("cannot tell what still runs the bootimage's code: {error:#}"));
+        Vec::new()
+    });
+    for line in units::notes(&switched.units, &still_old) {
+        context.tracker.note(line);
+    }
+    context.tracker.update(|status| status.still_old = still_old);
+}
+
+/// Isolates to the target that the machine would have booted to. On a live system that is more than was asked for
+/// until now: units may be restarted, and what the target pulls in of the node image expects that of others (networkd's
+/// helpers, for one, that networkd is their own).
+pub(super) async fn finish(context: &Context, mut switched: Switched, flow: Flow) -> Result<Switched, Error> {
     context.tracker.begin(Phase::Finish);
+    if flow == Flow::Live {
+        let delta = switched.staged.delta.lookup()?;
+        let differs = |path: &Path| delta.contains(path).unwrap_or(true);
+        let manager = Manager::connect().await?;
+        let mut trouble = Vec::new();
+        switched.units = units::carry_out(context, &manager, &differs, Flow::Bootstrap, &mut trouble).await?;
+        tell_units(context, &manager, &differs, &switched, &mut trouble).await;
+        for line in trouble {
+            warn!("{line}");
+            context.tracker.note(format!("warning: {line}"));
+        }
+    }
     isolate(context).await?;
     context.tracker.end(Phase::Finish, State::Done);
     Ok(switched)
@@ -94,8 +100,7 @@ pub(super) async fn finish(context: &Context, switched: Switched) -> Result<Swit
 /// Queues the isolation and returns: waiting for it would be waiting for our own caller, which is
 /// part of what is rearranged.
 pub(super) async fn isolate(context: &Context) -> Result<(), Error> {
-    // The record's target: what the daemon that saw the generator's drop-in was told.
-    let target = context.tracker.status().target.unwrap_or_else(|| context.settings.target.clone());
+    let target = units::target(context);
     let manager = Manager::connect().await?;
     manager.isolate(&target).await.with_context(|| {
         format!("{target} was not isolated, everything before that is done; start node-image-finish.service again")

@@ -20,6 +20,7 @@ mod storage;
 mod switch;
 mod ticket;
 mod undo;
+mod units;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -390,7 +391,9 @@ async fn next(context: &Context, record: &Record, goal: Goal, ticket: &Ticket) -
         Step::NothingToDo { .. } => return Ok(None),
         Step::Resolved(image) => Step::Pulled(fetch::pull(context, image, ticket).await?),
         Step::Pulled(pulled) => Step::Staged(
-            prepare::stage(context, pulled).await.map_err(|error| error.context("the running system is untouched"))?,
+            prepare::stage(context, pulled, record.flow())
+                .await
+                .map_err(|error| error.context("the running system is untouched"))?,
         ),
         Step::Staged(_) if goal < Goal::Switched => return Ok(None),
         // Written before the first act: whoever finds it knows that the switch may be half done
@@ -398,6 +401,7 @@ async fn next(context: &Context, record: &Record, goal: Goal, ticket: &Ticket) -
         Step::Staged(staged) => {
             switch::check(&context.paths)?;
             hooks::pre_switch(context, &staged, record.flow(), ticket).await?;
+            units::remember(&context.paths).await?;
             Step::Switching(staged)
         }
         Step::Switching(staged) => Step::Switched(switch::switch(context, staged).await?),
@@ -415,7 +419,7 @@ async fn next(context: &Context, record: &Record, goal: Goal, ticket: &Ticket) -
             Step::Refreshed(refreshed)
         }
         Step::Refreshed(_) if goal < Goal::Finished => return Ok(None),
-        Step::Refreshed(switched) => Step::Finished(after::finish(context, switched).await?),
+        Step::Refreshed(switched) => Step::Finished(after::finish(context, switched, record.flow()).await?),
         Step::Finished(_) => return Ok(None),
     };
     Ok(Some(next))

@@ -10,6 +10,7 @@ use crate::dirfd::Directory;
 use crate::etc::{self, Class};
 use crate::report::human_bytes;
 use crate::stage::{DeltaCounts, Need, PackageChanges};
+use crate::units::{self, Action};
 
 /// The answer to a call of `plan`. `schema` changes only when a field changes its meaning or goes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,6 +42,9 @@ pub struct SwitchPlan {
     pub packages: Option<PackageChanges>,
     /// What happens to `/etc`.
     pub etc: EtcPlan,
+    /// What happens to units that change, and what the isolate in the end newly starts.
+    #[serde(default)]
+    pub units: Vec<Action>,
     /// Memory that the switch and the refresh still need.
     pub memory: MemoryPlan,
     /// What to know of.
@@ -150,6 +154,8 @@ impl SwitchPlan {
         let conflicts = self.etc.decisions.iter().filter(|decision| decision.class == Class::Conflict);
         lines
             .extend(conflicts.map(|one| format!("/etc: conflict: {} ({}); the local one stays", one.path, one.reason)));
+        let unit = |one: &Action| format!("unit: {} {} ({})", one.class.as_str(), one.unit, one.reason);
+        lines.extend(self.units.iter().filter(|one| one.class != units::Class::None).map(unit));
         lines.push(format!(
             "memory: {} needed, {} available",
             human_bytes(self.memory.needed_bytes),
@@ -191,6 +197,12 @@ mod tests {
                 changed: vec![PackageChange { name: "p".into(), from: "1".into(), to: "2".into() }],
             }),
             etc: EtcPlan { counts: BTreeMap::from([(Class::Conflict, 1)]), decisions: vec![decision] },
+            units: vec![Action {
+                unit: "a.service".into(),
+                class: units::Class::Restart,
+                reason: "r".into(),
+                how: units::How::Alone,
+            }],
             memory: MemoryPlan { needed: BTreeMap::new(), needed_bytes: 1 << 20, available_bytes: 1 << 30 },
             warnings: vec!["w".into()],
         }
@@ -209,6 +221,7 @@ mod tests {
                 "  - old 1",
                 "/etc: 0 updated, 0 converged, 0 local, 1 conflict; diff-etc shows what changes",
                 "/etc: conflict: x (changed on both sides); the local one stays",
+                "unit: restart a.service (r)",
                 "memory: 1.0 MiB needed, 1.0 GiB available",
                 "warning: w",
             ]
@@ -227,6 +240,7 @@ mod tests {
         assert_eq!(SwitchPlan::load(&paths).unwrap(), plan());
         let json = serde_json::to_value(PlanDocument::staged(plan())).unwrap();
         assert_eq!(json["plan"]["etc"]["counts"]["conflict"], 1);
+        assert_eq!(json["plan"]["units"][0]["class"], "restart");
         assert_eq!(json["plan"]["packages"]["changed"][0]["to"], "2");
     }
 }

@@ -10,7 +10,7 @@ use ostree::glib::{Variant, VariantDict};
 use tracing::{info, warn};
 
 use super::plan::{EtcPlan, MemoryPlan, SwitchPlan};
-use super::{Context, Error, Paths, StagedRoot, storage};
+use super::{Context, Error, Paths, StagedRoot, storage, units};
 use crate::config::{EtcStrategy, Settings};
 use crate::etc::{self, Class, Plan};
 use crate::import::PulledImage;
@@ -18,6 +18,7 @@ use crate::mount::{DetachedTree, Namespace};
 use crate::report::{Phase, State};
 use crate::stage::{self, Booted, Delta, Free, Keep, Need, PackageChanges, Packages, Refusal, Refusals};
 use crate::store::ObjectType;
+use crate::units::Flow;
 
 /// What mount tables show for the exposed `/usr`.
 pub(super) const USR_SOURCE: &str = "node-image";
@@ -25,20 +26,29 @@ pub(super) const USR: &str = "/usr";
 pub(super) const ETC: &str = "/etc";
 
 /// Objects to a delta tree and plans.
-pub(super) async fn stage(context: &Context, pulled: PulledImage) -> Result<StagedRoot, Error> {
+pub(super) async fn stage(context: &Context, pulled: PulledImage, flow: Flow) -> Result<StagedRoot, Error> {
     let phase = Phase::Stage;
     context.tracker.begin(phase);
     let paths = context.paths.clone();
     let settings = context.settings.clone();
     // libostree's objects must stay on one thread.
-    let (staged, warnings) = tokio::task::spawn_blocking(move || blocking(&paths, pulled, &settings))
+    let (staged, mut document, plan) = tokio::task::spawn_blocking(move || blocking(&paths, pulled, &settings))
         .await
         .context("staging panicked; the running system is untouched")??;
     for line in staged.plan_lines() {
         info!("{line}");
         context.tracker.note(line);
     }
-    for line in warnings {
+    match units::preview(context, &staged, plan, flow).await {
+        Ok((actions, troubles)) => {
+            document.units = actions;
+            document.warnings.extend(troubles);
+        }
+        // What is planned for real is looked at after the switch.
+        Err(error) => document.warnings.push(format!("cannot tell what happens to units: {error:#}")),
+    }
+    document.save(&context.paths)?;
+    for line in document.warnings.iter().filter(|&line| !staged.pulled.warnings.contains(line)) {
         warn!("{line}");
         context.tracker.note(format!("warning: {line}"));
     }
@@ -46,9 +56,9 @@ pub(super) async fn stage(context: &Context, pulled: PulledImage) -> Result<Stag
     Ok(staged)
 }
 
-/// Everything that can refuse does so in here, cheapest first. What it finds is written down; returned are
-/// what the switch needs, and warnings.
-fn blocking(paths: &Paths, pulled: PulledImage, settings: &Settings) -> Result<(StagedRoot, Vec<String>), Error> {
+/// Everything that can refuse does so in here, cheapest first. Returned are what the switch needs, what it would do but
+/// for the units, and the plan for `/etc`, which is written down, too.
+fn blocking(paths: &Paths, pulled: PulledImage, settings: &Settings) -> Result<(StagedRoot, SwitchPlan, Plan), Error> {
     let usr = Path::new(USR);
     let mounts = Namespace::init().mounts()?;
     refuse(stage::check_system(&mounts, usr, Path::new(ETC)))?;
@@ -121,11 +131,11 @@ fn blocking(paths: &Paths, pulled: PulledImage, settings: &Settings) -> Result<(
         usr: delta.counts,
         packages: packages(&repo, &tree, &pulled, &metadata),
         etc: EtcPlan::from(&plan),
+        units: Vec::new(),
         memory,
         warnings: pulled.warnings.iter().chain(&warnings).cloned().collect(),
     };
-    document.save(paths)?;
-    Ok((StagedRoot { pulled, delta, etc: etc_lines(&plan) }, warnings))
+    Ok((StagedRoot { pulled, delta, etc: etc_lines(&plan) }, document, plan))
 }
 
 /// The plan for `/etc` as it is now, against a new `/usr` that is not exposed yet.

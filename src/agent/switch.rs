@@ -11,12 +11,13 @@ use tracing::{info, warn};
 
 use super::after::RESTART;
 use super::prepare::{ETC, USR, USR_SOURCE, new_etc};
+use super::units::UnitsRecord;
 use super::{Context, Error, Paths, StagedRoot, Switched, storage};
 use crate::dirfd::Directory;
 use crate::failpoint::{self, Point};
 use crate::report::{Phase, State};
 use crate::store::NODE_IMAGE_REF;
-use crate::units::{self, Action, Class, Flow, Manager, Version};
+use crate::units::{self, Action, Class, Flow, How, Manager, Root, Sides, UnitFiles, Version};
 use crate::{etc, host, mount, selinux, stage};
 
 /// Exposes the new `/usr` and merges `/etc`.
@@ -123,24 +124,39 @@ pub(super) struct Undone {
 
 /// What runs the node image's code, and what to do about it. It is looked at, not taken from what the
 /// switch recorded: a refresh that failed half-way has no complete record.
-pub(super) async fn plan_units(staged: &StagedRoot, flow: Flow) -> anyhow::Result<Vec<Action>> {
+pub(super) async fn plan_units(paths: &Paths, staged: &StagedRoot, flow: Flow) -> anyhow::Result<Vec<Action>> {
     let delta = staged.delta.lookup()?;
     let differs = |path: &Path| delta.contains(path).unwrap_or(true);
     let manager = Manager::connect().await?;
-    let (running, unseen) = units::survey(&manager, Version::Current, &differs).await?;
+    let fragments = units::active_fragments(&manager).await?;
+    let looked = tokio::task::spawn_blocking(move || leaving(fragments)).await.context("undo panicked")?;
+    let (leaving, new) = looked.context("cannot tell which units only the node image has")?;
+    let current = Root::running().unit_files().context("cannot read the unit files")?;
+    let old = units::definitions(&manager, &current).await?;
+    let sides = Sides { version: Version::Current, differs: &differs, old: &old, new: &new };
+    let (states, unseen) = units::survey(&manager, &sides).await?;
     for line in unseen {
         warn!("undo: {line}");
     }
-    let fragments = units::active_fragments(&manager).await?;
-    let leaving = tokio::task::spawn_blocking(move || leaving(fragments)).await.context("undo panicked")?;
-    Ok(units::undo_plan(&running, &leaving.context("cannot tell which units only the node image has")?, flow))
+    // What was stopped and restarted there is, on the way back, too.
+    let record = UnitsRecord::load(paths)?.unwrap_or_default();
+    let flow = record.flow.unwrap_or(flow);
+    let mut actions = units::undo_plan(&states, &leaving, flow, &super::units::policy());
+    actions.extend(record.stopped().map(|unit| Action {
+        unit: unit.to_owned(),
+        class: Class::Start,
+        reason: "the switch stopped it".into(),
+        how: How::Alone,
+    }));
+    Ok(actions)
 }
 
-/// The units whose files are not there without the node image's `/usr`.
-fn leaving(fragments: Vec<(String, PathBuf)>) -> anyhow::Result<Vec<String>> {
+/// The units whose files are not there without the node image's `/usr`, and all unit files that are.
+fn leaving(fragments: Vec<(String, PathBuf)>) -> anyhow::Result<(Vec<String>, UnitFiles)> {
     mount::Namespace::init().run_without(Path::new(USR), USR_SOURCE, || {
         let gone = |(name, fragment): (String, PathBuf)| (!fragment.exists()).then_some(name);
-        Ok(fragments.into_iter().filter_map(gone).collect())
+        let files = Root::running().unit_files().context("cannot read the unit files")?;
+        Ok((fragments.into_iter().filter_map(gone).collect(), files))
     })
 }
 
@@ -204,9 +220,16 @@ async fn undo_units(actions: &[Action], kept: &mut Vec<String>) -> anyhow::Resul
                 }
                 manager.reset_failed(&action.unit).await?;
             }
-            Class::Restart => {
-                if let Err(error) = manager.try_restart(&action.unit, RESTART).await {
+            Class::Start => {
+                if let Err(error) = manager.start(&action.unit, RESTART).await {
                     kept.push(format!("{error:#}"));
+                }
+            }
+            Class::Restart | Class::Reload => {
+                for (verb, unit) in action.jobs() {
+                    if let Err(error) = manager.run(verb, unit, RESTART).await {
+                        kept.push(format!("{error:#}"));
+                    }
                 }
             }
             Class::Never => info!("undo leaves {} alone: {}", action.unit, action.reason),

@@ -99,7 +99,7 @@ impl Agent {
     }
 
     async fn begin_undo(&self, staged: StagedRoot, record: &Record) -> Undo {
-        let units = switch::plan_units(&staged, record.flow()).await.unwrap_or_else(|error| {
+        let units = switch::plan_units(&self.paths, &staged, record.flow()).await.unwrap_or_else(|error| {
             warn!("undo: cannot tell what runs the node image's code, restart sshd by hand: {error:#}");
             Vec::new()
         });
@@ -135,6 +135,7 @@ impl Agent {
             status.state = State::Pulled;
             status.phase = Some(Phase::Stage);
             status.error = None;
+            status.still_old.clear();
             status.timeline.retain(|entry| entry.phase <= Phase::Stage);
         });
         self.show(record);

@@ -89,6 +89,7 @@ fn print(status: &Status, json: bool) -> Result<()> {
         say::out(serde_json::to_string(status)?);
     } else {
         say::out(report::state_line(status, unix_now()));
+        report::old_lines(status).for_each(say::out);
     }
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! One drop-in file, as written.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -25,6 +26,8 @@ pub(super) struct Fragment {
     pub etc: EtcTable,
     #[serde(default)]
     pub hooks: HooksTable,
+    #[serde(default)]
+    pub units: BTreeMap<String, String>,
 }
 
 /// A bare number is bytes.

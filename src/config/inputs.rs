@@ -1,5 +1,6 @@
 //! All sources merged. Later sources win; every value remembers where it is from, for messages.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -68,6 +69,7 @@ pub struct Inputs {
     pub retry_attempts: Option<Sourced<u32>>,
     pub etc_strategy: Option<Sourced<String>>,
     pub hooks_timeout: Option<Sourced<f64>>,
+    pub units: BTreeMap<String, Sourced<String>>,
 }
 
 /// Lets `value`, if there is one, replace what is in `place`.
@@ -99,6 +101,9 @@ impl Inputs {
         set(&mut self.retry_attempts, fragment.retry.attempts, source);
         set(&mut self.etc_strategy, fragment.etc.strategy, source);
         set(&mut self.hooks_timeout, fragment.hooks.timeout, source);
+        for (pattern, value) in fragment.units {
+            self.units.insert(pattern, Sourced { value, source: source.clone() });
+        }
         Ok(())
     }
 

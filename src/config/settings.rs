@@ -1,5 +1,6 @@
 //! Checked settings: complete, in units that cannot be misread.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -9,6 +10,7 @@ use node_image_pivot_generator::target;
 
 use super::inputs::{Inputs, Sourced};
 use crate::store::Wish;
+use crate::units::Policy;
 
 /// Names that the node image has in a release payload, tried in this order.
 const DEFAULT_IMAGE_TAGS: [&str; 3] = ["rhel-coreos-10", "rhel-coreos", "stream-coreos"];
@@ -48,6 +50,8 @@ pub struct Settings {
     pub etc_strategy: EtcStrategy,
     /// How long one hook may take.
     pub hooks_timeout: Duration,
+    /// What to do about units that change.
+    pub units: Policy,
 }
 
 /// Where the node image comes from: a pull spec, not yet parsed.
@@ -190,8 +194,16 @@ impl Settings {
                 }
             })?,
             hooks_timeout: checked("hooks.timeout", inputs.hooks_timeout, || DEFAULT_HOOKS_TIMEOUT, seconds)?,
+            units: units(&inputs.units)?,
         })
     }
+}
+
+fn units(rules: &BTreeMap<String, Sourced<String>>) -> Result<Policy> {
+    for (pattern, Sourced { value, source }) in rules {
+        Policy::new([(pattern.as_str(), value.as_str())]).with_context(|| format!("{source}: units"))?;
+    }
+    Policy::new(rules.iter().map(|(pattern, word)| (pattern.as_str(), word.value.as_str())))
 }
 
 fn tags(tags: Vec<String>) -> Result<Vec<String>> {

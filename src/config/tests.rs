@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::store::Wish;
+use crate::units::Policy;
 
 /// A root that holds these drop-in files: (directory, name, text).
 fn root(files: &[(&str, &str, &str)]) -> tempfile::TempDir {
@@ -50,6 +51,7 @@ fn nothing_configured_gives_the_documented_defaults() {
         store: Wish::Auto,
         etc_strategy: EtcStrategy::Keep,
         hooks_timeout: Duration::from_secs(120),
+        units: Policy::default(),
     };
     assert_eq!(load(&[], "quiet").unwrap(), expected);
 }
@@ -59,7 +61,7 @@ fn every_key_arrives() {
     let settings = etc("image = \"r/n:1\"\nimage_tags = [\"a\"]\nmode = \"force\"\ntarget = \"a.target\"\n\
          probe_paths = [\"/usr/bin/crio\"]\nauth_file = \"/etc/auth.json\"\nram_limit = \"3GiB\"\nstore = \"disk\"\n\
          complete = true\n[retry]\ninitial = 0.5\nmaximum = 8\nattempts = 3\n[etc]\nstrategy = \"fail\"\n\
-         [hooks]\ntimeout = 5\n")
+         [hooks]\ntimeout = 5\n[units]\n\"crio*\" = \"never\"\n")
     .unwrap();
     let expected = Settings {
         image: image("r/n:1"),
@@ -74,6 +76,7 @@ fn every_key_arrives() {
         store: Wish::Disk,
         etc_strategy: EtcStrategy::Fail,
         hooks_timeout: Duration::from_secs(5),
+        units: Policy::new([("crio*", "never")]).unwrap(),
     };
     assert_eq!(settings, expected);
 }
@@ -116,6 +119,12 @@ fn wrong_values_name_source_key_and_the_way_out() {
         ("[retry]\nmaximum = nan", "retry.maximum: NaN is no length of time"),
         ("[retry]\nmaximum = 1e9", "is no length of time"),
         ("[hooks]\ntimeout = 0", "hooks.timeout: 0 is no length of time"),
+        ("[units]\n\"a.service\" = \"kill\"", "units: \"kill\" is no class; write reload, restart, never or stop"),
+        ("[units]\nssh = \"never\"", "units: \"ssh\" matches no unit"),
+        (
+            "[units]\n\"node-image-pull.service\" = \"stop\"",
+            "units: \"node-image-pull.service\": the agent's own units",
+        ),
         ("[etc]\nstrategy = \"merge\"", "etc.strategy: \"merge\" is no strategy; write keep or fail"),
     ] {
         let message = format!("{:#}", etc(text).unwrap_err());
@@ -169,6 +178,14 @@ fn which_auth_file() {
     fs::create_dir_all(root.path().join("etc/node-image-pivot.conf.d")).unwrap();
     fs::write(root.path().join("etc/node-image-pivot.conf.d/a.toml"), "auth_file = \"/a\"").unwrap();
     assert_eq!(auth().as_deref(), Some(Path::new("/a")));
+}
+
+#[test]
+fn later_files_decide_about_units_pattern_by_pattern() {
+    let vendor = ("usr/lib", "10.toml", "[units]\n\"a.service\" = \"stop\"\n\"b.service\" = \"never\"");
+    let local = ("etc", "20.toml", "[units]\n\"a.service\" = \"reload\"");
+    let expected = Policy::new([("a.service", "reload"), ("b.service", "never")]).unwrap();
+    assert_eq!(load(&[vendor, local], "").unwrap().units, expected);
 }
 
 #[test]

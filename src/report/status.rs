@@ -92,6 +92,15 @@ pub struct Cost {
     pub ram_store_bytes: u64,
 }
 
+/// A unit whose processes run files that the node image has replaced.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StillOld {
+    /// Which.
+    pub unit: String,
+    /// The files, relative to `/usr`.
+    pub files: Vec<String>,
+}
+
 /// The status document. `schema` changes only when a field changes its meaning or goes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
@@ -124,6 +133,9 @@ pub struct Status {
     /// that stays.
     #[serde(default)]
     pub undo_unix: Option<u64>,
+    /// What still ran the bootimage's code when the last phase ended.
+    #[serde(default)]
+    pub still_old: Vec<StillOld>,
     /// What changed, one line each; for the summary.
     pub notes: Vec<String>,
 }
@@ -144,6 +156,7 @@ impl Default for Status {
             timeline: Vec::new(),
             cost: Cost::default(),
             undo_unix: None,
+            still_old: Vec::new(),
             notes: Vec::new(),
         }
     }

@@ -104,6 +104,18 @@ fn probation(status: &Status, now_unix: u64) -> String {
     }
 }
 
+/// What still runs the bootimage's code, a line for each unit.
+pub fn old_lines(status: &Status) -> impl Iterator<Item = String> {
+    status.still_old.iter().map(|old| {
+        let first = old.files.first().map_or("", String::as_str);
+        let more = match old.files.len() {
+            0 | 1 => String::new(),
+            files => format!(" and {} more", files - 1),
+        };
+        one_line(&format!("still runs the bootimage's code: {} (/usr/{first}{more})", old.unit))
+    })
+}
+
 /// The end of it: what changed, how long each phase took, what was fetched, the RAM it cost.
 pub fn summary(status: &Status, now_unix: u64) -> String {
     let mut out = String::new();
@@ -150,7 +162,7 @@ pub fn summary(status: &Status, now_unix: u64) -> String {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use super::super::{LastError, Phase};
+    use super::super::{LastError, Phase, StillOld};
     use super::*;
 
     #[test]
@@ -222,6 +234,23 @@ mod tests {
         );
         let kept = Status { undo_unix: None, ..status };
         assert_eq!(state_line(&kept, 100), "/usr and /etc are the node image's");
+    }
+
+    #[test]
+    fn what_is_old_is_named() {
+        let old = |unit: &str, files: &[&str]| StillOld {
+            unit: unit.into(),
+            files: files.iter().map(|&file| file.into()).collect(),
+        };
+        let still_old = vec![old("dbus.service", &["bin/dbus-daemon", "lib/libc.so.6"]), old("a\nb", &["x"])];
+        let lines: Vec<_> = old_lines(&Status { still_old, ..Status::default() }).collect();
+        assert_eq!(
+            lines,
+            [
+                "still runs the bootimage's code: dbus.service (/usr/bin/dbus-daemon and 1 more)",
+                "still runs the bootimage's code: a; b (/usr/x)"
+            ]
+        );
     }
 
     #[test]

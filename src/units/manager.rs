@@ -4,6 +4,7 @@
 //! restarting bus then costs us the status API, not the pivot. Where the socket is missing, the
 //! system bus is used.
 
+use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -13,13 +14,16 @@ use futures_util::StreamExt;
 use zbus::message::Type;
 use zbus::{Connection, MessageStream, OwnedObjectPath, OwnedVariant};
 
-use super::private;
+use super::policy::KINDS;
+use super::{Verb, private};
 use crate::failpoint::{self, Point};
 
 const PRIVATE_SOCKET: &str = "/run/systemd/private";
 const DESTINATION: &str = "org.freedesktop.systemd1";
 const PATH: &str = "/org/freedesktop/systemd1";
 const MANAGER: &str = "org.freedesktop.systemd1.Manager";
+const UNIT: &str = "org.freedesktop.systemd1.Unit";
+const PROPERTIES: &str = "org.freedesktop.DBus.Properties";
 
 /// How long a reply of PID 1 may take. A reload on a loaded machine takes seconds.
 const REPLY: Duration = Duration::from_secs(90);
@@ -50,6 +54,24 @@ pub struct Unit {
     pub active: String,
     /// Where its properties are.
     path: OwnedObjectPath,
+}
+
+impl Unit {
+    /// Whether it runs or waits for something, and the plan looks at its kind.
+    pub fn is_active(&self) -> bool {
+        matches!(self.active.as_str(), "active" | "reloading") && KINDS.iter().any(|kind| self.name.ends_with(kind))
+    }
+}
+
+/// How a unit hangs together with others.
+#[derive(Debug, Default)]
+pub struct Links {
+    /// What starts it when something happens: sockets, timers, paths.
+    pub triggered_by: Vec<String>,
+    /// What it starts when something happens.
+    pub triggers: Vec<String>,
+    /// What pulls it in.
+    pub wanted_by: Vec<String>,
 }
 
 type UnitRow = (String, String, String, String, String, String, OwnedObjectPath, u32, String, OwnedObjectPath);
@@ -197,7 +219,11 @@ impl Manager {
             bail!("systemd closed the connection")
         };
         match tokio::time::timeout(limit, ended).await {
-            Err(_) => bail!("{unit}: its job has not ended within {} s; it goes on", limit.as_secs()),
+            Err(_) => bail!(
+                "{unit}: its job has not ended within {} s; it goes on, we do not wait: see systemctl list-jobs and \
+                 systemctl status {unit}",
+                limit.as_secs()
+            ),
             Ok(Err(error)) => Err(error),
             Ok(Ok(result)) if matches!(result.as_str(), "done" | "skipped") => Ok(()),
             Ok(Ok(result)) => bail!("{unit}: the job ended as {result}; see systemctl status {unit}"),
@@ -222,6 +248,61 @@ impl Manager {
         Ok(rows.into_iter().map(|row| Unit { name: row.0, active: row.3, path: row.6 }).collect())
     }
 
+    /// Its triggers and who wants it.
+    pub async fn links(&self, unit: &Unit) -> Result<Links> {
+        self.links_at(unit.path.as_str()).await
+    }
+
+    /// The same by name, of a unit that is loaded.
+    pub async fn links_of(&self, unit: &str) -> Result<Links> {
+        self.links_at(self.path_of(unit).await?.as_str()).await
+    }
+
+    async fn links_at(&self, path: &str) -> Result<Links> {
+        let reply = self
+            .connection
+            .call_method(self.destination, path, Some(PROPERTIES), "GetAll", &(UNIT,))
+            .await
+            .with_context(|| format!("cannot read the properties of {path}"))?;
+        let mut values: HashMap<String, OwnedVariant> =
+            reply.body().deserialize().with_context(|| format!("the properties of {path}"))?;
+        let mut list = |key: &str| values.remove(key).and_then(|value| Vec::<String>::try_from(value).ok());
+        let mut wanted_by = Vec::new();
+        for key in ["WantedBy", "RequiredBy", "BoundBy", "RequisiteOf", "UpheldBy"] {
+            wanted_by.extend(list(key).unwrap_or_default());
+        }
+        Ok(Links {
+            triggered_by: list("TriggeredBy").unwrap_or_default(),
+            triggers: list("Triggers").unwrap_or_default(),
+            wanted_by,
+        })
+    }
+
+    async fn path_of(&self, unit: &str) -> Result<OwnedObjectPath> {
+        let reply = self.call("GetUnit", &(unit,)).await?;
+        reply.body().deserialize().with_context(|| format!("the path of {unit}"))
+    }
+
+    /// What tells one run of a unit from the next; empty where it never ran or is not loaded.
+    pub async fn invocation(&self, unit: &str) -> Result<Vec<u8>> {
+        let path = match self.path_of(unit).await {
+            Ok(path) => path,
+            Err(error) => return not_loaded(error).map(|()| Vec::new()),
+        };
+        let value = self.property(path.as_str(), UNIT, "InvocationID").await?;
+        Vec::try_from(value).context("InvocationID is no list of bytes")
+    }
+
+    /// Carries out one job and waits for its end, at most `limit`.
+    pub async fn run(&self, verb: Verb, unit: &str, limit: Duration) -> Result<()> {
+        match verb {
+            Verb::Reload => self.job("ReloadUnit", unit, limit).await,
+            Verb::TryRestart => self.try_restart(unit, limit).await,
+            Verb::Start => self.start(unit, limit).await,
+            Verb::Stop => self.stop(unit, limit).await,
+        }
+    }
+
     /// The cgroup of a service, relative to the cgroup root; empty when it has none.
     pub async fn control_group(&self, unit: &Unit) -> Result<String> {
         let value = self.property(unit.path.as_str(), "org.freedesktop.systemd1.Service", "ControlGroup").await?;
@@ -230,14 +311,14 @@ impl Manager {
 
     /// The unit's file; empty when it has none.
     pub async fn fragment(&self, unit: &Unit) -> Result<PathBuf> {
-        let value = self.property(unit.path.as_str(), "org.freedesktop.systemd1.Unit", "FragmentPath").await?;
+        let value = self.property(unit.path.as_str(), UNIT, "FragmentPath").await?;
         String::try_from(value).map(PathBuf::from).context("FragmentPath is not a string")
     }
 
     async fn property(&self, path: &str, interface: &str, name: &str) -> Result<OwnedVariant> {
         let reply = self
             .connection
-            .call_method(self.destination, path, Some("org.freedesktop.DBus.Properties"), "Get", &(interface, name))
+            .call_method(self.destination, path, Some(PROPERTIES), "Get", &(interface, name))
             .await
             .with_context(|| format!("cannot read {name} of {path}"))?;
         reply.body().deserialize().with_context(|| format!("{name} of {path}"))

@@ -1,16 +1,24 @@
-//! What systemd runs: which units still run old code, what to do about each, and doing it.
+//! What systemd runs: which units run old code or are defined otherwise, what to do about each, and doing it.
 //!
-//! [`plan`] decides, purely; [`Manager`] is the only way to PID 1, but for [`Guard`], the one program that is
+//! [`compare`] and [`plan()`] decide, purely; [`Root`] reads unit files, [`survey`] looks at what runs; [`Manager`] is the only way to PID 1, but for [`Guard`], the one program that is
 //! started here: it re-executes PID 1 should we die in an undo. This room may not mount, write `/etc` or talk to
 //! registries.
 
+mod definition;
+mod difference;
+mod files;
 mod guard;
 mod manager;
 mod plan;
+mod policy;
 mod private;
 mod running;
 
+pub use definition::{Definition, Entry, Settings, UnitDirectory, UnitFiles};
+pub use difference::{Difference, compare};
+pub use files::{EtcChanges, Root};
 pub use guard::Guard;
 pub use manager::Manager;
-pub use plan::{Action, Class, Flow, RunningUnit, plan, undo_plan};
-pub use running::{Version, active_fragments, mapped_files, survey};
+pub use plan::{Action, Class, Flow, How, UnitState, Verb, plan, starts, undo_plan};
+pub use policy::{NoWish, Policy, Wish};
+pub use running::{Definitions, Sides, Version, active, active_fragments, definitions, mapped_files, survey};

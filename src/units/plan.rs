@@ -1,6 +1,12 @@
-//! What to do about a unit that still runs the bootimage's code: a total function of plain data.
+//! What to do about a unit that runs the bootimage's code, or that the node image defines otherwise: a total function of
+//! plain data. `docs/units.md` has the rules.
+
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
+
+use super::difference::{Difference, KEY};
+use super::policy::{KINDS, OWN, Policy, Wish};
 
 /// In which of the flows the pivot runs: it bounds what may be touched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -13,28 +19,50 @@ pub enum Flow {
     Live,
 }
 
-/// A service with processes.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RunningUnit {
+/// An active unit, with what the plan depends on.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct UnitState {
     /// `sshd.service`.
     pub name: String,
     /// Files under `/usr`, relative to it, that its processes execute or map and that differ in the
-    /// node image. Empty when it runs nothing old.
+    /// other tree. Empty when it runs nothing old.
     pub changed: Vec<String>,
+    /// How its definition differs.
+    pub difference: Difference,
+    /// What its unit file in the other tree asks for.
+    pub wish: Option<Wish>,
+    /// A service that does its work and ends: nothing of it runs.
+    pub oneshot: bool,
+    /// A service that can be reloaded, by its unit file in the other tree.
+    pub reloadable: bool,
+    /// A service that serves one connection of a socket.
+    pub connection: bool,
+    /// A socket of the kernel's: what is said while nobody listens is lost.
+    pub netlink: bool,
+    /// Of a service: the active sockets that start it.
+    pub sockets: Vec<String>,
+    /// Of a socket: the active service that it started.
+    pub serves: Option<String>,
+    /// Whether something else than its sockets wants the service, or the one that the socket serves.
+    pub wanted: bool,
 }
 
 /// What happens to a unit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Class {
-    /// It runs nothing that changed.
+    /// It changed, and nothing has to be done about it.
     None,
+    /// Told to read its configuration again, after the switch.
+    Reload,
     /// Restarted after the switch.
     Restart,
-    /// Left alone on purpose; reported as still running the bootimage's code.
+    /// Left alone on purpose; it stays as the bootimage started it.
     Never,
-    /// Stopped before an undo: its unit file goes with the node image's `/usr`.
+    /// Stopped: it has no unit file any more. Before an undo: its unit file goes with the node image's `/usr`.
     Stop,
+    /// Started: by the isolate what the node image newly wants, by an undo what the switch stopped.
+    Start,
 }
 
 impl Class {
@@ -42,11 +70,33 @@ impl Class {
     pub fn as_str(self) -> &'static str {
         match self {
             Class::None => "none",
+            Class::Reload => "reload",
             Class::Restart => "restart",
             Class::Never => "never",
             Class::Stop => "stop",
+            Class::Start => "start",
         }
     }
+}
+
+/// How services and sockets that belong together are restarted.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum How {
+    /// On its own.
+    #[default]
+    Alone,
+    /// The service is stopped; its socket goes on listening and starts it with the next connection.
+    LeftToSocket(String),
+    /// The service is part of what happens to this socket.
+    WithSocket(String),
+    /// The socket's service is stopped first: a socket is not started while its service runs.
+    SocketOf {
+        /// The service.
+        service: String,
+        /// Whether it is started again at once, because more than the socket wants it.
+        start: bool,
+    },
 }
 
 /// The decision about one unit, with its reason.
@@ -58,6 +108,49 @@ pub struct Action {
     pub class: Class,
     /// Why.
     pub reason: String,
+    /// In which way.
+    #[serde(default, skip_serializing_if = "How::is_alone")]
+    pub how: How,
+}
+
+impl How {
+    fn is_alone(&self) -> bool {
+        *self == How::Alone
+    }
+}
+
+/// A job of systemd's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verb {
+    /// Reload a unit that runs.
+    Reload,
+    /// Restart a unit that runs.
+    TryRestart,
+    /// Start.
+    Start,
+    /// Stop.
+    Stop,
+}
+
+impl Action {
+    /// The jobs that carry it out, in order.
+    pub fn jobs(&self) -> Vec<(Verb, &str)> {
+        let unit = self.unit.as_str();
+        match (self.class, &self.how) {
+            // What is to start is started by the isolate.
+            (Class::None | Class::Never | Class::Start, _) | (_, How::WithSocket(_)) => Vec::new(),
+            (Class::Reload, _) => vec![(Verb::Reload, unit)],
+            (Class::Stop, _) | (Class::Restart, How::LeftToSocket(_)) => vec![(Verb::Stop, unit)],
+            (Class::Restart, How::Alone) => vec![(Verb::TryRestart, unit)],
+            (Class::Restart, How::SocketOf { service, start }) => {
+                let mut jobs = vec![(Verb::Stop, service.as_str()), (Verb::TryRestart, unit)];
+                if *start {
+                    jobs.push((Verb::Start, service));
+                }
+                jobs
+            }
+        }
+    }
 }
 
 /// Units whose restart would take the system, a session or us down. Reported instead.
@@ -65,8 +158,9 @@ pub struct Action {
 const NEVER: &[&str] = &[
     "dbus.service",
     "dbus-broker.service",
-    "systemd-journald.service",
-    "systemd-journald@",
+    "dbus.socket",
+    // With their sockets: what is logged in between would be lost.
+    "systemd-journald",
     "user@",
     "user-runtime-dir@",
     "getty@",
@@ -78,7 +172,6 @@ const NEVER: &[&str] = &[
     "sshd@",
     "emergency.service",
     "rescue.service",
-    "node-image-",
 ];
 
 /// The only units that the live flow restarts, because new logins need them. No session ends with either: sshd's
@@ -87,106 +180,167 @@ const NEVER: &[&str] = &[
 /// of 256 or later, which asks for a class of session that it does not know.
 const LIVE: &[&str] = &["ssh.service", "sshd.service", "systemd-logind.service"];
 
-/// Decides for every running unit, in the order given.
-pub fn plan(running: &[RunningUnit], flow: Flow) -> Vec<Action> {
-    running.iter().map(|unit| decide(unit, flow)).collect()
+/// Decides for every unit that changed, in the order in which it is to be done: what is gone is stopped first, and
+/// sockets come before services.
+pub fn plan(units: &[UnitState], flow: Flow, policy: &Policy) -> Vec<Action> {
+    let mut actions: Vec<_> = units.iter().filter_map(|unit| decide(unit, flow, policy)).collect();
+    pair(&mut actions);
+    actions.sort_by_key(|action| match (action.class, action.unit.ends_with(".socket")) {
+        (Class::Stop, _) => 0,
+        (_, true) => 1,
+        _ => 2,
+    });
+    actions
+}
+
+/// What the isolate to `target` starts that it would not have started without the node image. `old` and `new` are what
+/// the target pulls in, `active` is what runs.
+pub fn starts(old: &BTreeSet<String>, new: &BTreeSet<String>, active: &BTreeSet<String>, target: &str) -> Vec<Action> {
+    let concerned = |name: &&String| KINDS.iter().any(|kind| name.ends_with(kind)) && !active.contains(*name);
+    let start = |name: &String| Action {
+        unit: name.clone(),
+        class: Class::Start,
+        reason: format!("the node image has it wanted by {target}, which is isolated in the end"),
+        how: How::Alone,
+    };
+    new.difference(old).filter(concerned).map(start).collect()
 }
 
 /// The plan of an undo: that of [`plan`], except that units which only the node image has are stopped, in
 /// both flows: what they run is about to go, and the bootimage's programs cannot stop them later.
-pub fn undo_plan(running: &[RunningUnit], leaving: &[String], flow: Flow) -> Vec<Action> {
+pub fn undo_plan(units: &[UnitState], leaving: &[String], flow: Flow, policy: &Policy) -> Vec<Action> {
     let stop = |unit: &String| Action {
         unit: unit.clone(),
         class: Class::Stop,
         reason: "only the node image has its unit file".into(),
+        how: How::Alone,
     };
     let stays = |action: &Action| !leaving.contains(&action.unit);
-    leaving.iter().map(stop).chain(plan(running, flow).into_iter().filter(stays)).collect()
+    leaving.iter().map(stop).chain(plan(units, flow, policy).into_iter().filter(stays)).collect()
 }
 
-fn decide(unit: &RunningUnit, flow: Flow) -> Action {
-    let act = |class, reason: String| Action { unit: unit.name.clone(), class, reason };
-    let Some(first) = unit.changed.first() else {
-        return act(Class::None, "runs nothing that the node image changes".into());
-    };
-    let what = match unit.changed.len() {
-        1 => format!("/usr/{first} changed"),
-        more => format!("/usr/{first} and {} more changed", more - 1),
-    };
-    if NEVER.iter().any(|prefix| unit.name.starts_with(prefix)) {
-        return act(Class::Never, format!("{what}; a restart would end sessions or the system's own services"));
+/// A service whose socket is restarted is restarted with it; a socket whose service must stay stays.
+fn pair(actions: &mut [Action]) {
+    let class_of: BTreeMap<String, Class> = actions.iter().map(|action| (action.unit.clone(), action.class)).collect();
+    let mut with: BTreeMap<String, String> = BTreeMap::new();
+    for action in actions.iter_mut() {
+        let How::SocketOf { service, .. } = &action.how else { continue };
+        if class_of.get(service) == Some(&Class::Never) {
+            action.class = Class::Never;
+            action.reason = format!("{}; {service}, which it starts, is not restarted", action.reason);
+            action.how = How::Alone;
+        } else {
+            with.insert(service.clone(), action.unit.clone());
+        }
     }
-    if flow == Flow::Live && !LIVE.contains(&unit.name.as_str()) {
-        return act(Class::Never, format!("{what}; a live system's services are not touched"));
+    for action in actions.iter_mut().filter(|action| action.class == Class::Restart) {
+        if let Some(socket) = with.get(&action.unit) {
+            action.how = How::WithSocket(socket.clone());
+        }
     }
-    act(Class::Restart, what)
+}
+
+/// What changed about it, in words; `None` when nothing did.
+fn what_changed(unit: &UnitState) -> Option<String> {
+    let rest = |more: usize| if more > 1 { format!(" and {} more", more - 1) } else { String::new() };
+    let code = unit.changed.first().map(|first| format!("/usr/{first}{} changed", rest(unit.changed.len())));
+    let definition = match &unit.difference {
+        Difference::Same => None,
+        Difference::Reload => Some("its ExecReload= changed".to_owned()),
+        Difference::Changed(keys) => {
+            keys.first().map(|first| format!("{first}{} changed in its unit", rest(keys.len())))
+        }
+        Difference::Gone => Some("its unit file is gone".to_owned()),
+        Difference::Masked => Some("it is masked".to_owned()),
+    };
+    match (code, definition) {
+        (Some(code), Some(definition)) => Some(format!("{definition}, {code}")),
+        (code, definition) => definition.or(code),
+    }
+}
+
+fn is_listed(name: &str) -> bool {
+    NEVER.iter().any(|prefix| name.starts_with(prefix))
+}
+
+fn decide(unit: &UnitState, flow: Flow, policy: &Policy) -> Option<Action> {
+    let what = what_changed(unit)?;
+    let name = unit.name.as_str();
+    let act = |class, why: &str| {
+        let reason = if why.is_empty() { what.clone() } else { format!("{what}; {why}") };
+        Some(Action { unit: unit.name.clone(), class, reason, how: How::Alone })
+    };
+    if name.starts_with(OWN) {
+        return act(Class::Never, "the agent's own units are never touched");
+    }
+    let leaves = matches!(unit.difference, Difference::Gone | Difference::Masked);
+    let wished = |wish, whose: &str| match wish {
+        Wish::Never => act(Class::Never, whose),
+        Wish::Stop => act(Class::Stop, whose),
+        // There is nothing that could be reloaded or started again.
+        _ if leaves => None,
+        Wish::Reload if unit.reloadable => act(Class::Reload, whose),
+        Wish::Reload => act(Class::Never, &format!("{whose} a reload, and it has no ExecReload=")),
+        Wish::Restart => restart(unit, act(Class::Restart, whose)),
+    };
+    if let Some((pattern, wish)) = policy.of(name)
+        && let Some(action) = wished(wish, &format!("the configuration wants this for \"{pattern}\""))
+    {
+        return Some(action);
+    }
+    let spared = |service: &str| matches!(policy.of(service), Some((_, Wish::Never)));
+    if unit.serves.as_deref().is_some_and(spared) {
+        return act(Class::Never, "the configuration wants its service left alone");
+    }
+    if is_listed(name) || unit.serves.as_deref().is_some_and(is_listed) {
+        return act(Class::Never, "a restart would end sessions or the system's own services");
+    }
+    // On a live system the image's word is not enough to stop anything.
+    if let Some(wish) = unit.wish.filter(|wish| flow == Flow::Bootstrap || matches!(wish, Wish::Reload | Wish::Never))
+        && let Some(action) = wished(wish, &format!("its {KEY}= wants this"))
+    {
+        return Some(action);
+    }
+    // Also if it is gone: nothing of it runs, and what requires it would be stopped with it.
+    if unit.oneshot && unit.changed.is_empty() {
+        return act(Class::None, "it has done its work, which is not done again");
+    }
+    if name.ends_with(".mount") {
+        return act(Class::None, "what is mounted stays mounted");
+    }
+    if flow == Flow::Live {
+        return match LIVE.contains(&name) {
+            true if !leaves => act(Class::Restart, "new logins need it, and no session ends with it"),
+            _ => act(Class::Never, "a live system's services are not touched"),
+        };
+    }
+    if leaves {
+        return act(Class::Stop, "");
+    }
+    if unit.connection {
+        return act(Class::Never, "it serves one connection, the next one gets the new code");
+    }
+    if unit.netlink {
+        return act(Class::Never, "the kernel's messages would be lost while nobody listens");
+    }
+    if unit.difference == Difference::Reload && unit.changed.is_empty() && unit.reloadable {
+        return act(Class::Reload, "");
+    }
+    restart(unit, act(Class::Restart, ""))
+}
+
+/// Restarts through the socket where there is one.
+fn restart(unit: &UnitState, action: Option<Action>) -> Option<Action> {
+    let mut action = action?;
+    if let Some(service) = &unit.serves {
+        action.how = How::SocketOf { service: service.clone(), start: unit.wanted };
+    } else if let Some(socket) = unit.sockets.first().filter(|_| !unit.wanted) {
+        action.how = How::LeftToSocket(socket.clone());
+        action.reason = format!("{}; {socket} starts it again when it is needed", action.reason);
+    }
+    Some(action)
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn unit(name: &str, changed: &[&str]) -> RunningUnit {
-        RunningUnit { name: name.into(), changed: changed.iter().map(|&path| path.into()).collect() }
-    }
-
-    #[test]
-    fn table() {
-        use Class::{Never, None, Restart};
-        use Flow::{Bootstrap, Live};
-        for (name, changed, flow, class) in [
-            ("ssh.service", vec!["sbin/sshd"], Bootstrap, Restart),
-            ("ssh.service", vec!["sbin/sshd"], Live, Restart),
-            ("ssh.service", vec![], Bootstrap, None),
-            ("systemd-logind.service", vec!["lib/systemd/systemd-logind"], Bootstrap, Restart),
-            ("systemd-logind.service", vec!["lib/systemd/systemd-logind"], Live, Restart),
-            ("systemd-udevd.service", vec!["bin/udevadm"], Bootstrap, Restart),
-            ("systemd-udevd.service", vec!["bin/udevadm"], Live, Never),
-            ("dbus.service", vec!["bin/dbus-daemon"], Bootstrap, Never),
-            ("systemd-journald.service", vec!["lib/systemd/systemd-journald"], Bootstrap, Never),
-            ("user@1000.service", vec!["lib/systemd/systemd"], Bootstrap, Never),
-            ("serial-getty@ttyS0.service", vec!["sbin/agetty"], Bootstrap, Never),
-            ("ssh@3-10.0.0.1:22-10.0.0.2:4711.service", vec!["sbin/sshd"], Bootstrap, Never),
-            ("sshd@3-10.0.0.1:22-10.0.0.2:4711.service", vec!["sbin/sshd"], Bootstrap, Never),
-            ("sshd@3-10.0.0.1:22-10.0.0.2:4711.service", vec!["sbin/sshd"], Live, Never),
-            ("node-image-pivotd.service", vec!["lib/libc.so.6"], Bootstrap, Never),
-        ] {
-            let actions = plan(&[unit(name, &changed)], flow);
-            assert_eq!(actions[0].class, class, "{name} {changed:?} {flow:?}: {}", actions[0].reason);
-        }
-    }
-
-    #[test]
-    fn an_undo_stops_what_leaves_and_plans_the_rest() {
-        let running = [unit("crio.service", &["bin/crio"]), unit("ssh.service", &["sbin/sshd"])];
-        let leaving = ["crio.service".to_owned(), "new.timer".to_owned()];
-        for flow in [Flow::Bootstrap, Flow::Live] {
-            let actions = undo_plan(&running, &leaving, flow);
-            let classes: Vec<_> = actions.iter().map(|action| (action.unit.as_str(), action.class)).collect();
-            let stop = Class::Stop;
-            assert_eq!(classes, [("crio.service", stop), ("new.timer", stop), ("ssh.service", Class::Restart)]);
-        }
-    }
-
-    proptest! {
-        /// A live system loses nothing but what logins need anew, whatever runs.
-        #[test]
-        fn live_restarts_only_what_logins_need(names in proptest::collection::vec("[a-z@-]{1,20}\\.service", 0..20)) {
-            let running: Vec<_> = names.iter().map(|name| unit(name, &["bin/x"])).collect();
-            for action in plan(&running, Flow::Live) {
-                prop_assert!(action.class != Class::Restart || LIVE.contains(&action.unit.as_str()));
-            }
-        }
-
-        /// Every unit gets exactly one decision, and what runs nothing old is never touched.
-        #[test]
-        fn total(names in proptest::collection::vec("[a-z@-]{1,20}\\.service", 0..20), live: bool) {
-            let running: Vec<_> = names.iter().map(|name| unit(name, &[])).collect();
-            let actions = plan(&running, if live { Flow::Live } else { Flow::Bootstrap });
-            prop_assert_eq!(actions.len(), running.len());
-            prop_assert!(actions.iter().all(|action| action.class == Class::None));
-        }
-    }
-}
+#[path = "plan_tests.rs"]
+mod tests;

@@ -1,14 +1,21 @@
-//! What the processes of each service execute and map, from `/proc`.
+//! What is active, from systemd and `/proc`: what the processes of each service execute and map, and how its
+//! definition differs.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::Metadata;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
-use super::{Manager, RunningUnit};
+use super::definition::{Definition, UnitFiles};
+use super::difference::{Difference, KEY, compare};
+use super::policy::Wish;
+use super::{Manager, UnitState};
+
+/// Definitions by the name of the unit.
+pub type Definitions = BTreeMap<String, Definition>;
 
 /// Which paths below a directory, relative to it, are of interest.
 type Differs<'a> = &'a (dyn Fn(&Path) -> bool + Sync);
@@ -23,35 +30,105 @@ pub enum Version {
     Current,
 }
 
-/// All active services with the files under `/usr` that they run, that `differs` between bootimage and
-/// node image, in the `version` asked for. A process that ends while it is looked at counts as running
-/// nothing. One unit that cannot be looked at does not hide the others: it is left out, and a line of
-/// the second list names it.
-pub async fn survey(
-    manager: &Manager,
-    version: Version,
-    differs: Differs<'_>,
-) -> Result<(Vec<RunningUnit>, Vec<String>)> {
-    let mut running = Vec::new();
+/// The two sides that a survey compares.
+pub struct Sides<'a> {
+    /// Which of the files that processes map are old.
+    pub version: Version,
+    /// Which files differ.
+    pub differs: Differs<'a>,
+    /// What units are, or were when the switch began. A unit that is not in here is not compared.
+    pub old: &'a Definitions,
+    /// What they will be, or are by now.
+    pub new: &'a UnitFiles,
+}
+
+/// All active units that run or are something else than the other side has it. A process that ends while it is looked
+/// at counts as running nothing. One unit that cannot be looked at does not hide the others: it is left out, and a
+/// line of the second list names it.
+pub async fn survey(manager: &Manager, sides: &Sides<'_>) -> Result<(Vec<UnitState>, Vec<String>)> {
+    let mut states = Vec::new();
     let mut troubles = Vec::new();
-    for unit in manager.list().await? {
-        if !unit.name.ends_with(".service") || !matches!(unit.active.as_str(), "active" | "reloading") {
-            continue;
+    let units = manager.list().await?;
+    let active: BTreeSet<&str> = units.iter().filter(|unit| unit.is_active()).map(|unit| unit.name.as_str()).collect();
+    for unit in units.iter().filter(|unit| unit.is_active()) {
+        let looked = look(manager, unit, sides, &active, &mut troubles).await;
+        match looked.with_context(|| format!("{}: cannot tell what it runs", unit.name)) {
+            Ok(state) => states.extend(state),
+            Err(error) => troubles.push(format!("{error:#}")),
         }
-        let cgroup = match manager.control_group(&unit).await {
-            Ok(cgroup) => cgroup,
-            Err(error) => {
-                troubles.push(format!("{}: cannot tell what it runs: {error:#}", unit.name));
-                continue;
-            }
-        };
-        let mut changed = BTreeSet::new();
-        for pid in processes(&cgroup) {
-            changed.extend(mapped_below(pid, Path::new("/usr"), version, differs));
-        }
-        running.push(RunningUnit { name: unit.name, changed: changed.into_iter().collect() });
     }
-    Ok((running, troubles))
+    Ok((states, troubles))
+}
+
+/// The definitions of all active units.
+pub async fn definitions(manager: &Manager, files: &UnitFiles) -> Result<Definitions> {
+    let units = manager.list().await?;
+    let define = |unit: super::manager::Unit| files.definition(&unit.name).map(|definition| (unit.name, definition));
+    Ok(units.into_iter().filter(|unit| unit.is_active()).filter_map(define).collect())
+}
+
+/// The names of all active units.
+pub async fn active(manager: &Manager) -> Result<BTreeSet<String>> {
+    Ok(manager.list().await?.into_iter().filter(|unit| unit.active == "active").map(|unit| unit.name).collect())
+}
+
+/// `None` for a unit that is the same on both sides.
+async fn look(
+    manager: &Manager,
+    unit: &super::manager::Unit,
+    sides: &Sides<'_>,
+    active: &BTreeSet<&str>,
+    troubles: &mut Vec<String>,
+) -> Result<Option<UnitState>> {
+    let name = unit.name.as_str();
+    let is_service = name.ends_with(".service");
+    let mut changed = BTreeSet::new();
+    if is_service {
+        for pid in processes(&manager.control_group(unit).await?) {
+            changed.extend(mapped_below(pid, Path::new("/usr"), sides.version, sides.differs));
+        }
+    }
+    let old = sides.old.get(name);
+    let new = sides.new.definition(name);
+    let difference = old.map_or(Difference::Same, |old| compare(Some(old), new.as_ref()));
+    if changed.is_empty() && difference == Difference::Same {
+        return Ok(None);
+    }
+    let links = manager.links(unit).await?;
+    let of = |section: &str, key: &str| new.as_ref().or(old).and_then(|definition| definition.value(section, key));
+    let wish = of("Unit", KEY).and_then(|word| {
+        word.parse::<Wish>().inspect_err(|error| troubles.push(format!("{name}: {KEY}={error}"))).ok()
+    });
+    let running = |unit: &&String| active.contains(unit.as_str());
+    let serves = links.triggers.iter().find(|unit| unit.ends_with(".service")).filter(running).cloned();
+    // Who wants the service decides whether it is started at once, also where it is asked for its socket. A target that
+    // is reached only later counts: what it wants is no business of the socket alone.
+    let wanting = match &serves {
+        Some(service) => manager.links_of(service).await?.wanted_by,
+        None => links.wanted_by,
+    };
+    Ok(Some(UnitState {
+        name: name.to_owned(),
+        changed: changed.into_iter().collect(),
+        difference,
+        wish,
+        oneshot: of("Service", "Type") == Some("oneshot"),
+        reloadable: of("Service", "ExecReload").is_some() || of("Service", "Type") == Some("notify-reload"),
+        connection: is_service
+            && links.triggered_by.iter().any(|socket| {
+                let accept = sides.new.definition(socket).and_then(|one| one.value("Socket", "Accept").map(is_true));
+                socket.ends_with(".socket") && accept == Some(true)
+            }),
+        netlink: of("Socket", "ListenNetlink").is_some(),
+        sockets: links.triggered_by.iter().filter(|unit| unit.ends_with(".socket")).filter(running).cloned().collect(),
+        serves: serves.filter(|_| name.ends_with(".socket")),
+        wanted: !wanting.is_empty(),
+    }))
+}
+
+/// systemd.syntax(7).
+fn is_true(word: &str) -> bool {
+    matches!(word.to_ascii_lowercase().as_str(), "1" | "yes" | "y" | "true" | "t" | "on")
 }
 
 /// Units that run something or wait for something, or failed at it, with their unit files. Not mounts: one that

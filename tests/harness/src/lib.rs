@@ -3,6 +3,7 @@
 pub mod check;
 pub mod console;
 pub mod container;
+pub mod derived;
 pub mod files;
 pub mod guest;
 pub mod images;

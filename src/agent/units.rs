@@ -1,0 +1,315 @@
+//! The units' part of stage, refresh, finish and undo: what is planned for them, and carrying it out so that a daemon
+//! that is killed in between does nothing twice.
+//!
+//! `units.json` in the agent's directory holds what the units were before the switch, and each act with how far it is.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::path::Path;
+
+use anyhow::{Context as _, Result};
+use serde::{Deserialize, Serialize};
+use tracing::info;
+
+use super::after::RESTART;
+use super::prepare::{USR, USR_SOURCE, new_etc};
+use super::{Context, Error, Paths, StagedRoot};
+use crate::dirfd::Directory;
+use crate::etc::{self, Origin};
+use crate::report::StillOld;
+use crate::stage;
+use crate::units::{
+    self, Action, Class, Definitions, EtcChanges, Flow, Manager, Policy, Root, Sides, UnitFiles, Verb, Version,
+};
+
+/// A file of the agent's directory.
+const FILE: &str = "units.json";
+
+/// Which paths, relative to `/usr`, differ between the two trees.
+type Differs<'a> = &'a (dyn Fn(&Path) -> bool + Sync);
+
+/// One action, and how far it is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Act {
+    action: Action,
+    /// How many of its jobs are done, well or not.
+    #[serde(default)]
+    done: usize,
+    /// The run of the unit that the next job ends, in hexadecimal: another one says that it was done.
+    #[serde(default)]
+    ending: Option<String>,
+}
+
+/// What is remembered of the units, from before the switch until the next one.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct UnitsRecord {
+    /// What was active, as it was defined. What is restarted or stopped is taken out.
+    before: Definitions,
+    /// The flow that was planned for; absent until there is a plan.
+    #[serde(default)]
+    pub(super) flow: Option<Flow>,
+    #[serde(default)]
+    acts: Vec<Act>,
+}
+
+impl UnitsRecord {
+    /// `None` where no switch has begun.
+    pub(super) fn load(paths: &Paths) -> Result<Option<Self>> {
+        let shown = paths.run().join(FILE);
+        let text = Directory::ensure(paths.run()).and_then(|dir| dir.read_optional(FILE));
+        let text = text.with_context(|| format!("cannot read {}", shown.display()))?;
+        text.map(|text| serde_json::from_slice(&text).with_context(|| format!("{} is damaged", shown.display())))
+            .transpose()
+    }
+
+    fn save(&self, paths: &Paths) -> Result<()> {
+        let text = serde_json::to_vec(self).context("cannot write down what happens to units")?;
+        Directory::ensure(paths.run())
+            .and_then(|dir| dir.write_atomic(FILE, 0o600, &text))
+            .with_context(|| format!("cannot write {}", paths.run().join(FILE).display()))
+    }
+
+    /// Units that the switch stopped: an undo starts them again.
+    pub(super) fn stopped(&self) -> impl Iterator<Item = &str> {
+        let done = self.acts.iter().filter(|act| act.action.class == Class::Stop && act.done > 0);
+        done.map(|act| act.action.unit.as_str())
+    }
+}
+
+/// What would happen to units, before the switch; with what could not be found out.
+pub(super) async fn preview(
+    context: &Context,
+    staged: &StagedRoot,
+    plan: etc::Plan,
+    flow: Flow,
+) -> Result<(Vec<Action>, Vec<String>)> {
+    let delta = staged.delta.lookup()?;
+    let differs = |path: &Path| delta.contains(path).unwrap_or(true);
+    let directory = staged.delta.directory.clone();
+    let (old, new) = tokio::task::spawn_blocking(move || -> Result<_> {
+        let tree = stage::open_new_usr(&directory, Path::new(USR), USR_SOURCE)?;
+        let new_etc = new_etc(tree.as_fd())?;
+        let at = |fd: BorrowedFd<'_>| Path::new("/proc/self/fd").join(fd.as_raw_fd().to_string());
+        let new = Root { usr: at(tree.as_fd()), etc: etc_changes(&plan, &at(new_etc.as_fd())) };
+        Ok((Root::running().unit_files()?, new.unit_files()?))
+    })
+    .await
+    .context("reading unit files panicked")?
+    .context("cannot read the unit files")?;
+    let manager = Manager::connect().await?;
+    let definitions = units::definitions(&manager, &old).await?;
+    let sides = Sides { version: Version::Current, differs: &differs, old: &definitions, new: &new };
+    let (states, troubles) = units::survey(&manager, &sides).await?;
+    let mut actions = units::plan(&states, flow, &context.settings.units);
+    if flow == Flow::Bootstrap {
+        let target = target(context);
+        let active = units::active(&manager).await?;
+        actions.extend(units::starts(&old.pulled_in(&target), &new.pulled_in(&target), &active, &target));
+    }
+    Ok((actions, troubles))
+}
+
+/// The target of the isolate: what the daemon that saw the generator's drop-in was told.
+pub(super) fn target(context: &Context) -> String {
+    context.tracker.status().target.unwrap_or_else(|| context.settings.target.clone())
+}
+
+/// The merge as far as unit files see it.
+fn etc_changes(plan: &etc::Plan, new_etc: &Path) -> EtcChanges {
+    let concerned = plan.changes.iter().filter(|change| change.path.as_path().starts_with("systemd"));
+    let arrives = concerned.filter(|change| change.after.is_none() || change.content == Origin::New);
+    arrives
+        .map(|change| {
+            let path = change.path.as_path();
+            (path.to_owned(), change.after.as_ref().map(|_| new_etc.join(path)))
+        })
+        .collect()
+}
+
+/// Writes down what the units are, before the first act of the switch. Nothing is changed.
+pub(super) async fn remember(paths: &Paths) -> Result<(), Error> {
+    let remembered = async {
+        let files = unit_files().await?;
+        let before = units::definitions(&Manager::connect().await?, &files).await?;
+        UnitsRecord { before, ..UnitsRecord::default() }.save(paths)
+    };
+    remembered.await.context("the running system is untouched").map_err(Error::from)
+}
+
+async fn unit_files() -> Result<UnitFiles> {
+    let read = tokio::task::spawn_blocking(|| Root::running().unit_files()).await.context("reading panicked")?;
+    read.context("cannot read the unit files")
+}
+
+/// PID 1 becomes the node image's if its files changed, and knows the new unit files in any case.
+pub(super) async fn renew_manager(context: &Context, differs: Differs<'_>) -> Result<Manager> {
+    let manager = Manager::connect().await?;
+    if units::mapped_files(1).iter().any(|path| differs(Path::new(path))) {
+        let manager = manager.reexecute().await?;
+        context.tracker.note("systemd was re-executed: its binary or libraries changed");
+        Ok(manager)
+    } else {
+        manager.reload().await?;
+        Ok(manager)
+    }
+}
+
+/// Plans for `flow`, once, and carries the plan out, from where a daemon before us was killed. Returns the actions;
+/// what went wrong is added to `trouble`.
+pub(super) async fn carry_out(
+    context: &Context,
+    manager: &Manager,
+    differs: Differs<'_>,
+    flow: Flow,
+    trouble: &mut Vec<String>,
+) -> Result<Vec<Action>> {
+    let paths = &context.paths;
+    // Without one an older agent switched: then units are known by what they run only.
+    let mut record = UnitsRecord::load(paths)?.unwrap_or_default();
+    if record.flow != Some(flow) {
+        let new = unit_files().await?;
+        let sides = Sides { version: Version::Replaced, differs, old: &record.before, new: &new };
+        let (states, troubles) = units::survey(manager, &sides).await?;
+        trouble.extend(troubles);
+        let actions = units::plan(&states, flow, &context.settings.units);
+        // What was done for the flow before is still what happened.
+        record.acts.retain(|act| act.done > 0);
+        record.acts.extend(actions.into_iter().map(|action| Act { action, done: 0, ending: None }));
+        record.flow = Some(flow);
+        record.save(paths)?;
+    }
+    for index in 0..record.acts.len() {
+        let action = record.acts[index].action.clone();
+        let jobs = action.jobs();
+        if record.acts[index].done < jobs.len() || jobs.is_empty() {
+            info!("{}: {}: {}", action.unit, action.class.as_str(), action.reason);
+        }
+        while let Some(&(verb, unit)) = jobs.get(record.acts[index].done) {
+            if let Err(error) = carry_out_one(paths, manager, &mut record, index, verb, unit).await? {
+                trouble.push(format!("{error:#}"));
+            }
+        }
+    }
+    Ok(record.acts.into_iter().map(|act| act.action).collect())
+}
+
+/// The outer error is about the record, the inner one about the unit.
+async fn carry_out_one(
+    paths: &Paths,
+    manager: &Manager,
+    record: &mut UnitsRecord,
+    index: usize,
+    verb: Verb,
+    unit: &str,
+) -> Result<Result<()>> {
+    let mut outcome = Ok(());
+    let mut was_done = false;
+    if verb == Verb::TryRestart {
+        let run = manager.invocation(unit).await.ok().map(hex::encode);
+        was_done = matches!((&record.acts[index].ending, &run), (Some(ending), Some(run)) if ending != run);
+        if !was_done {
+            record.acts[index].ending = run;
+            record.save(paths)?;
+        }
+    }
+    if !was_done {
+        outcome = manager.run(verb, unit, RESTART).await;
+        if record.acts[index].action.class == Class::Stop && outcome.is_ok() {
+            // How it ended concerns nobody: it has no unit file any more.
+            outcome = manager.reset_failed(unit).await;
+        }
+    }
+    record.acts[index].done += 1;
+    record.acts[index].ending = None;
+    record.before.remove(unit);
+    record.save(paths)?;
+    Ok(outcome)
+}
+
+/// What still runs the bootimage's code.
+pub(super) async fn still_old(manager: &Manager, differs: Differs<'_>) -> Result<Vec<StillOld>> {
+    let (nothing, none) = (Definitions::new(), UnitFiles::default());
+    let sides = Sides { version: Version::Replaced, differs, old: &nothing, new: &none };
+    let (states, _) = units::survey(manager, &sides).await?;
+    Ok(states.into_iter().map(|state| StillOld { unit: state.name, files: state.changed }).collect())
+}
+
+/// What was done and what was left, for the summary.
+pub(super) fn notes(actions: &[Action], old: &[StillOld]) -> Vec<String> {
+    let mut notes = Vec::new();
+    for (class, done) in [(Class::Stop, "stopped"), (Class::Reload, "reloaded"), (Class::Restart, "restarted")] {
+        let units: Vec<_> = actions.iter().filter(|one| one.class == class).map(|one| one.unit.as_str()).collect();
+        if !units.is_empty() {
+            notes.push(format!("{done}: {}", units.join(" ")));
+        }
+    }
+    if !old.is_empty() {
+        let units: Vec<_> = old.iter().map(|one| one.unit.as_str()).collect();
+        notes.push(format!("still runs the bootimage's code: {}", units.join(" ")));
+    }
+    notes
+}
+
+/// The policy of the configuration, for an undo, which has to go on without one that can be read.
+pub(super) fn policy() -> Policy {
+    crate::config::Settings::load().map(|settings| settings.units).unwrap_or_default()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::units::{Definition, How};
+
+    #[test]
+    fn kept_and_read_again() {
+        let temp = tempfile::tempdir().unwrap();
+        let paths = Paths::below(temp.path());
+        assert_eq!(UnitsRecord::load(&paths).unwrap(), None);
+        let act = |unit: &str, class, done| Act {
+            action: Action { unit: unit.into(), class, reason: "r".into(), how: How::LeftToSocket("s.socket".into()) },
+            done,
+            ending: Some("00ff".into()),
+        };
+        let record = UnitsRecord {
+            before: [("a.service".to_owned(), Definition::default())].into(),
+            flow: Some(Flow::Live),
+            acts: vec![
+                act("a.service", Class::Stop, 1),
+                act("b.service", Class::Stop, 0),
+                act("c.service", Class::Restart, 1),
+            ],
+        };
+        record.save(&paths).unwrap();
+        assert_eq!(UnitsRecord::load(&paths).unwrap(), Some(record.clone()));
+        assert_eq!(record.stopped().collect::<Vec<_>>(), ["a.service"], "what was not stopped is not started");
+        std::fs::write(temp.path().join(FILE), "{").unwrap();
+        assert!(UnitsRecord::load(&paths).unwrap_err().to_string().contains("units.json is damaged"));
+    }
+
+    #[test]
+    fn the_merge_as_unit_files_see_it() {
+        use crate::etc::{Change, Content, Leaf, Meta};
+        let leaf = || Leaf { meta: Meta::default(), content: Content::Other };
+        let change = |path: &str, after: Option<Leaf>, content| Change {
+            path: path.into(),
+            before: None,
+            after,
+            content,
+            label: None,
+        };
+        let plan = etc::Plan {
+            changes: vec![
+                change("systemd/system/a.service", Some(leaf()), Origin::New),
+                change("systemd/system/b.service", None, Origin::New),
+                change("systemd/system/chmod.service", Some(leaf()), Origin::Current),
+                change("passwd", Some(leaf()), Origin::New),
+            ],
+            ..etc::Plan::default()
+        };
+        let expected = [
+            ("systemd/system/a.service".into(), Some("/new/systemd/system/a.service".into())),
+            ("systemd/system/b.service".into(), None),
+        ];
+        assert_eq!(etc_changes(&plan, Path::new("/new")), expected.into());
+    }
+}

@@ -1,0 +1,188 @@
+//! What is different between two definitions of a unit, and whether that matters to what runs. Pure.
+
+use super::definition::Definition;
+
+/// How a unit's definition in the new tree differs from the one it was started with.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Difference {
+    /// Not at all, or in what systemd takes over without the unit noticing.
+    #[default]
+    Same,
+    /// Only in how it is reloaded.
+    Reload,
+    /// In these keys, `[Service] ExecStart=` and so on.
+    Changed(Vec<String>),
+    /// The new tree has no file for it.
+    Gone,
+    /// The new tree masks it.
+    Masked,
+}
+
+/// The key in `[Unit]` that says what may be done to the unit.
+pub const KEY: &str = "X-NodeImagePivot";
+
+/// Keys of `[Service]` that systemd itself acts on, later: a reload brings them to a service that runs.
+const MANAGERS: &[&str] = &[
+    "ExecStop",
+    "ExecStopPost",
+    "FinalKillSignal",
+    "KillMode",
+    "KillSignal",
+    "Restart",
+    "RestartForceExitStatus",
+    "RestartKillSignal",
+    "RestartMaxDelaySec",
+    "RestartMode",
+    "RestartPreventExitStatus",
+    "RestartSec",
+    "RestartSteps",
+    "SendSIGHUP",
+    "SendSIGKILL",
+    "SuccessExitStatus",
+    "TimeoutAbortSec",
+    "TimeoutSec",
+    "TimeoutStartFailureMode",
+    "TimeoutStartSec",
+    "TimeoutStopFailureMode",
+    "TimeoutStopSec",
+    "WatchdogSignal",
+];
+
+/// Keys that make no difference until somebody asks for a reload of the service.
+const RELOADS: &[&str] = &["ExecReload", "ExecReloadPost"];
+
+/// Whether a running unit does not notice another value of this key. `[Unit]` is about order, dependencies and
+/// conditions: systemd acts on it at the next job. All but one key, which puts processes into a namespace.
+fn is_harmless(section: &str, key: &str) -> bool {
+    match section {
+        "Unit" => key != "JoinsNamespaceOf",
+        "Install" => true,
+        "Service" => key.starts_with("X-") || MANAGERS.contains(&key),
+        _ => section.starts_with("X-") || key.starts_with("X-"),
+    }
+}
+
+/// Compares. A unit that had no file (transient, made by a generator, found by the kernel) is not compared.
+pub fn compare(old: Option<&Definition>, new: Option<&Definition>) -> Difference {
+    let Some(old) = old.filter(|old| old.fragment.is_some() && !old.masked) else { return Difference::Same };
+    let Some(new) = new.filter(|new| new.fragment.is_some()) else { return Difference::Gone };
+    if new.masked {
+        return Difference::Masked;
+    }
+    let mut changed = Vec::new();
+    let mut reload = false;
+    let sections: std::collections::BTreeSet<_> = old.settings.keys().chain(new.settings.keys()).collect();
+    for section in sections {
+        let keys = |definition: &Definition| definition.settings.get(section).cloned().unwrap_or_default();
+        let (before, after) = (keys(old), keys(new));
+        let names: std::collections::BTreeSet<_> = before.keys().chain(after.keys()).collect();
+        for key in names {
+            if is_harmless(section, key) || before.get(key) == after.get(key) {
+                continue;
+            }
+            if section == "Service" && RELOADS.contains(&key.as_str()) {
+                reload = true;
+            } else {
+                changed.push(format!("[{section}] {key}="));
+            }
+        }
+    }
+    match (changed.is_empty(), reload) {
+        (false, _) => Difference::Changed(changed),
+        (true, true) => Difference::Reload,
+        (true, false) => Difference::Same,
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::super::definition::{Entry, UnitDirectory, UnitFiles};
+    use super::*;
+    use proptest::prelude::*;
+
+    fn defined(text: &str) -> Definition {
+        let entries = [("a.service".to_owned(), Entry::File(text.to_owned()))].into();
+        UnitFiles(vec![UnitDirectory { path: "/d".into(), entries }]).definition("a.service").unwrap()
+    }
+
+    fn between(old: &str, new: &str) -> Difference {
+        compare(Some(&defined(old)), Some(&defined(new)))
+    }
+
+    #[test]
+    fn table() {
+        let changed = |keys: &[&str]| Difference::Changed(keys.iter().map(|&key| key.to_owned()).collect());
+        let start = "[Service]\nExecStart=/bin/a\n";
+        for (old, new, expected) in [
+            (start, start, Difference::Same),
+            (start, "# x\n[Unit]\nDescription=b\nAfter=c.service\n[Service]\nExecStart = /bin/a\n", Difference::Same),
+            (start, "[Service]\nExecStart=/bin/a\n[Install]\nWantedBy=x.target\n", Difference::Same),
+            (
+                start,
+                "[Service]\nExecStart=/bin/a\nTimeoutStopSec=3\nExecStop=/bin/b\nRestart=always\n",
+                Difference::Same,
+            ),
+            (start, "[Service]\nExecStart=/bin/a\nX-Foo=1\n[X-Bar]\nA=b\n", Difference::Same),
+            (start, "[Service]\nExecStart=/bin/a\nExecReload=/bin/kill -HUP $MAINPID\n", Difference::Reload),
+            (start, "[Service]\nExecStart=/bin/a -x\n", changed(&["[Service] ExecStart="])),
+            (start, "[Service]\nExecStart=/bin/a\nUser=b\nExecReload=/c\n", changed(&["[Service] User="])),
+            (
+                start,
+                "[Unit]\nJoinsNamespaceOf=b.service\n[Service]\nExecStart=/bin/a\n",
+                changed(&["[Unit] JoinsNamespaceOf="]),
+            ),
+            ("[Timer]\nOnBootSec=1\n", "[Timer]\nOnBootSec=2\n", changed(&["[Timer] OnBootSec="])),
+            // The order of one key's values counts: these are commands.
+            (
+                "[Service]\nExecStartPre=/a\nExecStartPre=/b\n",
+                "[Service]\nExecStartPre=/b\nExecStartPre=/a\n",
+                changed(&["[Service] ExecStartPre="]),
+            ),
+        ] {
+            assert_eq!(between(old, new), expected, "{old}\n->\n{new}");
+        }
+    }
+
+    #[test]
+    fn without_a_file_on_either_side() {
+        let some = defined("[Service]\nExecStart=/bin/a\n");
+        let drop_in_only = Definition { fragment: None, ..some.clone() };
+        let masked = Definition { masked: true, ..some.clone() };
+        for (old, new, expected) in [
+            (None, None, Difference::Same),
+            (None, Some(&some), Difference::Same),
+            (Some(&drop_in_only), None, Difference::Same),
+            (Some(&masked), Some(&some), Difference::Same),
+            (Some(&some), None, Difference::Gone),
+            (Some(&some), Some(&drop_in_only), Difference::Gone),
+            (Some(&some), Some(&masked), Difference::Masked),
+        ] {
+            assert_eq!(compare(old, new), expected, "{old:?} {new:?}");
+        }
+    }
+
+    proptest! {
+        /// Comments, blank lines, spaces around `=`, the order of sections and of different keys are nothing.
+        #[test]
+        fn how_it_is_written_is_nothing(
+            keys in proptest::collection::btree_map("[A-W][a-z]{1,8}", "[a-z/][a-z /]{0,8}[a-z]", 1..6),
+            comment in "[ -~]{0,20}",
+        ) {
+            let lines = |keys: Vec<(&String, &String)>, equals: &str| {
+                keys.iter().map(|(key, value)| format!("{key}{equals}{value}\n")).collect::<String>()
+            };
+            let old = format!("[Unit]\nAfter=x\n[Service]\n{}", lines(keys.iter().collect(), "="));
+            let reversed = lines(keys.iter().rev().collect(), "  =\t");
+            let new = format!("; {comment}\n[Service]\n\n{reversed}#{comment}\n[Unit]\nDescription={comment}\nAfter=x\n");
+            prop_assert_eq!(between(&old, &new), Difference::Same);
+        }
+
+        /// Nothing differs from itself, and a difference is one in both directions.
+        #[test]
+        fn symmetric(old in "(\\[Service\\]\n)?([A-C]=[a-c]?\n){0,5}", new in "(\\[Service\\]\n)?([A-C]=[a-c]?\n){0,5}") {
+            prop_assert_eq!(between(&old, &old), Difference::Same);
+            prop_assert_eq!(between(&old, &new), between(&new, &old));
+        }
+    }
+}

@@ -1,0 +1,201 @@
+//! Reads the unit files of a system: of the running one, or of one whose `/usr` is not in place yet.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{self, ErrorKind};
+use std::path::{Path, PathBuf};
+
+use super::definition::{Entry, UnitDirectory, UnitFiles};
+
+/// Where unit files are, the directory that wins first: systemd.unit(5) without what generators write and what is
+/// transient.
+const DIRECTORIES: &[&str] = &[
+    "/etc/systemd/system.control",
+    "/run/systemd/system.control",
+    "/etc/systemd/system",
+    "/etc/systemd/system.attached",
+    "/run/systemd/system",
+    "/run/systemd/system.attached",
+    "/usr/local/lib/systemd/system",
+    "/usr/lib/systemd/system",
+];
+
+/// Larger files are no unit files: systemd itself refuses them.
+const MAX_BYTES: u64 = 4 << 20;
+
+/// Files below `/etc` that will be others after the merge: the place of the new version, or `None` for a removal.
+pub type EtcChanges = BTreeMap<PathBuf, Option<PathBuf>>;
+
+/// A system as its unit files see it.
+#[derive(Debug, Clone, Default)]
+pub struct Root {
+    /// What is, or will be, at `/usr`.
+    pub usr: PathBuf,
+    /// What the merge does to `/etc`, by path relative to it.
+    pub etc: EtcChanges,
+}
+
+impl Root {
+    /// The running system.
+    pub fn running() -> Self {
+        Self { usr: "/usr".into(), etc: BTreeMap::new() }
+    }
+
+    /// Reads all unit files.
+    ///
+    /// # Errors
+    /// A directory that is there cannot be listed. One file that cannot be read is as if it were not there.
+    pub fn unit_files(&self) -> io::Result<UnitFiles> {
+        DIRECTORIES.iter().map(|path| self.directory(path)).collect::<io::Result<_>>().map(UnitFiles)
+    }
+
+    /// Where a path of that system is now. `/usr/local` is not the image's.
+    fn place(&self, path: &Path) -> Option<PathBuf> {
+        if let Ok(relative) = path.strip_prefix("/etc")
+            && let Some(change) = self.etc.get(relative)
+        {
+            return change.clone();
+        }
+        if path.starts_with("/usr/local") {
+            return Some(path.to_owned());
+        }
+        // Merged: /lib is /usr/lib.
+        let below = if path.starts_with("/lib") { path.strip_prefix("/") } else { path.strip_prefix("/usr") };
+        Some(below.map_or_else(|_| path.to_owned(), |relative| self.usr.join(relative)))
+    }
+
+    /// The names in a directory of that system.
+    fn list(&self, path: &Path) -> io::Result<Vec<String>> {
+        let mut names = Vec::new();
+        let listed = match path.starts_with("/usr") {
+            true => self.place(path),
+            false => Some(path.to_owned()),
+        };
+        match listed.map(fs::read_dir) {
+            Some(Ok(entries)) => {
+                for entry in entries {
+                    // A name that is not UTF-8 is no name of a unit.
+                    names.extend(entry?.file_name().into_string());
+                }
+            }
+            Some(Err(error)) if !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+                return Err(error);
+            }
+            _ => {}
+        }
+        if let Ok(relative) = path.strip_prefix("/etc") {
+            let arriving = self.etc.iter().filter(|(_, change)| change.is_some());
+            for (changed, _) in arriving.filter(|(changed, _)| changed.parent() == Some(relative)) {
+                names.extend(changed.file_name().and_then(|name| name.to_str()).map(str::to_owned));
+            }
+        }
+        names.sort();
+        names.dedup();
+        Ok(names)
+    }
+
+    fn directory(&self, path: &str) -> io::Result<UnitDirectory> {
+        let mut entries = BTreeMap::new();
+        for name in self.list(Path::new(path))? {
+            if let Some(entry) = self.entry(&Path::new(path).join(&name), &name)? {
+                entries.insert(name, entry);
+            }
+        }
+        Ok(UnitDirectory { path: path.to_owned(), entries })
+    }
+
+    fn entry(&self, path: &Path, name: &str) -> io::Result<Option<Entry>> {
+        let Some(place) = self.place(path) else { return Ok(None) };
+        let Ok(metadata) = fs::symlink_metadata(&place) else { return Ok(None) };
+        if metadata.is_dir() {
+            let with_text = name.ends_with(".d");
+            if !with_text && ![".wants", ".requires", ".upholds"].iter().any(|suffix| name.ends_with(suffix)) {
+                return Ok(None);
+            }
+            let mut files = BTreeMap::new();
+            for file in self.list(path)? {
+                let place = self.place(&path.join(&file));
+                let text = match (with_text, place) {
+                    (_, None) => continue,
+                    (true, Some(_)) => self.text(&path.join(&file)),
+                    (false, Some(place)) if fs::read_link(&place).is_ok_and(|to| to == Path::new("/dev/null")) => {
+                        continue;
+                    }
+                    (false, Some(_)) => None,
+                };
+                files.insert(file, text);
+            }
+            return Ok(Some(Entry::Directory(files)));
+        }
+        if metadata.is_symlink() {
+            let Ok(target) = fs::read_link(&place) else { return Ok(None) };
+            let last = target.file_name().and_then(|last| last.to_str()).unwrap_or_default();
+            if target != Path::new("/dev/null") && last != name {
+                return Ok(Some(Entry::Alias(last.to_owned())));
+            }
+        }
+        Ok(Some(self.text(path).map_or(Entry::Masked, Entry::File)))
+    }
+
+    /// The text of a file, through links. `None`: masked, empty, or none that can be read.
+    fn text(&self, path: &Path) -> Option<String> {
+        let mut path = path.to_owned();
+        for _ in 0..8 {
+            let place = self.place(&path)?;
+            match fs::read_link(&place) {
+                // Absolute ones are looked up in that system, not in this one.
+                Ok(target) => path = path.parent()?.join(target),
+                Err(_) => {
+                    let metadata = fs::metadata(&place).ok()?;
+                    if !metadata.is_file() || metadata.len() == 0 || metadata.len() > MAX_BYTES {
+                        return None;
+                    }
+                    return fs::read(&place).ok().map(|text| String::from_utf8_lossy(&text).into_owned());
+                }
+            }
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    fn put(root: &Path, path: &str, text: &str) {
+        let path = root.join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    }
+
+    /// A `/usr` that is not in place, with what the merge will bring to `/etc`.
+    #[test]
+    fn of_a_tree_that_is_not_in_place() {
+        let temp = tempfile::tempdir().unwrap();
+        let (usr, new_etc) = (temp.path().join("usr"), temp.path().join("etc"));
+        let lib = "lib/systemd/system";
+        put(&usr, &format!("{lib}/nip-test-a.service"), "[Service]\nExecStart=/a\n");
+        put(&usr, &format!("{lib}/nip-test-a.service.d/x.conf"), "[Service]\nExecStart=/b\n");
+        put(&usr, &format!("{lib}/nip-test-empty.service"), "");
+        put(&usr, "share/nip-test-linked.service", "[Service]\nExecStart=/c\n");
+        symlink("/dev/null", usr.join(lib).join("nip-test-null.service")).unwrap();
+        symlink("nip-test-a.service", usr.join(lib).join("nip-test-alias.service")).unwrap();
+        symlink("/usr/share/nip-test-linked.service", usr.join(lib).join("nip-test-linked.service")).unwrap();
+        put(&new_etc, "systemd/system/nip-test-new.service", "[Service]\nExecStart=/d\n");
+        let etc = ["nip-test-new.service", "nip-test-a.service.d/y.conf"].map(|name| {
+            let path = Path::new("systemd/system").join(name);
+            (path.clone(), name.ends_with(".service").then(|| new_etc.join(path)))
+        });
+        let files = Root { usr, etc: etc.into() }.unit_files().unwrap();
+        let exec = |name: &str| files.definition(name).unwrap().values("Service", "ExecStart").to_vec();
+        assert_eq!(exec("nip-test-a.service"), ["/a", "/b"]);
+        assert_eq!(exec("nip-test-alias.service"), ["/a", "/b"]);
+        assert_eq!(exec("nip-test-linked.service"), ["/c"]);
+        assert_eq!(exec("nip-test-new.service"), ["/d"]);
+        for name in ["nip-test-null.service", "nip-test-empty.service"] {
+            assert!(files.definition(name).unwrap().masked, "{name}");
+        }
+    }
+}

@@ -1,0 +1,233 @@
+#![allow(clippy::unwrap_used)]
+
+use proptest::prelude::*;
+
+use super::*;
+
+const FLOWS: [Flow; 2] = [Flow::Bootstrap, Flow::Live];
+
+fn unit(name: &str, changed: &[&str]) -> UnitState {
+    let changed = changed.iter().map(|&path| path.into()).collect();
+    UnitState { name: name.into(), changed, ..UnitState::default() }
+}
+
+/// A unit of which something in its definition differs.
+fn edited(name: &str) -> UnitState {
+    UnitState { difference: Difference::Changed(vec!["[Service] User=".into()]), ..unit(name, &[]) }
+}
+
+fn class(unit: UnitState, flow: Flow, policy: &Policy) -> Option<Class> {
+    plan(&[unit], flow, policy).first().map(|action| action.class)
+}
+
+#[test]
+fn code_that_changed() {
+    use Class::{Never, Restart};
+    use Flow::{Bootstrap, Live};
+    for (name, changed, flow, expected) in [
+        ("ssh.service", vec!["sbin/sshd"], Bootstrap, Some(Restart)),
+        ("ssh.service", vec!["sbin/sshd"], Live, Some(Restart)),
+        ("ssh.service", vec![], Bootstrap, None),
+        ("systemd-logind.service", vec!["lib/systemd/systemd-logind"], Bootstrap, Some(Restart)),
+        ("systemd-logind.service", vec!["lib/systemd/systemd-logind"], Live, Some(Restart)),
+        ("systemd-udevd.service", vec!["bin/udevadm"], Bootstrap, Some(Restart)),
+        ("systemd-udevd.service", vec!["bin/udevadm"], Live, Some(Never)),
+        ("dbus.service", vec!["bin/dbus-daemon"], Bootstrap, Some(Never)),
+        ("systemd-journald.service", vec!["lib/systemd/systemd-journald"], Bootstrap, Some(Never)),
+        ("user@1000.service", vec!["lib/systemd/systemd"], Bootstrap, Some(Never)),
+        ("serial-getty@ttyS0.service", vec!["sbin/agetty"], Bootstrap, Some(Never)),
+        ("ssh@3-10.0.0.1:22-10.0.0.2:4711.service", vec!["sbin/sshd"], Bootstrap, Some(Never)),
+        ("sshd@3-10.0.0.1:22-10.0.0.2:4711.service", vec!["sbin/sshd"], Bootstrap, Some(Never)),
+        ("sshd@3-10.0.0.1:22-10.0.0.2:4711.service", vec!["sbin/sshd"], Live, Some(Never)),
+        ("node-image-pivotd.service", vec!["lib/libc.so.6"], Bootstrap, Some(Never)),
+    ] {
+        assert_eq!(class(unit(name, &changed), flow, &Policy::default()), expected, "{name} {changed:?} {flow:?}");
+    }
+}
+
+#[test]
+fn definitions_that_changed() {
+    use Class::{Never, None as Nothing, Reload, Restart, Stop};
+    let of = |difference, name| UnitState { difference, ..unit(name, &[]) };
+    let gone = of(Difference::Gone, "a.service");
+    let reload = UnitState { reloadable: true, ..of(Difference::Reload, "a.service") };
+    let oneshot = UnitState { oneshot: true, ..edited("a.service") };
+    for (state, bootstrap, live) in [
+        (of(Difference::Same, "a.service"), None, None),
+        (edited("a.service"), Some(Restart), Some(Never)),
+        (edited("a.timer"), Some(Restart), Some(Never)),
+        (edited("a.path"), Some(Restart), Some(Never)),
+        (edited("a.mount"), Some(Nothing), Some(Nothing)),
+        (edited("ssh.service"), Some(Restart), Some(Restart)),
+        (edited("dbus.service"), Some(Never), Some(Never)),
+        (reload.clone(), Some(Reload), Some(Never)),
+        // With new code a reload is not enough.
+        (UnitState { changed: vec!["bin/a".into()], ..reload }, Some(Restart), Some(Never)),
+        (oneshot.clone(), Some(Nothing), Some(Nothing)),
+        (UnitState { difference: Difference::Gone, ..oneshot.clone() }, Some(Nothing), Some(Nothing)),
+        (UnitState { changed: vec!["bin/a".into()], ..oneshot }, Some(Restart), Some(Never)),
+        (gone.clone(), Some(Stop), Some(Never)),
+        (of(Difference::Masked, "a.timer"), Some(Stop), Some(Never)),
+        (of(Difference::Gone, "ssh.service"), Some(Stop), Some(Never)),
+        (of(Difference::Gone, "user@0.service"), Some(Never), Some(Never)),
+        (UnitState { connection: true, ..edited("a@1.service") }, Some(Never), Some(Never)),
+        (UnitState { netlink: true, ..edited("a.socket") }, Some(Never), Some(Never)),
+    ] {
+        for (flow, expected) in FLOWS.into_iter().zip([bootstrap, live]) {
+            assert_eq!(class(state.clone(), flow, &Policy::default()), expected, "{state:?} {flow:?}");
+        }
+    }
+    let reason = &plan(&[gone], Flow::Bootstrap, &Policy::default())[0].reason;
+    assert_eq!(reason, "its unit file is gone");
+}
+
+#[test]
+fn who_is_asked_first() {
+    use Class::{Never, Reload, Restart, Stop};
+    let policy = |word| Policy::new([("a.service", word), ("node*", word), ("d*", word)]).unwrap();
+    let key = |wish| UnitState { wish: Some(wish), reloadable: true, ..edited("b.service") };
+    let a = || UnitState { wish: Some(Wish::Never), reloadable: true, ..edited("a.service") };
+    for (state, policy, bootstrap, live) in [
+        // The key in the unit, by itself.
+        (key(Wish::Reload), Policy::default(), Reload, Reload),
+        (key(Wish::Never), Policy::default(), Never, Never),
+        (key(Wish::Stop), Policy::default(), Stop, Never),
+        (key(Wish::Restart), Policy::default(), Restart, Never),
+        (UnitState { reloadable: false, ..key(Wish::Reload) }, Policy::default(), Never, Never),
+        // The configuration before it, in both flows.
+        (a(), policy("restart"), Restart, Restart),
+        (a(), policy("reload"), Reload, Reload),
+        (a(), policy("stop"), Stop, Stop),
+        // It can open the built-in list, but not for our own.
+        (edited("dbus.service"), policy("restart"), Restart, Restart),
+        (edited("node-image-pivotd.service"), policy("restart"), Never, Never),
+        // The key cannot.
+        (UnitState { wish: Some(Wish::Restart), ..edited("dbus.service") }, Policy::default(), Never, Never),
+        // What is gone cannot be restarted.
+        (UnitState { difference: Difference::Gone, ..a() }, policy("restart"), Never, Never),
+    ] {
+        for (flow, expected) in FLOWS.into_iter().zip([bootstrap, live]) {
+            assert_eq!(class(state.clone(), flow, &policy), Some(expected), "{state:?} {flow:?}");
+        }
+    }
+    assert_eq!(class(unit("a.service", &[]), Flow::Bootstrap, &policy("restart")), None, "nothing changed");
+}
+
+#[test]
+fn sockets() {
+    let jobs = |units: &[UnitState]| -> Vec<(Verb, String)> {
+        let actions = plan(units, Flow::Bootstrap, &Policy::default());
+        actions
+            .iter()
+            .flat_map(|action| action.jobs().into_iter().map(|(verb, name)| (verb, name.to_owned())))
+            .collect()
+    };
+    let job = |verb, name: &str| (verb, name.to_owned());
+    let service = |wanted| UnitState { sockets: vec!["a.socket".into()], wanted, ..unit("a.service", &["bin/a"]) };
+    let socket = |wanted| UnitState { serves: Some("a.service".into()), wanted, ..edited("a.socket") };
+    // The socket goes on listening.
+    assert_eq!(jobs(&[service(false)]), [job(Verb::Stop, "a.service")]);
+    assert_eq!(jobs(&[service(true)]), [job(Verb::TryRestart, "a.service")]);
+    let both = [job(Verb::Stop, "a.service"), job(Verb::TryRestart, "a.socket")];
+    assert_eq!(jobs(&[service(false), socket(false)]), both);
+    assert_eq!(jobs(&[socket(false)]), both, "a service that did not change itself");
+    let and_start = [both.as_slice(), &[job(Verb::Start, "a.service")]].concat();
+    assert_eq!(jobs(&[service(true), socket(true)]), and_start);
+    // A service that must stay keeps its socket.
+    let never = UnitState { wish: Some(Wish::Never), ..service(false) };
+    assert_eq!(jobs(&[never, socket(false)]), []);
+    let listed = UnitState { serves: Some("dbus.service".into()), ..edited("x.socket") };
+    assert_eq!(jobs(&[listed]), []);
+    let policy = Policy::new([("a.service", "never")]).unwrap();
+    assert_eq!(class(socket(false), Flow::Bootstrap, &policy), Some(Class::Never), "its service is to stay");
+    // A socket that nobody has used yet.
+    assert_eq!(jobs(&[edited("a.socket")]), [job(Verb::TryRestart, "a.socket")]);
+}
+
+#[test]
+fn what_leaves_goes_first_and_sockets_before_services() {
+    let gone = UnitState { difference: Difference::Gone, ..unit("z.service", &[]) };
+    let actions = plan(&[edited("a.service"), edited("b.socket"), gone], Flow::Bootstrap, &Policy::default());
+    let names: Vec<_> = actions.iter().map(|action| action.unit.as_str()).collect();
+    assert_eq!(names, ["z.service", "b.socket", "a.service"]);
+}
+
+#[test]
+fn what_the_node_image_starts() {
+    let set = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect::<BTreeSet<_>>();
+    let new = set(&["kubelet.service", "ssh.service", "x.target", "running.service"]);
+    let actions = starts(&set(&["ssh.service"]), &new, &set(&["running.service"]), "multi-user.target");
+    assert_eq!(actions.len(), 1);
+    assert_eq!((actions[0].unit.as_str(), actions[0].class), ("kubelet.service", Class::Start));
+    assert!(actions[0].jobs().is_empty(), "the isolate starts it");
+}
+
+#[test]
+fn an_undo_stops_what_leaves_and_plans_the_rest() {
+    let running = [unit("crio.service", &["bin/crio"]), unit("ssh.service", &["sbin/sshd"])];
+    let leaving = ["crio.service".to_owned(), "new.timer".to_owned()];
+    for flow in FLOWS {
+        let actions = undo_plan(&running, &leaving, flow, &Policy::default());
+        let classes: Vec<_> = actions.iter().map(|action| (action.unit.as_str(), action.class)).collect();
+        let stop = Class::Stop;
+        assert_eq!(classes, [("crio.service", stop), ("new.timer", stop), ("ssh.service", Class::Restart)]);
+    }
+}
+
+fn states() -> impl Strategy<Value = Vec<UnitState>> {
+    let difference = prop_oneof![
+        Just(Difference::Same),
+        Just(Difference::Reload),
+        Just(Difference::Changed(vec!["[Service] User=".into()])),
+        Just(Difference::Gone),
+        Just(Difference::Masked),
+    ];
+    let wish = prop_oneof![Just(None), Just(Some(Wish::Restart)), Just(Some(Wish::Stop)), Just(Some(Wish::Reload))];
+    let name = "(dbus|ssh|node-image-x|[a-c]{1,2})\\.(service|socket|timer|mount)";
+    let one = (name, difference, wish, any::<[bool; 6]>());
+    let state = one.prop_map(|(name, difference, wish, [code, oneshot, reloadable, connection, netlink, wanted])| {
+        let socket = name.ends_with(".socket");
+        UnitState {
+            changed: if code { vec!["bin/x".into()] } else { Vec::new() },
+            difference,
+            wish,
+            oneshot,
+            reloadable,
+            connection,
+            netlink,
+            sockets: if socket { Vec::new() } else { vec![name.replace(".service", ".socket")] },
+            serves: socket.then(|| name.replace(".socket", ".service")),
+            wanted,
+            name,
+        }
+    });
+    proptest::collection::vec(state, 0..8)
+}
+
+proptest! {
+    /// Without a word of the administrator, a live system loses nothing but what logins need anew, whatever runs.
+    #[test]
+    fn live_stops_nothing_but_what_logins_need(states in states()) {
+        for action in plan(&states, Flow::Live, &Policy::default()) {
+            for (verb, name) in action.jobs() {
+                prop_assert!(verb == Verb::Reload || LIVE.contains(&name), "{verb:?} {name}");
+            }
+        }
+    }
+
+    /// What did not change has no decision, what did has one; the listed ones are never touched, ours not even if
+    /// somebody wants it.
+    #[test]
+    fn total(states in states(), live: bool, word in "(restart|stop|reload)") {
+        let flow = FLOWS[usize::from(live)];
+        let changed = |state: &&UnitState| !state.changed.is_empty() || state.difference != Difference::Same;
+        for policy in [Policy::default(), Policy::new([("*", word.as_str())]).unwrap()] {
+            let actions = plan(&states, flow, &policy);
+            prop_assert_eq!(actions.len(), states.iter().filter(changed).count());
+            for (_, name) in actions.iter().flat_map(Action::jobs) {
+                prop_assert!(!name.starts_with(OWN), "{}", name);
+                prop_assert!(policy != Policy::default() || !is_listed(name), "{}", name);
+            }
+        }
+    }
+}

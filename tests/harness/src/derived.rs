@@ -1,0 +1,102 @@
+//! A node image with one plain layer more, as a container build makes it, served beside all others.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+
+use crate::images::{Image, Images};
+use crate::proc::succeed;
+
+const STORAGE: &str = "docker/registry/v2";
+
+/// A storage for a registry, below `work`, that also has `base` with a layer of `files` (path without a leading slash,
+/// text) upon it.
+pub fn derive(images: &Images, base: &str, work: &Path, files: &[(&str, &str)]) -> Result<(PathBuf, Image)> {
+    let base = images.image(base)?;
+    let storage = work.join("storage");
+    let (blobs, shared) = (storage.join(STORAGE).join("blobs/sha256"), images.storage.join(STORAGE));
+    // Content is shared by links, which docker-registry follows; nobody writes to what others use.
+    for folder in fs::read_dir(shared.join("blobs/sha256"))? {
+        let folder = folder?;
+        let own = blobs.join(folder.file_name());
+        fs::create_dir_all(&own)?;
+        for blob in fs::read_dir(folder.path())? {
+            let blob = blob?;
+            symlink(blob.path(), own.join(blob.file_name()))?;
+        }
+    }
+
+    let tree = work.join("layer");
+    for (path, text) in files {
+        let path = tree.join(path);
+        fs::create_dir_all(path.parent().context("a file in the root")?)?;
+        fs::write(path, text)?;
+    }
+    let tar = work.join("layer.tar");
+    let mut pack = Command::new("tar");
+    pack.args(["--sort=name", "--mtime=@0", "--owner=0", "--group=0", "--mode=u=rwX,go=rX", "-cf"]).arg(&tar);
+    succeed(pack.arg("-C").arg(&tree).args(files.iter().filter_map(|(path, _)| path.split('/').next()).take(1)))?;
+    let diff_id = digest(&tar)?;
+    succeed(Command::new("gzip").arg("-n").arg(&tar))?;
+    let (layer, layer_size) = store(&blobs, &work.join("layer.tar.gz"))?;
+
+    let read = |digest: &str| -> Result<Value> {
+        let hex = digest.trim_start_matches("sha256:");
+        let path = blobs.join(&hex[..2]).join(hex).join("data");
+        serde_json::from_slice(&fs::read(&path)?).with_context(|| format!("reading {}", path.display()))
+    };
+    let mut manifest = read(&base.digest)?;
+    let mut config = read(manifest["config"]["digest"].as_str().context("no config")?)?;
+    let list = |value: &mut Value| value.as_array_mut().context("no list").map(std::mem::take);
+    let mut diff_ids = list(&mut config["rootfs"]["diff_ids"])?;
+    diff_ids.push(diff_id.into());
+    config["rootfs"]["diff_ids"] = diff_ids.into();
+    if let Some(history) = config["history"].as_array_mut() {
+        history.push(json!({"created_by": "one layer more"}));
+    }
+    let write = |name: &str, value: &Value| -> Result<(String, u64)> {
+        fs::write(work.join(name), serde_json::to_vec(value)?)?;
+        store(&blobs, &work.join(name))
+    };
+    let (config, config_size) = write("config.json", &config)?;
+    manifest["config"]["digest"] = config.clone().into();
+    manifest["config"]["size"] = config_size.into();
+    let mut layers = list(&mut manifest["layers"])?;
+    layers.push(json!({
+        "mediaType": "application/vnd.oci.image.layer.v1.tar+gzip", "digest": layer, "size": layer_size
+    }));
+    let names: Vec<_> = layers.iter().filter_map(|one| one["digest"].as_str().map(str::to_owned)).collect();
+    manifest["layers"] = layers.into();
+    let (digest, _) = write("manifest.json", &manifest)?;
+
+    let repo = "cluster/derived";
+    let own = storage.join(STORAGE).join("repositories").join(repo);
+    let link = |folder: &str, digest: &str| -> Result<()> {
+        let folder = own.join(folder).join(digest.trim_start_matches("sha256:"));
+        fs::create_dir_all(&folder)?;
+        Ok(fs::write(folder.join("link"), digest)?)
+    };
+    names.iter().chain([&config]).try_for_each(|digest| link("_layers/sha256", digest))?;
+    link("_manifests/revisions/sha256", &digest)?;
+    Ok((storage, Image { repo: repo.into(), tag: "latest".into(), digest, commit: None }))
+}
+
+fn digest(path: &Path) -> Result<String> {
+    let output = succeed(Command::new("sha256sum").arg(path))?;
+    let text = String::from_utf8(output.stdout)?;
+    Ok(format!("sha256:{}", text.split_whitespace().next().context("sha256sum said nothing")?))
+}
+
+/// Puts a file among the blobs. Returns its digest and size.
+fn store(blobs: &Path, file: &Path) -> Result<(String, u64)> {
+    let digest = digest(file)?;
+    let hex = digest.trim_start_matches("sha256:");
+    let folder = blobs.join(&hex[..2]).join(hex);
+    fs::create_dir_all(&folder)?;
+    fs::copy(file, folder.join("data"))?;
+    Ok((digest, fs::metadata(file)?.len()))
+}
