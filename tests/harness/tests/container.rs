@@ -95,6 +95,31 @@ fn switched_off_by_the_kernel_command_line() -> Result<()> {
     checks.finish()
 }
 
+/// Whoever names a unit on the kernel command line gets to it: a pivot in between would be none of what was asked for.
+#[test]
+fn told_where_to_go_it_goes_there() -> Result<()> {
+    let images = Images::ensure()?;
+    for (word, target) in [("systemd.unit=rescue.target", "rescue.target"), ("emergency", "emergency.target")] {
+        let mut checks = Checks::new(&format!("container: {word} on the kernel command line"));
+        let network = Network::new()?;
+        let mut setup = setup("container-told", images);
+        let kargs = [word];
+        setup.kargs = &kargs;
+        let guest = Container::start(images, &network, &setup, |files| {
+            node_files(files, &images.image("node-a")?.by_digest(), "127.0.0.1", 1)
+        })?;
+        checks.check(&format!("{target} is reached"), || guest.wait_unit(target, "active", Duration::from_secs(60)));
+        checks.check("no unit of ours ran", || {
+            for unit in ["node-image-pivot.target", "node-image-pull.service", "node-image-pivotd.service"] {
+                same(guest.unit(unit, "ActiveState")?, "inactive".into())?;
+            }
+            guest.ask("test ! -e /run/systemd/generator.early/default.target").map(drop)
+        });
+        checks.finish()?;
+    }
+    Ok(())
+}
+
 /// The assisted installer's way: units started from outside on a system that is up, nothing isolated, nothing stopped.
 #[test]
 fn started_by_an_installer_nothing_is_isolated() -> Result<()> {
