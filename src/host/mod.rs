@@ -8,8 +8,8 @@
 
 mod hooks;
 mod installer;
-mod skeleton;
 mod selinux;
+mod skeleton;
 mod tool;
 
 use std::path::Path;

@@ -43,6 +43,38 @@ fn what_is_shipped_has_no_failpoints() -> Result<()> {
     same(has(&guest_tree.join("usr/bin/node-image-pivot"))?, false)
 }
 
+/// Killed between a restart and the note that it was done: the next daemon sees that, and goes on behind it.
+#[test]
+fn what_was_restarted_is_not_restarted_again() -> Result<()> {
+    let mut checks = Checks::new("transaction: a restart is done once");
+    let bed = Bed::start("transaction-once", "node-a")?;
+    let guest = &bed.guest;
+    let unit = "systemd-logind.service";
+    // What was there, the plan, that the unit is about to be restarted; the next would be that it was.
+    guest.ask("printf '[units]\n\"ssh.service\" = \"never\"\n' >/etc/node-image-pivot.conf.d/60-units.toml")?;
+    let before = guest.unit(unit, "InvocationID")?;
+    guest.ask("echo 'write units.json 3 kill' >/run/failpoints/armed")?;
+    checks.check("killed after the restart", || {
+        same(bed.killed_in("run")?, true)?;
+        if guest.unit(unit, "InvocationID")? == before {
+            bail!("it was not restarted");
+        }
+        contains(&guest.ask(RECORDED)?, "restart 0 true")
+    });
+    let once = guest.unit(unit, "InvocationID")?;
+    checks.check("the next daemon goes on behind it", || {
+        bed.agent("run")?;
+        same(guest.unit(unit, "InvocationID")?, once.clone())?;
+        contains(&guest.ask(RECORDED)?, "restart 1 false")?;
+        bed.nothing_failed()
+    });
+    checks.finish()
+}
+
+/// Of logind's restart in the record: class, jobs done, whether one is under way.
+const RECORDED: &str = "jq -r '.acts[] | select(.action.unit == \"systemd-logind.service\") \
+    | \"\\(.action.class) \\(.done) \\(.ending != null)\"' /run/node-image-pivot/units.json";
+
 /// The journal, act by act.
 #[test]
 fn killed_or_failing_at_every_act() -> Result<()> {
@@ -190,6 +222,13 @@ fn killed_or_failing_at_every_act() -> Result<()> {
             checks.check(&format!("{action}, undo: {point}"), || {
                 if bed.step()? == "staged" {
                     bed.agent("run")?;
+                    // Only what a finish stopped is started again.
+                    if point == "systemd StartUnit" {
+                        bed.agent("finish")?;
+                        wait_for("the isolate", SOON, || {
+                            Ok(guest.ask("systemctl list-jobs --no-legend | wc -l")? == "0")
+                        })?;
+                    }
                     // Something to be stopped: nothing was isolated this time.
                     guest.ask("systemctl start kubelet.service")?;
                 }
