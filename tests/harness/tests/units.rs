@@ -270,6 +270,12 @@ fn a_live_system_loses_nothing() -> Result<()> {
     });
     let host_keys = "cd /etc/ssh && stat -c '%n %a %u %g' ssh_host_* && sha256sum ssh_host_*";
     let keys = guest.ask(host_keys)?;
+    let old = || -> Result<Vec<String>> {
+        let status = guest.status()?;
+        let list = status["still_old"].as_array().context("no still_old")?;
+        Ok(list.iter().filter_map(|one| one["unit"].as_str().map(str::to_owned)).collect())
+    };
+    let has = |unit: &str| -> Result<bool> { Ok(old()?.iter().any(|one| one == unit)) };
     let session = std::thread::scope(|scope| {
         let session = scope.spawn(|| {
             guest.login("touch /run/t-session; base-tool; until test -e /run/t-switched; do sleep 0.2; done; base-tool")
@@ -288,37 +294,31 @@ fn a_live_system_loses_nothing() -> Result<()> {
             contains(&guest.login("ssh -V 2>&1")?.text, "OpenSSH_10")?;
             same(guest.ask(host_keys)?, keys.clone())
         });
+        checks.check("status says what still runs old code", || {
+            same(has("dbus.service")?, true)?;
+            same(has("systemd-networkd.service")?, true)?;
+            same(has("ssh.service")?, false)?;
+            contains(&guest.ask("node-image-pivot status")?, "still runs the bootimage's code: dbus.service (/usr/")
+        });
+        checks.check("finish by hand: what the isolate rearranges is the node image's, and nothing fails", || {
+            guest.ask("node-image-pivot finish")?;
+            wait_pivoted_by_hand(&guest)?;
+            same(has("dbus.service")?, true)?;
+            same(has("systemd-networkd.service")?, false)?;
+            pid(&guest, "systemd-networkd.service")?;
+            same(guest.unit("t-new.service", "ActiveState")?, "active".into())?;
+            same(guest.unit("base-legacy.service", "ActiveState")?, "inactive".into())?;
+            same(guest.ask("systemctl --failed --no-legend --plain")?, String::new())
+        });
         // In any case, or the session would never end.
         let told = guest.ask("touch /run/t-switched");
         session.join().map(|answer| (told, answer))
     });
-    checks.check("sshd: the session from before has lived through it", || {
+    checks.check("sshd: the session from before has lived through the switch and the isolate", || {
         let Ok((told, answer)) = session else { bail!("the session's thread panicked") };
         told?;
         let answer = answer?;
         same((answer.status, answer.text.trim().to_owned()), (0, "base-tool 1.0\nbase-tool 2.0".to_owned()))
-    });
-    let old = || -> Result<Vec<String>> {
-        let status = guest.status()?;
-        let list = status["still_old"].as_array().context("no still_old")?;
-        Ok(list.iter().filter_map(|one| one["unit"].as_str().map(str::to_owned)).collect())
-    };
-    let has = |unit: &str| -> Result<bool> { Ok(old()?.iter().any(|one| one == unit)) };
-    checks.check("status says what still runs old code", || {
-        same(has("dbus.service")?, true)?;
-        same(has("systemd-networkd.service")?, true)?;
-        same(has("ssh.service")?, false)?;
-        contains(&guest.ask("node-image-pivot status")?, "still runs the bootimage's code: dbus.service (/usr/")
-    });
-    checks.check("finish by hand: what the isolate rearranges is the node image's, and nothing fails", || {
-        guest.ask("node-image-pivot finish")?;
-        wait_pivoted_by_hand(&guest)?;
-        same(has("dbus.service")?, true)?;
-        same(has("systemd-networkd.service")?, false)?;
-        pid(&guest, "systemd-networkd.service")?;
-        same(guest.unit("t-new.service", "ActiveState")?, "active".into())?;
-        same(guest.unit("base-legacy.service", "ActiveState")?, "inactive".into())?;
-        same(guest.ask("systemctl --failed --no-legend --plain")?, String::new())
     });
     checks.check("undo: what was stopped runs again, and what was restarted is the bootimage's", || {
         guest.ask("node-image-pivot undo")?;
