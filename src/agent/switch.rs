@@ -139,7 +139,11 @@ pub(super) async fn plan_units(paths: &Paths, staged: &StagedRoot, flow: Flow) -
         warn!("undo: {line}");
     }
     // What was stopped and restarted there is, on the way back, too.
-    let record = UnitsRecord::load(paths)?.unwrap_or_default();
+    let record = UnitsRecord::load(paths).unwrap_or_else(|error| {
+        warn!("undo: what the switch stopped stays stopped: {error:#}");
+        None
+    });
+    let record = record.unwrap_or_default();
     let flow = record.flow.unwrap_or(flow);
     let mut actions = units::undo_plan(&states, &leaving, flow, &super::units::policy());
     actions.extend(record.stopped().map(|unit| Action {

@@ -57,8 +57,9 @@ impl UnitsRecord {
         let shown = paths.run().join(FILE);
         let text = Directory::ensure(paths.run()).and_then(|dir| dir.read_optional(FILE));
         let text = text.with_context(|| format!("cannot read {}", shown.display()))?;
-        text.map(|text| serde_json::from_slice(&text).with_context(|| format!("{} is damaged", shown.display())))
-            .transpose()
+        let damaged =
+            || format!("{} is damaged; remove it, then units are known by the code they run alone", shown.display());
+        text.map(|text| serde_json::from_slice(&text).with_context(damaged)).transpose()
     }
 
     fn save(&self, paths: &Paths) -> Result<()> {
