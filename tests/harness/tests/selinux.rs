@@ -44,7 +44,8 @@ fn enforcing_with_types_that_only_the_node_image_knows() -> Result<()> {
         Checks::new("machine: SELinux enforcing, the node image's policy has types that the loaded one lacks");
     let registry = Registry::start(&storage, &work_dir("vm-selinux-registry")?, None, None)?;
     let limit = Duration::from_secs(600);
-    let setup = vm::Setup { name: "vm-selinux", boot: &boot, disk: None, kargs: &KARGS, memory_mib: 3072, limit };
+    let setup =
+        vm::Setup { name: "vm-selinux", boot: &boot, disk: None, kargs: &KARGS, memory_mib: 3072, cpu: vm::CPU, limit };
     let guest = Vm::start(images, &setup, |files| {
         files.put(DROP_IN, 0o644, OTHER_DOMAIN)?;
         node_files(files, &image.by_digest(), vm::HOST, registry.port)
