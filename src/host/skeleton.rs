@@ -12,6 +12,8 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
+use tracing::warn;
+
 const FACTORY: &str = "usr/share/factory/var";
 const OPT_CONTENT: &str = "usr/lib/opt";
 
@@ -29,7 +31,7 @@ pub(super) fn lines(root: &Path) -> io::Result<Vec<String>> {
         for entry in sorted(&root.join(OPT_CONTENT))? {
             let Some(name) = entry.file_name() else { continue };
             if absent(&opt.join(name))? {
-                lines.push(line("L", root, &opt.join(name), &into_usr(root, &opt).join(name)));
+                lines.extend(line("L", root, &opt.join(name), &into_usr(root, &opt).join(name)));
             }
         }
     }
@@ -65,10 +67,10 @@ fn missing(root: &Path, from: &Path, to: &Path, lines: &mut Vec<String>) -> io::
                 missing(root, &source, &place, lines)?;
             }
         } else if kind.is_symlink() {
-            lines.push(line("L", root, &place, &fs::read_link(&source)?));
+            lines.extend(line("L", root, &place, &fs::read_link(&source)?));
         } else {
             let source = Path::new("/").join(source.strip_prefix(root).unwrap_or(&source));
-            lines.push(line("C", root, &place, &source));
+            lines.extend(line("C", root, &place, &source));
         }
     }
     Ok(())
@@ -120,19 +122,26 @@ fn sorted(directory: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(entries)
 }
 
-fn line(kind: &str, root: &Path, place: &Path, argument: &Path) -> String {
+/// A line, or none for a place that no line can name: the tool knows no escapes there, so a line end is one.
+fn line(kind: &str, root: &Path, place: &Path, argument: &Path) -> Option<String> {
     let place = Path::new("/").join(place.strip_prefix(root).unwrap_or(place));
+    let named = place.to_str().filter(|name| !name.contains(char::is_control));
+    let Some(name) = named else {
+        warn!("{}: left out, tmpfiles.d has no way to write this name", place.display());
+        return None;
+    };
+    let name = name.replace('\\', "\\\\").replace('"', "\\\"").replace('%', "%%");
     // The argument is the rest of the line: quotes would be part of it.
-    format!("{kind} \"{}\" - - - - {}", escaped(&place), escaped(argument))
+    Some(format!("{kind} \"{name}\" - - - - {}", escaped(argument)))
 }
 
-/// As tmpfiles.d(5) reads it: with C's escapes, and no specifiers.
+/// An argument as tmpfiles.d(5) reads it: with C's escapes, and no specifiers.
 fn escaped(path: &Path) -> String {
     let mut text = String::new();
     for &byte in path.as_os_str().as_bytes() {
         match byte {
             b'%' => text.push_str("%%"),
-            b'"' | b'\\' => text.extend(['\\', char::from(byte)]),
+            b'\\' => text.push_str("\\\\"),
             0x20..=0x7e => text.push(char::from(byte)),
             _ => text.push_str(&format!("\\x{byte:02x}")),
         }
@@ -181,10 +190,10 @@ mod tests {
         assert_eq!(
             lines(temp.path()).unwrap(),
             [
-                "C \"/var/lib/app\" - - - - \"/usr/share/factory/var/lib/app\"",
-                "C \"/var/lib/there/new one\" - - - - \"/usr/share/factory/var/lib/there/new one\"",
-                "L \"/var/run\" - - - - \"../run\"",
-                "L \"/var/opt/cni\" - - - - \"../../usr/lib/opt/cni\"",
+                "C \"/var/lib/app\" - - - - /usr/share/factory/var/lib/app",
+                "C \"/var/lib/there/new one\" - - - - /usr/share/factory/var/lib/there/new one",
+                "L \"/var/run\" - - - - ../run",
+                "L \"/var/opt/cni\" - - - - ../../usr/lib/opt/cni",
             ]
         );
         assert_eq!(lines(tree(&["var/", "usr/"]).path()).unwrap(), [""; 0]);
@@ -210,8 +219,9 @@ mod tests {
     }
 
     #[test]
-    fn names_are_escaped() {
-        assert_eq!(escaped(Path::new("/a b/100%/\"x\"\\\u{e9}\n")), "/a b/100%%/\\\"x\\\"\\\\\\xc3\\xa9\\x0a");
+    fn names_that_no_line_can_have_are_left_out() {
+        let temp = tree(&["usr/share/factory/var/line\nend", "usr/share/factory/var/fine", "var/"]);
+        assert_eq!(lines(temp.path()).unwrap(), ["C \"/var/fine\" - - - - /usr/share/factory/var/fine"]);
     }
 
     /// The tool itself reads what we write.
@@ -220,11 +230,7 @@ mod tests {
         let name = "s p%a\"c\\e'\u{e9}";
         let temp = tree(&[&format!("usr/share/factory/var/{name}/data"), &format!("usr/lib/opt/{name}/x"), "opt/"]);
         fs::create_dir(temp.path().join("var")).unwrap();
-        // Sources are looked for on this system, not below the root.
-        let text = lines(temp.path())
-            .unwrap()
-            .join("\n")
-            .replace("- /usr/share", &format!("- {}/usr/share", temp.path().display()));
+        let text = lines(temp.path()).unwrap().join("\n") + "\n";
         let file = temp.path().join("lines.conf");
         fs::write(&file, text).unwrap();
         let root = format!("--root={}", temp.path().display());
