@@ -1,50 +1,33 @@
-//! An HTTP proxy in a network namespace: the only way to what it forwards to.
+//! An HTTP proxy on loopback: it knows names that nobody else knows.
 
-use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::os::fd::AsFd;
-use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result};
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 /// A running proxy. It lives as long as the program.
 pub struct Proxy {
-    /// Its port on the namespace's loopback interface.
+    /// Its port.
     pub port: u16,
     requests: Arc<Mutex<Vec<String>>>,
 }
 
 impl Proxy {
-    /// Starts one in the network namespace of the process `pid`; whatever is asked for comes from port `upstream`
-    /// of the loopback interface there. No tunnels: who asks for one is refused.
-    pub fn start(pid: u32, upstream: u16) -> Result<Self> {
+    /// Starts one; whatever is asked for comes from port `upstream` of the loopback interface. No tunnels: who asks
+    /// for one is refused.
+    pub fn start(upstream: u16) -> Result<Self> {
+        let listener = TcpListener::bind("127.0.0.1:0").context("starting a proxy")?;
+        let port = listener.local_addr()?.port();
         let requests = Arc::new(Mutex::new(Vec::new()));
-        let (seen, (ready, started)) = (requests.clone(), sync_channel(1));
-        // Sockets belong to the namespace that the thread is in when it makes them.
+        let seen = requests.clone();
         std::thread::spawn(move || {
-            let listen = || -> Result<TcpListener> {
-                let namespace = File::open(format!("/proc/{pid}/ns/net"))?;
-                move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
-                Ok(TcpListener::bind("127.0.0.1:0")?)
-            };
-            let listener = match listen() {
-                Ok(listener) => listener,
-                Err(error) => return drop(ready.send(Err(error))),
-            };
-            let port = listener.local_addr().map(|address| address.port()).map_err(Into::into);
-            if ready.send(port).is_err() {
-                return;
-            }
             for client in listener.incoming().flatten() {
                 let Ok(server) = TcpStream::connect(("127.0.0.1", upstream)) else { continue };
                 let seen = seen.clone();
                 std::thread::spawn(move || drop(serve(client, server, &seen)));
             }
         });
-        let port = started.recv().context("the proxy's thread ended")?.context("starting a proxy")?;
         Ok(Proxy { port, requests })
     }
 

@@ -1,4 +1,5 @@
-//! In the place of the installer's scripts: what others rely on, line by line; docs/contract.md has the table.
+//! In the place of the installer's scripts: what others rely on, line by line; docs/contract.md has the table. On
+//! virtual machines: a container runtime wants a kernel and cgroups of its own.
 //! `cargo test -p testbed --test dropin -- --test-threads=1 --nocapture`
 
 use std::collections::BTreeSet;
@@ -7,7 +8,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use testbed::check::{Checks, contains, same};
-use testbed::container::{Container, Network, Setup};
 use testbed::files::Files;
 use testbed::guest::Guest;
 use testbed::images::{Images, work_dir};
@@ -15,9 +15,10 @@ use testbed::proc::wait_for;
 use testbed::proxy::Proxy;
 use testbed::registry::{Registry, registries_conf};
 use testbed::scenario::{node_files, wait_pivoted};
+use testbed::vm::{self, Vm};
 
-const PIVOT: Duration = Duration::from_secs(180);
-const SOON: Duration = Duration::from_secs(60);
+const PIVOT: Duration = Duration::from_secs(400);
+const SOON: Duration = Duration::from_secs(150);
 const UNITS: [&str; 2] = ["node-image-pull.service", "node-image-overlay.service"];
 
 /// A library of functions as a cluster installer writes it. There is no podman to ask: it falls back by itself.
@@ -70,19 +71,26 @@ fn the_assisted_flow_keeps_the_contract() -> Result<()> {
     let images = Images::ensure()?;
     let boot = images.boot_runtime()?;
     let mut checks = Checks::new("drop-in: the assisted flow, with running containers and the installer's own script");
-    let network = Network::new()?;
-    let registry = Registry::start(&images.storage, &work_dir("dropin-live-registry")?, Some(network.pid()), None)?;
+    let registry = Registry::start(&images.storage, &work_dir("dropin-live-registry")?, None, None)?;
     let release = images.image("release")?;
     let script = "/var/usrlocal/bin/release-image.sh";
-    let setup = Setup { name: "dropin-live", boot: &boot, kargs: &[], live: true };
-    let guest = Container::start(images, &network, &setup, |files| {
-        node_files(files, "", "127.0.0.1", registry.port)?;
+    let setup = vm::Setup {
+        name: "dropin-live",
+        boot: &boot,
+        disk: None,
+        kargs: &[],
+        memory_mib: 2048,
+        limit: Duration::from_secs(900),
+    };
+    let guest = Vm::start(images, &setup, |files| {
+        node_files(files, "", vm::HOST, registry.port)?;
         std::fs::remove_dir_all(files.root().join("etc/node-image-pivot.conf.d"))?;
         files.put("/etc/no-var-tmpfs", 0o644, "")?;
         files.put("/var/log/openshift/bootkube.json", 0o644, "[]\n")?;
         files.put(script, 0o755, &release_image_script("registry.example.test/cluster/release:no-such-tag"))
     })?;
-    guest.wait_unit("multi-user.target", "active", SOON)?;
+    guest.wait_ssh(Duration::from_secs(300))?;
+    guest.wait_unit("multi-user.target", "active", Duration::from_secs(300))?;
     checks.check("a medium with the script on it boots as always: nothing is redirected", || {
         same(guest.ask("systemctl get-default")?, "multi-user.target".into())?;
         same(guest.unit(UNITS[0], "ActiveState")?, "inactive".into())?;
@@ -240,7 +248,7 @@ fn bootstrap_files(files: &Files, image: &str, proxy: &Proxy) -> Result<()> {
     // A name that only the proxy knows.
     let mirror = registries_conf("mirror.example.test", 5000);
     files.put("/etc/containers/registries.conf.d/50-testbed.conf", 0o644, &mirror)?;
-    let http = format!("http://127.0.0.1:{}", proxy.port);
+    let http = format!("http://{}:{}", vm::HOST, proxy.port);
     let environment = format!("[Manager]\nDefaultEnvironment=HTTP_PROXY={http} HTTPS_PROXY={http} NO_PROXY=.svc\n");
     files.put("/etc/systemd/system.conf.d/10-default-env.conf", 0o644, &environment)?;
     files.put("/var/usrlocal/bin/bootstrap-service-record.sh", 0o755, "")?;
@@ -281,11 +289,18 @@ fn what_others_attach_keeps_working() -> Result<()> {
     let images = Images::ensure()?;
     let image = images.image("node-small")?;
     let mut checks = Checks::new("drop-in: hooks, proxies, units of others, /var and /opt, in the bootstrap flow");
-    let network = Network::new()?;
-    let registry = Registry::start(&images.storage, &work_dir("dropin-boot-registry")?, Some(network.pid()), None)?;
-    let proxy = Proxy::start(network.pid(), registry.port)?;
-    let setup = Setup { name: "dropin-boot", boot: &images.boot, kargs: &[], live: true };
-    let guest = Container::start(images, &network, &setup, |files| bootstrap_files(files, &image.by_digest(), &proxy))?;
+    let registry = Registry::start(&images.storage, &work_dir("dropin-boot-registry")?, None, None)?;
+    let proxy = Proxy::start(registry.port)?;
+    let setup = vm::Setup {
+        name: "dropin-boot",
+        boot: &images.boot,
+        disk: None,
+        kargs: &[],
+        memory_mib: 2048,
+        limit: Duration::from_secs(900),
+    };
+    let guest = Vm::start(images, &setup, |files| bootstrap_files(files, &image.by_digest(), &proxy))?;
+    guest.wait_ssh(Duration::from_secs(300))?;
     let refused = |word: &str| {
         wait_for("the refusal", PIVOT, || {
             let error = guest.status()?["error"].clone();
@@ -355,7 +370,7 @@ fn what_others_attach_keeps_working() -> Result<()> {
     checks.finish()
 }
 
-fn after_the_switch(guest: &Container, checks: &mut Checks) {
+fn after_the_switch(guest: &Vm, checks: &mut Checks) {
     let journal = || guest.ask("journalctl -u node-image-pivotd.service -o cat");
     checks.check("hooks after it: each once, also though the agent was killed in one of them", || {
         same(guest.ask("wc -l </run/count-10")?, "1".into())?;
