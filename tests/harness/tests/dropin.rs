@@ -174,7 +174,10 @@ fn the_assisted_flow_keeps_the_contract() -> Result<()> {
         || {
             let after: BTreeSet<String> = guest.ask(services)?.lines().map(str::to_owned).collect();
             let active = |all: &BTreeSet<String>| -> BTreeSet<String> {
-                let ids = all.iter().filter(|line| line.contains("ActiveState=active"));
+                // A newer systemd takes the credentials of services that have long ended away.
+                let ids = all
+                    .iter()
+                    .filter(|line| line.contains("ActiveState=active") && !line.contains("Id=run-credentials-"));
                 ids.filter_map(|line| line.split(' ').find_map(|word| word.strip_prefix("Id=")).map(str::to_owned))
                     .collect()
             };
@@ -199,10 +202,9 @@ fn the_assisted_flow_keeps_the_contract() -> Result<()> {
     });
     checks.check("a new container starts, with the node image's runtime", || {
         guest.ask("old=$(echo /sysroot/ostree/deploy/testbed/deploy/*/usr/sbin/runc); test -f $old && ! cmp -s $(command -v runc) $old")?;
-        let config = "jq '.process.args = [\"echo\", \"new\"]' ../bundle/config.json >config.json";
-        guest.ask(&format!(
-            "mkdir -p /var/lib/testbed/new && cd /var/lib/testbed/new && ln -sfn ../bundle/rootfs rootfs && {config}"
-        ))?;
+        let config = "jq '.process.args = [\"echo\", \"new\"] | .root.path = \"/var/lib/testbed/bundle/rootfs\"' \
+                      ../bundle/config.json >config.json";
+        guest.ask(&format!("mkdir -p /var/lib/testbed/new && cd /var/lib/testbed/new && {config}"))?;
         contains(&guest.ask("systemd-run --quiet --wait --pipe --working-directory=/var/lib/testbed/new runc run three")?, "new")
     });
     checks.check("nothing was mounted below /var, whatever /etc/no-var-tmpfs says", || {
