@@ -13,8 +13,8 @@ use testbed::registry::Registry;
 use testbed::scenario::{node_files, wait_pivoted};
 use testbed::vm::{self, Vm};
 
-const BOOT: Duration = Duration::from_secs(180);
-const PIVOT: Duration = Duration::from_secs(300);
+const BOOT: Duration = Duration::from_secs(240);
+const PIVOT: Duration = Duration::from_secs(420);
 const KARGS: [&str; 4] = ["security=selinux", "selinux=1", "enforcing=1", "audit=1"];
 
 /// Whether the policy that is loaded knows a context: the kernel says so.
@@ -43,7 +43,7 @@ fn enforcing_with_types_that_only_the_node_image_knows() -> Result<()> {
     let mut checks =
         Checks::new("machine: SELinux enforcing, the node image's policy has types that the loaded one lacks");
     let registry = Registry::start(&storage, &work_dir("vm-selinux-registry")?, None, None)?;
-    let limit = Duration::from_secs(600);
+    let limit = Duration::from_secs(900);
     let setup =
         vm::Setup { name: "vm-selinux", boot: &boot, disk: None, kargs: &KARGS, memory_mib: 3072, cpu: vm::CPU, limit };
     let guest = Vm::start(images, &setup, |files| {
