@@ -66,7 +66,7 @@ install:
 check: deps
 	$(CARGO) fmt --all --check
 	shellcheck dracut/98node-image-pivot/*.sh dracut/test.sh fuzz/run.sh
-	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
 	$(CARGO) test --release --workspace --exclude testbed
 	sh dracut/test.sh
 	$(CARGO) test --release -p testbed -- --test-threads=1

@@ -85,7 +85,9 @@ pub(super) async fn finish(context: &Context, mut switched: Switched, flow: Flow
         let differs = |path: &Path| delta.contains(path).unwrap_or(true);
         let manager = Manager::connect().await?;
         let mut trouble = Vec::new();
-        switched.units = units::carry_out(context, &manager, &differs, Flow::Bootstrap, &mut trouble).await?;
+        switched.units = units::carry_out(context, &manager, &differs, Flow::Bootstrap, &mut trouble)
+            .await
+            .context("nothing was isolated, everything before that is done; start node-image-finish.service again")?;
         tell_units(context, &manager, &differs, &switched, &mut trouble).await;
         for line in trouble {
             warn!("{line}");

@@ -80,6 +80,7 @@ fn the_assisted_flow_keeps_the_contract() -> Result<()> {
         disk: None,
         kargs: &[],
         memory_mib: 2048,
+        cpu: vm::CPU,
         limit: Duration::from_secs(900),
     };
     let guest = Vm::start(images, &setup, |files| {
@@ -299,6 +300,7 @@ fn what_others_attach_keeps_working() -> Result<()> {
         disk: None,
         kargs: &[],
         memory_mib: 2048,
+        cpu: vm::CPU,
         limit: Duration::from_secs(900),
     };
     let guest = Vm::start(images, &setup, |files| bootstrap_files(files, &image.by_digest(), &proxy))?;

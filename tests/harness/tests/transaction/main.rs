@@ -197,16 +197,28 @@ fn killed_or_failing_at_every_act() -> Result<()> {
         bed.agent("run")?;
         bed.is_switched(&after)
     });
+    let isolated =
+        || wait_for("the isolate", SOON, || Ok(guest.ask("systemctl list-jobs --no-legend | wc -l")? == "0"));
     for point in &finish {
         for action in ERRORS {
             checks.check(&format!("{action}, finish: {point}"), || {
+                if bed.step()? == "finished" {
+                    bed.agent("undo")?;
+                    bed.agent("run")?;
+                }
                 bed.arm(point, action)?;
                 let answer = guest.run("node-image-pivot finish")?;
                 same(bed.acted()?, true)?;
-                same(answer.status, 1)?;
-                contains(&answer.text, errno_words(action))?;
-                contains(&answer.text, "node-image-finish.service")?;
-                same(bed.step()?, "refreshed".into())?;
+                told(&bed, &answer, action)?;
+                if answer.status == 0 {
+                    // About a unit: a warning. Should it be networkd, its newer helper fails with it.
+                    same(bed.step()?, "finished".into())?;
+                    isolated()?;
+                    guest.run("systemctl reset-failed systemd-networkd-persistent-storage.service")?;
+                } else {
+                    contains(&answer.text, "node-image-finish.service")?;
+                    same(bed.step()?, "refreshed".into())?;
+                }
                 bed.consistent()
             });
         }
@@ -225,9 +237,7 @@ fn killed_or_failing_at_every_act() -> Result<()> {
                     // Only what a finish stopped is started again.
                     if point == "systemd StartUnit" {
                         bed.agent("finish")?;
-                        wait_for("the isolate", SOON, || {
-                            Ok(guest.ask("systemctl list-jobs --no-legend | wc -l")? == "0")
-                        })?;
+                        isolated()?;
                     }
                     // Something to be stopped: nothing was isolated this time.
                     guest.ask("systemctl start kubelet.service")?;
