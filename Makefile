@@ -67,9 +67,9 @@ check: deps
 	$(CARGO) fmt --all --check
 	shellcheck dracut/98node-image-pivot/*.sh dracut/test.sh fuzz/run.sh
 	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
-	$(CARGO) test --release --workspace --exclude testbed
+	$(CARGO) test --release --no-fail-fast --workspace --exclude testbed
 	sh dracut/test.sh
-	$(CARGO) test --release -p testbed -- --test-threads=1
+	$(CARGO) test --release --no-fail-fast -p testbed -- --test-threads=1
 
 demo: deps
 	$(CARGO) run --release -p testbed --bin demo
