@@ -10,10 +10,10 @@ use rand::seq::{IndexedRandom, SliceRandom};
 use rand::{Rng, SeedableRng};
 
 use super::derived::{Labels, base, capability, complete};
-use super::fixture::Compress;
-use super::fixture::listing;
+use super::fixture::{Compress, encapsulate, listing, run};
 use super::layers::{Item, What, by_ostree_ext, difference, item, layer, oracle};
 use super::registry::Registry;
+use super::tree::chunker;
 use super::{Bench, NodeStore, fsck, try_pull_with};
 
 /// A layer of some entries below a few directories, in any order. What ostree-ext (with libostree 2022.7)
@@ -131,11 +131,16 @@ fn testbed_storage() -> Option<PathBuf> {
         println!("left out of a debug build: use --release, or set PIVOT_TESTBED_REGISTRY");
         return None;
     }
+    Some(testbed("registry").join("storage"))
+}
+
+/// The directory of a stage of the test bed, built when it is not.
+fn testbed(stage: &str) -> PathBuf {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/bed/build.sh");
-    let output = Command::new("bash").arg(script).arg("registry").env_remove("CARGO_TARGET_DIR").output().unwrap();
+    let output = Command::new("bash").arg(script).arg(stage).env_remove("CARGO_TARGET_DIR").output().unwrap();
     let told = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "building the test bed's images: {told}");
-    Some(PathBuf::from(told.lines().last().unwrap()).join("storage"))
+    assert!(output.status.success(), "building the test bed's {stage}: {told}");
+    PathBuf::from(told.lines().last().unwrap())
 }
 
 /// Type, mode, owner, size and path of each line of a listing.
@@ -177,4 +182,54 @@ async fn the_test_beds_images_are_imported_alike() {
         std::fs::remove_dir_all(repo).unwrap();
         std::fs::remove_dir_all(root).unwrap();
     }
+}
+
+/// Everything of a system's `/usr` and `/etc` by name, with nothing in it, as one plain layer over a base that has a
+/// distribution's policy: each label is what libselinux says.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_distributions_policy_labels_alike() {
+    if cfg!(debug_assertions) {
+        println!("left out of a debug build: use --release");
+        return;
+    }
+    let bench = Bench::new();
+    let system = format!("--repo={}", testbed("tree_selinux_node").join("repo").display());
+    let base = bench.path("base");
+    let policy = base.join("usr/etc/selinux");
+    std::fs::create_dir_all(policy.parent().unwrap()).unwrap();
+    let part = "--subpath=/usr/etc/selinux";
+    run("ostree", &["checkout", &system, part, "selinux-node", policy.to_str().unwrap()]);
+    // The module store is large and says nothing about labels.
+    std::fs::remove_dir_all(policy.join("default/active")).unwrap();
+    let repo = format!("--repo={}", bench.repo.path.display());
+    let (tree, labels) = (format!("--tree=dir={}", base.display()), format!("--selinux-policy={}", base.display()));
+    let commit = run("ostree", &["commit", &repo, "-b", "base", &tree, &labels, "-s", "base"]);
+    let mut image = encapsulate(&bench.repo, commit.trim(), &chunker, 1);
+
+    let names = run("ostree", &["ls", "-R", &system, "selinux-node", "/usr"]);
+    let items: Vec<Item> = names
+        .lines()
+        .filter_map(|line| {
+            let path = &line[line.find(" /usr/")? + 2..];
+            if path.starts_with("usr/etc/selinux") || path.starts_with("usr/lib/modules") {
+                return None;
+            }
+            Some(match line.as_bytes()[0] {
+                b'd' => item(path, What::Dir(0o755)),
+                b'l' => item(path.split_once(" -> ")?.0, What::Symlink("x".into())),
+                _ => item(path, What::File(Vec::new(), 0o644)),
+            })
+        })
+        .collect();
+    assert!(items.len() > 5000, "{} names", items.len());
+    image.layers.push(layer(&items));
+    let spec = bench.push(&image, "policy:real");
+    let store = bench.store("ours", None);
+    try_pull_with(&spec, &store, None, complete()).await.unwrap();
+    fsck(store.repo_path());
+    let ours = listing(store.repo_path(), "coreos/node-image");
+    let theirs = by_ostree_ext(&oracle(), &spec, &bench.path("theirs")).unwrap();
+    let kinds: BTreeSet<&str> = ours.split('\'').filter(|word| word.contains(":object_r:")).collect();
+    assert!(kinds.len() > 50, "{} different labels", kinds.len());
+    assert!(ours == theirs, "{}", difference(&ours, &theirs));
 }
