@@ -16,13 +16,13 @@ mod plan;
 mod prepare;
 mod probation;
 mod record;
+mod start;
 mod storage;
 mod switch;
 mod ticket;
 mod undo;
 mod units;
 
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
@@ -32,11 +32,12 @@ use node_image_pivot_generator::emit::TARGET_VARIABLE;
 use tokio::sync::{Mutex, watch};
 use tracing::{error, info, warn};
 
-use crate::config::{Mode, Settings};
+use crate::config::Settings;
 use crate::dirfd::Directory;
 use crate::report::{LastError, State, Tracker};
 use crate::store::{LockError, StoreLock};
 use crate::units::Manager;
+use start::{Start, decide};
 
 pub use error::Error;
 pub use paths::Paths;
@@ -423,40 +424,4 @@ async fn next(context: &Context, record: &Record, goal: Goal, ticket: &Ticket) -
         Step::Finished(_) => return Ok(None),
     };
     Ok(Some(next))
-}
-
-/// What a pivot that has not begun should do.
-#[derive(Debug, PartialEq, Eq)]
-enum Start {
-    Go,
-    NothingToDo(String),
-    Refuse,
-}
-
-fn decide(settings: &Settings, exists: &dyn Fn(&Path) -> bool) -> Start {
-    match settings.mode {
-        Mode::Off => Start::Refuse,
-        Mode::Force => Start::Go,
-        Mode::Auto => match settings.probe_paths.iter().find(|path| exists(path)) {
-            Some(path) => Start::NothingToDo(format!("{} exists", path.display())),
-            None => Start::Go,
-        },
-    }
-}
-
-#[cfg(test)]
-#[allow(clippy::unwrap_used)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn whether_to_start() {
-        let settings = |line: &str| Settings::load_from(Path::new("/nonexistent"), line).unwrap();
-        let has_oc = |path: &Path| path == Path::new("/usr/bin/oc");
-        let base_only = |_: &Path| false;
-        assert_eq!(decide(&settings(""), &base_only), Start::Go);
-        assert_eq!(decide(&settings(""), &has_oc), Start::NothingToDo("/usr/bin/oc exists".into()));
-        assert_eq!(decide(&settings("node-image-pivot=force"), &has_oc), Start::Go);
-        assert_eq!(decide(&settings("node-image-pivot=off"), &base_only), Start::Refuse);
-    }
 }

@@ -1,9 +1,9 @@
 //! The three-way merge of `/etc`.
 //!
 //! [`scan`] reads a tree, [`decide`] (pure) says what to do, [`diff()`] shows it, [`apply`] does it entry by entry
-//! with a record, [`undo`] takes it back. The table is in `docs/etc-merge.md`. This room writes below the `/etc` it is given and into the record's
-//! directory, nowhere else; it follows no symbolic link and enters no mount below `/etc`. It may not
-//! mount anything, start programs, or know where the node image came from.
+//! with a record, [`undo`] takes it back. The table is in `docs/etc-merge.md`. This room writes below the `/etc` it is
+//! given and into the record's directory, nowhere else; it follows no symbolic link and enters no mount below `/etc`. It
+//! may not mount anything, start programs, or know where the node image came from.
 
 mod apply;
 mod decide;

@@ -1,8 +1,8 @@
 //! What systemd runs: which units run old code or are defined otherwise, what to do about each, and doing it.
 //!
-//! [`compare`] and [`plan()`] decide, purely; [`Root`] reads unit files, [`survey`] looks at what runs; [`Manager`] is the only way to PID 1, but for [`Guard`], the one program that is
-//! started here: it re-executes PID 1 should we die in an undo. This room may not mount, write `/etc` or talk to
-//! registries.
+//! [`compare`] and [`plan()`] decide, purely; [`Root`] reads unit files, [`survey`] looks at what runs; [`Manager`] is
+//! the only way to PID 1, but for [`Guard`], the one program that is started here: it re-executes PID 1 should we die in
+//! an undo. This room may not mount, write `/etc` or talk to registries.
 
 mod definition;
 mod difference;
