@@ -10,6 +10,8 @@ umask 022
 umount -R /sys/fs/cgroup 2>/dev/null || true
 mount -t cgroup2 none /sys/fs/cgroup
 cgroup=/sys/fs/cgroup/testbed-$$
+# Process numbers come again: a killed test may have left one of this name, with nobody in it.
+[ ! -d "$cgroup" ] || find "$cgroup" -depth -type d -exec rmdir {} +
 mkdir "$cgroup"
 echo $$ >"$cgroup/cgroup.procs"
 

@@ -190,8 +190,11 @@ impl Drop for Container {
             let _ = Command::new("kill").args(["-KILL", &self.leader.to_string()]).output();
         }
         end(&mut self.child);
-        // Empty by now, and nobody else's: the hierarchy of this machine sees what the namespace of the container made.
-        let script = "for d in /sys/fs/cgroup/unified/testbed-$0 /sys/fs/cgroup/testbed-$0; do [ ! -d $d ] || find $d -depth -type d -exec rmdir {} +; done";
+        // Nobody else's: the hierarchy of this machine sees what the namespace of the container made. What was killed
+        // may take a moment to be gone.
+        let script = "for d in /sys/fs/cgroup/unified/testbed-$0 /sys/fs/cgroup/testbed-$0; do \
+                      for _ in 1 2 3 4 5 6 7 8 9 10; do \
+                      [ -d $d ] || break; find $d -depth -type d -exec rmdir {} + 2>/dev/null || sleep 0.1; done; done";
         let _ = Command::new("sh").args(["-c", script, &self.child.id().to_string()]).output();
     }
 }
