@@ -8,13 +8,17 @@ agent() {
         none) mkdir -p "$out/none" && printf '%s\n' "$out/none" ;;
         "")
             # Always asked: cargo and make know best whether anything is to do. The stages behind it are keyed by the result.
-            rm -rf --one-file-system "$out/installed.tmp"
-            make -s -C "$PROJECT" install DESTDIR="$out/installed.tmp" >&2
             mkdir -p "$out/by-key"
-            local dir
-            dir=$out/by-key/$(key "$out/installed.tmp")
-            [ -d "$dir" ] || mv -T "$out/installed.tmp" "$dir"
-            printf '%s\n' "$dir" ;;
+            (
+                # Tests that run side by side ask at the same time.
+                flock 9
+                local dir
+                rm -rf --one-file-system "$out/installed.tmp"
+                make -s -C "$PROJECT" install DESTDIR="$out/installed.tmp" >&2
+                dir=$out/by-key/$(key "$out/installed.tmp")
+                [ -d "$dir" ] || mv -T "$out/installed.tmp" "$dir"
+                printf '%s\n' "$dir"
+            ) 9>"$out/lock" ;;
         *) printf '%s\n' "$PIVOT_TESTBED_AGENT" ;;
     esac
 }
@@ -50,7 +54,7 @@ unpack_binaries() {
 }
 
 # A container runtime of the bootimage's release, as live media have one.
-runtime() { stage runtime "$(key =runc)" unpack_runtime; }
+runtime() { stage runtime "$(key "=runc")" unpack_runtime; }
 unpack_runtime() {
     # As published: the node images have the updates.
     (cd "$OUT" && apt-get download -q runc && dpkg-deb -x runc_*.deb . && rm runc_*.deb)

@@ -128,7 +128,13 @@ for target in "$@"; do
         paths)
             # Assignments, not arguments: a failing stage has to end this.
             trees
-            q=$(qemu) b=$(boot) bb=$(boot binaries) r=$(registry) k=$(ssh_key) o=$CACHE/oracle/release/oracle
+            # One each: of several in a line only the last one's failure counts.
+            q=$(qemu)
+            b=$(boot)
+            bb=$(boot binaries)
+            r=$(registry)
+            k=$(ssh_key)
+            o=$CACHE/oracle/release/oracle
             jq -n --arg q "$q/qemu" --arg b "$b" --arg bb "$bb" --arg r "$r" --arg k "$k" --arg o "$o" \
                 '{qemu: $q, boot: $b, boot_binaries: $bb, registry: $r, ssh_key: $k, oracle: $o}' ;;
         *) die "unknown target: $target" ;;
