@@ -15,6 +15,7 @@ pub mod host;
 pub mod image;
 pub mod import;
 pub mod mount;
+pub mod pattern;
 pub mod report;
 pub mod selinux;
 pub mod stage;

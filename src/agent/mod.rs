@@ -402,7 +402,7 @@ async fn next(context: &Context, record: &Record, goal: Goal, ticket: &Ticket) -
         Step::Staged(staged) => {
             switch::check(&context.paths)?;
             hooks::pre_switch(context, &staged, record.flow(), ticket).await?;
-            units::remember(&context.paths).await?;
+            units::remember(context).await?;
             Step::Switching(staged)
         }
         Step::Switching(staged) => Step::Switched(switch::switch(context, staged).await?),

@@ -3,6 +3,7 @@
 //! The record says `switching` before the first act, so a daemon that is killed in here finds it, and
 //! each act can be done again. An act that fails rolls back those before it.
 
+use std::collections::BTreeSet;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
@@ -130,10 +131,11 @@ pub(super) async fn plan_units(paths: &Paths, staged: &StagedRoot, flow: Flow) -
     let manager = Manager::connect().await?;
     let fragments = units::active_fragments(&manager).await?;
     let looked = tokio::task::spawn_blocking(move || leaving(fragments)).await.context("undo panicked")?;
-    let (leaving, new) = looked.context("cannot tell which units only the node image has")?;
+    let (leaving, new, systemd) = looked.context("cannot tell which units only the node image has")?;
     let current = Root::running().unit_files().context("cannot read the unit files")?;
     let old = units::definitions(&manager, &current).await?;
-    let sides = Sides { version: Version::Current, differs: &differs, old: &old, new: &new };
+    let (version, differs, arriving) = (Version::Current, &differs, BTreeSet::new());
+    let sides = Sides { version, differs, old: &old, new: &new, arriving: &arriving, systemd };
     let (states, unseen) = units::survey(&manager, &sides).await?;
     for line in unseen {
         warn!("undo: {line}");
@@ -155,12 +157,13 @@ pub(super) async fn plan_units(paths: &Paths, staged: &StagedRoot, flow: Flow) -
     Ok(actions)
 }
 
-/// The units whose files are not there without the node image's `/usr`, and all unit files that are.
-fn leaving(fragments: Vec<(String, PathBuf)>) -> anyhow::Result<(Vec<String>, UnitFiles)> {
+/// The units whose files are not there without the node image's `/usr`, all unit files that are, and the release of the
+/// systemd that is.
+fn leaving(fragments: Vec<(String, PathBuf)>) -> anyhow::Result<(Vec<String>, UnitFiles, Option<u32>)> {
     mount::Namespace::init().run_without(Path::new(USR), USR_SOURCE, || {
         let gone = |(name, fragment): (String, PathBuf)| (!fragment.exists()).then_some(name);
         let files = Root::running().unit_files().context("cannot read the unit files")?;
-        Ok((fragments.into_iter().filter_map(gone).collect(), files))
+        Ok((fragments.into_iter().filter_map(gone).collect(), files, Root::running().systemd_release()))
     })
 }
 

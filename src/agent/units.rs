@@ -3,6 +3,7 @@
 //!
 //! `units.json` in the agent's directory holds what the units were before the switch, and each act with how far it is.
 
+use std::collections::BTreeSet;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::Path;
 
@@ -44,6 +45,9 @@ struct Act {
 pub(super) struct UnitsRecord {
     /// What was active, as it was defined. What is restarted or stopped is taken out.
     before: Definitions,
+    /// The sockets that the final target pulled in; absent where an older agent switched.
+    #[serde(default)]
+    sockets: Option<BTreeSet<String>>,
     /// The flow that was planned for; absent until there is a plan.
     #[serde(default)]
     pub(super) flow: Option<Flow>,
@@ -86,25 +90,30 @@ pub(super) async fn preview(
     let delta = staged.delta.lookup()?;
     let differs = |path: &Path| delta.contains(path).unwrap_or(true);
     let directory = staged.delta.directory.clone();
-    let (old, new) = tokio::task::spawn_blocking(move || -> Result<_> {
+    let (old, new, systemd) = tokio::task::spawn_blocking(move || -> Result<_> {
         let tree = stage::open_new_usr(&directory, Path::new(USR), USR_SOURCE)?;
         let new_etc = new_etc(tree.as_fd())?;
         let at = |fd: BorrowedFd<'_>| Path::new("/proc/self/fd").join(fd.as_raw_fd().to_string());
         let new = Root { usr: at(tree.as_fd()), etc: etc_changes(&plan, &at(new_etc.as_fd())) };
-        Ok((Root::running().unit_files()?, new.unit_files()?))
+        Ok((Root::running().unit_files()?, new.unit_files()?, new.systemd_release()))
     })
     .await
     .context("reading unit files panicked")?
     .context("cannot read the unit files")?;
     let manager = Manager::connect().await?;
     let definitions = units::definitions(&manager, &old).await?;
-    let sides = Sides { version: Version::Current, differs: &differs, old: &definitions, new: &new };
+    let target = target(context);
+    let (before, after) = (old.pulled_in(&target), new.pulled_in(&target));
+    let arriving = after.difference(&before).cloned().collect();
+    let (version, differs) = (Version::Current, &differs as Differs<'_>);
+    let sides = Sides { version, differs, old: &definitions, new: &new, arriving: &arriving, systemd };
     let (states, troubles) = units::survey(&manager, &sides).await?;
     let mut actions = units::plan(&states, flow, &context.settings.units);
     if flow == Flow::Bootstrap {
-        let target = target(context);
         let active = units::active(&manager).await?;
-        actions.extend(units::starts(&old.pulled_in(&target), &new.pulled_in(&target), &active, &target));
+        let starts = units::starts(&arriving, &active, &target);
+        let planned: BTreeSet<_> = actions.iter().map(|action| action.unit.clone()).collect();
+        actions.extend(starts.into_iter().filter(|start| !planned.contains(&start.unit)));
     }
     Ok((actions, troubles))
 }
@@ -127,11 +136,13 @@ fn etc_changes(plan: &etc::Plan, new_etc: &Path) -> EtcChanges {
 }
 
 /// Writes down what the units are, before the first act of the switch. Nothing is changed.
-pub(super) async fn remember(paths: &Paths) -> Result<(), Error> {
+pub(super) async fn remember(context: &Context) -> Result<(), Error> {
     let remembered = async {
         let files = unit_files().await?;
         let before = units::definitions(&Manager::connect().await?, &files).await?;
-        UnitsRecord { before, ..UnitsRecord::default() }.save(paths)
+        let mut sockets = files.pulled_in(&target(context));
+        sockets.retain(|name| name.ends_with(".socket"));
+        UnitsRecord { before, sockets: Some(sockets), ..UnitsRecord::default() }.save(&context.paths)
     };
     remembered.await.context("the running system is untouched").map_err(Error::from)
 }
@@ -168,7 +179,11 @@ pub(super) async fn carry_out(
     let mut record = UnitsRecord::load(paths)?.unwrap_or_default();
     if record.flow != Some(flow) {
         let new = unit_files().await?;
-        let sides = Sides { version: Version::Replaced, differs, old: &record.before, new: &new };
+        let arriving = |before| new.pulled_in(&target(context)).difference(before).cloned().collect();
+        let arriving = record.sockets.as_ref().map(arriving).unwrap_or_default();
+        let systemd = Root::running().systemd_release();
+        let (version, old) = (Version::Replaced, &record.before);
+        let sides = Sides { version, differs, old, new: &new, arriving: &arriving, systemd };
         let (states, troubles) = units::survey(manager, &sides).await?;
         trouble.extend(troubles);
         let actions = units::plan(&states, flow, &context.settings.units);
@@ -228,8 +243,9 @@ async fn carry_out_one(
 
 /// What still runs the bootimage's code.
 pub(super) async fn still_old(manager: &Manager, differs: Differs<'_>) -> Result<Vec<StillOld>> {
-    let (nothing, none) = (Definitions::new(), UnitFiles::default());
-    let sides = Sides { version: Version::Replaced, differs, old: &nothing, new: &none };
+    let (old, new, arriving) = (Definitions::new(), UnitFiles::default(), BTreeSet::new());
+    let version = Version::Replaced;
+    let sides = Sides { version, differs, old: &old, new: &new, arriving: &arriving, systemd: None };
     let (states, _) = units::survey(manager, &sides).await?;
     Ok(states.into_iter().map(|state| StillOld { unit: state.name, files: state.changed }).collect())
 }
@@ -273,6 +289,7 @@ mod tests {
         };
         let record = UnitsRecord {
             before: [("a.service".to_owned(), Definition::default())].into(),
+            sockets: Some(["s.socket".to_owned()].into()),
             flow: Some(Flow::Live),
             acts: vec![
                 act("a.service", Class::Stop, 1),

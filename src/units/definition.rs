@@ -56,10 +56,24 @@ impl Definition {
         self.values(section, key).last().map(String::as_str)
     }
 
+    /// Of the socket `name`: the service that it starts. `None` where each connection has its own.
+    pub fn service_of(&self, name: &str) -> Option<String> {
+        if self.value("Socket", "Accept").is_some_and(is_true) {
+            return None;
+        }
+        let same_name = || name.strip_suffix(".socket").map(|stem| format!("{stem}.service"));
+        self.value("Socket", "Service").map(str::to_owned).or_else(same_name)
+    }
+
     /// All values of a key.
     pub fn values(&self, section: &str, key: &str) -> &[String] {
         self.settings.get(section).and_then(|keys| keys.get(key)).map_or(&[], Vec::as_slice)
     }
+}
+
+/// systemd.syntax(7).
+pub(super) fn is_true(word: &str) -> bool {
+    matches!(word.to_ascii_lowercase().as_str(), "1" | "yes" | "y" | "true" | "t" | "on")
 }
 
 /// Aliases of aliases are followed so far.

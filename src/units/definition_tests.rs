@@ -38,6 +38,20 @@ fn syntax() {
 }
 
 #[test]
+fn the_service_of_a_socket() {
+    for (text, expected) in [
+        ("", Some("a-b.service")),
+        ("Accept=no\n", Some("a-b.service")),
+        ("Accept=yes\n", None),
+        ("Accept=no\nService=other.service\n", Some("other.service")),
+    ] {
+        let text = format!("[Socket]\nListenStream=/run/x\n{text}");
+        let socket = files(&[("/d", &[("a-b.socket", file(&text))])]).definition("a-b.socket").unwrap();
+        assert_eq!(socket.service_of("a-b.socket").as_deref(), expected, "{text}");
+    }
+}
+
+#[test]
 fn the_first_directory_wins_and_masks() {
     let usr: (&str, &[(&str, Entry)]) =
         ("/usr", &[("a.service", file("[Service]\nExecStart=usr")), ("b.service", file("[Service]\nExecStart=b"))]);

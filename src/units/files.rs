@@ -49,6 +49,20 @@ impl Root {
         DIRECTORIES.iter().map(|path| self.directory(path)).collect::<io::Result<_>>().map(UnitFiles)
     }
 
+    /// The release of its systemd, such as 252, by the name of the library that all its programs share. `None` where
+    /// there is no such library.
+    pub fn systemd_release(&self) -> Option<u32> {
+        let of = |directory: PathBuf| {
+            let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+            entries.filter_map(|entry| release_of(Path::new(&entry.file_name()))).max()
+        };
+        // Debian has one directory for each architecture.
+        let architectures = fs::read_dir(self.usr.join("lib")).into_iter().flatten().flatten();
+        let directories = architectures.filter(|entry| entry.file_name().to_string_lossy().ends_with("-linux-gnu"));
+        let places = directories.map(|entry| entry.path().join("systemd"));
+        places.chain([self.usr.join("lib/systemd"), self.usr.join("lib64/systemd")]).filter_map(of).max()
+    }
+
     /// Where a path of that system is now. `/usr/local` is not the image's.
     fn place(&self, path: &Path) -> Option<PathBuf> {
         if let Ok(relative) = path.strip_prefix("/etc")
@@ -158,11 +172,34 @@ impl Root {
     }
 }
 
+/// The release in the name of systemd's shared library: `libsystemd-shared-252.so`, `libsystemd-shared-255.4-1.fc40.so`.
+pub(super) fn release_of(path: &Path) -> Option<u32> {
+    let rest = path.file_name()?.to_str()?.strip_prefix("libsystemd-shared-")?;
+    rest.split(|letter: char| !letter.is_ascii_digit()).next()?.parse().ok()
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
     use std::os::unix::fs::symlink;
+
+    #[test]
+    fn the_release_of_systemd() {
+        for (library, expected) in [
+            ("lib/x86_64-linux-gnu/systemd/libsystemd-shared-252.so", Some(252)),
+            ("lib/systemd/libsystemd-shared-255.4-1.fc40.so", Some(255)),
+            ("lib64/systemd/libsystemd-shared-239.so", Some(239)),
+            ("lib/systemd/libsystemd-core-252.so", None),
+            ("lib/systemd/libsystemd-shared-.so", None),
+            ("share/libsystemd-shared-252.so", None),
+        ] {
+            let temp = tempfile::tempdir().unwrap();
+            put(temp.path(), library, "");
+            let root = Root { usr: temp.path().to_owned(), ..Root::default() };
+            assert_eq!(root.systemd_release(), expected, "{library}");
+        }
+    }
 
     fn put(root: &Path, path: &str, text: &str) {
         let path = root.join(path);

@@ -72,6 +72,8 @@ pub struct Links {
     pub triggers: Vec<String>,
     /// What pulls it in.
     pub wanted_by: Vec<String>,
+    /// What is stopped and restarted when it is.
+    pub along: Vec<String>,
 }
 
 type UnitRow = (String, String, String, String, String, String, OwnedObjectPath, u32, String, OwnedObjectPath);
@@ -267,15 +269,26 @@ impl Manager {
         let mut values: HashMap<String, OwnedVariant> =
             reply.body().deserialize().with_context(|| format!("the properties of {path}"))?;
         let mut list = |key: &str| values.remove(key).and_then(|value| Vec::<String>::try_from(value).ok());
-        let mut wanted_by = Vec::new();
-        for key in ["WantedBy", "RequiredBy", "BoundBy", "RequisiteOf", "UpheldBy"] {
-            wanted_by.extend(list(key).unwrap_or_default());
-        }
-        Ok(Links {
+        let mut links = Links {
             triggered_by: list("TriggeredBy").unwrap_or_default(),
             triggers: list("Triggers").unwrap_or_default(),
-            wanted_by,
-        })
+            ..Links::default()
+        };
+        // Of systemd's kinds of dependencies, those that stop with another unit (UNIT_ATOM_PROPAGATE_STOP in its table).
+        for (key, pulls, stops) in [
+            ("WantedBy", true, false),
+            ("UpheldBy", true, false),
+            ("RequiredBy", true, true),
+            ("RequisiteOf", true, true),
+            ("BoundBy", true, true),
+            ("ConsistsOf", false, true),
+            ("PropagatesStopTo", false, true),
+        ] {
+            let names = list(key).unwrap_or_default();
+            links.wanted_by.extend(names.iter().filter(|_| pulls).cloned());
+            links.along.extend(names.into_iter().filter(|_| stops));
+        }
+        Ok(links)
     }
 
     async fn path_of(&self, unit: &str) -> Result<OwnedObjectPath> {

@@ -19,6 +19,6 @@ pub use difference::{Difference, compare};
 pub use files::{EtcChanges, Root};
 pub use guard::Guard;
 pub use manager::Manager;
-pub use plan::{Action, Class, Flow, How, UnitState, Verb, plan, starts, undo_plan};
+pub use plan::{Action, Class, Flow, How, Refusal, UnitState, Verb, plan, starts, undo_plan};
 pub use policy::{NoWish, Policy, Wish};
 pub use running::{Definitions, Sides, Version, active, active_fragments, definitions, mapped_files, survey};

@@ -45,6 +45,25 @@ pub struct UnitState {
     pub serves: Option<String>,
     /// Whether something else than its sockets wants the service, or the one that the socket serves.
     pub wanted: bool,
+    /// A socket that the node image newly has, of a service that runs already: systemd starts it only when the
+    /// service does not run.
+    pub arrives: bool,
+    /// The key of its unit file in the other tree that lets nobody stop it by hand, such as `RefuseManualStop=`.
+    pub refuses: Option<Refusal>,
+    /// Active units that systemd stops and restarts with it: those that require it, are bound to it or part of it, and
+    /// theirs.
+    pub along: Vec<String>,
+    /// Of logind: the other tree's systemd, and with it the PAM module, is of another release.
+    pub other_release: bool,
+}
+
+/// Jobs that systemd takes only as the dependency of others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// `RefuseManualStop=`: neither a stop nor a restart.
+    Stop,
+    /// `RefuseManualStart=`: no restart.
+    Start,
 }
 
 /// What happens to a unit.
@@ -137,18 +156,20 @@ impl Action {
     pub fn jobs(&self) -> Vec<(Verb, &str)> {
         let unit = self.unit.as_str();
         match (self.class, &self.how) {
-            // What is to start is started by the isolate.
-            (Class::None | Class::Never | Class::Start, _) | (_, How::WithSocket(_)) => Vec::new(),
-            (Class::Reload, _) => vec![(Verb::Reload, unit)],
-            (Class::Stop, _) | (Class::Restart, How::LeftToSocket(_)) => vec![(Verb::Stop, unit)],
-            (Class::Restart, How::Alone) => vec![(Verb::TryRestart, unit)],
-            (Class::Restart, How::SocketOf { service, start }) => {
-                let mut jobs = vec![(Verb::Stop, service.as_str()), (Verb::TryRestart, unit)];
+            (Class::None | Class::Never, _) | (_, How::WithSocket(_)) => Vec::new(),
+            (Class::Restart | Class::Start, How::SocketOf { service, start }) => {
+                let socket = if self.class == Class::Start { Verb::Start } else { Verb::TryRestart };
+                let mut jobs = vec![(Verb::Stop, service.as_str()), (socket, unit)];
                 if *start {
                     jobs.push((Verb::Start, service));
                 }
                 jobs
             }
+            // What else is to start is started by the isolate.
+            (Class::Start, _) => Vec::new(),
+            (Class::Reload, _) => vec![(Verb::Reload, unit)],
+            (Class::Stop, _) | (Class::Restart, How::LeftToSocket(_)) => vec![(Verb::Stop, unit)],
+            (Class::Restart, How::Alone) => vec![(Verb::TryRestart, unit)],
         }
     }
 }
@@ -159,6 +180,7 @@ const NEVER: &[&str] = &[
     "dbus.service",
     "dbus-broker.service",
     "dbus.socket",
+    LOGIND,
     // With their sockets: what is logged in between would be lost.
     "systemd-journald",
     "user@",
@@ -174,16 +196,27 @@ const NEVER: &[&str] = &[
     "rescue.service",
 ];
 
+/// Listed, too, but for one case: a logind of systemd 252 left alone would refuse every user manager whose PAM module is of 256
+/// or later, which asks for a class of session that it does not know. What the next one will ask for nobody knows.
+/// So next to another release of systemd it is restarted; no session ends with it: it keeps them on record and their
+/// devices with systemd (it is restarted at will since systemd 219).
+pub(super) const LOGIND: &str = "systemd-logind.service";
+
 /// The only units that the live flow restarts, because new logins need them. No session ends with either: sshd's
-/// are processes of their own, and logind keeps them on record and their devices with systemd (it is restarted
-/// at will since systemd 219). A logind of systemd 252 left alone would refuse every user manager whose PAM module is
-/// of 256 or later, which asks for a class of session that it does not know.
-const LIVE: &[&str] = &["ssh.service", "sshd.service", "systemd-logind.service"];
+/// are processes of their own.
+const LIVE: &[&str] = &["ssh.service", "sshd.service", LOGIND];
 
 /// Decides for every unit that changed, in the order in which it is to be done: what is gone is stopped first, and
 /// sockets come before services.
 pub fn plan(units: &[UnitState], flow: Flow, policy: &Policy) -> Vec<Action> {
     let mut actions: Vec<_> = units.iter().filter_map(|unit| decide(unit, flow, policy)).collect();
+    let planned: BTreeMap<String, Class> = actions.iter().map(|one| (one.unit.clone(), one.class)).collect();
+    let states: BTreeMap<&str, &UnitState> = units.iter().map(|unit| (unit.name.as_str(), unit)).collect();
+    for action in &mut actions {
+        if let Some(unit) = states.get(action.unit.as_str()) {
+            spare(action, unit, |name| must_stay(name, planned.get(name), flow, policy));
+        }
+    }
     pair(&mut actions);
     actions.sort_by_key(|action| match (action.class, action.unit.ends_with(".socket")) {
         (Class::Stop, _) => 0,
@@ -193,9 +226,9 @@ pub fn plan(units: &[UnitState], flow: Flow, policy: &Policy) -> Vec<Action> {
     actions
 }
 
-/// What the isolate to `target` starts that it would not have started without the node image. `old` and `new` are what
-/// the target pulls in, `active` is what runs.
-pub fn starts(old: &BTreeSet<String>, new: &BTreeSet<String>, active: &BTreeSet<String>, target: &str) -> Vec<Action> {
+/// What the isolate to `target` starts that it would not have started without the node image: of what `arriving`, all that
+/// the target newly pulls in, is not active.
+pub fn starts(arriving: &BTreeSet<String>, active: &BTreeSet<String>, target: &str) -> Vec<Action> {
     let concerned = |name: &&String| KINDS.iter().any(|kind| name.ends_with(kind)) && !active.contains(*name);
     let start = |name: &String| Action {
         unit: name.clone(),
@@ -203,7 +236,7 @@ pub fn starts(old: &BTreeSet<String>, new: &BTreeSet<String>, active: &BTreeSet<
         reason: format!("the node image has it wanted by {target}, which is isolated in the end"),
         how: How::Alone,
     };
-    new.difference(old).filter(concerned).map(start).collect()
+    arriving.iter().filter(concerned).map(start).collect()
 }
 
 /// The plan of an undo: that of [`plan`], except that units which only the node image has are stopped, in
@@ -217,6 +250,44 @@ pub fn undo_plan(units: &[UnitState], leaving: &[String], flow: Flow, policy: &P
     };
     let stays = |action: &Action| !leaving.contains(&action.unit);
     leaving.iter().map(stop).chain(plan(units, flow, policy).into_iter().filter(stays)).collect()
+}
+
+/// Whether a unit may not be stopped along with another one, whether or not it changed itself.
+fn must_stay(name: &str, planned: Option<&Class>, flow: Flow, policy: &Policy) -> bool {
+    // A target has no processes; what would be stopped with it is asked about by its own name.
+    if name.ends_with(".target") {
+        return false;
+    }
+    match (planned, policy.of(name)) {
+        (Some(class), _) if *class != Class::None => *class == Class::Never,
+        (_, Some((_, wish))) => wish == Wish::Never,
+        // A scope holds processes that systemd has not started and cannot start again; what is mounted is in use.
+        _ => {
+            let kind = [".scope", ".mount", ".swap"].iter().any(|kind| name.ends_with(kind));
+            flow == Flow::Live || kind || is_listed(name) || name.starts_with(OWN)
+        }
+    }
+}
+
+/// Turns what systemd would refuse, or what would take a unit along that must stay, into leaving it alone.
+fn spare(action: &mut Action, unit: &UnitState, must_stay: impl Fn(&str) -> bool) {
+    let stops = matches!(action.class, Class::Stop | Class::Restart) || !action.jobs().is_empty() && unit.arrives;
+    let why = if !stops {
+        return;
+    } else if let Some(name) = unit.along.iter().find(|name| must_stay(name)) {
+        format!("{name} would be stopped with it, and is to stay")
+    } else {
+        match unit.refuses {
+            Some(Refusal::Stop) => "systemd stops it for no one by hand (RefuseManualStop=)".to_owned(),
+            Some(Refusal::Start) if action.class != Class::Stop => {
+                "systemd starts it for no one by hand (RefuseManualStart=)".to_owned()
+            }
+            _ => return,
+        }
+    };
+    action.class = Class::Never;
+    action.reason = format!("{}; {why}", action.reason);
+    action.how = How::Alone;
 }
 
 /// A service whose socket is restarted is restarted with it; a socket whose service must stay stays.
@@ -264,6 +335,9 @@ fn is_listed(name: &str) -> bool {
 }
 
 fn decide(unit: &UnitState, flow: Flow, policy: &Policy) -> Option<Action> {
+    if unit.arrives {
+        return arrive(unit, flow, policy);
+    }
     let what = what_changed(unit)?;
     let name = unit.name.as_str();
     let act = |class, why: &str| {
@@ -292,7 +366,8 @@ fn decide(unit: &UnitState, flow: Flow, policy: &Policy) -> Option<Action> {
     if unit.serves.as_deref().is_some_and(spared) {
         return act(Class::Never, "the configuration wants its service left alone");
     }
-    if is_listed(name) || unit.serves.as_deref().is_some_and(is_listed) {
+    let listed = is_listed(name) && !(name == LOGIND && unit.other_release);
+    if listed || unit.serves.as_deref().is_some_and(is_listed) {
         return act(Class::Never, "a restart would end sessions or the system's own services");
     }
     // On a live system the image's word is not enough to stop anything.
@@ -327,6 +402,29 @@ fn decide(unit: &UnitState, flow: Flow, policy: &Policy) -> Option<Action> {
         return act(Class::Reload, "");
     }
     restart(unit, act(Class::Restart, ""))
+}
+
+/// A new socket makes its service start anew behind it. Where the service is to stay, so does the socket: the isolate's
+/// own attempt to start it changes nothing. On a live system nothing is started.
+fn arrive(unit: &UnitState, flow: Flow, policy: &Policy) -> Option<Action> {
+    let service = unit.serves.clone().filter(|_| flow == Flow::Bootstrap)?;
+    let spared = |name: &str| matches!(policy.of(name), Some((_, Wish::Never))) || is_listed(name);
+    let stays = spared(&unit.name) || spared(&service) || unit.wish == Some(Wish::Never);
+    let what = format!("the node image newly has it, and {service} runs without it");
+    Some(match stays {
+        true => Action {
+            unit: unit.name.clone(),
+            class: Class::Never,
+            reason: format!("{what}; its service is left alone"),
+            how: How::Alone,
+        },
+        false => Action {
+            unit: unit.name.clone(),
+            class: Class::Start,
+            reason: what,
+            how: How::SocketOf { service, start: unit.wanted },
+        },
+    })
 }
 
 /// Restarts through the socket where there is one.

@@ -28,8 +28,8 @@ fn code_that_changed() {
         ("ssh.service", vec!["sbin/sshd"], Bootstrap, Some(Restart)),
         ("ssh.service", vec!["sbin/sshd"], Live, Some(Restart)),
         ("ssh.service", vec![], Bootstrap, None),
-        ("systemd-logind.service", vec!["lib/systemd/systemd-logind"], Bootstrap, Some(Restart)),
-        ("systemd-logind.service", vec!["lib/systemd/systemd-logind"], Live, Some(Restart)),
+        ("systemd-logind.service", vec!["lib/systemd/systemd-logind"], Bootstrap, Some(Never)),
+        ("systemd-logind.service", vec!["lib/systemd/systemd-logind"], Live, Some(Never)),
         ("systemd-udevd.service", vec!["bin/udevadm"], Bootstrap, Some(Restart)),
         ("systemd-udevd.service", vec!["bin/udevadm"], Live, Some(Never)),
         ("dbus.service", vec!["bin/dbus-daemon"], Bootstrap, Some(Never)),
@@ -43,6 +43,123 @@ fn code_that_changed() {
     ] {
         assert_eq!(class(unit(name, &changed), flow, &Policy::default()), expected, "{name} {changed:?} {flow:?}");
     }
+}
+
+/// Left alone would be a logind that the next login's PAM module does not understand.
+#[test]
+fn logind_next_to_another_systemd() {
+    let of = |other_release, name: &str| UnitState { other_release, ..unit(name, &["lib/systemd/systemd-logind"]) };
+    for flow in FLOWS {
+        let class_of = |unit| class(unit, flow, &Policy::default());
+        assert_eq!(class_of(of(true, "systemd-logind.service")), Some(Class::Restart));
+        assert_eq!(class_of(of(false, "systemd-logind.service")), Some(Class::Never));
+        assert_eq!(class_of(of(true, "dbus.service")), Some(Class::Never), "logind alone");
+        let policy = Policy::new([("systemd-logind.service", "never")]).unwrap();
+        assert_eq!(class(of(true, "systemd-logind.service"), flow, &policy), Some(Class::Never));
+    }
+}
+
+/// systemd's own word: it takes such jobs as the dependency of others only.
+#[test]
+fn what_systemd_would_refuse() {
+    use Class::{Never, Reload, Restart, Stop};
+    let of = |refuses, state| UnitState { refuses, ..state };
+    let gone = || UnitState { difference: Difference::Gone, ..unit("a.service", &[]) };
+    let reload = || UnitState { difference: Difference::Reload, reloadable: true, ..unit("a.service", &[]) };
+    for (refuses, restart, stop) in
+        [(None, Restart, Stop), (Some(Refusal::Stop), Never, Never), (Some(Refusal::Start), Never, Stop)]
+    {
+        let class_of = |state, policy: &Policy| class(of(refuses, state), Flow::Bootstrap, policy);
+        assert_eq!(class_of(edited("auditd.service"), &Policy::default()), Some(restart), "{refuses:?}");
+        assert_eq!(class_of(gone(), &Policy::default()), Some(stop), "{refuses:?}");
+        assert_eq!(class_of(reload(), &Policy::default()), Some(Reload), "{refuses:?}");
+        let wanted = Policy::new([("auditd.service", "restart")]).unwrap();
+        assert_eq!(class_of(edited("auditd.service"), &wanted), Some(restart), "also if it is wanted");
+    }
+    let actions = plan(&[of(Some(Refusal::Stop), edited("auditd.service"))], Flow::Bootstrap, &Policy::default());
+    assert_eq!(
+        actions[0].reason,
+        "[Service] User= changed in its unit; systemd stops it for no one by hand (RefuseManualStop=)"
+    );
+}
+
+#[test]
+fn what_would_be_stopped_along() {
+    use Class::{Never, Restart};
+    let taking = |name: &str, along: &[&str]| UnitState {
+        along: along.iter().map(|&name| name.to_owned()).collect(),
+        ..edited(name)
+    };
+    let policy = Policy::new([("agent.service", "never"), ("ours.service", "restart")]).unwrap();
+    for (along, bootstrap, live) in [
+        (vec![], Restart, Restart),
+        (vec!["b.service"], Restart, Never),
+        (vec!["some.target"], Restart, Restart),
+        (vec!["b.service", "dbus.service"], Never, Never),
+        (vec!["user@1000.service"], Never, Never),
+        (vec!["node-image-pivotd.service"], Never, Never),
+        (vec!["agent.service"], Never, Never),
+        (vec!["ours.service"], Restart, Restart),
+        (vec!["libpod-1.scope"], Never, Never),
+        (vec!["srv.mount"], Never, Never),
+    ] {
+        for (flow, expected) in FLOWS.into_iter().zip([bootstrap, live]) {
+            assert_eq!(class(taking("ssh.service", &along), flow, &policy), Some(expected), "{along:?} {flow:?}");
+        }
+    }
+    let of = |units: &[UnitState]| -> Vec<(String, Class)> {
+        let actions = plan(units, Flow::Bootstrap, &Policy::default());
+        actions.into_iter().map(|action| (action.unit, action.class)).collect()
+    };
+    // What it takes along is to stay by its own file, or is restarted anyway.
+    let b = |wish| UnitState { wish, ..edited("b.service") };
+    let a = taking("a.service", &["b.service"]);
+    let named = |name: &str, class| (name.to_owned(), class);
+    assert_eq!(of(&[a.clone(), b(Some(Wish::Never))]), [named("a.service", Never), named("b.service", Never)]);
+    assert_eq!(of(&[a.clone(), b(None)]), [named("a.service", Restart), named("b.service", Restart)]);
+    // A socket whose service stays because of what it would take along.
+    let service = UnitState { sockets: vec!["a.socket".into()], ..taking("a.service", &["dbus.service"]) };
+    let socket = UnitState { serves: Some("a.service".into()), ..edited("a.socket") };
+    assert_eq!(of(&[service, socket]), [named("a.socket", Never), named("a.service", Never)]);
+    assert!(
+        plan(&[taking("a.service", &["dbus.service"])], Flow::Bootstrap, &policy)[0]
+            .reason
+            .contains("dbus.service would")
+    );
+}
+
+/// A socket that the node image newly has, of a service that runs.
+#[test]
+fn a_socket_that_arrives() {
+    let socket =
+        |wanted| UnitState { arrives: true, serves: Some("a.service".into()), wanted, ..unit("a.socket", &[]) };
+    let jobs = |units: &[UnitState], flow, policy: &Policy| -> Vec<(Verb, String)> {
+        let actions = plan(units, flow, policy);
+        actions.iter().flat_map(Action::jobs).map(|(verb, name)| (verb, name.to_owned())).collect()
+    };
+    let job = |verb, name: &str| (verb, name.to_owned());
+    let default = Policy::default();
+    let left = [job(Verb::Stop, "a.service"), job(Verb::Start, "a.socket")];
+    let again = [left.as_slice(), &[job(Verb::Start, "a.service")]].concat();
+    assert_eq!(jobs(&[socket(false)], Flow::Bootstrap, &default), left);
+    assert_eq!(jobs(&[socket(true)], Flow::Bootstrap, &default), again);
+    assert_eq!(jobs(&[socket(true), edited("a.service")], Flow::Bootstrap, &default), again, "the service with it");
+    assert_eq!(plan(&[socket(true)], Flow::Live, &default), [], "nothing is started there");
+    assert_eq!(plan(&[socket(true)], Flow::Bootstrap, &default)[0].class, Class::Start);
+    let never = |name: &str| Policy::new([(name, "never")]).unwrap();
+    for (state, policy) in [
+        (socket(true), never("a.service")),
+        (socket(true), never("a.socket")),
+        (UnitState { serves: Some("dbus.service".into()), ..socket(true) }, default.clone()),
+        (UnitState { wish: Some(Wish::Never), ..socket(true) }, default.clone()),
+        (UnitState { refuses: Some(Refusal::Stop), ..socket(true) }, default.clone()),
+        (UnitState { along: vec!["dbus.service".into()], ..socket(true) }, default.clone()),
+    ] {
+        let actions = plan(&[state], Flow::Bootstrap, &policy);
+        assert_eq!((actions.len(), actions[0].class), (1, Class::Never), "{actions:?}");
+    }
+    let stays = UnitState { wish: Some(Wish::Never), ..edited("a.service") };
+    assert_eq!(jobs(&[socket(true), stays], Flow::Bootstrap, &default), [], "its service stays by its own file");
 }
 
 #[test]
@@ -155,8 +272,8 @@ fn what_leaves_goes_first_and_sockets_before_services() {
 #[test]
 fn what_the_node_image_starts() {
     let set = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect::<BTreeSet<_>>();
-    let new = set(&["kubelet.service", "ssh.service", "x.target", "running.service"]);
-    let actions = starts(&set(&["ssh.service"]), &new, &set(&["running.service"]), "multi-user.target");
+    let arriving = set(&["kubelet.service", "x.target", "running.service"]);
+    let actions = starts(&arriving, &set(&["running.service"]), "multi-user.target");
     assert_eq!(actions.len(), 1);
     assert_eq!((actions[0].unit.as_str(), actions[0].class), ("kubelet.service", Class::Start));
     assert!(actions[0].jobs().is_empty(), "the isolate starts it");
@@ -198,6 +315,10 @@ fn states() -> impl Strategy<Value = Vec<UnitState>> {
             sockets: if socket { Vec::new() } else { vec![name.replace(".service", ".socket")] },
             serves: socket.then(|| name.replace(".socket", ".service")),
             wanted,
+            arrives: false,
+            refuses: None,
+            along: Vec::new(),
+            other_release: false,
             name,
         }
     });

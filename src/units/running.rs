@@ -9,10 +9,13 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use super::definition::{Definition, UnitFiles};
+use super::definition::{Definition, UnitFiles, is_true};
 use super::difference::{Difference, KEY, compare};
+use super::files::release_of;
+use super::manager::Unit;
+use super::plan::LOGIND;
 use super::policy::Wish;
-use super::{Manager, UnitState};
+use super::{Manager, Refusal, UnitState};
 
 /// Definitions by the name of the unit.
 pub type Definitions = BTreeMap<String, Definition>;
@@ -40,6 +43,10 @@ pub struct Sides<'a> {
     pub old: &'a Definitions,
     /// What they will be, or are by now.
     pub new: &'a UnitFiles,
+    /// What the final target pulls in of the new side, and did not of the old one.
+    pub arriving: &'a BTreeSet<String>,
+    /// The release of the new side's systemd, where that is known.
+    pub systemd: Option<u32>,
 }
 
 /// All active units that run or are something else than the other side has it. A process that ends while it is looked
@@ -49,21 +56,89 @@ pub async fn survey(manager: &Manager, sides: &Sides<'_>) -> Result<(Vec<UnitSta
     let mut states = Vec::new();
     let mut troubles = Vec::new();
     let units = manager.list().await?;
-    let active: BTreeSet<&str> = units.iter().filter(|unit| unit.is_active()).map(|unit| unit.name.as_str()).collect();
+    let names =
+        |wanted: fn(&Unit) -> bool| units.iter().filter(move |unit| wanted(unit)).map(|unit| unit.name.as_str());
+    let active: BTreeSet<&str> = names(Unit::is_active).collect();
+    // Of any kind, and on its way up or down, too: what would be stopped with another unit.
+    let there: BTreeSet<&str> = names(|unit| !matches!(unit.active.as_str(), "inactive" | "failed")).collect();
     for unit in units.iter().filter(|unit| unit.is_active()) {
-        let looked = look(manager, unit, sides, &active, &mut troubles).await;
+        let looked = look(manager, unit, sides, (&active, &there), &mut troubles).await;
         match looked.with_context(|| format!("{}: cannot tell what it runs", unit.name)) {
             Ok(state) => states.extend(state),
             Err(error) => troubles.push(format!("{error:#}")),
         }
     }
+    for (socket, service) in new_sockets(sides, &active) {
+        match new_socket(manager, sides, &there, &socket, service).await {
+            Ok(state) => states.push(state),
+            Err(error) => troubles.push(format!("{socket}: cannot tell what its service is: {error:#}")),
+        }
+    }
     Ok((states, troubles))
+}
+
+/// The sockets that arrive, with their services, where those run already.
+fn new_sockets(sides: &Sides<'_>, active: &BTreeSet<&str>) -> Vec<(String, String)> {
+    let sockets = sides.arriving.iter().filter(|name| name.ends_with(".socket") && !active.contains(name.as_str()));
+    let with_service = |socket: &String| {
+        let service = sides.new.definition(socket).filter(|socket| !socket.masked)?.service_of(socket)?;
+        active.contains(service.as_str()).then(|| (socket.clone(), service))
+    };
+    sockets.filter_map(with_service).collect()
+}
+
+async fn new_socket(
+    manager: &Manager,
+    sides: &Sides<'_>,
+    there: &BTreeSet<&str>,
+    socket: &str,
+    service: String,
+) -> Result<UnitState> {
+    let wanted = !manager.links_of(&service).await?.wanted_by.is_empty();
+    let definition = sides.new.definition(socket);
+    let wish = definition.as_ref().and_then(|one| one.value("Unit", KEY)).and_then(|word| word.parse().ok());
+    let along = along(manager, [service.as_str()], there).await?;
+    let refuses = sides.new.definition(&service).as_ref().and_then(refusal);
+    Ok(UnitState {
+        name: socket.to_owned(),
+        serves: Some(service),
+        arrives: true,
+        wanted,
+        wish,
+        along,
+        refuses,
+        ..UnitState::default()
+    })
+}
+
+/// The active units that are stopped and restarted with these, themselves left out.
+async fn along<'a>(
+    manager: &Manager,
+    units: impl IntoIterator<Item = &'a str>,
+    there: &BTreeSet<&str>,
+) -> Result<Vec<String>> {
+    let mut pending: Vec<String> = units.into_iter().map(str::to_owned).collect();
+    let own = pending.clone();
+    let mut seen = BTreeSet::new();
+    while let Some(name) = pending.pop() {
+        if seen.insert(name.clone()) {
+            let links = manager.links_of(&name).await?;
+            pending.extend(links.along.into_iter().filter(|name| there.contains(name.as_str())));
+        }
+    }
+    Ok(seen.into_iter().filter(|name| !own.contains(name)).collect())
+}
+
+/// What the unit file says about jobs by hand.
+fn refusal(definition: &Definition) -> Option<Refusal> {
+    let has = |key| definition.value("Unit", key).is_some_and(is_true);
+    if has("RefuseManualStop") { Some(Refusal::Stop) } else { has("RefuseManualStart").then_some(Refusal::Start) }
 }
 
 /// The definitions of all active units.
 pub async fn definitions(manager: &Manager, files: &UnitFiles) -> Result<Definitions> {
     let units = manager.list().await?;
-    let define = |unit: super::manager::Unit| files.definition(&unit.name).map(|definition| (unit.name, definition));
+    let define = |unit: Unit| files.definition(&unit.name).map(|definition| (unit.name, definition));
     Ok(units.into_iter().filter(|unit| unit.is_active()).filter_map(define).collect())
 }
 
@@ -75,9 +150,9 @@ pub async fn active(manager: &Manager) -> Result<BTreeSet<String>> {
 /// `None` for a unit that is the same on both sides.
 async fn look(
     manager: &Manager,
-    unit: &super::manager::Unit,
+    unit: &Unit,
     sides: &Sides<'_>,
-    active: &BTreeSet<&str>,
+    (active, there): (&BTreeSet<&str>, &BTreeSet<&str>),
     troubles: &mut Vec<String>,
 ) -> Result<Option<UnitState>> {
     let name = unit.name.as_str();
@@ -107,6 +182,8 @@ async fn look(
         Some(service) => manager.links_of(service).await?.wanted_by,
         None => links.wanted_by,
     };
+    let along = along(manager, [name].into_iter().chain(serves.as_deref()), there).await?;
+    let other_release = name == LOGIND && is_other_release(&changed, sides.systemd);
     Ok(Some(UnitState {
         name: name.to_owned(),
         changed: changed.into_iter().collect(),
@@ -123,12 +200,16 @@ async fn look(
         sockets: links.triggered_by.iter().filter(|unit| unit.ends_with(".socket")).filter(running).cloned().collect(),
         serves: serves.filter(|_| name.ends_with(".socket")),
         wanted: !wanting.is_empty(),
+        arrives: false,
+        refuses: new.as_ref().and_then(refusal),
+        along,
+        other_release,
     }))
 }
 
-/// systemd.syntax(7).
-fn is_true(word: &str) -> bool {
-    matches!(word.to_ascii_lowercase().as_str(), "1" | "yes" | "y" | "true" | "t" | "on")
+/// Whether what it maps of systemd is of another release than `new`. Of the same one its library may differ, too.
+fn is_other_release(changed: &BTreeSet<String>, new: Option<u32>) -> bool {
+    changed.iter().filter_map(|path| release_of(Path::new(path))).any(|old| Some(old) != new)
 }
 
 /// Units that run something or wait for something, or failed at it, with their unit files. Not mounts: one that
@@ -316,6 +397,16 @@ nonsense
             child.kill().unwrap();
             child.wait().unwrap();
         }
+    }
+
+    #[test]
+    fn another_release_of_systemd() {
+        let of = |changed: &[&str], new| is_other_release(&changed.iter().map(|&path| path.into()).collect(), new);
+        let library = "lib/x86_64-linux-gnu/systemd/libsystemd-shared-252.so";
+        assert!(of(&["lib/systemd/systemd-logind", library], Some(257)));
+        assert!(of(&[library], None), "nobody knows");
+        assert!(!of(&[library], Some(252)), "another build");
+        assert!(!of(&["lib/systemd/systemd-logind"], Some(257)), "the library is the same file");
     }
 
     #[test]

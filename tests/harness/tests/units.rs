@@ -20,8 +20,19 @@ const PIVOT: Duration = Duration::from_secs(180);
 const SOON: Duration = Duration::from_secs(60);
 
 /// Services of the administrator; what the node image has to say about each is a drop-in in its /usr.
-const SERVICES: [&str; 8] =
-    ["t-exec", "t-harmless", "t-reload", "t-never", "t-key-restart", "t-config", "t-socket", "t-listen"];
+const SERVICES: [&str; 11] = [
+    "t-exec",
+    "t-harmless",
+    "t-reload",
+    "t-never",
+    "t-key-restart",
+    "t-config",
+    "t-needed",
+    "t-refuses",
+    "t-arrives",
+    "t-socket",
+    "t-listen",
+];
 
 /// What the node image changes: (path, text).
 const LAYER: &[(&str, &str)] = &[
@@ -43,6 +54,9 @@ const LAYER: &[(&str, &str)] = &[
         "[Unit]\nX-NodeImagePivot=restart\n[Service]\nEnvironment=A=1\n",
     ),
     ("usr/lib/systemd/system/t-config.service.d/10-node.conf", "[Service]\nEnvironment=A=1\n"),
+    ("usr/lib/systemd/system/t-needed.service.d/10-node.conf", "[Service]\nEnvironment=A=1\n"),
+    ("usr/lib/systemd/system/t-refuses.service.d/10-node.conf", "[Service]\nEnvironment=A=1\n"),
+    ("usr/lib/systemd/system/t-arrives.socket", "[Socket]\nListenStream=/run/t-arrives\n"),
     ("usr/lib/systemd/system/t-socket.service.d/10-node.conf", "[Service]\nEnvironment=WORD=new\n"),
     (
         "usr/lib/systemd/system/t-listen.socket.d/10-node.conf",
@@ -50,7 +64,7 @@ const LAYER: &[(&str, &str)] = &[
     ),
     // A fragment of the image's own, and one that the bootimage does not have.
     ("usr/lib/systemd/system/t-new.service", "[Service]\nExecStart=/bin/sleep 9002\n"),
-    ("usr/lib/systemd/system/multi-user.target.d/10-node.conf", "[Unit]\nWants=t-new.service\n"),
+    ("usr/lib/systemd/system/multi-user.target.d/10-node.conf", "[Unit]\nWants=t-new.service t-arrives.socket\n"),
 ];
 
 /// Answers one connection on its socket after the other with its WORD.
@@ -69,7 +83,12 @@ fn put_units(files: &Files, wanted_by: &str) -> Result<()> {
             "t-harmless" => "/var/t-static",
             _ => "/bin/sleep 9000",
         };
-        files.put(&format!("{system}/{name}.service"), 0o644, &format!("[Service]\nExecStart={start}\n"))?;
+        let unit = match name {
+            "t-config" => "[Unit]\nRequires=t-needed.service\n",
+            "t-refuses" => "[Unit]\nRefuseManualStop=yes\n",
+            _ => "",
+        };
+        files.put(&format!("{system}/{name}.service"), 0o644, &format!("{unit}[Service]\nExecStart={start}\n"))?;
         let unit = if listens {
             let text = format!("[Socket]\nListenStream=/run/{name}\n");
             files.put(&format!("{system}/{name}.socket"), 0o644, &text)?;
@@ -136,7 +155,17 @@ fn each_class_in_the_bootstrap_flow() -> Result<()> {
         }
         put_units(files, "node-image-pivot.target")
     })?;
-    let running = ["t-exec", "t-harmless", "t-reload", "t-never", "t-key-restart", "t-config"];
+    let running = [
+        "t-exec",
+        "t-harmless",
+        "t-reload",
+        "t-never",
+        "t-key-restart",
+        "t-config",
+        "t-needed",
+        "t-refuses",
+        "t-arrives",
+    ];
     for name in running {
         guest.wait_unit(&format!("{name}.service"), "active", SOON)?;
     }
@@ -193,6 +222,20 @@ fn each_class_in_the_bootstrap_flow() -> Result<()> {
         same(after("t-config")?, was("t-config"))?;
         same(class_of(&plan, "t-never.service")?, "never")?;
         same(class_of(&plan, "t-config.service")?, "never")
+    });
+    checks.check("never: what one that is to stay requires, and what systemd stops for no one by hand", || {
+        same(after("t-needed")?, was("t-needed"))?;
+        same(after("t-refuses")?, was("t-refuses"))?;
+        same(class_of(&plan, "t-needed.service")?, "never")?;
+        same(class_of(&plan, "t-refuses.service")?, "never")
+    });
+    checks.check("start: a new socket of a service that runs; the service starts anew behind it", || {
+        same(class_of(&plan, "t-arrives.socket")?, "start")?;
+        same(guest.unit("t-arrives.socket", "ActiveState")?, "active".into())?;
+        if after("t-arrives")? == was("t-arrives") {
+            bail!("the same process, without the socket")
+        }
+        contains(&guest.ask("journalctl -u node-image-pivotd.service -o cat")?, "t-arrives.socket: start: ")
     });
     checks.check("stop: the node image has no such unit", || {
         same(guest.unit("base-legacy.service", "ActiveState")?, "inactive".into())?;
@@ -258,6 +301,7 @@ fn a_live_system_loses_nothing() -> Result<()> {
             ("t-key-restart.service", "never"),
             ("base-legacy.service", "never"),
             ("t-listen.socket", "never"),
+            ("t-needed.service", "never"),
             ("ssh.service", "restart"),
             ("systemd-logind.service", "restart"),
             ("dbus.service", "never"),
@@ -307,6 +351,7 @@ fn a_live_system_loses_nothing() -> Result<()> {
             same(has("systemd-networkd.service")?, false)?;
             pid(&guest, "systemd-networkd.service")?;
             same(guest.unit("t-new.service", "ActiveState")?, "active".into())?;
+            same(guest.unit("t-arrives.socket", "ActiveState")?, "active".into())?;
             same(guest.unit("base-legacy.service", "ActiveState")?, "inactive".into())?;
             same(guest.ask("systemctl --failed --no-legend --plain")?, String::new())
         });
