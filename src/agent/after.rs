@@ -28,11 +28,11 @@ pub(super) async fn refresh(context: &Context, mut switched: Switched, flow: Flo
     switch::load_policy(context).await?;
     let mut trouble = host::refresh(&differs).await;
 
-    let manager = units::renew_manager(context, &differs).await?;
+    let mut manager = units::renew_manager(context, &differs).await?;
     if let Err(error) = host::reload_bus().await {
         trouble.push(format!("{error:#}"));
     }
-    switched.units = units::carry_out(context, &manager, &differs, flow, &mut trouble).await?;
+    switched.units = units::carry_out(context, &mut manager, &differs, flow, &mut trouble).await?;
     for unit in host::appliers(&differs, flow == Flow::Live) {
         // What had no files at boot is not active.
         let again = async {
@@ -83,9 +83,9 @@ pub(super) async fn finish(context: &Context, mut switched: Switched, flow: Flow
     if flow == Flow::Live {
         let delta = switched.staged.delta.lookup()?;
         let differs = |path: &Path| delta.contains(path).unwrap_or(true);
-        let manager = Manager::connect().await?;
+        let mut manager = Manager::connect().await?;
         let mut trouble = Vec::new();
-        switched.units = units::carry_out(context, &manager, &differs, Flow::Bootstrap, &mut trouble)
+        switched.units = units::carry_out(context, &mut manager, &differs, Flow::Bootstrap, &mut trouble)
             .await
             .context("nothing was isolated, everything before that is done; start node-image-finish.service again")?;
         tell_units(context, &manager, &differs, &switched, &mut trouble).await;

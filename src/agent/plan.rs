@@ -197,12 +197,7 @@ mod tests {
                 changed: vec![PackageChange { name: "p".into(), from: "1".into(), to: "2".into() }],
             }),
             etc: EtcPlan { counts: BTreeMap::from([(Class::Conflict, 1)]), decisions: vec![decision] },
-            units: vec![Action {
-                unit: "a.service".into(),
-                class: units::Class::Restart,
-                reason: "r".into(),
-                how: units::How::Alone,
-            }],
+            units: vec![Action::new("a.service", units::Class::Restart, "r")],
             memory: MemoryPlan { needed: BTreeMap::new(), needed_bytes: 1 << 20, available_bytes: 1 << 30 },
             warnings: vec!["w".into()],
         }

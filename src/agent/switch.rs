@@ -12,13 +12,13 @@ use tracing::{info, warn};
 
 use super::after::RESTART;
 use super::prepare::{ETC, USR, USR_SOURCE, new_etc};
-use super::units::UnitsRecord;
+use super::units::{UnitsRecord, reexecute};
 use super::{Context, Error, Paths, StagedRoot, Switched, storage};
 use crate::dirfd::Directory;
 use crate::failpoint::{self, Point};
 use crate::report::{Phase, State};
 use crate::store::NODE_IMAGE_REF;
-use crate::units::{self, Action, Class, Flow, How, Manager, Root, Sides, UnitFiles, Version};
+use crate::units::{self, Action, Class, Flow, Manager, Root, Sides, UnitFiles, Verb, Version};
 use crate::{etc, host, mount, selinux, stage};
 
 /// Exposes the new `/usr` and merges `/etc`.
@@ -148,12 +148,7 @@ pub(super) async fn plan_units(paths: &Paths, staged: &StagedRoot, flow: Flow) -
     let record = record.unwrap_or_default();
     let flow = record.flow.unwrap_or(flow);
     let mut actions = units::undo_plan(&states, &leaving, flow, &super::units::policy());
-    actions.extend(record.stopped().map(|unit| Action {
-        unit: unit.to_owned(),
-        class: Class::Start,
-        reason: "the switch stopped it".into(),
-        how: How::Alone,
-    }));
+    actions.extend(record.stopped().map(|unit| Action::new(unit, Class::Start, "the switch stopped it")));
     Ok(actions)
 }
 
@@ -215,20 +210,20 @@ async fn stop_units(actions: &[Action]) -> Vec<String> {
 /// PID 1 must be the old program again, with the old unit files, and so must be what ran the node
 /// image's code: sshd's helpers, for one, are the old ones again.
 async fn undo_units(actions: &[Action], kept: &mut Vec<String>) -> anyhow::Result<()> {
-    let manager = Manager::connect().await?.reexecute().await?;
+    let mut manager = reexecute(Manager::connect().await?, kept).await?;
     for action in actions {
         match action.class {
             Class::None => {}
             // Once more, for what could not be stopped before. How it ended concerns nobody any more, and nobody
             // could start it to make that good.
             Class::Stop => {
-                if let Err(error) = manager.stop(&action.unit, RESTART).await {
+                if let Err(error) = manager.run(Verb::Stop, &action.unit, RESTART).await {
                     kept.push(format!("{} was not stopped: {error:#}", action.unit));
                 }
                 manager.reset_failed(&action.unit).await?;
             }
             Class::Start => {
-                if let Err(error) = manager.start(&action.unit, RESTART).await {
+                if let Err(error) = manager.run(Verb::Start, &action.unit, RESTART).await {
                     kept.push(format!("{error:#}"));
                 }
             }

@@ -6,10 +6,11 @@
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
-use tracing::info;
+use tracing::{info, warn};
 
 use super::after::RESTART;
 use super::prepare::{USR, USR_SOURCE, new_etc};
@@ -35,9 +36,19 @@ struct Act {
     /// How many of its jobs are done, well or not.
     #[serde(default)]
     done: usize,
-    /// The run of the unit that the next job ends, in hexadecimal: another one says that it was done.
+    /// Whether one of them went wrong.
+    #[serde(default)]
+    failed: bool,
+    /// The run of the unit that a restart ends, in hexadecimal: another one says that it was done, by a daemon before us or
+    /// along with another unit.
     #[serde(default)]
     ending: Option<String>,
+}
+
+impl From<Action> for Act {
+    fn from(action: Action) -> Self {
+        Self { action, done: 0, failed: false, ending: None }
+    }
 }
 
 /// What is remembered of the units, from before the switch until the next one.
@@ -156,8 +167,10 @@ async fn unit_files() -> Result<UnitFiles> {
 pub(super) async fn renew_manager(context: &Context, differs: Differs<'_>) -> Result<Manager> {
     let manager = Manager::connect().await?;
     if units::mapped_files(1).iter().any(|path| differs(Path::new(path))) {
-        let manager = manager.reexecute().await?;
+        let mut troubles = Vec::new();
+        let manager = reexecute(manager, &mut troubles).await?;
         context.tracker.note("systemd was re-executed: its binary or libraries changed");
+        troubles.iter().for_each(|line| warn!("{line}"));
         Ok(manager)
     } else {
         manager.reload().await?;
@@ -165,11 +178,39 @@ pub(super) async fn renew_manager(context: &Context, differs: Differs<'_>) -> Re
     }
 }
 
-/// Plans for `flow`, once, and carries the plan out, from where a daemon before us was killed. Returns the actions;
-/// what went wrong is added to `trouble`.
+/// PID 1 becomes that of the `/usr` in place, and so do the managers of users. They keep what they have started, as it does. From
+/// version 255 on they start services through a program of the `/usr` that they come from: left alone, they could
+/// start nothing any more.
+pub(super) async fn reexecute(manager: Manager, troubles: &mut Vec<String>) -> Result<Manager> {
+    let release = manager.version().await.ok().and_then(|version| release(&version));
+    let manager = manager.reexecute().await?;
+    // Older ones do not know the signal, and end.
+    if release.is_some_and(|release| release >= 250)
+        && let Err(error) = reexecute_users(&manager).await
+    {
+        troubles.push(format!("a user's manager is not re-executed; log out, or restart it: {error:#}"));
+    }
+    Ok(manager)
+}
+
+async fn reexecute_users(manager: &Manager) -> Result<()> {
+    for unit in units::active(manager).await?.iter().filter(|unit| unit.starts_with("user@")) {
+        manager.reexecute_user(unit).await.with_context(|| unit.clone())?;
+        info!("{unit}: told to re-execute itself");
+    }
+    Ok(())
+}
+
+/// The number that systemd's version begins with.
+fn release(version: &str) -> Option<u32> {
+    version.split(|letter: char| !letter.is_ascii_digit()).next()?.parse().ok()
+}
+
+/// Plans for `flow`, once, and carries the plan out, from where a daemon before us was killed. Returns the actions that
+/// were carried out; what went wrong is added to `trouble`.
 pub(super) async fn carry_out(
     context: &Context,
-    manager: &Manager,
+    manager: &mut Manager,
     differs: Differs<'_>,
     flow: Flow,
     trouble: &mut Vec<String>,
@@ -184,12 +225,24 @@ pub(super) async fn carry_out(
         let systemd = Root::running().systemd_release();
         let (version, old) = (Version::Replaced, &record.before);
         let sides = Sides { version, differs, old, new: &new, arriving: &arriving, systemd };
-        let (states, troubles) = units::survey(manager, &sides).await?;
+        let (states, troubles) = match units::survey(manager, &sides).await {
+            // Somebody re-executed systemd.
+            Err(error) if Manager::is_lost(&error) => {
+                *manager = Manager::connect().await?;
+                units::survey(manager, &sides).await?
+            }
+            surveyed => surveyed?,
+        };
         trouble.extend(troubles);
-        let actions = units::plan(&states, flow, &context.settings.units);
         // What was done for the flow before is still what happened.
         record.acts.retain(|act| act.done > 0);
-        record.acts.extend(actions.into_iter().map(|action| Act { action, done: 0, ending: None }));
+        for action in units::plan(&states, flow, &context.settings.units) {
+            let mut act = Act::from(action);
+            if act.action.jobs().iter().any(|(verb, _)| *verb == Verb::TryRestart) {
+                act.ending = manager.invocation(&act.action.unit).await.ok().map(hex::encode);
+            }
+            record.acts.push(act);
+        }
         record.flow = Some(flow);
         record.save(paths)?;
     }
@@ -205,40 +258,64 @@ pub(super) async fn carry_out(
             }
         }
     }
-    Ok(record.acts.into_iter().map(|act| act.action).collect())
+    if let Err(error) = look_along(manager, &record.acts, trouble).await {
+        trouble.push(format!("cannot tell what became of units that were restarted along: {error:#}"));
+    }
+    Ok(record.acts.into_iter().filter(|act| !act.failed).map(|act| act.action).collect())
 }
 
 /// The outer error is about the record, the inner one about the unit.
 async fn carry_out_one(
     paths: &Paths,
-    manager: &Manager,
+    manager: &mut Manager,
     record: &mut UnitsRecord,
     index: usize,
     verb: Verb,
     unit: &str,
 ) -> Result<Result<()>> {
     let mut outcome = Ok(());
-    let mut was_done = false;
-    if verb == Verb::TryRestart {
-        let run = manager.invocation(unit).await.ok().map(hex::encode);
-        was_done = matches!((&record.acts[index].ending, &run), (Some(ending), Some(run)) if ending != run);
-        if !was_done {
-            record.acts[index].ending = run;
-            record.save(paths)?;
-        }
-    }
-    if !was_done {
+    let act = &record.acts[index];
+    let run = match verb {
+        Verb::TryRestart if act.ending.is_some() => manager.invocation(unit).await.ok().map(hex::encode),
+        _ => None,
+    };
+    if run.is_none() || run == act.ending {
         outcome = manager.run(verb, unit, RESTART).await;
-        if record.acts[index].action.class == Class::Stop && outcome.is_ok() {
+        if act.action.class == Class::Stop && outcome.is_ok() {
             // How it ended concerns nobody: it has no unit file any more.
             outcome = manager.reset_failed(unit).await;
         }
     }
     record.acts[index].done += 1;
-    record.acts[index].ending = None;
+    record.acts[index].failed |= outcome.is_err();
     record.before.remove(unit);
     record.save(paths)?;
     Ok(outcome)
+}
+
+/// Of units that systemd restarts along with others nobody waits for the jobs: what fails among them is told here.
+async fn look_along(manager: &Manager, acts: &[Act], trouble: &mut Vec<String>) -> Result<()> {
+    let along: BTreeSet<_> = acts.iter().flat_map(|act| &act.action.along).map(String::as_str).collect();
+    if along.is_empty() {
+        return Ok(());
+    }
+    let deadline = Instant::now() + RESTART;
+    let (pending, failed) = loop {
+        let (pending, failed) = manager.pending_and_failed(&along).await?;
+        if pending.is_empty() || Instant::now() >= deadline {
+            break (pending, failed);
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    };
+    let of =
+        |unit: &String| acts.iter().find(|act| act.action.along.contains(unit)).map(|act| act.action.unit.as_str());
+    for (units, how) in [(&pending, "is still not up"), (&failed, "has failed")] {
+        trouble.extend(units.iter().map(|unit| {
+            let because = of(unit).unwrap_or_default();
+            format!("{unit} {how}: it was restarted along with {because}; see systemctl status {unit}")
+        }));
+    }
+    Ok(())
 }
 
 /// What still runs the bootimage's code.
@@ -283,8 +360,9 @@ mod tests {
         let paths = Paths::below(temp.path());
         assert_eq!(UnitsRecord::load(&paths).unwrap(), None);
         let act = |unit: &str, class, done| Act {
-            action: Action { unit: unit.into(), class, reason: "r".into(), how: How::LeftToSocket("s.socket".into()) },
+            action: Action { how: How::LeftToSocket("s.socket".into()), ..Action::new(unit, class, "r") },
             done,
+            failed: false,
             ending: Some("00ff".into()),
         };
         let record = UnitsRecord {
@@ -302,6 +380,15 @@ mod tests {
         assert_eq!(record.stopped().collect::<Vec<_>>(), ["a.service"], "what was not stopped is not started");
         std::fs::write(temp.path().join(FILE), "{").unwrap();
         assert!(UnitsRecord::load(&paths).unwrap_err().to_string().contains("units.json is damaged"));
+    }
+
+    #[test]
+    fn releases() {
+        for (version, expected) in
+            [("252.39-1~deb12u1", Some(252)), ("257", Some(257)), ("v257", None), ("", None), ("249.11-rc1", Some(249))]
+        {
+            assert_eq!(release(version), expected, "{version}");
+        }
     }
 
     #[test]

@@ -4,12 +4,12 @@
 //! restarting bus then costs us the status API, not the pivot. Where the socket is missing, the
 //! system bus is used.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use futures_util::StreamExt;
 use zbus::message::Type;
 use zbus::{Connection, MessageStream, OwnedObjectPath, OwnedVariant};
@@ -36,8 +36,15 @@ const REEXEC: Duration = Duration::from_secs(90);
 const ANSWER: Duration = Duration::from_secs(10);
 /// How long the private socket may be away because somebody else re-executes the manager.
 const COMEBACK: Duration = Duration::from_secs(30);
+/// How often a job is asked for again when the connection breaks.
+const RECONNECTS: usize = 5;
 /// Exists where systemd runs: sd_booted(3).
 const BOOTED: &str = "/run/systemd/system";
+
+/// systemd closed the connection, as it does when it is re-executed.
+#[derive(Debug, thiserror::Error)]
+#[error("systemd closed the connection")]
+struct Lost;
 
 /// A connection to PID 1.
 pub struct Manager {
@@ -105,11 +112,18 @@ impl Manager {
     }
 
     async fn system_bus() -> Result<Self> {
-        let connection = zbus::connection::Builder::system()
-            .method_timeout(REPLY)
-            .build()
+        let build = zbus::connection::Builder::system().method_timeout(REPLY).build();
+        let connection = tokio::time::timeout(ANSWER, build)
             .await
+            .map_err(|_| anyhow!("the system bus does not answer within {} s", ANSWER.as_secs()))?
             .context("the system bus does not answer either")?;
+        // A bus delivers signals to those who ask for them; the private socket does it for all.
+        let ended = format!("type='signal',sender='{DESTINATION}',interface='{MANAGER}',member='JobRemoved'");
+        let bus = ("org.freedesktop.DBus", "/org/freedesktop/DBus");
+        connection
+            .call_method(Some(bus.0), bus.1, Some(bus.0), "AddMatch", &(ended,))
+            .await
+            .context("the system bus does not tell when jobs end")?;
         Ok(Self { connection, destination: Some(DESTINATION) })
     }
 
@@ -148,8 +162,12 @@ impl Manager {
     pub async fn reexecute(self) -> Result<Self> {
         let before = std::fs::read(AUXV).with_context(|| format!("cannot read {AUXV}"))?;
         failpoint::hit(Point::Systemd, "Reexecute").context("asking systemd to re-execute itself")?;
-        // An error here is the closed connection.
-        let _ = self.call("Reexecute", &()).await;
+        // Any other error than a refusal is the closed connection.
+        if let Err(error) = self.call("Reexecute", &()).await
+            && matches!(error.downcast_ref(), Some(zbus::Error::MethodError(..)))
+        {
+            return Err(error);
+        }
         let deadline = tokio::time::Instant::now() + REEXEC;
         loop {
             tokio::time::sleep(Duration::from_millis(200)).await;
@@ -218,7 +236,7 @@ impl Manager {
                     return Ok(result);
                 }
             }
-            bail!("systemd closed the connection")
+            Err(Lost.into())
         };
         match tokio::time::timeout(limit, ended).await {
             Err(_) => bail!(
@@ -306,14 +324,54 @@ impl Manager {
         Vec::try_from(value).context("InvocationID is no list of bytes")
     }
 
-    /// Carries out one job and waits for its end, at most `limit`.
-    pub async fn run(&self, verb: Verb, unit: &str, limit: Duration) -> Result<()> {
-        match verb {
-            Verb::Reload => self.job("ReloadUnit", unit, limit).await,
-            Verb::TryRestart => self.try_restart(unit, limit).await,
-            Verb::Start => self.start(unit, limit).await,
-            Verb::Stop => self.stop(unit, limit).await,
+    /// Carries out one job and waits for its end, at most `limit`. When somebody re-executes systemd in between, the
+    /// job is asked for again, of the new one: they are of a kind that may be done twice.
+    pub async fn run(&mut self, verb: Verb, unit: &str, limit: Duration) -> Result<()> {
+        for _ in 0..RECONNECTS {
+            let done = match verb {
+                Verb::Reload => self.job("ReloadUnit", unit, limit).await,
+                Verb::TryRestart => self.try_restart(unit, limit).await,
+                Verb::Start => self.start(unit, limit).await,
+                Verb::Stop => self.stop(unit, limit).await,
+            };
+            match done {
+                Err(error) if Self::is_lost(&error) => *self = Self::connect().await?,
+                done => return done,
+            }
         }
+        bail!("{unit}: systemd closed the connection {RECONNECTS} times")
+    }
+
+    /// Whether an error means that the connection is gone, and says nothing about what was asked.
+    pub fn is_lost(error: &anyhow::Error) -> bool {
+        let broken = |error: &zbus::Error| match error {
+            zbus::Error::InputOutput(error) => error.kind() != io::ErrorKind::TimedOut,
+            _ => false,
+        };
+        error.is::<Lost>() || error.downcast_ref().is_some_and(broken)
+    }
+
+    /// Which of `units` have a job, and which have failed.
+    pub async fn pending_and_failed(&self, units: &BTreeSet<&str>) -> Result<(Vec<String>, Vec<String>)> {
+        let rows: Vec<_> = self.rows().await?.into_iter().filter(|row| units.contains(row.0.as_str())).collect();
+        let of =
+            |wanted: fn(&UnitRow) -> bool| rows.iter().filter(|row| wanted(row)).map(|row| row.0.clone()).collect();
+        Ok((of(|row| row.7 != 0), of(|row| row.3 == "failed")))
+    }
+
+    /// Tells the user manager that `unit` is to re-execute itself. It keeps all that it has started.
+    pub async fn reexecute_user(&self, unit: &str) -> Result<()> {
+        failpoint::hit(Point::Systemd, "KillUnit").with_context(|| format!("re-executing {unit}"))?;
+        // systemd(1): SIGRTMIN+25, of user managers alone.
+        let signal = nix::libc::SIGRTMIN() + 25;
+        self.call("KillUnit", &(unit, "main", signal)).await.map(drop).or_else(not_loaded)
+    }
+
+    /// Whether each connection of a socket has a service of its own.
+    pub async fn accepts(&self, socket: &str) -> Result<bool> {
+        let path = self.path_of(socket).await?;
+        let value = self.property(path.as_str(), "org.freedesktop.systemd1.Socket", "Accept").await?;
+        bool::try_from(value).context("Accept is not a boolean")
     }
 
     /// The cgroup of a service, relative to the cgroup root; empty when it has none.

@@ -1,9 +1,10 @@
 //! What systemd runs: which units run old code or are defined otherwise, what to do about each, and doing it.
 //!
 //! [`compare`] and [`plan()`] decide, purely; [`Root`] reads unit files, [`survey`] looks at what runs; [`Manager`] is
-//! the only way to PID 1, but for [`Guard`], the one program that is started here: it re-executes PID 1 should we die in
-//! an undo. This room may not mount, write `/etc` or talk to registries.
+//! the only way to PID 1, but for [`Guard`], the one program that is started here: it re-executes PID 1 should we die when
+//! `/usr` is not its own. This room may not mount, write `/etc` or talk to registries.
 
+mod action;
 mod definition;
 mod difference;
 mod files;
@@ -14,11 +15,12 @@ mod policy;
 mod private;
 mod running;
 
+pub use action::{Action, Class, How, Verb};
 pub use definition::{Definition, Entry, Settings, UnitDirectory, UnitFiles};
 pub use difference::{Difference, compare};
 pub use files::{EtcChanges, Root};
 pub use guard::Guard;
 pub use manager::Manager;
-pub use plan::{Action, Class, Flow, How, Refusal, UnitState, Verb, plan, starts, undo_plan};
+pub use plan::{Flow, Refusal, UnitState, plan, starts, undo_plan};
 pub use policy::{NoWish, Policy, Wish};
 pub use running::{Definitions, Sides, Version, active, active_fragments, definitions, mapped_files, survey};

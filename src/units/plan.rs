@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
+use super::action::{Action, Class, How};
 use super::difference::{Difference, KEY};
 use super::policy::{KINDS, OWN, Policy, Wish};
 
@@ -37,12 +38,14 @@ pub struct UnitState {
     pub reloadable: bool,
     /// A service that serves one connection of a socket.
     pub connection: bool,
-    /// A socket of the kernel's: what is said while nobody listens is lost.
+    /// A socket of the kernel's, or one whose service has such a socket: what is said while nobody listens is lost.
     pub netlink: bool,
     /// Of a service: the active sockets that start it.
     pub sockets: Vec<String>,
     /// Of a socket: the active service that it started.
     pub serves: Option<String>,
+    /// Of a socket: the other active sockets of that service.
+    pub others: Vec<String>,
     /// Whether something else than its sockets wants the service, or the one that the socket serves.
     pub wanted: bool,
     /// A socket that the node image newly has, of a service that runs already: systemd starts it only when the
@@ -66,114 +69,6 @@ pub enum Refusal {
     Start,
 }
 
-/// What happens to a unit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Class {
-    /// It changed, and nothing has to be done about it.
-    None,
-    /// Told to read its configuration again, after the switch.
-    Reload,
-    /// Restarted after the switch.
-    Restart,
-    /// Left alone on purpose; it stays as the bootimage started it.
-    Never,
-    /// Stopped: it has no unit file any more. Before an undo: its unit file goes with the node image's `/usr`.
-    Stop,
-    /// Started: by the isolate what the node image newly wants, by an undo what the switch stopped.
-    Start,
-}
-
-impl Class {
-    /// The word in the journal and in the plan.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Class::None => "none",
-            Class::Reload => "reload",
-            Class::Restart => "restart",
-            Class::Never => "never",
-            Class::Stop => "stop",
-            Class::Start => "start",
-        }
-    }
-}
-
-/// How services and sockets that belong together are restarted.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum How {
-    /// On its own.
-    #[default]
-    Alone,
-    /// The service is stopped; its socket goes on listening and starts it with the next connection.
-    LeftToSocket(String),
-    /// The service is part of what happens to this socket.
-    WithSocket(String),
-    /// The socket's service is stopped first: a socket is not started while its service runs.
-    SocketOf {
-        /// The service.
-        service: String,
-        /// Whether it is started again at once, because more than the socket wants it.
-        start: bool,
-    },
-}
-
-/// The decision about one unit, with its reason.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Action {
-    /// Which unit.
-    pub unit: String,
-    /// What happens to it.
-    pub class: Class,
-    /// Why.
-    pub reason: String,
-    /// In which way.
-    #[serde(default, skip_serializing_if = "How::is_alone")]
-    pub how: How,
-}
-
-impl How {
-    fn is_alone(&self) -> bool {
-        *self == How::Alone
-    }
-}
-
-/// A job of systemd's.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Verb {
-    /// Reload a unit that runs.
-    Reload,
-    /// Restart a unit that runs.
-    TryRestart,
-    /// Start.
-    Start,
-    /// Stop.
-    Stop,
-}
-
-impl Action {
-    /// The jobs that carry it out, in order.
-    pub fn jobs(&self) -> Vec<(Verb, &str)> {
-        let unit = self.unit.as_str();
-        match (self.class, &self.how) {
-            (Class::None | Class::Never, _) | (_, How::WithSocket(_)) => Vec::new(),
-            (Class::Restart | Class::Start, How::SocketOf { service, start }) => {
-                let socket = if self.class == Class::Start { Verb::Start } else { Verb::TryRestart };
-                let mut jobs = vec![(Verb::Stop, service.as_str()), (socket, unit)];
-                if *start {
-                    jobs.push((Verb::Start, service));
-                }
-                jobs
-            }
-            // What else is to start is started by the isolate.
-            (Class::Start, _) => Vec::new(),
-            (Class::Reload, _) => vec![(Verb::Reload, unit)],
-            (Class::Stop, _) | (Class::Restart, How::LeftToSocket(_)) => vec![(Verb::Stop, unit)],
-            (Class::Restart, How::Alone) => vec![(Verb::TryRestart, unit)],
-        }
-    }
-}
-
 /// Units whose restart would take the system, a session or us down. Reported instead.
 /// Sources: what systemd itself marks as not restartable, and what holds user sessions.
 const NEVER: &[&str] = &[
@@ -194,6 +89,8 @@ const NEVER: &[&str] = &[
     "sshd@",
     "emergency.service",
     "rescue.service",
+    // The way in when there is no other.
+    "debug-shell.service",
 ];
 
 /// Listed, too, but for one case: a logind of systemd 252 left alone would refuse every user manager whose PAM module is of 256
@@ -230,24 +127,15 @@ pub fn plan(units: &[UnitState], flow: Flow, policy: &Policy) -> Vec<Action> {
 /// the target newly pulls in, is not active.
 pub fn starts(arriving: &BTreeSet<String>, active: &BTreeSet<String>, target: &str) -> Vec<Action> {
     let concerned = |name: &&String| KINDS.iter().any(|kind| name.ends_with(kind)) && !active.contains(*name);
-    let start = |name: &String| Action {
-        unit: name.clone(),
-        class: Class::Start,
-        reason: format!("the node image has it wanted by {target}, which is isolated in the end"),
-        how: How::Alone,
-    };
+    let reason = || format!("the node image has it wanted by {target}, which is isolated in the end");
+    let start = |name: &String| Action::new(name, Class::Start, reason());
     arriving.iter().filter(concerned).map(start).collect()
 }
 
 /// The plan of an undo: that of [`plan`], except that units which only the node image has are stopped, in
 /// both flows: what they run is about to go, and the bootimage's programs cannot stop them later.
 pub fn undo_plan(units: &[UnitState], leaving: &[String], flow: Flow, policy: &Policy) -> Vec<Action> {
-    let stop = |unit: &String| Action {
-        unit: unit.clone(),
-        class: Class::Stop,
-        reason: "only the node image has its unit file".into(),
-        how: How::Alone,
-    };
+    let stop = |unit: &String| Action::new(unit, Class::Stop, "only the node image has its unit file");
     let stays = |action: &Action| !leaving.contains(&action.unit);
     leaving.iter().map(stop).chain(plan(units, flow, policy).into_iter().filter(stays)).collect()
 }
@@ -271,23 +159,21 @@ fn must_stay(name: &str, planned: Option<&Class>, flow: Flow, policy: &Policy) -
 
 /// Turns what systemd would refuse, or what would take a unit along that must stay, into leaving it alone.
 fn spare(action: &mut Action, unit: &UnitState, must_stay: impl Fn(&str) -> bool) {
-    let stops = matches!(action.class, Class::Stop | Class::Restart) || !action.jobs().is_empty() && unit.arrives;
-    let why = if !stops {
+    if !matches!(action.class, Class::Stop | Class::Restart | Class::Start) {
         return;
-    } else if let Some(name) = unit.along.iter().find(|name| must_stay(name)) {
-        format!("{name} would be stopped with it, and is to stay")
-    } else {
-        match unit.refuses {
-            Some(Refusal::Stop) => "systemd stops it for no one by hand (RefuseManualStop=)".to_owned(),
-            Some(Refusal::Start) if action.class != Class::Stop => {
-                "systemd starts it for no one by hand (RefuseManualStart=)".to_owned()
-            }
-            _ => return,
+    }
+    let why = match (unit.along.iter().chain(&unit.others).find(|name| must_stay(name)), unit.refuses) {
+        (Some(name), _) => format!("{name} would be stopped with it, and is to stay"),
+        (None, Some(Refusal::Stop)) => "systemd stops it for no one by hand (RefuseManualStop=)".to_owned(),
+        (None, Some(Refusal::Start)) if action.class != Class::Stop => {
+            "systemd starts it for no one by hand (RefuseManualStart=)".to_owned()
+        }
+        (None, _) => {
+            action.along.clone_from(&unit.along);
+            return;
         }
     };
-    action.class = Class::Never;
-    action.reason = format!("{}; {why}", action.reason);
-    action.how = How::Alone;
+    *action = Action::new(&action.unit, Class::Never, format!("{}; {why}", action.reason));
 }
 
 /// A service whose socket is restarted is restarted with it; a socket whose service must stay stays.
@@ -297,9 +183,10 @@ fn pair(actions: &mut [Action]) {
     for action in actions.iter_mut() {
         let How::SocketOf { service, .. } = &action.how else { continue };
         if class_of.get(service) == Some(&Class::Never) {
-            action.class = Class::Never;
-            action.reason = format!("{}; {service}, which it starts, is not restarted", action.reason);
-            action.how = How::Alone;
+            let reason = format!("{}; {service}, which it starts, is not restarted", action.reason);
+            *action = Action::new(&action.unit, Class::Never, reason);
+        } else if let Some(first) = with.get(service).filter(|_| action.class == Class::Restart) {
+            action.how = How::WithSocket(first.clone());
         } else {
             with.insert(service.clone(), action.unit.clone());
         }
@@ -342,7 +229,7 @@ fn decide(unit: &UnitState, flow: Flow, policy: &Policy) -> Option<Action> {
     let name = unit.name.as_str();
     let act = |class, why: &str| {
         let reason = if why.is_empty() { what.clone() } else { format!("{what}; {why}") };
-        Some(Action { unit: unit.name.clone(), class, reason, how: How::Alone })
+        Some(Action::new(name, class, reason))
     };
     if name.starts_with(OWN) {
         return act(Class::Never, "the agent's own units are never touched");
@@ -357,7 +244,9 @@ fn decide(unit: &UnitState, flow: Flow, policy: &Policy) -> Option<Action> {
         Wish::Reload => act(Class::Never, &format!("{whose} a reload, and it has no ExecReload=")),
         Wish::Restart => restart(unit, act(Class::Restart, whose)),
     };
-    if let Some((pattern, wish)) = policy.of(name)
+    let listed = is_listed(name) && !(name == LOGIND && unit.other_release);
+    // A pattern may match more than whoever wrote it thought of.
+    if let Some((pattern, wish)) = policy.of(name).filter(|(pattern, _)| !listed || *pattern == name)
         && let Some(action) = wished(wish, &format!("the configuration wants this for \"{pattern}\""))
     {
         return Some(action);
@@ -366,7 +255,6 @@ fn decide(unit: &UnitState, flow: Flow, policy: &Policy) -> Option<Action> {
     if unit.serves.as_deref().is_some_and(spared) {
         return act(Class::Never, "the configuration wants its service left alone");
     }
-    let listed = is_listed(name) && !(name == LOGIND && unit.other_release);
     if listed || unit.serves.as_deref().is_some_and(is_listed) {
         return act(Class::Never, "a restart would end sessions or the system's own services");
     }
@@ -409,30 +297,25 @@ fn decide(unit: &UnitState, flow: Flow, policy: &Policy) -> Option<Action> {
 fn arrive(unit: &UnitState, flow: Flow, policy: &Policy) -> Option<Action> {
     let service = unit.serves.clone().filter(|_| flow == Flow::Bootstrap)?;
     let spared = |name: &str| matches!(policy.of(name), Some((_, Wish::Never))) || is_listed(name);
-    let stays = spared(&unit.name) || spared(&service) || unit.wish == Some(Wish::Never);
+    let stays = spared(&unit.name) || spared(&service) || unit.wish == Some(Wish::Never) || unit.netlink;
     let what = format!("the node image newly has it, and {service} runs without it");
-    Some(match stays {
-        true => Action {
-            unit: unit.name.clone(),
-            class: Class::Never,
-            reason: format!("{what}; its service is left alone"),
-            how: How::Alone,
-        },
-        false => Action {
-            unit: unit.name.clone(),
-            class: Class::Start,
-            reason: what,
-            how: How::SocketOf { service, start: unit.wanted },
-        },
-    })
+    if stays {
+        return Some(Action::new(&unit.name, Class::Never, format!("{what}; its service is left alone")));
+    }
+    Some(Action { how: through(unit, service), ..Action::new(&unit.name, Class::Start, what) })
+}
+
+/// By way of the socket, which systemd does not start while its service runs.
+fn through(unit: &UnitState, service: String) -> How {
+    How::SocketOf { service, others: unit.others.clone(), start: unit.wanted }
 }
 
 /// Restarts through the socket where there is one.
 fn restart(unit: &UnitState, action: Option<Action>) -> Option<Action> {
     let mut action = action?;
     if let Some(service) = &unit.serves {
-        action.how = How::SocketOf { service: service.clone(), start: unit.wanted };
-    } else if let Some(socket) = unit.sockets.first().filter(|_| !unit.wanted) {
+        action.how = through(unit, service.clone());
+    } else if let Some(socket) = unit.sockets.first().filter(|_| !unit.wanted && unit.along.is_empty()) {
         action.how = How::LeftToSocket(socket.clone());
         action.reason = format!("{}; {socket} starts it again when it is needed", action.reason);
     }

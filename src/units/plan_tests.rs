@@ -2,6 +2,7 @@
 
 use proptest::prelude::*;
 
+use super::super::action::Verb;
 use super::*;
 
 const FLOWS: [Flow; 2] = [Flow::Bootstrap, Flow::Live];
@@ -153,6 +154,7 @@ fn a_socket_that_arrives() {
         (UnitState { serves: Some("dbus.service".into()), ..socket(true) }, default.clone()),
         (UnitState { wish: Some(Wish::Never), ..socket(true) }, default.clone()),
         (UnitState { refuses: Some(Refusal::Stop), ..socket(true) }, default.clone()),
+        (UnitState { netlink: true, ..socket(true) }, default.clone()),
         (UnitState { along: vec!["dbus.service".into()], ..socket(true) }, default.clone()),
     ] {
         let actions = plan(&[state], Flow::Bootstrap, &policy);
@@ -201,7 +203,8 @@ fn definitions_that_changed() {
 #[test]
 fn who_is_asked_first() {
     use Class::{Never, Reload, Restart, Stop};
-    let policy = |word| Policy::new([("a.service", word), ("node*", word), ("d*", word)]).unwrap();
+    let policy =
+        |word| Policy::new([("a.service", word), ("node*", word), ("d*", word), ("dbus.service", word)]).unwrap();
     let key = |wish| UnitState { wish: Some(wish), reloadable: true, ..edited("b.service") };
     let a = || UnitState { wish: Some(Wish::Never), reloadable: true, ..edited("a.service") };
     for (state, policy, bootstrap, live) in [
@@ -218,6 +221,9 @@ fn who_is_asked_first() {
         // It can open the built-in list, but not for our own.
         (edited("dbus.service"), policy("restart"), Restart, Restart),
         (edited("node-image-pivotd.service"), policy("restart"), Never, Never),
+        // A pattern cannot: it may match more than whoever wrote it thought of.
+        (edited("dbus-broker.service"), policy("restart"), Never, Never),
+        (edited("debug-shell.service"), policy("restart"), Never, Never),
         // The key cannot.
         (UnitState { wish: Some(Wish::Restart), ..edited("dbus.service") }, Policy::default(), Never, Never),
         // What is gone cannot be restarted.
@@ -245,11 +251,33 @@ fn sockets() {
     // The socket goes on listening.
     assert_eq!(jobs(&[service(false)]), [job(Verb::Stop, "a.service")]);
     assert_eq!(jobs(&[service(true)]), [job(Verb::TryRestart, "a.service")]);
-    let both = [job(Verb::Stop, "a.service"), job(Verb::TryRestart, "a.socket")];
+    let both = [job(Verb::Stop, "a.socket"), job(Verb::Stop, "a.service"), job(Verb::Start, "a.socket")];
     assert_eq!(jobs(&[service(false), socket(false)]), both);
     assert_eq!(jobs(&[socket(false)]), both, "a service that did not change itself");
     let and_start = [both.as_slice(), &[job(Verb::Start, "a.service")]].concat();
     assert_eq!(jobs(&[service(true), socket(true)]), and_start);
+    // What listens for the service as well would start it in between; two that changed are one act.
+    let two = |name: &str, other: &str| UnitState {
+        others: vec![other.into()],
+        ..UnitState { name: name.into(), ..socket(false) }
+    };
+    let (one, other) = (two("a.socket", "b.socket"), two("b.socket", "a.socket"));
+    let all = [
+        job(Verb::Stop, "a.socket"),
+        job(Verb::Stop, "b.socket"),
+        job(Verb::Stop, "a.service"),
+        job(Verb::Start, "a.socket"),
+        job(Verb::Start, "b.socket"),
+    ];
+    assert_eq!(jobs(&[one.clone()]), all);
+    assert_eq!(jobs(&[one.clone(), other.clone()]), all);
+    let stays = UnitState { wish: Some(Wish::Never), ..other };
+    assert_eq!(jobs(&[one, stays]), [], "one of them is to stay");
+    // What goes down with the service comes up with it, and is a reason not to leave the start to a connection.
+    let taking = |unit: UnitState| UnitState { along: vec!["x.service".into(), "y.target".into()], ..unit };
+    assert_eq!(jobs(&[taking(service(false))]), [job(Verb::TryRestart, "a.service")]);
+    let again = [both.as_slice(), &[job(Verb::Start, "a.service"), job(Verb::Start, "x.service")]].concat();
+    assert_eq!(jobs(&[taking(socket(false))]), again);
     // A service that must stay keeps its socket.
     let never = UnitState { wish: Some(Wish::Never), ..service(false) };
     assert_eq!(jobs(&[never, socket(false)]), []);
@@ -314,6 +342,7 @@ fn states() -> impl Strategy<Value = Vec<UnitState>> {
             netlink,
             sockets: if socket { Vec::new() } else { vec![name.replace(".service", ".socket")] },
             serves: socket.then(|| name.replace(".socket", ".service")),
+            others: Vec::new(),
             wanted,
             arrives: false,
             refuses: None,

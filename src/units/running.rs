@@ -65,12 +65,15 @@ pub async fn survey(manager: &Manager, sides: &Sides<'_>) -> Result<(Vec<UnitSta
         let looked = look(manager, unit, sides, (&active, &there), &mut troubles).await;
         match looked.with_context(|| format!("{}: cannot tell what it runs", unit.name)) {
             Ok(state) => states.extend(state),
+            // Then nothing can be told of the others either.
+            Err(error) if Manager::is_lost(&error) => return Err(error),
             Err(error) => troubles.push(format!("{error:#}")),
         }
     }
     for (socket, service) in new_sockets(sides, &active) {
         match new_socket(manager, sides, &there, &socket, service).await {
             Ok(state) => states.push(state),
+            Err(error) if Manager::is_lost(&error) => return Err(error),
             Err(error) => troubles.push(format!("{socket}: cannot tell what its service is: {error:#}")),
         }
     }
@@ -94,19 +97,20 @@ async fn new_socket(
     socket: &str,
     service: String,
 ) -> Result<UnitState> {
-    let wanted = !manager.links_of(&service).await?.wanted_by.is_empty();
-    let definition = sides.new.definition(socket);
-    let wish = definition.as_ref().and_then(|one| one.value("Unit", KEY)).and_then(|word| word.parse().ok());
-    let along = along(manager, [service.as_str()], there).await?;
-    let refuses = sides.new.definition(&service).as_ref().and_then(refusal);
+    let links = manager.links_of(&service).await?;
+    let others: Vec<_> = links.triggered_by.into_iter().filter(|unit| unit.ends_with(".socket")).collect();
+    let others: Vec<_> = others.into_iter().filter(|unit| there.contains(unit.as_str())).collect();
+    let definition = sides.new.definition(socket).unwrap_or_default();
     Ok(UnitState {
         name: socket.to_owned(),
-        serves: Some(service),
         arrives: true,
-        wanted,
-        wish,
-        along,
-        refuses,
+        wanted: !links.wanted_by.is_empty(),
+        wish: definition.value("Unit", KEY).and_then(|word| word.parse().ok()),
+        netlink: others.iter().any(|socket| is_netlink(sides, socket)),
+        others,
+        along: along(manager, [service.as_str()], there).await?,
+        refuses: sides.new.definition(&service).and_then(refusal),
+        serves: Some(service),
         ..UnitState::default()
     })
 }
@@ -130,7 +134,7 @@ async fn along<'a>(
 }
 
 /// What the unit file says about jobs by hand.
-fn refusal(definition: &Definition) -> Option<Refusal> {
+fn refusal(definition: Definition) -> Option<Refusal> {
     let has = |key| definition.value("Unit", key).is_some_and(is_true);
     if has("RefuseManualStop") { Some(Refusal::Stop) } else { has("RefuseManualStart").then_some(Refusal::Start) }
 }
@@ -175,15 +179,29 @@ async fn look(
         word.parse::<Wish>().inspect_err(|error| troubles.push(format!("{name}: {KEY}={error}"))).ok()
     });
     let running = |unit: &&String| active.contains(unit.as_str());
-    let serves = links.triggers.iter().find(|unit| unit.ends_with(".service")).filter(running).cloned();
+    let serves = links.triggers.iter().find(|unit| unit.ends_with(".service")).filter(running);
+    let serves = serves.filter(|_| name.ends_with(".socket")).cloned();
     // Who wants the service decides whether it is started at once, also where it is asked for its socket. A target that
     // is reached only later counts: what it wants is no business of the socket alone.
-    let wanting = match &serves {
-        Some(service) => manager.links_of(service).await?.wanted_by,
-        None => links.wanted_by,
+    let of_service = match &serves {
+        Some(service) => Some(manager.links_of(service).await?),
+        None => None,
     };
+    let (wanted_by, triggered_by) = match &of_service {
+        Some(service) => (&service.wanted_by, &service.triggered_by),
+        None => (&links.wanted_by, &links.triggered_by),
+    };
+    let sockets: Vec<_> =
+        triggered_by.iter().filter(|unit| unit.ends_with(".socket")).filter(running).cloned().collect();
+    let others = if serves.is_some() { without(&sockets, name) } else { Vec::new() };
+    let mut connection = false;
+    for socket in sockets.iter().filter(|_| is_service) {
+        connection |= manager.accepts(socket).await?;
+    }
     let along = along(manager, [name].into_iter().chain(serves.as_deref()), there).await?;
     let other_release = name == LOGIND && is_other_release(&changed, sides.systemd);
+    let both = [Some(name), serves.as_deref()].into_iter().flatten();
+    let refuses = both.filter_map(|name| refusal(sides.new.definition(name)?)).next();
     Ok(Some(UnitState {
         name: name.to_owned(),
         changed: changed.into_iter().collect(),
@@ -191,20 +209,27 @@ async fn look(
         wish,
         oneshot: of("Service", "Type") == Some("oneshot"),
         reloadable: of("Service", "ExecReload").is_some() || of("Service", "Type") == Some("notify-reload"),
-        connection: is_service
-            && links.triggered_by.iter().any(|socket| {
-                let accept = sides.new.definition(socket).and_then(|one| one.value("Socket", "Accept").map(is_true));
-                socket.ends_with(".socket") && accept == Some(true)
-            }),
-        netlink: of("Socket", "ListenNetlink").is_some(),
-        sockets: links.triggered_by.iter().filter(|unit| unit.ends_with(".socket")).filter(running).cloned().collect(),
-        serves: serves.filter(|_| name.ends_with(".socket")),
-        wanted: !wanting.is_empty(),
+        connection,
+        netlink: of("Socket", "ListenNetlink").is_some() || others.iter().any(|socket| is_netlink(sides, socket)),
+        refuses,
+        sockets: if is_service { sockets } else { Vec::new() },
+        serves,
+        others,
+        wanted: !wanted_by.is_empty(),
         arrives: false,
-        refuses: new.as_ref().and_then(refusal),
         along,
         other_release,
     }))
+}
+
+fn without(names: &[String], name: &str) -> Vec<String> {
+    names.iter().filter(|one| *one != name).cloned().collect()
+}
+
+/// A socket of the kernel's, by its unit file.
+fn is_netlink(sides: &Sides<'_>, socket: &str) -> bool {
+    let definition = sides.new.definition(socket).or_else(|| sides.old.get(socket).cloned());
+    definition.is_some_and(|socket| socket.value("Socket", "ListenNetlink").is_some())
 }
 
 /// Whether what it maps of systemd is of another release than `new`. Of the same one its library may differ, too.
@@ -267,6 +292,9 @@ pub fn mapped_files(pid: u32) -> BTreeSet<String> {
 /// The files below `root` that `differs`, mapped in the `version` asked for.
 fn mapped_below(pid: u32, root: &Path, version: Version, differs: Differs<'_>) -> BTreeSet<String> {
     let process = PathBuf::from(format!("/proc/{pid}"));
+    if !is_rooted_here(&process) {
+        return BTreeSet::new();
+    }
     let maps = std::fs::read(process.join("maps")).unwrap_or_default();
     let maps = String::from_utf8_lossy(&maps);
     let mut seen = BTreeSet::new();
@@ -286,6 +314,14 @@ fn mapped_below(pid: u32, root: &Path, version: Version, differs: Differs<'_>) -
     }
     // A process that ended in the meantime runs nothing; its links were gone, not incomparable.
     if process.exists() { old } else { BTreeSet::new() }
+}
+
+/// Whether a process has our root directory. One that has another, in a container, runs nothing of our `/usr`, whatever
+/// its paths are called. A service's own mount namespace has a root of its own, too, but of the same directory.
+fn is_rooted_here(process: &Path) -> bool {
+    let place = |path: &Path| std::fs::metadata(path).map(|root| (root.dev(), root.ino())).ok();
+    let theirs = place(&process.join("root"));
+    theirs.is_none() || theirs == place(Path::new("/"))
 }
 
 /// Whether what is mapped is another file than the one at its path now. What cannot be compared is:

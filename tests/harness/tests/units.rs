@@ -20,9 +20,10 @@ const PIVOT: Duration = Duration::from_secs(180);
 const SOON: Duration = Duration::from_secs(60);
 
 /// Services of the administrator; what the node image has to say about each is a drop-in in its /usr.
-const SERVICES: [&str; 11] = [
+const SERVICES: [&str; 12] = [
     "t-exec",
     "t-harmless",
+    "t-root",
     "t-reload",
     "t-never",
     "t-key-restart",
@@ -81,6 +82,8 @@ fn put_units(files: &Files, wanted_by: &str) -> Result<()> {
             _ if listens => "/usr/bin/perl /etc/t-answers",
             // Nothing of it is in /usr: only its definition can make it old.
             "t-harmless" => "/var/t-static",
+            // The same program at a path that the node image has another file at, in a root directory of its own.
+            "t-root" => "/usr/bin/base-tool\nRootDirectory=/var/t-root",
             _ => "/bin/sleep 9000",
         };
         let unit = match name {
@@ -105,6 +108,9 @@ fn put_units(files: &Files, wanted_by: &str) -> Result<()> {
     let mut build = Command::new("rustc");
     build.args(["-C", "target-feature=+crt-static", "-o"]).arg(files.root().join("var/t-static")).arg(&program);
     succeed(&mut build)?;
+    let bin = files.root().join("var/t-root/usr/bin");
+    std::fs::create_dir_all(&bin)?;
+    std::fs::copy(files.root().join("var/t-static"), bin.join("base-tool"))?;
     files.put("/etc/node-image-pivot.conf.d/60-units.toml", 0o644, "[units]\n\"t-conf*\" = \"never\"\n")
 }
 
@@ -158,6 +164,7 @@ fn each_class_in_the_bootstrap_flow() -> Result<()> {
     let running = [
         "t-exec",
         "t-harmless",
+        "t-root",
         "t-reload",
         "t-never",
         "t-key-restart",
@@ -212,6 +219,13 @@ fn each_class_in_the_bootstrap_flow() -> Result<()> {
             Ok(())
         },
     );
+    checks.check("none: what runs in another root directory, whatever its paths are called", || {
+        same(after("t-root")?, was("t-root"))?;
+        if class_of(&plan, "t-root.service").is_ok() {
+            bail!("it is in the plan")
+        }
+        Ok(())
+    });
     checks.check("reload: the key asks for it; the process stays", || {
         same(after("t-reload")?, was("t-reload"))?;
         guest.ask("test -e /run/t-reloaded")?;
@@ -289,7 +303,8 @@ fn a_live_system_loses_nothing() -> Result<()> {
     guest.wait_unit("multi-user.target", "active", SOON)?;
     guest.ask("mv /etc/later /etc/node-image-pivot.conf.d")?;
     same(ask_socket(&guest, "/run/t-socket")?, "old".into())?;
-    let units = "t-exec t-harmless t-reload t-never t-key-restart t-config t-socket base-legacy systemd-networkd";
+    let units =
+        "t-exec t-harmless t-root t-reload t-never t-key-restart t-config t-socket base-legacy systemd-networkd";
     let pids = || guest.ask(&format!("for u in {units}; do echo $u $(systemctl show -p MainPID --value $u); done"));
     let before = pids()?;
 
@@ -327,6 +342,7 @@ fn a_live_system_loses_nothing() -> Result<()> {
         checks.check("an ssh session is open", || {
             wait_for("the session", SOON, || Ok(guest.run("test -e /run/t-session")?.status == 0))
         });
+        let user = guest.ask("systemctl show -p MainPID --value user@0.service").unwrap_or_default();
         checks.check("switched: every process is the same, nothing has failed", || {
             guest.ask("node-image-pivot run")?;
             same(guest.ask("base-tool")?, "base-tool 2.0".into())?;
@@ -342,7 +358,14 @@ fn a_live_system_loses_nothing() -> Result<()> {
             same(has("dbus.service")?, true)?;
             same(has("systemd-networkd.service")?, true)?;
             same(has("ssh.service")?, false)?;
+            same(has("t-root.service")?, false)?;
             contains(&guest.ask("node-image-pivot status")?, "still runs the bootimage's code: dbus.service (/usr/")
+        });
+        checks.check("a user's manager is the same process, and the new systemd", || {
+            let maps = || guest.ask("cat /proc/$(systemctl show -p MainPID --value user@0.service)/maps");
+            wait_for("the new one", SOON, || Ok(maps()?.contains("libsystemd-shared-257")))?;
+            same(guest.ask("systemctl show -p MainPID --value user@0.service")?, user.clone())?;
+            guest.login("systemctl --user start default.target").map(drop)
         });
         checks.check("finish by hand: what the isolate rearranges is the node image's, and nothing fails", || {
             guest.ask("node-image-pivot finish")?;
