@@ -26,9 +26,13 @@ pub(super) async fn refresh(context: &Context, mut switched: Switched, flow: Flo
 
     // First of all: until the kernel knows the labels of what was written, nobody may use it.
     switch::load_policy(context).await?;
-    let mut trouble = host::refresh(&differs).await;
-
+    // Then PID 1, which may be unable to start anything until it is the one of this /usr, and needs nothing but
+    // its libraries.
+    let mut trouble = host::refresh_libraries(&differs).await;
+    context.guard().await;
     let mut manager = units::renew_manager(context, &differs).await?;
+    context.unguard().await;
+    trouble.extend(host::refresh(&differs).await);
     if let Err(error) = host::reload_bus().await {
         trouble.push(format!("{error:#}"));
     }

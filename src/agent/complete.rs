@@ -37,7 +37,7 @@ impl Agent {
             return Ok(vec![format!("the node store has all of {shown}")]);
         }
         let settings = Settings::load().map_err(|error| Error::Refused(format!("{error:#}; nothing was changed")))?;
-        let context = Context { settings, tracker: self.tracker.clone(), paths: self.paths.clone() };
+        let context = Context::new(settings, self.tracker.clone(), self.paths.clone());
         let before = self.tracker.status();
         let outcome = fetch::rest(&context, pulled, ticket).await;
         self.tracker.update(|status| *status = before);

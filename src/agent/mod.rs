@@ -36,7 +36,7 @@ use crate::config::Settings;
 use crate::dirfd::Directory;
 use crate::report::{LastError, State, Tracker};
 use crate::store::{LockError, StoreLock};
-use crate::units::Manager;
+use crate::units::{Guard, Manager};
 use start::{Start, decide};
 
 pub use error::Error;
@@ -65,6 +65,28 @@ pub(crate) struct Context {
     pub(crate) settings: Settings,
     pub(crate) tracker: Tracker,
     pub(crate) paths: Paths,
+    /// Watches over us while `/usr` is not the one that PID 1 comes from.
+    guard: Mutex<Option<Guard>>,
+}
+
+impl Context {
+    pub(crate) fn new(settings: Settings, tracker: Tracker, paths: Paths) -> Self {
+        Self { settings, tracker, paths, guard: Mutex::default() }
+    }
+
+    /// From here on PID 1 is re-executed should we die. Without a guard we go on: it is needed only if we are killed.
+    async fn guard(&self) {
+        let mut guard = self.guard.lock().await;
+        if guard.is_none() {
+            let started = tokio::task::spawn_blocking(Guard::start).await.map_err(anyhow::Error::from);
+            *guard = started.and_then(|started| started).inspect_err(|error| warn!("{error:#}")).ok();
+        }
+    }
+
+    /// Ends that.
+    async fn unguard(&self) {
+        drop(self.guard.lock().await.take());
+    }
 }
 
 /// The agent: one per machine, which a lock in its directory sees to.
@@ -183,7 +205,7 @@ impl Agent {
             record.asked = Some(asked);
             self.tracker.restart(record::shown(&settings));
         }
-        let context = Context { settings, tracker: self.tracker.clone(), paths: self.paths.clone() };
+        let context = Context::new(settings, self.tracker.clone(), self.paths.clone());
         loop {
             let touches_nothing_yet = record.step.is_before_switch() || matches!(record.step, Step::Refreshed(_));
             if touches_nothing_yet && ticket.is_cancelled() {

@@ -26,6 +26,8 @@ pub(super) async fn switch(context: &Context, staged: StagedRoot) -> Result<Swit
     let phase = Phase::Switch;
     context.tracker.begin(phase);
     let paths = context.paths.clone();
+    // Until the refresh has re-executed PID 1.
+    context.guard().await;
     let (staged, report) = tokio::task::spawn_blocking(move || -> anyhow::Result<_> {
         let report = blocking(&paths, &staged)?;
         Ok((staged, report))

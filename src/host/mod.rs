@@ -28,7 +28,7 @@ pub use tool::run;
 /// How long one tool may take.
 const LIMIT: Duration = Duration::from_secs(120);
 
-/// One thing to do after the switch, in this order, and before PID 1 re-executes itself.
+/// One thing to do after the switch.
 struct Step {
     /// Program and arguments.
     command: &'static [&'static str],
@@ -83,12 +83,22 @@ pub fn appliers(differs: &dyn Fn(&Path) -> bool, live: bool) -> Vec<&'static str
     units
 }
 
-/// Runs what the differences make necessary. A tool that fails or is missing is no reason to leave
-/// the system half refreshed: all of them run, and every failure comes back as one line.
+/// The loader's cache, without which programs may not find their libraries: before everything else, PID 1's
+/// re-execution included. Returns as [`refresh`] does.
+pub async fn refresh_libraries(differs: &(dyn Fn(&Path) -> bool + Sync)) -> Vec<String> {
+    run_steps(&[&LDCONFIG], differs).await
+}
+
+/// Runs what the differences make necessary, when PID 1 is the node image's. A tool that fails or is missing is no reason
+/// to leave the system half refreshed: all of them run, and every failure comes back as one line.
 pub async fn refresh(differs: &(dyn Fn(&Path) -> bool + Sync)) -> Vec<String> {
+    run_steps(&[&SYSUSERS, &TMPFILES, &SKELETON, &HWDB, &UDEV], differs).await
+}
+
+async fn run_steps(steps: &[&Step], differs: &(dyn Fn(&Path) -> bool + Sync)) -> Vec<String> {
     let root = Path::new("/");
     let mut failures = Vec::new();
-    for step in [&LDCONFIG, &SYSUSERS, &TMPFILES, &SKELETON, &HWDB, &UDEV] {
+    for step in steps {
         let shown = step.command.join(" ");
         let input = first(step.inputs, differs).or_else(|| match step.command {
             ["ldconfig"] => libraries(root).into_iter().find(|path| differs(Path::new(path))),

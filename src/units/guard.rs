@@ -1,9 +1,8 @@
-//! Somebody who re-executes PID 1 should we die in an undo, when `/usr` is not the one it comes from.
+//! Somebody who re-executes PID 1 should we die in a switch or an undo, when `/usr` is not the one it comes from.
 //!
 //! From version 255 on systemd starts services through a program and libraries of its own `/usr`. With
 //! another one in place it can start none, us included, until it is re-executed: a kill in that moment
-//! would leave the undo half done for good. (Not so in a switch: there users, files and caches come before
-//! PID 1 is re-executed, and whoever calls the agent next sees to it that PID 1 can start it.)
+//! would leave the switch or the undo half done for good.
 
 use std::io::{Read, Write};
 use std::process::{Child, Command, Stdio};
