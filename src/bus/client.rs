@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use tokio::net::UnixStream;
+use zbus::connection::Builder;
 use zbus::{Connection, OwnedVariant};
 
-use super::{INTERFACE, NAME, PATH};
+use super::{INTERFACE, NAME, PATH, build};
 use crate::report::Status;
 use crate::units::{self, Manager};
 
@@ -50,8 +51,7 @@ impl Client {
         match UnixStream::connect(socket).await {
             Ok(stream) => Self::private(stream).await.with_context(|| format!("no answer on {}", socket.display())),
             Err(refused) => {
-                let connection = zbus::connection::Builder::system()
-                    .build()
+                let connection = build(Builder::system())
                     .await
                     .with_context(|| format!("{}: {refused}; and no system bus", socket.display()))?;
                 Ok(Self { connection, destination: Some(NAME) })
@@ -60,7 +60,7 @@ impl Client {
     }
 
     async fn private(stream: UnixStream) -> Result<Self> {
-        let connection = zbus::connection::Builder::unix_stream(stream.into_std()?).p2p().build().await?;
+        let connection = build(Builder::unix_stream(stream.into_std()?).p2p()).await?;
         Ok(Self { connection, destination: None })
     }
 
@@ -234,5 +234,29 @@ mod tests {
         assert!(Client::running(&socket).await.unwrap().is_none());
         drop(tokio::net::UnixListener::bind(&socket).unwrap());
         assert!(Client::running(&socket).await.unwrap().is_none());
+    }
+
+    /// As a daemon, or whoever holds its socket, that hangs.
+    #[tokio::test]
+    async fn a_daemon_that_never_answers_is_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("socket");
+        let _hangs = tokio::net::UnixListener::bind(&socket).unwrap();
+        let long = Duration::from_secs(60);
+        let running = tokio::time::timeout(long, Client::running(&socket)).await.unwrap();
+        assert!(matches!(running, Err(CallError::Disconnected(text)) if text.contains("no answer within")));
+        let connected = tokio::time::timeout(long, Client::connect(&socket)).await.unwrap();
+        let text = format!("{:#}", connected.err().unwrap());
+        assert!(text.contains("no answer within") && text.contains(&*socket.to_string_lossy()), "{text}");
+    }
+
+    #[tokio::test]
+    async fn a_bus_that_never_answers_is_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("bus");
+        let _hangs = tokio::net::UnixListener::bind(&socket).unwrap();
+        let bus = Builder::address(format!("unix:path={}", socket.display()).as_str());
+        let built = tokio::time::timeout(Duration::from_secs(60), build(bus)).await.unwrap();
+        assert!(built.unwrap_err().to_string().contains("no answer within"));
     }
 }

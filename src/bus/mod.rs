@@ -8,6 +8,12 @@ mod client;
 mod server;
 mod service;
 
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use zbus::Connection;
+use zbus::connection::Builder;
+
 pub use client::{CallError, Client};
 pub use server::serve;
 
@@ -17,3 +23,12 @@ pub const NAME: &str = "org.nodeimage.Pivot1";
 pub const PATH: &str = "/org/nodeimage/Pivot1";
 /// The interface; the same word as the name.
 pub const INTERFACE: &str = "org.nodeimage.Pivot1";
+
+/// How long connecting may take, the handshake included. zbus limits calls only, and a socket of systemd's takes
+/// connections for a bus, or a daemon, that hangs or is not there.
+const CONNECT: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 25 });
+
+async fn build(builder: Builder<'_>) -> Result<Connection> {
+    let built = tokio::time::timeout(CONNECT, builder.build()).await;
+    Ok(built.with_context(|| format!("no answer within {} s", CONNECT.as_secs()))??)
+}

@@ -9,11 +9,12 @@ use anyhow::{Context, Result};
 use tokio::net::UnixListener;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
+use zbus::connection::Builder;
 use zbus::object_server::InterfaceRef;
 use zbus::{Connection, Guid};
 
 use super::service::Pivot;
-use super::{NAME, PATH};
+use super::{NAME, PATH, build};
 use crate::agent::Agent;
 
 /// How often a bus that is down or restarting is tried again.
@@ -62,12 +63,7 @@ async fn accept(listener: UnixListener, agent: Arc<Agent>) {
 
 async fn private_connection(stream: tokio::net::UnixStream, pivot: Pivot) -> Result<Connection> {
     let stream = stream.into_std()?;
-    Ok(zbus::connection::Builder::unix_stream(stream)
-        .server(Guid::generate())
-        .p2p()
-        .serve_at(PATH, pivot)
-        .build()
-        .await?)
+    build(Builder::unix_stream(stream).server(Guid::generate()).p2p().serve_at(PATH, pivot)).await
 }
 
 /// Keeps the name on the system bus, for as long as there is one.
@@ -94,11 +90,8 @@ async fn system_bus(agent: Arc<Agent>) {
 }
 
 async fn bus_connection(agent: Arc<Agent>) -> Result<Connection> {
-    Ok(zbus::connection::Builder::system()
-        .serve_at(PATH, Pivot { agent, gone: CancellationToken::new() })
-        .name(NAME)
-        .build()
-        .await?)
+    let pivot = Pivot { agent, gone: CancellationToken::new() };
+    build(Builder::system().serve_at(PATH, pivot).name(NAME)).await
 }
 
 /// Emits PropertiesChanged whenever the status document changes. Ends when the bus refuses.

@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use tracing::info;
+use zbus::connection::Builder;
 
 use crate::failpoint::{self, Point};
 
@@ -27,6 +28,8 @@ pub use tool::run;
 
 /// How long one tool may take.
 const LIMIT: Duration = Duration::from_secs(120);
+/// How long the message bus may take to let us in, and to answer.
+const BUS: Duration = Duration::from_secs(25);
 
 /// One thing to do after the switch.
 struct Step {
@@ -166,10 +169,16 @@ async fn skeleton(root: &Path) -> Result<bool> {
 /// that is down reads them when it starts.
 pub async fn reload_bus() -> Result<()> {
     failpoint::hit(Point::ReloadBus, "").context("reloading the message bus")?;
-    let connection = zbus::connection::Builder::system()
-        .method_timeout(Duration::from_secs(25))
-        .build()
+    reload(Builder::system(), BUS).await
+}
+
+/// `limit`: for connecting, and for the answer. zbus limits calls only, and dbus.socket takes connections for a bus that
+/// hangs.
+async fn reload(bus: Builder<'_>, limit: Duration) -> Result<()> {
+    let connection = tokio::time::timeout(limit, bus.method_timeout(limit).build())
         .await
+        .map_err(anyhow::Error::from)
+        .and_then(|built| built.map_err(anyhow::Error::from))
         .context("the system bus does not answer; it reads the new configuration when it starts")?;
     connection
         .call_method(
@@ -225,5 +234,16 @@ mod tests {
         let mut found = libraries(temp.path());
         found.sort();
         assert_eq!(found, ["lib/libx.so.1", "lib/x86_64-linux-gnu"]);
+    }
+
+    #[tokio::test]
+    async fn a_bus_that_never_answers_is_not_waited_for() {
+        let temp = tempfile::tempdir().unwrap();
+        let socket = temp.path().join("bus");
+        let _hangs = tokio::net::UnixListener::bind(&socket).unwrap();
+        let bus = || Builder::address(format!("unix:path={}", socket.display()).as_str());
+        let reloaded = tokio::time::timeout(Duration::from_secs(60), reload(bus(), Duration::from_millis(200)));
+        let error = reloaded.await.unwrap().unwrap_err();
+        assert!(error.to_string().starts_with("the system bus does not answer"), "{error:#}");
     }
 }
