@@ -179,7 +179,13 @@ async fn start() -> Result<()> {
         Ok(()) => Ok(()),
         // A PID 1 of another /usr than the one in place may be unable to start anything: what was left
         // by a daemon that was killed in the middle of a switch or an undo.
-        Err(_) if !units::mapped_files(1).is_empty() => manager.reexecute().await?.start(DAEMON_UNIT, limit).await,
+        Err(_) if !units::mapped_files(1).is_empty() => {
+            let manager = manager.reexecute().await?;
+            // From 254 on systemd remembers how often a unit was started: a daemon that was refused for that is
+            // refused by the new one, too.
+            manager.reset_failed(DAEMON_UNIT).await?;
+            manager.start(DAEMON_UNIT, limit).await
+        }
         Err(error) => Err(error),
     }
 }

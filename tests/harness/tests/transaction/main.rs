@@ -368,3 +368,35 @@ fn a_second_agent_says_who_holds_the_lock() -> Result<()> {
     });
     checks.finish()
 }
+
+/// What a killed agent can leave behind: a PID 1 of another /usr than the one in place, and a start limit that is used up.
+#[test]
+fn a_refused_daemon_is_started_by_the_systemd_in_place() -> Result<()> {
+    let mut checks = Checks::new("transaction: the start limit over a re-exec");
+    let bed = Bed::start("transaction-refused", "node-a")?;
+    let guest = &bed.guest;
+    bed.agent("run")?;
+    guest.ask(&format!(
+        "mkdir -p $(dirname {LIMIT}) && printf '[Unit]\\nStartLimitIntervalSec=1h\\nStartLimitBurst=1\\n' >{LIMIT}
+         systemctl daemon-reload; systemctl kill -s KILL node-image-pivotd.service; sleep 0.5
+         systemctl start node-image-pivotd.service; systemctl kill -s KILL node-image-pivotd.service; sleep 0.5
+         ! systemctl start node-image-pivotd.service"
+    ))?;
+    checks.check("a re-exec alone does not forget it", || {
+        guest.ask("systemctl daemon-reexec; ! systemctl start node-image-pivotd.service").map(drop)
+    });
+    checks.check("as long as PID 1 is what is in place, refused is refused", || {
+        let answer = guest.run("node-image-pivot plan")?;
+        same(answer.status, 1)?;
+        contains(&answer.text, "the daemon cannot be started")
+    });
+    checks.check("by the systemd in place it is started", || {
+        guest.ask(
+            "cp -a /usr/lib/systemd/systemd /run/systemd-copy
+             mount --bind /run/systemd-copy /usr/lib/systemd/systemd",
+        )?;
+        bed.agent("plan")?;
+        same(guest.unit("node-image-pivotd.service", "ActiveState")?, "active".into())
+    });
+    checks.finish()
+}
