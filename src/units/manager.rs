@@ -394,6 +394,17 @@ impl Manager {
             .with_context(|| format!("cannot read {name} of {path}"))?;
         reply.body().deserialize().with_context(|| format!("{name} of {path}"))
     }
+
+    /// Isolates as [`Manager::isolate`], or only starts a target that may not be isolated (no `AllowIsolate=yes`), as
+    /// systemd itself does at boot. Whether it is isolated.
+    pub async fn isolate_or_start(&self, target: &str) -> Result<bool> {
+        let Err(error) = self.isolate(target).await else { return Ok(true) };
+        match error.downcast_ref::<zbus::Error>() {
+            Some(zbus::Error::MethodError(name, ..)) if name.ends_with(".NoIsolation") => {}
+            _ => return Err(error),
+        }
+        self.call("StartUnit", &(target, "replace")).await.map(|_| false)
+    }
 }
 
 /// Whether a failure to connect is what a PID 1 that re-executes itself looks like.
