@@ -107,10 +107,23 @@ pub(super) async fn finish(context: &Context, mut switched: Switched, flow: Flow
 /// part of what is rearranged.
 pub(super) async fn isolate(context: &Context) -> Result<(), Error> {
     let target = units::target(context);
-    let manager = Manager::connect().await?;
-    manager.isolate(&target).await.with_context(|| {
-        format!("{target} was not isolated, everything before that is done; start node-image-finish.service again")
-    })?;
-    info!(target, "isolating");
+    let not =
+        || format!("{target} was not isolated, everything before that is done; start node-image-finish.service again");
+    let manager = Manager::connect().await.with_context(not)?;
+    // Whoever went there in the meantime mends something: it is not taken away under his hands.
+    for refuge in ["rescue.target", "emergency.target"].into_iter().filter(|refuge| *refuge != target) {
+        if manager.is_up_or_coming(refuge).await.with_context(not)? {
+            return Err(Error::Internal(anyhow::anyhow!(
+                "the machine is in {refuge}: {target} was not isolated, everything before that is done; \
+                 leave it (systemctl default), then start node-image-finish.service"
+            )));
+        }
+    }
+    if manager.isolate_or_start(&target).await.with_context(not)? {
+        info!(target, "isolating");
+    } else {
+        // As systemd itself does with such a default target at boot.
+        warn!("{target} cannot be isolated, it has no AllowIsolate=yes: started instead, what runs goes on running");
+    }
     Ok(())
 }

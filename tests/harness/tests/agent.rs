@@ -258,3 +258,73 @@ fn the_rest_comes_after_the_pivot() -> Result<()> {
     checks.check("no unit has failed", || same(guest.ask("systemctl --failed --no-legend --plain")?, String::new()));
     checks.finish()
 }
+
+/// systemd boots into such a default target all the same; so do we.
+#[test]
+fn a_target_that_may_not_be_isolated_is_started() -> Result<()> {
+    let images = Images::ensure()?;
+    let mut checks = Checks::new("agent: a target without AllowIsolate=");
+    let network = Network::new()?;
+    let registry = Registry::start(&images.storage, &work_dir("agent-plain-registry")?, Some(network.pid()), None)?;
+    let guest = Container::start(images, &network, &setup("agent-plain", images), |files| {
+        node_files(files, &images.image("node-b")?.by_digest(), "127.0.0.1", registry.port)?;
+        files.put("/etc/node-image-pivot.conf.d/60-target.toml", 0o644, "target = \"plain.target\"\n")?;
+        files.put(
+            "/etc/systemd/system/plain.target",
+            0o644,
+            "[Unit]\nRequires=multi-user.target\nAfter=multi-user.target\n",
+        )
+    })?;
+    checks.check("it is reached", || {
+        wait_pivoted(&guest, &Checks::new("progress"), PIVOT)?;
+        guest.wait_unit("plain.target", "active", SOON)?;
+        same(state(&guest)?, "done".into())
+    });
+    checks.check("the journal says how", || {
+        contains(&guest.ask("journalctl -b -u node-image-pivotd.service")?, "plain.target cannot be isolated")
+    });
+    checks.check("no unit has failed", || same(guest.ask("systemctl --failed --no-legend --plain")?, String::new()));
+    checks.finish()
+}
+
+/// Somebody mends the machine while the pivot goes on: he is not thrown out.
+#[test]
+fn nobody_is_isolated_away_from_rescue() -> Result<()> {
+    let images = Images::ensure()?;
+    let mut checks = Checks::new("agent: rescue in the meantime");
+    let network = Network::new()?;
+    let mut registry =
+        Registry::start(&images.storage, &work_dir("agent-rescue-registry")?, Some(network.pid()), None)?;
+    registry.stop();
+    let guest = Container::start(images, &network, &setup("agent-rescue", images), |files| {
+        // Nobody sits at the console.
+        let shell = "[Service]\nExecStart=\nExecStart=/usr/bin/sleep infinity\n";
+        files.put("/etc/systemd/system/rescue.service.d/50-testbed.conf", 0o644, shell)?;
+        node_files(files, &images.image("node-b")?.by_digest(), "127.0.0.1", registry.port)
+    })?;
+    wait_for("waiting", SOON, || Ok(state(&guest)? == "waiting"))?;
+    guest.ask("systemctl --no-block isolate rescue.target")?;
+    guest.wait_unit("rescue.target", "active", SOON)?;
+    registry.resume()?;
+    checks.check("everything but the isolation is done, and it is said why", || {
+        guest.wait_unit("node-image-finish.service", "failed", PIVOT)?;
+        let status = guest.ask("node-image-pivot status")?;
+        contains(&status, "the machine is in rescue.target")?;
+        contains(&status, "start node-image-finish.service")?;
+        same(guest.ask("base-tool")?, "base-tool 2.0".into())?;
+        same(guest.unit("node-image-overlay.service", "ActiveState")?, "active".into())
+    });
+    checks.check("it is still in rescue", || {
+        same(guest.unit("rescue.target", "ActiveState")?, "active".into())?;
+        same(guest.unit("multi-user.target", "ActiveState")?, "inactive".into())
+    });
+    checks.check("the way out leads to the end", || {
+        guest.ask("systemctl --no-block default")?;
+        guest.wait_unit("multi-user.target", "active", SOON)?;
+        guest.ask("systemctl start node-image-finish.service")?;
+        wait_pivoted(&guest, &Checks::new("progress"), SOON)?;
+        same(state(&guest)?, "done".into())
+    });
+    checks.check("no unit has failed", || same(guest.ask("systemctl --failed --no-legend --plain")?, String::new()));
+    checks.finish()
+}
