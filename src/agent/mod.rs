@@ -36,7 +36,7 @@ use crate::config::Settings;
 use crate::dirfd::Directory;
 use crate::report::{LastError, State, Tracker};
 use crate::store::{LockError, StoreLock};
-use crate::units::{Guard, Manager};
+use crate::units::{Flow, Guard, Manager};
 use start::{Start, decide};
 
 pub use error::Error;
@@ -93,8 +93,6 @@ impl Context {
 pub struct Agent {
     tracker: Tracker,
     paths: Paths,
-    /// Whether the generator redirected this boot.
-    bootstrap: bool,
     record: Mutex<Record>,
     /// Whether whoever holds the record undoes.
     undoing: AtomicBool,
@@ -132,7 +130,6 @@ impl Agent {
         Ok(Arc::new(Self {
             tracker: Tracker::new(record.status.clone()),
             paths,
-            bootstrap: record.bootstrap,
             undoing: AtomicBool::new(false),
             probation: watch::Sender::new(record.probation),
             record: Mutex::new(record),
@@ -158,10 +155,11 @@ impl Agent {
     /// # Errors
     /// See [`Error`]: each variant says whether the running system was touched.
     pub async fn advance(&self, goal: Goal, ticket: &Ticket) -> Result<(), Error> {
-        self.advance_for(goal, None, ticket).await
+        self.advance_for(Some(goal), None, ticket).await
     }
 
-    async fn advance_for(&self, goal: Goal, length: Option<Duration>, ticket: &Ticket) -> Result<(), Error> {
+    /// `goal`: the flow's own, unless there is one.
+    async fn advance_for(&self, goal: Option<Goal>, length: Option<Duration>, ticket: &Ticket) -> Result<(), Error> {
         let mut record = tokio::select! {
             record = self.record.lock() => record,
             () = ticket.cancelled() => return Err(Error::Cancelled),
@@ -184,7 +182,7 @@ impl Agent {
     async fn advance_locked(
         &self,
         record: &mut Record,
-        goal: Goal,
+        goal: Option<Goal>,
         length: Option<Duration>,
         ticket: &Ticket,
     ) -> Result<(), Error> {
@@ -206,6 +204,7 @@ impl Agent {
             self.tracker.restart(record::shown(&settings));
         }
         let context = Context::new(settings, self.tracker.clone(), self.paths.clone());
+        let goal = goal.unwrap_or_else(|| record.last_goal());
         loop {
             let touches_nothing_yet = record.step.is_before_switch() || matches!(record.step, Step::Refreshed(_));
             if touches_nothing_yet && ticket.is_cancelled() {
@@ -246,7 +245,7 @@ impl Agent {
                 return Err(Error::from(error).context("the running system is untouched"));
             }
         }
-        record.step = next;
+        record.reach(next);
         if let Err(error) = self.save(record) {
             *record = before;
             if record.probation.is_none() {
@@ -267,13 +266,12 @@ impl Agent {
         Ok(true)
     }
 
-    /// All phases. The isolate belongs to the bootstrap flow only: on a system that has long booted,
-    /// nothing that runs may be stopped.
+    /// All phases of the flow; see [`Record::last_goal`].
     ///
     /// # Errors
     /// As [`Agent::advance`].
     pub async fn run(&self, ticket: &Ticket) -> Result<(), Error> {
-        self.advance(self.last_goal(), ticket).await
+        self.advance_for(None, None, ticket).await
     }
 
     /// The same on probation: the switch is undone `length` after it began, unless [`Agent::keep`] is
@@ -282,11 +280,7 @@ impl Agent {
     /// # Errors
     /// As [`Agent::advance`]; refused on a system that is switched for good.
     pub async fn run_for(&self, length: Duration, ticket: &Ticket) -> Result<(), Error> {
-        self.advance_for(self.last_goal(), Some(length), ticket).await
-    }
-
-    fn last_goal(&self) -> Goal {
-        if self.bootstrap { Goal::Finished } else { Goal::Switched }
+        self.advance_for(None, Some(length), ticket).await
     }
 
     /// Ends every call that has not begun to switch, running or waiting; what the store already
@@ -407,7 +401,7 @@ async fn next(context: &Context, record: &Record, goal: Goal, ticket: &Ticket) -
             }
             Start::Go => Step::Resolved(fetch::resolve(context, ticket).await?),
         },
-        Step::NothingToDo { reason, isolated: false } if goal == Goal::Finished && record.bootstrap => {
+        Step::NothingToDo { reason, isolated: false } if goal == Goal::Finished && record.flow() == Flow::Bootstrap => {
             after::isolate(context).await?;
             Step::NothingToDo { reason, isolated: true }
         }

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use super::{Paths, Probation};
+use super::{Goal, Paths, Probation};
 use crate::config::{ImageSource, Settings};
 use crate::dirfd::Directory;
 use crate::failpoint::{self, Point};
@@ -139,6 +139,11 @@ impl Step {
         matches!(self, Step::Idle | Step::NothingToDo { .. } | Step::Resolved(_) | Step::Pulled(_) | Step::Staged(_))
     }
 
+    /// Whether the machine was sent on to its target.
+    fn is_arrival(&self) -> bool {
+        matches!(self, Step::Finished(_) | Step::NothingToDo { isolated: true, .. })
+    }
+
     /// The state in which nothing runs.
     fn resting_state(&self) -> State {
         match self {
@@ -161,6 +166,9 @@ pub struct Record {
     /// Whether the generator redirected this boot.
     #[serde(default)]
     pub bootstrap: bool,
+    /// Whether the machine has gone on to its target: it is in use from then on, whatever is undone and done again.
+    #[serde(default)]
+    arrived: bool,
     /// What the configuration asked for when the step was reached.
     #[serde(default)]
     pub asked: Option<String>,
@@ -180,6 +188,7 @@ impl Default for Record {
             schema: SCHEMA,
             step: Step::Idle,
             bootstrap: false,
+            arrived: false,
             asked: None,
             probation: None,
             undone: None,
@@ -196,7 +205,7 @@ impl Record {
         let Some(text) = dir.read_optional(FILE).with_context(|| format!("cannot read {}", shown.display()))? else {
             return Ok(Self::default());
         };
-        let record: Self = serde_json::from_slice(&text)
+        let mut record: Self = serde_json::from_slice(&text)
             .with_context(|| format!("{} is damaged; nothing was touched; reboot to begin anew", shown.display()))?;
         if record.schema != SCHEMA {
             bail!(
@@ -205,6 +214,8 @@ impl Record {
                 record.schema
             );
         }
+        // An older agent did not say so.
+        record.arrived |= record.step.is_arrival();
         Ok(record)
     }
 
@@ -252,9 +263,24 @@ impl Record {
         self.status.state = if failed { State::Failed } else { self.step.resting_state() };
     }
 
-    /// In which flow the pivot runs.
+    /// Goes on to `step`.
+    pub fn reach(&mut self, step: Step) {
+        self.arrived |= step.is_arrival();
+        self.step = step;
+    }
+
+    /// In which flow the pivot runs: the bootstrap flow ends where the machine goes on to its target.
     pub fn flow(&self) -> Flow {
-        if self.bootstrap { Flow::Bootstrap } else { Flow::Live }
+        if self.bootstrap && !self.arrived { Flow::Bootstrap } else { Flow::Live }
+    }
+
+    /// How far a run goes. The isolate belongs to the bootstrap flow only: on a system in use, nothing that runs may
+    /// be stopped.
+    pub fn last_goal(&self) -> Goal {
+        match self.flow() {
+            Flow::Bootstrap => Goal::Finished,
+            Flow::Live => Goal::Switched,
+        }
     }
 }
 
@@ -366,6 +392,31 @@ mod tests {
     fn what_comes_before_the_switch() {
         let before: Vec<_> = steps().iter().map(Step::is_before_switch).collect();
         assert_eq!(before, [true, true, true, true, true, false, false, false, false, false]);
+    }
+
+    #[test]
+    fn the_bootstrap_flow_ends_at_the_target() {
+        let temp = tempfile::tempdir().unwrap();
+        let paths = Paths::below(temp.path());
+        let isolated = Step::NothingToDo { reason: "x".into(), isolated: true };
+        for step in steps().into_iter().chain([isolated]) {
+            let name = step.name();
+            let arrives = matches!(step, Step::Finished(_) | Step::NothingToDo { isolated: true, .. });
+            let expected = if arrives { (Flow::Live, Goal::Switched) } else { (Flow::Bootstrap, Goal::Finished) };
+            let mut record = Record { bootstrap: true, ..Record::default() };
+            record.reach(step.clone());
+            assert_eq!((record.flow(), record.last_goal()), expected, "{name}");
+            // Undone, or asked for another image; over a restart of the agent that sees the generator's variable again.
+            record.reach(Step::Staged(staged()));
+            record.save(&paths).unwrap();
+            let mut record = Record::load(&paths).unwrap();
+            record.bootstrap |= true;
+            assert_eq!((record.flow(), record.last_goal()), expected, "{name}, then staged");
+            // As an agent leaves it that does not know better.
+            Record { step, bootstrap: true, ..Record::default() }.save(&paths).unwrap();
+            assert_eq!(Record::load(&paths).unwrap().flow(), expected.0, "{name}, of an older agent");
+        }
+        assert_eq!(Record::default().last_goal(), Goal::Switched);
     }
 
     #[test]

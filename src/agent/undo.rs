@@ -98,6 +98,9 @@ impl Agent {
         Ok(undone.kept)
     }
 
+    /// What the undo does to units follows the flow that the switch planned for, which its record of units says, also on
+    /// a machine that is in use since: what the switch restarted runs the node image's code, and may be what is wrong
+    /// with it (a network that is gone is what a probation is for). Where that is not known, less is touched.
     async fn begin_undo(&self, staged: StagedRoot, record: &Record) -> Undo {
         let units = switch::plan_units(&self.paths, &staged, record.flow()).await.unwrap_or_else(|error| {
             warn!("undo: cannot tell what runs the node image's code, restart sshd by hand: {error:#}");

@@ -255,6 +255,22 @@ fn the_rest_comes_after_the_pivot() -> Result<()> {
         guest.ask("node-image-pivot undo")?;
         same(guest.ask("base-tool")?, "base-tool 1.0".into())
     });
+    checks.check(
+        "a machine that has arrived is in use: the next run restarts what it may, and isolates nothing",
+        || {
+            // An isolation would end this one. With a reload the generator redirects again, as far as the agent can see.
+            guest.ask(
+                "systemd-run -q --unit=installer sleep infinity
+             systemctl daemon-reload; systemctl restart node-image-pivotd.service
+             node-image-pivot run",
+            )?;
+            same(guest.ask("base-tool")?, "base-tool 2.0".into())?;
+            same(state(&guest)?, "switched".into())?;
+            same(guest.ask("jq -r .flow /run/node-image-pivot/units.json")?, "live".into())?;
+            same(guest.ask("systemctl list-jobs --no-legend | wc -l")?, "0".into())?;
+            same(guest.unit("installer.service", "ActiveState")?, "active".into())
+        },
+    );
     checks.check("no unit has failed", || same(guest.ask("systemctl --failed --no-legend --plain")?, String::new()));
     checks.finish()
 }
