@@ -177,6 +177,7 @@ pub(super) async fn undo(paths: &Paths, staged: &StagedRoot, units: Option<&[Act
     // Before PID 1 is the old one again: it looks labels up in what is loaded.
     if units.is_some() {
         load_old_policy(paths, &mut undone).await;
+        undone.kept.extend(refresh_back(staged).await);
     }
     if let Some(units) = units
         && let Err(error) = undo_units(units, &mut undone.kept).await
@@ -240,6 +241,21 @@ async fn undo_units(actions: &[Action], kept: &mut Vec<String>) -> anyhow::Resul
         }
     }
     Ok(())
+}
+
+/// Makes what the refresh made of the node image's files of the old ones again: the loader's cache, and what udev and the
+/// message bus have read. Before units are restarted, which look there. Returns what went wrong: no reason to stop.
+async fn refresh_back(staged: &StagedRoot) -> Vec<String> {
+    let (delta, mut troubles) = match staged.delta.lookup() {
+        Ok(delta) => (Some(delta), Vec::new()),
+        Err(error) => (None, vec![format!("all caches are made anew: {error:#}")]),
+    };
+    let differs = |path: &Path| delta.as_ref().is_none_or(|delta| delta.contains(path).unwrap_or(true));
+    troubles.extend(host::refresh_back(&differs).await);
+    if let Err(error) = host::reload_bus().await {
+        troubles.push(format!("{error:#}"));
+    }
+    troubles
 }
 
 /// The second value watches over us until PID 1 is the old one again. Without one we go on: it is needed

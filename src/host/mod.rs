@@ -98,6 +98,12 @@ pub async fn refresh(differs: &(dyn Fn(&Path) -> bool + Sync)) -> Vec<String> {
     run_steps(&[&SYSUSERS, &TMPFILES, &SKELETON, &HWDB, &UDEV], differs).await
 }
 
+/// The same on the way back, where only caches have to follow: users and files that were made stay, somebody may use
+/// them.
+pub async fn refresh_back(differs: &(dyn Fn(&Path) -> bool + Sync)) -> Vec<String> {
+    run_steps(&[&LDCONFIG, &HWDB, &UDEV], differs).await
+}
+
 async fn run_steps(steps: &[&Step], differs: &(dyn Fn(&Path) -> bool + Sync)) -> Vec<String> {
     let root = Path::new("/");
     let mut failures = Vec::new();
@@ -165,7 +171,7 @@ async fn skeleton(root: &Path) -> Result<bool> {
     made.map(|_| !lines.is_empty() || !removed.is_empty())
 }
 
-/// Makes the running message bus read the node image's D-Bus policy and activation files. A bus
+/// Makes the running message bus read the D-Bus policy and activation files that are in place now. A bus
 /// that is down reads them when it starts.
 pub async fn reload_bus() -> Result<()> {
     failpoint::hit(Point::ReloadBus, "").context("reloading the message bus")?;

@@ -186,6 +186,9 @@ fn undo_brings_back_what_was() -> Result<()> {
         contains_any(&guest.ask("busctl get-property org.freedesktop.systemd1 /org/freedesktop/systemd1 org.freedesktop.systemd1.Manager Version")?, &["252"])
     });
     checks.check("undo: /etc is as it was", || same(guest.ask(fingerprint)?, before.clone()));
+    checks.check("undo: the loader's cache is that of the old /usr", || {
+        guest.ask("ldconfig -C /run/ld.so.cache && cmp /etc/ld.so.cache /run/ld.so.cache").map(drop)
+    });
     checks.check("undo: a new ssh login works", || {
         same(guest.login("base-tool")?.text.trim().into(), "base-tool 1.0".to_string())
     });

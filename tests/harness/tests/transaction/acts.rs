@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::process::Command;
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 use testbed::check::{Checks, contains, same};
 use testbed::guest::Guest;
 use testbed::proc::{succeed, wait_for};
@@ -91,6 +91,13 @@ fn killed_or_failing_at_every_act() -> Result<()> {
         same(kinds, all)
     });
     checks.check("there and back again: /etc is the same", || bed.is_undone(&before));
+    checks.check("what the refresh made of files is made anew on the way back, before units are restarted", || {
+        let at =
+            |name: &str| back.iter().position(|point| point == name).with_context(|| format!("not reached: {name}"));
+        let order =
+            [at("withdraw")?, at("tool ldconfig")?, at("tool udevadm")?, at("reload-bus")?, at("systemd Reexecute")?];
+        same(order.is_sorted(), true)
+    });
 
     // Killed at each point in turn: every start goes on with what the record says, and comes to the next.
     guest.ask("rm /run/node-image-pivot/state.json")?;
