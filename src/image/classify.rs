@@ -88,8 +88,10 @@ pub fn classify(text: &str) -> (Kind, Option<Duration>) {
         "use of closed",
     ]) {
         Kind::Network
+    } else if is_about_the_clock(&text) {
+        Kind::Clock
     } else if is_about_certificates(&text) {
-        // A wrong certificate stays wrong; only the host's trust or its registries.conf can change that.
+        // Any other wrong certificate stays wrong; only the host's trust or its registries.conf can change that.
         Kind::Policy
     } else if has(&[
         "unsupported manifest",
@@ -107,13 +109,22 @@ pub fn classify(text: &str) -> (Kind, Option<Duration>) {
     (kind, retry_after)
 }
 
+/// Whether a registry's certificate is out of its time. Of a signature's, the time is not the clock's.
+fn is_about_the_clock(text: &str) -> bool {
+    text.contains("certificate has expired or is not yet valid") && !is_about_signatures(text)
+}
+
+/// Signatures may come with certificates of their own.
+fn is_about_signatures(text: &str) -> bool {
+    ["signature", "fulcio", "rekor"].iter().any(|needle| text.contains(needle))
+}
+
 /// Whether a text of kind [`Kind::Policy`] is about the registry's certificate, not about signatures.
 pub(super) fn is_about_certificates(text: &str) -> bool {
     let text = text.to_lowercase();
     let has = |needles: &[&str]| needles.iter().any(|needle| text.contains(needle));
-    // Signatures may come with certificates of their own.
     has(&["x509", "server gave http response to https client"])
-        || (has(&["certificate"]) && !has(&["signature", "fulcio", "rekor"]))
+        || (has(&["certificate"]) && !is_about_signatures(&text))
 }
 
 /// The text without ports and digests, which may hold any number: a registry on port 42900 does not
@@ -139,6 +150,7 @@ fn retry_after(text: &str) -> Option<Duration> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::{Class, Failure};
     use super::*;
     use proptest::prelude::*;
 
@@ -192,6 +204,12 @@ mod tests {
             ("Signature for identity q.io/x:1 is not accepted", Kind::Policy),
             ("no image found in manifest list for architecture s390x, variant \"\", OS linux", Kind::WrongArchitecture),
             ("Get \"https://q.io/v2/\": x509: certificate signed by unknown authority", Kind::Policy),
+            (
+                "failed to invoke method OpenImage: pinging container registry q.io: Get \"https://q.io/v2/\": tls: failed to verify certificate: x509: certificate has expired or is not yet valid: current time 2000-01-01T00:00:41Z is before 2026-03-04T04:01:04Z",
+                Kind::Clock,
+            ),
+            ("Get \"https://q.io/v2/\": x509: certificate is valid for a.io, not q.io", Kind::Policy),
+            ("verifying with the Fulcio certificate: x509: certificate has expired or is not yet valid", Kind::Policy),
             ("http: server gave HTTP response to HTTPS client", Kind::Policy),
             ("net/http: TLS handshake timeout", Kind::Network),
             ("write /var/tmp/x: no space left on device", Kind::NoSpace),
@@ -201,6 +219,9 @@ mod tests {
         }
         assert_eq!(classify("429 Too Many Requests, retry-after: 17").1, Some(Duration::from_secs(17)));
         assert_eq!(classify("retry-after: soon").1, None);
+        let clock = Failure::new(Kind::Clock, "x");
+        assert_eq!(clock.kind.class(), Class::Transient);
+        assert!(clock.advice.contains("clock"));
     }
 
     proptest! {

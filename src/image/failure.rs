@@ -6,7 +6,7 @@ use std::time::Duration;
 /// Whether another attempt can help.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Class {
-    /// DNS, refused, reset, timeout, 429, 5xx, truncated: try again.
+    /// DNS, refused, reset, timeout, 429, 5xx, truncated, a wrong clock: try again.
     Transient,
     /// Credentials, a missing tag, a bad digest, a foreign format: another attempt gives the same answer.
     Permanent,
@@ -33,6 +33,8 @@ pub enum Kind {
     WrongArchitecture,
     /// Refused by policy.json or a missing signature.
     Policy,
+    /// The registry's certificate is not valid yet, or not any more: by this machine's clock.
+    Clock,
     /// No room left in the node store.
     NoSpace,
     /// The caller asked to stop.
@@ -54,6 +56,7 @@ impl Kind {
             Kind::BadFormat => "bad-format",
             Kind::WrongArchitecture => "wrong-architecture",
             Kind::Policy => "policy",
+            Kind::Clock => "clock",
             Kind::NoSpace => "no-space",
             Kind::Cancelled => "cancelled",
             Kind::Local => "local",
@@ -63,7 +66,8 @@ impl Kind {
     /// Whether another attempt can help.
     pub fn class(self) -> Class {
         match self {
-            Kind::Network | Kind::Truncated => Class::Transient,
+            // A machine without a clock of its own has the right time a minute later.
+            Kind::Network | Kind::Truncated | Kind::Clock => Class::Transient,
             _ => Class::Permanent,
         }
     }
@@ -97,6 +101,10 @@ impl Failure {
             Kind::BadFormat => "the node image must be an ostree-encapsulated container image",
             Kind::WrongArchitecture => "use the image, or the index, that holds this machine's architecture",
             Kind::Policy => "check /etc/containers/policy.json and the image's signature",
+            Kind::Clock => {
+                "check this machine's clock (timedatectl); the pull goes on by itself when it is right. If it is, the \
+                 registry needs another certificate"
+            }
             Kind::NoSpace => "raise `ram_limit`, give the machine more memory, or use a smaller node image",
             Kind::Cancelled => "what was stored is kept; start the pull again to go on",
             Kind::Local => "see the journal of node-image-pivotd.service",
