@@ -61,8 +61,8 @@ pub struct Facts {
     pub image: bool,
     /// `target` from the configuration or the command line, checked.
     pub target: Option<String>,
-    /// The enabled services that bring the network up.
-    pub network: Vec<&'static str>,
+    /// The enabled services that bring up the network and the time.
+    pub services: Vec<&'static str>,
 }
 
 /// What to do with this boot.
@@ -75,7 +75,7 @@ pub enum Decision {
         /// The target to isolate to in the end.
         original: String,
         /// Services that the pull needs and that nothing else starts before `original`.
-        network: Vec<&'static str>,
+        services: Vec<&'static str>,
     },
     /// Boot as if we were not there.
     Leave(Reason),
@@ -166,7 +166,7 @@ pub fn decide(facts: Facts) -> Decision {
             (_, None) => Reason::NoPivotTarget,
             (DefaultTarget::Name(name), Some(pivot_target)) => {
                 let original = facts.target.unwrap_or(name);
-                return Decision::Redirect { pivot_target, original, network: facts.network };
+                return Decision::Redirect { pivot_target, original, services: facts.services };
             }
         }
     };
@@ -191,7 +191,7 @@ mod tests {
             binary: None,
             image: true,
             target: None,
-            network: vec!["n.service"],
+            services: vec!["n.service"],
         }
     }
 
@@ -200,7 +200,7 @@ mod tests {
         let redirect = |original: &str| Decision::Redirect {
             pivot_target: "/p".into(),
             original: original.into(),
-            network: vec!["n.service"],
+            services: vec!["n.service"],
         };
         let oc = || Some(PathBuf::from("/usr/bin/oc"));
         let leave = Decision::Leave;

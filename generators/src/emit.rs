@@ -28,8 +28,8 @@ pub const TARGET_VARIABLE: &str = "NODE_IMAGE_PIVOT_TARGET";
 /// redirected without a way back. Doing it again changes nothing. Another generator's
 /// `default.target` is an error and stays.
 ///
-/// `network`: services that the pull has to start, because what they are enabled for comes after it.
-pub fn redirect(output: &Output, pivot_target: &Path, original: &str, network: &[&str]) -> Result<(), Problem> {
+/// `services`: those that the pull has to start, because what they are enabled for comes after it.
+pub fn redirect(output: &Output, pivot_target: &Path, original: &str, services: &[&str]) -> Result<(), Problem> {
     let dropin = output.normal.join("node-image-pivotd.service.d/50-default-target.conf");
     // A backslash is the only character of a unit name that Environment= takes specially.
     let value = original.replace('\\', r"\\");
@@ -38,12 +38,12 @@ pub fn redirect(output: &Output, pivot_target: &Path, original: &str, network: &
          [Service]\nEnvironment={TARGET_VARIABLE}={value}\n"
     );
     write(&dropin, &text).map_err(|e| problem(&dropin, &e))?;
-    if !network.is_empty() {
-        let dropin = output.normal.join("node-image-pull.service.d/50-network.conf");
+    if !services.is_empty() {
+        let dropin = output.normal.join("node-image-pull.service.d/50-services.conf");
         let text = format!(
             "# Written by node-image-pivot-generator: enabled here, but for a target that comes after the pivot.\n\
              [Unit]\nWants={}\n",
-            network.join(" ")
+            services.join(" ")
         );
         write(&dropin, &text).map_err(|e| problem(&dropin, &e))?;
     }

@@ -40,7 +40,7 @@ pub fn gather(root: &Path, in_initrd: bool) -> Facts {
         binary: None,
         image: false,
         target: None,
-        network: Vec::new(),
+        services: Vec::new(),
     };
     if in_initrd || pivoted {
         return facts;
@@ -58,7 +58,7 @@ pub fn gather(root: &Path, in_initrd: bool) -> Facts {
     facts.binary = probe_paths.into_iter().find(|path| exists(path));
     facts.image = keys.image;
     facts.target = keys.target;
-    facts.network = target::enabled_network_services(root);
+    facts.services = target::enabled_services(root);
     facts
 }
 

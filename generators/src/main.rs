@@ -36,12 +36,12 @@ fn run(root: &std::path::Path, sink: Sink) {
                 sink.log(level, &format!("not redirecting this boot: {reason}"));
             }
         }
-        Decision::Redirect { pivot_target, original, network } => {
+        Decision::Redirect { pivot_target, original, services } => {
             // The agent refuses a misspelt key; whoever reads the console should know already.
             for key in CommandLine::read(root).unwrap_or_default().unknown {
                 sink.log(Level::Warning, &format!("unknown key on the kernel command line: {key}"));
             }
-            match emit::redirect(&Output { normal, early }, &pivot_target, &original, &network) {
+            match emit::redirect(&Output { normal, early }, &pivot_target, &original, &services) {
                 Ok(()) => {
                     sink.log(Level::Notice, &format!("this boot goes to the node image first, then to {original}"));
                 }

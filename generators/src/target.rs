@@ -8,12 +8,18 @@ use std::path::{Path, PathBuf};
 
 use crate::under;
 
-/// What brings the network and its names up, on the systems we know.
-pub const NETWORK_SERVICES: [&str; 3] =
-    ["NetworkManager.service", "systemd-networkd.service", "systemd-resolved.service"];
+/// What brings up the network, its names and the time, by which certificates are valid, on the systems we know.
+pub const SERVICES: [&str; 6] = [
+    "NetworkManager.service",
+    "systemd-networkd.service",
+    "systemd-resolved.service",
+    "chronyd.service",
+    "systemd-timesyncd.service",
+    "ntpd.service",
+];
 
-/// Where the [`NETWORK_SERVICES`] are enabled, depending on distribution and version.
-const NETWORK_WANTS: [&str; 4] =
+/// Where the [`SERVICES`] are enabled, depending on distribution and version.
+const WANTS: [&str; 4] =
     ["multi-user.target.wants", "network-online.target.wants", "network.target.wants", "sysinit.target.wants"];
 
 /// Where systemd looks for system units, strongest first; without generator output.
@@ -48,11 +54,11 @@ pub fn find(root: &Path, name: &str) -> Option<PathBuf> {
     (fs::read_link(under(root, &path)).ok().as_deref() != Some(Path::new("/dev/null"))).then_some(path)
 }
 
-/// Those of [`NETWORK_SERVICES`] that exist, are not masked and are enabled.
-pub fn enabled_network_services(root: &Path) -> Vec<&'static str> {
+/// Those of [`SERVICES`] that exist, are not masked and are enabled.
+pub fn enabled_services(root: &Path) -> Vec<&'static str> {
     // A link to /dev/null in one directory takes back the link of that name in a weaker one.
-    let wanted = |name: &str| NETWORK_WANTS.iter().any(|wants| find(root, &format!("{wants}/{name}")).is_some());
-    NETWORK_SERVICES.into_iter().filter(|name| wanted(name) && find(root, name).is_some()).collect()
+    let wanted = |name: &str| WANTS.iter().any(|wants| find(root, &format!("{wants}/{name}")).is_some());
+    SERVICES.into_iter().filter(|name| wanted(name) && find(root, name).is_some()).collect()
 }
 
 /// What `default.target` is, before any redirect of ours. Missing, looping, ours or not a valid name:
@@ -166,7 +172,11 @@ mod tests {
     }
 
     #[test]
-    fn network_services_count_if_they_are_enabled() {
+    fn services_count_if_they_are_enabled() {
+        let (time, link_to_time) = (
+            "usr/lib/systemd/system/chronyd.service",
+            "etc/systemd/system/multi-user.target.wants/chronyd.service -> x",
+        );
         let (nm, unit) = ("NetworkManager.service", "usr/lib/systemd/system/NetworkManager.service");
         let link = "etc/systemd/system/multi-user.target.wants/NetworkManager.service -> /usr/lib/systemd/system/x";
         let shipped = "usr/lib/systemd/system/sysinit.target.wants/NetworkManager.service -> ../NetworkManager.service";
@@ -179,8 +189,10 @@ mod tests {
             (vec![link], vec![]),
             (vec![unit, link, masked], vec![]),
             (vec![unit, shipped, taken_back], vec![]),
+            (vec![unit, link, time, link_to_time], vec![nm, "chronyd.service"]),
+            (vec![time], vec![]),
         ] {
-            assert_eq!(enabled_network_services(root(&entries).path()), expected, "{entries:?}");
+            assert_eq!(enabled_services(root(&entries).path()), expected, "{entries:?}");
         }
     }
 
