@@ -269,7 +269,7 @@ fn sockets() {
         job(Verb::Start, "a.socket"),
         job(Verb::Start, "b.socket"),
     ];
-    assert_eq!(jobs(&[one.clone()]), all);
+    assert_eq!(jobs(std::slice::from_ref(&one)), all);
     assert_eq!(jobs(&[one.clone(), other.clone()]), all);
     let stays = UnitState { wish: Some(Wish::Never), ..other };
     assert_eq!(jobs(&[one, stays]), [], "one of them is to stay");
