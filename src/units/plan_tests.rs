@@ -40,6 +40,7 @@ fn code_that_changed() {
         ("ssh@3-10.0.0.1:22-10.0.0.2:4711.service", vec!["sbin/sshd"], Bootstrap, Some(Never)),
         ("sshd@3-10.0.0.1:22-10.0.0.2:4711.service", vec!["sbin/sshd"], Bootstrap, Some(Never)),
         ("sshd@3-10.0.0.1:22-10.0.0.2:4711.service", vec!["sbin/sshd"], Live, Some(Never)),
+        ("sshd.service", vec!["sbin/sshd"], Live, Some(Restart)),
         ("node-image-pivotd.service", vec!["lib/libc.so.6"], Bootstrap, Some(Never)),
     ] {
         assert_eq!(class(unit(name, &changed), flow, &Policy::default()), expected, "{name} {changed:?} {flow:?}");
@@ -180,6 +181,9 @@ fn definitions_that_changed() {
         (edited("ssh.service"), Some(Restart), Some(Restart)),
         (edited("dbus.service"), Some(Never), Some(Never)),
         (reload.clone(), Some(Reload), Some(Never)),
+        (UnitState { reloadable: true, ..edited("a.service") }, Some(Restart), Some(Never)),
+        // There was one, there is none.
+        (of(Difference::Reload, "a.service"), Some(Restart), Some(Never)),
         // With new code a reload is not enough.
         (UnitState { changed: vec!["bin/a".into()], ..reload }, Some(Restart), Some(Never)),
         (oneshot.clone(), Some(Nothing), Some(Nothing)),
@@ -198,6 +202,39 @@ fn definitions_that_changed() {
     }
     let reason = &plan(&[gone], Flow::Bootstrap, &Policy::default())[0].reason;
     assert_eq!(reason, "its unit file is gone");
+}
+
+#[test]
+fn the_built_in_list_is_the_documents() {
+    let text = include_str!("../../docs/units.md").split("The built-in list: ").nth(1).unwrap();
+    for name in text.split(". A restart").next().unwrap().split('`').skip(1).step_by(2) {
+        let unit = edited(&name.replace('*', "1.service"));
+        assert_eq!(class(unit, Flow::Bootstrap, &Policy::default()), Some(Class::Never), "{name}");
+    }
+}
+
+#[test]
+fn reasons_and_how_they_are_written() {
+    let and_code = UnitState { changed: vec!["bin/a".into()], ..edited("a.service") };
+    let keys = vec!["[Service] User=".to_owned(), "[Service] Group=".to_owned()];
+    let of = |difference| UnitState { difference, ..unit("a.service", &[]) };
+    let left = UnitState { sockets: vec!["a.socket".into()], ..of(Difference::Reload) };
+    for (state, expected) in [
+        (left, "its ExecReload= changed; a.socket starts it again when it is needed"),
+        (unit("a.service", &["bin/a"]), "/usr/bin/a changed"),
+        (unit("a.service", &["bin/a", "lib/b", "lib/c"]), "/usr/bin/a and 2 more changed"),
+        (and_code, "[Service] User= changed in its unit, /usr/bin/a changed"),
+        (of(Difference::Changed(keys)), "[Service] User= and 1 more changed in its unit"),
+        (of(Difference::Reload), "its ExecReload= changed"),
+        (of(Difference::Masked), "it is masked"),
+    ] {
+        let action = plan(std::slice::from_ref(&state), Flow::Bootstrap, &Policy::default()).remove(0);
+        assert_eq!(action.reason, expected);
+        let written = serde_json::to_value(&action).unwrap();
+        assert_eq!(written["class"], action.class.as_str());
+        assert_eq!(written.get("how").is_some(), !state.sockets.is_empty(), "only of sockets");
+        assert_eq!(serde_json::from_value::<Action>(written).unwrap(), action);
+    }
 }
 
 #[test]
