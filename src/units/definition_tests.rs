@@ -70,6 +70,7 @@ fn drop_ins_of_all_names_in_order_of_file_name() {
             &[
                 ("a-b@.service.d", folder(&[("20.conf", Some("[Service]\nExecStart=template"))])),
                 ("a-b@x.service.d", folder(&[("10.conf", Some("[Service]\nExecStart=instance"))])),
+                ("a.service.d", folder(&[("50.conf", Some("[Service]\nExecStart=of a, which is no prefix"))])),
                 ("hidden.service.d", folder(&[("x.conf", None)])),
             ],
         ),
@@ -106,6 +107,7 @@ fn aliases_are_one_unit() {
                 ("sshd.service.d", folder(&[("a.conf", Some("[Service]\nExecStart=alias"))])),
                 ("autovt@.service", alias("getty@.service")),
                 ("autovt@.service.d", folder(&[("a.conf", Some("[Service]\nExecStart=autovt"))])),
+                ("getty@tty1.service.d", folder(&[("b.conf", Some("[Service]\nExecStart=tty1"))])),
                 ("loop.service", alias("pool.service")),
                 ("pool.service", alias("loop.service")),
             ],
@@ -115,6 +117,7 @@ fn aliases_are_one_unit() {
             &[
                 ("ssh.service", file("[Service]\nExecStart=ssh")),
                 ("getty@.service", file("[Service]\nExecStart=getty")),
+                ("other@.service", file("[Service]\nExecStart=other")),
             ],
         ),
     ]);
@@ -122,8 +125,9 @@ fn aliases_are_one_unit() {
         assert_eq!(exec(&all, name), ["ssh", "alias"], "{name}");
     }
     for name in ["getty@tty1.service", "autovt@tty1.service"] {
-        assert_eq!(exec(&all, name), ["getty", "autovt"], "{name}");
+        assert_eq!(exec(&all, name), ["getty", "autovt", "tty1"], "{name}");
     }
+    assert_eq!(exec(&all, "other@tty1.service"), ["other"], "another template's alias is not its own");
     assert_eq!(all.definition("loop.service"), None);
 }
 
@@ -137,11 +141,15 @@ fn what_a_target_pulls_in() {
             ("b.target", file("[Unit]\nWants=m.target\n")),
             ("b.target.requires", folder(&[("alias.service", None)])),
             ("alias.service", alias("f.service")),
-            ("f.service", file("[Unit]\nBindsTo=g.socket\n")),
+            ("f.service", file("[Unit]\nBindsTo=g.socket\nUpholds=h.service\n")),
+            ("h.service.upholds", folder(&[("i.service", None)])),
             ("d.service", Entry::Masked),
             ("x.service", file("[Unit]\nWants=y.service\n")),
         ],
     )]);
     let names: Vec<_> = all.pulled_in("m.target").into_iter().collect();
-    assert_eq!(names, ["b.target", "c.service", "e.service", "f.service", "g.socket", "m.target"]);
+    assert_eq!(
+        names,
+        ["b.target", "c.service", "e.service", "f.service", "g.socket", "h.service", "i.service", "m.target"]
+    );
 }
