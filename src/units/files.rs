@@ -220,6 +220,19 @@ mod tests {
         symlink("/dev/null", usr.join(lib).join("nip-test-null.service")).unwrap();
         symlink("nip-test-a.service", usr.join(lib).join("nip-test-alias.service")).unwrap();
         symlink("/usr/share/nip-test-linked.service", usr.join(lib).join("nip-test-linked.service")).unwrap();
+        for (folder, name, target) in [
+            ("wants", "nip-test-a.service", "../nip-test-a.service"),
+            ("wants", "nip-test-not.service", "/dev/null"),
+            ("requires", "nip-test-b.service", "../nip-test-b.service"),
+            ("upholds", "nip-test-c.service", "../nip-test-c.service"),
+        ] {
+            let folder = usr.join(lib).join(format!("nip-test.target.{folder}"));
+            fs::create_dir_all(&folder).unwrap();
+            symlink(target, folder.join(name)).unwrap();
+        }
+        for (name, length) in [("nip-test-long.service", MAX_BYTES), ("nip-test-longer.service", MAX_BYTES + 1)] {
+            fs::File::create(usr.join(lib).join(name)).unwrap().set_len(length).unwrap();
+        }
         put(&new_etc, "systemd/system/nip-test-new.service", "[Service]\nExecStart=/d\n");
         let etc = ["nip-test-new.service", "nip-test-a.service.d/y.conf"].map(|name| {
             let path = Path::new("systemd/system").join(name);
@@ -231,8 +244,33 @@ mod tests {
         assert_eq!(exec("nip-test-alias.service"), ["/a", "/b"]);
         assert_eq!(exec("nip-test-linked.service"), ["/c"]);
         assert_eq!(exec("nip-test-new.service"), ["/d"]);
-        for name in ["nip-test-null.service", "nip-test-empty.service"] {
+        for name in ["nip-test-null.service", "nip-test-empty.service", "nip-test-longer.service"] {
             assert!(files.definition(name).unwrap().masked, "{name}");
         }
+        assert!(!files.definition("nip-test-long.service").unwrap().masked);
+        let wanted: Vec<_> = files.pulled_in("nip-test.target").into_iter().collect();
+        assert_eq!(wanted, ["nip-test-a.service", "nip-test-b.service", "nip-test-c.service", "nip-test.target"]);
+    }
+
+    /// Those that systemd itself has, in its order.
+    #[test]
+    fn directories() {
+        let output = std::process::Command::new("systemd-analyze").arg("unit-paths").output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let paths = String::from_utf8(output.stdout).unwrap();
+        // /lib is /usr/lib.
+        let others = ["/lib/", "/run/systemd/generator", "/run/systemd/transient"];
+        let paths: Vec<_> = paths.lines().filter(|path| !others.iter().any(|other| path.starts_with(other))).collect();
+        assert_eq!(paths, DIRECTORIES);
+    }
+
+    #[test]
+    fn a_directory_that_cannot_be_listed_is_an_error() {
+        let usr = tempfile::tempdir().unwrap();
+        let root = Root { usr: usr.path().into(), etc: EtcChanges::new() };
+        assert!(root.unit_files().is_ok(), "none there");
+        fs::create_dir(usr.path().join("lib")).unwrap();
+        symlink("systemd", usr.path().join("lib/systemd")).unwrap();
+        assert!(root.unit_files().is_err(), "a link to itself");
     }
 }
