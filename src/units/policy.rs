@@ -102,6 +102,9 @@ mod tests {
 
     #[test]
     fn what_is_refused() {
+        for pattern in ["a.service", "a.socket", "a.timer", "a.path", "a.mount", "?.service", "a*"] {
+            assert!(Policy::new([(pattern, "never")]).is_ok(), "{pattern}");
+        }
         for (pattern, word, expected) in [
             ("a.service", "restrat", "\"restrat\" is no class; write reload, restart, never or stop"),
             ("a", "restart", "\"a\" matches no unit"),
