@@ -125,6 +125,7 @@ mod tests {
             ),
             (start, "[Service]\nExecStart=/bin/a\nX-Foo=1\n[X-Bar]\nA=b\n", Difference::Same),
             (start, "[Service]\nExecStart=/bin/a\nExecReload=/bin/kill -HUP $MAINPID\n", Difference::Reload),
+            (start, "[Service]\nExecStart=/bin/a\nExecReloadPost=/bin/true\n", Difference::Reload),
             (start, "[Service]\nExecStart=/bin/a -x\n", changed(&["[Service] ExecStart="])),
             (start, "[Service]\nExecStart=/bin/a\nUser=b\nExecReload=/c\n", changed(&["[Service] User="])),
             (
