@@ -368,6 +368,22 @@ mod tests {
     use super::*;
 
     #[test]
+    fn words_for_true() {
+        for (word, expected) in [
+            ("1", true),
+            ("Yes", true),
+            ("y", true),
+            ("true", true),
+            ("t", true),
+            ("ON", true),
+            ("no", false),
+            ("", false),
+        ] {
+            assert_eq!(is_true(word), expected, "{word}");
+        }
+    }
+
+    #[test]
     fn maps() {
         let text = "\
 00400000-00402000 r--p 00000000 fe:00 1234  /usr/bin/cat
