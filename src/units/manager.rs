@@ -429,8 +429,35 @@ fn already_subscribed(error: anyhow::Error) -> Result<zbus::Message> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_counts_as_active() {
+        for (name, active, expected) in [
+            ("a.service", "active", true),
+            ("a.mount", "reloading", true),
+            ("a.service", "activating", false),
+            ("a.service", "failed", false),
+            ("a.target", "active", false),
+        ] {
+            let unit = Unit { name: name.into(), active: active.into(), path: OwnedObjectPath::default() };
+            assert_eq!(unit.is_active(), expected, "{name} {active}");
+        }
+    }
+
+    #[test]
+    fn answers_of_systemd_that_are_no_failures() {
+        let answer = |name: &str| {
+            let call = zbus::Message::method_call(PATH, "X").build(&()).unwrap();
+            let name = format!("org.freedesktop.systemd1.{name}").try_into().unwrap();
+            anyhow::Error::from(zbus::Error::MethodError(name, None, call)).context("systemd refused X")
+        };
+        assert!(not_loaded(answer("NoSuchUnit")).is_ok() && already_subscribed(answer("AlreadySubscribed")).is_ok());
+        assert!(not_loaded(answer("UnitMasked")).is_err() && already_subscribed(answer("AccessDenied")).is_err());
+        assert!(not_loaded(anyhow::anyhow!("x")).is_err() && already_subscribed(anyhow::anyhow!("x")).is_err());
+    }
 
     #[test]
     fn a_refusal_is_final_and_a_restart_is_not() {
