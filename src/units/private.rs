@@ -178,6 +178,7 @@ fn sender(message: &[u8]) -> Option<std::ops::Range<usize>> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use futures_util::StreamExt;
     use proptest::prelude::*;
 
     fn message(sender: &str) -> Vec<u8> {
@@ -213,6 +214,59 @@ mod tests {
         assert_eq!(after, before);
     }
 
+    /// A message with these header fields, and where the text of the field SENDER is.
+    fn with_fields(fields: &[(u8, u8, String)], big: bool) -> (Vec<u8>, Option<std::ops::Range<usize>>) {
+        let number = |value: usize| if big { (value as u32).to_be_bytes() } else { (value as u32).to_le_bytes() };
+        let mut bytes = vec![0; FIXED];
+        bytes[0] = if big { b'B' } else { b'l' };
+        let mut range = None;
+        for (code, kind, text) in fields {
+            bytes.resize(bytes.len().next_multiple_of(8), 0);
+            bytes.extend([*code, 1, *kind, 0]);
+            match kind {
+                b'u' => bytes.extend(number(7)),
+                b'g' => bytes.push(u8::try_from(text.len()).unwrap()),
+                _ => bytes.extend(number(text.len())),
+            }
+            if *kind != b'u' {
+                range = range.or((*code == SENDER).then(|| bytes.len()..bytes.len() + text.len()));
+                bytes.extend(text.bytes().chain([0]));
+            }
+        }
+        let length = number(bytes.len() - FIXED);
+        bytes[12..FIXED].copy_from_slice(&length);
+        (bytes, range)
+    }
+
+    /// Two messages in one piece, as PID 1 sends them.
+    #[tokio::test]
+    async fn messages_arrive_with_another_sender() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("private");
+        let listener = tokio::net::UnixListener::bind(&path).unwrap();
+        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+        let peer = tokio::spawn(async move {
+            let mut stream = BufReader::new(listener.accept().await.unwrap().0);
+            for expected in ["\0AUTH EXTERNAL ", "BEGIN"] {
+                let mut line = String::new();
+                stream.read_line(&mut line).await.unwrap();
+                assert!(line.starts_with(expected), "{line}");
+            }
+            stream.write_all(b"OK 0123456789abcdef0123456789abcdef\r\n").await.unwrap();
+            stopped.await.unwrap();
+            stream.write_all(&message("org.freedesktop.systemd1").repeat(2)).await.unwrap();
+        });
+        let connection = connect(&path, |builder| builder).await.unwrap();
+        let mut messages = zbus::MessageStream::from(&connection);
+        stop.send(()).unwrap();
+        for _ in 0..2 {
+            let message = messages.next().await.unwrap().unwrap();
+            assert_eq!(message.header().sender().unwrap(), ":1.000000000000000000000");
+            assert_eq!(message.body().deserialize::<(String, u32)>().unwrap(), ("org.freedesktop.systemd1".into(), 7));
+        }
+        peer.await.unwrap();
+    }
+
     #[tokio::test]
     async fn a_peer_that_closes_is_no_refusal() {
         let dir = tempfile::tempdir().unwrap();
@@ -229,6 +283,24 @@ mod tests {
     }
 
     proptest! {
+        /// Wherever the field is, in either byte order, and none where what looks like one is the body's.
+        #[test]
+        fn the_sender_is_found(
+            texts in proptest::collection::vec("[a-z]{0,20}", 4),
+            order in Just([(1, b'o'), (5, b'u'), (8, b'g'), (SENDER, b's')]).prop_shuffle(),
+            big: bool,
+        ) {
+            let mut fields: Vec<_> = order.iter().zip(texts).map(|(&(code, kind), text)| (code, kind, text)).collect();
+            let (message, range) = with_fields(&fields, big);
+            prop_assert_eq!(sender(&message), range);
+            let body = with_fields(&fields, big).0.split_off(FIXED);
+            fields.retain(|(code, ..)| *code != SENDER);
+            let mut other = with_fields(&fields, big).0;
+            other.resize(other.len().next_multiple_of(8), 0);
+            other.extend(body);
+            prop_assert_eq!(sender(&other), None);
+        }
+
         #[test]
         fn garbage_does_not_panic(mut bytes in proptest::collection::vec(any::<u8>(), FIXED..200)) {
             let _ = total_length(&bytes[..FIXED]);
