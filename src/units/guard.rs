@@ -77,4 +77,18 @@ mod tests {
         }
         assert!(Guard::run("exit 3").is_err());
     }
+
+    #[test]
+    fn told_that_all_is_well_it_does_nothing() {
+        let temp = tempfile::tempdir().unwrap();
+        let acted = temp.path().join("acted");
+        let guard = Guard::run(&SCRIPT.replace("kill -TERM 1", &format!("echo >{}", acted.display()))).unwrap();
+        let state = format!("/proc/{}/stat", guard.child.id());
+        drop(guard);
+        let runs = || std::fs::read_to_string(&state).is_ok_and(|state| !state.contains(") Z "));
+        for _ in (0..400).take_while(|_| runs()) {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        assert!(!runs() && !acted.exists());
+    }
 }
