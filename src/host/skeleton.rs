@@ -199,6 +199,9 @@ mod tests {
         assert_eq!(lines(tree(&["var/", "usr/"]).path()).unwrap(), [""; 0]);
         let plain = tree(&["opt/", "usr/lib/opt/cni/x"]);
         assert_eq!(lines(plain.path()).unwrap(), ["L \"/opt/cni\" - - - - ../usr/lib/opt/cni"]);
+        // What cannot be looked at is not what is missing.
+        assert!(lines(tree(&["usr/share/factory/var/x", "var"]).path()).is_err());
+        assert!(lines(tree(&["usr/lib/opt", "opt/"]).path()).is_err());
     }
 
     #[test]
