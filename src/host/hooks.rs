@@ -228,6 +228,19 @@ mod tests {
     }
 
     #[test]
+    fn what_others_leave_behind_does_not_count() {
+        for name in "a~ a.bak a.orig a.rpmnew a.rpmsave a.rpmorig a.dpkg-new a.dpkg-old a.dpkg-dist .a".split(' ') {
+            assert!(!counts(name), "{name}");
+        }
+        assert!(counts("10-a") && counts("a.sh"));
+        let temp = tempfile::tempdir().unwrap();
+        put(temp.path(), "etc/node-image-pivot/pre-switch.d", 0o644, "");
+        let error = find(temp.path(), Moment::PreSwitch).unwrap_err().to_string();
+        assert!(error.contains("pre-switch.d"), "{error}");
+        assert_eq!(find(temp.path(), Moment::PostSwitch).unwrap(), []);
+    }
+
+    #[test]
     fn earlier_directories_hide_later_ones() {
         let temp = tempfile::tempdir().unwrap();
         let root = temp.path();
@@ -269,11 +282,13 @@ mod tests {
         let temp = tempfile::tempdir().unwrap();
         put(temp.path(), "hook", 0o755, text);
         let hook = Hook { name: "hook".into(), path: temp.path().join("hook") };
+        let environment = || {
+            [("NODE_IMAGE_PIVOT_HOOK", "pre-switch"), ("NOTIFY_SOCKET", "x"), ("CREDENTIALS_DIRECTORY", "x")]
+                .map(|(name, value)| (name, value.into()))
+        };
         loop {
-            let run =
-                run_hook(&hook, Moment::PreSwitch, &[("NODE_IMAGE_PIVOT_HOOK", "pre-switch".into())], limit).await;
             // For a moment, the child of another test's thread may have the file open as we wrote it.
-            match run {
+            match run_hook(&hook, Moment::PreSwitch, &environment(), limit).await {
                 Err(error) if format!("{error:#}").contains("Text file busy") => tokio::task::yield_now().await,
                 other => return other,
             }
@@ -284,11 +299,11 @@ mod tests {
 
     #[tokio::test]
     async fn success_failure_and_its_last_lines() {
-        script("#!/bin/sh\ntest \"$NODE_IMAGE_PIVOT_HOOK\" = pre-switch && test -z \"$NOTIFY_SOCKET\"\n", LONG)
-            .await
-            .unwrap();
-        let error = script("#!/bin/sh\nseq 1 9\necho the reason >&2\nexit 3\n", LONG).await.unwrap_err().to_string();
-        assert!(error.contains("exit status: 3") && error.contains("the reason") && !error.contains('6'), "{error}");
+        let environment = "test \"$NODE_IMAGE_PIVOT_HOOK$NOTIFY_SOCKET$CREDENTIALS_DIRECTORY\" = pre-switch";
+        script(&format!("#!/bin/sh\n{environment}\n"), LONG).await.unwrap();
+        let error =
+            script("#!/bin/sh\nseq 1 9 >&2\necho the reason >&2\nexit 3\n", LONG).await.unwrap_err().to_string();
+        assert!(error.ends_with("failed (exit status: 3): 8; 9; the reason"), "{error}");
         let error = script("#!/nonexistent\n", LONG).await.unwrap_err().to_string();
         assert!(error.contains("does not start"), "{error}");
     }
@@ -297,12 +312,45 @@ mod tests {
     async fn what_takes_too_long_ends_with_its_children() {
         let temp = tempfile::tempdir().unwrap();
         let file = temp.path().join("child");
-        let text = format!("#!/bin/sh\nsleep 300 & echo $! >{}\necho waiting\nwait\n", file.display());
+        // The hook hears that it is asked to end, its child does not.
+        let text = format!(
+            "#!/bin/sh\n(trap '' TERM; exec sleep 300) & echo $! >{}\ntrap 'echo asked; exit 1' TERM\necho waiting\nwait\n",
+            file.display()
+        );
         let error = script(&text, Duration::from_millis(500)).await.unwrap_err().to_string();
-        assert!(error.contains("stopped after 0.5 s (hooks.timeout): waiting"), "{error}");
-        let child = fs::read_to_string(file).unwrap();
-        let state = fs::read_to_string(format!("/proc/{}/stat", child.trim())).unwrap_or_default();
-        assert!(state.is_empty() || state.contains(") Z "), "{state}");
+        assert!(error.ends_with("stopped after 0.5 s (hooks.timeout): waiting; asked"), "{error}");
+        gone(&file).await;
+    }
+
+    /// Waits for the end of the process whose number is in `file`.
+    async fn gone(file: &Path) {
+        let process = fs::read_to_string(file).unwrap();
+        let mut state = String::new();
+        for _ in 0..200 {
+            state = fs::read_to_string(format!("/proc/{}/stat", process.trim())).unwrap_or_default();
+            if state.is_empty() || state.contains(") Z ") {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(25)).await;
+        }
+        panic!("{state}");
+    }
+
+    #[tokio::test]
+    async fn one_that_nobody_waits_for_any_more_is_killed() {
+        let temp = tempfile::tempdir().unwrap();
+        let file = temp.path().join("itself");
+        let text = format!("#!/bin/sh\necho $$ >{0}.new && mv {0}.new {0}\nexec sleep 300\n", file.display());
+        let started = async {
+            while !file.exists() {
+                tokio::time::sleep(Duration::from_millis(25)).await;
+            }
+        };
+        tokio::select! {
+            ended = script(&text, LONG) => panic!("{ended:?}"),
+            () = started => {}
+        }
+        gone(&file).await;
     }
 
     #[tokio::test]
