@@ -109,18 +109,13 @@ async fn run_steps(steps: &[&Step], differs: &(dyn Fn(&Path) -> bool + Sync)) ->
     let mut failures = Vec::new();
     for step in steps {
         let shown = step.command.join(" ");
-        let input = first(step.inputs, differs).or_else(|| match step.command {
-            ["ldconfig"] => libraries(root).into_iter().find(|path| differs(Path::new(path))),
-            _ => None,
-        });
-        let Some(input) = input else {
-            info!("{shown} is not run: its inputs are as they were");
-            continue;
+        let input = match due(step, root, differs) {
+            Ok(input) => input,
+            Err(why) => {
+                info!("{shown} is not run: {why}");
+                continue;
+            }
         };
-        if step.command == HWDB.command && !hwdb_is_stale(root) {
-            info!("{shown} is not run: the node image brings its own database");
-            continue;
-        }
         let ran = match step.command {
             command if command == SKELETON.command => skeleton(root).await,
             command => run(command, LIMIT).await.map(|_| true),
@@ -132,6 +127,19 @@ async fn run_steps(steps: &[&Step], differs: &(dyn Fn(&Path) -> bool + Sync)) ->
         }
     }
     failures
+}
+
+/// The input that makes `step` necessary, or why it is not.
+fn due(step: &Step, root: &Path, differs: &dyn Fn(&Path) -> bool) -> Result<String, &'static str> {
+    let library = || match step.command {
+        ["ldconfig"] => libraries(root).into_iter().find(|path| differs(Path::new(path))),
+        _ => None,
+    };
+    let input = first(step.inputs, differs).or_else(library).ok_or("its inputs are as they were")?;
+    if step.command == HWDB.command && !hwdb_is_stale(root) {
+        return Err("the node image brings its own database");
+    }
+    Ok(input)
 }
 
 /// The first input that differs.
@@ -217,17 +225,73 @@ mod tests {
     }
 
     #[test]
+    fn inputs_are_the_documents() {
+        let row = |line: &'static str| {
+            let (name, inputs) = line.strip_prefix("| ")?.split_once(" | ")?;
+            let inputs = inputs.split(" | ").next()?.split('`').skip(1).step_by(2);
+            Some((name.trim_matches('`'), Vec::from_iter(inputs.filter(|input| !input.contains('*')))))
+        };
+        let rows: std::collections::BTreeMap<_, _> =
+            include_str!("../../docs/refresh.md").lines().filter_map(row).collect();
+        for step in [LDCONFIG, SYSUSERS, TMPFILES, HWDB, UDEV] {
+            let command = step.command.join(" ");
+            let row = rows.iter().find(|(name, _)| command.starts_with(*name));
+            assert_eq!(row.map(|(_, inputs)| inputs.as_slice()), Some(step.inputs), "{command}");
+        }
+        assert_eq!(rows["/var` and `/opt`, see below"], SKELETON.inputs);
+        for (unit, _, inputs) in APPLIERS {
+            assert_eq!(rows[unit], *inputs, "{unit}");
+        }
+    }
+
+    fn put(root: &Path, path: &str) {
+        let path = root.join(path);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, "").unwrap();
+    }
+
+    #[test]
+    fn what_is_due() {
+        let temp = tempfile::tempdir().unwrap();
+        put(temp.path(), "usr/lib/libx.so.1");
+        let because = |step: &Step, input: &'static str| due(step, temp.path(), &|path| path == Path::new(input));
+        let unchanged = Err("its inputs are as they were");
+        for (step, input) in [
+            (&LDCONFIG, "etc/ld.so.conf"),
+            (&LDCONFIG, "lib/libx.so.1"),
+            (&SYSUSERS, "lib/sysusers.d"),
+            (&TMPFILES, "etc/tmpfiles.d"),
+            (&HWDB, "lib/udev/hwdb.d"),
+        ] {
+            assert_eq!(because(step, input), Ok(input.to_owned()));
+        }
+        assert_eq!(because(&LDCONFIG, "lib/os-release"), unchanged);
+        assert_eq!(because(&TMPFILES, "lib/libx.so.1"), unchanged);
+        put(temp.path(), "usr/lib/udev/hwdb.bin");
+        assert_eq!(because(&HWDB, "lib/udev/hwdb.d"), Err("the node image brings its own database"));
+        assert_eq!(because(&HWDB, "lib/libx.so.1"), unchanged);
+        assert!(because(&UDEV, "lib/udev/rules.d").is_ok());
+    }
+
+    /// Only what needs no tool: that would work on this system's `/var`.
+    #[tokio::test]
+    async fn a_link_that_is_removed_is_something_done() {
+        let temp = tempfile::tempdir().unwrap();
+        let link = temp.path().join("opt/gone");
+        std::fs::create_dir(temp.path().join("opt")).unwrap();
+        assert!(!skeleton(temp.path()).await.unwrap());
+        std::os::unix::fs::symlink("../usr/lib/opt/gone", &link).unwrap();
+        assert!(skeleton(temp.path()).await.unwrap());
+        assert!(!link.is_symlink());
+    }
+
+    #[test]
     fn the_database_in_etc_hides_the_images() {
         let temp = tempfile::tempdir().unwrap();
-        let put = |path: &str| {
-            let path = temp.path().join(path);
-            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-            std::fs::write(path, "").unwrap();
-        };
         assert!(hwdb_is_stale(temp.path()), "there is none");
-        put("usr/lib/udev/hwdb.bin");
+        put(temp.path(), "usr/lib/udev/hwdb.bin");
         assert!(!hwdb_is_stale(temp.path()));
-        put("etc/udev/hwdb.bin");
+        put(temp.path(), "etc/udev/hwdb.bin");
         assert!(hwdb_is_stale(temp.path()));
     }
 
