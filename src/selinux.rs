@@ -138,12 +138,26 @@ mod tests {
             bytes.extend_from_slice(name.as_bytes());
             bytes
         };
-        // Part of a longer name, an attribute, a role (which has no bounds before its name): not a type.
-        let policy = [entry("an_install_t", 1), entry("domain", 3 & !1), b"install_t".to_vec()].concat();
+        // The lowest bit is what counts. Part of a longer name, an attribute, a role (which has no bounds before its name): not a type.
+        let policy = [entry("an_install_t", 9), entry("domain", 3 & !1), b"install_t".to_vec()].concat();
         assert!(policy_has_type(&policy, "an_install_t"));
         assert!(!policy_has_type(&policy, "install_t"));
         assert!(!policy_has_type(&policy, "domain"));
         assert!(policy_has_type(&[policy, entry("install_t", 1)].concat(), "install_t"));
         assert!(!policy_has_type(b"install_t", "install_t") && !policy_has_type(b"", "install_t"));
+    }
+
+    #[test]
+    fn whoever_tries_a_label_leaves_none() {
+        let temp = tempfile::tempdir().unwrap();
+        let label = || {
+            let mut value = [0; 256];
+            rustix::fs::getxattr(temp.path(), ATTRIBUTE, &mut value).map(|length| value[..length].to_vec())
+        };
+        let before = label();
+        may_write_unknown(temp.path()).unwrap();
+        assert_eq!(label(), before, "that of the directory");
+        assert_eq!(fs::read_dir(temp.path()).unwrap().count(), 0);
+        assert!(may_write_unknown(&temp.path().join("nowhere")).is_err());
     }
 }
