@@ -214,7 +214,20 @@ mod tests {
 
     #[test]
     fn timestamps_agree_with_date() {
-        for seconds in [0u64, 951_782_399, 951_782_400, 1_709_164_800, 1_709_251_200, 1_795_291_200, 4_107_542_399] {
+        // Around leap days and, in years of both centuries' kinds, the first of March.
+        for seconds in [
+            0u64,
+            36_633_599,
+            36_633_600,
+            951_782_399,
+            951_782_400,
+            951_868_800,
+            1_709_164_800,
+            1_709_251_200,
+            1_795_291_200,
+            4_107_542_399,
+            4_107_542_400,
+        ] {
             let date = std::process::Command::new("date")
                 .args(["-u", "-d", &format!("@{seconds}"), "+%Y-%m-%dT%H:%M:%SZ"])
                 .output()
@@ -257,10 +270,13 @@ mod tests {
         let running = timeline(&[before, (Phase::Pull, 2000, None)]);
         assert_eq!(told(&stages.news(&running, 9)), ["pull stage start -"]);
         assert!(stages.news(&running, 9).is_empty());
-        let on = timeline(&[before, (Phase::Pull, 2000, Some(3)), (Phase::Stage, 2003, Some(1))]);
+        let on = timeline(&[before, (Phase::Pull, 2000, Some(3000)), (Phase::Stage, 5000, Some(1000))]);
         let entries = stages.news(&on, 9);
         assert_eq!(told(&entries), ["pull stage end success", "stage stage start -", "stage stage end success"]);
-        assert_eq!(told(&stages.end(None, 9)), ["- service end success"]);
+        assert_eq!(Vec::from_iter(entries.iter().map(|e| e.timestamp.clone())), [5000, 5000, 6000].map(timestamp));
+        let entries = stages.end(None, 7000);
+        assert_eq!(told(&entries), ["- service end success"]);
+        assert_eq!(entries[0].timestamp, timestamp(7000));
     }
 
     #[test]
@@ -298,16 +314,20 @@ mod tests {
         assert!(ServiceRecord::begin(temp.path(), "a.service").unwrap().is_none());
         std::fs::create_dir_all(temp.path().join("usr/local/bin")).unwrap();
         std::fs::write(temp.path().join(LIBRARY), "").unwrap();
+        let start = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis() as u64;
         for _ in 0..2 {
-            ServiceRecord::begin(temp.path(), "a.service").unwrap().unwrap().end(None).unwrap();
+            let mut record = ServiceRecord::begin(temp.path(), "a.service").unwrap().unwrap();
+            record.tell(&timeline(&[(Phase::Pull, start, None)])).unwrap();
+            record.end(None).unwrap();
         }
         let file = temp.path().join(DIRECTORY).join("a.json");
         let all: Vec<Value> = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
         assert_eq!(
             all.iter().map(|e| e["phase"].as_str().unwrap()).collect::<Vec<_>>(),
-            ["service start", "service end", "service start", "service end"]
+            ["service start", "stage start", "stage end", "service end"].repeat(2)
         );
-        assert_eq!(all[1].as_object().unwrap().keys().collect::<Vec<_>>(), ["phase", "result", "timestamp"]);
+        assert!(all[0]["timestamp"].as_str().unwrap() >= timestamp(start).as_str());
+        assert_eq!(all[3].as_object().unwrap().keys().collect::<Vec<_>>(), ["phase", "result", "timestamp"]);
         std::fs::write(&file, "{").unwrap();
         assert!(ServiceRecord::begin(temp.path(), "a.service").unwrap_err().to_string().contains("left as it is"));
         assert_eq!(std::fs::read(&file).unwrap(), b"{");
