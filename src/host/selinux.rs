@@ -56,7 +56,10 @@ fn is_policy(path: &[u8]) -> bool {
 /// When the policy cannot be loaded and SELinux enforces: files with new labels are useless then. In permissive mode
 /// that is the line.
 pub async fn load_policy(step: PolicyStep) -> Result<Option<String>> {
-    let mode = selinux::mode();
+    load_with(&["load_policy"], selinux::mode(), step).await
+}
+
+async fn load_with(command: &[&str], mode: Mode, step: PolicyStep) -> Result<Option<String>> {
     match (mode, step) {
         (_, PolicyStep::Keep) => Ok(None),
         (Mode::Disabled, _) => Ok(Some("SELinux is disabled: the new policy in /etc/selinux is not loaded".into())),
@@ -65,7 +68,7 @@ pub async fn load_policy(step: PolicyStep) -> Result<Option<String>> {
              image's policy has are unknown; run semodule --build"
                 .into(),
         )),
-        (_, PolicyStep::Load) => match run(&["load_policy"], LOAD).await {
+        (_, PolicyStep::Load) => match run(command, LOAD).await {
             Ok(_) => Ok(Some("the SELinux policy in /etc/selinux differs and was loaded".into())),
             Err(error) if mode == Mode::Permissive => {
                 Ok(Some(format!("warning: the new SELinux policy is not loaded (permissive): {error:#}")))
@@ -76,11 +79,32 @@ pub async fn load_policy(step: PolicyStep) -> Result<Option<String>> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
     fn step(written: &[&str], conflicts: &[&str]) -> PolicyStep {
         policy_step(written.iter().map(|path| path.as_bytes()), conflicts.iter().map(|path| path.as_bytes()))
+    }
+
+    #[tokio::test]
+    async fn what_is_said_and_what_fails() {
+        use Mode::{Disabled, Enforcing, Permissive};
+        use PolicyStep::{Keep, KeptLocal, Load};
+        for (mode, step, command, expected) in [
+            (Enforcing, Keep, "false", None),
+            (Disabled, Load, "false", Some("SELinux is disabled")),
+            (Enforcing, KeptLocal, "false", Some("has local changes and stays")),
+            (Enforcing, Load, "true", Some("differs and was loaded")),
+            (Permissive, Load, "true", Some("differs and was loaded")),
+            (Permissive, Load, "false", Some("is not loaded (permissive): false: exit status: 1")),
+        ] {
+            let said = load_with(&[command], mode, step).await.unwrap();
+            assert_eq!(said.is_some(), expected.is_some(), "{mode:?} {step:?}");
+            assert!(said.unwrap_or_default().contains(expected.unwrap_or_default()), "{mode:?} {step:?}");
+        }
+        let error = load_with(&["false"], Enforcing, Load).await.unwrap_err().to_string();
+        assert_eq!(error, "the new SELinux policy cannot be loaded");
     }
 
     #[test]
