@@ -61,8 +61,10 @@ pub async fn load_policy(step: PolicyStep) -> Result<Option<String>> {
 
 async fn load_with(command: &[&str], mode: Mode, step: PolicyStep) -> Result<Option<String>> {
     match (mode, step) {
-        (_, PolicyStep::Keep) => Ok(None),
-        (Mode::Disabled, _) => Ok(Some("SELinux is disabled: the new policy in /etc/selinux is not loaded".into())),
+        (_, PolicyStep::Keep) | (Mode::Disabled, PolicyStep::KeptLocal) => Ok(None),
+        (Mode::Disabled, PolicyStep::Load) => {
+            Ok(Some("SELinux is disabled: the new policy in /etc/selinux is not loaded".into()))
+        }
         (_, PolicyStep::KeptLocal) => Ok(Some(
             "warning: the SELinux policy in /etc/selinux has local changes and stays, so types that only the node \
              image's policy has are unknown; run semodule --build"
@@ -93,6 +95,7 @@ mod tests {
         use PolicyStep::{Keep, KeptLocal, Load};
         for (mode, step, command, expected) in [
             (Enforcing, Keep, "false", None),
+            (Disabled, KeptLocal, "false", None),
             (Disabled, Load, "false", Some("SELinux is disabled")),
             (Enforcing, KeptLocal, "false", Some("has local changes and stays")),
             (Enforcing, Load, "true", Some("differs and was loaded")),
