@@ -71,7 +71,7 @@ pub fn type_of(context: &str) -> Option<&str> {
 /// When no file can be made there.
 pub fn may_write_unknown(directory: &Path) -> io::Result<bool> {
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-    let file: File = rustix::fs::open(directory, flags, FileMode::RUSR | FileMode::WUSR)?.into();
+    let file: File = rustix::fs::open(directory, flags, FileMode::empty())?.into();
     match rustix::fs::fsetxattr(&file, ATTRIBUTE, UNKNOWN, XattrFlags::empty()) {
         Ok(()) => Ok(true),
         Err(Errno::INVAL | Errno::ACCESS | Errno::PERM) => Ok(false),
