@@ -383,6 +383,23 @@ mod tests {
     }
 
     #[test]
+    fn what_the_summary_says() {
+        let one = |unit: &str, class| Action::new(unit, class, "r");
+        let actions = [
+            one("a.service", Class::Restart),
+            one("b.service", Class::Never),
+            one("c.service", Class::Restart),
+            one("d.timer", Class::Stop),
+        ];
+        let old = [StillOld { unit: "b.service".into(), files: Vec::new() }];
+        assert_eq!(
+            notes(&actions, &old),
+            ["stopped: d.timer", "restarted: a.service c.service", "still runs the bootimage's code: b.service"]
+        );
+        assert_eq!(notes(&[], &[]), [""; 0]);
+    }
+
+    #[test]
     fn releases() {
         for (version, expected) in
             [("252.39-1~deb12u1", Some(252)), ("257", Some(257)), ("v257", None), ("", None), ("249.11-rc1", Some(249))]

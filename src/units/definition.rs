@@ -17,8 +17,8 @@ pub enum Entry {
     Masked,
     /// A link to another name: an alias of that.
     Alias(String),
-    /// `NAME.d`, `NAME.wants`, `NAME.requires`: file names, with their text where that matters. `None` is a file
-    /// that is masked.
+    /// `NAME.d`, `NAME.wants`, `NAME.requires`: file names, with their text where that matters. `None` is a file or
+    /// a link that is masked.
     Directory(BTreeMap<String, Option<String>>),
 }
 
@@ -103,8 +103,8 @@ impl UnitFiles {
         Some(definition)
     }
 
-    /// All that `target` pulls in, itself included and what is masked left out: `Wants=`, `Requires=`, `BindsTo=`, `Upholds=` and the links in
-    /// `.wants` and `.requires`, and theirs.
+    /// All that `target` pulls in, itself included and what is masked left out: `Wants=`, `Requires=`, `BindsTo=`,
+    /// `Upholds=` and the links in `.wants` and `.requires`, and theirs.
     pub fn pulled_in(&self, target: &str) -> BTreeSet<String> {
         let mut seen = BTreeSet::new();
         let mut pending = vec![target.to_owned()];
@@ -124,8 +124,12 @@ impl UnitFiles {
             }
             for name in self.names(&name) {
                 for suffix in ["wants", "requires", "upholds"] {
-                    pending
-                        .extend(self.directories(&format!("{name}.{suffix}")).flatten().map(|(unit, _)| unit.clone()));
+                    // As with drop-ins, the first directory that has a name decides about it.
+                    let mut links = BTreeMap::new();
+                    for (unit, link) in self.directories(&format!("{name}.{suffix}")).flatten() {
+                        links.entry(unit).or_insert(link.is_some());
+                    }
+                    pending.extend(links.into_iter().filter_map(|(unit, counts)| counts.then(|| unit.clone())));
                 }
             }
         }

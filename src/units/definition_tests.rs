@@ -133,23 +133,36 @@ fn aliases_are_one_unit() {
 
 #[test]
 fn what_a_target_pulls_in() {
-    let all = files(&[(
+    let etc: (&str, &[(&str, Entry)]) =
+        ("/etc", &[("m.target.wants", folder(&[("j.service", None), ("l.service", Some(""))]))]);
+    let usr: (&str, &[(&str, Entry)]) = (
         "/usr",
         &[
             ("m.target", file("[Unit]\nRequires=b.target\nWants=c.service d.service\n")),
-            ("m.target.wants", folder(&[("e.service", None)])),
+            ("m.target.wants", folder(&[("e.service", Some("")), ("j.service", Some("")), ("k.service", None)])),
             ("b.target", file("[Unit]\nWants=m.target\n")),
-            ("b.target.requires", folder(&[("alias.service", None)])),
+            ("b.target.requires", folder(&[("alias.service", Some(""))])),
             ("alias.service", alias("f.service")),
             ("f.service", file("[Unit]\nBindsTo=g.socket\nUpholds=h.service\n")),
-            ("h.service.upholds", folder(&[("i.service", None)])),
+            ("h.service.upholds", folder(&[("i.service", Some(""))])),
             ("d.service", Entry::Masked),
             ("x.service", file("[Unit]\nWants=y.service\n")),
         ],
-    )]);
+    );
+    let all = files(&[etc, usr]);
     let names: Vec<_> = all.pulled_in("m.target").into_iter().collect();
     assert_eq!(
         names,
-        ["b.target", "c.service", "e.service", "f.service", "g.socket", "h.service", "i.service", "m.target"]
+        [
+            "b.target",
+            "c.service",
+            "e.service",
+            "f.service",
+            "g.socket",
+            "h.service",
+            "i.service",
+            "l.service",
+            "m.target"
+        ]
     );
 }

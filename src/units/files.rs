@@ -132,10 +132,10 @@ impl Root {
                 let text = match (with_text, place) {
                     (_, None) => continue,
                     (true, Some(_)) => self.text(&path.join(&file)),
-                    (false, Some(place)) if fs::read_link(&place).is_ok_and(|to| to == Path::new("/dev/null")) => {
-                        continue;
+                    (false, Some(place)) => {
+                        let masked = fs::read_link(&place).is_ok_and(|to| to == Path::new("/dev/null"));
+                        (!masked).then(String::new)
                     }
-                    (false, Some(_)) => None,
                 };
                 files.insert(file, text);
             }

@@ -4,7 +4,7 @@
 //! restarting bus then costs us the status API, not the pivot. Where the socket is missing, the
 //! system bus is used.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -22,8 +22,8 @@ const PRIVATE_SOCKET: &str = "/run/systemd/private";
 const DESTINATION: &str = "org.freedesktop.systemd1";
 const PATH: &str = "/org/freedesktop/systemd1";
 const MANAGER: &str = "org.freedesktop.systemd1.Manager";
-const UNIT: &str = "org.freedesktop.systemd1.Unit";
-const PROPERTIES: &str = "org.freedesktop.DBus.Properties";
+pub(super) const UNIT: &str = "org.freedesktop.systemd1.Unit";
+pub(super) const PROPERTIES: &str = "org.freedesktop.DBus.Properties";
 
 /// How long a reply of PID 1 may take. A reload on a loaded machine takes seconds.
 const REPLY: Duration = Duration::from_secs(90);
@@ -48,9 +48,9 @@ struct Lost;
 
 /// A connection to PID 1.
 pub struct Manager {
-    connection: Connection,
+    pub(super) connection: Connection,
     /// Absent on the private socket: there is no bus that could route.
-    destination: Option<&'static str>,
+    pub(super) destination: Option<&'static str>,
 }
 
 /// One row of `ListUnits`.
@@ -60,7 +60,7 @@ pub struct Unit {
     /// `active`, `inactive`, `failed`, `activating`…
     pub active: String,
     /// Where its properties are.
-    path: OwnedObjectPath,
+    pub(super) path: OwnedObjectPath,
 }
 
 impl Unit {
@@ -68,19 +68,6 @@ impl Unit {
     pub fn is_active(&self) -> bool {
         matches!(self.active.as_str(), "active" | "reloading") && KINDS.iter().any(|kind| self.name.ends_with(kind))
     }
-}
-
-/// How a unit hangs together with others.
-#[derive(Debug, Default)]
-pub struct Links {
-    /// What starts it when something happens: sockets, timers, paths.
-    pub triggered_by: Vec<String>,
-    /// What it starts when something happens.
-    pub triggers: Vec<String>,
-    /// What pulls it in.
-    pub wanted_by: Vec<String>,
-    /// What is stopped and restarted when it is.
-    pub along: Vec<String>,
 }
 
 type UnitRow = (String, String, String, String, String, String, OwnedObjectPath, u32, String, OwnedObjectPath);
@@ -268,48 +255,7 @@ impl Manager {
         Ok(rows.into_iter().map(|row| Unit { name: row.0, active: row.3, path: row.6 }).collect())
     }
 
-    /// Its triggers and who wants it.
-    pub async fn links(&self, unit: &Unit) -> Result<Links> {
-        self.links_at(unit.path.as_str()).await
-    }
-
-    /// The same by name, of a unit that is loaded.
-    pub async fn links_of(&self, unit: &str) -> Result<Links> {
-        self.links_at(self.path_of(unit).await?.as_str()).await
-    }
-
-    async fn links_at(&self, path: &str) -> Result<Links> {
-        let reply = self
-            .connection
-            .call_method(self.destination, path, Some(PROPERTIES), "GetAll", &(UNIT,))
-            .await
-            .with_context(|| format!("cannot read the properties of {path}"))?;
-        let mut values: HashMap<String, OwnedVariant> =
-            reply.body().deserialize().with_context(|| format!("the properties of {path}"))?;
-        let mut list = |key: &str| values.remove(key).and_then(|value| Vec::<String>::try_from(value).ok());
-        let mut links = Links {
-            triggered_by: list("TriggeredBy").unwrap_or_default(),
-            triggers: list("Triggers").unwrap_or_default(),
-            ..Links::default()
-        };
-        // Of systemd's kinds of dependencies, those that stop with another unit (UNIT_ATOM_PROPAGATE_STOP in its table).
-        for (key, pulls, stops) in [
-            ("WantedBy", true, false),
-            ("UpheldBy", true, false),
-            ("RequiredBy", true, true),
-            ("RequisiteOf", true, true),
-            ("BoundBy", true, true),
-            ("ConsistsOf", false, true),
-            ("PropagatesStopTo", false, true),
-        ] {
-            let names = list(key).unwrap_or_default();
-            links.wanted_by.extend(names.iter().filter(|_| pulls).cloned());
-            links.along.extend(names.into_iter().filter(|_| stops));
-        }
-        Ok(links)
-    }
-
-    async fn path_of(&self, unit: &str) -> Result<OwnedObjectPath> {
+    pub(super) async fn path_of(&self, unit: &str) -> Result<OwnedObjectPath> {
         let reply = self.call("GetUnit", &(unit,)).await?;
         reply.body().deserialize().with_context(|| format!("the path of {unit}"))
     }

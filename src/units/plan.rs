@@ -181,7 +181,7 @@ fn pair(actions: &mut [Action]) {
     let class_of: BTreeMap<String, Class> = actions.iter().map(|action| (action.unit.clone(), action.class)).collect();
     let mut with: BTreeMap<String, String> = BTreeMap::new();
     for action in actions.iter_mut() {
-        let How::SocketOf { service, .. } = &action.how else { continue };
+        let How::SocketOf { service, start, .. } = &mut action.how else { continue };
         if class_of.get(service) == Some(&Class::Never) {
             let reason = format!("{}; {service}, which it starts, is not restarted", action.reason);
             *action = Action::new(&action.unit, Class::Never, reason);
@@ -189,10 +189,16 @@ fn pair(actions: &mut [Action]) {
             action.how = How::WithSocket(first.clone());
         } else {
             with.insert(service.clone(), action.unit.clone());
+            if class_of.get(service) == Some(&Class::Stop) {
+                *start = false;
+                action.along.clear();
+            }
         }
     }
-    for action in actions.iter_mut().filter(|action| action.class == Class::Restart) {
+    for action in actions.iter_mut().filter(|one| matches!(one.class, Class::Restart | Class::Reload)) {
         if let Some(socket) = with.get(&action.unit) {
+            // A reload is no more asked for by then.
+            action.class = Class::Restart;
             action.how = How::WithSocket(socket.clone());
         }
     }

@@ -322,6 +322,11 @@ fn sockets() {
     assert_eq!(jobs(&[listed]), []);
     let policy = Policy::new([("a.service", "never")]).unwrap();
     assert_eq!(class(socket(false), Flow::Bootstrap, &policy), Some(Class::Never), "its service is to stay");
+    // What is asked of the service besides: it is not reloaded when it does not run, nor started when it is gone.
+    let reload = UnitState { wish: Some(Wish::Reload), reloadable: true, ..service(false) };
+    assert_eq!(jobs(&[reload, socket(false)]), both);
+    let gone = UnitState { difference: Difference::Gone, ..service(true) };
+    assert_eq!(jobs(&[gone, socket(true)]), [[job(Verb::Stop, "a.service")].as_slice(), &both].concat());
     // A socket that nobody has used yet.
     assert_eq!(jobs(&[edited("a.socket")]), [job(Verb::TryRestart, "a.socket")]);
 }

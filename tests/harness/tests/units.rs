@@ -391,6 +391,7 @@ fn a_live_system_loses_nothing() -> Result<()> {
     checks.check("undo: what was stopped runs again, and what was restarted is the bootimage's", || {
         guest.ask("node-image-pivot undo")?;
         same(guest.unit("base-legacy.service", "ActiveState")?, "active".into())?;
+        same(guest.unit("t-new.service", "ActiveState")?, "inactive".into())?;
         contains(
             &guest.ask("tr '\\0' ' ' </proc/$(systemctl show -p MainPID --value t-exec.service)/cmdline")?,
             "9000",
