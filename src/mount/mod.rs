@@ -21,7 +21,7 @@ pub use namespace::Namespace;
 pub use table::{Exposure, Mount, exposure, holding, mounts_below, overlay_stack, parse, writable_overlay};
 pub use tmpfs::{TmpfsUse, tmpfs, tmpfs_used};
 pub use tree::{DetachedTree, overlay_fits, overlay_support};
-pub use trial::{Ended, Trial, trial};
+pub use trial::{Ended, Trial, run, trial};
 pub use view::writable_view;
 
 use std::path::Path;

@@ -141,7 +141,11 @@ impl Trial {
     }
 }
 
-fn run(argv: &[&str], timeout: Duration) -> Result<Ended> {
+/// Runs `argv` of the running system in the same way as [`Trial::run`] does, to compare the two.
+///
+/// # Errors
+/// Those of [`Trial::run`].
+pub fn run(argv: &[&str], timeout: Duration) -> Result<Ended> {
     let (program, arguments) = argv.split_first().context("no program given")?;
     ensure!(program.starts_with('/'), "{program} must be an absolute path");
     // Files, not pipes: a child of the child that keeps them open cannot make us wait.

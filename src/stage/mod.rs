@@ -16,6 +16,7 @@ mod packages;
 mod preflight;
 mod selinux;
 mod source;
+mod sshd;
 mod trial;
 
 #[cfg(test)]

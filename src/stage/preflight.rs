@@ -84,6 +84,12 @@ pub enum Refusal {
     /// A program of the new tree does not run here.
     #[error("{0}; the node image does not run on this machine (another CPU, or a broken C library?)")]
     Trial(String),
+    /// Nobody could log in any more: what its `sshd -t` said.
+    #[error(
+        "the node image's sshd does not take this machine's configuration or host keys, as the running one does, and \
+         would not come up again: {0}; correct /etc/ssh so that `sshd -t` of both passes, or disable and stop sshd"
+    )]
+    Sshd(String),
     /// `/etc` cannot be written.
     #[error("/etc is mounted read-only; make it writable first")]
     EtcReadOnly,

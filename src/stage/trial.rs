@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::Result;
 
 use super::preflight::Refusal;
+use super::sshd;
 use crate::mount::{self, DetachedTree, Trial};
 
 /// What the refresh runs before everything else: later programs may find their libraries only by its cache.
@@ -32,12 +33,12 @@ fn needs_newer_cpu(words: &str, signal: Option<i32>) -> bool {
 }
 
 /// How long a program of the trial run may take. Generous: an emulated machine is slow.
-const TIME: Duration = Duration::from_secs(60);
+pub(super) const TIME: Duration = Duration::from_secs(60);
 
 /// How the trial went.
 #[derive(Debug, Default)]
 pub struct TrialReport {
-    /// Programs that did not run.
+    /// Programs that did not run, or not with this machine's files.
     pub refusals: Vec<Refusal>,
     /// What is no reason to refuse, a line each.
     pub warnings: Vec<String>,
@@ -52,7 +53,7 @@ pub fn check_runs(
     tree: &DetachedTree,
     merge_etc: &(dyn Fn(BorrowedFd<'_>, &Path) -> Result<()> + Sync),
 ) -> Result<TrialReport> {
-    mount::trial(tree, merge_etc, |trial| {
+    let (mut report, asked) = mount::trial(tree, merge_etc, |trial| {
         let mut report = TrialReport::default();
         let has_ldconfig = Path::new(OPTIONAL).exists();
         match &trial.etc_unmerged {
@@ -67,8 +68,15 @@ pub fn check_runs(
         }
         let programs = PROGRAMS.iter().filter(|argv| argv[0] != OPTIONAL || has_ldconfig);
         report.refusals = programs.filter_map(|argv| try_program(trial, argv)).collect();
-        report
-    })
+        // Where nothing runs, sshd does not either; and it is the merged /etc that it has to take.
+        let judged = report.refusals.is_empty() && trial.etc_unmerged.is_none();
+        let asked = judged.then(|| sshd::ask(trial)).flatten();
+        (report, asked)
+    })?;
+    if let Some(asked) = asked {
+        sshd::compare(asked, &mut report);
+    }
+    Ok(report)
 }
 
 fn try_program(trial: &Trial, argv: &[&str]) -> Option<Refusal> {

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use anyhow::Result;
-use testbed::check::{Checks, same};
+use testbed::check::{Checks, contains, same};
 use testbed::container::{Container, Network, Setup};
 use testbed::guest::Guest;
 use testbed::images::{Images, work_dir};
@@ -120,6 +120,32 @@ fn told_where_to_go_it_goes_there() -> Result<()> {
     Ok(())
 }
 
+/// OpenSSH 10 has no DSA keys any more, and takes no configuration that names them; 9.2 does.
+fn new_sshd_refuses(guest: &dyn Guest) -> Result<()> {
+    let dropped = "/etc/ssh/sshd_config.d/50-old-clients.conf";
+    guest.ask(&format!("echo 'PubkeyAcceptedAlgorithms +ssh-dss' >{dropped} && cp -a /etc /run/etc-before"))?;
+    let answer = guest.run("node-image-pivot plan")?;
+    let changed = guest.ask(
+        "diff -r --no-dereference /run/etc-before /etc 2>&1 | grep -v 'is a socket\\|is a fifo' || true; base-tool",
+    );
+    guest.ask(&format!("rm {dropped}"))?;
+    for part in ["refused before anything was changed", dropped, "Bad key types '+ssh-dss'", "correct /etc/ssh"] {
+        contains(&answer.text, part)?;
+    }
+    same(answer.status, 10)?;
+    same(changed?, "base-tool 1.0".into())
+}
+
+/// The file of [`new_sshd_refuses`] is gone: nothing else stands in the way.
+fn sshd_without_keys(guest: &dyn Guest) -> Result<()> {
+    guest.ask("mkdir /run/keys && mv /etc/ssh/ssh_host_* /run/keys")?;
+    let answer = guest.ask("node-image-pivot plan --json");
+    guest.ask("mv /run/keys/* /etc/ssh")?;
+    let plan: serde_json::Value = serde_json::from_str(&answer?)?;
+    same(plan["state"].clone(), "staged".into())?;
+    same(plan["plan"]["warnings"].to_string().contains("sshd"), false)
+}
+
 /// The assisted installer's way: units started from outside on a system that is up, nothing isolated, nothing stopped.
 #[test]
 fn started_by_an_installer_nothing_is_isolated() -> Result<()> {
@@ -136,6 +162,8 @@ fn started_by_an_installer_nothing_is_isolated() -> Result<()> {
     guest.wait_unit("multi-user.target", "active", Duration::from_secs(60))?;
     // Installers write units, too, and let systemd reload: now the generator would redirect.
     guest.ask("mv /etc/later /etc/node-image-pivot.conf.d && systemctl daemon-reload")?;
+    checks.check("refused: the new sshd would not come up with this machine's /etc/ssh", || new_sshd_refuses(&guest));
+    checks.check("an sshd that waits for its host keys is no reason to refuse", || sshd_without_keys(&guest));
     let legacy = guest.unit("base-legacy.service", "MainPID")?;
     checks.check("both units start without blocking", || {
         guest.ask("systemctl start --no-block node-image-pull.service node-image-overlay.service").map(drop)
