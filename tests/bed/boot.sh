@@ -24,7 +24,7 @@ agent() {
 }
 
 # boot [VARIANT]: prints a directory with vmlinuz, initramfs.img, sysroot.squashfs, kargs; VARIANT "binaries" has the
-# cluster's binaries in its tree, "runtime" a container runtime, "" neither.
+# cluster's binaries in its tree, "runtime" a container runtime, "podman" that; "" has none of them.
 boot() {
     local variant=${1-} base agent overlays=()
     base=$(tree_base12)
@@ -59,4 +59,11 @@ unpack_runtime() {
     # As published: the node images have the updates.
     (cd "$OUT" && apt-get download -q runc && dpkg-deb -x runc_*.deb . && rm runc_*.deb)
     rm -rf "${OUT:?}/usr/share"
+}
+
+# podman of the bootimage's release, and of node image a's: the second is for a layer upon that image.
+podman() { podman_for base12 "$(tree_base12)"; }
+podman_layer() { podman_for node-a "$(tree_node_a)"; }
+podman_for() { # TREE DIRECTORY
+    stage "podman-$1" "$(key "$BED/podman.sh" "=$2")" recipe podman.sh REPO="$2/repo" REF="$1"
 }

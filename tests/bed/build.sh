@@ -4,6 +4,8 @@
 #   build.sh TARGET...    targets: qemu oracle debs trees boot registry all
 #   build.sh skopeo       prints the directory of a newer skopeo; builds it if it is missing
 #   build.sh runtime      prints the directory of a live bootimage with a container runtime; builds it if it is missing
+#   build.sh podman       prints the directories of one with podman, and of a newer podman as a layer upon node image a,
+#                         as JSON
 #   build.sh disk         builds an installed system's disk, and prints where it is
 #   build.sh selinux      the same with an SELinux policy, a node image with another one; prints where they are, as JSON
 #   build.sh paths        prints where they are, as JSON; builds what is missing
@@ -123,6 +125,10 @@ for target in "$@"; do
         bench) bench ;;
         disk) disk ;;
         runtime) boot runtime ;;
+        podman)
+            b=$(boot podman)
+            l=$(podman_layer)
+            jq -n --arg boot "$b" --arg layer "$l" '{boot: $boot, layer: $layer}' ;;
         selinux) selinux ;;
         all) trees; boot >&2; registry >&2; qemu >&2; skopeo_new >&2 ;;
         paths)

@@ -16,6 +16,17 @@ const STORAGE: &str = "docker/registry/v2";
 /// A storage for a registry, below `work`, that also has `base` with a layer of `files` (path without a leading slash,
 /// text) upon it.
 pub fn derive(images: &Images, base: &str, work: &Path, files: &[(&str, &str)]) -> Result<(PathBuf, Image)> {
+    let tree = work.join("layer");
+    for (path, text) in files {
+        let path = tree.join(path);
+        fs::create_dir_all(path.parent().context("a file in the root")?)?;
+        fs::write(path, text)?;
+    }
+    derive_tree(images, base, work, &tree)
+}
+
+/// The same with what is in the directory `tree`.
+pub fn derive_tree(images: &Images, base: &str, work: &Path, tree: &Path) -> Result<(PathBuf, Image)> {
     let base = images.image(base)?;
     let storage = work.join("storage");
     let (blobs, shared) = (storage.join(STORAGE).join("blobs/sha256"), images.storage.join(STORAGE));
@@ -30,18 +41,14 @@ pub fn derive(images: &Images, base: &str, work: &Path, files: &[(&str, &str)]) 
         }
     }
 
-    let tree = work.join("layer");
-    for (path, text) in files {
-        let path = tree.join(path);
-        fs::create_dir_all(path.parent().context("a file in the root")?)?;
-        fs::write(path, text)?;
-    }
     let tar = work.join("layer.tar");
     let mut pack = Command::new("tar");
     pack.args(["--sort=name", "--mtime=@0", "--owner=0", "--group=0", "--mode=u=rwX,go=rX", "-cf"]).arg(&tar);
-    succeed(pack.arg("-C").arg(&tree).args(files.iter().filter_map(|(path, _)| path.split('/').next()).take(1)))?;
+    let mut top = fs::read_dir(tree)?.map(|entry| Ok(entry?.file_name())).collect::<Result<Vec<_>>>()?;
+    top.sort();
+    succeed(pack.arg("-C").arg(tree).args(top))?;
     let diff_id = digest(&tar)?;
-    succeed(Command::new("gzip").arg("-n").arg(&tar))?;
+    succeed(Command::new("gzip").arg("-1n").arg(&tar))?;
     let (layer, layer_size) = store(&blobs, &work.join("layer.tar.gz"))?;
 
     let read = |digest: &str| -> Result<Value> {

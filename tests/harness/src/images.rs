@@ -127,12 +127,20 @@ impl Images {
         build("runtime")
     }
 
+    /// A live bootimage with podman, and the directory of a newer one, for a layer upon node image a; likewise.
+    pub fn podman(&self) -> Result<(PathBuf, PathBuf)> {
+        let answer: Value =
+            serde_json::from_slice(&target("podman")?).context("reading the answer of build.sh podman")?;
+        let path =
+            |key: &str| answer[key].as_str().map(PathBuf::from).with_context(|| format!("build.sh podman: no {key:?}"));
+        Ok((path("boot")?, path("layer")?))
+    }
+
     /// The live bootimage, the storage of a registry, and the node image in it, all three with SELinux; built if
     /// need be.
     pub fn selinux(&self) -> Result<(PathBuf, PathBuf, Image)> {
-        let mut build = Command::new("bash");
-        let output = succeed(build.arg(project().join("tests/bed/build.sh")).arg("selinux").stderr(Stdio::inherit()))?;
-        let answer: Value = serde_json::from_slice(&output.stdout).context("reading the answer of build.sh selinux")?;
+        let answer: Value =
+            serde_json::from_slice(&target("selinux")?).context("reading the answer of build.sh selinux")?;
         let text = |value: &Value| value.as_str().map(str::to_owned).context("build.sh selinux: something is missing");
         let image = &answer["image"];
         let image = Image {
@@ -151,8 +159,12 @@ impl Images {
 }
 
 /// What a target of build.sh prints: where it is.
-fn build(target: &str) -> Result<PathBuf> {
+fn build(name: &str) -> Result<PathBuf> {
+    Ok(String::from_utf8(target(name)?)?.trim().into())
+}
+
+/// Builds a target of build.sh; what it prints.
+fn target(name: &str) -> Result<Vec<u8>> {
     let mut build = Command::new("bash");
-    let output = succeed(build.arg(project().join("tests/bed/build.sh")).arg(target).stderr(Stdio::inherit()))?;
-    Ok(String::from_utf8(output.stdout)?.trim().into())
+    Ok(succeed(build.arg(project().join("tests/bed/build.sh")).arg(name).stderr(Stdio::inherit()))?.stdout)
 }
