@@ -1,5 +1,5 @@
 //! In the place of the installer's scripts: what others rely on, line by line; docs/contract.md has the table. On
-//! virtual machines: a container runtime wants a kernel and cgroups of its own.
+//! virtual machines, with kernels and cgroups of their own; podman.rs has podman, in a container.
 //! `cargo test -p testbed --test dropin -- --test-threads=1 --nocapture`
 
 use std::collections::BTreeSet;
