@@ -5,6 +5,7 @@
 //! `mac_admin` (class capability2); for all others the kernel answers EINVAL. Source: `selinux_inode_setxattr` in
 //! Linux's security/selinux/hooks.c.
 
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs::{self, File};
 use std::io;
 use std::path::Path;
@@ -20,6 +21,9 @@ const KERNEL: &str = "/sys/fs/selinux";
 
 /// A label that no policy knows.
 const UNKNOWN: &[u8] = b"system_u:object_r:node_image_pivot_probe_t:s0\0";
+
+/// Longer than any type's name; what is looked up as one and is longer is none.
+const NAME_MAX: u32 = 4096;
 
 /// How SELinux stands on this machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,12 +47,6 @@ fn mode_of(enforce: io::Result<Vec<u8>>) -> Mode {
         Ok(text) if text.starts_with(b"0") => Mode::Permissive,
         _ => Mode::Enforcing,
     }
-}
-
-/// The newest version of a binary policy that this kernel takes.
-pub fn policy_version() -> io::Result<u32> {
-    let text = fs::read_to_string(Path::new(KERNEL).join("policyvers"))?;
-    text.trim().parse().map_err(io::Error::other)
 }
 
 /// The context of this process, such as `system_u:system_r:install_t:s0`; `None` where there is none.
@@ -89,25 +87,50 @@ pub fn advice(context: Option<&str>) -> String {
     )
 }
 
-/// Whether a binary policy has a type of this name.
+/// The names of the types that a binary policy has; some that are none may be among them, never one is missing.
 ///
 /// Types are stored as `length value properties bounds name`, the numbers in 32 bits, little endian (`type_read` in
 /// Linux's security/selinux/ss/policydb.c, since version 24 of 2009). Aliases and attributes are stored alike: told
 /// apart by `properties`, where a type itself has the lowest bit (`TYPEDATUM_PROPERTY_PRIMARY`).
-pub fn policy_has_type(policy: &[u8], name: &str) -> bool {
-    let Ok(length) = u32::try_from(name.len()) else { return false };
-    if name.is_empty() {
-        return false;
+pub fn types_of(policy: &[u8]) -> HashSet<&[u8]> {
+    let entry = |begin: usize| {
+        let number = |at: usize| policy.get(at..at + 4)?.try_into().ok().map(u32::from_le_bytes);
+        let length = number(begin).filter(|length| (1..=NAME_MAX).contains(length))?;
+        number(begin + 8).filter(|properties| properties & 1 == 1)?;
+        policy.get(begin + 16..begin + 16 + usize::try_from(length).ok()?)
+    };
+    (0..policy.len()).filter_map(entry).filter(|name| name.iter().all(is_of_a_name)).collect()
+}
+
+fn is_of_a_name(byte: &u8) -> bool {
+    byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-')
+}
+
+/// The domains in which processes run, each with the names of some of them.
+///
+/// # Errors
+/// When `/proc` cannot be listed. Processes that end meanwhile are none.
+pub fn running_domains() -> io::Result<BTreeMap<String, BTreeSet<String>>> {
+    let mut domains: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for entry in fs::read_dir("/proc")? {
+        let entry = entry?;
+        if !entry.file_name().to_string_lossy().bytes().all(|byte| byte.is_ascii_digit()) {
+            continue;
+        }
+        let read = |name: &str| fs::read_to_string(entry.path().join(name)).ok();
+        let (Some(context), Some(name)) = (read("attr/current"), read("comm")) else { continue };
+        if let Some(domain) = type_of(context.trim_end_matches(['\0', '\n'])) {
+            domains.entry(domain.to_owned()).or_default().insert(name.trim_end().to_owned());
+        }
     }
-    policy.windows(name.len()).enumerate().any(|(begin, window)| {
-        let number = |offset: usize| {
-            let bytes = begin.checked_sub(offset).and_then(|from| policy.get(from..from + 4))?;
-            bytes.try_into().ok().map(u32::from_le_bytes)
-        };
-        window == name.as_bytes()
-            && number(16) == Some(length)
-            && number(8).is_some_and(|properties| properties & 1 == 1)
-    })
+    Ok(domains)
+}
+
+/// `SELINUXTYPE=` of selinux_config(5).
+pub fn policy_type(config: &str) -> Option<String> {
+    let value = config.lines().filter_map(|line| line.trim().strip_prefix("SELINUXTYPE=")).next_back()?;
+    let value = value.trim();
+    (!value.is_empty() && !value.contains('/')).then(|| value.to_owned())
 }
 
 #[cfg(test)]
@@ -138,13 +161,33 @@ mod tests {
             bytes.extend_from_slice(name.as_bytes());
             bytes
         };
-        // The lowest bit is what counts. Part of a longer name, an attribute, a role (which has no bounds before its name): not a type.
+        // The lowest bit is what counts. Part of a longer name, an attribute, a role (which has no bounds before its name):
+        // not a type.
         let policy = [entry("an_install_t", 9), entry("domain", 3 & !1), b"install_t".to_vec()].concat();
-        assert!(policy_has_type(&policy, "an_install_t"));
-        assert!(!policy_has_type(&policy, "install_t"));
-        assert!(!policy_has_type(&policy, "domain"));
-        assert!(policy_has_type(&[policy, entry("install_t", 1)].concat(), "install_t"));
-        assert!(!policy_has_type(b"install_t", "install_t") && !policy_has_type(b"", "install_t"));
+        let has = |policy: &[u8], name: &str| types_of(policy).contains(name.as_bytes());
+        assert!(has(&policy, "an_install_t"));
+        assert!(!has(&policy, "install_t"));
+        assert!(!has(&policy, "domain"));
+        let more = [policy, entry("install_t", 1)].concat();
+        assert!(has(&more, "an_install_t") && has(&more, "install_t"));
+        // Cut off in the middle of a name.
+        assert!(!has(&more[..more.len() - 1], "install_t"));
+        assert!(types_of(b"install_t").is_empty() && types_of(b"").is_empty());
+    }
+
+    #[test]
+    fn this_process_is_among_those_that_run() {
+        // Without SELinux nobody has a domain; with it, this one has.
+        let own = context().as_deref().and_then(type_of).map(str::to_owned);
+        let running = running_domains().unwrap();
+        assert!(own.is_none_or(|own| running.contains_key(&own)));
+    }
+
+    #[test]
+    fn the_type_of_policy() {
+        assert_eq!(policy_type("# c\nSELINUX=enforcing\nSELINUXTYPE=targeted \n").as_deref(), Some("targeted"));
+        assert_eq!(policy_type("#SELINUXTYPE=mls\n"), None);
+        assert_eq!(policy_type("SELINUXTYPE=../x\n"), None);
     }
 
     #[test]

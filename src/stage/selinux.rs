@@ -1,9 +1,10 @@
 //! Whether this agent may do under SELinux what the switch needs, judged before anything changes.
 
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::os::fd::BorrowedFd;
 
 use anyhow::{Context, Result};
-use rustix::fs::{Mode as FileMode, OFlags, ResolveFlags};
+use rustix::fs::{Dir, Mode as FileMode, OFlags, ResolveFlags};
 
 use super::preflight::Refusal;
 use crate::selinux::{self, Mode};
@@ -20,25 +21,45 @@ pub fn check_selinux(usr: BorrowedFd<'_>) -> Result<(Vec<Refusal>, Vec<String>)>
     let Some(context) = selinux::context().filter(|_| mode != Mode::Disabled) else {
         return Ok((Vec::new(), Vec::new()));
     };
-    let policy = policy(usr).context("reading the node image's SELinux policy")?;
-    let domain = selinux::type_of(&context).unwrap_or(&context);
-    let stays = policy.is_none_or(|policy| selinux::policy_has_type(&policy, domain));
-    Ok(judge(mode, context, stays))
+    let Some(policy) = policy(usr).context("reading the node image's SELinux policy")? else {
+        return Ok((Vec::new(), Vec::new()));
+    };
+    let running = selinux::running_domains().context("looking at the running processes")?;
+    Ok(judge(mode, context, &selinux::types_of(&policy), &running))
 }
 
-/// `stays`: whether the policy that will be loaded knows the domain that mounts the new `/usr`.
-fn judge(mode: Mode, context: String, stays: bool) -> (Vec<Refusal>, Vec<String>) {
-    if stays {
-        return (Vec::new(), Vec::new());
-    }
-    let refusal = Refusal::Domain { context };
-    match mode {
-        Mode::Enforcing => (vec![refusal], Vec::new()),
-        Mode::Permissive | Mode::Disabled => (Vec::new(), vec![format!("were SELinux enforcing: {refusal}")]),
+/// `types` are those of the policy that will be loaded, `running` the domains of all processes, and who runs in them.
+fn judge(
+    mode: Mode,
+    context: String,
+    types: &HashSet<&[u8]>,
+    running: &BTreeMap<String, BTreeSet<String>>,
+) -> (Vec<Refusal>, Vec<String>) {
+    let own = selinux::type_of(&context).unwrap_or(&context).to_owned();
+    let knows = |domain: &str| types.contains(domain.as_bytes());
+    let lost = running.iter().filter(|(domain, _)| **domain != own && !knows(domain));
+    let mut warnings: Vec<_> = lost
+        .map(|(domain, names)| {
+            let names: Vec<_> = names.iter().map(String::as_str).collect();
+            format!(
+                "the node image's SELinux policy does not know the domain {domain}, in which these run: {}; once that policy \
+                 is loaded, hardly anything is allowed to them until they are started again",
+                names.join(", ")
+            )
+        })
+        .collect();
+    let refusal = (!knows(&own)).then_some(Refusal::Domain { context });
+    match (mode, refusal) {
+        (Mode::Enforcing, refusal) => (refusal.into_iter().collect(), warnings),
+        (Mode::Permissive | Mode::Disabled, refusal) => {
+            warnings.extend(refusal.map(|refusal| refusal.to_string()));
+            (Vec::new(), warnings.into_iter().map(|warning| format!("were SELinux enforcing: {warning}")).collect())
+        }
     }
 }
 
-/// The binary policy that the kernel would be given: the newest that it takes.
+/// The binary policy that would be loaded: the newest there is. It may be newer than what the kernel takes: libselinux
+/// then hands it over in the kernel's version (load_policy(8); a next release's policy under this one's kernel).
 fn policy(usr: BorrowedFd<'_>) -> Result<Option<Vec<u8>>> {
     let open = |path: &str, flags| {
         let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
@@ -55,20 +76,21 @@ fn policy(usr: BorrowedFd<'_>) -> Result<Option<Vec<u8>>> {
         Ok(Some(content))
     };
     let Some(config) = read("etc/selinux/config")? else { return Ok(None) };
-    let Some(kind) = policy_type(&String::from_utf8_lossy(&config)) else { return Ok(None) };
-    for version in (15..=selinux::policy_version().context("asking for the policy's version")?).rev() {
-        if let Some(policy) = read(&format!("etc/selinux/{kind}/policy/policy.{version}"))? {
-            return Ok(Some(policy));
-        }
+    let Some(kind) = selinux::policy_type(&String::from_utf8_lossy(&config)) else { return Ok(None) };
+    let directory = format!("etc/selinux/{kind}/policy");
+    let Some(listed) = open(&directory, OFlags::RDONLY | OFlags::DIRECTORY)? else { return Ok(None) };
+    let mut newest = None;
+    for entry in Dir::read_from(&listed).with_context(|| format!("listing /usr/{directory}"))? {
+        let entry = entry.with_context(|| format!("listing /usr/{directory}"))?;
+        newest = newest.max(version(entry.file_name().to_bytes()));
     }
-    Ok(None)
+    newest.map_or(Ok(None), |version| read(&format!("{directory}/policy.{version}")))
 }
 
-/// `SELINUXTYPE=` of selinux_config(5).
-fn policy_type(config: &str) -> Option<String> {
-    let value = config.lines().filter_map(|line| line.trim().strip_prefix("SELINUXTYPE=")).next_back()?;
-    let value = value.trim();
-    (!value.is_empty() && !value.contains('/')).then(|| value.to_owned())
+/// The version in a name such as `policy.33`.
+fn version(name: &[u8]) -> Option<u32> {
+    let digits = std::str::from_utf8(name).ok()?.strip_prefix("policy.")?;
+    digits.parse().ok().filter(|version: &u32| version.to_string() == digits)
 }
 
 #[cfg(test)]
@@ -77,21 +99,52 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_domain_that_the_new_policy_lacks_is_refused_where_it_matters() {
+    fn domains_that_the_new_policy_lacks() {
         let context = || "system_u:system_r:initrc_t:s0".to_owned();
-        assert_eq!(judge(Mode::Enforcing, context(), true), (Vec::new(), Vec::new()));
-        let (refusals, warnings) = judge(Mode::Enforcing, context(), false);
+        let types = |names: &[&'static str]| names.iter().map(|name| name.as_bytes()).collect::<HashSet<_>>();
+        let running = |domains: &[(&str, &[&str])]| -> BTreeMap<String, BTreeSet<String>> {
+            let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+            domains.iter().map(|(domain, of)| ((*domain).to_owned(), names(of))).collect()
+        };
+        let nobody = running(&[("initrc_t", &["node-image-pivo"]), ("init_t", &["systemd"])]);
+        let all = types(&["init_t", "initrc_t"]);
+        assert_eq!(judge(Mode::Enforcing, context(), &all, &nobody), (Vec::new(), Vec::new()));
+        // Its own is refused, and told once.
+        let (refusals, warnings) = judge(Mode::Enforcing, context(), &types(&["init_t"]), &nobody);
         assert_eq!((refusals.len(), warnings.len()), (1, 0));
         assert!(refusals[0].to_string().contains("does not know system_u:system_r:initrc_t:s0"));
-        let (refusals, warnings) = judge(Mode::Permissive, context(), false);
+        let (refusals, warnings) = judge(Mode::Permissive, context(), &types(&["init_t"]), &nobody);
         assert_eq!((refusals.len(), warnings.len()), (0, 1));
-        assert!(warnings[0].starts_with("were SELinux enforcing: "));
+        assert!(warnings[0].starts_with("were SELinux enforcing: the node image's SELinux policy does not know"));
+        // Somebody else's is no reason against it.
+        let (refusals, warnings) =
+            judge(Mode::Enforcing, context(), &all, &running(&[("ptal_t", &["ptal-mlcd", "ptal-printd"])]));
+        assert!(refusals.is_empty());
+        assert_eq!(warnings.len(), 1);
+        assert!(warnings[0].contains("the domain ptal_t, in which these run: ptal-mlcd, ptal-printd;"), "{warnings:?}");
     }
 
     #[test]
-    fn the_type_of_policy() {
-        assert_eq!(policy_type("# c\nSELINUX=enforcing\nSELINUXTYPE=targeted \n").as_deref(), Some("targeted"));
-        assert_eq!(policy_type("#SELINUXTYPE=mls\n"), None);
-        assert_eq!(policy_type("SELINUXTYPE=../x\n"), None);
+    fn the_newest_policy_counts_whatever_the_kernel_takes() {
+        use std::os::fd::AsFd;
+        let usr = tempfile::tempdir().unwrap();
+        let put = |path: &str, text: &str| {
+            let path = usr.path().join("etc/selinux").join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        };
+        let read = || policy(std::fs::File::open(usr.path()).unwrap().as_fd()).unwrap();
+        assert_eq!(read(), None);
+        put("config", "SELINUXTYPE=targeted\n");
+        assert_eq!(read(), None);
+        put("targeted/policy/policy.9", "9");
+        put("targeted/policy/policy.34", "34");
+        put("targeted/policy/policy.035", "no version");
+        put("targeted/policy/policy.36.old", "no version");
+        put("targeted/policy/other.37", "no policy");
+        assert_eq!(read().as_deref(), Some(&b"34"[..]));
+        // Far beyond any kernel of today.
+        put("targeted/policy/policy.4000000000", "newest");
+        assert_eq!(read().as_deref(), Some(&b"newest"[..]));
     }
 }
