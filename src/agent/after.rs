@@ -25,7 +25,7 @@ pub(super) async fn refresh(context: &Context, mut switched: Switched, flow: Flo
     let differs = |path: &Path| delta.contains(path).unwrap_or(true);
 
     // First of all: until the kernel knows the labels of what was written, nobody may use it.
-    switch::load_policy(context).await?;
+    switch::load_policy(context, &switched.staged).await?;
     // Then PID 1, which may be unable to start anything until it is the one of this /usr, and needs nothing but
     // its libraries.
     let mut trouble = host::refresh_libraries(&differs).await;

@@ -57,27 +57,72 @@ pub(super) fn check(paths: &Paths) -> Result<(), Error> {
 
 /// Gives the kernel the policy that is in `/etc`, if the merge brought another, and what the merge wrote the labels that
 /// only that one knows. Doing it again is harmless.
-pub(super) async fn load_policy(context: &Context) -> anyhow::Result<()> {
+pub(super) async fn load_policy(context: &Context, staged: &StagedRoot) -> anyhow::Result<()> {
     let plan = load_plan(&context.paths)?;
     let step = policy_step(&plan);
     if let Some(line) = host::load_policy(step).await? {
         info!("{line}");
         context.tracker.note(line);
     }
-    if step == host::PolicyStep::Load && selinux::mode() != selinux::Mode::Disabled {
+    if step.loads() && selinux::mode() != selinux::Mode::Disabled {
         let relabelled = etc::relabel(&plan, etc::open_dir(Path::new(ETC))?.as_fd())?;
         info!("/etc: {relabelled} entries got labels that the policy from before did not know");
+        label_anew(staged, Way::There).await;
     }
     Ok(())
 }
 
+/// From the booted policy's labels to the node image's, or back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    There,
+    Back,
+}
+
+/// Gives what is in `/dev`, `/etc` and `/run` the labels of the policy that was loaded. What keeps an old one is worth a
+/// warning, no more. Returns whether there is nothing of that kind.
+async fn label_anew(staged: &StagedRoot, way: Way) -> bool {
+    if selinux::mode() == selinux::Mode::Disabled {
+        return true;
+    }
+    let delta = staged.delta.directory.join("etc/selinux");
+    let act = move || -> anyhow::Result<host::Relabelled> {
+        let booted = Path::new("/usr/etc/selinux");
+        let (old, new) = mount::Namespace::init().run_without(Path::new(USR), USR_SOURCE, || {
+            Ok((host::FileContexts::read(&[booted])?, host::FileContexts::read(&[&delta, booted])?))
+        })?;
+        let (from, to) = if way == Way::There { (old, new) } else { (new, old) };
+        from.relabel(&to, &host::LABELLED.map(Path::new))
+    };
+    match tokio::task::spawn_blocking(act).await.map_err(anyhow::Error::from).and_then(|done| done) {
+        Ok(host::Relabelled { changed, failed }) => {
+            info!("/dev, /etc and /run: {changed} entries got the labels of the policy that was loaded");
+            for line in &failed {
+                warn!("this keeps the label of the policy from before: {line}");
+            }
+            failed.is_empty()
+        }
+        Err(error) => {
+            warn!("/dev, /etc and /run keep the labels of the policy from before: {error:#}");
+            true
+        }
+    }
+}
+
 /// The old policy again, when `/etc` and `/usr` are the old ones again.
-async fn load_old_policy(paths: &Paths, undone: &mut Undone) {
+async fn load_old_policy(paths: &Paths, staged: &StagedRoot, undone: &mut Undone) {
     match load_plan(paths).map(|plan| policy_step(&plan)) {
-        Ok(step @ host::PolicyStep::Load) => match host::load_policy(step).await {
-            Ok(line) => line.iter().for_each(|line| info!("undo: {line}")),
-            Err(error) => undone.failed.push(format!("{error:#}")),
-        },
+        Ok(step) if step.loads() => {
+            // Before: the new policy knows nearly all old labels, the old one hardly any that are new.
+            let complete = label_anew(staged, Way::Back).await;
+            match host::load_policy(step).await {
+                Ok(line) => line.iter().for_each(|line| info!("undo: {line}")),
+                Err(error) => undone.failed.push(format!("{error:#}")),
+            }
+            if !complete {
+                label_anew(staged, Way::Back).await;
+            }
+        }
         Ok(_) => {}
         Err(error) => undone.kept.push(format!("the SELinux policy stays as it is loaded: {error:#}")),
     }
@@ -176,7 +221,7 @@ pub(super) async fn undo(paths: &Paths, staged: &StagedRoot, units: Option<&[Act
     undone.kept.extend(stopped);
     // Before PID 1 is the old one again: it looks labels up in what is loaded.
     if units.is_some() {
-        load_old_policy(paths, &mut undone).await;
+        load_old_policy(paths, staged, &mut undone).await;
         undone.kept.extend(refresh_back(staged).await);
     }
     if let Some(units) = units

@@ -8,6 +8,7 @@
 
 mod hooks;
 mod installer;
+mod labels;
 mod selinux;
 mod skeleton;
 mod tool;
@@ -23,6 +24,7 @@ use crate::failpoint::{self, Point};
 
 pub use hooks::{Hook, Moment, find as find_hooks, run_hook};
 pub use installer::{SCRIPT, release_image};
+pub use labels::{FileContexts, LABELLED, Relabelled};
 pub use selinux::{PolicyStep, load_policy, policy_step};
 pub use tool::run;
 

@@ -20,8 +20,17 @@ pub enum PolicyStep {
     Keep,
     /// `/etc` has another one.
     Load,
+    /// `/etc` has another one, in another version of the format than one with local changes, which stayed beside it.
+    LoadBesideLocal,
     /// The node image has another one, and the one in `/etc` has local changes: that one stayed.
     KeptLocal,
+}
+
+impl PolicyStep {
+    /// Whether another policy is to be loaded.
+    pub fn loads(self) -> bool {
+        matches!(self, Self::Load | Self::LoadBesideLocal)
+    }
 }
 
 /// Decides it. `written` are the paths, relative to `/etc`, that the merge writes or removes, `conflicts` those whose
@@ -30,12 +39,11 @@ pub fn policy_step<'a>(
     mut written: impl Iterator<Item = &'a [u8]>,
     mut conflicts: impl Iterator<Item = &'a [u8]>,
 ) -> PolicyStep {
-    if written.any(is_policy) {
-        PolicyStep::Load
-    } else if conflicts.any(is_policy) {
-        PolicyStep::KeptLocal
-    } else {
-        PolicyStep::Keep
+    match (written.any(is_policy), conflicts.any(is_policy)) {
+        (true, false) => PolicyStep::Load,
+        (true, true) => PolicyStep::LoadBesideLocal,
+        (false, true) => PolicyStep::KeptLocal,
+        (false, false) => PolicyStep::Keep,
     }
 }
 
@@ -70,7 +78,12 @@ async fn load_with(command: &[&str], mode: Mode, step: PolicyStep) -> Result<Opt
              image's policy has are unknown; run semodule --build"
                 .into(),
         )),
-        (_, PolicyStep::Load) => match run(command, LOAD).await {
+        (_, PolicyStep::Load | PolicyStep::LoadBesideLocal) => match run(command, LOAD).await {
+            Ok(_) if step == PolicyStep::LoadBesideLocal => Ok(Some(
+                "warning: the SELinux policy in /etc/selinux differs and was loaded, without the local changes that are \
+                 in a policy file of another version; run semodule --build"
+                    .into(),
+            )),
             Ok(_) => Ok(Some("the SELinux policy in /etc/selinux differs and was loaded".into())),
             Err(error) if mode == Mode::Permissive => {
                 Ok(Some(format!("warning: the new SELinux policy is not loaded (permissive): {error:#}")))
@@ -92,7 +105,7 @@ mod tests {
     #[tokio::test]
     async fn what_is_said_and_what_fails() {
         use Mode::{Disabled, Enforcing, Permissive};
-        use PolicyStep::{Keep, KeptLocal, Load};
+        use PolicyStep::{Keep, KeptLocal, Load, LoadBesideLocal};
         for (mode, step, command, expected) in [
             (Enforcing, Keep, "false", None),
             (Disabled, KeptLocal, "false", None),
@@ -100,6 +113,7 @@ mod tests {
             (Enforcing, KeptLocal, "false", Some("has local changes and stays")),
             (Enforcing, Load, "true", Some("differs and was loaded")),
             (Permissive, Load, "true", Some("differs and was loaded")),
+            (Enforcing, LoadBesideLocal, "true", Some("was loaded, without the local changes")),
             (Permissive, Load, "false", Some("is not loaded (permissive): false: exit status: 1")),
         ] {
             let said = load_with(&[command], mode, step).await.unwrap();
@@ -112,7 +126,7 @@ mod tests {
 
     #[test]
     fn when_it_is_loaded() {
-        use PolicyStep::{Keep, KeptLocal, Load};
+        use PolicyStep::{Keep, KeptLocal, Load, LoadBesideLocal};
         let policy = "selinux/targeted/policy/policy.33";
         assert_eq!(step(&[], &[]), Keep);
         assert_eq!(step(&["selinux/targeted/contexts/files/file_contexts", "selinux", "selinux/x/policy"], &[]), Keep);
@@ -122,6 +136,7 @@ mod tests {
         assert_eq!(step(&[], &["selinux/targeted/active/commit_num"]), Keep);
         assert_eq!(step(&[], &[policy]), KeptLocal);
         // Another version of the format beside the one that was changed.
-        assert_eq!(step(&["selinux/targeted/policy/policy.34"], &[policy]), Load);
+        assert_eq!(step(&["selinux/targeted/policy/policy.34"], &[policy]), LoadBesideLocal);
+        assert!(Load.loads() && LoadBesideLocal.loads() && !KeptLocal.loads() && !Keep.loads());
     }
 }

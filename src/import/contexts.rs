@@ -24,7 +24,7 @@ const EXPRESSION_LIMIT: usize = 1 << 20;
 
 /// The file contexts of one policy.
 #[derive(Debug)]
-pub(super) struct Contexts {
+pub(crate) struct Contexts {
     /// Those without metacharacters last, otherwise in the order of the files: a later one wins.
     specs: Vec<Spec>,
     /// Which specs begin with a text, by that text.
@@ -63,8 +63,8 @@ enum Rest {
 }
 
 /// The texts of one policy's files, each where it exists.
-#[derive(Debug, Default, Clone)]
-pub(super) struct Texts {
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub(crate) struct Texts {
     /// `file_contexts`, `.homedirs` and `.local`, in this order.
     pub contexts: [String; 3],
     /// `.subs` and `.subs_dist`, in this order.
@@ -73,26 +73,26 @@ pub(super) struct Texts {
 
 /// What the file contexts say about a path.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Found<'a> {
+pub(crate) struct Found<'a> {
     pub label: Option<&'a str>,
     confirmed: &'a AtomicBool,
 }
 
 impl Found<'_> {
     /// Whether [`Found::confirm`] was called for the same line before.
-    pub(super) fn is_confirmed(&self) -> bool {
+    pub(crate) fn is_confirmed(&self) -> bool {
         self.confirmed.load(Ordering::Relaxed)
     }
 
     /// Notes that libselinux says the same.
-    pub(super) fn confirm(&self) {
+    pub(crate) fn confirm(&self) {
         self.confirmed.store(true, Ordering::Relaxed);
     }
 }
 
 impl Texts {
     /// Reads the files whose names begin with `file_contexts`. Only the first has to exist.
-    pub(super) fn read(file_contexts: &Path) -> io::Result<Self> {
+    pub(crate) fn read(file_contexts: &Path) -> io::Result<Self> {
         let beside = |suffix: &str| {
             let mut name = file_contexts.as_os_str().to_owned();
             name.push(suffix);
@@ -110,7 +110,7 @@ impl Texts {
 
 impl Contexts {
     /// Of the files' texts. `None` when one has a line that libselinux should judge.
-    pub(super) fn parse(texts: &Texts) -> Option<Self> {
+    pub(crate) fn parse(texts: &Texts) -> Option<Self> {
         let mut parsed = Vec::new();
         for line in texts.contexts.iter().flat_map(|text| text.lines()) {
             if let Some(fields) = fields(line)? {
@@ -142,7 +142,7 @@ impl Contexts {
 
     /// What the contexts say about an absolute path without needless slashes, and a mode with its type.
     /// `None` when libselinux should say it.
-    pub(super) fn find(&self, path: &str, mode: u32) -> Option<Found<'_>> {
+    pub(crate) fn find(&self, path: &str, mode: u32) -> Option<Found<'_>> {
         const S_IFMT: u32 = 0o170_000;
         // At the end of a text PCRE overlooks a line feed, regex does not.
         if self.refuted.load(Ordering::Relaxed) || path.contains('\n') {
@@ -167,7 +167,7 @@ impl Contexts {
     }
 
     /// Notes that libselinux says otherwise than a finding: from now on nothing is found.
-    pub(super) fn refute(&self) {
+    pub(crate) fn refute(&self) {
         self.refuted.store(true, Ordering::Relaxed);
     }
 

@@ -14,7 +14,7 @@
 
 mod commit;
 mod consume;
-mod contexts;
+pub(crate) mod contexts;
 mod derive;
 mod entry;
 mod facts;

@@ -1,0 +1,266 @@
+//! Labels of what stays, once another SELinux policy is loaded.
+//!
+//! systemd labels `/dev` and `/run` when it has loaded the policy at boot (`mount_setup` in its src/core); nobody does
+//! that for a policy that is loaded later, and what is there keeps the labels of a policy that is gone. systemd labels
+//! everything, as nobody uses it yet. Here it is in use: only what has the label that the one policy has for its path is
+//! given that of the other. What somebody labelled otherwise, such as the files of containers, stays as it is. The same
+//! holds for entries of `/etc` that are equal in both: the merge does not write them.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use rustix::fs::{Dir, Mode, OFlags, ResolveFlags};
+use rustix::io::Errno;
+
+use crate::etc::xattr;
+use crate::import::contexts::{Contexts, Texts};
+use crate::selinux::{policy_type, type_of};
+
+/// What is labelled, each without what is mounted below. `/var` is not: no update of an ostree system labels it.
+pub const LABELLED: [&str; 3] = ["/dev", "/etc", "/run"];
+
+/// Deeper than this nobody looks; whoever may write to a directory of these could make it as deep as he likes.
+const DEPTH: usize = 64;
+
+/// Which labels one policy has for paths.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct FileContexts(Texts);
+
+/// How labelling went.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Relabelled {
+    /// How many have another label now.
+    pub changed: usize,
+    /// What could not be labelled, and why.
+    pub failed: Vec<String>,
+}
+
+impl FileContexts {
+    /// Of `layers`, directories such as `/usr/etc/selinux`: the first that has a file counts, as in an overlay. Where
+    /// there is no policy, there are none.
+    ///
+    /// # Errors
+    /// When a file cannot be read.
+    pub fn read(layers: &[&Path]) -> Result<Self> {
+        let Some(config) = first(layers, Path::new("config"))? else { return Ok(Self::default()) };
+        let Some(kind) = policy_type(&config) else { return Ok(Self::default()) };
+        let text = |suffix: &str| -> Result<String> {
+            let path = format!("{kind}/contexts/files/file_contexts{suffix}");
+            Ok(first(layers, Path::new(&path))?.unwrap_or_default())
+        };
+        let contexts = [text("")?, text(".homedirs")?, text(".local")?];
+        Ok(Self(Texts { contexts, substitutions: [text(".subs")?, text(".subs_dist")?] }))
+    }
+
+    /// Gives what lies in `directories` the labels of `to`, where it has those of this policy.
+    ///
+    /// # Errors
+    /// When one of the policies is written so that libselinux alone can read it: then nothing is labelled. An entry that
+    /// cannot be labelled is no error.
+    pub fn relabel(&self, to: &Self, directories: &[&Path]) -> Result<Relabelled> {
+        let mut done = Relabelled::default();
+        if self == to {
+            return Ok(done);
+        }
+        let parse = |contexts: &Self| Contexts::parse(&contexts.0).context("the file contexts are unusual");
+        let sides = (parse(self)?, parse(to)?);
+        for directory in directories {
+            Walk { from: &sides.0, to: &sides.1 }.start(directory, &mut done);
+        }
+        Ok(done)
+    }
+}
+
+/// The text of a file in the first layer that has it; `None` also where that layer has something else in its place
+/// (a whiteout, say).
+fn first(layers: &[&Path], path: &Path) -> Result<Option<String>> {
+    for layer in layers {
+        let path: PathBuf = layer.join(path);
+        let text = match path.symlink_metadata() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) if error.kind() == io::ErrorKind::NotADirectory => return Ok(None),
+            Ok(stat) if !stat.is_file() => return Ok(None),
+            Ok(_) => std::fs::read_to_string(&path),
+            Err(error) => Err(error),
+        };
+        return text.map(Some).with_context(|| format!("reading {}", path.display()));
+    }
+    Ok(None)
+}
+
+struct Walk<'a> {
+    from: &'a Contexts,
+    to: &'a Contexts,
+}
+
+/// Opens what is there, or says that it is another mount's. Devices are not opened: that would have consequences.
+fn beneath(fd: BorrowedFd<'_>, name: &str, flags: OFlags) -> rustix::io::Result<OwnedFd> {
+    // Not told by the device numbers: files of an overlay have those of its layers.
+    let resolve =
+        ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV;
+    rustix::fs::openat2(fd, name, flags | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty(), resolve)
+}
+
+impl Walk<'_> {
+    fn start(self, path: &Path, done: &mut Relabelled) {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let opened = rustix::fs::open(path, flags, Mode::empty()).and_then(|fd| Ok((rustix::fs::fstat(&fd)?, fd)));
+        let (Some(text), Ok((stat, fd))) = (path.to_str(), opened) else { return };
+        self.entry(fd.as_fd(), ".", text, stat.st_mode, done);
+        self.directory(fd.as_fd(), text, 0, done);
+    }
+
+    /// What vanishes meanwhile is none of ours.
+    fn directory(&self, fd: BorrowedFd<'_>, path: &str, depth: usize, done: &mut Relabelled) {
+        let Ok(entries) = Dir::read_from(fd) else { return };
+        for entry in entries.flatten() {
+            // A policy is written in text.
+            let Ok(name) = entry.file_name().to_str() else { continue };
+            if matches!(name, "." | "..") {
+                continue;
+            }
+            let found = beneath(fd, name, OFlags::PATH).and_then(rustix::fs::fstat);
+            let Ok(stat) = found else { continue };
+            let path = format!("{path}/{name}");
+            self.entry(fd, name, &path, stat.st_mode, done);
+            if stat.st_mode & 0o170_000 == 0o040_000
+                && depth < DEPTH
+                && let Ok(below) = beneath(fd, name, OFlags::RDONLY | OFlags::DIRECTORY)
+            {
+                self.directory(below.as_fd(), &path, depth + 1, done);
+            }
+        }
+    }
+
+    fn entry(&self, fd: BorrowedFd<'_>, name: &str, path: &str, mode: u32, done: &mut Relabelled) {
+        // Of what both have, most is the same: no need to ask what it has.
+        let (Some(from), Some(to)) = (self.from.find(path, mode), self.to.find(path, mode)) else { return };
+        let (Some(from), Some(to)) = (from.label, to.label) else { return };
+        if type_of(from) == type_of(to) {
+            return;
+        }
+        // The directory is open, and the last component is not followed.
+        let at = PathBuf::from(format!("/proc/self/fd/{}/{name}", fd.as_raw_fd()));
+        let Ok(Some(label)) = xattr::read(&at).map(|mut all| all.remove(xattr::LABEL)) else { return };
+        let Some(wanted) = wanted(&label, from, to) else { return };
+        match xattr::set(&at, xattr::LABEL, &wanted) {
+            Ok(()) => done.changed += 1,
+            Err(Errno::NOENT) => {}
+            Err(error) => done.failed.push(format!("{path}: {error}")),
+        }
+    }
+}
+
+/// The label with the type of `to`, if it has that of `from`. User, role and level stay, as with restorecon(8).
+fn wanted(label: &[u8], from: &str, to: &str) -> Option<Vec<u8>> {
+    let label = std::str::from_utf8(label).ok()?.trim_end_matches('\0');
+    let mut parts: Vec<&str> = label.splitn(4, ':').collect();
+    if parts.len() < 3 || Some(parts[2]) != type_of(from) {
+        return None;
+    }
+    parts[2] = type_of(to)?;
+    Some(parts.join(":").bytes().chain([0]).collect())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::fs;
+
+    use rustix::mount::MountFlags;
+
+    use super::*;
+
+    fn put(root: &Path, path: &str, text: &str) {
+        let path = root.join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    }
+
+    #[test]
+    fn only_the_type_changes_and_only_where_it_was_the_default() {
+        let (from, to) = ("system_u:object_r:old_t:s0", "system_u:object_r:new_t:s0");
+        let after = |label: &str| wanted(label.as_bytes(), from, to).map(|label| String::from_utf8(label).unwrap());
+        assert_eq!(after("system_u:object_r:old_t:s0\0").as_deref(), Some("system_u:object_r:new_t:s0\0"));
+        assert_eq!(after("root:object_r:old_t:s0:c1,c2\0").as_deref(), Some("root:object_r:new_t:s0:c1,c2\0"));
+        assert_eq!(after("system_u:object_r:old_t").as_deref(), Some("system_u:object_r:new_t\0"));
+        for other in ["system_u:object_r:container_file_t:s0:c1,c2\0", "system_u:object_r:new_t:s0\0", "old_t\0", "\0"]
+        {
+            assert_eq!(after(other), None);
+        }
+    }
+
+    #[test]
+    fn a_policy_in_layers() {
+        let scratch = tempfile::tempdir().unwrap();
+        let (upper, lower) = (scratch.path().join("upper"), scratch.path().join("lower"));
+        let files = "targeted/contexts/files/file_contexts";
+        put(&lower, "config", "SELINUXTYPE=targeted\n");
+        put(&lower, files, "/a -- old\n");
+        put(&lower, &format!("{files}.subs_dist"), "/b /c\n");
+        put(&lower, &format!("{files}.local"), "/l -- l\n");
+        put(&upper, files, "/a -- new\n");
+        // Where an overlay has a whiteout.
+        std::os::unix::fs::symlink("/dev/null", upper.join(format!("{files}.local"))).unwrap();
+        let FileContexts(texts) = FileContexts::read(&[&upper, &lower]).unwrap();
+        assert_eq!(texts.contexts, ["/a -- new\n".to_owned(), String::new(), String::new()]);
+        assert_eq!(texts.substitutions, [String::new(), "/b /c\n".to_owned()]);
+        let FileContexts(texts) = FileContexts::read(&[&lower]).unwrap();
+        assert_eq!(texts.contexts[2], "/l -- l\n");
+        assert_eq!(FileContexts::read(&[&scratch.path().join("none")]).unwrap(), FileContexts::default());
+    }
+
+    /// With any label: without SELinux, the kernel stores whatever root likes. On an overlay, as `/etc` of live media is.
+    #[test]
+    fn what_has_the_old_label_gets_the_new_one() {
+        if crate::selinux::mode() != crate::selinux::Mode::Disabled {
+            return;
+        }
+        crate::mount::testing::private(|scratch| {
+            let label = |path: &Path, of: &str| {
+                xattr::set(path, xattr::LABEL, format!("system_u:object_r:{of}:s0\0").as_bytes()).unwrap();
+            };
+            let (lower, run) = (scratch.join("lower"), scratch.join("run"));
+            for directory in ["lower", "upper", "work", "run"] {
+                fs::create_dir(scratch.join(directory)).unwrap();
+            }
+            rustix::mount::mount("lower", &lower, "tmpfs", MountFlags::empty(), None).unwrap();
+            for path in ["app/sock", "app/own", "app/mounted", "same"] {
+                put(&lower, path, "");
+            }
+            std::os::unix::fs::symlink("../same", lower.join("app/link")).unwrap();
+            for path in ["app", "app/sock", "app/link", "app/mounted", "same"] {
+                label(&lower.join(path), "run_t");
+            }
+            label(&lower.join("app/own"), "container_file_t");
+            put(scratch, "elsewhere", "");
+            label(&scratch.join("elsewhere"), "run_t");
+            let layers = ["lower", "upper", "work"].map(|name| format!("{name}dir={}", scratch.join(name).display()));
+            let options = std::ffi::CString::new(layers.join(",")).unwrap();
+            rustix::mount::mount("run", &run, "overlay", MountFlags::empty(), Some(options.as_c_str())).unwrap();
+            rustix::mount::mount_bind(scratch.join("elsewhere"), run.join("app/mounted")).unwrap();
+
+            let contexts = |lines: &str| {
+                let contexts = [lines.replace("RUN", run.to_str().unwrap()), String::new(), String::new()];
+                FileContexts(Texts { contexts, ..Texts::default() })
+            };
+            let old = contexts("RUN(/.*)? system_u:object_r:run_t:s0\n");
+            let new = contexts("RUN(/.*)? system_u:object_r:run_t:s0\nRUN/app(/.*)? system_u:object_r:app_t:s0\n");
+            let is = |path: &str| {
+                let label = xattr::read(&run.join(path)).unwrap().remove(xattr::LABEL).unwrap();
+                type_of(&String::from_utf8(label).unwrap()).unwrap().to_owned()
+            };
+            let all = || ["app", "app/sock", "app/link", "app/own", "app/mounted", "same"].map(is);
+            assert_eq!(old.relabel(&old, &[&run]).unwrap(), Relabelled::default());
+            let three = Relabelled { changed: 3, failed: Vec::new() };
+            assert_eq!(old.relabel(&new, &[&run, Path::new("/nonexistent")]).unwrap(), three);
+            assert_eq!(all(), ["app_t", "app_t", "app_t", "container_file_t", "run_t", "run_t"]);
+            // Done again, nothing is to do; and there is a way back.
+            assert_eq!(old.relabel(&new, &[&run]).unwrap(), Relabelled::default());
+            assert_eq!(new.relabel(&old, &[&run]).unwrap(), three);
+            assert_eq!(all(), ["run_t", "run_t", "run_t", "container_file_t", "run_t", "run_t"]);
+        });
+    }
+}
