@@ -43,6 +43,7 @@ const OWN_STATE: [&[u8]; 17] = [
 /// | kinds clash, C modified | C | conflict |
 /// | C is special or a mount point | C | local |
 /// | the system's own state (`passwd`, `machine-id`, …) | C | local |
+/// | C = B, an SELinux policy of which N has only newer versions of the format | C | local |
 ///
 /// Directories are merged entry by entry, their own metadata like content. What is below a path that is
 /// no directory in the result cannot come into being; it shares that path's fate. A special file in
@@ -189,6 +190,13 @@ impl Walk {
         let mut left = false;
         for name in names {
             let [base, new, current] = sides.map(|side: Option<&BTreeMap<Vec<u8>, Entry>>| side?.get(name));
+            if leaf(base) == leaf(current) && new.is_none() && is_older_policy(&path.join(name), sides[1]) {
+                // On a disk this /etc is the next boot's, too, and that is the booted system's, which may not know the
+                // newer version: enforcing, without a policy that it can load, it would stop there.
+                self.note(&path.join(name), Class::Local, "the booted system's next boot may need it", None);
+                left = true;
+                continue;
+            }
             left |= self.entry(&path.join(name), base, new, current, fate);
         }
         left
@@ -201,6 +209,16 @@ impl Walk {
         }
         self.plan.decisions.push(Decision { path: path.clone(), class, reason: reason.to_owned() });
     }
+}
+
+/// Whether it is a binary SELinux policy, `selinux/TYPE/policy/policy.NN`, and one with a greater number is among those
+/// beside it. The number is the version of the format; the greatest that is understood is what gets loaded.
+fn is_older_policy(path: &Bytes, beside: Option<&BTreeMap<Vec<u8>, Entry>>) -> bool {
+    let version = |name: &[u8]| std::str::from_utf8(name).ok()?.strip_prefix("policy.")?.parse::<u32>().ok();
+    let parts: Vec<&[u8]> = path.0.split(|byte| *byte == b'/').collect();
+    let [b"selinux", _, b"policy", name] = parts[..] else { return false };
+    let newest = beside.into_iter().flat_map(BTreeMap::keys).filter_map(|name| version(name)).max();
+    version(name).is_some() && version(name) < newest
 }
 
 fn leaf<'a>(side: Side<'a>) -> Option<&'a Leaf> {

@@ -199,6 +199,28 @@ fn the_systems_own_state_is_kept_at_the_top_only() {
 }
 
 #[test]
+fn an_older_selinux_policy_stays_for_the_next_boot() {
+    let tree = |policies: &[(&'static str, u8)]| {
+        let files: Vec<_> = policies.iter().map(|(name, content)| (*name, file(*content, 0))).collect();
+        etc([("selinux", dir(0, [("targeted", dir(0, [("policy", dir(0, files))]))]))])
+    };
+    let after = |base: &[_], new: &[_], current: &[_]| {
+        outcome(&decide(&tree(base), &tree(new), &tree(current)), &tree(current))
+    };
+    let old = [("policy.33", 1)];
+    assert_eq!(after(&old, &[("policy.34", 2)], &old), tree(&[("policy.33", 1), ("policy.34", 2)]));
+    // A newer one would be loaded in place of the node image's; the same one is the node image's.
+    assert_eq!(after(&old, &[("policy.32", 2)], &old), tree(&[("policy.32", 2)]));
+    assert_eq!(after(&old, &[("policy.33", 2)], &old), tree(&[("policy.33", 2)]));
+    assert_eq!(after(&old, &[], &old), tree(&[]));
+    assert_eq!(after(&[("policy.kern", 1)], &[("policy.34", 2)], &[("policy.kern", 1)]), tree(&[("policy.34", 2)]));
+    // Removed here, it is not brought back.
+    assert_eq!(after(&old, &[("policy.34", 2)], &[]), tree(&[("policy.34", 2)]));
+    let plan = decide(&tree(&old), &tree(&[("policy.34", 2)]), &tree(&old));
+    assert_eq!(plan.count(Class::Local), 1);
+}
+
+#[test]
 fn a_plan_survives_being_written_down() {
     let plan = decide(
         &etc([("a", file(1, 0)), ("l", link(1))]),
