@@ -7,7 +7,9 @@
 #   build.sh podman       prints the directories of one with podman, and of a newer podman as a layer upon node image a,
 #                         as JSON
 #   build.sh disk         builds an installed system's disk, and prints where it is
-#   build.sh selinux      the same with an SELinux policy, a node image with another one; prints where they are, as JSON
+#   build.sh selinux      a live bootimage with an SELinux policy, a node image of the next release with its own; prints
+#                         where they are, as JSON
+#   build.sh selinux-disk the same bootimage installed to a disk; prints where it is
 #   build.sh paths        prints where they are, as JSON; builds what is missing
 #   build.sh bench        the benchmark's images (not part of all); prints where they are
 #
@@ -52,39 +54,54 @@ tree_node_b() { tree node-b bookworm "common node" base-tool_2.0.deb cluster-cli
 # shellcheck source=registry.sh
 . "$BED/registry.sh"
 
-# selinux_tree NAME "FILES" MODULE... -- DEB...: the base tree, labelled, with a policy that has the modules.
+# selinux_tree NAME TREE "FILES" "DROP" MODULE...: another tree with more and less in it, labelled, with a policy that has
+# the modules.
 selinux_tree() {
-    local name=$1 files=$2 from dir modules=() debs=()
-    shift 2
-    while [ "$1" != -- ]; do modules+=("$1"); shift; done
-    shift
-    from=$(tree_base12) dir=$(debs)
-    debs=("${@/#/$dir/}")
+    local name=$1 ref=$2 files=$3 drop=$4 from
+    shift 4
+    from=$("tree_${ref//-/_}")
     # shellcheck disable=SC2086 # directories, without spaces
-    stage "tree-$name" "$(key "$BED/selinux.sh" "=$from $name" $files "${modules[@]}" "${debs[@]}")" \
-        recipe selinux.sh FROM="$from" REF=base12 TREE="$name" FILES="$files" MODULES="${modules[*]}" DEBS="${debs[*]}"
+    stage "tree-$name" "$(key "$BED/selinux.sh" "=$from $name $drop" $files "$@")" \
+        recipe selinux.sh FROM="$from" REF="$ref" TREE="$name" FILES="$files" DROP="$drop" MODULES="$*"
 }
 # A policy as a distribution ships it, with the agent's domain, and what Debian's own boot needs.
 selinux_modules=("$BED/selinux/boot.cil" "$PROJECT"/packaging/selinux/*.cil)
-tree_selinux_base() { selinux_tree selinux-base "$BED/selinux/base" "${selinux_modules[@]}" --; }
+tree_selinux_base() { selinux_tree selinux-base base12 "$BED/selinux/base" "" "${selinux_modules[@]}" "$BED/selinux/legacy.cil"; }
+# The next release of everything, its policy included: another version of the format, and some two hundred types more.
 tree_selinux_node() {
-    selinux_tree selinux-node "$BED/selinux/base $BED/selinux/node" "${selinux_modules[@]}" "$BED/selinux/nodeapp.cil" -- \
-        base-tool_2.0.deb cluster-client_4.99.0.deb cluster-node_4.99.0.deb
+    # Nothing in that machine runs these; half of what it would have to pull.
+    local drop="usr/lib/cni usr/bin/kubectl usr/bin/ctr usr/bin/containerd-shim* usr/bin/containerd-stress usr/sbin/runc"
+    selinux_tree selinux-node node-a "$BED/selinux/base $BED/selinux/node" "$drop" "${selinux_modules[@]}" "$BED/selinux/nodeapp.cil"
 }
 selinux() {
-    local base node agent image
+    local base node image q k
     oracle >/dev/null
-    tree_base12 >/dev/null
+    debs >/dev/null
+    tree_base12 >/dev/null &
+    tree_node_a >/dev/null
+    wait $!
     # Compiling a policy is one core's work: both at once.
     tree_selinux_node >/dev/null &
-    base=$(tree_selinux_base)
+    tree_selinux_base >/dev/null
     wait $!
-    node=$(tree_selinux_node) agent=$(agent)
+    node=$(tree_selinux_node)
     image=$(image selinux-node "$node")
-    base=$(stage boot-selinux "$(key "$BED/bootimage.sh" "=$base" "$agent")" \
-        recipe bootimage.sh BED="$BED" BASE="$base" REF=selinux-base SELINUX=1 OVERLAYS="$agent")
-    jq -n --arg boot "$base" --arg storage "$image/storage" --slurpfile image "$image/images.jsonl" \
-        '{boot: $boot, storage: $storage, image: $image[0]}'
+    base=$(boot_selinux live)
+    q=$(qemu)
+    k=$(ssh_key)
+    jq -n --arg qemu "$q/qemu" --arg key "$k" \
+        --arg boot "$base" --arg storage "$image/storage" --slurpfile image "$image/images.jsonl" \
+        '{qemu: $qemu, ssh_key: $key, boot: $boot, storage: $storage, image: $image[0]}'
+}
+
+# boot_selinux MEDIUM: the base system with its policy, live or installed to a disk.
+boot_selinux() {
+    local base agent name=boot
+    [ "$1" = live ] || name=$1
+    base=$(tree_selinux_base)
+    agent=$(agent)
+    stage "$name-selinux" "$(key "$BED/bootimage.sh" "=$base $1" "$agent")" \
+        recipe bootimage.sh BED="$BED" BASE="$base" REF=selinux-base SELINUX=1 OVERLAYS="$agent" MEDIUM="$1"
 }
 
 bench() {
@@ -124,6 +141,7 @@ for target in "$@"; do
         skopeo) skopeo_new ;;
         bench) bench ;;
         disk) disk ;;
+        selinux-disk) boot_selinux disk ;;
         runtime) boot runtime ;;
         podman)
             b=$(boot podman)

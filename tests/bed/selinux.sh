@@ -1,6 +1,6 @@
 #!/bin/bash
-# FROM (a tree stage, ref REF) with DEBS unpacked on top and its SELinux policy, MODULES (CIL) included, turned on; every
-# file labelled by it → OUT/repo, ref TREE.
+# FROM (a tree stage, ref REF) without DROP (patterns), with FILES on top and its SELinux policy turned on, MODULES (CIL)
+# included; every file labelled by it → OUT/repo, ref TREE.
 set -euo pipefail
 : "${OUT:?}" "${FROM:?}" "${REF:?}" "${TREE:?}" "${MODULES:?}"
 umask 022
@@ -11,7 +11,8 @@ step "checkout"
 # Copies: what is changed in place must not change the stage it comes from.
 ostree checkout --force-copy --repo="$FROM/repo" "$REF" "$root"
 mv "$root/usr/etc" "$root/etc"
-for deb in ${DEBS:-}; do dpkg-deb -x "$deb" "$root"; done
+# shellcheck disable=SC2086 # patterns, without spaces
+(cd "$root" && rm -rf ${DROP:-})
 for dir in ${FILES:-}; do cp -a --no-preserve=ownership "$dir/." "$root/"; done
 
 step "policy"
@@ -42,7 +43,7 @@ mv "$root/etc" "$root/usr/etc"
 step "commit"
 ostree init --repo="$OUT/repo" --mode=bare
 ostree commit --repo="$OUT/repo" --fsync=no --branch="$TREE" --subject="$TREE: $REF with SELinux" --bootable \
-    --timestamp='2026-01-01 00:00:00 +0000' --add-metadata-string=version=12.selinux \
+    --timestamp='2026-01-01 00:00:00 +0000' --add-metadata-string=version=selinux \
     --selinux-policy="$root" --consume --tree=dir="$root"
 rm -rf "$root"
 step "done"

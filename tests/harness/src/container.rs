@@ -75,7 +75,7 @@ impl Container {
         files.put(
             "/var/roothome/.ssh/authorized_keys",
             0o600,
-            &fs::read_to_string(images.ssh_key.with_extension("pub"))?,
+            &fs::read_to_string(images.tools.ssh_key.with_extension("pub"))?,
         )?;
         files.put(
             "/etc/systemd/network/10-cable.network",
@@ -108,7 +108,7 @@ impl Container {
             return Err(error).with_context(console);
         }
         let leader = leader.context("systemd-nspawn ended").with_context(console)?;
-        let container = Container { key: images.ssh_key.clone(), network: network.pid(), child, leader, work };
+        let container = Container { key: images.tools.ssh_key.clone(), network: network.pid(), child, leader, work };
         wait_for("systemd's answer", Duration::from_secs(20), || {
             Ok(container.run("systemctl show-environment")?.status == 0)
         })

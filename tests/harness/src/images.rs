@@ -36,19 +36,39 @@ impl Image {
     }
 }
 
+/// What every machine needs, whichever image it boots.
+#[derive(Debug, Clone)]
+pub struct Tools {
+    /// Program that starts the emulator.
+    pub qemu: PathBuf,
+    /// Private key whose public half guests accept.
+    pub ssh_key: PathBuf,
+}
+
+/// A live bootimage and a node image with SELinux.
+#[derive(Debug)]
+pub struct Selinux {
+    /// For its machine.
+    pub tools: Tools,
+    /// As [`Images::boot`].
+    pub boot: PathBuf,
+    /// As [`Images::storage`].
+    pub storage: PathBuf,
+    /// The node image.
+    pub image: Image,
+}
+
 /// Everything built.
 #[derive(Debug)]
 pub struct Images {
-    /// Program that starts the emulator.
-    pub qemu: PathBuf,
+    /// For machines and containers.
+    pub tools: Tools,
     /// Live bootimage: vmlinuz, initramfs.img, sysroot.squashfs, kargs, commit.
     pub boot: PathBuf,
     /// The same with the cluster's binaries in it.
     pub boot_binaries: PathBuf,
     /// Storage of the registry.
     pub storage: PathBuf,
-    /// Private key whose public half guests accept.
-    pub ssh_key: PathBuf,
     /// By name: node-a, node-b, plain, corrupt, ….
     pub by_name: HashMap<String, Image>,
 }
@@ -107,11 +127,10 @@ impl Images {
             (name, image)
         });
         Ok(Images {
-            qemu: path("qemu")?,
+            tools: Tools { qemu: path("qemu")?, ssh_key: path("ssh_key")? },
             boot: path("boot")?,
             boot_binaries: path("boot_binaries")?,
             storage: registry.join("storage"),
-            ssh_key: path("ssh_key")?,
             by_name: by_name.collect(),
         })
     }
@@ -136,9 +155,15 @@ impl Images {
         Ok((path("boot")?, path("layer")?))
     }
 
-    /// The live bootimage, the storage of a registry, and the node image in it, all three with SELinux; built if
-    /// need be.
-    pub fn selinux(&self) -> Result<(PathBuf, PathBuf, Image)> {
+    /// An image by name.
+    pub fn image(&self, name: &str) -> Result<&Image> {
+        self.by_name.get(name).with_context(|| format!("the test bed has no image {name:?}"))
+    }
+}
+
+impl Selinux {
+    /// Builds what is missing of these, and nothing else.
+    pub fn ensure() -> Result<Self> {
         let answer: Value =
             serde_json::from_slice(&target("selinux")?).context("reading the answer of build.sh selinux")?;
         let text = |value: &Value| value.as_str().map(str::to_owned).context("build.sh selinux: something is missing");
@@ -149,12 +174,26 @@ impl Images {
             digest: text(&image["digest"])?,
             commit: image["commit"].as_str().map(str::to_owned),
         };
-        Ok((text(&answer["boot"])?.into(), text(&answer["storage"])?.into(), image))
+        let path = |key: &str| text(&answer[key]).map(PathBuf::from);
+        let tools = Tools { qemu: path("qemu")?, ssh_key: path("ssh_key")? };
+        Ok(Self { tools, boot: path("boot")?, storage: path("storage")?, image })
     }
 
-    /// An image by name.
-    pub fn image(&self, name: &str) -> Result<&Image> {
-        self.by_name.get(name).with_context(|| format!("the test bed has no image {name:?}"))
+    /// The same bootimage as an installed system, as [`Images::disk`].
+    pub fn disk(&self) -> Result<PathBuf> {
+        build("selinux-disk")
+    }
+}
+
+impl AsRef<Tools> for Images {
+    fn as_ref(&self) -> &Tools {
+        &self.tools
+    }
+}
+
+impl AsRef<Tools> for Selinux {
+    fn as_ref(&self) -> &Tools {
+        &self.tools
     }
 }
 

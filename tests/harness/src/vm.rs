@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 use crate::console::Console;
 use crate::files::Files;
 use crate::guest::{Answer, Guest, ssh};
-use crate::images::{Images, work_dir};
+use crate::images::{Tools, work_dir};
 use crate::proc::{bound, end, free_port, log_to, succeed, wait_for};
 
 /// How the emulator's network calls the host.
@@ -56,13 +56,18 @@ pub struct Vm {
 
 impl Vm {
     /// Switch a machine on. `fill` adds the files of this boot; the key for ssh is added here.
-    pub fn start(images: &Images, setup: &Setup<'_>, fill: impl FnOnce(&Files) -> Result<()>) -> Result<Self> {
+    pub fn start(
+        images: &impl AsRef<Tools>,
+        setup: &Setup<'_>,
+        fill: impl FnOnce(&Files) -> Result<()>,
+    ) -> Result<Self> {
+        let tools = images.as_ref();
         let work = work_dir(setup.name)?;
         let files = Files::new(&work)?;
         files.put(
             "/var/roothome/.ssh/authorized_keys",
             0o600,
-            &fs::read_to_string(images.ssh_key.with_extension("pub"))?,
+            &fs::read_to_string(tools.ssh_key.with_extension("pub"))?,
         )?;
         // Journal lines about every audited system call would push what matters off the console.
         files.put("/etc/sysctl.d/90-testbed.conf", 0o644, "kernel.printk = 4 4 1 7\n")?;
@@ -93,7 +98,7 @@ impl Vm {
         fs::create_dir_all(&sockets)?;
         let socket = sockets.join("console");
         let port = free_port()?;
-        let mut qemu = bound(&images.qemu);
+        let mut qemu = bound(&tools.qemu);
         qemu.args(
             "-M pc -accel tcg,thread=multi,tb-size=512 -smp 2 -nodefaults -no-user-config -display none -no-reboot"
                 .split(' '),
@@ -126,7 +131,7 @@ impl Vm {
         watchdog(child.id(), setup.limit, Arc::clone(&done));
         let console =
             Console::connect(&socket).with_context(|| fs::read_to_string(work.join("qemu.log")).unwrap_or_default())?;
-        Ok(Vm { console, work, sockets, key: images.ssh_key.clone(), port, child, done, started: Instant::now() })
+        Ok(Vm { console, work, sockets, key: tools.ssh_key.clone(), port, child, done, started: Instant::now() })
     }
 
     /// Time since power on.

@@ -1,20 +1,22 @@
-//! Issue 5, item 4 on a real machine: SELinux is enforcing throughout, and the node image's policy has types that the
-//! bootimage's lacks.
+//! Issue 5, item 4 on a real machine: SELinux is enforcing throughout, and the node image is the next release of
+//! everything, its policy included: another version of the format, types that the bootimage's lacks, and one less.
 //! `cargo test -p testbed --test selinux -- --nocapture`
 
+use std::collections::BTreeMap;
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
 use testbed::check::{Checks, contains, same};
 use testbed::guest::Guest;
-use testbed::images::{Images, work_dir};
-use testbed::proc::wait_for;
+use testbed::images::{Selinux, work_dir};
+use testbed::proc::{succeed, wait_for};
 use testbed::registry::Registry;
 use testbed::scenario::{node_files, wait_pivoted};
 use testbed::vm::{self, Vm};
 
 const BOOT: Duration = Duration::from_secs(240);
-const PIVOT: Duration = Duration::from_secs(420);
+const PIVOT: Duration = Duration::from_secs(600);
 const KARGS: [&str; 4] = ["security=selinux", "selinux=1", "enforcing=1", "audit=1"];
 
 /// Whether the policy that is loaded knows a context: the kernel says so.
@@ -32,21 +34,45 @@ fn denials(guest: &Vm) -> Result<String> {
     guest.ask("journalctl -b -o cat | grep -a 'avc: *denied' || true")
 }
 
+/// Who was denied what, and how often.
+fn counted(denials: &str) -> BTreeMap<String, usize> {
+    let mut counts = BTreeMap::new();
+    for line in denials.lines() {
+        let after = |start: &str, end: char| {
+            line.split_once(start).and_then(|(_, rest)| rest.split(end).next()).unwrap_or_default().trim()
+        };
+        let kind = |of: &str| after(of, ' ').split(':').nth(2).unwrap_or_default();
+        let permissions = after("denied  {", '}');
+        let who = format!("{} ({})", kind("scontext="), after("comm=", ' ').trim_matches('"'));
+        let what = format!("{who}: {permissions} on {} of {}", after("tclass=", ' '), kind("tcontext="));
+        *counts.entry(what).or_default() += 1;
+    }
+    counts
+}
+
+/// The domains of a service's processes, each once.
+fn domains(guest: &Vm, unit: &str) -> Result<String> {
+    let group = guest.unit(unit, "ControlGroup")?;
+    let processes = format!("find /sys/fs/cgroup{group} -name cgroup.procs -exec cat {{}} +");
+    guest.ask(&format!(
+        "{processes} | xargs -I{{}} cat /proc/{{}}/attr/current | tr '\\0' '\\n' | cut -d: -f3 | sort -u"
+    ))
+}
+
 /// Runs the agent in the domain of any script: it may do all that root may, except write labels that nobody knows.
 const OTHER_DOMAIN: &str = "[Service]\nExecStart=\nExecStart=/bin/sh -c 'exec /usr/bin/node-image-pivot daemon'\n";
 const DROP_IN: &str = "/etc/systemd/system/node-image-pivotd.service.d/50-other-domain.conf";
 
 #[test]
 fn enforcing_with_types_that_only_the_node_image_knows() -> Result<()> {
-    let images = Images::ensure()?;
-    let (boot, storage, image) = images.selinux()?;
-    let mut checks =
-        Checks::new("machine: SELinux enforcing, the node image's policy has types that the loaded one lacks");
-    let registry = Registry::start(&storage, &work_dir("vm-selinux-registry")?, None, None)?;
-    let limit = Duration::from_secs(900);
+    let images = Selinux::ensure()?;
+    let (boot, image) = (&images.boot, &images.image);
+    let mut checks = Checks::new("machine: SELinux enforcing, the node image is the next release with its own policy");
+    let registry = Registry::start(&images.storage, &work_dir("vm-selinux-registry")?, None, None)?;
+    let limit = Duration::from_secs(1200);
     let setup =
-        vm::Setup { name: "vm-selinux", boot: &boot, disk: None, kargs: &KARGS, memory_mib: 3072, cpu: vm::CPU, limit };
-    let guest = Vm::start(images, &setup, |files| {
+        vm::Setup { name: "vm-selinux", boot, disk: None, kargs: &KARGS, memory_mib: 3072, cpu: vm::CPU, limit };
+    let guest = Vm::start(&images, &setup, |files| {
         files.put(DROP_IN, 0o644, OTHER_DOMAIN)?;
         node_files(files, &image.by_digest(), vm::HOST, registry.port)
     })?;
@@ -65,14 +91,88 @@ fn enforcing_with_types_that_only_the_node_image_knows() -> Result<()> {
         labelled(&guest, &mut checks);
         runs(&guest, &mut checks);
         undone(&guest, &mut checks);
+        checks.check("undo: the service in the domain that was gone is in it again", || {
+            same(domains(&guest, "base-legacy.service")?, "base_legacy_t".into())
+        });
     }
     enforced(&guest, &mut checks);
     checks.finish()
 }
 
+/// What the initramfs brings has no label; unlike on a live medium, whatever else is there keeps its own.
+const LABEL_NEW: &str = "[Service]\nExecStart=\nExecStart=/bin/sh -c 'if [ -e /var/.labelled ]; then \
+    find /etc /var -xdev -context \"*:unlabeled_t:*\" -exec restorecon -F {} +; \
+    else restorecon -RF /etc /var; touch /var/.labelled; fi'\n";
+
+/// The machine's disk belongs to it: labels, policy and `/etc` outlive the pivot.
+#[test]
+#[ignore = "ten minutes; the command is in docs/selinux.md"]
+fn an_installed_system_boots_again() -> Result<()> {
+    let images = Selinux::ensure()?;
+    let (installed, work) = (images.disk()?, work_dir("vm-selinux-disk-image")?);
+    let mut checks = Checks::new("machine: installed to a disk, SELinux enforcing, the next release, and reboots");
+    let registry = Registry::start(&images.storage, &work_dir("vm-selinux-disk-registry")?, None, None)?;
+    let disk = work.join("disk.img");
+    succeed(Command::new("cp").arg("--sparse=always").arg(installed.join("disk.img")).arg(&disk))?;
+    let kargs = format!("{} {}", std::fs::read_to_string(installed.join("kargs"))?.trim(), KARGS.join(" "));
+    let start = |name: &str, more: &str| {
+        let kargs = [kargs.as_str(), more];
+        let limit = Duration::from_secs(1200);
+        let (boot, disk) = (installed.as_path(), Some(disk.as_path()));
+        let setup = vm::Setup { name, boot, disk, kargs: &kargs, memory_mib: 2048, cpu: vm::CPU, limit };
+        Vm::start(&images, &setup, |files| {
+            files.put("/etc/systemd/system/testbed-relabel.service.d/50-new.conf", 0o644, LABEL_NEW)?;
+            node_files(files, &images.image.by_digest(), vm::HOST, registry.port)
+        })
+    };
+
+    let guest = start("vm-selinux-disk", "")?;
+    if !checks.check("ssh answers", || guest.wait_ssh(BOOT))
+        || !checks.check("it becomes the node image", || wait_pivoted(&guest, &Checks::new("progress"), PIVOT))
+    {
+        return checks.finish();
+    }
+    labelled(&guest, &mut checks);
+    runs(&guest, &mut checks);
+    enforced(&guest, &mut checks);
+    checks.check("it is stored in the system's repo", || {
+        same(guest.status()?["cost"]["ram_store_bytes"].as_u64(), Some(0))
+    });
+    guest.ask("sync")?;
+    guest.power_cut();
+
+    let guest = start("vm-selinux-disk-again", "")?;
+    if !checks.check("pivoted, it boots again", || guest.wait_ssh(BOOT))
+        || !checks.check("and becomes the node image again", || wait_pivoted(&guest, &Checks::new("progress"), PIVOT))
+    {
+        return checks.finish();
+    }
+    labelled(&guest, &mut checks);
+    runs(&guest, &mut checks);
+    undone(&guest, &mut checks);
+    enforced(&guest, &mut checks);
+    guest.ask("sync")?;
+    guest.power_cut();
+
+    let guest = start("vm-selinux-disk-undone", "node-image-pivot=off")?;
+    if checks.check("undone, it boots again", || guest.wait_ssh(BOOT)) {
+        checks.check("with the old policy, enforcing, and nothing has failed", || {
+            same(guest.ask("getenforce")?, "Enforcing".into())?;
+            same(knows(&guest, "system_u:object_r:nodeapp_exec_t:s0")?, false)?;
+            same(guest.ask("base-tool")?, "base-tool 1.0".into())?;
+            same(guest.ask("restorecon -nvr /etc")?, String::new())?;
+            same(guest.ask("systemctl --failed --no-legend --plain")?, String::new())
+        });
+        enforced(&guest, &mut checks);
+    }
+    checks.finish()
+}
+
 fn refused_in_another_domain(guest: &Vm, checks: &mut Checks) {
-    checks.check("before: enforcing, and the loaded policy lacks nodeapp's types", || {
+    checks.check("before: enforcing, and each policy has types that the other lacks", || {
         same(guest.ask("getenforce")?, "Enforcing".into())?;
+        guest.ask("systemctl start base-legacy.service")?;
+        same(domains(guest, "base-legacy.service")?, "base_legacy_t".into())?;
         same(knows(guest, "system_u:object_r:nodeapp_exec_t:s0")?, false)?;
         same(knows(guest, "system_u:object_r:etc_t:s0")?, true)
     });
@@ -80,17 +180,23 @@ fn refused_in_another_domain(guest: &Vm, checks: &mut Checks) {
         wait_for("the refusal", Duration::from_secs(180), || Ok(guest.status()?["state"] == "failed"))?;
         let status = guest.status()?;
         let said = status["error"]["message"].as_str().unwrap_or_default().to_owned();
-        for words in ["nodeapp_", "domain initrc_t", "mac_admin", "install_exec_t", "docs/selinux.md"] {
+        for words in ["domain initrc_t", "mac_admin", "install_exec_t", "docs/selinux.md"] {
             contains(&said, words)?;
         }
+        let label = said.split_whitespace().find(|word| word.contains(":object_r:")).unwrap_or_default();
+        same((label.is_empty(), knows(guest, label.trim_end_matches(':'))?), (false, false))?;
         contains(&guest.run("systemctl status --no-pager -l node-image-pull.service")?.text, "domain initrc_t")?;
         same(guest.ask("base-tool")?, "base-tool 1.0".into())
     });
 }
 
 fn labelled(guest: &Vm, checks: &mut Checks) {
-    checks.check("the node image's policy is loaded, and the record says so", || {
+    checks.check("the node image's policy is loaded, though it is newer than the kernel knows", || {
+        let kernel: u32 = guest.ask("cat /sys/fs/selinux/policyvers")?.parse()?;
+        // The old one stays for the next boot of the old system.
+        same(guest.ask("ls /etc/selinux/default/policy")?, format!("policy.{kernel}\npolicy.{}", kernel + 1))?;
         same(knows(guest, "system_u:object_r:nodeapp_exec_t:s0")?, true)?;
+        same(knows(guest, "system_u:object_r:base_legacy_exec_t:s0")?, false)?;
         contains(&guest.status()?["notes"].to_string(), "the SELinux policy in /etc/selinux differs and was loaded")
     });
     checks.check("files have the types that only the node image knows", || {
@@ -99,6 +205,8 @@ fn labelled(guest: &Vm, checks: &mut Checks) {
             ("/usr/lib/nodeapp/data", "nodeapp_conf_t"),
             ("/etc/nodeapp", "nodeapp_conf_t"),
             ("/etc/nodeapp/nodeapp.conf", "nodeapp_conf_t"),
+            ("/etc/containerd", "container_config_t"),
+            ("/usr/bin/kubelet", "kubelet_exec_t"),
             ("/usr/bin/oc", "bin_t"),
             ("/etc/base-tool/new-default.conf", "etc_t"),
         ] {
@@ -106,34 +214,62 @@ fn labelled(guest: &Vm, checks: &mut Checks) {
         }
         Ok(())
     });
-    checks.check("no label of what was written differs from what the new policy wants", || {
-        let written = "/etc /usr/bin /usr/lib/systemd /usr/lib/nodeapp /usr/lib/base-tool";
-        same(guest.ask(&format!("restorecon -nvr {written}"))?, String::new())
+    checks.check("no label of what was written, or was there, differs from what the new policy wants", || {
+        let written = "/usr/bin /usr/lib/systemd /usr/lib/openssh /usr/lib/nodeapp /usr/lib/base-tool";
+        same(guest.ask(&format!("restorecon -nvr {written}"))?, String::new())?;
+        same(guest.ask("restorecon -nvrx /dev /etc /run")?, String::new())?;
+        // These two the merge did not write: the kernel's, and one whose content is the same in both.
+        contains(&label(guest, "/dev/userfaultfd")?, ":userfaultfd_device_t")?;
+        contains(&label(guest, "/etc/containers/policy.json")?, ":container_config_t")
     });
 }
 
 fn runs(guest: &Vm, checks: &mut Checks) {
     checks.check("a service runs in the domain that only the node image knows", || {
         guest.wait_unit("nodeapp.service", "active", Duration::from_secs(60))?;
-        let pid = guest.unit("nodeapp.service", "MainPID")?;
-        contains(&guest.ask(&format!("cat /proc/{pid}/attr/current"))?, ":nodeapp_t:")?;
+        same(domains(guest, "nodeapp.service")?, "nodeapp_t".into())?;
         contains(&guest.ask("journalctl -b -o cat -u nodeapp.service")?, "nodeapp's data\nnodeapp=yes")
     });
-    checks.check("the agent runs in install_t", || {
-        let pid = guest.unit("node-image-pivotd.service", "MainPID")?;
-        contains(&guest.ask(&format!("cat /proc/{pid}/attr/current"))?, ":install_t:")
+    checks.check("systemd and what it started again run in the domains that the new policy has for them", || {
+        for (unit, domain) in [
+            ("init.scope", "init_t"),
+            ("node-image-pivotd.service", "install_t"),
+            ("ssh.service", "sshd_t"),
+            ("systemd-journald.service", "syslogd_t"),
+            ("systemd-logind.service", "systemd_logind_t"),
+            ("systemd-networkd.service", "systemd_networkd_t"),
+            ("systemd-resolved.service", "systemd_resolved_t"),
+            ("systemd-udevd.service", "udev_t"),
+        ] {
+            same(format!("{unit} {}", domains(guest, unit)?), format!("{unit} {domain}"))?;
+        }
+        contains(&guest.ask("systemctl --version")?, "systemd 257")?;
+        same(guest.ask("systemctl show --property=Version --value | cut -d. -f 1")?, "257".into())
+    });
+    checks.check("nobody is left in a domain that is gone", || {
+        same(guest.ask("ps -eo label=,comm= | grep -e unlabeled_t -e base_legacy_t || true")?, String::new())?;
+        same(guest.unit("base-legacy.service", "ActiveState")?, "inactive".into())
     });
     checks.check("no unit has failed", || same(guest.ask("systemctl --failed --no-legend --plain")?, String::new()));
     checks.check("a fresh ssh login works", || same(guest.login("base-tool")?.text.trim(), "base-tool 2.0"));
+    checks.check("so does that login's user manager", || {
+        same(guest.login("systemctl is-active user@0.service")?.text.trim(), "active")
+    });
 }
 
 fn undone(guest: &Vm, checks: &mut Checks) {
     checks.check("undo: the old policy is loaded again", || {
         guest.ask("node-image-pivot undo")?;
         same(knows(guest, "system_u:object_r:nodeapp_exec_t:s0")?, false)?;
+        same(knows(guest, "system_u:object_r:base_legacy_exec_t:s0")?, true)?;
         same(guest.ask("base-tool")?, "base-tool 1.0".into())?;
-        same(guest.ask("restorecon -nvr /etc")?, String::new())?;
+        same(guest.ask("restorecon -nvrx /dev /etc /run")?, String::new())?;
         same(guest.login("base-tool")?.text.trim(), "base-tool 1.0")
+    });
+    checks.check("undo: what runs is the old release's, in its domains", || {
+        same(guest.ask("systemctl show --property=Version --value | cut -d. -f 1")?, "252".into())?;
+        same(guest.ask("ps -eo label=,comm= | grep unlabeled_t || true")?, String::new())?;
+        same(guest.ask("systemctl --failed --no-legend --plain")?, String::new())
     });
 }
 
@@ -151,5 +287,7 @@ fn enforced(guest: &Vm, checks: &mut Checks) {
         }
         Ok(())
     });
-    checks.note(&format!("denied to others: {}", denials(guest).map_or(0, |all| all.lines().count())));
+    for (denied, times) in denials(guest).map(|all| counted(&all)).unwrap_or_default() {
+        checks.note(&format!("denied {times} times: {denied}"));
+    }
 }
