@@ -70,7 +70,7 @@ pub async fn load_policy(step: PolicyStep) -> Result<Option<String>> {
 async fn load_with(command: &[&str], mode: Mode, step: PolicyStep) -> Result<Option<String>> {
     match (mode, step) {
         (_, PolicyStep::Keep) | (Mode::Disabled, PolicyStep::KeptLocal) => Ok(None),
-        (Mode::Disabled, PolicyStep::Load) => {
+        (Mode::Disabled, PolicyStep::Load | PolicyStep::LoadBesideLocal) => {
             Ok(Some("SELinux is disabled: the new policy in /etc/selinux is not loaded".into()))
         }
         (_, PolicyStep::KeptLocal) => Ok(Some(
@@ -110,6 +110,7 @@ mod tests {
             (Enforcing, Keep, "false", None),
             (Disabled, KeptLocal, "false", None),
             (Disabled, Load, "false", Some("SELinux is disabled")),
+            (Disabled, LoadBesideLocal, "false", Some("SELinux is disabled")),
             (Enforcing, KeptLocal, "false", Some("has local changes and stays")),
             (Enforcing, Load, "true", Some("differs and was loaded")),
             (Permissive, Load, "true", Some("differs and was loaded")),
