@@ -13,7 +13,7 @@ lib = $(DESTDIR)$(PREFIX)/lib
 unitdir = $(lib)/systemd/system
 dracutdir = $(lib)/dracut/modules.d/98node-image-pivot
 
-.PHONY: all build deps deps-build cargo install check check-containers check-machines demo bench fuzz clean
+.PHONY: all build deps deps-build cargo install check check-quick check-bed check-containers check-machines demo bench fuzz clean
 
 all: build
 
@@ -68,8 +68,12 @@ MACHINES = disk dropin selinux vm
 CONTAINERS = $(filter-out $(MACHINES),$(basename $(notdir $(wildcard tests/harness/tests/*))))
 BED_TEST = $(CARGO) test --release --no-fail-fast -p testbed
 
-# The quick tests first.
+# The quick tests first; what the test bed needs besides the agent is built meanwhile.
 check: deps
+	$(MAKE) -j2 --output-sync=target check-quick check-bed
+	$(MAKE) -j2 -k --output-sync=target check-containers check-machines
+
+check-quick:
 	$(CARGO) fmt --all --check
 	shellcheck dracut/98node-image-pivot/*.sh dracut/test.sh fuzz/run.sh
 	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
@@ -77,7 +81,9 @@ check: deps
 	sh dracut/test.sh
 	$(BED_TEST) --no-run
 	$(BED_TEST) --lib --bins
-	$(MAKE) -j2 -k --output-sync=target check-containers check-machines
+
+check-bed:
+	bash tests/bed/build.sh ahead
 
 check-containers:
 	$(BED_TEST) $(addprefix --test ,$(CONTAINERS)) -- --test-threads=1

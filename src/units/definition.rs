@@ -129,7 +129,7 @@ impl UnitFiles {
                     for (unit, link) in self.directories(&format!("{name}.{suffix}")).flatten() {
                         links.entry(unit).or_insert(link.is_some());
                     }
-                    pending.extend(links.into_iter().filter_map(|(unit, counts)| counts.then(|| unit.clone())));
+                    pending.extend(links.into_iter().filter(|(_, counts)| *counts).map(|(unit, _)| unit.clone()));
                 }
             }
         }

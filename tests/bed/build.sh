@@ -10,6 +10,7 @@
 #   build.sh selinux      a live bootimage with an SELinux policy, a node image of the next release with its own; prints
 #                         where they are, as JSON
 #   build.sh selinux-disk the same bootimage installed to a disk; prints where it is
+#   build.sh ahead        what the tests will need and needs no agent
 #   build.sh paths        prints where they are, as JSON; builds what is missing
 #   build.sh bench        the benchmark's images (not part of all); prints where they are
 #
@@ -149,6 +150,11 @@ for target in "$@"; do
             jq -n --arg boot "$b" --arg layer "$l" '{boot: $boot, layer: $layer}' ;;
         selinux) selinux ;;
         all) trees; boot >&2; registry >&2; qemu >&2; skopeo_new >&2 ;;
+        ahead)
+            trees
+            for step in registry qemu skopeo_new runtime podman podman_layer tree_selinux_base tree_selinux_node; do
+                "$step" >&2
+            done ;;
         paths)
             # Assignments, not arguments: a failing stage has to end this.
             trees
