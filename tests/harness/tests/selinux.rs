@@ -114,9 +114,9 @@ fn an_installed_system_boots_again() -> Result<()> {
     let registry = Registry::start(&images.storage, &work_dir("vm-selinux-disk-registry")?, None, None)?;
     let disk = work.join("disk.img");
     succeed(Command::new("cp").arg("--sparse=always").arg(installed.join("disk.img")).arg(&disk))?;
-    let kargs = format!("{} {}", std::fs::read_to_string(installed.join("kargs"))?.trim(), KARGS.join(" "));
+    let deployment = std::fs::read_to_string(installed.join("kargs"))?;
     let start = |name: &str, more: &str| {
-        let kargs = [kargs.as_str(), more];
+        let kargs = [&KARGS[..], &[deployment.trim(), more]].concat();
         let limit = Duration::from_secs(1200);
         let (boot, disk) = (installed.as_path(), Some(disk.as_path()));
         let setup = vm::Setup { name, boot, disk, kargs: &kargs, memory_mib: 2048, cpu: vm::CPU, limit };
