@@ -131,7 +131,11 @@ async fn load_old_policy(paths: &Paths, staged: &StagedRoot, undone: &mut Undone
 /// What the merge of `/etc` means for the SELinux policy, before and after an undo alike.
 fn policy_step(plan: &etc::Plan) -> host::PolicyStep {
     host::policy_step(
-        plan.changes.iter().map(|change| change.path.0.as_slice()),
+        // On a disk an earlier boot's merge may have brought it already, and this boot have loaded another.
+        plan.changes
+            .iter()
+            .map(|change| change.path.0.as_slice())
+            .chain(plan.of(etc::Class::Converged).map(|decision| decision.path.0.as_slice())),
         plan.of(etc::Class::Conflict).map(|decision| decision.path.0.as_slice()),
     )
 }
