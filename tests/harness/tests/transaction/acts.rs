@@ -150,7 +150,6 @@ fn killed_or_failing_at_every_act() -> Result<()> {
         bed.is_undone(&before)
     });
 
-    guest.ask("systemctl stop node-image-pivotd.service; rm /run/node-image-pivot/state.json")?;
     checks.check(&format!("kill -9, switch: {REEXECUTE}, and nowhere before"), || {
         bed.arm(REEXECUTE, "kill")?;
         same(bed.killed_in("run")?, true)?;
@@ -160,6 +159,7 @@ fn killed_or_failing_at_every_act() -> Result<()> {
         bed.is_switched(&after)?;
         bed.agent("undo").map(drop)
     });
+    guest.ask("systemctl stop node-image-pivotd.service; rm /run/node-image-pivot/state.json")?;
     // Each act fails, before the switch and in it: the system is as before. After it: all is switched.
     for point in &there {
         for action in ERRORS {
