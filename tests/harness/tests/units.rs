@@ -73,13 +73,17 @@ const ANSWERS: &str = "open(my $listening, '+<&=', 3) or die;\n\
     while (accept(my $connection, $listening)) {\n\
     sysread $connection, my $asked, 4096; syswrite $connection, $ENV{WORD} // 'old'; close $connection }\n";
 
+/// Whether it is there for its socket.
+fn listens(name: &str) -> bool {
+    matches!(name, "t-socket" | "t-listen")
+}
+
 fn put_units(files: &Files, wanted_by: &str) -> Result<()> {
     let system = "/etc/systemd/system";
     files.put("/etc/t-answers", 0o755, ANSWERS)?;
     for name in SERVICES {
-        let listens = matches!(name, "t-socket" | "t-listen");
         let start = match name {
-            _ if listens => "/usr/bin/perl /etc/t-answers",
+            _ if listens(name) => "/usr/bin/perl /etc/t-answers",
             // Nothing of it is in /usr: only its definition can make it old.
             "t-harmless" => "/var/t-static",
             // The same program at a path that the node image has another file at, in a root directory of its own.
@@ -92,7 +96,7 @@ fn put_units(files: &Files, wanted_by: &str) -> Result<()> {
             _ => "",
         };
         files.put(&format!("{system}/{name}.service"), 0o644, &format!("{unit}[Service]\nExecStart={start}\n"))?;
-        let unit = if listens {
+        let unit = if listens(name) {
             let text = format!("[Socket]\nListenStream=/run/{name}\n");
             files.put(&format!("{system}/{name}.socket"), 0o644, &text)?;
             format!("{name}.socket")
@@ -156,24 +160,12 @@ fn each_class_in_the_bootstrap_flow() -> Result<()> {
         )?;
         std::os::unix::fs::symlink("custom.target", files.root().join("etc/systemd/system/default.target"))?;
         for name in SERVICES {
-            let listens = matches!(name, "t-socket" | "t-listen");
-            link(files, "custom.target", &format!("{name}.{}", if listens { "socket" } else { "service" }))?;
+            link(files, "custom.target", &format!("{name}.{}", if listens(name) { "socket" } else { "service" }))?;
         }
         put_units(files, "node-image-pivot.target")
     })?;
-    let running = [
-        "t-exec",
-        "t-harmless",
-        "t-root",
-        "t-reload",
-        "t-never",
-        "t-key-restart",
-        "t-config",
-        "t-needed",
-        "t-refuses",
-        "t-arrives",
-    ];
-    for name in running {
+    let running = Vec::from_iter(SERVICES.into_iter().filter(|name| !listens(name)));
+    for name in &running {
         guest.wait_unit(&format!("{name}.service"), "active", SOON)?;
     }
     guest.wait_unit("base-legacy.service", "active", SOON)?;

@@ -378,8 +378,12 @@ fn a_refused_daemon_is_started_by_the_systemd_in_place() -> Result<()> {
     bed.agent("run")?;
     guest.ask(&format!(
         "mkdir -p $(dirname {LIMIT}) && printf '[Unit]\\nStartLimitIntervalSec=1h\\nStartLimitBurst=1\\n' >{LIMIT}
-         systemctl daemon-reload; systemctl kill -s KILL node-image-pivotd.service; sleep 0.5
-         systemctl start node-image-pivotd.service; systemctl kill -s KILL node-image-pivotd.service; sleep 0.5
+         kill_it() {{
+             systemctl kill -s KILL node-image-pivotd.service
+             until [ \"$(systemctl show -p MainPID --value node-image-pivotd.service)\" = 0 ]; do sleep 0.02; done
+         }}
+         systemctl daemon-reload; kill_it
+         systemctl start node-image-pivotd.service; kill_it
          ! systemctl start node-image-pivotd.service"
     ))?;
     checks.check("a re-exec alone does not forget it", || {
