@@ -10,10 +10,12 @@ use super::{Context, Error, Switched, switch, units};
 use crate::host;
 use crate::mount;
 use crate::report::{Phase, State};
-use crate::units::{Flow, Manager};
+use crate::units::{Flow, Manager, Verb};
 
-/// How long one unit may take to restart before we go on without it.
-pub(super) const RESTART: Duration = Duration::from_secs(90);
+/// How long one unit may take to restart before we go on without it. Longer than systemd itself waits by default (90 s)
+/// until it kills what does not stop.
+pub(super) const RESTART: Duration = Duration::from_secs(100);
+
 /// Users, files, caches, PID 1, the bus and the units that run old code. Idempotent: a daemon that
 /// was killed in here does it again.
 pub(super) async fn refresh(context: &Context, mut switched: Switched, flow: Flow) -> Result<Switched, Error> {
@@ -40,8 +42,8 @@ pub(super) async fn refresh(context: &Context, mut switched: Switched, flow: Flo
     for unit in host::appliers(&differs, flow == Flow::Live) {
         // What had no files at boot is not active.
         let again = async {
-            manager.try_restart(unit, RESTART).await?;
-            manager.start(unit, RESTART).await
+            manager.run(Verb::TryRestart, unit, RESTART).await?;
+            manager.run(Verb::Start, unit, RESTART).await
         };
         if let Err(error) = again.await {
             trouble.push(format!("{error:#}"));

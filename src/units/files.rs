@@ -174,8 +174,12 @@ impl Root {
 
 /// The release in the name of systemd's shared library: `libsystemd-shared-252.so`, `libsystemd-shared-255.4-1.fc40.so`.
 pub(super) fn release_of(path: &Path) -> Option<u32> {
-    let rest = path.file_name()?.to_str()?.strip_prefix("libsystemd-shared-")?;
-    rest.split(|letter: char| !letter.is_ascii_digit()).next()?.parse().ok()
+    release(path.file_name()?.to_str()?.strip_prefix("libsystemd-shared-")?)
+}
+
+/// The release in a version of systemd's: 252 of `252.39-1~deb12u1`.
+pub fn release(version: &str) -> Option<u32> {
+    version.split(|letter: char| !letter.is_ascii_digit()).next()?.parse().ok()
 }
 
 #[cfg(test)]
@@ -183,6 +187,15 @@ pub(super) fn release_of(path: &Path) -> Option<u32> {
 mod tests {
     use super::*;
     use std::os::unix::fs::symlink;
+
+    #[test]
+    fn releases() {
+        for (version, expected) in
+            [("252.39-1~deb12u1", Some(252)), ("257", Some(257)), ("v257", None), ("", None), ("249.11-rc1", Some(249))]
+        {
+            assert_eq!(release(version), expected, "{version}");
+        }
+    }
 
     #[test]
     fn the_release_of_systemd() {

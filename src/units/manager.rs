@@ -178,13 +178,13 @@ impl Manager {
 
     /// Starts the isolation of `target` and returns when the job is queued; it is not waited for,
     /// because whoever asked is part of what it rearranges.
-    pub async fn isolate(&self, target: &str) -> Result<()> {
+    async fn isolate(&self, target: &str) -> Result<()> {
         failpoint::hit(Point::Systemd, "Isolate").with_context(|| format!("isolating {target}"))?;
         self.call("StartUnit", &(target, "isolate")).await.map(drop)
     }
 
     /// Restarts `unit` if it is running and waits for the job to end, at most `limit`.
-    pub async fn try_restart(&self, unit: &str, limit: Duration) -> Result<()> {
+    async fn try_restart(&self, unit: &str, limit: Duration) -> Result<()> {
         self.job("TryRestartUnit", unit, limit).await
     }
 
@@ -341,8 +341,8 @@ impl Manager {
         reply.body().deserialize().with_context(|| format!("{name} of {path}"))
     }
 
-    /// Isolates as [`Manager::isolate`], or only starts a target that may not be isolated (no `AllowIsolate=yes`), as
-    /// systemd itself does at boot. Whether it is isolated.
+    /// Starts the isolation of `target`, or only starts one that may not be isolated (no `AllowIsolate=yes`), as systemd
+    /// itself does at boot; the job is not waited for. Whether it is isolated.
     pub async fn isolate_or_start(&self, target: &str) -> Result<bool> {
         let Err(error) = self.isolate(target).await else { return Ok(true) };
         match error.downcast_ref::<zbus::Error>() {

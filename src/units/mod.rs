@@ -20,7 +20,7 @@ mod running;
 pub use action::{Action, Class, How, Verb};
 pub use definition::{Definition, Entry, Settings, UnitDirectory, UnitFiles};
 pub use difference::{Difference, compare};
-pub use files::{EtcChanges, Root};
+pub use files::{EtcChanges, Root, release};
 pub use guard::Guard;
 pub use manager::Manager;
 pub use plan::{Flow, Refusal, UnitState, plan, starts, undo_plan};

@@ -93,9 +93,9 @@ const NEVER: &[&str] = &[
     "debug-shell.service",
 ];
 
-/// Listed, too, but for one case: a logind of systemd 252 left alone would refuse every user manager whose PAM module is of 256
-/// or later, which asks for a class of session that it does not know. What the next one will ask for nobody knows.
-/// So next to another release of systemd it is restarted; no session ends with it: it keeps them on record and their
+/// Listed, too, but for one case: a logind of systemd 252 left alone would refuse every user manager whose PAM module is
+/// of 256 or later, which asks for a class of session that it does not know. What the next one will ask for nobody
+/// knows. So next to another release of systemd it is restarted; no session ends with it: it keeps them on record and their
 /// devices with systemd (it is restarted at will since systemd 219).
 pub(super) const LOGIND: &str = "systemd-logind.service";
 
