@@ -20,7 +20,7 @@ use super::plain_layers::PlainLayers;
 use super::run::{Read, Run, all_of, blocking, local};
 use super::state::Import;
 use super::tree::TreeError;
-use super::wanted::schedule;
+use super::wanted::{Round, rounds};
 
 /// What a pull is to bring.
 #[derive(Debug, Clone, Default)]
@@ -140,16 +140,16 @@ impl Run<'_> {
         let mut fetched = HashSet::new();
         // The same commit may be booted, or the metadata may be stored from an earlier run.
         let known = self.missing_metadata().await?.is_none();
-        // First the layers that nobody has read yet; should they not bring everything (a journal or a
-        // ref that says too much), then the others too.
-        let unread = |layer: &&Layer| {
-            !self.journal.has(&layer.digest(), self.scope)
-                && !booted.is_some_and(|booted| booted.has_layer(&layer.digest()))
+        // Should the layers that nobody has read yet not bring everything (a journal or a ref that says too
+        // much), the others are read, too.
+        let read = |layer: &Layer| {
+            self.journal.has(&layer.digest(), self.scope)
+                || booted.is_some_and(|booted| booted.has_layer(&layer.digest()))
         };
         let rest = layout.encapsulated().filter(|layer| known || layer.index != layout.commit_layer.index);
-        let (first, second): (Vec<&Layer>, Vec<&Layer>) = rest.partition(unread);
-        let (first, second) = (schedule(first), schedule(second));
-        let due = first.iter().copied().chain(&layout.derived).chain((!known).then_some(&layout.commit_layer));
+        let rounds = rounds(rest, read, options.complete);
+        let expected = rounds.iter().filter(|round| round.expected).flat_map(|round| round.layers.iter().copied());
+        let due = expected.chain(&layout.derived).chain((!known).then_some(&layout.commit_layer));
         PullProgress::add(&progress.bytes_total, due.map(Layer::size).sum());
         if !known {
             self.one(&layout.commit_layer, Purpose::Commit).await?;
@@ -167,15 +167,15 @@ impl Run<'_> {
         let mut plain = PlainLayers::new(self, layout, parallel);
         // Plain layers join in as soon as what they need of the base is there.
         let mut early = plain.when_ready().await?;
-        for (round, counted) in [(first, true), (second, false)] {
-            let bytes = round.iter().map(|layer| layer.size()).sum();
+        for Round { layers, expected } in rounds {
+            let bytes = layers.iter().map(|layer| layer.size()).sum();
             if self.import.done.is_cancelled() {
-                PullProgress::sub(&progress.bytes_total, if counted { bytes } else { 0 });
+                PullProgress::sub(&progress.bytes_total, if expected { bytes } else { 0 });
                 continue;
             }
-            PullProgress::add(&progress.bytes_total, if counted { 0 } else { bytes });
+            PullProgress::add(&progress.bytes_total, if expected { 0 } else { bytes });
             let mut due = std::mem::take(&mut early);
-            for layer in round {
+            for layer in layers {
                 due.push(self.if_needed(layer, layout.commit_layer.index).boxed());
             }
             let mut reads = all_of(due, parallel);

@@ -24,15 +24,37 @@ pub(super) fn is_complete(target: &Target, booted: &ObjectSet, present: impl Fn(
     target.content.keys().all(|id| booted.contains(id) || present(id))
 }
 
-/// The order in which to read layers: those that hold nothing but the kernel last (mostly nothing in
-/// them is wanted, and when the wanted set is empty before their turn they are not fetched), larger
-/// before smaller otherwise, so that several readers finish at about the same time.
-pub(super) fn schedule(mut layers: Vec<&Layer>) -> Vec<&Layer> {
-    layers.sort_by_key(|layer| (is_kernel_layer(layer), std::cmp::Reverse(layer.size()), layer.index));
+/// Layers to be read side by side, after those of the rounds before.
+pub(super) struct Round<'a> {
+    pub(super) layers: Vec<&'a Layer>,
+    /// Whether the sizes are part of what the pull is expected to fetch. Those of layers that were read
+    /// before are not: only a journal or a ref that says too much makes them due again.
+    pub(super) expected: bool,
+}
+
+/// The rounds in which to read layers. First those that nobody has `read` yet, then the rest. Unless the
+/// import is to be `complete`, mostly nothing is wanted of layers that hold nothing but the kernel: they
+/// wait for a round of their own, so that none is begun while another layer may still bring the last
+/// wanted object. Larger ones before smaller, so that several readers finish at about the same time.
+pub(super) fn rounds<'a>(
+    layers: impl Iterator<Item = &'a Layer>,
+    read: impl Fn(&Layer) -> bool,
+    complete: bool,
+) -> [Round<'a>; 3] {
+    let (mut first, mut kernel, mut again) = (Vec::new(), Vec::new(), Vec::new());
     // An image may list one blob twice; reading it once is enough.
     let mut seen = HashSet::new();
-    layers.retain(|layer| seen.insert(layer.digest()));
-    layers
+    for layer in layers.filter(|layer| seen.insert(layer.digest())) {
+        match (read(layer), !complete && is_kernel_layer(layer)) {
+            (true, _) => again.push(layer),
+            (false, true) => kernel.push(layer),
+            (false, false) => first.push(layer),
+        }
+    }
+    for layers in [&mut first, &mut kernel, &mut again] {
+        layers.sort_by_key(|layer| (is_kernel_layer(layer), std::cmp::Reverse(layer.size()), layer.index));
+    }
+    [(first, true), (kernel, true), (again, false)].map(|(layers, expected)| Round { layers, expected })
 }
 
 /// Whether the layer says that all its components are kernel packages.
@@ -74,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn kernels_last_large_ones_first_doubles_once() {
+    fn kernels_last_and_alone_large_ones_first_doubles_once() {
         let layers = [
             layer(1, 10, &["bash"]),
             layer(2, 900, &["kernel-core", "kernel-modules-core"]),
@@ -84,8 +106,15 @@ mod tests {
             layer(1, 10, &["bash"]),
             layer(7, 5, &["kernel-core", "systemd"]),
         ];
-        let order: Vec<_> = schedule(layers.iter().collect()).iter().map(|layer| layer.index).collect();
-        assert_eq!(order, [3, 4, 1, 7, 2, 5]);
+        let order = |read: &dyn Fn(&Layer) -> bool, complete| {
+            let rounds = rounds(layers.iter(), read, complete);
+            rounds.map(|round| (round.layers.iter().map(|layer| layer.index).collect::<Vec<_>>(), round.expected))
+        };
+        let kernels_wait = [(vec![3, 4, 1, 7], true), (vec![2, 5], true), (vec![], false)];
+        assert_eq!(order(&|_| false, false), kernels_wait);
+        assert_eq!(order(&|_| false, true), [(vec![3, 4, 1, 7, 2, 5], true), (vec![], true), (vec![], false)]);
+        let two_read = |layer: &Layer| [2, 4].contains(&layer.index);
+        assert_eq!(order(&two_read, false), [(vec![3, 1, 7], true), (vec![5], true), (vec![4, 2], false)]);
     }
 
     fn ids() -> impl Strategy<Value = ObjectSet> {

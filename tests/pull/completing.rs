@@ -1,13 +1,14 @@
 //! `--complete`: the rest of an image, later, and nothing twice.
 
 use std::fs;
+use std::sync::atomic::Ordering;
 
 use node_image_pivot::image::{Class, Kind};
 use node_image_pivot::import::PullOptions;
 use node_image_pivot::store::NodeStore;
 
 use super::derived::complete;
-use super::faults::Faults;
+use super::faults::{Fault, Faults};
 use super::fixture::{listing, run};
 use super::{Bench, fsck, image, try_pull_with};
 
@@ -31,6 +32,7 @@ async fn the_rest_is_fetched_later_and_nothing_twice() {
     let manifest: serde_json::Value = serde_json::from_str(&run("skopeo", &["inspect", "--raw", &layout])).unwrap();
     let mut layers: Vec<String> =
         manifest["layers"].as_array().unwrap().iter().map(|layer| layer["digest"].as_str().unwrap().into()).collect();
+    let tools = layers[1].clone();
     layers.sort();
     let fetched = || {
         let mut fetched = faults.served();
@@ -44,10 +46,12 @@ async fn the_rest_is_fetched_later_and_nothing_twice() {
     let tmpfs = Tmpfs(root.to_str().unwrap().to_owned());
     run("mount", &["-t", "tmpfs", "-o", "size=64m", "tmpfs", &tmpfs.0]);
     let store = NodeStore::on_tmpfs(&root, None).unwrap();
-    // One layer at a time: the kernel's is last, and is not begun when nothing else is missing.
-    let one = |complete| PullOptions { complete, parallel: Some(1) };
-    let pulled = try_pull_with(&spec, &store, None, one(false)).await.unwrap();
+    // The kernel's layer is not begun as long as another, which may bring the last of what is wanted, is late.
+    faults.plan(&tools, Fault::Late, 1);
+    let two = PullOptions { complete: false, parallel: Some(2) };
+    let pulled = try_pull_with(&spec, &store, None, two).await.unwrap();
     let first = fetched();
+    assert_eq!(faults.hits.load(Ordering::SeqCst), 1);
     assert!(!pulled.complete && first.len() == 4, "{first:?} {pulled:?}");
 
     // There is no room for the rest: that is said with numbers, and what is there stays.

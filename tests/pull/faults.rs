@@ -15,6 +15,8 @@ pub enum Fault {
     Reset,
     /// Half of the body, then a proper end of the connection.
     Cut,
+    /// Half of the body, and a second later the rest.
+    Late,
     /// A byte in the middle of the body is another one.
     Corrupt,
     /// This answer instead.
@@ -106,28 +108,32 @@ fn serve(
     server.write_all(forwarded.as_bytes())?;
     let mut response = Vec::new();
     server.read_to_end(&mut response)?;
-    let Some(fault) = fault else {
-        client.write_all(&response)?;
+    let head = response.windows(4).position(|four| four == b"\r\n\r\n").unwrap_or(0) + 4;
+    let middle = head + (response.len() - head) / 2;
+    if matches!(fault, None | Some(Fault::Late)) {
+        client.write_all(&response[..middle])?;
+        if fault.is_some() {
+            std::thread::sleep(Duration::from_secs(1));
+        }
+        client.write_all(&response[middle..])?;
         if let Some((_, digest)) = path.split_once("/blobs/") {
             served.lock().unwrap().push(digest.to_owned());
         }
         return client.shutdown(Shutdown::Write);
-    };
-    let head = response.windows(4).position(|four| four == b"\r\n\r\n").unwrap_or(0) + 4;
-    let middle = head + (response.len() - head) / 2;
+    }
     match fault {
-        Fault::Corrupt => {
+        Some(Fault::Corrupt) => {
             response[middle] ^= 0xff;
             client.write_all(&response)
         }
-        Fault::Cut => client.write_all(&response[..middle]),
-        Fault::Reset => {
+        Some(Fault::Cut) => client.write_all(&response[..middle]),
+        Some(Fault::Reset) => {
             client.write_all(&response[..middle])?;
             // Unread input makes closing a reset; zero linger time does it without.
             rustix::net::sockopt::set_socket_linger(&client, Some(Duration::ZERO))?;
             Ok(())
         }
-        Fault::Stall | Fault::Answer(..) => {
+        Some(Fault::Stall | Fault::Late | Fault::Answer(..)) | None => {
             client.write_all(&response[..middle])?;
             std::thread::sleep(Duration::from_secs(30));
             Ok(())
