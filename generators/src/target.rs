@@ -9,11 +9,12 @@ use std::path::{Path, PathBuf};
 use crate::under;
 
 /// What brings up the network, its names and the time, by which certificates are valid, on the systems we know.
-pub const SERVICES: [&str; 6] = [
+pub const SERVICES: [&str; 7] = [
     "NetworkManager.service",
     "systemd-networkd.service",
     "systemd-resolved.service",
     "chronyd.service",
+    "chrony.service",
     "systemd-timesyncd.service",
     "ntpd.service",
 ];
@@ -177,6 +178,9 @@ mod tests {
             "usr/lib/systemd/system/chronyd.service",
             "etc/systemd/system/multi-user.target.wants/chronyd.service -> x",
         );
+        // Debian's has another name, and `chronyd.service` for an alias.
+        let (debian, link_to_debian) =
+            ("usr/lib/systemd/system/chrony.service", "etc/systemd/system/multi-user.target.wants/chrony.service -> x");
         let (nm, unit) = ("NetworkManager.service", "usr/lib/systemd/system/NetworkManager.service");
         let link = "etc/systemd/system/multi-user.target.wants/NetworkManager.service -> /usr/lib/systemd/system/x";
         let shipped = "usr/lib/systemd/system/sysinit.target.wants/NetworkManager.service -> ../NetworkManager.service";
@@ -190,6 +194,7 @@ mod tests {
             (vec![unit, link, masked], vec![]),
             (vec![unit, shipped, taken_back], vec![]),
             (vec![unit, link, time, link_to_time], vec![nm, "chronyd.service"]),
+            (vec![debian, link_to_debian], vec!["chrony.service"]),
             (vec![time], vec![]),
         ] {
             assert_eq!(enabled_services(root(&entries).path()), expected, "{entries:?}");
