@@ -49,6 +49,12 @@ fn mode_of(enforce: io::Result<Vec<u8>>) -> Mode {
     }
 }
 
+/// The version of its format that a binary policy's name tells: 33 of `policy.33`; `None` for other names.
+pub fn policy_format(name: &[u8]) -> Option<u32> {
+    let digits = std::str::from_utf8(name).ok()?.strip_prefix("policy.")?;
+    digits.parse().ok().filter(|format: &u32| format.to_string() == digits)
+}
+
 /// The context of this process, such as `system_u:system_r:install_t:s0`; `None` where there is none.
 pub fn context() -> Option<String> {
     let text = fs::read("/proc/self/attr/current").ok()?;

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::name::Bytes;
 use super::plan::{Change, Class, Decision, Origin, Plan};
 use super::snapshot::{Content, Entry, Leaf, Meta, Snapshot};
+use crate::selinux::policy_format;
 
 /// Files in which the system keeps its own state. They stay as they are: users come from
 /// systemd-sysusers, the cache from ldconfig.
@@ -211,14 +212,13 @@ impl Walk {
     }
 }
 
-/// Whether it is a binary SELinux policy, `selinux/TYPE/policy/policy.NN`, and one with a greater number is among those
-/// beside it. The number is the version of the format; the greatest that is understood is what gets loaded.
+/// Whether it is a binary SELinux policy, `selinux/TYPE/policy/policy.NN`, and one of a newer format is among those
+/// beside it. The newest that is understood is what gets loaded.
 fn is_older_policy(path: &Bytes, beside: Option<&BTreeMap<Vec<u8>, Entry>>) -> bool {
-    let version = |name: &[u8]| std::str::from_utf8(name).ok()?.strip_prefix("policy.")?.parse::<u32>().ok();
     let parts: Vec<&[u8]> = path.0.split(|byte| *byte == b'/').collect();
     let [b"selinux", _, b"policy", name] = parts[..] else { return false };
-    let newest = beside.into_iter().flat_map(BTreeMap::keys).filter_map(|name| version(name)).max();
-    version(name).is_some() && version(name) < newest
+    let newest = beside.into_iter().flat_map(BTreeMap::keys).filter_map(|name| policy_format(name)).max();
+    policy_format(name).is_some() && policy_format(name) < newest
 }
 
 fn leaf<'a>(side: Side<'a>) -> Option<&'a Leaf> {

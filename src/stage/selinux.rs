@@ -82,15 +82,9 @@ fn policy(usr: BorrowedFd<'_>) -> Result<Option<Vec<u8>>> {
     let mut newest = None;
     for entry in Dir::read_from(&listed).with_context(|| format!("listing /usr/{directory}"))? {
         let entry = entry.with_context(|| format!("listing /usr/{directory}"))?;
-        newest = newest.max(version(entry.file_name().to_bytes()));
+        newest = newest.max(selinux::policy_format(entry.file_name().to_bytes()));
     }
     newest.map_or(Ok(None), |version| read(&format!("{directory}/policy.{version}")))
-}
-
-/// The version in a name such as `policy.33`.
-fn version(name: &[u8]) -> Option<u32> {
-    let digits = std::str::from_utf8(name).ok()?.strip_prefix("policy.")?;
-    digits.parse().ok().filter(|version: &u32| version.to_string() == digits)
 }
 
 #[cfg(test)]
