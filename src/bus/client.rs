@@ -9,7 +9,7 @@ use tokio::net::UnixStream;
 use zbus::connection::Builder;
 use zbus::{Connection, OwnedVariant};
 
-use super::{INTERFACE, NAME, PATH, build};
+use super::{INTERFACE, NAME, PATH, build, within};
 use crate::report::Status;
 use crate::units::{self, Manager};
 
@@ -159,11 +159,10 @@ impl Client {
         call.await.map_err(classify)
     }
 
-    /// The status document.
+    /// The status document. The daemon has it at hand, so one that does not answer hangs, and is not waited for.
     pub async fn status(&self) -> Result<Status> {
-        let reply = self
-            .connection
-            .call_method(self.destination, PATH, Some("org.freedesktop.DBus.Properties"), "Get", &(INTERFACE, "Status"))
+        let (properties, wanted) = (Some("org.freedesktop.DBus.Properties"), (INTERFACE, "Status"));
+        let reply = within(self.connection.call_method(self.destination, PATH, properties, "Get", &wanted))
             .await
             .context("the daemon does not answer; see systemctl status node-image-pivotd.service")?;
         let value: OwnedVariant = reply.body().deserialize().context("the daemon's status")?;
@@ -254,6 +253,18 @@ mod tests {
         let connected = tokio::time::timeout(long, Client::connect(&socket)).await.unwrap();
         let text = format!("{:#}", connected.err().unwrap());
         assert!(text.contains("no answer within") && text.contains(&*socket.to_string_lossy()), "{text}");
+    }
+
+    /// As a daemon that is stopped, or stuck, after it took the connection.
+    #[tokio::test]
+    async fn a_status_that_never_comes_is_not_waited_for() {
+        let (ours, its) = UnixStream::pair().unwrap();
+        let its = Builder::unix_stream(its.into_std().unwrap()).server(zbus::Guid::generate()).p2p();
+        let (client, silent) = tokio::join!(Client::private(ours), its.build());
+        let (client, _silent) = (client.unwrap(), silent.unwrap());
+        let status = tokio::time::timeout(Duration::from_secs(60), client.status()).await.unwrap();
+        let text = format!("{:#}", status.unwrap_err());
+        assert!(text.contains("does not answer") && text.contains("no answer within"), "{text}");
     }
 
     #[tokio::test]

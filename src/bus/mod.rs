@@ -24,11 +24,16 @@ pub const PATH: &str = "/org/nodeimage/Pivot1";
 /// The interface; the same word as the name.
 pub const INTERFACE: &str = "org.nodeimage.Pivot1";
 
-/// How long connecting may take, the handshake included. zbus limits calls only, and a socket of systemd's takes
+/// How long connecting may take, the handshake included, and how long reading the status. A socket of systemd's takes
 /// connections for a bus, or a daemon, that hangs or is not there.
-const CONNECT: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 25 });
+const ANSWER: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 25 });
 
 async fn build(builder: Builder<'_>) -> Result<Connection> {
-    let built = tokio::time::timeout(CONNECT, builder.build()).await;
-    Ok(built.with_context(|| format!("no answer within {} s", CONNECT.as_secs()))??)
+    within(builder.build()).await
+}
+
+/// What is answered within [`ANSWER`], or an error that says how long was waited.
+async fn within<T>(answer: impl Future<Output = zbus::Result<T>>) -> Result<T> {
+    let answer = tokio::time::timeout(ANSWER, answer).await;
+    Ok(answer.with_context(|| format!("no answer within {} s", ANSWER.as_secs()))??)
 }
