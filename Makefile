@@ -13,7 +13,7 @@ lib = $(DESTDIR)$(PREFIX)/lib
 unitdir = $(lib)/systemd/system
 dracutdir = $(lib)/dracut/modules.d/98node-image-pivot
 
-.PHONY: all build deps deps-build cargo install check check-quick check-bed check-containers check-machines demo bench fuzz clean
+.PHONY: all build deps deps-build cargo install check check-quick check-bed check-containers demo bench fuzz clean
 
 all: build
 
@@ -62,16 +62,16 @@ install:
 	$(BUILD)/node-image-pivot man >$(DESTDIR)$(PREFIX)/share/man/man1/node-image-pivot.1
 	$(BUILD)/node-image-pivot completions bash >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/node-image-pivot
 
-# Tests that boot virtual machines, which keep one core busy each. All others of the test bed boot containers, of which
-# only one may run at a time; the two kinds run side by side.
-MACHINES = disk dropin selinux vm
+# Tests that boot virtual machines, which keep one core busy each; those that take longest first. All others of the
+# test bed boot containers, of which only one may run at a time.
+MACHINES = disk dropin vm selinux
 CONTAINERS = $(filter-out $(MACHINES),$(basename $(notdir $(wildcard tests/harness/tests/*))))
 BED_TEST = $(CARGO) test --release --no-fail-fast -p testbed
 
-# The quick tests first; what the test bed needs besides the agent is built meanwhile.
+# The quick tests first; what the test bed needs besides the agent is built meanwhile. Then two of the others at a time.
 check: deps
 	$(MAKE) -j2 --output-sync=target check-quick check-bed
-	$(MAKE) -j2 -k --output-sync=target check-containers check-machines
+	$(MAKE) -j2 -k --output-sync=target check-containers $(addprefix check-,$(MACHINES))
 
 check-quick:
 	$(CARGO) fmt --all --check
@@ -88,8 +88,9 @@ check-bed:
 check-containers:
 	$(BED_TEST) $(addprefix --test ,$(CONTAINERS)) -- --test-threads=1
 
-check-machines:
-	$(BED_TEST) $(addprefix --test ,$(MACHINES)) -- --test-threads=1
+.PHONY: $(addprefix check-,$(MACHINES))
+$(addprefix check-,$(MACHINES)): check-%:
+	$(BED_TEST) --test $* -- --test-threads=1
 
 demo: deps
 	$(CARGO) run --release -p testbed --bin demo
