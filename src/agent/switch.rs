@@ -91,8 +91,11 @@ async fn label_anew(staged: &StagedRoot, way: Way) -> bool {
         let (old, new) = mount::Namespace::init().run_without(Path::new(USR), USR_SOURCE, || {
             Ok((host::FileContexts::read(&[booted])?, host::FileContexts::read(&[&delta, booted])?))
         })?;
-        let (from, to) = if way == Way::There { (old, new) } else { (new, old) };
-        from.relabel(&to, &host::LABELLED.map(Path::new))
+        let directories = host::LABELLED.map(Path::new);
+        match way {
+            Way::There => old.relabel(&new, &directories, mount::tmpfs_label()?.as_deref()),
+            Way::Back => new.relabel(&old, &directories, None),
+        }
     };
     match tokio::task::spawn_blocking(act).await.map_err(anyhow::Error::from).and_then(|done| done) {
         Ok(host::Relabelled { changed, failed }) => {

@@ -20,14 +20,21 @@ pub(crate) fn read(path: &Path) -> Result<Xattrs> {
     };
     let mut all = Xattrs::new();
     for name in names.split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
-        match grow(|buffer| rustix::fs::lgetxattr(path, name, buffer)) {
-            Ok(value) => drop(all.insert(name.to_vec(), value)),
-            // Gone since it was listed, or listed only for show.
-            Err(Errno::NODATA | Errno::NOTSUP) => {}
-            Err(error) => return Err(error),
+        // Otherwise gone since it was listed, or listed only for show.
+        if let Some(value) = get(path, name)? {
+            all.insert(name.to_vec(), value);
         }
     }
     Ok(all)
+}
+
+/// One attribute, if it is there. A label that nobody set is there without being listed (tmpfs).
+pub(crate) fn get(path: &Path, name: &[u8]) -> Result<Option<Vec<u8>>> {
+    match grow(|buffer| rustix::fs::lgetxattr(path, name, buffer)) {
+        Ok(value) => Ok(Some(value)),
+        Err(Errno::NODATA | Errno::NOTSUP) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// Sets one attribute.

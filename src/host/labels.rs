@@ -5,7 +5,12 @@
 //! everything, as nobody uses it yet. Here it is in use: only what has the label that the one policy has for its path is
 //! given that of the other. What somebody labelled otherwise, such as the files of containers, stays as it is. The same
 //! holds for entries of `/etc` that are equal in both: the merge does not write them.
+//!
+//! On a disk `/etc` is the node image's at the next boot already, and the policy that gets loaded may still be the
+//! bootimage's (a newer version of the format is not understood). systemd, which takes labels from `/etc`, is then refused
+//! those that only the node image's policy knows, and what it wanted to label stays as the file system made it.
 
+use std::collections::HashSet;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -54,20 +59,24 @@ impl FileContexts {
         Ok(Self(Texts { contexts, substitutions: [text(".subs")?, text(".subs_dist")?] }))
     }
 
-    /// Gives what lies in `directories` the labels of `to`, where it has those of this policy.
+    /// Gives what lies in `directories` the labels of `to`, where it has those of this policy. With `unlabelled`, the
+    /// label of a tmpfs where nobody gave one, also where it has that or its directory's, and `to` has one for it that
+    /// this policy never gives: nobody could give it before.
     ///
     /// # Errors
     /// When one of the policies is written so that libselinux alone can read it: then nothing is labelled. An entry that
     /// cannot be labelled is no error.
-    pub fn relabel(&self, to: &Self, directories: &[&Path]) -> Result<Relabelled> {
+    pub fn relabel(&self, to: &Self, directories: &[&Path], unlabelled: Option<&str>) -> Result<Relabelled> {
         let mut done = Relabelled::default();
         if self == to {
             return Ok(done);
         }
         let parse = |contexts: &Self| Contexts::parse(&contexts.0).context("the file contexts are unusual");
         let sides = (parse(self)?, parse(to)?);
+        let given = sides.0.labels().filter_map(type_of).collect();
+        let walk = Walk { from: &sides.0, to: &sides.1, given, unlabelled: unlabelled.and_then(type_of) };
         for directory in directories {
-            Walk { from: &sides.0, to: &sides.1 }.start(directory, &mut done);
+            walk.start(directory, &mut done);
         }
         Ok(done)
     }
@@ -93,6 +102,10 @@ fn first(layers: &[&Path], path: &Path) -> Result<Option<String>> {
 struct Walk<'a> {
     from: &'a Contexts,
     to: &'a Contexts,
+    /// The types that `from` gives to any path.
+    given: HashSet<&'a str>,
+    /// The type of what nobody labelled, if that is to be labelled.
+    unlabelled: Option<&'a str>,
 }
 
 /// Opens what is there, or says that it is another mount's. Devices are not opened: that would have consequences.
@@ -104,7 +117,7 @@ fn beneath(fd: BorrowedFd<'_>, name: &str, flags: OFlags) -> rustix::io::Result<
 }
 
 impl Walk<'_> {
-    fn start(self, path: &Path, done: &mut Relabelled) {
+    fn start(&self, path: &Path, done: &mut Relabelled) {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let opened = rustix::fs::open(path, flags, Mode::empty()).and_then(|fd| Ok((rustix::fs::fstat(&fd)?, fd)));
         let (Some(text), Ok((stat, fd))) = (path.to_str(), opened) else { return };
@@ -137,30 +150,42 @@ impl Walk<'_> {
     fn entry(&self, fd: BorrowedFd<'_>, name: &str, path: &str, mode: u32, done: &mut Relabelled) {
         // Of what both have, most is the same: no need to ask what it has.
         let (Some(from), Some(to)) = (self.from.find(path, mode), self.to.find(path, mode)) else { return };
-        let (Some(from), Some(to)) = (from.label, to.label) else { return };
-        if type_of(from) == type_of(to) {
+        let (Some(from), Some(to)) = (from.label.and_then(type_of), to.label.and_then(type_of)) else { return };
+        if from == to {
             return;
         }
         // The directory is open, and the last component is not followed.
         let at = PathBuf::from(format!("/proc/self/fd/{}/{name}", fd.as_raw_fd()));
-        let Ok(Some(label)) = xattr::read(&at).map(|mut all| all.remove(xattr::LABEL)) else { return };
-        let Some(wanted) = wanted(&label, from, to) else { return };
+        let Ok(Some(label)) = xattr::get(&at, xattr::LABEL) else { return };
+        let Some(wanted) = wanted(&label, |has| has == from || self.nobody_gave(has, path, to), to) else { return };
         match xattr::set(&at, xattr::LABEL, &wanted) {
             Ok(()) => done.changed += 1,
             Err(Errno::NOENT) => {}
             Err(error) => done.failed.push(format!("{path}: {error}")),
         }
     }
+
+    /// Whether the type that `path` has is one that it has by default, since nobody could give it the type `to`.
+    fn nobody_gave(&self, has: &str, path: &str, to: &str) -> bool {
+        let Some(unlabelled) = self.unlabelled.filter(|_| !self.given.contains(to)) else { return false };
+        let of_directory = |contexts: &Contexts| {
+            let (directory, _) = path.rsplit_once('/')?;
+            contexts.find(directory, 0o040_000)?.label.and_then(type_of).map(|kind| kind == has)
+        };
+        has != to
+            && (has == unlabelled || [self.from, self.to].into_iter().any(|side| of_directory(side) == Some(true)))
+    }
 }
 
-/// The label with the type of `to`, if it has that of `from`. User, role and level stay, as with restorecon(8).
-fn wanted(label: &[u8], from: &str, to: &str) -> Option<Vec<u8>> {
+/// The label with the type `to`, if the one that it has is to be replaced. User, role and level stay, as with
+/// restorecon(8).
+fn wanted(label: &[u8], is_replaced: impl Fn(&str) -> bool, to: &str) -> Option<Vec<u8>> {
     let label = std::str::from_utf8(label).ok()?.trim_end_matches('\0');
     let mut parts: Vec<&str> = label.splitn(4, ':').collect();
-    if parts.len() < 3 || Some(parts[2]) != type_of(from) {
+    if parts.len() < 3 || !is_replaced(parts[2]) {
         return None;
     }
-    parts[2] = type_of(to)?;
+    parts[2] = to;
     Some(parts.join(":").bytes().chain([0]).collect())
 }
 
@@ -181,8 +206,9 @@ mod tests {
 
     #[test]
     fn only_the_type_changes_and_only_where_it_was_the_default() {
-        let (from, to) = ("system_u:object_r:old_t:s0", "system_u:object_r:new_t:s0");
-        let after = |label: &str| wanted(label.as_bytes(), from, to).map(|label| String::from_utf8(label).unwrap());
+        let after = |label: &str| {
+            wanted(label.as_bytes(), |has| has == "old_t", "new_t").map(|label| String::from_utf8(label).unwrap())
+        };
         assert_eq!(after("system_u:object_r:old_t:s0\0").as_deref(), Some("system_u:object_r:new_t:s0\0"));
         assert_eq!(after("root:object_r:old_t:s0:c1,c2\0").as_deref(), Some("root:object_r:new_t:s0:c1,c2\0"));
         assert_eq!(after("system_u:object_r:old_t").as_deref(), Some("system_u:object_r:new_t\0"));
@@ -248,19 +274,33 @@ mod tests {
             };
             let old = contexts("RUN(/.*)? system_u:object_r:run_t:s0\n");
             let new = contexts("RUN(/.*)? system_u:object_r:run_t:s0\nRUN/app(/.*)? system_u:object_r:app_t:s0\n");
+            let tmpfs = Some("system_u:object_r:tmpfs_t:s0");
             let is = |path: &str| {
-                let label = xattr::read(&run.join(path)).unwrap().remove(xattr::LABEL).unwrap();
+                let label = xattr::get(&run.join(path), xattr::LABEL).unwrap().unwrap();
                 type_of(&String::from_utf8(label).unwrap()).unwrap().to_owned()
             };
             let all = || ["app", "app/sock", "app/link", "app/own", "app/mounted", "same"].map(is);
-            assert_eq!(old.relabel(&old, &[&run]).unwrap(), Relabelled::default());
+            assert_eq!(old.relabel(&old, &[&run], tmpfs).unwrap(), Relabelled::default());
             let three = Relabelled { changed: 3, failed: Vec::new() };
-            assert_eq!(old.relabel(&new, &[&run, Path::new("/nonexistent")]).unwrap(), three);
+            assert_eq!(old.relabel(&new, &[&run, Path::new("/nonexistent")], tmpfs).unwrap(), three);
             assert_eq!(all(), ["app_t", "app_t", "app_t", "container_file_t", "run_t", "run_t"]);
             // Done again, nothing is to do; and there is a way back.
-            assert_eq!(old.relabel(&new, &[&run]).unwrap(), Relabelled::default());
-            assert_eq!(new.relabel(&old, &[&run]).unwrap(), three);
+            assert_eq!(old.relabel(&new, &[&run], tmpfs).unwrap(), Relabelled::default());
+            assert_eq!(new.relabel(&old, &[&run], None).unwrap(), three);
             assert_eq!(all(), ["run_t", "run_t", "run_t", "container_file_t", "run_t", "run_t"]);
+
+            // What nobody could label before has what the file system or its directory gave it.
+            let old = contexts("RUN(/.*)? system_u:object_r:run_t:s0\nRUN/app/.* system_u:object_r:sock_t:s0\n");
+            let like = |text: &str| contexts(&format!("RUN(/.*)? system_u:object_r:run_t:s0\nRUN/app/.* {text}\n"));
+            label(&run.join("app/sock"), "tmpfs_t");
+            for (to, with, expected) in [
+                ("system_u:object_r:new_t:s0", None, ["run_t", "tmpfs_t", "run_t", "container_file_t"]),
+                ("system_u:object_r:run_t:s0", tmpfs, ["run_t", "tmpfs_t", "run_t", "container_file_t"]),
+                ("system_u:object_r:new_t:s0", tmpfs, ["run_t", "new_t", "new_t", "container_file_t"]),
+            ] {
+                old.relabel(&like(to), &[&run], with).unwrap();
+                assert_eq!(all()[..4], expected, "{to} {with:?}");
+            }
         });
     }
 }

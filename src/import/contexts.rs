@@ -140,6 +140,11 @@ impl Contexts {
         Some(Self { specs, by_prefix, longest_prefix, substitutions, none_confirmed, refuted })
     }
 
+    /// All labels in them, many several times.
+    pub(crate) fn labels(&self) -> impl Iterator<Item = &str> {
+        self.specs.iter().filter_map(|spec| spec.label.as_deref())
+    }
+
     /// What the contexts say about an absolute path without needless slashes, and a mode with its type.
     /// `None` when libselinux should say it.
     pub(crate) fn find(&self, path: &str, mode: u32) -> Option<Found<'_>> {

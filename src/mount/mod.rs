@@ -19,7 +19,7 @@ pub(crate) mod testing;
 
 pub use namespace::Namespace;
 pub use table::{Exposure, Mount, exposure, holding, mounts_below, overlay_stack, parse, writable_overlay};
-pub use tmpfs::{TmpfsUse, tmpfs, tmpfs_used};
+pub use tmpfs::{TmpfsUse, tmpfs, tmpfs_label, tmpfs_used};
 pub use tree::{DetachedTree, overlay_fits, overlay_support};
 pub use trial::{Ended, Trial, run, trial};
 pub use view::writable_view;

@@ -50,6 +50,27 @@ pub fn tmpfs(namespace: &Namespace, path: &Path, limit_bytes: u64, source: &str)
     Ok(true)
 }
 
+/// The label of what nobody labelled on a tmpfs: what the root of a new one has, which is attached nowhere. `None`
+/// without SELinux.
+///
+/// # Errors
+/// When the kernel refuses to make one.
+pub fn tmpfs_label() -> Result<Option<String>> {
+    let tmpfs = || -> rustix::io::Result<_> {
+        let fs = rustix::mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+        fsconfig_create(&fs)?;
+        let tree = rustix::mount::fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
+        rustix::fs::openat(&tree, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+    };
+    let root = tmpfs().context("making a tmpfs")?;
+    let mut label = vec![0; 4096];
+    match rustix::fs::fgetxattr(&root, crate::selinux::ATTRIBUTE, &mut label) {
+        Ok(length) => Ok(Some(String::from_utf8_lossy(&label[..length]).trim_end_matches('\0').to_owned())),
+        Err(Errno::NODATA | Errno::NOTSUP) => Ok(None),
+        Err(error) => Err(error).context("reading the label of a tmpfs"),
+    }
+}
+
 fn mount(path: &Path, limit_bytes: u64, source: &str) -> Result<()> {
     let fs = rustix::mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).context("opening tmpfs")?;
     fsconfig_set_string(&fs, "source", source).context("setting its source")?;
