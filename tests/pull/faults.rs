@@ -108,7 +108,7 @@ fn serve(
     server.write_all(forwarded.as_bytes())?;
     let mut response = Vec::new();
     server.read_to_end(&mut response)?;
-    let head = response.windows(4).position(|four| four == b"\r\n\r\n").unwrap_or(0) + 4;
+    let head = response.windows(4).position(|four| four == b"\r\n\r\n").map_or(response.len(), |at| at + 4);
     let middle = head + (response.len() - head) / 2;
     if matches!(fault, None | Some(Fault::Late)) {
         client.write_all(&response[..middle])?;
