@@ -13,7 +13,7 @@ lib = $(DESTDIR)$(PREFIX)/lib
 unitdir = $(lib)/systemd/system
 dracutdir = $(lib)/dracut/modules.d/98node-image-pivot
 
-.PHONY: all build deps deps-build cargo install check check-quick check-bed check-containers demo bench fuzz clean
+.PHONY: all build deps deps-build cargo install check check-quick check-bed check-containers demo bench fuzz docs clean
 
 all: build
 
@@ -23,7 +23,8 @@ cargo:
 	       "or set CARGO=" >&2; exit 1; }
 
 # What the agent is built and tested with; the test bed brings its own list.
-DEBIAN_BUILD_DEPS = build-essential pkg-config libostree-dev ostree skopeo systemd dbus shellcheck dracut-core cpio
+DEBIAN_BUILD_DEPS = build-essential pkg-config libostree-dev ostree skopeo systemd dbus shellcheck dracut-core cpio \
+                    python3
 
 deps-build: cargo
 	@command -v dpkg-query >/dev/null || { \
@@ -75,7 +76,8 @@ check: deps
 
 check-quick:
 	$(CARGO) fmt --all --check
-	shellcheck dracut/98node-image-pivot/*.sh dracut/test.sh fuzz/run.sh
+	shellcheck dracut/98node-image-pivot/*.sh dracut/test.sh fuzz/run.sh tests/docs.sh
+	sh tests/docs.sh
 	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
 	$(CARGO) test --release --no-fail-fast --workspace --exclude testbed
 	sh dracut/test.sh
@@ -104,6 +106,11 @@ bench: deps
 # The parsers of what comes from elsewhere, for FUZZ_SECONDS (60) each. `make check` replays the seeds.
 fuzz: deps-build
 	sh fuzz/run.sh
+
+# Builds docs/ as a web book. Not part of `make check`: the pages are plain Markdown.
+docs:
+	@command -v mdbook >/dev/null || { echo "mdbook not found: cargo install --locked mdbook" >&2; exit 1; }
+	mdbook build
 
 clean:
 	$(CARGO) clean
