@@ -26,10 +26,11 @@ WORDS = [
     (r"\bmend(s|ed|ing)?\b", "fix"),
     (r"\bfor good\b", "permanently"),
     (r"\bput(s|ting)? off\b", "defer"),
-    (r"\bas (it|they) (was|were)(?! (a|an|the|in|on|at|by)\b)\b", "unchanged"),
+    (r"\bas (it|they) (was|were)\b(?! (a|an|the|in|on|at|by|last|\w+ed|\w+en)\b)", "unchanged"),
     (r"\b(nobody|somebody|whoever|everybody|anybody)(?!\w)", "name the actor"),
     (r"\bsomeone( else)?\b", "name the actor"),
-    (r"\bof (its|their|his|our) own\b", "separate, its own"),
+    (r"\bof (its|their|his|our) own(?=\W*$|[.,;:)]| (and|or|that|which|with|without|in|on|is|are|has|for|to|from)\b)",
+     "separate, its own"),
     (r"\b(is|are|was|were|be) told\b|\btold (again|already|twice|why|that|apart|to)\b", "reported"),
     (r"(?P<fine>\bt?here )?\b(is|are) no (?!longer\b|more than\b|less than\b|larger than\b)", "is not a, is an invalid"),
     (r"\bknows? (no|none|nothing)\b", "does not know"),
@@ -39,7 +40,7 @@ WORDS = [
     (r"\b(we|us|he|him|himself)\b", "name the actor"),
     (r"\bit does no harm\b|\bdo(es)? no harm\b", "is harmless"),
 ]
-PATTERNS = [(re.compile(words.replace(" ", r"\s+"), re.IGNORECASE if "we|us" not in words else 0), advice)
+PATTERNS = [(re.compile(words.replace(" ", r"\s+"), re.MULTILINE | (0 if "we|us" in words else re.IGNORECASE)), advice)
             for words, advice in WORDS]
 QUESTION = re.compile(r"\s*//[/!]\s*(What|Whether|How|Who|Whoever|Whose|Where)\b")
 
