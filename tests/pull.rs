@@ -45,6 +45,8 @@ mod release;
 mod signed;
 #[path = "pull/sparse.rs"]
 mod sparse;
+#[path = "pull/stalled.rs"]
+mod stalled;
 #[path = "pull/tree.rs"]
 mod tree;
 

@@ -1,10 +1,8 @@
 //! One layer's bytes as they come out of the proxy.
 //!
-//! The proxy closes a layer's pipe only when asked to finish it, and while it is being asked it
-//! answers no other request until that layer's last byte was sent. So the size that the manifest gives
-//! says when to ask; and when bytes stay away in between, asking tells whether the transfer broke.
+//! The proxy closes a layer's pipe only when asked to finish it. The size that the manifest gives says when to
+//! ask; and when bytes stay away before that, asking tells whether the transfer broke.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
@@ -25,8 +23,6 @@ pub struct LayerStream<'a> {
     pub(super) verdict: BoxFuture<'a, Result<(), Failure>>,
     pub(super) size: u64,
     pub(super) idle: Duration,
-    /// Counts pieces read of any layer of the same proxy.
-    pub(super) activity: &'a AtomicU64,
     pub(super) total: u64,
     pub(super) asked: bool,
     pub(super) answered: bool,
@@ -55,7 +51,6 @@ impl LayerStream<'_> {
                         return Err(self.fail(Kind::Truncated, short));
                     }
                     self.total += count as u64;
-                    self.activity.fetch_add(1, Ordering::Relaxed);
                     return Ok(Some(piece));
                 }
                 verdict = &mut self.verdict, if self.asked && !self.answered => {
@@ -78,7 +73,6 @@ impl LayerStream<'_> {
     async fn finish(&mut self) -> Result<(), Failure> {
         let (mut extra, mut rest, mut ended) = (self.total - self.size, vec![0; 4096], false);
         while !ended || !self.answered {
-            let seen = self.activity.load(Ordering::Relaxed);
             tokio::select! {
                 verdict = &mut self.verdict, if !self.answered => {
                     self.answered = true;
@@ -90,8 +84,7 @@ impl LayerStream<'_> {
                     extra += count as u64;
                     ended = count == 0;
                 }
-                // The answer may have to wait for another layer to end; that is no silence.
-                () = sleep(self.idle) => if self.activity.load(Ordering::Relaxed) == seen {
+                () = sleep(self.idle) => {
                     return Err(self.fail(Kind::Network, "the proxy does not finish it".to_owned()));
                 }
             }

@@ -34,7 +34,7 @@ const ADVICE: &str = "give the pull spec of a release payload whose references h
 ///
 /// Errors: those of the registry, by their kinds (a retry may help); [`Kind::BadFormat`] when the image
 /// is no release payload, has none of the tags (the message lists similar ones), or names the image
-/// other than by digest. `source` should be opened anew after an error.
+/// other than by digest.
 pub async fn resolve_release(source: &Source, payload: &PullSpec, tags: &[String]) -> Result<PullSpec, Failure> {
     let image = source.resolve(payload).await?;
     let (manifest, config) = source.any_manifest(&image).await?;
@@ -75,7 +75,8 @@ enum Found {
 
 async fn read_layer(source: &Source, image: &ResolvedImage, layer: &Layer) -> Result<Found, Failure> {
     let name = format!("{} layer {} ({})", image.pinned, layer.index, layer.digest());
-    let mut stream = source.layer(image, layer).await?;
+    let mut proxy = source.reader().await?;
+    let mut stream = proxy.layer(image, layer).await?;
     let (pieces, incoming) = mpsc::channel::<Vec<u8>>(WAITING);
     let compression = layer.compression;
     let reader = tokio::task::spawn_blocking(move || {
@@ -96,6 +97,8 @@ async fn read_layer(source: &Source, image: &ResolvedImage, layer: &Layer) -> Re
         }
     }
     drop(pieces);
+    drop(stream);
+    proxy.give_back();
     let read = reader.await.map_err(|error| Failure::new(Kind::Local, format!("{name}: a thread failed: {error}")))?;
     let (found, diff_id) = read.map_err(|error| bad(format!("{name}: {error}")))?;
     if diff_id != layer.diff_id {

@@ -1,20 +1,15 @@
-//! The image proxy: skopeo, driven over its socket, with the host's own registry configuration.
+//! The source of images: skopeo processes with the host's own registry configuration.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use containers_image_proxy::{Error as ProxyError, ImageProxy, ImageProxyConfig, OpenedImage};
-use futures_util::FutureExt;
+use containers_image_proxy::ImageProxyConfig;
 use oci_spec::image::{ImageConfiguration, ImageManifest};
-use sha2::{Digest, Sha256};
-use tokio::io::AsyncReadExt;
-use tokio::sync::Mutex;
 
-use super::classify::is_about_certificates;
-use super::policy::{Enforcement, policy_path};
-use super::{Class, Failure, Kind, Layer, LayerStream, PullSpec, ResolvedImage, classify};
+use super::policy::Enforcement;
+use super::proxy::{Proxy, Reader};
+use super::{Failure, Kind, PullSpec, ResolvedImage};
 
 /// The auth file of the field: the installer puts the pull secret there.
 const DEFAULT_AUTHFILE: &str = "/root/.docker/config.json";
@@ -36,13 +31,11 @@ pub struct ImageSettings {
     pub idle_timeout: Option<Duration>,
 }
 
-/// A running proxy. After a failure it may be in any state: drop it and open another one.
+/// Where images come from. Each reader has a skopeo process of its own, which the next reader takes over.
 pub struct Source {
-    proxy: ImageProxy,
-    idle: Duration,
-    opened: Mutex<Option<(String, Arc<OpenedImage>)>>,
-    activity: AtomicU64,
+    settings: ImageSettings,
     policy: Enforcement,
+    idle: Mutex<Vec<Proxy>>,
 }
 
 /// The manifest, the config and the layers' purposes, all verified against the image's digest.
@@ -59,34 +52,25 @@ pub struct ImageDescription {
 impl Source {
     /// Starts a proxy. Fails when skopeo is missing or too old.
     pub async fn open(settings: &ImageSettings) -> Result<Self, Failure> {
-        let mut config = ImageProxyConfig::default();
-        config.authfile = choose_authfile(settings.authfile.as_deref(), Path::new(DEFAULT_AUTHFILE));
-        config.certificate_directory = settings.certificate_directory.clone();
-        config.insecure_skip_tls_verification = settings.insecure.then_some(true);
         if let Some(missing) = settings.authfile.as_deref().filter(|path| !path.exists()) {
             let message = format!("the configured auth file {} does not exist", missing.display());
             return Err(Failure::new(Kind::Unauthorized, message));
         }
-        let proxy = ImageProxy::new_with_config(config)
-            .await
-            .map_err(|error| Failure::new(Kind::Local, format!("starting skopeo: {error}")))?;
+        let first = Proxy::start(config(settings)).await?;
         let version = tokio::process::Command::new("skopeo").arg("--version").output().await;
-        let version = version.map_err(|error| Failure::new(Kind::Local, format!("starting skopeo: {error}")))?;
+        let version = version.map_err(|error| Failure::new(Kind::Local, format!("cannot start skopeo: {error}")))?;
         let policy = Enforcement::of_version(&String::from_utf8_lossy(&version.stdout));
-        let idle = settings.idle_timeout.unwrap_or(Duration::from_secs(60));
-        Ok(Self { proxy, idle, opened: Mutex::new(None), activity: AtomicU64::new(0), policy })
+        Ok(Self { settings: settings.clone(), policy, idle: Mutex::new(vec![first]) })
     }
 
     /// Finds the image and pins it by digest. For a multi-architecture index, the digest is that of
     /// this machine's manifest in it. The signature policy is enforced here: by the proxy, or, where that is
     /// too old to do it, by refusing whatever needs a signature.
     pub async fn resolve(&self, spec: &PullSpec) -> Result<ResolvedImage, Failure> {
-        let requested = spec.to_string();
-        let opened = self.open_image(&requested).await?;
-        let (digest, _) = self.raw_manifest(&requested, &opened).await?;
-        let pinned = spec.pinned(&digest);
-        *self.opened.lock().await = Some((pinned.clone(), opened));
-        Ok(ResolvedImage { requested, pinned, digest })
+        let mut reader = self.reader().await?;
+        let resolved = reader.resolve(spec).await?;
+        reader.give_back();
+        Ok(resolved)
     }
 
     /// The image's manifest and config, checked: digests, architecture, ostree labels.
@@ -101,167 +85,48 @@ impl Source {
         &self,
         image: &ResolvedImage,
     ) -> Result<(ImageManifest, ImageConfiguration), Failure> {
-        let name = &image.pinned;
-        let opened = self.opened(image).await?;
-        let (digest, raw) = self.raw_manifest(name, &opened).await?;
-        if digest != image.digest {
-            let message = format!("the registry answered with manifest {digest} when asked for {name}");
-            return Err(Failure::new(Kind::BadDigest, message));
-        }
-        let manifest: ImageManifest = serde_json::from_slice(&raw)
-            .map_err(|error| Failure::new(Kind::BadFormat, format!("the manifest of {name} is malformed: {error}")))?;
-        let converted = sha256(&raw) != digest;
-        let raw = self.config(name, &opened, &manifest, converted).await?;
-        let config: ImageConfiguration = serde_json::from_slice(&raw)
-            .map_err(|error| Failure::new(Kind::BadFormat, format!("the config of {name} is malformed: {error}")))?;
-        Ok((manifest, config))
+        let mut reader = self.reader().await?;
+        let described = reader.manifest(image).await?;
+        reader.give_back();
+        Ok(described)
     }
 
-    /// Starts to fetch a layer.
-    pub async fn layer<'a>(&'a self, image: &ResolvedImage, layer: &Layer) -> Result<LayerStream<'a>, Failure> {
-        let name = format!("{} layer {} ({})", image.pinned, layer.index, layer.digest());
-        let opened = self.opened(image).await?;
-        // The raw variant of newer proxies leaves the digest to us; this one verifies it in skopeo,
-        // in another process and so on another core.
-        let blob = self.proxy.get_blob(&opened, layer.descriptor.digest(), layer.size());
-        let (reader, verdict) = self.request(&name, "layer", blob).await?;
-        let stream_name = name.clone();
-        let verdict = verdict.map(move |result| result.map_err(|error| failure(&name, "layer", &error))).boxed();
-        Ok(LayerStream {
-            name: stream_name,
-            reader: Box::new(reader),
-            verdict,
-            size: layer.size(),
-            idle: self.idle,
-            activity: &self.activity,
-            total: 0,
-            asked: false,
-            answered: false,
-            wrong: None,
-        })
-    }
-
-    async fn opened(&self, image: &ResolvedImage) -> Result<Arc<OpenedImage>, Failure> {
-        let mut cached = self.opened.lock().await;
-        if let Some((pinned, opened)) = cached.as_ref()
-            && *pinned == image.pinned
-        {
-            return Ok(opened.clone());
-        }
-        let opened = match self.open_image(&image.pinned).await {
-            Err(refused) if refused.kind == Kind::Policy && image.requested != image.pinned => {
-                self.open_as_requested(image, refused).await?
-            }
-            opened => opened?,
+    /// Lends a skopeo process to one reader, starting it if none is idle.
+    pub async fn reader(&self) -> Result<Reader<'_>, Failure> {
+        let idle = self.idle().pop();
+        let proxy = match idle {
+            Some(proxy) => proxy,
+            None => Proxy::start(config(&self.settings)).await?,
         };
-        *cached = Some((image.pinned.clone(), opened.clone()));
-        Ok(opened)
+        Ok(Reader { source: self, proxy })
     }
 
-    /// The image by the name that it was asked for. Signatures, and scopes of the policy, may be those of a
-    /// tag or of an index, and say nothing about the one manifest in it. What the policy accepts under that
-    /// name must be the pinned manifest still, or the refusal stands.
-    async fn open_as_requested(&self, image: &ResolvedImage, refused: Failure) -> Result<Arc<OpenedImage>, Failure> {
-        let opened = match self.open_image(&image.requested).await {
-            Ok(opened) => opened,
-            Err(failure) if failure.kind.class() == Class::Transient => return Err(failure),
-            Err(_) => return Err(refused),
-        };
-        let (digest, _) = self.raw_manifest(&image.requested, &opened).await?;
-        if digest == image.digest { Ok(opened) } else { Err(refused) }
+    /// Keeps a proxy for the next reader.
+    pub(super) fn take_back(&self, proxy: Proxy) {
+        self.idle().push(proxy);
     }
 
-    async fn open_image(&self, name: &str) -> Result<Arc<OpenedImage>, Failure> {
-        self.policy.check(name)?;
-        let reference = format!("docker://{name}");
-        self.request(name, "image", self.proxy.open_image(&reference)).await.map(Arc::new)
+    /// Refuses an image that the signature policy does not accept and skopeo would.
+    pub(super) fn check_policy(&self, name: &str) -> Result<(), Failure> {
+        self.policy.check(name)
     }
 
-    /// The config's bytes, as the manifest's digest names them.
-    ///
-    /// It is a blob like any other, unless the manifest was converted from docker's form: then it names a
-    /// config that was converted too, which is in no registry and which only the proxy's "full config" is.
-    async fn config(
-        &self,
-        name: &str,
-        opened: &OpenedImage,
-        manifest: &ImageManifest,
-        converted: bool,
-    ) -> Result<Vec<u8>, Failure> {
-        const LARGEST: u64 = 8 << 20;
-        let descriptor = manifest.config();
-        let expected = descriptor.digest().to_string();
-        if converted {
-            let full = self.request(name, "config", self.proxy.fetch_config_raw(opened)).await?;
-            if sha256(&full) == expected {
-                return Ok(full);
-            }
-        }
-        if descriptor.size() > LARGEST {
-            let message = format!("the config of {name} has {} bytes", descriptor.size());
-            return Err(Failure::new(Kind::BadFormat, message));
-        }
-        let blob = self.proxy.get_blob(opened, descriptor.digest(), descriptor.size());
-        let (reader, verdict) = self.request(name, "config", blob).await?;
-        let mut raw = Vec::new();
-        // The proxy closes the pipe when it is asked for its verdict, not before.
-        let both = async {
-            let mut limited = reader.take(LARGEST + 1);
-            let (read, verdict) = futures_util::future::join(limited.read_to_end(&mut raw), verdict).await;
-            verdict.and_then(|()| read.map_err(ProxyError::from))
-        };
-        self.request(name, "config", both).await?;
-        let actual = sha256(&raw);
-        if actual != expected {
-            let message = format!("the config of {name} has the digest {actual}, not {expected}");
-            return Err(Failure::new(Kind::BadDigest, message));
-        }
-        Ok(raw)
+    /// How long a registry may stay silent.
+    pub(super) fn patience(&self) -> Duration {
+        self.settings.idle_timeout.unwrap_or(Duration::from_secs(60))
     }
 
-    /// The manifest in OCI's form, and the digest of what the registry sent. That digest is skopeo's word: it checks
-    /// manifests that are named by digest, by us or by an index, and may convert them, so that the bytes here need
-    /// not hash to it.
-    async fn raw_manifest(&self, name: &str, opened: &OpenedImage) -> Result<(String, Vec<u8>), Failure> {
-        self.request(name, "manifest", self.proxy.fetch_manifest_raw_oci(opened)).await
-    }
-
-    async fn request<T>(
-        &self,
-        name: &str,
-        what: &str,
-        call: impl Future<Output = Result<T, ProxyError>>,
-    ) -> Result<T, Failure> {
-        match tokio::time::timeout(self.idle, call).await {
-            Ok(result) => result.map_err(|error| failure(name, what, &error)),
-            Err(_) => {
-                let message = format!("{name}: no answer about its {what} within {} s", self.idle.as_secs());
-                Err(Failure::new(Kind::Network, message))
-            }
-        }
+    fn idle(&self) -> std::sync::MutexGuard<'_, Vec<Proxy>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn sha256(bytes: &[u8]) -> String {
-    format!("sha256:{}", hex::encode(Sha256::digest(bytes)))
-}
-
-fn failure(name: &str, what: &str, error: &ProxyError) -> Failure {
-    let text = error.to_string();
-    let (mut kind, retry_after) = classify(&text);
-    if error.is_retryable() && kind == Kind::Local {
-        kind = Kind::Network;
-    }
-    let mut failure = Failure::new(kind, format!("{name}: fetching its {what}: {text}"));
-    failure.retry_after = retry_after;
-    if kind == Kind::Policy {
-        if is_about_certificates(&text) {
-            failure.advice = "check the registry's certificate, /etc/containers/certs.d and the machine's clock";
-        } else if let Some(path) = policy_path() {
-            failure.message = format!("{name}: refused by the signature policy {}: {text}", path.display());
-        }
-    }
-    failure
+fn config(settings: &ImageSettings) -> ImageProxyConfig {
+    let mut config = ImageProxyConfig::default();
+    config.authfile = choose_authfile(settings.authfile.as_deref(), Path::new(DEFAULT_AUTHFILE));
+    config.certificate_directory = settings.certificate_directory.clone();
+    config.insecure_skip_tls_verification = settings.insecure.then_some(true);
+    config
 }
 
 fn choose_authfile(configured: Option<&Path>, default: &Path) -> Option<PathBuf> {

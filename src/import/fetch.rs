@@ -94,9 +94,13 @@ async fn fetch_layer<T: Send + 'static>(
     work: impl FnOnce(&mut Archive<'_>) -> Result<T, Failure> + Send + 'static,
 ) -> Result<Option<T>, Failure> {
     let name = layer_name(image, layer);
+    let mut reader = tokio::select! {
+        () = cancel.cancelled() => return Err(cancelled(&image.pinned)),
+        reader = source.reader() => reader?,
+    };
     let mut stream = tokio::select! {
         () = cancel.cancelled() => return Err(cancelled(&image.pinned)),
-        stream = source.layer(image, layer) => stream?,
+        stream = reader.layer(image, layer) => stream?,
     };
     let (compressed, incoming) = mpsc::channel::<Vec<u8>>(WAITING_READS);
     let (pieces, archive) = blocking::sync_channel::<io::Result<Vec<u8>>>(WAITING_PIECES);
@@ -154,7 +158,10 @@ async fn fetch_layer<T: Send + 'static>(
             }
         }
     };
-    drop(compressed);
+    drop((compressed, stream));
+    if verdict.is_ok() {
+        reader.give_back();
+    }
     let (diff_id, consumed) = (join(decompressor, &name).await?, join(parser, &name).await?);
     judge(&name, layer, verdict, diff_id, consumed).map(Some)
 }

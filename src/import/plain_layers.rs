@@ -4,7 +4,6 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use futures_util::FutureExt;
-use futures_util::stream::StreamExt;
 
 use crate::image::{Failure, ImageDescription, Kind, Layer, Layout};
 use crate::report::PullProgress;
@@ -89,10 +88,7 @@ impl<'a> PlainLayers<'a> {
         };
         let mut read_again = HashSet::new();
         loop {
-            let mut reads = all_of(late, parallel);
-            while let Some(read) = reads.next().await {
-                fetched.extend(self.note(read?));
-            }
+            all_of(late, parallel, |read| fetched.extend(self.note(read))).await?;
             let layers = self.named()?;
             let (import, laid) = (run.import.clone(), layers.clone());
             let merged = blocking(run.image, move || -> Result<_, Failure> {

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt;
-use futures_util::stream::StreamExt;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
@@ -61,8 +60,7 @@ pub struct PulledImage {
 /// before it is visible; the ref is set only when everything is there. One import at a time: a second
 /// caller waits for the first, or until `cancel`.
 ///
-/// Errors name the image and the layer. After one, `source` should be opened anew. Nothing but the
-/// node store is changed, and what it holds remains good.
+/// Errors name the image and the layer. Nothing but the node store is changed, and what it holds remains good.
 pub async fn pull(
     source: &Source,
     image: &ResolvedImage,
@@ -178,15 +176,9 @@ impl Run<'_> {
             for layer in layers {
                 due.push(self.if_needed(layer, layout.commit_layer.index).boxed());
             }
-            let mut reads = all_of(due, parallel);
-            while let Some(read) = reads.next().await {
-                fetched.extend(plain.note(read?));
-            }
+            all_of(due, parallel, |read| fetched.extend(plain.note(read))).await?;
         }
-        let mut reads = all_of(early, parallel);
-        while let Some(read) = reads.next().await {
-            fetched.extend(plain.note(read?));
-        }
+        all_of(early, parallel, |read| fetched.extend(plain.note(read))).await?;
         self.nothing_is_missing()?;
         let derived = match layout.derived.is_empty() {
             true => None,

@@ -6,7 +6,7 @@ use futures_util::future::BoxFuture;
 use futures_util::stream::{self, BoxStream, StreamExt};
 use tokio_util::sync::CancellationToken;
 
-use crate::image::{Failure, Kind, ResolvedImage, Source};
+use crate::image::{Class, Failure, Kind, ResolvedImage, Source};
 use crate::store::{LayerJournal, Scope};
 
 use super::layertree::LayerTree;
@@ -47,9 +47,38 @@ pub(super) enum Read {
     Plain(usize, LayerTree),
 }
 
-/// Several reads at once. Boxed, because the compiler cannot see through it that pulls can be spawned.
-pub(super) fn all_of(reads: Vec<DueRead<'_>>, parallel: usize) -> BoxStream<'_, Result<Read, Failure>> {
-    stream::iter(reads).buffer_unordered(parallel.max(1)).boxed()
+/// Reads several layers at once and passes each to `note`.
+///
+/// A layer that failed, but may come at the next attempt, does not end the others: what they bring need not be
+/// fetched again. As soon as so many have failed in a row as are read at once, the registry is to blame and the
+/// rest is not tried. Returns the first failure.
+pub(super) async fn all_of(
+    reads: Vec<DueRead<'_>>,
+    parallel: usize,
+    mut note: impl FnMut(Read),
+) -> Result<(), Failure> {
+    let parallel = parallel.max(1);
+    // Boxed, because the compiler cannot see through it that pulls can be spawned.
+    let mut reads: BoxStream<'_, Result<Read, Failure>> = stream::iter(reads).buffer_unordered(parallel).boxed();
+    let (mut first, mut in_a_row) = (None, 0);
+    while let Some(read) = reads.next().await {
+        match read {
+            Ok(read) => {
+                in_a_row = 0;
+                note(read);
+            }
+            Err(failure) if failure.kind.class() == Class::Transient => {
+                in_a_row += 1;
+                if in_a_row >= parallel {
+                    return Err(first.unwrap_or(failure));
+                }
+                tracing::warn!("continuing with the other layers: {}", failure.message);
+                first.get_or_insert(failure);
+            }
+            Err(failure) => return Err(failure),
+        }
+    }
+    first.map_or(Ok(()), Err)
 }
 
 /// A read that has not begun.

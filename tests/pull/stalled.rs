@@ -1,0 +1,88 @@
+//! One layer that a registry stalls, beside layers that it serves.
+
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use node_image_pivot::image::{Class, ImageSettings, Source};
+use node_image_pivot::import::{PullOptions, PulledImage, pull};
+use node_image_pivot::store::NodeStore;
+use tokio_util::sync::CancellationToken;
+
+use super::faults::{Fault, Faults};
+use super::fixture::{listing, run};
+use super::{Bench, Failure, image, settings};
+
+/// An image behind a proxy, and its layers from the largest to the smallest, without the commit's own.
+fn behind(bench: &Bench) -> (String, Faults, Vec<String>) {
+    let image = image(bench, 1, 1);
+    let direct = bench.push(&image, "os:1");
+    let faults = Faults::before(&bench.registry.address);
+    let layout = format!("oci:{}", bench.path("layout").display());
+    let manifest: serde_json::Value = serde_json::from_str(&run("skopeo", &["inspect", "--raw", &layout])).unwrap();
+    let mut layers = manifest["layers"].as_array().unwrap()[1..].to_vec();
+    layers.sort_by_key(|layer| std::cmp::Reverse(layer["size"].as_u64().unwrap()));
+    let digest = |layer: &serde_json::Value| layer["digest"].as_str().unwrap().to_owned();
+    (direct.replace(&bench.registry.address, &faults.address), faults, layers.iter().map(digest).collect())
+}
+
+async fn attempt(spec: &str, store: &NodeStore, authfile: Option<&Path>) -> Result<PulledImage, Failure> {
+    let (idle_timeout, authfile) = (Some(Duration::from_secs(5)), authfile.map(Path::to_owned));
+    let source = Source::open(&ImageSettings { idle_timeout, authfile, ..settings() }).await?;
+    let image = source.resolve(&spec.parse()?).await?;
+    let options = PullOptions { complete: true, parallel: Some(2) };
+    pull(&source, &image, store, None, &options, Default::default(), &CancellationToken::new()).await
+}
+
+/// Whether a program runs that was given this argument.
+fn runs_with(argument: &Path) -> bool {
+    let argument = argument.to_str().unwrap();
+    let lines = fs::read_dir("/proc").unwrap().flatten().map(|entry| fs::read(entry.path().join("cmdline")));
+    lines.flatten().any(|line| line.split(|byte| *byte == 0).any(|word| word == argument.as_bytes()))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_other_layers_are_read_and_the_stalled_one_alone_is_fetched_again() {
+    let bench = Bench::new();
+    let (spec, faults, layers) = behind(&bench);
+    let store = bench.store("store", None);
+    let authfile = bench.path("auth.json");
+    fs::write(&authfile, "{}").unwrap();
+    faults.plan(&layers[0], Fault::Stall, 50);
+    faults.served();
+    let told = attempt(&spec, &store, Some(&authfile)).await.unwrap_err();
+    println!("{told}");
+    assert_eq!(told.kind.class(), Class::Transient, "{told}");
+    assert!(told.message.contains(&layers[0]) && told.message.contains("nothing came for 5 s"), "{told}");
+    let before = faults.served();
+    assert!(layers[1..].iter().all(|layer| before.contains(layer)), "all others: {before:?}");
+    // The registry is silent for longer than anything of the attempt may live.
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while runs_with(&authfile) {
+        assert!(Instant::now() < deadline, "skopeo still runs");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+
+    faults.plan("", Fault::Stall, 0);
+    let pulled = attempt(&spec, &store, None).await.unwrap();
+    assert!(pulled.complete && pulled.layers_fetched == 1, "{pulled:?}");
+    let after = faults.served();
+    assert!(after.contains(&layers[0]) && !layers[1..].iter().any(|layer| after.contains(layer)), "{after:?}");
+    let commit = &pulled.commit;
+    assert_eq!(listing(store.repo_path(), "coreos/node-image"), listing(&bench.repo.path, commit));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_registry_that_serves_no_layer_is_not_asked_for_all_of_them() {
+    let bench = Bench::new();
+    let (spec, faults, layers) = behind(&bench);
+    for layer in &layers {
+        fs::write(bench.registry.blob(layer), "").unwrap();
+    }
+    let told = attempt(&spec, &bench.store("store", None), None).await.unwrap_err();
+    assert_eq!(told.kind.class(), Class::Transient, "{told}");
+    let asked = faults.served();
+    let asked = layers.iter().filter(|layer| asked.contains(layer)).count();
+    // Two are read at once; a third may have begun before the second failed.
+    assert!(asked <= 3, "{asked} layers were asked for");
+}
