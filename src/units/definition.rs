@@ -1,21 +1,24 @@
-//! What a unit is defined as: its fragment, the drop-ins of all its names, and the links that want it. Pure: the
-//! files are data here, [`super::files`] reads them.
+//! The definition of a unit: its fragment, the drop-ins of all its names, and the links that want it. Pure: the files
+//! are data here, [`super::files`] reads them.
 //!
-//! Source of the rules: systemd.unit(5), systemd.syntax(7). Left out on purpose: what generators write and what is
-//! transient. It is made anew at each reload, or by whoever made it.
+//! Source of the rules: systemd.unit(5). Units that generators write and transient units are left out on purpose:
+//! their makers write them at each reload.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
+use super::names::{dependency, folders, template, with_instance};
+use super::syntax::{is_true, parse};
+
 /// A file of a directory with unit files.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Entry {
-    /// Its text. A link to the unit's own name somewhere else is one, too.
+    /// Its text, also that of a file outside the search path that a link points to, whatever its name.
     File(String),
-    /// An empty file, or a link to `/dev/null`.
+    /// An empty file, or a link to one or to `/dev/null`.
     Masked,
-    /// A link to another name: an alias of that.
+    /// A link to another name in the search path: an alias of that unit.
     Alias(String),
     /// `NAME.d`, `NAME.wants`, `NAME.requires`: file names, with their text where that matters. `None` is a file or
     /// a link that is masked.
@@ -71,26 +74,21 @@ impl Definition {
     }
 }
 
-/// systemd.syntax(7).
-pub(super) fn is_true(word: &str) -> bool {
-    matches!(word.to_ascii_lowercase().as_str(), "1" | "yes" | "y" | "true" | "t" | "on")
-}
-
-/// Aliases of aliases are followed so far.
-const DEPTH: usize = 8;
+/// Links that systemd follows from an alias to its unit.
+const FOLLOWED: usize = 8;
 
 impl UnitFiles {
-    /// The definition of `name`, or `None` when there is no file for it.
+    /// Returns the definition of `name`, or `None` if it has no file at all.
     pub fn definition(&self, name: &str) -> Option<Definition> {
-        let found = self.fragment(name, DEPTH);
-        let primary = found.as_ref().map_or(name, |found| found.name.as_str());
-        let drop_ins = self.drop_ins(&self.names(primary));
+        let found = self.fragment(name);
+        let names = self.names(name, found.as_ref());
+        let drop_ins = self.drop_ins(&names);
         if found.is_none() && drop_ins.is_empty() {
             return None;
         }
         let mut definition = Definition::default();
         if let Some(found) = &found {
-            definition.fragment = Some(found.path.clone());
+            definition.fragment = Some(found.path());
             match found.text {
                 Some(text) => parse(text, &mut definition.settings),
                 None => definition.masked = true,
@@ -103,85 +101,76 @@ impl UnitFiles {
         Some(definition)
     }
 
-    /// All that `target` pulls in, itself included and what is masked left out: `Wants=`, `Requires=`, `BindsTo=`,
-    /// `Upholds=` and the links in `.wants` and `.requires`, and theirs.
+    /// Returns everything that `target` pulls in, itself included and masked units excluded: `Wants=`, `Requires=`,
+    /// `BindsTo=`, `Upholds=` and the links in `.wants`, `.requires` and `.upholds`, and what those units pull in.
     pub fn pulled_in(&self, target: &str) -> BTreeSet<String> {
         let mut seen = BTreeSet::new();
         let mut pending = vec![target.to_owned()];
         while let Some(name) = pending.pop() {
-            let name = self.fragment(&name, DEPTH).map_or(name, |found| found.name);
-            if !seen.insert(name.clone()) {
+            let found = self.fragment(&name);
+            let names = self.names(&name, found.as_ref());
+            let Some(name) = names.first() else { continue };
+            if found.is_some_and(|found| found.text.is_none()) || !seen.insert(name.clone()) {
                 continue;
             }
-            let definition = self.definition(&name).unwrap_or_default();
-            if definition.masked {
-                seen.remove(&name);
-                continue;
-            }
+            let definition = self.definition(name).unwrap_or_default();
+            let mut wanted: Vec<&str> = Vec::new();
             for key in ["Wants", "Requires", "BindsTo", "Upholds"] {
-                let lists = definition.values("Unit", key).iter();
-                pending.extend(lists.flat_map(|list| list.split_whitespace()).map(str::to_owned));
+                wanted.extend(definition.values("Unit", key).iter().flat_map(|list| list.split_whitespace()));
             }
-            for name in self.names(&name) {
-                for suffix in ["wants", "requires", "upholds"] {
-                    // As with drop-ins, the first directory that has a name decides about it.
-                    let mut links = BTreeMap::new();
-                    for (unit, link) in self.directories(&format!("{name}.{suffix}")).flatten() {
-                        links.entry(unit).or_insert(link.is_some());
-                    }
-                    pending.extend(links.into_iter().filter(|(_, counts)| *counts).map(|(unit, _)| unit.clone()));
+            for suffix in ["wants", "requires", "upholds"] {
+                // As with drop-ins, the first directory that has a name decides about it.
+                let mut links = BTreeMap::new();
+                for (unit, link) in self.directories(&names, suffix).into_iter().flatten() {
+                    links.entry(unit.as_str()).or_insert(link.is_some());
                 }
+                wanted.extend(links.into_iter().filter(|(_, counts)| *counts).map(|(unit, _)| unit));
             }
+            pending.extend(wanted.into_iter().filter_map(|wanted| dependency(wanted, name)));
         }
         seen
     }
 
-    fn directories(&self, name: &str) -> impl Iterator<Item = &BTreeMap<String, Option<String>>> {
-        self.0.iter().filter_map(move |dir| match dir.entries.get(name) {
-            Some(Entry::Directory(files)) => Some(files),
-            _ => None,
-        })
+    /// Finds the file of `name`, or that of its template, through aliases.
+    fn fragment(&self, name: &str) -> Option<Found<'_>> {
+        self.resolve(name).or_else(|| self.resolve(&template(name)?))
     }
 
-    fn fragment(&self, name: &str, depth: usize) -> Option<Found<'_>> {
-        let template = template_of(name);
-        let candidates = [Some(name.to_owned()), template.map(|(stem, _, suffix)| format!("{stem}@.{suffix}"))];
-        for candidate in candidates.into_iter().flatten() {
-            for dir in &self.0 {
-                let path = || format!("{}/{candidate}", dir.path);
-                match dir.entries.get(&candidate) {
-                    Some(Entry::File(text)) => {
-                        return Some(Found { name: name.into(), path: path(), text: Some(text) });
-                    }
-                    Some(Entry::Masked) => return Some(Found { name: name.into(), path: path(), text: None }),
-                    Some(Entry::Alias(target)) if depth > 0 => {
-                        // An alias of a template is one of each of its instances.
-                        let target = match (template_of(target), template) {
-                            (Some((stem, "", suffix)), Some((_, instance, _))) => format!("{stem}@{instance}.{suffix}"),
-                            _ => target.clone(),
-                        };
-                        return self.fragment(&target, depth - 1);
-                    }
-                    Some(Entry::Alias(_) | Entry::Directory(_)) | None => {}
+    fn resolve(&self, name: &str) -> Option<Found<'_>> {
+        let mut name = name;
+        for _ in 0..=FOLLOWED {
+            let (dir, file, entry) = self.0.iter().find_map(|dir| {
+                let (file, entry) = dir.entries.get_key_value(name)?;
+                (!matches!(entry, Entry::Directory(_))).then_some((dir, file, entry))
+            })?;
+            let text = match entry {
+                Entry::Alias(target) => {
+                    name = target;
+                    continue;
                 }
-            }
+                Entry::File(text) => Some(text),
+                Entry::Masked | Entry::Directory(_) => None,
+            };
+            return Some(Found { dir, file, text });
         }
         None
     }
 
-    /// The unit's names, its own first. An alias of the template of an instance is one of the instance.
-    fn names(&self, primary: &str) -> Vec<String> {
-        let mut names = vec![primary.to_owned()];
-        let template = template_of(primary);
-        for (name, entry) in self.0.iter().flat_map(|dir| &dir.entries) {
-            let Entry::Alias(target) = entry else { continue };
-            let alias = match (template_of(target), template_of(name), template) {
-                (Some((stem, "", suffix)), Some((alias, "", _)), Some((own, instance, kind)))
-                    if (stem, suffix) == (own, kind) =>
-                {
-                    format!("{alias}@{instance}.{suffix}")
-                }
-                _ if target == primary => name.clone(),
+    /// Returns the unit's names, the one that it goes by first: its own or that of its file, then all aliases.
+    fn names(&self, name: &str, found: Option<&Found<'_>>) -> Vec<String> {
+        let Some(found) = found else { return vec![name.to_owned()] };
+        let primary = with_instance(found.file, name);
+        let mut names = vec![primary.clone()];
+        for (alias, entry) in self.0.iter().flat_map(|dir| &dir.entries) {
+            if !matches!(entry, Entry::Alias(_)) {
+                continue;
+            }
+            // A masked name is an alias of nothing.
+            let Some(target) = self.resolve(alias).filter(|target| target.text.is_some()) else { continue };
+            let alias = match with_instance(target.file, alias) {
+                target if target == primary => alias.clone(),
+                // An alias of a template is one of each of its instances that has no file of its own.
+                target if target == found.file => with_instance(alias, name),
                 _ => continue,
             };
             if !names.contains(&alias) {
@@ -191,11 +180,28 @@ impl UnitFiles {
         names
     }
 
-    /// By file name, which is the order in which they apply; of one name only that of the first directory.
+    /// Returns the directories with this suffix that belong to the names, in the order in which systemd looks into
+    /// them: by name, then by place in the search path, then from the most specific name to the least. Those of the
+    /// whole kind (`service.d`) are last.
+    fn directories(&self, names: &[String], suffix: &str) -> Vec<&BTreeMap<String, Option<String>>> {
+        let kind = names.first().and_then(|name| name.rsplit_once('.')).map(|(_, kind)| vec![kind.to_owned()]);
+        let mut found = Vec::new();
+        for folders in names.iter().map(|name| folders(name)).chain(kind) {
+            for dir in &self.0 {
+                found.extend(folders.iter().filter_map(|name| match dir.entries.get(&format!("{name}.{suffix}")) {
+                    Some(Entry::Directory(files)) => Some(files),
+                    _ => None,
+                }));
+            }
+        }
+        found
+    }
+
+    /// Returns the drop-ins by file name, which is the order in which they apply; of equal names the first one found.
     fn drop_ins(&self, names: &[String]) -> BTreeMap<&str, Option<&String>> {
         let mut found = BTreeMap::new();
-        for folder in names.iter().flat_map(|name| drop_in_directories(name)) {
-            for (file, text) in self.directories(&folder).flatten().filter(|(file, _)| file.ends_with(".conf")) {
+        for (file, text) in self.directories(names, "d").into_iter().flatten() {
+            if file.ends_with(".conf") && !file.starts_with('.') {
                 found.entry(file.as_str()).or_insert(text.as_ref());
             }
         }
@@ -203,73 +209,18 @@ impl UnitFiles {
     }
 }
 
+/// The file of a unit.
 struct Found<'a> {
-    /// The name that it is an alias of, or its own.
-    name: String,
-    path: String,
+    dir: &'a UnitDirectory,
+    /// Its name there, which an alias does not have.
+    file: &'a str,
     /// `None`: masked.
     text: Option<&'a String>,
 }
 
-/// `getty@tty1.service` is `("getty", "tty1", "service")`.
-fn template_of(name: &str) -> Option<(&str, &str, &str)> {
-    let (stem, rest) = name.split_once('@')?;
-    let (instance, suffix) = rest.rsplit_once('.')?;
-    Some((stem, instance, suffix))
-}
-
-/// Where drop-ins of a name are: its own directory, that of its template, those of its dashed prefixes, that of its kind.
-fn drop_in_directories(name: &str) -> Vec<String> {
-    let mut folders = vec![format!("{name}.d")];
-    if let Some((stem, instance, suffix)) = template_of(name)
-        && !instance.is_empty()
-    {
-        folders.push(format!("{stem}@.{suffix}.d"));
-    }
-    if let Some((stem, suffix)) = name.rsplit_once('.') {
-        let stem = stem.split('@').next().unwrap_or(stem);
-        let dashes = stem.char_indices().rev().filter(|&(at, letter)| letter == '-' && at + 1 < stem.len());
-        folders.extend(dashes.map(|(at, _)| format!("{}.{suffix}.d", &stem[..=at])));
-        folders.push(format!("{suffix}.d"));
-    }
-    folders
-}
-
-/// Adds what a file says. Comments, blank lines and the order of sections and keys are nothing; lines that end in a
-/// backslash go on in the next one.
-fn parse(text: &str, into: &mut Settings) {
-    let mut section = String::new();
-    let mut pending = String::new();
-    for line in text.lines() {
-        let line = line.trim();
-        // Also in the middle of a continued line.
-        if line.starts_with(['#', ';']) {
-            continue;
-        }
-        if let Some(start) = line.strip_suffix('\\') {
-            pending.push_str(start);
-            pending.push(' ');
-            continue;
-        }
-        pending.push_str(line);
-        assignment(pending.trim(), &mut section, into);
-        pending.clear();
-    }
-    assignment(pending.trim(), &mut section, into);
-}
-
-fn assignment(line: &str, section: &mut String, into: &mut Settings) {
-    if let Some(name) = line.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
-        name.clone_into(section);
-        return;
-    }
-    let Some((key, value)) = line.split_once('=') else { return };
-    let (key, value) = (key.trim(), value.trim());
-    let keys = into.entry(section.clone()).or_default();
-    if value.is_empty() {
-        keys.remove(key);
-    } else {
-        keys.entry(key.to_owned()).or_default().push(value.to_owned());
+impl Found<'_> {
+    fn path(&self) -> String {
+        format!("{}/{}", self.dir.path, self.file)
     }
 }
 

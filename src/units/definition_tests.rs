@@ -1,5 +1,7 @@
 #![allow(clippy::unwrap_used)]
 
+use std::path::Path;
+
 use super::*;
 
 /// Directories, the one that wins first: (path, [(name, entry)]).
@@ -25,16 +27,6 @@ fn folder(files: &[(&str, Option<&str>)]) -> Entry {
 
 fn exec(files: &UnitFiles, name: &str) -> Vec<String> {
     files.definition(name).unwrap().values("Service", "ExecStart").to_vec()
-}
-
-#[test]
-fn syntax() {
-    let text = "# c\n ; c\n[Service]\nExecStart=/a \\\n# in the middle\n  b\nEnvironment=X=1\nEnvironment= Y=2 \nUser=u\nUser=\nnonsense\n";
-    let definition = files(&[("/d", &[("a.service", file(text))])]).definition("a.service").unwrap();
-    assert_eq!(definition.value("Service", "ExecStart"), Some("/a  b"));
-    assert_eq!(definition.values("Service", "Environment"), ["X=1", "Y=2"]);
-    assert_eq!(definition.value("Service", "User"), None, "an empty value takes back");
-    assert_eq!(definition.fragment.as_deref(), Some("/d/a.service"));
 }
 
 #[test]
@@ -131,6 +123,95 @@ fn aliases_are_one_unit() {
     assert_eq!(all.definition("loop.service"), None);
 }
 
+/// `etc` has all directories of drop-ins for `names`, `usr` too, with the same file name everywhere.
+fn equal_names(names: &[&str], hidden: usize) -> UnitFiles {
+    let directory = |path: &str, skipped: usize| {
+        let folders = names.iter().skip(skipped).map(|name| {
+            let text = format!("[Service]\nExecStart={path}/{name}");
+            let files = BTreeMap::from([("c.conf".to_owned(), Some(text))]);
+            (format!("{name}.service.d"), Entry::Directory(files))
+        });
+        UnitDirectory { path: path.to_owned(), entries: folders.collect() }
+    };
+    UnitFiles(vec![directory("e", hidden.min(names.len())), directory("u", hidden.saturating_sub(names.len()))])
+}
+
+#[test]
+fn equal_drop_in_names_are_searched_by_directory_first() {
+    let names = ["q-r@in", "q-r@", "q-", "q-@in", "q-@"];
+    for hidden in 0..2 * names.len() {
+        let winner = format!("{}/{}", ["e", "u"][hidden / names.len()], names[hidden % names.len()]);
+        assert_eq!(exec(&equal_names(&names, hidden), "q-r@in.service"), [winner]);
+    }
+}
+
+#[test]
+fn hidden_drop_ins_do_not_count() {
+    let hidden = folder(&[(".x.conf", Some("[Service]\nExecStart=hidden"))]);
+    let all = files(&[("/d", &[("a.service", file("[Service]\nExecStart=a")), ("a.service.d", hidden)])]);
+    assert_eq!(exec(&all, "a.service"), ["a"]);
+}
+
+#[test]
+fn aliases_of_aliases_and_of_instances() {
+    let drop_in = |text: &str| folder(&[(&format!("{text}.conf"), Some(&format!("[Service]\nExecStart={text}")))]);
+    let all = files(&[
+        (
+            "/etc",
+            &[
+                ("a1.service", alias("a.service")),
+                ("a2.service", alias("a1.service")),
+                ("a2.service.d", drop_in("a2")),
+                ("g1@.service", alias("g@.service")),
+                ("g1@.service.d", drop_in("g1")),
+                ("g@own.service", file("[Service]\nExecStart=own")),
+                ("fixed.service", alias("g@foo.service")),
+                ("one@x.service", alias("g@.service")),
+                ("one@x.service.d", drop_in("one")),
+            ],
+        ),
+        ("/usr", &[("a.service", file("[Service]\nExecStart=a")), ("g@.service", file("[Service]\nExecStart=g"))]),
+    ]);
+    for (name, expected) in [
+        ("a.service", &["a", "a2"] as &[&str]),
+        ("a2.service", &["a", "a2"]),
+        ("g@y.service", &["g", "g1"]),
+        ("g1@y.service", &["g", "g1"]),
+        ("g@own.service", &["own"]),
+        ("g@x.service", &["g", "g1", "one"]),
+        ("one@x.service", &["g", "g1", "one"]),
+    ] {
+        assert_eq!(exec(&all, name), expected, "{name}");
+    }
+    assert_eq!(all.definition("fixed.service"), None, "systemd finds no file for a link to an instance");
+}
+
+#[test]
+fn what_is_wanted_is_resolved_for_the_unit_that_wants_it() {
+    let all = files(&[(
+        "/d",
+        &[
+            ("m.target", file("[Unit]\nWants=u@i.service v.service\nWants=\n")),
+            ("u@.service", file("[Unit]\nWants=a@.service b@%i.service c-%H.service\n")),
+            ("v.service", file("[Unit]\nWants=a@.service\n")),
+            ("v.service.wants", folder(&[("d@.service", Some(""))])),
+            ("service.wants", folder(&[("kind.target", Some(""))])),
+        ],
+    )]);
+    let names: Vec<_> = all.pulled_in("m.target").into_iter().collect();
+    let expected = [
+        "a@i.service",
+        "a@v.service",
+        "b@i.service",
+        "d@v.service",
+        "kind.target",
+        "m.target",
+        "u@i.service",
+        "v.service",
+    ];
+    assert_eq!(names, expected);
+}
+
 #[test]
 fn what_a_target_pulls_in() {
     let etc: (&str, &[(&str, Entry)]) =
@@ -165,4 +246,50 @@ fn what_a_target_pulls_in() {
             "m.target"
         ]
     );
+}
+
+/// Names, drop-ins and their order as systemd itself finds them in a tree of files.
+#[test]
+fn drop_ins_are_those_of_systemd() {
+    let usr = tempfile::tempdir().unwrap();
+    let units = usr.path().join("lib/systemd/system");
+    let write = |path: String| {
+        let path = units.join(path);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        let text =
+            format!("[Service]\nType=oneshot\nExecStart=/bin/true {}\n", path.strip_prefix(&units).unwrap().display());
+        std::fs::write(path, text).unwrap();
+    };
+    let fragments = ["nipq-r@", "nipa-b-c", "nipx--y", "nipt-", "nipl", "nipg@", "nipg@own"];
+    fragments.iter().for_each(|name| write(format!("{name}.service")));
+    for (link, target) in [("nipl1", "nipl"), ("nipl2", "nipl1"), ("nipg1@", "nipg@"), ("nipone@x", "nipg@")] {
+        std::os::unix::fs::symlink(format!("{target}.service"), units.join(format!("{link}.service"))).unwrap();
+        write(format!("{link}.service.d/{link}.conf"));
+    }
+    let prefixes =
+        ["nipq-r@in", "nipq-r@", "nipq-@in", "nipq-@", "nipq-", "nipq", "nipa-b-", "nipa-", "nipx--", "nipx-"];
+    for (index, name) in prefixes.iter().enumerate() {
+        write(format!("{name}.service.d/{index}.conf"));
+        write(format!("{name}.service.d/same.conf"));
+        write(format!("{name}.service.d/.hidden.conf"));
+    }
+    let files = super::super::files::Root { usr: usr.path().to_owned(), ..Default::default() }.unit_files().unwrap();
+    for name in ["nipq-r@in", "nipa-b-c", "nipx--y", "nipt-", "nipl2", "nipg@y", "nipg@own", "nipg@x", "nipone@x"] {
+        let name = format!("{name}.service");
+        let output = std::process::Command::new("systemd-analyze")
+            .args(["verify", "--man=no", "--recursive-errors=no", &name])
+            .env("SYSTEMD_UNIT_PATH", &units)
+            .env("SYSTEMD_LOG_LEVEL", "debug")
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        let of_unit = said.split("-> Unit ").filter(|unit| unit.contains("Unit Load State: loaded"));
+        let paths = |unit: &str| {
+            let lines = unit.lines().filter_map(|line| line.trim().strip_prefix("DropIn Path: "));
+            Vec::from_iter(lines.map(|path| Path::new(path).strip_prefix(&units).unwrap().display().to_string()))
+        };
+        let theirs = of_unit.map(paths).max_by_key(Vec::len).unwrap_or_else(|| panic!("{name}: {output:?}"));
+        let ours = exec(&files, &name).into_iter().skip(1).map(|exec| exec.replace("/bin/true ", ""));
+        assert_eq!(ours.collect::<Vec<_>>(), theirs, "{name}");
+    }
 }

@@ -3,15 +3,20 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, ErrorKind};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use super::definition::{Entry, UnitDirectory, UnitFiles};
+use super::names::is_alias;
 
-/// Where unit files are, the directory that wins first: systemd.unit(5) without what generators write and what is
-/// transient.
+/// Masks from the kernel command line (`systemd.mask=`) are here. All other files here are those of generators.
+const EARLY: &str = "/run/systemd/generator.early";
+
+/// Directories with unit files, the one that wins first: systemd.unit(5) without transient units and without those of
+/// generators, except [`EARLY`].
 const DIRECTORIES: &[&str] = &[
     "/etc/systemd/system.control",
     "/run/systemd/system.control",
+    EARLY,
     "/etc/systemd/system",
     "/etc/systemd/system.attached",
     "/run/systemd/system",
@@ -20,7 +25,13 @@ const DIRECTORIES: &[&str] = &[
     "/usr/lib/systemd/system",
 ];
 
-/// Larger files are no unit files: systemd itself refuses them.
+/// The other directories of systemd's search path: a link into one of them is an alias.
+const OTHERS: &[&str] = &["/run/systemd/transient", "/run/systemd/generator", "/run/systemd/generator.late"];
+
+/// Links that are followed to the text of a file.
+const FOLLOWED: usize = 8;
+
+/// Larger files are not unit files: systemd itself refuses them.
 const MAX_BYTES: u64 = 4 << 20;
 
 /// Files below `/etc` that will be others after the merge: the place of the new version, or `None` for a removal.
@@ -63,7 +74,7 @@ impl Root {
         places.chain([self.usr.join("lib/systemd"), self.usr.join("lib64/systemd")]).filter_map(of).max()
     }
 
-    /// Where a path of that system is now. `/usr/local` is not the image's.
+    /// Returns where a path of that system is now. `/usr/local` does not belong to the image.
     fn place(&self, path: &Path) -> Option<PathBuf> {
         if let Ok(relative) = path.strip_prefix("/etc")
             && let Some(change) = self.etc.get(relative)
@@ -73,9 +84,7 @@ impl Root {
         if path.starts_with("/usr/local") {
             return Some(path.to_owned());
         }
-        // Merged: /lib is /usr/lib.
-        let below = if path.starts_with("/lib") { path.strip_prefix("/") } else { path.strip_prefix("/usr") };
-        Some(below.map_or_else(|_| path.to_owned(), |relative| self.usr.join(relative)))
+        Some(path.strip_prefix("/usr").map_or_else(|_| path.to_owned(), |relative| self.usr.join(relative)))
     }
 
     /// The names in a directory of that system.
@@ -121,55 +130,101 @@ impl Root {
     fn entry(&self, path: &Path, name: &str) -> io::Result<Option<Entry>> {
         let Some(place) = self.place(path) else { return Ok(None) };
         let Ok(metadata) = fs::symlink_metadata(&place) else { return Ok(None) };
-        if metadata.is_dir() {
-            let with_text = name.ends_with(".d");
-            if !with_text && ![".wants", ".requires", ".upholds"].iter().any(|suffix| name.ends_with(suffix)) {
-                return Ok(None);
-            }
-            let mut files = BTreeMap::new();
-            for file in self.list(path)? {
-                let place = self.place(&path.join(&file));
-                let text = match (with_text, place) {
-                    (_, None) => continue,
-                    (true, Some(_)) => self.text(&path.join(&file)),
-                    (false, Some(place)) => {
-                        let masked = fs::read_link(&place).is_ok_and(|to| to == Path::new("/dev/null"));
-                        (!masked).then(String::new)
-                    }
-                };
-                files.insert(file, text);
-            }
-            return Ok(Some(Entry::Directory(files)));
+        if path.starts_with(EARLY) {
+            return Ok(self.is_mask(path).then_some(Entry::Masked));
         }
-        if metadata.is_symlink() {
-            let Ok(target) = fs::read_link(&place) else { return Ok(None) };
-            let last = target.file_name().and_then(|last| last.to_str()).unwrap_or_default();
-            if target != Path::new("/dev/null") && last != name {
-                return Ok(Some(Entry::Alias(last.to_owned())));
-            }
+        if metadata.is_dir() {
+            return self.folder(path, name);
+        }
+        if let Some(target) = self.link(path)
+            && is_searched(&target)
+        {
+            let alias = target.file_name().and_then(|last| last.to_str());
+            // systemd ignores the others, and looks into the next directory.
+            return Ok(alias.filter(|alias| is_alias(name, alias)).map(|alias| Entry::Alias(alias.to_owned())));
         }
         Ok(Some(self.text(path).map_or(Entry::Masked, Entry::File)))
     }
 
-    /// The text of a file, through links. `None`: masked, empty, or none that can be read.
-    fn text(&self, path: &Path) -> Option<String> {
+    /// Reads a directory beside units: drop-ins with their text, or links that want units.
+    fn folder(&self, path: &Path, name: &str) -> io::Result<Option<Entry>> {
+        let drop_ins = name.ends_with(".d");
+        let wants = [".wants", ".requires", ".upholds"].iter().any(|suffix| name.ends_with(suffix));
+        if !drop_ins && !wants {
+            return Ok(None);
+        }
+        let mut files = BTreeMap::new();
+        for file in self.list(path)? {
+            let path = path.join(&file);
+            if self.place(&path).is_none() {
+                continue;
+            }
+            if drop_ins {
+                files.insert(file, self.text(&path));
+            } else if self.is_mask(&path) {
+                files.insert(file, None);
+            } else if self.link(&path).is_some() {
+                files.insert(file, Some(String::new()));
+            }
+        }
+        Ok(Some(Entry::Directory(files)))
+    }
+
+    /// Returns where a link leads, by the paths of that system; `None` for another kind of file.
+    fn link(&self, path: &Path) -> Option<PathBuf> {
+        let target = fs::read_link(self.place(path)?).ok()?;
+        Some(normal(&path.parent()?.join(target)))
+    }
+
+    /// Follows links to the place of a file; `None` if there are too many.
+    fn follow(&self, path: &Path) -> Option<PathBuf> {
         let mut path = path.to_owned();
-        for _ in 0..8 {
-            let place = self.place(&path)?;
-            match fs::read_link(&place) {
-                // Absolute ones are looked up in that system, not in this one.
-                Ok(target) => path = path.parent()?.join(target),
-                Err(_) => {
-                    let metadata = fs::metadata(&place).ok()?;
-                    if !metadata.is_file() || metadata.len() == 0 || metadata.len() > MAX_BYTES {
-                        return None;
-                    }
-                    return fs::read(&place).ok().map(|text| String::from_utf8_lossy(&text).into_owned());
-                }
+        for _ in 0..FOLLOWED {
+            match self.link(&path) {
+                Some(target) => path = target,
+                None => return self.place(&path),
             }
         }
         None
     }
+
+    /// Returns true for what systemd takes for a mask: an empty file or a device, also through links.
+    fn is_mask(&self, path: &Path) -> bool {
+        let metadata = self.follow(path).and_then(|place| fs::metadata(place).ok());
+        metadata.is_some_and(|metadata| match metadata.is_file() {
+            true => metadata.len() == 0,
+            false => !metadata.is_dir(),
+        })
+    }
+
+    /// Returns the text of a file, through links; `None` if it is masked, empty or unreadable.
+    fn text(&self, path: &Path) -> Option<String> {
+        let place = self.follow(path)?;
+        let metadata = fs::metadata(&place).ok()?;
+        if !metadata.is_file() || metadata.len() == 0 || metadata.len() > MAX_BYTES {
+            return None;
+        }
+        fs::read(&place).ok().map(|text| String::from_utf8_lossy(&text).into_owned())
+    }
+}
+
+/// Removes `.` and `..`, and the directories at the root that are links into `/usr`.
+fn normal(path: &Path) -> PathBuf {
+    let mut normal = PathBuf::from("/");
+    for component in path.components() {
+        match component {
+            Component::ParentDir => drop(normal.pop()),
+            Component::Normal(name) if name == "lib" && normal == Path::new("/") => normal.push("usr/lib"),
+            Component::Normal(name) => normal.push(name),
+            Component::RootDir | Component::CurDir | Component::Prefix(_) => {}
+        }
+    }
+    normal
+}
+
+/// Returns true if a path is below a directory of systemd's search path.
+fn is_searched(path: &Path) -> bool {
+    DIRECTORIES.iter().chain(OTHERS).any(|dir| path.starts_with(dir))
 }
 
 /// The release in the name of systemd's shared library: `libsystemd-shared-252.so`, `libsystemd-shared-255.4-1.fc40.so`.
@@ -265,6 +320,66 @@ mod tests {
         assert_eq!(wanted, ["nip-test-a.service", "nip-test-b.service", "nip-test-c.service", "nip-test.target"]);
     }
 
+    /// Links in `/etc/systemd/system` of a system that is not in place, by what they lead to.
+    #[test]
+    fn links_are_masks_aliases_or_files_of_their_own() {
+        let temp = tempfile::tempdir().unwrap();
+        let (usr, new_etc) = (temp.path().join("usr"), temp.path().join("etc"));
+        put(&usr, "lib/systemd/system/nip-test.service", "[Service]\nExecStart=/a\n");
+        put(&usr, "share/nip/other.service", "[Service]\nExecStart=/b\n");
+        put(&usr, "share/nip/empty", "");
+        symlink("/dev/null", usr.join("share/nip/null")).unwrap();
+        let text = |exec: &str| Some(Entry::File(format!("[Service]\nExecStart={exec}\n")));
+        let alias = || Some(Entry::Alias("nip-test.service".into()));
+        let rows = [
+            ("/dev/null", Some(Entry::Masked)),
+            ("../../../dev/null", Some(Entry::Masked)),
+            ("/usr/share/nip/null", Some(Entry::Masked)),
+            ("../../../usr/share/nip/empty", Some(Entry::Masked)),
+            ("/usr/lib/systemd/system/nip-test.service", alias()),
+            ("/lib/systemd/system/nip-test.service", alias()),
+            ("nip-test.service", alias()),
+            ("/run/systemd/generator/nip-test.service", alias()),
+            ("/usr/share/nip/other.service", text("/b")),
+            ("../../../usr/share/nip/../nip/other.service", text("/b")),
+            ("nip-test.socket", None),
+            ("nip-test@.service", None),
+        ];
+        fs::create_dir_all(new_etc.join("systemd/system")).unwrap();
+        let name = |index: usize| format!("nip-link-{index}.service");
+        let etc = rows.iter().enumerate().map(|(index, (target, _))| {
+            let path = Path::new("systemd/system").join(name(index));
+            symlink(target, new_etc.join(&path)).unwrap();
+            (path.clone(), Some(new_etc.join(path)))
+        });
+        let root = Root { etc: etc.collect(), usr };
+        let files = root.unit_files().unwrap();
+        let etc = files.0.iter().find(|dir| dir.path == "/etc/systemd/system").unwrap();
+        for (index, (target, expected)) in rows.iter().enumerate() {
+            assert_eq!(etc.entries.get(&name(index)), expected.as_ref(), "{target}");
+        }
+    }
+
+    #[test]
+    fn only_links_want_units() {
+        let temp = tempfile::tempdir().unwrap();
+        let folder = "lib/systemd/system/nip-test.target.wants";
+        put(temp.path(), &format!("{folder}/regular.service"), "x");
+        put(temp.path(), &format!("{folder}/empty.service"), "");
+        for (name, target) in
+            [("null", "/dev/null"), ("relative", "../../../../../dev/null"), ("wanted", "../wanted.service")]
+        {
+            symlink(target, temp.path().join(folder).join(format!("{name}.service"))).unwrap();
+        }
+        let files = Root { usr: temp.path().to_owned(), ..Root::default() }.unit_files().unwrap();
+        let found = files.0.iter().find_map(|dir| dir.entries.get("nip-test.target.wants"));
+        let Some(Entry::Directory(found)) = found else { panic!("{found:?}") };
+        let found: Vec<_> = found.iter().map(|(name, link)| (name.as_str(), link.is_some())).collect();
+        let expected =
+            [("empty.service", false), ("null.service", false), ("relative.service", false), ("wanted.service", true)];
+        assert_eq!(found, expected);
+    }
+
     /// Those that systemd itself has, in its order.
     #[test]
     fn directories() {
@@ -272,8 +387,7 @@ mod tests {
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         let paths = String::from_utf8(output.stdout).unwrap();
         // /lib is /usr/lib.
-        let others = ["/lib/", "/run/systemd/generator", "/run/systemd/transient"];
-        let paths: Vec<_> = paths.lines().filter(|path| !others.iter().any(|other| path.starts_with(other))).collect();
+        let paths: Vec<_> = paths.lines().filter(|path| !path.starts_with("/lib/") && !OTHERS.contains(path)).collect();
         assert_eq!(paths, DIRECTORIES);
     }
 

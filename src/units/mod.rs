@@ -11,11 +11,13 @@ mod files;
 mod guard;
 mod links;
 mod manager;
+mod names;
 mod plan;
 mod policy;
 mod private;
 mod processes;
 mod running;
+mod syntax;
 
 pub use action::{Action, Class, How, Verb};
 pub use definition::{Definition, Entry, Settings, UnitDirectory, UnitFiles};

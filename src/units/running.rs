@@ -5,13 +5,14 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use super::definition::{Definition, UnitFiles, is_true};
+use super::definition::{Definition, UnitFiles};
 use super::difference::{Difference, KEY, compare};
 use super::files::release_of;
 use super::manager::Unit;
 use super::plan::LOGIND;
 use super::policy::Wish;
 use super::processes::{Differs, Version, mapped_below, processes};
+use super::syntax::is_true;
 use super::{Manager, Refusal, UnitState};
 
 /// Definitions by the name of the unit.
@@ -241,22 +242,6 @@ pub async fn active_fragments(manager: &Manager) -> Result<Vec<(String, PathBuf)
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn words_for_true() {
-        for (word, expected) in [
-            ("1", true),
-            ("Yes", true),
-            ("y", true),
-            ("true", true),
-            ("t", true),
-            ("ON", true),
-            ("no", false),
-            ("", false),
-        ] {
-            assert_eq!(is_true(word), expected, "{word}");
-        }
-    }
 
     #[test]
     fn another_release_of_systemd() {

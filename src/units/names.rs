@@ -1,0 +1,163 @@
+//! Names of units: templates and instances, the directories that belong to a name, aliases, specifiers. Pure.
+//!
+//! Source of the rules: systemd.unit(5), and what `systemd-analyze verify` of systemd 252 reports.
+
+/// The three kinds of names that systemd tells apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind<'a> {
+    /// `ssh.service`.
+    Plain,
+    /// `getty@.service`.
+    Template,
+    /// `getty@tty1.service`, with its instance.
+    Instance(&'a str),
+}
+
+/// Splits `getty@tty1.service` into `("getty", "tty1", "service")`; `None` for a name without `@`.
+pub(super) fn template_of(name: &str) -> Option<(&str, &str, &str)> {
+    let (stem, rest) = name.split_once('@')?;
+    let (instance, suffix) = rest.rsplit_once('.')?;
+    Some((stem, instance, suffix))
+}
+
+fn kind(name: &str) -> Kind<'_> {
+    match template_of(name) {
+        None => Kind::Plain,
+        Some((_, "", _)) => Kind::Template,
+        Some((_, instance, _)) => Kind::Instance(instance),
+    }
+}
+
+/// The template of an instance: `getty@.service` of `getty@tty1.service`.
+pub(super) fn template(name: &str) -> Option<String> {
+    let (stem, _, suffix) = template_of(name).filter(|(_, instance, _)| !instance.is_empty())?;
+    Some(format!("{stem}@.{suffix}"))
+}
+
+/// Puts the instance of `of` into `name` if `name` is a template and `of` an instance.
+pub(super) fn with_instance(name: &str, of: &str) -> String {
+    match (template_of(name), kind(of)) {
+        (Some((stem, "", suffix)), Kind::Instance(instance)) => format!("{stem}@{instance}.{suffix}"),
+        _ => name.to_owned(),
+    }
+}
+
+/// Returns true if systemd accepts a link called `link` as an alias of `target`.
+pub(super) fn is_alias(link: &str, target: &str) -> bool {
+    let same_suffix = match (link.rsplit_once('.'), target.rsplit_once('.')) {
+        (Some((_, ours)), Some((_, theirs))) => ours == theirs,
+        _ => false,
+    };
+    let kinds = match (kind(link), kind(target)) {
+        (Kind::Plain, Kind::Plain | Kind::Instance(_))
+        | (Kind::Template, Kind::Template)
+        | (Kind::Instance(_), Kind::Template) => true,
+        (Kind::Instance(ours), Kind::Instance(theirs)) => ours == theirs,
+        _ => false,
+    };
+    same_suffix && kinds && link != target
+}
+
+/// The names whose `.d`, `.wants` and `.requires` directories belong to `name`, the most specific first: itself, its
+/// template, and their prefixes that end in a dash.
+pub(super) fn folders(name: &str) -> Vec<String> {
+    let mut found = vec![name.to_owned()];
+    found.extend(template(name).iter().flat_map(|template| folders(template)));
+    found.extend(dashed(name).iter().flat_map(|prefix| folders(prefix)));
+    found
+}
+
+/// The next shorter name that ends in a dash: `foo-.service` of `foo-bar.service`, `foo-@x.service` of
+/// `foo-bar@x.service`. That of a template has no `@`.
+fn dashed(name: &str) -> Option<String> {
+    let (stem, suffix) = name.rsplit_once('.')?;
+    let (stem, instance) = stem.split_once('@').unwrap_or((stem, ""));
+    let at = stem.strip_suffix('-').unwrap_or(stem).rfind('-')?;
+    let separator = if instance.is_empty() { "" } else { "@" };
+    Some(format!("{}{separator}{instance}.{suffix}", &stem[..=at]))
+}
+
+/// Resolves a name in a dependency of `unit`: specifiers, then the instance of a template, which is that of `unit` or
+/// its prefix. `None` for a specifier that depends on the machine, or that systemd refuses here.
+pub(super) fn dependency(name: &str, unit: &str) -> Option<String> {
+    let stem = unit.rsplit_once('.').map_or(unit, |(stem, _)| stem);
+    let (prefix, instance) = stem.split_once('@').unwrap_or((stem, ""));
+    let mut resolved = String::new();
+    let mut letters = name.chars();
+    while let Some(letter) = letters.next() {
+        match letter {
+            '%' => resolved.push_str(match letters.next()? {
+                'n' => unit,
+                'N' => stem,
+                'p' => prefix,
+                'i' => instance,
+                'j' => prefix.rsplit('-').next()?,
+                '%' => "%",
+                _ => return None,
+            }),
+            letter => resolved.push(letter),
+        }
+    }
+    Some(match (template_of(&resolved), instance) {
+        (Some((stem, "", suffix)), "") => format!("{stem}@{prefix}.{suffix}"),
+        _ => with_instance(&resolved, unit),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn directories_of_a_name_are_in_systemds_order() {
+        for (name, expected) in [
+            ("a.service", &["a.service"] as &[&str]),
+            ("a-b-c.service", &["a-b-c.service", "a-b-.service", "a-.service"]),
+            ("x--y.service", &["x--y.service", "x--.service", "x-.service"]),
+            ("tr-.service", &["tr-.service"]),
+            ("a@.service", &["a@.service"]),
+            ("a-b@i.service", &["a-b@i.service", "a-b@.service", "a-.service", "a-@i.service", "a-@.service"]),
+        ] {
+            assert_eq!(folders(name), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn links_that_are_aliases() {
+        for (link, target, expected) in [
+            ("a.service", "b.service", true),
+            ("a@.service", "b@.service", true),
+            ("a@x.service", "b@x.service", true),
+            ("a@x.service", "b@.service", true),
+            ("a.service", "b@x.service", true),
+            ("a.service", "a.service", false),
+            ("a.service", "b.socket", false),
+            ("a.service", "b@.service", false),
+            ("a@.service", "b.service", false),
+            ("a@.service", "b@x.service", false),
+            ("a@x.service", "b@y.service", false),
+            ("a.service", "b", false),
+        ] {
+            assert_eq!(is_alias(link, target), expected, "{link} -> {target}");
+        }
+    }
+
+    #[test]
+    fn dependencies_are_resolved_for_the_unit() {
+        for (name, unit, expected) in [
+            ("a.service", "u.service", Some("a.service")),
+            ("a@.service", "u-v.service", Some("a@u-v.service")),
+            ("a@.service", "u-v@i.service", Some("a@i.service")),
+            ("a@x.service", "u@i.service", Some("a@x.service")),
+            ("a@%i.service", "u@i.service", Some("a@i.service")),
+            ("a@%i.service", "u.service", Some("a@u.service")),
+            ("%p-%j-%N.socket", "u-v@i.service", Some("u-v-v-u-v@i.socket")),
+            ("%n", "u@i.service", Some("u@i.service")),
+            ("a%%.service", "u.service", Some("a%.service")),
+            ("a-%H.service", "u.service", None),
+            ("a%", "u.service", None),
+        ] {
+            assert_eq!(dependency(name, unit).as_deref(), expected, "{name} in {unit}");
+        }
+    }
+}
