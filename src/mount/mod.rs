@@ -18,7 +18,9 @@ mod view;
 pub(crate) mod testing;
 
 pub use namespace::Namespace;
-pub use table::{Exposure, Mount, exposure, holding, mounts_below, overlay_stack, parse, writable_overlay};
+pub use table::{
+    Exposure, Mount, exposure, holding, mounted_on, mounts_below, overlay_stack, parse, top, writable_overlay,
+};
 pub use tmpfs::{TmpfsUse, tmpfs, tmpfs_label, tmpfs_used};
 pub use tree::{DetachedTree, overlay_fits, overlay_support};
 pub use trial::{Ended, Trial, run, trial};

@@ -13,6 +13,8 @@ pub struct Mount {
     pub parent: u64,
     /// Where it is mounted, unescaped.
     pub target: PathBuf,
+    /// True if this mount cannot be written, whatever its file system allows.
+    pub read_only: bool,
     /// The file system type, for example `overlay`.
     pub fstype: String,
     /// The mount source, unescaped: a device, or any word that the mounter chose.
@@ -43,7 +45,8 @@ fn parse_line(line: &[u8]) -> Option<Mount> {
     let id = number(fields.next()?)?;
     let parent = number(fields.next()?)?;
     let target = fields.nth(2)?;
-    // Mount options, then any number of optional fields, up to the lone dash.
+    let read_only = has_option(fields.next()?, |option| option == b"ro");
+    // Any number of optional fields, up to the lone dash.
     fields.by_ref().find(|field| *field == b"-")?;
     let fstype = fields.next()?;
     let source = fields.next()?;
@@ -52,10 +55,16 @@ fn parse_line(line: &[u8]) -> Option<Mount> {
         id,
         parent,
         target: PathBuf::from(OsString::from_vec(unescape(target))),
+        read_only,
         fstype: String::from_utf8_lossy(fstype).into_owned(),
         source: OsString::from_vec(unescape(source)),
         super_options: OsString::from_vec(super_options.to_vec()),
     })
+}
+
+/// Returns true if one of the comma-separated `options` is `wanted`.
+fn has_option(options: &[u8], wanted: impl Fn(&[u8]) -> bool) -> bool {
+    options.split(|byte| *byte == b',').any(wanted)
 }
 
 fn number(field: &[u8]) -> Option<u64> {
@@ -94,7 +103,7 @@ pub fn exposure(mounts: &[Mount], target: &Path, source: &str) -> Exposure {
 }
 
 /// The mount that a lookup of exactly `target` finds, if `target` is a mount point.
-pub(super) fn top<'a>(mounts: &'a [Mount], target: &Path) -> Option<&'a Mount> {
+pub fn top<'a>(mounts: &'a [Mount], target: &Path) -> Option<&'a Mount> {
     let stack = || mounts.iter().filter(|mount| mount.target == target);
     // Neither ids nor the order of lines say what is on top (a tree that was built detached has an
     // old id); being nobody's parent at the same place does.
@@ -143,12 +152,34 @@ fn stack_of(mounts: &[Mount], path: &Path, visited: &mut Vec<u64>) -> Vec<String
     std::iter::once(mount.source.to_string_lossy().into_owned()).chain(deepest).collect()
 }
 
-/// The name of the overlay that is mounted at exactly `path` and takes changes, if there is one: somebody made
-/// `path` writable.
+/// Returns the source of the overlay that makes `path` writable, if there is one: an overlay with an upper layer that is
+/// mounted at `path`, or one that holds `path` and is itself mounted read-write.
 pub fn writable_overlay(mounts: &[Mount], path: &Path) -> Option<String> {
-    let mount = top(mounts, path).filter(|mount| mount.fstype == "overlay")?;
-    let mut options = mount.super_options.as_bytes().split(|byte| *byte == b',');
-    options.any(|option| option.starts_with(b"upperdir=")).then(|| mount.source.to_string_lossy().into_owned())
+    let mount = holding(mounts, path).filter(|mount| mount.fstype == "overlay")?;
+    let has_upper = has_option(mount.super_options.as_bytes(), |option| option.starts_with(b"upperdir="));
+    let writable = has_upper && (mount.target == path || !mount.read_only);
+    writable.then(|| mount.source.to_string_lossy().into_owned())
+}
+
+/// Returns the mount points that would disappear together with the mount named `source` at `target`: those that were
+/// mounted on it, directly or on each other, after it appeared.
+pub fn mounted_on(mounts: &[Mount], target: &Path, source: &str) -> Vec<PathBuf> {
+    let ours = mounts.iter().filter(|mount| mount.target == target && mount.source == source);
+    let mut on: Vec<u64> = ours.map(|mount| mount.id).collect();
+    let mut found = Vec::new();
+    let mut next = 0;
+    while let Some(&parent) = on.get(next) {
+        next += 1;
+        for mount in mounts.iter().filter(|mount| mount.parent == parent) {
+            if !on.contains(&mount.id) {
+                on.push(mount.id);
+                found.push(mount.target.clone());
+            }
+        }
+    }
+    found.sort();
+    found.dedup();
+    found
 }
 
 fn lower_dirs(options: &OsString) -> Vec<PathBuf> {
@@ -216,6 +247,42 @@ nonsense\n";
     fn mounts_below_are_by_component() {
         let mounts = live_with("30 23 0:50 / /usr/share/oem ro - ext4 x ro\n31 22 0:52 / /usrlocal ro - ext4 x ro\n");
         assert_eq!(mounts_below(&mounts, Path::new("/usr")), [PathBuf::from("/usr/share/oem")]);
+    }
+
+    #[test]
+    fn a_mount_on_a_mount_of_ours_goes_with_it() {
+        let mounts = live_with(
+            "60 23 0:60 / /usr ro - overlay ours ro\n61 60 0:61 / /usr/share rw - tmpfs a rw\n\
+             62 61 0:62 / /usr/share/x rw - tmpfs b rw\n63 23 0:63 / /usr/local rw - tmpfs hidden rw\n",
+        );
+        let on = |source| mounted_on(&mounts, Path::new("/usr"), source);
+        assert_eq!(on("ours"), [PathBuf::from("/usr/share"), PathBuf::from("/usr/share/x")]);
+        assert_eq!(on("absent"), [PathBuf::new(); 0]);
+        let covered = live_with("60 23 0:60 / /usr ro - overlay ours ro\n61 60 0:61 / /usr ro - overlay sysext ro\n");
+        assert_eq!(mounted_on(&covered, Path::new("/usr"), "ours"), [PathBuf::from("/usr")]);
+    }
+
+    #[test]
+    fn a_writable_usr_is_found_wherever_the_overlay_is_mounted() {
+        const UPPER: &str = "overlay name rw,lowerdir=l,upperdir=u,workdir=w";
+        const NO_UPPER: &str = "overlay name ro,lowerdir=l:m";
+        for (line, expected) in [
+            (format!("60 23 0:60 / /usr rw - {UPPER}"), true),
+            (format!("60 23 0:60 / /usr ro,relatime - {UPPER}"), true),
+            (format!("60 1 0:60 / / rw,relatime shared:1 - {UPPER}"), true),
+            (format!("60 1 0:60 / / ro,relatime - {UPPER}"), false),
+            (format!("60 1 0:60 / / ro - {NO_UPPER}"), false),
+            (format!("60 22 0:60 / /etc rw - {UPPER}"), false),
+            ("60 22 0:60 / /usr rw - ext4 name rw,upperdir=u".to_owned(), false),
+        ] {
+            // Nothing but the line: the root of a composefs system holds /usr.
+            let mounts = parse(format!("{line}\n").as_bytes());
+            let found = writable_overlay(&mounts, Path::new("/usr"));
+            assert_eq!(found, expected.then(|| "name".to_owned()), "{line}");
+        }
+        // A /usr that is a mount of its own, as with a plain ostree root, is not the root's.
+        let root = "60 1 0:60 / / rw - overlay name rw,lowerdir=l,upperdir=u\n61 60 7:0 /usr /usr ro - squashfs x ro\n";
+        assert_eq!(writable_overlay(&parse(root.as_bytes()), Path::new("/usr")), None);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use rustix::fs::{Mode, OFlags, ResolveFlags, StatVfsMountFlags};
@@ -43,15 +43,21 @@ pub enum Refusal {
     /// The kernel refuses the overlay for a reason of its own.
     #[error("the kernel cannot lay an overlay over /usr: {0}; use a bootimage with /usr on another file system")]
     NotStackable(String),
-    /// Somebody made `/usr` writable.
+    /// `/usr` is on an overlay with an upper layer.
     #[error(
-        "/usr was made writable ({source_name}), so nobody can tell what is in it; reboot without `ostree admin unlock` \
-         (`bootc usr-overlay`, `rpm-ostree usroverlay`)"
+        "cannot tell what /usr holds: the overlay {source_name:?} makes it writable; reboot without `ostree admin unlock` \
+         (`bootc usr-overlay`, `rpm-ostree usroverlay`) and without `transient = true` under [root] in \
+         /etc/ostree/prepare-root.conf"
     )]
     Unlocked {
-        /// What mount tables call it.
+        /// Source in the mount table.
         source_name: String,
     },
+    /// The booted kernel's modules are on a mount that the switch would hide.
+    #[error(
+        "cannot keep the modules of the running kernel: {0} is a mount point, which the new /usr would hide; unmount it"
+    )]
+    ModulesMounted(String),
     /// Something every node image has is missing from this one.
     #[error("the node image lacks /usr/{path}, which every bootable system has; use another node image")]
     Missing {
@@ -110,8 +116,10 @@ pub enum Refusal {
 
 fn too_deep_remedy(layers: &[String]) -> &'static str {
     match layers.first().map(String::as_str) {
-        Some("sysext") => "undo `systemd-sysext merge` (systemd-sysext unmerge), and merge again afterwards",
-        _ => "undo whatever mounted the topmost one, or use a bootimage without it",
+        Some("sysext") => {
+            "run `systemd-sysext unmerge`; the extensions cannot be merged again as long as the node image's /usr is in place"
+        }
+        _ => "unmount the topmost one, or use a bootimage without it",
     }
 }
 
@@ -144,6 +152,7 @@ pub fn check_system(mounts: &[Mount], usr: &Path, etc: &Path) -> Vec<Refusal> {
         refusals.extend(mount::overlay_fits(usr).err().map(|error| Refusal::NotStackable(format!("{error:#}"))));
     }
     refusals.extend(of_usr);
+    refusals.extend(check_modules(mounts, usr));
     if rustix::fs::statvfs(etc).is_ok_and(|stat| stat.f_flag.contains(StatVfsMountFlags::RDONLY)) {
         refusals.push(Refusal::EtcReadOnly);
     }
@@ -174,7 +183,16 @@ fn check_stack(mounts: &[Mount], usr: &Path) -> Option<Refusal> {
     (layers.len() > 1).then_some(Refusal::TooDeep { layers })
 }
 
-/// What is no reason to refuse, but to know of: a line each.
+/// Refuses a mount over the kernel modules, at, above or below their directory: an overlay leaves out the mounts that are
+/// on its layers.
+fn check_modules(mounts: &[Mount], usr: &Path) -> Option<Refusal> {
+    let modules = usr.join("lib/modules");
+    let hides = |target: &&PathBuf| target.starts_with(&modules) || modules.starts_with(target);
+    let below = mount::mounts_below(mounts, usr);
+    below.iter().find(hides).map(|target| Refusal::ModulesMounted(target.display().to_string()))
+}
+
+/// Returns what the caller should know and what is not a reason to refuse, a line each.
 pub fn warnings(mounts: &[Mount], usr: &Path) -> Vec<String> {
     let mut warnings: Vec<String> = mount::mounts_below(mounts, usr)
         .iter()
@@ -182,9 +200,16 @@ pub fn warnings(mounts: &[Mount], usr: &Path) -> Vec<String> {
             format!("{} is a mount point and is hidden by the new {} until an undo", hidden.display(), usr.display())
         })
         .collect();
-    if mount::overlay_stack(mounts, usr).first().is_some_and(|source| source == "sysext") {
+    let stack = mount::overlay_stack(mounts, usr);
+    if stack.first().is_some_and(|source| source == "sysext") {
         warnings
             .push("system extensions are merged on /usr: they show through what the node image does not have".into());
+    }
+    if let Some(source) = stack.first() {
+        warnings.push(format!(
+            "the booted /usr is on an overlay ({source}): with the node image's /usr over it, the kernel accepts no further \
+             overlay there (systemd-sysext merge, bootc usr-overlay, podman -v /usr/…:O) until an undo"
+        ));
     }
     warnings
 }

@@ -12,6 +12,34 @@ const SYSEXT: &str = "60 23 0:60 / /usr ro - overlay sysext ro,lowerdir=/run/x:/
 const SYSEXT_ON_PLAIN: &str = "60 22 0:60 / /usr ro - overlay sysext ro,lowerdir=/run/x:/usr\n";
 const UNLOCKED: &str = "60 22 0:60 / /usr rw - overlay overlay rw,lowerdir=usr,upperdir=/var/o/u,workdir=/var/o/w\n";
 
+const TRANSIENT_ROOT: &str =
+    "60 22 0:60 / / rw - overlay composefs rw,lowerdir+=/run/gone,upperdir=/run/u,workdir=/run/w\n";
+
+#[test]
+fn a_mount_over_the_modules_is_refused() {
+    for (target, refused) in [
+        ("/usr/lib/modules", true),
+        ("/usr/lib/modules/6.12/extra", true),
+        ("/usr/lib", true),
+        ("/usr/lib/modules-load.d", false),
+        ("/usr/share", false),
+        ("/lib/modules", false),
+    ] {
+        let refusal =
+            check_modules(&mounts(&format!("70 22 8:1 / {target} ro - ext4 /dev/sda ro\n")), Path::new("/usr"));
+        assert_eq!(refusal.is_some(), refused, "{target}");
+        assert!(refusal.is_none_or(|refusal| refusal.to_string().contains(&format!("{target} is a mount point"))));
+    }
+}
+
+#[test]
+fn a_stack_that_is_full_after_the_switch_is_warned_of() {
+    let of = |lines: &str| warnings(&mounts(lines), Path::new("/usr"));
+    assert_eq!(of(""), [""; 0]);
+    let composefs = of(COMPOSEFS);
+    assert!(composefs.len() == 1 && composefs[0].contains("on an overlay (composefs)"), "{composefs:?}");
+}
+
 #[test]
 fn kernels() {
     let of = check_kernel;
@@ -36,19 +64,21 @@ fn what_usr_is_made_of() {
     assert!(both.contains("2 stacked overlays (sysext over composefs)"), "{both}");
     assert!(both.contains("systemd-sysext unmerge"), "{both}");
     let other = refusal(&format!("{COMPOSEFS}{}", SYSEXT.replace("sysext", "mine"))).unwrap_or_default();
-    assert!(other.contains("(mine over composefs)") && other.contains("undo whatever mounted"), "{other}");
-    let unlocked = refusal(UNLOCKED).unwrap_or_default();
-    assert!(unlocked.contains("ostree admin unlock"), "{unlocked}");
+    assert!(other.contains("(mine over composefs)") && other.contains("unmount the topmost one"), "{other}");
+    assert!(both.contains("cannot be merged again"), "{both}");
+    for lines in [UNLOCKED, TRANSIENT_ROOT] {
+        let unlocked = refusal(lines).unwrap_or_default();
+        assert!(unlocked.contains("ostree admin unlock") && unlocked.contains("transient = true"), "{unlocked}");
+    }
     assert_eq!(check_stack(&mounts(UNLOCKED), Path::new("/etc")), None);
 }
 
 #[test]
 fn hidden_mounts_and_extensions_are_warned_of() {
     let usr = Path::new("/usr");
-    assert_eq!(warnings(&mounts(COMPOSEFS), usr), [""; 0]);
     let lines = format!("{SYSEXT_ON_PLAIN}70 60 8:1 / /usr/share/oem ro - ext4 /dev/sda ro\n");
     let warnings = warnings(&mounts(&lines), usr);
-    assert_eq!(warnings.len(), 2, "{warnings:?}");
+    assert_eq!(warnings.len(), 3, "{warnings:?}");
     assert!(warnings[0].starts_with("/usr/share/oem is a mount point and is hidden"), "{warnings:?}");
     assert!(warnings[1].contains("system extensions"), "{warnings:?}");
 }
