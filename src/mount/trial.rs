@@ -13,6 +13,7 @@ use nix::sched::CloneFlags;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use rustix::fs::{CWD, MemfdFlags, Mode, OFlags, XattrFlags};
+use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags, fsconfig_create,
     fsconfig_set_string,
@@ -20,6 +21,9 @@ use rustix::mount::{
 
 use super::DetachedTree;
 use crate::failpoint::{self, Point};
+
+/// The longest that a copy of `/etc` may take.
+const COPY: Duration = Duration::from_secs(60);
 
 /// How a program of the new tree ended.
 #[derive(Debug)]
@@ -43,9 +47,9 @@ pub struct Trial {
 /// Lets `act` run programs with `tree` as `/usr` in a private mount namespace: nobody else sees the tree,
 /// and the running system keeps its own.
 ///
-/// `/etc` is an overlay of the running one, to which `merge_etc` is applied first: it gets the directory
-/// and a scratch directory for its records. Where that is not possible (the running `/etc` may be an overlay
-/// of overlays already), [`Trial::etc_unmerged`] says why, and programs see the running `/etc`.
+/// `/etc` is an overlay of the running one, or a copy where the kernel stacks no further overlay, to which `merge_etc` is
+/// applied first: it gets the directory and a scratch directory for its records. Where that is not possible,
+/// [`Trial::etc_unmerged`] says why, and programs see the running `/etc`.
 ///
 /// # Errors
 /// When the namespace cannot be made, and those of `act`. Nothing outside of it is touched in any case.
@@ -96,12 +100,33 @@ fn private_etc(merge: &(dyn Fn(BorrowedFd<'_>, &Path) -> Result<()> + Sync)) -> 
     }
     // The overlay's root has the label of its upper layer.
     set_label("/var/upper", label_of("/etc").as_deref());
-    let overlay = overlay_of_etc().context("laying an overlay over /etc")?;
+    let view = match overlay_of_etc() {
+        // With a transient /etc it is an overlay of an overlay itself.
+        Err(Errno::INVAL) => copy_of_etc().context("copying /etc")?,
+        other => other.context("laying an overlay over /etc")?,
+    };
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let root = rustix::fs::openat(&overlay, ".", flags, Mode::empty()).context("opening the overlay of /etc")?;
+    let root = rustix::fs::openat(&view, ".", flags, Mode::empty()).context("opening the view of /etc")?;
     failpoint::rehearse(|| merge(root.as_fd(), records)).context("merging /etc")?;
-    rustix::mount::move_mount(&overlay, "", CWD, "/etc", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
-        .context("mounting the overlay of /etc")
+    rustix::mount::move_mount(&view, "", CWD, "/etc", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+        .context("mounting the view of /etc")
+}
+
+/// Returns a tmpfs with a copy of `/etc`, without what is mounted below it.
+fn copy_of_etc() -> Result<OwnedFd> {
+    let fs = rustix::mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).context("fsopen(tmpfs)")?;
+    fsconfig_set_string(&fs, "source", "trial").context("naming the tmpfs")?;
+    fsconfig_create(&fs).context("creating the tmpfs")?;
+    let view = rustix::mount::fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::MOUNT_ATTR_NODEV)
+        .context("making a mount of the tmpfs")?;
+    let (from, to) = ("/etc/.", Path::new("/var/copy"));
+    std::fs::create_dir(to).context("making a mount point")?;
+    rustix::mount::move_mount(&view, "", CWD, to, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+        .context("mounting the tmpfs")?;
+    // All attributes, labels included; a socket or a device node is copied as such.
+    let ended = run(&["/usr/bin/cp", "-a", "-x", from, "/var/copy/"], COPY)?;
+    ensure!(ended.status.success(), "cp: {}: {}", ended.status, ended.stderr.trim());
+    Ok(view)
 }
 
 /// The security label, if there is one: a confined program under trial may do only what it may do at its place.
@@ -256,5 +281,61 @@ mod tests {
             assert_eq!(here().mounts().unwrap(), before);
             assert!(!Path::new("/usr/bin/only-in-the-new-tree").exists());
         });
+    }
+
+    /// As with a transient `/etc` on a composefs root: the kernel stacks no further overlay.
+    #[test]
+    fn an_etc_that_takes_no_overlay_is_copied() {
+        private(|scratch| {
+            let dir = |name: &str| {
+                let path = scratch.join(name);
+                fs::create_dir(&path).unwrap();
+                path
+            };
+            let empty = dir("empty");
+            for name in ["first", "second"] {
+                let place = dir(name);
+                DetachedTree::overlay(&[&empty, Path::new("/etc")], "nip:etc")
+                    .unwrap()
+                    .expose_in(&here(), &place)
+                    .unwrap();
+                rustix::mount::mount_bind(&place, "/etc").unwrap();
+            }
+            assert_eq!(overlay_of_etc_in_a_scratch_var(), Some(Errno::INVAL), "the premise");
+            let merge = |etc: BorrowedFd<'_>, _: &Path| -> Result<()> {
+                let flags = OFlags::WRONLY | OFlags::CREATE;
+                File::from(rustix::fs::openat(etc, "trial", flags, Mode::RUSR)?).write_all(b"merged")?;
+                Ok(())
+            };
+            let top = dir("top");
+            let tree = DetachedTree::overlay(&[&top, Path::new("/usr")], "nip:test").unwrap();
+            trial(&tree, &merge, |trial| {
+                assert_eq!(trial.etc_unmerged, None);
+                let script = "cat /etc/trial; stat -c %a /etc/shadow; test -s /etc/passwd";
+                let ended = trial.run(&["/usr/bin/sh", "-c", script], Duration::from_secs(10)).unwrap();
+                let mode = fs::metadata("/etc/shadow").unwrap().permissions().mode() & 0o7777;
+                assert_eq!(
+                    (ended.status.success(), ended.stdout),
+                    (true, format!("merged{mode:o}\n")),
+                    "{}",
+                    ended.stderr
+                );
+            })
+            .unwrap();
+            assert!(!Path::new("/etc/trial").exists());
+        });
+    }
+
+    fn overlay_of_etc_in_a_scratch_var() -> Option<Errno> {
+        std::thread::scope(|scope| {
+            let probe = || {
+                nix::sched::unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_FS).unwrap();
+                rustix::mount::mount("probe", "/var", "tmpfs", MountFlags::empty(), None).unwrap();
+                fs::create_dir("/var/upper").unwrap();
+                fs::create_dir("/var/work").unwrap();
+                overlay_of_etc().err()
+            };
+            scope.spawn(probe).join().unwrap()
+        })
     }
 }

@@ -58,7 +58,9 @@ pub fn check_runs(
         let has_ldconfig = Path::new(OPTIONAL).exists();
         match &trial.etc_unmerged {
             Some(why) => {
-                report.warnings.push(format!("the trial run had the running /etc, not the merged one: {why}"));
+                report.warnings.push(format!(
+                    "the trial run had the running /etc, not the merged one, so ldconfig and `sshd -t` were not tried: {why}"
+                ));
             }
             // The refresh does not depend on its success either.
             None if has_ldconfig => {
