@@ -13,4 +13,4 @@ pub use progress::{ProgressSnapshot, PullProgress};
 pub use service_record::{ServiceRecord, unit_of};
 pub use status::{Cost, LastError, Phase, State, Status, StillOld, TimelineEntry};
 pub use text::{human_bytes, old_lines, one_line, progress_line, state_line, summary};
-pub use tracker::Tracker;
+pub use tracker::{Beside, Tracker};

@@ -1,6 +1,6 @@
 //! The one live [`Status`]: phases write it, everybody else watches it.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use tokio::sync::watch;
@@ -13,16 +13,70 @@ pub struct Tracker {
     status: watch::Sender<Status>,
     /// Counters of the running pull; folded into the document by [`Tracker::status`].
     pub progress: Arc<PullProgress>,
+    /// Work beside the pivot, shown while the pivot itself is at rest.
+    beside: Arc<Mutex<Option<Tracker>>>,
+    /// The tracker that this one is beside: its watchers wake up for both.
+    main: Option<watch::Sender<Status>>,
+}
+
+/// Work beside the pivot: the document does not keep anything of it.
+pub struct Beside<'a> {
+    main: &'a Tracker,
+    own: Tracker,
+}
+
+impl Beside<'_> {
+    /// The tracker to report to.
+    pub fn tracker(&self) -> &Tracker {
+        &self.own
+    }
+}
+
+impl Drop for Beside<'_> {
+    fn drop(&mut self) {
+        self.main.set_beside(None);
+    }
 }
 
 impl Tracker {
     /// Starts from a document, normally the one that the last run persisted.
     pub fn new(status: Status) -> Self {
-        Self { status: watch::Sender::new(status), progress: Arc::default() }
+        Self { status: watch::Sender::new(status), progress: Arc::default(), beside: Arc::default(), main: None }
+    }
+
+    /// Begins work beside the pivot, such as a download after the switch. Until the returned value is dropped, the
+    /// document shows its phase, its counters and its failures, unless a phase of the pivot runs.
+    pub fn beside(&self) -> Beside<'_> {
+        let own = Self { main: Some(self.status.clone()), ..Self::new(Status::default()) };
+        self.set_beside(Some(own.clone()));
+        Beside { main: self, own }
+    }
+
+    fn set_beside(&self, tracker: Option<Tracker>) {
+        // A poisoned lock means a panic while one value replaced another.
+        *self.beside.lock().unwrap_or_else(PoisonError::into_inner) = tracker;
+        self.status.send_modify(|_| {});
     }
 
     /// The document now.
     pub fn status(&self) -> Status {
+        let status = self.pivot_status();
+        let beside = self.beside.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        match beside {
+            Some(beside) if !matches!(status.state, State::Running | State::Waiting) => {
+                let Status { state, phase, progress, waiting_for, error, .. } = beside.pivot_status();
+                if state == State::Idle {
+                    status
+                } else {
+                    Status { state, phase, progress, waiting_for, error, ..status }
+                }
+            }
+            _ => status,
+        }
+    }
+
+    /// The document now, without work beside the pivot.
+    pub fn pivot_status(&self) -> Status {
         let mut status = self.status.borrow().clone();
         if status.phase == Some(Phase::Pull) && status.state == State::Running {
             status.progress = self.progress.snapshot();
@@ -39,6 +93,9 @@ impl Tracker {
     /// Changes the document.
     pub fn update(&self, change: impl FnOnce(&mut Status)) {
         self.status.send_modify(change);
+        if let Some(main) = &self.main {
+            main.send_modify(|_| {});
+        }
     }
 
     /// A phase begins and its clock runs. The last failure stays in the document until something
@@ -169,6 +226,26 @@ mod tests {
             Status { target: Some("multi-user.target".into()), image: Some("quay.io/x/y".into()), ..Status::default() };
         assert_eq!(tracker.status(), expected);
         assert_eq!(tracker.progress.snapshot().bytes_fetched, 0);
+    }
+
+    #[test]
+    fn work_beside_the_pivot_is_shown_and_leaves_nothing() {
+        let tracker = Tracker::new(Status { state: State::Switched, phase: Some(Phase::Refresh), ..Status::default() });
+        let before = tracker.status();
+        let mut watch = tracker.watch();
+        let beside = tracker.beside();
+        beside.tracker().begin(Phase::Pull);
+        PullProgress::add(&beside.tracker().progress.bytes_fetched, 7);
+        let shown = tracker.status();
+        assert_eq!((shown.state, shown.phase, shown.progress.bytes_fetched), (State::Running, Some(Phase::Pull), 7));
+        assert!(watch.has_changed().unwrap(), "watchers of the document wake up");
+        watch.mark_unchanged();
+        assert_eq!(tracker.pivot_status(), before, "that is what the record keeps");
+        tracker.begin(Phase::Finish);
+        assert_eq!(tracker.status().phase, Some(Phase::Finish), "a phase of the pivot comes first");
+        tracker.end(Phase::Finish, State::Done);
+        drop(beside);
+        assert_eq!((tracker.status().state, tracker.status().progress.bytes_fetched), (State::Done, 0));
     }
 
     #[test]
