@@ -1,5 +1,7 @@
 //! Completing the node store, at any time after staging: what a deployment to a disk needs.
 
+use std::time::Duration;
+
 use tracing::{info, warn};
 
 use super::{Agent, Context, Error, Goal, Step, Ticket, fetch};
@@ -16,44 +18,71 @@ impl Agent {
     /// # Errors
     /// As [`Agent::advance`]. What was stored stays, and the next call goes on there.
     pub async fn complete(&self, ticket: &Ticket) -> Result<Vec<String>, Error> {
-        let mut record = loop {
-            let record = tokio::select! {
-                record = self.record.lock() => record,
-                () = ticket.cancelled() => return Err(Error::Cancelled),
-            };
+        let (pulled, download) = loop {
+            let mut record = self.lock(ticket).await?;
             match &record.step {
-                Step::Idle | Step::Resolved(_) | Step::Pulled(_) => {}
+                Step::Idle | Step::Resolved(_) | Step::Pulled(_) => {
+                    drop(record);
+                    self.advance(Goal::Staged, ticket).await?;
+                }
                 Step::NothingToDo { reason, .. } => return Ok(vec![format!("nothing to do: {reason}")]),
-                _ => break record,
+                _ => {
+                    let Some(pulled) = pulled(&mut record.step).cloned() else {
+                        return Err(Error::Refused("the switch is half done: finish or undo it first".into()));
+                    };
+                    if pulled.complete {
+                        return Ok(vec![format!("the node store has all of {}", shown(&pulled))]);
+                    }
+                    if let Ok(download) = self.download.try_lock() {
+                        break (pulled, download);
+                    }
+                    drop(record);
+                    tokio::select! {
+                        _ = self.download.lock() => {}
+                        () = ticket.cancelled() => return Err(Error::Cancelled),
+                    }
+                }
             }
-            drop(record);
-            self.advance(Goal::Staged, ticket).await?;
         };
-        let Some(pulled) = pulled(&mut record.step) else {
-            return Err(Error::Refused("the switch is half done: finish or undo it first".into()));
-        };
-        let shown = format!("{} (commit {})", pulled.image.pinned, pulled.commit);
-        if pulled.complete {
-            return Ok(vec![format!("the node store has all of {shown}")]);
-        }
         let settings = Settings::load().map_err(|error| Error::Refused(format!("{error:#}; nothing was changed")))?;
-        let context = Context::new(settings, self.tracker.clone(), self.paths.clone());
-        let before = self.tracker.status();
-        let outcome = fetch::rest(&context, pulled, ticket).await;
-        self.tracker.update(|status| *status = before);
+        // The record is not held: an undo, `keep` and the end of a trial period do not wait for a registry.
+        let beside = self.tracker.beside();
+        let context = Context::new(settings, beside.tracker().clone(), self.paths.clone());
+        let download_ticket = self.download_tickets.draw();
+        download_ticket.end_with(ticket.token());
+        let outcome = fetch::rest(&context, &pulled, &download_ticket).await;
+        drop((beside, download));
         let rest = outcome.inspect_err(|error| warn!("the node store is not complete: {error}"))?;
-        pulled.complete = true;
         let line = format!(
-            "the node store has all of {shown}: {} objects more, {} fetched",
+            "the node store has all of {}: {} objects more, {} fetched",
+            shown(&pulled),
             rest.objects_written,
             human_bytes(rest.bytes_fetched)
         );
         info!("{line}");
-        self.tracker.update(|status| status.cost.bytes_fetched += rest.bytes_fetched);
-        self.tracker.note(line.clone());
-        self.save(&mut record)?;
+        let mut record = self.record.lock().await;
+        if let Some(now) = self::pulled(&mut record.step).filter(|now| now.commit == pulled.commit) {
+            now.complete = true;
+            self.tracker.update(|status| status.cost.bytes_fetched += rest.bytes_fetched);
+            self.tracker.note(line.clone());
+            self.save(&mut record)?;
+        }
         Ok(vec![line])
     }
+
+    /// Ends a download beside the pivot, so that nothing is written to the store during an undo. One that does not end
+    /// in time writes objects only, which an undo leaves in place.
+    pub(super) async fn end_download(&self) {
+        const LIMIT: Duration = Duration::from_secs(10);
+        self.download_tickets.cancel_all();
+        if tokio::time::timeout(LIMIT, self.download.lock()).await.is_err() {
+            warn!("a download does not end; the undo begins without waiting any longer");
+        }
+    }
+}
+
+fn shown(pulled: &PulledImage) -> String {
+    format!("{} (commit {})", pulled.image.pinned, pulled.commit)
 }
 
 /// What was pulled, where all that could need it has been done or can wait.

@@ -34,6 +34,8 @@ IgnoreOnIsolate=yes
 
 [Service]
 Type=oneshot
+# It is started every half minute for as long as an undo has to wait.
+LogLevelMax=notice
 ExecStart=-/usr/bin/systemctl reset-failed node-image-pivotd.service
 ExecStart=/usr/bin/systemctl start node-image-pivotd.service
 TimeoutStartSec=90s
@@ -41,6 +43,16 @@ TimeoutStartSec=90s
 
 fn timer_name(probation: Probation) -> String {
     format!("{}{}{}", TIMER.0, probation.until_boottime_ms, TIMER.1)
+}
+
+/// Returns the deadline of the timer that is armed, in milliseconds of the boot-time clock.
+pub(super) fn armed() -> Option<u64> {
+    let entries = std::fs::read_dir(UNITS).ok()?;
+    entries.flatten().filter_map(|entry| deadline_of(entry.file_name().to_str()?)).min()
+}
+
+fn deadline_of(timer: &str) -> Option<u64> {
+    timer.strip_prefix(TIMER.0)?.strip_suffix(TIMER.1)?.parse().ok()
 }
 
 fn is_timer(name: &str) -> bool {
@@ -120,6 +132,8 @@ mod tests {
         let name = timer_name(Probation { until_boottime_ms: 4711, kept: false });
         assert_eq!(name, "node-image-pivot-try-4711.timer");
         assert!(is_timer(&name));
+        assert_eq!(deadline_of(&name), Some(4711));
+        assert_eq!(deadline_of(SERVICE), None);
         for other in [SERVICE, "node-image-pivot.target", "node-image-pivot-try-4711.service", "try.timer"] {
             assert!(!is_timer(other), "{other}");
         }

@@ -11,33 +11,41 @@ mod deadline;
 mod error;
 mod fetch;
 mod hooks;
+mod look;
 mod paths;
 mod plan;
 mod prepare;
 mod probation;
 mod record;
+mod salvage;
+mod staging;
 mod start;
+mod steps;
 mod storage;
 mod switch;
 mod ticket;
 mod undo;
 mod units;
+mod wayback;
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
 use node_image_pivot_generator::emit::TARGET_VARIABLE;
-use tokio::sync::{Mutex, watch};
+use tokio::sync::{Mutex, MutexGuard, watch};
 use tracing::{error, info, warn};
 
 use crate::config::Settings;
 use crate::dirfd::Directory;
-use crate::report::{LastError, State, Tracker};
+use crate::report::{LastError, Status, Tracker};
 use crate::store::{LockError, StoreLock};
-use crate::units::{Flow, Guard, Manager};
-use start::{Start, decide};
+use crate::units::{Guard, Manager};
+use look::Standing;
+use record::Asked;
+use steps::next;
+use wayback::Below;
 
 pub use error::Error;
 pub use paths::Paths;
@@ -67,11 +75,13 @@ pub(crate) struct Context {
     pub(crate) paths: Paths,
     /// Watches over us while `/usr` is not the one that PID 1 comes from.
     guard: Mutex<Option<Guard>>,
+    /// True once this call has staged: what it has just checked is not checked again.
+    staged_now: AtomicBool,
 }
 
 impl Context {
     pub(crate) fn new(settings: Settings, tracker: Tracker, paths: Paths) -> Self {
-        Self { settings, tracker, paths, guard: Mutex::default() }
+        Self { settings, tracker, paths, guard: Mutex::default(), staged_now: AtomicBool::new(false) }
     }
 
     /// From here on PID 1 is re-executed should we die. Without a guard we go on: it is needed only if we are killed.
@@ -96,27 +106,37 @@ pub struct Agent {
     record: Mutex<Record>,
     /// Whether whoever holds the record undoes.
     undoing: AtomicBool,
-    /// As in the record, for the watch over it.
-    probation: watch::Sender<Option<Probation>>,
+    /// As in the record, for those who do not wait for its lock.
+    standing: watch::Sender<Standing>,
+    /// False until it is known which way this boot goes; see [`is_bootstrap`].
+    boot_known: AtomicBool,
     tickets: Tickets,
+    /// Held by a download beside the pivot, which does not hold the record.
+    download: Mutex<()>,
+    /// Those of that download, which an undo cancels.
+    download_tickets: Tickets,
     _lock: StoreLock,
 }
 
 impl Agent {
-    /// Takes up what an earlier run left under `paths`, or begins anew. `bootstrap`: this boot goes to the pivot
-    /// target, see [`is_bootstrap`].
+    /// Takes up what an earlier run left under `paths`, or starts afresh. `bootstrap`: true if this boot goes to the pivot
+    /// target, `None` if that is not known yet; see [`is_bootstrap`].
     ///
     /// # Errors
-    /// Another agent runs, or there is a record that cannot be read. Nothing was touched.
-    pub fn open(paths: Paths, bootstrap: bool) -> anyhow::Result<Arc<Self>> {
+    /// Another agent runs, or the agent's directory cannot be used. A record that cannot be used is no error: the agent
+    /// then says what is left, and allows an undo.
+    pub fn open(paths: Paths, bootstrap: Option<bool>) -> anyhow::Result<Arc<Self>> {
         Directory::ensure(paths.run()).with_context(|| format!("cannot use {}", paths.run().display()))?;
         let lock = StoreLock::try_acquire(&paths.lock()).map_err(|error| match error {
             LockError::Held { path, holder } => anyhow!("another agent runs, {holder}; it holds {path}"),
             other => other.into(),
         })?;
-        let mut record = Record::load(&paths)?;
+        let mut record = salvage::open(&paths);
+        if record.step.is_before_switch() {
+            record.status.notes.extend(salvage::set_aside(&paths));
+        }
         // The generator's drop-in goes with the first reload after the switch: the record keeps what it says.
-        record.bootstrap |= bootstrap;
+        record.bootstrap |= bootstrap == Some(true);
         record.rest();
         record.status.undo_unix = record.probation.and_then(undo_unix);
         // The configuration is read anew at each call; here it only fills in what status shows. What
@@ -131,9 +151,12 @@ impl Agent {
             tracker: Tracker::new(record.status.clone()),
             paths,
             undoing: AtomicBool::new(false),
-            probation: watch::Sender::new(record.probation),
+            standing: watch::Sender::new(Standing::of(&record)),
+            boot_known: AtomicBool::new(bootstrap.is_some() || record.bootstrap),
             record: Mutex::new(record),
             tickets: Tickets::default(),
+            download: Mutex::default(),
+            download_tickets: Tickets::default(),
             _lock: lock,
         }))
     }
@@ -141,6 +164,25 @@ impl Agent {
     /// The live status document.
     pub fn tracker(&self) -> &Tracker {
         &self.tracker
+    }
+
+    /// Returns the status document together with what differs by now from a finished switch. Looks at the mount table
+    /// and the configuration.
+    pub fn status(&self) -> Status {
+        let deviations = self.standing.borrow().deviations();
+        Status { deviations, ..self.tracker.status() }
+    }
+
+    /// Returns the status document of the record under `paths`, for when no daemon runs.
+    pub fn recorded_status(paths: &Paths) -> Status {
+        let mut record = salvage::open(paths);
+        let mut deviations = Standing::of(&record).deviations();
+        if record.step.is_before_switch() {
+            deviations.extend(salvage::unused(paths));
+        } else {
+            record.rest();
+        }
+        Status { deviations, ..record.status }
     }
 
     /// A ticket for a call that may be cancelled.
@@ -160,10 +202,7 @@ impl Agent {
 
     /// `goal`: the flow's own, unless there is one.
     async fn advance_for(&self, goal: Option<Goal>, length: Option<Duration>, ticket: &Ticket) -> Result<(), Error> {
-        let mut record = tokio::select! {
-            record = self.record.lock() => record,
-            () = ticket.cancelled() => return Err(Error::Cancelled),
-        };
+        let mut record = self.lock_for_phases(ticket).await?;
         let outcome = self.advance_locked(&mut record, goal, length, ticket).await;
         if let Err(error) = &outcome {
             self.tell(error);
@@ -176,7 +215,37 @@ impl Agent {
                 warn!("{error}");
             }
         }
-        outcome
+        outcome?;
+        // Not a failure of the pivot: the status stays that of the switch.
+        let configured = Settings::load().ok().map(|settings| Asked::by(&settings));
+        let other = look::other_image(record.asked.as_ref(), configured.as_ref());
+        match other.filter(|_| !record.step.is_before_switch()) {
+            Some(line) => Err(Error::Refused(line)),
+            None => Ok(()),
+        }
+    }
+
+    /// Waits for the record, and for a download that writes to the store which the phases before the switch need.
+    async fn lock_for_phases(&self, ticket: &Ticket) -> Result<MutexGuard<'_, Record>, Error> {
+        loop {
+            let record = self.lock(ticket).await?;
+            if !record.step.is_before_switch() || self.download.try_lock().is_ok() {
+                return Ok(record);
+            }
+            drop(record);
+            tokio::select! {
+                _ = self.download.lock() => {}
+                () = ticket.cancelled() => return Err(Error::Cancelled),
+            }
+        }
+    }
+
+    /// Waits for the record.
+    async fn lock(&self, ticket: &Ticket) -> Result<MutexGuard<'_, Record>, Error> {
+        tokio::select! {
+            record = self.record.lock() => Ok(record),
+            () = ticket.cancelled() => Err(Error::Cancelled),
+        }
     }
 
     async fn advance_locked(
@@ -187,7 +256,16 @@ impl Agent {
         ticket: &Ticket,
     ) -> Result<(), Error> {
         if let Step::Undoing(_) = record.step {
-            self.undo_locked(record).await?;
+            self.undo_locked(record, Below::Unmount).await?;
+        }
+        if let Step::Lost { message, .. } = &record.step {
+            return Err(Error::Refused(message.clone()));
+        }
+        if !self.boot_known.load(Ordering::Acquire)
+            && let Some(bootstrap) = is_bootstrap().await
+        {
+            self.boot_known.store(true, Ordering::Release);
+            record.bootstrap |= bootstrap;
         }
         if length.is_some() && !record.step.is_before_switch() && record.probation.is_none_or(|until| until.kept) {
             return Err(Error::Refused("this system is switched already, for good; run undo before a try".into()));
@@ -197,7 +275,7 @@ impl Agent {
             let standing = if record.step.is_before_switch() { "untouched" } else { "as the last call left it" };
             Error::Refused(format!("{error:#}; the running system is {standing}"))
         })?;
-        let asked = record::asked(&settings);
+        let asked = Asked::by(&settings);
         if record.step.is_before_switch() && record.asked.as_ref() != Some(&asked) {
             record.step = Step::Idle;
             record.asked = Some(asked);
@@ -289,54 +367,14 @@ impl Agent {
         self.tickets.cancel_all()
     }
 
-    /// What the switch would change; pulls and stages first if that was not done yet, which leaves the
-    /// running system untouched.
-    ///
-    /// # Errors
-    /// As [`Agent::advance`].
-    pub async fn plan(&self, ticket: &Ticket) -> Result<PlanDocument, Error> {
-        self.stage_anew(ticket).await?;
-        let record = self.record.lock().await;
-        Ok(match &record.step {
-            Step::Staged(_) => PlanDocument::staged(SwitchPlan::load(&self.paths)?),
-            Step::NothingToDo { reason, .. } => PlanDocument::without_plan("nothing-to-do", Some(reason.clone())),
-            _ => PlanDocument::without_plan("switched", None),
-        })
-    }
-
-    /// Stages, again if that was done: `/etc`, the mounts and free memory may be others by now.
-    async fn stage_anew(&self, ticket: &Ticket) -> Result<(), Error> {
-        {
-            let mut record = self.record.lock().await;
-            if let Step::Staged(staged) = &record.step {
-                record.step = Step::Pulled(staged.pulled.clone());
-            }
-        }
-        self.advance(Goal::Staged, ticket).await
-    }
-
-    /// What the switch would change in `/etc`, as a unified diff; pulls and stages first, like [`Agent::plan`].
-    /// What not everybody may read is only named, unless `secrets`. Empty when nothing is to be done.
-    ///
-    /// # Errors
-    /// As [`Agent::advance`]; [`Error::Refused`] after the switch.
-    pub async fn diff_etc(&self, secrets: bool, ticket: &Ticket) -> Result<Vec<u8>, Error> {
-        self.stage_anew(ticket).await?;
-        // Held until the end: nobody may switch under us.
-        let record = self.record.lock().await;
-        let staged = match &record.step {
-            Step::Staged(staged) => staged.clone(),
-            Step::NothingToDo { .. } => return Ok(Vec::new()),
-            _ => return Err(Error::Refused("already switched: /etc is merged; see the report of the switch".into())),
-        };
-        let paths = self.paths.clone();
-        let diff = tokio::task::spawn_blocking(move || prepare::diff_etc(&paths, &staged, secrets)).await;
-        Ok(diff.map_err(anyhow::Error::from)??)
+    /// Logs a failure and shows it in the status document.
+    fn tell(&self, error: &Error) {
+        error!("{error}");
+        self.show_failure(error);
     }
 
     /// Shows a failure in the status document, with the attempts of a phase that counted them.
-    fn tell(&self, error: &Error) {
-        error!("{error}");
+    fn show_failure(&self, error: &Error) {
         let attempt = match error {
             Error::GaveUp { attempts, .. } => *attempts,
             _ => 1,
@@ -352,7 +390,7 @@ impl Agent {
     fn save(&self, record: &mut Record) -> Result<(), Error> {
         self.show(record);
         record.save(&self.paths)?;
-        self.probation.send_replace(record.probation);
+        self.standing.send_replace(Standing::of(record));
         Ok(())
     }
 
@@ -360,84 +398,29 @@ impl Agent {
     fn show(&self, record: &mut Record) {
         let undo_unix = record.probation.and_then(undo_unix);
         self.tracker.update(|status| status.undo_unix = undo_unix);
-        record.status = self.tracker.status();
+        record.status = self.tracker.pivot_status();
     }
 }
 
-/// Whether the generator redirected this boot. Its variable alone does not say so: whoever configures an image on a
-/// system that has long booted, and then lets systemd reload, makes the generator set it, too. There nothing may
-/// be isolated, as the pivot target is not what the machine goes to.
-pub async fn is_bootstrap() -> bool {
+/// Returns true if the generator redirected this boot, `None` if systemd cannot be asked. The generator's variable alone
+/// does not tell: an administrator who configures an image on a system that has long booted, and then lets systemd
+/// reload, makes the generator set it, too. Nothing may be isolated there.
+///
+/// A boot that is not known counts as live, which stops nothing; the next phase asks again, and the one that isolates
+/// cannot do so before systemd answers.
+pub async fn is_bootstrap() -> Option<bool> {
     if std::env::var_os(TARGET_VARIABLE).is_none() {
-        return false;
+        return Some(false);
     }
     let asked = async { Manager::connect().await?.is_up_or_coming(PIVOT_TARGET).await };
-    asked.await.unwrap_or_else(|error| {
-        warn!("cannot tell whether this boot goes to {PIVOT_TARGET}, taken for granted: {error:#}");
-        true
-    })
+    asked
+        .await
+        .inspect_err(|error| warn!("cannot tell if this boot goes to {PIVOT_TARGET}, asking again later: {error:#}"))
+        .ok()
 }
 
 /// When the probation ends, in seconds since the epoch; `None` for a switch that is kept.
 fn undo_unix(probation: Probation) -> Option<u64> {
     let at = std::time::SystemTime::now() + probation.left()?;
     at.duration_since(std::time::UNIX_EPOCH).ok().map(|since| since.as_secs())
-}
-
-/// The step after the one that stands in the record, or `None` when the goal is reached.
-async fn next(context: &Context, record: &Record, goal: Goal, ticket: &Ticket) -> Result<Option<Step>, Error> {
-    let next = match record.step.clone() {
-        Step::Idle => match decide(&context.settings, &|path| path.exists()) {
-            Start::Refuse => {
-                return Err(Error::Refused(
-                    "the mode is \"off\" (node-image-pivot= on the kernel command line, or `mode` in a drop-in file); \
-                     nothing was done"
-                        .into(),
-                ));
-            }
-            Start::NothingToDo(reason) => {
-                context.tracker.update(|status| status.state = State::NothingToDo);
-                Step::NothingToDo { reason, isolated: false }
-            }
-            Start::Go => Step::Resolved(fetch::resolve(context, ticket).await?),
-        },
-        Step::NothingToDo { reason, isolated: false } if goal == Goal::Finished && record.flow() == Flow::Bootstrap => {
-            after::isolate(context).await?;
-            Step::NothingToDo { reason, isolated: true }
-        }
-        Step::NothingToDo { .. } => return Ok(None),
-        Step::Resolved(image) => Step::Pulled(fetch::pull(context, image, ticket).await?),
-        Step::Pulled(pulled) => Step::Staged(
-            prepare::stage(context, pulled, record.flow())
-                .await
-                .map_err(|error| error.context("the running system is untouched"))?,
-        ),
-        Step::Staged(_) if goal < Goal::Switched => return Ok(None),
-        // Written before the first act: whoever finds it knows that the switch may be half done
-        // and finishes it.
-        Step::Staged(staged) => {
-            switch::check(&context.paths)?;
-            hooks::pre_switch(context, &staged, record.flow(), ticket).await?;
-            units::remember(context).await?;
-            Step::Switching(staged)
-        }
-        Step::Switching(staged) => Step::Switched(switch::switch(context, staged).await?),
-        // Taken back to the end before anybody asks for a next step.
-        Step::Undoing(_) => return Err(Error::Internal(anyhow!("undo is not complete, run it again"))),
-        Step::Switched(switched) => {
-            let refreshed = after::refresh(context, switched, record.flow()).await;
-            let refreshed = refreshed.map_err(|error| {
-                error.context(
-                    "/usr and /etc are switched, the refresh is not complete: \
-                     start node-image-overlay.service again, or run undo",
-                )
-            })?;
-            hooks::post_switch(context, &refreshed.staged, record.flow()).await;
-            Step::Refreshed(refreshed)
-        }
-        Step::Refreshed(_) if goal < Goal::Finished => return Ok(None),
-        Step::Refreshed(switched) => Step::Finished(after::finish(context, switched, record.flow()).await?),
-        Step::Finished(_) => return Ok(None),
-    };
-    Ok(Some(next))
 }

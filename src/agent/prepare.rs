@@ -3,6 +3,7 @@
 use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::sync::atomic::Ordering;
 
 use anyhow::Context as _;
 use ostree::gio::Cancellable;
@@ -12,7 +13,8 @@ use tracing::{info, warn};
 use super::plan::{EtcPlan, MemoryPlan, SwitchPlan};
 use super::{Context, Error, Paths, StagedRoot, storage, units};
 use crate::config::{EtcStrategy, Settings};
-use crate::etc::{self, Class, Plan};
+use crate::dirfd::Directory;
+use crate::etc::{self, Change, Class, Plan};
 use crate::import::PulledImage;
 use crate::mount::{DetachedTree, Namespace};
 use crate::report::{Phase, State};
@@ -53,7 +55,43 @@ pub(super) async fn stage(context: &Context, pulled: PulledImage, flow: Flow) ->
         context.tracker.note(format!("warning: {line}"));
     }
     context.tracker.end(phase, State::Pulled);
+    context.staged_now.store(true, Ordering::Relaxed);
     Ok(staged)
+}
+
+/// Repeats, when a switch begins that an earlier call has staged, the checks whose result may have changed meanwhile.
+/// Returns false if `/etc` must be planned again.
+///
+/// # Errors
+/// [`Error::Refused`] with everything that keeps the switch from beginning. Nothing is changed in any case.
+pub(super) async fn is_current(context: &Context, staged: &StagedRoot) -> Result<bool, Error> {
+    let (paths, staged) = (context.paths.clone(), staged.clone());
+    let looked = tokio::task::spawn_blocking(move || look_again(&paths, &staged)).await;
+    let (current, warnings) = looked.context("looking at the machine again panicked")??;
+    for line in warnings {
+        context.tracker.note(format!("warning: {line}"));
+    }
+    Ok(current)
+}
+
+fn look_again(paths: &Paths, staged: &StagedRoot) -> Result<(bool, Vec<String>), Error> {
+    let usr = Path::new(USR);
+    let mounts = Namespace::init().mounts()?;
+    refuse(stage::check_system(&mounts, usr, Path::new(ETC)))?;
+    let plan = plan_etc(&stage::open_new_usr(&staged.delta.directory, usr, USR_SOURCE)?)?;
+    // A plan that is gone or damaged is made again, too.
+    let current = load_etc_plan(paths).is_ok_and(|old| same_acts(&old, &plan));
+    refuse(too_little(Free::at(&staged.delta.directory)?.needs(&staged.delta.directory, 0, plan.bytes())))?;
+    Ok((current, stage::warnings(&mounts, usr)))
+}
+
+/// Returns true if both plans do the same. Labels are not compared: a plan that was just made has none yet.
+fn same_acts(one: &Plan, other: &Plan) -> bool {
+    let bare = |plan: &Plan| -> Vec<Change> {
+        plan.changes.iter().map(|change| Change { label: None, ..change.clone() }).collect()
+    };
+    let conflicts = |plan: &Plan| plan.of(Class::Conflict).map(|decision| decision.path.clone()).collect::<Vec<_>>();
+    one.aside == other.aside && conflicts(one) == conflicts(other) && bare(one) == bare(other)
 }
 
 /// Everything that can refuse does so in here, cheapest first. Returned are what the switch needs, what it would do but
@@ -121,7 +159,7 @@ fn blocking(paths: &Paths, pulled: PulledImage, settings: &Settings) -> Result<(
     warnings.extend(trial.warnings);
 
     let text = serde_json::to_vec(&plan).context("cannot write the plan for /etc")?;
-    crate::dirfd::Directory::ensure(paths.run())
+    Directory::ensure(paths.run())
         .and_then(|dir| dir.write_atomic(Paths::ETC_PLAN, 0o600, &text))
         .context("cannot store the plan for /etc; nothing was changed")?;
     let document = SwitchPlan {
@@ -148,13 +186,19 @@ fn plan_etc(tree: &DetachedTree) -> anyhow::Result<Plan> {
 /// What the staged plan would do to `/etc`, as a unified diff. Nothing is changed.
 pub(super) fn diff_etc(paths: &Paths, staged: &StagedRoot, secrets: bool) -> anyhow::Result<Vec<u8>> {
     let tree = stage::open_new_usr(&staged.delta.directory, Path::new(USR), USR_SOURCE)?;
-    let text = crate::dirfd::Directory::ensure(paths.run())
-        .and_then(|dir| dir.read_optional(Paths::ETC_PLAN))
-        .context("cannot read the plan for /etc")?
-        .context("the plan for /etc is missing; run pull again")?;
-    let plan: Plan = serde_json::from_slice(&text).context("the plan for /etc is damaged; run pull again")?;
+    let plan = load_etc_plan(paths)?;
     let current = etc::open_dir(Path::new(ETC))?;
     etc::diff(&plan, new_etc(tree.as_fd())?.as_fd(), current.as_fd(), secrets)
+}
+
+/// Returns the plan for `/etc` that was staged.
+pub(super) fn load_etc_plan(paths: &Paths) -> anyhow::Result<Plan> {
+    let run = Directory::ensure(paths.run()).with_context(|| format!("cannot use {}", paths.run().display()))?;
+    let path = paths.run().join(Paths::ETC_PLAN);
+    let text = run.read_optional(Paths::ETC_PLAN).with_context(|| format!("cannot read {}", path.display()))?;
+    let text = text.with_context(|| format!("the plan for /etc, {}, is missing; pull again", path.display()))?;
+    serde_json::from_slice(&text)
+        .with_context(|| format!("the plan for /etc, {}, is damaged; pull again", path.display()))
 }
 
 /// How many entries of each class, and the conflicts by name.
@@ -216,4 +260,25 @@ fn too_little(needs: Vec<Need>) -> Vec<Refusal> {
 
 fn refuse(refusals: Vec<Refusal>) -> Result<(), Error> {
     if refusals.is_empty() { Ok(()) } else { Err(Error::Refused(Refusals(refusals).to_string())) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plans_are_compared_by_what_they_do() {
+        let parse = |text: &str| serde_json::from_str::<Plan>(text).expect("a plan");
+        let change = |name: &str, label: &str| {
+            format!(r#"{{"path":"{name}","before":null,"after":null,"content":"new"{label}}}"#)
+        };
+        let plan = |changes: &str, decisions: &str| {
+            parse(&format!(r#"{{"changes":[{changes}],"decisions":[{decisions}],"aside":[]}}"#))
+        };
+        let decision = |class: &str| format!(r#"{{"path":"a","class":"{class}","reason":"r"}}"#);
+        let one = plan(&change("a", ""), &decision("local"));
+        assert!(same_acts(&one, &plan(&change("a", r#","label":"x""#), "")), "labels and local changes do not count");
+        assert!(!same_acts(&one, &plan(&change("b", ""), "")));
+        assert!(!same_acts(&one, &plan(&change("a", ""), &decision("conflict"))));
+    }
 }

@@ -13,8 +13,10 @@ use super::Agent;
 
 /// The longest sleep: tokio's clock stands still while the machine sleeps.
 const LOOK: Duration = Duration::from_secs(5);
-/// Between two attempts of an undo that is not complete.
-const AGAIN: Duration = Duration::from_secs(30);
+/// Pause after the first attempt of an undo that cannot begin or is not complete; doubled after each further one.
+const FIRST_PAUSE: Duration = Duration::from_secs(30);
+/// The longest such pause.
+const LONGEST_PAUSE: Duration = Duration::from_secs(300);
 
 /// Until when, and whether it still counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,9 +43,9 @@ impl Probation {
 
 /// Undoes the switch when its time is over, for as long as the daemon lives.
 pub(super) async fn watch(agent: Arc<Agent>) {
-    let mut changes = agent.probation.subscribe();
+    let mut changes = agent.standing.subscribe();
     loop {
-        let probation = *changes.borrow_and_update();
+        let probation = changes.borrow_and_update().probation;
         let Some(left) = probation.and_then(Probation::left) else {
             if changes.changed().await.is_err() {
                 return;
@@ -51,11 +53,8 @@ pub(super) async fn watch(agent: Arc<Agent>) {
             continue;
         };
         if left.is_zero() {
-            info!("nobody kept the switch: it is undone");
-            while let Err(error) = agent.undo_expired().await {
-                warn!("{error}; trying again in {} s", AGAIN.as_secs());
-                tokio::time::sleep(AGAIN).await;
-            }
+            info!("the trial period is over: undoing the switch");
+            undo_until_done(&agent).await;
             continue;
         }
         tokio::select! {
@@ -63,6 +62,27 @@ pub(super) async fn watch(agent: Arc<Agent>) {
             changed = changes.changed() => if changed.is_err() { return },
         }
     }
+}
+
+/// Tries to undo the switch until that succeeds. The same failure is reported once.
+async fn undo_until_done(agent: &Agent) {
+    let mut reported = None;
+    let mut failed = 0;
+    while let Err(error) = agent.undo_expired().await {
+        let text = error.to_string();
+        if reported.as_ref() != Some(&text) {
+            warn!("cannot undo the switch whose trial period is over, trying again: {text}");
+            agent.show_failure(&error);
+            reported = Some(text);
+        }
+        tokio::time::sleep(pause_after(failed)).await;
+        failed += 1;
+    }
+}
+
+/// Returns the pause after a failed attempt, which `failed` others came before.
+fn pause_after(failed: u32) -> Duration {
+    FIRST_PAUSE.saturating_mul(2_u32.saturating_pow(failed)).min(LONGEST_PAUSE)
 }
 
 fn boottime_ms() -> u64 {
@@ -75,6 +95,12 @@ fn boottime_ms() -> u64 {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pauses_between_attempts_grow_to_a_limit() {
+        let pauses: Vec<_> = [0, 1, 2, 3, 4, 40, u32::MAX].map(|failed| pause_after(failed).as_secs()).into();
+        assert_eq!(pauses, [30, 60, 120, 240, 300, 300, 300]);
+    }
 
     #[test]
     fn time_runs_out_unless_it_is_kept() {

@@ -1,13 +1,15 @@
 //! What is remembered between phases, in `/run/node-image-pivot/state.json`.
 
-use anyhow::{Context, Result, bail};
-use serde::{Deserialize, Serialize};
+use anyhow::{Context, Result};
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::Value;
+use sha2::{Digest, Sha256};
 
 use super::{Goal, Paths, Probation};
 use crate::config::{ImageSource, Settings};
 use crate::dirfd::Directory;
 use crate::failpoint::{self, Point};
-use crate::image::ResolvedImage;
+use crate::image::{PullSpec, ResolvedImage};
 use crate::import::PulledImage;
 use crate::report::{LastError, State, Status, human_bytes};
 use crate::stage::Delta;
@@ -15,17 +17,75 @@ use crate::units::{Action, Flow};
 
 /// Version of the record's format. A record of another version is refused, not guessed at.
 const SCHEMA: u32 = 1;
-const FILE: &str = "state.json";
+pub(super) const FILE: &str = "state.json";
+/// Field with the checksum of all others. Records of older agents have none.
+const CHECKSUM: &str = "checksum";
 
-/// What the settings ask for, to be compared: another answer makes everything before the switch stale.
-pub(super) fn asked(settings: &Settings) -> String {
-    let source = match &settings.image {
-        Some(ImageSource::Image(spec)) => format!("image {spec}"),
-        Some(ImageSource::Release(spec)) => format!("release {spec} {}", settings.image_tags.join(" ")),
-        None => "nothing".to_owned(),
-    };
-    let complete = if settings.complete { " complete" } else { "" };
-    format!("{:?} {:?} {:?} {source}{complete}", settings.mode, settings.etc_strategy, settings.store)
+/// Image that the configuration names.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Source {
+    /// The node image itself.
+    Image(String),
+    /// A release payload, and the names under which it may list the node image.
+    Release(String, Vec<String>),
+}
+
+impl Source {
+    /// The pull spec as configured.
+    pub fn spec(&self) -> &str {
+        match self {
+            Source::Image(spec) | Source::Release(spec, _) => spec,
+        }
+    }
+
+    /// Returns true if the spec names a digest, which always stands for the same image.
+    pub fn is_pinned(&self) -> bool {
+        self.spec().parse::<PullSpec>().is_ok_and(|spec| spec.digest().is_some())
+    }
+}
+
+/// Request of the configuration, to be compared: another one makes everything before the switch stale.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Asked {
+    /// Image; `None` when the configuration names none.
+    pub source: Option<Source>,
+    /// Every other setting that decides how it is staged.
+    how: String,
+}
+
+impl Asked {
+    /// The request of these settings.
+    pub fn by(settings: &Settings) -> Self {
+        let source = settings.image.clone().map(|source| match source {
+            ImageSource::Image(spec) => Source::Image(spec),
+            ImageSource::Release(spec) => Source::Release(spec, settings.image_tags.clone()),
+        });
+        let how = (settings.mode, settings.etc_strategy, settings.store, settings.complete);
+        Self { source, how: format!("{how:?}") }
+    }
+}
+
+/// Reads a request; one that an older agent wrote in another form counts as unknown.
+fn asked<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Asked>, D::Error> {
+    Ok(serde_json::from_value(Value::deserialize(deserializer)?).ok())
+}
+
+/// A record that cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Damage {
+    /// The file cannot be read.
+    #[error("it cannot be read: {0}")]
+    Unreadable(String),
+    /// The file does not hold a record.
+    #[error("it is damaged: {0}")]
+    Malformed(String),
+    /// The content is not what was written.
+    #[error("it is damaged: its checksum does not match")]
+    Checksum,
+    /// An agent of another version wrote it.
+    #[error("it has format {0}, and this agent knows {SCHEMA}")]
+    Foreign(u64),
 }
 
 /// What the status document shows as the image asked for.
@@ -83,6 +143,12 @@ pub struct Undo {
     pub staged: StagedRoot,
     /// Decisions about running units; absent when a failed switch is rolled back, before any unit saw it.
     pub units: Option<Vec<Action>>,
+    /// Parts of the plan that could not be made, a line each.
+    #[serde(default)]
+    pub troubles: Vec<String>,
+    /// True if `staged` was pieced together after the record was lost: nothing can be switched to it again.
+    #[serde(default)]
+    pub salvaged: bool,
 }
 
 /// Where the pivot stands. The value of each step is what the next phase takes.
@@ -109,6 +175,13 @@ pub enum Step {
     Switching(StagedRoot),
     /// It is being taken back, and that may be half done.
     Undoing(Undo),
+    /// The record of a switch is lost. Only an undo is possible.
+    Lost {
+        /// What is left of it.
+        staged: StagedRoot,
+        /// Message for a person: what was lost, what is left, the way out.
+        message: String,
+    },
     /// `/usr` and `/etc` are the node image's.
     Switched(Switched),
     /// What runs is, too.
@@ -128,9 +201,19 @@ impl Step {
             Step::Staged(_) => "staged",
             Step::Switching(_) => "switching",
             Step::Undoing(_) => "undoing",
+            Step::Lost { .. } => "lost",
             Step::Switched(_) => "switched",
             Step::Refreshed(_) => "refreshed",
             Step::Finished(_) => "finished",
+        }
+    }
+
+    /// The image that is pulled or staged, before the switch.
+    pub(super) fn pulled_image(&self) -> Option<&ResolvedImage> {
+        match self {
+            Step::Pulled(pulled) => Some(&pulled.image),
+            Step::Staged(staged) => Some(&staged.pulled.image),
+            _ => None,
         }
     }
 
@@ -150,7 +233,7 @@ impl Step {
             Step::Idle | Step::Resolved(_) | Step::Pulled(_) => State::Idle,
             Step::NothingToDo { .. } => State::NothingToDo,
             Step::Staged(_) => State::Pulled,
-            Step::Switching(_) | Step::Undoing(_) => State::Failed,
+            Step::Switching(_) | Step::Undoing(_) | Step::Lost { .. } => State::Failed,
             Step::Switched(_) | Step::Refreshed(_) => State::Switched,
             Step::Finished(_) => State::Done,
         }
@@ -170,8 +253,8 @@ pub struct Record {
     #[serde(default)]
     arrived: bool,
     /// What the configuration asked for when the step was reached.
-    #[serde(default)]
-    pub asked: Option<String>,
+    #[serde(default, deserialize_with = "asked")]
+    pub asked: Option<Asked>,
     /// When the switch is undone unless somebody keeps it.
     #[serde(default)]
     pub probation: Option<Probation>,
@@ -198,30 +281,47 @@ impl Default for Record {
 }
 
 impl Record {
-    /// The record under `paths`; a fresh one when there is none.
-    pub fn load(paths: &Paths) -> Result<Self> {
-        let dir = Directory::ensure(paths.run()).with_context(|| format!("cannot use {}", paths.run().display()))?;
-        let shown = paths.run().join(FILE);
-        let Some(text) = dir.read_optional(FILE).with_context(|| format!("cannot read {}", shown.display()))? else {
-            return Ok(Self::default());
+    /// A record at `step`, with nothing else known.
+    pub(super) fn at(step: Step) -> Self {
+        Self { step, ..Self::default() }
+    }
+
+    /// The same with a trial period.
+    pub(super) fn with(self, probation: Option<Probation>) -> Self {
+        Self { probation, ..self }
+    }
+
+    /// Returns the record under `paths`, or `None` if there is no file.
+    ///
+    /// # Errors
+    /// See [`Damage`]. The file is left unchanged.
+    pub fn load(paths: &Paths) -> Result<Option<Self>, Damage> {
+        let text = match std::fs::read(paths.run().join(FILE)) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(Damage::Unreadable(error.to_string())),
         };
-        let mut record: Self = serde_json::from_slice(&text)
-            .with_context(|| format!("{} is damaged; nothing was touched; reboot to begin anew", shown.display()))?;
-        if record.schema != SCHEMA {
-            bail!(
-                "{} has format {}, this agent knows {SCHEMA}; go on with the agent that wrote it, or reboot to begin anew",
-                shown.display(),
-                record.schema
-            );
+        let malformed = |error: serde_json::Error| Damage::Malformed(error.to_string());
+        let mut value: Value = serde_json::from_slice(&text).map_err(malformed)?;
+        let written = value.as_object_mut().and_then(|fields| fields.remove(CHECKSUM));
+        if written.is_some_and(|written| written != checksum(&value)) {
+            return Err(Damage::Checksum);
         }
+        match value.get("schema").and_then(Value::as_u64) {
+            Some(schema) if schema != u64::from(SCHEMA) => return Err(Damage::Foreign(schema)),
+            _ => {}
+        }
+        let mut record: Self = serde_json::from_value(value).map_err(malformed)?;
         // An older agent did not say so.
         record.arrived |= record.step.is_arrival();
-        Ok(record)
+        Ok(Some(record))
     }
 
     /// Replaces the file in one step.
     pub fn save(&self, paths: &Paths) -> Result<()> {
-        let text = serde_json::to_vec_pretty(self).context("cannot write the record")?;
+        let mut value = serde_json::to_value(self).context("cannot write the record")?;
+        value[CHECKSUM] = checksum(&value).into();
+        let text = serde_json::to_vec_pretty(&value).context("cannot write the record")?;
         failpoint::hit(Point::Record, self.step.name())
             .and_then(|()| Directory::ensure(paths.run()))
             .and_then(|dir| dir.write_atomic(FILE, 0o600, &text))
@@ -243,11 +343,12 @@ impl Record {
     pub fn rest(&mut self) {
         // A failure stays until somebody tries again; a planned attempt went with the daemon.
         let failed = self.status.error.as_ref().is_some_and(|error| error.next_retry_unix.is_none());
-        let interrupted = match self.step {
+        let interrupted = match &self.step {
             Step::Switching(_) => {
                 Some("the switch was interrupted: start node-image-overlay.service again to finish it, or run undo")
             }
             Step::Undoing(_) => Some("undo was interrupted: run it again"),
+            Step::Lost { message, .. } => Some(message.as_str()),
             _ => None,
         };
         if let Some(message) = interrupted {
@@ -284,152 +385,11 @@ impl Record {
     }
 }
 
-#[cfg(test)]
-#[allow(clippy::unwrap_used)]
-mod tests {
-    use super::*;
-    use crate::image::ResolvedImage;
-    use crate::stage::DeltaCounts;
-
-    fn staged() -> StagedRoot {
-        let image =
-            ResolvedImage { requested: "r/n:t".into(), pinned: "r/n@sha256:x".into(), digest: "sha256:x".into() };
-        let pulled = PulledImage {
-            image,
-            commit: "c".into(),
-            booted_commit: None,
-            complete: false,
-            layers_fetched: 1,
-            layers_skipped: 0,
-            bytes_fetched: 1,
-            objects_written: 1,
-            warnings: Vec::new(),
-        };
-        let delta = Delta { directory: "/x".into(), counts: DeltaCounts::default() };
-        StagedRoot { pulled, delta, etc: Vec::new() }
-    }
-
-    fn undo() -> Undo {
-        Undo { staged: staged(), units: None }
-    }
-
-    /// Every step, in order.
-    fn steps() -> Vec<Step> {
-        let staged = staged();
-        let switched = Switched { staged: staged.clone(), units: Vec::new() };
-        vec![
-            Step::Idle,
-            Step::NothingToDo { reason: "x".into(), isolated: false },
-            Step::Resolved(staged.pulled.image.clone()),
-            Step::Pulled(staged.pulled.clone()),
-            Step::Staged(staged.clone()),
-            Step::Switching(staged.clone()),
-            Step::Undoing(undo()),
-            Step::Switched(switched.clone()),
-            Step::Refreshed(switched.clone()),
-            Step::Finished(switched),
-        ]
-    }
-
-    #[test]
-    fn every_step_survives_the_file_and_rests() {
-        use State::{Done, Failed, Idle, NothingToDo, Pulled, Switched};
-        let states = [Idle, NothingToDo, Idle, Idle, Pulled, Failed, Failed, Switched, Switched, Done];
-        for (step, state) in steps().into_iter().zip(states) {
-            let name = step.name();
-            let text = serde_json::to_vec(&Record { step, ..Record::default() }).unwrap();
-            let mut record: Record = serde_json::from_slice(&text).unwrap();
-            assert_eq!(record.step.name(), name);
-            record.status.state = State::Running;
-            record.rest();
-            assert_eq!(record.status.state, state, "{name}");
-        }
-    }
-
-    #[test]
-    fn a_failure_outlives_the_daemon_and_a_planned_attempt_does_not() {
-        let error = |next_retry_unix| LastError {
-            class: "network".into(),
-            message: "refused".into(),
-            attempt: 2,
-            next_retry_unix,
-        };
-        let mut record = Record::default();
-        record.status.error = Some(error(Some(7)));
-        record.rest();
-        assert_eq!((record.status.state, record.status.error.clone()), (State::Idle, None));
-        record.status.error = Some(error(None));
-        record.rest();
-        assert_eq!(record.status.state, State::Failed);
-        assert!(record.status.error.is_some());
-    }
-
-    #[test]
-    fn an_interrupted_switch_says_what_to_do() {
-        for (step, way_out) in [
-            (Step::Switching(staged()), "start node-image-overlay.service again"),
-            (Step::Undoing(undo()), "run it again"),
-        ] {
-            let mut record = Record { step, ..Record::default() };
-            record.rest();
-            assert!(record.status.error.unwrap().message.contains(way_out));
-        }
-    }
-
-    #[test]
-    fn a_record_that_says_untouched_replaces_one_that_does_not_whatever_happens() {
-        let temp = tempfile::tempdir().unwrap();
-        let paths = Paths::below(temp.path());
-        Record { step: Step::Switching(staged()), ..Record::default() }.save(&paths).unwrap();
-        failpoint::fail_here(Some((1, rustix::io::Errno::NOSPC)));
-        Record { step: Step::Staged(staged()), bootstrap: true, ..Record::default() }.save_over(&paths).unwrap();
-        assert!(!failpoint::fail_here(None), "the first write failed");
-        let record = Record::load(&paths).unwrap();
-        assert!(record.bootstrap && record.step.is_before_switch());
-    }
-
-    #[test]
-    fn what_comes_before_the_switch() {
-        let before: Vec<_> = steps().iter().map(Step::is_before_switch).collect();
-        assert_eq!(before, [true, true, true, true, true, false, false, false, false, false]);
-    }
-
-    #[test]
-    fn the_bootstrap_flow_ends_at_the_target() {
-        let temp = tempfile::tempdir().unwrap();
-        let paths = Paths::below(temp.path());
-        let isolated = Step::NothingToDo { reason: "x".into(), isolated: true };
-        for step in steps().into_iter().chain([isolated]) {
-            let name = step.name();
-            let arrives = matches!(step, Step::Finished(_) | Step::NothingToDo { isolated: true, .. });
-            let expected = if arrives { (Flow::Live, Goal::Switched) } else { (Flow::Bootstrap, Goal::Finished) };
-            let mut record = Record { bootstrap: true, ..Record::default() };
-            record.reach(step.clone());
-            assert_eq!((record.flow(), record.last_goal()), expected, "{name}");
-            // Undone, or asked for another image; over a restart of the agent that sees the generator's variable again.
-            record.reach(Step::Staged(staged()));
-            record.save(&paths).unwrap();
-            let mut record = Record::load(&paths).unwrap();
-            record.bootstrap |= true;
-            assert_eq!((record.flow(), record.last_goal()), expected, "{name}, then staged");
-            // As an agent leaves it that does not know better.
-            Record { step, bootstrap: true, ..Record::default() }.save(&paths).unwrap();
-            assert_eq!(Record::load(&paths).unwrap().flow(), expected.0, "{name}, of an older agent");
-        }
-        assert_eq!(Record::default().last_goal(), Goal::Switched);
-    }
-
-    #[test]
-    fn a_foreign_record_is_refused() {
-        let temp = tempfile::tempdir().unwrap();
-        let paths = Paths::below(temp.path());
-        assert!(matches!(Record::load(&paths).unwrap().step, Step::Idle));
-        Record::default().save(&paths).unwrap();
-        assert!(matches!(Record::load(&paths).unwrap().step, Step::Idle));
-        std::fs::write(temp.path().join(FILE), "{").unwrap();
-        assert!(Record::load(&paths).unwrap_err().to_string().contains("damaged"));
-        let newer = Record { schema: SCHEMA + 1, ..Record::default() };
-        newer.save(&paths).unwrap();
-        assert!(Record::load(&paths).unwrap_err().to_string().contains("format 2"));
-    }
+/// Returns the checksum of a record, whatever its white space and the order of its fields.
+fn checksum(value: &Value) -> String {
+    hex::encode(Sha256::digest(value.to_string()))
 }
+
+#[cfg(test)]
+#[path = "record_tests.rs"]
+mod tests;

@@ -1,6 +1,6 @@
 //! Which node store this machine has, and opening it.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use tracing::info;
@@ -45,6 +45,16 @@ pub(super) fn open(paths: &Paths, settings: &Settings) -> anyhow::Result<(NodeSt
         }
     };
     Ok((store, booted))
+}
+
+/// Returns where the delta tree of this machine's node store is. No store is made.
+pub(super) fn delta_path(paths: &Paths) -> anyhow::Result<PathBuf> {
+    if let Ok(store) = NodeStore::open(&paths.store()) {
+        return Ok(store.delta_path());
+    }
+    let booted = BootedRepo::discover()?.context("the booted system has no ostree repo")?;
+    let repo = booted.path.canonicalize().with_context(|| format!("looking for {}", booted.path.display()))?;
+    Ok(on_disk(&repo, &Namespace::init().mounts()?)?.delta_path())
 }
 
 /// Opens the node store that `staged` was staged in, whatever the configuration says by now.

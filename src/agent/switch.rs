@@ -11,8 +11,9 @@ use anyhow::Context as _;
 use tracing::{info, warn};
 
 use super::after::RESTART;
-use super::prepare::{ETC, USR, USR_SOURCE, new_etc};
+use super::prepare::{ETC, USR, USR_SOURCE, load_etc_plan, new_etc};
 use super::units::{UnitsRecord, reexecute};
+use super::wayback::{self, Below};
 use super::{Context, Error, Paths, StagedRoot, Switched, storage};
 use crate::dirfd::Directory;
 use crate::failpoint::{self, Point};
@@ -47,7 +48,7 @@ pub(super) async fn switch(context: &Context, staged: StagedRoot) -> Result<Swit
 
 /// Refuses, with numbers, a switch for whose files there is no room. Nothing is changed.
 pub(super) fn check(paths: &Paths) -> Result<(), Error> {
-    let plan = load_plan(paths)?;
+    let plan = load_etc_plan(paths)?;
     let refusals = etc::check_room(&plan, Path::new(ETC), paths.run())?;
     if refusals.is_empty() {
         return Ok(());
@@ -58,7 +59,7 @@ pub(super) fn check(paths: &Paths) -> Result<(), Error> {
 /// Gives the kernel the policy that is in `/etc`, if the merge brought another, and what the merge wrote the labels that
 /// only that one knows. Doing it again is harmless.
 pub(super) async fn load_policy(context: &Context, staged: &StagedRoot) -> anyhow::Result<()> {
-    let plan = load_plan(&context.paths)?;
+    let plan = load_etc_plan(&context.paths)?;
     let step = policy_step(&plan);
     if let Some(line) = host::load_policy(step).await? {
         info!("{line}");
@@ -114,7 +115,7 @@ async fn label_anew(staged: &StagedRoot, way: Way) -> bool {
 
 /// The old policy again, when `/etc` and `/usr` are the old ones again.
 async fn load_old_policy(paths: &Paths, staged: &StagedRoot, undone: &mut Undone) {
-    match load_plan(paths).map(|plan| policy_step(&plan)) {
+    match load_etc_plan(paths).map(|plan| policy_step(&plan)) {
         Ok(step) if step.loads() => {
             // Before: the new policy knows nearly all old labels, the old one hardly any that are new.
             let complete = label_anew(staged, Way::Back).await;
@@ -143,17 +144,9 @@ fn policy_step(plan: &etc::Plan) -> host::PolicyStep {
     )
 }
 
-fn load_plan(paths: &Paths) -> anyhow::Result<etc::Plan> {
-    let run = Directory::ensure(paths.run()).with_context(|| format!("cannot use {}", paths.run().display()))?;
-    let path = paths.run().join(Paths::ETC_PLAN);
-    let text = run.read_optional(Paths::ETC_PLAN).with_context(|| format!("cannot read {}", path.display()))?;
-    let text = text.with_context(|| format!("the plan for /etc, {}, is missing; pull again", path.display()))?;
-    serde_json::from_slice(&text).with_context(|| format!("the plan for /etc, {}, is damaged", path.display()))
-}
-
 fn blocking(paths: &Paths, staged: &StagedRoot) -> anyhow::Result<etc::Report> {
     let usr = Path::new(USR);
-    let plan = load_plan(paths)?;
+    let plan = load_etc_plan(paths)?;
     let run = Directory::ensure(paths.run()).with_context(|| format!("cannot use {}", paths.run().display()))?;
     set_ref(paths, staged, true)?;
     // Before /usr changes: a generator that runs from here on must not arm the pivot again.
@@ -179,9 +172,18 @@ pub(super) struct Undone {
 
 /// What runs the node image's code, and what to do about it. It is looked at, not taken from what the
 /// switch recorded: a refresh that failed half-way has no complete record.
-pub(super) async fn plan_units(paths: &Paths, staged: &StagedRoot, flow: Flow) -> anyhow::Result<Vec<Action>> {
-    let delta = staged.delta.lookup()?;
-    let differs = |path: &Path| delta.contains(path).unwrap_or(true);
+///
+/// The second list names what could not be found out, a line each.
+pub(super) async fn plan_units(
+    paths: &Paths,
+    staged: &StagedRoot,
+    flow: Flow,
+) -> anyhow::Result<(Vec<Action>, Vec<String>)> {
+    let mut troubles = Vec::new();
+    let delta =
+        staged.delta.lookup().inspect_err(|error| troubles.push(format!("all files count as changed: {error:#}")));
+    let delta = delta.ok();
+    let differs = |path: &Path| delta.as_ref().is_none_or(|delta| delta.contains(path).unwrap_or(true));
     let manager = Manager::connect().await?;
     let fragments = units::active_fragments(&manager).await?;
     let looked = tokio::task::spawn_blocking(move || leaving(fragments)).await.context("undo panicked")?;
@@ -191,19 +193,17 @@ pub(super) async fn plan_units(paths: &Paths, staged: &StagedRoot, flow: Flow) -
     let (version, differs, arriving) = (Version::Current, &differs, BTreeSet::new());
     let sides = Sides { version, differs, old: &old, new: &new, arriving: &arriving, systemd };
     let (states, unseen) = units::survey(&manager, &sides).await?;
-    for line in unseen {
-        warn!("undo: {line}");
-    }
+    troubles.extend(unseen);
     // What was stopped and restarted there is, on the way back, too.
     let record = UnitsRecord::load(paths).unwrap_or_else(|error| {
-        warn!("undo: what the switch stopped stays stopped: {error:#}");
+        troubles.push(format!("units that the switch stopped stay stopped: {error:#}"));
         None
     });
     let record = record.unwrap_or_default();
     let flow = record.flow.unwrap_or(flow);
     let mut actions = units::undo_plan(&states, &leaving, flow, &super::units::policy());
     actions.extend(record.stopped().map(|unit| Action::new(unit, Class::Start, "the switch stopped it")));
-    Ok(actions)
+    Ok((actions, troubles))
 }
 
 /// The units whose files are not there without the node image's `/usr`, all unit files that are, and the release of the
@@ -218,7 +218,13 @@ fn leaving(fragments: Vec<(String, PathBuf)>) -> anyhow::Result<(Vec<String>, Un
 
 /// Puts `/etc`, `/usr`, the ref and, where units saw the switch, those back. Everything is tried, whatever
 /// fails; what is done already is not done again.
+///
+/// Nothing is begun where something already known would keep it from its end.
 pub(super) async fn undo(paths: &Paths, staged: &StagedRoot, units: Option<&[Action]>) -> Undone {
+    let obstacles = wayback::obstacles(Below::Unmount);
+    if !obstacles.is_empty() {
+        return Undone { failed: vec![wayback::message(&obstacles)], ..Undone::default() };
+    }
     let stopped = stop_units(units.unwrap_or_default()).await;
     let (for_files, of, to_guard) = (paths.clone(), staged.clone(), units.is_some());
     let (mut undone, _guard) = match tokio::task::spawn_blocking(move || undo_files(&for_files, &of, to_guard)).await {
@@ -333,8 +339,13 @@ fn undo_files(paths: &Paths, staged: &StagedRoot, to_guard: bool) -> (Undone, Op
     // Last: between this and its re-execution PID 1 may be unable to start anything.
     let start = || units::Guard::start().inspect_err(|error| warn!("{error:#}")).ok();
     let guard = to_guard.then(start).flatten();
-    if let Err(error) = mount::withdraw(Path::new(USR), USR_SOURCE) {
-        undone.failed.push(format!("/usr: {error:#}"));
+    let usr = Path::new(USR);
+    let lost = mount::Namespace::init().mounts().map(|mounts| mount::mounted_on(&mounts, usr, USR_SOURCE));
+    match mount::withdraw(usr, USR_SOURCE) {
+        Ok(_) => undone.kept.extend(lost.into_iter().flatten().map(|place| {
+            format!("{} was unmounted with the node image's /usr, on which it had been mounted since", place.display())
+        })),
+        Err(error) => undone.failed.push(format!("/usr: {error:#}")),
     }
     (undone, guard)
 }

@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use tracing::{info, warn};
 
+use super::look::Standing;
+use super::wayback::{self, Below};
 use super::{Agent, Error, Goal, Probation, Record, StagedRoot, Step, Undo, deadline, probation, switch};
 use crate::report::{Phase, State};
 
@@ -40,7 +42,7 @@ impl Agent {
             Err(_) if self.undoing.load(Ordering::Acquire) => self.record.lock().await,
             Err(_) => return Err(Error::Refused("a phase is under way: wait for it, or cancel it first".into())),
         };
-        self.undo_locked(&mut record).await
+        self.undo_locked(&mut record, Below::Refuse).await
     }
 
     /// Undoes a switch whose probation is over, or goes on with that.
@@ -48,7 +50,7 @@ impl Agent {
         let mut record = self.record.lock().await;
         let over = record.probation.and_then(Probation::left).is_some_and(|left| left.is_zero());
         if !record.step.is_before_switch() && (over || matches!(record.step, Step::Undoing(_))) {
-            self.undo_locked(&mut record).await.map(drop)
+            self.undo_locked(&mut record, Below::Unmount).await.map(drop)
         } else if over {
             record.probation = None;
             deadline::disarm().await;
@@ -58,13 +60,15 @@ impl Agent {
         }
     }
 
-    pub(super) async fn undo_locked(&self, record: &mut Record) -> Result<Vec<String>, Error> {
+    pub(super) async fn undo_locked(&self, record: &mut Record, below: Below) -> Result<Vec<String>, Error> {
         let _flag = Flag::raise(&self.undoing);
-        let undo = match record.step.clone() {
-            Step::Undoing(undo) => undo,
-            Step::Switching(staged) => self.begin_undo(staged, record).await,
+        let (staged, salvaged) = match &record.step {
+            // Mounts below /usr were looked at when it began.
+            Step::Undoing(undo) => (undo.staged.clone(), undo.salvaged),
+            Step::Lost { staged, .. } => (staged.clone(), true),
+            Step::Switching(staged) => (staged.clone(), false),
             Step::Switched(switched) | Step::Refreshed(switched) | Step::Finished(switched) => {
-                self.begin_undo(switched.staged, record).await
+                (switched.staged.clone(), false)
             }
             _ => {
                 return record
@@ -72,6 +76,17 @@ impl Agent {
                     .clone()
                     .ok_or_else(|| Error::Refused("nothing was switched, so there is nothing to undo".into()));
             }
+        };
+        let begun = if let Step::Undoing(undo) = &record.step { Some(undo.clone()) } else { None };
+        let obstacles = wayback::obstacles(if begun.is_some() { Below::Unmount } else { below });
+        if !obstacles.is_empty() {
+            let standing = if begun.is_some() { "goes no further" } else { "has not begun, nothing was changed" };
+            return Err(Error::Refused(format!("undo {standing}: {}", wayback::message(&obstacles))));
+        }
+        self.end_download().await;
+        let undo = match begun {
+            Some(undo) => undo,
+            None => self.begin_undo(staged, salvaged, record).await?,
         };
         // What has begun is not on probation any more: half of an undo is finished, never kept.
         let before = record.clone();
@@ -81,7 +96,8 @@ impl Agent {
             *record = before;
             return Err(error.context("nothing was undone; run undo again"));
         }
-        let undone = switch::undo(&self.paths, &undo.staged, undo.units.as_deref()).await;
+        let mut undone = switch::undo(&self.paths, &undo.staged, undo.units.as_deref()).await;
+        undone.kept.splice(..0, undo.troubles);
         if !undone.failed.is_empty() {
             let error =
                 Error::Internal(anyhow::anyhow!("undo is not complete, run it again: {}", undone.failed.join("; ")));
@@ -92,7 +108,7 @@ impl Agent {
             return Err(error);
         }
         record.undone = Some(undone.kept.clone());
-        self.untouched(record, undo.staged)?;
+        self.untouched(record, if undo.salvaged { Step::Idle } else { Step::Staged(undo.staged) })?;
         deadline::disarm().await;
         info!("undone: /usr and /etc are as they were");
         Ok(undone.kept)
@@ -101,19 +117,25 @@ impl Agent {
     /// What the undo does to units follows the flow that the switch planned for, which its record of units says, also on
     /// a machine that is in use since: what the switch restarted runs the node image's code, and may be what is wrong
     /// with it (a network that is gone is what a probation is for). Where that is not known, less is touched.
-    async fn begin_undo(&self, staged: StagedRoot, record: &Record) -> Undo {
-        let units = switch::plan_units(&self.paths, &staged, record.flow()).await.unwrap_or_else(|error| {
-            warn!("undo: cannot tell what runs the node image's code, restart sshd by hand: {error:#}");
-            Vec::new()
-        });
-        Undo { staged, units: Some(units) }
+    ///
+    /// # Errors
+    /// When the units cannot be looked at. After the first act nothing can tell which of them run the node image's code,
+    /// so nothing is begun, and the next call looks again.
+    async fn begin_undo(&self, staged: StagedRoot, salvaged: bool, record: &Record) -> Result<Undo, Error> {
+        let planned = switch::plan_units(&self.paths, &staged, record.flow()).await;
+        let (units, troubles) = planned.map_err(|error| {
+            Error::from(error.context("cannot tell which units run the node image's code"))
+                .context("nothing was undone; run undo again")
+        })?;
+        Ok(Undo { staged, units: Some(units), troubles, salvaged })
     }
 
     /// All of it, or none of it: takes back what a switch did that failed with `error`, and says how the
     /// system stands.
     pub(super) async fn roll_back(&self, record: &mut Record, staged: StagedRoot, error: Error) -> Error {
         warn!("{error}; rolling back");
-        record.step = Step::Undoing(Undo { staged: staged.clone(), units: None });
+        let undo = Undo { staged: staged.clone(), units: None, troubles: Vec::new(), salvaged: false };
+        record.step = Step::Undoing(undo);
         record.probation = None;
         // Without room for it the old record stands: a start that finds it switches first.
         if let Err(error) = self.save(record) {
@@ -124,26 +146,27 @@ impl Agent {
             let failed = undone.failed.join("; ");
             return Error::Internal(anyhow::anyhow!("{error}; rolling back is not complete, run undo: {failed}"));
         }
-        match self.untouched(record, staged) {
+        match self.untouched(record, Step::Staged(staged)) {
             Ok(()) => deadline::disarm().await,
             Err(trouble) => warn!("{trouble}"),
         }
         error.context("rolled back: /usr and /etc are as they were")
     }
 
-    /// The running system is as before the switch: that goes on record.
-    fn untouched(&self, record: &mut Record, staged: StagedRoot) -> Result<(), Error> {
-        record.step = Step::Staged(staged);
+    /// Records that the running system is as before the switch, at a `step` before it.
+    fn untouched(&self, record: &mut Record, step: Step) -> Result<(), Error> {
+        let staged = matches!(step, Step::Staged(_));
+        record.step = step;
         self.tracker.update(|status| {
-            status.state = State::Pulled;
-            status.phase = Some(Phase::Stage);
+            (status.state, status.phase) =
+                if staged { (State::Pulled, Some(Phase::Stage)) } else { (State::Idle, None) };
             status.error = None;
             status.still_old.clear();
             status.timeline.retain(|entry| entry.phase <= Phase::Stage);
         });
         self.show(record);
         record.save_over(&self.paths)?;
-        self.probation.send_replace(record.probation);
+        self.standing.send_replace(Standing::of(record));
         Ok(())
     }
 
@@ -205,6 +228,8 @@ impl Agent {
         let step = self.record.lock().await.step.clone();
         match step {
             Step::Undoing(_) => self.undo().await.map(drop),
+            // Nothing is undone that was not asked for.
+            Step::Lost { message, .. } => Err(Error::Refused(message)),
             Step::Switching(_) | Step::Switched(_) => {
                 info!("the switch was interrupted: finishing it");
                 self.advance(Goal::Switched, &self.ticket()).await

@@ -65,7 +65,7 @@ type LastErrorTuple = (String, String, u32, u64);
 impl Pivot {
     /// Resolve, pull and stage; returns when staged. The running system is untouched.
     async fn pull(&self) -> Result<(), MethodError> {
-        Ok(self.agent.advance(Goal::Staged, &self.ticket()).await?)
+        Ok(self.agent.pull(&self.ticket()).await?)
     }
 
     /// Fetches what the pull left out of the node image; pulls and stages first if needed. Possible at any
@@ -130,7 +130,7 @@ impl Pivot {
     /// The whole status document, JSON.
     #[zbus(property(emits_changed_signal = "false"))]
     fn status(&self) -> String {
-        serde_json::to_string(&self.agent.tracker().status()).unwrap_or_default()
+        serde_json::to_string(&self.agent.status()).unwrap_or_default()
     }
 
     /// `idle`, `running`, `waiting`, `pulled`, `switched`, `done`, `failed`, `nothing-to-do`.

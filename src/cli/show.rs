@@ -7,7 +7,7 @@ use anyhow::Result;
 
 use super::drive::unix_now;
 use super::{Exit, say};
-use crate::agent::{Paths, Record};
+use crate::agent::{Agent, Paths};
 use crate::bus::Client;
 use crate::report::{self, State, Status};
 
@@ -20,7 +20,7 @@ async fn current(paths: &Paths) -> Result<Status> {
     match asked(paths).await {
         Ok(status) => Ok(status),
         // The record is root's; for others the daemon's silence is the answer.
-        Err(error) => recorded(paths).map_err(|_| error),
+        Err(error) => recorded(paths).ok_or(error),
     }
 }
 
@@ -29,8 +29,8 @@ async fn asked(paths: &Paths) -> Result<Status> {
     Client::connect(&paths.socket()).await?.status().await
 }
 
-fn recorded(paths: &Paths) -> Result<Status> {
-    Ok(Record::load(paths)?.status)
+fn recorded(paths: &Paths) -> Option<Status> {
+    rustix::process::geteuid().is_root().then(|| Agent::recorded_status(paths))
 }
 
 pub(super) async fn status(paths: &Paths, json: bool) -> Result<Exit> {
@@ -54,7 +54,7 @@ pub(super) async fn watch(paths: &Paths, json: bool) -> Result<Exit> {
             }
             // Its unit starts a daemon that died again. One that stays away changes nothing any more.
             Err(error) if absent_since.get_or_insert_with(Instant::now).elapsed() >= ABSENT => return Err(error),
-            Err(error) => recorded(paths).map_err(|_| error)?,
+            Err(error) => recorded(paths).ok_or(error)?,
         };
         if last.as_ref() != Some(&status) {
             print(&status, json)?;
@@ -89,6 +89,7 @@ fn print(status: &Status, json: bool) -> Result<()> {
         say::out(serde_json::to_string(status)?);
     } else {
         say::out(report::state_line(status, unix_now()));
+        status.deviations.iter().for_each(|line| say::out(format_args!("but: {}", report::one_line(line))));
         report::old_lines(status).for_each(say::out);
     }
     Ok(())

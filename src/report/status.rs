@@ -138,6 +138,10 @@ pub struct Status {
     pub still_old: Vec<StillOld>,
     /// What changed, one line each; for the summary.
     pub notes: Vec<String>,
+    /// Differences by now from what the switch left, one line each: `/usr` is covered, another image is configured.
+    /// Looked for when the document is read.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub deviations: Vec<String>,
 }
 
 impl Default for Status {
@@ -158,6 +162,7 @@ impl Default for Status {
             undo_unix: None,
             still_old: Vec::new(),
             notes: Vec::new(),
+            deviations: Vec::new(),
         }
     }
 }

@@ -124,6 +124,9 @@ pub fn summary(status: &Status, now_unix: u64) -> String {
         let _ = writeln!(out, "{name:<12}{}", one_line(value));
     };
     line("state", &state_line(status, now_unix));
+    for deviation in &status.deviations {
+        line("but", deviation);
+    }
     if let Some(image) = &status.image {
         line("image", image);
     }

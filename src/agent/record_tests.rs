@@ -1,0 +1,188 @@
+#![allow(clippy::unwrap_used)]
+
+use super::*;
+use crate::image::ResolvedImage;
+use crate::stage::DeltaCounts;
+
+fn staged() -> StagedRoot {
+    let image = ResolvedImage { requested: "r/n:t".into(), pinned: "r/n@sha256:x".into(), digest: "sha256:x".into() };
+    let pulled = PulledImage {
+        image,
+        commit: "c".into(),
+        booted_commit: None,
+        complete: false,
+        layers_fetched: 1,
+        layers_skipped: 0,
+        bytes_fetched: 1,
+        objects_written: 1,
+        warnings: Vec::new(),
+    };
+    let delta = Delta { directory: "/x".into(), counts: DeltaCounts::default() };
+    StagedRoot { pulled, delta, etc: Vec::new() }
+}
+
+fn undo() -> Undo {
+    Undo { staged: staged(), units: None, troubles: Vec::new(), salvaged: false }
+}
+
+/// Every step, in order.
+fn steps() -> Vec<Step> {
+    let staged = staged();
+    let switched = Switched { staged: staged.clone(), units: Vec::new() };
+    vec![
+        Step::Idle,
+        Step::NothingToDo { reason: "x".into(), isolated: false },
+        Step::Resolved(staged.pulled.image.clone()),
+        Step::Pulled(staged.pulled.clone()),
+        Step::Staged(staged.clone()),
+        Step::Switching(staged.clone()),
+        Step::Undoing(undo()),
+        Step::Lost { staged: staged.clone(), message: "lost".into() },
+        Step::Switched(switched.clone()),
+        Step::Refreshed(switched.clone()),
+        Step::Finished(switched),
+    ]
+}
+
+#[test]
+fn every_step_survives_the_file_and_rests() {
+    use State::{Done, Failed, Idle, NothingToDo, Pulled, Switched};
+    let states = [Idle, NothingToDo, Idle, Idle, Pulled, Failed, Failed, Failed, Switched, Switched, Done];
+    for (step, state) in steps().into_iter().zip(states) {
+        let name = step.name();
+        let text = serde_json::to_vec(&Record { step, ..Record::default() }).unwrap();
+        let mut record: Record = serde_json::from_slice(&text).unwrap();
+        assert_eq!(record.step.name(), name);
+        record.status.state = State::Running;
+        record.rest();
+        assert_eq!(record.status.state, state, "{name}");
+    }
+}
+
+#[test]
+fn a_failure_outlives_the_daemon_and_a_planned_attempt_does_not() {
+    let error =
+        |next_retry_unix| LastError { class: "network".into(), message: "refused".into(), attempt: 2, next_retry_unix };
+    let mut record = Record::default();
+    record.status.error = Some(error(Some(7)));
+    record.rest();
+    assert_eq!((record.status.state, record.status.error.clone()), (State::Idle, None));
+    record.status.error = Some(error(None));
+    record.rest();
+    assert_eq!(record.status.state, State::Failed);
+    assert!(record.status.error.is_some());
+}
+
+#[test]
+fn an_interrupted_switch_says_what_to_do() {
+    for (step, way_out) in
+        [(Step::Switching(staged()), "start node-image-overlay.service again"), (Step::Undoing(undo()), "run it again")]
+    {
+        let mut record = Record { step, ..Record::default() };
+        record.rest();
+        assert!(record.status.error.unwrap().message.contains(way_out));
+    }
+}
+
+#[test]
+fn a_record_that_says_untouched_replaces_one_that_does_not_whatever_happens() {
+    let temp = tempfile::tempdir().unwrap();
+    let paths = Paths::below(temp.path());
+    Record { step: Step::Switching(staged()), ..Record::default() }.save(&paths).unwrap();
+    failpoint::fail_here(Some((1, rustix::io::Errno::NOSPC)));
+    Record { step: Step::Staged(staged()), bootstrap: true, ..Record::default() }.save_over(&paths).unwrap();
+    assert!(!failpoint::fail_here(None), "the first write failed");
+    let record = Record::load(&paths).unwrap().unwrap();
+    assert!(record.bootstrap && record.step.is_before_switch());
+}
+
+#[test]
+fn what_comes_before_the_switch() {
+    let before: Vec<_> = steps().iter().map(Step::is_before_switch).collect();
+    assert_eq!(before, [true, true, true, true, true, false, false, false, false, false, false]);
+}
+
+#[test]
+fn the_bootstrap_flow_ends_at_the_target() {
+    let temp = tempfile::tempdir().unwrap();
+    let paths = Paths::below(temp.path());
+    let isolated = Step::NothingToDo { reason: "x".into(), isolated: true };
+    for step in steps().into_iter().chain([isolated]) {
+        let name = step.name();
+        let arrives = matches!(step, Step::Finished(_) | Step::NothingToDo { isolated: true, .. });
+        let expected = if arrives { (Flow::Live, Goal::Switched) } else { (Flow::Bootstrap, Goal::Finished) };
+        let mut record = Record { bootstrap: true, ..Record::default() };
+        record.reach(step.clone());
+        assert_eq!((record.flow(), record.last_goal()), expected, "{name}");
+        // Undone, or asked for another image; over a restart of the agent that sees the generator's variable again.
+        record.reach(Step::Staged(staged()));
+        record.save(&paths).unwrap();
+        let mut record = Record::load(&paths).unwrap().unwrap();
+        record.bootstrap |= true;
+        assert_eq!((record.flow(), record.last_goal()), expected, "{name}, then staged");
+        // As an agent leaves it that does not know better.
+        Record { step, bootstrap: true, ..Record::default() }.save(&paths).unwrap();
+        assert_eq!(Record::load(&paths).unwrap().unwrap().flow(), expected.0, "{name}, of an older agent");
+    }
+    assert_eq!(Record::default().last_goal(), Goal::Switched);
+}
+
+#[test]
+fn every_kind_of_damage_is_recognised() {
+    let temp = tempfile::tempdir().unwrap();
+    let paths = Paths::below(temp.path());
+    assert!(Record::load(&paths).unwrap().is_none());
+    Record::default().save(&paths).unwrap();
+    assert!(matches!(Record::load(&paths).unwrap().unwrap().step, Step::Idle));
+    for text in ["", "{", "null", "[]", "{}", "7", r#"{"schema": 1, "step": "idle"}"#, r#"{"schema": "1"}"#] {
+        std::fs::write(temp.path().join(FILE), text).unwrap();
+        assert!(matches!(Record::load(&paths), Err(Damage::Malformed(_))), "{text}");
+    }
+    Record { schema: SCHEMA + 1, ..Record::default() }.save(&paths).unwrap();
+    assert_eq!(Record::load(&paths).unwrap_err(), Damage::Foreign(2));
+    std::fs::remove_file(temp.path().join(FILE)).unwrap();
+    std::fs::create_dir(temp.path().join(FILE)).unwrap();
+    assert!(matches!(Record::load(&paths), Err(Damage::Unreadable(_))));
+}
+
+/// As agents before the checksum wrote it, with the request as one string.
+#[test]
+fn a_record_without_a_checksum_is_read() {
+    let temp = tempfile::tempdir().unwrap();
+    let paths = Paths::below(temp.path());
+    let mut value = serde_json::to_value(Record { step: Step::Undoing(undo()), ..Record::default() }).unwrap();
+    value["asked"] = "Auto Keep Auto image r/n:t".into();
+    for field in ["troubles", "salvaged"] {
+        value["step"]["undoing"].as_object_mut().unwrap().remove(field);
+    }
+    std::fs::write(temp.path().join(FILE), value.to_string()).unwrap();
+    let record = Record::load(&paths).unwrap().unwrap();
+    assert_eq!((record.step.name(), record.asked), ("undoing", None));
+}
+
+/// Every record is either the one that was saved or recognised as damaged.
+#[test]
+fn no_damage_goes_unnoticed() {
+    let temp = tempfile::tempdir().unwrap();
+    let paths = Paths::below(temp.path());
+    let path = temp.path().join(FILE);
+    let switched = Switched { staged: staged(), units: Vec::new() };
+    Record { step: Step::Finished(switched), bootstrap: true, ..Record::default() }.save(&paths).unwrap();
+    let whole = std::fs::read(&path).unwrap();
+    let saved = format!("{:?}", Record::load(&paths).unwrap());
+    for length in 0..whole.len() {
+        std::fs::write(&path, &whole[..length]).unwrap();
+        assert!(Record::load(&paths).is_err(), "cut at {length}");
+    }
+    for (at, byte) in whole.iter().enumerate() {
+        for other in [byte ^ 1, byte ^ 0x80, b'0', b'"', b'}', b' '] {
+            let mut damaged = whole.clone();
+            damaged[at] = other;
+            std::fs::write(&path, &damaged).unwrap();
+            match Record::load(&paths) {
+                Ok(record) => assert_eq!(format!("{record:?}"), saved, "{at}: {other}"),
+                Err(damage) => assert!(!damage.to_string().is_empty()),
+            }
+        }
+    }
+}

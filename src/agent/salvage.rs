@@ -1,0 +1,174 @@
+//! Opens the record, and pieces together what an undo needs when the record of a switch is lost or damaged.
+
+use std::path::{Path, PathBuf};
+
+use tracing::warn;
+
+use super::prepare::{USR, USR_SOURCE};
+use super::record::{Damage, FILE, Record, Step};
+use super::{Paths, Probation, StagedRoot, SwitchPlan, deadline, storage};
+use crate::image::ResolvedImage;
+use crate::import::PulledImage;
+use crate::mount;
+use crate::stage::{Delta, DeltaCounts};
+
+/// Name that a damaged record gets when nothing is switched.
+const ASIDE: &str = "state.json.damaged";
+
+/// Traces of a switch on the machine.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Traces {
+    /// The node image's `/usr` is mounted.
+    usr: bool,
+    /// There is an undo journal of `/etc`.
+    etc: bool,
+}
+
+impl Traces {
+    fn on_this_machine(paths: &Paths) -> Self {
+        Self {
+            // A mount table that cannot be read proves nothing; the switch looks again.
+            usr: mount::exposed(Path::new(USR), USR_SOURCE).unwrap_or(false),
+            etc: paths.etc_undo().join("plan.json").exists(),
+        }
+    }
+
+    fn any(self) -> bool {
+        self.usr || self.etc
+    }
+}
+
+/// The way to go on.
+#[derive(Debug, PartialEq, Eq)]
+enum Verdict {
+    /// With the record.
+    Use,
+    /// From the beginning: nothing is switched.
+    Begin,
+    /// With an undo only; the message says why.
+    Lost(String),
+}
+
+/// Decides by the record and by what is on the machine.
+fn judge(loaded: Result<Option<&Record>, &Damage>, traces: Traces, file: &Path) -> Verdict {
+    let cause = match loaded {
+        Ok(Some(record)) if !(traces.usr && record.step.is_before_switch()) => return Verdict::Use,
+        _ if !traces.any() => return Verdict::Begin,
+        Ok(Some(record)) => format!("it says {:?}", record.step.name()),
+        Ok(None) => "the file is gone".to_owned(),
+        Err(damage) => damage.to_string(),
+    };
+    let left = match (traces.usr, traces.etc) {
+        (true, true) => "/usr is the node image's, and changes in /etc are merged",
+        (true, false) => "/usr is the node image's",
+        _ => "changes of a node image are merged in /etc",
+    };
+    Verdict::Lost(format!(
+        "cannot use the record of the switch, {}: {cause}; {left}; run undo to put the bootimage's back, or reboot",
+        file.display()
+    ))
+}
+
+/// Returns the record under `paths`, a fresh one, or one that only allows an undo. Nothing is changed.
+pub(super) fn open(paths: &Paths) -> Record {
+    let loaded = Record::load(paths);
+    let verdict = judge(loaded.as_ref().map(Option::as_ref), Traces::on_this_machine(paths), &paths.run().join(FILE));
+    match (verdict, loaded) {
+        (Verdict::Use, Ok(Some(record))) => record,
+        (Verdict::Lost(message), _) => {
+            let probation = deadline::armed().map(|until_boottime_ms| Probation { until_boottime_ms, kept: false });
+            Record::at(Step::Lost { staged: staged(paths), message }).with(probation)
+        }
+        _ => Record::default(),
+    }
+}
+
+/// Returns a line about a record that cannot be used and is not needed, because nothing is switched.
+pub(super) fn unused(paths: &Paths) -> Option<String> {
+    let damage = Record::load(paths).err()?;
+    let file = paths.run().join(FILE);
+    Some(format!("cannot use {}: {damage}; nothing is switched, and the agent begins without it", file.display()))
+}
+
+/// Keeps such a record under another name, for an administrator who looks for the cause, and returns that line.
+pub(super) fn set_aside(paths: &Paths) -> Option<String> {
+    let line = unused(paths)?;
+    warn!("{line}");
+    let aside = paths.run().join(ASIDE);
+    if let Err(error) = std::fs::rename(paths.run().join(FILE), &aside) {
+        warn!("cannot keep the record as {}: {error}", aside.display());
+    }
+    Some(line)
+}
+
+/// Returns what the other files say about the switch; what they do not say stays empty, and undo does without it.
+fn staged(paths: &Paths) -> StagedRoot {
+    let plan = SwitchPlan::load(paths).ok();
+    let pinned = plan.as_ref().map(|plan| plan.image.clone()).unwrap_or_default();
+    let digest = pinned.split_once('@').map(|(_, digest)| digest.to_owned()).unwrap_or_default();
+    let pulled = PulledImage {
+        image: ResolvedImage { requested: pinned.clone(), pinned, digest },
+        commit: plan.as_ref().map(|plan| plan.commit.clone()).unwrap_or_default(),
+        booted_commit: plan.as_ref().and_then(|plan| plan.booted_commit.clone()),
+        complete: false,
+        layers_fetched: 0,
+        layers_skipped: 0,
+        bytes_fetched: 0,
+        objects_written: 0,
+        warnings: Vec::new(),
+    };
+    let counts = plan.map_or_else(DeltaCounts::default, |plan| plan.usr);
+    StagedRoot { pulled, delta: Delta { directory: delta(paths), counts }, etc: Vec::new() }
+}
+
+fn delta(paths: &Paths) -> PathBuf {
+    storage::delta_path(paths).unwrap_or_else(|error| {
+        warn!("cannot find the node store: {error:#}");
+        paths.store().join("delta")
+    })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_switched_system_is_never_said_to_be_untouched() {
+        let idle = Record::default();
+        let undoing = Record::at(Step::Lost { staged: staged(&Paths::default()), message: String::new() });
+        let damage = Damage::Checksum;
+        let traces = |usr, etc| Traces { usr, etc };
+        let lost = [traces(true, true), traces(true, false), traces(false, true)];
+        let judge = |loaded, traces| judge(loaded, traces, Path::new("/x/state.json"));
+        for loaded in [Ok(None), Err(&damage)] {
+            assert_eq!(judge(loaded, traces(false, false)), Verdict::Begin);
+            for traces in lost {
+                let Verdict::Lost(message) = judge(loaded, traces) else { panic!("{loaded:?} {traces:?}") };
+                assert!(message.contains("/x/state.json") && message.contains("run undo"), "{message}");
+                assert_eq!(message.contains("/usr is the node image's"), traces.usr, "{message}");
+                assert_eq!(message.contains("/etc"), traces.etc, "{message}");
+            }
+        }
+        for traces in [traces(false, false), traces(false, true)] {
+            assert_eq!(judge(Ok(Some(&idle)), traces), Verdict::Use);
+        }
+        assert!(matches!(judge(Ok(Some(&idle)), traces(true, false)), Verdict::Lost(_)), "a record from before");
+        for traces in lost {
+            assert_eq!(judge(Ok(Some(&undoing)), traces), Verdict::Use);
+        }
+    }
+
+    #[test]
+    fn a_damaged_record_is_kept_aside() {
+        let temp = tempfile::tempdir().unwrap();
+        let paths = Paths::below(temp.path());
+        std::fs::write(temp.path().join(FILE), "{").unwrap();
+        assert!(set_aside(&paths).unwrap().contains("damaged"));
+        assert_eq!(std::fs::read_to_string(temp.path().join(ASIDE)).unwrap(), "{");
+        assert!(Record::load(&paths).unwrap().is_none());
+        Record::default().save(&paths).unwrap();
+        assert_eq!(set_aside(&paths), None);
+        assert!(Record::load(&paths).unwrap().is_some(), "a good one stays");
+    }
+}

@@ -1,0 +1,79 @@
+//! The order of the phases.
+
+use std::sync::atomic::Ordering;
+
+use anyhow::anyhow;
+use tracing::info;
+
+use super::start::{Start, decide};
+use super::{Context, Error, Goal, Record, Step, Ticket, after, fetch, hooks, prepare, switch, units};
+use crate::report::State;
+use crate::units::Flow;
+
+/// The step after the one that stands in the record, or `None` when the goal is reached.
+pub(super) async fn next(
+    context: &Context,
+    record: &Record,
+    goal: Goal,
+    ticket: &Ticket,
+) -> Result<Option<Step>, Error> {
+    let next = match record.step.clone() {
+        Step::Idle => match decide(&context.settings, &|path| path.exists()) {
+            Start::Refuse => {
+                return Err(Error::Refused(
+                    "the mode is \"off\" (node-image-pivot= on the kernel command line, or `mode` in a drop-in file); \
+                     nothing was done"
+                        .into(),
+                ));
+            }
+            Start::NothingToDo(reason) => {
+                context.tracker.update(|status| status.state = State::NothingToDo);
+                Step::NothingToDo { reason, isolated: false }
+            }
+            Start::Go => Step::Resolved(fetch::resolve(context, ticket).await?),
+        },
+        Step::NothingToDo { reason, isolated: false } if goal == Goal::Finished && record.flow() == Flow::Bootstrap => {
+            after::isolate(context).await?;
+            Step::NothingToDo { reason, isolated: true }
+        }
+        Step::NothingToDo { .. } => return Ok(None),
+        Step::Resolved(image) => Step::Pulled(fetch::pull(context, image, ticket).await?),
+        Step::Pulled(pulled) => Step::Staged(
+            prepare::stage(context, pulled, record.flow())
+                .await
+                .map_err(|error| error.context("the running system is untouched"))?,
+        ),
+        Step::Staged(_) if goal < Goal::Switched => return Ok(None),
+        // Written before the first act: a daemon that finds it knows that the switch may be half done
+        // and finishes it.
+        Step::Staged(staged) => {
+            if !context.staged_now.load(Ordering::Relaxed) && !prepare::is_current(context, &staged).await? {
+                info!("/etc has changed since it was staged: staging again");
+                return Ok(Some(Step::Pulled(staged.pulled)));
+            }
+            switch::check(&context.paths)?;
+            hooks::pre_switch(context, &staged, record.flow(), ticket).await?;
+            units::remember(context).await?;
+            Step::Switching(staged)
+        }
+        Step::Switching(staged) => Step::Switched(switch::switch(context, staged).await?),
+        Step::Lost { message, .. } => return Err(Error::Refused(message)),
+        // Taken back to the end before anybody asks for a next step.
+        Step::Undoing(_) => return Err(Error::Internal(anyhow!("undo is not complete, run it again"))),
+        Step::Switched(switched) => {
+            let refreshed = after::refresh(context, switched, record.flow()).await;
+            let refreshed = refreshed.map_err(|error| {
+                error.context(
+                    "/usr and /etc are switched, the refresh is not complete: \
+                     start node-image-overlay.service again, or run undo",
+                )
+            })?;
+            hooks::post_switch(context, &refreshed.staged, record.flow()).await;
+            Step::Refreshed(refreshed)
+        }
+        Step::Refreshed(_) if goal < Goal::Finished => return Ok(None),
+        Step::Refreshed(switched) => Step::Finished(after::finish(context, switched, record.flow()).await?),
+        Step::Finished(_) => return Ok(None),
+    };
+    Ok(Some(next))
+}
