@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use tracing::{info, warn};
 
-use super::{Context, Error, Switched, switch, units};
+use super::{Context, Error, Switched, switch, units, views};
 use crate::host;
 use crate::mount;
 use crate::report::{Phase, State};
@@ -75,7 +75,7 @@ async fn tell_units(
         trouble.push(format!("cannot tell what still runs the bootimage's code: {error:#}"));
         Vec::new()
     });
-    for line in units::notes(&switched.units, &still_old) {
+    for line in units::notes(&switched.units, &still_old).into_iter().chain(views::stale(views::Expected::NodeImage)) {
         context.tracker.note(line);
     }
     context.tracker.update(|status| status.still_old = still_old);

@@ -26,6 +26,7 @@ mod switch;
 mod ticket;
 mod undo;
 mod units;
+mod views;
 mod wayback;
 
 use std::sync::Arc;

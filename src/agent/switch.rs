@@ -14,7 +14,7 @@ use super::after::RESTART;
 use super::prepare::{ETC, USR, USR_SOURCE, load_etc_plan, new_etc};
 use super::units::{UnitsRecord, reexecute};
 use super::wayback::{self, Below};
-use super::{Context, Error, Paths, StagedRoot, Switched, storage};
+use super::{Context, Error, Paths, StagedRoot, Switched, storage, views};
 use crate::dirfd::Directory;
 use crate::failpoint::{self, Point};
 use crate::report::{Phase, State};
@@ -241,6 +241,9 @@ pub(super) async fn undo(paths: &Paths, staged: &StagedRoot, units: Option<&[Act
         && let Err(error) = undo_units(units, &mut undone.kept).await
     {
         undone.failed.push(format!("systemd: {error:#}"));
+    }
+    if units.is_some() {
+        undone.kept.extend(views::stale(views::Expected::Bootimage));
     }
     // Last: a generator that runs before must not arm the pivot again.
     if undone.failed.is_empty()
