@@ -368,6 +368,13 @@ impl Agent {
         self.tickets.cancel_all()
     }
 
+    /// Cancels all calls that may be cancelled, waits for a switch or an undo that is under way, and keeps every other
+    /// call from beginning for as long as the returned value lives.
+    pub async fn stop(&self) -> Stopped<'_> {
+        self.tickets.cancel_all();
+        Stopped(self.record.lock().await)
+    }
+
     /// Logs a failure and shows it in the status document.
     fn tell(&self, error: &Error) {
         error!("{error}");
@@ -400,6 +407,16 @@ impl Agent {
         let undo_unix = record.probation.and_then(undo_unix);
         self.tracker.update(|status| status.undo_unix = undo_unix);
         record.status = self.tracker.pivot_status();
+    }
+}
+
+/// An agent that begins nothing any more.
+pub struct Stopped<'a>(MutexGuard<'a, Record>);
+
+impl Stopped<'_> {
+    /// Returns true if a switch or an undo is left unfinished, which the next daemon goes on with.
+    pub fn is_unfinished(&self) -> bool {
+        matches!(self.0.step, Step::Switching(_) | Step::Undoing(_) | Step::Switched(_))
     }
 }
 

@@ -37,7 +37,10 @@ pub(super) async fn daemon(paths: Paths) -> Result<Exit> {
         }
     }
     let _ = notify(false, &[NotifyState::Stopping]);
-    Ok(Exit::Done)
+    // A switch or an undo that is under way is finished. One that cannot be finished is for the next daemon, which the
+    // unit starts after a failure.
+    let stopped = agent.stop().await;
+    Ok(if stopped.is_unfinished() { Exit::Error } else { Exit::Done })
 }
 
 /// To the journal with fields; to stderr where there is no journal.
