@@ -257,7 +257,7 @@ nonsense\n";
         );
         let on = |source| mounted_on(&mounts, Path::new("/usr"), source);
         assert_eq!(on("ours"), [PathBuf::from("/usr/share"), PathBuf::from("/usr/share/x")]);
-        assert_eq!(on("absent"), [PathBuf::new(); 0]);
+        assert!(on("absent").is_empty());
         let covered = live_with("60 23 0:60 / /usr ro - overlay ours ro\n61 60 0:61 / /usr ro - overlay sysext ro\n");
         assert_eq!(mounted_on(&covered, Path::new("/usr"), "ours"), [PathBuf::from("/usr")]);
     }
