@@ -10,6 +10,7 @@
 #   build.sh selinux      a live bootimage with an SELinux policy, a node image of the next release with its own; prints
 #                         where they are, as JSON
 #   build.sh selinux-disk the same bootimage installed to a disk; prints where it is
+#   build.sh demo         the live bootimage and node image a; prints where they are, as JSON
 #   build.sh ahead        what the tests will need and needs no agent
 #   build.sh paths        prints where they are, as JSON; builds what is missing
 #   build.sh bench        the benchmark's images (not part of all); prints where they are
@@ -75,7 +76,7 @@ tree_selinux_node() {
     selinux_tree selinux-node node-a "$BED/selinux/base $BED/selinux/node" "$drop" "${selinux_modules[@]}" "$BED/selinux/nodeapp.cil"
 }
 selinux() {
-    local base node image q k
+    local node
     oracle >/dev/null
     debs >/dev/null
     tree_base12 >/dev/null &
@@ -86,12 +87,30 @@ selinux() {
     tree_selinux_base >/dev/null
     wait $!
     node=$(tree_selinux_node)
-    image=$(image selinux-node "$node")
-    base=$(boot_selinux live)
+    pair boot_selinux live selinux-node "$node"
+}
+
+# demo: what `make demo` shows: one bootimage, one node image.
+demo() {
+    local node
+    oracle >/dev/null
+    debs >/dev/null
+    tree_base12 >/dev/null &
+    tree_node_a >/dev/null
+    wait $!
+    node=$(tree_node_a)
+    pair boot "" node-a "$node"
+}
+
+# pair BOOT VARIANT NAME TREE: prints as JSON what one machine needs that becomes one node image.
+pair() {
+    local b i q k
+    i=$(image "$3" "$4")
+    b=$("$1" "$2")
     q=$(qemu)
     k=$(ssh_key)
-    jq -n --arg qemu "$q/qemu" --arg key "$k" \
-        --arg boot "$base" --arg storage "$image/storage" --slurpfile image "$image/images.jsonl" \
+    jq -n --arg qemu "$q/qemu" --arg key "$k" --arg boot "$b" --arg storage "$i/storage" \
+        --slurpfile image "$i/images.jsonl" \
         '{qemu: $qemu, ssh_key: $key, boot: $boot, storage: $storage, image: $image[0]}'
 }
 
@@ -148,7 +167,7 @@ for target in "$@"; do
             b=$(boot podman)
             l=$(podman_layer)
             jq -n --arg boot "$b" --arg layer "$l" '{boot: $boot, layer: $layer}' ;;
-        selinux) selinux ;;
+        selinux | demo) "$target" ;;
         all) trees; boot >&2; registry >&2; qemu >&2; skopeo_new >&2 ;;
         ahead)
             trees

@@ -45,9 +45,9 @@ pub struct Tools {
     pub ssh_key: PathBuf,
 }
 
-/// A live bootimage and a node image with SELinux.
+/// One live bootimage and the node image that it becomes, without the rest of [`Images`].
 #[derive(Debug)]
-pub struct Selinux {
+pub struct Pair {
     /// For its machine.
     pub tools: Tools,
     /// As [`Images::boot`].
@@ -161,12 +161,23 @@ impl Images {
     }
 }
 
-impl Selinux {
-    /// Builds what is missing of these, and nothing else.
-    pub fn ensure() -> Result<Self> {
-        let answer: Value =
-            serde_json::from_slice(&target("selinux")?).context("reading the answer of build.sh selinux")?;
-        let text = |value: &Value| value.as_str().map(str::to_owned).context("build.sh selinux: something is missing");
+impl Pair {
+    /// The base system that `make demo` shows, and node image a. Builds what is missing of these, and nothing else.
+    pub fn demo() -> Result<Self> {
+        Self::build("demo")
+    }
+
+    /// A bootimage and a node image with SELinux. Builds what is missing of these, and nothing else.
+    pub fn selinux() -> Result<Self> {
+        Self::build("selinux")
+    }
+
+    fn build(name: &str) -> Result<Self> {
+        let answer: Value = serde_json::from_slice(&target(name)?)
+            .with_context(|| format!("cannot read the answer of build.sh {name}"))?;
+        let text = |value: &Value| {
+            value.as_str().map(str::to_owned).with_context(|| format!("build.sh {name}: a path is missing"))
+        };
         let image = &answer["image"];
         let image = Image {
             repo: text(&image["repo"])?,
@@ -179,8 +190,8 @@ impl Selinux {
         Ok(Self { tools, boot: path("boot")?, storage: path("storage")?, image })
     }
 
-    /// The same bootimage as an installed system, as [`Images::disk`].
-    pub fn disk(&self) -> Result<PathBuf> {
+    /// Returns the bootimage with SELinux as an installed system, as [`Images::disk`].
+    pub fn selinux_disk() -> Result<PathBuf> {
         build("selinux-disk")
     }
 }
@@ -191,7 +202,7 @@ impl AsRef<Tools> for Images {
     }
 }
 
-impl AsRef<Tools> for Selinux {
+impl AsRef<Tools> for Pair {
     fn as_ref(&self) -> &Tools {
         &self.tools
     }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Result, bail};
 use testbed::check::{Checks, contains, same};
 use testbed::guest::Guest;
-use testbed::images::{Selinux, work_dir};
+use testbed::images::{Pair, work_dir};
 use testbed::proc::{succeed, wait_for};
 use testbed::registry::Registry;
 use testbed::scenario::{node_files, wait_pivoted};
@@ -65,7 +65,7 @@ const DROP_IN: &str = "/etc/systemd/system/node-image-pivotd.service.d/50-other-
 
 #[test]
 fn enforcing_with_types_that_only_the_node_image_knows() -> Result<()> {
-    let images = Selinux::ensure()?;
+    let images = Pair::selinux()?;
     let (boot, image) = (&images.boot, &images.image);
     let mut checks = Checks::new("machine: SELinux enforcing, the node image is the next release with its own policy");
     let registry = Registry::start(&images.storage, &work_dir("vm-selinux-registry")?, None, None)?;
@@ -109,8 +109,8 @@ const LABEL_NEW: &str = "[Service]\nExecStart=\nExecStart=/bin/sh -c 'if [ -e /v
 /// The machine's disk belongs to it: labels, policy and `/etc` outlive the pivot.
 #[test]
 fn an_installed_system_boots_again() -> Result<()> {
-    let images = Selinux::ensure()?;
-    let (installed, work) = (images.disk()?, work_dir("vm-selinux-disk-image")?);
+    let images = Pair::selinux()?;
+    let (installed, work) = (Pair::selinux_disk()?, work_dir("vm-selinux-disk-image")?);
     let mut checks = Checks::new("machine: installed to a disk, SELinux enforcing, the next release, and reboots");
     let registry = Registry::start(&images.storage, &work_dir("vm-selinux-disk-registry")?, None, None)?;
     let disk = work.join("disk.img");

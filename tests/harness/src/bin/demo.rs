@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use testbed::guest::Guest;
-use testbed::images::{Images, work_dir};
+use testbed::images::{Pair, work_dir};
 use testbed::registry::Registry;
 use testbed::scenario::node_files;
 use testbed::vm::{HOST, Setup, Vm};
@@ -19,9 +19,8 @@ fn of_interest(line: &str) -> bool {
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let all = args.iter().any(|a| a == "--all");
-    let name = args.iter().find(|a| !a.starts_with('-')).map_or("node-a", String::as_str);
-    let images = Images::ensure()?;
-    let image = images.image(name)?;
+    let images = Pair::demo()?;
+    let image = &images.image;
     let registry = Registry::start(&images.storage, &work_dir("demo-registry")?, None, None)?;
     println!("Booting the live bootimage (Debian 12, base system only); it is to become\n{}\n", image.by_digest());
     let setup = Setup {
@@ -33,7 +32,7 @@ fn main() -> Result<()> {
         cpu: testbed::vm::CPU,
         limit: LIMIT,
     };
-    let vm = Vm::start(images, &setup, |files| {
+    let vm = Vm::start(&images, &setup, |files| {
         node_files(files, &image.by_digest(), HOST, registry.port)?;
         // The progress is for people: on the console it belongs.
         files.put(
