@@ -65,7 +65,9 @@ points! {
     EtcJournal = "etc-journal",
     /// Before a piece of a file's content is written.
     EtcContent = "etc-content",
-    /// Before a new version is made beside its place.
+    /// Before the directory for new versions is made or removed.
+    EtcStaging = "etc-staging",
+    /// Before a new version is made in it.
     EtcMake = "etc-make",
     /// Before each of owner, mode and attributes is set.
     EtcDress = "etc-dress",
@@ -73,6 +75,8 @@ points! {
     EtcUnlink = "etc-unlink",
     /// Before a new version is renamed into its place.
     EtcRename = "etc-rename",
+    /// Before the file system of `/etc`, or of its undo record, is synced.
+    EtcSync = "etc-sync",
     /// Before an act is taken back.
     EtcTakeBack = "etc-take-back",
     /// Before the undo record's plan is removed, which ends the record.

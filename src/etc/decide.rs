@@ -58,7 +58,6 @@ pub fn decide(base: &Snapshot, new: &Snapshot, current: &Snapshot) -> Plan {
     plan.changes = walk.removals;
     plan.changes.append(&mut walk.rest);
     plan.decisions.sort_by(|one, other| one.path.cmp(&other.path));
-    plan.aside.sort();
     plan
 }
 
@@ -204,9 +203,13 @@ impl Walk {
     }
 
     fn note(&mut self, path: &Bytes, class: Class, reason: &str, new: Side<'_>) {
-        let saved = new.is_some_and(|entry| matches!(entry.leaf.content, Content::File { .. } | Content::Symlink(_)));
-        if class == Class::Conflict && saved {
-            self.plan.aside.push(path.clone());
+        let size = new.and_then(|entry| match &entry.leaf.content {
+            Content::File { size, .. } => Some(*size),
+            Content::Symlink(_) => Some(0),
+            Content::Directory | Content::Other => None,
+        });
+        if let (Class::Conflict, Some(size)) = (class, size) {
+            self.plan.aside.insert(path.clone(), size);
         }
         self.plan.decisions.push(Decision { path: path.clone(), class, reason: reason.to_owned() });
     }

@@ -32,7 +32,7 @@ pub fn diff(plan: &Plan, new_dir: BorrowedFd<'_>, etc_dir: BorrowedFd<'_>, secre
     }
     for decision in plan.of(Class::Conflict) {
         writeln!(out, "# conflict: /etc/{}: {}; it is kept as it is", decision.path, decision.reason)?;
-        if plan.aside.contains(&decision.path) {
+        if plan.aside.contains_key(&decision.path) {
             let sides = Sides { new: new_dir, etc: etc_dir, secrets };
             let not_taken = sides.conflict(&decision.path);
             let text = not_taken.with_context(|| format!("comparing /etc/{}", decision.path))?;

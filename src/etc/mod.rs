@@ -14,19 +14,24 @@ mod plan;
 mod record;
 mod relabel;
 mod report;
+mod room;
 mod scan;
 mod snapshot;
+mod staging;
+mod undo;
 pub(crate) mod xattr;
 
 #[cfg(test)]
 mod tests;
 
-pub use apply::{Labeler, apply, aside_dir, check_room, open_defaults, open_dir, plan, refuse_conflicts, undo};
+pub use apply::{Labeler, apply, aside_dir, open_defaults, open_dir, plan, refuse_conflicts};
 pub use decide::decide;
 pub use diff::diff;
 pub use name::Bytes;
 pub use plan::{Change, Class, Decision, Origin, Plan};
 pub use relabel::relabel;
 pub use report::{NotDone, Report, UndoReport};
+pub use room::check_room;
 pub use scan::scan;
 pub use snapshot::{Content, Entry, Leaf, Meta, Snapshot};
+pub use undo::undo;

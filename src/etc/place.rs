@@ -4,21 +4,22 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use anyhow::{Context, Result, bail, ensure};
-use rustix::fs::{AtFlags, Gid, Mode, OFlags, RenameFlags, Timespec, Timestamps, Uid};
+use anyhow::{Context, Result};
+use rustix::fs::{AtFlags, Gid, Mode, OFlags, Timespec, Timestamps, Uid};
 use rustix::io::Errno;
 use sha2::{Digest, Sha256};
 
 use super::name::Bytes;
-use super::scan::{TEMPORARY, look, open, proc_path, resolve};
+use super::scan::{look, open, proc_path, resolve};
 use super::snapshot::{Content, Leaf, Meta};
+use super::staging::{MOUNTED, Staging};
 use super::xattr::{self, LABEL};
 use crate::failpoint::{self, Point};
 
 /// A name in an open directory. The directory cannot be swapped under us any more.
 pub(super) struct Place {
-    dir: OwnedFd,
-    name: Vec<u8>,
+    pub(super) dir: OwnedFd,
+    pub(super) name: Vec<u8>,
 }
 
 /// What an act came to.
@@ -79,138 +80,62 @@ impl Place {
         open(self.dir.as_fd(), &self.name).context("opening it")
     }
 
-    /// Removes what is there. A directory that is not empty stays.
-    pub fn remove(&self, directory: bool) -> Result<Outcome> {
+    /// Removes a directory. One that is not empty stays.
+    pub fn remove_directory(&self) -> Result<Outcome> {
         failpoint::hit(Point::EtcUnlink, "").context("removing it")?;
-        let flags = if directory { AtFlags::REMOVEDIR } else { AtFlags::empty() };
-        match rustix::fs::unlinkat(&self.dir, &self.name, flags) {
+        match rustix::fs::unlinkat(&self.dir, &self.name, AtFlags::REMOVEDIR) {
             Ok(()) | Err(Errno::NOENT) => Ok(Outcome::Done { labelled: true }),
             Err(Errno::NOTEMPTY | Errno::EXIST) => Ok(Outcome::Skipped("something new is in the directory")),
-            Err(Errno::BUSY) => Ok(Outcome::Skipped("something is mounted there")),
+            Err(Errno::BUSY) => Ok(Outcome::Skipped(MOUNTED)),
             Err(error) => Err(error).context("removing it"),
         }
     }
 
-    /// Puts `leaf` there in place of `before`: in one step, except where a directory takes the place of
-    /// something else or the other way round, which has a moment with nothing there. Owner, mode,
-    /// attributes and label are set before it appears. `number` tells temporary names apart.
-    pub fn put(&self, before: Option<&Leaf>, leaf: &Leaf, source: &mut Source<'_>, number: usize) -> Result<Outcome> {
-        let was_directory = before.is_some_and(Leaf::is_directory);
-        if was_directory && leaf.is_directory() {
-            let labelled = self.dress(&self.name, leaf, source)?;
-            return Ok(Outcome::Done { labelled });
-        }
-        let temporary = self.clear_temporary(number)?;
-        let labelled = match self.make(&temporary, leaf, source) {
-            Ok(labelled) => labelled,
-            Err(error) => {
-                let _ = self.clear_temporary(number);
-                return Err(error);
-            }
-        };
-        let skipped = self.swap_in(&temporary, before, was_directory, leaf.is_directory())?;
-        if let Some(reason) = skipped {
-            self.clear_temporary(number)?;
-            return Ok(Outcome::Skipped(reason));
-        }
-        Ok(Outcome::Done { labelled })
+    /// Removes `current`, which was seen there last.
+    pub fn remove(&self, staging: &Staging, number: usize, current: &Leaf) -> Result<Outcome> {
+        if current.is_directory() { self.remove_directory() } else { staging.take_out(number, self, current) }
     }
 
-    fn swap_in(
-        &self,
-        temporary: &[u8],
-        before: Option<&Leaf>,
-        was_directory: bool,
-        directory: bool,
-    ) -> Result<Option<&'static str>> {
-        if before.is_some() && was_directory != directory {
-            // Exchanging the two would be one step, but overlayfs, on which a live /etc lies, does not
-            // exchange directories. The record says what was here, should we be killed between.
-            if let Outcome::Skipped(reason) = self.remove(was_directory)? {
-                return Ok(Some(reason));
-            }
-        }
-        failpoint::hit(Point::EtcRename, "").context("renaming the new version into its place")?;
-        let flags = if before.is_none() { RenameFlags::NOREPLACE } else { RenameFlags::empty() };
-        match rustix::fs::renameat_with(&self.dir, temporary, &self.dir, &self.name, flags) {
-            Ok(()) => Ok(None),
-            Err(Errno::BUSY) => Ok(Some("something is mounted there")),
-            Err(Errno::EXIST | Errno::NOTEMPTY | Errno::ISDIR | Errno::NOTDIR) => Ok(Some("something new is there")),
-            Err(error) => Err(error).context("renaming the new version into its place"),
-        }
+    /// Gives the directory there the owner, mode, attributes and label of `leaf`.
+    pub fn dress(&self, leaf: &Leaf, source: &Source<'_>) -> Result<Outcome> {
+        Ok(Outcome::Done { labelled: dress(self.dir.as_fd(), &self.name, leaf, source)? })
     }
+}
 
-    /// Removes what a killed act with this number left; returns the temporary name.
-    pub fn clear_temporary(&self, number: usize) -> Result<Vec<u8>> {
-        let name = [TEMPORARY, number.to_string().as_bytes()].concat();
-        for flags in [AtFlags::empty(), AtFlags::REMOVEDIR] {
-            match rustix::fs::unlinkat(&self.dir, &name, flags) {
-                Ok(()) | Err(Errno::NOENT) => return Ok(name),
-                Err(Errno::ISDIR | Errno::PERM) if flags.is_empty() => {}
-                Err(error) => return Err(error).context("removing a leftover temporary file"),
-            }
-        }
-        Ok(name)
+/// Sets owner, mode, attributes, time and label; returns true if the label could be set.
+pub(super) fn dress(dir: BorrowedFd<'_>, name: &[u8], leaf: &Leaf, source: &Source<'_>) -> Result<bool> {
+    let step = || failpoint::hit(Point::EtcDress, "").context("setting owner, mode and attributes");
+    let Meta { mode, uid, gid, xattrs } = &leaf.meta;
+    let owner = (Some(Uid::from_raw(*uid)), Some(Gid::from_raw(*gid)));
+    let is_link = matches!(leaf.content, Content::Symlink(_));
+    step()?;
+    // Owner first: a change of owner takes setuid bits and capabilities away.
+    rustix::fs::chownat(dir, name, owner.0, owner.1, AtFlags::SYMLINK_NOFOLLOW).context("setting its owner")?;
+    step()?;
+    if !is_link {
+        let kind = if leaf.is_directory() { OFlags::DIRECTORY } else { OFlags::empty() };
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC | kind;
+        let fd = rustix::fs::openat2(dir, name, flags, Mode::empty(), resolve()).context("opening it")?;
+        rustix::fs::fchmod(&fd, Mode::from_raw_mode(*mode)).context("setting its mode")?;
     }
-
-    fn make(&self, name: &[u8], leaf: &Leaf, source: &mut Source<'_>) -> Result<bool> {
-        failpoint::hit(Point::EtcMake, "").context("making the new version beside it")?;
-        match &leaf.content {
-            Content::File { sha256, .. } => {
-                let mut content = source.content.take().context("its content is missing from the record")?;
-                let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-                let file = rustix::fs::openat(&self.dir, name, flags, Mode::RUSR | Mode::WUSR)
-                    .context("making a temporary file beside it")?;
-                let written = copy(&mut content, &mut File::from(file))?;
-                ensure!(written == *sha256, "its source is not what the plan says any more; plan again");
-            }
-            Content::Symlink(target) => {
-                rustix::fs::symlinkat(&target.0, &self.dir, name).context("making a temporary link beside it")?;
-            }
-            Content::Directory => {
-                rustix::fs::mkdirat(&self.dir, name, Mode::RWXU).context("making a temporary directory beside it")?;
-            }
-            Content::Other => bail!("special files are never made"),
+    let path = proc_path(dir, name);
+    step()?;
+    // A default ACL of the directory has given it some already.
+    for present in xattr::read(&path).context("reading its attributes")?.into_keys() {
+        if present != LABEL && !xattrs.contains_key(&Bytes(present.clone())) {
+            xattr::remove(&path, &present).with_context(|| format!("removing {}", Bytes(present)))?;
         }
-        self.dress(name, leaf, source)
     }
-
-    /// Sets owner, mode, attributes, time and label; returns whether the label could be set.
-    fn dress(&self, name: &[u8], leaf: &Leaf, source: &Source<'_>) -> Result<bool> {
-        let step = || failpoint::hit(Point::EtcDress, "").context("setting owner, mode and attributes");
-        let Meta { mode, uid, gid, xattrs } = &leaf.meta;
-        let owner = (Some(Uid::from_raw(*uid)), Some(Gid::from_raw(*gid)));
-        let is_link = matches!(leaf.content, Content::Symlink(_));
-        step()?;
-        // Owner first: a change of owner takes setuid bits and capabilities away.
-        rustix::fs::chownat(&self.dir, name, owner.0, owner.1, AtFlags::SYMLINK_NOFOLLOW)
-            .context("setting its owner")?;
-        step()?;
-        if !is_link {
-            let kind = if leaf.is_directory() { OFlags::DIRECTORY } else { OFlags::empty() };
-            let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC | kind;
-            let fd = rustix::fs::openat2(&self.dir, name, flags, Mode::empty(), resolve()).context("opening it")?;
-            rustix::fs::fchmod(&fd, Mode::from_raw_mode(*mode)).context("setting its mode")?;
-        }
-        let path = proc_path(self.dir.as_fd(), name);
-        step()?;
-        // A default ACL of the directory has given it some already.
-        for present in xattr::read(&path).context("reading its attributes")?.into_keys() {
-            if present != LABEL && !xattrs.contains_key(&Bytes(present.clone())) {
-                xattr::remove(&path, &present).with_context(|| format!("removing {}", Bytes(present)))?;
-            }
-        }
-        for (attribute, value) in xattrs {
-            xattr::set(&path, &attribute.0, &value.0).with_context(|| format!("setting {attribute}"))?;
-        }
-        let labelled = source.label.is_none_or(|label| xattr::set(&path, LABEL, label).is_ok());
-        if let Some((tv_sec, tv_nsec)) = source.mtime {
-            let time = Timespec { tv_sec, tv_nsec };
-            let times = Timestamps { last_access: time, last_modification: time };
-            rustix::fs::utimensat(&self.dir, name, &times, AtFlags::SYMLINK_NOFOLLOW).context("setting its time")?;
-        }
-        Ok(labelled)
+    for (attribute, value) in xattrs {
+        xattr::set(&path, &attribute.0, &value.0).with_context(|| format!("setting {attribute}"))?;
     }
+    let labelled = source.label.is_none_or(|label| xattr::set(&path, LABEL, label).is_ok());
+    if let Some((tv_sec, tv_nsec)) = source.mtime {
+        let time = Timespec { tv_sec, tv_nsec };
+        let times = Timestamps { last_access: time, last_modification: time };
+        rustix::fs::utimensat(dir, name, &times, AtFlags::SYMLINK_NOFOLLOW).context("setting its time")?;
+    }
+    Ok(labelled)
 }
 
 /// Copies to the end and returns the SHA-256 of what was copied.

@@ -1,5 +1,6 @@
 //! What is to be done to `/etc`, as data: written down before the first act.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
@@ -87,8 +88,8 @@ pub struct Plan {
     pub changes: Vec<Change>,
     /// Every path on which the three sides do not agree, in order of path.
     pub decisions: Vec<Decision>,
-    /// Conflicts of which the node image has a version; it is saved aside.
-    pub aside: Vec<Bytes>,
+    /// Conflicts of which the node image has a version, which is saved aside, and its size in bytes.
+    pub aside: BTreeMap<Bytes, u64>,
 }
 
 impl Plan {
@@ -97,16 +98,16 @@ impl Plan {
         self.changes.is_empty()
     }
 
-    /// The bytes that carrying it out writes: new content, what is saved for an undo, and what is put aside. The
-    /// latter is not in the plan, so a conflict counts as what is there now.
+    /// The bytes that carrying it out writes: new content, what is saved for an undo, and what is put aside.
     pub fn bytes(&self) -> u64 {
         let size = |leaf: &Option<Leaf>| match leaf.as_ref().map(|leaf| &leaf.content) {
             Some(Content::File { size, .. }) => *size,
             _ => 0,
         };
+        let aside = self.aside.values().fold(0, |sum: u64, size| sum.saturating_add(*size));
         self.changes
             .iter()
-            .fold(0, |sum, change| sum.saturating_add(size(&change.before)).saturating_add(size(&change.after)))
+            .fold(aside, |sum, change| sum.saturating_add(size(&change.before)).saturating_add(size(&change.after)))
     }
 
     /// The decisions of one class.

@@ -2,12 +2,13 @@
 //!
 //! A directory of mode 0700 with `plan.json` (written first), `journal` (one JSON line before each act)
 //! and `saved/NUMBER` (content that an act replaces). Its own writes are ordered so that whatever was
-//! done to `/etc` can be undone from it, wherever we are killed. It is not synced: it lives on a tmpfs,
-//! or beside a transaction that a power cut undoes as a whole.
+//! done to `/etc` can be undone from it, wherever the agent is killed. It is synced before the first act, which costs
+//! nothing on the tmpfs on which it normally lies.
 
 use std::collections::BTreeMap;
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::Write;
+use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -118,6 +119,11 @@ impl Record {
             rest
         };
         self.journal.write_all(line)
+    }
+
+    /// Waits until the record is on the disk, should it lie on one.
+    pub fn sync(&self) -> Result<()> {
+        super::staging::sync(self.journal.as_fd()).context("writing the undo record to the disk")
     }
 
     /// A new file for content that act `number` replaces.

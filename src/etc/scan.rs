@@ -20,8 +20,8 @@ pub(super) fn resolve() -> ResolveFlags {
     ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV
 }
 
-/// The prefix of our own temporary files, which are no part of any `/etc`.
-pub(super) const TEMPORARY: &[u8] = b".node-image-pivot-";
+/// The directory in `/etc` of [`super::staging`]. A scan leaves it out.
+pub(super) const TEMPORARY: &[u8] = b".node-image-pivot-new";
 
 /// Reads everything below `dir`. Nothing is followed through a symbolic link; a mount point is
 /// recorded as such and not looked into. What vanishes during the scan is left out.
@@ -43,7 +43,7 @@ fn children(dir: OwnedFd, path: &Bytes) -> Result<BTreeMap<Vec<u8>, Entry>> {
     for entry in Dir::read_from(&dir).with_context(reading)? {
         let entry = entry.with_context(reading)?;
         let name = entry.file_name().to_bytes();
-        if name == b"." || name == b".." || name.starts_with(TEMPORARY) {
+        if name == b"." || name == b".." || (path.0.is_empty() && name == TEMPORARY) {
             continue;
         }
         let child = path.join(name);
@@ -87,7 +87,8 @@ pub(super) fn look(dir: BorrowedFd<'_>, name: &[u8]) -> Result<Option<Leaf>, Err
 fn look_once(dir: BorrowedFd<'_>, name: &[u8]) -> Result<Leaf, Errno> {
     let stat = stat(dir, name)?;
     let kind = FileType::from_raw_mode(u32::from(stat.stx_mode));
-    let content = if stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT) {
+    // The directory that the handle itself names may be a mount point, as /etc is on live media.
+    let content = if stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT) && name != b"." {
         Content::Other
     } else if kind == FileType::RegularFile {
         let (size, sha256) = digest(open(dir, name)?)?;

@@ -224,12 +224,23 @@ impl NodeStore {
         if self.disk.is_some() {
             file.sync_all()?;
         }
-        fs::rename(&temp, &path)
+        fs::rename(&temp, &path)?;
+        self.sync_refs()
+    }
+
+    /// Waits until a ref that was set or removed is so on the disk.
+    fn sync_refs(&self) -> io::Result<()> {
+        match self.ref_path().parent().map(fs::File::open) {
+            Some(Ok(dir)) if self.disk.is_some() => dir.sync_all(),
+            Some(Err(error)) => absent_is_fine(Err(error)),
+            _ => Ok(()),
+        }
     }
 
     /// Removes `coreos/node-image`. None there is not an error.
     pub fn remove_ref(&self) -> io::Result<()> {
-        absent_is_fine(fs::remove_file(self.ref_path()))
+        absent_is_fine(fs::remove_file(self.ref_path()))?;
+        self.sync_refs()
     }
 
     /// Gives the disk back what an unfinished pull wrote: the next one begins anew. A RAM store keeps it,

@@ -6,7 +6,7 @@ set -euo pipefail
 # Trees: mmdebstrap, dpkg-dev, ostree, squashfs. Run: nspawn, a registry, skopeo, ssh; QEMU itself comes by build.sh.
 packages=(
     build-essential pkg-config cmake clang libostree-dev libssl-dev libzstd-dev
-    mmdebstrap dpkg-dev debian-archive-keyring ostree squashfs-tools erofs-utils xfsprogs cpio jq curl
+    mmdebstrap dpkg-dev debian-archive-keyring ostree squashfs-tools erofs-utils xfsprogs e2fsprogs btrfs-progs cpio jq curl
     systemd-container dbus iproute2 openssh-client docker-registry apache2-utils skopeo gnupg
 )
 missing=()

@@ -3,7 +3,9 @@
 #![allow(clippy::unwrap_used)]
 
 mod diff;
+mod durable;
 mod failing;
+mod kept;
 mod ostree;
 mod properties;
 mod race;

@@ -12,7 +12,7 @@ use rustix::fs::{CWD, FileType, Mode, XattrFlags};
 
 use super::properties::families;
 use super::*;
-use crate::etc::apply::act;
+use crate::etc::apply::Merge;
 use crate::etc::record::Record;
 use crate::mount::testing::private;
 
@@ -111,7 +111,7 @@ fn random_trees_are_applied_and_undone() {
                 prop_assert_eq!((report.applied, report.skipped.len()), (plan.changes.len(), 0));
                 let after = rescan(&etc);
                 prop_assert_eq!(&after, &outcome(&plan, &trees[2]));
-                for path in &plan.aside {
+                for path in plan.aside.keys() {
                     let aside = place.join("state/etc-new").join(path.as_path());
                     prop_assert!(aside.symlink_metadata().is_ok(), "{:?}", aside);
                 }
@@ -130,9 +130,9 @@ fn random_trees_are_applied_and_undone() {
                 let [new, etc_dir] = ["new", "etc"].map(|name| open_dir(&place.join(name)).unwrap());
                 for finish in [false, true] {
                     let mut record = Record::create(&record_dir, &plan).unwrap();
-                    for (number, change) in plan.changes.iter().enumerate().take(plan.changes.len() / 2) {
-                        act(&mut record, number, change, new.as_fd(), etc_dir.as_fd(), None).unwrap();
-                    }
+                    let merge = Merge { new_dir: new.as_fd(), etc_dir: etc_dir.as_fd(), label: None };
+                    let mut report = Report::new(&plan, &place);
+                    merge.carry_out(&mut record, plan.changes.len() / 2, &mut report).unwrap();
                     drop(record);
                     if finish {
                         apply_in(&place, &plan);
@@ -265,19 +265,20 @@ fn a_kill_within_an_act_is_finished_or_undone() {
             // Every act is done once, so that all is saved and journaled; then taken back by hand to where
             // a kill within it would have left it.
             let mut record = Record::create(&place.join("state/undo"), &plan).unwrap();
-            for (number, change) in plan.changes.iter().enumerate() {
-                act(&mut record, number, change, from.as_fd(), dir.as_fd(), None).unwrap();
-            }
+            let merge = Merge { new_dir: from.as_fd(), etc_dir: dir.as_fd(), label: None };
+            merge.carry_out(&mut record, plan.changes.len(), &mut Report::new(&plan, &place)).unwrap();
             drop(record);
             let journal = place.join("state/undo/journal");
             fs::write(&journal, [fs::read(&journal).unwrap(), b"{\"change\":7,\"la".to_vec()].concat()).unwrap();
             fs::remove_dir(etc_path.join("f")).unwrap();
             fs::remove_file(etc_path.join("d")).unwrap();
-            fs::write(etc_path.join(".node-image-pivot-0"), "half of it").unwrap();
+            let waiting = etc_path.join(".node-image-pivot-new");
+            fs::create_dir(&waiting).unwrap();
+            fs::write(waiting.join("0"), "half of it").unwrap();
             fs::set_permissions(etc_path.join("m"), fs::Permissions::from_mode(base_mode())).unwrap();
             if deeper {
                 write(&etc_path.join("f"), &file(1, 0), &|_| text(1));
-                fs::create_dir(etc_path.join(".node-image-pivot-1")).unwrap();
+                fs::create_dir(waiting.join("1")).unwrap();
             }
             if finish {
                 assert_eq!(apply_in(&place, &plan).skipped, []);

@@ -1,0 +1,209 @@
+//! Power cuts: a copy of the disk, taken right after an act, holds each file as it was or as it becomes.
+
+use std::fs;
+use std::io::Write;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+
+use super::real::{rescan, write_tree};
+use super::*;
+use crate::failpoint::fail_here;
+use crate::mount::testing::private;
+
+/// Acts of every kind on files, with enough content for several pages.
+fn trees() -> [Snapshot; 3] {
+    let base = etc([
+        ("changed", file(7, 0)),
+        ("gone", file(5, 0)),
+        ("d", dir(0, [("changed", file(6, 0)), ("gone", file(3, 0))])),
+        ("gone-dir", dir(0, [("inside", file(4, 0))])),
+        ("file-to-dir", file(5, 0)),
+        ("dir-to-file", dir(0, [("inside", file(3, 0))])),
+        ("link-to-file", link(1)),
+        ("file-to-link", file(2, 0)),
+        ("mode", file(3, 0)),
+    ]);
+    let new = etc([
+        ("changed", file(6, 2)),
+        ("added", file(7, 1)),
+        ("d", dir(0, [("changed", file(5, 0)), ("added", file(4, 0))])),
+        ("added-dir", dir(1, [("inside", file(6, 0))])),
+        ("file-to-dir", dir(0, [("inside", file(4, 0))])),
+        ("dir-to-file", file(4, 0)),
+        ("link-to-file", file(5, 0)),
+        ("file-to-link", link(2)),
+        ("mode", file(3, 2)),
+    ]);
+    [base.clone(), new, base]
+}
+
+fn run(program: &str, arguments: &[&str]) {
+    let output = Command::new(program).args(arguments).output().unwrap();
+    assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// A disk with an `etc`, as it was before the merge; and a place for the undo record that no power cut concerns.
+struct Bench {
+    scratch: PathBuf,
+    fstype: &'static str,
+}
+
+impl Bench {
+    fn new(scratch: &Path, fstype: &'static str, mib: u64, trees: &[Snapshot; 3]) -> Self {
+        let bench = Self { scratch: scratch.join(fstype), fstype };
+        fs::create_dir_all(bench.disk()).unwrap();
+        fs::File::create(bench.image("pristine")).unwrap().set_len(mib << 20).unwrap();
+        run(&format!("mkfs.{fstype}"), &["-q", bench.image("pristine").to_str().unwrap()]);
+        bench.mounted("pristine", || {
+            write_tree(&bench.disk().join("etc"), &trees[2]);
+            fs::write(bench.disk().join("other"), "").unwrap();
+        });
+        write_tree(&bench.scratch.join("base"), &trees[0]);
+        write_tree(&bench.scratch.join("new"), &trees[1]);
+        bench
+    }
+
+    fn disk(&self) -> PathBuf {
+        self.scratch.join("disk")
+    }
+
+    fn image(&self, name: &str) -> PathBuf {
+        self.scratch.join(format!("{name}.img"))
+    }
+
+    fn copy(&self, from: &str, to: &str) {
+        run("cp", &["--sparse=always", self.image(from).to_str().unwrap(), self.image(to).to_str().unwrap()]);
+    }
+
+    fn mounted<T>(&self, name: &str, act: impl FnOnce() -> T) -> T {
+        if self.fstype == "btrfs" {
+            // It knows file systems by their id, which copies share.
+            run("btrfs", &["device", "scan", "--forget"]);
+        }
+        run("mount", &["-o", "loop", self.image(name).to_str().unwrap(), self.disk().to_str().unwrap()]);
+        let done = act();
+        // A child of another test may still hold our directories, between its fork and its exec.
+        let end = Instant::now() + Duration::from_secs(20);
+        while !Command::new("umount").arg(self.disk()).output().unwrap().status.success() {
+            assert!(Instant::now() < end, "{} stays busy", self.disk().display());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        done
+    }
+
+    /// Plans and applies, on a fresh disk; then calls `act`, copies the disk, and returns what is on the copy.
+    fn after(&self, act: impl FnOnce(&Sides)) -> Snapshot {
+        self.copy("pristine", "disk");
+        let _ = fs::remove_dir_all(self.scratch.join("state"));
+        self.mounted("disk", || {
+            let [base, new, etc] = ["base", "new", "disk/etc"].map(|name| open_dir(&self.scratch.join(name)).unwrap());
+            let plan = plan(base.as_fd(), new.as_fd(), etc.as_fd()).unwrap();
+            act(&Sides { plan, new, etc, undo: self.scratch.join("state/undo"), other: self.disk().join("other") });
+            self.copy("disk", "cut");
+        });
+        self.mounted("cut", || rescan(&self.disk().join("etc")))
+    }
+}
+
+struct Sides {
+    plan: Plan,
+    new: std::os::fd::OwnedFd,
+    etc: std::os::fd::OwnedFd,
+    undo: PathBuf,
+    other: PathBuf,
+}
+
+impl Sides {
+    fn apply(&self) -> anyhow::Result<Report> {
+        apply(&self.plan, self.new.as_fd(), self.etc.as_fd(), &self.undo, None)
+    }
+
+    fn undo(&self) -> anyhow::Result<UndoReport> {
+        undo(&self.undo, self.etc.as_fd())
+    }
+
+    /// Another process syncs a file of its own: that writes the log, with the renames so far, but no content of ours.
+    fn sync_of_another_process(&self) {
+        let mut other = fs::File::options().append(true).open(&self.other).unwrap();
+        other.write_all(b"x").unwrap();
+        other.sync_all().unwrap();
+    }
+
+    /// Lets act `number` fail, from which the caller returns at once; returns true if there was such an act.
+    fn cut_at(&self, number: usize, act: impl FnOnce(&Self) -> bool) -> bool {
+        fail_here(Some((number, Errno::IO)));
+        let done = act(self);
+        let passed = fail_here(None);
+        assert_eq!(done, passed, "failure {number} is reported");
+        self.sync_of_another_process();
+        !passed
+    }
+}
+
+/// Each file has its content from before or from after, whatever directory it is in.
+fn is_old_or_new(cut: &Snapshot, old: &Snapshot, new: &Snapshot, when: &str) {
+    let [cut, old, new] = [cut, old, new].map(flat);
+    let content = |side: &BTreeMap<Bytes, Leaf>, path: &Bytes| side.get(path).map(|leaf| leaf.content.clone());
+    let paths: std::collections::BTreeSet<&Bytes> = [&cut, &old, &new].into_iter().flat_map(BTreeMap::keys).collect();
+    for path in paths {
+        let (now, before, after) = (content(&cut, path), content(&old, path), content(&new, path));
+        // A directory gives way before the file that replaces it comes.
+        let gap = now.is_none() && [&before, &after].contains(&&Some(Content::Directory));
+        assert!(now == before || now == after || gap, "{when}: {path} is {now:?}, not {before:?} or {after:?}");
+    }
+}
+
+fn survives_power_cuts(fstype: &'static str, mib: u64) {
+    private(|scratch| {
+        let trees = trees();
+        let bench = Bench::new(scratch, fstype, mib, &trees);
+        let merged = outcome(&decide(&trees[0], &trees[1], &trees[2]), &trees[2]);
+
+        let cut = bench.after(|sides| drop(sides.apply().unwrap()));
+        assert_eq!(cut, merged, "the merge is on the disk when it returns");
+        let cut = bench.after(|sides| {
+            sides.apply().unwrap();
+            sides.undo().unwrap();
+        });
+        assert_eq!(cut, trees[2], "the undo is on the disk when it returns");
+
+        for undoing in [false, true] {
+            let mut more = true;
+            for number in (0..).step_by(7) {
+                let cut = bench.after(|sides| {
+                    if undoing {
+                        sides.apply().unwrap();
+                    }
+                    more = sides.cut_at(number, |sides| match undoing {
+                        false => sides.apply().is_ok(),
+                        true => sides.undo().is_ok_and(|report| report.failed.is_empty()),
+                    });
+                });
+                is_old_or_new(&cut, &trees[2], &merged, &format!("{fstype}, act {number}, undoing: {undoing}"));
+                if !more {
+                    assert!(number > 60, "only {number} acts");
+                    break;
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn a_power_cut_on_xfs_leaves_old_or_new_content() {
+    survives_power_cuts("xfs", 300);
+}
+
+#[test]
+fn a_power_cut_on_ext4_leaves_old_or_new_content() {
+    survives_power_cuts("ext4", 32);
+}
+
+#[test]
+fn a_power_cut_on_btrfs_leaves_old_or_new_content() {
+    survives_power_cuts("btrfs", 120);
+}
