@@ -11,6 +11,7 @@ mod installer;
 mod labels;
 mod selinux;
 mod skeleton;
+mod sysusers;
 mod tool;
 
 use std::path::Path;
@@ -120,6 +121,10 @@ async fn run_steps(steps: &[&Step], differs: &(dyn Fn(&Path) -> bool + Sync)) ->
         };
         let ran = match step.command {
             command if command == SKELETON.command => skeleton(root).await,
+            command if command == SYSUSERS.command => {
+                failures.extend(sysusers::apply_files(root).await);
+                Ok(true)
+            }
             command => run(command, LIMIT).await.map(|_| true),
         };
         match ran {
