@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use tracing::{info, warn};
 
-use super::{Context, Error, Switched, switch, units, views};
+use super::{Context, Error, Switched, accounts, switch, units, views};
 use crate::host;
 use crate::mount;
 use crate::report::{Phase, State};
@@ -34,6 +34,14 @@ pub(super) async fn refresh(context: &Context, mut switched: Switched, flow: Flo
     context.guard().await;
     let mut manager = units::renew_manager(context, &differs).await?;
     context.unguard().await;
+    // Before systemd-sysusers, which would give them other ids.
+    match accounts::add().await {
+        Ok((added, left)) => {
+            added.line().into_iter().for_each(|line| context.tracker.note(line));
+            trouble.extend(left);
+        }
+        Err(error) => trouble.push(format!("cannot add the accounts that only the node image has: {error:#}")),
+    }
     trouble.extend(host::refresh(&differs).await);
     if let Err(error) = host::reload_bus().await {
         trouble.push(format!("{error:#}"));

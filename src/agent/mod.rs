@@ -5,6 +5,7 @@
 //! not compile; after each, the record is written, so that a daemon that was killed goes on where it
 //! was. This room may call every other one except `bus` and `cli`.
 
+mod accounts;
 mod after;
 mod complete;
 mod deadline;
@@ -48,6 +49,7 @@ use record::Asked;
 use steps::next;
 use wayback::Below;
 
+pub use accounts::AddedAccounts;
 pub use error::Error;
 pub use paths::Paths;
 pub use plan::{EtcPlan, MemoryPlan, PlanDocument, SwitchPlan};

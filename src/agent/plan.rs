@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
-use super::Paths;
+use super::{AddedAccounts, Paths};
 use crate::dirfd::Directory;
 use crate::etc::{self, Class};
 use crate::report::human_bytes;
@@ -42,6 +42,9 @@ pub struct SwitchPlan {
     pub packages: Option<PackageChanges>,
     /// What happens to `/etc`.
     pub etc: EtcPlan,
+    /// Users and groups that only the node image's passwd and group files have.
+    #[serde(default)]
+    pub accounts: AddedAccounts,
     /// What happens to units that change, and what the isolate in the end newly starts.
     #[serde(default)]
     pub units: Vec<Action>,
@@ -154,6 +157,7 @@ impl SwitchPlan {
         let conflicts = self.etc.decisions.iter().filter(|decision| decision.class == Class::Conflict);
         lines
             .extend(conflicts.map(|one| format!("/etc: conflict: {} ({}); the local one stays", one.path, one.reason)));
+        lines.extend(self.accounts.line());
         let unit = |one: &Action| format!("unit: {} {} ({})", one.class.as_str(), one.unit, one.reason);
         lines.extend(self.units.iter().filter(|one| one.class != units::Class::None).map(unit));
         lines.push(format!(
@@ -197,6 +201,7 @@ mod tests {
                 changed: vec![PackageChange { name: "p".into(), from: "1".into(), to: "2".into() }],
             }),
             etc: EtcPlan { counts: BTreeMap::from([(Class::Conflict, 1)]), decisions: vec![decision] },
+            accounts: AddedAccounts { users: vec!["u".into()], groups: Vec::new() },
             units: vec![Action::new("a.service", units::Class::Restart, "r")],
             memory: MemoryPlan { needed: BTreeMap::new(), needed_bytes: 1 << 20, available_bytes: 1 << 30 },
             warnings: vec!["w".into()],
@@ -216,6 +221,7 @@ mod tests {
                 "  - old 1",
                 "/etc: 0 updated, 0 converged, 0 local, 1 conflict; diff-etc shows what changes",
                 "/etc: conflict: x (changed on both sides); the local one stays",
+                "/etc/passwd and /etc/group gain users u",
                 "unit: restart a.service (r)",
                 "memory: 1.0 MiB needed, 1.0 GiB available",
                 "warning: w",

@@ -10,8 +10,9 @@ use ostree::gio::Cancellable;
 use ostree::glib::{Variant, VariantDict};
 use tracing::{info, warn};
 
+use super::accounts::AddedAccounts;
 use super::plan::{EtcPlan, MemoryPlan, SwitchPlan};
-use super::{Context, Error, Paths, StagedRoot, storage, units};
+use super::{Context, Error, Paths, StagedRoot, accounts, storage, units};
 use crate::config::{EtcStrategy, Settings};
 use crate::dirfd::Directory;
 use crate::etc::{self, Change, Class, Plan};
@@ -40,6 +41,13 @@ pub(super) async fn stage(context: &Context, pulled: PulledImage, flow: Flow) ->
     for line in staged.plan_lines() {
         info!("{line}");
         context.tracker.note(line);
+    }
+    match accounts::preview(&staged, &plan).await {
+        Ok(plan) => {
+            document.accounts = (&plan).into();
+            document.warnings.extend(plan.left);
+        }
+        Err(error) => document.warnings.push(format!("cannot tell which accounts the node image adds: {error:#}")),
     }
     match units::preview(context, &staged, plan, flow).await {
         Ok((actions, troubles)) => {
@@ -169,6 +177,7 @@ fn blocking(paths: &Paths, pulled: PulledImage, settings: &Settings) -> Result<(
         usr: delta.counts,
         packages: packages(&repo, &tree, &pulled, &metadata),
         etc: EtcPlan::from(&plan),
+        accounts: AddedAccounts::default(),
         units: Vec::new(),
         memory,
         warnings: pulled.warnings.iter().chain(&warnings).cloned().collect(),

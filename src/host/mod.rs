@@ -6,6 +6,7 @@
 //! on the live system; it may not mount, write `/etc` itself, or talk to PID 1. `docs/refresh.md` says what is run
 //! when.
 
+mod accounts;
 mod hooks;
 mod installer;
 mod labels;
@@ -23,6 +24,7 @@ use zbus::connection::Builder;
 
 use crate::failpoint::{self, Point};
 
+pub use accounts::{AccountPlan, Accounts, plan_accounts};
 pub use hooks::{Hook, Moment, find as find_hooks, run_hook};
 pub use installer::{SCRIPT, release_image};
 pub use labels::{FileContexts, LABELLED, Relabelled};

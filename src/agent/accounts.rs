@@ -1,0 +1,98 @@
+//! The accounts that only the node image has: planned in stage, added in the refresh.
+
+use std::fs;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+
+use anyhow::{Context as _, Result};
+use serde::{Deserialize, Serialize};
+use tracing::info;
+
+use super::StagedRoot;
+use super::prepare::{ETC, USR, USR_SOURCE};
+use crate::etc::{Origin, Plan};
+use crate::host::{AccountPlan, Accounts, plan_accounts};
+use crate::mount::Namespace;
+use crate::stage;
+
+/// Accounts that the refresh adds, as the document of `plan` lists them.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AddedAccounts {
+    /// Users that only the node image has.
+    pub users: Vec<String>,
+    /// Groups that only the node image has.
+    pub groups: Vec<String>,
+}
+
+impl AddedAccounts {
+    /// Returns one line, or `None` if there is nothing to add.
+    pub(super) fn line(&self) -> Option<String> {
+        let list = |kind: &str, names: &[String]| match names {
+            [] => None,
+            names => Some(format!("{kind} {}", names.join(" "))),
+        };
+        let parts: Vec<_> = list("users", &self.users).into_iter().chain(list("groups", &self.groups)).collect();
+        (!parts.is_empty()).then(|| format!("/etc/passwd and /etc/group gain {}", parts.join(", ")))
+    }
+}
+
+impl From<&AccountPlan> for AddedAccounts {
+    fn from(plan: &AccountPlan) -> Self {
+        Self { users: plan.users.clone(), groups: plan.groups.clone() }
+    }
+}
+
+/// Plans for the staged `/usr` and the planned merge of `/etc`. Nothing is changed.
+pub(super) async fn preview(staged: &StagedRoot, merge: &Plan) -> Result<AccountPlan> {
+    let mut changes = merge.changes.iter();
+    let arrives = changes.any(|change| change.path.as_path() == Path::new(NSSWITCH) && change.content == Origin::New);
+    let delta = staged.delta.directory.clone();
+    let plan = tokio::task::spawn_blocking(move || {
+        let usr = Path::new(USR);
+        let tree = stage::open_new_usr(&delta, usr, USR_SOURCE)?;
+        let new = Path::new("/proc/self/fd").join(tree.as_fd().as_raw_fd().to_string());
+        let nsswitch = nsswitch(&if arrives { new.join("etc") } else { ETC.into() });
+        plan_accounts(&Accounts::read(&[&usr.join("etc")])?, &new, Path::new(ETC), &nsswitch)
+    });
+    plan.await.context("reading accounts panicked")?
+}
+
+/// Adds what the node image in place has. Returns what was added, and a line for each account that could not be.
+pub(super) async fn add() -> Result<(AddedAccounts, Vec<String>)> {
+    let plan = tokio::task::spawn_blocking(|| {
+        let usr = Path::new(USR);
+        let booted = || Accounts::read(&[&usr.join("etc")]);
+        let booted = Namespace::init().run_without(usr, USR_SOURCE, booted)?;
+        plan_accounts(&booted, usr, Path::new(ETC), &nsswitch(Path::new(ETC)))
+    });
+    let plan = plan.await.context("reading accounts panicked")??;
+    let failed = plan.apply(Path::new("/")).await;
+    let added = AddedAccounts::from(&plan);
+    if let Some(line) = added.line() {
+        info!("{line}: only the node image has them");
+    }
+    Ok((added, plan.left.into_iter().chain(failed).collect()))
+}
+
+const NSSWITCH: &str = "nsswitch.conf";
+
+/// Returns the text of nsswitch.conf(5), empty if it cannot be read.
+fn nsswitch(etc: &Path) -> String {
+    fs::read_to_string(etc.join(NSSWITCH)).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_line_names_what_is_added() {
+        let added = |users: &[&str], groups: &[&str]| AddedAccounts {
+            users: users.iter().map(|&name| name.to_owned()).collect(),
+            groups: groups.iter().map(|&name| name.to_owned()).collect(),
+        };
+        assert_eq!(added(&[], &[]).line(), None);
+        let line = added(&["a", "b"], &["c"]).line();
+        assert_eq!(line.as_deref(), Some("/etc/passwd and /etc/group gain users a b, groups c"));
+    }
+}

@@ -1,0 +1,228 @@
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeSet;
+
+use proptest::prelude::*;
+
+use super::*;
+
+fn accounts(users: &[&str], groups: &[&str]) -> Accounts {
+    let passwd: Vec<_> = users.iter().map(|user| format!("{user}:comment:/home:/bin/sh")).collect();
+    let group: Vec<_> = groups
+        .iter()
+        .map(|group| match group.matches(':').count() {
+            2 => format!("{group}:"),
+            _ => (*group).to_owned(),
+        })
+        .collect();
+    Accounts::parse(&passwd.join("\n"), &group.join("\n"))
+}
+
+#[test]
+fn accounts_that_only_the_image_has() {
+    let root = (["root:x:0:0"], ["root:x:0"]);
+    let line = |line: &str| vec![line.to_owned()];
+    let user = "u new 300:300 \"comment\" \"/home\" \"/bin/sh\"";
+    for (image, booted, machine, lines, left) in [
+        // Added with its group.
+        (
+            accounts(&["new:x:300:300"], &["new:x:300"]),
+            accounts(&[], &[]),
+            accounts(&root.0, &root.1),
+            vec!["g new 300", user],
+            "",
+        ),
+        // It is there already.
+        (
+            accounts(&["new:x:300:300"], &["new:x:300"]),
+            accounts(&[], &[]),
+            accounts(&["new:x:300:300"], &["new:x:300"]),
+            vec![],
+            "",
+        ),
+        // An administrator deleted it.
+        (
+            accounts(&["new:x:300:300"], &["new:x:300"]),
+            accounts(&["new:x:300:300"], &["new:x:300"]),
+            accounts(&root.0, &root.1),
+            vec![],
+            "",
+        ),
+        // Its group is there, and another one that it is a member of.
+        (
+            accounts(&["new:x:300:300"], &["new:x:300", "wheel:x:10:new,core", "other:x:11:new"]),
+            accounts(&[], &[]),
+            accounts(&["core:x:1000:1000"], &["new:x:300", "wheel:x:10", "other:x:12"]),
+            vec![user, "m new wheel"],
+            "group other of the node image is not added: the machine has it with the id 12, the node image with 11",
+        ),
+        // Members of a new group that exist here.
+        (
+            accounts(&[], &["docker:x:400:core,absent"]),
+            accounts(&[], &[]),
+            accounts(&["core:x:1000:1000"], &[]),
+            vec!["g docker 400", "m core docker"],
+            "",
+        ),
+        // Another user has the id.
+        (
+            accounts(&["new:x:300:300"], &["new:x:300"]),
+            accounts(&[], &[]),
+            accounts(&["own:x:300:301"], &["own:x:301"]),
+            vec!["g new 300"],
+            "user new of the node image is not added: its id 300 belongs to own here",
+        ),
+        // A person's account, root's id, and a group without a name.
+        (
+            accounts(&["person:x:1000:1000"], &["person:x:1000"]),
+            accounts(&[], &["person:x:1000"]),
+            accounts(&[], &[]),
+            vec![],
+            "user person of the node image is not added: 1000 is not the id of a system account",
+        ),
+        (
+            accounts(&["toor:x:0:0"], &[]),
+            accounts(&[], &[]),
+            accounts(&root.0, &root.1),
+            vec![],
+            "user toor of the node image is not added: 0 is not the id of a system account",
+        ),
+        (
+            accounts(&["new:x:300:300"], &[]),
+            accounts(&[], &[]),
+            accounts(&root.0, &root.1),
+            vec![],
+            "user new of the node image is not added: its group id 300 has no name in the node image",
+        ),
+        (
+            accounts(&[], &["a b:x:300"]),
+            accounts(&[], &[]),
+            accounts(&[], &[]),
+            vec![],
+            "group a b of the node image is not added: its name is not valid",
+        ),
+    ] {
+        let plan = decide(&booted, &image, machine);
+        assert_eq!(plan.lines, lines, "{image:?}");
+        assert_eq!(plan.left, if left.is_empty() { Vec::new() } else { line(left) }, "{image:?}");
+    }
+}
+
+#[test]
+fn malformed_lines_are_left_out() {
+    let read = Accounts::parse("a:x:1:1:c:/:/bin/sh\n+\n+b::::::\nshort:x:1\nc:x:-1:1:::\n", "g:x:1:a,b\n+\ng2:x\n");
+    assert_eq!(read.users.len(), 1);
+    assert_eq!(read.groups, [Group { name: "g".into(), id: 1, members: vec!["a".into(), "b".into()] }]);
+}
+
+#[test]
+fn lines_for_the_tool_are_quoted() {
+    let user = User {
+        name: "a".into(),
+        id: 1,
+        group: 2,
+        comment: "50% \"x\" \\".into(),
+        home: "/a b".into(),
+        shell: String::new(),
+    };
+    assert_eq!(user_line(&user), r#"u a 1:2 "50%% \"x\" \\" "/a b" -"#);
+}
+
+#[test]
+fn where_altfiles_are_looked_up() {
+    for (text, expected) in [
+        ("passwd: files altfiles systemd\ngroup: files altfiles\n", true),
+        ("passwd:\tfiles altfiles\ngroup: files\n", false),
+        ("# passwd: altfiles\npasswd: files\ngroup: files altfiles\n", false),
+        ("", false),
+    ] {
+        assert_eq!(has_altfiles(text), expected, "{text}");
+    }
+}
+
+/// All files of a tree and of a machine, applied by the real tool.
+#[tokio::test]
+async fn the_machine_gets_the_images_accounts() {
+    let temp = tempfile::tempdir().unwrap();
+    let put = |path: &str, text: &str| {
+        let path = temp.path().join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    };
+    put("etc/passwd", "root:x:0:0:root:/root:/bin/bash\nown:x:310:310::/:/bin/sh\n+\n");
+    put("etc/group", "root:x:0:\nown:x:310:\n");
+    put("etc/shadow", "root:*::0:99999:7:::\n");
+    put(
+        "new/etc/passwd",
+        "root:x:0:0:root:/root:/bin/bash\nplain::301:302:a \"b\" 5%:/var/lib/a:/bin/sh\ntaken:x:310:303::/:/bin/sh\n",
+    );
+    put("new/etc/group", "root:x:0:\nplain:x:302:\nextra:x:303:plain\n");
+    put("new/lib/passwd", "lib:x:302:302:Lib:/:/usr/sbin/nologin\n");
+    let etc = temp.path().join("etc");
+    let plan = |nsswitch: &str| plan_accounts(&Accounts::default(), &temp.path().join("new"), &etc, nsswitch).unwrap();
+    let altfiles = plan("passwd: files altfiles\ngroup: files altfiles\n");
+    assert_eq!(altfiles.users, ["plain"], "the others are found through nss-altfiles");
+    let planned = plan("");
+    assert_eq!((planned.users.as_slice(), planned.left.len()), (["plain".to_owned(), "lib".to_owned()].as_slice(), 1));
+    assert_eq!(planned.apply(temp.path()).await, [""; 0]);
+    let lines = |name: &str| fs::read_to_string(etc.join(name)).unwrap();
+    assert!(lines("passwd").contains("\nplain:x:301:302:a \"b\" 5%:/var/lib/a:/bin/sh\n"), "{}", lines("passwd"));
+    assert!(lines("passwd").contains("\n+:") && lines("passwd").contains("\nlib:x:302:302:"), "{}", lines("passwd"));
+    assert!(
+        lines("group").contains("plain:x:302:") && lines("group").contains("extra:x:303:plain"),
+        "{}",
+        lines("group")
+    );
+    let password = lines("shadow").lines().find_map(|line| line.strip_prefix("plain:").map(str::to_owned)).unwrap();
+    assert!(password.starts_with("!*:"), "an empty password is not taken over: {password}");
+    let again = plan("");
+    assert_eq!((again.lines, again.left), (Vec::new(), planned.left), "done once");
+}
+
+fn some(users: u32) -> impl Strategy<Value = Accounts> {
+    let user = ("[a-f]", 298..298 + users, 298..302u32);
+    let group = ("[a-f]", 298..302u32, proptest::collection::vec("[a-f]", 0..3));
+    (proptest::collection::vec(user, 0..5), proptest::collection::vec(group, 0..5)).prop_map(|(users, groups)| {
+        // One line for each name.
+        let mut seen = BTreeSet::new();
+        let users = users.into_iter().filter(|user| seen.insert(user.0.clone()));
+        let users = users
+            .map(|(name, id, group)| User {
+                name,
+                id,
+                group,
+                comment: String::new(),
+                home: "/".into(),
+                shell: String::new(),
+            })
+            .collect();
+        let mut seen = BTreeSet::new();
+        let groups = groups.into_iter().filter(|group| seen.insert(group.0.clone()));
+        let groups = groups.map(|(name, id, members)| Group { name, id, members }).collect();
+        Accounts { users, groups }
+    })
+}
+
+proptest! {
+    /// Every account that is new in the image is there, added or reported; names and ids stay unique.
+    #[test]
+    fn every_new_account_is_there_added_or_left(booted in some(4), image in some(4), machine in some(4)) {
+        let plan = decide(&booted, &image, machine.clone());
+        let new = image.users.iter().filter(|user| booted.user(&user.name).is_none());
+        for user in new {
+            let known = machine.user(&user.name).is_some_and(|own| own.id == user.id);
+            let added = plan.users.contains(&user.name);
+            let left = plan.left.iter().any(|line| line.starts_with(&format!("user {} ", user.name)));
+            prop_assert_eq!(usize::from(known) + usize::from(added) + usize::from(left), 1);
+        }
+        for name in &plan.users {
+            let user = image.user(name).unwrap();
+            prop_assert!(machine.users.iter().all(|own| own.name != *name && own.id != user.id));
+            prop_assert_eq!(image.users.iter().filter(|one| one.id == user.id && plan.users.contains(&one.name)).count(), 1);
+        }
+        for name in &plan.groups {
+            let group = image.group(name).unwrap();
+            prop_assert!(machine.groups.iter().all(|own| own.name != *name && own.id != group.id));
+        }
+    }
+}
