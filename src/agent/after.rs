@@ -123,10 +123,11 @@ pub(super) async fn isolate(context: &Context) -> Result<(), Error> {
     // Whoever went there in the meantime mends something: it is not taken away under his hands.
     for refuge in ["rescue.target", "emergency.target"].into_iter().filter(|refuge| *refuge != target) {
         if manager.is_up_or_coming(refuge).await.with_context(not)? {
-            return Err(Error::Internal(anyhow::anyhow!(
+            return Err(anyhow::anyhow!(
                 "the machine is in {refuge}: {target} was not isolated, everything before that is done; \
                  leave it (systemctl default), then start node-image-finish.service"
-            )));
+            )
+            .into());
         }
     }
     if manager.isolate_or_start(&target).await.with_context(not)? {

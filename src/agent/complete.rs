@@ -28,7 +28,7 @@ impl Agent {
                 Step::NothingToDo { reason, .. } => return Ok(vec![format!("nothing to do: {reason}")]),
                 _ => {
                     let Some(pulled) = pulled(&mut record.step).cloned() else {
-                        return Err(Error::Refused("the switch is half done: finish or undo it first".into()));
+                        return Err(Error::refused("half-done", "the switch is half done: finish or undo it first"));
                     };
                     if pulled.complete {
                         return Ok(vec![format!("the node store has all of {}", shown(&pulled))]);
@@ -39,12 +39,12 @@ impl Agent {
                     drop(record);
                     tokio::select! {
                         _ = self.download.lock() => {}
-                        () = ticket.cancelled() => return Err(Error::Cancelled),
+                        () = ticket.cancelled() => return Err(Error::cancelled()),
                     }
                 }
             }
         };
-        let settings = Settings::load().map_err(|error| Error::Refused(format!("{error:#}; nothing was changed")))?;
+        let settings = Settings::load().map_err(|error| Error::refused("configuration", format!("{error:#}")))?;
         // The record is not held: an undo, `keep` and the end of a trial period do not wait for a registry.
         let beside = self.tracker.beside();
         let context = Context::new(settings, beside.tracker().clone(), self.paths.clone());

@@ -1,50 +1,212 @@
-//! How a run can end, and what each end means to a caller: exit codes and D-Bus errors come from it.
+//! The one failure type of the agent, from the cause to the exit code: what failed, and the state of the running system.
+//!
+//! Class word, outcome (exit code, D-Bus error) and the entry in the status document derive from it here.
+
+use std::fmt;
+use std::time::Duration;
 
 use crate::image::{Failure, Kind};
+use crate::report::{Attempt, LastError, Outcome, Reason, Standing};
+use crate::stage::Refusals;
 
-/// The end of a run that did not reach its goal.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// Preflight refused before anything changed.
-    #[error("refused: {0}")]
-    Refused(String),
-    /// Another attempt gives the same result. The running system is untouched.
-    #[error("{0}")]
+/// The end of a call that did not reach its goal.
+#[derive(Debug)]
+pub struct Error {
+    cause: Cause,
+    standing: Option<Standing>,
+    failed: u32,
+    attempts: Vec<Attempt>,
+}
+
+/// The cause of an [`Error`].
+#[derive(Debug)]
+pub enum Cause {
+    /// Checks refused before anything changed.
+    Refused(Vec<Reason>),
+    /// Another attempt would give the same result.
     Permanent(Failure),
-    /// A failure that might have passed, but the configured number of attempts was made. The running
-    /// system is untouched.
-    #[error("{}; gave up after {attempts} attempts (retry.attempts); the running system is untouched", failure.message)]
+    /// Another attempt might help, but a limit of `[retry]` is reached.
     GaveUp {
         /// The last failure.
         failure: Failure,
         /// How many attempts were made.
         attempts: u32,
+        /// Time since the first failure.
+        after: Duration,
+        /// The key of `[retry]` whose limit is reached.
+        limit: &'static str,
     },
-    /// Somebody asked to stop. The running system is untouched.
-    #[error("cancelled; the running system is as it was, and what was fetched is kept for the next pull")]
+    /// A caller asked to stop.
     Cancelled,
-    /// Anything of this machine's own; the message says how far it came.
-    #[error("{0:#}")]
-    Internal(#[from] anyhow::Error),
+    /// Anything of this machine's own.
+    Internal(anyhow::Error),
 }
 
 impl Error {
-    /// Says how the system stands, where the error itself cannot know.
-    pub(super) fn context(self, standing: &'static str) -> Self {
-        match self {
-            Error::Internal(error) => Error::Internal(anyhow::anyhow!("{error:#}; {standing}")),
-            other => other,
+    /// Returns a refusal for one reason; `id` is stable and shown as `error.refusals[].id`.
+    pub fn refused(id: &'static str, message: impl Into<String>) -> Self {
+        Cause::Refused(vec![Reason { id: id.to_owned(), message: message.into() }]).into()
+    }
+
+    /// Returns the error of a call that was cancelled.
+    pub fn cancelled() -> Self {
+        Cause::Cancelled.into()
+    }
+
+    /// Adds the state of the running system, unless the error says it already.
+    pub(super) fn at(mut self, standing: Standing) -> Self {
+        self.standing.get_or_insert(standing);
+        self
+    }
+
+    /// Adds the number of attempts that failed, and the latest of them.
+    pub(super) fn with_attempts(self, failed: u32, attempts: Vec<Attempt>) -> Self {
+        Self { failed, attempts, ..self }
+    }
+
+    /// Returns the cause.
+    pub fn cause(&self) -> &Cause {
+        &self.cause
+    }
+
+    /// Returns how the call ended, which decides the exit code and the D-Bus error.
+    pub fn outcome(&self) -> Outcome {
+        match &self.cause {
+            Cause::Refused(_) => Outcome::Refused,
+            Cause::Permanent(_) => Outcome::Permanent,
+            Cause::GaveUp { .. } => Outcome::GaveUp,
+            Cause::Cancelled => Outcome::Cancelled,
+            Cause::Internal(_) => Outcome::Internal,
         }
     }
 
-    /// The stable word for `error.class` in the status document.
+    /// Returns the stable word for `error.class` in the status document.
     pub fn class(&self) -> &'static str {
-        match self {
-            Error::Refused(_) => "refused",
-            Error::Permanent(failure) => failure.kind.as_str(),
-            Error::GaveUp { failure, .. } => failure.kind.as_str(),
-            Error::Cancelled => "cancelled",
-            Error::Internal(_) => Kind::Local.as_str(),
+        match &self.cause {
+            Cause::Refused(_) => "refused",
+            Cause::Permanent(failure) | Cause::GaveUp { failure, .. } => failure.kind.as_str(),
+            Cause::Cancelled => Kind::Cancelled.as_str(),
+            Cause::Internal(_) => Kind::Local.as_str(),
         }
+    }
+
+    /// Returns the entry for the status document.
+    pub(super) fn last_error(&self) -> LastError {
+        let refusals = match &self.cause {
+            Cause::Refused(reasons) => reasons.clone(),
+            _ => Vec::new(),
+        };
+        LastError {
+            class: self.class().into(),
+            message: self.to_string(),
+            attempt: self.failed,
+            outcome: self.outcome(),
+            standing: self.standing,
+            refusals,
+            attempts: self.attempts.clone(),
+            ..LastError::default()
+        }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.cause)?;
+        match (&self.cause, self.standing) {
+            (Cause::Refused(_), Some(Standing::Switched | Standing::HalfDone)) => f.write_str("; nothing was changed"),
+            (_, Some(standing)) => write!(f, "; {}", standing.sentence()),
+            (_, None) => Ok(()),
+        }
+    }
+}
+
+impl fmt::Display for Cause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Refused(reasons) => {
+                let lines: Vec<&str> = reasons.iter().map(|reason| reason.message.as_str()).collect();
+                f.write_str(&lines.join("\n"))
+            }
+            Self::Permanent(failure) => write!(f, "{failure}"),
+            Self::GaveUp { failure, attempts, after, limit } => {
+                let seconds = after.as_secs();
+                write!(f, "{}; gave up after {attempts} attempts in {seconds} s (retry.{limit})", failure.message)
+            }
+            Self::Cancelled => f.write_str("cancelled; what was fetched is kept for the next pull"),
+            Self::Internal(error) => write!(f, "{error:#}"),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl From<Cause> for Error {
+    fn from(cause: Cause) -> Self {
+        Self { cause, standing: None, failed: 1, attempts: Vec::new() }
+    }
+}
+
+impl From<anyhow::Error> for Error {
+    fn from(error: anyhow::Error) -> Self {
+        Cause::Internal(error).into()
+    }
+}
+
+impl From<Refusals> for Error {
+    fn from(refusals: Refusals) -> Self {
+        let reason = |refusal: &crate::stage::Refusal| Reason { id: refusal.id().into(), message: refusal.to_string() };
+        Cause::Refused(refusals.0.iter().map(reason).collect()).into()
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::stage::Refusal;
+
+    fn errors() -> [(Error, Outcome, &'static str, &'static str); 6] {
+        let failure = |kind| Failure::new(kind, "q.io/x: it fails");
+        let (after, limit) = (Duration::from_secs(90), "attempts");
+        let gave_up = Cause::GaveUp { failure: failure(Kind::Clock), attempts: 7, after, limit };
+        [
+            (Error::refused("mode-off", "no"), Outcome::Refused, "refused", "no; the running system is unchanged"),
+            (
+                Refusals(vec![Refusal::EtcReadOnly, Refusal::NoOverlay]).into(),
+                Outcome::Refused,
+                "refused",
+                "/etc is mounted read-only",
+            ),
+            (Cause::Permanent(failure(Kind::Local)).into(), Outcome::Permanent, "local", "q.io/x: it fails; "),
+            (gave_up.into(), Outcome::GaveUp, "clock", "gave up after 7 attempts in 90 s (retry.attempts)"),
+            (Error::cancelled(), Outcome::Cancelled, "cancelled", "is kept for the next pull; the running system"),
+            (anyhow::anyhow!("cannot").into(), Outcome::Internal, "local", "cannot; the running system is unchanged"),
+        ]
+    }
+
+    #[test]
+    fn every_cause_has_its_outcome_class_and_words() {
+        for (error, outcome, class, words) in errors() {
+            let error = error.at(Standing::Unchanged);
+            assert_eq!((error.outcome(), error.class()), (outcome, class));
+            assert!(error.to_string().contains(words), "{error}");
+            let told = error.last_error();
+            assert_eq!((told.outcome, told.class.as_str(), told.standing), (outcome, class, Some(Standing::Unchanged)));
+        }
+    }
+
+    #[test]
+    fn refusals_keep_the_names_of_their_checks() {
+        let told = Error::from(Refusals(vec![Refusal::EtcReadOnly, Refusal::NoOverlay])).last_error();
+        let ids: Vec<&str> = told.refusals.iter().map(|reason| reason.id.as_str()).collect();
+        assert_eq!(ids, ["etc-read-only", "no-overlay"]);
+    }
+
+    #[test]
+    fn the_first_word_about_the_running_system_stays() {
+        let error = Error::from(anyhow::anyhow!("x")).at(Standing::RolledBack).at(Standing::Unchanged);
+        assert_eq!(error.to_string(), "x; rolled back: /usr and /etc are unchanged");
+        let refused = Error::refused("no-switch", "nothing was switched").at(Standing::Switched);
+        assert_eq!(refused.to_string(), "nothing was switched; nothing was changed");
     }
 }

@@ -1,17 +1,18 @@
-//! Resolve and pull, with retries: everything here leaves the running system untouched.
+//! Resolve and pull, with retries. Nothing here changes the running system.
 
 use std::future::Future;
 use std::path::Path;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tracing::{info, warn};
 
+use super::retry::{Next, Retries};
 use super::{Context, Error, Ticket, storage};
 use crate::config::{ImageSource, Settings};
 use crate::host::{self, SCRIPT};
-use crate::image::{self, Class, Failure, ImageSettings, Kind, PullSpec, ResolvedImage, Source};
+use crate::image::{self, Failure, ImageSettings, Kind, PullSpec, ResolvedImage, Source};
 use crate::import::{self, PullOptions, PulledImage};
-use crate::report::{LastError, Phase, State};
+use crate::report::{Phase, State};
 use crate::selinux;
 use crate::stage::Refusal;
 use crate::store::{LockError, NodeStore};
@@ -27,7 +28,7 @@ pub(super) async fn resolve(context: &Context, ticket: &Ticket) -> Result<Resolv
             ImageSource::Image(text) => text.parse()?,
             // The payload names the node image by digest: nothing else is accepted from here on.
             ImageSource::Release(text) => {
-                image::resolve_release(&source, &text.parse()?, &context.settings.image_tags).await?
+                image::resolve_release(&source, &text.parse()?, &context.settings.tags()).await?
             }
         };
         source.resolve(&spec).await
@@ -81,13 +82,14 @@ pub(super) async fn pull(context: &Context, image: ResolvedImage, ticket: &Ticke
 pub(super) async fn rest(context: &Context, pulled: &PulledImage, ticket: &Ticket) -> Result<PulledImage, Error> {
     let rest = store(context, &pulled.image, true, ticket).await?;
     if rest.commit != pulled.commit {
-        return Err(Error::Internal(anyhow::anyhow!(
+        return Err(anyhow::anyhow!(
             "{} became commit {} this time, not {}: the configuration or the store changed in between; reboot and pull \
              again",
             pulled.image.pinned,
             rest.commit,
             pulled.commit
-        )));
+        )
+        .into());
     }
     Ok(rest)
 }
@@ -123,7 +125,7 @@ async fn store(
 
 fn cannot_open(image: &ResolvedImage, error: &anyhow::Error) -> Failure {
     if error.is::<Refusal>() {
-        let message = format!("{}: {error}; nothing was fetched, and the running system is untouched", image.pinned);
+        let message = format!("{}: {error}; nothing was fetched", image.pinned);
         return Failure::new(Kind::NoSpace, message);
     }
     Failure::new(Kind::Local, format!("{error:#}"))
@@ -151,60 +153,46 @@ async fn give_back(store: &NodeStore) {
     warn!("what was pulled so far stays on the disk until the next boot: somebody has its lock");
 }
 
-/// Runs `attempt` until it succeeds, fails for good, or is cancelled. Each failure is told in the
-/// status document with its class, its number and the time of the next attempt.
+/// Runs `attempt` until it succeeds, ends or is cancelled. The status document shows each failure with its class, its
+/// number and the time of the next attempt.
 async fn with_retry<T, F>(context: &Context, phase: Phase, ticket: &Ticket, attempt: impl Fn() -> F) -> Result<T, Error>
 where
     F: Future<Output = Result<T, Failure>>,
 {
-    let policy = context.settings.retry;
-    let mut failed = 0;
+    let mut retries = Retries::new(context.settings.retry);
     loop {
         let outcome = tokio::select! {
             outcome = attempt() => outcome,
-            () = ticket.cancelled() => return Err(Error::Cancelled),
+            () = ticket.cancelled() => return Err(Error::cancelled()),
         };
         let failure = match outcome {
             Ok(value) => return Ok(value),
-            Err(_) if ticket.is_cancelled() => return Err(Error::Cancelled),
+            Err(_) if ticket.is_cancelled() => return Err(Error::cancelled()),
             Err(failure) => failure,
         };
-        failed += 1;
-        let delay = match failure.kind.class() {
-            Class::Transient => policy
-                .delay_after(failed, rand::random())
-                // What the registry asks for is a lower bound, even over the configured maximum.
-                .map(|delay| delay.max(failure.retry_after.unwrap_or_default())),
-            Class::Permanent => None,
+        let next = retries.after(&failure, Instant::now(), rand::random());
+        let error = retries.told(&failure, unix_now(), next);
+        let delay = match next {
+            Next::Wait { delay, .. } => delay,
+            Next::End(limit) => return Err(retries.end(failure, limit)),
         };
-        let Some(delay) = delay else {
-            return Err(match failure.kind.class() {
-                Class::Transient => Error::GaveUp { failure, attempts: failed },
-                Class::Permanent => Error::Permanent(failure),
-            });
-        };
-        context.tracker.fail(LastError {
-            class: failure.kind.as_str().into(),
-            message: failure.to_string(),
-            attempt: failed,
-            next_retry_unix: Some(unix_in(delay)),
-        });
         warn!(
             phase = phase.as_str(),
             class = failure.kind.as_str(),
-            attempt = failed,
+            attempt = error.attempt,
             next_in_seconds = delay.as_secs(),
             "{failure}"
         );
+        context.tracker.fail(error);
         tokio::select! {
             () = tokio::time::sleep(delay) => context.tracker.begin(phase),
-            () = ticket.cancelled() => return Err(Error::Cancelled),
+            () = ticket.cancelled() => return Err(Error::cancelled()),
         }
     }
 }
 
-fn unix_in(delay: Duration) -> u64 {
-    (SystemTime::now() + delay).duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+fn unix_now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 fn image_settings(settings: &Settings) -> ImageSettings {

@@ -21,12 +21,12 @@ pub(super) async fn pre_switch(
     ticket: &Ticket,
 ) -> Result<(), Error> {
     let moment = Moment::PreSwitch;
-    let hooks = host::find_hooks(Path::new(ROOT), moment)
-        .map_err(|error| Error::Refused(format!("{error:#}; the running system is untouched")))?;
+    let hooks =
+        host::find_hooks(Path::new(ROOT), moment).map_err(|error| Error::refused("hook", format!("{error:#}")))?;
     // A switch that is made anew has its hooks afterwards anew, too.
     Directory::ensure(context.paths.run()).and_then(|run| run.remove_all(Paths::HOOKS_DONE)).map_err(|error| {
         let path = context.paths.run().join(Paths::HOOKS_DONE);
-        anyhow::anyhow!("cannot remove {}: {error}; the running system is untouched", path.display())
+        anyhow::anyhow!("cannot remove {}: {error}", path.display())
     })?;
     if hooks.is_empty() {
         return Ok(());
@@ -41,12 +41,10 @@ pub(super) async fn pre_switch(
     let outcome = tokio::select! {
         outcome = all => outcome.map_err(|error| {
             let name = moment.as_str();
-            Error::Refused(format!(
-                "{error:#}; the running system is untouched. Mend the cause, or switch the hook off: a link to /dev/null \
-                 of its name in /etc/node-image-pivot/{name}.d"
-            ))
+            let remedy = format!("disable the hook with a link to /dev/null in /etc/node-image-pivot/{name}.d");
+            Error::refused("hook", format!("{error:#}; fix the cause, or {remedy}"))
         }),
-        () = ticket.cancelled() => Err(Error::Cancelled),
+        () = ticket.cancelled() => Err(Error::cancelled()),
     };
     context.tracker.update(|status| {
         status.waiting_for = None;

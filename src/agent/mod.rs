@@ -18,6 +18,7 @@ mod plan;
 mod prepare;
 mod probation;
 mod record;
+mod retry;
 mod salvage;
 mod staging;
 mod start;
@@ -41,7 +42,7 @@ use tracing::{error, info, warn};
 
 use crate::config::Settings;
 use crate::dirfd::Directory;
-use crate::report::{LastError, Status, Tracker};
+use crate::report::{Status, Tracker};
 use crate::store::{LockError, StoreLock};
 use crate::units::{Guard, Manager};
 use look::Standing;
@@ -50,7 +51,7 @@ use steps::next;
 use wayback::Below;
 
 pub use accounts::AddedAccounts;
-pub use error::Error;
+pub use error::{Cause, Error};
 pub use paths::Paths;
 pub use plan::{EtcPlan, MemoryPlan, PlanDocument, SwitchPlan};
 pub use probation::Probation;
@@ -198,7 +199,7 @@ impl Agent {
     /// running system is untouched; a switch that has begun is finished.
     ///
     /// # Errors
-    /// See [`Error`]: each variant says whether the running system was touched.
+    /// See [`Error`]: it says whether the running system was changed.
     pub async fn advance(&self, goal: Goal, ticket: &Ticket) -> Result<(), Error> {
         self.advance_for(Some(goal), None, ticket).await
     }
@@ -207,6 +208,7 @@ impl Agent {
     async fn advance_for(&self, goal: Option<Goal>, length: Option<Duration>, ticket: &Ticket) -> Result<(), Error> {
         let mut record = self.lock_for_phases(ticket).await?;
         let outcome = self.advance_locked(&mut record, goal, length, ticket).await;
+        let outcome = outcome.map_err(|error| error.at(record.step.standing()));
         if let Err(error) = &outcome {
             self.tell(error);
             if record.step.is_before_switch() {
@@ -223,7 +225,7 @@ impl Agent {
         let configured = Settings::load().ok().map(|settings| Asked::by(&settings));
         let other = look::other_image(record.asked.as_ref(), configured.as_ref());
         match other.filter(|_| !record.step.is_before_switch()) {
-            Some(line) => Err(Error::Refused(line)),
+            Some(line) => Err(Error::refused("other-image", line)),
             None => Ok(()),
         }
     }
@@ -238,7 +240,7 @@ impl Agent {
             drop(record);
             tokio::select! {
                 _ = self.download.lock() => {}
-                () = ticket.cancelled() => return Err(Error::Cancelled),
+                () = ticket.cancelled() => return Err(Error::cancelled()),
             }
         }
     }
@@ -247,7 +249,7 @@ impl Agent {
     async fn lock(&self, ticket: &Ticket) -> Result<MutexGuard<'_, Record>, Error> {
         tokio::select! {
             record = self.record.lock() => Ok(record),
-            () = ticket.cancelled() => Err(Error::Cancelled),
+            () = ticket.cancelled() => Err(Error::cancelled()),
         }
     }
 
@@ -262,7 +264,7 @@ impl Agent {
             self.undo_locked(record, Below::Unmount).await?;
         }
         if let Step::Lost { message, .. } = &record.step {
-            return Err(Error::Refused(message.clone()));
+            return Err(Error::refused("lost-record", message.clone()));
         }
         if !self.boot_known.load(Ordering::Acquire)
             && let Some(bootstrap) = is_bootstrap().await
@@ -271,13 +273,10 @@ impl Agent {
             record.bootstrap |= bootstrap;
         }
         if length.is_some() && !record.step.is_before_switch() && record.probation.is_none_or(|until| until.kept) {
-            return Err(Error::Refused("this system is switched already, for good; run undo before a try".into()));
+            return Err(Error::refused("switched", "this system is switched already; run undo before a try"));
         }
         // Read at each call: whoever mends the configuration need not restart anything.
-        let settings = Settings::load().map_err(|error| {
-            let standing = if record.step.is_before_switch() { "untouched" } else { "as the last call left it" };
-            Error::Refused(format!("{error:#}; the running system is {standing}"))
-        })?;
+        let settings = Settings::load().map_err(|error| Error::refused("configuration", format!("{error:#}")))?;
         let asked = Asked::by(&settings);
         if record.step.is_before_switch() && record.asked.as_ref() != Some(&asked) {
             record.step = Step::Idle;
@@ -289,7 +288,7 @@ impl Agent {
         loop {
             let touches_nothing_yet = record.step.is_before_switch() || matches!(record.step, Step::Refreshed(_));
             if touches_nothing_yet && ticket.is_cancelled() {
-                return Err(Error::Cancelled);
+                return Err(Error::cancelled());
             }
             match self.step(&context, record, goal, length, ticket).await {
                 Ok(true) => info!("step reached: {}", record.step.name()),
@@ -323,7 +322,7 @@ impl Agent {
                 && let Err(error) = deadline::arm(probation).await
             {
                 *record = before;
-                return Err(Error::from(error).context("the running system is untouched"));
+                return Err(error.into());
             }
         }
         record.reach(next);
@@ -332,17 +331,7 @@ impl Agent {
             if record.probation.is_none() {
                 deadline::disarm().await;
             }
-            return Err(match record.step {
-                // What becomes of it is said by whoever rolls it back.
-                Step::Switching(_) => error,
-                Step::Switched(_) => {
-                    error.context("/usr and /etc are switched: start node-image-overlay.service again, or run undo")
-                }
-                Step::Refreshed(_) => {
-                    error.context("the isolation is under way all the same; start node-image-finish.service again")
-                }
-                _ => error.context("the running system is untouched"),
-            });
+            return Err(error);
         }
         Ok(true)
     }
@@ -385,16 +374,7 @@ impl Agent {
 
     /// Shows a failure in the status document, with the attempts of a phase that counted them.
     fn show_failure(&self, error: &Error) {
-        let attempt = match error {
-            Error::GaveUp { attempts, .. } => *attempts,
-            _ => 1,
-        };
-        self.tracker.fail(LastError {
-            class: error.class().into(),
-            message: error.to_string(),
-            attempt,
-            next_retry_unix: None,
-        });
+        self.tracker.fail(error.last_error());
     }
 
     fn save(&self, record: &mut Record) -> Result<(), Error> {

@@ -37,7 +37,7 @@ pub(super) async fn stage(context: &Context, pulled: PulledImage, flow: Flow) ->
     // libostree's objects must stay on one thread.
     let (staged, mut document, plan) = tokio::task::spawn_blocking(move || blocking(&paths, pulled, &settings))
         .await
-        .context("staging panicked; the running system is untouched")??;
+        .context("staging panicked")??;
     for line in staged.plan_lines() {
         info!("{line}");
         context.tracker.note(line);
@@ -111,12 +111,12 @@ fn blocking(paths: &Paths, pulled: PulledImage, settings: &Settings) -> Result<(
     let mut warnings = stage::warnings(&mounts, usr);
 
     let (store, _) = storage::open(paths, settings).map_err(|error| match error.downcast::<Refusal>() {
-        Ok(refusal) => Error::Refused(Refusals(vec![refusal]).to_string()),
+        Ok(refusal) => Error::from(Refusals(vec![refusal])),
         Err(error) => error.into(),
     })?;
     let store_dir = store.root().to_owned();
     let repo = ostree::Repo::new_for_path(store.repo_path());
-    repo.open(Cancellable::NONE).context("cannot open the node store; the running system is untouched")?;
+    repo.open(Cancellable::NONE).context("cannot open the node store")?;
     let metadata = metadata_of(&repo, &pulled.commit)?;
     refuse(check_metadata(&metadata))?;
     let booted = match &pulled.booted_commit {
@@ -142,7 +142,7 @@ fn blocking(paths: &Paths, pulled: PulledImage, settings: &Settings) -> Result<(
         // The image's own files have labels, too.
         Err(error) => warnings.push(format!("{error:#}; what is written to /etc gets the labels of the image's files")),
     }
-    let (refusals, said) = stage::check_selinux(tree.as_fd()).context("looking at SELinux; nothing was changed")?;
+    let (refusals, said) = stage::check_selinux(tree.as_fd()).context("looking at SELinux")?;
     refuse(refusals)?;
     warnings.extend(said);
     if settings.etc_strategy == EtcStrategy::Fail {
@@ -268,7 +268,7 @@ fn too_little(needs: Vec<Need>) -> Vec<Refusal> {
 }
 
 fn refuse(refusals: Vec<Refusal>) -> Result<(), Error> {
-    if refusals.is_empty() { Ok(()) } else { Err(Error::Refused(Refusals(refusals).to_string())) }
+    if refusals.is_empty() { Ok(()) } else { Err(Refusals(refusals).into()) }
 }
 
 #[cfg(test)]

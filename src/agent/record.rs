@@ -11,7 +11,7 @@ use crate::dirfd::Directory;
 use crate::failpoint::{self, Point};
 use crate::image::{PullSpec, ResolvedImage};
 use crate::import::PulledImage;
-use crate::report::{LastError, State, Status, human_bytes};
+use crate::report::{LastError, Standing, State, Status, human_bytes};
 use crate::stage::Delta;
 use crate::units::{Action, Flow};
 
@@ -59,7 +59,7 @@ impl Asked {
     pub fn by(settings: &Settings) -> Self {
         let source = settings.image.clone().map(|source| match source {
             ImageSource::Image(spec) => Source::Image(spec),
-            ImageSource::Release(spec) => Source::Release(spec, settings.image_tags.clone()),
+            ImageSource::Release(spec) => Source::Release(spec, settings.image_tags.clone().unwrap_or_default()),
         });
         let how = (settings.mode, settings.etc_strategy, settings.store, settings.complete);
         Self { source, how: format!("{how:?}") }
@@ -222,6 +222,15 @@ impl Step {
         matches!(self, Step::Idle | Step::NothingToDo { .. } | Step::Resolved(_) | Step::Pulled(_) | Step::Staged(_))
     }
 
+    /// Returns the state of the running system at this step.
+    pub(super) fn standing(&self) -> Standing {
+        match self {
+            Step::Switching(_) | Step::Undoing(_) => Standing::HalfDone,
+            _ if self.is_before_switch() => Standing::Unchanged,
+            _ => Standing::Switched,
+        }
+    }
+
     /// Whether the machine was sent on to its target.
     fn is_arrival(&self) -> bool {
         matches!(self, Step::Finished(_) | Step::NothingToDo { isolated: true, .. })
@@ -356,7 +365,8 @@ impl Record {
                 class: "interrupted".into(),
                 message: message.into(),
                 attempt: 1,
-                next_retry_unix: None,
+                standing: Some(Standing::HalfDone),
+                ..LastError::default()
             });
         } else if !failed {
             self.status.error = None;

@@ -62,7 +62,7 @@ fn every_step_survives_the_file_and_rests() {
 #[test]
 fn a_failure_outlives_the_daemon_and_a_planned_attempt_does_not() {
     let error =
-        |next_retry_unix| LastError { class: "network".into(), message: "refused".into(), attempt: 2, next_retry_unix };
+        |next_retry_unix| LastError { class: "network".into(), attempt: 2, next_retry_unix, ..LastError::default() };
     let mut record = Record::default();
     record.status.error = Some(error(Some(7)));
     record.rest();

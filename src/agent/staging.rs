@@ -70,7 +70,7 @@ impl Agent {
     /// Files that are not world-readable are only named, unless `secrets`. Empty when nothing is to be done.
     ///
     /// # Errors
-    /// As [`Agent::advance`]; [`Error::Refused`] after the switch.
+    /// As [`Agent::advance`]; refused after the switch.
     pub async fn diff_etc(&self, secrets: bool, ticket: &Ticket) -> Result<Vec<u8>, Error> {
         self.stage_again(ticket).await?;
         // Held until the end, so that no switch begins meanwhile.
@@ -78,7 +78,7 @@ impl Agent {
         let staged = match &record.step {
             Step::Staged(staged) => staged.clone(),
             Step::NothingToDo { .. } => return Ok(Vec::new()),
-            _ => return Err(Error::Refused("already switched: /etc is merged; see the report of the switch".into())),
+            _ => return Err(Error::refused("switched", "already switched: /etc is merged; see the report of the switch")),
         };
         let paths = self.paths.clone();
         let diff = tokio::task::spawn_blocking(move || prepare::diff_etc(&paths, &staged, secrets)).await;

@@ -20,10 +20,9 @@ pub(super) async fn next(
     let next = match record.step.clone() {
         Step::Idle => match decide(&context.settings, &|path| path.exists()) {
             Start::Refuse => {
-                return Err(Error::Refused(
-                    "the mode is \"off\" (node-image-pivot= on the kernel command line, or `mode` in a drop-in file); \
-                     nothing was done"
-                        .into(),
+                return Err(Error::refused(
+                    "mode-off",
+                    "the mode is \"off\": node-image-pivot= on the kernel command line, or `mode` in a drop-in file",
                 ));
             }
             Start::NothingToDo(reason) => {
@@ -38,11 +37,7 @@ pub(super) async fn next(
         }
         Step::NothingToDo { .. } => return Ok(None),
         Step::Resolved(image) => Step::Pulled(fetch::pull(context, image, ticket).await?),
-        Step::Pulled(pulled) => Step::Staged(
-            prepare::stage(context, pulled, record.flow())
-                .await
-                .map_err(|error| error.context("the running system is untouched"))?,
-        ),
+        Step::Pulled(pulled) => Step::Staged(prepare::stage(context, pulled, record.flow()).await?),
         Step::Staged(_) if goal < Goal::Switched => return Ok(None),
         // Written before the first act: a daemon that finds it knows that the switch may be half done
         // and finishes it.
@@ -57,17 +52,11 @@ pub(super) async fn next(
             Step::Switching(staged)
         }
         Step::Switching(staged) => Step::Switched(switch::switch(context, staged).await?),
-        Step::Lost { message, .. } => return Err(Error::Refused(message)),
+        Step::Lost { message, .. } => return Err(Error::refused("lost-record", message)),
         // Taken back to the end before anybody asks for a next step.
-        Step::Undoing(_) => return Err(Error::Internal(anyhow!("undo is not complete, run it again"))),
+        Step::Undoing(_) => return Err(anyhow!("undo is not complete").into()),
         Step::Switched(switched) => {
-            let refreshed = after::refresh(context, switched, record.flow()).await;
-            let refreshed = refreshed.map_err(|error| {
-                error.context(
-                    "/usr and /etc are switched, the refresh is not complete: \
-                     start node-image-overlay.service again, or run undo",
-                )
-            })?;
+            let refreshed = after::refresh(context, switched, record.flow()).await?;
             hooks::post_switch(context, &refreshed.staged, record.flow()).await;
             Step::Refreshed(refreshed)
         }

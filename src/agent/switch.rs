@@ -53,7 +53,7 @@ pub(super) fn check(paths: &Paths) -> Result<(), Error> {
     if refusals.is_empty() {
         return Ok(());
     }
-    Err(Error::Refused(format!("{}; the running system is untouched", refusals.join("; "))))
+    Err(Error::refused("too-little", refusals.join("; ")))
 }
 
 /// Gives the kernel the policy that is in `/etc`, if the merge brought another, and what the merge wrote the labels that

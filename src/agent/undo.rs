@@ -9,7 +9,7 @@ use tracing::{info, warn};
 use super::look::Standing;
 use super::wayback::{self, Below};
 use super::{Agent, Error, Goal, Probation, Record, StagedRoot, Step, Undo, deadline, probation, switch};
-use crate::report::{Phase, State};
+use crate::report::{self, Phase, State};
 
 /// Says, as long as it lives, that whoever holds the record undoes.
 struct Flag<'a>(&'a AtomicBool);
@@ -33,14 +33,14 @@ impl Agent {
     /// line each. Called again, it answers the same.
     ///
     /// # Errors
-    /// [`Error::Refused`] when nothing was switched, or another phase is under way;
-    /// [`Error::Internal`] with everything that could not be put back: undo can be called again.
+    /// Refused when nothing was switched, or another phase is under way; internal with everything that could not be
+    /// put back: undo can be called again.
     pub async fn undo(&self) -> Result<Vec<String>, Error> {
         let mut record = match self.record.try_lock() {
             Ok(record) => record,
             // Whoever asked before the daemon was killed asks again.
             Err(_) if self.undoing.load(Ordering::Acquire) => self.record.lock().await,
-            Err(_) => return Err(Error::Refused("a phase is under way: wait for it, or cancel it first".into())),
+            Err(_) => return Err(Error::refused("busy", "a phase is under way: wait for it, or cancel it first")),
         };
         self.undo_locked(&mut record, Below::Refuse).await
     }
@@ -74,14 +74,14 @@ impl Agent {
                 return record
                     .undone
                     .clone()
-                    .ok_or_else(|| Error::Refused("nothing was switched, so there is nothing to undo".into()));
+                    .ok_or_else(|| Error::refused("no-switch", "nothing was switched, so there is nothing to undo"));
             }
         };
         let begun = if let Step::Undoing(undo) = &record.step { Some(undo.clone()) } else { None };
         let obstacles = wayback::obstacles(if begun.is_some() { Below::Unmount } else { below });
         if !obstacles.is_empty() {
-            let standing = if begun.is_some() { "goes no further" } else { "has not begun, nothing was changed" };
-            return Err(Error::Refused(format!("undo {standing}: {}", wayback::message(&obstacles))));
+            let begun = if begun.is_some() { "goes no further" } else { "has not begun" };
+            return Err(Error::refused("way-back", format!("undo {begun}: {}", wayback::message(&obstacles))));
         }
         self.end_download().await;
         let undo = match begun {
@@ -94,13 +94,13 @@ impl Agent {
         record.probation = None;
         if let Err(error) = self.save(record) {
             *record = before;
-            return Err(error.context("nothing was undone; run undo again"));
+            return Err(error.at(report::Standing::Switched));
         }
         let mut undone = switch::undo(&self.paths, &undo.staged, undo.units.as_deref()).await;
         undone.kept.splice(..0, undo.troubles);
         if !undone.failed.is_empty() {
-            let error =
-                Error::Internal(anyhow::anyhow!("undo is not complete, run it again: {}", undone.failed.join("; ")));
+            let error = anyhow::anyhow!("undo is not complete: {}", undone.failed.join("; "));
+            let error = Error::from(error).at(report::Standing::HalfDone);
             self.tell(&error);
             if let Err(error) = self.save(record) {
                 warn!("{error}");
@@ -124,8 +124,8 @@ impl Agent {
     async fn begin_undo(&self, staged: StagedRoot, salvaged: bool, record: &Record) -> Result<Undo, Error> {
         let planned = switch::plan_units(&self.paths, &staged, record.flow()).await;
         let (units, troubles) = planned.map_err(|error| {
-            Error::from(error.context("cannot tell which units run the node image's code"))
-                .context("nothing was undone; run undo again")
+            let error = error.context("cannot tell which units run the node image's code");
+            Error::from(error).at(report::Standing::Switched)
         })?;
         Ok(Undo { staged, units: Some(units), troubles, salvaged })
     }
@@ -143,14 +143,14 @@ impl Agent {
         }
         let undone = switch::undo(&self.paths, &staged, None).await;
         if !undone.failed.is_empty() {
-            let failed = undone.failed.join("; ");
-            return Error::Internal(anyhow::anyhow!("{error}; rolling back is not complete, run undo: {failed}"));
+            let error = anyhow::anyhow!("{error}; cannot roll back: {}", undone.failed.join("; "));
+            return Error::from(error).at(report::Standing::HalfDone);
         }
         match self.untouched(record, Step::Staged(staged)) {
             Ok(()) => deadline::disarm().await,
             Err(trouble) => warn!("{trouble}"),
         }
-        error.context("rolled back: /usr and /etc are as they were")
+        error.at(report::Standing::RolledBack)
     }
 
     /// Records that the running system is as before the switch, at a `step` before it.
@@ -173,10 +173,10 @@ impl Agent {
     /// Ends the probation: the switch stays. Returns a line for a person. Called again, it does nothing.
     ///
     /// # Errors
-    /// [`Error::Refused`] when nothing is on probation, its time is over, or a phase is under way.
+    /// Refused when nothing is on probation, its time is over, or a phase is under way.
     pub async fn keep(&self) -> Result<Vec<String>, Error> {
         let Ok(mut record) = self.record.try_lock() else {
-            return Err(Error::Refused("a phase is under way: keep the switch when it has ended".into()));
+            return Err(Error::refused("busy", "a phase is under way: keep the switch when it has ended"));
         };
         let switched = matches!(record.step, Step::Switched(_) | Step::Refreshed(_) | Step::Finished(_));
         match record.probation {
@@ -185,7 +185,7 @@ impl Agent {
                 Ok(vec!["kept already".into()])
             }
             Some(probation) if switched && probation.left().is_some_and(|left| left.is_zero()) => {
-                Err(Error::Refused("the time of the probation is over: the switch is being undone".into()))
+                Err(Error::refused("expired", "the time of the probation is over: the switch is being undone"))
             }
             Some(probation) if switched => {
                 let before = record.clone();
@@ -198,7 +198,7 @@ impl Agent {
                 info!("the switch is kept");
                 Ok(vec!["kept: the switch stays".into()])
             }
-            _ => Err(Error::Refused("there is nothing to keep: no switch is on probation (run --try)".into())),
+            _ => Err(Error::refused("no-trial", "there is nothing to keep: no switch is on probation (run --try)")),
         }
     }
 
@@ -229,7 +229,7 @@ impl Agent {
         match step {
             Step::Undoing(_) => self.undo().await.map(drop),
             // Nothing is undone that was not asked for.
-            Step::Lost { message, .. } => Err(Error::Refused(message)),
+            Step::Lost { message, .. } => Err(Error::refused("lost-record", message)),
             Step::Switching(_) | Step::Switched(_) => {
                 info!("the switch was interrupted: finishing it");
                 self.advance(Goal::Switched, &self.ticket()).await

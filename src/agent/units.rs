@@ -155,7 +155,7 @@ pub(super) async fn remember(context: &Context) -> Result<(), Error> {
         sockets.retain(|name| name.ends_with(".socket"));
         UnitsRecord { before, sockets: Some(sockets), ..UnitsRecord::default() }.save(&context.paths)
     };
-    remembered.await.context("the running system is untouched").map_err(Error::from)
+    remembered.await.map_err(Error::from)
 }
 
 async fn unit_files() -> Result<UnitFiles> {

@@ -10,7 +10,7 @@ use zbus::connection::Builder;
 use zbus::{Connection, OwnedVariant};
 
 use super::{INTERFACE, NAME, PATH, build, within};
-use crate::report::Status;
+use crate::report::{Outcome, Status};
 use crate::units::{self, Manager};
 
 const DAEMON_UNIT: &str = "node-image-pivotd.service";
@@ -22,27 +22,30 @@ pub struct Client {
     destination: Option<&'static str>,
 }
 
-/// How a call to the daemon ends badly.
+/// The error of a call to the daemon.
 #[derive(Debug, thiserror::Error)]
 pub enum CallError {
-    /// Preflight refused before anything changed.
-    #[error("{0}")]
-    Refused(String),
-    /// Another attempt gives the same result.
-    #[error("{0}")]
-    Permanent(String),
-    /// The configured number of attempts was made.
-    #[error("{0}")]
-    GaveUp(String),
-    /// Somebody called cancel.
-    #[error("{0}")]
-    Cancelled(String),
-    /// The daemon said why.
-    #[error("{0}")]
-    Failed(String),
+    /// The call ended, with this outcome and message.
+    #[error("{1}")]
+    Ended(Outcome, String),
     /// The daemon went away in the middle; it goes on where it was when it is started again.
     #[error("the connection to the daemon broke: {0}")]
     Disconnected(String),
+}
+
+impl CallError {
+    /// Returns how the call ended.
+    pub fn outcome(&self) -> Outcome {
+        match self {
+            Self::Ended(outcome, _) => *outcome,
+            Self::Disconnected(_) => Outcome::Internal,
+        }
+    }
+
+    /// Returns the error of a call that could not be made.
+    fn failed(message: String) -> Self {
+        Self::Ended(Outcome::Internal, message)
+    }
 }
 
 impl Client {
@@ -67,7 +70,7 @@ impl Client {
     /// Connects to call a method, which only root may; `None` when no daemon runs.
     ///
     /// # Errors
-    /// [`CallError::Failed`] for others than root, [`CallError::Disconnected`] when the daemon went
+    /// [`CallError::Ended`] for others than root, [`CallError::Disconnected`] when the daemon went
     /// away before it answered.
     pub async fn running(socket: &Path) -> Result<Option<Self>, CallError> {
         match UnixStream::connect(socket).await {
@@ -81,20 +84,20 @@ impl Client {
     /// Connects to call a method; starts the daemon's unit first, once, when it does not run.
     ///
     /// # Errors
-    /// As [`Client::running`]; [`CallError::Failed`] when the unit cannot be started.
+    /// As [`Client::running`]; [`CallError::Ended`] when the unit cannot be started.
     pub async fn connect_or_start(socket: &Path) -> Result<Self, CallError> {
         if let Some(client) = Self::running(socket).await? {
             return Ok(client);
         }
         // systemd would say so, in words that do not tell what to do.
         if !rustix::process::geteuid().is_root() {
-            return Err(CallError::Failed(format!("must be root to start {DAEMON_UNIT}")));
+            return Err(CallError::failed(format!("must be root to start {DAEMON_UNIT}")));
         }
         start().await.map_err(|error| {
-            CallError::Failed(format!("the daemon cannot be started: {error:#}; see systemctl status {DAEMON_UNIT}"))
+            CallError::failed(format!("the daemon cannot be started: {error:#}; see systemctl status {DAEMON_UNIT}"))
         })?;
         Self::running(socket).await?.ok_or_else(|| {
-            CallError::Failed(format!(
+            CallError::failed(format!(
                 "{DAEMON_UNIT} was started and nothing listens on {}; see systemctl status {DAEMON_UNIT}",
                 socket.display()
             ))
@@ -142,13 +145,13 @@ impl Client {
     /// The plan as a JSON document. See [`Client::call`].
     pub async fn plan_document(&self) -> Result<String, CallError> {
         let reply = self.reply("PlanDocument", &()).await?;
-        reply.body().deserialize().map_err(|error| CallError::Failed(format!("the daemon's answer: {error}")))
+        reply.body().deserialize().map_err(|error| CallError::failed(format!("the daemon's answer: {error}")))
     }
 
     /// The plan for `/etc` as a unified diff. See [`Client::call`].
     pub async fn diff_etc(&self, secrets: bool) -> Result<Vec<u8>, CallError> {
         let reply = self.reply("DiffEtc", &secrets).await?;
-        reply.body().deserialize().map_err(|error| CallError::Failed(format!("the daemon's answer: {error}")))
+        reply.body().deserialize().map_err(|error| CallError::failed(format!("the daemon's answer: {error}")))
     }
 
     async fn reply<B>(&self, method: &str, body: &B) -> Result<zbus::Message, CallError>
@@ -194,27 +197,21 @@ fn absent(socket: &Path, error: &io::Error) -> Result<(), CallError> {
     match error.kind() {
         io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Ok(()),
         io::ErrorKind::PermissionDenied => {
-            Err(CallError::Failed(format!("must be root: {} may not be opened", socket.display())))
+            Err(CallError::failed(format!("must be root: {} may not be opened", socket.display())))
         }
-        _ => Err(CallError::Failed(format!("cannot connect to {}: {error}", socket.display()))),
+        _ => Err(CallError::failed(format!("cannot connect to {}: {error}", socket.display()))),
     }
 }
 
 fn classify(error: zbus::Error) -> CallError {
     let zbus::Error::MethodError(name, message, _) = &error else {
         return match error {
-            zbus::Error::FDO(inner) => CallError::Failed(inner.to_string()),
+            zbus::Error::FDO(inner) => CallError::failed(inner.to_string()),
             other => CallError::Disconnected(other.to_string()),
         };
     };
     let message = message.clone().unwrap_or_else(|| name.to_string());
-    match name.as_str().rsplit('.').next() {
-        Some("Refused") => CallError::Refused(message),
-        Some("Permanent") => CallError::Permanent(message),
-        Some("GaveUp") => CallError::GaveUp(message),
-        Some("Cancelled") => CallError::Cancelled(message),
-        _ => CallError::Failed(message),
-    }
+    CallError::Ended(Outcome::of_error(name.as_str()), message)
 }
 
 #[cfg(test)]
@@ -228,8 +225,8 @@ mod tests {
         assert!(of(io::ErrorKind::NotFound).is_ok());
         assert!(of(io::ErrorKind::ConnectionRefused).is_ok());
         let error = of(io::ErrorKind::PermissionDenied).unwrap_err();
-        assert!(matches!(&error, CallError::Failed(message) if message.starts_with("must be root")), "{error}");
-        assert!(matches!(of(io::ErrorKind::NotConnected).unwrap_err(), CallError::Failed(_)));
+        assert!(matches!(&error, CallError::Ended(_, message) if message.starts_with("must be root")), "{error}");
+        assert!(matches!(of(io::ErrorKind::NotConnected).unwrap_err(), CallError::Ended(Outcome::Internal, _)));
     }
 
     #[tokio::test]

@@ -5,10 +5,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
-use zbus::interface;
+use zbus::message::Header;
+use zbus::names::ErrorName;
+use zbus::{Message, interface};
 
+use super::INTERFACE;
 use crate::agent::{Agent, Error, Goal, Ticket};
-use crate::report::ProgressSnapshot;
+use crate::report::{Outcome, ProgressSnapshot};
 
 /// The object behind [`super::PATH`].
 pub(super) struct Pivot {
@@ -26,34 +29,32 @@ impl Pivot {
     }
 }
 
-/// How a method ends badly; the message is for a person, the name for a program.
-#[derive(Debug, zbus::DBusError)]
-#[zbus(prefix = "org.nodeimage.Pivot1.Error")]
-pub(super) enum MethodError {
-    #[zbus(error)]
-    ZBus(zbus::Error),
-    /// Preflight refused before anything changed.
-    Refused(String),
-    /// Another attempt gives the same result.
-    Permanent(String),
-    /// The configured number of attempts was made.
-    GaveUp(String),
-    /// Cancel was called.
-    Cancelled(String),
-    /// Anything of the machine's own.
-    Failed(String),
+/// The error of a method: the name, `org.nodeimage.Pivot1.Error.` and that of the outcome, is for programs, the message
+/// for people.
+#[derive(Debug)]
+pub(super) struct MethodError {
+    outcome: Outcome,
+    message: String,
 }
 
 impl From<Error> for MethodError {
     fn from(error: Error) -> Self {
-        let message = error.to_string();
-        match error {
-            Error::Refused(_) => Self::Refused(message),
-            Error::Permanent(_) => Self::Permanent(message),
-            Error::GaveUp { .. } => Self::GaveUp(message),
-            Error::Cancelled => Self::Cancelled(message),
-            Error::Internal(_) => Self::Failed(message),
-        }
+        Self { outcome: error.outcome(), message: error.to_string() }
+    }
+}
+
+impl zbus::DBusError for MethodError {
+    fn create_reply(&self, call: &Header<'_>) -> zbus::Result<Message> {
+        Message::error(call, self.name()).build(&(&self.message,))
+    }
+
+    fn name(&self) -> ErrorName<'_> {
+        let name = format!("{INTERFACE}.Error.{}", self.outcome.error_name());
+        ErrorName::try_from(name).unwrap_or(ErrorName::from_static_str_unchecked("org.freedesktop.DBus.Error.Failed"))
+    }
+
+    fn description(&self) -> Option<&str> {
+        Some(&self.message)
     }
 }
 
@@ -113,7 +114,8 @@ impl Pivot {
     /// The same as a JSON document.
     async fn plan_document(&self) -> Result<String, MethodError> {
         let plan = self.agent.plan(&self.ticket()).await?;
-        serde_json::to_string_pretty(&plan).map_err(|error| MethodError::Failed(error.to_string()))
+        serde_json::to_string_pretty(&plan)
+            .map_err(|error| MethodError { outcome: Outcome::Internal, message: error.to_string() })
     }
 
     /// What the switch would change in `/etc`, as a unified diff. `secrets`: also of files that not everybody may

@@ -6,13 +6,12 @@ use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
-use super::Exit;
 use super::drive::unix_now;
 use crate::agent::{self, Agent, Paths};
 use crate::bus;
-use crate::report;
+use crate::report::{self, Outcome};
 
-pub(super) async fn daemon(paths: Paths) -> Result<Exit> {
+pub(super) async fn daemon(paths: Paths) -> Result<Outcome> {
     log();
     let socket = paths.socket();
     let agent = Agent::open(paths, agent::is_bootstrap().await)?;
@@ -40,7 +39,7 @@ pub(super) async fn daemon(paths: Paths) -> Result<Exit> {
     // A switch or an undo that is under way is finished. One that cannot be finished is for the next daemon, which the
     // unit starts after a failure.
     let stopped = agent.stop().await;
-    Ok(if stopped.is_unfinished() { Exit::Error } else { Exit::Done })
+    Ok(if stopped.is_unfinished() { Outcome::Internal } else { Outcome::Done })
 }
 
 /// To the journal with fields; to stderr where there is no journal.

@@ -7,10 +7,10 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::Result;
 use libsystemd::daemon::{NotifyState, notify};
 
-use super::{Exit, say};
+use super::say;
 use crate::agent::Paths;
 use crate::bus::{CallError, Client};
-use crate::report::{self, Phase, ServiceRecord, State, Status};
+use crate::report::{self, Outcome, Phase, ServiceRecord, State, Status};
 
 /// How often the status is looked at.
 const POLL: Duration = Duration::from_millis(500);
@@ -55,12 +55,12 @@ pub(super) fn seconds(text: &str) -> Result<u64, String> {
 
 /// Makes `call` and waits for its end. The daemon may die in the middle: its unit starts it again,
 /// it takes up its record, and the same call goes on.
-pub(super) async fn drive(paths: &Paths, call: Call) -> Result<Exit> {
+pub(super) async fn drive(paths: &Paths, call: Call) -> Result<Outcome> {
     let mut teller = Teller { record: record(), ..Teller::default() };
     let outcome = drive_to_end(paths, call, &mut teller).await;
     teller.end_record(outcome.as_ref().err());
     Ok(match outcome {
-        Ok(()) => Exit::Done,
+        Ok(()) => Outcome::Done,
         Err(error) => failed(&error),
     })
 }
@@ -124,7 +124,7 @@ async fn follow(
 }
 
 /// Ends a pull that runs or waits. A daemon that does not run has none, and is not started to say so.
-pub(super) async fn cancel(paths: &Paths) -> Result<Exit> {
+pub(super) async fn cancel(paths: &Paths) -> Result<Outcome> {
     let outcome = match Client::running(&paths.socket()).await {
         Ok(Some(client)) => client.call("Cancel").await,
         Ok(None) => Ok(Vec::new()),
@@ -135,15 +135,15 @@ pub(super) async fn cancel(paths: &Paths) -> Result<Exit> {
         Ok(lines) => lines.iter().for_each(|line| say::out(report::one_line(line))),
         Err(error) => return Ok(failed(&error)),
     }
-    Ok(Exit::Done)
+    Ok(Outcome::Done)
 }
 
 /// Tells systemd and the person why, and says how to exit.
-pub(super) fn failed(error: &CallError) -> Exit {
+pub(super) fn failed(error: &CallError) -> Outcome {
     let message = error.to_string();
     let _ = notify(false, &[NotifyState::Status(report::one_line(&message))]);
     say::error(&message);
-    Exit::from(error)
+    error.outcome()
 }
 
 /// Says what is new, once.
@@ -280,7 +280,7 @@ mod tests {
         assert!(teller.news(&status, "x").is_some());
         status.state = State::Waiting;
         status.error =
-            Some(LastError { class: "network".into(), message: "m".into(), attempt: 1, next_retry_unix: Some(1) });
+            Some(LastError { class: "network".into(), attempt: 1, next_retry_unix: Some(1), ..LastError::default() });
         assert!(teller.news(&status, "x").is_some());
         assert!(teller.news(&status, "x").is_none(), "a countdown is not news");
         status.error.as_mut().unwrap().attempt = 2;

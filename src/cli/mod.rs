@@ -1,7 +1,7 @@
 //! The command line: one file per group of subcommands, no logic of its own.
 //!
 //! Every command but `daemon` is a client of the daemon. Exit codes are part of the contract, see
-//! [`Exit`].
+//! [`Outcome`].
 
 mod daemon;
 mod drive;
@@ -14,39 +14,8 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::agent::Paths;
-use crate::bus::CallError;
+use crate::report::Outcome;
 use drive::Call;
-
-/// Exit codes, documented and stable. 2 is clap's for a wrong command line. Ours begin at 10, because
-/// `systemctl status` gives 2 to 7 the names of the LSB's init scripts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u8)]
-pub enum Exit {
-    /// Done, or nothing to do.
-    Done = 0,
-    /// Anything not listed here; the message says what.
-    Error = 1,
-    /// Refused by preflight; the system is untouched.
-    Refused = 10,
-    /// Failed for good: another attempt gives the same result. The system is untouched.
-    Permanent = 11,
-    /// Cancelled; the system is untouched.
-    Cancelled = 12,
-    /// The configured number of attempts was made; the system is untouched.
-    GaveUp = 13,
-}
-
-impl From<&CallError> for Exit {
-    fn from(error: &CallError) -> Self {
-        match error {
-            CallError::Refused(_) => Self::Refused,
-            CallError::Permanent(_) => Self::Permanent,
-            CallError::Cancelled(_) => Self::Cancelled,
-            CallError::GaveUp(_) => Self::GaveUp,
-            CallError::Failed(_) | CallError::Disconnected(_) => Self::Error,
-        }
-    }
-}
 
 /// Turns the running base system into the cluster's node image, without a reboot.
 #[derive(Debug, Parser)]
@@ -127,20 +96,20 @@ pub fn main() -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => {
             say::error(&format!("cannot start: {error}"));
-            return ExitCode::from(Exit::Error as u8);
+            return ExitCode::from(Outcome::Internal.exit_code());
         }
     };
     let exit = match runtime.block_on(dispatch(arguments.command)) {
         Ok(exit) => exit,
         Err(error) => {
             say::error(&format!("{error:#}"));
-            Exit::Error
+            Outcome::Internal
         }
     };
-    ExitCode::from(exit as u8)
+    ExitCode::from(exit.exit_code())
 }
 
-async fn dispatch(command: Command) -> anyhow::Result<Exit> {
+async fn dispatch(command: Command) -> anyhow::Result<Outcome> {
     let paths = Paths::default();
     match command {
         Command::Status { json, watch: false } => show::status(&paths, json).await,
@@ -156,7 +125,7 @@ async fn dispatch(command: Command) -> anyhow::Result<Exit> {
         Command::Run { complete, try_for } => {
             let method = if try_for.is_some() { "Try" } else { "Run" };
             match drive::drive(&paths, Call { method, seconds: try_for }).await? {
-                Exit::Done if complete => drive::drive(&paths, Call::of("Complete")).await,
+                Outcome::Done if complete => drive::drive(&paths, Call::of("Complete")).await,
                 exit => Ok(exit),
             }
         }
@@ -169,13 +138,13 @@ async fn dispatch(command: Command) -> anyhow::Result<Exit> {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Arguments::command(), "node-image-pivot", &mut script);
             say::raw(&script);
-            Ok(Exit::Done)
+            Ok(Outcome::Done)
         }
         Command::Man => {
             let mut page = Vec::new();
             clap_mangen::Man::new(Arguments::command()).render(&mut page)?;
             say::raw(&page);
-            Ok(Exit::Done)
+            Ok(Outcome::Done)
         }
     }
 }
@@ -187,14 +156,5 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Arguments::command().debug_assert();
-    }
-
-    #[test]
-    fn exit_codes_are_stable() {
-        assert_eq!(Exit::from(&CallError::Refused(String::new())) as u8, 10);
-        assert_eq!(Exit::from(&CallError::Permanent(String::new())) as u8, 11);
-        assert_eq!(Exit::from(&CallError::Cancelled(String::new())) as u8, 12);
-        assert_eq!(Exit::from(&CallError::GaveUp(String::new())) as u8, 13);
-        assert_eq!(Exit::from(&CallError::Failed(String::new())) as u8, 1);
     }
 }

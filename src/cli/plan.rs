@@ -5,31 +5,31 @@ use std::io::IsTerminal;
 use anyhow::Result;
 
 use super::drive::failed;
-use super::{Exit, say};
+use super::say;
 use crate::agent::Paths;
 use crate::bus::{CallError, Client};
-use crate::report;
+use crate::report::{self, Outcome};
 
-pub(super) async fn json(paths: &Paths) -> Result<Exit> {
+pub(super) async fn json(paths: &Paths) -> Result<Outcome> {
     Ok(match ask(paths, async |client| client.plan_document().await).await {
         Ok(document) => {
             say::out(document);
-            Exit::Done
+            Outcome::Done
         }
         Err(error) => failed(&error),
     })
 }
 
-pub(super) async fn diff_etc(paths: &Paths, secrets: bool) -> Result<Exit> {
+pub(super) async fn diff_etc(paths: &Paths, secrets: bool) -> Result<Outcome> {
     Ok(match ask(paths, async |client| client.diff_etc(secrets).await).await {
         Ok(diff) if std::io::stdout().is_terminal() => {
             // Files may hold what a terminal would take for commands.
             String::from_utf8_lossy(&diff).lines().for_each(|line| say::out(printable(line)));
-            Exit::Done
+            Outcome::Done
         }
         Ok(diff) => {
             say::raw(&diff);
-            Exit::Done
+            Outcome::Done
         }
         Err(error) => failed(&error),
     })

@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 
 use super::drive::unix_now;
-use super::{Exit, say};
+use super::say;
 use crate::agent::{Agent, Paths};
 use crate::bus::Client;
-use crate::report::{self, State, Status};
+use crate::report::{self, Outcome, State, Status};
 
 /// How often a watch looks.
 const LOOK: Duration = Duration::from_secs(1);
@@ -33,17 +33,17 @@ fn recorded(paths: &Paths) -> Option<Status> {
     rustix::process::geteuid().is_root().then(|| Agent::recorded_status(paths))
 }
 
-pub(super) async fn status(paths: &Paths, json: bool) -> Result<Exit> {
+pub(super) async fn status(paths: &Paths, json: bool) -> Result<Outcome> {
     print(&current(paths).await?, json)?;
-    Ok(Exit::Done)
+    Ok(Outcome::Done)
 }
 
-pub(super) async fn report(paths: &Paths) -> Result<Exit> {
+pub(super) async fn report(paths: &Paths) -> Result<Outcome> {
     say::raw(report::summary(&current(paths).await?, unix_now()).as_bytes());
-    Ok(Exit::Done)
+    Ok(Outcome::Done)
 }
 
-pub(super) async fn watch(paths: &Paths, json: bool) -> Result<Exit> {
+pub(super) async fn watch(paths: &Paths, json: bool) -> Result<Outcome> {
     let mut last = None;
     let mut absent_since = None;
     loop {
@@ -68,18 +68,11 @@ pub(super) async fn watch(paths: &Paths, json: bool) -> Result<Exit> {
 }
 
 /// How the watch ends in this status; `None` while there is more to come.
-fn exit_of(status: &Status) -> Option<Exit> {
+fn exit_of(status: &Status) -> Option<Outcome> {
     match status.state {
         // A phase that begins after the switch makes it `running` again.
-        State::Done | State::NothingToDo | State::Switched => Some(Exit::Done),
-        State::Failed => Some(match status.error.as_ref().map(|error| error.class.as_str()) {
-            Some("refused") => Exit::Refused,
-            Some("cancelled") => Exit::Cancelled,
-            Some("local" | "interrupted") => Exit::Error,
-            // These end in a failure only when there are no attempts left.
-            Some("network" | "truncated") => Exit::GaveUp,
-            _ => Exit::Permanent,
-        }),
+        State::Done | State::NothingToDo | State::Switched => Some(Outcome::Done),
+        State::Failed => Some(status.error.as_ref().map(|error| error.outcome).unwrap_or_default()),
         State::Idle | State::Running | State::Waiting | State::Pulled => None,
     }
 }
@@ -102,31 +95,20 @@ mod tests {
 
     #[test]
     fn a_watch_ends_where_nothing_more_comes() {
-        let of = |state, class: Option<&str>| {
-            let error = class.map(|class| LastError {
-                class: class.into(),
-                message: "m".into(),
-                attempt: 1,
-                next_retry_unix: None,
-            });
+        let of = |state, outcome: Option<Outcome>| {
+            let error = outcome.map(|outcome| LastError { outcome, ..LastError::default() });
             exit_of(&Status { state, error, ..Status::default() })
         };
         for state in [State::Done, State::NothingToDo, State::Switched] {
-            assert_eq!(of(state, None), Some(Exit::Done), "{state:?}");
+            assert_eq!(of(state, None), Some(Outcome::Done), "{state:?}");
         }
         // A failure stays in the document while the next attempt runs.
         for state in [State::Idle, State::Running, State::Waiting, State::Pulled] {
-            assert_eq!(of(state, Some("network")), None, "{state:?}");
+            assert_eq!(of(state, Some(Outcome::GaveUp)), None, "{state:?}");
         }
-        for (class, exit) in [
-            ("refused", Exit::Refused),
-            ("cancelled", Exit::Cancelled),
-            ("local", Exit::Error),
-            ("network", Exit::GaveUp),
-            ("unauthorized", Exit::Permanent),
-        ] {
-            assert_eq!(of(State::Failed, Some(class)), Some(exit), "{class}");
+        for outcome in [Outcome::Refused, Outcome::Permanent, Outcome::GaveUp, Outcome::Cancelled, Outcome::Internal] {
+            assert_eq!(of(State::Failed, Some(outcome)), Some(outcome), "{outcome:?}");
         }
-        assert_eq!(of(State::Failed, None), Some(Exit::Permanent));
+        assert_eq!(of(State::Failed, None), Some(Outcome::Internal));
     }
 }

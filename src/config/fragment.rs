@@ -44,6 +44,8 @@ pub(super) struct RetryTable {
     pub initial: Option<f64>,
     pub maximum: Option<f64>,
     pub attempts: Option<u32>,
+    pub denied: Option<f64>,
+    pub unknown: Option<f64>,
 }
 
 #[derive(Debug, Default, Clone, PartialEq, Eq, Deserialize)]

@@ -67,6 +67,8 @@ pub struct Inputs {
     pub retry_initial: Option<Sourced<f64>>,
     pub retry_maximum: Option<Sourced<f64>>,
     pub retry_attempts: Option<Sourced<u32>>,
+    pub retry_denied: Option<Sourced<f64>>,
+    pub retry_unknown: Option<Sourced<f64>>,
     pub etc_strategy: Option<Sourced<String>>,
     pub hooks_timeout: Option<Sourced<f64>>,
     pub units: BTreeMap<String, Sourced<String>>,
@@ -99,6 +101,8 @@ impl Inputs {
         set(&mut self.retry_initial, fragment.retry.initial, source);
         set(&mut self.retry_maximum, fragment.retry.maximum, source);
         set(&mut self.retry_attempts, fragment.retry.attempts, source);
+        set(&mut self.retry_denied, fragment.retry.denied, source);
+        set(&mut self.retry_unknown, fragment.retry.unknown, source);
         set(&mut self.etc_strategy, fragment.etc.strategy, source);
         set(&mut self.hooks_timeout, fragment.hooks.timeout, source);
         for (pattern, value) in fragment.units {

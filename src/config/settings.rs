@@ -12,11 +12,14 @@ use super::inputs::{Inputs, Sourced};
 use crate::store::Wish;
 use crate::units::Policy;
 
-/// Names that the node image has in a release payload, tried in this order.
-const DEFAULT_IMAGE_TAGS: [&str; 3] = ["rhel-coreos-10", "rhel-coreos", "stream-coreos"];
-
 const DEFAULT_RAM_LIMIT: RamLimit = RamLimit::Percent(60);
-const DEFAULT_RETRY: Retry = Retry { initial: Duration::from_secs(2), maximum: Duration::from_secs(60), attempts: 0 };
+const DEFAULT_RETRY: Retry = Retry {
+    initial: Duration::from_secs(2),
+    maximum: Duration::from_secs(60),
+    attempts: 0,
+    denied: Duration::from_secs(120),
+    unknown: Duration::from_secs(1800),
+};
 
 const DEFAULT_HOOKS_TIMEOUT: Duration = Duration::from_secs(120);
 
@@ -28,8 +31,9 @@ const LONGEST_DELAY: f64 = 86_400.0;
 pub struct Settings {
     /// What to pivot to; `None` when nothing is configured (yet).
     pub image: Option<ImageSource>,
-    /// Names of the node image in a release payload, in order of preference; not empty.
-    pub image_tags: Vec<String>,
+    /// Names of the node image in a release payload, in order of preference. `None` leaves the choice to the installer's
+    /// script and the booted system.
+    pub image_tags: Option<Vec<String>>,
     /// Whether to pivot.
     pub mode: Mode,
     /// The target to isolate to in the end: a valid name, not our own.
@@ -109,6 +113,10 @@ pub struct Retry {
     pub maximum: Duration,
     /// Give up after so many attempts; 0 is never.
     pub attempts: u32,
+    /// Time over which an answer that is mostly final (401, 403, 404) is confirmed; zero for at once.
+    pub denied: Duration,
+    /// Time for which failures are retried that the agent does not know.
+    pub unknown: Duration,
 }
 
 impl Retry {
@@ -153,12 +161,7 @@ impl Settings {
     pub fn validate(inputs: Inputs) -> Result<Self> {
         Ok(Settings {
             image: inputs.image.map(|image| image.value),
-            image_tags: checked(
-                "image_tags",
-                inputs.image_tags,
-                || DEFAULT_IMAGE_TAGS.map(str::to_owned).to_vec(),
-                tags,
-            )?,
+            image_tags: checked("image_tags", inputs.image_tags, || None, |names| tags(names).map(Some))?,
             mode: checked("mode", inputs.mode, || Mode::Auto, |word| Ok(word.parse()?))?,
             target: checked(
                 "target",
@@ -185,7 +188,11 @@ impl Settings {
             )?,
             complete: inputs.complete.is_some_and(|complete| complete.value),
             store: checked("store", inputs.store, Wish::default, |word| word.parse().map_err(|why| anyhow!("{why}")))?,
-            retry: retry(inputs.retry_initial, inputs.retry_maximum, inputs.retry_attempts)?,
+            retry: Retry {
+                denied: checked("retry.denied", inputs.retry_denied, || DEFAULT_RETRY.denied, seconds_or_zero)?,
+                unknown: checked("retry.unknown", inputs.retry_unknown, || DEFAULT_RETRY.unknown, seconds_or_zero)?,
+                ..retry(inputs.retry_initial, inputs.retry_maximum, inputs.retry_attempts)?
+            },
             etc_strategy: checked("etc.strategy", inputs.etc_strategy, EtcStrategy::default, |word| {
                 match word.as_str() {
                     "keep" => Ok(EtcStrategy::Keep),
@@ -196,6 +203,14 @@ impl Settings {
             hooks_timeout: checked("hooks.timeout", inputs.hooks_timeout, || DEFAULT_HOOKS_TIMEOUT, seconds)?,
             units: units(&inputs.units)?,
         })
+    }
+}
+
+impl Settings {
+    /// Names of the node image in a release payload, in order of preference.
+    pub fn tags(&self) -> Vec<String> {
+        let standard = || ["rhel-coreos-10", "rhel-coreos", "stream-coreos"].map(str::to_owned).to_vec();
+        self.image_tags.clone().unwrap_or_else(standard)
     }
 }
 
@@ -225,6 +240,10 @@ fn seconds(value: f64) -> Result<Duration> {
     Ok(Duration::from_secs_f64(value))
 }
 
+fn seconds_or_zero(value: f64) -> Result<Duration> {
+    if value == 0.0 { Ok(Duration::ZERO) } else { seconds(value) }
+}
+
 fn retry(
     initial: Option<Sourced<f64>>,
     maximum: Option<Sourced<f64>>,
@@ -234,5 +253,5 @@ fn retry(
     let maximum = checked("retry.maximum", maximum, || DEFAULT_RETRY.maximum.max(initial), seconds)?;
     // A maximum below the initial delay, given or by default, is meant as "never longer than this".
     let initial = initial.min(maximum);
-    Ok(Retry { initial, maximum, attempts: attempts.map_or(DEFAULT_RETRY.attempts, |attempts| attempts.value) })
+    Ok(Retry { initial, maximum, attempts: attempts.map_or(0, |attempts| attempts.value), ..DEFAULT_RETRY })
 }

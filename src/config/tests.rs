@@ -40,14 +40,20 @@ fn release(name: &str) -> Option<ImageSource> {
 fn nothing_configured_gives_the_documented_defaults() {
     let expected = Settings {
         image: None,
-        image_tags: ["rhel-coreos-10", "rhel-coreos", "stream-coreos"].map(str::to_owned).to_vec(),
+        image_tags: None,
         mode: Mode::Auto,
         target: "multi-user.target".to_owned(),
         probe_paths: ["/usr/bin/oc", "/usr/bin/kubelet"].map(PathBuf::from).to_vec(),
         auth_file: None,
         ram_limit: RamLimit::Percent(60),
         complete: false,
-        retry: Retry { initial: Duration::from_secs(2), maximum: Duration::from_secs(60), attempts: 0 },
+        retry: Retry {
+            initial: Duration::from_secs(2),
+            maximum: Duration::from_secs(60),
+            attempts: 0,
+            denied: Duration::from_secs(120),
+            unknown: Duration::from_secs(1800),
+        },
         store: Wish::Auto,
         etc_strategy: EtcStrategy::Keep,
         hooks_timeout: Duration::from_secs(120),
@@ -60,19 +66,25 @@ fn nothing_configured_gives_the_documented_defaults() {
 fn every_key_arrives() {
     let settings = etc("image = \"r/n:1\"\nimage_tags = [\"a\"]\nmode = \"force\"\ntarget = \"a.target\"\n\
          probe_paths = [\"/usr/bin/crio\"]\nauth_file = \"/etc/auth.json\"\nram_limit = \"3GiB\"\nstore = \"disk\"\n\
-         complete = true\n[retry]\ninitial = 0.5\nmaximum = 8\nattempts = 3\n[etc]\nstrategy = \"fail\"\n\
+         complete = true\n[retry]\ninitial = 0.5\nmaximum = 8\nattempts = 3\ndenied = 0\nunknown = 60\n[etc]\nstrategy = \"fail\"\n\
          [hooks]\ntimeout = 5\n[units]\n\"crio*\" = \"never\"\n")
     .unwrap();
     let expected = Settings {
         image: image("r/n:1"),
-        image_tags: vec!["a".to_owned()],
+        image_tags: Some(vec!["a".to_owned()]),
         mode: Mode::Force,
         target: "a.target".to_owned(),
         probe_paths: vec![PathBuf::from("/usr/bin/crio")],
         auth_file: Some(PathBuf::from("/etc/auth.json")),
         ram_limit: RamLimit::Bytes(3 << 30),
         complete: true,
-        retry: Retry { initial: Duration::from_millis(500), maximum: Duration::from_secs(8), attempts: 3 },
+        retry: Retry {
+            initial: Duration::from_millis(500),
+            maximum: Duration::from_secs(8),
+            attempts: 3,
+            denied: Duration::ZERO,
+            unknown: Duration::from_secs(60),
+        },
         store: Wish::Disk,
         etc_strategy: EtcStrategy::Fail,
         hooks_timeout: Duration::from_secs(5),
@@ -116,6 +128,7 @@ fn wrong_values_name_source_key_and_the_way_out() {
         ("ram_limit = \"99999999999TiB\"", "is no limit"),
         ("ram_limit = \"3 GB\"", "is no limit"),
         ("[retry]\ninitial = 0", "retry.initial: 0 is no length of time"),
+        ("[retry]\nunknown = -1", "retry.unknown: -1 is no length of time"),
         ("[retry]\nmaximum = nan", "retry.maximum: NaN is no length of time"),
         ("[retry]\nmaximum = 1e9", "is no length of time"),
         ("[hooks]\ntimeout = 0", "hooks.timeout: 0 is no length of time"),

@@ -1,14 +1,19 @@
 //! One error type for everything between a pull spec and stored objects, because the agent
-//! branches on it: transient failures are retried, permanent ones stop at once.
+//! branches on it: its class decides whether another attempt is made.
 
+use std::fmt;
 use std::time::Duration;
 
 /// Whether another attempt can help.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Class {
-    /// DNS, refused, reset, timeout, 429, 5xx, truncated, a wrong clock: try again.
+    /// DNS, refused, reset, timeout, 429, 5xx, truncated, a wrong clock: retried without end.
     Transient,
-    /// Credentials, a missing tag, a bad digest, a foreign format: another attempt gives the same answer.
+    /// A cause that the agent does not know: retried for a limited time.
+    Unknown,
+    /// 401, 403, 404: mostly final, but registries give such answers now and then; confirmed by a few attempts.
+    Denied,
+    /// A bad digest, an unusable format, broken configuration: another attempt gives the same answer.
     Permanent,
 }
 
@@ -19,7 +24,9 @@ pub enum Kind {
     Network,
     /// A blob or manifest that ended early.
     Truncated,
-    /// 401 or 403.
+    /// A message that the agent does not know.
+    Unknown,
+    /// 401, 403 or 407, or credentials that cannot be read.
     Unauthorized,
     /// 404: no such repository, tag or digest.
     NotFound,
@@ -31,11 +38,11 @@ pub enum Kind {
     BadFormat,
     /// An image for another architecture.
     WrongArchitecture,
-    /// Refused by policy.json or a missing signature.
+    /// Refused by policy.json, a missing signature, registries.conf or an untrusted certificate.
     Policy,
     /// The registry's certificate is not valid yet, or not any more: by this machine's clock.
     Clock,
-    /// No room left in the node store.
+    /// The node store is full.
     NoSpace,
     /// The caller asked to stop.
     Cancelled,
@@ -49,6 +56,7 @@ impl Kind {
         match self {
             Kind::Network => "network",
             Kind::Truncated => "truncated",
+            Kind::Unknown => "unknown",
             Kind::Unauthorized => "unauthorized",
             Kind::NotFound => "not-found",
             Kind::BadPullSpec => "bad-pull-spec",
@@ -63,37 +71,25 @@ impl Kind {
         }
     }
 
-    /// Whether another attempt can help.
+    /// Returns the class of a failure of this kind, unless more is known about it.
     pub fn class(self) -> Class {
         match self {
             // A machine without a clock of its own has the right time a minute later.
             Kind::Network | Kind::Truncated | Kind::Clock => Class::Transient,
+            Kind::Unknown => Class::Unknown,
+            Kind::Unauthorized | Kind::NotFound => Class::Denied,
             _ => Class::Permanent,
         }
     }
-}
 
-/// A failure of resolve or pull. The running system is untouched by either, and the message ends
-/// with what to do.
-#[derive(Debug, thiserror::Error)]
-#[error("{message}; {advice}")]
-pub struct Failure {
-    /// What kind of failure.
-    pub kind: Kind,
-    /// Names the image, layer or object, and what happened to it.
-    pub message: String,
-    /// What the operator can do about it.
-    pub advice: &'static str,
-    /// How long the registry asked us to wait, when it did.
-    pub retry_after: Option<Duration>,
-}
-
-impl Failure {
-    /// A failure with this kind's own advice.
-    pub fn new(kind: Kind, message: impl Into<String>) -> Self {
-        let advice = match kind {
-            Kind::Network => "check name resolution, the proxy and that the registry is up; the pull goes on by itself",
-            Kind::Truncated => "the transfer ended early; the pull goes on by itself",
+    /// Returns what an operator can do about a failure of this kind.
+    pub fn advice(self) -> &'static str {
+        match self {
+            Kind::Network => "check name resolution, the proxy and that the registry is up; the pull is retried",
+            Kind::Truncated => "the transfer ended early; the pull is retried",
+            Kind::Unknown => {
+                "the pull is retried for a limited time (retry.unknown); check the registry and /etc/containers"
+            }
             Kind::Unauthorized => "check the auth file (/root/.docker/config.json by default) for this registry",
             Kind::NotFound => "check the image name, tag or digest",
             Kind::BadPullSpec => "write registry/name:tag or registry/name@sha256:digest",
@@ -102,13 +98,60 @@ impl Failure {
             Kind::WrongArchitecture => "use the image, or the index, that holds this machine's architecture",
             Kind::Policy => "check /etc/containers/policy.json and the image's signature",
             Kind::Clock => {
-                "check this machine's clock (timedatectl); the pull goes on by itself when it is right. If it is, the \
-                 registry needs another certificate"
+                "check this machine's clock (timedatectl); the pull is retried. If the clock is right, the registry \
+                 needs another certificate"
             }
             Kind::NoSpace => "raise `ram_limit`, give the machine more memory, or use a smaller node image",
             Kind::Cancelled => "what was stored is kept; start the pull again to go on",
             Kind::Local => "see the journal of node-image-pivotd.service",
-        };
-        Self { kind, message: message.into(), advice, retry_after: None }
+        }
     }
 }
+
+/// The answer of one of several endpoints, mirrors included.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Endpoint {
+    /// Registry and repository.
+    pub name: String,
+    /// What went wrong there.
+    pub kind: Kind,
+    /// What the operator can do about it.
+    pub advice: &'static str,
+}
+
+/// A failure of resolve or pull, neither of which changes the running system. The message ends with advice.
+#[derive(Debug)]
+pub struct Failure {
+    /// What kind of failure.
+    pub kind: Kind,
+    /// Whether another attempt can help.
+    pub class: Class,
+    /// Names the image, layer or object, and what happened to it.
+    pub message: String,
+    /// What the operator can do about it.
+    pub advice: &'static str,
+    /// Every endpoint that was tried, where there was more than one. Their advice replaces `advice`.
+    pub endpoints: Vec<Endpoint>,
+    /// How long the registry asked us to wait, when it did.
+    pub retry_after: Option<Duration>,
+}
+
+impl Failure {
+    /// A failure with this kind's own advice and class.
+    pub fn new(kind: Kind, message: impl Into<String>) -> Self {
+        let (class, advice) = (kind.class(), kind.advice());
+        Self { kind, class, message: message.into(), advice, endpoints: Vec::new(), retry_after: None }
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)?;
+        if self.endpoints.is_empty() {
+            return write!(f, "; {}", self.advice);
+        }
+        self.endpoints.iter().try_for_each(|one| write!(f, "; {} ({}): {}", one.name, one.kind.as_str(), one.advice))
+    }
+}
+
+impl std::error::Error for Failure {}

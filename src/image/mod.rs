@@ -23,7 +23,7 @@ pub(crate) mod tarstream;
 
 pub use blob::LayerStream;
 pub use classify::classify;
-pub use failure::{Class, Failure, Kind};
+pub use failure::{Class, Endpoint, Failure, Kind};
 pub use layout::{Compression, Layer, Layout, layout, machine_architecture};
 pub use proxy::Reader;
 pub use release::resolve_release;

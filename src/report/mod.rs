@@ -3,14 +3,16 @@
 //! Everything shown anywhere (D-Bus, CLI, console, `systemctl status`) is a view of one
 //! [`Status`]. This room may not act on the system; the one file that it writes is the service record.
 
+mod outcome;
 mod progress;
 mod service_record;
 mod status;
 mod text;
 mod tracker;
 
+pub use outcome::{Outcome, Reason, Standing};
 pub use progress::{ProgressSnapshot, PullProgress};
 pub use service_record::{ServiceRecord, unit_of};
-pub use status::{Cost, LastError, Phase, State, Status, StillOld, TimelineEntry};
+pub use status::{Attempt, Cost, LastError, Phase, State, Status, StillOld, TimelineEntry};
 pub use text::{human_bytes, old_lines, one_line, progress_line, state_line, summary};
 pub use tracker::{Beside, Tracker};

@@ -288,6 +288,7 @@ mod tests {
             message: message.into(),
             attempt: 1,
             next_retry_unix: Some(1),
+            ..LastError::default()
         };
         status.error = Some(error("refused"));
         assert_eq!(told(&stages.news(&status, 9)), ["resolve stage start -", "resolve stage end failure"]);

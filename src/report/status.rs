@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::ProgressSnapshot;
+use super::{Outcome, ProgressSnapshot, Reason, Standing};
 
 /// The six phases, in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -60,7 +60,7 @@ pub enum State {
 }
 
 /// The last failure, kept until the next success.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LastError {
     /// A stable word for what went wrong (`network`, `unauthorized`, …).
     pub class: String,
@@ -70,6 +70,32 @@ pub struct LastError {
     pub attempt: u32,
     /// When the next attempt starts, in seconds since the epoch; absent when there is none.
     pub next_retry_unix: Option<u64>,
+    /// When retries end, in seconds since the epoch; absent where they have no limit in time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub give_up_unix: Option<u64>,
+    /// The latest attempts that failed, oldest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub attempts: Vec<Attempt>,
+    /// How the call ended; as long as another attempt is scheduled, this is the default.
+    #[serde(default)]
+    pub outcome: Outcome,
+    /// State of the running system, where the failure says it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub standing: Option<Standing>,
+    /// Every check that refused.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub refusals: Vec<Reason>,
+}
+
+/// One attempt that failed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attempt {
+    /// When it failed, in seconds since the epoch.
+    pub unix: u64,
+    /// The same word as [`LastError::class`].
+    pub class: String,
+    /// What failed.
+    pub message: String,
 }
 
 /// One phase that ran.

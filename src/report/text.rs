@@ -88,7 +88,7 @@ fn state_text(status: &Status, now_unix: u64) -> String {
         }
         (State::Running, _) => format!("{phase} is running"),
         (State::Idle, _) => "nothing asked for yet".to_owned(),
-        (State::Pulled, _) => "the node image is pulled and staged; the running system is untouched".to_owned(),
+        (State::Pulled, _) => "the node image is pulled and staged; the running system is unchanged".to_owned(),
         (State::Switched, _) => format!("/usr and /etc are the node image's{}", probation(status, now_unix)),
         (State::Done, _) => format!("the pivot is done{}", probation(status, now_unix)),
         (State::NothingToDo, _) => "nothing to do: this system already has the cluster's binaries".to_owned(),
@@ -194,8 +194,7 @@ mod tests {
             ("x\nSTOPPING=1", "stage failed (refused): x; STOPPING=1"),
             ("x\r\n\x1b[2J\0y\n", "stage failed (refused): x ;  [2J y"),
         ] {
-            let error =
-                LastError { class: "refused".into(), message: message.into(), attempt: 1, next_retry_unix: None };
+            let error = LastError { class: "refused".into(), message: message.into(), ..LastError::default() };
             let status = Status {
                 state: State::Failed,
                 phase: Some(Phase::Stage),
@@ -218,6 +217,7 @@ mod tests {
                 message: "connection refused".into(),
                 attempt: 3,
                 next_retry_unix: Some(110),
+                ..LastError::default()
             }),
             ..Status::default()
         };

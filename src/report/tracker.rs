@@ -182,6 +182,7 @@ mod tests {
             message: "refused".into(),
             attempt: 1,
             next_retry_unix: Some(1),
+            ..LastError::default()
         });
         assert_eq!(tracker.status().state, State::Waiting);
         std::thread::sleep(std::time::Duration::from_millis(5));
@@ -200,7 +201,7 @@ mod tests {
         tracker.begin(Phase::Switch);
         tracker.end(Phase::Switch, State::Running);
         let first = tracker.status().timeline[0].start_unix_ms;
-        tracker.fail(LastError { class: "local".into(), message: "m".into(), attempt: 1, next_retry_unix: None });
+        tracker.fail(LastError { class: "local".into(), ..LastError::default() });
         std::thread::sleep(std::time::Duration::from_millis(5));
         tracker.begin(Phase::Switch);
         let status = tracker.status();
@@ -252,12 +253,7 @@ mod tests {
     fn without_another_attempt_the_state_is_failed() {
         let tracker = Tracker::new(Status::default());
         tracker.begin(Phase::Pull);
-        tracker.fail(LastError {
-            class: "not-found".into(),
-            message: "no such tag".into(),
-            attempt: 1,
-            next_retry_unix: None,
-        });
+        tracker.fail(LastError { class: "not-found".into(), message: "no such tag".into(), ..LastError::default() });
         assert_eq!(tracker.status().state, State::Failed);
         assert_eq!(tracker.status().phase, Some(Phase::Pull), "the phase that failed stays named");
     }

@@ -109,9 +109,9 @@ impl Difference<'_> {
             Some(plain) => plain.meta(name),
         };
         for step in &self.steps {
-            builder.step(step, &|name| self.target.meta(name), &booted_meta).with_context(|| {
-                format!("building the delta tree at /usr/{}; the running system is untouched", builder.path.display())
-            })?;
+            builder
+                .step(step, &|name| self.target.meta(name), &booted_meta)
+                .with_context(|| format!("cannot build the delta tree at /usr/{}", builder.path.display()))?;
         }
         let counts = builder.counts;
         publish(&building, out)?;

@@ -45,5 +45,5 @@ use crate::mount::DetachedTree;
 /// Call it only while the booted `/usr` is what `booted_usr` shows: once a tree is exposed there,
 /// the next one would lie on top of it.
 pub fn open_new_usr(delta: &Path, booted_usr: &Path, source: &str) -> Result<DetachedTree> {
-    DetachedTree::overlay(&[delta, booted_usr], source).context("building the new /usr; the running one is untouched")
+    DetachedTree::overlay(&[delta, booted_usr], source).context("cannot build the new /usr")
 }

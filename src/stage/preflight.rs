@@ -1,6 +1,5 @@
 //! What must be true before anything is changed. Each refusal stands alone and says what to do.
 
-use std::fmt;
 use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
@@ -114,6 +113,31 @@ pub enum Refusal {
     Conflicts(String),
 }
 
+impl Refusal {
+    /// Returns the stable name of the check, for `error.refusals[].id` in the status document.
+    pub fn id(&self) -> &'static str {
+        match self {
+            Self::OldKernel { .. } => "old-kernel",
+            Self::NoOverlay => "no-overlay",
+            Self::NotAllowed => "not-allowed",
+            Self::TooDeep { .. } => "too-deep",
+            Self::NotStackable(_) => "not-stackable",
+            Self::Unlocked { .. } => "unlocked",
+            Self::ModulesMounted(_) => "modules-mounted",
+            Self::Missing { .. } => "missing",
+            Self::OsRelease => "os-release",
+            Self::Architecture { .. } => "architecture",
+            Self::Metadata(_) => "metadata",
+            Self::TooLittle { .. } => "too-little",
+            Self::Trial(_) => "trial",
+            Self::Sshd(_) => "sshd",
+            Self::EtcReadOnly => "etc-read-only",
+            Self::Domain { .. } => "domain",
+            Self::Conflicts(_) => "conflicts",
+        }
+    }
+}
+
 fn too_deep_remedy(layers: &[String]) -> &'static str {
     match layers.first().map(String::as_str) {
         Some("sysext") => {
@@ -126,15 +150,6 @@ fn too_deep_remedy(layers: &[String]) -> &'static str {
 /// All the reasons, none of them hidden by another.
 #[derive(Debug)]
 pub struct Refusals(pub Vec<Refusal>);
-
-impl fmt::Display for Refusals {
-    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        out.write_str("refused before anything was changed: /usr and /etc are as they were")?;
-        self.0.iter().try_for_each(|refusal| write!(out, "\n  {refusal}"))
-    }
-}
-
-impl std::error::Error for Refusals {}
 
 /// Paths, relative to `/usr`, that every node image has.
 const REQUIRED: [&str; 4] = ["etc", "lib/os-release", "lib/systemd/systemd", "bin/true"];

@@ -114,13 +114,6 @@ fn os_releases() {
 }
 
 #[test]
-fn all_refusals_are_shown_at_once() {
-    let all = Refusals(vec![Refusal::NoOverlay, Refusal::EtcReadOnly]).to_string();
-    assert_eq!(all.lines().count(), 3);
-    assert!(all.starts_with("refused before anything was changed"), "{all}");
-}
-
-#[test]
 fn a_read_only_etc_and_a_usr_that_cannot_be_stacked_upon() {
     use crate::mount::testing::private;
     use rustix::mount::{MountFlags, mount, mount_remount};

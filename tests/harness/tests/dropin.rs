@@ -312,7 +312,7 @@ fn what_others_attach_keeps_working() -> Result<()> {
         })?;
         guest.wait_unit(UNITS[1], "failed", SOON)?;
         contains(&guest.unit(UNITS[1], "StatusText")?, word)?;
-        contains(&guest.unit(UNITS[1], "StatusText")?, "the running system is untouched")?;
+        contains(&guest.unit(UNITS[1], "StatusText")?, "the running system is unchanged")?;
         same(guest.ask("base-tool")?, "base-tool 1.0".into())?;
         guest.ask("test ! -e /run/node-image-pivot/pivoted && test ! -e /opt/cni").map(drop)
     };

@@ -1,0 +1,118 @@
+//! The one classification of how a call ends. Exit code, D-Bus error name and the words of the status document
+//! derive from it; nothing else decides them.
+
+use serde::{Deserialize, Serialize};
+
+/// The end of a call.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outcome {
+    /// The goal is reached, or there is nothing to do.
+    Done,
+    /// A check refused before anything changed.
+    Refused,
+    /// Another attempt would give the same result.
+    Permanent,
+    /// Another attempt might help, but the configured attempts or time are used up.
+    GaveUp,
+    /// A caller asked to stop.
+    Cancelled,
+    /// Anything else; the message says what.
+    #[default]
+    Internal,
+}
+
+/// What an outcome is called in each interface: exit code, and the last part of the D-Bus error's name.
+const TABLE: [(Outcome, u8, &str); 6] = [
+    (Outcome::Done, 0, ""),
+    (Outcome::Internal, 1, "Failed"),
+    (Outcome::Refused, 10, "Refused"),
+    (Outcome::Permanent, 11, "Permanent"),
+    (Outcome::Cancelled, 12, "Cancelled"),
+    (Outcome::GaveUp, 13, "GaveUp"),
+];
+
+impl Outcome {
+    fn row(self) -> (u8, &'static str) {
+        TABLE.iter().find(|(outcome, ..)| *outcome == self).map_or((1, "Failed"), |(_, exit, name)| (*exit, *name))
+    }
+
+    /// Returns the exit code; documented and stable. 2 is clap's, for an invalid command line. Others begin at 10,
+    /// because `systemctl status` gives 2 to 7 the names of the LSB's init scripts.
+    pub fn exit_code(self) -> u8 {
+        self.row().0
+    }
+
+    /// Returns the last part of the D-Bus error's name; empty for [`Outcome::Done`].
+    pub fn error_name(self) -> &'static str {
+        self.row().1
+    }
+
+    /// Returns the outcome that a D-Bus error of this name stands for. An error of another service is internal.
+    pub fn of_error(name: &str) -> Self {
+        let last = name.rsplit('.').next().unwrap_or_default();
+        TABLE.iter().find(|(_, _, known)| *known == last && !last.is_empty()).map_or(Self::Internal, |row| row.0)
+    }
+}
+
+/// The state of the running system after a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Standing {
+    /// Nothing of the running system was changed.
+    Unchanged,
+    /// `/usr` and `/etc` are the node image's; what follows the switch is not complete.
+    Switched,
+    /// The switch began, failed and was taken back.
+    RolledBack,
+    /// The switch or an undo has begun and is not complete.
+    HalfDone,
+}
+
+impl Standing {
+    /// Returns the sentence about the state of the running system that ends a message.
+    pub fn sentence(self) -> &'static str {
+        match self {
+            Self::Unchanged => "the running system is unchanged",
+            Self::Switched => {
+                "/usr and /etc are switched: start node-image-overlay.service again to complete the refresh, or run undo"
+            }
+            Self::RolledBack => "rolled back: /usr and /etc are unchanged",
+            Self::HalfDone => "the switch or undo is half done: run undo, again if need be",
+        }
+    }
+}
+
+/// One reason why a call was refused.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reason {
+    /// Names the check that refused; stable.
+    pub id: String,
+    /// Says why and what to do.
+    pub message: String,
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_interface_says_the_same_of_an_outcome() {
+        for (outcome, exit, error, word) in [
+            (Outcome::Done, 0, "", "done"),
+            (Outcome::Internal, 1, "Failed", "internal"),
+            (Outcome::Refused, 10, "Refused", "refused"),
+            (Outcome::Permanent, 11, "Permanent", "permanent"),
+            (Outcome::Cancelled, 12, "Cancelled", "cancelled"),
+            (Outcome::GaveUp, 13, "GaveUp", "gave-up"),
+        ] {
+            assert_eq!((outcome.exit_code(), outcome.error_name()), (exit, error), "{outcome:?}");
+            assert_eq!(serde_json::to_value(outcome).unwrap(), word);
+            let name = format!("org.nodeimage.Pivot1.Error.{error}");
+            let expected = if error.is_empty() { Outcome::Internal } else { outcome };
+            assert_eq!(Outcome::of_error(&name), expected, "{name}");
+        }
+        assert_eq!(Outcome::of_error("org.freedesktop.DBus.Error.UnknownMethod"), Outcome::Internal);
+    }
+}
