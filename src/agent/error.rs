@@ -24,11 +24,11 @@ pub enum Cause {
     /// Checks refused before anything changed.
     Refused(Vec<Reason>),
     /// Another attempt would give the same result.
-    Permanent(Failure),
+    Permanent(Box<Failure>),
     /// Another attempt might help, but a limit of `[retry]` is reached.
     GaveUp {
         /// The last failure.
-        failure: Failure,
+        failure: Box<Failure>,
         /// How many attempts were made.
         attempts: u32,
         /// Time since the first failure.
@@ -166,7 +166,7 @@ mod tests {
     use crate::stage::Refusal;
 
     fn errors() -> [(Error, Outcome, &'static str, &'static str); 6] {
-        let failure = |kind| Failure::new(kind, "q.io/x: it fails");
+        let failure = |kind| Box::new(Failure::new(kind, "q.io/x: it fails"));
         let (after, limit) = (Duration::from_secs(90), "attempts");
         let gave_up = Cause::GaveUp { failure: failure(Kind::Clock), attempts: 7, after, limit };
         [

@@ -101,7 +101,8 @@ impl Retries {
     /// Returns the error of a phase that ends with `failure`.
     pub(super) fn end(self, failure: Failure, limit: &'static str) -> Error {
         let after = self.first.zip(self.latest).map_or(Duration::ZERO, |(first, latest)| latest - first);
-        let cause = match failure.class {
+        let (class, failure) = (failure.class, Box::new(failure));
+        let cause = match class {
             Class::Transient | Class::Unknown => Cause::GaveUp { failure, attempts: self.failed, after, limit },
             Class::Denied | Class::Permanent => Cause::Permanent(failure),
         };

@@ -78,7 +78,12 @@ impl Agent {
         let staged = match &record.step {
             Step::Staged(staged) => staged.clone(),
             Step::NothingToDo { .. } => return Ok(Vec::new()),
-            _ => return Err(Error::refused("switched", "already switched: /etc is merged; see the report of the switch")),
+            _ => {
+                return Err(Error::refused(
+                    "switched",
+                    "already switched: /etc is merged; see the report of the switch",
+                ));
+            }
         };
         let paths = self.paths.clone();
         let diff = tokio::task::spawn_blocking(move || prepare::diff_etc(&paths, &staged, secrets)).await;

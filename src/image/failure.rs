@@ -17,6 +17,13 @@ pub enum Class {
     Permanent,
 }
 
+impl Class {
+    /// Returns true if the cause may pass without an answer that says otherwise.
+    pub fn may_pass(self) -> bool {
+        matches!(self, Self::Transient | Self::Unknown)
+    }
+}
+
 /// What went wrong, in the field's terms. Stable: it is shown in the status document as `error.class`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {

@@ -22,7 +22,7 @@ mod spec;
 pub(crate) mod tarstream;
 
 pub use blob::LayerStream;
-pub use classify::classify;
+pub use classify::{Verdict, classify};
 pub use failure::{Class, Endpoint, Failure, Kind};
 pub use layout::{Compression, Layer, Layout, layout, machine_architecture};
 pub use proxy::Reader;

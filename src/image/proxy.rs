@@ -12,9 +12,8 @@ use oci_spec::image::{ImageConfiguration, ImageManifest};
 use sha2::{Digest, Sha256};
 use tokio::io::AsyncReadExt;
 
-use super::classify::is_about_certificates;
 use super::policy::policy_path;
-use super::{Class, Failure, Kind, Layer, LayerStream, PullSpec, ResolvedImage, Source, classify};
+use super::{Failure, Kind, Layer, LayerStream, PullSpec, ResolvedImage, Source, classify};
 
 /// A running skopeo, and the image that it has open.
 pub(super) struct Proxy {
@@ -133,7 +132,7 @@ impl Reader<'_> {
     async fn open_as_requested(&self, image: &ResolvedImage, refused: Failure) -> Result<Arc<OpenedImage>, Failure> {
         let opened = match self.open(&image.requested).await {
             Ok(opened) => opened,
-            Err(failure) if failure.kind.class() == Class::Transient => return Err(failure),
+            Err(failure) if failure.class.may_pass() => return Err(failure),
             Err(_) => return Err(refused),
         };
         let (digest, _) = self.raw_manifest(&image.requested, &opened).await?;
@@ -218,18 +217,11 @@ fn sha256(bytes: &[u8]) -> String {
 
 fn failure(name: &str, what: &str, error: &ProxyError) -> Failure {
     let text = error.to_string();
-    let (mut kind, retry_after) = classify(&text);
-    if error.is_retryable() && kind == Kind::Local {
-        kind = Kind::Network;
-    }
-    let mut failure = Failure::new(kind, format!("{name}: fetching its {what}: {text}"));
-    failure.retry_after = retry_after;
-    if kind == Kind::Policy {
-        if is_about_certificates(&text) {
-            failure.advice = "check the registry's certificate, /etc/containers/certs.d and the machine's clock";
-        } else if let Some(path) = policy_path() {
-            failure.message = format!("{name}: refused by the signature policy {}: {text}", path.display());
-        }
-    }
-    failure
+    let verdict = classify(&text, error.is_retryable());
+    let signature = verdict.kind == Kind::Policy && verdict.advice == Kind::Policy.advice();
+    let message = match policy_path().filter(|_| signature) {
+        Some(path) => format!("{name}: refused by the signature policy {}: {text}", path.display()),
+        None => format!("{name}: fetching its {what}: {text}"),
+    };
+    verdict.failure(message)
 }

@@ -6,7 +6,7 @@ use futures_util::future::BoxFuture;
 use futures_util::stream::{self, BoxStream, StreamExt};
 use tokio_util::sync::CancellationToken;
 
-use crate::image::{Class, Failure, Kind, ResolvedImage, Source};
+use crate::image::{Failure, Kind, ResolvedImage, Source};
 use crate::store::{LayerJournal, Scope};
 
 use super::layertree::LayerTree;
@@ -67,7 +67,7 @@ pub(super) async fn all_of(
                 in_a_row = 0;
                 note(read);
             }
-            Err(failure) if failure.kind.class() == Class::Transient => {
+            Err(failure) if failure.class.may_pass() => {
                 in_a_row += 1;
                 if in_a_row >= parallel {
                     return Err(first.unwrap_or(failure));
