@@ -5,6 +5,8 @@
 
 #[path = "pull/completing.rs"]
 mod completing;
+#[path = "pull/damaged.rs"]
+mod damaged;
 #[path = "pull/derived.rs"]
 mod derived;
 #[path = "pull/disk.rs"]

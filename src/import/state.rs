@@ -183,8 +183,8 @@ impl Import {
             return Ok(Some(found));
         }
         match &self.booted {
-            Some(booted) if booted.has(id, kind) => std::fs::read(booted.object_path(id, kind)).map(Some),
-            _ => Ok(None),
+            Some(booted) => booted.read_metadata(id, kind),
+            None => Ok(None),
         }
     }
 
@@ -197,9 +197,9 @@ impl Import {
         }
     }
 
-    /// Whether a metadata object is to be written.
+    /// Returns true if a metadata object must be written: it is missing, damaged or cannot be read.
     pub(super) fn wants_metadata(&self, id: &ObjectId, kind: ObjectType) -> bool {
-        !self.store.has(id, kind) && !self.booted.as_ref().is_some_and(|booted| booted.has(id, kind))
+        !matches!(self.read_metadata(id, kind), Ok(Some(_)))
     }
 
     /// Notes a content object that was written.

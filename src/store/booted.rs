@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use ostree::gio;
 
-use super::object::{ObjectId, ObjectSet, ObjectType, loose_path};
+use super::object::{ObjectId, ObjectSet, ObjectType, loose_path, read_metadata};
 use super::refs::layer_ref;
 
 /// The booted system's repo and the commit it runs.
@@ -44,6 +44,11 @@ impl BootedRepo {
     /// Whether the object is in this repo, by looking at its path.
     pub fn has(&self, id: &ObjectId, kind: ObjectType) -> bool {
         self.object_path(id, kind).symlink_metadata().is_ok()
+    }
+
+    /// A metadata object's bytes; `None` if it is missing or damaged.
+    pub fn read_metadata(&self, id: &ObjectId, kind: ObjectType) -> io::Result<Option<Vec<u8>>> {
+        read_metadata(&self.path, id, kind)
     }
 
     /// Where the object is, if it is here at all.

@@ -85,8 +85,9 @@ impl Disk {
         Ok(rustix::fs::syncfs(File::open(self.repo.join("objects"))?)?)
     }
 
-    /// Gives the waiting objects their names in the repo; commits come last, so that whoever sees one
-    /// finds what it lists. One that somebody else stored meanwhile is theirs: the names are checksums.
+    /// Gives the waiting objects their names in the repo; commits come last, so that another process that sees one
+    /// finds what it lists. A content object that another process has stored since then stays. Metadata replace the
+    /// file of their name: they wait here only if that is missing or damaged.
     pub fn give_names(&self) -> io::Result<()> {
         let mut commits = Vec::new();
         for prefix in 0..=255_u8 {
@@ -98,11 +99,13 @@ impl Disk {
                 if name.as_encoded_bytes().ends_with(b".commit") {
                     commits.push((entry.path(), to.join(name)));
                 } else {
-                    give_name(&entry.path(), &to.join(name))?;
+                    let is_content = name.as_encoded_bytes().ends_with(b".file");
+                    let how = if is_content { RenameFlags::NOREPLACE } else { RenameFlags::empty() };
+                    give_name(&entry.path(), &to.join(name), how)?;
                 }
             }
         }
-        commits.iter().try_for_each(|(from, to)| give_name(from, to))
+        commits.iter().try_for_each(|(from, to)| give_name(from, to, RenameFlags::empty()))
     }
 
     /// Removes the objects that wait. The delta tree, which may be in use, stays.
@@ -117,9 +120,9 @@ impl Disk {
     }
 }
 
-fn give_name(from: &Path, to: &Path) -> io::Result<()> {
+fn give_name(from: &Path, to: &Path, how: RenameFlags) -> io::Result<()> {
     loop {
-        match rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+        match rustix::fs::renameat_with(CWD, from, CWD, to, how) {
             Err(Errno::EXIST) => return fs::remove_file(from),
             // libostree makes these as they are needed.
             Err(Errno::NOENT) if to.parent().is_some_and(|dir| !dir.exists()) => {

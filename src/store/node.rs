@@ -9,7 +9,7 @@ use anyhow::{Context, ensure};
 
 use super::booted::list_content;
 use super::disk::Disk;
-use super::object::{ObjectId, ObjectSet, ObjectType, loose_path};
+use super::object::{ObjectId, ObjectSet, ObjectType, loose_path, read_metadata};
 use super::place::is_bare;
 use super::{BootedRepo, LayerJournal, LockError, NODE_IMAGE_REF, ObjectWriter, StoreLock};
 
@@ -142,7 +142,12 @@ impl NodeStore {
     }
 
     fn own_object(&self, id: &ObjectId, kind: ObjectType) -> Option<PathBuf> {
-        there(self.object_path(id, kind)).or_else(|| there(self.disk.as_ref()?.incoming().join(loose_path(id, kind))))
+        self.repos().find_map(|repo| there(repo.join(loose_path(id, kind))))
+    }
+
+    /// Where this store's own objects are. One that waits for its name replaces a damaged one of that name.
+    fn repos(&self) -> impl Iterator<Item = PathBuf> {
+        self.disk.as_ref().map(Disk::incoming).into_iter().chain([self.repo.clone()])
     }
 
     /// Where objects are written to.
@@ -150,9 +155,14 @@ impl NodeStore {
         self.disk.as_ref().map_or_else(|| self.repo.clone(), Disk::incoming)
     }
 
-    /// A metadata object's bytes, from here or the parent; `None` when neither has it.
+    /// A metadata object's bytes, from here or the parent; `None` if it is missing in both, or damaged.
     pub fn read_metadata(&self, id: &ObjectId, kind: ObjectType) -> io::Result<Option<Vec<u8>>> {
-        self.find_object(id, kind).map(fs::read).transpose()
+        for repo in self.repos().chain(self.parent.clone()) {
+            if let Some(bytes) = read_metadata(&repo, id, kind)? {
+                return Ok(Some(bytes));
+            }
+        }
+        Ok(None)
     }
 
     /// The names of all content objects of this store's own repo, and of those that wait for theirs.

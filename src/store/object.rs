@@ -2,8 +2,11 @@
 
 use std::collections::HashSet;
 use std::fmt;
-use std::path::PathBuf;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
+
+use sha2::{Digest, Sha256};
 
 /// The SHA-256 that names an object. 32 bytes, so that a set of 30,000 of them stays at a megabyte.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -123,6 +126,18 @@ pub(super) fn loose_path(id: &ObjectId, kind: ObjectType) -> PathBuf {
     PathBuf::from(format!("objects/{}/{}.{}", &digits[..2], &digits[2..], kind.extension()))
 }
 
+/// Reads a metadata object of a repo. Returns `None` if it is missing, or if its content is not the content that its
+/// name promises: a power cut can leave an empty or half-written file under the right name.
+pub(super) fn read_metadata(repo: &Path, id: &ObjectId, kind: ObjectType) -> io::Result<Option<Vec<u8>>> {
+    let bytes = match std::fs::read(repo.join(loose_path(id, kind))) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        other => other?,
+    };
+    // Detached metadata are named by their commit.
+    let is_whole = kind == ObjectType::CommitMeta || ObjectId(Sha256::digest(&bytes).into()) == *id;
+    Ok(is_whole.then_some(bytes))
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
@@ -136,6 +151,23 @@ mod tests {
         assert_eq!(ObjectId::from_parts(&text.as_bytes()[..2], &text.as_bytes()[2..]), Some(id));
         for bad in ["", "b8", &text[1..], &text.to_uppercase(), &format!("{text}0"), &text.replace('b', "g")] {
             assert!(bad.parse::<ObjectId>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn spoilt_metadata_count_as_missing() {
+        let repo = tempfile::tempdir().unwrap();
+        let id = ObjectId(Sha256::digest(b"metadata").into());
+        for kind in [ObjectType::Commit, ObjectType::DirTree, ObjectType::DirMeta] {
+            let path = repo.path().join(loose_path(&id, kind));
+            assert_eq!(read_metadata(repo.path(), &id, kind).unwrap(), None, "missing");
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            for spoilt in ["", "meta", "metadatA"] {
+                std::fs::write(&path, spoilt).unwrap();
+                assert_eq!(read_metadata(repo.path(), &id, kind).unwrap(), None, "{spoilt:?}");
+            }
+            std::fs::write(&path, "metadata").unwrap();
+            assert_eq!(read_metadata(repo.path(), &id, kind).unwrap().unwrap(), b"metadata");
         }
     }
 

@@ -1,0 +1,66 @@
+//! Booted repos with metadata objects that a power cut left empty, short or altered.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use node_image_pivot::store::{BootedRepo, NodeStore};
+
+use super::derived::{Labels, base, complete};
+use super::fixture::{listing, run};
+use super::layers::{file, layer};
+use super::{Bench, fsck, try_pull_with};
+
+/// The largest object of a kind: in each, something is listed that matters.
+fn largest(repo: &Path, kind: &str) -> PathBuf {
+    let directories = fs::read_dir(repo.join("objects")).unwrap().flatten();
+    let files = directories.flat_map(|directory| fs::read_dir(directory.path()).unwrap().flatten());
+    let objects = files.map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|ext| ext == kind));
+    objects.max_by_key(|path| (path.metadata().unwrap().len(), path.clone())).unwrap()
+}
+
+fn spoil(object: &Path, how: &str) {
+    let mut bytes = fs::read(object).unwrap();
+    fs::remove_file(object).unwrap();
+    let third = bytes.len() / 3;
+    match how {
+        "empty" => bytes.clear(),
+        "truncated" => bytes.truncate(third),
+        _ => bytes[third] ^= 1,
+    }
+    fs::write(object, bytes).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn damaged_metadata_of_the_booted_repo_are_read_from_the_image() {
+    let bench = Bench::new();
+    let image = base(&bench, Labels::Own);
+    let plain = bench.push(&image, "os:plain");
+    let mut above = image.clone();
+    above.layers.push(layer(&[file("usr/share/more", "more")]));
+    let above = bench.push(&above, "os:above");
+    let whole = bench.store("whole", None);
+    let derived = try_pull_with(&above, &whole, None, complete()).await.unwrap().commit;
+    for (number, (kind, how)) in
+        [("commit", "empty"), ("dirtree", "empty"), ("dirtree", "altered"), ("dirmeta", "truncated")].iter().enumerate()
+    {
+        // A RAM store, and the repo itself.
+        for (spec, commit, on_disk) in [(&plain, &image.commit, false), (&above, &derived, true)] {
+            let path = bench.path(&format!("booted{number}-{on_disk}"));
+            run("cp", &["-a", bench.repo.path.to_str().unwrap(), path.to_str().unwrap()]);
+            spoil(&largest(&path, kind), how);
+            let booted = BootedRepo { path: path.clone(), commit: Some(image.commit.clone()) };
+            let store = match on_disk {
+                false => bench.store(&format!("store{number}"), Some(&booted)),
+                true => NodeStore::on_disk(&path, None).unwrap(),
+            };
+            let what = format!("{how} {kind}, on disk: {on_disk}");
+            let pulled = try_pull_with(spec, &store, Some(&booted), complete()).await;
+            let pulled = pulled.unwrap_or_else(|failure| panic!("{what}: {failure}"));
+            assert_eq!(&pulled.commit, commit, "{what}");
+            assert_eq!(listing(store.repo_path(), commit), listing(whole.repo_path(), commit), "{what}");
+            if on_disk {
+                fsck(&path);
+            }
+        }
+    }
+}
