@@ -19,7 +19,7 @@ use super::plain_layers::PlainLayers;
 use super::run::{Read, Run, all_of, blocking, local};
 use super::state::Import;
 use super::tree::TreeError;
-use super::wanted::{Round, rounds};
+use super::wanted::{Earlier, Round, rounds};
 
 /// What a pull is to bring.
 #[derive(Debug, Clone, Default)]
@@ -138,14 +138,20 @@ impl Run<'_> {
         let mut fetched = HashSet::new();
         // The same commit may be booted, or the metadata may be stored from an earlier run.
         let known = self.missing_metadata().await?.is_none();
-        // Should the layers that nobody has read yet not bring everything (a journal or a ref that says too
-        // much), the others are read, too.
-        let read = |layer: &Layer| {
-            self.journal.has(&layer.digest(), self.scope)
-                || booted.is_some_and(|booted| booted.has_layer(&layer.digest()))
+        // If the layers that no run has read do not bring everything (a journal or a ref that says too much),
+        // the others are read, too.
+        let earlier = |layer: &Layer| {
+            let digest = layer.digest();
+            if self.journal.has(&digest, self.scope) || booted.is_some_and(|booted| booted.has_layer(&digest)) {
+                Earlier::Read
+            } else if self.journal.has_most(&digest, self.scope) {
+                Earlier::WithoutModules
+            } else {
+                Earlier::Unread
+            }
         };
         let rest = layout.encapsulated().filter(|layer| known || layer.index != layout.commit_layer.index);
-        let rounds = rounds(rest, read, options.complete);
+        let rounds = rounds(rest, earlier, options.complete);
         let expected = rounds.iter().filter(|round| round.expected).flat_map(|round| round.layers.iter().copied());
         let due = expected.chain(&layout.derived).chain((!known).then_some(&layout.commit_layer));
         PullProgress::add(&progress.bytes_total, due.map(Layer::size).sum());

@@ -32,29 +32,50 @@ pub(super) struct Round<'a> {
     pub(super) expected: bool,
 }
 
-/// The rounds in which to read layers. First those that nobody has `read` yet, then the rest. Unless the
-/// import is to be `complete`, mostly nothing is wanted of layers that hold nothing but the kernel: they
-/// wait for a round of their own, so that none is begun while another layer may still bring the last
-/// wanted object. Larger ones before smaller, so that several readers finish at about the same time.
+/// What earlier runs read of a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Earlier {
+    /// Nothing.
+    Unread,
+    /// All but what only `/usr/lib/modules` has, and this import wants that too.
+    WithoutModules,
+    /// Everything that this import can want.
+    Read,
+}
+
+/// The rounds in which to read layers. A round is not begun while a layer of the round before may still bring the last
+/// wanted object.
+///
+/// Layers that no run has read come first. Then, unless the import is to be `complete`, those that hold nothing but the
+/// kernel, of which mostly nothing is wanted. If a run before this one left out the modules, the kernel's layers come
+/// with the first, and then the layers that were read without them: first the one with index 0, which holds what
+/// belongs to no package, such as the files that depmod writes. Last, the layers that should be of no use.
+///
+/// Larger ones before smaller, so that several readers finish at about the same time.
 pub(super) fn rounds<'a>(
     layers: impl Iterator<Item = &'a Layer>,
-    read: impl Fn(&Layer) -> bool,
+    earlier: impl Fn(&Layer) -> Earlier,
     complete: bool,
-) -> [Round<'a>; 3] {
-    let (mut first, mut kernel, mut again) = (Vec::new(), Vec::new(), Vec::new());
+) -> [Round<'a>; 5] {
+    let mut rounds = [const { Vec::new() }; 5];
     // An image may list one blob twice; reading it once is enough.
     let mut seen = HashSet::new();
     for layer in layers.filter(|layer| seen.insert(layer.digest())) {
-        match (read(layer), !complete && is_kernel_layer(layer)) {
-            (true, _) => again.push(layer),
-            (false, true) => kernel.push(layer),
-            (false, false) => first.push(layer),
-        }
+        let round = match (earlier(layer), is_kernel_layer(layer)) {
+            (Earlier::Unread, true) if !complete => 1,
+            (Earlier::Unread, _) | (Earlier::WithoutModules, true) => 0,
+            (Earlier::WithoutModules, false) if layer.index == 0 => 2,
+            (Earlier::WithoutModules, false) => 3,
+            (Earlier::Read, _) => 4,
+        };
+        rounds[round].push(layer);
     }
-    for layers in [&mut first, &mut kernel, &mut again] {
+    let mut number = 0;
+    rounds.map(|mut layers| {
         layers.sort_by_key(|layer| (is_kernel_layer(layer), std::cmp::Reverse(layer.size()), layer.index));
-    }
-    [(first, true), (kernel, true), (again, false)].map(|(layers, expected)| Round { layers, expected })
+        number += 1;
+        Round { layers, expected: number < 5 }
+    })
 }
 
 /// Whether the layer says that all its components are kernel packages.
@@ -105,16 +126,22 @@ mod tests {
             layer(5, 800, &["linux-image-6.1.0-30-amd64"]),
             layer(1, 10, &["bash"]),
             layer(7, 5, &["kernel-core", "systemd"]),
+            layer(0, 7, &[]),
         ];
-        let order = |read: &dyn Fn(&Layer) -> bool, complete| {
-            let rounds = rounds(layers.iter(), read, complete);
-            rounds.map(|round| (round.layers.iter().map(|layer| layer.index).collect::<Vec<_>>(), round.expected))
+        let order = |earlier: &dyn Fn(&Layer) -> Earlier, complete| {
+            let rounds = rounds(layers.iter(), earlier, complete);
+            assert!(rounds.iter().enumerate().all(|(number, round)| round.expected == (number < 4)));
+            rounds.map(|round| round.layers.iter().map(|layer| layer.index).collect::<Vec<_>>())
         };
-        let kernels_wait = [(vec![3, 4, 1, 7], true), (vec![2, 5], true), (vec![], false)];
-        assert_eq!(order(&|_| false, false), kernels_wait);
-        assert_eq!(order(&|_| false, true), [(vec![3, 4, 1, 7, 2, 5], true), (vec![], true), (vec![], false)]);
-        let two_read = |layer: &Layer| [2, 4].contains(&layer.index);
-        assert_eq!(order(&two_read, false), [(vec![3, 1, 7], true), (vec![5], true), (vec![4, 2], false)]);
+        let none = || -> Vec<usize> { Vec::new() };
+        let unread = |_: &Layer| Earlier::Unread;
+        assert_eq!(order(&unread, false), [vec![3, 4, 1, 0, 7], vec![2, 5], none(), none(), none()]);
+        assert_eq!(order(&unread, true), [vec![3, 4, 1, 0, 7, 2, 5], none(), none(), none(), none()]);
+        let two = |layer: &Layer| if [2, 4].contains(&layer.index) { Earlier::Read } else { Earlier::Unread };
+        assert_eq!(order(&two, false), [vec![3, 1, 0, 7], vec![5], none(), none(), vec![4, 2]]);
+        // After a pivot that did not need the layer 5: the rest of its modules is likely there, or in the first layer.
+        let pivoted = |layer: &Layer| if layer.index == 5 { Earlier::Unread } else { Earlier::WithoutModules };
+        assert_eq!(order(&pivoted, true), [vec![2, 5], none(), vec![0], vec![3, 4, 1, 7], none()]);
     }
 
     fn ids() -> impl Strategy<Value = ObjectSet> {

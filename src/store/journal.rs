@@ -68,6 +68,12 @@ impl LayerJournal {
         self.known.contains(&scope.line(digest)) || self.known.contains(&wider.line(digest))
     }
 
+    /// Whether an earlier run read this layer for this scope, or all of it but the kernel's modules.
+    pub fn has_most(&self, digest: &str, scope: &Scope) -> bool {
+        let (Scope::Delta { booted } | Scope::Complete { booted }) = scope;
+        self.has(digest, &Scope::Delta { booted: booted.clone() })
+    }
+
     /// Notes a layer whose wanted objects are all stored, in one write.
     pub fn add(&self, digest: &str, scope: &Scope) -> io::Result<()> {
         let line = format!("{}\n", scope.line(digest));
@@ -92,6 +98,7 @@ mod tests {
         file.write_all(b"sha256:c delta c").unwrap();
         let journal = LayerJournal::open(&path).unwrap();
         assert!(journal.has("sha256:a", &delta) && !journal.has("sha256:a", &complete));
+        assert!(journal.has_most("sha256:a", &complete) && !journal.has_most("sha256:c", &complete));
         assert!(journal.has("sha256:b", &delta) && journal.has("sha256:b", &complete));
         assert!(!journal.has("sha256:a", &Scope::new(false, Some("c2"))));
         assert!(!journal.has("sha256:c", &Scope::new(false, Some("c"))), "a torn line is not believed");
