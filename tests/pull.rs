@@ -300,7 +300,7 @@ async fn bad_images_are_refused_before_they_are_used() {
                     let at = tar.windows(4).position(|four| four == b"bbbb").unwrap();
                     tar[at] ^= 1;
                 },
-                Kind::BadDigest,
+                Kind::BadFormat,
                 "has the checksum",
             ),
         ),

@@ -102,8 +102,7 @@ async fn read_layer(source: &Source, image: &ResolvedImage, layer: &Layer) -> Re
     let read = reader.await.map_err(|error| Failure::new(Kind::Local, format!("{name}: a thread failed: {error}")))?;
     let (found, diff_id) = read.map_err(|error| bad(format!("{name}: {error}")))?;
     if diff_id != layer.diff_id {
-        let message = format!("{name}: its archive has the diff id {diff_id}, not {}", layer.diff_id);
-        return Err(Failure::new(Kind::BadDigest, message));
+        return Err(bad(format!("{name}: its archive has the diff id {diff_id}, not {}", layer.diff_id)));
     }
     Ok(found)
 }

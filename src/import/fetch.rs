@@ -184,15 +184,22 @@ fn judge<T>(
     // From here on the blob is what the manifest names: whatever is wrong was built that way.
     let consumed = consumed.map_err(|failure| match failure.kind {
         Kind::Truncated => Failure::new(Kind::BadFormat, failure.message),
+        Kind::BadDigest => badly_built(failure.message),
         _ => failure,
     })?;
     let diff_id = diff_id.map_err(|error| Failure::new(Kind::BadFormat, format!("{name}: decompressing: {error}")))?;
     let actual = format!("sha256:{}", hex::encode(diff_id));
     if actual != layer.diff_id {
-        let message = format!("{name}: its archive has the diff id {actual}, not {}", layer.diff_id);
-        return Err(Failure::new(Kind::BadDigest, message));
+        return Err(badly_built(format!("{name}: its archive has the diff id {actual}, not {}", layer.diff_id)));
     }
     Ok(consumed)
+}
+
+/// A failure of an image whose blobs have the right digests, but not the content that they promise.
+fn badly_built(message: String) -> Failure {
+    const ADVICE: &str = "the image was built wrong, and every registry serves it so: build it again with current \
+                          versions of ostree and rpm-ostree, or use another node image";
+    Failure { advice: ADVICE, ..Failure::new(Kind::BadFormat, message) }
 }
 
 async fn join<T>(task: tokio::task::JoinHandle<T>, name: &str) -> Result<T, Failure> {

@@ -12,7 +12,7 @@ use crate::image::{Failure, Kind};
 use crate::report::PullProgress;
 use crate::store::{BootedRepo, NodeStore, ObjectId, ObjectSet, ObjectType, ObjectWriter, StoreLock, WriteError};
 
-use super::tree::{Target, TreeError, walk};
+use super::tree::{Target, TreeError, path_of, walk};
 use super::wanted::wanted;
 
 /// The most holes of sparse files that one pull takes. They cost no room but time: zeros are hashed, and
@@ -283,7 +283,11 @@ impl Import {
     /// A failure to store, in the terms of the field.
     pub(super) fn write_failure(&self, layer: &str, error: &WriteError) -> Failure {
         match error {
-            WriteError::Mismatch { .. } => Failure::new(Kind::BadDigest, format!("{layer}: {error}")),
+            WriteError::Mismatch { id, .. } => {
+                let path = path_of(&self.commit, id, &mut |id, kind| self.read_metadata(id, kind));
+                let place = path.map(|path| format!(" ({path})")).unwrap_or_default();
+                Failure::new(Kind::BadDigest, format!("{layer}: {error}{place}"))
+            }
             WriteError::Io { source, .. } if is_no_space(source) => self.no_space(&format!("{layer}: {error}")),
             WriteError::Io { source, .. } => Failure::new(Kind::Local, format!("{layer}: {error}: {source}")),
         }

@@ -115,6 +115,34 @@ pub(super) fn walk(commit: &ObjectId, lookup: &mut Lookup<'_>) -> Result<Target,
     Ok(target)
 }
 
+/// Finds where a commit has a content object, a dirtree or a dirmeta. What is missing of the tree is skipped: this is
+/// for messages.
+pub(super) fn path_of(commit: &ObjectId, wanted: &ObjectId, lookup: &mut Lookup<'_>) -> Option<String> {
+    let (root, root_meta) = commit_root(commit, lookup).ok()?;
+    if [root, root_meta].contains(wanted) {
+        return Some("/".to_owned());
+    }
+    let mut seen = HashSet::from([root]);
+    let mut queue = vec![(root, String::new())];
+    while let Some((tree, path)) = queue.pop() {
+        let Ok(bytes) = load(&tree, ObjectType::DirTree, lookup) else { continue };
+        let Ok(listing) = Dirtree::parse(&bytes) else { continue };
+        if let Some((name, _)) = listing.files.iter().find(|(_, id)| id == wanted) {
+            return Some(format!("{path}/{name}"));
+        }
+        for (name, child, meta) in &listing.dirs {
+            let path = format!("{path}/{name}");
+            if [child, meta].contains(&wanted) {
+                return Some(path);
+            }
+            if seen.insert(*child) {
+                queue.push((*child, path));
+            }
+        }
+    }
+    None
+}
+
 /// What every dirtree has: how many files, and which dirtrees.
 #[derive(Default)]
 struct Shape(HashMap<ObjectId, (u64, Vec<ObjectId>)>);
@@ -268,6 +296,20 @@ mod tests {
         let target = repo.walk(&with_other).unwrap();
         assert_eq!(place(&target, 1), Place::Anywhere, "the same directory stands at /usr/other/lib/modules too");
         assert_eq!(target.content.len(), 4);
+    }
+
+    #[test]
+    fn objects_are_found_by_their_path() {
+        let (mut repo, commit, _) = sample();
+        let find = |repo: &Repo, wanted: ObjectId| {
+            path_of(&commit, &wanted, &mut |id, kind| Ok(repo.0.get(&(*id, kind.extension())).cloned()))
+        };
+        assert_eq!(find(&repo, ObjectId([5; 32])).as_deref(), Some("/usr/other/modules"));
+        let modules = repo.tree(&[("vmlinuz", 1), ("shared", 2)], &[]);
+        assert!(find(&repo, modules).unwrap().ends_with("lib/modules/6.1"));
+        assert_eq!(find(&repo, ObjectId([77; 32])), None);
+        let empty = Repo::default();
+        assert_eq!(find(&empty, ObjectId([5; 32])), None);
     }
 
     #[test]

@@ -28,10 +28,12 @@ const BLOCK: usize = 4096;
 #[derive(Debug, thiserror::Error)]
 pub enum WriteError {
     /// The content is not what the name says. Nothing was made visible.
-    #[error("object {object} has the checksum {actual}")]
+    #[error("object {id}.{} has the checksum {actual}", kind.extension())]
     Mismatch {
-        /// `CHECKSUM.type`, as asked for.
-        object: String,
+        /// The name that was asked for.
+        id: ObjectId,
+        /// Its type.
+        kind: ObjectType,
         /// What the content hashes to.
         actual: ObjectId,
     },
@@ -355,7 +357,7 @@ fn check(id: &ObjectId, kind: ObjectType, hasher: Sha256) -> Result<(), WriteErr
     if actual == *id {
         return Ok(());
     }
-    Err(WriteError::Mismatch { object: format!("{id}.{}", kind.extension()), actual })
+    Err(WriteError::Mismatch { id: *id, kind, actual })
 }
 
 fn fail(id: &ObjectId, kind: ObjectType, what: &'static str) -> impl FnOnce(io::Error) -> WriteError + use<> {

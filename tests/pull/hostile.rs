@@ -153,8 +153,8 @@ async fn commit_layers_that_are_refused() {
         raw(b"x", if link.is_empty() { b'0' } else { b'1' }, link, b"", &[(b"path", path.as_bytes())])
     };
     let spoiled: [(&str, usize, Spoil, Kind, &str); 7] = [
-        ("mode", 1, |tar| rewrite(tar, |header| header.set_mode(0o4711)), Kind::BadDigest, "has the checksum"),
-        ("owner", 1, |tar| rewrite(tar, |header| header.set_uid(7)), Kind::BadDigest, "has the checksum"),
+        ("mode", 1, |tar| rewrite(tar, |header| header.set_mode(0o4711)), Kind::BadFormat, "has the checksum"),
+        ("owner", 1, |tar| rewrite(tar, |header| header.set_uid(7)), Kind::BadFormat, "has the checksum"),
         (
             "xattrs",
             1,
@@ -162,7 +162,7 @@ async fn commit_layers_that_are_refused() {
                 let at = find(tar, b'0', ".file-x", true);
                 tar[at + 512] ^= 1;
             },
-            Kind::BadDigest,
+            Kind::BadFormat,
             "have the checksum",
         ),
         (
@@ -192,7 +192,7 @@ async fn commit_layers_that_are_refused() {
                 let at = find(tar, b'0', ".dirtre", true);
                 tar[at + 512] ^= 1;
             },
-            Kind::BadDigest,
+            Kind::BadFormat,
             "has the checksum",
         ),
         (
