@@ -118,6 +118,10 @@ pub(super) fn layers(
     if layers.len() != diff_ids.len() {
         return Err(bad(format!("has {} layers but {} diff ids", layers.len(), diff_ids.len())));
     }
+    // Later sums may then be plain sums.
+    if layers.iter().try_fold(0_u64, |sum, layer| sum.checked_add(layer.size())).is_none() {
+        return Err(bad("has layers of more than 16 EiB together".into()));
+    }
     let mut all = Vec::with_capacity(layers.len());
     for (index, (descriptor, diff_id)) in layers.iter().zip(diff_ids).enumerate() {
         let Some(compression) = compression(descriptor.media_type()) else {
@@ -235,6 +239,17 @@ mod tests {
                 "amd64",
                 Kind::BadFormat,
                 vec!["no checksum"],
+            ),
+            (
+                {
+                    let mut huge = serde_json::to_value(manifest(&[GZIP; 3])).unwrap();
+                    huge["layers"].as_array_mut().unwrap().iter_mut().for_each(|layer| layer["size"] = json!(i64::MAX));
+                    serde_json::from_value(huge).unwrap()
+                },
+                config(3, labels(0)),
+                "amd64",
+                Kind::BadFormat,
+                vec!["16 EiB"],
             ),
             (good.clone(), config(2, labels(0)), "amd64", Kind::BadFormat, vec!["1 layers but 2 diff ids"]),
             (good.clone(), config(1, labels(5)), "amd64", Kind::BadFormat, vec!["no such layer"]),
