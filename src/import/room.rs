@@ -1,9 +1,9 @@
-//! Whether what is wanted can fit at all, judged before it is fetched. Pure, but for [`Import::check_room`].
+//! The space that the wanted objects take in the node store, known or estimated before they are fetched.
 //!
 //! A manifest has the compressed sizes of layers, and that bounds nothing from below: a layer is read past where the
-//! booted system has its objects. What bounds it is a commit that says how large its objects are
-//! (`ostree commit --generate-sizes`): the wanted ones take that much. A commit that does not say lets the pull
-//! begin.
+//! booted system has its objects. A commit that lists the sizes of its objects (`ostree commit --generate-sizes`) says
+//! what the wanted ones take: a pull that cannot fit is refused. For other commits an estimate is logged, and the pull
+//! begins.
 //!
 //! Format source: libostree's `ostree.sizes` in a commit's metadata, `aay`: in each entry 32 bytes of checksum, two
 //! varints (archived and unpacked size; seven bits a byte, lowest first) and, since libostree 2020.1, the
@@ -13,8 +13,8 @@ use std::collections::HashSet;
 
 use ostree::glib::{Variant, VariantDict, VariantTy};
 
-use crate::image::Failure;
-use crate::report::human_bytes;
+use crate::image::{Failure, Kind};
+use crate::report::{ProgressSnapshot, human_bytes};
 use crate::store::{ObjectId, ObjectType};
 
 use super::state::Import;
@@ -53,23 +53,93 @@ fn sizes(commit: Vec<u8>) -> Option<Vec<Vec<u8>>> {
     VariantDict::new(Some(&variant.child_value(0))).lookup("ostree.sizes").ok().flatten()
 }
 
+/// Bytes that the wanted objects take in the store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Need {
+    /// The commit lists the sizes.
+    Listed(u64),
+    /// The commit does not list them.
+    Estimated(u64),
+}
+
+impl std::fmt::Display for Need {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Need::Listed(bytes) => write!(out, "{}", human_bytes(*bytes)),
+            Need::Estimated(bytes) => write!(out, "about {}", human_bytes(*bytes)),
+        }
+    }
+}
+
+/// How many bytes of content a compressed byte of a node image's layer holds; measured with gzip.
+const EXPANSION: u64 = 3;
+/// Before so many bytes have been read, what was written of them says little about the rest.
+const TELLING: u64 = 16 << 20;
+
+/// What the layers that are still due bring: as much for each of their bytes as the layers before them did, and at
+/// first as much as their share of wanted objects lets expect.
+fn estimate(progress: &ProgressSnapshot, wanted: usize, target: usize) -> u64 {
+    let due = u128::from(progress.bytes_total.saturating_sub(progress.bytes_fetched));
+    let (written, read) = match progress.bytes_fetched {
+        read if read >= TELLING => (u128::from(progress.bytes_written), u128::from(read)),
+        _ => (u128::from(EXPANSION) * wanted as u128, target.max(1) as u128),
+    };
+    u64::try_from(due * written / read).unwrap_or(u64::MAX)
+}
+
 impl Import {
-    /// Refuses a pull whose wanted objects cannot fit the node store; to be called when they are known. Blocks.
+    /// How many objects are wanted and have not come, and what they take. Blocks.
+    pub(super) fn need(&self) -> (u64, Need) {
+        let commit = self.read_metadata(&self.commit, ObjectType::Commit).ok().flatten();
+        let (wanted, target) = self.shares();
+        match commit.and_then(sizes) {
+            Some(sizes) => {
+                let (count, bytes) = at_least(&sizes, |id| self.is_open(id));
+                (count, Need::Listed(bytes))
+            }
+            None => (wanted as u64, Need::Estimated(estimate(&self.progress.snapshot(), wanted, target))),
+        }
+    }
+
+    /// Refuses a pull whose wanted objects cannot fit the node store, and warns of one that may not fit it; to be called
+    /// when the objects are known. Blocks.
     pub(super) fn check_room(&self, image: &str) -> Result<(), Failure> {
-        let commit = self.read_metadata(&self.commit, ObjectType::Commit).map_err(|error| self.local(error))?;
-        let Some(sizes) = commit.and_then(sizes) else { return Ok(()) };
-        let (count, needed) = at_least(&sizes, |id| self.is_open(id));
-        match self.store.space() {
-            Ok((free, _)) if needed > free => {
-                let what = format!(
-                    "{image} has {count} objects of {} that this machine lacks; none was fetched, and the running \
-                     system is untouched",
-                    human_bytes(needed)
-                );
+        let (count, need) = self.need();
+        let Ok((free, _)) = self.store.space() else { return Ok(()) };
+        match need {
+            Need::Listed(bytes) if bytes > free => {
+                let what = format!("{image} has {count} objects that this machine lacks; none was fetched");
                 Err(self.no_space(&what))
+            }
+            Need::Estimated(bytes) if bytes > free => {
+                let place = self.store.repo_path().display();
+                tracing::warn!(
+                    "{count} objects of {image} are missing and may take {need}, but the node store {place} has only {} \
+                     left",
+                    human_bytes(free)
+                );
+                Ok(())
             }
             _ => Ok(()),
         }
+    }
+
+    /// A failure for lack of space, with what is needed and what is left.
+    pub(super) fn no_space(&self, what: &str) -> Failure {
+        const ON_DISK: &str = "free some space on that disk, or use a smaller node image";
+        let (count, need) = self.need();
+        let on_disk = self.store.is_on_disk();
+        let reserve = if on_disk { ", of which 3 % are left to the system" } else { "" };
+        let space = match self.store.space() {
+            Ok((free, total)) => format!("{} MiB of {} MiB are free{reserve}", free >> 20, total >> 20),
+            Err(_) => "its size is unknown".to_owned(),
+        };
+        let place = if on_disk { self.store.repo_path() } else { self.store.root() }.display();
+        let message = format!(
+            "{what}: no space left in the node store {place}: {space}, and {count} objects of {need} are still to come"
+        );
+        let failure = Failure::new(Kind::NoSpace, message);
+        if on_disk { Failure { advice: ON_DISK, ..failure } } else { failure }
     }
 }
 
@@ -97,6 +167,28 @@ mod tests {
         assert_eq!(at_least(&listed, |_| true), (2, 16), "each once");
         assert_eq!(at_least(&listed, |wanted| *wanted == id(2)), (1, 9));
         assert_eq!(sizes(b"no commit".to_vec()), None);
+    }
+
+    #[test]
+    fn estimates_follow_the_wanted_share_and_then_the_layers_that_were_read() {
+        const MIB: u64 = 1 << 20;
+        let progress = |total, fetched, written| ProgressSnapshot {
+            bytes_total: total,
+            bytes_fetched: fetched,
+            bytes_written: written,
+            ..ProgressSnapshot::default()
+        };
+        let table = [
+            (progress(410 * MIB, 10 * MIB, 0), (1000, 1000), 1200 * MIB, "everything is wanted"),
+            (progress(410 * MIB, 10 * MIB, 0), (250, 1000), 300 * MIB, "a quarter of the objects"),
+            (progress(410 * MIB, 210 * MIB, 105 * MIB), (1000, 1000), 100 * MIB, "half of what was read was kept"),
+            (progress(410 * MIB, 410 * MIB, 0), (7, 1000), 0, "nothing is due"),
+            (progress(0, 0, 0), (0, 0), 0, "nothing is known"),
+            (progress(u64::MAX, 0, 0), (1, 1), u64::MAX, "no overflow"),
+        ];
+        for (progress, (wanted, target), bytes, what) in table {
+            assert_eq!(estimate(&progress, wanted, target), bytes, "{what}");
+        }
     }
 
     proptest! {

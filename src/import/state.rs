@@ -317,23 +317,9 @@ impl Import {
         self.wants().as_ref().is_some_and(|wants| wants.open.contains(id))
     }
 
-    pub(super) fn no_space(&self, what: &str) -> Failure {
-        let wanted = self.still_wanted().map_or(0, |(count, _)| count);
-        let room = match self.store.space() {
-            Ok((free, total)) => {
-                let reserve = if self.store.is_on_disk() { ", and 3 % are left to the system" } else { "" };
-                format!("{} MiB of {} MiB are free{reserve}", free >> 20, total >> 20)
-            }
-            Err(_) => "its size is unknown".to_owned(),
-        };
-        let place = if self.store.is_on_disk() { self.store.repo_path() } else { self.store.root() }.display();
-        let message =
-            format!("{what}: no room left in the node store {place}: {room}, {wanted} objects are still to come");
-        let failure = Failure::new(Kind::NoSpace, message);
-        if self.store.is_on_disk() {
-            return Failure { advice: "free some room on that disk, or use a smaller node image", ..failure };
-        }
-        failure
+    /// How many content objects are wanted and have not come, and how many the target has.
+    pub(super) fn shares(&self) -> (usize, usize) {
+        self.wants().as_ref().map_or((0, 0), |wants| (wants.open.len(), wants.target.content.len()))
     }
 
     fn wants(&self) -> MutexGuard<'_, Option<Wants>> {

@@ -367,9 +367,9 @@ async fn a_full_disk_says_how_full() {
     println!("{told}");
     assert_eq!(told.kind, Kind::NoSpace);
     for words in [
-        "MiB are free, and 3 % are left to the system",
+        "MiB are free, of which 3 % are left to the system, and",
         store.repo_path().to_str().unwrap(),
-        "free some room on that disk",
+        "free some space on that disk",
     ] {
         assert!(told.to_string().contains(words), "{words}: {told}");
     }
