@@ -68,7 +68,7 @@ pub(super) async fn load_policy(context: &Context, staged: &StagedRoot) -> anyho
     if step.loads() && selinux::mode() != selinux::Mode::Disabled {
         let relabelled = etc::relabel(&plan, etc::open_dir(Path::new(ETC))?.as_fd())?;
         info!("/etc: {relabelled} entries got labels that the policy from before did not know");
-        label_anew(staged, Way::There).await;
+        label_anew(&context.paths, staged, Way::There).await;
     }
     Ok(())
 }
@@ -82,11 +82,11 @@ enum Way {
 
 /// Gives what is in `/dev`, `/etc` and `/run` the labels of the policy that was loaded. What keeps an old one is worth a
 /// warning, no more. Returns whether there is nothing of that kind.
-async fn label_anew(staged: &StagedRoot, way: Way) -> bool {
+async fn label_anew(paths: &Paths, staged: &StagedRoot, way: Way) -> bool {
     if selinux::mode() == selinux::Mode::Disabled {
         return true;
     }
-    let delta = staged.delta.directory.join("etc/selinux");
+    let (delta, scratch) = (staged.delta.directory.join("etc/selinux"), paths.run().to_owned());
     let act = move || -> anyhow::Result<host::Relabelled> {
         let booted = Path::new("/usr/etc/selinux");
         let (old, new) = mount::Namespace::init().run_without(Path::new(USR), USR_SOURCE, || {
@@ -94,8 +94,8 @@ async fn label_anew(staged: &StagedRoot, way: Way) -> bool {
         })?;
         let directories = host::LABELLED.map(Path::new);
         match way {
-            Way::There => old.relabel(&new, &directories, mount::tmpfs_label()?.as_deref()),
-            Way::Back => new.relabel(&old, &directories, None),
+            Way::There => old.relabel(&new, &directories, mount::tmpfs_label()?.as_deref(), &scratch),
+            Way::Back => new.relabel(&old, &directories, None, &scratch),
         }
     };
     match tokio::task::spawn_blocking(act).await.map_err(anyhow::Error::from).and_then(|done| done) {
@@ -118,13 +118,13 @@ async fn load_old_policy(paths: &Paths, staged: &StagedRoot, undone: &mut Undone
     match load_etc_plan(paths).map(|plan| policy_step(&plan)) {
         Ok(step) if step.loads() => {
             // Before: the new policy knows nearly all old labels, the old one hardly any that are new.
-            let complete = label_anew(staged, Way::Back).await;
+            let complete = label_anew(paths, staged, Way::Back).await;
             match host::load_policy(step).await {
                 Ok(line) => line.iter().for_each(|line| info!("undo: {line}")),
                 Err(error) => undone.failed.push(format!("{error:#}")),
             }
             if !complete {
-                label_anew(staged, Way::Back).await;
+                label_anew(paths, staged, Way::Back).await;
             }
         }
         Ok(_) => {}

@@ -10,17 +10,21 @@
 //! bootimage's (a newer version of the format is not understood). systemd, which takes labels from `/etc`, is then refused
 //! those that only the node image's policy knows, and what it wanted to label stays as the file system made it.
 
+use std::cell::OnceCell;
 use std::collections::HashSet;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use ostree::gio;
 use rustix::fs::{Dir, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
+use tracing::warn;
 
 use crate::etc::xattr;
 use crate::import::contexts::{Contexts, Texts};
+use crate::import::label::open_contexts;
 use crate::selinux::{policy_type, type_of};
 
 /// What is labelled, each without what is mounted below. `/var` is not: no update of an ostree system labels it.
@@ -61,24 +65,64 @@ impl FileContexts {
 
     /// Gives what lies in `directories` the labels of `to`, where it has those of this policy. With `unlabelled`, the
     /// label of a tmpfs where nobody gave one, also where it has that or its directory's, and `to` has one for it that
-    /// this policy never gives: nobody could give it before.
+    /// this policy never gives: nobody could give it before. `scratch` is a directory of ours.
     ///
     /// # Errors
-    /// When one of the policies is written so that libselinux alone can read it: then nothing is labelled. An entry that
-    /// cannot be labelled is no error.
-    pub fn relabel(&self, to: &Self, directories: &[&Path], unlabelled: Option<&str>) -> Result<Relabelled> {
+    /// When libselinux cannot read one of the policies, but would have to: then nothing is labelled. An entry that
+    /// cannot be labelled is not an error.
+    pub fn relabel(
+        &self,
+        to: &Self,
+        directories: &[&Path],
+        unlabelled: Option<&str>,
+        scratch: &Path,
+    ) -> Result<Relabelled> {
         let mut done = Relabelled::default();
         if self == to {
             return Ok(done);
         }
-        let parse = |contexts: &Self| Contexts::parse(&contexts.0).context("the file contexts are unusual");
-        let sides = (parse(self)?, parse(to)?);
-        let given = sides.0.labels().filter_map(type_of).collect();
-        let walk = Walk { from: &sides.0, to: &sides.1, given, unlabelled: unlabelled.and_then(type_of) };
+        let (from, to) = (Side::new(&self.0, scratch)?, Side::new(&to.0, scratch)?);
+        let given = self.0.labels().filter_map(type_of).collect();
+        let walk = Walk { from, to, given, unlabelled: unlabelled.and_then(type_of) };
         for directory in directories {
             walk.start(directory, &mut done);
         }
         Ok(done)
+    }
+}
+
+/// The labels of one policy. libselinux decides about paths that unusual lines may match.
+struct Side<'a> {
+    texts: &'a Texts,
+    scratch: &'a Path,
+    contexts: Option<Contexts>,
+    /// Opened when it is first needed: that takes a second.
+    libselinux: OnceCell<Option<ostree::SePolicy>>,
+}
+
+impl<'a> Side<'a> {
+    fn new(texts: &'a Texts, scratch: &'a Path) -> Result<Self> {
+        let side = Self { texts, scratch, contexts: Contexts::parse(texts), libselinux: OnceCell::new() };
+        ensure!(side.contexts.is_some() || side.libselinux().is_some(), "libselinux cannot read the file contexts");
+        Ok(side)
+    }
+
+    fn libselinux(&self) -> Option<&ostree::SePolicy> {
+        let open = || {
+            let opened = open_contexts(self.texts, self.scratch);
+            opened.inspect_err(|error| warn!("libselinux cannot read the file contexts: {error}")).ok()
+        };
+        self.libselinux.get_or_init(open).as_ref()
+    }
+
+    /// The type that the policy has for a path; `None` if it has none.
+    fn kind(&self, path: &str, mode: u32) -> Option<String> {
+        let kind = |label: &str| type_of(label).map(str::to_owned);
+        if let Some(found) = self.contexts.as_ref().and_then(|contexts| contexts.find(path, mode)) {
+            return found.label.and_then(kind);
+        }
+        let label = self.libselinux()?.label(path, mode, gio::Cancellable::NONE);
+        label.ok().flatten().and_then(|label| kind(&label))
     }
 }
 
@@ -100,8 +144,8 @@ fn first(layers: &[&Path], path: &Path) -> Result<Option<String>> {
 }
 
 struct Walk<'a> {
-    from: &'a Contexts,
-    to: &'a Contexts,
+    from: Side<'a>,
+    to: Side<'a>,
     /// The types that `from` gives to any path.
     given: HashSet<&'a str>,
     /// The type of what nobody labelled, if that is to be labelled.
@@ -149,15 +193,14 @@ impl Walk<'_> {
 
     fn entry(&self, fd: BorrowedFd<'_>, name: &str, path: &str, mode: u32, done: &mut Relabelled) {
         // Of what both have, most is the same: no need to ask what it has.
-        let (Some(from), Some(to)) = (self.from.find(path, mode), self.to.find(path, mode)) else { return };
-        let (Some(from), Some(to)) = (from.label.and_then(type_of), to.label.and_then(type_of)) else { return };
+        let (Some(from), Some(to)) = (self.from.kind(path, mode), self.to.kind(path, mode)) else { return };
         if from == to {
             return;
         }
         // The directory is open, and the last component is not followed.
         let at = PathBuf::from(format!("/proc/self/fd/{}/{name}", fd.as_raw_fd()));
         let Ok(Some(label)) = xattr::get(&at, xattr::LABEL) else { return };
-        let Some(wanted) = wanted(&label, |has| has == from || self.nobody_gave(has, path, to), to) else { return };
+        let Some(wanted) = wanted(&label, |has| has == from || self.nobody_gave(has, path, &to), &to) else { return };
         match xattr::set(&at, xattr::LABEL, &wanted) {
             Ok(()) => done.changed += 1,
             Err(Errno::NOENT) => {}
@@ -168,12 +211,12 @@ impl Walk<'_> {
     /// Whether the type that `path` has is one that it has by default, since nobody could give it the type `to`.
     fn nobody_gave(&self, has: &str, path: &str, to: &str) -> bool {
         let Some(unlabelled) = self.unlabelled.filter(|_| !self.given.contains(to)) else { return false };
-        let of_directory = |contexts: &Contexts| {
+        let of_directory = |side: &Side<'_>| {
             let (directory, _) = path.rsplit_once('/')?;
-            contexts.find(directory, 0o040_000)?.label.and_then(type_of).map(|kind| kind == has)
+            side.kind(directory, 0o040_000).map(|kind| kind == has)
         };
         has != to
-            && (has == unlabelled || [self.from, self.to].into_iter().any(|side| of_directory(side) == Some(true)))
+            && (has == unlabelled || [&self.from, &self.to].into_iter().any(|side| of_directory(side) == Some(true)))
     }
 }
 
@@ -280,14 +323,25 @@ mod tests {
                 type_of(&String::from_utf8(label).unwrap()).unwrap().to_owned()
             };
             let all = || ["app", "app/sock", "app/link", "app/own", "app/mounted", "same"].map(is);
-            assert_eq!(old.relabel(&old, &[&run], tmpfs).unwrap(), Relabelled::default());
+            assert_eq!(old.relabel(&old, &[&run], tmpfs, scratch).unwrap(), Relabelled::default());
             let three = Relabelled { changed: 3, failed: Vec::new() };
-            assert_eq!(old.relabel(&new, &[&run, Path::new("/nonexistent")], tmpfs).unwrap(), three);
+            assert_eq!(old.relabel(&new, &[&run, Path::new("/nonexistent")], tmpfs, scratch).unwrap(), three);
             assert_eq!(all(), ["app_t", "app_t", "app_t", "container_file_t", "run_t", "run_t"]);
             // Done again, nothing is to do; and there is a way back.
-            assert_eq!(old.relabel(&new, &[&run], tmpfs).unwrap(), Relabelled::default());
-            assert_eq!(new.relabel(&old, &[&run], None).unwrap(), three);
+            assert_eq!(old.relabel(&new, &[&run], tmpfs, scratch).unwrap(), Relabelled::default());
+            assert_eq!(new.relabel(&old, &[&run], None, scratch).unwrap(), three);
             assert_eq!(all(), ["run_t", "run_t", "run_t", "container_file_t", "run_t", "run_t"]);
+
+            // An unusual line is libselinux's.
+            let unusual = contexts(
+                "/ root:object_r:root_t:s0\nRUN(/.*)? system_u:object_r:run_t:s0\n\
+                 RUN/ap[p]|/odd system_u:object_r:odd_t:s0\n",
+            );
+            assert_eq!(old.relabel(&unusual, &[&run], None, scratch).unwrap(), three);
+            assert_eq!(all(), ["odd_t", "odd_t", "odd_t", "container_file_t", "run_t", "run_t"]);
+            assert_eq!(unusual.relabel(&old, &[&run], None, scratch).unwrap(), three);
+            // One that libselinux refuses, too: nothing is labelled.
+            assert!(old.relabel(&contexts("/é system_u:object_r:x_t:s0\n"), &[&run], None, scratch).is_err());
 
             // What nobody could label before has what the file system or its directory gave it.
             let old = contexts("RUN(/.*)? system_u:object_r:run_t:s0\nRUN/app/.* system_u:object_r:sock_t:s0\n");
@@ -298,7 +352,7 @@ mod tests {
                 ("system_u:object_r:run_t:s0", tmpfs, ["run_t", "tmpfs_t", "run_t", "container_file_t"]),
                 ("system_u:object_r:new_t:s0", tmpfs, ["run_t", "new_t", "new_t", "container_file_t"]),
             ] {
-                old.relabel(&like(to), &[&run], with).unwrap();
+                old.relabel(&like(to), &[&run], with, scratch).unwrap();
                 assert_eq!(all()[..4], expected, "{to} {with:?}");
             }
         });

@@ -5,9 +5,12 @@
 //! metacharacters counts more than any with; `.homedirs` and `.local` come after the policy's own; paths
 //! are rewritten by `.subs` and `.subs_dist` first.
 //!
+//! From libselinux 3.8 on, of the lines with metacharacters the one with the longest literal text counts most, and
+//! only then their order. Where both rules disagree about a path, libselinux decides.
+//!
 //! libselinux tries thousands of expressions for each path. Here a line is tried only for paths that
-//! begin as it does, and most need no expression at all. What cannot be judged with certainty is left
-//! to libselinux: [`Contexts::parse`] and [`Contexts::find`] answer `None` then.
+//! begin as it does, and most need no expression at all. Paths that an unusual line may match are left
+//! to libselinux: [`Contexts::find`] returns `None` for them, and [`Contexts::parse`] for unusual files.
 
 use std::collections::HashMap;
 use std::io;
@@ -19,6 +22,8 @@ use regex::bytes::{Regex, RegexBuilder};
 
 /// What separates an expression from literal text, as libselinux sees it.
 const META: &[u8] = b".^$?*+|[({";
+/// What concerns the character before it.
+const QUANTIFIERS: &[u8] = b"?*{+";
 /// The most memory that one compiled expression may take, in bytes.
 const EXPRESSION_LIMIT: usize = 1 << 20;
 
@@ -44,6 +49,8 @@ pub(crate) struct Contexts {
 struct Spec {
     /// File type bits of a mode; `None` is any.
     kind: Option<u32>,
+    /// What libselinux 3.8 prefers lines by: the length of the literal text, then that of the expression.
+    rank: (usize, usize),
     rest: Rest,
     /// `None` where the line says `<<none>>`.
     label: Option<String>,
@@ -58,6 +65,8 @@ enum Rest {
     Below,
     /// `.*`
     Anything,
+    /// What only libselinux can judge.
+    Unusual,
     /// Something else; holds the whole expression, and it compiled (`None`: that failed).
     Expression(String, OnceLock<Option<Regex>>),
 }
@@ -90,7 +99,30 @@ impl Found<'_> {
     }
 }
 
+/// How the names of the files end, in the order of [`Texts`].
+const SUFFIXES: [&str; 5] = ["", ".homedirs", ".local", ".subs", ".subs_dist"];
+
 impl Texts {
+    /// Writes the files of a policy that has nothing else to `selinux`, a directory such as `/etc/selinux`.
+    pub(crate) fn write(&self, selinux: &Path) -> io::Result<()> {
+        let files = selinux.join("only/contexts/files");
+        std::fs::create_dir_all(&files)?;
+        std::fs::write(selinux.join("config"), "SELINUX=enforcing\nSELINUXTYPE=only\n")?;
+        // libostree wants a binary policy, but does not read it.
+        std::fs::create_dir_all(selinux.join("only/policy"))?;
+        std::fs::write(selinux.join("only/policy/policy.33"), "")?;
+        for (suffix, text) in SUFFIXES.iter().zip(self.contexts.iter().chain(&self.substitutions)) {
+            std::fs::write(files.join(format!("file_contexts{suffix}")), text)?;
+        }
+        Ok(())
+    }
+
+    /// All labels in them, many several times.
+    pub(crate) fn labels(&self) -> impl Iterator<Item = &str> {
+        let lines = self.contexts.iter().flat_map(|text| text.lines());
+        lines.filter(|line| !line.trim_start().starts_with('#')).filter_map(|line| line.split_ascii_whitespace().last())
+    }
+
     /// Reads the files whose names begin with `file_contexts`. Only the first has to exist.
     pub(crate) fn read(file_contexts: &Path) -> io::Result<Self> {
         let beside = |suffix: &str| {
@@ -109,7 +141,7 @@ impl Texts {
 }
 
 impl Contexts {
-    /// Of the files' texts. `None` when one has a line that libselinux should judge.
+    /// Of the files' texts. Returns `None` if one has a line that libselinux may refuse.
     pub(crate) fn parse(texts: &Texts) -> Option<Self> {
         let mut parsed = Vec::new();
         for line in texts.contexts.iter().flat_map(|text| text.lines()) {
@@ -140,11 +172,6 @@ impl Contexts {
         Some(Self { specs, by_prefix, longest_prefix, substitutions, none_confirmed, refuted })
     }
 
-    /// All labels in them, many several times.
-    pub(crate) fn labels(&self) -> impl Iterator<Item = &str> {
-        self.specs.iter().filter_map(|spec| spec.label.as_deref())
-    }
-
     /// What the contexts say about an absolute path without needless slashes, and a mode with its type.
     /// `None` when libselinux should say it.
     pub(crate) fn find(&self, path: &str, mode: u32) -> Option<Found<'_>> {
@@ -163,10 +190,18 @@ impl Contexts {
             })
             .collect();
         candidates.sort_unstable();
-        for spec in candidates.into_iter().rev().map(|spec| &self.specs[spec]) {
-            if spec.matches(path)? {
-                return Some(Found { label: spec.label.as_deref(), confirmed: &spec.confirmed });
+        let mut candidates = candidates.into_iter().rev().map(|spec| &self.specs[spec]);
+        while let Some(spec) = candidates.next() {
+            if !spec.matches(path)? {
+                continue;
             }
+            // The lines before it that libselinux 3.8 would prefer.
+            for other in candidates.filter(|other| other.rank >= spec.rank && other.label != spec.label) {
+                if other.matches(path)? {
+                    return None;
+                }
+            }
+            return Some(Found { label: spec.label.as_deref(), confirmed: &spec.confirmed });
         }
         Some(Found { label: None, confirmed: &self.none_confirmed })
     }
@@ -203,15 +238,22 @@ impl Spec {
             [expression, kind, label, ..] => (*expression, Some(kind_bits(kind)?), *label),
             _ => return None,
         };
-        let (prefix, rest) = split(expression)?;
-        let rest = match rest {
-            "" => Rest::Nothing,
-            "(/.*)?" => Rest::Below,
-            ".*" => Rest::Anything,
-            _ => Rest::Expression(expression.to_owned(), OnceLock::new()),
+        let (prefix, literal, rest) = match split(expression) {
+            None => (certain_prefix(expression), usize::MAX, Rest::Unusual),
+            Some((prefix, rest)) => {
+                // Lines without metacharacters come before all others.
+                let literal = if rest.is_empty() { usize::MAX } else { expression.len() - rest.len() };
+                let rest = match rest {
+                    "" => Rest::Nothing,
+                    "(/.*)?" => Rest::Below,
+                    ".*" => Rest::Anything,
+                    _ => Rest::Expression(expression.to_owned(), OnceLock::new()),
+                };
+                (prefix, literal, rest)
+            }
         };
         let label = (label != "<<none>>").then(|| label.to_owned());
-        Some((prefix, Self { kind, rest, label, confirmed: AtomicBool::default() }))
+        Some((prefix, Self { kind, rank: (literal, expression.len()), rest, label, confirmed: AtomicBool::default() }))
     }
 
     /// Whether it can match a path of this type that has the first `length` bytes in common with it.
@@ -221,13 +263,17 @@ impl Spec {
             && match self.rest {
                 Rest::Nothing => rest.is_empty(),
                 Rest::Below => rest.is_empty() || rest[0] == b'/',
-                Rest::Anything | Rest::Expression(..) => true,
+                Rest::Anything | Rest::Unusual | Rest::Expression(..) => true,
             }
     }
 
     /// Whether it matches a path that it can match. `None` when that cannot be told here.
     fn matches(&self, path: &[u8]) -> Option<bool> {
-        let Rest::Expression(text, compiled) = &self.rest else { return Some(true) };
+        let (text, compiled) = match &self.rest {
+            Rest::Unusual => return None,
+            Rest::Expression(text, compiled) => (text, compiled),
+            Rest::Nothing | Rest::Below | Rest::Anything => return Some(true),
+        };
         let compiled = compiled.get_or_init(|| {
             let whole = format!("^{text}$");
             let mut builder = RegexBuilder::new(&whole);
@@ -269,8 +315,12 @@ fn split(expression: &str) -> Option<(Vec<u8>, &str)> {
     // libselinux takes a first component without metacharacters literally, backslashes included.
     let first = bytes.iter().skip(1).position(|byte| *byte == b'/').map_or(&[][..], |end| &bytes[..=end]);
     let literal = !first.iter().any(|byte| META.contains(byte));
+    // It compares that component by itself: a quantifier of the slash behind it does not make the slash optional.
+    let quantified =
+        literal && first.len() > 1 && bytes.get(first.len() + 1).is_some_and(|next| QUANTIFIERS.contains(next));
     let possessive_or_special = ["*+", "++", "?+", "}+", "(?"];
     if literal && first.contains(&b'\\')
+        || quantified
         || possessive_or_special.iter().any(|text| expression.contains(text))
         || !is_plain(bytes)
     {
@@ -286,11 +336,23 @@ fn split(expression: &str) -> Option<(Vec<u8>, &str)> {
         prefix.push(bytes[at]);
         at += 1;
     }
-    if at < bytes.len() && matches!(bytes[at], b'?' | b'*' | b'{' | b'+') {
+    if at < bytes.len() && QUANTIFIERS.contains(&bytes[at]) {
         prefix.pop();
         at = last;
     }
     Some((prefix, &expression[at..]))
+}
+
+/// The text that every path begins with which an unusual expression matches, however it is understood.
+fn certain_prefix(expression: &str) -> Vec<u8> {
+    // An alternative may stand outside of all brackets.
+    if expression.contains('|') {
+        return Vec::new();
+    }
+    let bytes = expression.as_bytes();
+    let end = bytes.iter().position(|byte| *byte == b'\\' || META.contains(byte)).unwrap_or(bytes.len());
+    // What follows may be a quantifier.
+    bytes[..end.saturating_sub(1)].to_vec()
 }
 
 /// Whether brackets nest simply, no alternative stands outside of them, and only punctuation is escaped.

@@ -137,6 +137,16 @@ impl PolicyFiles {
     }
 }
 
+/// Opens a policy that has these file contexts. Below `scratch`, it is shown to libostree as files for that long.
+pub(crate) fn open_contexts(texts: &Texts, scratch: &Path) -> io::Result<ostree::SePolicy> {
+    let root = scratch.join("file-contexts");
+    let shown = texts.write(&root.join("usr/etc/selinux")).and_then(|()| open_policy(&root).map_err(io::Error::other));
+    let removed = std::fs::remove_dir_all(&root);
+    let policy = shown?;
+    removed?;
+    Ok(policy)
+}
+
 /// Opens the policy below a root.
 pub(super) fn open_policy(root: &Path) -> Result<ostree::SePolicy, ostree::glib::Error> {
     // Opening sets libselinux's policy root for the whole process.

@@ -21,7 +21,7 @@ mod facts;
 mod fetch;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
-mod label;
+pub(crate) mod label;
 mod layertree;
 mod merge;
 mod path;

@@ -4,23 +4,12 @@ use ostree::gio;
 use proptest::prelude::*;
 
 use super::*;
-use crate::import::label::open_policy;
-
-const FILES: [&str; 5] = ["", ".homedirs", ".local", ".subs", ".subs_dist"];
+use crate::import::label::open_contexts;
 
 /// The policy as files, opened by libostree.
-fn theirs(texts: &Texts) -> (tempfile::TempDir, ostree::SePolicy) {
+fn theirs(texts: &Texts) -> ostree::SePolicy {
     let root = tempfile::tempdir().unwrap();
-    let kind = root.path().join("usr/etc/selinux/kind");
-    std::fs::create_dir_all(kind.join("contexts/files")).unwrap();
-    std::fs::create_dir(kind.join("policy")).unwrap();
-    std::fs::write(kind.join("policy/policy.33"), "").unwrap();
-    std::fs::write(kind.with_file_name("config"), "SELINUX=enforcing\nSELINUXTYPE=kind\n").unwrap();
-    for (suffix, text) in FILES.iter().zip(texts.contexts.iter().chain(&texts.substitutions)) {
-        std::fs::write(kind.join(format!("contexts/files/file_contexts{suffix}")), text).unwrap();
-    }
-    let policy = open_policy(root.path()).unwrap();
-    (root, policy)
+    open_contexts(texts, root.path()).unwrap()
 }
 
 fn label(policy: &ostree::SePolicy, path: &str, mode: u32) -> Option<String> {
@@ -40,7 +29,7 @@ fn which_line_decides() {
         substitutions: ["/srv/local /usr/local\n".into(), "/bin /nowhere\n/bin /usr/bin\n/usr/etc /\n".into()],
     };
     let contexts = Contexts::parse(&texts).unwrap();
-    let (_root, policy) = theirs(&texts);
+    let policy = theirs(&texts);
     for (path, mode, expected) in [
         ("/", 0o040_755, Some("default")),
         ("/usr", 0o040_755, Some("usr")),
@@ -64,34 +53,63 @@ fn which_line_decides() {
     }
 }
 
+fn only(contexts: &str) -> Texts {
+    Texts { contexts: [contexts.to_owned(), String::new(), String::new()], ..Texts::default() }
+}
+
 #[test]
-fn what_libselinux_should_judge() {
-    let judged = |contexts: &str| {
-        let contexts = [contexts.to_owned(), String::new(), String::new()];
-        Contexts::parse(&Texts { contexts, ..Texts::default() })
-    };
-    for line in [
-        "/a",
-        "/a -x label",
-        "/a|/b label",
-        "/a(|b label",
-        "/a[b&&c] label",
-        "/a[[:alpha:]] label",
-        "/a\\d label",
-        "/a(?=b) label",
-        "/a.*+ label",
-        "/a\\-b/c label",
-        "/ä label",
-        "/a$ label",
-    ] {
-        assert!(judged(&format!("{line}\n")).is_none(), "{line}");
+fn files_that_libselinux_may_refuse_are_left_to_it() {
+    for line in ["/a", "/a -x label", "/ä label"] {
+        assert!(Contexts::parse(&only(&format!("{line}\n"))).is_none(), "{line}");
     }
-    let contexts = judged("/a{b} label\n/b label\n/c.* label\n").unwrap();
+}
+
+#[test]
+fn paths_that_an_unusual_line_may_match_are_left_to_libselinux() {
+    for (line, concerned, other) in [
+        ("/a/|/b label", "/b", None),
+        ("/a/(|b label", "/a/b", None),
+        ("/ab/c[b&&c] label", "/ab/cb", Some("/ax")),
+        ("/ab/[[:alpha:]] label", "/ab/c", Some("/ax")),
+        ("/ab\\d label", "/ab1", Some("/x")),
+        ("/ab(?=b) label", "/abb", Some("/x")),
+        ("/ab/.*+ label", "/ab/x", Some("/ax")),
+        ("/ab\\-b/c label", "/ab-b/c", Some("/x")),
+        ("/ab$ label", "/ab", Some("/x")),
+        ("/usr/?.* label", "/usr/x", Some("/us")),
+        ("/usr/?.* label", "/usrfoo", Some("/us")),
+    ] {
+        let texts = only(&format!("/.* default\n{line}\n/ root\n"));
+        let contexts = Contexts::parse(&texts).unwrap();
+        assert!(contexts.find(concerned, 0o100_644).is_none(), "{line}");
+        if let Some(other) = other {
+            assert_eq!(contexts.find(other, 0o100_644).unwrap().label, Some("default"), "{line}");
+        }
+        assert_eq!(contexts.find("/", 0o040_755).map(|found| found.label), other.map(|_| Some("root")), "{line}");
+    }
+    let contexts = Contexts::parse(&only("/a{b} label\n/b label\n/c.* label\n")).unwrap();
     assert!(contexts.find("/a", 0).is_none(), "braces that are no quantifier");
     assert!(contexts.find("/c\n", 0).is_none());
     assert_eq!(contexts.find("/b", 0).unwrap().label, Some("label"));
     contexts.refute();
     assert!(contexts.find("/b", 0).is_none());
+}
+
+#[test]
+fn lines_that_newer_libselinux_orders_otherwise_are_left_to_it() {
+    let contexts = Contexts::parse(&only(
+        "/usr/bin/.* bin\n/usr/share/.* same\n/usr/.* same\n/usr/(.*/)?lib(/.*)? lib\n/usr/(.*/)?old(/.*)? old\n",
+    ))
+    .unwrap();
+    for (path, expected) in [
+        ("/usr/x", Some("same")),
+        ("/usr/bin/x", None),
+        ("/usr/share/x", Some("same")),
+        ("/usr/x/lib", Some("lib")),
+        ("/usr/x/lib/old", None),
+    ] {
+        assert_eq!(contexts.find(path, 0o100_644).and_then(|found| found.label), expected, "{path}");
+    }
 }
 
 fn expression() -> impl Strategy<Value = String> {
@@ -118,6 +136,9 @@ fn expression() -> impl Strategy<Value = String> {
         ".",
         "\\+",
         "/-",
+        "/?",
+        "/*",
+        "\\d",
     ]);
     prop::collection::vec(part, 0..5).prop_map(|parts| {
         let text = parts.concat();
@@ -152,7 +173,7 @@ proptest! {
         // Without a label for this libostree does not open a policy.
         texts.contexts[2].push_str("/ root\n");
         let Some(ours) = Contexts::parse(&texts) else { return Ok(()) };
-        let (_root, policy) = theirs(&texts);
+        let policy = theirs(&texts);
         for (path, mode) in paths {
             let Some(found) = ours.find(&path, mode) else { continue };
             prop_assert_eq!(found.label.map(str::to_owned), label(&policy, &path, mode), "{} {:o}", path, mode);
