@@ -327,6 +327,13 @@ fn undo_files(paths: &Paths, staged: &StagedRoot, to_guard: bool) -> (Undone, Op
         Ok(report) => {
             undone.kept.extend(report.kept.iter().map(|entry| format!("/etc/{} stays: {}", entry.path, entry.reason)));
             undone.failed.extend(report.failed.iter().map(|entry| format!("/etc/{}: {}", entry.path, entry.reason)));
+            if report.damaged > 0 {
+                undone.kept.push(format!(
+                    "{} lines of the undo journal of /etc are damaged: the content of these entries is restored, their \
+                     labels and times are not; run restorecon on /etc",
+                    report.damaged
+                ));
+            }
             if report.unlabelled > 0 {
                 undone.kept.push(format!(
                     "{} entries of /etc could not be given their old security label; run restorecon on /etc",

@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::name::Bytes;
 use super::plan::Plan;
+use super::snapshot::{Content, Leaf};
 use crate::failpoint::{self, Point};
 
 /// What an act replaced, apart from what the plan says already.
@@ -37,6 +38,8 @@ pub(super) struct Record {
     pub plan: Plan,
     /// Acts that were begun, by number.
     pub begun: BTreeMap<usize, Prior>,
+    /// Lines of the journal that cannot be read.
+    pub damaged: usize,
     journal: File,
 }
 
@@ -54,6 +57,9 @@ impl Record {
             if existing.plan != *plan {
                 bail!("{} is the record of another merge; finish or undo that one first", directory.display());
             }
+            if existing.damaged > 0 {
+                bail!("the undo record {} is damaged; undo that merge first", directory.display());
+            }
             return Ok(existing);
         }
         let making = || format!("making the undo record {}", directory.display());
@@ -70,7 +76,7 @@ impl Record {
         Self::load(directory)?.with_context(making)
     }
 
-    /// Opens the record, if there is one.
+    /// Opens the record, if there is one. Damaged lines of the journal do not hide the others; see [`Record::complete`].
     pub fn load(directory: &Path) -> Result<Option<Self>> {
         let reading = || format!("reading the undo record {}", directory.display());
         let text = match std::fs::read(directory.join(PLAN)) {
@@ -83,16 +89,32 @@ impl Record {
             other => other.with_context(reading)?,
         };
         let whole = lines.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
-        let mut begun = BTreeMap::new();
+        let (mut begun, mut damaged) = (BTreeMap::new(), 0);
         for line in lines[..whole].split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
-            let prior: Prior = serde_json::from_slice(line).with_context(reading)?;
-            begun.insert(prior.change, prior);
+            match serde_json::from_slice::<Prior>(line) {
+                Ok(prior) if prior.change < plan.changes.len() => drop(begun.insert(prior.change, prior)),
+                _ => damaged += 1,
+            }
         }
         let journal = OpenOptions::new().append(true).create(true).mode(0o600).open(directory.join(JOURNAL));
         let journal = journal.with_context(reading)?;
         // Killed while writing a line: its act was not begun.
         journal.set_len(whole as u64).with_context(reading)?;
-        Ok(Some(Self { directory: directory.to_owned(), plan, begun, journal }))
+        Ok(Some(Self { directory: directory.to_owned(), plan, begun, damaged, journal }))
+    }
+
+    /// Adds the acts that damaged lines may have been about: those whose former content is saved or was none. Labels and
+    /// times of these are lost. An act that was not begun is left alone by the undo, as its entry is the former one.
+    pub fn complete(&mut self) {
+        if self.damaged == 0 {
+            return;
+        }
+        for (number, change) in self.plan.changes.iter().enumerate() {
+            let is_file = |leaf: &Leaf| matches!(leaf.content, Content::File { .. });
+            if !change.before.as_ref().is_some_and(is_file) || self.saved_path(number).exists() {
+                self.begun.entry(number).or_insert(Prior { change: number, label: None, mtime: None });
+            }
+        }
     }
 
     /// Records that an act is about to be done. What it replaces must have been saved before.

@@ -89,6 +89,9 @@ pub struct UndoReport {
     pub failed: Vec<NotDone>,
     /// Entries whose old security label could not be set.
     pub unlabelled: usize,
+    /// Damaged lines of the journal: labels and times of as many entries are not restored.
+    #[serde(default)]
+    pub damaged: usize,
 }
 
 impl fmt::Display for UndoReport {
@@ -102,6 +105,9 @@ impl fmt::Display for UndoReport {
         }
         if self.unlabelled > 0 {
             write!(out, "\n{} entries could not be given their old security label", self.unlabelled)?;
+        }
+        if self.damaged > 0 {
+            write!(out, "\n{} lines of the undo journal are damaged", self.damaged)?;
         }
         Ok(())
     }

@@ -28,10 +28,12 @@ use crate::failpoint::{self, Point};
 /// are in the report. The record then stays, for another attempt.
 pub fn undo(undo_dir: &Path, etc_dir: BorrowedFd<'_>) -> Result<UndoReport> {
     let mut report = UndoReport::default();
-    let Some(record) = Record::load(undo_dir)? else {
+    let Some(mut record) = Record::load(undo_dir)? else {
         sweep(undo_dir)?;
         return Ok(report);
     };
+    record.complete();
+    report.damaged = record.damaged;
     if !record.begun.is_empty() || Staging::is_left(etc_dir) {
         take_all_back(&record, etc_dir, &mut report)?;
     }

@@ -237,3 +237,37 @@ fn killed_at_each_act_while_undoing() {
         }
     });
 }
+
+/// A damaged journal: the content comes back for every line that is lost, and the others are not hidden by it.
+#[test]
+fn a_damaged_journal_does_not_keep_content_from_being_undone() {
+    private(|scratch| {
+        let lines = {
+            let case = Case::new(scratch, "whole");
+            try_apply(&case.place).unwrap();
+            let journal = fs::read_to_string(case.place.join("state/undo/journal")).unwrap();
+            journal.lines().map(str::to_owned).collect::<Vec<_>>()
+        };
+        for damaged in 0..lines.len() {
+            let case = Case::new(scratch, &format!("line{damaged}"));
+            try_apply(&case.place).unwrap();
+            let mut lines = lines.clone();
+            lines[damaged] = "garbage".into();
+            fs::write(case.place.join("state/undo/journal"), lines.join("\n") + "\n").unwrap();
+            assert!(try_apply(&case.place).is_err(), "a merge does not go on from it");
+            let report = try_undo(&case.place).unwrap();
+            assert!(report.failed.is_empty() && report.kept.is_empty(), "line {damaged}: {report}");
+            assert_eq!(report.damaged, 1);
+            assert_eq!(rescan(&case.place.join("etc")), case.before.0, "line {damaged}");
+        }
+        for cut in ["", "garbage\n"] {
+            let case = Case::new(scratch, if cut.is_empty() { "empty" } else { "garbage" });
+            try_apply(&case.place).unwrap();
+            fs::write(case.place.join("state/undo/journal"), cut).unwrap();
+            let report = try_undo(&case.place).unwrap();
+            if !cut.is_empty() {
+                assert_eq!(rescan(&case.place.join("etc")), case.before.0, "{report}");
+            }
+        }
+    });
+}
