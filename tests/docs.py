@@ -33,7 +33,7 @@ WORDS = [
      "separate, its own"),
     (r"\b(is|are|was|were|be) told\b|\btold (again|already|twice|why|that|apart|to)\b", "reported"),
     (r"(?P<fine>\bt?here )?\b(is|are) no (?!longer\b|more than\b|less than\b|larger than\b)", "is not a, is an invalid"),
-    (r"\bknows? (no|none|nothing)\b", "does not know"),
+    (r"\bknows? (no(?! longer)|none|nothing)\b", "does not know"),
     (r"\b(is|are) to (stay|be|become|happen|watch|go)\b", "must"),
     (r"\b(stopped|started|restarted|reloaded|take|takes|taken|took|stop|restart) (with it |one |it )?along\b",
      "as a dependent"),
