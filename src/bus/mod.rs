@@ -4,6 +4,7 @@
 //! the bus policy says) and, without any bus, on a socket that only root can open. A dead bus costs
 //! the public status API, never the pivot. This room calls `agent` and nothing below it.
 
+mod announced;
 mod client;
 mod server;
 mod service;

@@ -1,5 +1,6 @@
 //! Serving the interface on the private socket and on the system bus.
 
+use std::borrow::Cow;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -7,15 +8,19 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use tokio::net::UnixListener;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 use zbus::connection::Builder;
-use zbus::object_server::InterfaceRef;
+use zbus::fdo::Properties;
+use zbus::object_server::SignalEmitter;
 use zbus::{Connection, Guid};
 
+use super::announced::Announced;
 use super::service::Pivot;
-use super::{NAME, PATH, build};
+use super::{INTERFACE, NAME, PATH, build};
 use crate::agent::Agent;
+use crate::report::Status;
 
 /// How often a bus that is down or restarting is tried again.
 const BUS_RETRY: Duration = Duration::from_secs(5);
@@ -70,13 +75,17 @@ async fn private_connection(stream: tokio::net::UnixStream, pivot: Pivot) -> Res
 async fn system_bus(agent: Arc<Agent>) {
     let mut told = false;
     loop {
+        // Before clients can read a value there: no change after that is missed.
+        let watch = agent.tracker().watch();
         match bus_connection(agent.clone()).await {
             Ok(connection) => {
                 told = false;
                 info!("{NAME} is on the system bus");
                 tokio::select! {
                     () = connection.closed() => warn!("the system bus went away; the pivot goes on without it"),
-                    () = announce(&connection, &agent) => {}
+                    ended = announce(&connection, watch) => {
+                        let _ = ended.inspect_err(|error| debug!("cannot announce a change: {error:#}"));
+                    }
                 }
             }
             Err(error) if !told => {
@@ -94,25 +103,58 @@ async fn bus_connection(agent: Arc<Agent>) -> Result<Connection> {
     build(Builder::system().serve_at(PATH, pivot).name(NAME)).await
 }
 
-/// Emits PropertiesChanged whenever the status document changes. Ends when the bus refuses.
-async fn announce(connection: &Connection, agent: &Agent) {
-    let mut watch = agent.tracker().watch();
+/// Emits one PropertiesChanged for each change of the status document that changes a property, with the properties that
+/// changed. Ends when the bus refuses.
+async fn announce(connection: &Connection, mut watch: watch::Receiver<Status>) -> Result<()> {
+    let emitter = SignalEmitter::new(connection, PATH)?;
+    let mut last = Announced::from(&*watch.borrow_and_update());
     while watch.changed().await.is_ok() {
-        watch.borrow_and_update();
-        let object: zbus::Result<InterfaceRef<Pivot>> = connection.object_server().interface(PATH).await;
-        let Ok(object) = object else { return };
-        let pivot = object.get().await;
-        let emitter = object.signal_emitter();
-        let sent = async {
-            pivot.state_changed(emitter).await?;
-            pivot.phase_changed(emitter).await?;
-            pivot.last_error_changed(emitter).await?;
-            pivot.undo_at_changed(emitter).await?;
-            pivot.timeline_changed(emitter).await
-        };
-        if let Err(error) = sent.await {
-            debug!("cannot announce a change: {error}");
-            return;
+        let now = Announced::from(&*watch.borrow_and_update());
+        let changes = now.changes(&last);
+        if !changes.is_empty() {
+            let interface = INTERFACE.try_into()?;
+            Properties::properties_changed(&emitter, interface, changes, Cow::Borrowed(&[])).await?;
         }
+        last = now;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::collections::HashMap;
+
+    use futures_util::StreamExt;
+    use zbus::{MessageStream, OwnedVariant};
+
+    use super::*;
+    use crate::report::{State, Tracker};
+
+    #[tokio::test]
+    async fn a_change_is_announced_once_with_what_changed() {
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        let server = Builder::unix_stream(ours).server(Guid::generate()).p2p().build();
+        let (server, client) = tokio::join!(server, Builder::unix_stream(theirs).p2p().build());
+        let (server, mut signals) = (server.unwrap(), MessageStream::from(client.unwrap()));
+        let tracker = Tracker::new(Status::default());
+        let watch = tracker.watch();
+        let announcing = tokio::spawn(async move { announce(&server, watch).await });
+        // The first two change no property that is announced.
+        tokio::task::yield_now().await;
+        tracker.note("a line of the summary");
+        tokio::task::yield_now().await;
+        tracker.update(|status| status.state = State::Running);
+        let message = signals.next().await.unwrap().unwrap();
+        let (interface, changed, gone): (String, HashMap<String, OwnedVariant>, Vec<String>) =
+            message.body().deserialize().unwrap();
+        assert_eq!((interface.as_str(), gone.len()), (INTERFACE, 0));
+        assert_eq!(changed.keys().collect::<Vec<_>>(), ["State"]);
+        tracker.update(|status| status.undo_unix = Some(7));
+        let message = signals.next().await.unwrap().unwrap();
+        let (_, changed, _): (String, HashMap<String, OwnedVariant>, Vec<String>) =
+            message.body().deserialize().unwrap();
+        assert_eq!(changed.keys().collect::<Vec<_>>(), ["UndoAt"], "one signal for each change");
+        announcing.abort();
     }
 }

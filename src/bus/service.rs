@@ -10,6 +10,7 @@ use zbus::names::ErrorName;
 use zbus::{Message, interface};
 
 use super::INTERFACE;
+use super::announced::{Announced, LastErrorTuple, TimelineTuple};
 use crate::agent::{Agent, Error, Goal, Ticket};
 use crate::report::{Outcome, ProgressSnapshot};
 
@@ -22,6 +23,10 @@ pub(super) struct Pivot {
 }
 
 impl Pivot {
+    fn announced(&self) -> Announced {
+        Announced::from(&self.agent.tracker().status())
+    }
+
     fn ticket(&self) -> Ticket {
         let ticket = self.agent.ticket();
         ticket.end_with(&self.gone);
@@ -57,10 +62,6 @@ impl zbus::DBusError for MethodError {
         Some(&self.message)
     }
 }
-
-/// The last failure: class, message, attempt, next retry (seconds
-/// since the epoch, 0 for none).
-type LastErrorTuple = (String, String, u32, u64);
 
 #[interface(interface = "org.nodeimage.Pivot1")]
 impl Pivot {
@@ -138,19 +139,19 @@ impl Pivot {
     /// `idle`, `running`, `waiting`, `pulled`, `switched`, `done`, `failed`, `nothing-to-do`.
     #[zbus(property)]
     fn state(&self) -> String {
-        word(&self.agent.tracker().status().state)
+        self.announced().state
     }
 
     /// The phase that runs or failed; empty before the first.
     #[zbus(property)]
     fn phase(&self) -> String {
-        self.agent.tracker().status().phase.map(|phase| phase.as_str().to_owned()).unwrap_or_default()
+        self.announced().phase
     }
 
     /// When the switch will be undone unless Keep is called, in seconds since the epoch; 0 for never.
     #[zbus(property)]
     fn undo_at(&self) -> u64 {
-        self.agent.tracker().status().undo_unix.unwrap_or(0)
+        self.announced().undo_at
     }
 
     /// Counters of the pull, by name.
@@ -162,33 +163,14 @@ impl Pivot {
     /// The last failure; all empty when there is none.
     #[zbus(property)]
     fn last_error(&self) -> LastErrorTuple {
-        self.agent
-            .tracker()
-            .status()
-            .error
-            .map(|error| (error.class, error.message, error.attempt, error.next_retry_unix.unwrap_or(0)))
-            .unwrap_or_default()
+        self.announced().last_error
     }
 
     /// Phases so far: name, start in milliseconds since the epoch, duration in milliseconds (0
     /// while it runs).
     #[zbus(property)]
-    fn timeline(&self) -> Vec<(String, u64, u64)> {
-        self.agent
-            .tracker()
-            .status()
-            .timeline
-            .iter()
-            .map(|entry| (entry.phase.as_str().to_owned(), entry.start_unix_ms, entry.duration_ms.unwrap_or(0)))
-            .collect()
-    }
-}
-
-/// The serialised word of a unit variant.
-fn word(value: &impl serde::Serialize) -> String {
-    match serde_json::to_value(value) {
-        Ok(serde_json::Value::String(word)) => word,
-        _ => String::new(),
+    fn timeline(&self) -> Vec<TimelineTuple> {
+        self.announced().timeline
     }
 }
 
@@ -204,11 +186,9 @@ fn counters(progress: &ProgressSnapshot) -> HashMap<String, u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::State;
 
     #[test]
-    fn words_and_counters() {
-        assert_eq!(word(&State::NothingToDo), "nothing-to-do");
+    fn counters_by_name() {
         let progress = ProgressSnapshot { bytes_total: 7, ..Default::default() };
         assert_eq!(counters(&progress).get("bytes_total"), Some(&7));
         assert_eq!(counters(&progress).len(), 7);
