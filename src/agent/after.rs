@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use tracing::{info, warn};
 
-use super::{Context, Error, Switched, accounts, switch, units, views};
+use super::{Context, Error, Switched, accounts, reexec, switch, units, views};
 use crate::host;
 use crate::mount;
 use crate::report::{Phase, State};
@@ -32,7 +32,7 @@ pub(super) async fn refresh(context: &Context, mut switched: Switched, flow: Flo
     // its libraries.
     let mut trouble = host::refresh_libraries(&differs).await;
     context.guard().await;
-    let mut manager = units::renew_manager(context, &differs).await?;
+    let mut manager = reexec::renew_manager(context, &differs).await?;
     context.unguard().await;
     // Before systemd-sysusers, which would give them other ids.
     match accounts::add().await {

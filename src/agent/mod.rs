@@ -18,6 +18,7 @@ mod plan;
 mod prepare;
 mod probation;
 mod record;
+mod reexec;
 mod retry;
 mod salvage;
 mod staging;

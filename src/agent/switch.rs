@@ -12,7 +12,8 @@ use tracing::{info, warn};
 
 use super::after::RESTART;
 use super::prepare::{ETC, USR, USR_SOURCE, load_etc_plan, new_etc};
-use super::units::{UnitsRecord, reexecute};
+use super::reexec::reexecute;
+use super::units::UnitsRecord;
 use super::wayback::{self, Below};
 use super::{Context, Error, Paths, StagedRoot, Switched, storage, views};
 use crate::dirfd::Directory;

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
-use tracing::{info, warn};
+use tracing::info;
 
 use super::after::RESTART;
 use super::prepare::{USR, USR_SOURCE, new_etc};
@@ -27,7 +27,7 @@ use crate::units::{
 const FILE: &str = "units.json";
 
 /// Which paths, relative to `/usr`, differ between the two trees.
-type Differs<'a> = &'a (dyn Fn(&Path) -> bool + Sync);
+pub(super) type Differs<'a> = &'a (dyn Fn(&Path) -> bool + Sync);
 
 /// One action, and how far it is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -161,48 +161,6 @@ pub(super) async fn remember(context: &Context) -> Result<(), Error> {
 async fn unit_files() -> Result<UnitFiles> {
     let read = tokio::task::spawn_blocking(|| Root::running().unit_files()).await.context("reading panicked")?;
     read.context("cannot read the unit files")
-}
-
-/// PID 1 becomes the node image's if its files changed, and knows the new unit files in any case.
-pub(super) async fn renew_manager(context: &Context, differs: Differs<'_>) -> Result<Manager> {
-    let manager = Manager::connect().await?;
-    if units::mapped_files(1).iter().any(|path| differs(Path::new(path))) {
-        let mut troubles = Vec::new();
-        let manager = reexecute(manager, &mut troubles).await?;
-        context.tracker.note("systemd was re-executed: its binary or libraries changed");
-        troubles.iter().for_each(|line| warn!("{line}"));
-        Ok(manager)
-    } else {
-        manager.reload().await?;
-        Ok(manager)
-    }
-}
-
-/// PID 1 becomes that of the `/usr` in place, and so do the managers of users. They keep what they have started, as it
-/// does. From version 255 on they start services through a program of the `/usr` that they come from: left alone,
-/// they could start nothing any more.
-pub(super) async fn reexecute(manager: Manager, troubles: &mut Vec<String>) -> Result<Manager> {
-    let release = manager.version().await.ok().and_then(|version| units::release(&version));
-    let manager = manager.reexecute().await?;
-    // Older ones do not know the signal, and end.
-    if release.is_some_and(|release| release >= 250)
-        && let Err(error) = reexecute_users(&manager, troubles).await
-    {
-        troubles.push(format!("no user's manager was told to re-execute itself: {error:#}"));
-    }
-    Ok(manager)
-}
-
-async fn reexecute_users(manager: &Manager, troubles: &mut Vec<String>) -> Result<()> {
-    for unit in units::active(manager).await?.iter().filter(|unit| unit.starts_with("user@")) {
-        match manager.reexecute_user(unit).await {
-            Ok(()) => info!("{unit}: told to re-execute itself"),
-            Err(error) => troubles.push(format!(
-                "{unit} goes on as it was and may be unable to start anything, until its user has logged out: {error:#}"
-            )),
-        }
-    }
-    Ok(())
 }
 
 /// Plans for `flow`, once, and carries the plan out, from where a daemon before us was killed. Returns the actions that

@@ -1,0 +1,133 @@
+//! Re-execution of PID 1 and of the managers of users.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use anyhow::Result;
+use tracing::{info, warn};
+
+use super::Context;
+use super::units::Differs;
+use crate::units::{self, Manager};
+
+/// Units that a message names at most.
+const NAMED: usize = 10;
+
+/// PID 1 becomes the node image's if its files changed, and knows the new unit files in any case.
+pub(super) async fn renew_manager(context: &Context, differs: Differs<'_>) -> Result<Manager> {
+    let manager = Manager::connect().await?;
+    if units::mapped_files(1).iter().any(|path| differs(Path::new(path))) {
+        let mut troubles = Vec::new();
+        let manager = reexecute(manager, &mut troubles).await?;
+        context.tracker.note("systemd was re-executed: its binary or libraries changed");
+        for line in troubles {
+            warn!("{line}");
+            context.tracker.note(format!("warning: {line}"));
+        }
+        Ok(manager)
+    } else {
+        manager.reload().await?;
+        Ok(manager)
+    }
+}
+
+/// PID 1 becomes that of the `/usr` in place, and so do the managers of users. They keep what they have started, as it
+/// does. From version 255 on they start services through a program of the `/usr` that they come from: left alone,
+/// they could start nothing any more.
+pub(super) async fn reexecute(manager: Manager, troubles: &mut Vec<String>) -> Result<Manager> {
+    let release = manager.version().await.ok().and_then(|version| units::release(&version));
+    let before = states(&manager).await?;
+    let manager = manager.reexecute().await?;
+    if let Err(error) = check(&manager, &before, troubles).await {
+        troubles.push(format!("cannot tell if systemd still knows its units: {error:#}"));
+    }
+    // Older ones do not know the signal, and end.
+    if release.is_some_and(|release| release >= 250)
+        && let Err(error) = reexecute_users(&manager, troubles).await
+    {
+        troubles.push(format!("no user's manager was told to re-execute itself: {error:#}"));
+    }
+    Ok(manager)
+}
+
+async fn reexecute_users(manager: &Manager, troubles: &mut Vec<String>) -> Result<()> {
+    for unit in units::active(manager).await?.iter().filter(|unit| unit.starts_with("user@")) {
+        match manager.reexecute_user(unit).await {
+            Ok(()) => info!("{unit}: told to re-execute itself"),
+            Err(error) => troubles.push(format!(
+                "{unit} goes on as it was and may be unable to start anything, until its user has logged out: {error:#}"
+            )),
+        }
+    }
+    Ok(())
+}
+
+/// The state of each loaded unit.
+type States = BTreeMap<String, String>;
+
+async fn states(manager: &Manager) -> Result<States> {
+    Ok(manager.list().await?.into_iter().map(|unit| (unit.name, unit.active)).collect())
+}
+
+/// Checks that PID 1 still knows the units that were active. systemd can lose its state when it re-executes itself
+/// (systemd#28184): it then takes what runs for inactive. A reload reads the unit files again; what is still missing
+/// is reported.
+async fn check(manager: &Manager, before: &States, troubles: &mut Vec<String>) -> Result<()> {
+    if forgotten(before, &states(manager).await?).is_empty() {
+        return Ok(());
+    }
+    manager.reload().await?;
+    let forgotten = forgotten(before, &states(manager).await?);
+    if !forgotten.is_empty() {
+        let named: Vec<_> = forgotten.iter().copied().take(NAMED).collect();
+        let more = if forgotten.len() > NAMED { " …" } else { "" };
+        troubles.push(format!(
+            "systemd re-executed itself, and {} units that were active before are not any more: {}{more}; see systemctl \
+             status, and start those that should run",
+            forgotten.len(),
+            named.join(" ")
+        ));
+    }
+    Ok(())
+}
+
+/// Returns the units that were active and are unknown or inactive now. Scopes, devices and units that their own work ends
+/// (oneshots are never active while they work) come and go without anyone asking.
+fn forgotten<'a>(before: &'a States, after: &States) -> BTreeSet<&'a str> {
+    const KINDS: &[&str] = &[".service", ".socket", ".timer", ".path", ".mount", ".target", ".slice"];
+    let concerned = |name: &str| KINDS.iter().any(|kind| name.ends_with(kind));
+    let was =
+        before.iter().filter(|(name, state)| *state == "active" && concerned(name)).map(|(name, _)| name.as_str());
+    was.filter(|name| after.get(*name).is_none_or(|state| state == "inactive")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn units_that_a_manager_forgot() {
+        let states = |rows: &[(&str, &str)]| -> States {
+            rows.iter().map(|&(name, state)| (name.to_owned(), state.to_owned())).collect()
+        };
+        let before = states(&[
+            ("a.service", "active"),
+            ("b.service", "active"),
+            ("c.service", "inactive"),
+            ("d.socket", "active"),
+            ("e.scope", "active"),
+            ("f.device", "active"),
+            ("g.service", "active"),
+            ("h.service", "active"),
+        ]);
+        let after = states(&[
+            ("a.service", "active"),
+            ("b.service", "inactive"),
+            ("g.service", "failed"),
+            ("h.service", "deactivating"),
+            ("new.service", "active"),
+        ]);
+        assert_eq!(Vec::from_iter(forgotten(&before, &after)), ["b.service", "d.socket"]);
+        assert!(forgotten(&before, &before).is_empty());
+    }
+}
