@@ -326,6 +326,12 @@ impl Manager {
         String::try_from(value).context("ControlGroup is not a string")
     }
 
+    /// Returns the commands of a service's `ExecStart=`, each with the path of its program as the first argument.
+    pub async fn commands(&self, unit: &Unit) -> Result<Vec<Vec<PathBuf>>> {
+        let value = self.property(unit.path.as_str(), "org.freedesktop.systemd1.Service", "ExecStart").await?;
+        Ok(commands(value)?)
+    }
+
     /// The unit's file; empty when it has none.
     pub async fn fragment(&self, unit: &Unit) -> Result<PathBuf> {
         let value = self.property(unit.path.as_str(), UNIT, "FragmentPath").await?;
@@ -351,6 +357,16 @@ impl Manager {
         }
         self.call("StartUnit", &(target, "replace")).await.map(|_| false)
     }
+}
+
+/// One command of a service: path, arguments, whether a failure is ignored, and how it ran last.
+type CommandRow = (String, Vec<String>, bool, u64, u64, u64, u64, u32, i32, i32);
+
+fn commands(value: OwnedVariant) -> zbus::Result<Vec<Vec<PathBuf>>> {
+    let rows = Vec::<CommandRow>::try_from(value)?;
+    // The first argument may be any name (`ExecStart=@`).
+    let words = |row: CommandRow| [row.0].into_iter().chain(row.1.into_iter().skip(1)).map(PathBuf::from).collect();
+    Ok(rows.into_iter().map(words).collect())
 }
 
 /// Whether a failure to connect is what a PID 1 that re-executes itself looks like.
@@ -391,6 +407,14 @@ mod tests {
             let unit = Unit { name: name.into(), active: active.into(), path: OwnedObjectPath::default() };
             assert_eq!(unit.is_active(), expected, "{name} {active}");
         }
+    }
+
+    #[test]
+    fn commands_begin_with_their_program() {
+        let argv = ["name", "-x", "/usr/x"].map(str::to_owned).to_vec();
+        let row: CommandRow = ("/usr/bin/a".into(), argv, false, 0, 0, 0, 0, 7, 0, 0);
+        let value = OwnedVariant::try_from(zbus::Variant::from(vec![row])).unwrap();
+        assert_eq!(commands(value).unwrap(), [["/usr/bin/a", "-x", "/usr/x"].map(PathBuf::from)]);
     }
 
     #[test]

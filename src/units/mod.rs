@@ -17,6 +17,7 @@ mod policy;
 mod private;
 mod processes;
 mod running;
+mod scripts;
 mod syntax;
 
 pub use action::{Action, Class, How, Verb};

@@ -1,10 +1,12 @@
-//! What processes execute and map, from `/proc`.
+//! The code that processes run, from `/proc`.
 
-use std::collections::BTreeSet;
-use std::fs::Metadata;
-use std::io;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, Metadata};
+use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+
+use super::scripts;
 
 /// Which paths below a directory, relative to it, are of interest.
 pub(super) type Differs<'a> = &'a (dyn Fn(&Path) -> bool + Sync);
@@ -37,10 +39,10 @@ pub(super) fn processes(cgroup: &str) -> Vec<u32> {
 }
 
 fn collect(dir: &Path, pids: &mut Vec<u32>) {
-    if let Ok(text) = std::fs::read_to_string(dir.join("cgroup.procs")) {
+    if let Ok(text) = fs::read_to_string(dir.join("cgroup.procs")) {
         pids.extend(text.lines().filter_map(|line| line.parse::<u32>().ok()));
     }
-    let Ok(entries) = std::fs::read_dir(dir) else { return };
+    let Ok(entries) = fs::read_dir(dir) else { return };
     for entry in entries.flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
             collect(&entry.path(), pids);
@@ -48,43 +50,96 @@ fn collect(dir: &Path, pids: &mut Vec<u32>) {
     }
 }
 
-/// The files under `/usr`, relative to it, that a process executes or maps and that are not the files
-/// which stand at these paths now.
+/// Returns the files below `/usr`, relative to it, that a process executes or maps as code and that are not the files at
+/// these paths now.
 pub fn mapped_files(pid: u32) -> BTreeSet<String> {
-    mapped_below(pid, Path::new("/usr"), Version::Replaced, &|_| true)
+    code_of(pid, Path::new("/usr"), Version::Replaced, &|_| true).files
 }
 
-/// The files below `root` that `differs`, mapped in the `version` asked for.
-pub(super) fn mapped_below(pid: u32, root: &Path, version: Version, differs: Differs<'_>) -> BTreeSet<String> {
+/// The code of one process.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Code {
+    /// Files below the root, relative to it, of the version that was asked for and of interest.
+    pub(super) files: BTreeSet<String>,
+    /// Whether the program itself is of that version, also if it is not of interest.
+    pub(super) of_version: bool,
+}
+
+/// Returns the code below `root` that a process runs: what it executes, libraries, and the script that its program
+/// interprets.
+pub(super) fn code_of(pid: u32, root: &Path, version: Version, differs: Differs<'_>) -> Code {
     let process = PathBuf::from(format!("/proc/{pid}"));
     if !is_rooted_here(&process) {
-        return BTreeSet::new();
+        return Code::default();
     }
-    let maps = std::fs::read(process.join("maps")).unwrap_or_default();
-    let maps = String::from_utf8_lossy(&maps);
-    let mut seen = BTreeSet::new();
-    let mut old = BTreeSet::new();
-    for mapping in mappings(&maps) {
-        let Ok(path) = Path::new(mapping.path).strip_prefix(root) else { continue };
-        // A file is mapped in several pieces, and one path may stand for an old and a new file.
-        if !seen.insert((mapping.path, mapping.file)) || !differs(path) {
-            continue;
-        }
-        // Through the link the kernel answers in terms of the filesystem that the file was opened on.
-        // The device and inode in the text may be those of a layer below an overlay.
-        let mapped = std::fs::metadata(process.join("map_files").join(mapping.range));
-        if is_old(&mapped, &std::fs::metadata(mapping.path)) == (version == Version::Replaced) {
-            old.insert(path.to_string_lossy().into_owned());
+    let mut code = Code { files: mapped_below(&process, root, version, differs), of_version: false };
+    // Scripts are read, not mapped. Their own file tells their version if it is still open, else the program does.
+    let program = fs::read_link(process.join("exe")).unwrap_or_default();
+    let program = PathBuf::from(program.to_string_lossy().trim_end_matches(" (deleted)"));
+    if program.starts_with(root) {
+        let is_of = |file: &Path, path: &Path| {
+            is_old(&fs::metadata(file), &fs::metadata(path)) == (version == Version::Replaced)
+        };
+        code.of_version = is_of(&process.join("exe"), &program);
+        let arguments = fs::read(process.join("cmdline")).unwrap_or_default();
+        if let Some(script) = scripts::of(&scripts::split(&arguments), &program) {
+            let of_version = open_file(&process, &script).map_or(code.of_version, |file| is_of(&file, &script));
+            if of_version {
+                code.files.extend(scripts::below(&script, root).into_iter().filter(|path| differs(Path::new(path))));
+            }
         }
     }
     // A process that ended in the meantime runs nothing; its links were gone, not incomparable.
-    if process.exists() { old } else { BTreeSet::new() }
+    if process.exists() { code } else { Code::default() }
+}
+
+/// Returns the link to a file that a process has open.
+fn open_file(process: &Path, path: &Path) -> Option<PathBuf> {
+    let files = fs::read_dir(process.join("fd")).ok()?.flatten().map(|entry| entry.path());
+    files.into_iter().find(|file| fs::read_link(file).is_ok_and(|to| to == path))
+}
+
+/// Returns the files below `root` that `differs`, mapped as code in the `version` asked for.
+fn mapped_below(process: &Path, root: &Path, version: Version, differs: Differs<'_>) -> BTreeSet<String> {
+    let maps = fs::read(process.join("maps")).unwrap_or_default();
+    let maps = String::from_utf8_lossy(&maps);
+    // A file is mapped in several pieces, and one path may stand for an old and a new file.
+    let mut files: BTreeMap<_, Mapping<'_>> = BTreeMap::new();
+    for mapping in mappings(&maps).filter(|mapping| Path::new(mapping.path).starts_with(root)) {
+        let executable = mapping.executable;
+        files.entry((mapping.path, mapping.file)).or_insert(mapping).executable |= executable;
+    }
+    let mut found = BTreeSet::new();
+    for mapping in files.into_values() {
+        let Ok(path) = Path::new(mapping.path).strip_prefix(root) else { continue };
+        // Through the link the kernel answers in terms of the filesystem that the file was opened on.
+        // The device and inode in the text may be those of a layer below an overlay.
+        let link = process.join("map_files").join(&mapping.range);
+        if !differs(path) || !(mapping.executable || is_elf(&link)) {
+            continue;
+        }
+        if is_old(&fs::metadata(&link), &fs::metadata(mapping.path)) == (version == Version::Replaced) {
+            found.insert(path.to_string_lossy().into_owned());
+        }
+    }
+    found
+}
+
+/// Returns true for programs and libraries, also those of data alone, and for what cannot be read. Locales, caches and
+/// other data are not code: a process keeps what it has mapped, and the next one reads the new file.
+fn is_elf(file: &Path) -> bool {
+    let mut magic = [0; 4];
+    let read = fs::File::open(file).and_then(|mut file| file.read_exact(&mut magic));
+    match read {
+        Ok(()) => magic == *b"\x7fELF",
+        Err(error) => error.kind() != io::ErrorKind::UnexpectedEof,
+    }
 }
 
 /// Whether a process has our root directory. One that has another, in a container, runs nothing of our `/usr`, whatever
 /// its paths are called. A service's own mount namespace has a root of its own, too, but of the same directory.
 fn is_rooted_here(process: &Path) -> bool {
-    let place = |path: &Path| std::fs::metadata(path).map(|root| (root.dev(), root.ino())).ok();
+    let place = |path: &Path| fs::metadata(path).map(|root| (root.dev(), root.ino())).ok();
     let theirs = place(&process.join("root"));
     theirs.is_none() || theirs == place(Path::new("/"))
 }
@@ -105,6 +160,8 @@ struct Mapping<'a> {
     range: String,
     /// Device and inode; they tell files apart, but not what is at the path.
     file: (&'a str, &'a str),
+    /// Whether it may be executed, by the second column.
+    executable: bool,
     /// The sixth column, without the kernel's `(deleted)` mark.
     path: &'a str,
 }
@@ -114,9 +171,10 @@ fn mappings(maps: &str) -> impl Iterator<Item = Mapping<'_>> {
     maps.lines().filter_map(|line| {
         let mut columns = line.split_whitespace();
         let range = range_name(columns.next()?)?;
-        let file = (columns.nth(2)?, columns.next()?);
+        let executable = columns.next()?.contains('x');
+        let file = (columns.nth(1)?, columns.next()?);
         let path = &line[line.find('/')?..];
-        Some(Mapping { range, file, path: path.strip_suffix(" (deleted)").unwrap_or(path) })
+        Some(Mapping { range, file, executable, path: path.strip_suffix(" (deleted)").unwrap_or(path) })
     })
 }
 
@@ -143,7 +201,10 @@ mod tests {
 nonsense
 ";
         let found: Vec<_> = mappings(text).collect();
-        assert_eq!(found[0], Mapping { range: "400000-402000".into(), file: ("fe:00", "1234"), path: "/usr/bin/cat" });
+        let cat = ("fe:00", "1234");
+        let first = Mapping { range: "400000-402000".into(), file: cat, executable: false, path: "/usr/bin/cat" };
+        assert_eq!(found[0], first);
+        assert!(found[1].executable);
         assert_eq!(found[1].path, "/usr/lib/x86_64-linux-gnu/libc.so.6");
         assert_eq!(found[2].path, "/usr/lib/with space.so");
         assert_eq!(found.len(), 3);
@@ -151,22 +212,106 @@ nonsense
 
     #[test]
     fn what_cannot_be_compared_is_old() {
-        let here = || std::fs::metadata("/");
-        let nowhere = || std::fs::metadata("/nonexistent");
+        let here = || fs::metadata("/");
+        let nowhere = || fs::metadata("/nonexistent");
         assert!(!is_old(&here(), &here()));
-        assert!(is_old(&here(), &std::fs::metadata("/proc/self/maps")));
+        assert!(is_old(&here(), &fs::metadata("/proc/self/maps")));
         assert!(is_old(&here(), &nowhere()) && is_old(&nowhere(), &here()));
+    }
+
+    /// Returns false, and says so, where the kernel does not show mapped files to this user.
+    fn sees_mapped_files() -> bool {
+        let seen = fs::read_dir("/proc/self/map_files")
+            .and_then(|mut files| files.next().ok_or(io::ErrorKind::NotFound)?)
+            .and_then(|file| fs::metadata(file.path()));
+        if seen.is_err() {
+            eprintln!("skipped: needs root's /proc/self/map_files");
+        }
+        seen.is_ok()
+    }
+
+    fn replace(path: &Path, content: &[u8]) {
+        use std::os::unix::fs::PermissionsExt;
+        let new = path.with_extension("new");
+        fs::write(&new, content).unwrap();
+        fs::set_permissions(&new, fs::Permissions::from_mode(0o755)).unwrap();
+        fs::rename(&new, path).unwrap();
+    }
+
+    fn wait_for(mut condition: impl FnMut() -> bool) {
+        while !condition() {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+    }
+
+    #[test]
+    fn a_script_is_code_of_its_interpreter() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().canonicalize().unwrap();
+        let (shell, script) = (root.join("sh"), root.join("run"));
+        let install = |comment: &str| {
+            replace(&shell, &fs::read("/bin/sh").unwrap());
+            replace(&script, format!("#!{} -e\n# {comment}\nread line\n", shell.display()).as_bytes());
+        };
+        let start = || {
+            let mut command = std::process::Command::new(&script);
+            let child = command.arg("argument").stdin(std::process::Stdio::piped()).spawn().unwrap();
+            let cmdline = format!("/proc/{}/cmdline", child.id());
+            wait_for(|| fs::read(&cmdline).is_ok_and(|text| text.starts_with(shell.as_os_str().as_encoded_bytes())));
+            child
+        };
+        // Only the script differs: the interpreter has the same content on both sides.
+        let changed = |child: &std::process::Child, version| {
+            code_of(child.id(), &root, version, &|path| path == Path::new("run")).files
+        };
+        let run = BTreeSet::from(["run".to_owned()]);
+        install("one");
+        let mut first = start();
+        assert_eq!(changed(&first, Version::Current), run);
+        assert_eq!(changed(&first, Version::Replaced), BTreeSet::new());
+        install("two");
+        let mut second = start();
+        assert_eq!(changed(&first, Version::Replaced), run);
+        assert_eq!(changed(&first, Version::Current), BTreeSet::new());
+        assert_eq!(changed(&second, Version::Replaced), BTreeSet::new(), "restarted once, not again");
+        for child in [&mut first, &mut second] {
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+    }
+
+    #[test]
+    fn locales_are_not_code() {
+        if !sees_mapped_files() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().canonicalize().unwrap();
+        let program = root.join("sleep");
+        fs::copy("/bin/sleep", &program).unwrap();
+        let locale = root.join("locale/C.UTF-8");
+        fs::create_dir_all(&locale).unwrap();
+        for entry in fs::read_dir("/usr/lib/locale/C.utf8").unwrap().flatten() {
+            if entry.path().is_file() {
+                fs::copy(entry.path(), locale.join(entry.file_name())).unwrap();
+            }
+        }
+        let mut command = std::process::Command::new(&program);
+        let locales = [("LC_ALL", "C.UTF-8".as_ref()), ("LOCPATH", root.join("locale").as_os_str())]
+            .map(|(k, v): (&str, &std::ffi::OsStr)| (k, v.to_owned()));
+        let mut child = command.arg("60").envs(locales).spawn().unwrap();
+        let maps = format!("/proc/{}/maps", child.id());
+        wait_for(|| fs::read_to_string(&maps).unwrap().contains("/LC_CTYPE"));
+        let code = code_of(child.id(), &root, Version::Current, &|_| true);
+        assert_eq!(code, Code { files: BTreeSet::from(["sleep".to_owned()]), of_version: true });
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 
     /// A program that is replaced while it runs, as a package manager does it, then started again.
     #[test]
     fn a_program_is_old_once_its_file_is_replaced() {
-        if std::fs::read_dir("/proc/self/map_files")
-            .and_then(|mut files| files.next().ok_or(io::ErrorKind::NotFound)?)
-            .and_then(|file| std::fs::metadata(file.path()))
-            .is_err()
-        {
-            eprintln!("skipped: needs root's /proc/self/map_files");
+        if !sees_mapped_files() {
             return;
         }
         let dir = tempfile::tempdir().unwrap();
@@ -176,23 +321,23 @@ nonsense
             let child = std::process::Command::new(&program).arg("60").spawn().unwrap();
             // spawn() returns before the kernel has mapped the program.
             let maps = format!("/proc/{}/maps", child.id());
-            while !std::fs::read_to_string(&maps).unwrap().contains("/sleep") {
+            while !fs::read_to_string(&maps).unwrap().contains("/sleep") {
                 std::thread::sleep(std::time::Duration::from_millis(5));
             }
-            (mapped_below(child.id(), &root, Version::Replaced, &|_| true), child)
+            (code_of(child.id(), &root, Version::Replaced, &|_| true).files, child)
         };
-        std::fs::copy("/bin/sleep", &program).unwrap();
+        fs::copy("/bin/sleep", &program).unwrap();
         let (old, mut first) = start();
         assert_eq!(old, BTreeSet::new(), "what was just started is current");
-        std::fs::copy("/bin/sleep", root.join("new")).unwrap();
-        std::fs::rename(root.join("new"), &program).unwrap();
-        let of = |version, differs: bool| mapped_below(first.id(), &root, version, &move |_| differs);
+        fs::copy("/bin/sleep", root.join("new")).unwrap();
+        fs::rename(root.join("new"), &program).unwrap();
+        let of = |version, differs: bool| code_of(first.id(), &root, version, &move |_| differs).files;
         assert_eq!(of(Version::Replaced, true), BTreeSet::from(["sleep".to_owned()]));
         assert_eq!(of(Version::Replaced, false), BTreeSet::new(), "the node image has the same");
         assert_eq!(of(Version::Current, true), BTreeSet::new(), "it is one or the other");
         let (old, mut second) = start();
         assert_eq!(old, BTreeSet::new(), "restarted once, not again");
-        let current = mapped_below(second.id(), &root, Version::Current, &|_| true);
+        let current = code_of(second.id(), &root, Version::Current, &|_| true).files;
         assert_eq!(current, BTreeSet::from(["sleep".to_owned()]));
         for child in [&mut first, &mut second] {
             child.kill().unwrap();

@@ -11,7 +11,8 @@ use super::files::release_of;
 use super::manager::Unit;
 use super::plan::LOGIND;
 use super::policy::Wish;
-use super::processes::{Differs, Version, mapped_below, processes};
+use super::processes::{Differs, Version, code_of, processes};
+use super::scripts;
 use super::syntax::is_true;
 use super::{Manager, Refusal, UnitState};
 
@@ -136,6 +137,27 @@ pub async fn active(manager: &Manager) -> Result<BTreeSet<String>> {
     Ok(manager.list().await?.into_iter().filter(|unit| unit.active == "active").map(|unit| unit.name).collect())
 }
 
+/// Returns the files below `/usr` that differ and that a service runs: code of its processes, and the programs and
+/// scripts of its `ExecStart=`, which may have started others in their place.
+async fn code_of_service(manager: &Manager, unit: &Unit, sides: &Sides<'_>) -> Result<BTreeSet<String>> {
+    let usr = Path::new("/usr");
+    let mut changed = BTreeSet::new();
+    let mut of_version = false;
+    for pid in processes(&manager.control_group(unit).await?) {
+        let code = code_of(pid, usr, sides.version, sides.differs);
+        changed.extend(code.files);
+        of_version |= code.of_version;
+    }
+    if of_version {
+        for command in manager.commands(unit).await? {
+            let script = command.first().and_then(|program| scripts::of(&command, program));
+            let files = command.first().into_iter().chain(&script).flat_map(|path| scripts::below(path, usr));
+            changed.extend(files.filter(|path| (sides.differs)(Path::new(path))));
+        }
+    }
+    Ok(changed)
+}
+
 /// `None` for a unit that is the same on both sides.
 async fn look(
     manager: &Manager,
@@ -148,9 +170,7 @@ async fn look(
     let is_service = name.ends_with(".service");
     let mut changed = BTreeSet::new();
     if is_service {
-        for pid in processes(&manager.control_group(unit).await?) {
-            changed.extend(mapped_below(pid, Path::new("/usr"), sides.version, sides.differs));
-        }
+        changed = code_of_service(manager, unit, sides).await?;
     }
     let old = sides.old.get(name);
     let new = sides.new.definition(name);
