@@ -67,6 +67,15 @@ pub(super) async fn stage(context: &Context, pulled: PulledImage, flow: Flow) ->
     Ok(staged)
 }
 
+/// Checks, before the first byte is fetched, everything that needs nothing of the image. Staging checks it again.
+///
+/// # Errors
+/// [`Error::Refused`] with everything that would keep the switch from beginning. Nothing is changed in any case.
+pub(super) async fn check_machine() -> Result<(), Error> {
+    let look = || refuse(stage::check_system(&Namespace::init().mounts()?, Path::new(USR), Path::new(ETC)));
+    tokio::task::spawn_blocking(look).await.context("looking at the machine panicked")?
+}
+
 /// Repeats, when a switch begins that an earlier call has staged, the checks whose result may have changed meanwhile.
 /// Returns false if `/etc` must be planned again.
 ///

@@ -29,7 +29,10 @@ pub(super) async fn next(
                 context.tracker.update(|status| status.state = State::NothingToDo);
                 Step::NothingToDo { reason, isolated: false }
             }
-            Start::Go => Step::Resolved(fetch::resolve(context, ticket).await?),
+            Start::Go => {
+                prepare::check_machine().await?;
+                Step::Resolved(fetch::resolve(context, ticket).await?)
+            }
         },
         Step::NothingToDo { reason, isolated: false } if goal == Goal::Finished && record.flow() == Flow::Bootstrap => {
             after::isolate(context).await?;
