@@ -3,10 +3,10 @@
 //! Runs as root (owners, trusted attributes), as the agent does.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+#[path = "pull/booted.rs"]
+mod booted;
 #[path = "pull/completing.rs"]
 mod completing;
-#[path = "pull/damaged.rs"]
-mod damaged;
 #[path = "pull/derived.rs"]
 mod derived;
 #[path = "pull/disk.rs"]

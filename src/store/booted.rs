@@ -8,6 +8,7 @@ use anyhow::Context;
 use ostree::gio;
 
 use super::object::{ObjectId, ObjectSet, ObjectType, loose_path, read_metadata};
+use super::place::is_bare;
 use super::refs::layer_ref;
 
 /// The booted system's repo and the commit it runs.
@@ -56,9 +57,9 @@ impl BootedRepo {
         self.path.join(loose_path(id, kind))
     }
 
-    /// The names of all content objects, by listing 256 directories.
+    /// The names of all content objects that are files of a system, by listing 256 directories.
     pub fn content_objects(&self) -> io::Result<ObjectSet> {
-        list_content(&self.path)
+        if has_plain_files(&self.path) { list_content(&self.path) } else { Ok(ObjectSet::new()) }
     }
 
     /// Whether an import left a ref for this layer here, so that all its objects are here.
@@ -96,6 +97,13 @@ fn running_commit(deploy: &Path) -> Option<String> {
 fn commit_of_deployment(name: &str) -> Option<String> {
     let (commit, serial) = name.split_once('.')?;
     (commit.parse::<ObjectId>().is_ok() && serial.parse::<u32>().is_ok()).then(|| commit.to_owned())
+}
+
+/// Returns true if content objects have their own owner, mode and attributes, as in a repo of mode `bare`. In other
+/// modes these are kept elsewhere (in an attribute of a file of another owner, for example), so whatever reads the
+/// files would take the wrong ones.
+pub(super) fn has_plain_files(repo: &Path) -> bool {
+    std::fs::read_to_string(repo.join("config")).map_or(true, |config| is_bare(&config))
 }
 
 /// The names of all `.file` objects of a repo. A directory that is missing holds none.

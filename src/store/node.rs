@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
 
-use super::booted::list_content;
+use super::booted::{has_plain_files, list_content};
 use super::disk::Disk;
 use super::object::{ObjectId, ObjectSet, ObjectType, loose_path, read_metadata};
 use super::place::is_bare;
@@ -35,6 +35,7 @@ pub struct NodeStore {
     root: PathBuf,
     repo: PathBuf,
     parent: Option<PathBuf>,
+    parent_has_plain_files: bool,
     disk: Option<Disk>,
 }
 
@@ -72,7 +73,7 @@ impl NodeStore {
         }
         // Last and in one step: a repo with a config is a whole repo.
         replace(&repo.join("config"), config.as_bytes()).context("writing the node store's config")?;
-        Ok(Self { root: root.to_owned(), repo, parent, disk: None })
+        Ok(Self::in_ram(root, repo, parent))
     }
 
     /// The store in the system's repo, which is at `repo` for everybody. Where that cannot be written,
@@ -89,7 +90,13 @@ impl NodeStore {
         ensure!(is_bare(&config), "the ostree repo {place} is not of the mode bare; set store = \"ram\"");
         let disk = Disk::open(repo, view)
             .with_context(|| format!("the ostree repo {place} cannot be written; mend that, or set store = \"ram\""))?;
-        Ok(Self { root: disk.volatile(), repo: disk.repo.clone(), parent: None, disk: Some(disk) })
+        Ok(Self {
+            root: disk.volatile(),
+            repo: disk.repo.clone(),
+            parent: None,
+            parent_has_plain_files: true,
+            disk: Some(disk),
+        })
     }
 
     /// Opens the RAM store that an earlier run made below `root`.
@@ -98,7 +105,12 @@ impl NodeStore {
         let config = fs::read_to_string(repo.join("config"))
             .with_context(|| format!("there is no node store at {}", root.display()))?;
         let parent = config.lines().find_map(|line| line.strip_prefix("parent=")).map(PathBuf::from);
-        Ok(Self { root: root.to_owned(), repo, parent, disk: None })
+        Ok(Self::in_ram(root, repo, parent))
+    }
+
+    fn in_ram(root: &Path, repo: PathBuf, parent: Option<PathBuf>) -> Self {
+        let parent_has_plain_files = parent.as_deref().is_none_or(has_plain_files);
+        Self { root: root.to_owned(), repo, parent, parent_has_plain_files, disk: None }
     }
 
     /// Whether this is the system's repo.
@@ -136,9 +148,13 @@ impl NodeStore {
         self.own_object(id, kind).is_some()
     }
 
-    /// Where the object is: here, or in the parent (the booted repo, maybe on another file system).
+    /// Where the object is: here, or in the parent (the booted repo, maybe on another file system). Content of a parent
+    /// that is not of mode `bare` does not count.
     pub fn find_object(&self, id: &ObjectId, kind: ObjectType) -> Option<PathBuf> {
-        self.own_object(id, kind).or_else(|| there(self.parent.as_ref()?.join(loose_path(id, kind))))
+        self.own_object(id, kind).or_else(|| {
+            let found = there(self.parent.as_ref()?.join(loose_path(id, kind)))?;
+            (kind != ObjectType::File || self.parent_has_plain_files).then_some(found)
+        })
     }
 
     fn own_object(&self, id: &ObjectId, kind: ObjectType) -> Option<PathBuf> {

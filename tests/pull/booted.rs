@@ -1,4 +1,4 @@
-//! Booted repos with metadata objects that a power cut left empty, short or altered.
+//! Unusual booted repos: metadata objects that a power cut left empty, short or altered, and other modes than `bare`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -62,5 +62,29 @@ async fn damaged_metadata_of_the_booted_repo_are_read_from_the_image() {
                 fsck(&path);
             }
         }
+    }
+}
+
+/// Every file is copied with another label, which takes its owner, mode and attributes.
+#[tokio::test(flavor = "multi_thread")]
+async fn booted_repos_of_other_modes_lead_to_the_same_commit() {
+    let bench = Bench::new();
+    let mut image = base(&bench, Labels::Missing);
+    image.layers.push(layer(&[file("usr/share/more", "more")]));
+    let spec = bench.push(&image, "os:1");
+    let whole = bench.store("whole", None);
+    let commit = try_pull_with(&spec, &whole, None, complete()).await.unwrap().commit;
+    let expected = listing(whole.repo_path(), &commit);
+    for mode in ["bare", "bare-user", "archive"] {
+        let path = bench.path(mode);
+        let (mode_option, repo) = (format!("--mode={mode}"), format!("--repo={}", path.display()));
+        run("ostree", &["init", &mode_option, &repo]);
+        run("ostree", &["pull-local", &repo, bench.repo.path.to_str().unwrap(), &image.commit]);
+        let booted = BootedRepo { path, commit: Some(image.commit.clone()) };
+        let store = bench.store(&format!("store-{mode}"), Some(&booted));
+        let pulled = try_pull_with(&spec, &store, Some(&booted), complete()).await.unwrap();
+        assert_eq!(pulled.commit, commit, "{mode}");
+        assert_eq!(listing(store.repo_path(), &commit), expected, "{mode}");
+        assert_eq!(NodeStore::on_disk(&booted.path, None).is_ok(), mode == "bare", "{mode}");
     }
 }
