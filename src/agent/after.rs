@@ -12,8 +12,8 @@ use crate::mount;
 use crate::report::{Phase, State};
 use crate::units::{Flow, Manager, Verb};
 
-/// How long one unit may take to restart before we go on without it. Longer than systemd itself waits by default (90 s)
-/// until it kills what does not stop.
+/// Time limit for the restart of one unit, after which the refresh continues without it. Longer than systemd itself waits by
+/// default (90 s) until it kills a unit that does not stop.
 pub(super) const RESTART: Duration = Duration::from_secs(100);
 
 /// Users, files, caches, PID 1, the bus and the units that run old code. Idempotent: a daemon that
@@ -26,7 +26,7 @@ pub(super) async fn refresh(context: &Context, mut switched: Switched, flow: Flo
     let delta = switched.staged.delta.lookup()?;
     let differs = |path: &Path| delta.contains(path).unwrap_or(true);
 
-    // First of all: until the kernel knows the labels of what was written, nobody may use it.
+    // First: until the kernel knows the labels of the new files, confined programs cannot use them.
     switch::load_policy(context, &switched.staged).await?;
     // Then PID 1, which may be unable to start anything until it is the one of this /usr, and needs nothing but
     // its libraries.
@@ -120,7 +120,7 @@ pub(super) async fn isolate(context: &Context) -> Result<(), Error> {
     let not =
         || format!("{target} was not isolated, everything before that is done; start node-image-finish.service again");
     let manager = Manager::connect().await.with_context(not)?;
-    // Whoever went there in the meantime mends something: it is not taken away under his hands.
+    // An administrator who went there in the meantime is fixing something, and must not be interrupted.
     for refuge in ["rescue.target", "emergency.target"].into_iter().filter(|refuge| *refuge != target) {
         if manager.is_up_or_coming(refuge).await.with_context(not)? {
             return Err(anyhow::anyhow!(

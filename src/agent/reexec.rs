@@ -13,7 +13,7 @@ use crate::units::{self, Manager};
 /// Units that a message names at most.
 const NAMED: usize = 10;
 
-/// PID 1 becomes the node image's if its files changed, and knows the new unit files in any case.
+/// Re-executes PID 1 if its files changed, else reloads it: it knows the new unit files in both cases.
 pub(super) async fn renew_manager(context: &Context, differs: Differs<'_>) -> Result<Manager> {
     let manager = Manager::connect().await?;
     if units::mapped_files(1).iter().any(|path| differs(Path::new(path))) {
@@ -31,9 +31,9 @@ pub(super) async fn renew_manager(context: &Context, differs: Differs<'_>) -> Re
     }
 }
 
-/// PID 1 becomes that of the `/usr` in place, and so do the managers of users. They keep what they have started, as it
-/// does. From version 255 on they start services through a program of the `/usr` that they come from: left alone,
-/// they could start nothing any more.
+/// Re-executes PID 1 and the managers of users from the `/usr` in place. All keep the units that they have started. From
+/// version 255 on a manager starts services through a program of the `/usr` that it comes from: one that is not
+/// re-executed cannot start anything any more.
 pub(super) async fn reexecute(manager: Manager, troubles: &mut Vec<String>) -> Result<Manager> {
     let release = manager.version().await.ok().and_then(|version| units::release(&version));
     let before = states(&manager).await?;
@@ -45,7 +45,7 @@ pub(super) async fn reexecute(manager: Manager, troubles: &mut Vec<String>) -> R
     if release.is_some_and(|release| release >= 250)
         && let Err(error) = reexecute_users(&manager, troubles).await
     {
-        troubles.push(format!("no user's manager was told to re-execute itself: {error:#}"));
+        troubles.push(format!("cannot list the managers of users to re-execute them: {error:#}"));
     }
     Ok(manager)
 }
@@ -53,9 +53,9 @@ pub(super) async fn reexecute(manager: Manager, troubles: &mut Vec<String>) -> R
 async fn reexecute_users(manager: &Manager, troubles: &mut Vec<String>) -> Result<()> {
     for unit in units::active(manager).await?.iter().filter(|unit| unit.starts_with("user@")) {
         match manager.reexecute_user(unit).await {
-            Ok(()) => info!("{unit}: told to re-execute itself"),
+            Ok(()) => info!("{unit}: asked to re-execute itself"),
             Err(error) => troubles.push(format!(
-                "{unit} goes on as it was and may be unable to start anything, until its user has logged out: {error:#}"
+                "cannot re-execute {unit}: {error:#}; it may be unable to start anything until its user has logged out"
             )),
         }
     }

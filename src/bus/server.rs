@@ -22,7 +22,7 @@ use super::{INTERFACE, NAME, PATH, build};
 use crate::agent::Agent;
 use crate::report::Status;
 
-/// How often a bus that is down or restarting is tried again.
+/// Time between attempts to reach a bus that is down or restarting.
 const BUS_RETRY: Duration = Duration::from_secs(5);
 
 /// Opens the private socket and starts serving both ways in the background. When this returns, a
@@ -55,7 +55,7 @@ async fn accept(listener: UnixListener, agent: Arc<Agent>) {
         tokio::spawn(async move {
             let gone = CancellationToken::new();
             match private_connection(stream, Pivot { agent, gone: gone.clone() }).await {
-                // The connection lives as long as somebody holds it.
+                // The connection ends when it is dropped.
                 Ok(connection) => {
                     connection.closed().await;
                     gone.cancel();

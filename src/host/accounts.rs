@@ -42,7 +42,7 @@ pub struct Accounts {
     groups: Vec<Group>,
 }
 
-/// What happens to the accounts that only the node image has.
+/// The decisions about the accounts that only the node image has.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct AccountPlan {
     /// Users to add.

@@ -30,7 +30,7 @@ pub enum Entry {
 pub struct UnitDirectory {
     /// As the machine has it, such as `/usr/lib/systemd/system`.
     pub path: String,
-    /// What is in it.
+    /// Its files and links, by name.
     pub entries: BTreeMap<String, Entry>,
 }
 
@@ -41,12 +41,12 @@ pub struct UnitFiles(pub Vec<UnitDirectory>);
 /// Sections with their keys, each with its values in order. An empty assignment has emptied the list before it.
 pub type Settings = BTreeMap<String, BTreeMap<String, Vec<String>>>;
 
-/// What a unit is, in effect.
+/// A unit as its files define it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Definition {
-    /// Where its fragment is; absent for one that has drop-ins only.
+    /// Path of its fragment; absent if it has drop-ins only.
     pub fragment: Option<String>,
-    /// Whether it is masked.
+    /// True for a masked unit.
     #[serde(default)]
     pub masked: bool,
     /// Fragment and drop-ins together.
@@ -169,7 +169,7 @@ impl UnitFiles {
             let Some(target) = self.resolve(alias).filter(|target| target.text.is_some()) else { continue };
             let alias = match with_instance(target.file, alias) {
                 target if target == primary => alias.clone(),
-                // An alias of a template is one of each of its instances that has no file of its own.
+                // An alias of a template is one of each of its instances without an own file.
                 target if target == found.file => with_instance(alias, name),
                 _ => continue,
             };

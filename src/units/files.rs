@@ -40,9 +40,9 @@ pub type EtcChanges = BTreeMap<PathBuf, Option<PathBuf>>;
 /// A system as its unit files see it.
 #[derive(Debug, Clone, Default)]
 pub struct Root {
-    /// What is, or will be, at `/usr`.
+    /// The tree that is, or will be, at `/usr`.
     pub usr: PathBuf,
-    /// What the merge does to `/etc`, by path relative to it.
+    /// Changes of the merge to `/etc`, by path relative to it.
     pub etc: EtcChanges,
 }
 
@@ -97,7 +97,7 @@ impl Root {
         match listed.map(fs::read_dir) {
             Some(Ok(entries)) => {
                 for entry in entries {
-                    // A name that is not UTF-8 is no name of a unit.
+                    // A name that is not UTF-8 cannot be the name of a unit.
                     names.extend(entry?.file_name().into_string());
                 }
             }

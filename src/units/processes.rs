@@ -61,7 +61,7 @@ pub fn mapped_files(pid: u32) -> BTreeSet<String> {
 pub(super) struct Code {
     /// Files below the root, relative to it, of the version that was asked for and of interest.
     pub(super) files: BTreeSet<String>,
-    /// Whether the program itself is of that version, also if it is not of interest.
+    /// True if the program itself is of that version, also if it is not of interest.
     pub(super) of_version: bool,
 }
 
@@ -136,15 +136,15 @@ fn is_elf(file: &Path) -> bool {
     }
 }
 
-/// Whether a process has our root directory. One that has another, in a container, runs nothing of our `/usr`, whatever
-/// its paths are called. A service's own mount namespace has a root of its own, too, but of the same directory.
+/// Returns true if a process has the agent's root directory. A process with another one, as in a container, does not run
+/// code of this `/usr`, whatever its paths are called. A service with a private mount namespace has the same directory.
 fn is_rooted_here(process: &Path) -> bool {
     let place = |path: &Path| fs::metadata(path).map(|root| (root.dev(), root.ino())).ok();
     let theirs = place(&process.join("root"));
     theirs.is_none() || theirs == place(Path::new("/"))
 }
 
-/// Whether what is mapped is another file than the one at its path now. What cannot be compared is:
+/// Returns true if `mapped` is another file than the one at its path now. Files that cannot be compared count as different:
 /// a needless restart is the smaller mistake.
 fn is_old(mapped: &io::Result<Metadata>, now: &io::Result<Metadata>) -> bool {
     match (mapped, now) {
@@ -160,7 +160,7 @@ struct Mapping<'a> {
     range: String,
     /// Device and inode; they tell files apart, but not what is at the path.
     file: (&'a str, &'a str),
-    /// Whether it may be executed, by the second column.
+    /// True for an executable mapping, by the second column.
     executable: bool,
     /// The sixth column, without the kernel's `(deleted)` mark.
     path: &'a str,

@@ -1,4 +1,4 @@
-//! What is active: what the processes of each service run, and how its definition differs.
+//! The active units: the code that the processes of each service run, and the differences of its definition.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -25,11 +25,11 @@ pub struct Sides<'a> {
     pub version: Version,
     /// Which files differ.
     pub differs: Differs<'a>,
-    /// What units are, or were when the switch began. A unit that is not in here is not compared.
+    /// Definitions of the old side, as of the beginning of the switch. Other units are not compared.
     pub old: &'a Definitions,
-    /// What they will be, or are by now.
+    /// Unit files of the new side.
     pub new: &'a UnitFiles,
-    /// What the final target pulls in of the new side, and did not of the old one.
+    /// Units that the final target pulls in on the new side only.
     pub arriving: &'a BTreeSet<String>,
     /// The release of the new side's systemd, where that is known.
     pub systemd: Option<u32>,
@@ -51,7 +51,7 @@ pub async fn survey(manager: &Manager, sides: &Sides<'_>) -> Result<(Vec<UnitSta
         let looked = look(manager, unit, sides, (&active, &there), &mut troubles).await;
         match looked.with_context(|| format!("{}: cannot tell what it runs", unit.name)) {
             Ok(state) => states.extend(state),
-            // Then nothing can be told of the others either.
+            // The other units cannot be looked at either.
             Err(error) if Manager::is_lost(&error) => return Err(error),
             Err(error) => troubles.push(format!("{error:#}")),
         }
@@ -119,7 +119,7 @@ async fn along<'a>(
     Ok(seen.into_iter().filter(|name| !own.contains(name)).collect())
 }
 
-/// What the unit file says about jobs by hand.
+/// Returns the job that the unit file refuses to an administrator.
 fn refusal(definition: Definition) -> Option<Refusal> {
     let has = |key| definition.value("Unit", key).is_some_and(is_true);
     if has("RefuseManualStop") { Some(Refusal::Stop) } else { has("RefuseManualStart").then_some(Refusal::Start) }
@@ -158,7 +158,7 @@ async fn code_of_service(manager: &Manager, unit: &Unit, sides: &Sides<'_>) -> R
     Ok(changed)
 }
 
-/// `None` for a unit that is the same on both sides.
+/// Returns `None` for a unit that is the same on both sides.
 async fn look(
     manager: &Manager,
     unit: &Unit,
@@ -187,7 +187,7 @@ async fn look(
     let serves = links.triggers.iter().find(|unit| unit.ends_with(".service")).filter(running);
     let serves = serves.filter(|_| name.ends_with(".socket")).cloned();
     // Who wants the service decides whether it is started at once, also where it is asked for its socket. A target that
-    // is reached only later counts: what it wants is no business of the socket alone.
+    // is reached only later counts: what it wants does not concern the socket alone.
     let of_service = match &serves {
         Some(service) => Some(manager.links_of(service).await?),
         None => None,
@@ -237,7 +237,7 @@ fn is_netlink(sides: &Sides<'_>, socket: &str) -> bool {
     definition.is_some_and(|socket| socket.value("Socket", "ListenNetlink").is_some())
 }
 
-/// Whether what it maps of systemd is of another release than `new`. Of the same one its library may differ, too.
+/// Returns true if a process maps a library of systemd of another release than `new`. Builds of one release may differ, too.
 fn is_other_release(changed: &BTreeSet<String>, new: Option<u32>) -> bool {
     changed.iter().filter_map(|path| release_of(Path::new(path))).any(|old| Some(old) != new)
 }
@@ -268,7 +268,7 @@ mod tests {
         let of = |changed: &[&str], new| is_other_release(&changed.iter().map(|&path| path.into()).collect(), new);
         let library = "lib/x86_64-linux-gnu/systemd/libsystemd-shared-252.so";
         assert!(of(&["lib/systemd/systemd-logind", library], Some(257)));
-        assert!(of(&[library], None), "nobody knows");
+        assert!(of(&[library], None), "unknown release");
         assert!(!of(&[library], Some(252)), "another build");
         assert!(!of(&["lib/systemd/systemd-logind"], Some(257)), "the library is the same file");
     }
