@@ -10,7 +10,7 @@ use super::retry::{Next, Retries};
 use super::{Context, Error, Ticket, storage};
 use crate::config::{ImageSource, Settings};
 use crate::host::{self, SCRIPT};
-use crate::image::{self, Failure, ImageSettings, Kind, PullSpec, ResolvedImage, Source};
+use crate::image::{self, Failure, ImageSettings, Kind, PULL_SCRIPT, ResolvedImage, Source, TagHints};
 use crate::import::{self, PullOptions, PulledImage};
 use crate::report::{Phase, State};
 use crate::selinux;
@@ -21,25 +21,41 @@ use crate::store::{LockError, NodeStore};
 pub(super) async fn resolve(context: &Context, ticket: &Ticket) -> Result<ResolvedImage, Error> {
     let phase = Phase::Resolve;
     context.tracker.begin(phase);
-    let image = with_retry(context, phase, ticket, || async {
+    let (image, choice) = with_retry(context, phase, ticket, || async {
         let configured = wanted(&context.settings).await?;
         let source = Source::open(&image_settings(&context.settings)).await?;
-        let spec: PullSpec = match &configured {
-            ImageSource::Image(text) => text.parse()?,
+        let (spec, choice) = match &configured {
+            ImageSource::Image(text) => (text.parse()?, None),
             // The payload names the node image by digest: nothing else is accepted from here on.
             ImageSource::Release(text) => {
-                image::resolve_release(&source, &text.parse()?, &context.settings.tags()).await?
+                let hints = tag_hints(&context.settings);
+                let (spec, choice) = image::resolve_release(&source, &text.parse()?, &hints).await?;
+                (spec, Some(choice))
             }
         };
-        source.resolve(&spec).await
+        Ok((source.resolve(&spec).await?, choice))
     })
     .await?;
+    if let Some(choice) = &choice {
+        info!("{choice}");
+    }
     context.tracker.update(|status| {
         status.image.get_or_insert_with(|| image.requested.clone());
+        status.image_choice = choice;
         status.digest = Some(image.digest.clone());
     });
     context.tracker.end(phase, State::Running);
     Ok(image)
+}
+
+/// Returns what decides about the tag of a release payload.
+fn tag_hints(settings: &Settings) -> TagHints {
+    let read = |path: &str| std::fs::read_to_string(path).ok();
+    TagHints {
+        configured: settings.image_tags.clone(),
+        script: read(PULL_SCRIPT),
+        os_release: read("/etc/os-release").or_else(|| read("/usr/lib/os-release")),
+    }
 }
 
 /// What is configured; where nothing is, what the installer's own script names.

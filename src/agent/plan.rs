@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::{AddedAccounts, Paths};
 use crate::dirfd::Directory;
 use crate::etc::{self, Class};
-use crate::report::human_bytes;
+use crate::report::{ImageChoice, human_bytes};
 use crate::stage::{DeltaCounts, Need, PackageChanges};
 use crate::units::{self, Action};
 
@@ -32,6 +32,9 @@ pub struct PlanDocument {
 pub struct SwitchPlan {
     /// The image, by digest.
     pub image: String,
+    /// Image of the release payload, where one is asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_choice: Option<ImageChoice>,
     /// Its ostree commit.
     pub commit: String,
     /// The booted commit, if it is known.
@@ -145,6 +148,7 @@ impl SwitchPlan {
                 human_bytes(usr.removed_bytes)
             ),
         ];
+        lines.extend(self.image_choice.iter().map(ToString::to_string));
         match &self.packages {
             Some(packages) => lines.extend(package_lines(packages)),
             None => lines.push("packages: unknown, there is no package database that can be read".to_owned()),
@@ -192,6 +196,7 @@ mod tests {
             etc::Decision { path: "x".into(), class: Class::Conflict, reason: "changed on both sides".into() };
         SwitchPlan {
             image: "r/n@sha256:1".into(),
+            image_choice: None,
             commit: "c".into(),
             booted_commit: None,
             usr: DeltaCounts { added: 2, added_bytes: 2048, ..DeltaCounts::default() },

@@ -42,6 +42,7 @@ pub(super) async fn stage(context: &Context, pulled: PulledImage, flow: Flow) ->
         info!("{line}");
         context.tracker.note(line);
     }
+    document.image_choice = context.tracker.status().image_choice;
     match accounts::preview(&staged, &plan).await {
         Ok(plan) => {
             document.accounts = (&plan).into();
@@ -181,6 +182,7 @@ fn blocking(paths: &Paths, pulled: PulledImage, settings: &Settings) -> Result<(
         .context("cannot store the plan for /etc; nothing was changed")?;
     let document = SwitchPlan {
         image: pulled.image.pinned.clone(),
+        image_choice: None,
         commit: pulled.commit.clone(),
         booted_commit: pulled.booted_commit.clone(),
         usr: delta.counts,

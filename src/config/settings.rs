@@ -206,14 +206,6 @@ impl Settings {
     }
 }
 
-impl Settings {
-    /// Names of the node image in a release payload, in order of preference.
-    pub fn tags(&self) -> Vec<String> {
-        let standard = || ["rhel-coreos-10", "rhel-coreos", "stream-coreos"].map(str::to_owned).to_vec();
-        self.image_tags.clone().unwrap_or_else(standard)
-    }
-}
-
 fn units(rules: &BTreeMap<String, Sourced<String>>) -> Result<Policy> {
     for (pattern, Sourced { value, source }) in rules {
         Policy::new([(pattern.as_str(), value.as_str())]).with_context(|| format!("{source}: units"))?;

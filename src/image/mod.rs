@@ -19,6 +19,7 @@ mod release;
 mod source;
 mod sparse;
 mod spec;
+mod stream;
 pub(crate) mod tarstream;
 
 pub use blob::LayerStream;
@@ -29,6 +30,7 @@ pub use proxy::Reader;
 pub use release::resolve_release;
 pub use source::{ImageDescription, ImageSettings, Source};
 pub use spec::PullSpec;
+pub use stream::{PULL_SCRIPT, TagHints};
 
 use serde::{Deserialize, Serialize};
 

@@ -2,9 +2,16 @@
 //!
 //! Format source: OpenShift's ImageStream in JSON; `spec.tags[].name` and `spec.tags[].from.name`.
 
+use std::collections::BTreeMap;
+
 use serde::Deserialize;
 
 use super::PullSpec;
+use super::stream::{self, NoChoice, TagHints};
+use crate::report::ImageChoice;
+
+/// The annotation that names the stream of a CoreOS image.
+const STREAM_CLASS: &str = "io.openshift.os.streamclass";
 
 /// Why a payload's references give no node image.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -17,6 +24,8 @@ pub(crate) enum NoReference {
         /// Names that the payload has.
         nearby: String,
     },
+    #[error("has several images of CoreOS, {0}, and nothing tells which is meant: name one in image_tags")]
+    Ambiguous(String),
     #[error("has the tag {tag} as {pull_spec:?}, which is not usable: {why}")]
     Unusable { tag: String, pull_spec: String, why: String },
 }
@@ -36,7 +45,15 @@ struct Spec {
 #[derive(Deserialize)]
 struct Tag {
     name: String,
+    #[serde(default)]
+    annotations: Option<BTreeMap<String, String>>,
     from: Option<From>,
+}
+
+impl Tag {
+    fn class(&self) -> Option<&str> {
+        self.annotations.as_ref()?.get(STREAM_CLASS).map(String::as_str)
+    }
 }
 
 #[derive(Deserialize)]
@@ -47,8 +64,8 @@ struct From {
     name: String,
 }
 
-/// The pull spec, by digest, of the first of `wanted` that the references have.
-pub(crate) fn node_image(json: &[u8], wanted: &[String]) -> Result<PullSpec, NoReference> {
+/// Returns the pull spec, by digest, of the tag that `hints` choose, and the choice.
+pub(crate) fn node_image(json: &[u8], hints: &TagHints) -> Result<(PullSpec, ImageChoice), NoReference> {
     let stream: ImageStream =
         serde_json::from_slice(json).map_err(|error| NoReference::Malformed(error.to_string()))?;
     if stream.kind.as_deref() != Some("ImageStream") {
@@ -56,9 +73,16 @@ pub(crate) fn node_image(json: &[u8], wanted: &[String]) -> Result<PullSpec, NoR
         return Err(NoReference::Malformed(format!("its kind is {kind:?}")));
     }
     let tags = stream.spec.tags;
-    let Some(tag) = wanted.iter().find_map(|name| tags.iter().find(|tag| tag.name == *name)) else {
-        return Err(NoReference::NoSuchTag { wanted: wanted.join(", "), nearby: nearby(&tags, wanted) });
-    };
+    let offered: Vec<stream::Tag<'_>> =
+        tags.iter().map(|tag| stream::Tag { name: &tag.name, class: tag.class() }).collect();
+    let choice = stream::choose(hints, &offered).map_err(|none| match none {
+        NoChoice::Missing(wanted) => {
+            NoReference::NoSuchTag { nearby: nearby(&tags, &wanted), wanted: wanted.join(", ") }
+        }
+        NoChoice::Ambiguous(names) => NoReference::Ambiguous(names.join(", ")),
+    })?;
+    let nothing = || NoReference::NoSuchTag { wanted: choice.tag.clone(), nearby: String::new() };
+    let tag = tags.iter().find(|tag| tag.name == choice.tag).ok_or_else(nothing)?;
     let from = tag.from.as_ref();
     let pull_spec = from.map_or("", |from| &from.name);
     let unusable = |why: &str| NoReference::Unusable {
@@ -69,12 +93,12 @@ pub(crate) fn node_image(json: &[u8], wanted: &[String]) -> Result<PullSpec, NoR
     if let Some(kind) = from.and_then(|from| from.kind.as_deref()).filter(|kind| *kind != "DockerImage") {
         return Err(unusable(&format!("it is not an image but {:?}", kind.chars().take(60).collect::<String>())));
     }
-    let spec: PullSpec = pull_spec.parse().map_err(|_| unusable("it is no pull spec"))?;
+    let spec: PullSpec = pull_spec.parse().map_err(|_| unusable("it is not a pull spec"))?;
     // What a tag means can change; the payload's signature would say nothing about the node image.
     if spec.digest().is_none() {
         return Err(unusable("it is not by digest"));
     }
-    Ok(spec)
+    Ok((spec, choice))
 }
 
 /// The payload's names that resemble a wanted one most, for whoever misspelt it.
@@ -128,8 +152,8 @@ mod tests {
         json!({ "name": name, "annotations": {}, "from": { "kind": "DockerImage", "name": from } })
     }
 
-    fn wanted() -> Vec<String> {
-        ["rhel-coreos", "rhel-coreos-10", "stream-coreos"].map(str::to_owned).to_vec()
+    fn wanted() -> TagHints {
+        TagHints::configured(&["rhel-coreos", "rhel-coreos-10", "stream-coreos"].map(str::to_owned))
     }
 
     #[test]
@@ -141,8 +165,30 @@ mod tests {
             tag("rhel-coreos", &spec("22")),
             { "name": "no-from" }
         ]);
-        assert_eq!(node_image(&stream(tags.clone()), &wanted()).unwrap().to_string(), spec("22"));
-        assert_eq!(node_image(&stream(tags), &["stream-coreos".to_owned()]).unwrap().to_string(), spec("11"));
+        assert_eq!(node_image(&stream(tags.clone()), &wanted()).unwrap().0.to_string(), spec("22"));
+        assert_eq!(
+            node_image(&stream(tags), &TagHints::configured(&["stream-coreos".to_owned()])).unwrap().0.to_string(),
+            spec("11")
+        );
+    }
+
+    #[test]
+    fn the_annotation_names_the_stream() {
+        let spec = |byte: &str| format!("q.io/release/art@sha256:{}", byte.repeat(32));
+        let annotated = |name: &str, class: serde_json::Value, from: &str| {
+            let mut tag = tag(name, from);
+            tag["annotations"] = class;
+            tag
+        };
+        let json = stream(json!([
+            annotated("rhel-coreos", json!({ "io.openshift.os.streamclass": "rhel-9" }), &spec("09")),
+            annotated("rhel-coreos-extensions", json!(null), &spec("08")),
+            annotated("rhel-coreos-10", json!({ "io.openshift.os.streamclass": "rhel-10" }), &spec("10")),
+        ]));
+        let hints = TagHints { os_release: Some("ID=rhel\nVERSION_ID=9.6\n".into()), ..TagHints::default() };
+        assert_eq!(node_image(&json, &hints).unwrap().0.to_string(), spec("09"));
+        let told = node_image(&json, &TagHints::default()).unwrap_err().to_string();
+        assert!(told.contains("rhel-coreos, rhel-coreos-10") && told.contains("image_tags"), "{told}");
     }
 
     #[test]
@@ -155,9 +201,9 @@ mod tests {
             (b"{\"spec\":{\"tags\":[]}}".to_vec(), "kind is \"\""),
             (no_such, "similar ones are rhel-coreos-11, rhel-coros, etcd"),
             (stream(json!([])), "no tags at all"),
-            (stream(json!([{ "name": "rhel-coreos" }])), "no pull spec"),
+            (stream(json!([{ "name": "rhel-coreos" }])), "not a pull spec"),
             (stream(json!([tag("rhel-coreos", "q.io/os:latest")])), "not by digest"),
-            (stream(json!([tag("rhel-coreos", "not a spec")])), "no pull spec"),
+            (stream(json!([tag("rhel-coreos", "not a spec")])), "not a pull spec"),
             (
                 stream(json!([{ "name": "rhel-coreos", "from": { "kind": "ImageStreamTag", "name": "x:y" } }])),
                 "ImageStreamTag",
@@ -179,7 +225,7 @@ mod tests {
         #[test]
         fn total(json in prop::collection::vec(any::<u8>(), 0..300), name in "\\PC{0,30}", from in "\\PC{0,60}") {
             let _ = node_image(&json, &wanted());
-            let _ = node_image(&stream(json!([tag(&name, &from), tag("rhel-coreos", &from)])), &[name]);
+            let _ = node_image(&stream(json!([tag(&name, &from), tag("rhel-coreos", &from)])), &TagHints::configured(&[name]));
         }
     }
 }

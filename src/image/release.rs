@@ -5,6 +5,7 @@
 
 use std::io::{self, Read};
 
+use oci_spec::image::ImageConfiguration;
 use sha2::{Digest, Sha256};
 use tar::EntryType;
 use tokio::sync::mpsc;
@@ -14,7 +15,8 @@ use super::incoming::Incoming;
 use super::layout::layers;
 use super::references::node_image;
 use super::tarstream::{Chunks, TarError, TarStream};
-use super::{Failure, Kind, Layer, PullSpec, ResolvedImage, Source};
+use super::{Failure, Kind, Layer, PullSpec, ResolvedImage, Source, TagHints};
+use crate::report::ImageChoice;
 
 /// The file, and the directory that it is in.
 const DIRECTORY: &[u8] = b"release-manifests";
@@ -24,18 +26,25 @@ const LARGEST: u64 = 8 << 20;
 /// Pieces of 128 KiB that may wait between the registry and the reader.
 const WAITING: usize = 8;
 
+/// The label with the version of a release payload.
+const RELEASE_LABEL: &str = "io.openshift.release";
+
 const ADVICE: &str = "give the pull spec of a release payload whose references have the node image, or the node \
                       image itself";
 
-/// The pull spec by digest of the node image: the first of `tags` that the release payload has.
+/// Returns the pull spec by digest of the node image, which `hints` choose from the release payload, and the choice.
 ///
 /// The payload itself may be named by tag or by digest; signature policy applies to it as to any image.
 /// It needs no ostree labels. Fetches its manifest, its config and as few layers as possible.
 ///
 /// Errors: those of the registry, by their kinds (a retry may help); [`Kind::BadFormat`] when the image
-/// is no release payload, has none of the tags (the message lists similar ones), or names the image
+/// is not a release payload, has none of the tags (the message lists similar ones), or names the image
 /// other than by digest.
-pub async fn resolve_release(source: &Source, payload: &PullSpec, tags: &[String]) -> Result<PullSpec, Failure> {
+pub async fn resolve_release(
+    source: &Source,
+    payload: &PullSpec,
+    hints: &TagHints,
+) -> Result<(PullSpec, ImageChoice), Failure> {
     let image = source.resolve(payload).await?;
     let (manifest, config) = source.any_manifest(&image).await?;
     let name = &image.pinned;
@@ -44,7 +53,7 @@ pub async fn resolve_release(source: &Source, payload: &PullSpec, tags: &[String
             Found::Nothing => {}
             Found::Hidden => break,
             Found::File(json) => {
-                return node_image(&json, tags).map_err(|error| {
+                return node_image(&json, hints).map_err(|error| {
                     bad(format!("the release payload {name}: release-manifests/image-references {error}"))
                 });
             }
@@ -53,7 +62,18 @@ pub async fn resolve_release(source: &Source, payload: &PullSpec, tags: &[String
             }
         }
     }
-    Err(bad(format!("{name} is no release payload: it has no file release-manifests/image-references")))
+    Err(bad(format!("{name} is not a release payload: it has no file release-manifests/image-references")))
+}
+
+/// Refuses a release payload in the place of a node image.
+pub(super) fn refuse_payload(name: &str, config: &ImageConfiguration) -> Result<(), Failure> {
+    let labels = config.config().as_ref().and_then(|config| config.labels().as_ref());
+    if labels.is_some_and(|labels| labels.contains_key(RELEASE_LABEL)) {
+        let message = format!("{name} is a release payload, which names the node image and does not contain it");
+        let advice = "this is a release payload: use release_image instead of image";
+        return Err(Failure { advice, ..Failure::new(Kind::BadFormat, message) });
+    }
+    Ok(())
 }
 
 fn bad(message: String) -> Failure {
@@ -190,6 +210,20 @@ mod tests {
             tar.append_data(&mut header, path, content.as_bytes()).unwrap();
         }
         search(Whole(Some(tar.into_inner().unwrap()))).unwrap()
+    }
+
+    #[test]
+    fn a_payload_in_the_place_of_a_node_image_is_refused_with_the_way_out() {
+        let config = |labels: &str| {
+            let text = format!(
+                r#"{{"architecture":"amd64","os":"linux","config":{{"Labels":{labels}}},"rootfs":{{"type":"layers","diff_ids":[]}}}}"#
+            );
+            serde_json::from_str::<ImageConfiguration>(&text).unwrap()
+        };
+        let told = refuse_payload("q.io/r@sha256:0", &config(r#"{"io.openshift.release":"4.22.0"}"#)).unwrap_err();
+        assert!(told.to_string().contains("use release_image"), "{told}");
+        assert_eq!(told.class, super::super::Class::Permanent);
+        assert!(refuse_payload("q.io/n@sha256:0", &config(r#"{"io.openshift.build.version":"1"}"#)).is_ok());
     }
 
     #[test]

@@ -76,6 +76,7 @@ impl Source {
     /// The image's manifest and config, checked: digests, architecture, ostree labels.
     pub async fn manifest(&self, image: &ResolvedImage) -> Result<ImageDescription, Failure> {
         let (manifest, config) = self.any_manifest(image).await?;
+        super::release::refuse_payload(&image.pinned, &config)?;
         let layout = super::layout(&image.pinned, &manifest, &config, super::machine_architecture())?;
         Ok(ImageDescription { manifest, config, layout })
     }

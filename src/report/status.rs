@@ -1,5 +1,7 @@
 //! The status document: what `status --json` prints and the D-Bus properties are taken from.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 use super::{Outcome, ProgressSnapshot, Reason, Standing};
@@ -118,6 +120,21 @@ pub struct Cost {
     pub ram_store_bytes: u64,
 }
 
+/// Which image of a release payload is the node image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageChoice {
+    /// Its name in the payload.
+    pub tag: String,
+    /// What decided.
+    pub reason: String,
+}
+
+impl fmt::Display for ImageChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the node image is {} of the release payload: {}", self.tag, self.reason)
+    }
+}
+
 /// A unit whose processes run files that the node image has replaced.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StillOld {
@@ -138,6 +155,9 @@ pub struct Status {
     pub phase: Option<Phase>,
     /// The pull spec asked for.
     pub image: Option<String>,
+    /// Image of the release payload, where one is asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_choice: Option<ImageChoice>,
     /// The manifest's digest, once resolved.
     pub digest: Option<String>,
     /// The ostree commit, once pulled.
@@ -177,6 +197,7 @@ impl Default for Status {
             state: State::Idle,
             phase: None,
             image: None,
+            image_choice: None,
             digest: None,
             commit: None,
             target: None,

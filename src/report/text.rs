@@ -130,6 +130,9 @@ pub fn summary(status: &Status, now_unix: u64) -> String {
     if let Some(image) = &status.image {
         line("image", image);
     }
+    if let Some(choice) = &status.image_choice {
+        line("", &choice.to_string());
+    }
     if let Some(digest) = &status.digest {
         line("digest", digest);
     }

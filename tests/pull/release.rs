@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 
-use node_image_pivot::image::{Kind, PullSpec, Source, resolve_release};
+use node_image_pivot::image::{Kind, PullSpec, Source, TagHints, resolve_release};
 use serde_json::json;
 
 use super::fixture::{Image, run};
@@ -44,8 +44,8 @@ async fn a_payload_names_the_node_image() {
     for (name, layers, expected) in [
         ("newest", vec![operator(1), old(), vec![dir("release-manifests"), file(FILE, &named)]], Ok(os.as_str())),
         ("below", vec![operator(2), vec![file(FILE, &named)], operator(3), vec![]], Ok(&os)),
-        ("hidden", vec![operator(4), vec![file(FILE, &named)], hidden], Err("no release payload")),
-        ("plain", vec![operator(5)], Err("no release payload")),
+        ("hidden", vec![operator(4), vec![file(FILE, &named)], hidden], Err("not a release payload")),
+        ("plain", vec![operator(5)], Err("not a release payload")),
         ("tags", vec![vec![file(FILE, &references(&[("etcd", &os), ("rhel-coros", &os)]))]], Err("rhel-coros, etcd")),
         ("by-tag", vec![vec![file(FILE, &references(&[("rhel-coreos", "q.io/os:4.99")]))]], Err("not by digest")),
         ("garbage", vec![vec![file(FILE, "{")]], Err("not an ImageStream")),
@@ -59,8 +59,8 @@ async fn a_payload_names_the_node_image() {
             fs::remove_file(bench.registry.blob(manifest["layers"][0]["digest"].as_str().unwrap())).unwrap();
         }
         let source = Source::open(&settings()).await.unwrap();
-        match (resolve_release(&source, &spec, &tags).await, expected) {
-            (Ok(found), Ok(expected)) => assert_eq!(found.to_string(), expected, "{name}"),
+        match (resolve_release(&source, &spec, &TagHints::configured(&tags)).await, expected) {
+            (Ok((found, _)), Ok(expected)) => assert_eq!(found.to_string(), expected, "{name}"),
             (Err(told), Err(words)) => {
                 println!("{told}");
                 assert_eq!(told.kind, Kind::BadFormat, "{name}: {told}");
@@ -89,7 +89,7 @@ async fn an_altered_payload_is_not_believed() {
     let altered = String::from_utf8(fs::read(&blob).unwrap()).unwrap().replace(&os("aa"), &os("bb"));
     fs::write(&blob, altered).unwrap();
     let source = Source::open(&settings()).await.unwrap();
-    let told = resolve_release(&source, &spec, &["rhel-coreos".to_owned()]).await.unwrap_err();
+    let told = resolve_release(&source, &spec, &TagHints::configured(&["rhel-coreos".to_owned()])).await.unwrap_err();
     assert_eq!(told.kind, Kind::BadDigest, "{told}");
     assert!(told.message.contains(&digest), "{told}");
 }

@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use crate::image::TagHints;
 use crate::image::tarstream::{Chunks, Piece, TarStream};
 use crate::store::{NodeStore, ObjectId, ObjectType};
 
@@ -88,8 +89,8 @@ pub fn plain(data: &[u8]) {
 
 /// Reads the references of a release payload.
 pub fn references(data: &[u8]) {
-    let wanted = ["rhel-coreos".to_owned(), "stream-coreos".to_owned()];
-    if let Ok(spec) = crate::image::references::node_image(data, &wanted) {
+    let hints = TagHints::configured(&["rhel-coreos".to_owned(), "stream-coreos".to_owned()]);
+    if let Ok((spec, _)) = crate::image::references::node_image(data, &hints) {
         assert!(spec.digest().is_some(), "only by digest");
     }
 }
@@ -192,7 +193,7 @@ mod tests {
                 fs::write(dir.join(format!("seed-{name}")), &bytes).expect("a seed");
             }
             if name == "stream" {
-                let found = crate::image::references::node_image(&bytes, &["rhel-coreos".to_owned()]);
+                let found = crate::image::references::node_image(&bytes, &TagHints::default());
                 assert!(found.is_ok(), "{name}: {found:?}");
             }
             if target == "encapsulated" {
