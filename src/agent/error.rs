@@ -29,7 +29,7 @@ pub enum Cause {
     GaveUp {
         /// The last failure.
         failure: Box<Failure>,
-        /// How many attempts were made.
+        /// Attempts made.
         attempts: u32,
         /// Time since the first failure.
         after: Duration,

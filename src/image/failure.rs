@@ -4,7 +4,7 @@
 use std::fmt;
 use std::time::Duration;
 
-/// Whether another attempt can help.
+/// The reaction to a failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Class {
     /// DNS, refused, reset, timeout, 429, 5xx, truncated, a wrong clock: retried without end.
@@ -24,7 +24,7 @@ impl Class {
     }
 }
 
-/// What went wrong, in the field's terms. Stable: it is shown in the status document as `error.class`.
+/// The kind of a failure, in the field's terms. Stable: it is shown in the status document as `error.class`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// Name resolution, connection refused or reset, time-outs, 5xx, 429.
@@ -53,7 +53,7 @@ pub enum Kind {
     NoSpace,
     /// The caller asked to stop.
     Cancelled,
-    /// Anything of this machine's own: a tool that does not start, an I/O error.
+    /// Anything on this machine: a tool that does not start, an I/O error.
     Local,
 }
 
@@ -120,26 +120,26 @@ impl Kind {
 pub struct Endpoint {
     /// Registry and repository.
     pub name: String,
-    /// What went wrong there.
+    /// Kind of its failure.
     pub kind: Kind,
-    /// What the operator can do about it.
+    /// Remedy for the operator.
     pub advice: &'static str,
 }
 
 /// A failure of resolve or pull, neither of which changes the running system. The message ends with advice.
 #[derive(Debug)]
 pub struct Failure {
-    /// What kind of failure.
+    /// Kind, for the status document.
     pub kind: Kind,
-    /// Whether another attempt can help.
+    /// Class, which decides about another attempt.
     pub class: Class,
     /// Names the image, layer or object, and what happened to it.
     pub message: String,
-    /// What the operator can do about it.
+    /// Remedy for the operator.
     pub advice: &'static str,
     /// Every endpoint that was tried, where there was more than one. Their advice replaces `advice`.
     pub endpoints: Vec<Endpoint>,
-    /// How long the registry asked us to wait, when it did.
+    /// Time that the registry asked to wait.
     pub retry_after: Option<Duration>,
 }
 

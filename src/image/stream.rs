@@ -1,4 +1,4 @@
-//! Which image of a release payload is this machine's node image. Pure.
+//! The choice of this machine's node image among the images of a release payload. Pure.
 //!
 //! A payload may hold images of several streams, such as `rhel-coreos` (RHEL 9) and `rhel-coreos-10`. Without a
 //! configured name, the installer's script decides, then the booted system, then the payload if it has but one.
@@ -8,7 +8,7 @@ use crate::report::ImageChoice;
 /// The installer's script that pulls the node image; its text names the tag as `coreos_img=NAME`.
 pub const PULL_SCRIPT: &str = "/usr/local/bin/node-image-pull.sh";
 
-/// What decides about the tag, in this order.
+/// Sources of the choice, in order.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct TagHints {
     /// The names of the configuration, in order of preference.

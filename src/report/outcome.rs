@@ -22,7 +22,7 @@ pub enum Outcome {
     Internal,
 }
 
-/// What an outcome is called in each interface: exit code, and the last part of the D-Bus error's name.
+/// Names of each outcome: exit code, and the last part of the D-Bus error's name.
 const TABLE: [(Outcome, u8, &str); 6] = [
     (Outcome::Done, 0, ""),
     (Outcome::Internal, 1, "Failed"),

@@ -72,7 +72,7 @@ const CREDENTIALS: &[(Words, Kind, &str)] = &[
     (Is("permission denied"), Kind::Local, "let root read the auth file that the message names"),
 ];
 
-/// What passes by itself. One such segment anywhere in the chain decides.
+/// Causes that pass by themselves. One such segment anywhere in the chain decides.
 const TRANSIENT: &[(Words, Kind)] = &[
     (Begins("dial "), Kind::Network),
     (Begins("lookup "), Kind::Network),
@@ -114,7 +114,7 @@ const TRANSIENT: &[(Words, Kind)] = &[
     (Is("unexpected end of json input"), Kind::Truncated),
 ];
 
-/// What ends a pull, if every endpoint says so.
+/// Causes that end a pull, if every endpoint gives one.
 const FINAL: &[(Words, Kind)] = &[
     (Begins("a signature was required"), Kind::Policy),
     (Around("running image ", " is rejected by policy"), Kind::Policy),
@@ -192,8 +192,8 @@ fn by_proxy(segments: &[String]) -> Option<Cause> {
     Some(Cause { advice, ..Cause::of(Kind::Unauthorized) })
 }
 
-/// Returns the cause of a failed TLS handshake. Signatures may come with certificates of their own, whose time is not
-/// the clock's.
+/// Returns the cause of a failed TLS handshake. A signature may bring its own certificate, whose time is not the
+/// clock's.
 fn by_tls(segments: &[String]) -> Option<Cause> {
     let has = |words: &str| segments.iter().any(|segment| segment.starts_with(words));
     if has("x509") && ["verifying ", "signature ", "fulcio ", "rekor "].into_iter().any(has) {

@@ -16,15 +16,15 @@ use causes::{Cause, cause};
 /// The meaning of a message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Verdict {
-    /// What kind of failure, for the status document.
+    /// Kind, for the status document.
     pub kind: Kind,
-    /// Whether another attempt can help.
+    /// Class, which decides about another attempt.
     pub class: Class,
-    /// What the operator can do about it.
+    /// Remedy for the operator.
     pub advice: &'static str,
     /// Each endpoint's own answer, where more than one was tried.
     pub endpoints: Vec<Endpoint>,
-    /// How long a registry asked to wait.
+    /// Time that a registry asked to wait.
     pub retry_after: Option<Duration>,
 }
 

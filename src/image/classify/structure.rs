@@ -39,7 +39,7 @@ fn attempt(text: &str) -> Attempt<'_> {
     Attempt { endpoint, message }
 }
 
-/// Returns where the bracket that `text` begins with is closed. Addresses hold paired brackets of their own.
+/// Returns where the bracket that `text` begins with is closed. Addresses hold paired brackets, too.
 fn closing(text: &str) -> Option<usize> {
     let mut depth = 0_u32;
     for (at, character) in text.char_indices() {

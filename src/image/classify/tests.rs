@@ -92,7 +92,7 @@ fn every_endpoint_has_its_advice() {
     }
 }
 
-/// Where a text has names: hosts, tags, repositories, digests, URLs, addresses. Returns a position inside of each.
+/// Returns a position inside of each name of a text: hosts, tags, repositories, digests, URLs, addresses.
 fn names(text: &str) -> Vec<usize> {
     const NO_NAMES: [&str; 5] = ["net/http", "HTTP/1.x", "i/o", "username/password", "ASN.1"];
     let boundary =
