@@ -39,6 +39,11 @@ pub struct NodeStore {
     disk: Option<Disk>,
 }
 
+/// Names a booted repo for a message.
+fn repo_named(repo: Option<&Path>) -> String {
+    repo.map_or_else(|| "no booted repo".to_owned(), |path| format!("the booted repo {}", path.display()))
+}
+
 impl NodeStore {
     /// Creates the store below `root`, or takes the one that is there. With a parent, the repo's
     /// `core.parent` points at it, so that the ostree tools find there what we did not copy.
@@ -51,10 +56,10 @@ impl NodeStore {
             let store = Self::open(root)?;
             ensure!(
                 store.parent == parent,
-                "the node store {} was made for the booted repo {:?}, not {:?}; remove it and try again",
+                "cannot use the node store {}: it was made for {}, and this system has {}; reboot to begin with an empty store",
                 root.display(),
-                store.parent,
-                parent
+                repo_named(store.parent.as_deref()),
+                repo_named(parent.as_deref())
             );
             return Ok(store);
         }
