@@ -48,7 +48,7 @@ impl Agent {
         // The record is not held: an undo, `keep` and the end of a trial period do not wait for a registry.
         let beside = self.tracker.beside();
         let context = Context::new(settings, beside.tracker().clone(), self.paths.clone());
-        let download_ticket = self.download_tickets.draw();
+        let download_ticket = self.download_tickets.draw("complete");
         download_ticket.end_with(ticket.token());
         let outcome = fetch::rest(&context, &pulled, &download_ticket).await;
         drop((beside, download));

@@ -11,6 +11,7 @@ mod complete;
 mod deadline;
 mod error;
 mod fetch;
+mod holder;
 mod hooks;
 mod look;
 mod paths;
@@ -46,6 +47,7 @@ use crate::dirfd::Directory;
 use crate::report::{Status, Tracker};
 use crate::store::{LockError, StoreLock};
 use crate::units::{Guard, Manager};
+use holder::{Held, Holder};
 use look::Standing;
 use record::Asked;
 use steps::next;
@@ -109,6 +111,7 @@ pub struct Agent {
     tracker: Tracker,
     paths: Paths,
     record: Mutex<Record>,
+    holder: Holder,
     /// Whether whoever holds the record undoes.
     undoing: AtomicBool,
     /// As in the record, for those who do not wait for its lock.
@@ -159,6 +162,7 @@ impl Agent {
             standing: watch::Sender::new(Standing::of(&record)),
             boot_known: AtomicBool::new(bootstrap.is_some() || record.bootstrap),
             record: Mutex::new(record),
+            holder: Holder::default(),
             tickets: Tickets::default(),
             download: Mutex::default(),
             download_tickets: Tickets::default(),
@@ -175,7 +179,7 @@ impl Agent {
     /// and the configuration.
     pub fn status(&self) -> Status {
         let deviations = self.standing.borrow().deviations();
-        Status { deviations, ..self.tracker.status() }
+        Status { deviations, call: self.holder.call(), ..self.tracker.status() }
     }
 
     /// Returns the status document of the record under `paths`, for when no daemon runs.
@@ -190,9 +194,9 @@ impl Agent {
         Status { deviations, ..record.status }
     }
 
-    /// A ticket for a call that may be cancelled.
-    pub fn ticket(&self) -> Ticket {
-        self.tickets.draw()
+    /// A ticket for `call`, which may be cancelled.
+    pub fn ticket(&self, call: &'static str) -> Ticket {
+        self.tickets.draw(call)
     }
 
     /// Goes as far as `goal`, from wherever the record stands; what is done already is not done
@@ -232,7 +236,7 @@ impl Agent {
     }
 
     /// Waits for the record, and for a download that writes to the store which the phases before the switch need.
-    async fn lock_for_phases(&self, ticket: &Ticket) -> Result<MutexGuard<'_, Record>, Error> {
+    async fn lock_for_phases(&self, ticket: &Ticket) -> Result<Held<'_>, Error> {
         loop {
             let record = self.lock(ticket).await?;
             if !record.step.is_before_switch() || self.download.try_lock().is_ok() {
@@ -247,9 +251,9 @@ impl Agent {
     }
 
     /// Waits for the record.
-    async fn lock(&self, ticket: &Ticket) -> Result<MutexGuard<'_, Record>, Error> {
+    async fn lock(&self, ticket: &Ticket) -> Result<Held<'_>, Error> {
         tokio::select! {
-            record = self.record.lock() => Ok(record),
+            record = self.record.lock() => Ok(self.holder.hold(record, ticket.call())),
             () = ticket.cancelled() => Err(Error::cancelled()),
         }
     }

@@ -14,20 +14,21 @@ pub struct Tickets {
 /// The right of one call to go on. Dropping it hands it back.
 #[derive(Debug)]
 pub struct Ticket {
+    call: &'static str,
     token: CancellationToken,
     /// Cancelled when the call is over: whoever watches on its behalf ends with it.
     over: CancellationToken,
 }
 
 impl Tickets {
-    /// A ticket that a cancel from before does not end.
-    pub fn draw(&self) -> Ticket {
+    /// A ticket for `call`, which a cancel from before does not end.
+    pub fn draw(&self, call: &'static str) -> Ticket {
         let over = CancellationToken::new();
         // A poisoned lock means a panic while swapping two values; they are whole either way.
         let mut state = self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         state.1.retain(|ticket| !ticket.is_cancelled());
         state.1.push(over.clone());
-        Ticket { token: state.0.child_token(), over }
+        Ticket { call, token: state.0.child_token(), over }
     }
 
     /// Ends all tickets that are out; returns whether there was any.
@@ -40,6 +41,11 @@ impl Tickets {
 }
 
 impl Ticket {
+    /// Name of the call.
+    pub fn call(&self) -> &'static str {
+        self.call
+    }
+
     /// Whether the call is to end.
     pub fn is_cancelled(&self) -> bool {
         self.token.is_cancelled()
@@ -81,10 +87,10 @@ mod tests {
     fn cancel_ends_what_is_out_and_nothing_later() {
         let tickets = Tickets::default();
         assert!(!tickets.cancel_all(), "nothing to cancel");
-        let (first, second) = (tickets.draw(), tickets.draw());
+        let (first, second) = (tickets.draw("pull"), tickets.draw("pull"));
         assert!(tickets.cancel_all());
         assert!(first.is_cancelled() && second.is_cancelled());
-        let third = tickets.draw();
+        let third = tickets.draw("pull");
         assert!(!third.is_cancelled());
         drop(third);
         assert!(!tickets.cancel_all(), "a call that is over cannot be cancelled");
@@ -93,7 +99,7 @@ mod tests {
     #[tokio::test]
     async fn a_caller_who_goes_away_ends_only_his_own_call() {
         let tickets = Tickets::default();
-        let (mine, other) = (tickets.draw(), tickets.draw());
+        let (mine, other) = (tickets.draw("pull"), tickets.draw("pull"));
         let gone = CancellationToken::new();
         mine.end_with(&gone);
         gone.cancel();

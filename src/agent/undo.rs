@@ -36,12 +36,13 @@ impl Agent {
     /// Refused when nothing was switched, or another phase is under way; internal with everything that could not be
     /// put back: undo can be called again.
     pub async fn undo(&self) -> Result<Vec<String>, Error> {
-        let mut record = match self.record.try_lock() {
+        let record = match self.record.try_lock() {
             Ok(record) => record,
             // Whoever asked before the daemon was killed asks again.
             Err(_) if self.undoing.load(Ordering::Acquire) => self.record.lock().await,
             Err(_) => return Err(Error::refused("busy", "a phase is under way: wait for it, or cancel it first")),
         };
+        let mut record = self.holder.hold(record, "undo");
         self.undo_locked(&mut record, Below::Refuse).await
     }
 
@@ -232,7 +233,7 @@ impl Agent {
             Step::Lost { message, .. } => Err(Error::refused("lost-record", message)),
             Step::Switching(_) | Step::Switched(_) => {
                 info!("the switch was interrupted: finishing it");
-                self.advance(Goal::Switched, &self.ticket()).await
+                self.advance(Goal::Switched, &self.ticket("resume")).await
             }
             _ => Ok(()),
         }

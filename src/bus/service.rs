@@ -27,8 +27,8 @@ impl Pivot {
         Announced::from(&self.agent.tracker().status())
     }
 
-    fn ticket(&self) -> Ticket {
-        let ticket = self.agent.ticket();
+    fn ticket(&self, call: &'static str) -> Ticket {
+        let ticket = self.agent.ticket(call);
         ticket.end_with(&self.gone);
         ticket
     }
@@ -67,34 +67,34 @@ impl zbus::DBusError for MethodError {
 impl Pivot {
     /// Resolve, pull and stage; returns when staged. The running system is untouched.
     async fn pull(&self) -> Result<(), MethodError> {
-        Ok(self.agent.pull(&self.ticket()).await?)
+        Ok(self.agent.pull(&self.ticket("pull")).await?)
     }
 
     /// Fetches what the pull left out of the node image; pulls and stages first if needed. Possible at any
     /// time, also after the pivot: the running system is untouched. Returns what was done, a line each.
     async fn complete(&self) -> Result<Vec<String>, MethodError> {
-        Ok(self.agent.complete(&self.ticket()).await?)
+        Ok(self.agent.complete(&self.ticket("complete")).await?)
     }
 
     /// Switch and refresh; pulls first if needed.
     async fn overlay(&self) -> Result<(), MethodError> {
-        Ok(self.agent.advance(Goal::Switched, &self.ticket()).await?)
+        Ok(self.agent.advance(Goal::Switched, &self.ticket("overlay")).await?)
     }
 
     /// Isolates to the original default target; does everything before it if needed.
     async fn finish(&self) -> Result<(), MethodError> {
-        Ok(self.agent.advance(Goal::Finished, &self.ticket()).await?)
+        Ok(self.agent.advance(Goal::Finished, &self.ticket("finish")).await?)
     }
 
     /// All phases that belong to the flow.
     async fn run(&self) -> Result<(), MethodError> {
-        Ok(self.agent.run(&self.ticket()).await?)
+        Ok(self.agent.run(&self.ticket("run")).await?)
     }
 
     /// The same on probation: undone this many seconds after the switch began, unless Keep is called.
     #[zbus(name = "Try")]
     async fn try_for(&self, seconds: u64) -> Result<(), MethodError> {
-        Ok(self.agent.run_for(Duration::from_secs(seconds), &self.ticket()).await?)
+        Ok(self.agent.run_for(Duration::from_secs(seconds), &self.ticket("run --try")).await?)
     }
 
     /// Ends the probation: the switch stays. Answers a line.
@@ -109,12 +109,12 @@ impl Pivot {
 
     /// What the switch would change, a line each.
     async fn plan(&self) -> Result<Vec<String>, MethodError> {
-        Ok(self.agent.plan(&self.ticket()).await?.lines())
+        Ok(self.agent.plan(&self.ticket("plan")).await?.lines())
     }
 
     /// The same as a JSON document.
     async fn plan_document(&self) -> Result<String, MethodError> {
-        let plan = self.agent.plan(&self.ticket()).await?;
+        let plan = self.agent.plan(&self.ticket("plan")).await?;
         serde_json::to_string_pretty(&plan)
             .map_err(|error| MethodError { outcome: Outcome::Internal, message: error.to_string() })
     }
@@ -122,7 +122,7 @@ impl Pivot {
     /// What the switch would change in `/etc`, as a unified diff. `secrets`: also of files that not everybody may
     /// read.
     async fn diff_etc(&self, secrets: bool) -> Result<Vec<u8>, MethodError> {
-        Ok(self.agent.diff_etc(secrets, &self.ticket()).await?)
+        Ok(self.agent.diff_etc(secrets, &self.ticket("diff-etc")).await?)
     }
 
     /// Ends every call that has not begun to switch; answers a line if there was one.

@@ -13,7 +13,7 @@ use crate::bus::{CallError, Client};
 use crate::report::{self, Outcome, Phase, ServiceRecord, State, Status};
 
 /// How often the status is looked at.
-const POLL: Duration = Duration::from_millis(500);
+pub(super) const POLL: Duration = Duration::from_millis(500);
 /// A daemon that went away is waited for this long; its unit restarts it.
 const RECONNECT: Duration = Duration::from_secs(60);
 
@@ -106,6 +106,9 @@ async fn follow(
     broken_since: &mut Option<Instant>,
 ) -> Result<Vec<String>, CallError> {
     if let Ok(status) = client.status().await {
+        if let Some(line) = report::waiting_line(&status, unix_now()) {
+            say::error(&line);
+        }
         teller.begin(&status);
     }
     let call = call.make(client);
@@ -188,7 +191,7 @@ impl Teller {
         // `systemctl status` shows the last line that was sent.
         let _ = notify(false, &[NotifyState::Status(line.clone())]);
         if let Some(line) = self.news(status, &line) {
-            say::out(format_args!("node-image-pivot: {line}"));
+            say::news(&line);
         }
     }
 
@@ -217,7 +220,7 @@ impl Teller {
         }
         let line = self.last_line(status);
         let _ = notify(false, &[NotifyState::Status(line.clone())]);
-        say::out(format_args!("node-image-pivot: {line}"));
+        say::news(&line);
     }
 
     /// A call that found everything done says so.

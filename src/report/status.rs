@@ -78,7 +78,7 @@ pub struct LastError {
     /// The latest attempts that failed, oldest first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub attempts: Vec<Attempt>,
-    /// How the call ended; as long as another attempt is scheduled, this is the default.
+    /// End of the call; as long as another attempt is scheduled, this is the default.
     #[serde(default)]
     pub outcome: Outcome,
     /// State of the running system, where the failure says it.
@@ -120,7 +120,7 @@ pub struct Cost {
     pub ram_store_bytes: u64,
 }
 
-/// Which image of a release payload is the node image.
+/// The choice of the node image in a release payload.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageChoice {
     /// Its name in the payload.
@@ -169,6 +169,9 @@ pub struct Status {
     /// What the running phase waits for, such as a lock and who holds it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub waiting_for: Option<String>,
+    /// Call that is under way; another one waits for its end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub call: Option<String>,
     /// The last failure.
     pub error: Option<LastError>,
     /// Phases so far.
@@ -203,6 +206,7 @@ impl Default for Status {
             target: None,
             progress: ProgressSnapshot::default(),
             waiting_for: None,
+            call: None,
             error: None,
             timeline: Vec::new(),
             cost: Cost::default(),

@@ -68,6 +68,12 @@ pub fn state_line(status: &Status, now_unix: u64) -> String {
     one_line(&state_text(status, now_unix))
 }
 
+/// Says which call is under way and its state, for a call that waits for its end.
+pub fn waiting_line(status: &Status, now_unix: u64) -> Option<String> {
+    let call = status.call.as_deref()?;
+    Some(one_line(&format!("waiting for `{call}`, which is under way: {}", state_text(status, now_unix))))
+}
+
 fn state_text(status: &Status, now_unix: u64) -> String {
     let phase = status.phase.map_or("", |phase| phase.as_str());
     match (status.state, &status.error) {
@@ -257,6 +263,16 @@ mod tests {
                 "still runs the bootimage's code: a; b (/usr/x)"
             ]
         );
+    }
+
+    #[test]
+    fn the_call_that_is_waited_for_is_named() {
+        let waiting_for = Some("/x/.lock is locked by pid 7 (ostree)".to_owned());
+        let status = Status { state: State::Running, phase: Some(Phase::Pull), waiting_for, ..Status::default() };
+        assert_eq!(waiting_line(&status, 0), None);
+        let status = Status { call: Some("run".into()), ..status };
+        let line = "waiting for `run`, which is under way: pull: waiting: /x/.lock is locked by pid 7 (ostree)";
+        assert_eq!(waiting_line(&status, 0).as_deref(), Some(line));
     }
 
     #[test]
