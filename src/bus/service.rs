@@ -191,6 +191,6 @@ mod tests {
     fn counters_by_name() {
         let progress = ProgressSnapshot { bytes_total: 7, ..Default::default() };
         assert_eq!(counters(&progress).get("bytes_total"), Some(&7));
-        assert_eq!(counters(&progress).len(), 7);
+        assert_eq!(counters(&progress).len(), 8);
     }
 }

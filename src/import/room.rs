@@ -14,7 +14,7 @@ use std::collections::HashSet;
 use ostree::glib::{Variant, VariantDict, VariantTy};
 
 use crate::image::{Failure, Kind};
-use crate::report::{ProgressSnapshot, human_bytes};
+use crate::report::{ProgressSnapshot, PullProgress, human_bytes};
 use crate::store::{ObjectId, ObjectType};
 
 use super::state::Import;
@@ -105,6 +105,8 @@ impl Import {
     /// when the objects are known. Blocks.
     pub(super) fn check_room(&self, image: &str) -> Result<(), Failure> {
         let (count, need) = self.need();
+        let (Need::Listed(bytes) | Need::Estimated(bytes)) = need;
+        PullProgress::add(&self.progress.bytes_needed, bytes);
         let Ok((free, _)) = self.store.space() else { return Ok(()) };
         match need {
             Need::Listed(bytes) if bytes > free => {

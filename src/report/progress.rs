@@ -23,6 +23,9 @@ pub struct PullProgress {
     pub objects_done: AtomicU64,
     /// Bytes written to the node store.
     pub bytes_written: AtomicU64,
+    /// Bytes that the wanted objects take in the node store, estimated if the commit does not list their sizes; 0 until
+    /// the first layer is read.
+    pub bytes_needed: AtomicU64,
     waiting_for: Mutex<Option<String>>,
 }
 
@@ -37,6 +40,8 @@ pub struct ProgressSnapshot {
     pub objects_wanted: u64,
     pub objects_done: u64,
     pub bytes_written: u64,
+    #[serde(default)]
+    pub bytes_needed: u64,
 }
 
 impl PullProgress {
@@ -51,6 +56,7 @@ impl PullProgress {
             objects_wanted: get(&self.objects_wanted),
             objects_done: get(&self.objects_done),
             bytes_written: get(&self.bytes_written),
+            bytes_needed: get(&self.bytes_needed),
         }
     }
 
@@ -85,6 +91,7 @@ impl PullProgress {
             &self.objects_wanted,
             &self.objects_done,
             &self.bytes_written,
+            &self.bytes_needed,
         ] {
             counter.store(0, Ordering::Relaxed);
         }
