@@ -288,12 +288,14 @@ mod tests {
 
     #[test]
     fn plans_are_compared_by_what_they_do() {
-        let parse = |text: &str| serde_json::from_str::<Plan>(text).expect("a plan");
         let change = |name: &str, label: &str| {
             format!(r#"{{"path":"{name}","before":null,"after":null,"content":"new"{label}}}"#)
         };
-        let plan = |changes: &str, decisions: &str| {
-            parse(&format!(r#"{{"changes":[{changes}],"decisions":[{decisions}],"aside":[]}}"#))
+        let plan = |changes: &str, decisions: &str| -> Plan {
+            let mut plan = serde_json::to_value(Plan::default()).expect("a plan");
+            plan["changes"] = serde_json::from_str(&format!("[{changes}]")).expect("changes");
+            plan["decisions"] = serde_json::from_str(&format!("[{decisions}]")).expect("decisions");
+            serde_json::from_value(plan).expect("a plan")
         };
         let decision = |class: &str| format!(r#"{{"path":"a","class":"{class}","reason":"r"}}"#);
         let one = plan(&change("a", ""), &decision("local"));

@@ -402,4 +402,4 @@ fn checksum(value: &Value) -> String {
 
 #[cfg(test)]
 #[path = "record_tests.rs"]
-mod tests;
+pub(super) mod tests;

@@ -21,6 +21,10 @@ fn staged() -> StagedRoot {
     StagedRoot { pulled, delta, etc: Vec::new() }
 }
 
+pub(crate) fn switched() -> Switched {
+    Switched { staged: staged(), units: Vec::new() }
+}
+
 fn undo() -> Undo {
     Undo { staged: staged(), units: None, troubles: Vec::new(), salvaged: false }
 }
@@ -28,7 +32,7 @@ fn undo() -> Undo {
 /// Every step, in order.
 fn steps() -> Vec<Step> {
     let staged = staged();
-    let switched = Switched { staged: staged.clone(), units: Vec::new() };
+    let switched = switched();
     vec![
         Step::Idle,
         Step::NothingToDo { reason: "x".into(), isolated: false },
@@ -166,8 +170,7 @@ fn no_damage_goes_unnoticed() {
     let temp = tempfile::tempdir().unwrap();
     let paths = Paths::below(temp.path());
     let path = temp.path().join(FILE);
-    let switched = Switched { staged: staged(), units: Vec::new() };
-    Record { step: Step::Finished(switched), bootstrap: true, ..Record::default() }.save(&paths).unwrap();
+    Record { step: Step::Finished(switched()), bootstrap: true, ..Record::default() }.save(&paths).unwrap();
     let whole = std::fs::read(&path).unwrap();
     let saved = format!("{:?}", Record::load(&paths).unwrap());
     for length in 0..whole.len() {

@@ -239,3 +239,31 @@ impl Agent {
         }
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::path::Path;
+
+    use super::super::record::tests::switched;
+    use super::super::{Paths, Record};
+    use super::*;
+
+    /// Without systemd there is nothing to ask; with it, the look succeeds.
+    #[tokio::test]
+    async fn an_undo_does_not_begin_before_the_units_are_known() {
+        if Path::new("/run/systemd/system").exists() {
+            eprintln!("skipped: this machine's systemd answers");
+            return;
+        }
+        let temp = tempfile::tempdir().unwrap();
+        let paths = Paths::below(temp.path());
+        Record::at(Step::Finished(switched())).save(&paths).unwrap();
+        let agent = Agent::open(paths.clone(), Some(false)).unwrap();
+        for _ in 0..2 {
+            let error = agent.undo().await.unwrap_err().to_string();
+            assert!(error.contains("which units run the node image's code"), "{error}");
+            assert_eq!(Record::load(&paths).unwrap().unwrap().step.name(), "finished", "it can be asked again");
+        }
+    }
+}
