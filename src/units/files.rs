@@ -143,7 +143,9 @@ impl Root {
             // systemd ignores the others, and looks into the next directory.
             return Ok(alias.filter(|alias| is_alias(name, alias)).map(|alias| Entry::Alias(alias.to_owned())));
         }
-        Ok(Some(self.text(path).map_or(Entry::Masked, Entry::File)))
+        // A dangling link is not a mask: systemd finds no unit there.
+        let exists = self.follow(path).is_some_and(|place| place.exists());
+        Ok(exists.then(|| self.text(path).map_or(Entry::Masked, Entry::File)))
     }
 
     /// Reads a directory beside units: drop-ins with their text, or links that want units.
@@ -342,6 +344,7 @@ mod tests {
             ("/run/systemd/generator/nip-test.service", alias()),
             ("/usr/share/nip/other.service", text("/b")),
             ("../../../usr/share/nip/../nip/other.service", text("/b")),
+            ("/usr/share/nip/missing.service", None),
             ("nip-test.socket", None),
             ("nip-test@.service", None),
         ];
