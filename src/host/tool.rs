@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
+use tracing::info;
 
 use crate::failpoint::{self, Point};
 
@@ -50,6 +51,10 @@ pub async fn run_with_input(command: &[&str], input: &[u8], limit: Duration) -> 
         let said = said.trim();
         let start = said.char_indices().rev().nth(TAIL).map_or(0, |(index, _)| index);
         bail!("{shown}: {}: {}", output.status, &said[start..]);
+    }
+    // Such as lines that systemd-sysusers ignored, and users that it created.
+    for line in String::from_utf8_lossy(&output.stderr).lines() {
+        info!("{program}: {line}");
     }
     Ok(output.stdout)
 }
