@@ -45,7 +45,8 @@ impl Words {
 use Words::{Around, Begins, Is};
 
 const CONFIGURATION: &str = "fix the syntax of the file that the message names (/etc/containers/registries.conf or its \
-                             drop-in files, policy.json)";
+                             drop-in files)";
+const POLICY_FILE: &str = "fix the syntax of the signature policy that the message names";
 const AUTH_FILE: &str = "fix the auth file that the message names: it must be JSON, see containers-auth.json(5)";
 const HELPER: &str = "the auth file names a credential helper that is not installed: install it, or put the credentials \
                       into the auth file";
@@ -60,7 +61,7 @@ const CERTIFICATE: &str = "check the registry's certificate, /etc/containers/cer
 const CONFIGURED: &[(Words, Kind, &str)] = &[
     (Begins("loading registries configuration"), Kind::Local, CONFIGURATION),
     (Begins("parsing drop-in configuration"), Kind::Local, CONFIGURATION),
-    (Begins("invalid policy in"), Kind::Policy, CONFIGURATION),
+    (Begins("invalid policy in"), Kind::Policy, POLICY_FILE),
     (Around("registry ", " is blocked in "), Kind::Policy, BLOCKED),
     (Begins("reading json file"), Kind::Unauthorized, AUTH_FILE),
     (Begins("unmarshaling json at"), Kind::Unauthorized, AUTH_FILE),
@@ -101,7 +102,7 @@ const TRANSIENT: &[(Words, Kind)] = &[
     (Begins("http/1.x transport connection broken"), Kind::Network),
     (Is("remote closed connection"), Kind::Network),
     (Is("toomanyrequests"), Kind::Network),
-    (Is("too many requests"), Kind::Network),
+    (Begins("too many requests"), Kind::Network),
     (Is("too many connections"), Kind::Network),
     (Is("unavailable"), Kind::Network),
     (Is("service unavailable"), Kind::Network),
