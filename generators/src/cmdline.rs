@@ -1,4 +1,4 @@
-//! The kernel command line: `node-image-pivot…` keys, and the unit that the boot was told to go to.
+//! The kernel command line: `node-image-pivot…` keys, and others that decide where the boot goes.
 //!
 //! Words are split as systemd splits them: by white space, `"` and `'` quote, a backslash is an
 //! ordinary character, an unclosed quote ends with the line. Of a key given twice the last one wins.
@@ -9,7 +9,7 @@ use std::path::Path;
 
 use crate::{Problem, under};
 
-/// What the kernel command line says that concerns the pivot.
+/// The arguments of the kernel command line that concern the pivot.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct CommandLine {
     /// `node-image-pivot=`, not yet checked.
@@ -23,6 +23,10 @@ pub struct CommandLine {
     /// The unit that the boot goes to instead of `default.target`: `systemd.unit=`, or what
     /// `rescue`, `emergency`, `single` or a runlevel digit stands for.
     pub unit: Option<String>,
+    /// The argument that makes another generator redirect this boot.
+    pub other_generator: Option<&'static str>,
+    /// `systemd.mask=`: units that are masked for this boot.
+    pub masks: Vec<String>,
     /// Keys that start with `node-image-pivot.` and mean nothing to this version.
     pub unknown: Vec<String>,
 }
@@ -51,7 +55,7 @@ impl CommandLine {
         for word in words {
             match word.split_once('=') {
                 Some((key, value)) => line.assign(key, value),
-                // A bare `node-image-pivot` says nothing; an empty mode is refused by whoever checks it.
+                // A bare `node-image-pivot` has no value; the check of the mode refuses an empty one.
                 None if word.replace('_', "-") == "node-image-pivot" => line.mode = Some(String::new()),
                 None => line.unit = bare_word_unit(&word).map(String::from).or(line.unit),
             }
@@ -67,10 +71,21 @@ impl CommandLine {
             "node-image-pivot.release-image" => self.release_image = given,
             "node-image-pivot.target" => self.target = given,
             "systemd.unit" => self.unit = given,
+            "systemd.mask" => self.masks.extend(given.map(unit_name)),
+            // systemd-run-generator's; coreos-installer-generator's.
+            "systemd.run" | "systemd.run-success-action" if given.is_some() => {
+                self.other_generator = Some("systemd.run=");
+            }
+            "coreos.inst.install-dev" if given.is_some() => self.other_generator = Some("coreos.inst.install_dev="),
             other if other.starts_with("node-image-pivot.") => self.unknown.push(key.to_owned()),
             _ => {}
         }
     }
+}
+
+/// Returns the name of a unit, which is a service if it has no suffix.
+fn unit_name(name: String) -> String {
+    if name.contains('.') { name } else { format!("{name}.service") }
 }
 
 /// The unit that systemd starts for a word without a value, or `None` when it is not such a word.
@@ -137,11 +152,34 @@ mod tests {
             release_image: some("r@sha256:0"),
             target: some("x.target"),
             unit: None,
+            other_generator: None,
+            masks: vec![],
             unknown: vec!["node-image-pivot.imgae".to_owned()],
         };
         assert_eq!(line, expected);
         assert_eq!(CommandLine::parse("node-image-pivot").mode, some(""), "a bare key is not a mode");
         assert_eq!(CommandLine::parse("node-image-pivot.image=a node-image-pivot.image=").image, None);
+    }
+
+    #[test]
+    fn arguments_of_other_generators() {
+        for (text, expected) in [
+            ("quiet ro", None),
+            ("systemd.run=/bin/true", Some("systemd.run=")),
+            ("systemd.run_success_action=none", Some("systemd.run=")),
+            ("rd.systemd.run=/bin/true systemd.run", None),
+            ("coreos.inst.install_dev=/dev/sda", Some("coreos.inst.install_dev=")),
+            ("coreos.inst.install_dev= coreos.inst.insecure=1", None),
+            ("coreos.liveiso=x coreos.live.rootfs_url=y", None),
+        ] {
+            assert_eq!(CommandLine::parse(text).other_generator, expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn masked_units() {
+        let line = CommandLine::parse("systemd.mask=a.target systemd.mask=sshd rd.systemd.mask=b.target systemd.mask=");
+        assert_eq!(line.masks, ["a.target", "sshd.service"]);
     }
 
     #[test]

@@ -22,7 +22,7 @@ const MAX_BYTES: u64 = 1 << 20;
 /// One drop-in file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Fragment {
-    /// Where the machine has it, for messages.
+    /// The path on the machine, for messages.
     pub path: PathBuf,
     /// Its content.
     pub text: String,
@@ -57,7 +57,7 @@ fn read(root: &Path, path: PathBuf) -> Result<Option<Fragment>, Problem> {
     if fs::read_link(&place).is_ok_and(|target| target == Path::new("/dev/null")) {
         return Ok(None);
     }
-    let problem = |what: &str| Problem(format!("{}: {what}; mend the file or remove it", path.display()));
+    let problem = |what: &str| Problem(format!("{}: {what}; correct the file or remove it", path.display()));
     let metadata = fs::metadata(&place).map_err(|e| problem(&e.to_string()))?;
     // Opening a named pipe would wait for a writer for ever.
     if !metadata.is_file() {

@@ -1,9 +1,9 @@
 //! Writes the redirect into the generator directories.
 //!
-//! `default.target` goes to the early directory (second argument), which wins over `/etc`: an
-//! installer or administrator who set a default there did not mean to skip the pivot. With a single
-//! directory, as systemd's documentation allows for tests and old versions, it goes there and
-//! loses to `/etc`.
+//! Where `/etc` or `/run` has a `default.target`, the link goes to the early directory (second argument), which wins over
+//! both: an installer or administrator who set a default there did not mean to skip the pivot. Else it goes to the
+//! ordinary directory, where another generator's link may replace it. With a single directory, as systemd's
+//! documentation allows for tests and old versions, it goes there.
 
 use std::fs;
 use std::io::{self, ErrorKind};
@@ -12,24 +12,35 @@ use std::path::{Path, PathBuf};
 
 use crate::Problem;
 
-/// The directories from the command line.
+/// The places of all that is written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Output {
-    /// Ordinary priority.
+    /// The directory of ordinary priority, for drop-ins.
     pub normal: PathBuf,
-    /// Wins over `/etc`; the ordinary one when only that was given.
-    pub early: PathBuf,
+    /// The link that redirects.
+    pub link: PathBuf,
+    /// The mark for later runs, see [`crate::mark::REDIRECTED`].
+    pub mark: PathBuf,
 }
 
 /// The variable that hands the original default target to the agent.
 pub const TARGET_VARIABLE: &str = "NODE_IMAGE_PIVOT_TARGET";
 
-/// Redirects: drop-ins for the agent and the pull first, the link last, so that the boot is never
-/// redirected without a way back. Doing it again changes nothing. Another generator's
-/// `default.target` is an error and stays.
+/// The result of [`redirect`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// This boot goes to the pivot target.
+    Redirected,
+    /// Another generator has redirected it already.
+    LeftToOther,
+}
+
+/// Redirects: the mark and the drop-ins for the agent and the pull first, the link last, so that the boot is never
+/// redirected without a way back. Doing it again changes nothing. Another generator's `default.target` stays.
 ///
 /// `services`: those that the pull has to start, because what they are enabled for comes after it.
-pub fn redirect(output: &Output, pivot_target: &Path, original: &str, services: &[&str]) -> Result<(), Problem> {
+pub fn redirect(output: &Output, pivot_target: &Path, original: &str, services: &[&str]) -> Result<Outcome, Problem> {
+    write(&output.mark, "").map_err(|e| problem(&output.mark, &e))?;
     let dropin = output.normal.join("node-image-pivotd.service.d/50-default-target.conf");
     // A backslash is the only character of a unit name that Environment= takes specially.
     let value = original.replace('\\', r"\\");
@@ -47,13 +58,13 @@ pub fn redirect(output: &Output, pivot_target: &Path, original: &str, services: 
         );
         write(&dropin, &text).map_err(|e| problem(&dropin, &e))?;
     }
-    let link = output.early.join("default.target");
-    match symlink(pivot_target, &link) {
-        Err(e) if e.kind() == ErrorKind::AlreadyExists => match fs::read_link(&link) {
-            Ok(existing) if existing == pivot_target => Ok(()),
-            _ => Err(Problem(format!("{} is another generator's; this boot is left to it", link.display()))),
+    let link = &output.link;
+    match symlink(pivot_target, link) {
+        Err(e) if e.kind() == ErrorKind::AlreadyExists => match fs::read_link(link) {
+            Ok(existing) if existing == pivot_target => Ok(Outcome::Redirected),
+            _ => Ok(Outcome::LeftToOther),
         },
-        result => result.map_err(|e| problem(&link, &e)),
+        result => result.map(|()| Outcome::Redirected).map_err(|e| problem(link, &e)),
     }
 }
 
@@ -76,19 +87,23 @@ fn write(path: &Path, text: &str) -> io::Result<()> {
 mod tests {
     use super::*;
 
+    fn output(root: &Path) -> Output {
+        Output { normal: root.join("n"), link: root.join("default.target"), mark: root.join("mark") }
+    }
+
     #[test]
     fn another_generators_link_stays() {
         let temp = tempfile::tempdir().unwrap();
-        let output = Output { normal: temp.path().join("n"), early: temp.path().to_owned() };
+        let output = output(temp.path());
         symlink("system-update.target", temp.path().join("default.target")).unwrap();
-        assert!(redirect(&output, Path::new("/p"), "a.target", &[]).is_err());
+        assert_eq!(redirect(&output, Path::new("/p"), "a.target", &[]), Ok(Outcome::LeftToOther));
         assert_eq!(fs::read_link(temp.path().join("default.target")).unwrap(), Path::new("system-update.target"));
     }
 
     #[test]
     fn backslashes_are_escaped() {
         let temp = tempfile::tempdir().unwrap();
-        let output = Output { normal: temp.path().join("n"), early: temp.path().to_owned() };
+        let output = output(temp.path());
         redirect(&output, Path::new("/p"), r"a\x2db.target", &[]).unwrap();
         let text =
             fs::read_to_string(output.normal.join("node-image-pivotd.service.d/50-default-target.conf")).unwrap();

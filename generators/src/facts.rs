@@ -5,16 +5,18 @@ use std::path::{Path, PathBuf};
 
 use crate::cmdline::CommandLine;
 use crate::decide::{DEFAULT_PROBE_PATHS, Facts, Mode};
-use crate::target::{self, DefaultTarget};
-use crate::{Problem, dropin, under};
+use crate::preset::Presets;
+use crate::search::{Found, Search};
+use crate::target::{self, DefaultLink, DefaultTarget, Origin};
+use crate::{Problem, dropin, mark, services, under};
 
-/// Made by the agent at the switch, before it lets systemd reload: from then on nothing is redirected.
-pub const PIVOTED: &str = "/run/node-image-pivot/pivoted";
+/// PID 1's own mark of a first boot.
+const FIRST_BOOT: &str = "/run/systemd/first-boot";
 
 /// Each of these asks for an offline update; systemd-system-update-generator redirects the boot then.
 const UPDATE_LINKS: [&str; 2] = ["/system-update", "/etc/system-update"];
 
-/// What the generator uses of the configuration. The agent knows all keys and refuses unknown ones;
+/// The keys of the configuration that the generator uses. The agent knows all keys and refuses unknown ones;
 /// here they are skipped, since they cannot change where the boot goes.
 #[derive(Debug, Default)]
 struct Keys {
@@ -24,25 +26,37 @@ struct Keys {
     probe_paths: Option<Vec<PathBuf>>,
 }
 
+/// Facts from the environment of a generator, set by systemd 251 and later.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Environment {
+    /// `$SYSTEMD_IN_INITRD`.
+    pub in_initrd: bool,
+    /// `$SYSTEMD_FIRST_BOOT`.
+    pub first_boot: Option<bool>,
+}
+
 /// Gathers everything. Problems become the fact [`Facts::unclear`]; there is no other error.
-pub fn gather(root: &Path, in_initrd: bool) -> Facts {
+pub fn gather(root: &Path, environment: Environment) -> Facts {
     let exists = |path: &Path| fs::symlink_metadata(under(root, path)).is_ok();
-    let pivoted = exists(Path::new(PIVOTED));
+    let in_initrd = environment.in_initrd;
     let mut facts = Facts {
         in_initrd,
-        pivoted,
+        pivoted: !in_initrd && mark::is_pivoted(root),
+        booted: !in_initrd && mark::has_booted(root),
         unclear: None,
         mode: Mode::Auto,
         unit: None,
+        other_generator: None,
         update_pending: false,
-        default_target: DefaultTarget::Name(target::FALLBACK_TARGET.to_owned()),
+        default_target: DefaultLink { target: DefaultTarget::Masked, origin: Origin::Vendor },
+        masked: None,
         pivot_target: None,
         binary: None,
         image: false,
         target: None,
         services: Vec::new(),
     };
-    if in_initrd || pivoted {
+    if in_initrd || facts.pivoted || facts.booted {
         return facts;
     }
     let (line, keys) = match CommandLine::read(root).and_then(|line| Ok((keys(root, &line)?, line))) {
@@ -52,13 +66,21 @@ pub fn gather(root: &Path, in_initrd: bool) -> Facts {
     let probe_paths = keys.probe_paths.unwrap_or_else(|| DEFAULT_PROBE_PATHS.map(PathBuf::from).to_vec());
     facts.mode = keys.mode;
     facts.unit = line.unit;
+    facts.other_generator = line.other_generator;
     facts.update_pending = UPDATE_LINKS.iter().any(|path| exists(Path::new(path)));
-    facts.default_target = target::default_target(root);
-    facts.pivot_target = target::find(root, target::PIVOT_TARGET);
+    let units = Search::configured(root, &line.masks);
+    facts.default_target = target::default_target(&units);
+    facts.pivot_target = match units.find(target::PIVOT_TARGET) {
+        Found::File(path) => Some(path),
+        Found::Masked | Found::Missing => None,
+    };
+    let needed = target::PIVOT_UNITS.into_iter().chain(keys.target.as_deref());
+    facts.masked = needed.filter(|name| units.find(name) == Found::Masked).map(str::to_owned).next();
     facts.binary = probe_paths.into_iter().find(|path| exists(path));
     facts.image = keys.image;
     facts.target = keys.target;
-    facts.services = target::enabled_services(root);
+    let first_boot = environment.first_boot.unwrap_or_else(|| exists(Path::new(FIRST_BOOT)));
+    facts.services = services::enabled(&units, first_boot.then(|| Presets::read(root)).as_ref());
     facts
 }
 

@@ -16,7 +16,7 @@ pub enum Level {
     Debug = 7,
 }
 
-/// Where lines go.
+/// The destination of lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sink {
     /// `/dev/kmsg`, and standard error when that cannot be written.

@@ -1,9 +1,9 @@
-//! The boot half of node-image-pivot: whether this boot goes to `node-image-pivot.target` first.
+//! The boot half of node-image-pivot: decides if this boot goes to `node-image-pivot.target` first.
 //!
 //! [`facts::gather`] reads the system, [`decide::decide`] is a pure function of what was read, and
 //! [`emit::redirect`] writes the answer. The binary only glues the three together.
 //!
-//! [`cmdline`], [`dropin`] and [`target`] are shared with the agent's configuration, so that both
+//! [`cmdline`], [`dropin`], [`mark`], [`search`] and [`target`] are shared with the agent's configuration, so that both
 //! sides read the same files by the same rules. Nothing here knows ostree, D-Bus or the network: a
 //! generator runs before all of them, and its time is added to every boot and every daemon-reload.
 
@@ -13,6 +13,10 @@ pub mod dropin;
 pub mod emit;
 pub mod facts;
 pub mod kmsg;
+pub mod mark;
+pub mod preset;
+pub mod search;
+pub mod services;
 pub mod target;
 
 /// Something that cannot be read or understood. The text names the thing and the way out.

@@ -1,16 +1,16 @@
 //! The systemd generator. Called with one or three output directories; see systemd.generator(7).
 //!
-//! It never fails the boot: whatever goes wrong is one line in the kernel's log, and exit status 0
+//! It never fails the boot: each problem is one line in the kernel's log, and exit status 0
 //! with the boot left as it was.
 
 use std::env;
 use std::panic;
 use std::path::PathBuf;
 
-use node_image_pivot_generator::decide::{Decision, decide};
-use node_image_pivot_generator::emit::{self, Output};
+use node_image_pivot_generator::decide::{Decision, Place, decide};
+use node_image_pivot_generator::emit::{self, Outcome, Output};
 use node_image_pivot_generator::kmsg::{Level, Sink};
-use node_image_pivot_generator::{Problem, cmdline::CommandLine, facts};
+use node_image_pivot_generator::{Problem, cmdline::CommandLine, facts, mark, under};
 
 /// Put in front of every path that is read, and makes messages go to standard error: for tests.
 const ROOT_VARIABLE: &str = "NODE_IMAGE_PIVOT_GENERATOR_ROOT";
@@ -29,29 +29,46 @@ fn run(root: &std::path::Path, sink: Sink) {
     let Some(normal) = arguments.next() else {
         return sink.log(Level::Warning, "called without an output directory; it is for systemd to call");
     };
-    let early = arguments.next().unwrap_or_else(|| normal.clone());
-    match decide(facts::gather(root, in_initrd())) {
+    let environment = facts::Environment {
+        in_initrd: flag("SYSTEMD_IN_INITRD").unwrap_or(false),
+        first_boot: flag("SYSTEMD_FIRST_BOOT"),
+    };
+    match decide(facts::gather(root, environment)) {
         Decision::Leave(reason) => {
+            mark::forget_redirect(root);
             if let Some(level) = reason.level() {
                 sink.log(level, &format!("not redirecting this boot: {reason}"));
             }
         }
-        Decision::Redirect { pivot_target, original, services } => {
-            // The agent refuses a misspelt key; whoever reads the console should know already.
+        Decision::Redirect { place, pivot_target, original, services } => {
+            // The agent refuses a misspelt key; the console has a line already now.
             for key in CommandLine::read(root).unwrap_or_default().unknown {
                 sink.log(Level::Warning, &format!("unknown key on the kernel command line: {key}"));
             }
-            match emit::redirect(&Output { normal, early }, &pivot_target, &original, &services) {
-                Ok(()) => {
+            let link_to = match place {
+                Place::Normal => normal.clone(),
+                Place::Early => arguments.next().unwrap_or_else(|| normal.clone()),
+            };
+            let output = Output { normal, link: link_to.join("default.target"), mark: under(root, mark::REDIRECTED) };
+            match emit::redirect(&output, &pivot_target, &original, &services) {
+                Ok(Outcome::Redirected) => {
                     sink.log(Level::Notice, &format!("this boot goes to the node image first, then to {original}"));
                 }
-                Err(Problem(what)) => sink.log(Level::Warning, &what),
+                Ok(Outcome::LeftToOther) => {
+                    mark::forget_redirect(root);
+                    let link = output.link.display();
+                    sink.log(Level::Info, &format!("not redirecting this boot: {link} is another generator's"));
+                }
+                Err(Problem(what)) => {
+                    mark::forget_redirect(root);
+                    sink.log(Level::Warning, &what);
+                }
             }
         }
     }
 }
 
-/// Set by systemd 251 and later to 0 or 1.
-fn in_initrd() -> bool {
-    env::var("SYSTEMD_IN_INITRD").is_ok_and(|value| !matches!(value.as_str(), "" | "0" | "no" | "false"))
+/// Returns a variable that systemd 251 and later set to 0 or 1.
+fn flag(name: &str) -> Option<bool> {
+    env::var(name).ok().map(|value| !matches!(value.as_str(), "" | "0" | "no" | "false"))
 }

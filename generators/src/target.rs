@@ -1,31 +1,10 @@
-//! Units on disk, as far as a generator needs them: where a unit is, and what `default.target` is.
-//!
-//! Only the directories that exist without generators count. The redirect itself is made in a
-//! generator directory, so it is never taken for the original.
+//! The names of targets: ours, and the one that `default.target` stands for.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+use crate::search::{End, MAX_LINKS, Search};
 use crate::under;
-
-/// What brings up the network, its names and the time, by which certificates are valid, on the systems we know.
-pub const SERVICES: [&str; 7] = [
-    "NetworkManager.service",
-    "systemd-networkd.service",
-    "systemd-resolved.service",
-    "chronyd.service",
-    "chrony.service",
-    "systemd-timesyncd.service",
-    "ntpd.service",
-];
-
-/// Where the [`SERVICES`] are enabled, depending on distribution and version.
-const WANTS: [&str; 4] =
-    ["multi-user.target.wants", "network-online.target.wants", "network.target.wants", "sysinit.target.wants"];
-
-/// Where systemd looks for system units, strongest first; without generator output.
-pub const LOAD_PATH: [&str; 4] =
-    ["/etc/systemd/system", "/run/systemd/system", "/usr/local/lib/systemd/system", "/usr/lib/systemd/system"];
 
 /// The target that a base-only boot goes to first.
 pub const PIVOT_TARGET: &str = "node-image-pivot.target";
@@ -33,62 +12,104 @@ pub const PIVOT_TARGET: &str = "node-image-pivot.target";
 /// The name that the incumbent's target had; an alias of [`PIVOT_TARGET`].
 pub const ALIAS_TARGET: &str = "node-image-overlay.target";
 
-/// What a machine boots to when nothing says otherwise.
+/// The units that [`PIVOT_TARGET`] cannot do its work without.
+pub const PIVOT_UNITS: [&str; 4] =
+    ["node-image-pivotd.service", "node-image-pull.service", "node-image-overlay.service", "node-image-finish.service"];
+
+/// The target that a machine boots to when nothing says otherwise.
 pub const FALLBACK_TARGET: &str = "multi-user.target";
 
-/// How many links from name to name are followed before we give up on a loop.
-const MAX_LINKS: usize = 16;
+/// The unit that a machine boots to.
+const DEFAULT: &str = "default.target";
 
-/// What `default.target` stands for.
+/// The place of `default.target`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Origin {
+    /// In `/usr`, or nowhere. The ordinary output of a generator wins over it.
+    Vendor,
+    /// In the output of another generator.
+    Generator,
+    /// In `/etc` or `/run`. It wins over the ordinary output of a generator.
+    Administrator,
+}
+
+/// The result of [`default_target`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DefaultLink {
+    /// The unit that it stands for.
+    pub target: DefaultTarget,
+    /// The place of the link or file.
+    pub origin: Origin,
+}
+
+/// The unit that `default.target` stands for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum DefaultTarget {
     /// This unit.
     Name(String),
-    /// It is a link to `/dev/null`: somebody wants systemd's own way out (rescue).
+    /// A masked one: an administrator wants systemd's own fallback (rescue).
     Masked,
 }
 
-/// The unit file of `name` that systemd would read, as the machine sees it; `None` when there is
-/// none, or when it is masked.
-pub fn find(root: &Path, name: &str) -> Option<PathBuf> {
-    let path = first(root, name)?;
-    (fs::read_link(under(root, &path)).ok().as_deref() != Some(Path::new("/dev/null"))).then_some(path)
+impl DefaultTarget {
+    fn fallback() -> Self {
+        Self::Name(FALLBACK_TARGET.to_owned())
+    }
 }
 
-/// Those of [`SERVICES`] that exist, are not masked and are enabled.
-pub fn enabled_services(root: &Path) -> Vec<&'static str> {
-    // A link to /dev/null in one directory takes back the link of that name in a weaker one.
-    let wanted = |name: &str| WANTS.iter().any(|wants| find(root, &format!("{wants}/{name}")).is_some());
-    SERVICES.into_iter().filter(|name| wanted(name) && find(root, name).is_some()).collect()
-}
-
-/// What `default.target` is, before any redirect of ours. Missing, looping, ours or not a valid name:
+/// Finds what `default.target` is without our own redirect. Missing, looping, ours or not a valid name:
 /// [`FALLBACK_TARGET`].
-pub fn default_target(root: &Path) -> DefaultTarget {
-    let fallback = || DefaultTarget::Name(FALLBACK_TARGET.to_owned());
-    let mut name = "default.target".to_owned();
-    let Some(mut path) = first(root, &name) else { return fallback() };
+pub fn default_target(units: &Search<'_>) -> DefaultLink {
+    let Some(path) = units.candidates(DEFAULT).find(|path| !is_our_redirect(units.root, path)) else {
+        return DefaultLink { target: DefaultTarget::fallback(), origin: Origin::Vendor };
+    };
+    let origin = match path.parent() {
+        Some(directory) if is_generated(directory) => Origin::Generator,
+        Some(directory) if directory.starts_with("/usr") => Origin::Vendor,
+        _ => Origin::Administrator,
+    };
+    DefaultLink { target: follow(units, &path), origin }
+}
+
+/// Follows `default.target` at `path` from name to name.
+fn follow(units: &Search<'_>, path: &Path) -> DefaultTarget {
+    let (mut path, mut name) = (path.to_owned(), DEFAULT.to_owned());
     for _ in 0..MAX_LINKS {
-        let Ok(link) = fs::read_link(under(root, &path)) else {
-            // A file: the unit's own name ends the chain. `default.target` itself may be a file.
-            return if check_name(&name).is_ok() { DefaultTarget::Name(name) } else { fallback() };
-        };
-        if link == Path::new("/dev/null") {
+        let end = units.end(&path);
+        if end == End::Null || units.masks.contains(&name) {
             return DefaultTarget::Masked;
         }
-        let Some(next) = link.file_name().and_then(|n| n.to_str()) else { return fallback() };
+        let Ok(link) = fs::read_link(under(units.root, &path)) else {
+            // A file: the unit's own name ends the chain. `default.target` itself may be a file.
+            return match check_name(&name) {
+                Ok(()) if end == End::Empty => DefaultTarget::Masked,
+                Ok(()) => DefaultTarget::Name(name),
+                Err(_) => DefaultTarget::fallback(),
+            };
+        };
+        let Some(next) = link.file_name().and_then(|next| next.to_str()) else { break };
         // Only names count for systemd, not where a link points; but a link to the same name in
         // another directory has to be followed by its path.
-        path = match (next == name, first(root, next)) {
+        path = match (next == name, units.first(next)) {
             (false, Some(found)) => found,
             _ => path.parent().unwrap_or(Path::new("/")).join(&link),
         };
         next.clone_into(&mut name);
     }
-    fallback()
+    DefaultTarget::fallback()
 }
 
-/// Whether `name` can be isolated in the end: a valid name of a target, and not our own.
+fn is_generated(directory: &Path) -> bool {
+    directory.to_str().is_some_and(|directory| directory.starts_with("/run/systemd/generator"))
+}
+
+/// Returns true if `path` is a generator's link to our target.
+fn is_our_redirect(root: &Path, path: &Path) -> bool {
+    let link = fs::read_link(under(root, path)).unwrap_or_default();
+    path.parent().is_some_and(is_generated) && [PIVOT_TARGET, ALIAS_TARGET].iter().any(|name| link.ends_with(name))
+}
+
+/// Checks that `name` can be isolated in the end: a valid name of a target, and not our own.
 /// The error completes the sentence "NAME …".
 pub fn check_name(name: &str) -> Result<(), &'static str> {
     let valid = |c: char| c.is_ascii_alphanumeric() || ":-_.\\@".contains(c);
@@ -102,34 +123,13 @@ pub fn check_name(name: &str) -> Result<(), &'static str> {
     }
 }
 
-fn first(root: &Path, name: &str) -> Option<PathBuf> {
-    let candidates = LOAD_PATH.iter().map(|directory| Path::new(directory).join(name));
-    candidates.into_iter().find(|path| fs::symlink_metadata(under(root, path)).is_ok())
-}
-
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::symlink;
-
-    /// A root with unit files (`path`) and links (`path -> target`).
-    fn root(entries: &[&str]) -> tempfile::TempDir {
-        let root = tempfile::tempdir().unwrap();
-        for entry in entries {
-            let (path, link) = entry.split_once(" -> ").map_or((*entry, None), |(p, l)| (p, Some(l)));
-            let place = root.path().join(path);
-            fs::create_dir_all(place.parent().unwrap()).unwrap();
-            match link {
-                Some(link) => symlink(link, place).unwrap(),
-                None => fs::write(place, "[Unit]\n").unwrap(),
-            }
-        }
-        root
-    }
+    use crate::search::tests::root;
 
     #[test]
-    fn what_default_target_is() {
+    fn default_target_is_followed_as_systemd_does() {
         let vendor = "usr/lib/systemd/system/default.target -> graphical.target";
         let name = |s: &str| DefaultTarget::Name(s.to_owned());
         for (entries, expected) in [
@@ -138,6 +138,10 @@ mod tests {
             (vec![vendor, "etc/systemd/system/default.target -> /usr/lib/systemd/system/a.target"], name("a.target")),
             (vec![vendor, "run/systemd/system/default.target -> b.target"], name("b.target")),
             (vec![vendor, "etc/systemd/system/default.target -> /dev/null"], DefaultTarget::Masked),
+            (vec![vendor, "etc/systemd/system/default.target -> ../../../dev/null"], DefaultTarget::Masked),
+            (vec![vendor, "etc/systemd/system/default.target ="], DefaultTarget::Masked),
+            (vec![vendor, "etc/systemd/system/graphical.target ="], DefaultTarget::Masked),
+            (vec![vendor, "run/systemd/system/graphical.target -> /dev/null"], DefaultTarget::Masked),
             (vec![vendor, "etc/systemd/system/default.target"], name("default.target")),
             // An alias of an alias, as runlevel5.target is.
             (
@@ -153,51 +157,48 @@ mod tests {
                 vec![vendor, "etc/systemd/system/default.target -> /usr/lib/systemd/system/default.target"],
                 name("graphical.target"),
             ),
-            // Ours (by either name), a loop and nonsense are no answer.
+            // Ours (by either name), a loop and nonsense name no target.
             (vec!["etc/systemd/system/default.target -> node-image-pivot.target"], name("multi-user.target")),
             (vec!["etc/systemd/system/default.target -> node-image-overlay.target"], name("multi-user.target")),
             (vec!["etc/systemd/system/default.target -> default.target"], name("multi-user.target")),
             (vec!["etc/systemd/system/default.target -> ../.."], name("multi-user.target")),
             (vec!["etc/systemd/system/default.target -> a b.target"], name("multi-user.target")),
         ] {
-            assert_eq!(default_target(root(&entries).path()), expected, "{entries:?}");
+            let root = root(&entries);
+            assert_eq!(default_target(&Search::configured(root.path(), &[])).target, expected, "{entries:?}");
         }
+        let root = root(&[vendor]);
+        let masks = ["graphical.target".to_owned()];
+        assert_eq!(default_target(&Search::configured(root.path(), &masks)).target, DefaultTarget::Masked);
     }
 
+    /// The agent's view, which has the output of other generators, but not our own.
     #[test]
-    fn find_prefers_etc_and_knows_masks() {
-        let tree = root(&["etc/systemd/system/a.target -> /dev/null", "usr/lib/systemd/system/a.target"]);
-        assert_eq!(find(tree.path(), "a.target"), None);
-        let tree = root(&["run/systemd/system/a.target", "usr/lib/systemd/system/a.target"]);
-        assert_eq!(find(tree.path(), "a.target"), Some(PathBuf::from("/run/systemd/system/a.target")));
-    }
-
-    #[test]
-    fn services_count_if_they_are_enabled() {
-        let (time, link_to_time) = (
-            "usr/lib/systemd/system/chronyd.service",
-            "etc/systemd/system/multi-user.target.wants/chronyd.service -> x",
+    fn another_generators_default_target_counts_with_its_strength() {
+        let (usr, etc) = (
+            "usr/lib/systemd/system/default.target -> graphical.target",
+            "etc/systemd/system/default.target -> admin.target",
         );
-        // Debian's has another name, and `chronyd.service` for an alias.
-        let (debian, link_to_debian) =
-            ("usr/lib/systemd/system/chrony.service", "etc/systemd/system/multi-user.target.wants/chrony.service -> x");
-        let (nm, unit) = ("NetworkManager.service", "usr/lib/systemd/system/NetworkManager.service");
-        let link = "etc/systemd/system/multi-user.target.wants/NetworkManager.service -> /usr/lib/systemd/system/x";
-        let shipped = "usr/lib/systemd/system/sysinit.target.wants/NetworkManager.service -> ../NetworkManager.service";
-        let masked = "etc/systemd/system/NetworkManager.service -> /dev/null";
-        let taken_back = "etc/systemd/system/sysinit.target.wants/NetworkManager.service -> /dev/null";
-        for (entries, expected) in [
-            (vec![unit, link], vec![nm]),
-            (vec![unit, shipped], vec![nm]),
-            (vec![unit], vec![]),
-            (vec![link], vec![]),
-            (vec![unit, link, masked], vec![]),
-            (vec![unit, shipped, taken_back], vec![]),
-            (vec![unit, link, time, link_to_time], vec![nm, "chronyd.service"]),
-            (vec![debian, link_to_debian], vec!["chrony.service"]),
-            (vec![time], vec![]),
+        let [early, normal, late] = ["generator.early", "generator", "generator.late"];
+        let link = |directory: &str, to: &str| format!("run/systemd/{directory}/default.target -> {to}");
+        let ours = |directory: &str| link(directory, "/usr/lib/systemd/system/node-image-pivot.target");
+        let other = |directory: &str| link(directory, "other.target");
+        for (entries, name, origin) in [
+            (vec![], "multi-user.target", Origin::Vendor),
+            (vec![usr.to_owned()], "graphical.target", Origin::Vendor),
+            (vec![usr.to_owned(), ours(early)], "graphical.target", Origin::Vendor),
+            (vec![usr.to_owned(), ours(normal)], "graphical.target", Origin::Vendor),
+            (vec![usr.to_owned(), etc.to_owned(), ours(early)], "admin.target", Origin::Administrator),
+            (vec![usr.to_owned(), other(normal)], "other.target", Origin::Generator),
+            (vec![usr.to_owned(), ours(early), other(normal)], "other.target", Origin::Generator),
+            (vec![usr.to_owned(), etc.to_owned(), other(normal)], "admin.target", Origin::Administrator),
+            (vec![usr.to_owned(), etc.to_owned(), other(early), ours(normal)], "other.target", Origin::Generator),
+            (vec![usr.to_owned(), other(late)], "graphical.target", Origin::Vendor),
+            (vec![other(late)], "other.target", Origin::Generator),
         ] {
-            assert_eq!(enabled_services(root(&entries).path()), expected, "{entries:?}");
+            let root = root(&entries.iter().map(String::as_str).collect::<Vec<_>>());
+            let expected = DefaultLink { target: DefaultTarget::Name(name.to_owned()), origin };
+            assert_eq!(default_target(&Search::complete(root.path())), expected, "{entries:?}");
         }
     }
 

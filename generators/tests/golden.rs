@@ -1,5 +1,5 @@
-//! Golden directories: each `NN-name` is a small root; the binary runs on it, and what it writes is
-//! compared with `run.expected`, what it says with `log.expected`.
+//! Golden directories: each `NN-name` is a small root. The binary runs on a copy of it; its output is compared with
+//! `run.expected`, its messages with `log.expected`.
 //!
 //! Optional files of a case: `environment` (lines `KEY=value`) and `arguments` (how many output
 //! directories it is called with; 3 when missing). Set `UPDATE_GOLDEN=1` to rewrite `log.expected`.
@@ -7,6 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Instant;
@@ -22,6 +23,20 @@ fn cases() -> Vec<PathBuf> {
     cases
 }
 
+/// Copies a directory with all below it.
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap().map(Result::unwrap) {
+        let (path, to) = (entry.path(), to.join(entry.file_name()));
+        match entry.file_type().unwrap() {
+            kind if kind.is_dir() => copy(&path, &to),
+            kind if kind.is_symlink() => symlink(fs::read_link(path).unwrap(), to).unwrap(),
+            _ => drop(fs::copy(path, to).unwrap()),
+        }
+    }
+}
+
+/// Runs the generator on `case`, a copy.
 fn run(case: &Path, output: &Path) -> Output {
     let count = fs::read_to_string(case.join("arguments")).map_or(3, |n| n.trim().parse().unwrap());
     let mut command = Command::new(BINARY);
@@ -59,14 +74,15 @@ fn every_case_gives_what_is_expected_and_the_same_again() {
     assert!(cases.len() > 30, "the golden directories are missing");
     for case in cases {
         let name = case.file_name().unwrap().to_str().unwrap().to_owned();
-        let output = tempfile::tempdir().unwrap();
+        let (root, output) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        copy(&case, root.path());
         for directory in DIRECTORIES {
             fs::create_dir(output.path().join(directory)).unwrap();
         }
         let expected = tree(&case.join("run.expected"));
         for round in ["first", "second"] {
-            let result = run(&case, output.path());
-            let log = String::from_utf8(result.stderr).unwrap().replace(case.to_str().unwrap(), "ROOT");
+            let result = run(root.path(), output.path());
+            let log = String::from_utf8(result.stderr).unwrap().replace(root.path().to_str().unwrap(), "ROOT");
             assert!(result.status.success(), "{name}, {round} run: a generator never fails: {log}");
             assert_eq!(tree(output.path()), expected, "{name}, {round} run: {log}");
             if std::env::var_os("UPDATE_GOLDEN").is_some() {
@@ -77,14 +93,22 @@ fn every_case_gives_what_is_expected_and_the_same_again() {
     }
 }
 
+/// Returns a copy of the case in which the boot is redirected.
+fn base_only() -> tempfile::TempDir {
+    let root = tempfile::tempdir().unwrap();
+    copy(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/01-base-only"), root.path());
+    root
+}
+
 #[test]
 fn a_directory_that_cannot_be_written_leaves_the_boot_alone() {
-    let case = cases().into_iter().find(|case| case.ends_with("01-base-only")).unwrap();
-    let output = tempfile::tempdir().unwrap();
+    let (case, output) = (base_only(), tempfile::tempdir().unwrap());
+    let case = case.path();
     fs::write(output.path().join("generator"), "a file where the directory should be").unwrap();
     fs::create_dir(output.path().join("generator.early")).unwrap();
-    let result = run(&case, output.path());
+    let result = run(case, output.path());
     assert!(result.status.success());
+    assert!(!case.join("run/node-image-pivot/redirected").exists(), "no mark without a redirect");
     assert_eq!(tree(&output.path().join("generator.early")), BTreeMap::new(), "no link without the way back");
     let log = String::from_utf8(result.stderr).unwrap();
     assert!(log.starts_with("<4>node-image-pivot-generator: cannot write "), "{log}");
@@ -100,12 +124,11 @@ fn without_arguments_it_says_so_and_succeeds() {
 /// Printed, not asserted: a busy machine says nothing about the program. `cargo test -- --nocapture`.
 #[test]
 fn start_up_time() {
-    let case = cases().into_iter().find(|case| case.ends_with("01-base-only")).unwrap();
-    let output = tempfile::tempdir().unwrap();
+    let (case, output) = (base_only(), tempfile::tempdir().unwrap());
     let mut times: Vec<_> = (0..25)
         .map(|_| {
             let start = Instant::now();
-            run(&case, output.path());
+            run(case.path(), output.path());
             start.elapsed()
         })
         .collect();

@@ -6,7 +6,8 @@ use std::time::Duration;
 use anyhow::Context as _;
 use tracing::{info, warn};
 
-use super::{Context, Error, Switched, accounts, reexec, switch, units, views};
+use super::{Context, Error, Paths, Switched, accounts, reexec, switch, units, views};
+use crate::dirfd::Directory;
 use crate::host;
 use crate::mount;
 use crate::report::{Phase, State};
@@ -135,6 +136,10 @@ pub(super) async fn isolate(context: &Context) -> Result<(), Error> {
     } else {
         // As systemd itself does with such a default target at boot.
         warn!("{target} cannot be isolated, it has no AllowIsolate=yes: started instead, what runs goes on running");
+    }
+    // The boot is over: should the switch be undone, a reload must not send `systemctl default` to the pivot.
+    if let Err(error) = Directory::ensure(context.paths.run()).and_then(|run| run.remove_all(Paths::REDIRECTED)) {
+        warn!("cannot remove {}: {error}", context.paths.run().join(Paths::REDIRECTED).display());
     }
     Ok(())
 }

@@ -23,6 +23,8 @@ impl Paths {
     pub const HOOKS_DONE: &str = "hooks-done";
     /// See [`Paths::pivoted`].
     pub const PIVOTED: &str = "pivoted";
+    /// Made by the generator when it redirects a boot. As long as it exists, the generator does so at every reload.
+    pub const REDIRECTED: &str = "redirected";
 
     /// The same below another directory.
     #[cfg(test)]
@@ -64,9 +66,11 @@ impl Paths {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use node_image_pivot_generator::mark;
 
     #[test]
-    fn the_generator_looks_for_the_same_marker() {
-        assert_eq!(Paths::default().pivoted(), Path::new("/").join(node_image_pivot_generator::facts::PIVOTED));
+    fn the_generator_has_the_same_marks() {
+        assert_eq!(Paths::default().pivoted(), Path::new(mark::PIVOTED));
+        assert_eq!(Paths::default().run().join(Paths::REDIRECTED), Path::new(mark::REDIRECTED));
     }
 }

@@ -8,6 +8,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
+use node_image_pivot_generator::mark;
 use tracing::{info, warn};
 
 use super::after::RESTART;
@@ -151,7 +152,8 @@ fn blocking(paths: &Paths, staged: &StagedRoot) -> anyhow::Result<etc::Report> {
     let run = Directory::ensure(paths.run()).with_context(|| format!("cannot use {}", paths.run().display()))?;
     set_ref(paths, staged, true)?;
     // Before /usr changes: a generator that runs from here on must not arm the pivot again.
-    run.write_atomic(Paths::PIVOTED, 0o644, staged.pulled.image.pinned.as_bytes())
+    mark::pivoted_text(Path::new("/"))
+        .and_then(|text| run.write_atomic(Paths::PIVOTED, 0o644, text.as_bytes()))
         .with_context(|| format!("cannot write {}", paths.pivoted().display()))?;
 
     if !mount::exposed(usr, USR_SOURCE)? {

@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, bail};
 use node_image_pivot_generator::cmdline::CommandLine;
 use node_image_pivot_generator::emit::TARGET_VARIABLE;
-use node_image_pivot_generator::target::{DefaultTarget, FALLBACK_TARGET, default_target};
+use node_image_pivot_generator::search::Search;
+use node_image_pivot_generator::target::{DefaultTarget, FALLBACK_TARGET, Origin, default_target};
 
 use super::fragment::{Fragment, RamLimitText};
 use super::{AUTH_CREDENTIAL, Environment, ImageSource};
@@ -122,9 +123,6 @@ impl Inputs {
 
     /// Fills what files and command line leave open from the environment of the process.
     pub(super) fn apply_environment(&mut self, environment: &Environment, exists: &dyn Fn(&Path) -> bool) {
-        if self.target.is_none() {
-            set(&mut self.target, environment.original_target.clone(), &Source::Environment);
-        }
         if self.auth_file.is_none() {
             let credential =
                 environment.credentials_directory.as_ref().map(|directory| directory.join(AUTH_CREDENTIAL));
@@ -136,14 +134,18 @@ impl Inputs {
         }
     }
 
-    /// Fills in what the machine itself says: its default target.
-    pub(super) fn apply_defaults(&mut self, root: &Path) {
+    /// Fills in the default target. Our generator did not see what other generators wrote at the same time; where one of
+    /// them has redirected the boot, its target is the one that the machine would have gone to.
+    pub(super) fn apply_default_target(&mut self, environment: &Environment, root: &Path) {
         if self.target.is_none() {
-            let name = match default_target(root) {
-                DefaultTarget::Name(name) => name,
-                DefaultTarget::Masked => FALLBACK_TARGET.to_owned(),
+            let found = default_target(&Search::complete(root));
+            let (name, source) = match (found.target, &environment.original_target) {
+                (DefaultTarget::Name(name), _) if found.origin == Origin::Generator => (name, Source::Machine),
+                (_, Some(original)) => (original.clone(), Source::Environment),
+                (DefaultTarget::Name(name), None) => (name, Source::Machine),
+                (DefaultTarget::Masked, None) => (FALLBACK_TARGET.to_owned(), Source::Machine),
             };
-            set(&mut self.target, Some(name), &Source::Machine);
+            set(&mut self.target, Some(name), &source);
         }
     }
 

@@ -78,7 +78,7 @@ impl Settings {
         );
         inputs.apply_command_line(line)?;
         inputs.apply_environment(environment, &|path| under(root, path).exists());
-        inputs.apply_defaults(root);
+        inputs.apply_default_target(environment, root);
         Settings::validate(inputs)
     }
 }

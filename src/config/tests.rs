@@ -170,6 +170,14 @@ fn where_the_boot_would_have_gone() {
     assert_eq!(target("", None), "graphical.target");
     assert_eq!(target("", Some("a.target")), "a.target");
     assert_eq!(target("node-image-pivot.target=b.target", Some("a.target")), "b.target");
+    let generated = root.path().join("run/systemd/generator.early");
+    fs::create_dir_all(&generated).unwrap();
+    symlink("/usr/lib/systemd/system/node-image-pivot.target", generated.join("default.target")).unwrap();
+    assert_eq!(target("", Some("a.target")), "a.target", "our own redirect is not a way on");
+    fs::remove_file(generated.join("default.target")).unwrap();
+    symlink("other.target", generated.join("default.target")).unwrap();
+    assert_eq!(target("", Some("a.target")), "other.target", "another generator redirected this boot");
+    assert_eq!(target("node-image-pivot.target=b.target", Some("a.target")), "b.target");
 }
 
 #[test]

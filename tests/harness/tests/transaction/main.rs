@@ -355,10 +355,11 @@ fn a_second_agent_says_who_holds_the_lock() -> Result<()> {
         same(guest.unit("node-image-pivotd.service", "MainPID")?, pid)
     });
     checks.check("two callers at once: both succeed, one switch; nothing is isolated, reload or not", || {
-        // A reload makes the generator redirect: the image is configured by now.
+        // The image is configured by now, but this boot is over: the generator leaves it alone at a reload.
         guest.ask(
             "systemctl daemon-reload; systemctl restart node-image-pivotd.service
-             systemctl show -p Environment node-image-pivotd.service | grep -q NODE_IMAGE_PIVOT_TARGET
+             ! systemctl show -p Environment node-image-pivotd.service | grep NODE_IMAGE_PIVOT_TARGET || exit 1
+             systemctl get-default | grep -qx multi-user.target || exit 1
              systemd-run -q --unit=installer sleep infinity
              node-image-pivot run & first=$!; node-image-pivot run && wait $first",
         )?;
