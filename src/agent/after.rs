@@ -61,8 +61,7 @@ pub(super) async fn refresh(context: &Context, mut switched: Switched, flow: Flo
 
     tell_units(context, &manager, &differs, &switched, &mut trouble).await;
     for line in trouble {
-        warn!("{line}");
-        context.tracker.note(format!("warning: {line}"));
+        context.tracker.warn(line);
     }
     context.tracker.update(|status| {
         status.cost.ram_store_bytes = mount::tmpfs_used(&context.paths.store()).map_or(0, |usage| usage.used);
@@ -105,8 +104,7 @@ pub(super) async fn finish(context: &Context, mut switched: Switched, flow: Flow
             .context("nothing was isolated, everything before that is done; start node-image-finish.service again")?;
         tell_units(context, &manager, &differs, &switched, &mut trouble).await;
         for line in trouble {
-            warn!("{line}");
-            context.tracker.note(format!("warning: {line}"));
+            context.tracker.warn(line);
         }
     }
     isolate(context).await?;

@@ -87,8 +87,7 @@ pub(super) async fn pull(context: &Context, image: ResolvedImage, ticket: &Ticke
         status.cost.bytes_fetched = pulled.bytes_fetched;
     });
     for warning in &pulled.warnings {
-        warn!("{warning}");
-        context.tracker.note(format!("warning: {warning}"));
+        context.tracker.warn(warning);
     }
     context.tracker.end(phase, State::Running);
     Ok(pulled)
@@ -124,8 +123,7 @@ async fn store(
         let (store, booted) =
             storage::open(&context.paths, &context.settings).map_err(|error| cannot_open(image, &error))?;
         if let Some(line) = wrong_domain(store.root()) {
-            warn!("{line}");
-            context.tracker.note(format!("warning: {line}"));
+            context.tracker.warn(line);
         }
         let source = Source::open(&image_settings(&context.settings)).await?;
         context.tracker.progress.reset();

@@ -144,8 +144,7 @@ fn environment(context: &Context, staged: &StagedRoot, moment: Moment, flow: Flo
 }
 
 fn warning(context: &Context, line: &str) {
-    warn!("{line}");
-    context.tracker.note(format!("warning: {line}"));
+    context.tracker.warn(line);
 }
 
 #[cfg(test)]

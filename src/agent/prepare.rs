@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use anyhow::Context as _;
 use ostree::gio::Cancellable;
 use ostree::glib::{Variant, VariantDict};
-use tracing::{info, warn};
+use tracing::info;
 
 use super::accounts::AddedAccounts;
 use super::plan::{EtcPlan, MemoryPlan, SwitchPlan};
@@ -60,8 +60,7 @@ pub(super) async fn stage(context: &Context, pulled: PulledImage, flow: Flow) ->
     }
     document.save(&context.paths)?;
     for line in document.warnings.iter().filter(|&line| !staged.pulled.warnings.contains(line)) {
-        warn!("{line}");
-        context.tracker.note(format!("warning: {line}"));
+        context.tracker.warn(line);
     }
     context.tracker.end(phase, State::Pulled);
     context.staged_now.store(true, Ordering::Relaxed);
@@ -87,7 +86,7 @@ pub(super) async fn is_current(context: &Context, staged: &StagedRoot) -> Result
     let looked = tokio::task::spawn_blocking(move || look_again(&paths, &staged)).await;
     let (current, warnings) = looked.context("looking at the machine again panicked")??;
     for line in warnings {
-        context.tracker.note(format!("warning: {line}"));
+        context.tracker.warn(line);
     }
     Ok(current)
 }

@@ -120,7 +120,6 @@ impl StagedRoot {
             ),
         ];
         lines.extend(self.etc.iter().map(|line| format!("/etc: {line}")));
-        lines.extend(self.pulled.warnings.iter().map(|line| format!("warning: {line}")));
         lines
     }
 }

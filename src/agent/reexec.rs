@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use anyhow::Result;
-use tracing::{info, warn};
+use tracing::info;
 
 use super::Context;
 use super::units::Differs;
@@ -21,8 +21,7 @@ pub(super) async fn renew_manager(context: &Context, differs: Differs<'_>) -> Re
         let manager = reexecute(manager, &mut troubles).await?;
         context.tracker.note("systemd was re-executed: its binary or libraries changed");
         for line in troubles {
-            warn!("{line}");
-            context.tracker.note(format!("warning: {line}"));
+            context.tracker.warn(line);
         }
         Ok(manager)
     } else {

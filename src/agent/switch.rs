@@ -63,9 +63,8 @@ pub(super) fn check(paths: &Paths) -> Result<(), Error> {
 pub(super) async fn load_policy(context: &Context, staged: &StagedRoot) -> anyhow::Result<()> {
     let plan = load_etc_plan(&context.paths)?;
     let step = policy_step(&plan);
-    if let Some(line) = host::load_policy(step).await? {
-        info!("{line}");
-        context.tracker.note(line);
+    if let Some(remark) = host::load_policy(step).await? {
+        context.tracker.remark(&remark);
     }
     if step.loads() && selinux::mode() != selinux::Mode::Disabled {
         let relabelled = etc::relabel(&plan, etc::open_dir(Path::new(ETC))?.as_fd())?;
@@ -122,7 +121,7 @@ async fn load_old_policy(paths: &Paths, staged: &StagedRoot, undone: &mut Undone
             // Before: the new policy knows nearly all old labels, the old one hardly any that are new.
             let complete = label_anew(paths, staged, Way::Back).await;
             match host::load_policy(step).await {
-                Ok(line) => line.iter().for_each(|line| info!("undo: {line}")),
+                Ok(remark) => remark.iter().for_each(|remark| remark.log("undo: ")),
                 Err(error) => undone.failed.push(format!("{error:#}")),
             }
             if !complete {

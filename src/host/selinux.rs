@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use super::tool::run;
+use crate::report::Remark;
 use crate::selinux::{self, Mode};
 
 /// How long loading may take. The kernel converts every label that it holds.
@@ -63,30 +64,30 @@ fn is_policy(path: &[u8]) -> bool {
 /// # Errors
 /// When the policy cannot be loaded and SELinux enforces: files with new labels are useless then. In permissive mode
 /// that is the line.
-pub async fn load_policy(step: PolicyStep) -> Result<Option<String>> {
+pub async fn load_policy(step: PolicyStep) -> Result<Option<Remark>> {
     load_with(&["load_policy"], selinux::mode(), step).await
 }
 
-async fn load_with(command: &[&str], mode: Mode, step: PolicyStep) -> Result<Option<String>> {
+async fn load_with(command: &[&str], mode: Mode, step: PolicyStep) -> Result<Option<Remark>> {
+    let done = |line: &str| Ok(Some(Remark::Done(line.to_owned())));
+    let warning = |line: &str| Ok(Some(Remark::Warning(line.to_owned())));
     match (mode, step) {
         (_, PolicyStep::Keep) | (Mode::Disabled, PolicyStep::KeptLocal) => Ok(None),
         (Mode::Disabled, PolicyStep::Load | PolicyStep::LoadBesideLocal) => {
-            Ok(Some("SELinux is disabled: the new policy in /etc/selinux is not loaded".into()))
+            done("SELinux is disabled: the new policy in /etc/selinux is not loaded")
         }
-        (_, PolicyStep::KeptLocal) => Ok(Some(
-            "warning: the SELinux policy in /etc/selinux has local changes and stays, so types that only the node \
-             image's policy has are unknown; run semodule --build"
-                .into(),
-        )),
+        (_, PolicyStep::KeptLocal) => warning(
+            "the SELinux policy in /etc/selinux has local changes and stays, so types that only the node image's policy \
+             has are unknown; run semodule --build",
+        ),
         (_, PolicyStep::Load | PolicyStep::LoadBesideLocal) => match run(command, LOAD).await {
-            Ok(_) if step == PolicyStep::LoadBesideLocal => Ok(Some(
-                "warning: the SELinux policy in /etc/selinux differs and was loaded, without the local changes that are \
-                 in a policy file of another version; run semodule --build"
-                    .into(),
-            )),
-            Ok(_) => Ok(Some("the SELinux policy in /etc/selinux differs and was loaded".into())),
+            Ok(_) if step == PolicyStep::LoadBesideLocal => warning(
+                "the SELinux policy in /etc/selinux differs and was loaded, without the local changes that are in a \
+                 policy file of another version; run semodule --build",
+            ),
+            Ok(_) => done("the SELinux policy in /etc/selinux differs and was loaded"),
             Err(error) if mode == Mode::Permissive => {
-                Ok(Some(format!("warning: the new SELinux policy is not loaded (permissive): {error:#}")))
+                warning(&format!("the new SELinux policy is not loaded (permissive): {error:#}"))
             }
             Err(error) => Err(error).context("the new SELinux policy cannot be loaded"),
         },
@@ -109,17 +110,24 @@ mod tests {
         for (mode, step, command, expected) in [
             (Enforcing, Keep, "false", None),
             (Disabled, KeptLocal, "false", None),
-            (Disabled, Load, "false", Some("SELinux is disabled")),
-            (Disabled, LoadBesideLocal, "false", Some("SELinux is disabled")),
-            (Enforcing, KeptLocal, "false", Some("has local changes and stays")),
-            (Enforcing, Load, "true", Some("differs and was loaded")),
-            (Permissive, Load, "true", Some("differs and was loaded")),
-            (Enforcing, LoadBesideLocal, "true", Some("was loaded, without the local changes")),
-            (Permissive, Load, "false", Some("is not loaded (permissive): false: exit status: 1")),
+            (Disabled, Load, "false", Some((false, "SELinux is disabled"))),
+            (Disabled, LoadBesideLocal, "false", Some((false, "SELinux is disabled"))),
+            (Enforcing, KeptLocal, "false", Some((true, "has local changes and stays"))),
+            (Enforcing, Load, "true", Some((false, "differs and was loaded"))),
+            (Permissive, Load, "true", Some((false, "differs and was loaded"))),
+            (Enforcing, LoadBesideLocal, "true", Some((true, "was loaded, without the local changes"))),
+            (Permissive, Load, "false", Some((true, "is not loaded (permissive): false: exit status: 1"))),
         ] {
-            let said = load_with(&[command], mode, step).await.unwrap();
-            assert_eq!(said.is_some(), expected.is_some(), "{mode:?} {step:?}");
-            assert!(said.unwrap_or_default().contains(expected.unwrap_or_default()), "{mode:?} {step:?}");
+            let remark = load_with(&[command], mode, step).await.unwrap();
+            let (warns, line) = match &remark {
+                None => (false, ""),
+                Some(Remark::Done(line)) => (false, line.as_str()),
+                Some(Remark::Warning(line)) => (true, line.as_str()),
+            };
+            assert_eq!(remark.is_some(), expected.is_some(), "{mode:?} {step:?}");
+            let (expected_warning, part) = expected.unwrap_or_default();
+            assert_eq!(warns, expected_warning, "{mode:?} {step:?}: {line}");
+            assert!(line.contains(part) && !line.contains("warning:"), "{mode:?} {step:?}: {line}");
         }
         let error = load_with(&["false"], Enforcing, Load).await.unwrap_err().to_string();
         assert_eq!(error, "the new SELinux policy cannot be loaded");

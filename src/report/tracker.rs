@@ -4,8 +4,28 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use tokio::sync::watch;
+use tracing::{info, warn};
 
 use super::{LastError, Phase, PullProgress, State, Status, TimelineEntry};
+
+/// A result worth a line in the log and in the status document.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Remark {
+    /// Something was done.
+    Done(String),
+    /// Something needs attention.
+    Warning(String),
+}
+
+impl Remark {
+    /// Logs the line at its level, after `prefix`.
+    pub fn log(&self, prefix: &str) {
+        match self {
+            Self::Done(line) => info!("{prefix}{line}"),
+            Self::Warning(line) => warn!("{prefix}{line}"),
+        }
+    }
+}
 
 /// Holds the status document and tells watchers when it changes. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -149,6 +169,20 @@ impl Tracker {
         self.update(|status| {
             *status = Status { schema: status.schema, target: status.target.take(), image, ..Status::default() };
         });
+    }
+
+    /// Logs a line and adds it to the notes, which have no levels: a warning says so there.
+    pub fn remark(&self, remark: &Remark) {
+        remark.log("");
+        match remark {
+            Remark::Done(line) => self.note(line),
+            Remark::Warning(line) => self.note(format!("warning: {line}")),
+        }
+    }
+
+    /// Logs a warning and adds it to the notes.
+    pub fn warn(&self, line: impl Into<String>) {
+        self.remark(&Remark::Warning(line.into()));
     }
 
     /// Adds a line for the summary, once.
