@@ -181,7 +181,20 @@ fn package_lines(packages: &PackageChanges) -> Vec<String> {
     lines.extend(added.iter().map(|package| format!("  + {} {}", package.name, package.version)));
     lines.extend(changed.iter().map(|package| format!("  ! {} {} -> {}", package.name, package.from, package.to)));
     lines.extend(removed.iter().map(|package| format!("  - {} {}", package.name, package.version)));
+    let names = added.iter().chain(removed).map(|package| &package.name).chain(changed.iter().map(|one| &one.name));
+    if names.into_iter().any(|name| is_kernel(name)) {
+        lines.push("packages: the running kernel and its modules in /usr/lib/modules stay".into());
+    }
     lines
+}
+
+/// Returns true for packages that hold a kernel or its modules, by the names that rpm and Debian distributions use.
+fn is_kernel(name: &str) -> bool {
+    let rpm = name.strip_prefix("kernel").is_some_and(|rest| match rest.rsplit_once('-') {
+        None => rest.is_empty(),
+        Some((_, last)) => ["core", "modules", "extra", "internal", "virt", "rt", "64k"].contains(&last),
+    });
+    rpm || ["linux-image-", "linux-modules-"].iter().any(|prefix| name.starts_with(prefix))
 }
 
 #[cfg(test)]
@@ -235,6 +248,33 @@ mod tests {
         let nothing = PlanDocument::without_plan("nothing-to-do", Some("/usr/bin/oc exists".into()));
         assert_eq!(nothing.lines(), ["nothing to do: /usr/bin/oc exists"]);
         assert_eq!(PlanDocument::without_plan("switched", None).lines(), ["already switched"]);
+    }
+
+    #[test]
+    fn the_plan_says_that_the_running_kernel_stays() {
+        for (name, expected) in [
+            ("kernel", true),
+            ("kernel-core", true),
+            ("kernel-modules-extra", true),
+            ("kernel-rt-core", true),
+            ("kernel-64k", true),
+            ("kernel-headers", false),
+            ("kernel-tools-libs", false),
+            ("kernelshark", false),
+            ("linux-image-6.1.0-56-cloud-amd64", true),
+            ("linux-libc-dev", false),
+        ] {
+            for kind in 0..3 {
+                let mut packages = PackageChanges::default();
+                match kind {
+                    0 => packages.added = vec![Package { name: name.into(), version: "1".into() }],
+                    1 => packages.removed = vec![Package { name: name.into(), version: "1".into() }],
+                    _ => packages.changed = vec![PackageChange { name: name.into(), from: "1".into(), to: "2".into() }],
+                }
+                let said = package_lines(&packages).iter().any(|line| line.contains("the running kernel"));
+                assert_eq!(said, expected, "{name} {kind}");
+            }
+        }
     }
 
     #[test]
