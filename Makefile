@@ -19,7 +19,7 @@ all: build
 
 cargo:
 	@command -v $(CARGO) >/dev/null || { \
-	  echo "$(CARGO) not found: install a Rust toolchain (1.88 or later, with rustfmt and clippy), see rust-lang.org," \
+	  echo "$(CARGO) not found: install a Rust toolchain (1.89 or later, with rustfmt and clippy), see rust-lang.org," \
 	       "or set CARGO=" >&2; exit 1; }
 
 # What the agent is built and tested with; the test bed brings its own list.

@@ -64,6 +64,25 @@ fn the_agents_list_is_what_make_installs() {
     assert!(SHIPPED.is_sorted(), "the list is sorted");
 }
 
+/// A lock file may name a release of a dependency that needs a newer Rust than the packages declare.
+#[test]
+fn the_declared_rust_version_covers_all_locked_dependencies() {
+    let output = run(Command::new(env!("CARGO"))
+        .args(["metadata", "--locked", "--format-version=1", "--filter-platform=x86_64-unknown-linux-gnu"])
+        .current_dir(project()));
+    let metadata: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let number = |version: &str| -> Vec<u32> { version.split('.').take(2).map(|part| part.parse().unwrap()).collect() };
+    let declared = env!("CARGO_PKG_RUST_VERSION");
+    for package in metadata["packages"].as_array().unwrap() {
+        let Some(needed) = package["rust_version"].as_str() else { continue };
+        assert!(number(needed) <= number(declared), "{} needs Rust {needed}, declared is {declared}", package["name"]);
+    }
+    for (file, before) in [("packaging/rpm/node-image-pivot.spec", "cargo >= "), ("Makefile", "a Rust toolchain (")] {
+        let text = fs::read_to_string(project().join(file)).unwrap();
+        assert!(text.contains(&format!("{before}{declared}")), "{file} names another version of Rust than {declared}");
+    }
+}
+
 /// As glob(7): `*` stops at a slash.
 fn glob(pattern: &str, name: &str) -> bool {
     let Some((start, rest)) = pattern.split_once('*') else { return pattern == name };
