@@ -12,14 +12,15 @@ mod show;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
 
 use crate::agent::Paths;
 use crate::report::Outcome;
 use drive::Call;
 
-/// Turns the running base system into the cluster's node image, without a reboot.
+/// Turn the running base system into its node image
 #[derive(Debug, Parser)]
-#[command(version, about, max_term_width = 100)]
+#[command(version, max_term_width = 100)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
@@ -27,65 +28,77 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Show where the pivot stands.
+    /// Show the state of the pivot
     Status {
-        /// The whole status document.
+        /// Print the whole status document
         #[arg(long)]
         json: bool,
-        /// Show it again whenever it changes, until the pivot is done or has failed.
+        /// Show each change, until the pivot is done or has failed
         #[arg(long)]
         watch: bool,
     },
-    /// Show what happened: phases and how long they took, what was fetched, the RAM it cost.
+    /// Show phases, durations, traffic and memory use
     Report,
-    /// Say what the switch would change; pulls and stages first, which changes nothing that runs.
+    /// Show what the switch would change
+    ///
+    /// Pulls and stages first, which does not touch the running system.
     Plan {
-        /// As a JSON document, with every path of /etc and every package.
+        /// Print a JSON document with every path of /etc and every package
         #[arg(long)]
         json: bool,
     },
-    /// Show what the switch would change in /etc as a unified diff; pulls and stages first. Conflicts, of which
-    /// the local version stays, are shown as comments.
+    /// Show the changes to /etc as a unified diff
+    ///
+    /// Pulls and stages first, which does not touch the running system. A conflict keeps the local version and is shown
+    /// as a comment.
     DiffEtc {
-        /// Also show the content of files that not everybody may read.
+        /// Include the content of files that are not world-readable
         #[arg(long)]
         secrets: bool,
     },
-    /// Resolve, pull and stage the node image; the running system is untouched.
+    /// Resolve, pull and stage the node image
+    ///
+    /// Does not touch the running system.
     Pull {
-        /// Also fetch what the pivot does not need (kernel modules), so that the image can be deployed to a disk;
-        /// at any time, also after the pivot.
+        /// Also fetch what only a deployment to a disk needs
+        ///
+        /// These are the objects below /usr/lib/modules. Works at any time, also after the pivot.
         #[arg(long)]
         complete: bool,
     },
-    /// Switch /usr and /etc to the node image and refresh what runs; pulls first if needed.
+    /// Switch /usr and /etc to the node image
+    ///
+    /// Pulls first if needed, and restarts the services that changed.
     Overlay,
-    /// Isolate to the target that the machine would have booted to.
+    /// Isolate to the original default target
     Finish,
-    /// All phases in the foreground; isolates only on a machine that booted into the pivot target.
+    /// Run all phases in the foreground
+    ///
+    /// Isolates only on a machine that booted into the pivot target.
     Run {
-        /// In the end also fetch what the pivot does not need, as `pull --complete` does.
+        /// Afterwards, also fetch what `pull --complete` fetches
         #[arg(long)]
         complete: bool,
-        /// Undo the switch this long after it began, unless `keep` is called before: seconds, or a number
-        /// with s, m or h, such as 10m.
+        /// Undo the switch after this time unless `keep` is called
+        ///
+        /// The time begins with the switch: seconds, or a number with suffix s, m or h, for example 10m.
         #[arg(long = "try", value_name = "TIME", value_parser = drive::seconds)]
         try_for: Option<u64>,
     },
-    /// Keep a switch that was made with `run --try`.
+    /// Keep a switch that was made with `run --try`
     Keep,
-    /// Put /usr and /etc back as they were before the switch.
+    /// Restore /usr and /etc from before the switch
     Undo,
-    /// End a pull that runs or waits.
+    /// Cancel the running or waiting pull
     Cancel,
-    /// Run the daemon; started by node-image-pivotd.service.
+    /// Run the daemon, as node-image-pivotd.service does
     Daemon,
-    /// Print a shell completion script.
+    /// Print a shell completion script
     Completions {
-        /// For which shell.
-        shell: clap_complete::Shell,
+        /// The shell
+        shell: Shell,
     },
-    /// Print the manual page.
+    /// Print the manual page
     Man,
 }
 
@@ -134,10 +147,7 @@ async fn dispatch(command: Command) -> anyhow::Result<Outcome> {
         Command::Cancel => drive::cancel(&paths).await,
         Command::Daemon => daemon::daemon(paths).await,
         Command::Completions { shell } => {
-            // By way of memory: clap panics when it cannot write.
-            let mut script = Vec::new();
-            clap_complete::generate(shell, &mut Arguments::command(), "node-image-pivot", &mut script);
-            say::raw(&script);
+            say::raw(completions(shell).as_bytes());
             Ok(Outcome::Done)
         }
         Command::Man => {
@@ -149,9 +159,81 @@ async fn dispatch(command: Command) -> anyhow::Result<Outcome> {
     }
 }
 
+/// Returns the completion script of a shell.
+fn completions(shell: Shell) -> String {
+    // Into memory: clap panics when it cannot write.
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Arguments::command(), "node-image-pivot", &mut script);
+    // For bash, clap_complete 4.6 spells the program's name in two ways, so that the label of a subcommand's options
+    // is never reached. With a name that has no hyphens, or a version that fixes it, there is nothing to replace.
+    String::from_utf8_lossy(&script).replace("node__subcmd__image__subcmd__pivot", "node__image__pivot")
+}
+
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use clap::ValueEnum;
+
+    /// All commands of the command line with the words that lead to them.
+    fn commands() -> Vec<(Vec<String>, clap::Command)> {
+        let mut root = Arguments::command();
+        root.build();
+        let sub = |command: &clap::Command| (vec![command.get_name().to_owned()], command.clone());
+        root.get_subcommands().map(sub).chain([(vec![], root.clone())]).collect()
+    }
+
+    /// Returns the completions that bash offers for the last of these words.
+    fn completed(words: &[&str]) -> Vec<String> {
+        let script = "source /dev/stdin; COMP_WORDS=(node-image-pivot \"$@\"); COMP_CWORD=$#
+                      _node__image__pivot node-image-pivot \"${@: -1}\" \"${COMP_WORDS[COMP_CWORD - 1]}\"
+                      printf '%s\\n' \"${COMPREPLY[@]}\"";
+        let mut bash = std::process::Command::new("bash")
+            .args(["--norc", "-c", script, "bash"])
+            .args(words)
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        std::io::Write::write_all(&mut bash.stdin.take().unwrap(), completions(Shell::Bash).as_bytes()).unwrap();
+        let output = bash.wait_with_output().unwrap();
+        String::from_utf8(output.stdout).unwrap().split_whitespace().map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn bash_completes_the_options_of_every_subcommand() {
+        assert_eq!(completed(&["plan", "--js"]), ["--json"]);
+        assert_eq!(completed(&["diff-e"]), ["diff-etc"]);
+        for (words, command) in commands() {
+            let longs = command.get_arguments().filter_map(clap::Arg::get_long).map(|name| format!("--{name}"));
+            let expected: std::collections::BTreeSet<_> = longs.collect();
+            let line: Vec<_> = words.iter().map(String::as_str).chain(["--"]).collect();
+            assert_eq!(completed(&line).into_iter().collect::<std::collections::BTreeSet<_>>(), expected, "{line:?}");
+        }
+    }
+
+    #[test]
+    fn every_shell_completes_the_subcommands() {
+        for shell in Shell::value_variants() {
+            let script = completions(*shell);
+            for (words, _) in commands() {
+                words.iter().for_each(|word| assert!(script.contains(word), "{shell}: {word}"));
+            }
+        }
+    }
+
+    #[test]
+    fn help_fits_into_100_columns() {
+        for (words, command) in commands() {
+            let about = command.get_about().unwrap().to_string();
+            assert!(about.chars().count() <= 60 && !about.ends_with('.'), "{words:?}: {about}");
+            for help in [command.clone().render_help(), command.clone().render_long_help()] {
+                for line in help.to_string().lines() {
+                    assert!(line.chars().count() <= 100, "{words:?}: {line}");
+                }
+            }
+        }
+    }
 
     #[test]
     fn the_command_line_is_consistent() {

@@ -1,5 +1,5 @@
-//! Writing for a person. A reader that went away (`| head`) is no reason to panic, as `println!` does,
-//! nor to stop what is under way: what cannot be written is dropped.
+//! Writing for a person. A reader that went away (`| head`) must not cause a panic, as `println!` does,
+//! nor stop the work: output that cannot be written is dropped.
 
 use std::fmt::Display;
 use std::io::{IsTerminal, Write};
