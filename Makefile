@@ -1,17 +1,24 @@
 # Front door. `make check` and `make demo` install what they need (Debian 12 or later, as root) and
 # need nothing else but a Rust toolchain.
 
-PREFIX ?= /usr
 DESTDIR ?=
 CARGO ?= cargo
-# Where the built binaries are; packagers who build elsewhere set it.
-BUILD ?= target/release
+# Set on the command line only, as an environment may have variables of these names for other programs. BUILD: the directory
+# of the binaries, for packagers who build elsewhere. PREFIX: /usr, the only one that works, see install-check.
+ifneq ($(origin BUILD),command line)
+BUILD = target/release
+endif
+ifneq ($(origin PREFIX),command line)
+PREFIX = /usr
+endif
 
 UNITS = node-image-pivot.target node-image-pivotd.service node-image-pull.service \
         node-image-overlay.service node-image-finish.service
-lib = $(DESTDIR)$(PREFIX)/lib
-unitdir = $(lib)/systemd/system
-dracutdir = $(lib)/dracut/modules.d/98node-image-pivot
+COMMAND = $(BUILD)/node-image-pivot
+# In double quotes wherever it is used: a directory's name may have spaces.
+usr = $(DESTDIR)$(PREFIX)
+unitdir = $(usr)/lib/systemd/system
+dracutdir = $(usr)/lib/dracut/modules.d/98node-image-pivot
 
 .PHONY: all build deps deps-build cargo install check check-quick check-bed check-containers demo bench fuzz docs clean
 
@@ -41,27 +48,40 @@ deps: deps-build
 build: cargo
 	$(CARGO) build --release -p node-image-pivot -p node-image-pivot-generator
 
-# Builds first, unless BUILD says that somebody else has built. src/config/shipped.rs lists the same
+# Builds first, unless BUILD names a directory of finished binaries. src/config/shipped.rs lists the same
 # files for the agent, and tests/units.rs compares the two.
 ifeq ($(origin BUILD),file)
 install: build
 endif
-install:
-	install -D -m 0755 $(BUILD)/node-image-pivot $(DESTDIR)$(PREFIX)/bin/node-image-pivot
-	install -D -m 0755 $(BUILD)/node-image-pivot-generator \
-	  $(lib)/systemd/system-generators/node-image-pivot-generator
-	install -d $(unitdir) $(dracutdir)
-	install -m 0644 $(addprefix units/,$(UNITS)) $(unitdir)
-	ln -sfn node-image-pivot.target $(unitdir)/node-image-overlay.target
-	install -D -m 0644 packaging/dbus/org.nodeimage.Pivot1.conf \
-	  $(DESTDIR)$(PREFIX)/share/dbus-1/system.d/org.nodeimage.Pivot1.conf
-	install -d $(DESTDIR)$(PREFIX)/share/selinux/packages
-	install -m 0644 packaging/selinux/*.cil $(DESTDIR)$(PREFIX)/share/selinux/packages
-	install -m 0755 dracut/98node-image-pivot/module-setup.sh dracut/98node-image-pivot/carry.sh $(dracutdir)
-	install -m 0644 dracut/98node-image-pivot/node-image-pivot-carry.service $(dracutdir)
-	install -d $(DESTDIR)$(PREFIX)/share/man/man1 $(DESTDIR)$(PREFIX)/share/bash-completion/completions
-	$(BUILD)/node-image-pivot man >$(DESTDIR)$(PREFIX)/share/man/man1/node-image-pivot.1
-	$(BUILD)/node-image-pivot completions bash >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/node-image-pivot
+install: install-check
+	install -D -m 0755 "$(COMMAND)" "$(usr)/bin/node-image-pivot"
+	install -D -m 0755 "$(BUILD)/node-image-pivot-generator" \
+	  "$(usr)/lib/systemd/system-generators/node-image-pivot-generator"
+	install -d "$(unitdir)" "$(dracutdir)"
+	install -m 0644 $(addprefix units/,$(UNITS)) "$(unitdir)"
+	ln -sfn node-image-pivot.target "$(unitdir)/node-image-overlay.target"
+	install -D -m 0644 packaging/dbus/org.nodeimage.Pivot1.conf "$(usr)/share/dbus-1/system.d/org.nodeimage.Pivot1.conf"
+	install -d "$(usr)/share/selinux/packages"
+	install -m 0644 packaging/selinux/*.cil "$(usr)/share/selinux/packages"
+	install -m 0755 dracut/98node-image-pivot/module-setup.sh dracut/98node-image-pivot/carry.sh "$(dracutdir)"
+	install -m 0644 dracut/98node-image-pivot/node-image-pivot-carry.service "$(dracutdir)"
+	$(call generate,man,man/man1/node-image-pivot.1)
+	$(call generate,completions bash,bash-completion/completions/node-image-pivot)
+	$(call generate,completions zsh,zsh/site-functions/_node-image-pivot)
+	$(call generate,completions fish,fish/vendor_completions.d/node-image-pivot.fish)
+
+# Installs the output of the command with the arguments $(1) as share/$(2), readable by all users under any umask.
+define generate
+install -D -m 0644 /dev/null "$(usr)/share/$(2)"
+"$(COMMAND)" $(1) >"$(usr)/share/$(2)"
+endef
+
+# Units, D-Bus and SELinux policy and dracut look below /usr only, and the agent keeps its own files there over the switch.
+.PHONY: install-check
+install-check:
+	@[ "$(PREFIX)" = /usr ] || { \
+	  echo "cannot install below $(PREFIX): systemd, D-Bus and dracut find these files only below /usr;" \
+	       "use DESTDIR= to install into another root" >&2; exit 1; }
 
 # Tests that boot virtual machines, which keep one core busy each; those that take longest first. All others of the
 # test bed boot containers, of which only one may run at a time.

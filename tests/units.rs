@@ -21,9 +21,16 @@ fn run(command: &mut Command) -> Output {
     output
 }
 
-/// Installs into a new directory. The binaries are stand-ins: they need not be built for this.
+/// Installs into a new directory.
 fn installed() -> tempfile::TempDir {
     let root = tempfile::tempdir().unwrap();
+    let build = stand_ins();
+    run(&mut install(root.path(), build.path()));
+    root
+}
+
+/// Programs in place of the binaries, which need not be built for this.
+fn stand_ins() -> tempfile::TempDir {
     let build = tempfile::tempdir().unwrap();
     for name in ["node-image-pivot", "node-image-pivot-generator"] {
         let path = build.path().join(name);
@@ -31,16 +38,24 @@ fn installed() -> tempfile::TempDir {
         // The manual page and the completions are what the program itself prints.
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
     }
-    run(Command::new("make")
-        .args(["-s", "-C"])
+    build
+}
+
+/// Installs the binaries in `build` into `root`, with a umask that hides new files from other users, and an environment
+/// that has variables of the same names for other programs.
+fn install(root: &Path, build: &Path) -> Command {
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", "umask 077 && exec make \"$@\"", "sh", "-s", "-C"])
         .arg(project())
         .arg("install")
-        .arg(format!("DESTDIR={}", root.path().display()))
-        .arg(format!("BUILD={}", build.path().display()))
+        .arg(format!("DESTDIR={}", root.display()))
+        .arg(format!("BUILD={}", build.display()))
+        .envs([("BUILD", "/nonexistent"), ("PREFIX", "/nonexistent")])
         // A make that runs these tests must not hand its own settings down.
         .env_remove("MAKEFLAGS")
-        .env_remove("MAKELEVEL"));
-    root
+        .env_remove("MAKELEVEL");
+    command
 }
 
 fn files(directory: &Path) -> BTreeSet<PathBuf> {
@@ -62,6 +77,30 @@ fn the_agents_list_is_what_make_installs() {
     let root = installed();
     assert_eq!(files(root.path()), SHIPPED.iter().map(|path| Path::new("usr").join(path)).collect());
     assert!(SHIPPED.is_sorted(), "the list is sorted");
+}
+
+#[test]
+fn installed_files_are_readable_by_all_users() {
+    let root = tempfile::tempdir().unwrap();
+    let root = root.path().join("a name with spaces");
+    run(&mut install(&root, stand_ins().path()));
+    assert_eq!(files(&root).len(), SHIPPED.len());
+    for path in files(&root) {
+        for part in path.ancestors().map(|part| root.join(part)).filter(|part| !part.is_symlink()) {
+            let mode = fs::metadata(&part).unwrap().permissions().mode();
+            assert_eq!(mode & 0o044, 0o044, "{}: {mode:o}", part.display());
+        }
+    }
+}
+
+#[test]
+fn a_prefix_that_systemd_does_not_search_is_refused() {
+    let (root, build) = (tempfile::tempdir().unwrap(), stand_ins());
+    let output = install(root.path(), build.path()).arg("PREFIX=/usr/local").output().unwrap();
+    assert!(!output.status.success());
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("cannot install below /usr/local: "), "{said}");
+    assert_eq!(files(root.path()), BTreeSet::new());
 }
 
 /// A lock file may name a release of a dependency that needs a newer Rust than the packages declare.

@@ -19,7 +19,9 @@ pub const SHIPPED: &[&str] = &[
     "lib/systemd/system/node-image-pull.service",
     "share/bash-completion/completions/node-image-pivot",
     "share/dbus-1/system.d/org.nodeimage.Pivot1.conf",
+    "share/fish/vendor_completions.d/node-image-pivot.fish",
     "share/man/man1/node-image-pivot.1",
     "share/selinux/packages/node-image-pivot-domain.cil",
     "share/selinux/packages/node-image-pivot.cil",
+    "share/zsh/site-functions/_node-image-pivot",
 ];

@@ -47,6 +47,8 @@ impl Default for Keep {
                 "share/dbus-1/interfaces/org.nodeimage.Pivot1*",
                 "share/man/man*/node-image-*",
                 "share/bash-completion/completions/node-image-pivot",
+                "share/fish/vendor_completions.d/node-image-pivot.fish",
+                "share/zsh/*/_node-image-pivot",
                 "share/selinux/packages/node-image-pivot*",
             ],
         )
