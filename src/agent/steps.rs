@@ -69,3 +69,34 @@ pub(super) async fn next(
     };
     Ok(Some(next))
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::path::Path;
+
+    use rustix::mount::{MountFlags, mount_bind, mount_remount};
+
+    use super::*;
+    use crate::agent::{Cause, Paths, Tickets};
+    use crate::config::Settings;
+    use crate::mount::testing::private;
+    use crate::report::{Status, Tracker};
+
+    /// The registry does not exist: asking it would be retried without end.
+    #[test]
+    fn the_machine_is_checked_before_the_registry_is_asked() {
+        private(|scratch| {
+            mount_bind("/etc", "/etc").unwrap();
+            mount_remount("/etc", MountFlags::BIND | MountFlags::RDONLY, "").unwrap();
+            let line = "node-image-pivot=force node-image-pivot.image=127.0.0.1:1/none:1";
+            let settings = Settings::load_from(Path::new("/nonexistent"), line).unwrap();
+            let context = Context::new(settings, Tracker::new(Status::default()), Paths::below(scratch));
+            let (record, ticket) = (Record::default(), Tickets::default().draw("test"));
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            let refused = runtime.block_on(next(&context, &record, Goal::Staged, &ticket)).unwrap_err();
+            let Cause::Refused(reasons) = refused.cause() else { panic!("{refused}") };
+            assert!(reasons.iter().any(|reason| reason.id == "etc-read-only"), "{refused}");
+        });
+    }
+}
