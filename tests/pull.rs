@@ -58,7 +58,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use fixture::{Compress, Image, Repo, encapsulate, listing, run};
+use fixture::{Compress, Image, Repo, encapsulate, fsck, listing, run};
 use node_image_pivot::image::{Failure, ImageSettings, Kind, PullSpec, Source};
 use node_image_pivot::import::{PullOptions, PulledImage, pull};
 use node_image_pivot::report::PullProgress;
@@ -139,10 +139,6 @@ async fn failure(spec: &str, store: &NodeStore) -> Failure {
     println!("{:?}: {failure}", failure.kind);
     assert_eq!(store.resolve_ref().unwrap(), None, "a failed pull leaves no ref");
     failure
-}
-
-fn fsck(repo: &Path) {
-    run("ostree", &["fsck", "--repo", repo.to_str().unwrap()]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

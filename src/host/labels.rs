@@ -65,7 +65,7 @@ impl FileContexts {
 
     /// Gives what lies in `directories` the labels of `to`, where it has those of this policy. With `unlabelled`, the
     /// label of a tmpfs where nobody gave one, also where it has that or its directory's, and `to` has one for it that
-    /// this policy never gives: nobody could give it before. `scratch` is a directory of ours.
+    /// this policy never gives: it could not be given before. `scratch` is a directory of ours.
     ///
     /// # Errors
     /// When libselinux cannot read one of the policies, but would have to: then nothing is labelled. An entry that

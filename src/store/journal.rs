@@ -68,7 +68,7 @@ impl LayerJournal {
         self.known.contains(&scope.line(digest)) || self.known.contains(&wider.line(digest))
     }
 
-    /// Whether an earlier run read this layer for this scope, or all of it but the kernel's modules.
+    /// Returns true if an earlier run read this layer for this scope, or all of it but the kernel's modules.
     pub fn has_most(&self, digest: &str, scope: &Scope) -> bool {
         let (Scope::Delta { booted } | Scope::Complete { booted }) = scope;
         self.has(digest, &Scope::Delta { booted: booted.clone() })

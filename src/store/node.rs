@@ -410,48 +410,4 @@ fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn libostree_opens_it_and_reads_its_refs() {
-        let temp = tempfile::tempdir().unwrap();
-        let store = NodeStore::on_tmpfs(temp.path(), None).unwrap();
-        NodeStore::on_tmpfs(temp.path(), None).unwrap();
-        let repo = ostree::Repo::new_for_path(store.repo_path());
-        repo.open(ostree::gio::Cancellable::NONE).unwrap();
-        assert_eq!(repo.mode(), ostree::RepoMode::Bare);
-        assert_eq!(store.resolve_ref().unwrap(), None);
-        let commit = "ab".repeat(32);
-        store.set_ref(&commit).unwrap();
-        assert_eq!(repo.resolve_rev(NODE_IMAGE_REF, false).unwrap().unwrap(), commit);
-        assert_eq!(store.resolve_ref().unwrap(), Some(commit.clone()));
-        let (commit, marked) = (ObjectId([0xab; 32]), store.repo.join(format!("state/{commit}.commitpartial")));
-        for complete in [false, true, true] {
-            store.publish(&[(commit, complete)]).unwrap();
-            assert_eq!(marked.exists(), !complete);
-        }
-        store.forget().unwrap();
-        store.forget().unwrap();
-        assert_eq!(store.resolve_ref().unwrap(), None);
-    }
-
-    #[test]
-    fn parent_is_kept_and_another_one_refused() {
-        let temp = tempfile::tempdir().unwrap();
-        let booted = BootedRepo { path: "/ostree/repo".into(), commit: None };
-        NodeStore::on_tmpfs(temp.path(), Some(&booted)).unwrap();
-        assert_eq!(NodeStore::open(temp.path()).unwrap().parent.as_deref(), Some(Path::new("/ostree/repo")));
-        assert!(NodeStore::on_tmpfs(temp.path(), None).is_err());
-    }
-
-    #[test]
-    fn lock_tidies_leftovers() {
-        let temp = tempfile::tempdir().unwrap();
-        let store = NodeStore::on_tmpfs(temp.path(), None).unwrap();
-        fs::write(store.repo_path().join("tmp/import-7"), "").unwrap();
-        let _lock = store.lock().unwrap();
-        assert!(!store.repo_path().join("tmp/import-7").exists());
-        assert!(matches!(store.lock(), Err(LockError::Held { .. })));
-    }
-}
+mod tests;

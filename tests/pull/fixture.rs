@@ -347,3 +347,8 @@ fn blob(dir: &Path, data: &[u8], media_type: &str) -> Value {
 pub fn listing(repo: &Path, commit: &str) -> String {
     run("ostree", &["ls", "-R", "-C", "-X", "--repo", repo.to_str().unwrap(), commit])
 }
+
+/// Checks a repo with libostree's own tool.
+pub fn fsck(repo: &Path) {
+    run("ostree", &["fsck", "--repo", repo.to_str().unwrap()]);
+}
