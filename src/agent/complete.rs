@@ -85,7 +85,7 @@ fn shown(pulled: &PulledImage) -> String {
     format!("{} (commit {})", pulled.image.pinned, pulled.commit)
 }
 
-/// What was pulled, where all that could need it has been done or can wait.
+/// The pulled image, at steps that do not depend on its being incomplete.
 fn pulled(step: &mut Step) -> Option<&mut PulledImage> {
     match step {
         Step::Staged(staged) => Some(&mut staged.pulled),

@@ -1,4 +1,4 @@
-//! What brings the agent back at the end of a probation, should it be dead by then: a timer of systemd's.
+//! A systemd timer that brings the agent back at the end of a trial period, should it be dead by then.
 //!
 //! The timer undoes nothing. It starts the agent, and again every half minute, until the agent takes the timer
 //! away; whether there is something to undo is in the agent's record. So a timer that was left over does no
@@ -16,14 +16,14 @@ use super::Probation;
 use crate::dirfd::Directory;
 use crate::units::Manager;
 
-/// Where the files are; systemd.unit(5).
+/// Directory of the files; systemd.unit(5).
 const UNITS: &str = "/run/systemd/system";
 const SERVICE: &str = "node-image-pivot-try.service";
 /// Each timer has its own name: systemd would not look at the file of one that it still knows.
 const TIMER: (&str, &str) = ("node-image-pivot-try-", ".timer");
 /// A hundred years in seconds: systemd counts microseconds.
 const LONGEST: u64 = 100 * 365 * 86400;
-/// How long a job of systemd's may take.
+/// The longest that a job of systemd may take.
 const JOB: Duration = Duration::from_secs(30);
 
 /// An agent that died too often is not started by systemd until that is forgotten.
@@ -99,10 +99,10 @@ pub(super) async fn arm(probation: Probation) -> anyhow::Result<()> {
     started
 }
 
-/// Stops every such timer and removes the files. What fails is left over, which does no harm.
+/// Stops every such timer and removes the files. A file that stays is harmless.
 pub(super) async fn disarm() {
     if let Err(error) = try_disarm().await {
-        warn!("a timer of the probation is left over; it does no harm: {error:#}");
+        warn!("a timer of the trial period is left over, which is harmless: {error:#}");
     }
 }
 
@@ -137,7 +137,7 @@ mod tests {
         for other in [SERVICE, "node-image-pivot.target", "node-image-pivot-try-4711.service", "try.timer"] {
             assert!(!is_timer(other), "{other}");
         }
-        // Never before the deadline: whoever comes then would find nothing to undo.
+        // Never before the deadline: the agent would find nothing to undo.
         assert!(timer_file(Duration::from_millis(8001)).contains("OnActiveSec=9s\n"));
         assert!(timer_file(Duration::from_secs(8)).contains("OnActiveSec=8s\n"));
         assert!(timer_file(Duration::MAX).contains(&format!("OnActiveSec={LONGEST}s\n")));

@@ -61,10 +61,10 @@ pub use probation::Probation;
 pub use record::{Record, StagedRoot, Step, Switched, Undo};
 pub use ticket::{Ticket, Tickets};
 
-/// Where the generator sends a boot.
+/// The target to which the generator redirects a boot.
 const PIVOT_TARGET: &str = "node-image-pivot.target";
 
-/// How far to go.
+/// The end of a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Goal {
     /// Resolve, pull, stage: everything that leaves the running system untouched.
@@ -75,7 +75,7 @@ pub enum Goal {
     Finished,
 }
 
-/// What every phase sees.
+/// The surroundings of every phase.
 pub(crate) struct Context {
     pub(crate) settings: Settings,
     pub(crate) tracker: Tracker,
@@ -112,7 +112,7 @@ pub struct Agent {
     paths: Paths,
     record: Mutex<Record>,
     holder: Holder,
-    /// Whether whoever holds the record undoes.
+    /// True while the holder of the record undoes.
     undoing: AtomicBool,
     /// As in the record, for those who do not wait for its lock.
     standing: watch::Sender<Standing>,
@@ -131,7 +131,7 @@ impl Agent {
     /// target, `None` if that is not known yet; see [`is_bootstrap`].
     ///
     /// # Errors
-    /// Another agent runs, or the agent's directory cannot be used. A record that cannot be used is no error: the agent
+    /// Another agent runs, or the agent's directory cannot be used. A record that cannot be used is not an error: the agent
     /// then says what is left, and allows an undo.
     pub fn open(paths: Paths, bootstrap: Option<bool>) -> anyhow::Result<Arc<Self>> {
         Directory::ensure(paths.run()).with_context(|| format!("cannot use {}", paths.run().display()))?;
@@ -147,7 +147,7 @@ impl Agent {
         record.bootstrap |= bootstrap == Some(true);
         record.rest();
         record.status.undo_unix = record.probation.and_then(undo_unix);
-        // The configuration is read anew at each call; here it only fills in what status shows. What
+        // The configuration is read again at each call; here it only fills in what status shows. What
         // is wrong with it is the answer to the call.
         if let Ok(settings) = Settings::load() {
             record.status.target.get_or_insert_with(|| settings.target.clone());
@@ -217,7 +217,7 @@ impl Agent {
         if let Err(error) = &outcome {
             self.tell(error);
             if record.step.is_before_switch() {
-                // The next call asks anew: the cause may have been the image itself, or a tag that
+                // The next call asks again: the cause may have been the image itself, or a tag that
                 // moved. What was stored is found again and not fetched twice.
                 record.step = Step::Idle;
             }
@@ -280,7 +280,7 @@ impl Agent {
         if length.is_some() && !record.step.is_before_switch() && record.probation.is_none_or(|until| until.kept) {
             return Err(Error::refused("switched", "this system is switched already; run undo before a try"));
         }
-        // Read at each call: whoever mends the configuration need not restart anything.
+        // Read at each call, so that a corrected configuration needs no restart.
         let settings = Settings::load().map_err(|error| Error::refused("configuration", format!("{error:#}")))?;
         let asked = Asked::by(&settings);
         if record.step.is_before_switch() && record.asked.as_ref() != Some(&asked) {
@@ -353,7 +353,7 @@ impl Agent {
     /// called before.
     ///
     /// # Errors
-    /// As [`Agent::advance`]; refused on a system that is switched for good.
+    /// As [`Agent::advance`]; refused on a system that is switched permanently.
     pub async fn run_for(&self, length: Duration, ticket: &Ticket) -> Result<(), Error> {
         self.advance_for(None, Some(length), ticket).await
     }

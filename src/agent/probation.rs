@@ -1,6 +1,6 @@
-//! A switch on probation: it is undone at its deadline unless somebody keeps it before.
+//! A switch on probation: it is undone at its deadline unless an administrator keeps it before.
 //!
-//! The deadline is a time of the boot-time clock, which nobody sets and which goes on while the
+//! The deadline is a time of the boot-time clock, which cannot be set and which goes on while the
 //! machine sleeps; like the record, it ends with the boot.
 
 use std::sync::Arc;
@@ -23,7 +23,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(300);
 pub struct Probation {
     /// Milliseconds of the boot-time clock.
     pub until_boottime_ms: u64,
-    /// Somebody kept the switch.
+    /// True once an administrator has kept the switch.
     pub kept: bool,
 }
 
@@ -34,7 +34,7 @@ impl Probation {
         Self { until_boottime_ms: boottime_ms().saturating_add(length), kept: false }
     }
 
-    /// How long the switch still has; `None` once it is kept.
+    /// The time that the switch still has; `None` once it is kept.
     pub fn left(self) -> Option<Duration> {
         let left = Duration::from_millis(self.until_boottime_ms.saturating_sub(boottime_ms()));
         (!self.kept).then_some(left)

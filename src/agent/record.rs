@@ -1,4 +1,4 @@
-//! What is remembered between phases, in `/run/node-image-pivot/state.json`.
+//! The record that is kept between phases, in `/run/node-image-pivot/state.json`.
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Deserializer, Serialize};
@@ -88,7 +88,7 @@ pub enum Damage {
     Foreign(u64),
 }
 
-/// What the status document shows as the image asked for.
+/// The image that the status document shows as asked for.
 pub(super) fn shown(settings: &Settings) -> Option<String> {
     settings.image.as_ref().map(|source| match source {
         ImageSource::Image(spec) | ImageSource::Release(spec) => spec.clone(),
@@ -98,7 +98,7 @@ pub(super) fn shown(settings: &Settings) -> Option<String> {
 /// Everything that the switch needs, decided and checked.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct StagedRoot {
-    /// What was pulled.
+    /// The pulled image.
     pub pulled: PulledImage,
     /// The delta tree.
     pub delta: Delta,
@@ -124,21 +124,21 @@ impl StagedRoot {
     }
 }
 
-/// What was switched, and what was decided about the units that ran then.
+/// A switch, and the decisions about the units that ran then.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Switched {
-    /// What was staged.
+    /// The staged tree.
     pub staged: StagedRoot,
     /// Decisions about running units; filled by refresh.
     #[serde(default)]
     pub units: Vec<Action>,
 }
 
-/// An undo that has begun. What it has to do is written down before the first act: afterwards nobody
+/// An undo that has begun. Its acts are written down before the first one: afterwards nothing
 /// can tell what ran the node image's code.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Undo {
-    /// What was switched to.
+    /// The tree that was switched to.
     pub staged: StagedRoot,
     /// Decisions about running units; absent when a failed switch is rolled back, before any unit saw it.
     pub units: Option<Vec<Action>>,
@@ -150,7 +150,7 @@ pub struct Undo {
     pub salvaged: bool,
 }
 
-/// Where the pivot stands. The value of each step is what the next phase takes.
+/// The progress of the pivot. Each step holds the value that the next phase needs.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Step {
@@ -159,9 +159,9 @@ pub enum Step {
     Idle,
     /// The system already is what it should become.
     NothingToDo {
-        /// What told us.
+        /// The sign of that.
         reason: String,
-        /// Whether the machine was sent on to its default target.
+        /// True once the machine was sent on to its default target.
         isolated: bool,
     },
     /// The digest is known.
@@ -176,14 +176,14 @@ pub enum Step {
     Undoing(Undo),
     /// The record of a switch is lost. Only an undo is possible.
     Lost {
-        /// What is left of it.
+        /// The parts of it that are known.
         staged: StagedRoot,
         /// Message for a person: what was lost, what is left, the way out.
         message: String,
     },
     /// `/usr` and `/etc` are the node image's.
     Switched(Switched),
-    /// What runs is, too.
+    /// The running units are, too.
     Refreshed(Switched),
     /// Isolated.
     Finished(Switched),
@@ -216,7 +216,7 @@ impl Step {
         }
     }
 
-    /// Whether the running system is untouched.
+    /// Returns true if the running system is unchanged.
     pub fn is_before_switch(&self) -> bool {
         matches!(self, Step::Idle | Step::NothingToDo { .. } | Step::Resolved(_) | Step::Pulled(_) | Step::Staged(_))
     }
@@ -230,7 +230,7 @@ impl Step {
         }
     }
 
-    /// Whether the machine was sent on to its target.
+    /// Returns true if the machine was sent on to its target.
     fn is_arrival(&self) -> bool {
         matches!(self, Step::Finished(_) | Step::NothingToDo { isolated: true, .. })
     }
@@ -252,21 +252,21 @@ impl Step {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Record {
     schema: u32,
-    /// How far the pivot is.
+    /// The last completed step.
     pub step: Step,
-    /// Whether the generator redirected this boot.
+    /// True if the generator redirected this boot.
     #[serde(default)]
     pub bootstrap: bool,
-    /// Whether the machine has gone on to its target: it is in use from then on, whatever is undone and done again.
+    /// True once the machine has gone on to its target: it is in use from then on, whatever is undone and done again.
     #[serde(default)]
     arrived: bool,
-    /// What the configuration asked for when the step was reached.
+    /// The request of the configuration when the step was reached.
     #[serde(default, deserialize_with = "asked")]
     pub asked: Option<Asked>,
-    /// When the switch is undone unless somebody keeps it.
+    /// The trial period after which the switch is undone unless an administrator keeps it.
     #[serde(default)]
     pub probation: Option<Probation>,
-    /// What the last undo left on purpose, until the next switch: whoever asks again is told again.
+    /// The entries that the last undo left on purpose, for a caller who asks again before the next switch.
     #[serde(default)]
     pub undone: Option<Vec<String>>,
     /// The status document as it was last saved.
@@ -337,7 +337,7 @@ impl Record {
     }
 
     /// The same, for a record that says that the running system is untouched. Where there is no room for
-    /// it, the old one goes first: whoever finds none begins anew, whoever finds the old one would not.
+    /// it, the old one is removed first: without a record an agent begins again, with the old one it would not.
     pub fn save_over(&self, paths: &Paths) -> Result<()> {
         self.save(paths).or_else(|_| {
             Directory::ensure(paths.run())
@@ -347,9 +347,9 @@ impl Record {
         })
     }
 
-    /// The status that is true when nobody works: for a daemon that was just started.
+    /// Sets the status that is true when no phase runs: for a daemon that was just started.
     pub fn rest(&mut self) {
-        // A failure stays until somebody tries again; a planned attempt went with the daemon.
+        // A failure stays until the next attempt; a planned attempt went with the daemon.
         let failed = self.status.error.as_ref().is_some_and(|error| error.next_retry_unix.is_none());
         let interrupted = match &self.step {
             Step::Switching(_) => {
@@ -384,7 +384,7 @@ impl Record {
         if self.bootstrap && !self.arrived { Flow::Bootstrap } else { Flow::Live }
     }
 
-    /// How far a run goes. The isolate belongs to the bootstrap flow only: on a system in use, nothing that runs may
+    /// The end of a run. The isolate belongs to the bootstrap flow only: on a system in use, nothing that runs may
     /// be stopped.
     pub fn last_goal(&self) -> Goal {
         match self.flow() {

@@ -40,7 +40,7 @@ impl Agent {
         Ok(())
     }
 
-    /// What the switch would change; pulls and stages first if that was not done yet, which leaves the
+    /// Returns the changes that the switch would make; pulls and stages first if that was not done yet, which leaves the
     /// running system untouched.
     ///
     /// # Errors
@@ -66,7 +66,7 @@ impl Agent {
         self.advance(Goal::Staged, ticket).await
     }
 
-    /// What the switch would change in `/etc`, as a unified diff; pulls and stages first, like [`Agent::plan`].
+    /// Returns the changes to `/etc` as a unified diff; pulls and stages first, like [`Agent::plan`].
     /// Files that are not world-readable are only named, unless `secrets`. Empty when nothing is to be done.
     ///
     /// # Errors

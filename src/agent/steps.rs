@@ -56,7 +56,7 @@ pub(super) async fn next(
         }
         Step::Switching(staged) => Step::Switched(switch::switch(context, staged).await?),
         Step::Lost { message, .. } => return Err(Error::refused("lost-record", message)),
-        // Taken back to the end before anybody asks for a next step.
+        // Undone to the end before a next step is asked for.
         Step::Undoing(_) => return Err(anyhow!("undo is not complete").into()),
         Step::Switched(switched) => {
             let refreshed = after::refresh(context, switched, record.flow()).await?;

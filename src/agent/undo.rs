@@ -1,4 +1,4 @@
-//! The way back: undo when somebody asks, roll back when a switch fails, both when a start finds one that
+//! The way back: undo when an administrator asks, roll back when a switch fails, both when a start finds one that
 //! was interrupted; and what keeps a switch that is on probation.
 
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use super::wayback::{self, Below};
 use super::{Agent, Error, Goal, Probation, Record, StagedRoot, Step, Undo, deadline, probation, switch};
 use crate::report::{self, Phase, State};
 
-/// Says, as long as it lives, that whoever holds the record undoes.
+/// Marks, as long as it lives, that the holder of the record undoes.
 struct Flag<'a>(&'a AtomicBool);
 
 impl<'a> Flag<'a> {
@@ -38,7 +38,7 @@ impl Agent {
     pub async fn undo(&self) -> Result<Vec<String>, Error> {
         let record = match self.record.try_lock() {
             Ok(record) => record,
-            // Whoever asked before the daemon was killed asks again.
+            // A caller from before the daemon was killed asks again.
             Err(_) if self.undoing.load(Ordering::Acquire) => self.record.lock().await,
             Err(_) => return Err(Error::refused("busy", "a phase is under way: wait for it, or cancel it first")),
         };
@@ -111,11 +111,11 @@ impl Agent {
         record.undone = Some(undone.kept.clone());
         self.untouched(record, if undo.salvaged { Step::Idle } else { Step::Staged(undo.staged) })?;
         deadline::disarm().await;
-        info!("undone: /usr and /etc are as they were");
+        info!("undone: /usr and /etc are the bootimage's");
         Ok(undone.kept)
     }
 
-    /// What the undo does to units follows the flow that the switch planned for, which its record of units says, also on
+    /// Plans the undo of units. It follows the flow that the switch planned for, which its record of units says, also on
     /// a machine that is in use since: what the switch restarted runs the node image's code, and may be what is wrong
     /// with it (a network that is gone is what a probation is for). Where that is not known, less is touched.
     ///
@@ -203,7 +203,7 @@ impl Agent {
         }
     }
 
-    /// What a daemon does by itself for as long as it lives: first it finishes what the record says was
+    /// Begins the work that a daemon does by itself: first it finishes what the record says was
     /// interrupted, a switch or an undo; then it watches over a probation.
     pub fn attend(self: &Arc<Self>) {
         let agent = self.clone();
@@ -216,7 +216,7 @@ impl Agent {
         });
     }
 
-    /// Takes a left-over timer away. One that brought us back to finish an undo stays until that is done.
+    /// Removes a left-over timer. One that brought the agent back to finish an undo stays until that is done.
     async fn disarm_if_over(&self) {
         let record = self.record.lock().await;
         let kept = record.probation.is_none_or(|probation| probation.kept);

@@ -37,7 +37,7 @@ pub(super) fn stale(expected: Expected) -> Option<String> {
     };
     let names = units.into_iter().collect::<Vec<_>>().join(", ");
     (!names.is_empty()).then(|| {
-        format!("these services have mounts of their own and see the {other}'s /usr until they are restarted: {names}")
+        format!("these services have their own mounts and see the {other}'s /usr until they are restarted: {names}")
     })
 }
 

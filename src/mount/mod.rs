@@ -5,7 +5,7 @@
 //! remount, bind or unmount anything that it did not mount itself.
 //!
 //! The namespace that counts is PID 1's ([`Namespace::init`]): the agent may be sandboxed, and what it
-//! mounts in a namespace of its own helps nobody.
+//! mounts in another namespace has no effect.
 
 mod namespace;
 mod table;
@@ -30,7 +30,7 @@ use std::path::Path;
 
 use anyhow::Result;
 
-/// Whether a mount named `source` is at `target` in PID 1's namespace, on top or covered.
+/// Returns true if a mount named `source` is at `target` in PID 1's namespace, on top or covered.
 pub fn exposed(target: &Path, source: &str) -> Result<bool> {
     Ok(Namespace::init().exposure(target, source)? != Exposure::Absent)
 }

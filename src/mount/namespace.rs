@@ -35,7 +35,7 @@ impl Namespace {
         Ok(table::parse(&text))
     }
 
-    /// How the mount named `source` shows at `target` here.
+    /// Returns how the mount named `source` shows at `target` here.
     pub fn exposure(&self, target: &Path, source: &str) -> Result<Exposure> {
         Ok(table::exposure(&self.mounts()?, target, source))
     }

@@ -11,7 +11,7 @@ pub struct Mount {
     pub id: u64,
     /// The id of the mount that it sits on.
     pub parent: u64,
-    /// Where it is mounted, unescaped.
+    /// Mount point, unescaped.
     pub target: PathBuf,
     /// True if this mount cannot be written, whatever its file system allows.
     pub read_only: bool,
@@ -23,7 +23,7 @@ pub struct Mount {
     pub super_options: OsString,
 }
 
-/// How a mount of ours shows at its target.
+/// Visibility of a mount of ours at its target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exposure {
     /// It is not there.
@@ -92,7 +92,7 @@ fn unescape(field: &[u8]) -> Vec<u8> {
     out
 }
 
-/// How the mount named `source` shows at `target`.
+/// Returns how the mount named `source` shows at `target`.
 pub fn exposure(mounts: &[Mount], target: &Path, source: &str) -> Exposure {
     let ours = |mount: &&Mount| mount.target == target && mount.source == source;
     match top(mounts, target) {
@@ -106,7 +106,7 @@ pub fn exposure(mounts: &[Mount], target: &Path, source: &str) -> Exposure {
 pub fn top<'a>(mounts: &'a [Mount], target: &Path) -> Option<&'a Mount> {
     let stack = || mounts.iter().filter(|mount| mount.target == target);
     // Neither ids nor the order of lines say what is on top (a tree that was built detached has an
-    // old id); being nobody's parent at the same place does.
+    // old id); being the parent of no mount at the same place does.
     stack().find(|mount| !stack().any(|other| other.parent == mount.id))
 }
 
@@ -280,7 +280,7 @@ nonsense\n";
             let found = writable_overlay(&mounts, Path::new("/usr"));
             assert_eq!(found, expected.then(|| "name".to_owned()), "{line}");
         }
-        // A /usr that is a mount of its own, as with a plain ostree root, is not the root's.
+        // A /usr that is a separate mount, as with a plain ostree root, is not the root's.
         let root = "60 1 0:60 / / rw - overlay name rw,lowerdir=l,upperdir=u\n61 60 7:0 /usr /usr ro - squashfs x ro\n";
         assert_eq!(writable_overlay(&parse(root.as_bytes()), Path::new("/usr")), None);
     }

@@ -25,14 +25,14 @@ use crate::failpoint::{self, Point};
 /// The longest that a copy of `/etc` may take.
 const COPY: Duration = Duration::from_secs(60);
 
-/// How a program of the new tree ended.
+/// End of a program of the new tree.
 #[derive(Debug)]
 pub struct Ended {
     /// Its exit status.
     pub status: ExitStatus,
-    /// What it wrote to its standard output, at most 4 MiB of it.
+    /// Standard output, at most 4 MiB of it.
     pub stdout: String,
-    /// What it wrote to its standard error, likewise.
+    /// Standard error, likewise.
     pub stderr: String,
 }
 
@@ -44,7 +44,7 @@ pub struct Trial {
     pub etc_unmerged: Option<String>,
 }
 
-/// Lets `act` run programs with `tree` as `/usr` in a private mount namespace: nobody else sees the tree,
+/// Lets `act` run programs with `tree` as `/usr` in a private mount namespace: no other process sees the tree,
 /// and the running system keeps its own.
 ///
 /// `/etc` is an overlay of the running one, or a copy where the kernel stacks no further overlay, to which `merge_etc` is
@@ -92,7 +92,7 @@ fn isolate(tree: &DetachedTree, merge_etc: &(dyn Fn(BorrowedFd<'_>, &Path) -> Re
     Ok(Trial { etc_unmerged })
 }
 
-/// Mounts an overlay of `/etc` over it, merged before anybody can see it.
+/// Mounts an overlay of `/etc` over it, merged before any program can see it.
 fn private_etc(merge: &(dyn Fn(BorrowedFd<'_>, &Path) -> Result<()> + Sync)) -> Result<()> {
     let records = Path::new("/var/records");
     for directory in [Path::new("/var/upper"), Path::new("/var/work"), records] {

@@ -38,7 +38,7 @@ impl Phase {
     }
 }
 
-/// Where the whole pivot stands.
+/// State of the whole pivot.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum State {
@@ -111,7 +111,7 @@ pub struct TimelineEntry {
     pub duration_ms: Option<u64>,
 }
 
-/// What the pivot cost this machine.
+/// Cost of the pivot for this machine.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cost {
     /// Compressed bytes fetched from the registry.
@@ -149,7 +149,7 @@ pub struct StillOld {
 pub struct Status {
     /// Version of this document: 1.
     pub schema: u32,
-    /// Where the pivot stands.
+    /// State of the pivot.
     pub state: State,
     /// The phase that runs or failed.
     pub phase: Option<Phase>,
@@ -176,16 +176,16 @@ pub struct Status {
     pub error: Option<LastError>,
     /// Phases so far.
     pub timeline: Vec<TimelineEntry>,
-    /// What it cost.
+    /// Its cost.
     pub cost: Cost,
-    /// When the switch will be undone unless somebody keeps it, in seconds since the epoch; absent for one
+    /// The time at which the switch is undone unless an administrator keeps it, in seconds since the epoch; absent for one
     /// that stays.
     #[serde(default)]
     pub undo_unix: Option<u64>,
     /// What still ran the bootimage's code when the last phase ended.
     #[serde(default)]
     pub still_old: Vec<StillOld>,
-    /// What changed, one line each; for the summary.
+    /// Changes, one line each; for the summary.
     pub notes: Vec<String>,
     /// Differences by now from what the switch left, one line each: `/usr` is covered, another image is configured.
     /// Looked for when the document is read.

@@ -1,4 +1,4 @@
-//! The one live [`Status`]: phases write it, everybody else watches it.
+//! The one live [`Status`]: phases write it, all others watch it.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -119,9 +119,9 @@ impl Tracker {
     }
 
     /// A phase begins and its clock runs. The last failure stays in the document until something
-    /// succeeds: whoever looks during an attempt sees why there is one. A phase that has not ended (a
+    /// succeeds: a reader during an attempt sees why there is one. A phase that has not ended (a
     /// retry, a restart of the daemon) keeps its first start, so that the timeline shows what the
-    /// machine really waited; one that had ended and runs once more starts anew.
+    /// machine really waited; one that had ended and runs once more starts again.
     pub fn begin(&self, phase: Phase) {
         let now = unix_ms();
         self.update(|status| {
@@ -162,8 +162,8 @@ impl Tracker {
         });
     }
 
-    /// The pivot begins anew, for `image`: nothing of an earlier attempt stays in the document. The
-    /// target stays, it is the machine's and was told once.
+    /// Begins the pivot again, for `image`: nothing of an earlier attempt stays in the document. The
+    /// target stays, it is the machine's and was set once.
     pub fn restart(&self, image: Option<String>) {
         self.progress.reset();
         self.update(|status| {

@@ -1,4 +1,4 @@
-//! What must be true before anything is changed. Each refusal stands alone and says what to do.
+//! Conditions that must hold before anything is changed. Each refusal stands alone and says what to do.
 
 use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -89,7 +89,7 @@ pub enum Refusal {
     /// A program of the new tree does not run here.
     #[error("{0}; the node image does not run on this machine (another CPU, or a broken C library?)")]
     Trial(String),
-    /// Nobody could log in any more: what its `sshd -t` said.
+    /// A login would no longer be possible; holds the words of its `sshd -t`.
     #[error(
         "the node image's sshd does not take this machine's configuration or host keys, as the running one does, and \
          would not come up again: {0}; correct /etc/ssh so that `sshd -t` of both passes, or disable and stop sshd"
@@ -174,7 +174,7 @@ pub fn check_system(mounts: &[Mount], usr: &Path, etc: &Path) -> Vec<Refusal> {
     refusals
 }
 
-/// What the kernel answered to a first step of each kind of call.
+/// Judges the kernel's answer to a first step of each kind of call.
 fn check_kernel(overlay: Result<(), Errno>, openat2: Result<(), Errno>) -> Option<Refusal> {
     match (overlay, openat2) {
         (Err(Errno::NOSYS), _) => Some(Refusal::OldKernel { feature: "the mount API (fsopen)", since: "5.2" }),
@@ -243,7 +243,7 @@ pub fn check_content(usr: BorrowedFd<'_>, here: Machine) -> Vec<Refusal> {
     if !read_start(usr, "lib/os-release").is_ok_and(|text| names_a_system(&text)) {
         refusals.push(Refusal::OsRelease);
     }
-    // What is no ELF file at all is left to the trial run.
+    // A file that is not ELF is left to the trial run.
     let image = read_start(usr, MACHINE_PROGRAM).ok().and_then(|start| machine_of(&start));
     if let Some(image) = image.filter(|image| *image != here) {
         refusals.push(Refusal::Architecture { image, here });
