@@ -47,10 +47,9 @@ pub(super) fn seconds(text: &str) -> Result<u64, String> {
         _ => None,
     };
     let number = text[..digits].parse::<u64>().ok().filter(|number| *number > 0);
-    number
-        .zip(factor)
-        .and_then(|(number, factor)| number.checked_mul(factor))
-        .ok_or_else(|| "not a length of time: a number of seconds, or one with s, m or h, such as 10m".to_owned())
+    number.zip(factor).and_then(|(number, factor)| number.checked_mul(factor)).ok_or_else(|| {
+        "invalid duration: expected seconds, or a number with the suffix s, m or h, for example 10m".to_owned()
+    })
 }
 
 /// Makes `call` and waits for its end. The daemon may die in the middle: its unit starts it again,

@@ -182,7 +182,7 @@ impl Settings {
                 || DEFAULT_RAM_LIMIT,
                 |text| {
                     RamLimit::parse(&text).ok_or_else(|| {
-                        anyhow!("\"{text}\" is no limit; write \"1%\" to \"95%\", a number of bytes, or one with KiB, MiB, GiB")
+                        anyhow!("\"{text}\" is not a limit; write \"1%\" to \"95%\", a number of bytes, or one with KiB, MiB, GiB")
                     })
                 },
             )?,
@@ -197,7 +197,7 @@ impl Settings {
                 match word.as_str() {
                     "keep" => Ok(EtcStrategy::Keep),
                     "fail" => Ok(EtcStrategy::Fail),
-                    _ => Err(anyhow!("\"{word}\" is no strategy; write keep or fail")),
+                    _ => Err(anyhow!("\"{word}\" is not a strategy; write keep or fail")),
                 }
             })?,
             hooks_timeout: checked("hooks.timeout", inputs.hooks_timeout, || DEFAULT_HOOKS_TIMEOUT, seconds)?,
@@ -227,7 +227,7 @@ fn absolute(path: &Path) -> Result<()> {
 fn seconds(value: f64) -> Result<Duration> {
     ensure!(
         value > 0.0 && value <= LONGEST_DELAY,
-        "{value} is no length of time; write seconds, above 0 and up to {LONGEST_DELAY}"
+        "{value} is not a duration; write seconds, above 0 and up to {LONGEST_DELAY}"
     );
     Ok(Duration::from_secs_f64(value))
 }

@@ -23,7 +23,7 @@ impl FromStr for Wish {
             "auto" => Ok(Wish::Auto),
             "ram" => Ok(Wish::Ram),
             "disk" => Ok(Wish::Disk),
-            _ => Err(format!("\"{word}\" is no store; write auto, ram or disk")),
+            _ => Err(format!("\"{word}\" is not a store; write auto, ram or disk")),
         }
     }
 }

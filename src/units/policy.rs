@@ -27,7 +27,7 @@ pub struct NoWish(String);
 
 impl fmt::Display for NoWish {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(out, "\"{}\" is no class; write reload, restart, never or stop", self.0)
+        write!(out, "\"{}\" is not a class; write reload, restart, never or stop", self.0)
     }
 }
 
@@ -106,7 +106,7 @@ mod tests {
             assert!(Policy::new([(pattern, "never")]).is_ok(), "{pattern}");
         }
         for (pattern, word, expected) in [
-            ("a.service", "restrat", "\"restrat\" is no class; write reload, restart, never or stop"),
+            ("a.service", "restrat", "\"restrat\" is not a class; write reload, restart, never or stop"),
             ("a", "restart", "\"a\" matches no unit"),
             ("", "restart", "matches no unit"),
             ("multi-user.target", "restart", "matches no unit"),
