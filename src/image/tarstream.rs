@@ -162,8 +162,16 @@ impl<C: Chunks> TarStream<C> {
                         xattrs: Vec::new(),
                     };
                     apply_pax(&mut entry, &pax)?;
-                    // Links have no content, whatever their size field says (tar writers differ).
-                    let has_content = !matches!(kind, EntryType::Link | EntryType::Symlink | EntryType::Directory);
+                    // Only files have content, whatever the size field says (tar writers differ).
+                    let has_content = !matches!(
+                        kind,
+                        EntryType::Link
+                            | EntryType::Symlink
+                            | EntryType::Directory
+                            | EntryType::Char
+                            | EntryType::Block
+                            | EntryType::Fifo
+                    );
                     self.set_content(if has_content { entry.size } else { 0 })?;
                     self.set_sparse(&mut entry, header, &pax)?;
                     return Ok(Some(entry));

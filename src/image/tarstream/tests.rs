@@ -54,6 +54,18 @@ fn entries_whatever_the_chunks() {
     }
 }
 
+/// As for libarchive and Go: whatever a device or fifo says of its size, the next header follows.
+#[test]
+fn only_files_have_content() {
+    for kind in [b'1', b'2', b'3', b'4', b'5', b'6'] {
+        let data = [raw(kind, b"00000001000\0", b""), archive()].concat();
+        let mut tar = chunked(data, 512);
+        assert_eq!(tar.next_entry().unwrap().unwrap().path, b"x");
+        assert!(tar.content().unwrap().is_none());
+        assert_eq!(tar.next_entry().unwrap().unwrap().path, b"short", "{}", char::from(kind));
+    }
+}
+
 /// A header as nobody's library would write it, and content.
 fn raw(kind: u8, size: &[u8; 12], content: &[u8]) -> Vec<u8> {
     let mut header = Header::new_gnu();
