@@ -107,6 +107,9 @@ pub fn layout(
     Ok(Layout { commit, commit_layer, chunks: encapsulated.collect(), derived })
 }
 
+/// The most layers that an image may have. Container storage takes at most 500; a manifest of 4 MiB can name 20,000.
+const MOST_LAYERS: usize = 1024;
+
 /// All layers of any image, in the manifest's order.
 pub(super) fn layers(
     image: &str,
@@ -121,6 +124,12 @@ pub(super) fn layers(
     // Later sums may then be plain sums.
     if layers.iter().try_fold(0_u64, |sum, layer| sum.checked_add(layer.size())).is_none() {
         return Err(bad("has layers of more than 16 EiB together".into()));
+    }
+    if layers.len() > MOST_LAYERS {
+        return Err(Failure {
+            advice: "build the image with fewer layers",
+            ..bad(format!("has {} layers, and at most {MOST_LAYERS} are supported", layers.len()))
+        });
     }
     let mut all = Vec::with_capacity(layers.len());
     for (index, (descriptor, diff_id)) in layers.iter().zip(diff_ids).enumerate() {
@@ -178,7 +187,7 @@ mod tests {
     const GZIP: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
 
     fn digest(byte: usize) -> String {
-        format!("sha256:{}", format!("{byte:02x}").repeat(32))
+        format!("sha256:{byte:064x}")
     }
 
     fn manifest(types: &[&str]) -> ImageManifest {
@@ -253,6 +262,13 @@ mod tests {
             ),
             (good.clone(), config(2, labels(0)), "amd64", Kind::BadFormat, vec!["1 layers but 2 diff ids"]),
             (good.clone(), config(1, labels(5)), "amd64", Kind::BadFormat, vec!["no such layer"]),
+            (
+                manifest(&vec![GZIP; MOST_LAYERS + 1]),
+                config(MOST_LAYERS + 1, labels(0)),
+                "amd64",
+                Kind::BadFormat,
+                vec!["1025 layers", "at most 1024"],
+            ),
             (
                 manifest(&["text/plain"]),
                 config(1, labels(0)),
