@@ -57,7 +57,11 @@ const PROXY_LOGIN: &str =
 const PROXY_REFUSES: &str = "the proxy refuses connections to this registry: allow it there, or list it in NO_PROXY";
 const CERTIFICATE: &str = "check the registry's certificate, /etc/containers/certs.d and the machine's clock";
 
-/// Broken configuration of this machine. It comes first: parsers' words resemble those of a broken transfer.
+const SCHEMA_1: &str =
+    "the registry has it in docker's schema 1: push it again with an OCI or docker schema 2 manifest";
+
+/// Broken configuration of this machine, and other causes with advice for them alone. They come first: parsers' words
+/// resemble those of a broken transfer.
 const CONFIGURED: &[(Words, Kind, &str)] = &[
     (Begins("loading registries configuration"), Kind::Local, CONFIGURATION),
     (Begins("parsing drop-in configuration"), Kind::Local, CONFIGURATION),
@@ -65,6 +69,7 @@ const CONFIGURED: &[(Words, Kind, &str)] = &[
     (Around("registry ", " is blocked in "), Kind::Policy, BLOCKED),
     (Begins("reading json file"), Kind::Unauthorized, AUTH_FILE),
     (Begins("unmarshaling json at"), Kind::Unauthorized, AUTH_FILE),
+    (Begins("unsupported legacy manifest mime type"), Kind::BadFormat, SCHEMA_1),
 ];
 
 /// Segments below `getting username and password` that say more than that.
