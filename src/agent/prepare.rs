@@ -141,6 +141,8 @@ fn blocking(paths: &Paths, pulled: PulledImage, settings: &Settings) -> Result<(
     let built = difference.build(&store.delta_build_path())?;
     // Where it was built may be a name that only this process has.
     let delta = Delta { directory: store.delta_path(), ..built };
+    warnings.extend(delta.warnings.iter().cloned());
+    warnings.extend(stage::outside_usr(&repo, booted, &pulled.commit)?);
 
     let tree = stage::open_new_usr(&delta.directory, usr, USR_SOURCE)?;
     refuse(stage::check_content(tree.as_fd(), stage::Machine::here().context("looking at this program")?))?;

@@ -17,7 +17,7 @@ fn staged() -> StagedRoot {
         objects_written: 1,
         warnings: Vec::new(),
     };
-    let delta = Delta { directory: "/x".into(), counts: DeltaCounts::default() };
+    let delta = Delta { directory: "/x".into(), counts: DeltaCounts::default(), warnings: Vec::new() };
     StagedRoot { pulled, delta, etc: Vec::new() }
 }
 

@@ -118,7 +118,7 @@ fn staged(paths: &Paths) -> StagedRoot {
         warnings: Vec::new(),
     };
     let counts = plan.map_or_else(DeltaCounts::default, |plan| plan.usr);
-    StagedRoot { pulled, delta: Delta { directory: delta(paths), counts }, etc: Vec::new() }
+    StagedRoot { pulled, delta: Delta { directory: delta(paths), counts, warnings: Vec::new() }, etc: Vec::new() }
 }
 
 fn delta(paths: &Paths) -> PathBuf {

@@ -16,6 +16,7 @@ use rustix::io::Errno;
 use super::delta::{Delta, DeltaCounts};
 use super::diff::{self, Checksum, DeltaOp, Directory, Tree as _};
 use super::keep::Keep;
+use super::overlay_marks::{self, Marks};
 use crate::failpoint::{self, Point};
 use crate::selinux;
 
@@ -113,9 +114,9 @@ impl Difference<'_> {
                 .step(step, &|name| self.target.meta(name), &booted_meta)
                 .with_context(|| format!("cannot build the delta tree at /usr/{}", builder.path.display()))?;
         }
-        let counts = builder.counts;
+        let (counts, warnings) = (builder.counts, builder.marks.warnings());
         publish(&building, out)?;
-        Ok(Delta { directory: out.to_owned(), counts })
+        Ok(Delta { directory: out.to_owned(), counts, warnings })
     }
 }
 
@@ -172,6 +173,7 @@ struct Builder<'a> {
     /// Objects that were copied, and where to, relative to the root.
     copies: HashMap<Checksum, PathBuf>,
     counts: DeltaCounts,
+    marks: Marks,
 }
 
 impl<'a> Builder<'a> {
@@ -188,6 +190,7 @@ impl<'a> Builder<'a> {
             metas: HashMap::new(),
             copies: HashMap::new(),
             counts: DeltaCounts::default(),
+            marks: Marks::default(),
         })
     }
 
@@ -210,6 +213,9 @@ impl<'a> Builder<'a> {
                         loaded
                     }
                 };
+                if meta.xattrs.iter().any(|(name, _)| overlay_marks::is_attribute(name)) {
+                    self.marks.note_attributes(&self.path);
+                }
                 let (parent, name) = match self.stack.last() {
                     Some((parent, _)) => (parent.as_fd(), Path::new(name)),
                     None => (CWD, self.root.as_path()),
@@ -225,6 +231,9 @@ impl<'a> Builder<'a> {
                 // Only now: a default ACL must not spread to what was made inside.
                 set_metadata(directory.as_fd(), &meta)?;
                 self.path.pop();
+            }
+            DeltaOp::File { name, .. } if overlay_marks::is_whiteout(name) => {
+                self.marks.note_whiteout(&self.path.join(name));
             }
             DeltaOp::File { name, object, replaces } => {
                 self.path.push(name);
@@ -262,8 +271,15 @@ impl<'a> Builder<'a> {
     /// Puts the object there and returns its size in bytes.
     fn file(&mut self, name: &str, object: &Checksum) -> Result<u64> {
         let hex = hex::encode(object);
+        let copy_before = self.copies.get(object).map(|copy| self.root.join(copy));
+        let mut stored = copy_before.or_else(|| (self.object_path)(&hex));
+        if let Some(path) = &stored
+            && overlay_marks::has_attribute(path)?
+        {
+            self.marks.note_attributes(&self.path);
+            stored = None;
+        }
         let here = self.here()?;
-        let stored = self.copies.get(object).map(|copy| self.root.join(copy)).or_else(|| (self.object_path)(&hex));
         let linked = match &stored {
             None => false,
             Some(stored) => match rustix::fs::linkat(CWD, stored, here, name, AtFlags::empty()) {
@@ -304,7 +320,7 @@ fn copy(repo: &ostree::Repo, hex: &str, here: BorrowedFd<'_>, name: &str) -> Res
             .context("setting its owner")?;
         // There is no call for a link's attributes by handle; the directory's own is as good.
         let place = PathBuf::from(format!("/proc/self/fd/{}", here.as_raw_fd())).join(name);
-        for (name, value) in &meta.xattrs {
+        for (name, value) in meta.settable() {
             rustix::fs::lsetxattr(&place, name.as_slice(), value, XattrFlags::empty())
                 .with_context(|| attribute(name))?;
         }
@@ -342,7 +358,7 @@ fn set_metadata(fd: BorrowedFd<'_>, meta: &DirMeta) -> Result<()> {
     rustix::fs::fchown(fd, Some(Uid::from_raw(meta.uid)), Some(Gid::from_raw(meta.gid)))
         .context("setting its owner")?;
     rustix::fs::fchmod(fd, Mode::from_raw_mode(meta.mode & 0o7777)).context("setting its mode")?;
-    for (name, value) in &meta.xattrs {
+    for (name, value) in meta.settable() {
         if let Err(error) = rustix::fs::fsetxattr(fd, name.as_slice(), value, XattrFlags::empty()) {
             bail!("{}: {error}", attribute(name));
         }

@@ -42,6 +42,9 @@ pub struct Delta {
     pub directory: PathBuf,
     /// What it changes.
     pub counts: DeltaCounts,
+    /// What of the target it does not show, one line each.
+    #[serde(default)]
+    pub warnings: Vec<String>,
 }
 
 impl Delta {

@@ -26,6 +26,13 @@ pub(super) struct DirMeta {
     pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
+impl DirMeta {
+    /// The attributes that the delta gets: without those that overlayfs would obey.
+    pub(super) fn settable(&self) -> impl Iterator<Item = &(Vec<u8>, Vec<u8>)> {
+        self.xattrs.iter().filter(|(name, _)| !super::overlay_marks::is_attribute(name))
+    }
+}
+
 /// Extended attributes as ostree stores them, `a(ayay)`, with the names' final NUL taken off.
 pub(super) fn xattrs_of(pairs: Vec<(Vec<u8>, Vec<u8>)>) -> Vec<(Vec<u8>, Vec<u8>)> {
     let strip = |mut name: Vec<u8>| {
@@ -47,12 +54,17 @@ impl<'a> RepoTree<'a> {
 
     /// The `/usr` directory of a commit.
     pub fn usr_of(&self, commit: &str) -> Result<Directory> {
+        let listing = self.root_of(commit)?;
+        listing.directories.get("usr").copied().with_context(|| format!("the commit {commit} has no /usr directory"))
+    }
+
+    /// The entries of a commit's root directory.
+    pub fn root_of(&self, commit: &str) -> Result<Listing> {
         let (variant, _) = self.repo.load_commit(commit).with_context(|| format!("reading the commit {commit}"))?;
         let broken = || anyhow!("the commit object {commit} is malformed");
         let root: Vec<u8> = variant.try_child_get(6).ok().flatten().ok_or_else(broken)?;
         let root = checksum(&root).ok_or_else(broken)?;
-        let listing = self.list(&root)?;
-        listing.directories.get("usr").copied().with_context(|| format!("the commit {commit} has no /usr directory"))
+        self.list(&root)
     }
 
     pub fn meta(&self, name: &Checksum) -> Result<DirMeta> {

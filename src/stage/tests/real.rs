@@ -97,9 +97,14 @@ struct Machine {
 
 /// A booted system and a pulled target; the store lacks the content that the booted repo has.
 fn machine(scratch: &Path, old: &Entries, new: &Entries) -> Machine {
-    let booted_usr = scratch.join("booted/usr");
-    write(&booted_usr, 1, old);
+    write(&scratch.join("booted/usr"), 1, old);
     write(&scratch.join("target/usr"), 2, new);
+    pulled(scratch)
+}
+
+/// The same from the trees `booted` and `target`.
+fn pulled(scratch: &Path) -> Machine {
+    let booted_usr = scratch.join("booted/usr");
     let booted_repo = repo(&scratch.join("booted-repo"), None);
     let booted_commit = commit(&booted_repo, &scratch.join("booted"));
     let store = repo(&scratch.join("store"), Some(&scratch.join("booted-repo")));
@@ -219,6 +224,41 @@ fn a_moved_file_is_copied_and_a_new_one_linked() {
         assert_eq!(inode("b/is"), inode("b/again"), "copied once");
         assert!(fs::metadata(scratch.join("delta/new")).unwrap().nlink() > 1);
         assert_eq!(machine.show(), with_root(2, &new));
+    });
+}
+
+/// An image with embedded container storage: its own marks for overlayfs have no effect on ours.
+#[test]
+fn marks_for_other_overlays_are_left_out() {
+    private(|scratch| {
+        let file = |content| Node::File(content);
+        let dir = |entries: &[(&str, u8)]| {
+            Node::Dir(0, entries.iter().map(|(name, content)| ((*name).into(), file(*content))).collect())
+        };
+        let old = Entries::from([("x".into(), dir(&[("kept", 1)])), ("s".into(), dir(&[("was", 3)]))]);
+        let new = Entries::from([
+            ("x".into(), dir(&[("kept", 1), ("new", 3)])),
+            ("s".into(), dir(&[("was", 3), ("m", 5), (".ostree-wh.was", 1)])),
+        ]);
+        write(&scratch.join("booted/usr"), 2, &old);
+        write(&scratch.join("target/usr"), 2, &new);
+        let mark = |path: &str, name: &str, value: &[u8]| {
+            rustix::fs::setxattr(scratch.join("target/usr").join(path), name, value, XattrFlags::empty()).unwrap();
+        };
+        mark("x", "trusted.overlay.opaque", b"y");
+        mark("s/m", "trusted.overlay.metacopy", b"");
+        mark("s/m", "trusted.overlay.redirect", b"/nowhere");
+        let machine = pulled(scratch);
+        let delta = machine.build(Booted::Commit(&machine.booted_commit), &Keep::nothing());
+        let mut shown = new;
+        if let Some(Node::Dir(_, below)) = shown.get_mut("s") {
+            below.remove(".ostree-wh.was");
+        }
+        assert_eq!(machine.show(), with_root(2, &shown));
+        let told = delta.warnings.join("\n");
+        for words in ["2 files and directories", "/usr/s/m for one", "1 whiteouts", "/usr/s/.ostree-wh.was"] {
+            assert!(told.contains(words), "{words}: {told}");
+        }
     });
 }
 
