@@ -31,8 +31,12 @@ mod measure;
 mod media;
 #[path = "pull/memory.rs"]
 mod memory;
+#[path = "pull/modules.rs"]
+mod modules;
 #[path = "pull/names.rs"]
 mod names;
+#[path = "pull/odd_layers.rs"]
+mod odd_layers;
 #[path = "pull/oracle.rs"]
 mod oracle;
 #[path = "pull/policy.rs"]
@@ -43,6 +47,8 @@ mod refs;
 mod registry;
 #[path = "pull/release.rs"]
 mod release;
+#[path = "pull/shapes.rs"]
+mod shapes;
 #[path = "pull/signed.rs"]
 mod signed;
 #[path = "pull/sparse.rs"]
@@ -237,7 +243,7 @@ async fn a_damaged_registry_is_told_and_resumed_from() {
     fs::write(&file, b"gone").unwrap();
     let store = bench.store("store", None);
     // One at a time, so that it is known what came before.
-    let one = PullOptions { complete: true, parallel: Some(1) };
+    let one = PullOptions { complete: true, parallel: Some(1), ..PullOptions::default() };
     try_pull_with(&spec, &store, None, one.clone()).await.unwrap_err();
     fs::write(&file, &good).unwrap();
     let pulled = try_pull_with(&spec, &store, None, one).await.unwrap();

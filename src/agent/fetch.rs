@@ -81,7 +81,8 @@ async fn wanted(settings: &Settings) -> Result<ImageSource, Failure> {
 /// Layers to objects in the node store.
 pub(super) async fn pull(context: &Context, image: ResolvedImage, ticket: &Ticket) -> Result<PulledImage, Error> {
     let phase = Phase::Pull;
-    let pulled = store(context, &image, context.settings.complete, ticket).await?;
+    let options = PullOptions { complete: context.settings.complete, ..PullOptions::default() };
+    let pulled = store(context, &image, options, ticket).await?;
     context.tracker.update(|status| {
         status.commit = Some(pulled.commit.clone());
         status.cost.bytes_fetched = pulled.bytes_fetched;
@@ -95,30 +96,19 @@ pub(super) async fn pull(context: &Context, image: ResolvedImage, ticket: &Ticke
 
 /// What a pull that was not complete left out, into the same store.
 pub(super) async fn rest(context: &Context, pulled: &PulledImage, ticket: &Ticket) -> Result<PulledImage, Error> {
-    let rest = store(context, &pulled.image, true, ticket).await?;
-    if rest.commit != pulled.commit {
-        return Err(anyhow::anyhow!(
-            "{} became commit {} this time, not {}: the configuration or the store changed in between; reboot and pull \
-             again",
-            pulled.image.pinned,
-            rest.commit,
-            pulled.commit
-        )
-        .into());
-    }
-    Ok(rest)
+    let options = PullOptions { complete: true, expected: Some(pulled.commit.clone()), ..PullOptions::default() };
+    store(context, &pulled.image, options, ticket).await
 }
 
 /// The objects of `image`, all or what a pivot needs, into the node store.
 async fn store(
     context: &Context,
     image: &ResolvedImage,
-    complete: bool,
+    options: PullOptions,
     ticket: &Ticket,
 ) -> Result<PulledImage, Error> {
     let phase = Phase::Pull;
     context.tracker.begin(phase);
-    let options = PullOptions { complete, ..PullOptions::default() };
     with_retry(context, phase, ticket, || async {
         let (store, booted) =
             storage::open(&context.paths, &context.settings).map_err(|error| cannot_open(image, &error))?;

@@ -11,9 +11,10 @@ use ostree::glib::variant::ToVariant;
 use sha2::{Digest, Sha256};
 
 use crate::image::Failure;
-use crate::store::{ObjectId, ObjectType};
+use crate::store::{Dirtree, ObjectId, ObjectType};
 
-use super::merge::{Content, Dir, Meta, dirmeta_bytes, dirtree_bytes};
+use super::merge::{Content, Dir, Listing, Meta, dirmeta_bytes, read_dirtree};
+use super::relabel::Relabeller;
 use super::state::Import;
 use super::tree::Lookup;
 
@@ -62,29 +63,48 @@ pub(super) fn store_commit(import: &Import, bytes: &[u8]) -> Result<ObjectId, Fa
     put(import, ObjectType::Commit, bytes)
 }
 
-/// Stores what is new of a tree, children first; the names of its dirtree and dirmeta.
-pub(super) fn store_tree(import: &Import, dir: &Dir, lookup: &mut Lookup<'_>) -> Result<(ObjectId, ObjectId), Failure> {
-    let meta = match &dir.meta {
-        Meta::Stored(id) => *id,
-        Meta::New(meta) => put(import, ObjectType::DirMeta, &dirmeta_bytes(meta))?,
+/// Labels a tree, when there are labels, and stores what is new of it, children first. Returns the names of its
+/// dirtree and dirmeta. Never holds more than the directories from `dir` down to one leaf.
+pub(super) fn store_tree(
+    import: &Import,
+    dir: &Dir,
+    path: &str,
+    labels: &mut Option<Relabeller<'_>>,
+) -> Result<(ObjectId, ObjectId), Failure> {
+    let labelled = labels.as_mut().map(|labels| labels.meta(&dir.meta, path)).transpose()?.flatten();
+    let meta = match (&labelled, &dir.meta) {
+        (Some(meta), _) => put(import, ObjectType::DirMeta, &dirmeta_bytes(meta))?,
+        (None, Meta::New(meta)) => put(import, ObjectType::DirMeta, &dirmeta_bytes(meta))?,
+        (None, Meta::Stored(id)) => *id,
     };
-    let tree = match &dir.content {
-        Content::Stored(id) => *id,
-        Content::Open { files, dirs } => {
-            let mut stored = BTreeMap::new();
-            for (name, dir) in dirs {
-                stored.insert(name.clone(), store_tree(import, dir, lookup)?);
-            }
-            put(import, ObjectType::DirTree, &dirtree_bytes(files, &stored))?
+    let read: Listing;
+    let (files, dirs, stored) = match &dir.content {
+        Content::Stored(tree) if labels.is_none() => return Ok((*tree, meta)),
+        Content::Stored(tree) => {
+            let lookup: &mut Lookup<'_> = &mut |id, kind| import.read_metadata(id, kind);
+            read = read_dirtree(tree, lookup).map_err(|error| import.tree_failure(&error))?;
+            (&read.0, &read.1, Some(*tree))
         }
+        Content::Open { files, dirs } => (files, dirs, None),
     };
-    for (id, kind) in [(meta, ObjectType::DirMeta), (tree, ObjectType::DirTree)] {
-        let found = lookup(&id, kind).map_err(|error| import.local(error))?;
-        if found.is_none() {
-            return Err(import.tree_failure(&super::tree::TreeError::Missing(id, kind.extension())));
-        }
+    let at = |name: &str| if path == "/" { format!("/{name}") } else { format!("{path}/{name}") };
+    let mut changed = false;
+    let mut tree = Dirtree::default();
+    for (name, id) in files.iter() {
+        let new = labels.as_mut().map_or(Ok(*id), |labels| labels.file(id, &at(name)))?;
+        changed |= new != *id;
+        tree.files.push((name, new));
     }
-    Ok((tree, meta))
+    for (name, child) in dirs.iter() {
+        let (content, meta) = store_tree(import, child, &at(name), labels)?;
+        changed |= !matches!(child.content, Content::Stored(id) if id == content);
+        changed |= !matches!(child.meta, Meta::Stored(id) if id == meta);
+        tree.dirs.push((name, content, meta));
+    }
+    match stored {
+        Some(id) if !changed => Ok((id, meta)),
+        _ => Ok((put(import, ObjectType::DirTree, &tree.to_bytes())?, meta)),
+    }
 }
 
 fn put(import: &Import, kind: ObjectType, bytes: &[u8]) -> Result<ObjectId, Failure> {

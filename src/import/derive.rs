@@ -5,26 +5,37 @@
 //! all of the merged tree is labelled by the merged tree's policy.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::io;
 use std::sync::Arc;
 
 use ostree::glib;
 
 use crate::image::{Failure, ImageDescription, Kind, ResolvedImage};
-use crate::store::ObjectId;
+use crate::store::{ObjectId, ObjectType};
 
+use super::budget::{self, OverBudget, Share};
 use super::commit::{CommitInfo, DERIVED_FROM, IMAGE, commit_bytes, store_commit, store_tree};
 use super::facts::BaseFacts;
 use super::label::policy_objects;
-use super::layertree::{LayerDir, LayerFile, LayerTree};
+use super::layertree::LayerTree;
 use super::merge::{Content, Dir, MergeError, read_dirtree, tree_of};
 use super::path::{foreign, shown};
 use super::relabel::Relabeller;
 use super::state::Import;
-use super::tree::{Depth, Lookup, Target, TreeError};
+use super::tree::{Depth, Lookup, Target, TreeError, walk};
 
 /// The merged tree, laid but not labelled.
 pub(super) struct Merged {
     root: Dir,
+    warnings: Vec<String>,
+    _share: Share,
+}
+
+/// What came of labelling and storing a merged tree.
+pub(super) enum Committed {
+    Derived(Box<Derived>),
+    /// These objects are not here, and the commit depends on their labels.
+    Needs(HashSet<ObjectId>),
 }
 
 /// What came of it.
@@ -40,15 +51,32 @@ pub(super) struct Derived {
 impl Merged {
     /// Lays `layers` over the base, in order.
     pub(super) fn lay(import: &Import, layers: &[(String, Arc<LayerTree>)]) -> Result<Self, Failure> {
-        let lookup: &mut Lookup<'_> = &mut |id, kind| import.read_metadata(id, kind);
+        let mut share = import.budget.share();
+        // A directory that a layer touches is read as a whole, and names take about as much as in its object.
+        let lookup: &mut Lookup<'_> = &mut |id, kind| {
+            let bytes = import.read_metadata(id, kind)?;
+            let cost = if kind == ObjectType::DirTree { 3 * bytes.as_ref().map_or(0, Vec::len) } else { 0 };
+            share.take(cost, 0).map_err(io::Error::other)?;
+            Ok(bytes)
+        };
         let mut root = tree_of(&import.commit, lookup).map_err(|error| import.tree_failure(&error))?;
+        let mut warnings = Vec::new();
         for (name, layer) in layers {
-            root.lay(layer, &|id| import.base_has(id), lookup).map_err(|error| match error {
+            let made_way = root.lay(layer, &|id| import.base_has(id), lookup).map_err(|error| match error {
+                MergeError::Tree(TreeError::Read(_, _, error))
+                    if error.get_ref().is_some_and(|error| error.is::<OverBudget>()) =>
+                {
+                    Failure {
+                        advice: budget::ADVICE,
+                        ..Failure::new(Kind::BadFormat, format!("{name}: merging it {error}"))
+                    }
+                }
                 MergeError::Tree(error) => import.tree_failure(&error),
                 error => Failure::new(Kind::BadFormat, format!("{name}: {error}")),
             })?;
+            warnings.extend(replaced_links(import, name, &made_way));
         }
-        let merged = Self { root };
+        let merged = Self { root, warnings, _share: share };
         merged.refuse_uncommittable(layers)?;
         Ok(merged)
     }
@@ -90,24 +118,31 @@ impl Merged {
         image: &ResolvedImage,
         description: &ImageDescription,
         layers: &[(String, Arc<LayerTree>)],
-    ) -> Result<Derived, Failure> {
+    ) -> Result<Committed, Failure> {
         let fail = |error: TreeError| import.tree_failure(&error);
         let lookup: &mut Lookup<'_> = &mut |id, kind| import.read_metadata(id, kind);
         let mut warnings = left_out(layers);
-        let mut sources = HashSet::new();
-        let policy = policy_objects(&mut self.root, lookup).map_err(fail)?;
-        if let Some(objects) = policy {
-            let own = match &facts.policy {
-                Some(base) if base.objects == objects => Some(base.clone()),
-                _ => objects.show(&import.store).map_err(|error| import.local(error))?.map(Arc::new),
-            };
-            let own = own.ok_or_else(|| import.local("files of the SELinux policy vanished while it was pulled"))?;
-            let mut relabeller = Relabeller::new(import, &own, &image.pinned)?;
-            relabeller.label(&mut self.root)?;
-            warnings.extend(relabeller.warning());
-            sources = relabeller.sources();
+        warnings.append(&mut self.warnings);
+        let policy = policy_objects(&mut self.root, &import.store, lookup).map_err(fail)?;
+        let policy = match (policy, &facts.policy) {
+            (None, _) => None,
+            (Some(objects), Some(base)) if base.objects == objects => Some(base.clone()),
+            (Some(objects), _) => {
+                let shown = objects.show(&import.store).map_err(|error| import.local(error))?.map(Arc::new);
+                Some(shown.ok_or_else(|| import.local("files of the SELinux policy vanished while it was pulled"))?)
+            }
+        };
+        let mut labels = match &policy {
+            Some(policy) => Some(Relabeller::new(import, policy, facts.policy.as_deref(), &image.pinned)?),
+            None => None,
+        };
+        let (tree, meta) = store_tree(import, &self.root, "/", &mut labels)?;
+        let unknown = labels.as_ref().map(Relabeller::unknown).unwrap_or_default();
+        if !unknown.is_empty() {
+            return Ok(Committed::Needs(unknown));
         }
-        let (tree, meta) = store_tree(import, &self.root, lookup)?;
+        warnings.extend(labels.as_ref().and_then(Relabeller::warning));
+        let sources = labels.as_ref().map(Relabeller::sources).unwrap_or_default();
         let left_out: BTreeMap<String, BTreeMap<String, u32>> = description
             .layout
             .derived
@@ -135,23 +170,27 @@ impl Merged {
             meta,
         };
         let commit = store_commit(import, &commit_bytes(&info))?;
-        let target = self.target(import)?;
-        Ok(Derived { commit, target, sources, warnings })
+        drop((labels, self.root));
+        let target = walk(&commit, lookup).map_err(|error| import.tree_failure(&error))?;
+        Ok(Committed::Derived(Box::new(Derived { commit, target, sources, warnings })))
     }
 }
 
-/// The objects that a layer brings itself.
-pub(super) fn objects_of(layer: &LayerTree) -> HashSet<ObjectId> {
-    let mut found = HashSet::new();
-    let mut queue: Vec<&LayerDir> = vec![&layer.root];
-    while let Some(dir) = queue.pop() {
-        queue.extend(dir.dirs.values());
-        found.extend(dir.files.values().filter_map(|file| match file {
-            LayerFile::Object(id) => Some(*id),
-            _ => None,
-        }));
-    }
-    found
+/// One line for each symlink of the layers below that a directory of the layer `name` took the place of.
+fn replaced_links(import: &Import, name: &str, made_way: &[(String, ObjectId)]) -> Vec<String> {
+    const SHOWN: usize = 12;
+    let is_link = |id: &ObjectId| {
+        let path = import.content_path(id);
+        path.and_then(|path| path.symlink_metadata().ok()).is_some_and(|stat| stat.is_symlink())
+    };
+    let links = made_way.iter().filter(|(_, id)| is_link(id));
+    let line = |(path, _): &(String, ObjectId)| {
+        format!(
+            "{name}: its directory /{path} replaces a symlink of the layers below: paths through the link lead \
+             elsewhere now"
+        )
+    };
+    links.take(SHOWN).map(line).collect()
 }
 
 fn list(
@@ -173,7 +212,7 @@ fn list(
     for id in files.values() {
         target.add(*id, depth);
     }
-    for (name, dir) in dirs {
+    for (name, dir) in dirs.iter() {
         list(dir, depth.enter(name), seen, target, lookup)?;
     }
     Ok(())

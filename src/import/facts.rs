@@ -46,7 +46,7 @@ impl BaseFacts {
         }
         let mut key = format!("{:?} {}", placement, import.commit);
         let mut policy = None;
-        if let Some(objects) = policy_objects(&mut root, lookup).map_err(fail)? {
+        if let Some(objects) = policy_objects(&mut root, &import.store, lookup).map_err(fail)? {
             let Some(files) = objects.show(&import.store).map_err(|error| import.local(error))? else {
                 return Ok(None);
             };
@@ -59,7 +59,7 @@ impl BaseFacts {
     /// The name that a layer's tree is kept by in the store.
     pub(super) fn list_name(&self, diff_id: &str) -> String {
         use sha2::Digest;
-        hex::encode(sha2::Sha256::digest(format!("2 {diff_id} {}", self.key)))
+        hex::encode(sha2::Sha256::digest(format!("3 {diff_id} {}", self.key)))
     }
 }
 
@@ -69,9 +69,10 @@ fn root_is_overlay(config: &str) -> bool {
     if file.load_from_data(config, glib::KeyFileFlags::NONE).is_err() {
         return false;
     }
-    let transient = file.boolean("root", "transient").unwrap_or(false);
+    let transient = ["transient", "transient-ro"].iter().any(|key| file.boolean("root", key).unwrap_or(false));
     let composefs = file.string("composefs", "enabled");
-    transient || composefs.is_ok_and(|value| matches!(value.as_str(), "signed" | "maybe" | "yes" | "true" | "1"))
+    transient
+        || composefs.is_ok_and(|value| matches!(value.as_str(), "signed" | "verity" | "maybe" | "yes" | "true" | "1"))
 }
 
 #[cfg(test)]
@@ -85,6 +86,9 @@ mod tests {
             ("[root]\n", false),
             ("[root]\ntransient=true\n", true),
             ("[root]\ntransient=false\n", false),
+            ("[root]\ntransient-ro=true\n", true),
+            ("[root]\ntransient-ro=false\n", false),
+            ("[composefs]\nenabled=verity\n", true),
             ("[composefs]\nenabled = false\n", false),
             ("[composefs]\nenabled=maybe\n", true),
             ("[composefs]\nenabled=signed\n", true),

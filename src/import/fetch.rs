@@ -123,7 +123,7 @@ async fn fetch_layer<T: Send + 'static>(
     let (mut compressed, mut arrived) = (Some(compressed), 0);
     let verdict = loop {
         let unneeded = async {
-            import.done.cancelled().await;
+            import.done().cancelled().await;
             if contributed.as_ref().is_none_or(|contributed| contributed.load(Ordering::Relaxed)) {
                 // It holds something that was taken: read on, until its digest is known to be right.
                 std::future::pending::<()>().await;

@@ -49,12 +49,16 @@ pub(super) struct Labels {
 }
 
 /// Finds the policy in a tree; `None` when it has none.
-pub(super) fn policy_objects(root: &mut Dir, lookup: &mut Lookup<'_>) -> Result<Option<PolicyObjects>, TreeError> {
+pub(super) fn policy_objects(
+    root: &mut Dir,
+    store: &NodeStore,
+    lookup: &mut Lookup<'_>,
+) -> Result<Option<PolicyObjects>, TreeError> {
+    let Some(config) = followed(root, "etc/selinux/config", store, lookup)? else { return Ok(None) };
     let Some(selinux) = root.directory(&POLICY, lookup)? else { return Ok(None) };
-    let (files, kinds) = selinux.open(lookup)?;
-    let Some(config) = files.get("config") else { return Ok(None) };
-    let mut found = vec![("usr/etc/selinux/config".to_owned(), *config)];
-    for (kind, dir) in kinds {
+    let (_, kinds) = selinux.open(lookup)?;
+    let mut found = vec![("usr/etc/selinux/config".to_owned(), config)];
+    for (kind, dir) in kinds.iter_mut() {
         // The module store beside these is large and says nothing about labels.
         for part in ["contexts", "policy"] {
             let Some(dir) = dir.directory(&[part], lookup)? else { continue };
@@ -68,6 +72,48 @@ pub(super) fn policy_objects(root: &mut Dir, lookup: &mut Lookup<'_>) -> Result<
     }
     found.sort();
     Ok(Some(PolicyObjects(found)))
+}
+
+/// Finds the file at a path of the running system in the tree, through symlinks. A link whose object has not been
+/// stored yet is returned itself.
+fn followed(
+    root: &mut Dir,
+    path: &str,
+    store: &NodeStore,
+    lookup: &mut Lookup<'_>,
+) -> Result<Option<ObjectId>, TreeError> {
+    const MOST_LINKS: usize = 40;
+    let parts = |path: &str| path.split('/').rev().map(str::to_owned).collect::<Vec<_>>();
+    let (mut rest, mut at, mut links) = (parts(path), Vec::new(), 0);
+    while let Some(part) = rest.pop() {
+        match part.as_str() {
+            "" | "." => continue,
+            ".." => {
+                at.pop();
+                continue;
+            }
+            _ => at.push(part),
+        }
+        // The system's /etc is /usr/etc in a commit.
+        let in_etc = at.first().is_some_and(|top| top == "etc");
+        let place: Vec<String> = in_etc.then(|| "usr".to_owned()).into_iter().chain(at.iter().cloned()).collect();
+        let Some(id) = root.file(&place, lookup)? else { continue };
+        let target = store.find_object(&id, ObjectType::File).and_then(|object| std::fs::read_link(object).ok());
+        let Some(target) = target.as_deref().and_then(Path::to_str) else {
+            return Ok(rest.is_empty().then_some(id));
+        };
+        links += 1;
+        if links > MOST_LINKS {
+            return Ok(None);
+        }
+        if target.starts_with('/') {
+            at.clear();
+        } else {
+            at.pop();
+        }
+        rest.extend(parts(target));
+    }
+    Ok(None)
 }
 
 impl PolicyObjects {

@@ -1,20 +1,24 @@
 //! What one plain layer holds: a tree of directories, files that are objects already, and whiteouts.
-//! Pure. Built entry by entry, kept between runs, laid over the tree below by [`super::merge`].
+//! Pure. Built entry by entry, kept between runs ([`super::kept`]), laid over the tree below by [`super::merge`].
 //!
 //! Format source: the OCI image layer specification (whiteouts), and libostree's import of tar
 //! archives, which ostree-ext reads plain layers with: parents that have no entry of their own belong
 //! to the owner of the entry that needs them, with mode 0755.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use crate::store::ObjectId;
 
+use super::budget::{Budget, OverBudget, Share};
+use super::children::Children;
+use super::label::{label_of, set_label};
 use super::path::{foreign, shown};
 
 /// Everything about a directory but its content. Mode is 07777 only.
-#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub(super) struct DirMeta {
     pub uid: u32,
     pub gid: u32,
@@ -37,18 +41,18 @@ pub(super) enum LayerFile {
 /// A directory of the layer.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct LayerDir {
-    /// What it gets when nothing below has it.
-    pub meta: DirMeta,
-    /// Whether all that is below is hidden.
+    /// The metadata it gets when nothing below has it.
+    pub meta: Arc<DirMeta>,
+    /// True if all that is below is hidden.
     pub opaque: bool,
     /// Names that are removed from what is below.
-    pub whiteouts: BTreeSet<String>,
-    pub files: BTreeMap<String, LayerFile>,
-    pub dirs: BTreeMap<String, LayerDir>,
+    pub whiteouts: Children<()>,
+    pub files: Children<LayerFile>,
+    pub dirs: Children<LayerDir>,
 }
 
 /// A layer's content, and what of it was left out.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Default)]
 pub(super) struct LayerTree {
     pub root: LayerDir,
     /// How many entries were left out, by where they are or (`device`, `fifo`) what they are.
@@ -57,16 +61,16 @@ pub(super) struct LayerTree {
     /// and the target, escaped. Such an object is stored nowhere.
     pub unstorable: BTreeMap<ObjectId, String>,
     links: Vec<Vec<String>>,
-    /// Bytes of memory that all this takes, roughly, while it is built.
-    cost: usize,
+    /// Names in the repo's directory that the layer has entries for; `None` for one that is not a file.
+    repo_objects: HashMap<String, Option<LayerFile>>,
+    /// Equal metadata are kept once.
+    metas: HashSet<Arc<DirMeta>>,
+    share: Share,
 }
 
-/// How much memory one layer's tree may take. A system's 20,000 directories with 200,000 files take a
-/// third of it; some kilobytes of a compressed archive can ask for any amount.
-const MOST: usize = 256 << 20;
-/// A directory with one file in it: the first node of each map has room for eleven.
-const DIR_COST: usize = 2400;
-const FILE_COST: usize = 160;
+/// Bytes of memory that an entry takes, roughly: here, in the merged tree, and in the sets of objects.
+const DIR_COST: usize = 330;
+const FILE_COST: usize = 560;
 
 /// Why an entry cannot be part of a tree.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -77,8 +81,8 @@ pub(super) enum BadEntry {
     Root,
     #[error("is below /{0}, which is no directory in this layer")]
     BelowFile(String),
-    #[error("is one too many: the list of the layer's entries takes {} MiB", MOST >> 20)]
-    TooMany,
+    #[error(transparent)]
+    TooMany(#[from] OverBudget),
     #[error("is a hardlink to the directory /{0}")]
     LinkToDirectory(String),
     #[error("is a hardlink to /{0}, which is itself a hardlink to nothing in this layer")]
@@ -89,36 +93,58 @@ const WHITEOUT: &str = ".wh.";
 const OPAQUE: &str = ".wh..wh..opq";
 
 impl LayerTree {
+    pub(super) fn new(budget: &Budget) -> Self {
+        Self { share: budget.share(), ..Self::default() }
+    }
+
     /// A directory entry. Its content so far stays.
     pub(super) fn directory(&mut self, path: &[String], meta: DirMeta) -> Result<(), BadEntry> {
+        let (uid, gid) = (meta.uid, meta.gid);
+        let meta = self.meta(meta)?;
         let Some((name, parents)) = path.split_last() else {
             self.root.meta = meta;
             return Ok(());
         };
-        self.spend(name.len() + meta.xattrs.iter().map(|(name, value)| 64 + name.len() + value.len()).sum::<usize>())?;
-        let parent = self.parent(parents, meta.uid, meta.gid)?;
+        self.share.take(DIR_COST + name.len(), 1)?;
+        let parent = self.parent(parents, uid, gid)?;
         parent.files.remove(name);
-        parent.dirs.entry(name.clone()).or_default().meta = meta;
+        parent.dirs.or_insert_with(name, LayerDir::default).meta = meta;
         Ok(())
     }
 
-    /// A file or symlink. Whatever the layer had there before is replaced.
+    /// Adds a file or symlink. Whatever the layer had there before is replaced.
     pub(super) fn file(&mut self, path: &[String], file: LayerFile, uid: u32, gid: u32) -> Result<(), BadEntry> {
         let (name, parents) = path.split_last().ok_or(BadEntry::Root)?;
-        self.spend(FILE_COST + name.len())?;
+        self.share.take(FILE_COST + name.len(), 1)?;
         if let LayerFile::Below(target) = &file {
-            self.spend([path, target].into_iter().flatten().map(|part| 32 + part.len()).sum())?;
+            // A file that is then hardlinked to itself stays what it is.
+            if target == path && matches!(self.lookup(path), Some(Found::File(_))) {
+                return Ok(());
+            }
+            self.share.take([path, target].into_iter().flatten().map(|part| 56 + part.len()).sum(), 0)?;
             self.links.push(path.to_vec());
         }
         let parent = self.parent(parents, uid, gid)?;
         parent.dirs.remove(name);
-        parent.files.insert(name.clone(), file);
+        parent.files.insert(name, file);
         Ok(())
+    }
+
+    /// Notes an entry in the repo's directory: `file` if it is one that others can be hardlinks to.
+    pub(super) fn repo_object(&mut self, path: String, file: Option<LayerFile>) -> Result<(), BadEntry> {
+        self.share.take(FILE_COST + path.len(), 1)?;
+        self.repo_objects.insert(path, file);
+        Ok(())
+    }
+
+    /// Returns what the layer has of a name in the repo's directory; `None` for no entry.
+    pub(super) fn in_repo(&self, path: &str) -> Option<Option<&LayerFile>> {
+        self.repo_objects.get(path).map(Option::as_ref)
     }
 
     /// A symlink whose target, escaped, is not UTF-8. `id` is what libostree would call it.
     pub(super) fn unstorable(&mut self, id: ObjectId, target: String) -> Result<(), BadEntry> {
-        self.spend(FILE_COST + target.len())?;
+        self.share.take(FILE_COST + target.len(), 0)?;
         self.unstorable.insert(id, target);
         Ok(())
     }
@@ -130,13 +156,13 @@ impl LayerTree {
         if matches!(hidden, "" | "." | "..") {
             return Err(BadEntry::EmptyWhiteout);
         }
-        self.spend(FILE_COST + name.len())?;
+        self.share.take(FILE_COST + name.len(), 1)?;
         if name == OPAQUE {
             self.parent(parents, uid, gid)?.opaque = true;
         } else if !hidden.starts_with(WHITEOUT) {
             // What is hidden is named as it would be itself.
             let hidden = name.replacen(WHITEOUT, "", 1);
-            self.parent(parents, uid, gid)?.whiteouts.insert(hidden);
+            self.parent(parents, uid, gid)?.whiteouts.insert(&hidden, ());
         }
         // Other names of the form .wh..wh.* are a storage driver's own notes.
         Ok(true)
@@ -154,12 +180,14 @@ impl LayerTree {
     /// Follows hardlinks within the layer, once all of it was read. The path of one that leads nowhere
     /// good comes with the error.
     pub(super) fn resolve_links(&mut self) -> Result<(), (String, BadEntry)> {
-        self.cost = 0;
+        self.repo_objects = HashMap::new();
         for path in std::mem::take(&mut self.links) {
             let mut target = path.clone();
             let mut steps = 0;
             let found = loop {
                 match self.lookup(&target) {
+                    // Linked to itself: the file that the layers below have there.
+                    Some(Found::File(LayerFile::Below(next))) if *next == target => break LayerFile::Below(target),
                     Some(Found::File(LayerFile::Below(next))) if steps < 64 => {
                         steps += 1;
                         target = next.clone();
@@ -185,9 +213,65 @@ impl LayerTree {
         Ok(())
     }
 
+    /// Gives a label to directories that have none: parents without an entry of their own.
+    pub(super) fn label_parents<E: From<BadEntry>>(&mut self, label: &FindLabel<'_, E>) -> Result<(), E> {
+        let mut root = std::mem::take(&mut self.root);
+        self.label_below(&mut root, "", label)?;
+        self.root = root;
+        Ok(())
+    }
+
+    fn label_below<E: From<BadEntry>>(
+        &mut self,
+        dir: &mut LayerDir,
+        path: &str,
+        label: &FindLabel<'_, E>,
+    ) -> Result<(), E> {
+        const S_IFDIR: u32 = 0o040_000;
+        let shown = if path.is_empty() { "/" } else { path };
+        if label_of(&dir.meta.xattrs).is_none()
+            && let Some(label) = label(shown, S_IFDIR | dir.meta.mode)?
+        {
+            let mut meta = DirMeta::clone(&dir.meta);
+            set_label(&mut meta.xattrs, label);
+            dir.meta = self.meta(meta)?;
+        }
+        for (name, child) in dir.dirs.iter_mut() {
+            self.label_below(child, &format!("{path}/{}", foreign(name).unwrap_or(name)), label)?;
+        }
+        Ok(())
+    }
+
+    /// Puts a directory that was kept at its path. False if its parent is missing.
+    pub(super) fn restore(&mut self, path: &[String], dir: LayerDir) -> Result<bool, BadEntry> {
+        let entries = dir.files.len() + dir.whiteouts.len();
+        let names: usize = dir.files.iter().map(|(name, _)| name.len()).sum();
+        self.share.take(DIR_COST + FILE_COST * entries + names, 1 + entries)?;
+        match path.split_last() {
+            None => self.root = dir,
+            Some((name, parents)) => match self.existing(parents) {
+                Some(parent) => parent.dirs.insert(name, dir),
+                None => return Ok(false),
+            },
+        }
+        Ok(true)
+    }
+
     /// Whether the layer has something at the path.
     pub(super) fn has(&self, path: &[String]) -> bool {
         self.lookup(path).is_some()
+    }
+
+    /// Returns true if the layer brings an object that `is_one` knows.
+    pub(super) fn brings(&self, is_one: &dyn Fn(&ObjectId) -> bool) -> bool {
+        let mut queue = vec![&self.root];
+        while let Some(dir) = queue.pop() {
+            if dir.files.values().any(|file| matches!(file, LayerFile::Object(id) if is_one(id))) {
+                return true;
+            }
+            queue.extend(dir.dirs.values());
+        }
+        false
     }
 
     fn lookup(&self, path: &[String]) -> Option<Found<'_>> {
@@ -209,183 +293,48 @@ impl LayerTree {
         let mut dir = &self.root;
         let mut there = 0;
         for part in path {
-            if dir.files.contains_key(part) {
+            if dir.files.contains(part) {
                 return Err(BadEntry::BelowFile(shown(&path[..=there])));
             }
             let Some(next) = dir.dirs.get(part) else { break };
             (dir, there) = (next, there + 1);
         }
         let missing = &path[there..];
-        self.spend(missing.iter().map(|part| DIR_COST + part.len()).sum())?;
-        let meta = DirMeta { uid, gid, mode: 0o755, xattrs: Vec::new() };
+        let meta = match missing {
+            [] => None,
+            _ => Some(self.meta(DirMeta { uid, gid, mode: 0o755, xattrs: Vec::new() })?),
+        };
+        self.share.take(missing.iter().map(|part| DIR_COST + part.len()).sum(), missing.len())?;
         let mut dir = &mut self.root;
-        if !missing.is_empty() {
-            dir.meta = meta.clone();
-        }
+        dir.meta = meta.as_ref().unwrap_or(&dir.meta).clone();
         for part in path {
-            dir = dir.dirs.entry(part.clone()).or_default();
-            if !missing.is_empty() {
-                dir.meta = meta.clone();
-            }
+            dir = dir.dirs.or_insert_with(part, LayerDir::default);
+            dir.meta = meta.as_ref().unwrap_or(&dir.meta).clone();
         }
         Ok(dir)
     }
 
-    fn spend(&mut self, bytes: usize) -> Result<(), BadEntry> {
-        self.cost = self.cost.saturating_add(bytes);
-        if self.cost > MOST { Err(BadEntry::TooMany) } else { Ok(()) }
+    /// Returns the metadata as they are shared by all directories that have them.
+    pub(super) fn meta(&mut self, meta: DirMeta) -> Result<Arc<DirMeta>, BadEntry> {
+        if let Some(known) = self.metas.get(&meta) {
+            return Ok(known.clone());
+        }
+        let xattrs: usize = meta.xattrs.iter().map(|(name, value)| 96 + name.len() + value.len()).sum();
+        self.share.take(DIR_COST + xattrs, 0)?;
+        let meta = Arc::new(meta);
+        self.metas.insert(meta.clone());
+        Ok(meta)
     }
 }
+
+/// Finds the label of an absolute path and a mode.
+type FindLabel<'a, E> = dyn Fn(&str, u32) -> Result<Option<Vec<u8>>, E> + 'a;
 
 enum Found<'a> {
     File(&'a LayerFile),
     Directory,
 }
 
-/// A layer's tree in the form that is kept: flat, parents before children.
-#[derive(Serialize, Deserialize)]
-struct Kept {
-    dirs: Vec<KeptDir>,
-    left_out: BTreeMap<String, u32>,
-    unstorable: BTreeMap<ObjectId, String>,
-}
-
-#[derive(Serialize, Deserialize)]
-struct KeptDir {
-    path: Vec<String>,
-    meta: DirMeta,
-    opaque: bool,
-    whiteouts: BTreeSet<String>,
-    files: BTreeMap<String, LayerFile>,
-}
-
-impl LayerTree {
-    /// For keeping between runs.
-    pub(super) fn to_bytes(&self) -> std::io::Result<Vec<u8>> {
-        let mut dirs = Vec::new();
-        let mut queue = vec![(Vec::new(), &self.root)];
-        while let Some((path, dir)) = queue.pop() {
-            for (name, child) in &dir.dirs {
-                queue.push((path.iter().chain([name]).cloned().collect(), child));
-            }
-            let LayerDir { meta, opaque, whiteouts, files, .. } = dir.clone();
-            dirs.push(KeptDir { path, meta, opaque, whiteouts, files });
-        }
-        let (left_out, unstorable) = (self.left_out.clone(), self.unstorable.clone());
-        let json = serde_json::to_vec(&Kept { dirs, left_out, unstorable })?;
-        zstd::encode_all(json.as_slice(), 1)
-    }
-
-    /// What [`LayerTree::to_bytes`] kept; `None` for what this version cannot read.
-    pub(super) fn from_bytes(bytes: &[u8]) -> Option<Self> {
-        let kept: Kept = serde_json::from_slice(&zstd::decode_all(bytes).ok()?).ok()?;
-        let mut tree = Self { left_out: kept.left_out, unstorable: kept.unstorable, ..Self::default() };
-        for KeptDir { path, meta, opaque, whiteouts, files } in kept.dirs {
-            let dir = match path.split_last() {
-                None => &mut tree.root,
-                Some((name, parents)) => tree.existing(parents)?.dirs.entry(name.clone()).or_default(),
-            };
-            (dir.meta, dir.opaque, dir.whiteouts, dir.files) = (meta, opaque, whiteouts, files);
-        }
-        Some(tree)
-    }
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
-mod tests {
-    use super::*;
-
-    fn path(text: &str) -> Vec<String> {
-        text.split('/').filter(|part| !part.is_empty()).map(str::to_owned).collect()
-    }
-
-    fn object(byte: u8) -> LayerFile {
-        LayerFile::Object(ObjectId([byte; 32]))
-    }
-
-    fn below(text: &str) -> LayerFile {
-        LayerFile::Below(path(text))
-    }
-
-    fn sample() -> LayerTree {
-        let mut tree = LayerTree::default();
-        let meta = DirMeta { uid: 1, gid: 2, mode: 0o700, xattrs: vec![(b"user.a".to_vec(), vec![0, 255])] };
-        tree.directory(&path("usr"), meta.clone()).unwrap();
-        tree.directory(&path("usr/a"), meta).unwrap();
-        tree.file(&path("usr/a/file"), object(1), 0, 0).unwrap();
-        tree.file(&path("usr/a/link"), below("usr/a/file"), 0, 0).unwrap();
-        tree.file(&path("usr/a/link2"), below("usr/a/link"), 0, 0).unwrap();
-        tree.file(&path("usr/a/early"), below("usr/z"), 0, 0).unwrap();
-        tree.file(&path("usr/a/lower"), below("usr/bin/bash"), 0, 0).unwrap();
-        tree.file(&path("usr/z"), object(2), 0, 0).unwrap();
-        assert!(tree.whiteout(&path("usr/a/.wh.gone"), 0, 0).unwrap());
-        assert!(tree.whiteout(&path("usr/.wh..wh..opq"), 0, 0).unwrap());
-        assert!(tree.whiteout(&path("usr/.wh..wh.plnk"), 0, 0).unwrap());
-        assert!(
-            tree.whiteout(&path("usr/a").into_iter().chain(["/.wh.\\xff".into()]).collect::<Vec<_>>(), 0, 0).unwrap()
-        );
-        tree.unstorable(ObjectId([7; 32]), "\\xff".into()).unwrap();
-        tree.leave_out("/opt".into());
-        tree.leave_out("/opt".into());
-        tree.resolve_links().unwrap();
-        tree
-    }
-
-    #[test]
-    fn built_and_kept() {
-        let tree = sample();
-        let usr = &tree.root.dirs["usr"];
-        let a = &usr.dirs["a"];
-        assert!(usr.opaque && usr.whiteouts.is_empty());
-        assert_eq!(a.whiteouts, BTreeSet::from(["gone".into(), "/\\xff".into()]));
-        assert_eq!((&a.files["link"], &a.files["link2"], &a.files["early"]), (&object(1), &object(1), &object(2)));
-        assert_eq!(a.files["lower"], below("usr/bin/bash"));
-        assert_eq!((usr.meta.mode, a.meta.mode), (0o700, 0o700));
-        assert_eq!(tree.left_out["/opt"], 2);
-        assert_eq!(LayerTree::from_bytes(&tree.to_bytes().unwrap()), Some(tree));
-        assert_eq!(LayerTree::from_bytes(b"torn"), None);
-    }
-
-    #[test]
-    fn missing_parents_are_the_entrys() {
-        let mut tree = sample();
-        tree.file(&path("usr/a/b/c"), object(3), 5, 6).unwrap();
-        let a = &tree.root.dirs["usr"].dirs["a"];
-        let meta = DirMeta { uid: 5, gid: 6, mode: 0o755, xattrs: Vec::new() };
-        assert_eq!((&a.meta, &a.dirs["b"].meta), (&meta, &meta), "as libostree has it");
-    }
-
-    #[test]
-    fn replaced_within_a_layer_and_refused() {
-        let mut tree = sample();
-        tree.file(&path("usr/a"), object(9), 0, 0).unwrap();
-        tree.directory(&path("usr/z"), DirMeta::default()).unwrap();
-        assert!(tree.root.dirs["usr"].dirs.contains_key("z") && tree.root.dirs["usr"].files.contains_key("a"));
-        for name in [".wh.", ".wh..", ".wh..."] {
-            assert_eq!(tree.whiteout(&path(&format!("usr/{name}")), 0, 0), Err(BadEntry::EmptyWhiteout), "{name}");
-        }
-        assert_eq!(tree.file(&[], object(1), 0, 0), Err(BadEntry::Root));
-        let below_file = Err(BadEntry::BelowFile("usr/a".into()));
-        assert_eq!(tree.file(&path("usr/a/b/c"), object(1), 0, 0), below_file);
-        assert_eq!(tree.directory(&path("usr/a/b"), DirMeta::default()), below_file);
-        assert_eq!(tree.whiteout(&path("usr/a/.wh.x"), 0, 0).map(drop), below_file);
-        tree.file(&path("usr/l"), below("usr/z"), 0, 0).unwrap();
-        assert!(matches!(tree.resolve_links(), Err((_, BadEntry::LinkToDirectory(_)))));
-        let mut tree = LayerTree::default();
-        tree.file(&path("usr/l"), below("usr/m"), 0, 0).unwrap();
-        tree.file(&path("usr/m"), below("usr/l"), 0, 0).unwrap();
-        assert!(matches!(tree.resolve_links(), Err((_, BadEntry::LinkCircle(_)))));
-    }
-    #[test]
-    fn endless_layers_end() {
-        let mut tree = LayerTree::default();
-        let deep = vec!["d".to_owned(); 250];
-        let result = (0..10_000).try_for_each(|at| {
-            let own = [path(&format!("usr/{at}")), deep.clone()].concat();
-            tree.file(&own, object(1), 0, 0)
-        });
-        assert_eq!(result, Err(BadEntry::TooMany));
-        assert!(tree.cost <= MOST + 1000 * DIR_COST);
-    }
-}
+mod tests;

@@ -4,18 +4,20 @@
 //! Format source: the OCI image layer specification, and libostree's union checkout with whiteouts,
 //! which ostree-ext lays layers over each other with: a directory that exists keeps its metadata.
 
-use std::collections::BTreeMap;
+use std::collections::HashMap;
+use std::sync::Arc;
 
 use ostree::glib::Variant;
 
 use crate::store::{Dirtree, ObjectId, ObjectType, Xattrs};
 
+use super::children::Children;
 use super::layertree::{DirMeta, LayerDir, LayerFile, LayerTree};
 use super::path::{foreign, shown};
 use super::tree::{Lookup, TreeError, commit_root, load};
 
 /// A directory of the merged tree.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(super) struct Dir {
     pub meta: Meta,
     pub content: Content,
@@ -27,16 +29,16 @@ pub(super) enum Meta {
     /// As in this dirmeta object.
     Stored(ObjectId),
     /// New.
-    New(DirMeta),
+    New(Arc<DirMeta>),
 }
 
 /// A directory's content.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(super) enum Content {
     /// As in this dirtree object.
     Stored(ObjectId),
     /// Read, and maybe changed.
-    Open { files: BTreeMap<String, ObjectId>, dirs: BTreeMap<String, Dir> },
+    Open { files: Children<ObjectId>, dirs: Children<Dir> },
 }
 
 /// Why layers cannot be laid over a tree.
@@ -51,7 +53,7 @@ pub(super) enum MergeError {
 }
 
 /// A directory's files and directories, read from a dirtree object.
-type Listing = (BTreeMap<String, ObjectId>, BTreeMap<String, Dir>);
+pub(super) type Listing = (Children<ObjectId>, Children<Dir>);
 
 /// The tree of a commit, untouched.
 pub(super) fn tree_of(commit: &ObjectId, lookup: &mut Lookup<'_>) -> Result<Dir, TreeError> {
@@ -63,14 +65,9 @@ pub(super) fn tree_of(commit: &ObjectId, lookup: &mut Lookup<'_>) -> Result<Dir,
 pub(super) fn read_dirtree(tree: &ObjectId, lookup: &mut Lookup<'_>) -> Result<Listing, TreeError> {
     let bytes = load(tree, ObjectType::DirTree, lookup)?;
     let parsed = Dirtree::parse(&bytes).map_err(|what| TreeError::Malformed(*tree, "dirtree", what))?;
-    let mut listing = Listing::default();
-    for (name, file) in parsed.files {
-        listing.0.insert(name.to_owned(), file);
-    }
-    for (name, tree, meta) in parsed.dirs {
-        listing.1.insert(name.to_owned(), Dir { meta: Meta::Stored(meta), content: Content::Stored(tree) });
-    }
-    Ok(listing)
+    let dir = |tree, meta| Dir { meta: Meta::Stored(meta), content: Content::Stored(tree) };
+    let dirs = parsed.dirs.into_iter().map(|(name, tree, meta)| (name, dir(tree, meta)));
+    Ok((parsed.files.into_iter().collect(), dirs.collect()))
 }
 
 /// Reads a dirmeta object.
@@ -97,18 +94,6 @@ pub(super) fn dirmeta_bytes(meta: &DirMeta) -> Vec<u8> {
     let pairs: Vec<(Vec<u8>, Vec<u8>)> = xattrs.iter().map(|(name, value)| (with_nul(name), value.to_vec())).collect();
     let mode = S_IFDIR | (meta.mode & 0o7777);
     (meta.uid.to_be(), meta.gid.to_be(), mode.to_be(), pairs).to_variant().data().to_vec()
-}
-
-/// A dirtree object's bytes.
-pub(super) fn dirtree_bytes(
-    files: &BTreeMap<String, ObjectId>,
-    dirs: &BTreeMap<String, (ObjectId, ObjectId)>,
-) -> Vec<u8> {
-    use ostree::glib::variant::ToVariant;
-    let files: Vec<(&str, Vec<u8>)> = files.iter().map(|(name, id)| (name.as_str(), id.0.to_vec())).collect();
-    let dirs: Vec<(&str, Vec<u8>, Vec<u8>)> =
-        dirs.iter().map(|(name, (tree, meta))| (name.as_str(), tree.0.to_vec(), meta.0.to_vec())).collect();
-    (files, dirs).to_variant().data().to_vec()
 }
 
 impl Dir {
@@ -155,10 +140,10 @@ impl Dir {
         let mut queue = vec![(Vec::new(), self)];
         while let Some((path, dir)) = queue.pop() {
             let Content::Open { files, dirs } = &dir.content else { continue };
-            let at = |name: &String| path.iter().chain([name]).cloned().collect::<Vec<_>>();
+            let at = |name: &str| path.iter().cloned().chain([name.to_owned()]).collect::<Vec<String>>();
             let bad = files.iter().filter(|(name, id)| foreign(name).is_some() || is_unstorable(id));
             found.extend(bad.map(|(name, _)| at(name)));
-            for (name, dir) in dirs {
+            for (name, dir) in dirs.iter() {
                 match foreign(name) {
                     Some(_) => found.push(at(name)),
                     None => queue.push((at(name), dir)),
@@ -169,15 +154,16 @@ impl Dir {
         found
     }
 
-    /// Lays a layer over the tree. `in_base` says whether the commit at the bottom has an object.
+    /// Lays a layer over the tree. `in_base` says whether the commit at the bottom has an object. Returns the files
+    /// and symlinks that made way for a directory of the layer, by path.
     pub(super) fn lay(
         &mut self,
         layer: &LayerTree,
         in_base: &dyn Fn(&ObjectId) -> bool,
         lookup: &mut Lookup<'_>,
-    ) -> Result<(), MergeError> {
+    ) -> Result<Vec<(String, ObjectId)>, MergeError> {
         // Links to what is below are followed before the layer hides any of it.
-        let mut below = BTreeMap::new();
+        let mut below = HashMap::new();
         let mut queue = vec![&layer.root];
         while let Some(dir) = queue.pop() {
             queue.extend(dir.dirs.values());
@@ -197,12 +183,23 @@ impl Dir {
                 below.get(target).copied().ok_or_else(|| MergeError::NoLinkTarget(path.to_owned(), shown(target)))
             }
         };
-        lay(self, &layer.root, "", &object, lookup)
+        if layer.root.opaque {
+            self.content = Content::empty();
+        }
+        let mut made_way = Vec::new();
+        lay(self, &layer.root, "", &object, &mut made_way, lookup)?;
+        Ok(made_way)
+    }
+}
+
+impl Content {
+    fn empty() -> Self {
+        Content::Open { files: Children::default(), dirs: Children::default() }
     }
 }
 
 /// An open directory's files and directories.
-pub(super) type OpenDir<'a> = (&'a mut BTreeMap<String, ObjectId>, &'a mut BTreeMap<String, Dir>);
+pub(super) type OpenDir<'a> = (&'a mut Children<ObjectId>, &'a mut Children<Dir>);
 
 type Object<'a> = dyn Fn(&str, &LayerFile) -> Result<ObjectId, MergeError> + 'a;
 
@@ -211,13 +208,14 @@ fn lay(
     layer: &LayerDir,
     path: &str,
     object: &Object<'_>,
+    made_way: &mut Vec<(String, ObjectId)>,
     lookup: &mut Lookup<'_>,
 ) -> Result<(), MergeError> {
     if layer.whiteouts.is_empty() && layer.files.is_empty() && layer.dirs.is_empty() {
         return Ok(());
     }
     let (files, dirs) = below.open(lookup)?;
-    for name in &layer.whiteouts {
+    for (name, ()) in layer.whiteouts.iter() {
         files.remove(name);
         dirs.remove(name);
     }
@@ -225,20 +223,19 @@ fn lay(
         let name = foreign(name).unwrap_or(name);
         if path.is_empty() { name.to_owned() } else { format!("{path}/{name}") }
     };
-    for (name, file) in &layer.files {
+    for (name, file) in layer.files.iter() {
         dirs.remove(name);
-        files.insert(name.clone(), object(&at(name), file)?);
+        files.insert(name, object(&at(name), file)?);
     }
-    for (name, layer) in &layer.dirs {
-        files.remove(name);
+    for (name, layer) in layer.dirs.iter() {
+        if let Some(id) = files.remove(name) {
+            made_way.push((at(name), id));
+        }
         if layer.opaque {
             dirs.remove(name);
         }
-        let new = || Dir {
-            meta: Meta::New(layer.meta.clone()),
-            content: Content::Open { files: BTreeMap::new(), dirs: BTreeMap::new() },
-        };
-        lay(dirs.entry(name.clone()).or_insert_with(new), layer, &at(name), object, lookup)?;
+        let new = || Dir { meta: Meta::New(layer.meta.clone()), content: Content::empty() };
+        lay(dirs.or_insert_with(name, new), layer, &at(name), object, made_way, lookup)?;
     }
     Ok(())
 }
@@ -267,10 +264,13 @@ mod tests {
             id
         };
         let meta = put(dirmeta_bytes(&DirMeta { mode: 0o750, ..DirMeta::default() }));
-        let files = |names: &[(&str, u8)]| names.iter().map(|(name, byte)| (name.to_string(), id(*byte))).collect();
-        let d = put(dirtree_bytes(&files(&[("c", 3), ("e", 4)]), &BTreeMap::new()));
-        let usr = put(dirtree_bytes(&files(&[("a", 1), ("b", 2)]), &BTreeMap::from([("d".into(), (d, meta))])));
-        let root = put(dirtree_bytes(&BTreeMap::new(), &BTreeMap::from([("usr".into(), (usr, meta))])));
+        let bytes = |files: &[(&'static str, u8)], dirs| {
+            let files = files.iter().map(|(name, byte)| (*name, id(*byte))).collect();
+            Dirtree { files, dirs }.to_bytes()
+        };
+        let d = put(bytes(&[("c", 3), ("e", 4)], vec![]));
+        let usr = put(bytes(&[("a", 1), ("b", 2)], vec![("d", d, meta)]));
+        let root = put(bytes(&[], vec![("usr", usr, meta)]));
         (objects, Dir { meta: Meta::Stored(meta), content: Content::Stored(root) })
     }
 
@@ -321,7 +321,7 @@ mod tests {
         };
         let Meta::Stored(stored) = meta(&mut tree, "usr/d", lookup) else { panic!("changed") };
         assert_eq!(read_dirmeta(&stored, lookup).unwrap().mode, 0o750);
-        assert_eq!(meta(&mut tree, "usr/n", lookup), Meta::New(DirMeta::default()));
+        assert_eq!(meta(&mut tree, "usr/n", lookup), Meta::New(Arc::default()));
         let untouched = tree.directory(&path("usr/d"), lookup).unwrap().unwrap();
         assert!(matches!(untouched.content, Content::Stored(_)), "nothing was read that was not needed");
     }

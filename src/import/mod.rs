@@ -7,11 +7,12 @@
 //! (through [`crate::store`]); it never touches the running system's `/usr` or `/etc` and never
 //! retries: retries are the agent's.
 //!
-//! What it costs: about 10 MiB of buffers per layer in flight, some 150 bytes per object, as much again per
-//! file of the directories that plain layers touch, and some 700 bytes per file in plain layers. The cap is
-//! 150 MiB resident, whatever the image's bytes, up to 100 000 files in plain layers:
-//! `tests/pull/memory.rs` holds the importer to it (110 MiB for that many, 37 MiB for 1 GiB of few files).
+//! Memory: about 10 MiB of buffers per layer in flight, some 150 bytes per object, and some 600 bytes per file in
+//! plain layers. The cap is 150 MiB resident, whatever the image: [`budget`] refuses plain layers whose entries
+//! would exceed it together. `tests/pull/memory.rs` and `tests/pull/shapes.rs` hold the importer to it.
 
+mod budget;
+mod children;
 mod commit;
 mod consume;
 pub(crate) mod contexts;
@@ -21,6 +22,7 @@ mod facts;
 mod fetch;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
+mod kept;
 pub(crate) mod label;
 mod layertree;
 mod merge;

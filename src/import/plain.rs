@@ -3,18 +3,17 @@
 //!
 //! Format source: the OCI image layer specification; PAX headers for extended attributes.
 
-use std::collections::HashMap;
-
 use tar::EntryType;
 
 use crate::image::{Failure, Kind};
 use crate::store::{FileMeta, ObjectId, ObjectType, WriteError, Xattrs};
 
+use super::budget;
 use super::consume::tar_failure;
 use super::entry::{Role, role};
 use super::facts::BaseFacts;
 use super::label::{Labels, Pairs, set_label};
-use super::layertree::{DirMeta, LayerFile, LayerTree};
+use super::layertree::{BadEntry, DirMeta, LayerFile, LayerTree};
 use super::path::{Place, shown};
 use super::state::Import;
 use crate::image::tarstream::{Chunks, Entry, Piece, TarError, TarStream};
@@ -35,20 +34,18 @@ pub(super) fn read_plain(
 ) -> Result<LayerTree, Failure> {
     let bad = |what: String| Failure::new(Kind::BadFormat, format!("{name}: {what}"));
     let labels = facts.policy.as_ref().map(|policy| policy.open()).transpose().map_err(bad)?;
-    let mut layer = PlainReader {
-        import,
-        name,
-        facts,
-        labels,
-        tar: TarStream::new(chunks),
-        tree: LayerTree::default(),
-        repo_objects: HashMap::new(),
-    };
+    let mut layer =
+        PlainReader { import, name, facts, labels, tar: TarStream::new(chunks), tree: LayerTree::new(&import.budget) };
     while let Some(entry) = layer.tar.next_entry().map_err(|error| tar_failure(name, &error))? {
         layer.entry(&entry)?;
     }
-    layer.tree.resolve_links().map_err(|(path, error)| bad(format!("the entry /{path} {error}")))?;
-    Ok(layer.tree)
+    let PlainReader { mut tree, labels, .. } = layer;
+    tree.resolve_links().map_err(|(path, error)| bad(format!("the entry /{path} {error}")))?;
+    if let Some(labels) = labels {
+        tree.label_parents(&|path, mode| labels.of(path, mode).map_err(Unlabelled::Lookup))
+            .map_err(|error| bad(error.to_string()))?;
+    }
+    Ok(tree)
 }
 
 struct PlainReader<'a, C> {
@@ -58,9 +55,15 @@ struct PlainReader<'a, C> {
     labels: Option<Labels>,
     tar: TarStream<C>,
     tree: LayerTree,
-    /// Files below the repo's directory that are not the base's any more: where a lower file was changed
-    /// that is a hardlink there, its other names are hardlinks to this.
-    repo_objects: HashMap<String, ObjectId>,
+}
+
+/// Why a parent without an entry of its own has no label.
+#[derive(Debug, thiserror::Error)]
+enum Unlabelled {
+    #[error("{0}")]
+    Lookup(String),
+    #[error("labelling a directory {0}")]
+    Entry(#[from] BadEntry),
 }
 
 impl<C: Chunks> PlainReader<'_, C> {
@@ -68,13 +71,7 @@ impl<C: Chunks> PlainReader<'_, C> {
         let path = match self.place(entry, &entry.path)? {
             Place::At(path) => path,
             Place::RepoObject(path) => {
-                if is_regular(entry.kind) {
-                    let id = self.regular(entry, &path)?;
-                    self.repo_objects.insert(path, id);
-                } else {
-                    self.tree.leave_out("/sysroot".into());
-                }
-                return Ok(());
+                return self.repo_object(entry, path);
             }
             Place::Nowhere(top) => {
                 self.tree.leave_out(top);
@@ -90,7 +87,7 @@ impl<C: Chunks> PlainReader<'_, C> {
                     mode: entry.mode & 0o7777,
                     xattrs: self.xattrs(entry, &named(), S_IFDIR)?,
                 };
-                self.tree.directory(&path, meta).map_err(|error| self.bad(entry, error))
+                self.tree.directory(&path, meta).map_err(|error| self.refused(entry, error))
             }
             EntryType::Symlink => {
                 let file = self.symlink(entry, &named())?;
@@ -98,7 +95,7 @@ impl<C: Chunks> PlainReader<'_, C> {
             }
             kind if is_regular(kind) || kind == EntryType::Link => {
                 let whiteout = self.tree.whiteout(&path, entry.uid, entry.gid);
-                if whiteout.map_err(|error| self.bad(entry, error))? {
+                if whiteout.map_err(|error| self.refused(entry, error))? {
                     return Ok(());
                 }
                 let file = match kind {
@@ -119,23 +116,34 @@ impl<C: Chunks> PlainReader<'_, C> {
         }
     }
 
+    /// Takes an entry in the repo's directory. Where a lower file was changed that is a hardlink there, its other
+    /// names are hardlinks to this entry, or this is a hardlink to one of them.
+    fn repo_object(&mut self, entry: &Entry, path: String) -> Result<(), Failure> {
+        let file = match entry.kind {
+            kind if is_regular(kind) => Some(LayerFile::Object(self.regular(entry, &path)?)),
+            EntryType::Symlink => Some(LayerFile::Object(self.symlink(entry, &path)?)),
+            EntryType::Link => Some(self.link(entry)?),
+            _ => {
+                self.tree.leave_out("/sysroot".into());
+                None
+            }
+        };
+        self.tree.repo_object(path, file).map_err(|error| self.refused(entry, error))
+    }
+
     fn put(&mut self, entry: &Entry, path: &[String], file: LayerFile) -> Result<(), Failure> {
-        self.tree.file(path, file, entry.uid, entry.gid).map_err(|error| self.bad(entry, error))
+        self.tree.file(path, file, entry.uid, entry.gid).map_err(|error| self.refused(entry, error))
     }
 
     /// Where a hardlink leads.
     fn link(&self, entry: &Entry) -> Result<LayerFile, Failure> {
         match self.place(entry, &entry.link)? {
             Place::At(path) => Ok(LayerFile::Below(path)),
-            Place::RepoObject(path) => {
-                if let Some(id) = self.repo_objects.get(&path) {
-                    return Ok(LayerFile::Object(*id));
-                }
-                match role(path.as_bytes()) {
-                    Ok(Role::Object(id, ObjectType::File)) => Ok(LayerFile::OfBase(id)),
-                    _ => Err(self.bad(entry, format!("is a hardlink to /{path}, which is no content object"))),
-                }
-            }
+            Place::RepoObject(path) => match (self.tree.in_repo(&path), role(path.as_bytes())) {
+                (Some(Some(file)), _) => Ok(file.clone()),
+                (None, Ok(Role::Object(id, ObjectType::File))) => Ok(LayerFile::OfBase(id)),
+                _ => Err(self.bad(entry, format!("is a hardlink to /{path}, which is no content object"))),
+            },
             Place::Nowhere(top) => {
                 let target = entry.link.escape_ascii();
                 Err(self.bad(entry, format!("is a hardlink to {target}, but what is in {top} cannot be kept")))
@@ -154,7 +162,7 @@ impl<C: Chunks> PlainReader<'_, C> {
         if std::str::from_utf8(link).is_err() {
             // To be refused, unless it is gone when all layers are laid.
             let target = link.escape_ascii().to_string();
-            self.tree.unstorable(id, target).map_err(|error| self.bad(entry, error))?;
+            self.tree.unstorable(id, target).map_err(|error| self.refused(entry, error))?;
             return Ok(id);
         }
         if self.import.keeps_derived(&id, path) {
@@ -218,6 +226,14 @@ impl<C: Chunks> PlainReader<'_, C> {
                 if path == entry.path { String::new() } else { format!("links to {}: it ", path.escape_ascii()) };
             self.bad(entry, format!("{what}{error}"))
         })
+    }
+
+    fn refused(&self, entry: &Entry, error: BadEntry) -> Failure {
+        let failure = self.bad(entry, &error);
+        match error {
+            BadEntry::TooMany(_) => Failure { advice: budget::ADVICE, ..failure },
+            _ => failure,
+        }
     }
 
     fn bad(&self, entry: &Entry, what: impl std::fmt::Display) -> Failure {

@@ -7,8 +7,10 @@ use futures_util::FutureExt;
 
 use crate::image::{Failure, ImageDescription, Kind, Layer, Layout};
 use crate::report::PullProgress;
+use crate::store::{ObjectId, ObjectSet};
 
-use super::derive::{Derived, Merged, objects_of};
+use super::budget;
+use super::derive::{Committed, Derived, Merged};
 use super::facts::BaseFacts;
 use super::fetch::{fetch_plain, layer_name};
 use super::layertree::LayerTree;
@@ -45,7 +47,13 @@ impl<'a> PlainLayers<'a> {
             // A list that this version cannot read only costs another look at the layer.
             let kept = self.run.import.store.read_layer_list(&facts.list_name(&layer.diff_id));
             let kept = kept.map_err(|error| local(self.run.image, error))?;
-            match kept.and_then(|bytes| LayerTree::from_bytes(&bytes)) {
+            let kept = kept.map(|bytes| LayerTree::from_bytes(&bytes, &self.run.import.budget)).transpose();
+            let kept = kept.map_err(|error| {
+                let name = layer_name(self.run.image, layer);
+                let message = format!("{name}: its list of entries {error}");
+                Failure { advice: budget::ADVICE, ..Failure::new(Kind::BadFormat, message) }
+            })?;
+            match kept.flatten() {
                 Some(tree) => {
                     self.trees[at] = Some(Arc::new(tree));
                     PullProgress::sub(&self.run.import.progress.bytes_total, layer.size());
@@ -63,7 +71,7 @@ impl<'a> PlainLayers<'a> {
             Read::Encapsulated(index) => Some(index),
             Read::Plain(index, tree) => {
                 if let Some(at) = self.layers.iter().position(|layer| layer.index == index) {
-                    self.trees[at] = Some(Arc::new(tree));
+                    self.trees[at] = Some(tree);
                 }
                 // One that is read again because of what an earlier run left out counts once.
                 if self.counted.insert(index) {
@@ -81,14 +89,13 @@ impl<'a> PlainLayers<'a> {
         fetched: &mut HashSet<usize>,
     ) -> Result<Derived, Failure> {
         let (run, parallel) = (self.run, self.parallel);
-        let mut late = self.when_ready().await?;
+        let late = self.when_ready().await?;
         let Some(facts) = self.facts.clone() else {
             let message = format!("{}: files of its SELinux policy are missing", run.image.pinned);
             return Err(Failure::new(Kind::BadFormat, message));
         };
-        let mut read_again = HashSet::new();
+        all_of(late, parallel, |read| fetched.extend(self.note(read))).await?;
         loop {
-            all_of(late, parallel, |read| fetched.extend(self.note(read))).await?;
             let layers = self.named()?;
             let (import, laid) = (run.import.clone(), layers.clone());
             let merged = blocking(run.image, move || -> Result<_, Failure> {
@@ -97,34 +104,50 @@ impl<'a> PlainLayers<'a> {
                 Ok((merged, open))
             });
             let (merged, open) = merged.await??;
-            // A list of an earlier run, with another idea of what to keep, may name objects that are not
-            // here. So may a hardlink to what lies under /usr/lib/modules.
-            let again: Vec<&Layer> = self
-                .layers
-                .iter()
-                .zip(&layers)
-                .filter(|(layer, _)| !read_again.contains(&layer.index))
-                .filter(|(_, (_, tree))| !objects_of(tree).is_disjoint(&open))
-                .map(|(layer, _)| layer)
-                .collect();
-            if open.is_empty() || again.is_empty() {
-                run.nothing_is_missing()?;
-                let (import, facts, image) = (run.import.clone(), facts.clone(), run.image.clone());
-                let description = description.clone();
-                let work = move || {
-                    let derived = merged.commit(&import, &facts, &image, &description, &layers)?;
-                    import.retarget(derived.target.clone());
-                    Ok(derived)
-                };
-                let derived: Derived = blocking(run.image, work).await??;
-                run.nothing_is_missing()?;
-                return Ok(derived);
+            self.bring(&open, &facts, description, fetched).await?;
+            let (import, facts_here, image) = (run.import.clone(), facts.clone(), run.image.clone());
+            let described = description.clone();
+            let commit = move || merged.commit(&import, &facts_here, &image, &described, &layers);
+            match blocking(run.image, commit).await?? {
+                Committed::Derived(derived) => {
+                    let (import, target) = (run.import.clone(), derived.target.clone());
+                    blocking(run.image, move || import.retarget(target)).await?;
+                    run.nothing_is_missing()?;
+                    return Ok(*derived);
+                }
+                Committed::Needs(unknown) => {
+                    let (count, image) = (unknown.len(), &run.image.pinned);
+                    tracing::info!(
+                        count,
+                        image,
+                        "fetching kernel modules: the SELinux policy may label them otherwise"
+                    );
+                    let open = run.import.want(&unknown);
+                    self.bring(&open, &facts, description, fetched).await?;
+                }
             }
-            read_again.extend(again.iter().map(|layer| layer.index));
-            let bytes = again.iter().map(|layer| layer.size()).sum();
-            PullProgress::add(&run.import.progress.bytes_total, bytes);
-            late = again.into_iter().map(|layer| self.read(layer, facts.clone())).collect();
         }
+    }
+
+    /// Reads what is still wanted of the merged tree. A list of an earlier run, with another idea of what to keep, may
+    /// name objects that are not here. So may a hardlink to something under /usr/lib/modules.
+    async fn bring(
+        &mut self,
+        open: &ObjectSet,
+        facts: &BaseFacts,
+        description: &ImageDescription,
+        fetched: &mut HashSet<usize>,
+    ) -> Result<(), Failure> {
+        let run = self.run;
+        let is_open = |id: &ObjectId| open.contains(id);
+        let trees = self.layers.iter().zip(&self.trees);
+        let again = trees.filter(|(_, tree)| tree.as_ref().is_some_and(|tree| tree.brings(&is_open)));
+        let again: Vec<&Layer> = again.map(|(layer, _)| layer).collect();
+        PullProgress::add(&run.import.progress.bytes_total, again.iter().map(|layer| layer.size()).sum());
+        let reads = again.into_iter().map(|layer| self.read(layer, facts.clone())).collect();
+        all_of(reads, self.parallel, |read| fetched.extend(self.note(read))).await?;
+        run.rest_of_base(&description.layout, self.parallel, fetched).await?;
+        run.nothing_is_missing()
     }
 
     fn read(&self, layer: &'a Layer, facts: BaseFacts) -> DueRead<'a> {
@@ -137,7 +160,7 @@ impl<'a> PlainLayers<'a> {
             kept.map_err(|error| run.import.store_failure(&layer_name(run.image, layer), &error))?;
             let (digest, seconds) = (layer.digest(), started.elapsed().as_secs_f64());
             tracing::debug!(layer = layer.index, digest, size = layer.size(), seconds, "plain layer read");
-            Ok(Read::Plain(layer.index, tree))
+            Ok(Read::Plain(layer.index, Arc::new(tree)))
         }
         .boxed()
     }

@@ -8,7 +8,7 @@ use futures_util::FutureExt;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
-use crate::image::{Failure, ImageDescription, Kind, Layer, ResolvedImage, Source};
+use crate::image::{Failure, ImageDescription, Kind, Layer, Layout, ResolvedImage, Source};
 use crate::report::PullProgress;
 use crate::store::{BootedRepo, LockError, NodeStore, ObjectId, ObjectType, Scope, StoreLock};
 
@@ -26,6 +26,8 @@ use super::wanted::{Earlier, Round, rounds};
 pub struct PullOptions {
     /// Also fetch what only `/usr/lib/modules` has, so that the commit can be deployed elsewhere.
     pub complete: bool,
+    /// The only commit that the image may become. Another one fails the pull before the ref moves.
+    pub expected: Option<String>,
     /// How many layers to read at once; by default one per CPU, at least two and at most four.
     pub parallel: Option<usize>,
 }
@@ -97,6 +99,13 @@ pub async fn pull(
         None => (commit, HashSet::new(), Vec::new()),
     };
 
+    if let Some(expected) = options.expected.as_ref().filter(|expected| **expected != commit.to_string()) {
+        let message = format!(
+            "cannot complete {}: it became commit {commit}, not {expected}; the ref still names that commit",
+            image.pinned
+        );
+        return Err(Failure { advice: "reboot, then pull with --complete", ..Failure::new(Kind::Local, message) });
+    }
     let finished = import.clone();
     let complete = blocking(image, move || -> std::io::Result<bool> {
         finished.prune_derived(|id| sources.contains(id))?;
@@ -173,7 +182,7 @@ impl Run<'_> {
         let mut early = plain.when_ready().await?;
         for Round { layers, expected } in rounds {
             let bytes = layers.iter().map(|layer| layer.size()).sum();
-            if self.import.done.is_cancelled() {
+            if self.import.done().is_cancelled() {
                 PullProgress::sub(&progress.bytes_total, if expected { bytes } else { 0 });
                 continue;
             }
@@ -195,8 +204,39 @@ impl Run<'_> {
         Ok((fetched, derived))
     }
 
+    /// Reads layers of the commit until nothing is wanted any more: with plain layers on top, more can be wanted of it
+    /// than was known when its layers were due. Kernel layers come first, as a delta pull leaves those out.
+    pub(super) async fn rest_of_base(
+        &self,
+        layout: &Layout,
+        parallel: usize,
+        fetched: &mut HashSet<usize>,
+    ) -> Result<(), Failure> {
+        if matches!(self.import.still_wanted(), Some((0, _))) {
+            return Ok(());
+        }
+        self.import.go_on();
+        for Round { layers, .. } in rounds(layout.encapsulated(), |_| Earlier::WithoutModules, false) {
+            if self.import.done().is_cancelled() {
+                return Ok(());
+            }
+            let progress = &self.import.progress;
+            PullProgress::add(&progress.bytes_total, layers.iter().map(|layer| layer.size()).sum());
+            let due = layers.into_iter().map(|layer| self.if_needed(layer, layout.commit_layer.index).boxed());
+            let note = |read| {
+                if let Read::Encapsulated(index) = read
+                    && !fetched.insert(index)
+                {
+                    PullProgress::sub(&progress.layers_done, 1);
+                }
+            };
+            all_of(due.collect(), parallel, note).await?;
+        }
+        Ok(())
+    }
+
     async fn if_needed(&self, layer: &Layer, commit_layer: usize) -> Result<Read, Failure> {
-        if self.import.done.is_cancelled() {
+        if self.import.done().is_cancelled() {
             PullProgress::sub(&self.import.progress.bytes_total, layer.size());
             return Ok(Read::NotNeeded);
         }

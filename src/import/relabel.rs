@@ -3,11 +3,13 @@
 //! Rule, as libostree has it when ostree-ext commits a merged tree: where the policy has a label for a
 //! path, that is the label, for base content as for derived; where it has none, things stay as they are.
 
+use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
 
 use sha2::Digest;
 
@@ -16,14 +18,26 @@ use crate::store::{FileMeta, ObjectId, ObjectType, Xattrs};
 
 use super::label::{Labels, Pairs, PolicyFiles, label_of, set_label};
 use super::layertree::DirMeta;
-use super::merge::{Content, Dir, Meta, read_dirmeta, read_dirtree};
+use super::merge::{Meta, read_dirmeta};
 use super::state::Import;
 
-/// What an object on disk says about itself.
+/// An object as it is on disk.
 #[derive(Debug, Clone)]
 struct Known {
     mode: u32,
-    label: Option<Vec<u8>>,
+    label: Option<Label>,
+}
+
+/// Equal labels are kept once: a tree has some hundred.
+type Label = Arc<[u8]>;
+
+/// The labels that the commit below should have, by its own policy.
+enum BaseLabels {
+    /// Its policy is the tree's.
+    Same,
+    Other(Labels),
+    /// It has no policy.
+    None,
 }
 
 /// Labels one tree.
@@ -31,18 +45,48 @@ pub(super) struct Relabeller<'a> {
     import: &'a Import,
     image: &'a str,
     labels: Labels,
+    base: BaseLabels,
     known: HashMap<ObjectId, Option<Known>>,
+    seen: HashSet<Label>,
     metas: HashMap<ObjectId, DirMeta>,
-    made: HashMap<(ObjectId, Vec<u8>), ObjectId>,
+    made: HashMap<(ObjectId, Label), ObjectId>,
     of_base: u64,
+    /// Base content that is not here, and whether the two policies label it differently.
+    absent: HashMap<ObjectId, bool>,
+    /// The commit below has files that its own policy labels otherwise.
+    base_is_mislabelled: bool,
 }
 
 impl<'a> Relabeller<'a> {
-    pub(super) fn new(import: &'a Import, policy: &PolicyFiles, image: &'a str) -> Result<Self, Failure> {
-        let labels =
-            policy.open().map_err(|what| Failure::new(Kind::BadFormat, format!("the image {image}: {what}")))?;
-        let (known, metas, made) = (HashMap::new(), HashMap::new(), HashMap::new());
-        Ok(Self { import, image, labels, known, metas, made, of_base: 0 })
+    /// Opens the tree's policy. `base` is that of the commit below, if it has one.
+    pub(super) fn new(
+        import: &'a Import,
+        policy: &PolicyFiles,
+        base: Option<&PolicyFiles>,
+        image: &'a str,
+    ) -> Result<Self, Failure> {
+        let open = |policy: &PolicyFiles| {
+            policy.open().map_err(|what| Failure::new(Kind::BadFormat, format!("the image {image}: {what}")))
+        };
+        let mut this = Self {
+            import,
+            image,
+            labels: open(policy)?,
+            base: match base {
+                None => BaseLabels::None,
+                Some(base) if base.objects == policy.objects => BaseLabels::Same,
+                Some(base) => BaseLabels::Other(open(base)?),
+            },
+            known: HashMap::new(),
+            seen: HashSet::new(),
+            metas: HashMap::new(),
+            made: HashMap::new(),
+            of_base: 0,
+            absent: HashMap::new(),
+            base_is_mislabelled: false,
+        };
+        this.learn()?;
+        Ok(this)
     }
 
     /// Says so when the base was not labelled by the image's policy: then nothing could be shared.
@@ -58,10 +102,11 @@ impl<'a> Relabeller<'a> {
         self.made.keys().map(|(id, _)| *id).collect()
     }
 
-    /// Labels everything in a tree.
-    pub(super) fn label(&mut self, root: &mut Dir) -> Result<(), Failure> {
-        self.learn()?;
-        self.dir(root, "/").map(drop)
+    /// Returns the objects that are not here and may have another label than the tree's policy gives them: kernel
+    /// modules that a delta pull left out. What they are called with their label is known when they are here only.
+    pub(super) fn unknown(&self) -> HashSet<ObjectId> {
+        let of_base = |id: &ObjectId| self.base_is_mislabelled && self.import.base_has(id);
+        self.absent.iter().filter(|(id, differs)| **differs || of_base(id)).map(|(id, _)| *id).collect()
     }
 
     /// Looks at all of the tree's content objects: thousands of system calls, on all CPUs.
@@ -73,97 +118,107 @@ impl<'a> Relabeller<'a> {
             ids.iter().map(|id| Ok((*id, look(import, id)?))).collect()
         };
         let part = &part;
-        let parts = std::thread::scope(|scope| {
-            let running: Vec<_> =
-                ids.chunks(ids.len().div_ceil(threads).max(1)).map(|ids| scope.spawn(move || part(ids))).collect();
-            running.into_iter().map(|thread| thread.join()).collect::<Vec<_>>()
-        });
-        for part in parts {
-            self.known.extend(part.map_err(|_| import.local("a thread that looked at objects failed"))??);
+        // In portions, so that not all labels are in memory before equal ones become one.
+        for portion in ids.chunks(16 * 1024) {
+            let parts = std::thread::scope(|scope| {
+                let size = portion.len().div_ceil(threads).max(1);
+                let running: Vec<_> = portion.chunks(size).map(|ids| scope.spawn(move || part(ids))).collect();
+                running.into_iter().map(|thread| thread.join()).collect::<Vec<_>>()
+            });
+            for part in parts {
+                for (id, known) in part.map_err(|_| import.local("a thread that looked at objects failed"))?? {
+                    self.note(id, known);
+                }
+            }
         }
         Ok(())
     }
 
-    /// Answers whether the directory is another one now.
-    fn dir(&mut self, dir: &mut Dir, path: &str) -> Result<bool, Failure> {
-        let mut changed = self.meta(&mut dir.meta, path)?;
-        let import = self.import;
-        let mut read = None;
-        let (files, dirs) = match &mut dir.content {
-            Content::Open { files, dirs } => (files, dirs),
-            Content::Stored(tree) => {
-                let lookup = &mut |id: &ObjectId, kind| import.read_metadata(id, kind);
-                let listing = read_dirtree(tree, lookup).map_err(|error| import.tree_failure(&error))?;
-                let (files, dirs) = read.insert(listing);
-                (files, dirs)
-            }
-        };
-        let mut inside = false;
-        let at = |name: &str| if path == "/" { format!("/{name}") } else { format!("{path}/{name}") };
-        for (name, id) in files.iter_mut() {
-            inside |= self.file(id, &at(name))?;
-        }
-        for (name, child) in dirs.iter_mut() {
-            inside |= self.dir(child, &at(name))?;
-        }
-        if inside && let Some((files, dirs)) = read {
-            dir.content = Content::Open { files, dirs };
-        }
-        changed |= inside;
-        Ok(changed)
+    fn note(&mut self, id: ObjectId, known: Looked) -> Option<Known> {
+        let known = known.map(|(mode, label)| Known { mode, label: label.map(|label| self.shared(label)) });
+        self.known.insert(id, known.clone());
+        known
     }
 
-    fn meta(&mut self, meta: &mut Meta, path: &str) -> Result<bool, Failure> {
+    fn shared(&mut self, label: Vec<u8>) -> Label {
+        if let Some(known) = self.seen.get(label.as_slice()) {
+            return known.clone();
+        }
+        let label = Label::from(label);
+        self.seen.insert(label.clone());
+        label
+    }
+
+    /// Returns a directory's metadata with the label of `path`; `None` when they have it, or there is none.
+    pub(super) fn meta(&mut self, meta: &Meta, path: &str) -> Result<Option<DirMeta>, Failure> {
         const S_IFDIR: u32 = 0o040_000;
         let import = self.import;
-        let mut current = match meta {
-            Meta::New(meta) => meta.clone(),
-            Meta::Stored(id) => match self.metas.get(id) {
-                Some(meta) => meta.clone(),
-                None => {
+        let current: &DirMeta = match meta {
+            Meta::New(meta) => meta,
+            Meta::Stored(id) => match self.metas.entry(*id) {
+                Entry::Occupied(known) => known.into_mut(),
+                Entry::Vacant(new) => {
                     let lookup = &mut |id: &ObjectId, kind| import.read_metadata(id, kind);
-                    let read = read_dirmeta(id, lookup).map_err(|error| import.tree_failure(&error))?;
-                    self.metas.insert(*id, read.clone());
-                    read
+                    new.insert(read_dirmeta(id, lookup).map_err(|error| import.tree_failure(&error))?)
                 }
             },
         };
-        let Some(label) = self.lookup(path, S_IFDIR | current.mode)? else { return Ok(false) };
-        if label_of(&current.xattrs) == Some(&label) {
-            return Ok(false);
-        }
-        set_label(&mut current.xattrs, label);
-        *meta = Meta::New(current);
-        Ok(true)
+        let label = lookup(&self.labels, self.image, path, S_IFDIR | current.mode)?;
+        let Some(label) = label.filter(|label| label_of(&current.xattrs) != Some(label)) else { return Ok(None) };
+        let mut new = current.clone();
+        set_label(&mut new.xattrs, label);
+        Ok(Some(new))
     }
 
-    fn file(&mut self, id: &mut ObjectId, path: &str) -> Result<bool, Failure> {
-        // What is not here (kernel modules that nobody asked for) cannot be read, nor written anew.
-        let Some(known) = self.known(id)? else { return Ok(false) };
-        let Some(label) = self.lookup(path, known.mode)? else { return Ok(false) };
-        if known.label.as_ref() == Some(&label) {
-            return Ok(false);
-        }
-        self.of_base += u64::from(self.import.base_has(id));
-        let key = (*id, label);
-        *id = match self.made.get(&key) {
-            Some(made) => *made,
+    /// Returns the object that is `id` with the label of `path`.
+    pub(super) fn file(&mut self, id: &ObjectId, path: &str) -> Result<ObjectId, Failure> {
+        let known = match self.known.get(id) {
+            Some(known) => known.clone(),
             None => {
-                let made = self.copy(id, path, &key.1)?;
-                self.made.insert(key, made);
-                made
+                let known = look(self.import, id)?;
+                self.note(*id, known)
             }
         };
-        Ok(true)
+        let Some(known) = known else {
+            self.not_here(id, path)?;
+            return Ok(*id);
+        };
+        let Some(label) = lookup(&self.labels, self.image, path, known.mode)? else { return Ok(*id) };
+        if known.label.as_deref() == Some(&*label) {
+            return Ok(*id);
+        }
+        if self.import.base_has(id) {
+            self.of_base += 1;
+            self.base_is_mislabelled |=
+                self.by_base(path, known.mode, Some(&label))?.as_deref() != known.label.as_deref();
+        }
+        let key = (*id, self.shared(label));
+        if let Some(made) = self.made.get(&key) {
+            return Ok(*made);
+        }
+        let made = self.copy(id, path, &key.1)?;
+        self.made.insert(key, made);
+        Ok(made)
     }
 
-    fn known(&mut self, id: &ObjectId) -> Result<Option<Known>, Failure> {
-        if let Some(known) = self.known.get(id) {
-            return Ok(known.clone());
+    /// Notes an object that a delta pull left out: it can be neither read nor copied.
+    fn not_here(&mut self, id: &ObjectId, path: &str) -> Result<(), Failure> {
+        // A file or a symlink: its object would say which.
+        for mode in [0o100_644, 0o120_777] {
+            let label = lookup(&self.labels, self.image, path, mode)?;
+            let differs = label.is_some() && label != self.by_base(path, mode, label.as_deref())?;
+            *self.absent.entry(*id).or_default() |= differs;
         }
-        let known = look(self.import, id)?;
-        self.known.insert(*id, known.clone());
-        Ok(known)
+        Ok(())
+    }
+
+    /// Returns the label by the policy of the commit below; `label` is the one by the tree's.
+    fn by_base(&self, path: &str, mode: u32, label: Option<&[u8]>) -> Result<Option<Vec<u8>>, Failure> {
+        match &self.base {
+            BaseLabels::Same => Ok(label.map(<[u8]>::to_vec)),
+            BaseLabels::Other(base) => lookup(base, self.image, path, mode),
+            BaseLabels::None => Ok(None),
+        }
     }
 
     /// The same file with another label. Written unless the booted repo has it.
@@ -214,16 +269,17 @@ impl<'a> Relabeller<'a> {
         }
         Ok(made)
     }
-
-    fn lookup(&self, path: &str, mode: u32) -> Result<Option<Vec<u8>>, Failure> {
-        self.labels
-            .of(path, mode)
-            .map_err(|what| Failure::new(Kind::BadFormat, format!("the image {}: {what}", self.image)))
-    }
 }
 
-/// What an object on disk says about itself; `None` when it is not here.
-fn look(import: &Import, id: &ObjectId) -> Result<Option<Known>, Failure> {
+fn lookup(labels: &Labels, image: &str, path: &str, mode: u32) -> Result<Option<Vec<u8>>, Failure> {
+    labels.of(path, mode).map_err(|what| Failure::new(Kind::BadFormat, format!("the image {image}: {what}")))
+}
+
+/// A mode and a label; `None` for an object that is not here.
+type Looked = Option<(u32, Option<Vec<u8>>)>;
+
+/// Reads the mode and label of an object on disk; `None` when it is not here.
+fn look(import: &Import, id: &ObjectId) -> Result<Looked, Failure> {
     let Some(path) = import.content_path(id) else { return Ok(None) };
     let fail = |error| import.local(format!("reading object {id}.file: {error}"));
     let mode = match path.symlink_metadata() {
@@ -231,7 +287,7 @@ fn look(import: &Import, id: &ObjectId) -> Result<Option<Known>, Failure> {
         other => other.map_err(fail)?.mode(),
     };
     let label = read_xattr(&path, c"security.selinux").map_err(|errno| fail(errno.into()))?;
-    Ok(Some(Known { mode, label }))
+    Ok(Some((mode, label)))
 }
 
 fn read_xattr(path: &std::path::Path, name: &std::ffi::CStr) -> Result<Option<Vec<u8>>, rustix::io::Errno> {

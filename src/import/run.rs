@@ -44,7 +44,7 @@ pub(super) enum Read {
     /// This layer of the commit was read.
     Encapsulated(usize),
     /// This plain layer (position in the manifest) was read, and this is in it.
-    Plain(usize, LayerTree),
+    Plain(usize, Arc<LayerTree>),
 }
 
 /// Reads several layers at once and passes each to `note`.

@@ -12,6 +12,7 @@ use crate::image::{Failure, Kind};
 use crate::report::PullProgress;
 use crate::store::{BootedRepo, NodeStore, ObjectId, ObjectSet, ObjectType, ObjectWriter, StoreLock, WriteError};
 
+use super::budget::Budget;
 use super::tree::{Target, TreeError, path_of, walk};
 use super::wanted::wanted;
 
@@ -28,8 +29,10 @@ pub(super) struct Import {
     pub booted: Option<BootedRepo>,
     pub writer: ObjectWriter,
     pub progress: Arc<PullProgress>,
+    /// What plain layers may take of memory, all of them together.
+    pub budget: Budget,
     /// Fires when nothing is wanted any more.
-    pub done: CancellationToken,
+    done: Mutex<CancellationToken>,
     /// Whether what only the kernel's modules directory has is wanted too.
     complete: bool,
     booted_content: ObjectSet,
@@ -70,7 +73,8 @@ impl Import {
             booted: booted.cloned(),
             writer: store.writer()?,
             progress,
-            done: CancellationToken::new(),
+            budget: Budget::default(),
+            done: Mutex::default(),
             complete,
             booted_content: booted.map(BootedRepo::content_objects).transpose()?.unwrap_or_default(),
             stored_before: store.content_objects()?,
@@ -97,7 +101,7 @@ impl Import {
         }
         PullProgress::add(&self.progress.objects_wanted, open.len() as u64);
         if open.is_empty() {
-            self.done.cancel();
+            self.done().cancel();
         }
         let base = target.content.keys().copied().collect();
         *self.wants() = Some(Wants { target, base, open, merged: false });
@@ -114,6 +118,26 @@ impl Import {
         PullProgress::add(&self.progress.objects_wanted, open.len() as u64);
         *guard = Some(Wants { target, base, open: open.clone(), merged: true });
         open
+    }
+
+    /// Adds objects of the merged tree to what is wanted. Returns what is wanted now.
+    pub(super) fn want(&self, more: &ObjectSet) -> ObjectSet {
+        let mut guard = self.wants();
+        let Some(wants) = guard.as_mut() else { return ObjectSet::new() };
+        let before = wants.open.len();
+        wants.open.extend(more.iter().filter(|id| !self.store.has(id, ObjectType::File)));
+        PullProgress::add(&self.progress.objects_wanted, (wants.open.len() - before) as u64);
+        wants.open.clone()
+    }
+
+    /// Fires when nothing is wanted any more.
+    pub(super) fn done(&self) -> CancellationToken {
+        self.done.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Forgets that nothing was wanted any more.
+    pub(super) fn go_on(&self) {
+        *self.done.lock().unwrap_or_else(PoisonError::into_inner) = CancellationToken::new();
     }
 
     /// Whether the commit that the label names has the content object.
@@ -209,7 +233,7 @@ impl Import {
             Some(wants) => {
                 let news = wants.open.remove(id);
                 if wants.open.is_empty() {
-                    self.done.cancel();
+                    self.done().cancel();
                 }
                 news
             }

@@ -37,6 +37,52 @@ impl<'a> Dirtree<'a> {
         }
         Ok(parsed)
     }
+
+    /// Returns the object's bytes. Names must be in order.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let files = self.files.iter().map(|(name, id)| tuple(&[&nul(name), &id.0]));
+        let dirs = self.dirs.iter().map(|(name, tree, meta)| tuple(&[&nul(name), &tree.0, &meta.0]));
+        tuple(&[&array(files), &array(dirs)])
+    }
+}
+
+fn nul(name: &str) -> Vec<u8> {
+    [name.as_bytes(), &[0]].concat()
+}
+
+/// An array of elements of variable size.
+fn array(elements: impl Iterator<Item = Vec<u8>> + Clone) -> Vec<u8> {
+    // Room for the whole at once: growing would take twice the memory.
+    let size = elements.clone().map(|element| element.len()).sum();
+    let (mut out, mut ends) = (Vec::with_capacity(size), Vec::new());
+    for element in elements {
+        out.extend(element);
+        ends.push(out.len());
+    }
+    append_offsets(out, &ends)
+}
+
+/// A tuple of members of variable size.
+fn tuple(members: &[&[u8]]) -> Vec<u8> {
+    let ends = members.iter().scan(0, |end, member| {
+        *end += member.len();
+        Some(*end)
+    });
+    let mut ends: Vec<usize> = ends.collect();
+    ends.pop();
+    ends.reverse();
+    append_offsets(members.concat(), &ends)
+}
+
+/// Appends offsets, as wide as the size of the whole needs.
+fn append_offsets(mut body: Vec<u8>, offsets: &[usize]) -> Vec<u8> {
+    let whole = |width: &usize| offset_width(body.len() + offsets.len() * width) == *width;
+    let width = [1, 2, 4, 8].into_iter().find(whole).unwrap_or(8);
+    body.reserve_exact(offsets.len() * width);
+    for offset in offsets {
+        body.extend(&(*offset as u64).to_le_bytes()[..width]);
+    }
+    body
 }
 
 /// The width of the offsets in a container of this many bytes.
@@ -162,6 +208,9 @@ mod tests {
             let times = if files.len() < 3 { 1 } else { times };
             let files: Files = std::iter::repeat_n(files, times).flatten().collect();
             let mut bytes = (files, dirs).to_variant().data().to_vec();
+            if let Ok(parsed) = Dirtree::parse(&bytes) {
+                prop_assert_eq!(&parsed.to_bytes(), &bytes, "written as glib writes it");
+            }
             for (at, with) in spoil {
                 if !bytes.is_empty() {
                     let at = at.index(bytes.len());
@@ -183,6 +232,7 @@ mod tests {
     fn the_empty_directory() {
         let empty = (Files::new(), Dirs::new()).to_variant().data().to_vec();
         assert_eq!(Dirtree::parse(&empty), Ok(Dirtree::default()));
+        assert_eq!(Dirtree::default().to_bytes(), empty);
         assert_eq!(Dirtree::parse(&[]), Err("not a dirtree in normal form"));
     }
 }

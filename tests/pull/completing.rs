@@ -55,7 +55,7 @@ async fn the_rest_is_fetched_later_and_nothing_twice() {
     let store = NodeStore::on_tmpfs(&root, None).unwrap();
     // The kernel's layer is not begun as long as another, which may bring the last of what is wanted, is late.
     faults.plan(&tools, Fault::Late, 1);
-    let two = PullOptions { complete: false, parallel: Some(2) };
+    let two = PullOptions { parallel: Some(2), ..PullOptions::default() };
     let pulled = try_pull_with(&spec, &store, None, two).await.unwrap();
     let first = fetched(4);
     assert_eq!(faults.hits.load(Ordering::SeqCst), 1);

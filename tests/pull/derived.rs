@@ -14,7 +14,7 @@ use super::tree::{chunker, noise, tree};
 use super::{Bench, failure, fsck, try_pull_with};
 
 /// A small policy: libselinux wants the files, libostree only looks labels up.
-const CONTEXTS: &str = "\
+pub const CONTEXTS: &str = "\
 /.*\tsystem_u:object_r:default_t:s0
 /\t-d\tsystem_u:object_r:root_t:s0
 /usr(/.*)?\tsystem_u:object_r:usr_t:s0
@@ -45,7 +45,12 @@ pub enum Labels {
 }
 
 pub fn base(bench: &Bench, labels: Labels) -> Image {
-    let path = bench.path(&format!("tree-{labels:?}"));
+    changed_base(bench, labels, "", &|_| {})
+}
+
+/// The same with a tree that was changed before it was committed; `name` tells such trees apart.
+pub fn changed_base(bench: &Bench, labels: Labels, name: &str, change: &dyn Fn(&Path)) -> Image {
+    let path = bench.path(&format!("tree-{labels:?}{name}"));
     if !path.exists() {
         tree(&path, 1);
         // The content of this one is in no commit.
@@ -55,6 +60,7 @@ pub fn base(bench: &Bench, labels: Labels) -> Image {
             rustix::fs::lremovexattr(path.join("usr/share"), "trusted.note").unwrap();
             policy(&path, CONTEXTS);
         }
+        change(&path);
     }
     let repo = format!("--repo={}", bench.repo.path.display());
     let tree = format!("--tree=dir={}", path.display());
@@ -71,13 +77,13 @@ pub fn complete() -> PullOptions {
     PullOptions { complete: true, ..PullOptions::default() }
 }
 
-fn with(mut image: Image, layers: &[Vec<Item>]) -> Image {
+pub fn with(mut image: Image, layers: &[Vec<Item>]) -> Image {
     image.layers.extend(layers.iter().map(|items| layer(items)));
     image
 }
 
 /// Pulls with both importers, into `store` and into a repo beside it, and compares. What we made of it.
-async fn compared(bench: &Bench, oracle: &str, image: &Image, name: &str) -> PulledImage {
+pub async fn compared(bench: &Bench, oracle: &str, image: &Image, name: &str) -> PulledImage {
     let spec = bench.push(image, &format!("derived:{name}"));
     let store = bench.store(name, None);
     let pulled = try_pull_with(&spec, &store, None, complete()).await.unwrap();

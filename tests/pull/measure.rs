@@ -34,7 +34,7 @@ async fn measure() {
             let store = NodeStore::on_tmpfs(root.path(), booted).unwrap();
             let (start, cpu, skopeo) = (std::time::Instant::now(), cpu_seconds("self"), cpu_seconds("children"));
             let pulled =
-                try_pull_with(&spec, &store, booted, PullOptions { complete: booted.is_none(), parallel: None })
+                try_pull_with(&spec, &store, booted, PullOptions { complete: booted.is_none(), ..Default::default() })
                     .await
                     .unwrap();
             let (wall, cpu) = (start.elapsed().as_secs_f64(), cpu_seconds("self") - cpu);
@@ -62,7 +62,7 @@ async fn memory_is_bounded_whatever_the_layers() {
         let root = tempfile::tempdir().unwrap();
         let store = NodeStore::on_tmpfs(root.path(), None).unwrap();
         // As many as a machine of any size reads.
-        let options = PullOptions { complete: true, parallel: Some(4) };
+        let options = PullOptions { complete: true, parallel: Some(4), ..PullOptions::default() };
         try_pull_with(&spec, &store, None, options).await.unwrap();
         return println!("peak {} MiB", peak_rss_mib());
     }

@@ -30,7 +30,7 @@ async fn attempt(spec: &str, store: &NodeStore, authfile: Option<&Path>) -> Resu
     let (idle_timeout, authfile) = (Some(Duration::from_secs(5)), authfile.map(Path::to_owned));
     let source = Source::open(&ImageSettings { idle_timeout, authfile, ..settings() }).await?;
     let image = source.resolve(&spec.parse()?).await?;
-    let options = PullOptions { complete: true, parallel: Some(2) };
+    let options = PullOptions { complete: true, parallel: Some(2), ..PullOptions::default() };
     pull(&source, &image, store, None, &options, Default::default(), &CancellationToken::new()).await
 }
 

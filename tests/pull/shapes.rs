@@ -1,0 +1,97 @@
+//! The cap on memory for plain layers of every shape: many small entries take more than their bytes.
+//!
+//! A pull ends well within the cap, or with a refusal that names the layer, the count and the limit, within it, too.
+
+use node_image_pivot::store::NodeStore;
+use tar::EntryType;
+
+use super::derived::{Labels, base, complete};
+use super::fixture::{Compress, RawLayer};
+use super::measure::peak_rss_mib;
+use super::{Bench, try_pull_with};
+
+/// MiB; stated in `src/import/mod.rs`.
+const CAP: u64 = 150;
+
+fn layer(paths: impl Iterator<Item = (String, String)>) -> RawLayer {
+    let mut tar = tar::Builder::new(Vec::new());
+    for (path, content) in paths {
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(EntryType::Regular);
+        header.set_mode(0o644);
+        header.set_uid(0);
+        header.set_gid(0);
+        header.set_size(content.len() as u64);
+        tar.append_data(&mut header, path, content.as_bytes()).unwrap();
+    }
+    RawLayer { tar: tar.into_inner().unwrap(), components: None, compress: Compress::Zstd }
+}
+
+/// So many files in one directory, each with other content.
+fn wide(count: usize) -> RawLayer {
+    layer((0..count).map(|at| (format!("usr/share/wide/{at:06}"), format!("wide {at}"))))
+}
+
+/// So many directories with one empty file each.
+fn deep(count: usize, tree: usize) -> RawLayer {
+    layer((0..count).map(|at| (format!("usr/share/x{tree}/{at:06x}/f"), String::new())))
+}
+
+/// So many chains of 240 directories, with an empty file at the end of each: few bytes in a blob.
+fn chains(count: usize) -> RawLayer {
+    layer((0..count).map(|at| (format!("usr/share/{at:05x}/{}x", "d/".repeat(240)), String::new())))
+}
+
+#[test]
+fn layers_of_any_shape_stay_within_the_cap() {
+    let mut peaks = Vec::new();
+    for (what, layers, fits) in [
+        ("wide", vec![wide(100_000)], true),
+        ("deep", vec![deep(100_000, 0)], true),
+        ("chains", vec![chains(400)], true),
+        ("endless chains", vec![chains(4_000)], false),
+        ("many", (0..6).map(|tree| deep(100_000, tree)).collect(), false),
+    ] {
+        let bench = Bench::new();
+        let mut image = base(&bench, Labels::Own);
+        image.layers.extend(layers);
+        let spec = bench.push(&image, "shape:1");
+        drop(image);
+        let output = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--ignored", "--exact", "shapes::child_pull", "--nocapture"])
+            .env("PIVOT_SHAPE", &spec)
+            .output()
+            .unwrap();
+        let told = String::from_utf8_lossy(&output.stdout).into_owned();
+        let value = |key: &str| told.lines().find_map(|line| line.split_once(key)).map(|(_, value)| value.to_owned());
+        let peak: u64 = value("peak: ").unwrap_or_else(|| panic!("{what}: {told}")).trim().parse().unwrap();
+        println!("{what}: {peak} MiB resident at most; {:?}", value("refused: "));
+        match value("refused: ") {
+            None => assert!(fits, "{what} was taken"),
+            Some(refusal) => {
+                assert!(!fits, "{what}: {refusal}");
+                for words in [&spec[..10], "layer 5 (sha256:", "exceeds the limit", "entries", "96 MiB"] {
+                    assert!(refusal.replace("layer 6", "layer 5").contains(words), "{what}: {refusal}");
+                }
+            }
+        }
+        peaks.push((what, peak));
+    }
+    assert!(peaks.iter().all(|(_, peak)| *peak <= CAP), "{peaks:?} MiB, at most {CAP}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "the child of layers_of_any_shape_stay_within_the_cap"]
+async fn child_pull() {
+    let Ok(spec) = std::env::var("PIVOT_SHAPE") else { return };
+    let root = tempfile::tempdir().unwrap();
+    let store = NodeStore::on_tmpfs(root.path(), None).unwrap();
+    match try_pull_with(&spec, &store, None, complete()).await {
+        Ok(pulled) => assert!(pulled.complete),
+        Err(failure) => {
+            assert_eq!(store.resolve_ref().unwrap(), None, "a failed pull leaves no ref");
+            println!("refused: {failure}");
+        }
+    }
+    println!("peak: {}", peak_rss_mib());
+}
