@@ -201,6 +201,39 @@ fn undo_brings_back_what_was() -> Result<()> {
     checks.finish()
 }
 
+/// A registry that is gone during `pull --complete` holds up nothing.
+#[test]
+fn a_download_beside_the_pivot_holds_up_nothing() -> Result<()> {
+    let images = Images::ensure()?;
+    let mut checks = Checks::new("agent: undo during pull --complete");
+    let network = Network::new()?;
+    let mut registry =
+        Registry::start(&images.storage, &work_dir("agent-beside-registry")?, Some(network.pid()), None)?;
+    let guest = Container::start(images, &network, &setup("agent-beside", images), |files| {
+        node_files(files, &images.image("node-b")?.by_digest(), "127.0.0.1", registry.port)?;
+        Ok(std::fs::rename(files.root().join("etc/node-image-pivot.conf.d"), files.root().join("etc/later"))?)
+    })?;
+    guest.wait_unit("multi-user.target", "active", SOON)?;
+    guest.ask("mv /etc/later /etc/node-image-pivot.conf.d; node-image-pivot run --try 10m")?;
+    registry.stop();
+    let ask = "systemd-run -q --unit=rest --property=RemainAfterExit=no node-image-pivot pull --complete";
+    checks.check("it waits for the registry, and status shows that", || {
+        guest.ask(ask)?;
+        wait_for("waiting", SOON, || Ok(state(&guest)? == "waiting"))
+    });
+    checks.check("keep is answered meanwhile", || {
+        contains(&guest.ask("timeout 20 node-image-pivot keep")?, "the switch stays")
+    });
+    checks.check("an undo ends it", || {
+        guest.ask("timeout 100 node-image-pivot undo")?;
+        same(guest.ask("base-tool")?, "base-tool 1.0".into())?;
+        guest.wait_unit("rest.service", "failed", SOON)?;
+        same(guest.unit("rest.service", "ExecMainStatus")?, "12".into())?;
+        same(state(&guest)?, "pulled".into())
+    });
+    checks.finish()
+}
+
 /// For a deployment: the rest of the image, after the pivot, and nothing that runs notices.
 #[test]
 fn the_rest_comes_after_the_pivot() -> Result<()> {
