@@ -198,7 +198,7 @@ fn a_system_is_switched_and_switched_back() {
         let new_etc = etc::open_defaults(tree.as_fd()).unwrap().unwrap();
         let old_etc = etc::open_dir(&usr.join("etc")).unwrap();
         let etc_dir = etc::open_dir(&etc_path).unwrap();
-        let plan = etc::plan(old_etc.as_fd(), new_etc.as_fd(), etc_dir.as_fd()).unwrap();
+        let plan = etc::plan(old_etc.as_fd(), new_etc.as_fd(), etc_dir.as_fd(), &etc::Defaults::default()).unwrap();
         assert_eq!(describe(&usr), booted_usr, "nothing is switched yet");
 
         tree.expose_in(&here(), &usr).unwrap();
@@ -332,7 +332,7 @@ fn how_long_it_takes() {
         }
         let [base, new, dir] = ["base", "new", "etc"].map(|name| etc::open_dir(&path(name)).unwrap());
         let start = Instant::now();
-        let plan = etc::plan(base.as_fd(), new.as_fd(), dir.as_fd()).unwrap();
+        let plan = etc::plan(base.as_fd(), new.as_fd(), dir.as_fd(), &etc::Defaults::default()).unwrap();
         println!("etc plan, {} changes: {:?}", plan.changes.len(), start.elapsed());
         let start = Instant::now();
         etc::apply(&plan, new.as_fd(), dir.as_fd(), &path("state/undo"), None).unwrap();

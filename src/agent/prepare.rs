@@ -201,7 +201,7 @@ fn blocking(paths: &Paths, pulled: PulledImage, settings: &Settings) -> Result<(
 fn plan_etc(tree: &DetachedTree) -> anyhow::Result<Plan> {
     let base = etc::open_dir(Path::new("/usr/etc"))?;
     let current = etc::open_dir(Path::new(ETC))?;
-    etc::plan(base.as_fd(), new_etc(tree.as_fd())?.as_fd(), current.as_fd())
+    etc::plan(base.as_fd(), new_etc(tree.as_fd())?.as_fd(), current.as_fd(), &etc::Defaults::default())
 }
 
 /// What the staged plan would do to `/etc`, as a unified diff. Nothing is changed.

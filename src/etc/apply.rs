@@ -280,16 +280,6 @@ pub fn refuse_conflicts(plan: &Plan) -> Result<()> {
     Ok(())
 }
 
-/// Scans the three trees, each on a thread of its own, and decides.
-pub fn plan(base: BorrowedFd<'_>, new: BorrowedFd<'_>, current: BorrowedFd<'_>) -> Result<Plan> {
-    let [base, new, current] = std::thread::scope(|scope| {
-        let scans = [(base, "the booted /usr/etc"), (new, "the node image's /usr/etc"), (current, "/etc")]
-            .map(|(dir, name)| scope.spawn(move || super::scan(dir).with_context(|| format!("reading {name}"))));
-        scans.map(|scan| scan.join().unwrap_or_else(|_| Err(anyhow::anyhow!("a scan panicked"))))
-    });
-    Ok(super::decide(&base?, &new?, &current?))
-}
-
 /// Opens a directory to scan or to apply to.
 pub fn open_dir(path: &Path) -> Result<std::os::fd::OwnedFd> {
     let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::DIRECTORY | rustix::fs::OFlags::CLOEXEC;

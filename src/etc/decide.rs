@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::name::Bytes;
 use super::plan::{Change, Class, Decision, Origin, Plan};
-use super::snapshot::{Content, Entry, Leaf, Meta, Snapshot};
+use super::snapshot::{Content, Entry, Leaf, Meta, Obstacle, Snapshot};
 use crate::selinux::policy_format;
 
 /// Files in which the system keeps its own state. They stay as they are: users come from
@@ -43,6 +43,8 @@ const OWN_STATE: [&[u8]; 17] = [
 /// | B absent, C and N differ | C | conflict |
 /// | kinds clash, C modified | C | conflict |
 /// | C is special or a mount point | C | local |
+/// | C would change, but is immutable or append-only, or cannot hold N's attributes | C | local |
+/// | N has no directory, C has one with local changes | C with all below | conflict |
 /// | the system's own state (`passwd`, `machine-id`, …) | C | local |
 /// | C = B, an SELinux policy of which N has only newer versions of the format | C | local |
 ///
@@ -70,6 +72,10 @@ enum Fate {
     NoParent,
     /// The parent is a mount point or a special file.
     Foreign,
+    /// The parent is a directory in which nothing can be added, replaced or removed.
+    Locked(Obstacle),
+    /// The parent stays as it is, though the node image has no directory there.
+    Kept,
 }
 
 /// What to do about one entry.
@@ -90,9 +96,11 @@ struct Walk {
 type Side<'a> = Option<&'a Entry>;
 
 impl Walk {
-    /// Decides `path` and everything below; returns whether it is there in the result.
+    /// Decides `path` and everything below; returns true if it is there in the result.
     fn entry(&mut self, path: &Bytes, base: Side<'_>, new: Side<'_>, current: Side<'_>, fate: Fate) -> bool {
-        let verdict = verdict(path, leaf(base), leaf(new), leaf(current), fate);
+        let verdict = verdict(path, leaf(base), leaf(new), current, fate);
+        let obstacle = obstacle(&verdict, new, current, fate);
+        let verdict = obstacle.map_or(verdict, |reason| Verdict::Keep(Class::Local, reason));
         let class = match verdict {
             Verdict::Same => None,
             Verdict::Keep(class, reason) => Some((class, reason)),
@@ -105,13 +113,16 @@ impl Walk {
         };
         let was_directory = leaf(current).is_some_and(Leaf::is_directory);
         let stays_directory = result.as_ref().is_some_and(Leaf::is_directory);
-        if was_directory && !stays_directory {
-            return self.dissolve(path, base, new, current, result, class);
+        if was_directory && !stays_directory && self.dissolve(path, base, new, current) {
+            return true;
         }
         if let Some((class, reason)) = class {
             self.note(path, class, reason, new);
         }
         let present = result.is_some();
+        if result.as_ref() != leaf(current) || class.is_some_and(|(class, _)| class == Class::Converged) {
+            self.plan.taken.0.insert(path.clone(), leaf(new).cloned());
+        }
         if result.as_ref() != leaf(current) {
             let change = Change {
                 path: path.clone(),
@@ -123,67 +134,45 @@ impl Walk {
             let list = if present { &mut self.rest } else { &mut self.removals };
             list.push(change);
         }
-        let below = match (fate, leaf(current).map(|leaf| &leaf.content)) {
-            (Fate::Foreign, _) | (_, Some(Content::Other)) => Fate::Foreign,
-            _ if stays_directory => Fate::Free,
-            _ => Fate::NoParent,
+        if was_directory && !stays_directory {
+            return present;
+        }
+        let below = match fate {
+            Fate::Foreign => Fate::Foreign,
+            _ if leaf(current).is_some_and(|leaf| leaf.content == Content::Other) => Fate::Foreign,
+            _ if !stays_directory && obstacle.is_some() => Fate::Foreign,
+            _ if !stays_directory => Fate::NoParent,
+            Fate::Kept => Fate::Kept,
+            _ if was_directory && leaf(new).is_some_and(|leaf| !leaf.is_directory()) => Fate::Kept,
+            _ => current.and_then(|entry| entry.obstacle).map_or(Fate::Free, Fate::Locked),
         };
         self.children(path, base, new, current, below);
         present
     }
 
-    /// A directory that the node image drops, or has something else for: it goes if nothing local is
-    /// left in it.
-    fn dissolve(
-        &mut self,
-        path: &Bytes,
-        base: Side<'_>,
-        new: Side<'_>,
-        current: Side<'_>,
-        result: Option<Leaf>,
-        class: Option<(Class, &'static str)>,
-    ) -> bool {
-        // What is in it is decided as if it stayed; N's own entries are none, it is no directory there.
-        let left = self.children(path, base, None, current, Fate::Free);
-        if left {
-            match result {
-                Some(_) => self.note(
-                    path,
-                    Class::Conflict,
-                    "the node image has no directory here, but local entries are left in it",
-                    new,
-                ),
-                None => {
-                    self.note(
-                        path,
-                        Class::Updated,
-                        "dropped by the node image, kept for the local entries in it",
-                        None,
-                    );
-                }
-            }
+    /// A directory that the node image drops, or has another kind of entry for, gives way if nothing local is left in
+    /// it. Returns true if it stays.
+    fn dissolve(&mut self, path: &Bytes, base: Side<'_>, new: Side<'_>, current: Side<'_>) -> bool {
+        let before = (self.removals.len(), self.rest.len(), self.plan.decisions.len(), self.plan.aside.clone());
+        if !self.children(path, base, None, current, Fate::Free) {
+            return false;
+        }
+        if new.is_none() {
+            let reason = "dropped by the node image, kept for the local entries in it";
+            self.note(path, Class::Updated, reason, None);
             return true;
         }
-        if let Some((class, reason)) = class {
-            self.note(path, class, reason, new);
-        }
-        let present = result.is_some();
-        let change = Change {
-            path: path.clone(),
-            before: leaf(current).cloned(),
-            after: result,
-            content: Origin::New,
-            label: None,
-        };
-        if present {
-            self.rest.push(change);
-        } else {
-            self.removals.push(change);
-        }
-        present
+        // The node image's entry cannot be there: nothing is gained by removing the others.
+        self.removals.truncate(before.0);
+        self.rest.truncate(before.1);
+        self.plan.decisions.truncate(before.2);
+        self.plan.aside = before.3;
+        let reason = "the node image has no directory here, but local entries are left in it";
+        self.note(path, Class::Conflict, reason, new);
+        self.children(path, base, None, current, Fate::Kept)
     }
 
-    /// Decides all entries below `path`; returns whether any is there in the result.
+    /// Decides all entries below `path`; returns true if any is there in the result.
     fn children(&mut self, path: &Bytes, base: Side<'_>, new: Side<'_>, current: Side<'_>, fate: Fate) -> bool {
         let sides = [base, new, current].map(|side| side.map(|entry| &entry.children));
         let names: BTreeSet<&Vec<u8>> = sides.iter().flatten().flat_map(|children| children.keys()).collect();
@@ -228,18 +217,45 @@ fn leaf<'a>(side: Side<'a>) -> Option<&'a Leaf> {
     side.map(|entry| &entry.leaf)
 }
 
-/// One entry, by the table. `fate` says whether its parent will be a directory.
-fn verdict(path: &Bytes, base: Option<&Leaf>, new: Option<&Leaf>, current: Option<&Leaf>, fate: Fate) -> Verdict {
+/// Returns the reason why the entry cannot be changed as `verdict` says.
+fn obstacle(verdict: &Verdict, new: Side<'_>, current: Side<'_>, fate: Fate) -> Option<&'static str> {
+    let after = match verdict {
+        Verdict::Same | Verdict::Keep(..) => return None,
+        Verdict::Take(_) => leaf(new),
+        Verdict::Merge(leaf, ..) => Some(leaf),
+    };
+    let is_directory = |side: Option<&Leaf>| side.is_some_and(Leaf::is_directory);
+    if let Some(obstacle) = current.and_then(|entry| entry.obstacle) {
+        return Some(obstacle.reason());
+    }
+    match fate {
+        // The owner, mode and attributes of a directory change in place.
+        Fate::Locked(obstacle) if !(is_directory(leaf(current)) && is_directory(after)) => {
+            return Some(obstacle.reason_inside());
+        }
+        _ => {}
+    }
+    let new = new.filter(|new| after.is_some_and(|after| after.meta.xattrs == new.leaf.meta.xattrs))?;
+    new.obstacle.map(Obstacle::reason)
+}
+
+/// One entry, by the table. `fate` says if its parent will be a directory.
+fn verdict(path: &Bytes, base: Option<&Leaf>, new: Option<&Leaf>, current: Side<'_>, fate: Fate) -> Verdict {
     use Class::{Conflict, Converged, Local};
     let special = |side: Option<&Leaf>| side.is_some_and(|leaf| leaf.content == Content::Other);
+    let obstacle = current.and_then(|entry| entry.obstacle);
+    let current = leaf(current);
     if special(current) {
-        return Verdict::Keep(Local, "a special file or a mount point");
+        return Verdict::Keep(Local, obstacle.map_or("a special file or a mount point", Obstacle::reason));
     }
     if base == new && new == current {
         return Verdict::Same;
     }
     if fate == Fate::Foreign {
-        return Verdict::Keep(Local, "below a special file or a mount point");
+        return Verdict::Keep(Local, "below an entry that the merge leaves alone");
+    }
+    if fate == Fate::Kept {
+        return Verdict::Keep(Local, "in a directory that stays, though the node image has none here");
     }
     if current == new {
         return Verdict::Keep(Converged, "the same as in the node image");

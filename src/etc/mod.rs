@@ -7,6 +7,7 @@
 
 mod apply;
 mod decide;
+mod defaults;
 mod diff;
 mod name;
 mod place;
@@ -18,14 +19,16 @@ mod room;
 mod scan;
 mod snapshot;
 mod staging;
+mod survey;
 mod undo;
 pub(crate) mod xattr;
 
 #[cfg(test)]
 mod tests;
 
-pub use apply::{Labeler, apply, aside_dir, open_defaults, open_dir, plan, refuse_conflicts};
+pub use apply::{Labeler, apply, aside_dir, open_defaults, open_dir, refuse_conflicts};
 pub use decide::decide;
+pub use defaults::Defaults;
 pub use diff::diff;
 pub use name::Bytes;
 pub use plan::{Change, Class, Decision, Origin, Plan};
@@ -33,5 +36,6 @@ pub use relabel::relabel;
 pub use report::{NotDone, Report, UndoReport};
 pub use room::check_room;
 pub use scan::scan;
-pub use snapshot::{Content, Entry, Leaf, Meta, Snapshot};
+pub use snapshot::{Content, Entry, Leaf, Meta, Obstacle, Snapshot};
+pub use survey::plan;
 pub use undo::undo;

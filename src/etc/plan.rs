@@ -5,6 +5,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use super::defaults::Defaults;
 use super::name::Bytes;
 use super::snapshot::{Content, Leaf};
 
@@ -90,6 +91,12 @@ pub struct Plan {
     pub decisions: Vec<Decision>,
     /// Conflicts of which the node image has a version, which is saved aside, and its size in bytes.
     pub aside: BTreeMap<Bytes, u64>,
+    /// The defaults that this merge takes from the node image.
+    #[serde(default)]
+    pub taken: Defaults,
+    /// Those that earlier merges took.
+    #[serde(default)]
+    pub earlier: Defaults,
 }
 
 impl Plan {
@@ -108,6 +115,11 @@ impl Plan {
         self.changes
             .iter()
             .fold(aside, |sum, change| sum.saturating_add(size(&change.before)).saturating_add(size(&change.after)))
+    }
+
+    /// The list of defaults for the next merge, after this one.
+    pub fn later(&self) -> Defaults {
+        self.earlier.followed_by(&self.taken)
     }
 
     /// The decisions of one class.

@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use sha2::{Digest, Sha256};
 
 use super::name::Bytes;
-use super::snapshot::{Content, Entry, Leaf, Meta, Snapshot};
+use super::snapshot::{Content, Entry, Leaf, Meta, Obstacle, Snapshot};
 use super::xattr::{self, LABEL};
 
 /// How entries are opened: below the directory given, through no link, into no other mount.
@@ -23,76 +23,128 @@ pub(super) fn resolve() -> ResolveFlags {
 /// The directory in `/etc` of [`super::staging`]. A scan leaves it out.
 pub(super) const TEMPORARY: &[u8] = b".node-image-pivot-new";
 
-/// Reads everything below `dir`. Nothing is followed through a symbolic link; a mount point is
-/// recorded as such and not looked into. What vanishes during the scan is left out.
+/// The number of directories above an entry beyond which a scan looks at no directory. A path is at most 4096 bytes long,
+/// and each level of a scan holds open directories.
+pub const DEEPEST: usize = 100;
+
+/// Reads everything below `dir`. Nothing is followed through a symbolic link; a mount point and a directory of another
+/// file system are recorded as such and not looked into. What vanishes during the scan is left out.
 ///
 /// # Errors
 /// When something cannot be read; the path is in the message. Nothing is ever written.
 pub fn scan(dir: BorrowedFd<'_>) -> Result<Snapshot> {
     let root = rustix::fs::openat(dir, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
         .context("opening the directory to scan")?;
-    let path = Bytes::default();
-    let meta = meta(&stat(root.as_fd(), b".")?, root.as_fd(), b".").context("looking at the directory to scan")?;
-    let leaf = Leaf { content: Content::Directory, meta };
-    Ok(Snapshot { root: Entry { leaf, children: children(root, &path)? } })
+    let seen = examine(root.as_fd(), b".").context("looking at the directory to scan")?;
+    let children = Scan { device: seen.device }.children(root, &Bytes::default(), 0)?;
+    Ok(Snapshot { root: Entry { leaf: seen.leaf, obstacle: seen.obstacle, children } })
 }
 
-fn children(dir: OwnedFd, path: &Bytes) -> Result<BTreeMap<Vec<u8>, Entry>> {
-    let reading = || format!("reading the directory {path}");
-    let mut children = BTreeMap::new();
-    for entry in Dir::read_from(&dir).with_context(reading)? {
-        let entry = entry.with_context(reading)?;
-        let name = entry.file_name().to_bytes();
-        if name == b"." || name == b".." || (path.0.is_empty() && name == TEMPORARY) {
-            continue;
-        }
-        let child = path.join(name);
-        match look(dir.as_fd(), name) {
-            Ok(Some(leaf)) => {
-                let below = match leaf.content {
-                    Content::Directory => descend(dir.as_fd(), name, &child)?,
-                    _ => Some(BTreeMap::new()),
-                };
-                if let Some(below) = below {
-                    children.insert(name.to_vec(), Entry { leaf, children: below });
-                }
+struct Scan {
+    /// Of the file system that is scanned.
+    device: (u32, u32),
+}
+
+impl Scan {
+    fn children(&self, dir: OwnedFd, path: &Bytes, depth: usize) -> Result<BTreeMap<Vec<u8>, Entry>> {
+        let reading = || format!("reading the directory {path}");
+        let mut children = BTreeMap::new();
+        for entry in Dir::read_from(&dir).with_context(reading)? {
+            let entry = entry.with_context(reading)?;
+            let name = entry.file_name().to_bytes();
+            if name == b"." || name == b".." || (depth == 0 && name == TEMPORARY) {
+                continue;
             }
-            Ok(None) => {}
-            Err(error) => return Err(error).with_context(|| format!("reading {child}")),
+            let child = path.join(name);
+            let seen = match again(|| examine(dir.as_fd(), name)) {
+                Err(Errno::NOENT) => continue,
+                other => other.with_context(|| format!("reading {child}"))?,
+            };
+            if let Some(entry) = self.entry(dir.as_fd(), name, &child, seen, depth)? {
+                children.insert(name.to_vec(), entry);
+            }
         }
+        Ok(children)
     }
-    Ok(children)
-}
 
-fn descend(dir: BorrowedFd<'_>, name: &[u8], path: &Bytes) -> Result<Option<BTreeMap<Vec<u8>, Entry>>> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    match rustix::fs::openat2(dir, name, flags, Mode::empty(), resolve()) {
-        Ok(below) => Ok(Some(children(below, path)?)),
-        // Replaced or gone since we looked at it.
-        Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => Ok(None),
-        Err(error) => Err(error).with_context(|| format!("opening the directory {path}")),
+    /// The entry with everything below it; `None` if it vanished.
+    fn entry(&self, dir: BorrowedFd<'_>, name: &[u8], path: &Bytes, seen: Seen, depth: usize) -> Result<Option<Entry>> {
+        let mut entry = Entry { leaf: seen.leaf, obstacle: seen.obstacle, children: BTreeMap::new() };
+        if !entry.leaf.is_directory() {
+            return Ok(Some(entry));
+        }
+        // An overlay reports its own device for directories only.
+        let foreign = (seen.device != self.device).then_some(Obstacle::FileSystem);
+        if let Some(obstacle) = foreign.or((depth >= DEEPEST).then_some(Obstacle::Depth)) {
+            entry.leaf.content = Content::Other;
+            entry.obstacle = Some(obstacle);
+            return Ok(Some(entry));
+        }
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        match rustix::fs::openat2(dir, name, flags, Mode::empty(), resolve()) {
+            Ok(below) => {
+                entry.children = self.children(below, path, depth + 1)?;
+                Ok(Some(entry))
+            }
+            // Replaced or gone since the look at it.
+            Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => Ok(None),
+            Err(error) => Err(error).with_context(|| format!("opening the directory {path}")),
+        }
     }
 }
 
 /// The entry `name` of `dir`, without what is below it; `None` when there is none.
 pub(super) fn look(dir: BorrowedFd<'_>, name: &[u8]) -> Result<Option<Leaf>, Errno> {
-    match look_once(dir, name) {
+    match again(|| examine(dir, name)) {
         Err(Errno::NOENT) => Ok(None),
-        // It changed its kind between two calls; one more look decides.
-        Err(Errno::LOOP | Errno::INVAL) => look_once(dir, name).map(Some),
-        other => other.map(Some),
+        other => other.map(|seen| Some(seen.leaf)),
     }
 }
 
-fn look_once(dir: BorrowedFd<'_>, name: &[u8]) -> Result<Leaf, Errno> {
-    let stat = stat(dir, name)?;
+/// Calls `look` once more if the entry changed its kind between two system calls.
+fn again<T>(look: impl Fn() -> Result<T, Errno>) -> Result<T, Errno> {
+    match look() {
+        Err(Errno::LOOP | Errno::INVAL) => look(),
+        other => other,
+    }
+}
+
+/// An entry without what is below it.
+struct Seen {
+    leaf: Leaf,
+    obstacle: Option<Obstacle>,
+    /// The device that it is on.
+    device: (u32, u32),
+}
+
+fn examine(dir: BorrowedFd<'_>, name: &[u8]) -> Result<Seen, Errno> {
+    let other =
+        |mode, uid, gid| Leaf { content: Content::Other, meta: Meta { mode, uid, gid, xattrs: BTreeMap::new() } };
+    let stat = match stat(dir, name) {
+        // A mount whose server is gone answers no question, but nothing of it is needed.
+        Err(error) if error != Errno::NOENT && is_mount_point(dir, name) => {
+            return Ok(Seen { leaf: other(0, 0, 0), obstacle: None, device: (0, 0) });
+        }
+        other => other?,
+    };
+    let device = (stat.stx_dev_major, stat.stx_dev_minor);
+    let has = |attribute| stat.stx_attributes.contains(attribute);
+    let locked = match () {
+        () if has(StatxAttributes::IMMUTABLE) => Some(Obstacle::Immutable),
+        () if has(StatxAttributes::APPEND) => Some(Obstacle::AppendOnly),
+        () => None,
+    };
+    let other = other(mode(&stat), stat.stx_uid, stat.stx_gid);
     let kind = FileType::from_raw_mode(u32::from(stat.stx_mode));
     // The directory that the handle itself names may be a mount point, as /etc is on live media.
-    let content = if stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT) && name != b"." {
+    let content = if has(StatxAttributes::MOUNT_ROOT) && name != b"." {
         Content::Other
     } else if kind == FileType::RegularFile {
-        let (size, sha256) = digest(open(dir, name)?)?;
-        Content::File { size, sha256 }
+        match open(dir, name).and_then(digest) {
+            Ok((size, sha256)) => Content::File { size, sha256 },
+            Err(Errno::AGAIN) => return Ok(Seen { leaf: other, obstacle: Some(Obstacle::Lease), device }),
+            Err(error) => return Err(error),
+        }
     } else if kind == FileType::Symlink {
         Content::Symlink(Bytes(rustix::fs::readlinkat(dir, name, Vec::new())?.into_bytes()))
     } else if kind == FileType::Directory {
@@ -100,17 +152,22 @@ fn look_once(dir: BorrowedFd<'_>, name: &[u8]) -> Result<Leaf, Errno> {
     } else {
         Content::Other
     };
-    // Attributes of a special file are nobody's business, and not readable on every file system.
-    let meta = match content {
-        Content::Other => Meta { mode: mode(&stat), uid: stat.stx_uid, gid: stat.stx_gid, xattrs: BTreeMap::new() },
-        _ => meta(&stat, dir, name)?,
-    };
-    Ok(Leaf { content, meta })
+    // The attributes of a special file are not compared, and not readable on every file system.
+    let leaf = if content == Content::Other { other } else { Leaf { content, meta: meta(&stat, dir, name)? } };
+    let obstacle = locked.filter(|_| leaf.content != Content::Other);
+    Ok(Seen { leaf, obstacle, device })
 }
 
 fn stat(dir: BorrowedFd<'_>, name: &[u8]) -> Result<Statx, Errno> {
-    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
+    // Without asking a server: nothing that has one is read.
+    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT | AtFlags::STATX_DONT_SYNC;
     rustix::fs::statx(dir, name, flags, StatxFlags::BASIC_STATS)
+}
+
+/// Returns true if a file system is mounted at `name`, without asking that file system.
+fn is_mount_point(dir: BorrowedFd<'_>, name: &[u8]) -> bool {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    rustix::fs::openat2(dir, name, flags, Mode::empty(), resolve()).is_err_and(|error| error == Errno::XDEV)
 }
 
 fn mode(stat: &Statx) -> u32 {

@@ -22,7 +22,7 @@ pub enum Content {
     Symlink(Bytes),
     /// A directory. Its entries are not part of this.
     Directory,
-    /// A device, fifo or socket, or anything that is a mount point: not ours to change.
+    /// A device, fifo or socket, a mount point, or an entry that cannot be read: the merge does not change it.
     Other,
 }
 
@@ -66,11 +66,53 @@ impl Leaf {
     }
 }
 
+/// A reason why the merge cannot change an entry, or cannot write one like it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Obstacle {
+    /// `chattr +i`.
+    Immutable,
+    /// `chattr +a`.
+    AppendOnly,
+    /// Another process holds a lease on the file, so that it cannot be read.
+    Lease,
+    /// A directory of another file system without a mount, such as a btrfs subvolume.
+    FileSystem,
+    /// A directory below more than [`super::scan::DEEPEST`] others.
+    Depth,
+    /// A default with an extended attribute that the file system of `/etc` cannot hold.
+    Attribute,
+}
+
+impl Obstacle {
+    /// The reason in a few words.
+    pub fn reason(self) -> &'static str {
+        match self {
+            Obstacle::Immutable => "immutable (chattr +i)",
+            Obstacle::AppendOnly => "append-only (chattr +a)",
+            Obstacle::Lease => "under a lease of another process",
+            Obstacle::FileSystem => "on another file system",
+            Obstacle::Depth => "nested too deeply",
+            Obstacle::Attribute => "has an extended attribute that the file system of /etc cannot hold",
+        }
+    }
+
+    /// The reason for an entry of the directory.
+    pub fn reason_inside(self) -> &'static str {
+        match self {
+            Obstacle::Immutable => "in an immutable directory (chattr +i)",
+            Obstacle::AppendOnly => "in an append-only directory (chattr +a)",
+            other => other.reason(),
+        }
+    }
+}
+
 /// An entry with everything below it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
     /// The entry itself.
     pub leaf: Leaf,
+    /// A reason why the merge cannot change it.
+    pub obstacle: Option<Obstacle>,
     /// What a directory holds; empty for everything else.
     pub children: BTreeMap<Vec<u8>, Entry>,
 }
@@ -78,7 +120,7 @@ pub struct Entry {
 impl Entry {
     /// An entry without anything below it.
     pub fn new(content: Content, meta: Meta) -> Self {
-        Self { leaf: Leaf { content, meta }, children: BTreeMap::new() }
+        Self { leaf: Leaf { content, meta }, obstacle: None, children: BTreeMap::new() }
     }
 }
 

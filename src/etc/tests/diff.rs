@@ -10,12 +10,12 @@ use crate::mount::testing::private;
 fn world(entry: Entry) -> Entry {
     let meta = Meta { mode: if entry.leaf.is_directory() { 0o755 } else { 0o644 }, ..Meta::default() };
     let children = entry.children.into_iter().map(|(name, child)| (name, world(child))).collect();
-    Entry { leaf: Leaf { meta, ..entry.leaf }, children }
+    Entry { leaf: Leaf { meta, ..entry.leaf }, obstacle: None, children }
 }
 
 fn diff_of(place: &std::path::Path, secrets: bool) -> String {
     let [base, new, etc] = ["base", "new", "etc"].map(|name| open_dir(&place.join(name)).unwrap());
-    let plan = plan(base.as_fd(), new.as_fd(), etc.as_fd()).unwrap();
+    let plan = plan(base.as_fd(), new.as_fd(), etc.as_fd(), &Defaults::default()).unwrap();
     String::from_utf8(diff(&plan, new.as_fd(), etc.as_fd(), secrets).unwrap()).unwrap()
 }
 

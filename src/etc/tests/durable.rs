@@ -41,7 +41,7 @@ fn trees() -> [Snapshot; 3] {
     [base.clone(), new, base]
 }
 
-fn run(program: &str, arguments: &[&str]) {
+pub(super) fn run(program: &str, arguments: &[&str]) {
     let output = Command::new(program).args(arguments).output().unwrap();
     assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
@@ -101,7 +101,7 @@ impl Bench {
         let _ = fs::remove_dir_all(self.scratch.join("state"));
         self.mounted("disk", || {
             let [base, new, etc] = ["base", "new", "disk/etc"].map(|name| open_dir(&self.scratch.join(name)).unwrap());
-            let plan = plan(base.as_fd(), new.as_fd(), etc.as_fd()).unwrap();
+            let plan = plan(base.as_fd(), new.as_fd(), etc.as_fd(), &Defaults::default()).unwrap();
             act(&Sides { plan, new, etc, undo: self.scratch.join("state/undo"), other: self.disk().join("other") });
             self.copy("disk", "cut");
         });

@@ -1,8 +1,12 @@
 //! Entries that the merge keeps, and changes by others at the same moment.
 
 use std::fs;
-use std::os::fd::AsFd;
+use std::io::{BufRead, BufReader};
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
+use super::durable::run;
 use super::real::{plan_in, rescan, stage, undo_in, write_tree};
 use super::*;
 use crate::etc::place::{Outcome, Place, Source};
@@ -11,7 +15,7 @@ use crate::mount::testing::private;
 
 const NONE: rustix::mount::MountFlags = rustix::mount::MountFlags::empty();
 
-fn apply_in(place: &std::path::Path, plan: &Plan) -> Report {
+fn apply_in(place: &Path, plan: &Plan) -> Report {
     let [new, etc] = ["new", "etc"].map(|name| open_dir(&place.join(name)).unwrap());
     apply(plan, new.as_fd(), etc.as_fd(), &place.join("state/undo"), None).unwrap()
 }
@@ -90,5 +94,148 @@ fn names_of_one_file_are_merged_each_on_its_own() {
         assert_eq!(rescan(&place.join("etc")), both(2, 1), "the other name keeps its content");
         undo_in(&place);
         assert_eq!(rescan(&place.join("etc")), both(1, 1));
+    });
+}
+
+fn changed(plan: &Plan) -> Vec<String> {
+    plan.changes.iter().map(|change| change.path.to_string()).collect()
+}
+
+fn reason<'a>(plan: &'a Plan, path: &str) -> (Class, &'a str) {
+    let decision = plan.decisions.iter().find(|decision| decision.path == Bytes::from(path)).unwrap();
+    (decision.class, &decision.reason)
+}
+
+/// A place on a disk of its own with B, N and C, each with a file `a` to change.
+fn on_disk(scratch: &Path, fstype: &str, mib: u64) -> PathBuf {
+    let (image, place) = (scratch.join(format!("{fstype}.img")), scratch.join(fstype));
+    fs::create_dir(&place).unwrap();
+    fs::File::create(&image).unwrap().set_len(mib << 20).unwrap();
+    run(&format!("mkfs.{fstype}"), &["-q", image.to_str().unwrap()]);
+    run("mount", &["-o", "loop", image.to_str().unwrap(), place.to_str().unwrap()]);
+    let tree = |content| etc([("a", file(content, 0)), ("d", dir(0, [("x", file(content, 0))]))]);
+    stage(scratch, fstype, &[tree(1), tree(2), tree(1)])
+}
+
+#[test]
+fn immutable_and_append_only_entries_are_kept() {
+    private(|scratch| {
+        for flag in ["i", "a"] {
+            let place = on_disk(scratch, if flag == "i" { "xfs" } else { "ext4" }, 300);
+            let etc = |name: &str| place.join("etc").join(name).to_str().unwrap().to_owned();
+            fs::write(place.join("new/d/added"), "").unwrap();
+            run("chattr", &[&format!("+{flag}"), &etc("a"), &etc("d")]);
+            let plan = plan_in(&place);
+            assert!(plan.is_empty(), "{plan:?}");
+            for path in ["a", "d/x", "d/added"] {
+                let (class, reason) = reason(&plan, path);
+                assert!(class == Class::Local && reason.contains(&format!("chattr +{flag}")), "{path}: {reason}");
+            }
+            assert_eq!(apply_in(&place, &plan).skipped, []);
+            undo_in(&place);
+            run("chattr", &[&format!("-{flag}"), &etc("a"), &etc("d")]);
+            assert_eq!(changed(&plan_in(&place)), ["a", "d/added", "d/x"]);
+            run("umount", &["--lazy", place.to_str().unwrap()]);
+        }
+    });
+}
+
+#[test]
+fn a_default_whose_attributes_etc_cannot_hold_is_kept() {
+    private(|scratch| {
+        let tree = |number| etc([("a", file(1, number)), ("b", file(1, 0))]);
+        let place = stage(scratch, "attributes", &[tree(0), tree(2), tree(0)]);
+        fs::write(place.join("new/b"), "new").unwrap();
+        assert_eq!(changed(&plan_in(&place)), ["a", "b"]);
+        // This one has no extended attributes.
+        rustix::mount::mount("etc", place.join("etc"), "ramfs", NONE, None).unwrap();
+        for name in ["a", "b"] {
+            fs::copy(place.join("base").join(name), place.join("etc").join(name)).unwrap();
+            std::os::unix::fs::chown(place.join("etc").join(name), Some(0), Some(5)).unwrap();
+        }
+        std::os::unix::fs::chown(place.join("etc"), Some(0), Some(5)).unwrap();
+        let root = std::os::unix::fs::PermissionsExt::from_mode(meta(0).mode);
+        fs::set_permissions(place.join("etc"), root).unwrap();
+        let plan = plan_in(&place);
+        assert_eq!((changed(&plan), reason(&plan, "a").0), (vec!["b".to_owned()], Class::Local));
+        assert!(reason(&plan, "a").1.contains("extended attribute"), "{plan:?}");
+        assert_eq!(apply_in(&place, &plan).skipped, []);
+        assert_eq!(fs::read_dir(place.join("etc")).unwrap().count(), 2, "nothing of the trial is left");
+    });
+}
+
+#[test]
+fn a_mount_whose_server_is_gone_is_not_read() {
+    private(|scratch| {
+        let tree = |content| etc([("a", file(content, 0)), ("dead", dir(0, []))]);
+        let place = stage(scratch, "dead", &[tree(1), tree(2), tree(1)]);
+        let server = fs::File::options().read(true).write(true).open("/dev/fuse").unwrap();
+        let options = format!("fd={},rootmode=40000,user_id=0,group_id=0", server.as_raw_fd());
+        let options = std::ffi::CString::new(options).unwrap();
+        rustix::mount::mount("dead", place.join("etc/dead"), "fuse", NONE, options.as_c_str()).unwrap();
+        drop(server);
+        assert!(fs::read_dir(place.join("etc/dead")).is_err());
+        let plan = plan_in(&place);
+        assert_eq!((changed(&plan), reason(&plan, "dead").0), (vec!["a".to_owned()], Class::Local));
+    });
+}
+
+#[test]
+fn a_file_under_a_lease_is_kept() {
+    private(|scratch| {
+        let tree = |content| etc([("a", file(content, 0)), ("b", file(content, 0))]);
+        let place = stage(scratch, "lease", &[tree(1), tree(2), tree(1)]);
+        let script = "import fcntl, os, signal, sys\nsignal.signal(signal.SIGIO, signal.SIG_IGN)\n\
+                      fd = os.open(sys.argv[1], os.O_RDWR)\nfcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)\n\
+                      print('held', flush=True)\nsys.stdin.read()";
+        let mut holder = Command::new("python3");
+        holder.args(["-c", script]).arg(place.join("etc/a")).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut holder = holder.spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(holder.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        assert_eq!(line, "held\n");
+        let plan = plan_in(&place);
+        assert_eq!(
+            (changed(&plan), reason(&plan, "a")),
+            (vec!["b".to_owned()], (Class::Local, "under a lease of another process"))
+        );
+        assert_eq!(apply_in(&place, &plan).skipped, []);
+        drop(holder.stdin.take());
+        holder.wait().unwrap();
+    });
+}
+
+#[test]
+fn another_file_system_without_a_mount_is_not_entered() {
+    private(|scratch| {
+        let place = on_disk(scratch, "btrfs", 120);
+        fs::remove_dir_all(place.join("etc/d")).unwrap();
+        run("btrfs", &["-q", "subvolume", "create", place.join("etc/d").to_str().unwrap()]);
+        fs::write(place.join("etc/d/x"), text(1)).unwrap();
+        let plan = plan_in(&place);
+        assert_eq!(
+            (changed(&plan), reason(&plan, "d")),
+            (vec!["a".to_owned()], (Class::Local, "on another file system"))
+        );
+        assert_eq!(apply_in(&place, &plan).skipped, []);
+        run("umount", &["--lazy", place.to_str().unwrap()]);
+    });
+}
+
+#[test]
+fn directories_nested_too_deeply_are_left_alone() {
+    private(|scratch| {
+        let tree = |content| etc([("a", file(content, 0))]);
+        let place = stage(scratch, "deep", &[tree(1), tree(2), tree(1)]);
+        let mut dir = open_dir(&place.join("etc")).unwrap();
+        for _ in 0..3000 {
+            rustix::fs::mkdirat(&dir, "d", rustix::fs::Mode::RWXU).unwrap();
+            let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::DIRECTORY;
+            dir = rustix::fs::openat(&dir, "d", flags, rustix::fs::Mode::empty()).unwrap();
+        }
+        let plan = plan_in(&place);
+        assert_eq!(changed(&plan), ["a"]);
+        assert_eq!(plan.decisions.last().unwrap().reason, "nested too deeply");
+        assert_eq!(apply_in(&place, &plan).skipped, []);
     });
 }

@@ -49,7 +49,7 @@ pub(super) fn other() -> Entry {
 
 pub(super) fn dir(number: u8, children: impl IntoIterator<Item = (&'static str, Entry)>) -> Entry {
     let children = children.into_iter().map(|(name, entry)| (name.as_bytes().to_vec(), entry)).collect();
-    Entry { leaf: Leaf { content: Content::Directory, meta: meta(number) }, children }
+    Entry { children, ..Entry::new(Content::Directory, meta(number)) }
 }
 
 pub(super) fn etc(children: impl IntoIterator<Item = (&'static str, Entry)>) -> Snapshot {
@@ -75,12 +75,12 @@ pub(super) fn outcome(plan: &Plan, etc: &Snapshot) -> Snapshot {
         let children = entry.map(|entry| entry.children).unwrap_or_default();
         match &change.after {
             Some(leaf) if leaf.is_directory() => {
-                drop(parent.children.insert(name.to_vec(), Entry { leaf: leaf.clone(), children }));
+                drop(parent.children.insert(name.to_vec(), Entry { leaf: leaf.clone(), obstacle: None, children }));
             }
             after => {
                 assert!(children.is_empty(), "{} is not empty", change.path);
                 if let Some(leaf) = after {
-                    parent.children.insert(name.to_vec(), Entry { leaf: leaf.clone(), children });
+                    parent.children.insert(name.to_vec(), Entry { leaf: leaf.clone(), obstacle: None, children });
                 }
             }
         }

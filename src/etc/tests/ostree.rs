@@ -185,7 +185,7 @@ fn together(trees: impl Iterator<Item = Entry>) -> Snapshot {
 fn without_special(entry: &Entry) -> Entry {
     let children = entry.children.iter().filter(|(_, child)| child.leaf.content != Content::Other);
     let children = children.map(|(name, child)| (name.clone(), without_special(child))).collect();
-    Entry { leaf: entry.leaf.clone(), children }
+    Entry { leaf: entry.leaf.clone(), obstacle: None, children }
 }
 
 /// Whether ostree refuses the merge as a whole: a local file where the new default is a directory.

@@ -55,7 +55,7 @@ fn a_directory_swapped_for_a_link_leads_nowhere() {
             while_swapping(&inside, &link, || {
                 // Planning, applying and undoing, each while names change their kind. An error that names a path is an
                 // honest answer; what counts is what is there afterwards.
-                if let Ok(plan) = plan(base.as_fd(), new.as_fd(), current.as_fd()) {
+                if let Ok(plan) = plan(base.as_fd(), new.as_fd(), current.as_fd(), &Defaults::default()) {
                     if let Ok(report) = apply(&plan, new.as_fd(), current.as_fd(), &undo_dir, None) {
                         applied += report.applied;
                         skipped += report.skipped.len();

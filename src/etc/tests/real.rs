@@ -80,7 +80,7 @@ pub(super) fn stage(scratch: &Path, name: &str, trees: &[Snapshot; 3]) -> std::p
 
 pub(super) fn plan_in(place: &Path) -> Plan {
     let [base, new, etc] = ["base", "new", "etc"].map(|name| open_dir(&place.join(name)).unwrap());
-    plan(base.as_fd(), new.as_fd(), etc.as_fd()).unwrap()
+    plan(base.as_fd(), new.as_fd(), etc.as_fd(), &Defaults::default()).unwrap()
 }
 
 fn apply_in(place: &Path, plan: &Plan) -> Report {

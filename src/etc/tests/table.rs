@@ -147,13 +147,117 @@ fn a_dropped_directory_stays_for_what_is_local_in_it() {
     assert_eq!(classes(&plan)[0], ("d".into(), Class::Updated));
     assert_eq!(paths(&outcome(&decide(&base, &etc([]), &base), &base)), [""; 0]);
 
-    // The node image has a file in its place: that needs the directory empty.
+    // The node image has a file in its place, which cannot be there: the directory stays with everything in it.
     let new = etc([("d", file(3, 0))]);
     let plan = decide(&base, &new, &current);
-    assert_eq!(paths(&outcome(&plan, &current)), ["d", "d/ours"]);
+    assert!(plan.is_empty());
     assert_eq!((plan.decisions[0].class, plan.aside.contains_key(&Bytes::from("d"))), (Class::Conflict, true));
     let plan = decide(&base, &new, &base);
     assert_eq!(outcome(&plan, &base), new);
+}
+
+#[test]
+fn a_directory_whose_own_mode_changed_is_local() {
+    let tree = |mode| etc([("d", dir(mode, [("a", file(1, 0)), ("sub", dir(0, [("b", file(1, 0))]))]))]);
+    // The node image has a file or a special file there: the two kinds clash, and the local version stays, all of it.
+    for new in [etc([("d", file(3, 0))]), etc([("d", link(1))]), etc([("d", other())])] {
+        let plan = decide(&tree(0), &new, &tree(2));
+        assert!(plan.is_empty(), "{plan:?}");
+        assert_eq!(classes(&plan)[0], ("d".into(), Class::Conflict));
+        assert!(classes(&plan)[1..].iter().all(|(_, class)| *class == Class::Local));
+    }
+    // It drops the directory: the changed mode stays, and the unchanged entries are removed.
+    let plan = decide(&tree(0), &etc([]), &tree(2));
+    assert_eq!(outcome(&plan, &tree(2)), etc([("d", dir(2, []))]));
+    assert_eq!(classes(&plan)[0], ("d".into(), Class::Conflict));
+    // A special file in the place of an unchanged directory changes nothing either.
+    assert!(decide(&tree(0), &etc([("d", other())]), &tree(0)).is_empty());
+}
+
+#[test]
+fn a_second_node_image_replaces_the_defaults_of_the_first() {
+    let base = || vec![("changed", file(1, 0)), ("back", file(1, 0)), ("dropped", file(1, 0)), ("mode", file(1, 0))];
+    let first = etc([
+        ("changed", file(2, 0)),
+        ("back", file(2, 0)),
+        ("mode", file(2, 0)),
+        ("added", file(1, 0)),
+        ("only-first", dir(0, [("unit", file(1, 0))])),
+        ("edited", file(1, 0)),
+    ]);
+    let second = etc([
+        ("changed", file(3, 0)),
+        ("back", file(1, 0)),
+        ("dropped", file(3, 0)),
+        ("mode", file(3, 0)),
+        ("added", file(3, 0)),
+        ("edited", file(2, 0)),
+    ]);
+    let base = etc(base());
+    let plan = decide(&base, &first, &base);
+    let mut current = outcome(&plan, &base);
+    assert_eq!(current, first);
+    // Between the two, an administrator changes a mode and edits a file.
+    current.root.children.insert(b"mode".to_vec(), file(2, 2));
+    current.root.children.insert(b"edited".to_vec(), file(5, 0));
+    let list: Defaults = serde_json::from_str(&serde_json::to_string(&plan.later()).unwrap()).unwrap();
+    let mut rebased = base.clone();
+    list.rebase(&mut rebased, &current);
+    let again = Plan { earlier: list, ..decide(&rebased, &second, &current) };
+    let mut expected = second.clone();
+    expected.root.children.insert(b"mode".to_vec(), file(3, 2));
+    expected.root.children.insert(b"edited".to_vec(), file(5, 0));
+    assert_eq!(outcome(&again, &current), expected);
+    assert_eq!((again.count(Class::Conflict), again.count(Class::Local)), (1, 0), "{:?}", again.decisions);
+    // The same node image once more changes nothing, and a third one finds the second's defaults.
+    let mut third = base.clone();
+    again.later().rebase(&mut third, &expected);
+    assert_eq!(decide(&third, &second, &expected).changes, []);
+    assert_eq!(outcome(&decide(&third, &base, &expected), &expected).root.children[&b"changed"[..]], file(1, 0));
+}
+
+fn locked(obstacle: Obstacle, mut entry: Entry) -> Entry {
+    entry.obstacle = Some(obstacle);
+    entry
+}
+
+#[test]
+fn what_cannot_be_changed_is_kept_and_reported() {
+    use Obstacle::{AppendOnly, Attribute, Immutable};
+    let tree = |content, mode| etc([("f", file(content, 0)), ("d", dir(mode, [("a", file(content, 0))]))]);
+    for obstacle in [Immutable, AppendOnly] {
+        let mut current = tree(1, 0);
+        current.root.children.insert(b"f".to_vec(), locked(obstacle, file(1, 0)));
+        let plan = decide(&tree(1, 0), &tree(2, 0), &current);
+        let changed: Vec<_> = plan.changes.iter().map(|change| change.path.to_string()).collect();
+        assert_eq!(changed, ["d/a"]);
+        assert_eq!((plan.decisions[1].class, &*plan.decisions[1].reason), (Class::Local, obstacle.reason()));
+        // Without anything to change, there is nothing to report.
+        assert_eq!(decide(&tree(1, 0), &tree(1, 0), &current).decisions, []);
+    }
+    // In a locked directory nothing can be added, replaced or removed; a directory in it can be changed inside.
+    let below = |content| dir(0, [("deep", file(content, 0))]);
+    let with = |content, entries: Vec<(&'static str, Entry)>| {
+        let mut all = vec![("a", file(content, 0)), ("sub", below(content))];
+        all.extend(entries);
+        all
+    };
+    let base = etc([("d", dir(0, with(1, vec![("gone", file(1, 0))])))]);
+    let new = etc([("d", dir(2, with(2, vec![("new", below(1))])))]);
+    let current = etc([("d", locked(Immutable, dir(0, with(1, vec![("gone", file(1, 0))]))))]);
+    let plan = decide(&base, &new, &current);
+    let changed: Vec<_> = plan.changes.iter().map(|change| change.path.to_string()).collect();
+    assert_eq!(changed, ["d/sub/deep"]);
+    assert_eq!(plan.count(Class::Local), 5, "{:?}", plan.decisions);
+    // An immutable file keeps a directory that the node image drops.
+    let current = etc([("d", dir(0, [("a", locked(Immutable, file(1, 0))), ("b", file(1, 0))]))]);
+    let base = etc([("d", dir(0, [("a", file(1, 0)), ("b", file(1, 0))]))]);
+    let plan = decide(&base, &etc([]), &current);
+    assert_eq!(paths(&outcome(&plan, &current)), ["d", "d/a"]);
+    // A default with an attribute that /etc cannot hold.
+    let new = etc([("f", locked(Attribute, file(2, 2))), ("dir", locked(Attribute, below(1)))]);
+    let plan = decide(&etc([("f", file(1, 0))]), &new, &etc([("f", file(1, 0))]));
+    assert!(plan.is_empty() && plan.decisions.iter().all(|decision| decision.class == Class::Local), "{plan:?}");
 }
 
 #[test]

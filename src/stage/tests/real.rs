@@ -303,7 +303,7 @@ fn etc_is_labelled_by_the_policy_of_the_new_tree() {
         fs::create_dir_all(scratch.join("etc/old")).unwrap();
         let tree = open_new_usr(&over, Path::new("/usr"), "nip:usr").unwrap();
         let [base, new] = ["etc", "over/etc"].map(|path| etc::open_dir(&scratch.join(path)).unwrap());
-        let mut plan = etc::plan(base.as_fd(), new.as_fd(), base.as_fd()).unwrap();
+        let mut plan = etc::plan(base.as_fd(), new.as_fd(), base.as_fd(), &etc::Defaults::default()).unwrap();
         let labelled = crate::stage::label_plan(&mut plan, tree.as_fd(), scratch).unwrap();
         assert_eq!(labelled, plan.changes.len() - 1, "all but what is removed");
         let label = |path: &str| {

@@ -34,7 +34,7 @@ pub fn measure(scratch: &Path, entries: usize) -> Result<EtcTimes> {
     let open = |name: &str| etc::open_dir(&scratch.join(name));
     let (base, new, current, undo) = (open("base")?, open("new")?, open("etc")?, scratch.join("undo"));
     let start = Instant::now();
-    let plan = etc::plan(base.as_fd(), new.as_fd(), current.as_fd())?;
+    let plan = etc::plan(base.as_fd(), new.as_fd(), current.as_fd(), &etc::Defaults::default())?;
     let plan_seconds = start.elapsed().as_secs_f64();
     ensure!(plan.changes.len() == entries, "{} changes planned of {entries}", plan.changes.len());
     let start = Instant::now();

@@ -1,0 +1,77 @@
+//! The defaults that earlier merges took from node images.
+//!
+//! On a disk, `/etc` outlives the boot, but the booted system's defaults are still the old ones. Without this list, the
+//! next merge would take everything that the last one wrote for a local change.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::name::Bytes;
+use super::snapshot::{Entry, Leaf, Snapshot};
+
+/// Path to the node image's default, or to `None` where the merge removed an entry.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Defaults(pub(super) BTreeMap<Bytes, Option<Leaf>>);
+
+impl Defaults {
+    /// Returns true if the list has no entry.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Replaces defaults in `base` by those of this list, as long as `current` still has their content.
+    pub(super) fn rebase(&self, base: &mut Snapshot, current: &Snapshot) {
+        for (path, default) in &self.0 {
+            let now = find(&current.root, path).map(|entry| &entry.leaf);
+            match (default, now) {
+                (None, None) => remove(&mut base.root, path),
+                // A changed mode is a local change of the default, not another file.
+                (Some(default), Some(now)) if default.content == now.content => put(&mut base.root, path, default),
+                _ => {}
+            }
+        }
+    }
+
+    /// This list after another merge.
+    pub(super) fn followed_by(&self, taken: &Self) -> Self {
+        Self(self.0.iter().chain(&taken.0).map(|(path, leaf)| (path.clone(), leaf.clone())).collect())
+    }
+}
+
+fn parts(path: &Bytes) -> impl Iterator<Item = &[u8]> {
+    path.0.split(|byte| *byte == b'/').filter(|part| !part.is_empty())
+}
+
+fn find<'a>(root: &'a Entry, path: &Bytes) -> Option<&'a Entry> {
+    parts(path).try_fold(root, |entry, part| entry.children.get(part))
+}
+
+/// The directory that `path` is in, and its name there.
+fn parent<'a, 'b>(root: &'a mut Entry, path: &'b Bytes) -> Option<(&'a mut Entry, &'b [u8])> {
+    let parts: Vec<&[u8]> = parts(path).collect();
+    let (name, above) = parts.split_last()?;
+    let parent = above.iter().try_fold(root, |entry, part| entry.children.get_mut(*part))?;
+    parent.leaf.is_directory().then_some((parent, *name))
+}
+
+fn remove(root: &mut Entry, path: &Bytes) {
+    if let Some((parent, name)) = parent(root, path) {
+        parent.children.remove(name);
+    }
+}
+
+fn put(root: &mut Entry, path: &Bytes, leaf: &Leaf) {
+    let entry = match parent(root, path) {
+        Some((parent, name)) => {
+            parent.children.entry(name.to_vec()).or_insert_with(|| Entry::new(leaf.content.clone(), leaf.meta.clone()))
+        }
+        None if path.0.is_empty() => root,
+        None => return,
+    };
+    entry.leaf = leaf.clone();
+    if !leaf.is_directory() {
+        entry.children.clear();
+    }
+}
