@@ -28,6 +28,19 @@ impl Directory {
         self.0.write_file_with(name, mode, |file| file.write_all(content))
     }
 
+    /// Like [`Directory::write_atomic`], and the new content is on the disk when this returns: after a power cut at any
+    /// time, readers see the old content or the new.
+    pub fn write_durable(&self, name: &str, mode: u32, content: &[u8]) -> io::Result<()> {
+        failpoint::hit(Point::Write, name)?;
+        self.0.write_file_with(name, mode, |file| {
+            file.write_all(content)?;
+            file.flush()?;
+            file.get_ref().sync_all()
+        })?;
+        // The name, too.
+        self.0.open_file(".")?.sync_all()
+    }
+
     /// The content of `name`, or `None` when there is no such file.
     pub fn read_optional(&self, name: &str) -> io::Result<Option<Vec<u8>>> {
         let Some(mut file) = self.0.open_file_optional(name)? else { return Ok(None) };
@@ -54,7 +67,8 @@ mod tests {
         let dir = Directory::ensure(&temp.path().join("a/b")).unwrap();
         assert_eq!(dir.read_optional("state").unwrap(), None);
         dir.write_atomic("state", 0o600, b"one").unwrap();
-        dir.write_atomic("state", 0o600, b"two").unwrap();
+        dir.write_atomic("state", 0o600, b"three").unwrap();
+        dir.write_durable("state", 0o600, b"two").unwrap();
         assert_eq!(dir.read_optional("state").unwrap().unwrap(), b"two");
         assert_eq!(std::fs::read_dir(temp.path().join("a/b")).unwrap().count(), 1, "no temporary file is left");
         dir.remove_all("state").unwrap();

@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use anyhow::Context as _;
 use ostree::gio::Cancellable;
 use ostree::glib::{Variant, VariantDict};
-use tracing::info;
+use tracing::{info, warn};
 
 use super::accounts::AddedAccounts;
 use super::plan::{EtcPlan, MemoryPlan, SwitchPlan};
@@ -20,7 +20,7 @@ use crate::import::PulledImage;
 use crate::mount::{DetachedTree, Namespace};
 use crate::report::{Phase, State};
 use crate::stage::{self, Booted, Delta, Free, Keep, Need, PackageChanges, Packages, Refusal, Refusals};
-use crate::store::ObjectType;
+use crate::store::{NodeStore, ObjectType};
 use crate::units::Flow;
 
 /// What mount tables show for the exposed `/usr`.
@@ -95,7 +95,8 @@ fn look_again(paths: &Paths, staged: &StagedRoot) -> Result<(bool, Vec<String>),
     let usr = Path::new(USR);
     let mounts = Namespace::init().mounts()?;
     refuse(stage::check_system(&mounts, usr, Path::new(ETC)))?;
-    let plan = plan_etc(&stage::open_new_usr(&staged.delta.directory, usr, USR_SOURCE)?)?;
+    let tree = stage::open_new_usr(&staged.delta.directory, usr, USR_SOURCE)?;
+    let plan = plan_etc(&tree, &storage::of(paths, staged)?)?;
     // A plan that is gone or damaged is made again, too.
     let current = load_etc_plan(paths).is_ok_and(|old| same_acts(&old, &plan));
     refuse(too_little(Free::at(&staged.delta.directory)?.needs(&staged.delta.directory, 0, plan.bytes())))?;
@@ -147,7 +148,7 @@ fn blocking(paths: &Paths, pulled: PulledImage, settings: &Settings) -> Result<(
     let tree = stage::open_new_usr(&delta.directory, usr, USR_SOURCE)?;
     refuse(stage::check_content(tree.as_fd(), stage::Machine::here().context("looking at this program")?))?;
 
-    let mut plan = plan_etc(&tree)?;
+    let mut plan = plan_etc(&tree, &store)?;
     match stage::label_plan(&mut plan, tree.as_fd(), paths.run()) {
         Ok(labelled) => info!("/etc: {labelled} of {} changes are labelled by the policy", plan.changes.len()),
         // The image's own files have labels, too.
@@ -198,10 +199,23 @@ fn blocking(paths: &Paths, pulled: PulledImage, settings: &Settings) -> Result<(
 }
 
 /// The plan for `/etc` as it is now, against a new `/usr` that is not exposed yet.
-fn plan_etc(tree: &DetachedTree) -> anyhow::Result<Plan> {
+fn plan_etc(tree: &DetachedTree, store: &NodeStore) -> anyhow::Result<Plan> {
     let base = etc::open_dir(Path::new("/usr/etc"))?;
     let current = etc::open_dir(Path::new(ETC))?;
-    etc::plan(base.as_fd(), new_etc(tree.as_fd())?.as_fd(), current.as_fd(), &etc::Defaults::default())
+    let earlier = earlier_defaults(store).unwrap_or_else(|error| {
+        warn!("defaults of an earlier node image in /etc count as local changes: {error:#}");
+        etc::Defaults::default()
+    });
+    etc::plan(base.as_fd(), new_etc(tree.as_fd())?.as_fd(), current.as_fd(), &earlier)
+}
+
+/// The defaults that merges of earlier boots took from node images.
+fn earlier_defaults(store: &NodeStore) -> anyhow::Result<etc::Defaults> {
+    let list = store.read_etc_defaults().context("cannot read the list of earlier defaults")?;
+    list.map_or_else(
+        || Ok(etc::Defaults::default()),
+        |list| serde_json::from_slice(&list).context("the list of earlier defaults is damaged"),
+    )
 }
 
 /// What the staged plan would do to `/etc`, as a unified diff. Nothing is changed.

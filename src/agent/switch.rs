@@ -140,7 +140,8 @@ fn policy_step(plan: &etc::Plan) -> host::PolicyStep {
         plan.changes
             .iter()
             .map(|change| change.path.0.as_slice())
-            .chain(plan.of(etc::Class::Converged).map(|decision| decision.path.0.as_slice())),
+            .chain(plan.of(etc::Class::Converged).map(|decision| decision.path.0.as_slice()))
+            .chain(plan.earlier.paths().map(|path| path.0.as_slice())),
         plan.of(etc::Class::Conflict).map(|decision| decision.path.0.as_slice()),
     )
 }
@@ -160,6 +161,8 @@ fn blocking(paths: &Paths, staged: &StagedRoot) -> anyhow::Result<etc::Report> {
     }
     let new = new_etc(etc::open_dir(usr)?.as_fd())?;
     let current = etc::open_dir(Path::new(ETC))?;
+    // Before the merge: an entry counts for the next one only where /etc has what it says.
+    remember_defaults(paths, staged, &plan.later())?;
     etc::apply(&plan, new.as_fd(), current.as_fd(), &paths.etc_undo(), None)
 }
 
@@ -345,6 +348,12 @@ fn undo_files(paths: &Paths, staged: &StagedRoot, to_guard: bool) -> (Undone, Op
         }
         Err(error) => undone.failed.push(format!("/etc: {error:#}")),
     }
+    if undone.failed.is_empty()
+        && let Ok(plan) = load_etc_plan(paths)
+        && let Err(error) = remember_defaults(paths, staged, &plan.earlier)
+    {
+        undone.failed.push(format!("{error:#}"));
+    }
     if let Err(error) = set_ref(paths, staged, false) {
         undone.failed.push(format!("{error:#}"));
     }
@@ -360,6 +369,15 @@ fn undo_files(paths: &Paths, staged: &StagedRoot, to_guard: bool) -> (Undone, Op
         Err(error) => undone.failed.push(format!("/usr: {error:#}")),
     }
     (undone, guard)
+}
+
+/// Tells the next boot's merge which defaults in `/etc` came from node images.
+fn remember_defaults(paths: &Paths, staged: &StagedRoot, list: &etc::Defaults) -> anyhow::Result<()> {
+    let text = serde_json::to_vec(list).context("cannot write the list of defaults")?;
+    let text = (!list.is_empty()).then_some(text);
+    storage::of(paths, staged)?
+        .write_etc_defaults(text.as_deref())
+        .context("cannot store the list of the defaults that the merge of /etc takes")
 }
 
 /// The ref says which node image is in use: the switch sets it, undo removes it.

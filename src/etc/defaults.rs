@@ -21,6 +21,11 @@ impl Defaults {
         self.0.is_empty()
     }
 
+    /// The paths in the list.
+    pub fn paths(&self) -> impl Iterator<Item = &Bytes> {
+        self.0.keys()
+    }
+
     /// Replaces defaults in `base` by those of this list, as long as `current` still has their content.
     pub(super) fn rebase(&self, base: &mut Snapshot, current: &Snapshot) {
         for (path, default) in &self.0 {

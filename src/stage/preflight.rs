@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use rustix::fs::{Mode, OFlags, ResolveFlags, StatVfsMountFlags};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, StatVfsMountFlags, StatxAttributes, StatxFlags};
 use rustix::io::Errno;
 
 use super::elf::{Machine, machine_of};
@@ -98,6 +98,9 @@ pub enum Refusal {
     /// `/etc` cannot be written.
     #[error("/etc is mounted read-only; make it writable first")]
     EtcReadOnly,
+    /// `/etc` itself cannot be changed.
+    #[error("cannot merge /etc: the directory is immutable or append-only; run `chattr -i -a /etc`")]
+    EtcLocked,
     /// The kernel checks each access through the new overlay against the domain that mounted it, too.
     #[error(
         "the node image's SELinux policy does not know {context}, in which this agent runs: once that policy is loaded, \
@@ -132,6 +135,7 @@ impl Refusal {
             Self::Trial(_) => "trial",
             Self::Sshd(_) => "sshd",
             Self::EtcReadOnly => "etc-read-only",
+            Self::EtcLocked => "etc-locked",
             Self::Domain { .. } => "domain",
             Self::Conflicts(_) => "conflicts",
         }
@@ -171,7 +175,15 @@ pub fn check_system(mounts: &[Mount], usr: &Path, etc: &Path) -> Vec<Refusal> {
     if rustix::fs::statvfs(etc).is_ok_and(|stat| stat.f_flag.contains(StatVfsMountFlags::RDONLY)) {
         refusals.push(Refusal::EtcReadOnly);
     }
+    refusals.extend(is_locked(etc).then_some(Refusal::EtcLocked));
     refusals
+}
+
+/// Returns true if nothing can be added to the directory: the merge could not even begin.
+fn is_locked(directory: &Path) -> bool {
+    let stat = rustix::fs::statx(CWD, directory, AtFlags::empty(), StatxFlags::BASIC_STATS);
+    let locked = StatxAttributes::IMMUTABLE | StatxAttributes::APPEND;
+    stat.is_ok_and(|stat| stat.stx_attributes.intersects(locked))
 }
 
 /// Judges the kernel's answer to a first step of each kind of call.
@@ -187,7 +199,7 @@ fn check_kernel(overlay: Result<(), Errno>, openat2: Result<(), Errno>) -> Optio
 
 fn openat2_support() -> Result<(), Errno> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    rustix::fs::openat2(rustix::fs::CWD, "/", flags, Mode::empty(), ResolveFlags::NO_MAGICLINKS).map(drop)
+    rustix::fs::openat2(CWD, "/", flags, Mode::empty(), ResolveFlags::NO_MAGICLINKS).map(drop)
 }
 
 fn check_stack(mounts: &[Mount], usr: &Path) -> Option<Refusal> {

@@ -12,6 +12,10 @@ use super::disk::Disk;
 use super::object::{ObjectId, ObjectSet, ObjectType, loose_path, read_metadata};
 use super::place::is_bare;
 use super::{BootedRepo, LayerJournal, LockError, NODE_IMAGE_REF, ObjectWriter, StoreLock};
+use crate::dirfd::Directory;
+
+/// The list of defaults in `/etc`, in our directory in the system's repo.
+const ETC_DEFAULTS: &str = "etc-defaults.json";
 
 /// Of a disk, this much is left to the system. libostree's default for `core.min-free-space-percent`, for
 /// the same reason: a full disk stops more than us.
@@ -29,7 +33,7 @@ const RESERVE_PERCENT: u64 = 3;
 ///   `extensions/node-image-pivot/`. Others write to the repo, too: we hold libostree's lock while we
 ///   do. What a power cut finds half done is in `boot-ID` there, which the next boot removes; what is in
 ///   the repo itself had reached the disk before it got its name. `derived/` stays: whatever is in there
-///   is compared with the objects that are there.
+///   is compared with the objects that are there. So does `etc-defaults.json`, for the next boot's merge of `/etc`.
 #[derive(Debug, Clone)]
 pub struct NodeStore {
     root: PathBuf,
@@ -373,6 +377,27 @@ impl NodeStore {
     /// Replaces the record of the last complete pull, in one step.
     pub fn write_record(&self, record: &[u8]) -> io::Result<()> {
         replace(&self.record_path(), record)
+    }
+
+    /// The list of defaults in `/etc`, as [`NodeStore::write_etc_defaults`] left it, also in an earlier boot.
+    pub fn read_etc_defaults(&self) -> io::Result<Option<Vec<u8>>> {
+        let Some(disk) = &self.disk else { return Ok(None) };
+        match fs::read(disk.kept().join(ETC_DEFAULTS)) {
+            Ok(list) => Ok(Some(list)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Keeps the list of the defaults in `/etc` that merges took from node images, or removes it. It is on the disk when
+    /// this returns. A RAM store keeps none: the `/etc` of a live system does not outlive the boot either.
+    pub fn write_etc_defaults(&self, list: Option<&[u8]>) -> io::Result<()> {
+        let Some(disk) = &self.disk else { return Ok(()) };
+        let dir = Directory::ensure(&disk.kept())?;
+        match list {
+            Some(list) => dir.write_durable(ETC_DEFAULTS, 0o600, list),
+            None => dir.remove_all(ETC_DEFAULTS),
+        }
     }
 
     /// Free and total bytes of the file system that the store is on.

@@ -41,3 +41,21 @@ fn lock_tidies_leftovers() {
     assert!(!store.repo_path().join("tmp/import-7").exists());
     assert!(matches!(store.lock(), Err(LockError::Held { .. })));
 }
+
+#[test]
+fn the_list_of_defaults_is_kept_beside_the_disk_store_only() {
+    let temp = tempfile::tempdir().unwrap();
+    let ram = NodeStore::on_tmpfs(temp.path(), None).unwrap();
+    ram.write_etc_defaults(Some(b"{}")).unwrap();
+    assert_eq!(ram.read_etc_defaults().unwrap(), None);
+    let disk = NodeStore::on_disk(ram.repo_path(), None).unwrap();
+    assert_eq!(disk.read_etc_defaults().unwrap(), None);
+    for list in [&b"{}"[..], b"{\"a\":null}"] {
+        disk.write_etc_defaults(Some(list)).unwrap();
+        let next_boot = NodeStore::on_disk(ram.repo_path(), None).unwrap();
+        assert_eq!(next_boot.read_etc_defaults().unwrap().unwrap(), list);
+    }
+    disk.write_etc_defaults(None).unwrap();
+    disk.write_etc_defaults(None).unwrap();
+    assert_eq!(disk.read_etc_defaults().unwrap(), None);
+}
