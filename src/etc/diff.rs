@@ -1,128 +1,140 @@
 //! A plan as a unified diff, as `git apply` and `patch -p1` take it.
 
+use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 
 use anyhow::{Context, Result};
 use rustix::fs::AtFlags;
-use similar::TextDiff;
+use similar::{DiffOp, DiffTag};
 
 use super::name::Bytes;
 use super::place::Place;
 use super::plan::{Change, Class, Origin, Plan};
 use super::snapshot::{Content, Leaf};
+use super::undo::is_kin;
 
 /// Files above this size are not compared line by line, in bytes.
 const LONGEST: u64 = 4 << 20;
 
-/// What applying `plan` would do to `etc_dir`, as a unified diff with git's extended headers. Conflicts, of which
-/// nothing is applied, follow as comments: what taking the node image's version would change.
+/// Returns what applying `plan` would do to `etc_dir`, as a unified diff with git's extended headers, which `git apply`
+/// accepts. Notes on what git cannot express (directories, owners, exact modes, attributes) are lines that begin with
+/// `#`. Conflicts, of which nothing is applied, follow as notes: what taking the node image's version would change.
 ///
-/// The content of what not everybody may read (by its own mode, on either side, or by that of a directory above) is left
+/// The content of what not all users may read (by its own mode, on either side, or by that of a directory above) is left
 /// out, unless `secrets`: such a file is only named. Binary files are named, too.
 ///
 /// # Errors
 /// When something cannot be read. Nothing is ever written. A file that changed since the plan was made is shown as it
 /// is now.
 pub fn diff(plan: &Plan, new_dir: BorrowedFd<'_>, etc_dir: BorrowedFd<'_>, secrets: bool) -> Result<Vec<u8>> {
-    let mut out = Vec::new();
+    Ok(show(plan, &Sides { new: new_dir, etc: etc_dir, secrets })?.0)
+}
+
+/// The diff, and the paths whose change is in notes only.
+pub(super) fn show(plan: &Plan, sides: &Sides<'_>) -> Result<(Vec<u8>, BTreeSet<Bytes>)> {
+    let mut entries = Vec::new();
     for change in &plan.changes {
-        let sides = Sides { new: new_dir, etc: etc_dir, secrets };
-        sides.change(change, &mut out).with_context(|| format!("comparing /etc/{}", change.path))?;
+        let shown = sides.change(change).with_context(|| format!("comparing /etc/{}", change.path))?;
+        entries.push((&change.path, shown));
+    }
+    let mut hidden: BTreeSet<Bytes> =
+        entries.iter().filter(|(_, shown)| shown.is_hidden).map(|(path, _)| (*path).clone()).collect();
+    // A file can take the place of a directory only with all that is in it, and the other way round.
+    for (path, shown) in &mut entries {
+        if !shown.patch.is_empty() && hidden.iter().any(|other| is_kin(other, path)) {
+            shown.patch.clear();
+            writeln!(shown.notes, "# /etc/{path}: not shown: it depends on an entry that is not shown")?;
+            hidden.insert(path.clone());
+        }
+    }
+    let mut out = Vec::new();
+    for (_, shown) in entries {
+        out.extend(shown.notes);
+        out.extend(shown.patch);
     }
     for decision in plan.of(Class::Conflict) {
         writeln!(out, "# conflict: /etc/{}: {}; it is kept as it is", decision.path, decision.reason)?;
         if plan.aside.contains_key(&decision.path) {
-            let sides = Sides { new: new_dir, etc: etc_dir, secrets };
             let not_taken = sides.conflict(&decision.path);
-            let text = not_taken.with_context(|| format!("comparing /etc/{}", decision.path))?;
-            for line in text.split_inclusive(|byte| *byte == b'\n') {
-                out.extend_from_slice(b"# ");
+            let shown = not_taken.with_context(|| format!("comparing /etc/{}", decision.path))?;
+            for line in [shown.notes, shown.patch].concat().split_inclusive(|byte| *byte == b'\n') {
+                out.extend_from_slice(if line.starts_with(b"# ") { b"" } else { b"# " });
                 out.extend_from_slice(line);
             }
         }
     }
-    Ok(out)
+    Ok((out, hidden))
 }
 
-struct Sides<'a> {
-    new: BorrowedFd<'a>,
-    etc: BorrowedFd<'a>,
-    secrets: bool,
+/// One entry of the diff.
+#[derive(Default)]
+struct Shown {
+    /// Lines that git skips. They precede the patch: git ends a header at the first line that it does not know.
+    notes: Vec<u8>,
+    /// Empty if nothing changes that git can express.
+    patch: Vec<u8>,
+    /// True if the patch is missing because its content must not or cannot be shown.
+    is_hidden: bool,
 }
+
+/// The two directories that are compared.
+pub(super) struct Sides<'a> {
+    pub new: BorrowedFd<'a>,
+    pub etc: BorrowedFd<'a>,
+    pub secrets: bool,
+}
+
+type Side<'a> = (Option<&'a Leaf>, BorrowedFd<'a>);
 
 impl Sides<'_> {
-    fn change(&self, change: &Change, out: &mut Vec<u8>) -> Result<()> {
-        let (before, after) = (change.before.as_ref(), change.after.as_ref());
+    fn change(&self, change: &Change) -> Result<Shown> {
         let from = match change.content {
             Origin::New => self.new,
             Origin::Current => self.etc,
         };
-        self.pair(&change.path, (before, self.etc), (after, from), out)
+        self.pair(&change.path, (change.before.as_ref(), self.etc), (change.after.as_ref(), from))
     }
 
     /// What taking the node image's version would change.
-    fn conflict(&self, path: &Bytes) -> Result<Vec<u8>> {
+    fn conflict(&self, path: &Bytes) -> Result<Shown> {
         let look = |dir| Place::find(dir, path)?.map_or(Ok(None), |place| place.look());
         let (current, new): (Option<Leaf>, Option<Leaf>) = (look(self.etc)?, look(self.new)?);
-        let mut out = Vec::new();
-        self.pair(path, (current.as_ref(), self.etc), (new.as_ref(), self.new), &mut out)?;
-        Ok(out)
+        self.pair(path, (current.as_ref(), self.etc), (new.as_ref(), self.new))
     }
 
-    fn pair(
-        &self,
-        path: &Bytes,
-        (before, old_dir): (Option<&Leaf>, BorrowedFd<'_>),
-        (after, new_dir): (Option<&Leaf>, BorrowedFd<'_>),
-        out: &mut Vec<u8>,
-    ) -> Result<()> {
-        if before == after {
-            return Ok(());
+    fn pair(&self, path: &Bytes, old: Side<'_>, new: Side<'_>) -> Result<Shown> {
+        let mut shown = Shown::default();
+        if old.0 == new.0 {
+            return Ok(shown);
         }
-        if let (Some(one), Some(two)) = (before, after)
-            && std::mem::discriminant(&one.content) != std::mem::discriminant(&two.content)
-        {
-            self.pair(path, (before, old_dir), (None, new_dir), out)?;
-            return self.pair(path, (None, old_dir), (after, new_dir), out);
+        note(path, old.0, new.0, &mut shown.notes)?;
+        // git knows no directories: what is left is a file or a link that comes or goes.
+        let [old, new] = [old, new].map(|(leaf, dir)| (leaf.filter(|leaf| !leaf.is_directory()), dir));
+        if old.0.map(|leaf| (mode(leaf), &leaf.content)) == new.0.map(|leaf| (mode(leaf), &leaf.content)) {
+            return Ok(shown);
         }
-        let (a, b) = (quoted("a/etc", path), quoted("b/etc", path));
-        if [before, after].into_iter().flatten().any(Leaf::is_directory) {
-            // git knows no directories.
-            let shown = |side: Option<&Leaf>| side.map_or_else(|| "absent".to_owned(), mode);
-            writeln!(out, "# directory {b}: {} becomes {}", shown(before), shown(after))?;
-            return owner_and_attributes(before, after, out);
+        if !self.secrets && (self.is_secret(path, old.0, old.1)? || self.is_secret(path, new.0, new.1)?) {
+            writeln!(shown.notes, "# /etc/{path}: content not shown: not all users may read it; --secrets shows it")?;
+            shown.is_hidden = true;
+            return Ok(shown);
         }
-        writeln!(out, "diff --git {a} {b}")?;
-        match (before, after) {
-            (None, Some(leaf)) => writeln!(out, "new file mode {}", mode(leaf))?,
-            (Some(leaf), None) => writeln!(out, "deleted file mode {}", mode(leaf))?,
-            (Some(one), Some(two)) if mode(one) != mode(two) => {
-                writeln!(out, "old mode {}\nnew mode {}", mode(one), mode(two))?;
-            }
-            _ => {}
-        }
-        owner_and_attributes(before, after, out)?;
-        let content = |side: Option<&Leaf>| side.map(|leaf| leaf.content.clone());
-        if content(before) == content(after) {
-            return Ok(());
-        }
-        if !self.secrets && (self.is_secret(path, before, old_dir)? || self.is_secret(path, after, new_dir)?) {
-            writeln!(out, "# content not shown: not everybody may read it; --secrets shows it")?;
-            return Ok(());
-        }
-        let (Some(old), Some(new)) = (text(path, before, old_dir)?, text(path, after, new_dir)?) else {
-            writeln!(out, "Binary files {a} and {b} differ")?;
-            return Ok(());
+        let (Some(before), Some(after)) = (text(path, old.0, old.1)?, text(path, new.0, new.1)?) else {
+            writeln!(shown.notes, "# binary files a/etc/{path} and b/etc/{path} differ")?;
+            shown.is_hidden = true;
+            return Ok(shown);
         };
-        let null = || "/dev/null".to_owned();
-        let names = (before.map_or_else(null, |_| a), after.map_or_else(null, |_| b));
-        let lines = TextDiff::from_lines(old.as_slice(), new.as_slice());
-        lines.unified_diff().context_radius(3).header(&names.0, &names.1).to_writer(out)?;
-        Ok(())
+        match (old.0, new.0) {
+            (Some(one), Some(two)) if is_link(one) != is_link(two) => {
+                patch(path, (Some(one), &before), (None, b""), &mut shown.patch)?;
+                patch(path, (None, b""), (Some(two), &after), &mut shown.patch)?;
+            }
+            (one, two) => patch(path, (one, &before), (two, &after), &mut shown.patch)?,
+        }
+        Ok(shown)
     }
 
-    /// Whether not everybody may read it.
+    /// Returns true if not all users may read it.
     fn is_secret(&self, path: &Bytes, leaf: Option<&Leaf>, dir: BorrowedFd<'_>) -> Result<bool> {
         let Some(leaf) = leaf else { return Ok(false) };
         if matches!(leaf.content, Content::File { .. }) && leaf.meta.mode & 0o004 == 0 {
@@ -140,24 +152,90 @@ impl Sides<'_> {
     }
 }
 
-/// What git knows nothing of, as lines that it skips.
-fn owner_and_attributes(before: Option<&Leaf>, after: Option<&Leaf>, out: &mut Vec<u8>) -> Result<()> {
-    if let (Some(Leaf { meta: one, .. }), Some(Leaf { meta: two, .. })) = (before, after) {
-        if (one.uid, one.gid) != (two.uid, two.gid) {
-            writeln!(out, "# owner {}:{} becomes {}:{}", one.uid, one.gid, two.uid, two.gid)?;
+/// Writes one change as git does.
+fn patch(path: &Bytes, old: (Option<&Leaf>, &[u8]), new: (Option<&Leaf>, &[u8]), out: &mut Vec<u8>) -> Result<()> {
+    let (a, b) = (quoted("a/etc", path), quoted("b/etc", path));
+    writeln!(out, "diff --git {a} {b}")?;
+    match (old.0, new.0) {
+        (None, Some(leaf)) => writeln!(out, "new file mode {}", mode(leaf))?,
+        (Some(leaf), None) => writeln!(out, "deleted file mode {}", mode(leaf))?,
+        (Some(one), Some(two)) if mode(one) != mode(two) => {
+            writeln!(out, "old mode {}\nnew mode {}", mode(one), mode(two))?;
         }
-        if one.xattrs != two.xattrs {
-            writeln!(out, "# extended attributes change")?;
+        _ => {}
+    }
+    if old.1 == new.1 {
+        return Ok(());
+    }
+    // Both git and patch end a name that has spaces at a tab.
+    let tab = if path.0.contains(&b' ') { "\t" } else { "" };
+    let name =
+        |leaf: Option<&Leaf>, name: &str| leaf.map_or_else(|| "/dev/null".to_owned(), |_| format!("{name}{tab}"));
+    let [before, after] = [old.1, new.1].map(|text| text.split_inclusive(|byte| *byte == b'\n').collect::<Vec<_>>());
+    let (from, to) = (name(old.0, &a), name(new.0, &b));
+    writeln!(out, "--- {from}\n+++ {to}")?;
+    let ops = similar::capture_diff_slices(similar::Algorithm::Myers, &before, &after);
+    similar::group_diff_ops(ops, 3).iter().try_for_each(|group| hunk(group, &before, &after, out))
+}
+
+/// Writes a hunk byte by byte: names and contents need not be UTF-8.
+fn hunk(group: &[DiffOp], old: &[&[u8]], new: &[&[u8]], out: &mut Vec<u8>) -> Result<()> {
+    let (Some(first), Some(last)) = (group.first(), group.last()) else { return Ok(()) };
+    // Lines count from 1; without any, the number is that of the line before.
+    let range = |start: usize, end: usize| format!("{},{}", start + usize::from(end > start), end - start);
+    let removed = range(first.old_range().start, last.old_range().end);
+    let added = range(first.new_range().start, last.new_range().end);
+    writeln!(out, "@@ -{removed} +{added} @@")?;
+    for op in group {
+        let (old_lines, new_lines) = (&old[op.old_range()], &new[op.new_range()]);
+        let sides: [(u8, &[&[u8]]); 2] = match op.tag() {
+            DiffTag::Equal => [(b' ', old_lines), (b' ', &[])],
+            _ => [(b'-', old_lines), (b'+', new_lines)],
+        };
+        for (sign, lines) in sides {
+            for line in lines {
+                out.push(sign);
+                out.extend_from_slice(line);
+                if !line.ends_with(b"\n") {
+                    out.extend_from_slice(b"\n\\ No newline at end of file\n");
+                }
+            }
         }
     }
     Ok(())
 }
 
-/// The mode as git writes it, except that git knows only 644 and 755.
-fn mode(leaf: &Leaf) -> String {
+/// Writes what git cannot express, as lines that it skips.
+fn note(path: &Bytes, before: Option<&Leaf>, after: Option<&Leaf>, out: &mut Vec<u8>) -> Result<()> {
+    let shown =
+        |side: Option<&Leaf>| side.map_or_else(|| "absent".to_owned(), |leaf| format!("{:06o}", leaf.raw_mode()));
+    if [before, after].into_iter().flatten().any(Leaf::is_directory) {
+        writeln!(out, "# directory /etc/{path}: {} becomes {}", shown(before), shown(after))?;
+    } else if before.map(Leaf::raw_mode) != after.map(Leaf::raw_mode)
+        && [before, after].into_iter().flatten().any(|leaf| format!("{:06o}", leaf.raw_mode()) != mode(leaf))
+    {
+        writeln!(out, "# mode of /etc/{path}: {} becomes {}", shown(before), shown(after))?;
+    }
+    let (Some(Leaf { meta: one, .. }), Some(Leaf { meta: two, .. })) = (before, after) else { return Ok(()) };
+    if (one.uid, one.gid) != (two.uid, two.gid) {
+        writeln!(out, "# owner of /etc/{path}: {}:{} becomes {}:{}", one.uid, one.gid, two.uid, two.gid)?;
+    }
+    if one.xattrs != two.xattrs {
+        writeln!(out, "# extended attributes of /etc/{path} change")?;
+    }
+    Ok(())
+}
+
+fn is_link(leaf: &Leaf) -> bool {
+    matches!(leaf.content, Content::Symlink(_))
+}
+
+/// The mode as git knows it: of a file, only if its owner may execute it.
+fn mode(leaf: &Leaf) -> &'static str {
     match leaf.content {
-        Content::Symlink(_) => "120000".to_owned(),
-        _ => format!("{:06o}", leaf.raw_mode()),
+        Content::Symlink(_) => "120000",
+        _ if leaf.meta.mode & 0o100 != 0 => "100755",
+        _ => "100644",
     }
 }
 

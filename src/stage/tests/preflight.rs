@@ -123,6 +123,13 @@ fn a_read_only_etc_and_a_usr_that_cannot_be_stacked_upon() {
         mount("etc", &etc, "tmpfs", MountFlags::empty(), None).expect("a tmpfs");
         let check = |usr: &Path| check_system(&[], usr, &etc);
         assert_eq!(check(scratch), []);
+        for flag in ["i", "a"] {
+            let chattr =
+                |sign: &str| std::process::Command::new("chattr").arg(format!("{sign}{flag}")).arg(&etc).status();
+            assert!(chattr("+").expect("chattr").success(), "a tmpfs of Linux 6.6 and later knows chattr");
+            assert_eq!(check(scratch), [Refusal::EtcLocked]);
+            assert!(chattr("-").expect("chattr").success());
+        }
         mount_remount(&etc, MountFlags::BIND | MountFlags::RDONLY, "").expect("read-only");
         assert_eq!(check(scratch), [Refusal::EtcReadOnly]);
         // The kernel's own word, where the mount table says nothing.
