@@ -1,8 +1,10 @@
-//! One boot serves many assertions: each has its name, all are tried, the end tells which failed.
+//! Assertions that fail with what they saw instead.
 
 use std::time::Instant;
 
 use anyhow::{Result, bail};
+
+use crate::guest::Guest;
 
 /// A running list of assertions.
 pub struct Checks {
@@ -54,7 +56,7 @@ impl Checks {
     }
 }
 
-/// `Err` with both values unless equal.
+/// Fails with both values unless they are equal.
 pub fn same<T: PartialEq + std::fmt::Debug>(seen: T, wanted: T) -> Result<()> {
     if seen != wanted {
         bail!("saw {seen:?}, wanted {wanted:?}");
@@ -62,7 +64,7 @@ pub fn same<T: PartialEq + std::fmt::Debug>(seen: T, wanted: T) -> Result<()> {
     Ok(())
 }
 
-/// `Err` with the text unless it has one of the words in it, in whatever case.
+/// Fails with the text unless it contains one of the words, in any case.
 pub fn contains_any(text: &str, words: &[&str]) -> Result<()> {
     let lower = text.to_lowercase();
     if !words.iter().any(|w| lower.contains(&w.to_lowercase())) {
@@ -71,10 +73,15 @@ pub fn contains_any(text: &str, words: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// `Err` with the text unless it has the words in it.
+/// Fails with the text unless it contains the words.
 pub fn contains(text: &str, words: &str) -> Result<()> {
     if !text.contains(words) {
         bail!("no {words:?} in:\n{text}");
     }
     Ok(())
+}
+
+/// Fails with the failed units of a guest, if it has any.
+pub fn nothing_failed(guest: &dyn Guest) -> Result<()> {
+    same(guest.ask("systemctl --failed --no-legend --plain")?, String::new())
 }

@@ -11,6 +11,7 @@ use crate::files::Files;
 use crate::guest::{Answer, Guest, ssh};
 use crate::images::{Images, project, work_dir};
 use crate::proc::{bound, end, log_to, succeed, wait_for};
+use crate::registry::Registry;
 
 /// A network namespace with a loopback and a cable to nowhere, held open by a process.
 pub struct Network {
@@ -39,6 +40,16 @@ impl Drop for Network {
     fn drop(&mut self) {
         end(&mut self.holder);
     }
+}
+
+/// A container, the registry that it pulls from, and the network of both.
+pub struct Bed {
+    /// The container. It ends before the registry and the network.
+    pub guest: Container,
+    /// The registry.
+    pub registry: Registry,
+    /// The network.
+    pub network: Network,
 }
 
 /// What to boot.

@@ -11,4 +11,5 @@ pub mod proc;
 pub mod proxy;
 pub mod registry;
 pub mod scenario;
+pub mod suite;
 pub mod vm;

@@ -1,17 +1,19 @@
-//! What a pivoted system must look like: the same questions for machines and containers.
+//! Scenarios that machines and containers share: a guest that waits, pivots, or is left alone.
 
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
-use crate::check::{Checks, contains, contains_any, same};
+use crate::check::{contains, contains_any, nothing_failed, same};
 use crate::files::Files;
 use crate::guest::Guest;
 use crate::images::Image;
 use crate::proc::wait_for;
 use crate::registry::registries_conf;
+use crate::scenarios;
+use crate::suite::Suite;
 
-/// What tells the two node images apart.
+/// Values by which the node images differ.
 pub struct Expected<'a> {
     /// The image.
     pub image: &'a Image,
@@ -35,7 +37,7 @@ impl<'a> Expected<'a> {
     }
 }
 
-/// What an administrator (or Ignition) brings along: the node image to become, the mirror, own changes in /etc.
+/// Puts the files of an administrator or of Ignition: the node image, the mirror, local changes in /etc.
 pub fn node_files(files: &Files, image: &str, mirror_host: &str, mirror_port: u16) -> Result<()> {
     files.put("/etc/node-image-pivot.conf.d/50-testbed.toml", 0o644, &format!("image = \"{image}\"\n"))?;
     files.put(
@@ -46,18 +48,25 @@ pub fn node_files(files: &Files, image: &str, mirror_host: &str, mirror_port: u1
     files.put("/var/roothome/.docker/config.json", 0o600, "{\"auths\": {}}\n")?;
     files.put("/etc/base-tool/admin-edited.conf", 0o644, "edited by the administrator\n")?;
     files.put("/etc/base-tool/admin-added.conf", 0o644, "added by the administrator\n")?;
-    // Removed at boot, before any pivot.
+    // systemd-tmpfiles removes it at boot, before any pivot.
     files.put("/etc/tmpfiles.d/testbed.conf", 0o644, "r /etc/base-tool/admin-removed.conf\n")
 }
 
-/// What is compared with afterwards.
+/// Hides the configuration of the agent in /etc/later. An installer's medium boots so: the generator leaves the boot
+/// alone, and the image is known later.
+pub fn configured_later(files: &Files) -> Result<()> {
+    let etc = files.root().join("etc");
+    Ok(std::fs::rename(etc.join("node-image-pivot.conf.d"), etc.join("later"))?)
+}
+
+/// Values of the base system that the pivot must not change.
 pub struct Before {
     boot_id: String,
     modules: String,
 }
 
 impl Before {
-    /// Ask it while the base system is still what runs.
+    /// Reads them while the base system runs.
     pub fn of(guest: &dyn Guest) -> Result<Self> {
         same(guest.ask("base-tool")?, "base-tool 1.0".into())?;
         Ok(Before { boot_id: guest.ask("cat /proc/sys/kernel/random/boot_id")?, modules: modules(guest)? })
@@ -65,7 +74,7 @@ impl Before {
 }
 
 fn modules(guest: &dyn Guest) -> Result<String> {
-    // A container has the kernel of the machine it runs on, and no modules for it.
+    // A container has the kernel of the machine that it runs on, and no modules for it.
     if guest.has_own_kernel() {
         guest.ask("sha256sum /usr/lib/modules/$(uname -r)/modules.dep")
     } else {
@@ -73,14 +82,14 @@ fn modules(guest: &dyn Guest) -> Result<String> {
     }
 }
 
-/// Wait for the end of the pivot, whichever it is; shows progress.
-pub fn wait_pivoted(guest: &dyn Guest, checks: &Checks, limit: Duration) -> Result<()> {
+/// Waits until the pivot has succeeded or failed, and shows its progress.
+pub fn wait_pivoted(guest: &dyn Guest, limit: Duration) -> Result<()> {
     let mut last = String::new();
     wait_for("the pivot's end", limit, || {
         let Ok(status) = guest.status() else { return Ok(false) };
         let now = format!("{} {}", status["state"].as_str().unwrap_or("?"), status["phase"].as_str().unwrap_or(""));
         if now != last {
-            checks.note(&format!("state: {now}"));
+            println!("       state: {now}");
             last = now;
         }
         if status["state"] == "failed" {
@@ -99,206 +108,333 @@ pub fn wait_pivoted(guest: &dyn Guest, checks: &Checks, limit: Duration) -> Resu
     Ok(())
 }
 
-/// Every assertion about a system that has become its node image. `isolated`: the bootstrap flow.
-pub fn pivoted(guest: &dyn Guest, before: &Before, expected: &Expected<'_>, checks: &mut Checks) {
-    checks.check("no reboot: the boot id is the same", || {
-        same(guest.ask("cat /proc/sys/kernel/random/boot_id")?, before.boot_id.clone())
-    });
-    new_programs(guest, expected, checks);
-    services(guest, expected, checks);
-    removed(guest, checks);
+/// Checks that a unit is in a state.
+pub fn unit_is(guest: &dyn Guest, unit: &str, state: &str) -> Result<()> {
+    same(format!("{unit} {}", guest.unit(unit, "ActiveState")?), format!("{unit} {state}"))
+}
+
+struct Pivoted<'a> {
+    guest: &'a dyn Guest,
+    before: Option<&'a Before>,
+    expected: &'a Expected<'a>,
+}
+
+/// Runs every scenario about a system that has become its node image in the bootstrap flow. `earlier` is the scenario in
+/// which it did, `before` what was seen before.
+pub fn pivoted(
+    suite: &mut Suite,
+    earlier: &str,
+    guest: &dyn Guest,
+    before: Option<&Before>,
+    expected: &Expected<'_>,
+) -> bool {
+    let mut bed = Pivoted { guest, before, expected };
+    let mut all = suite.run_after(
+        earlier,
+        &mut bed,
+        &scenarios![
+            the_boot_id_is_unchanged,
+            usr_is_that_of_the_node_image,
+            usr_is_an_overlay_and_read_only,
+            oc_runs_and_reaches_the_node_agent,
+            kubectl_runs,
+            the_container_runtime_answers_its_command,
+            base_tool_is_newer,
+            the_installed_systemd_is_that_of_the_node_image,
+            pid_1_is_the_installed_systemd,
+            a_file_became_a_directory,
+            services_of_the_node_image_are_active,
+            node_hello_answers_as_the_user_that_sysusers_made,
+            tmpfiles_of_the_node_image_exist,
+            files_that_only_the_bootimage_had_are_removed,
+            the_service_that_only_the_bootimage_had_is_inactive,
+        ],
+    );
     if guest.has_own_kernel() {
-        kernel(guest, before, checks);
+        let kernel = scenarios![
+            modules_of_the_running_kernel_are_unchanged,
+            a_module_that_was_not_loaded_loads,
+            modules_load_d_of_the_node_image_was_applied
+        ];
+        all &= suite.run_after(earlier, &mut bed, &kernel);
     }
-    etc(guest, checks);
-    whole(guest, expected, checks);
-    again(guest, checks);
+    all & suite.run_after(
+        earlier,
+        &mut bed,
+        &scenarios![
+            a_file_in_etc_that_the_administrator_changed_is_kept,
+            a_file_in_etc_that_the_administrator_added_is_kept,
+            a_file_in_etc_that_the_administrator_deleted_stays_deleted,
+            a_new_default_appears_in_etc,
+            a_changed_default_replaces_the_old_one_in_etc,
+            a_removed_default_is_removed_from_etc,
+            the_root_password_and_the_machine_id_are_unchanged,
+            a_new_ssh_login_reaches_the_new_sshd,
+            the_user_manager_of_a_new_login_runs,
+            no_unit_has_failed,
+            systemd_reports_running,
+            the_units_of_the_pivot_succeeded,
+            the_default_target_is_that_of_the_machine,
+            status_json_has_the_whole_pivot,
+            a_second_run_has_nothing_to_do,
+            a_daemon_reload_does_not_redirect_the_boot_again,
+        ],
+    )
 }
 
-fn new_programs(guest: &dyn Guest, expected: &Expected<'_>, checks: &mut Checks) {
-    checks.check("/usr is the node image's", || contains(&guest.ask("cat /usr/lib/os-release")?, expected.os));
-    checks.check("/usr is an overlay and cannot be written", || {
-        contains(&guest.ask("findmnt -n -o FSTYPE,OPTIONS --target /usr/bin | tail -n 1")?, "overlay")?;
-        same(guest.run("touch /usr/x")?.status, 1)
-    });
-    checks.check("new: oc runs and reaches the node agent", || {
-        contains(&guest.ask("oc version")?, "Server Version: 4.99.0")
-    });
-    checks.check("new: kubectl runs", || contains(&guest.ask("kubectl version --client 2>&1")?, "lient"));
-    checks.check("new: the container runtime answers its CLI", || contains(&guest.ask("ctr version")?, "Server:"));
-    checks.check("newer: base-tool 2.0", || same(guest.ask("base-tool")?, "base-tool 2.0".into()));
-    checks.check("newer: the installed systemd", || contains(&guest.ask("systemctl --version")?, expected.systemd));
-    checks.check("newer: PID 1 is the installed systemd", || {
-        contains(
-            expected.systemd,
-            guest.ask("systemctl show --property=Version --value | cut -d. -f1 | cut -d' ' -f1")?.as_str(),
-        )
-    });
-    checks.check("a file became a directory", || guest.ask("test -f /usr/lib/base-tool/becomes-dir/file").map(drop));
+fn the_boot_id_is_unchanged(bed: &mut Pivoted<'_>) -> Result<()> {
+    let before = bed.before.context("the base system was not seen before")?;
+    same(bed.guest.ask("cat /proc/sys/kernel/random/boot_id")?, before.boot_id.clone())
 }
 
-fn services(guest: &dyn Guest, expected: &Expected<'_>, checks: &mut Checks) {
-    for unit in ["containerd.service", "kubelet.service", "node-hello.service"] {
-        checks.check(&format!("{unit} of the node image is active"), || {
-            same(guest.unit(unit, "ActiveState")?, "active".into())
-        });
-    }
-    checks.check("node-hello answers, as the user that the node image's sysusers made", || {
-        contains(&guest.ask("curl -fsS http://127.0.0.1:8080/")?, expected.os)?;
-        same(
-            guest.ask("stat -c %U /proc/$(systemctl show -p MainPID --value node-hello.service)")?,
-            "kubelet-svc".into(),
-        )
-    });
-    checks.check("the node image's tmpfiles are there", || {
-        same(guest.ask("stat -c %U /run/kubelet-svc/created-by-tmpfiles")?, "kubelet-svc".into())
-    });
+fn usr_is_that_of_the_node_image(bed: &mut Pivoted<'_>) -> Result<()> {
+    contains(&bed.guest.ask("cat /usr/lib/os-release")?, bed.expected.os)
 }
 
-fn removed(guest: &dyn Guest, checks: &mut Checks) {
+fn usr_is_an_overlay_and_read_only(bed: &mut Pivoted<'_>) -> Result<()> {
+    contains(&bed.guest.ask("findmnt -n -o FSTYPE,OPTIONS --target /usr/bin | tail -n 1")?, "overlay")?;
+    same(bed.guest.run("touch /usr/x")?.status, 1)
+}
+
+fn oc_runs_and_reaches_the_node_agent(bed: &mut Pivoted<'_>) -> Result<()> {
+    contains(&bed.guest.ask("oc version")?, "Server Version: 4.99.0")
+}
+
+fn kubectl_runs(bed: &mut Pivoted<'_>) -> Result<()> {
+    contains(&bed.guest.ask("kubectl version --client 2>&1")?, "lient")
+}
+
+fn the_container_runtime_answers_its_command(bed: &mut Pivoted<'_>) -> Result<()> {
+    contains(&bed.guest.ask("ctr version")?, "Server:")
+}
+
+fn base_tool_is_newer(bed: &mut Pivoted<'_>) -> Result<()> {
+    same(bed.guest.ask("base-tool")?, "base-tool 2.0".into())
+}
+
+fn the_installed_systemd_is_that_of_the_node_image(bed: &mut Pivoted<'_>) -> Result<()> {
+    contains(&bed.guest.ask("systemctl --version")?, bed.expected.systemd)
+}
+
+fn pid_1_is_the_installed_systemd(bed: &mut Pivoted<'_>) -> Result<()> {
+    let running = bed.guest.ask("systemctl show --property=Version --value | cut -d. -f1 | cut -d' ' -f1")?;
+    contains(bed.expected.systemd, &running)
+}
+
+fn a_file_became_a_directory(bed: &mut Pivoted<'_>) -> Result<()> {
+    bed.guest.ask("test -f /usr/lib/base-tool/becomes-dir/file").map(drop)
+}
+
+fn services_of_the_node_image_are_active(bed: &mut Pivoted<'_>) -> Result<()> {
+    let services = ["containerd.service", "kubelet.service", "node-hello.service"];
+    services.iter().try_for_each(|unit| unit_is(bed.guest, unit, "active"))
+}
+
+fn node_hello_answers_as_the_user_that_sysusers_made(bed: &mut Pivoted<'_>) -> Result<()> {
+    contains(&bed.guest.ask("curl -fsS http://127.0.0.1:8080/")?, bed.expected.os)?;
+    same(
+        bed.guest.ask("stat -c %U /proc/$(systemctl show -p MainPID --value node-hello.service)")?,
+        "kubelet-svc".into(),
+    )
+}
+
+fn tmpfiles_of_the_node_image_exist(bed: &mut Pivoted<'_>) -> Result<()> {
+    same(bed.guest.ask("stat -c %U /run/kubelet-svc/created-by-tmpfiles")?, "kubelet-svc".into())
+}
+
+fn files_that_only_the_bootimage_had_are_removed(bed: &mut Pivoted<'_>) -> Result<()> {
     for path in ["/usr/bin/base-legacy", "/usr/lib/base-tool/only-in-1", "/usr/bin/nc.openbsd"] {
-        checks.check(&format!("removed: {path}"), || guest.ask(&format!("test ! -e {path}")).map(drop));
+        bed.guest.ask(&format!("test ! -e {path}"))?;
     }
-    checks.check("removed: the service that only the bootimage had does not run", || {
-        same(guest.unit("base-legacy.service", "ActiveState")?, "inactive".into())
-    });
+    Ok(())
 }
 
-fn kernel(guest: &dyn Guest, before: &Before, checks: &mut Checks) {
-    checks.check("/usr/lib/modules/$(uname -r) is the booted one", || same(modules(guest)?, before.modules.clone()));
-    checks.check("a module that was not loaded loads", || {
-        guest.ask("! grep -q ^vxlan /proc/modules && modprobe vxlan && grep -q ^vxlan /proc/modules").map(drop)
-    });
-    checks.check("the node image's modules-load.d was applied", || guest.ask("grep -q ^dummy /proc/modules").map(drop));
+fn the_service_that_only_the_bootimage_had_is_inactive(bed: &mut Pivoted<'_>) -> Result<()> {
+    unit_is(bed.guest, "base-legacy.service", "inactive")
 }
 
-fn etc(guest: &dyn Guest, checks: &mut Checks) {
-    let file = |name: &str| guest.ask(&format!("cat /etc/base-tool/{name}"));
-    let absent = |name: &str| guest.ask(&format!("test ! -e /etc/{name}")).map(drop);
-    checks.check("/etc: what the administrator changed is kept", || {
-        same(file("admin-edited.conf")?, "edited by the administrator".into())
-    });
-    checks.check("/etc: what the administrator added is kept", || {
-        same(file("admin-added.conf")?, "added by the administrator".into())
-    });
-    checks.check("/etc: what the administrator deleted stays deleted", || absent("base-tool/admin-removed.conf"));
-    checks.check("/etc: a new default arrives", || same(file("new-default.conf")?, "arrives".into()));
-    checks.check("/etc: a changed default is taken over", || {
-        same(file("changed-default.conf")?, "default of 2.0".into())
-    });
-    checks.check("/etc: a default that is gone goes", || {
-        absent("base-tool/removed-default.conf")?;
-        absent("base-legacy.conf")
-    });
-    checks.check("/etc: root's password and the machine's id are as before", || {
-        guest.ask("grep -q '^root:.6.testbed' /etc/shadow && journalctl -q -n 1 -b -o json | jq -er ._MACHINE_ID | grep -qxFf /etc/machine-id").map(drop)
-    });
+fn modules_of_the_running_kernel_are_unchanged(bed: &mut Pivoted<'_>) -> Result<()> {
+    let before = bed.before.context("the base system was not seen before")?;
+    same(modules(bed.guest)?, before.modules.clone())
 }
 
-fn whole(guest: &dyn Guest, expected: &Expected<'_>, checks: &mut Checks) {
-    checks.check("a fresh ssh login works, to the new sshd", || {
-        contains(&guest.login("ssh -V 2>&1; id -un")?.text, expected.ssh)
-    });
-    checks.check("the user manager of that login has not failed", || {
-        contains_any(
-            &guest.login("systemctl is-active user@0.service; loginctl --no-legend list-sessions")?.text,
-            &["active"],
-        )
-    });
-    checks.check("no unit has failed", || same(guest.ask("systemctl --failed --no-legend --plain")?, String::new()));
-    checks.check("systemd says: running", || {
-        same(guest.run("systemctl is-system-running --wait")?.text.trim().into(), "running".to_string())
-    });
-    checks.check("our units ended well", || {
-        for unit in ["node-image-pull.service", "node-image-overlay.service", "node-image-finish.service"] {
-            same(
-                format!("{unit} {} {}", guest.unit(unit, "ActiveState")?, guest.unit(unit, "Result")?),
-                format!("{unit} active success"),
-            )?;
-        }
-        Ok(())
-    });
-    checks.check("the default target is not ours any more", || {
-        same(guest.ask("systemctl get-default")?, "multi-user.target".into())?;
-        guest.ask("! readlink /run/systemd/generator.early/default.target | grep node-image").map(drop)
-    });
-    checks.check("status --json tells the whole story", || {
-        let status = guest.status()?;
-        same(status["schema"].as_i64(), Some(1))?;
-        same(status["state"].as_str(), Some("done"))?;
-        same(status["digest"].as_str(), Some(expected.image.digest.as_str()))?;
-        same(status["commit"].as_str(), expected.image.commit.as_deref())?;
-        let phases: Vec<_> =
-            status["timeline"].as_array().into_iter().flatten().filter_map(|p| p["phase"].as_str()).collect();
-        same(phases, vec!["resolve", "pull", "stage", "switch", "refresh", "finish"])?;
-        if status["cost"]["bytes_fetched"].as_u64().is_none_or(|n| n == 0) {
-            bail!("no cost: {status}");
-        }
-        Ok(())
-    });
+fn a_module_that_was_not_loaded_loads(bed: &mut Pivoted<'_>) -> Result<()> {
+    bed.guest.ask("! grep -q ^vxlan /proc/modules && modprobe vxlan && grep -q ^vxlan /proc/modules").map(drop)
 }
 
-fn again(guest: &dyn Guest, checks: &mut Checks) {
-    checks.check("a second run has nothing to do", || {
-        let mounts = guest.ask("grep -c . /proc/self/mountinfo")?;
-        let answer = guest.run("node-image-pivot run")?;
-        same(answer.status, 0)?;
-        contains_any(&answer.text, &["nothing to do", "the pivot is done"])?;
-        same(guest.ask("grep -c . /proc/self/mountinfo")?, mounts)
-    });
-    checks.check("a daemon-reload does not arm it again", || {
-        guest.ask("systemctl daemon-reload")?;
-        same(guest.ask("systemctl get-default")?, "multi-user.target".into())
-    });
+fn modules_load_d_of_the_node_image_was_applied(bed: &mut Pivoted<'_>) -> Result<()> {
+    bed.guest.ask("grep -q ^dummy /proc/modules").map(drop)
 }
 
-/// A system that was left alone: base system, normal target, none of our units at work.
-pub fn left_alone(guest: &dyn Guest, checks: &mut Checks) {
-    checks.check("left alone: multi-user is reached", || {
-        guest.wait_unit("multi-user.target", "active", Duration::from_secs(120))
-    });
-    checks.check("left alone: no unit of ours ran", || {
-        for unit in ["node-image-pull.service", "node-image-overlay.service", "node-image-pivot.target"] {
-            same(format!("{unit} {}", guest.unit(unit, "ActiveState")?), format!("{unit} inactive"))?;
-        }
-        Ok(())
-    });
-    checks.check("left alone: /usr is the base system's", || same(guest.ask("base-tool")?, "base-tool 1.0".into()));
-    checks.check("left alone: no unit has failed", || {
-        same(guest.ask("systemctl --failed --no-legend --plain")?, String::new())
-    });
+fn base_tool_conf(guest: &dyn Guest, name: &str) -> Result<String> {
+    guest.ask(&format!("cat /etc/base-tool/{name}"))
 }
 
-/// The registry cannot be reached: the machine waits in the pivot target and says why, wherever one looks.
-pub fn waits_and_says_why(guest: &dyn Guest, checks: &mut Checks) {
-    // The mirror refuses the connection, and the registry behind it exists in no DNS.
-    let why = ["refused", "lookup", "resolution", "unreachable", "resolve host", "no such host"];
-    checks.check("registry down: the state is waiting, with a reason and a next attempt", || {
-        wait_for("state waiting", Duration::from_secs(120), || Ok(guest.status()?["error"]["message"].is_string()))?;
-        let status = guest.status()?;
-        contains_any(status["error"]["message"].as_str().unwrap_or_default(), &why)?;
-        if status["error"]["next_retry_unix"].as_f64().is_none() && status["state"] == "waiting" {
-            bail!("no next attempt: {status}");
-        }
-        Ok(())
-    });
-    checks.check("registry down: it stays in the pivot target", || {
-        // A target is inactive until everything it wants is through; its job says that it is on the way.
-        contains(&guest.ask("systemctl list-jobs --no-legend")?, "node-image-pivot.target")?;
-        contains(&guest.ask("readlink /run/systemd/generator.early/default.target")?, "node-image-pivot.target")?;
-        same(guest.unit("node-image-pull.service", "ActiveState")?, "activating".into())?;
-        same(guest.unit("multi-user.target", "ActiveState")?, "inactive".into())
-    });
-    checks.check("registry down: systemctl status says why", || {
-        // The unit asks the agent twice a second, and is told a moment later than we are.
-        wait_for("the reason in systemctl status", Duration::from_secs(60), || {
-            contains_any(&guest.run("systemctl status --no-pager -l node-image-pull.service")?.text, &why)
-                .map(|()| true)
-        })
-    });
-    checks.check("registry down: the console says why", || {
-        wait_for("the reason on the console", Duration::from_secs(60), || {
-            contains_any(&guest.console(), &why).map(|()| true)
-        })
-    });
+fn a_file_in_etc_that_the_administrator_changed_is_kept(bed: &mut Pivoted<'_>) -> Result<()> {
+    same(base_tool_conf(bed.guest, "admin-edited.conf")?, "edited by the administrator".into())
+}
+
+fn a_file_in_etc_that_the_administrator_added_is_kept(bed: &mut Pivoted<'_>) -> Result<()> {
+    same(base_tool_conf(bed.guest, "admin-added.conf")?, "added by the administrator".into())
+}
+
+fn a_file_in_etc_that_the_administrator_deleted_stays_deleted(bed: &mut Pivoted<'_>) -> Result<()> {
+    bed.guest.ask("test ! -e /etc/base-tool/admin-removed.conf").map(drop)
+}
+
+fn a_new_default_appears_in_etc(bed: &mut Pivoted<'_>) -> Result<()> {
+    same(base_tool_conf(bed.guest, "new-default.conf")?, "arrives".into())
+}
+
+fn a_changed_default_replaces_the_old_one_in_etc(bed: &mut Pivoted<'_>) -> Result<()> {
+    same(base_tool_conf(bed.guest, "changed-default.conf")?, "default of 2.0".into())
+}
+
+fn a_removed_default_is_removed_from_etc(bed: &mut Pivoted<'_>) -> Result<()> {
+    bed.guest.ask("test ! -e /etc/base-tool/removed-default.conf")?;
+    bed.guest.ask("test ! -e /etc/base-legacy.conf").map(drop)
+}
+
+fn the_root_password_and_the_machine_id_are_unchanged(bed: &mut Pivoted<'_>) -> Result<()> {
+    let id = "journalctl -q -n 1 -b -o json | jq -er ._MACHINE_ID | grep -qxFf /etc/machine-id";
+    bed.guest.ask(&format!("grep -q '^root:.6.testbed' /etc/shadow && {id}")).map(drop)
+}
+
+fn a_new_ssh_login_reaches_the_new_sshd(bed: &mut Pivoted<'_>) -> Result<()> {
+    contains(&bed.guest.login("ssh -V 2>&1; id -un")?.text, bed.expected.ssh)
+}
+
+fn the_user_manager_of_a_new_login_runs(bed: &mut Pivoted<'_>) -> Result<()> {
+    let answer = bed.guest.login("systemctl is-active user@0.service; loginctl --no-legend list-sessions")?;
+    contains_any(&answer.text, &["active"])
+}
+
+fn no_unit_has_failed(bed: &mut Pivoted<'_>) -> Result<()> {
+    nothing_failed(bed.guest)
+}
+
+fn systemd_reports_running(bed: &mut Pivoted<'_>) -> Result<()> {
+    same(bed.guest.run("systemctl is-system-running --wait")?.text.trim().into(), "running".to_string())
+}
+
+fn the_units_of_the_pivot_succeeded(bed: &mut Pivoted<'_>) -> Result<()> {
+    for unit in ["node-image-pull.service", "node-image-overlay.service", "node-image-finish.service"] {
+        same(
+            format!("{unit} {} {}", bed.guest.unit(unit, "ActiveState")?, bed.guest.unit(unit, "Result")?),
+            format!("{unit} active success"),
+        )?;
+    }
+    Ok(())
+}
+
+fn the_default_target_is_that_of_the_machine(bed: &mut Pivoted<'_>) -> Result<()> {
+    same(bed.guest.ask("systemctl get-default")?, "multi-user.target".into())?;
+    bed.guest.ask("! readlink /run/systemd/generator.early/default.target | grep node-image").map(drop)
+}
+
+fn status_json_has_the_whole_pivot(bed: &mut Pivoted<'_>) -> Result<()> {
+    let status = bed.guest.status()?;
+    same(status["schema"].as_i64(), Some(1))?;
+    same(status["state"].as_str(), Some("done"))?;
+    same(status["digest"].as_str(), Some(bed.expected.image.digest.as_str()))?;
+    same(status["commit"].as_str(), bed.expected.image.commit.as_deref())?;
+    let phases: Vec<_> =
+        status["timeline"].as_array().into_iter().flatten().filter_map(|p| p["phase"].as_str()).collect();
+    same(phases, vec!["resolve", "pull", "stage", "switch", "refresh", "finish"])?;
+    if status["cost"]["bytes_fetched"].as_u64().is_none_or(|n| n == 0) {
+        bail!("no cost: {status}");
+    }
+    Ok(())
+}
+
+fn a_second_run_has_nothing_to_do(bed: &mut Pivoted<'_>) -> Result<()> {
+    let mounts = bed.guest.ask("grep -c . /proc/self/mountinfo")?;
+    let answer = bed.guest.run("node-image-pivot run")?;
+    same(answer.status, 0)?;
+    contains_any(&answer.text, &["nothing to do", "the pivot is done"])?;
+    same(bed.guest.ask("grep -c . /proc/self/mountinfo")?, mounts)
+}
+
+fn a_daemon_reload_does_not_redirect_the_boot_again(bed: &mut Pivoted<'_>) -> Result<()> {
+    bed.guest.ask("systemctl daemon-reload")?;
+    same(bed.guest.ask("systemctl get-default")?, "multi-user.target".into())
+}
+
+type AnyGuest<'a> = &'a dyn Guest;
+
+/// Runs the scenarios about a system that the agent leaves alone: base system, normal target, no unit of the pivot.
+pub fn left_alone(suite: &mut Suite, mut guest: &dyn Guest) -> bool {
+    let list = scenarios![
+        a_system_that_is_left_alone_reaches_multi_user,
+        a_system_that_is_left_alone_runs_no_unit_of_the_pivot,
+        a_system_that_is_left_alone_keeps_its_usr,
+        a_system_that_is_left_alone_has_no_failed_unit,
+    ];
+    suite.run(&mut guest, &list)
+}
+
+fn a_system_that_is_left_alone_reaches_multi_user(guest: &mut AnyGuest<'_>) -> Result<()> {
+    guest.wait_unit("multi-user.target", "active", Duration::from_secs(120))
+}
+
+fn a_system_that_is_left_alone_runs_no_unit_of_the_pivot(guest: &mut AnyGuest<'_>) -> Result<()> {
+    let units = ["node-image-pull.service", "node-image-overlay.service", "node-image-pivot.target"];
+    units.iter().try_for_each(|unit| unit_is(*guest, unit, "inactive"))
+}
+
+fn a_system_that_is_left_alone_keeps_its_usr(guest: &mut AnyGuest<'_>) -> Result<()> {
+    same(guest.ask("base-tool")?, "base-tool 1.0".into())
+}
+
+fn a_system_that_is_left_alone_has_no_failed_unit(guest: &mut AnyGuest<'_>) -> Result<()> {
+    nothing_failed(*guest)
+}
+
+/// Words of which one is in the reason: the mirror refuses the connection, and DNS does not have the registry behind it.
+const UNREACHABLE: [&str; 6] = ["refused", "lookup", "resolution", "unreachable", "resolve host", "no such host"];
+
+/// Runs the scenarios about a machine whose registry cannot be reached: it waits in the pivot target and says why.
+pub fn waits_and_says_why(suite: &mut Suite, earlier: Option<&str>, mut guest: &dyn Guest) -> bool {
+    let list = scenarios![
+        status_has_the_reason_and_the_next_attempt_while_the_registry_is_down,
+        the_machine_stays_in_the_pivot_target_while_the_registry_is_down,
+        systemctl_status_has_the_reason_while_the_registry_is_down,
+        the_console_has_the_reason_while_the_registry_is_down,
+    ];
+    match earlier {
+        Some(earlier) => suite.run_after(earlier, &mut guest, &list),
+        None => suite.run(&mut guest, &list),
+    }
+}
+
+fn status_has_the_reason_and_the_next_attempt_while_the_registry_is_down(guest: &mut AnyGuest<'_>) -> Result<()> {
+    wait_for("state waiting", Duration::from_secs(120), || Ok(guest.status()?["error"]["message"].is_string()))?;
+    let status = guest.status()?;
+    contains_any(status["error"]["message"].as_str().unwrap_or_default(), &UNREACHABLE)?;
+    if status["error"]["next_retry_unix"].as_f64().is_none() && status["state"] == "waiting" {
+        bail!("no next attempt: {status}");
+    }
+    Ok(())
+}
+
+fn the_machine_stays_in_the_pivot_target_while_the_registry_is_down(guest: &mut AnyGuest<'_>) -> Result<()> {
+    // A target is inactive until all units that it wants have started; its queued job shows that it is being started.
+    contains(&guest.ask("systemctl list-jobs --no-legend")?, "node-image-pivot.target")?;
+    contains(&guest.ask("readlink /run/systemd/generator.early/default.target")?, "node-image-pivot.target")?;
+    unit_is(*guest, "node-image-pull.service", "activating")?;
+    unit_is(*guest, "multi-user.target", "inactive")
+}
+
+fn systemctl_status_has_the_reason_while_the_registry_is_down(guest: &mut AnyGuest<'_>) -> Result<()> {
+    // The unit polls the agent twice a second, so its text is a moment older than the agent's status.
+    wait_for("the reason in systemctl status", Duration::from_secs(60), || {
+        let answer = guest.run("systemctl status --no-pager -l node-image-pull.service")?;
+        contains_any(&answer.text, &UNREACHABLE).map(|()| true)
+    })
+}
+
+fn the_console_has_the_reason_while_the_registry_is_down(guest: &mut AnyGuest<'_>) -> Result<()> {
+    wait_for("the reason on the console", Duration::from_secs(60), || {
+        contains_any(&guest.console(), &UNREACHABLE).map(|()| true)
+    })
 }

@@ -54,7 +54,7 @@ fn a_wrong_image_is_mended() -> Result<()> {
     checks.check("mended: starting the last unit does it all", || {
         guest.ask("systemctl start --no-block node-image-finish.service")?;
         wait_for("the end of the old failure", SOON, || Ok(state(&guest)? != "failed"))?;
-        wait_pivoted(&guest, &Checks::new("progress"), PIVOT)?;
+        wait_pivoted(&guest, PIVOT)?;
         same(guest.ask("base-tool")?, "base-tool 2.0".into())
     });
     checks.check("no unit has failed", || same(guest.ask("systemctl --failed --no-legend --plain")?, String::new()));
@@ -84,7 +84,7 @@ fn a_killed_daemon_goes_on() -> Result<()> {
         wait_for("objects", SOON, || Ok(guest.status()?["progress"]["objects_done"].as_u64() > Some(0)))?;
         guest.ask(kill).map(drop)
     });
-    checks.check("it becomes the node image all the same", || wait_pivoted(&guest, &Checks::new("progress"), PIVOT));
+    checks.check("it becomes the node image all the same", || wait_pivoted(&guest, PIVOT));
     checks.check("killed afterwards: it comes back and knows where it is", || {
         guest.ask(kill)?;
         wait_for("done", SOON, || Ok(state(&guest)? == "done"))?;
@@ -244,7 +244,7 @@ fn the_rest_comes_after_the_pivot() -> Result<()> {
     let guest = Container::start(images, &network, &setup("agent-rest", images), |files| {
         node_files(files, &images.image("node-a")?.by_digest(), "127.0.0.1", registry.port)
     })?;
-    wait_pivoted(&guest, &Checks::new("progress"), PIVOT)?;
+    wait_pivoted(&guest, PIVOT)?;
     const STORE: &str = "/run/node-image-pivot/store";
     let running = "systemctl show -p Id -p MainPID -p ActiveState -p InvocationID '*.service' '*.target' | grep -v '^$'; \
                    grep -v node-image-store /proc/self/mountinfo; \
@@ -329,7 +329,7 @@ fn a_target_that_may_not_be_isolated_is_started() -> Result<()> {
         )
     })?;
     checks.check("it is reached", || {
-        wait_pivoted(&guest, &Checks::new("progress"), PIVOT)?;
+        wait_pivoted(&guest, PIVOT)?;
         guest.wait_unit("plain.target", "active", SOON)?;
         same(state(&guest)?, "done".into())
     });
@@ -375,7 +375,7 @@ fn nobody_is_isolated_away_from_rescue() -> Result<()> {
         guest.ask("systemctl --no-block default")?;
         guest.wait_unit("multi-user.target", "active", SOON)?;
         guest.ask("systemctl start node-image-finish.service")?;
-        wait_pivoted(&guest, &Checks::new("progress"), SOON)?;
+        wait_pivoted(&guest, SOON)?;
         same(state(&guest)?, "done".into())
     });
     checks.check("no unit has failed", || same(guest.ask("systemctl --failed --no-legend --plain")?, String::new()));

@@ -1,15 +1,20 @@
-//! The same on a real systemd as PID 1 in a container: seconds instead of minutes, everything but the kernel.
-//! `cargo test -p testbed --test container -- --test-threads=1 --nocapture`
+//! Pivots on a real systemd as PID 1 in a container: all but the kernel, in seconds instead of minutes.
+//! `make check-one NAME=container`
 
 use std::time::Duration;
 
 use anyhow::Result;
-use testbed::check::{Checks, contains, same};
-use testbed::container::{Container, Network, Setup};
+use testbed::check::{contains, nothing_failed, same};
+use testbed::container::{Bed, Container, Network, Setup};
+use testbed::files::Files;
 use testbed::guest::Guest;
 use testbed::images::{Images, work_dir};
 use testbed::registry::{Registry, auth_file};
-use testbed::scenario::{Before, Expected, left_alone, node_files, pivoted, wait_pivoted, waits_and_says_why};
+use testbed::scenario::{
+    Before, Expected, configured_later, left_alone, node_files, pivoted, unit_is, wait_pivoted, waits_and_says_why,
+};
+use testbed::scenarios;
+use testbed::suite::Suite;
 
 const PIVOT: Duration = Duration::from_secs(180);
 
@@ -18,110 +23,153 @@ fn setup<'a>(name: &'a str, images: &'a Images) -> Setup<'a> {
 }
 
 #[test]
-fn next_release_after_waiting_for_the_registry() -> Result<()> {
+fn the_next_release_is_pulled_once_the_registry_is_back() -> Result<()> {
     let images = Images::ensure()?;
     let expected = Expected::node_a(images.image("node-a")?);
-    let mut checks = Checks::new("container: Debian 12 becomes node image a (Debian 13), the registry comes late");
+    let mut suite = Suite::new("container: Debian 12 becomes node image a (Debian 13), the registry comes late");
     let network = Network::new()?;
     let mut registry = Registry::start(&images.storage, &work_dir("container-a-registry")?, Some(network.pid()), None)?;
     registry.stop();
     let guest = Container::start(images, &network, &setup("container-a", images), |files| {
         node_files(files, &expected.image.by_digest(), "127.0.0.1", registry.port)
     })?;
-    let before = Before::of(&guest)?;
-    waits_and_says_why(&guest, &mut checks);
-    checks.check("registry down: a new ssh login works", || {
-        same(guest.login("base-tool")?.text.trim().into(), "base-tool 1.0".to_string())
-    });
-    registry.resume()?;
-    checks.note("the registry is back");
-    if checks.check("it goes on by itself and becomes the node image", || {
-        wait_pivoted(&guest, &Checks::new("progress"), PIVOT)
-    }) {
-        pivoted(&guest, &before, &expected, &mut checks);
-    }
-    checks.finish()
+    let mut bed = Bed { guest, registry, network };
+    let before = Before::of(&bed.guest)?;
+    waits_and_says_why(&mut suite, None, &bed.guest);
+    suite.run(&mut bed, &scenarios![a_new_ssh_login_works_while_the_registry_is_down]);
+    bed.registry.resume()?;
+    suite.run(&mut bed, &scenarios![the_machine_becomes_its_node_image]);
+    pivoted(&mut suite, "the_machine_becomes_its_node_image", &bed.guest, Some(&before), &expected);
+    suite.finish()
 }
 
-/// Behind a login this time, with the auth file that the contract names.
+fn a_new_ssh_login_works_while_the_registry_is_down(bed: &mut Bed) -> Result<()> {
+    same(bed.guest.login("base-tool")?.text.trim().into(), "base-tool 1.0".to_string())
+}
+
+fn the_machine_becomes_its_node_image(bed: &mut Bed) -> Result<()> {
+    wait_pivoted(&bed.guest, PIVOT)
+}
+
+/// The registry asks for a login, which is in the auth file that the contract names.
 #[test]
-fn same_release_other_packages_with_a_login() -> Result<()> {
+fn other_packages_of_the_same_release_are_pulled_with_a_login() -> Result<()> {
     let images = Images::ensure()?;
     let expected = Expected::node_b(images.image("node-b")?);
-    let mut checks = Checks::new("container: Debian 12 becomes node image b, from a registry that wants a login");
+    let mut suite = Suite::new("container: Debian 12 becomes node image b, from a registry that asks for a login");
     let network = Network::new()?;
     let login = Some(("core", "secret"));
     let registry = Registry::start(&images.storage, &work_dir("container-b-registry")?, Some(network.pid()), login)?;
     let guest = Container::start(images, &network, &setup("container-b", images), |files| {
         node_files(files, &expected.image.by_tag(), "127.0.0.1", registry.port)?;
-        files.put(
-            "/var/roothome/.docker/config.json",
-            0o600,
-            &auth_file(&format!("127.0.0.1:{}", registry.port), "core", "secret"),
-        )
+        let auth = auth_file(&format!("127.0.0.1:{}", registry.port), "core", "secret");
+        files.put("/var/roothome/.docker/config.json", 0o600, &auth)
     })?;
-    let before = Before::of(&guest)?;
-    if checks.check("it becomes the node image", || wait_pivoted(&guest, &Checks::new("progress"), PIVOT)) {
-        pivoted(&guest, &before, &expected, &mut checks);
-    }
-    checks.finish()
+    let mut bed = Bed { guest, registry, network };
+    let before = Before::of(&bed.guest)?;
+    suite.run(&mut bed, &scenarios![the_machine_becomes_its_node_image]);
+    pivoted(&mut suite, "the_machine_becomes_its_node_image", &bed.guest, Some(&before), &expected);
+    suite.finish()
+}
+
+/// Boots a container that has an image configured and no registry.
+fn without_a_registry(setup: &Setup<'_>, images: &Images, network: &Network) -> Result<Container> {
+    let image = images.image("node-a")?.by_digest();
+    Container::start(images, network, setup, |files: &Files| node_files(files, &image, "127.0.0.1", 1))
 }
 
 #[test]
-fn with_the_binaries_it_is_left_alone() -> Result<()> {
+fn a_bootimage_with_the_binaries_is_left_alone() -> Result<()> {
     let images = Images::ensure()?;
-    let mut checks = Checks::new("container: a bootimage that has the binaries");
+    let mut suite = Suite::new("container: a bootimage that has the binaries");
     let network = Network::new()?;
     let mut setup = setup("container-binaries", images);
     setup.boot = &images.boot_binaries;
-    let guest = Container::start(images, &network, &setup, |files| {
-        node_files(files, &images.image("node-a")?.by_digest(), "127.0.0.1", 1)
-    })?;
-    left_alone(&guest, &mut checks);
-    checks.finish()
+    let guest = without_a_registry(&setup, images, &network)?;
+    left_alone(&mut suite, &guest);
+    suite.finish()
 }
 
 #[test]
-fn switched_off_by_the_kernel_command_line() -> Result<()> {
+fn a_system_is_left_alone_when_the_kernel_command_line_switches_the_pivot_off() -> Result<()> {
     let images = Images::ensure()?;
-    let mut checks = Checks::new("container: node-image-pivot=off");
+    let mut suite = Suite::new("container: node-image-pivot=off");
     let network = Network::new()?;
     let mut setup = setup("container-off", images);
     setup.kargs = &["node-image-pivot=off"];
-    let guest = Container::start(images, &network, &setup, |files| {
-        node_files(files, &images.image("node-a")?.by_digest(), "127.0.0.1", 1)
-    })?;
-    left_alone(&guest, &mut checks);
-    checks.finish()
+    let guest = without_a_registry(&setup, images, &network)?;
+    left_alone(&mut suite, &guest);
+    suite.finish()
 }
 
-/// Whoever names a unit on the kernel command line gets to it: a pivot in between would be none of what was asked for.
+/// A unit on the kernel command line is where the administrator wants the boot to end: the agent stays out of the way.
 #[test]
-fn told_where_to_go_it_goes_there() -> Result<()> {
+fn a_target_on_the_kernel_command_line_is_reached_without_a_pivot() -> Result<()> {
     let images = Images::ensure()?;
     for (word, target) in [("systemd.unit=rescue.target", "rescue.target"), ("emergency", "emergency.target")] {
-        let mut checks = Checks::new(&format!("container: {word} on the kernel command line"));
+        let mut suite = Suite::new(&format!("container: {word} on the kernel command line"));
         let network = Network::new()?;
         let mut setup = setup("container-told", images);
         let kargs = [word];
         setup.kargs = &kargs;
-        let guest = Container::start(images, &network, &setup, |files| {
-            node_files(files, &images.image("node-a")?.by_digest(), "127.0.0.1", 1)
-        })?;
-        checks.check(&format!("{target} is reached"), || guest.wait_unit(target, "active", Duration::from_secs(60)));
-        checks.check("no unit of ours ran", || {
-            for unit in ["node-image-pivot.target", "node-image-pull.service", "node-image-pivotd.service"] {
-                same(guest.unit(unit, "ActiveState")?, "inactive".into())?;
-            }
-            guest.ask("test ! -e /run/systemd/generator.early/default.target").map(drop)
+        let mut guest = without_a_registry(&setup, images, &network)?;
+        suite.each("the_target_is_reached", None, &mut guest, [(target, target)], |guest, target| {
+            guest.wait_unit(target, "active", Duration::from_secs(60))
         });
-        checks.finish()?;
+        suite.run(&mut guest, &scenarios![no_unit_of_the_pivot_ran]);
+        suite.finish()?;
     }
     Ok(())
 }
 
-/// OpenSSH 10 has no DSA keys any more, and takes no configuration that names them; 9.2 does.
-fn new_sshd_refuses(guest: &dyn Guest) -> Result<()> {
+fn no_unit_of_the_pivot_ran(guest: &mut Container) -> Result<()> {
+    for unit in ["node-image-pivot.target", "node-image-pull.service", "node-image-pivotd.service"] {
+        unit_is(guest, unit, "inactive")?;
+    }
+    guest.ask("test ! -e /run/systemd/generator.early/default.target").map(drop)
+}
+
+/// A system that is up, on which an installer starts units, and the process that must survive it.
+struct Assisted {
+    bed: Bed,
+    legacy: String,
+}
+
+/// The flow of the assisted installer starts units on a system that is up: no isolate, and no service stops.
+#[test]
+fn units_that_an_installer_starts_isolate_nothing() -> Result<()> {
+    let images = Images::ensure()?;
+    let mut suite = Suite::new("container: the flow of the assisted installer");
+    let network = Network::new()?;
+    let registry =
+        Registry::start(&images.storage, &work_dir("container-assisted-registry")?, Some(network.pid()), None)?;
+    let guest = Container::start(images, &network, &setup("container-assisted", images), |files| {
+        node_files(files, &images.image("node-a")?.by_digest(), "127.0.0.1", registry.port)?;
+        configured_later(files)
+    })?;
+    guest.wait_unit("multi-user.target", "active", Duration::from_secs(60))?;
+    // Installers write units, too, and let systemd reload. That runs the generator with the image configured.
+    guest.ask("mv /etc/later /etc/node-image-pivot.conf.d && systemctl daemon-reload")?;
+    let legacy = guest.unit("base-legacy.service", "MainPID")?;
+    let mut assisted = Assisted { bed: Bed { guest, registry, network }, legacy };
+    suite.run(
+        &mut assisted,
+        &scenarios![
+            a_configuration_that_the_new_sshd_rejects_refuses_the_switch,
+            an_sshd_that_waits_for_its_host_keys_does_not_refuse_the_switch,
+            both_units_start_without_blocking,
+            the_overlay_unit_becomes_active after both_units_start_without_blocking,
+            oc_is_there after the_overlay_unit_becomes_active,
+            running_services_go_on_in_multi_user after the_overlay_unit_becomes_active,
+            no_unit_has_failed,
+        ],
+    );
+    suite.finish()
+}
+
+/// OpenSSH 10 has no DSA keys and rejects a configuration that names them; OpenSSH 9.2 accepts it.
+fn a_configuration_that_the_new_sshd_rejects_refuses_the_switch(assisted: &mut Assisted) -> Result<()> {
+    let guest = &assisted.bed.guest;
     let dropped = "/etc/ssh/sshd_config.d/50-old-clients.conf";
     guest.ask(&format!("echo 'PubkeyAcceptedAlgorithms +ssh-dss' >{dropped} && cp -a /etc /run/etc-before"))?;
     let answer = guest.run("node-image-pivot plan")?;
@@ -136,8 +184,8 @@ fn new_sshd_refuses(guest: &dyn Guest) -> Result<()> {
     same(changed?, "base-tool 1.0".into())
 }
 
-/// The file of [`new_sshd_refuses`] is gone: nothing else stands in the way.
-fn sshd_without_keys(guest: &dyn Guest) -> Result<()> {
+fn an_sshd_that_waits_for_its_host_keys_does_not_refuse_the_switch(assisted: &mut Assisted) -> Result<()> {
+    let guest = &assisted.bed.guest;
     guest.ask("mkdir /run/keys && mv /etc/ssh/ssh_host_* /run/keys")?;
     let answer = guest.ask("node-image-pivot plan --json");
     guest.ask("mv /run/keys/* /etc/ssh")?;
@@ -146,37 +194,26 @@ fn sshd_without_keys(guest: &dyn Guest) -> Result<()> {
     same(plan["plan"]["warnings"].to_string().contains("sshd"), false)
 }
 
-/// The assisted installer's way: units started from outside on a system that is up, nothing isolated, nothing stopped.
-#[test]
-fn started_by_an_installer_nothing_is_isolated() -> Result<()> {
-    let images = Images::ensure()?;
-    let mut checks = Checks::new("container: the assisted installer's flow");
-    let network = Network::new()?;
-    let registry =
-        Registry::start(&images.storage, &work_dir("container-assisted-registry")?, Some(network.pid()), None)?;
-    // Which image it will be is not known when the medium boots: the generator leaves the boot alone.
-    let guest = Container::start(images, &network, &setup("container-assisted", images), |files| {
-        node_files(files, &images.image("node-a")?.by_digest(), "127.0.0.1", registry.port)?;
-        Ok(std::fs::rename(files.root().join("etc/node-image-pivot.conf.d"), files.root().join("etc/later"))?)
-    })?;
-    guest.wait_unit("multi-user.target", "active", Duration::from_secs(60))?;
-    // Installers write units, too, and let systemd reload: now the generator would redirect.
-    guest.ask("mv /etc/later /etc/node-image-pivot.conf.d && systemctl daemon-reload")?;
-    checks.check("refused: the new sshd would not come up with this machine's /etc/ssh", || new_sshd_refuses(&guest));
-    checks.check("an sshd that waits for its host keys is no reason to refuse", || sshd_without_keys(&guest));
-    let legacy = guest.unit("base-legacy.service", "MainPID")?;
-    checks.check("both units start without blocking", || {
-        guest.ask("systemctl start --no-block node-image-pull.service node-image-overlay.service").map(drop)
-    });
-    checks.check("node-image-overlay.service becomes active", || {
-        guest.wait_unit("node-image-overlay.service", "active", PIVOT)
-    });
-    checks.check("/usr/bin/oc is there", || guest.ask("oc version --client").map(drop));
-    checks.check("what ran goes on running, in multi-user", || {
-        same(guest.unit("base-legacy.service", "MainPID")?, legacy.clone())?;
-        same(guest.unit("multi-user.target", "ActiveState")?, "active".into())?;
-        same(guest.unit("node-image-finish.service", "ActiveState")?, "inactive".into())
-    });
-    checks.check("no unit has failed", || same(guest.ask("systemctl --failed --no-legend --plain")?, String::new()));
-    checks.finish()
+fn both_units_start_without_blocking(assisted: &mut Assisted) -> Result<()> {
+    let start = "systemctl start --no-block node-image-pull.service node-image-overlay.service";
+    assisted.bed.guest.ask(start).map(drop)
+}
+
+fn the_overlay_unit_becomes_active(assisted: &mut Assisted) -> Result<()> {
+    assisted.bed.guest.wait_unit("node-image-overlay.service", "active", PIVOT)
+}
+
+fn oc_is_there(assisted: &mut Assisted) -> Result<()> {
+    assisted.bed.guest.ask("oc version --client").map(drop)
+}
+
+fn running_services_go_on_in_multi_user(assisted: &mut Assisted) -> Result<()> {
+    let guest = &assisted.bed.guest;
+    same(guest.unit("base-legacy.service", "MainPID")?, assisted.legacy.clone())?;
+    unit_is(guest, "multi-user.target", "active")?;
+    unit_is(guest, "node-image-finish.service", "inactive")
+}
+
+fn no_unit_has_failed(assisted: &mut Assisted) -> Result<()> {
+    nothing_failed(&assisted.bed.guest)
 }

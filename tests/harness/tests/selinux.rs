@@ -85,7 +85,7 @@ fn enforcing_with_types_that_only_the_node_image_knows() -> Result<()> {
             .ask(&format!("rm {DROP_IN} && systemctl daemon-reload && systemctl restart node-image-pivotd.service"))?;
         guest.ask("systemctl start --no-block node-image-finish.service")?;
         wait_for("another attempt", Duration::from_secs(30), || Ok(guest.status()?["state"] != "failed"))?;
-        wait_pivoted(&guest, &Checks::new("progress"), PIVOT)
+        wait_pivoted(&guest, PIVOT)
     });
     if goes_on {
         labelled(&guest, &mut checks, Boot::First);
@@ -129,7 +129,7 @@ fn an_installed_system_boots_again() -> Result<()> {
 
     let guest = start("vm-selinux-disk", "")?;
     if !checks.check("ssh answers", || guest.wait_ssh(BOOT))
-        || !checks.check("it becomes the node image", || wait_pivoted(&guest, &Checks::new("progress"), PIVOT))
+        || !checks.check("it becomes the node image", || wait_pivoted(&guest, PIVOT))
     {
         return checks.finish();
     }
@@ -144,7 +144,7 @@ fn an_installed_system_boots_again() -> Result<()> {
 
     let guest = start("vm-selinux-disk-again", "")?;
     if !checks.check("pivoted, it boots again", || guest.wait_ssh(BOOT))
-        || !checks.check("and becomes the node image again", || wait_pivoted(&guest, &Checks::new("progress"), PIVOT))
+        || !checks.check("and becomes the node image again", || wait_pivoted(&guest, PIVOT))
     {
         return checks.finish();
     }

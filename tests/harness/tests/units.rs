@@ -177,7 +177,7 @@ fn each_class_in_the_bootstrap_flow() -> Result<()> {
     registry.resume()?;
 
     if !checks.check("it becomes the node image", || {
-        wait_pivoted(&guest, &Checks::new("progress"), PIVOT)?;
+        wait_pivoted(&guest, PIVOT)?;
         same(guest.ask("base-tool")?, "base-tool 2.0".into())
     }) {
         return checks.finish();
