@@ -12,6 +12,7 @@ use crate::guest::{Answer, Guest, ssh};
 use crate::images::{Images, project, work_dir};
 use crate::proc::{bound, end, log_to, succeed, wait_for};
 use crate::registry::Registry;
+use crate::scenario::node_files;
 
 /// A network namespace with a loopback and a cable to nowhere, held open by a process.
 pub struct Network {
@@ -50,6 +51,46 @@ pub struct Bed {
     pub registry: Registry,
     /// The network.
     pub network: Network,
+}
+
+/// Time at which a registry begins to serve.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Serving {
+    /// Before the container boots.
+    AtBoot,
+    /// When the test resumes it.
+    Later,
+}
+
+impl Bed {
+    /// Boots a live system that is configured to become an image of [`Images`]. `fill` adds files to those of a node.
+    pub fn boot(name: &str, image: &str, serving: Serving, fill: impl FnOnce(&Files) -> Result<()>) -> Result<Self> {
+        let images = Images::ensure()?;
+        Self::boot_from(&images.storage, &images.image(image)?.by_digest(), name, serving, fill)
+    }
+
+    /// Boots a live system that is configured to become an image of another storage.
+    pub fn boot_from(
+        storage: &Path,
+        pull_spec: &str,
+        name: &str,
+        serving: Serving,
+        fill: impl FnOnce(&Files) -> Result<()>,
+    ) -> Result<Self> {
+        let images = Images::ensure()?;
+        let network = Network::new()?;
+        let work = work_dir(&format!("{name}-registry"))?;
+        let mut registry = Registry::start(storage, &work, Some(network.pid()), None)?;
+        if serving == Serving::Later {
+            registry.stop();
+        }
+        let setup = Setup { name, boot: &images.boot, kargs: &[], live: true };
+        let guest = Container::start(images, &network, &setup, |files| {
+            node_files(files, pull_spec, "127.0.0.1", registry.port)?;
+            fill(files)
+        })?;
+        Ok(Bed { guest, registry, network })
+    }
 }
 
 /// What to boot.
@@ -127,6 +168,22 @@ impl Container {
         Ok(container)
     }
 
+    /// Opens an ssh session that runs a command while the test goes on.
+    pub fn open_session(&self, command: &str) -> Result<Child> {
+        self.ssh(command).stdout(Stdio::piped()).spawn().context("starting ssh")
+    }
+
+    fn ssh(&self, command: &str) -> Command {
+        let ssh = ssh(&self.key);
+        let mut nsenter = bound("nsenter");
+        nsenter
+            .args(["--net", &format!("--target={}", self.network), "--"])
+            .arg(ssh.get_program())
+            .args(ssh.get_args());
+        nsenter.args(["root@127.0.0.1", &format!("exec 2>&1; {command}")]);
+        nsenter
+    }
+
     /// Power off in the orderly way.
     pub fn power_off(mut self) -> Result<()> {
         succeed(Command::new("kill").args(["-s", "RTMIN+4", &self.leader.to_string()]))?;
@@ -166,14 +223,7 @@ impl Guest for Container {
     }
 
     fn login(&self, command: &str) -> Result<Answer> {
-        let ssh = ssh(&self.key);
-        let mut nsenter = Command::new("nsenter");
-        nsenter
-            .args(["--net", &format!("--target={}", self.network), "--"])
-            .arg(ssh.get_program())
-            .args(ssh.get_args());
-        nsenter.args(["root@127.0.0.1", &format!("exec 2>&1; {command}")]);
-        Ok(Answer::of(&nsenter.stdin(Stdio::null()).output()?))
+        Ok(Answer::of(&self.ssh(command).output()?))
     }
 
     fn console(&self) -> String {

@@ -1,0 +1,151 @@
+//! `pull --complete`: the agent fetches the rest of the image, which the pivot does not need.
+
+use anyhow::Result;
+use testbed::check::{contains, same};
+use testbed::container::{Bed, Serving};
+use testbed::guest::Guest;
+use testbed::scenario::{configured_later, unit_is, wait_pivoted};
+use testbed::scenarios;
+use testbed::suite::Suite;
+
+use super::{Known, PIVOT, SOON, no_unit_has_failed, state, wait_state};
+
+const STORE: &str = "/run/node-image-pivot/store";
+/// Units, mounts and /etc.
+const RUNNING: &str = "systemctl show -p Id -p MainPID -p ActiveState -p InvocationID '*.service' '*.target' | grep -v '^$'; \
+    grep -v node-image-store /proc/self/mountinfo; \
+    cd /etc && find . -xdev -printf '%p %i %m %u %g %l\\n' | sort";
+
+/// A deployment needs the whole image: the agent fetches the rest after the pivot, and running services are unaffected.
+#[test]
+fn the_rest_of_the_image_can_be_fetched_after_the_pivot() -> Result<()> {
+    let mut suite = Suite::new("agent: pull --complete after the pivot");
+    let bed = Bed::boot("agent-rest", "node-a", Serving::AtBoot, |_| Ok(()))?;
+    wait_pivoted(&bed.guest, PIVOT)?;
+    let before = bed.guest.ask(RUNNING)?;
+    let mut known = Known { bed, before };
+    suite.run(
+        &mut known,
+        &scenarios![
+            the_pivot_leaves_objects_out,
+            pull_complete_is_refused_with_numbers_when_there_is_too_little_room,
+            pull_complete_fetches_the_rest,
+            the_store_passes_fsck after pull_complete_fetches_the_rest,
+            modules_and_kernel_of_the_node_image_are_stored after pull_complete_fetches_the_rest,
+            pull_complete_changes_no_service_mount_or_file_in_etc,
+            pull_complete_does_not_ask_the_registry_again after pull_complete_fetches_the_rest,
+            undo_works_after_pull_complete,
+            a_run_after_the_boot_is_over_isolates_nothing after undo_works_after_pull_complete,
+        ],
+    );
+    suite.run(&mut known.bed, &scenarios![no_unit_has_failed]);
+    suite.finish()
+}
+
+fn the_pivot_leaves_objects_out(known: &mut Known) -> Result<()> {
+    known.bed.guest.ask(&format!("ls {STORE}/repo/state/*.commitpartial")).map(drop)
+}
+
+fn pull_complete_is_refused_with_numbers_when_there_is_too_little_room(known: &mut Known) -> Result<()> {
+    let guest = &known.bed.guest;
+    let used: u64 = guest.ask(&format!("du -sk {STORE} | cut -f1"))?.trim().parse()?;
+    let limit = format!("echo 'ram_limit = \"{}KiB\"' >/etc/node-image-pivot.conf.d/90-limit.toml", used + 2048);
+    guest.ask(&limit)?;
+    let answer = guest.run("node-image-pivot pull --complete")?;
+    guest.ask("rm /etc/node-image-pivot.conf.d/90-limit.toml")?;
+    same(answer.status, 11)?;
+    contains(&answer.text, "MiB are free")?;
+    contains(&answer.text, "ram_limit")?;
+    same(state(guest)?, "done".into())?;
+    same(guest.ask(RUNNING)?, known.before.clone())
+}
+
+fn pull_complete_fetches_the_rest(known: &mut Known) -> Result<()> {
+    let guest = &known.bed.guest;
+    contains(&guest.ask("node-image-pivot pull --complete")?, "the node store has all of")?;
+    guest.ask(&format!("! ls {STORE}/repo/state/*.commitpartial")).map(drop)
+}
+
+fn the_store_passes_fsck(known: &mut Known) -> Result<()> {
+    known.bed.guest.ask(&format!("ostree fsck --repo={STORE}/repo")).map(drop)
+}
+
+fn modules_and_kernel_of_the_node_image_are_stored(known: &mut Known) -> Result<()> {
+    let guest = &known.bed.guest;
+    guest.ask(&format!("ostree ls -R --repo={STORE}/repo coreos/node-image /usr/lib/modules | grep -q '[.]ko'"))?;
+    let checksum = format!(
+        "ostree ls -C --repo={STORE}/repo coreos/node-image $(ostree ls -R --nul-filenames-only \
+         --repo={STORE}/repo coreos/node-image /usr/lib/modules | tr '\\0' '\\n' | grep vmlinuz | head -n1)"
+    );
+    contains(&guest.ask(&checksum)?, "vmlinuz")
+}
+
+fn pull_complete_changes_no_service_mount_or_file_in_etc(known: &mut Known) -> Result<()> {
+    let guest = &known.bed.guest;
+    same(state(guest)?, "done".into())?;
+    same(guest.ask(RUNNING)?, known.before.clone())?;
+    same(guest.ask("base-tool")?, "base-tool 2.0".into())
+}
+
+fn pull_complete_does_not_ask_the_registry_again(known: &mut Known) -> Result<()> {
+    known.bed.registry.stop();
+    contains(&known.bed.guest.ask("node-image-pivot pull --complete")?, "the node store has all of")
+}
+
+fn undo_works_after_pull_complete(known: &mut Known) -> Result<()> {
+    known.bed.guest.ask("node-image-pivot undo")?;
+    same(known.bed.guest.ask("base-tool")?, "base-tool 1.0".into())
+}
+
+/// A machine that has finished its boot is in use: the next run restarts services, and an isolate would end this one.
+fn a_run_after_the_boot_is_over_isolates_nothing(known: &mut Known) -> Result<()> {
+    let guest = &known.bed.guest;
+    guest.ask(
+        "systemd-run -q --unit=installer sleep infinity
+         systemctl daemon-reload; systemctl restart node-image-pivotd.service
+         systemctl get-default | grep -qx multi-user.target || exit 1
+         node-image-pivot run",
+    )?;
+    same(guest.ask("base-tool")?, "base-tool 2.0".into())?;
+    same(state(guest)?, "switched".into())?;
+    same(guest.ask("jq -r .flow /run/node-image-pivot/units.json")?, "live".into())?;
+    same(guest.ask("systemctl list-jobs --no-legend | wc -l")?, "0".into())?;
+    unit_is(guest, "installer.service", "active")
+}
+
+/// A registry that goes down during `pull --complete` delays no other command.
+#[test]
+fn keep_and_undo_do_not_wait_for_a_download() -> Result<()> {
+    let mut suite = Suite::new("agent: undo during pull --complete");
+    let mut bed = Bed::boot("agent-beside", "node-b", Serving::AtBoot, configured_later)?;
+    bed.guest.wait_unit("multi-user.target", "active", SOON)?;
+    bed.guest.ask("mv /etc/later /etc/node-image-pivot.conf.d; node-image-pivot run --try 10m")?;
+    bed.registry.stop();
+    suite.run(
+        &mut bed,
+        &scenarios![
+            status_shows_that_the_download_waits_for_the_registry,
+            keep_is_answered_during_the_download after status_shows_that_the_download_waits_for_the_registry,
+            an_undo_ends_the_download after status_shows_that_the_download_waits_for_the_registry,
+        ],
+    );
+    suite.finish()
+}
+
+fn status_shows_that_the_download_waits_for_the_registry(bed: &mut Bed) -> Result<()> {
+    bed.guest.ask("systemd-run -q --unit=rest --property=RemainAfterExit=no node-image-pivot pull --complete")?;
+    wait_state(&bed.guest, "waiting")
+}
+
+fn keep_is_answered_during_the_download(bed: &mut Bed) -> Result<()> {
+    contains(&bed.guest.ask("timeout 20 node-image-pivot keep")?, "the switch stays")
+}
+
+fn an_undo_ends_the_download(bed: &mut Bed) -> Result<()> {
+    let guest = &bed.guest;
+    guest.ask("timeout 100 node-image-pivot undo")?;
+    same(guest.ask("base-tool")?, "base-tool 1.0".into())?;
+    guest.wait_unit("rest.service", "failed", SOON)?;
+    same(guest.unit("rest.service", "ExecMainStatus")?, "12".into())?;
+    same(state(guest)?, "pulled".into())
+}
