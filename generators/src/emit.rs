@@ -10,7 +10,8 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
-use crate::Problem;
+use boot_config::Problem;
+use boot_config::TARGET_VARIABLE;
 
 /// The places of all that is written.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -19,12 +20,9 @@ pub struct Output {
     pub normal: PathBuf,
     /// The link that redirects.
     pub link: PathBuf,
-    /// The mark for later runs, see [`crate::mark::REDIRECTED`].
+    /// The mark for later runs, see [`boot_config::mark::REDIRECTED`].
     pub mark: PathBuf,
 }
-
-/// The variable that hands the original default target to the agent.
-pub const TARGET_VARIABLE: &str = "NODE_IMAGE_PIVOT_TARGET";
 
 /// The result of [`redirect`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

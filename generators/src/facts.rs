@@ -3,12 +3,13 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::cmdline::CommandLine;
-use crate::decide::{DEFAULT_PROBE_PATHS, Facts, Mode};
-use crate::preset::Presets;
-use crate::search::{Found, Search};
-use crate::target::{self, DefaultLink, DefaultTarget, Origin};
-use crate::{Problem, dropin, mark, services, under};
+use crate::decide::Facts;
+use boot_config::cmdline::CommandLine;
+use boot_config::preset::Presets;
+use boot_config::search::{Found, Search};
+use boot_config::target::{self, DefaultLink, DefaultTarget, Origin};
+use boot_config::{DEFAULT_PROBE_PATHS, Mode};
+use boot_config::{Problem, dropin, mark, services, under};
 
 /// PID 1's own mark of a first boot.
 const FIRST_BOOT: &str = "/run/systemd/first-boot";

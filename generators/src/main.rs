@@ -7,10 +7,11 @@ use std::env;
 use std::panic;
 use std::path::PathBuf;
 
+use boot_config::{Problem, cmdline::CommandLine, mark, under};
 use node_image_pivot_generator::decide::{Decision, Place, decide};
 use node_image_pivot_generator::emit::{self, Outcome, Output};
+use node_image_pivot_generator::facts;
 use node_image_pivot_generator::kmsg::{Level, Sink};
-use node_image_pivot_generator::{Problem, cmdline::CommandLine, facts, mark, under};
 
 /// Put in front of every path that is read, and makes messages go to standard error: for tests.
 const ROOT_VARIABLE: &str = "NODE_IMAGE_PIVOT_GENERATOR_ROOT";

@@ -7,9 +7,9 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::Command;
 
-use node_image_pivot_generator::search::{ALL, Search};
-use node_image_pivot_generator::target::{DefaultTarget, default_target};
-use node_image_pivot_generator::under;
+use boot_config::search::{ALL, Search};
+use boot_config::target::{DefaultTarget, default_target};
+use boot_config::under;
 
 const OUTPUT: [&str; 3] = ["/run/systemd/generator", "/run/systemd/generator.early", "/run/systemd/generator.late"];
 

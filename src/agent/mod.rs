@@ -38,7 +38,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
-use node_image_pivot_generator::emit::TARGET_VARIABLE;
+use boot_config::TARGET_VARIABLE;
 use tokio::sync::{Mutex, MutexGuard, watch};
 use tracing::{error, info, warn};
 

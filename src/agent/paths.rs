@@ -66,7 +66,7 @@ impl Paths {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use node_image_pivot_generator::mark;
+    use boot_config::mark;
 
     #[test]
     fn the_generator_has_the_same_marks() {

@@ -8,7 +8,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
-use node_image_pivot_generator::mark;
+use boot_config::mark;
 use tracing::{info, warn};
 
 use super::after::RESTART;

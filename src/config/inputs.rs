@@ -5,10 +5,10 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
-use node_image_pivot_generator::cmdline::CommandLine;
-use node_image_pivot_generator::emit::TARGET_VARIABLE;
-use node_image_pivot_generator::search::Search;
-use node_image_pivot_generator::target::{DefaultTarget, FALLBACK_TARGET, Origin, default_target};
+use boot_config::TARGET_VARIABLE;
+use boot_config::cmdline::CommandLine;
+use boot_config::search::Search;
+use boot_config::target::{DefaultTarget, FALLBACK_TARGET, Origin, default_target};
 
 use super::fragment::{Fragment, RamLimitText};
 use super::{AUTH_CREDENTIAL, Environment, ImageSource};

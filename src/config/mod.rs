@@ -14,16 +14,16 @@ pub mod shipped;
 #[cfg(test)]
 mod tests;
 
+pub use boot_config::Mode;
 pub use inputs::{Inputs, Source, Sourced};
-pub use node_image_pivot_generator::decide::Mode;
 pub use settings::{EtcStrategy, ImageSource, RamLimit, Retry, Settings};
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
-use node_image_pivot_generator::cmdline::CommandLine;
-use node_image_pivot_generator::emit::TARGET_VARIABLE;
-use node_image_pivot_generator::{dropin, under};
+use boot_config::TARGET_VARIABLE;
+use boot_config::cmdline::CommandLine;
+use boot_config::{dropin, under};
 
 /// The credential that holds a registry auth file.
 pub const AUTH_CREDENTIAL: &str = "node-image-pivot.auth";

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
-use node_image_pivot_generator::decide::{DEFAULT_PROBE_PATHS, Mode};
-use node_image_pivot_generator::target;
+use boot_config::target;
+use boot_config::{DEFAULT_PROBE_PATHS, Mode};
 
 use super::inputs::{Inputs, Sourced};
 use crate::store::Wish;
