@@ -7,11 +7,11 @@ use anyhow::Context as _;
 use tracing::{info, warn};
 
 use super::{Context, Error, Paths, Switched, accounts, reexec, switch, units, views};
-use crate::dirfd::Directory;
 use crate::host;
 use crate::mount;
 use crate::report::{Phase, State};
 use crate::units::{Flow, Manager, Verb};
+use support::directory::Directory;
 
 /// Time limit for the restart of one unit, after which the refresh continues without it. Longer than systemd itself waits by
 /// default (90 s) until it kills a unit that does not stop.

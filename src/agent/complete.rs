@@ -7,7 +7,7 @@ use tracing::{info, warn};
 use super::{Agent, Context, Error, Goal, Step, Ticket, fetch};
 use crate::config::Settings;
 use crate::import::PulledImage;
-use crate::report::human_bytes;
+use support::human_bytes;
 
 impl Agent {
     /// Fetches what the pull left out of the node image (what only `/usr/lib/modules` has), so that the node

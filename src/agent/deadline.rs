@@ -13,8 +13,8 @@ use anyhow::Context as _;
 use tracing::warn;
 
 use super::Probation;
-use crate::dirfd::Directory;
 use crate::units::Manager;
+use support::directory::Directory;
 
 /// Directory of the files; systemd.unit(5).
 const UNITS: &str = "/run/systemd/system";

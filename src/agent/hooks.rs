@@ -6,10 +6,10 @@ use std::path::Path;
 use tracing::{info, warn};
 
 use super::{Context, Error, Paths, StagedRoot, Ticket};
-use crate::dirfd::Directory;
 use crate::host::{self, Hook, Moment};
 use crate::report::{Phase, State, one_line};
 use crate::units::Flow;
+use support::directory::Directory;
 
 const ROOT: &str = "/";
 

@@ -43,7 +43,6 @@ use tokio::sync::{Mutex, MutexGuard, watch};
 use tracing::{error, info, warn};
 
 use crate::config::Settings;
-use crate::dirfd::Directory;
 use crate::report::{Status, Tracker};
 use crate::store::{LockError, StoreLock};
 use crate::units::{Guard, Manager};
@@ -51,6 +50,7 @@ use holder::{Held, Holder};
 use look::Standing;
 use record::Asked;
 use steps::next;
+use support::directory::Directory;
 use wayback::Below;
 
 pub use accounts::AddedAccounts;

@@ -6,11 +6,12 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use super::{AddedAccounts, Paths};
-use crate::dirfd::Directory;
 use crate::etc::{self, Class};
-use crate::report::{ImageChoice, human_bytes};
+use crate::report::ImageChoice;
 use crate::stage::{DeltaCounts, Need, PackageChanges};
 use crate::units::{self, Action};
+use support::directory::Directory;
+use support::human_bytes;
 
 /// The answer to a call of `plan`. `schema` changes only when a field changes its meaning or goes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

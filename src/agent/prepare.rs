@@ -14,7 +14,6 @@ use super::accounts::AddedAccounts;
 use super::plan::{EtcPlan, MemoryPlan, SwitchPlan};
 use super::{Context, Error, Paths, StagedRoot, accounts, storage, units};
 use crate::config::{EtcStrategy, Settings};
-use crate::dirfd::Directory;
 use crate::etc::{self, Change, Class, Plan};
 use crate::import::PulledImage;
 use crate::mount::{DetachedTree, Namespace};
@@ -22,6 +21,7 @@ use crate::report::{Phase, State};
 use crate::stage::{self, Booted, Delta, Free, Keep, Need, PackageChanges, Packages, Refusal, Refusals};
 use crate::store::{NodeStore, ObjectType};
 use crate::units::Flow;
+use support::directory::Directory;
 
 /// What mount tables show for the exposed `/usr`.
 pub(super) const USR_SOURCE: &str = "node-image";

@@ -7,13 +7,14 @@ use sha2::{Digest, Sha256};
 
 use super::{Goal, Paths, Probation};
 use crate::config::{ImageSource, Settings};
-use crate::dirfd::Directory;
-use crate::failpoint::{self, Point};
 use crate::image::{PullSpec, ResolvedImage};
 use crate::import::PulledImage;
-use crate::report::{LastError, Standing, State, Status, human_bytes};
+use crate::report::{LastError, Standing, State, Status};
 use crate::stage::Delta;
 use crate::units::{Action, Flow};
+use support::directory::Directory;
+use support::failpoint::{self, Point};
+use support::human_bytes;
 
 /// Version of the record's format. A record of another version is refused, not guessed at.
 const SCHEMA: u32 = 1;

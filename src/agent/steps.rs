@@ -80,8 +80,8 @@ mod tests {
     use super::*;
     use crate::agent::{Cause, Paths, Tickets};
     use crate::config::Settings;
-    use crate::mount::testing::private;
     use crate::report::{Status, Tracker};
+    use support::testing::private;
 
     /// The registry does not exist: asking it would be retried without end.
     #[test]

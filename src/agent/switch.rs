@@ -17,12 +17,16 @@ use super::reexec::reexecute;
 use super::units::UnitsRecord;
 use super::wayback::{self, Below};
 use super::{Context, Error, Paths, StagedRoot, Switched, storage, views};
-use crate::dirfd::Directory;
-use crate::failpoint::{self, Point};
+use crate::etc;
+use crate::host;
+use crate::mount;
 use crate::report::{Phase, State};
+use crate::selinux;
+use crate::stage;
 use crate::store::NODE_IMAGE_REF;
 use crate::units::{self, Action, Class, Flow, Manager, Root, Sides, UnitFiles, Verb, Version};
-use crate::{etc, host, mount, selinux, stage};
+use support::directory::Directory;
+use support::failpoint::{self, Point};
 
 /// Exposes the new `/usr` and merges `/etc`.
 pub(super) async fn switch(context: &Context, staged: StagedRoot) -> Result<Switched, Error> {

@@ -15,13 +15,13 @@ use tracing::info;
 use super::after::RESTART;
 use super::prepare::{USR, USR_SOURCE, new_etc};
 use super::{Context, Error, Paths, StagedRoot};
-use crate::dirfd::Directory;
 use crate::etc::{self, Origin};
 use crate::report::StillOld;
 use crate::stage;
 use crate::units::{
     self, Action, Class, Definitions, EtcChanges, Flow, Manager, Policy, Root, Sides, UnitFiles, Verb, Version,
 };
+use support::directory::Directory;
 
 /// A file of the agent's directory.
 const FILE: &str = "units.json";

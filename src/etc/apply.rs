@@ -16,7 +16,7 @@ use super::record::{Prior, Record};
 use super::report::{NotDone, Report};
 use super::snapshot::{Content, Leaf};
 use super::staging::Staging;
-use crate::failpoint::{self, Point};
+use support::failpoint::{self, Point};
 
 /// The security label for a path (absolute, in `/etc`) and its file type and mode, by the new policy.
 pub type Labeler<'a> = dyn Fn(&Path, u32) -> Option<Vec<u8>> + 'a;

@@ -21,7 +21,6 @@ mod snapshot;
 mod staging;
 mod survey;
 mod undo;
-pub(crate) mod xattr;
 
 #[cfg(test)]
 mod tests;

@@ -13,8 +13,8 @@ use super::name::Bytes;
 use super::scan::{look, open, proc_path, resolve};
 use super::snapshot::{Content, Leaf, Meta};
 use super::staging::{MOUNTED, Staging};
-use super::xattr::{self, LABEL};
-use crate::failpoint::{self, Point};
+use support::failpoint::{self, Point};
+use support::xattr::{self, LABEL};
 
 /// A name in an open directory. The directory cannot be swapped under us any more.
 pub(super) struct Place {

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use super::name::Bytes;
 use super::plan::Plan;
 use super::snapshot::{Content, Leaf};
-use crate::failpoint::{self, Point};
+use support::failpoint::{self, Point};
 
 /// What an act replaced, apart from what the plan says already.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -71,7 +71,7 @@ impl Record {
             _ => {}
         }
         let text = serde_json::to_vec(plan).with_context(making)?;
-        let home = crate::dirfd::Directory::ensure(directory).with_context(making)?;
+        let home = support::directory::Directory::ensure(directory).with_context(making)?;
         home.write_atomic(PLAN, 0o600, &text).with_context(making)?;
         Self::load(directory)?.with_context(making)
     }

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 
 use super::plan::Plan;
 use super::snapshot::{Content, Leaf};
-use crate::report::human_bytes;
+use support::human_bytes;
 
 /// Returns a line for each file system, of `etc` and of the undo record (below `run`), that lacks the space to carry
 /// out `plan` and to take it back. An upper bound: every file counts as whole pages.

@@ -13,7 +13,7 @@ use sha2::{Digest, Sha256};
 
 use super::name::Bytes;
 use super::snapshot::{Content, Entry, Leaf, Meta, Obstacle, Snapshot};
-use super::xattr::{self, LABEL};
+use support::xattr::{self, LABEL};
 
 /// How entries are opened: below the directory given, through no link, into no other mount.
 pub(super) fn resolve() -> ResolveFlags {

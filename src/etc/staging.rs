@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use super::place::{Outcome, Place, Source, copy, dress};
 use super::scan::{TEMPORARY, look, resolve};
 use super::snapshot::{Content, Leaf};
-use crate::failpoint::{self, Point};
+use support::failpoint::{self, Point};
 
 /// The directory, open. A version in it is named by the number of its act.
 pub(super) struct Staging {

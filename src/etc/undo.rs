@@ -13,7 +13,7 @@ use super::record::{Prior, Record, sweep};
 use super::report::{NotDone, UndoReport};
 use super::snapshot::{Content, Leaf};
 use super::staging::Staging;
-use crate::failpoint::{self, Point};
+use support::failpoint::{self, Point};
 
 /// Takes back what the record in `undo_dir` says was done to `etc_dir`, last act first: content, owner,
 /// mode, attributes, labels and times of files are those from before. An entry that another process changed

@@ -18,7 +18,7 @@ use tokio::process::Command;
 use tokio::task::JoinSet;
 use tracing::info;
 
-use crate::failpoint::{self, Point};
+use support::failpoint::{self, Point};
 
 /// A name in an earlier directory hides the same name in a later one.
 const DIRECTORIES: [&str; 3] = ["etc", "run", "usr/lib"];

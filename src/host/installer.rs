@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use super::tool;
+use support::command;
 
 /// Where the installer puts it.
 pub const SCRIPT: &str = "/usr/local/bin/release-image.sh";
@@ -31,7 +31,7 @@ pub async fn release_image(script: &Path) -> Result<Option<String>> {
     }
     let shown = script.display().to_string();
     let answer =
-        tool::run(&["bash", "-c", ASK, "bash", &shown], LIMIT).await.with_context(|| format!("asking {shown}"))?;
+        command::run(&["bash", "-c", ASK, "bash", &shown], LIMIT).await.with_context(|| format!("asking {shown}"))?;
     let spec = String::from_utf8(answer).with_context(|| format!("{shown}: what it sets is not UTF-8"))?;
     ensure!(
         !spec.trim().is_empty(),

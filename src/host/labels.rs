@@ -22,10 +22,10 @@ use rustix::fs::{Dir, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use tracing::warn;
 
-use crate::etc::xattr;
 use crate::import::contexts::{Contexts, Texts};
 use crate::import::label::open_contexts;
 use crate::selinux::{policy_type, type_of};
+use support::xattr;
 
 /// What is labelled, each without what is mounted below. `/var` is not: no update of an ostree system labels it.
 pub const LABELLED: [&str; 3] = ["/dev", "/etc", "/run"];
@@ -287,7 +287,7 @@ mod tests {
         if crate::selinux::mode() != crate::selinux::Mode::Disabled {
             return;
         }
-        crate::mount::testing::private(|scratch| {
+        support::testing::private(|scratch| {
             let label = |path: &Path, of: &str| {
                 xattr::set(path, xattr::LABEL, format!("system_u:object_r:{of}:s0\0").as_bytes()).unwrap();
             };

@@ -13,7 +13,6 @@ mod labels;
 mod selinux;
 mod skeleton;
 mod sysusers;
-mod tool;
 
 use std::path::Path;
 use std::time::Duration;
@@ -22,14 +21,14 @@ use anyhow::{Context, Result};
 use tracing::info;
 use zbus::connection::Builder;
 
-use crate::failpoint::{self, Point};
+use support::failpoint::{self, Point};
 
 pub use accounts::{AccountPlan, Accounts, plan_accounts};
 pub use hooks::{Hook, Moment, find as find_hooks, run_hook};
 pub use installer::{SCRIPT, release_image};
 pub use labels::{FileContexts, LABELLED, Relabelled};
 pub use selinux::{PolicyStep, load_policy, policy_step};
-pub use tool::run;
+pub use support::command::run;
 
 /// How long one tool may take.
 const LIMIT: Duration = Duration::from_secs(120);
@@ -178,7 +177,7 @@ async fn skeleton(root: &Path) -> Result<bool> {
             info!("tmpfiles: {line}");
         }
         let text = lines.join("\n") + "\n";
-        made = tool::run_with_input(SKELETON.command, text.as_bytes(), LIMIT).await;
+        made = support::command::run_with_input(SKELETON.command, text.as_bytes(), LIMIT).await;
     }
     // After it: a line of the image's own may have made one.
     let removed = skeleton::remove_dangling(root).context("removing links in /opt to what is gone")?;

@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use super::tool::run;
 use crate::report::Remark;
 use crate::selinux::{self, Mode};
+use support::command::run;
 
 /// How long loading may take. The kernel converts every label that it holds.
 const LOAD: Duration = Duration::from_secs(120);

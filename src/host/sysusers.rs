@@ -11,8 +11,8 @@ use anyhow::{Error, Result};
 use tokio::time::Instant;
 use tracing::info;
 
-use super::tool::run_with_input;
 use super::{LIMIT, SYSUSERS};
+use support::command::run_with_input;
 
 /// Directories with files for the tool, the one that wins first: sysusers.d(5).
 const DIRECTORIES: &[&str] = &["etc/sysusers.d", "run/sysusers.d", "usr/local/lib/sysusers.d", "usr/lib/sysusers.d"];

@@ -9,7 +9,7 @@ use rustix::mount::{MountPropagationFlags, UnmountFlags};
 use rustix::thread::LinkNameSpaceType;
 
 use super::table::{self, Exposure, Mount};
-use crate::failpoint::{self, Point};
+use support::failpoint::{self, Point};
 
 /// A mount namespace, named by a process that lives in it.
 #[derive(Debug, Clone)]

@@ -114,7 +114,8 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
-    use crate::mount::testing::{here, private};
+    use crate::mount::testing::here;
+    use support::testing::private;
 
     #[test]
     fn mounted_once_resized_and_measured() {

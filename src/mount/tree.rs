@@ -11,7 +11,7 @@ use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, f
 
 use super::Namespace;
 use super::table::Exposure;
-use crate::failpoint::{self, Point};
+use support::failpoint::{self, Point};
 
 /// The longest string that `fsconfig` takes, without its end.
 const LONGEST_VALUE: usize = 255;
@@ -223,7 +223,8 @@ mod tests {
     use rustix::fs::{FileType, openat};
 
     use super::*;
-    use crate::mount::testing::{here, private};
+    use crate::mount::testing::here;
+    use support::testing::private;
 
     #[test]
     fn kernel_releases() {

@@ -20,7 +20,7 @@ use rustix::mount::{
 };
 
 use super::DetachedTree;
-use crate::failpoint::{self, Point};
+use support::failpoint::{self, Point};
 
 /// The longest that a copy of `/etc` may take.
 const COPY: Duration = Duration::from_secs(60);
@@ -226,7 +226,8 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
-    use crate::mount::testing::{here, private};
+    use crate::mount::testing::here;
+    use support::testing::private;
 
     #[test]
     fn a_program_of_the_tree_runs_and_nothing_spreads() {

@@ -52,7 +52,8 @@ mod tests {
     use rustix::mount::mount;
 
     use super::*;
-    use crate::mount::testing::{here, private};
+    use crate::mount::testing::here;
+    use support::testing::private;
 
     #[test]
     fn we_write_what_others_only_read() {

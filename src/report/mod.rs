@@ -14,5 +14,5 @@ pub use outcome::{Outcome, Reason, Standing};
 pub use progress::{ProgressSnapshot, PullProgress};
 pub use service_record::{ServiceRecord, unit_of};
 pub use status::{Attempt, Cost, ImageChoice, LastError, Phase, State, Status, StillOld, TimelineEntry};
-pub use text::{human_bytes, old_lines, one_line, progress_line, state_line, summary, waiting_line};
+pub use text::{old_lines, one_line, progress_line, state_line, summary, waiting_line};
 pub use tracker::{Beside, Remark, Tracker};

@@ -18,7 +18,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::{Phase, Status};
-use crate::dirfd::Directory;
+use support::directory::Directory;
 
 const DIRECTORY: &str = "var/log/openshift";
 const LIBRARY: &str = "usr/local/bin/bootstrap-service-record.sh";

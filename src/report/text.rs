@@ -2,20 +2,9 @@
 //! for the end. Pure functions of a [`Status`].
 
 use std::fmt::Write;
+use support::human_bytes;
 
 use super::{ProgressSnapshot, State, Status};
-
-/// Bytes with a binary unit: `0 B`, `12.3 MiB`.
-pub fn human_bytes(bytes: u64) -> String {
-    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
-    let mut value = bytes as f64;
-    let mut unit = 0;
-    while value >= 1024.0 && unit + 1 < UNITS.len() {
-        value /= 1024.0;
-        unit += 1;
-    }
-    if unit == 0 { format!("{bytes} B") } else { format!("{value:.1} {}", UNITS[unit]) }
-}
 
 /// Milliseconds for a person: `85 ms`, `4.2 s`, `3 min 05 s`.
 fn human_ms(ms: u64) -> String {

@@ -17,8 +17,8 @@ use super::delta::{Delta, DeltaCounts};
 use super::diff::{self, Checksum, DeltaOp, Directory, Tree as _};
 use super::keep::Keep;
 use super::overlay_marks::{self, Marks};
-use crate::failpoint::{self, Point};
 use crate::selinux;
+use support::failpoint::{self, Point};
 
 use super::source::{DirMeta, PlainTree, RepoTree, xattrs_of};
 

@@ -2,7 +2,7 @@
 
 use std::path::{Component, Path, PathBuf};
 
-use crate::pattern::fits;
+use support::pattern::fits;
 
 /// What shows through from the booted `/usr`. All paths are relative to `/usr`.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 
 use super::preflight::Refusal;
-use crate::report::human_bytes;
+use support::human_bytes;
 
 /// What reloading PID 1, the tools and restarted services may take for a while, in bytes. A guess on the safe
 /// side: a systemd that re-executes itself serialises some MiB, ldconfig and restorecon take some tens.

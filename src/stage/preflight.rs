@@ -11,7 +11,7 @@ use rustix::io::Errno;
 use super::elf::{Machine, machine_of};
 use super::memory::Need;
 use crate::mount::{self, Mount};
-use crate::report::human_bytes;
+use support::human_bytes;
 
 /// One reason not to switch.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]

@@ -151,7 +151,7 @@ impl PlainTree {
         let path = self.path(name)?;
         let stat = std::fs::symlink_metadata(&path).with_context(|| format!("looking at {}", path.display()))?;
         let xattrs =
-            crate::etc::xattr::read(&path).with_context(|| format!("reading attributes of {}", path.display()))?;
+            support::xattr::read(&path).with_context(|| format!("reading attributes of {}", path.display()))?;
         Ok(DirMeta { uid: stat.uid(), gid: stat.gid(), mode: stat.mode(), xattrs: xattrs.into_iter().collect() })
     }
 }

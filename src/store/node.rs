@@ -12,7 +12,7 @@ use super::disk::Disk;
 use super::object::{ObjectId, ObjectSet, ObjectType, loose_path, read_metadata};
 use super::place::is_bare;
 use super::{BootedRepo, LayerJournal, LockError, NODE_IMAGE_REF, ObjectWriter, StoreLock};
-use crate::dirfd::Directory;
+use support::directory::Directory;
 
 /// The list of defaults in `/etc`, in our directory in the system's repo.
 const ETC_DEFAULTS: &str = "etc-defaults.json";

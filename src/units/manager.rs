@@ -16,7 +16,7 @@ use zbus::{Connection, MessageStream, OwnedObjectPath, OwnedVariant};
 
 use super::policy::KINDS;
 use super::{Verb, private};
-use crate::failpoint::{self, Point};
+use support::failpoint::{self, Point};
 
 const PRIVATE_SOCKET: &str = "/run/systemd/private";
 const DESTINATION: &str = "org.freedesktop.systemd1";

@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use anyhow::{Result, ensure};
 
-use crate::pattern;
+use support::pattern;
 
 /// What somebody wants done to a unit that changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -2,7 +2,7 @@
 
 fn main() -> std::process::ExitCode {
     if std::env::args().nth(1).as_deref() == Some("--failpoints") {
-        node_image_pivot::failpoint::Point::ALL.iter().for_each(|point| println!("{}", point.name()));
+        support::failpoint::Point::ALL.iter().for_each(|point| println!("{}", point.name()));
         return std::process::ExitCode::SUCCESS;
     }
     node_image_pivot::cli::main()

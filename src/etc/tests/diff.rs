@@ -12,7 +12,7 @@ use super::real::{plan_in, rescan, write_tree};
 use super::*;
 use crate::etc::diff::{Sides, show};
 use crate::etc::undo::is_kin;
-use crate::mount::testing::private;
+use support::testing::private;
 
 fn world(entry: Entry) -> Entry {
     let meta = Meta { mode: if entry.leaf.is_directory() { 0o755 } else { 0o644 }, ..Meta::default() };

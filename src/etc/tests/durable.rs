@@ -11,8 +11,8 @@ use rustix::io::Errno;
 
 use super::real::{rescan, write_tree};
 use super::*;
-use crate::failpoint::fail_here;
-use crate::mount::testing::private;
+use support::failpoint::fail_here;
+use support::testing::private;
 
 /// Acts of every kind on files, with enough content for several pages.
 fn trees() -> [Snapshot; 3] {

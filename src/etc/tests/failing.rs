@@ -11,8 +11,8 @@ use rustix::io::Errno;
 
 use super::real::{beyond, plan_in, rescan, stage, undo_in};
 use super::*;
-use crate::failpoint::fail_here;
-use crate::mount::testing::private;
+use support::failpoint::fail_here;
+use support::testing::private;
 
 /// Says to [`killed_child`] where to work, and what to do.
 const PLACE: &str = "NODE_IMAGE_PIVOT_TEST_PLACE";

@@ -11,7 +11,7 @@ use super::real::{plan_in, rescan, stage, undo_in, write_tree};
 use super::*;
 use crate::etc::place::{Outcome, Place, Source};
 use crate::etc::staging::Staging;
-use crate::mount::testing::private;
+use support::testing::private;
 
 const NONE: rustix::mount::MountFlags = rustix::mount::MountFlags::empty();
 

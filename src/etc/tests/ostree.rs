@@ -14,7 +14,7 @@ use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 use super::properties::families;
 use super::real::{rescan, write_tree};
 use super::*;
-use crate::mount::testing::private;
+use support::testing::private;
 
 /// Generated trees. One deployment holds them all, each in a directory of its own.
 const CASES: usize = 200;

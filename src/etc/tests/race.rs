@@ -10,7 +10,7 @@ use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 use super::real::write_tree;
 use super::*;
-use crate::mount::testing::private;
+use support::testing::private;
 
 /// Exchanges two paths for as long as `work` runs.
 fn while_swapping(one: &Path, two: &Path, work: impl FnOnce()) {

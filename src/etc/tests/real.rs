@@ -14,7 +14,7 @@ use super::properties::families;
 use super::*;
 use crate::etc::apply::Merge;
 use crate::etc::record::Record;
-use crate::mount::testing::private;
+use support::testing::private;
 
 /// Makes the tree on disk.
 fn write(path: &Path, entry: &Entry, content: &dyn Fn(&str) -> String) {

@@ -115,8 +115,8 @@ fn os_releases() {
 
 #[test]
 fn a_read_only_etc_and_a_usr_that_cannot_be_stacked_upon() {
-    use crate::mount::testing::private;
     use rustix::mount::{MountFlags, mount, mount_remount};
+    use support::testing::private;
     private(|scratch| {
         let etc = scratch.join("etc");
         std::fs::create_dir(&etc).expect("a directory");

@@ -11,8 +11,9 @@ use rand::{Rng, SeedableRng};
 use rustix::fs::XattrFlags;
 
 use super::*;
-use crate::mount::testing::{here, private};
+use crate::mount::testing::here;
 use crate::stage::{Booted, Delta, build_delta, open_new_usr};
+use support::testing::private;
 
 fn write(dir: &Path, meta: u8, entries: &Entries) {
     fs::create_dir_all(dir).unwrap();

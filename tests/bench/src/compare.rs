@@ -10,13 +10,18 @@ use clap::Args;
 use serde_json::json;
 use tempfile::TempDir;
 
+use crate::etc;
+use crate::fixture;
 use crate::images::{self, Images};
+use crate::limit;
+use crate::listing;
 use crate::proc::{output, run};
 use crate::proxy::Proxy;
 use crate::registry::Registry;
 use crate::side::{Sample, Side};
 use crate::summary::Runs;
-use crate::{etc, fixture, limit, listing, svg, table};
+use crate::svg;
+use crate::table;
 
 /// What to run. The variables are what `make bench` takes.
 #[derive(Debug, Clone, Args)]

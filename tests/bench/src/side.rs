@@ -18,9 +18,10 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use serde::{Deserialize, Serialize};
 
 use crate::images::{Images, repo_arg};
+use crate::limit;
+use crate::listing;
 use crate::ours::{self, Pulled};
 use crate::watch::{Watch, used};
-use crate::{limit, listing};
 
 /// Who pulls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -7,13 +7,13 @@ use rustix::fs::XattrFlags;
 use rustix::io::{Errno, Result};
 
 /// The security label. Never part of what makes two entries equal.
-pub(crate) const LABEL: &[u8] = b"security.selinux";
+pub const LABEL: &[u8] = b"security.selinux";
 
 /// Name to value.
-pub(crate) type Xattrs = BTreeMap<Vec<u8>, Vec<u8>>;
+pub type Xattrs = BTreeMap<Vec<u8>, Vec<u8>>;
 
 /// All attributes of what is at `path`, the label included. A file system without attributes has none.
-pub(crate) fn read(path: &Path) -> Result<Xattrs> {
+pub fn read(path: &Path) -> Result<Xattrs> {
     let names = match grow(|buffer| rustix::fs::llistxattr(path, buffer)) {
         Err(Errno::NOTSUP) => return Ok(Xattrs::new()),
         other => other?,
@@ -29,7 +29,7 @@ pub(crate) fn read(path: &Path) -> Result<Xattrs> {
 }
 
 /// One attribute, if it is there. A label that nobody set is there without being listed (tmpfs).
-pub(crate) fn get(path: &Path, name: &[u8]) -> Result<Option<Vec<u8>>> {
+pub fn get(path: &Path, name: &[u8]) -> Result<Option<Vec<u8>>> {
     match grow(|buffer| rustix::fs::lgetxattr(path, name, buffer)) {
         Ok(value) => Ok(Some(value)),
         Err(Errno::NODATA | Errno::NOTSUP) => Ok(None),
@@ -38,12 +38,12 @@ pub(crate) fn get(path: &Path, name: &[u8]) -> Result<Option<Vec<u8>>> {
 }
 
 /// Sets one attribute.
-pub(crate) fn set(path: &Path, name: &[u8], value: &[u8]) -> Result<()> {
+pub fn set(path: &Path, name: &[u8], value: &[u8]) -> Result<()> {
     rustix::fs::lsetxattr(path, name, value, XattrFlags::empty())
 }
 
 /// Removes one attribute; one that is not there is no error.
-pub(crate) fn remove(path: &Path, name: &[u8]) -> Result<()> {
+pub fn remove(path: &Path, name: &[u8]) -> Result<()> {
     match rustix::fs::lremovexattr(path, name) {
         Err(Errno::NODATA) => Ok(()),
         other => other,

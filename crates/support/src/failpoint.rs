@@ -97,7 +97,7 @@ points! {
 /// None.
 #[cfg(not(any(test, feature = "failpoints")))]
 #[inline(always)]
-pub(crate) fn hit(_: Point, _: impl Display) -> io::Result<()> {
+pub fn hit(_: Point, _: impl Display) -> io::Result<()> {
     Ok(())
 }
 
@@ -106,21 +106,21 @@ pub(crate) fn hit(_: Point, _: impl Display) -> io::Result<()> {
 /// # Errors
 /// What the point is armed with.
 #[cfg(any(test, feature = "failpoints"))]
-pub(crate) fn hit(point: Point, detail: impl Display) -> io::Result<()> {
+pub fn hit(point: Point, detail: impl Display) -> io::Result<()> {
     let name = format!("{} {detail}", point.name());
     live::hit(name.trim_end())
 }
 
 /// Without the feature: `act`.
 #[cfg(not(any(test, feature = "failpoints")))]
-pub(crate) fn rehearse<T>(act: impl FnOnce() -> T) -> T {
+pub fn rehearse<T>(act: impl FnOnce() -> T) -> T {
     act()
 }
 
-#[cfg(test)]
-pub(crate) use live::fail_here;
 #[cfg(any(test, feature = "failpoints"))]
-pub(crate) use live::rehearse;
+pub use live::fail_here;
+#[cfg(any(test, feature = "failpoints"))]
+pub use live::rehearse;
 
 #[cfg(any(test, feature = "failpoints"))]
 mod live {
@@ -151,13 +151,12 @@ mod live {
 
     /// Lets one hit on this thread fail, after `skip` that do not. Returns whether the one from before
     /// is still to come.
-    #[cfg(test)]
-    pub(crate) fn fail_here(failure: Option<(usize, Errno)>) -> bool {
+    pub fn fail_here(failure: Option<(usize, Errno)>) -> bool {
         HERE.replace(failure).is_some()
     }
 
     /// Runs `act`, whose points are none: it does in private what will be done for real later.
-    pub(crate) fn rehearse<T>(act: impl FnOnce() -> T) -> T {
+    pub fn rehearse<T>(act: impl FnOnce() -> T) -> T {
         REHEARSAL.set(true);
         let done = act();
         REHEARSAL.set(false);
