@@ -14,7 +14,6 @@ pub mod image;
 pub mod import;
 pub mod mount;
 pub mod report;
-pub mod selinux;
 pub mod stage;
 pub mod store;
 pub mod units;

@@ -13,7 +13,6 @@ use crate::host::{self, SCRIPT};
 use crate::image::{self, Failure, ImageSettings, Kind, PULL_SCRIPT, ResolvedImage, Source, TagHints};
 use crate::import::{self, PullOptions, PulledImage};
 use crate::report::{Phase, State};
-use crate::selinux;
 use crate::stage::Refusal;
 use crate::store::{LockError, NodeStore};
 
@@ -138,10 +137,12 @@ fn cannot_open(image: &ResolvedImage, error: &anyhow::Error) -> Failure {
 /// Whether an image whose policy has types that the running one lacks cannot be stored. Most images have none,
 /// so it is a warning; the first label that needs it is the error.
 fn wrong_domain(store: &Path) -> Option<String> {
-    if selinux::mode() == selinux::Mode::Disabled || selinux::may_write_unknown(store).unwrap_or(true) {
+    if selinux_labels::mode() == selinux_labels::Mode::Disabled
+        || selinux_labels::may_write_unknown(store).unwrap_or(true)
+    {
         return None;
     }
-    Some(selinux::advice(selinux::context().as_deref()))
+    Some(selinux_labels::advice(selinux_labels::context().as_deref()))
 }
 
 /// On a disk that is full, everybody suffers: what was written for nothing goes at once.

@@ -21,7 +21,6 @@ use crate::etc;
 use crate::host;
 use crate::mount;
 use crate::report::{Phase, State};
-use crate::selinux;
 use crate::stage;
 use crate::store::NODE_IMAGE_REF;
 use crate::units::{self, Action, Class, Flow, Manager, Root, Sides, UnitFiles, Verb, Version};
@@ -70,7 +69,7 @@ pub(super) async fn load_policy(context: &Context, staged: &StagedRoot) -> anyho
     if let Some(remark) = host::load_policy(step).await? {
         context.tracker.remark(&remark);
     }
-    if step.loads() && selinux::mode() != selinux::Mode::Disabled {
+    if step.loads() && selinux_labels::mode() != selinux_labels::Mode::Disabled {
         let relabelled = etc::relabel(&plan, etc::open_dir(Path::new(ETC))?.as_fd())?;
         info!("/etc: {relabelled} entries got labels that the policy from before did not know");
         label_anew(&context.paths, staged, Way::There).await;
@@ -88,23 +87,23 @@ enum Way {
 /// Gives what is in `/dev`, `/etc` and `/run` the labels of the policy that was loaded. What keeps an old one is worth a
 /// warning, no more. Returns whether there is nothing of that kind.
 async fn label_anew(paths: &Paths, staged: &StagedRoot, way: Way) -> bool {
-    if selinux::mode() == selinux::Mode::Disabled {
+    if selinux_labels::mode() == selinux_labels::Mode::Disabled {
         return true;
     }
     let (delta, scratch) = (staged.delta.directory.join("etc/selinux"), paths.run().to_owned());
-    let act = move || -> anyhow::Result<host::Relabelled> {
+    let act = move || -> anyhow::Result<selinux_labels::Relabelled> {
         let booted = Path::new("/usr/etc/selinux");
         let (old, new) = mount::Namespace::init().run_without(Path::new(USR), USR_SOURCE, || {
-            Ok((host::FileContexts::read(&[booted])?, host::FileContexts::read(&[&delta, booted])?))
+            Ok((selinux_labels::FileContexts::read(&[booted])?, selinux_labels::FileContexts::read(&[&delta, booted])?))
         })?;
-        let directories = host::LABELLED.map(Path::new);
+        let directories = selinux_labels::LABELLED.map(Path::new);
         match way {
             Way::There => old.relabel(&new, &directories, mount::tmpfs_label()?.as_deref(), &scratch),
             Way::Back => new.relabel(&old, &directories, None, &scratch),
         }
     };
     match tokio::task::spawn_blocking(act).await.map_err(anyhow::Error::from).and_then(|done| done) {
-        Ok(host::Relabelled { changed, failed }) => {
+        Ok(selinux_labels::Relabelled { changed, failed }) => {
             info!("/dev, /etc and /run: {changed} entries got the labels of the policy that was loaded");
             for line in &failed {
                 warn!("this keeps the label of the policy from before: {line}");

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::name::Bytes;
 use super::plan::{Change, Class, Decision, Origin, Plan};
 use super::snapshot::{Content, Entry, Leaf, Meta, Obstacle, Snapshot};
-use crate::selinux::policy_format;
+use selinux_labels::policy_format;
 
 /// Files in which the system keeps its own state. They stay as they are: users come from
 /// systemd-sysusers, the cache from ldconfig.

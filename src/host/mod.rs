@@ -9,7 +9,6 @@
 mod accounts;
 mod hooks;
 mod installer;
-mod labels;
 mod selinux;
 mod skeleton;
 mod sysusers;
@@ -26,7 +25,6 @@ use support::failpoint::{self, Point};
 pub use accounts::{AccountPlan, Accounts, plan_accounts};
 pub use hooks::{Hook, Moment, find as find_hooks, run_hook};
 pub use installer::{SCRIPT, release_image};
-pub use labels::{FileContexts, LABELLED, Relabelled};
 pub use selinux::{PolicyStep, load_policy, policy_step};
 pub use support::command::run;
 

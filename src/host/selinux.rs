@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use crate::report::Remark;
-use crate::selinux::{self, Mode};
+use selinux_labels::Mode;
 use support::command::run;
 
 /// How long loading may take. The kernel converts every label that it holds.
@@ -65,7 +65,7 @@ fn is_policy(path: &[u8]) -> bool {
 /// When the policy cannot be loaded and SELinux enforces: files with new labels are useless then. In permissive mode
 /// that is the line.
 pub async fn load_policy(step: PolicyStep) -> Result<Option<Remark>> {
-    load_with(&["load_policy"], selinux::mode(), step).await
+    load_with(&["load_policy"], selinux_labels::mode(), step).await
 }
 
 async fn load_with(command: &[&str], mode: Mode, step: PolicyStep) -> Result<Option<Remark>> {

@@ -7,16 +7,16 @@
 use std::io;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 
 use ostree::gio;
 use sha2::{Digest, Sha256};
 
 use crate::store::{NodeStore, ObjectId, ObjectType};
 
-use super::contexts::{Contexts, Found, Texts};
 use super::merge::Dir;
 use super::tree::{Lookup, TreeError};
+use selinux_labels::contexts::{Contexts, Found, Texts};
 
 /// Where a commit keeps its policy.
 const POLICY: [&str; 3] = ["usr", "etc", "selinux"];
@@ -165,7 +165,7 @@ impl Drop for PolicyFiles {
 impl PolicyFiles {
     /// Opens the policy for one thread.
     pub(super) fn open(&self) -> Result<Labels, String> {
-        let policy = open_policy(&self.root)
+        let policy = selinux_labels::open_policy(&self.root)
             .map_err(|error| format!("its SELinux policy (/usr/etc/selinux) cannot be used: {error}"))?;
         let contexts = self.contexts.get_or_init(|| self.read_contexts(&policy));
         Ok(Labels { contexts: contexts.clone(), policy })
@@ -181,24 +181,6 @@ impl PolicyFiles {
         }
         contexts.map(Arc::new)
     }
-}
-
-/// Opens a policy that has these file contexts. Below `scratch`, it is shown to libostree as files for that long.
-pub(crate) fn open_contexts(texts: &Texts, scratch: &Path) -> io::Result<ostree::SePolicy> {
-    let root = scratch.join("file-contexts");
-    let shown = texts.write(&root.join("usr/etc/selinux")).and_then(|()| open_policy(&root).map_err(io::Error::other));
-    let removed = std::fs::remove_dir_all(&root);
-    let policy = shown?;
-    removed?;
-    Ok(policy)
-}
-
-/// Opens the policy below a root.
-pub(super) fn open_policy(root: &Path) -> Result<ostree::SePolicy, ostree::glib::Error> {
-    // Opening sets libselinux's policy root for the whole process.
-    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-    let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-    ostree::SePolicy::new(&gio::File::for_path(root), gio::Cancellable::NONE)
 }
 
 impl Labels {

@@ -15,7 +15,6 @@ mod budget;
 mod children;
 mod commit;
 mod consume;
-pub(crate) mod contexts;
 mod derive;
 mod entry;
 mod facts;

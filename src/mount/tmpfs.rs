@@ -64,7 +64,7 @@ pub fn tmpfs_label() -> Result<Option<String>> {
     };
     let root = tmpfs().context("making a tmpfs")?;
     let mut label = vec![0; 4096];
-    match rustix::fs::fgetxattr(&root, crate::selinux::ATTRIBUTE, &mut label) {
+    match rustix::fs::fgetxattr(&root, selinux_labels::ATTRIBUTE, &mut label) {
         Ok(length) => Ok(Some(String::from_utf8_lossy(&label[..length]).trim_end_matches('\0').to_owned())),
         Err(Errno::NODATA | Errno::NOTSUP) => Ok(None),
         Err(error) => Err(error).context("reading the label of a tmpfs"),

@@ -17,7 +17,6 @@ use super::delta::{Delta, DeltaCounts};
 use super::diff::{self, Checksum, DeltaOp, Directory, Tree as _};
 use super::keep::Keep;
 use super::overlay_marks::{self, Marks};
-use crate::selinux;
 use support::failpoint::{self, Point};
 
 use super::source::{DirMeta, PlainTree, RepoTree, xattrs_of};
@@ -342,10 +341,10 @@ fn copy(repo: &ostree::Repo, hex: &str, here: BorrowedFd<'_>, name: &str) -> Res
 fn attribute(name: &[u8]) -> String {
     let name = String::from_utf8_lossy(name);
     let hint = match &*name {
-        selinux::ATTRIBUTE if selinux::mode() != selinux::Mode::Disabled => {
+        selinux_labels::ATTRIBUTE if selinux_labels::mode() != selinux_labels::Mode::Disabled => {
             format!(
                 " (if the loaded policy does not know its label: {})",
-                selinux::advice(selinux::context().as_deref())
+                selinux_labels::advice(selinux_labels::context().as_deref())
             )
         }
         _ => String::new(),

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use rustix::fs::{Dir, Mode as FileMode, OFlags, ResolveFlags};
 
 use super::preflight::Refusal;
-use crate::selinux::{self, Mode};
+use selinux_labels::Mode;
 
 /// The reasons against the switch, and what is none but should be known, a line each. `usr` is the new `/usr`. Nothing is
 /// changed.
@@ -17,15 +17,15 @@ use crate::selinux::{self, Mode};
 /// # Errors
 /// When the kernel or the new policy cannot be asked.
 pub fn check_selinux(usr: BorrowedFd<'_>) -> Result<(Vec<Refusal>, Vec<String>)> {
-    let mode = selinux::mode();
-    let Some(context) = selinux::context().filter(|_| mode != Mode::Disabled) else {
+    let mode = selinux_labels::mode();
+    let Some(context) = selinux_labels::context().filter(|_| mode != Mode::Disabled) else {
         return Ok((Vec::new(), Vec::new()));
     };
     let Some(policy) = policy(usr).context("reading the node image's SELinux policy")? else {
         return Ok((Vec::new(), Vec::new()));
     };
-    let running = selinux::running_domains().context("looking at the running processes")?;
-    Ok(judge(mode, context, &selinux::types_of(&policy), &running))
+    let running = selinux_labels::running_domains().context("looking at the running processes")?;
+    Ok(judge(mode, context, &selinux_labels::types_of(&policy), &running))
 }
 
 /// `types` are those of the policy that will be loaded, `running` the domains of all processes, and who runs in them.
@@ -35,7 +35,7 @@ fn judge(
     types: &HashSet<&[u8]>,
     running: &BTreeMap<String, BTreeSet<String>>,
 ) -> (Vec<Refusal>, Vec<String>) {
-    let own = selinux::type_of(&context).unwrap_or(&context).to_owned();
+    let own = selinux_labels::type_of(&context).unwrap_or(&context).to_owned();
     let knows = |domain: &str| types.contains(domain.as_bytes());
     let lost = running.iter().filter(|(domain, _)| **domain != own && !knows(domain));
     let mut warnings: Vec<_> = lost
@@ -76,13 +76,13 @@ fn policy(usr: BorrowedFd<'_>) -> Result<Option<Vec<u8>>> {
         Ok(Some(content))
     };
     let Some(config) = read("etc/selinux/config")? else { return Ok(None) };
-    let Some(kind) = selinux::policy_type(&String::from_utf8_lossy(&config)) else { return Ok(None) };
+    let Some(kind) = selinux_labels::policy_type(&String::from_utf8_lossy(&config)) else { return Ok(None) };
     let directory = format!("etc/selinux/{kind}/policy");
     let Some(listed) = open(&directory, OFlags::RDONLY | OFlags::DIRECTORY)? else { return Ok(None) };
     let mut newest = None;
     for entry in Dir::read_from(&listed).with_context(|| format!("listing /usr/{directory}"))? {
         let entry = entry.with_context(|| format!("listing /usr/{directory}"))?;
-        newest = newest.max(selinux::policy_format(entry.file_name().to_bytes()));
+        newest = newest.max(selinux_labels::policy_format(entry.file_name().to_bytes()));
     }
     newest.map_or(Ok(None), |version| read(&format!("{directory}/policy.{version}")))
 }

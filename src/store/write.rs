@@ -19,7 +19,6 @@ use sha2::{Digest, Sha256};
 
 pub use super::header::{FileMeta, Xattrs};
 use super::object::{ObjectId, ObjectType, loose_path};
-use crate::selinux;
 
 /// What an object costs besides its content: half a block at its end, and an inode.
 const BLOCK: usize = 4096;
@@ -367,9 +366,9 @@ fn fail(id: &ObjectId, kind: ObjectType, what: &'static str) -> impl FnOnce(io::
 
 fn xattr_failed(id: &ObjectId, name: &[u8], value: &[u8], errno: Errno) -> WriteError {
     let mut what = format!("setting the attribute {}", name.escape_ascii());
-    if name == selinux::ATTRIBUTE.as_bytes() && errno == Errno::INVAL {
+    if name == selinux_labels::ATTRIBUTE.as_bytes() && errno == Errno::INVAL {
         let label = value.strip_suffix(b"\0").unwrap_or(value).escape_ascii();
-        what = format!("{what} to {label}: {}", selinux::advice(selinux::context().as_deref()));
+        what = format!("{what} to {label}: {}", selinux_labels::advice(selinux_labels::context().as_deref()));
     }
     WriteError::Io { object: format!("{id}.file"), what, source: errno.into() }
 }

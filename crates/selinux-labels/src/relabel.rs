@@ -22,9 +22,9 @@ use rustix::fs::{Dir, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use tracing::warn;
 
-use crate::import::contexts::{Contexts, Texts};
-use crate::import::label::open_contexts;
-use crate::selinux::{policy_type, type_of};
+use crate::contexts::{Contexts, Texts};
+use crate::open_contexts;
+use crate::{policy_type, type_of};
 use support::xattr;
 
 /// What is labelled, each without what is mounted below. `/var` is not: no update of an ostree system labels it.
@@ -284,7 +284,7 @@ mod tests {
     /// With any label: without SELinux, the kernel stores whatever root likes. On an overlay, as `/etc` of live media is.
     #[test]
     fn what_has_the_old_label_gets_the_new_one() {
-        if crate::selinux::mode() != crate::selinux::Mode::Disabled {
+        if crate::mode() != crate::Mode::Disabled {
             return;
         }
         support::testing::private(|scratch| {

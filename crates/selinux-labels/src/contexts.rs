@@ -29,7 +29,7 @@ const EXPRESSION_LIMIT: usize = 1 << 20;
 
 /// The file contexts of one policy.
 #[derive(Debug)]
-pub(crate) struct Contexts {
+pub struct Contexts {
     /// Those without metacharacters last, otherwise in the order of the files: a later one wins.
     specs: Vec<Spec>,
     /// Which specs begin with a text, by that text.
@@ -73,7 +73,7 @@ enum Rest {
 
 /// The texts of one policy's files, each where it exists.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
-pub(crate) struct Texts {
+pub struct Texts {
     /// `file_contexts`, `.homedirs` and `.local`, in this order.
     pub contexts: [String; 3],
     /// `.subs` and `.subs_dist`, in this order.
@@ -82,19 +82,20 @@ pub(crate) struct Texts {
 
 /// What the file contexts say about a path.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Found<'a> {
+pub struct Found<'a> {
+    /// The label; `None` for `<<none>>`.
     pub label: Option<&'a str>,
     confirmed: &'a AtomicBool,
 }
 
 impl Found<'_> {
     /// Whether [`Found::confirm`] was called for the same line before.
-    pub(crate) fn is_confirmed(&self) -> bool {
+    pub fn is_confirmed(&self) -> bool {
         self.confirmed.load(Ordering::Relaxed)
     }
 
     /// Notes that libselinux says the same.
-    pub(crate) fn confirm(&self) {
+    pub fn confirm(&self) {
         self.confirmed.store(true, Ordering::Relaxed);
     }
 }
@@ -104,7 +105,7 @@ const SUFFIXES: [&str; 5] = ["", ".homedirs", ".local", ".subs", ".subs_dist"];
 
 impl Texts {
     /// Writes the files of a policy that has nothing else to `selinux`, a directory such as `/etc/selinux`.
-    pub(crate) fn write(&self, selinux: &Path) -> io::Result<()> {
+    pub fn write(&self, selinux: &Path) -> io::Result<()> {
         let files = selinux.join("only/contexts/files");
         std::fs::create_dir_all(&files)?;
         std::fs::write(selinux.join("config"), "SELINUX=enforcing\nSELINUXTYPE=only\n")?;
@@ -118,13 +119,13 @@ impl Texts {
     }
 
     /// All labels in them, many several times.
-    pub(crate) fn labels(&self) -> impl Iterator<Item = &str> {
+    pub fn labels(&self) -> impl Iterator<Item = &str> {
         let lines = self.contexts.iter().flat_map(|text| text.lines());
         lines.filter(|line| !line.trim_start().starts_with('#')).filter_map(|line| line.split_ascii_whitespace().last())
     }
 
     /// Reads the files whose names begin with `file_contexts`. Only the first has to exist.
-    pub(crate) fn read(file_contexts: &Path) -> io::Result<Self> {
+    pub fn read(file_contexts: &Path) -> io::Result<Self> {
         let beside = |suffix: &str| {
             let mut name = file_contexts.as_os_str().to_owned();
             name.push(suffix);
@@ -142,7 +143,7 @@ impl Texts {
 
 impl Contexts {
     /// Of the files' texts. Returns `None` if one has a line that libselinux may refuse.
-    pub(crate) fn parse(texts: &Texts) -> Option<Self> {
+    pub fn parse(texts: &Texts) -> Option<Self> {
         let mut parsed = Vec::new();
         for line in texts.contexts.iter().flat_map(|text| text.lines()) {
             if let Some(fields) = fields(line)? {
@@ -174,7 +175,7 @@ impl Contexts {
 
     /// What the contexts say about an absolute path without needless slashes, and a mode with its type.
     /// `None` when libselinux should say it.
-    pub(crate) fn find(&self, path: &str, mode: u32) -> Option<Found<'_>> {
+    pub fn find(&self, path: &str, mode: u32) -> Option<Found<'_>> {
         const S_IFMT: u32 = 0o170_000;
         // At the end of a text PCRE overlooks a line feed, regex does not.
         if self.refuted.load(Ordering::Relaxed) || path.contains('\n') {
@@ -207,7 +208,7 @@ impl Contexts {
     }
 
     /// Notes that libselinux says otherwise than a finding: from now on nothing is found.
-    pub(crate) fn refute(&self) {
+    pub fn refute(&self) {
         self.refuted.store(true, Ordering::Relaxed);
     }
 

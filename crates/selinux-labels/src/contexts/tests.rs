@@ -4,7 +4,7 @@ use ostree::gio;
 use proptest::prelude::*;
 
 use super::*;
-use crate::import::label::open_contexts;
+use crate::open_contexts;
 
 /// The policy as files, opened by libostree.
 fn theirs(texts: &Texts) -> ostree::SePolicy {
