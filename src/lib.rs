@@ -8,7 +8,6 @@ pub mod agent;
 pub mod bus;
 pub mod cli;
 pub mod config;
-pub mod etc;
 pub mod host;
 pub mod image;
 pub mod import;

@@ -14,8 +14,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
+use etc_merge::Class;
 use nix::sched::CloneFlags;
-use node_image_pivot::etc::{self, Class};
 use node_image_pivot::mount::{self, Namespace};
 use node_image_pivot::stage::{self, Booted, Delta, Keep};
 use rustix::mount::{MountFlags, MountPropagationFlags};
@@ -195,14 +195,15 @@ fn a_system_is_switched_and_switched_back() {
 
         let tree = stage::open_new_usr(&delta.directory, &usr, SOURCE).unwrap();
         assert!(stage::check_content(tree.as_fd(), stage::Machine::here().unwrap()).is_empty());
-        let new_etc = etc::open_defaults(tree.as_fd()).unwrap().unwrap();
-        let old_etc = etc::open_dir(&usr.join("etc")).unwrap();
-        let etc_dir = etc::open_dir(&etc_path).unwrap();
-        let plan = etc::plan(old_etc.as_fd(), new_etc.as_fd(), etc_dir.as_fd(), &etc::Defaults::default()).unwrap();
+        let new_etc = etc_merge::open_defaults(tree.as_fd()).unwrap().unwrap();
+        let old_etc = etc_merge::open_dir(&usr.join("etc")).unwrap();
+        let etc_dir = etc_merge::open_dir(&etc_path).unwrap();
+        let plan = etc_merge::plan(old_etc.as_fd(), new_etc.as_fd(), etc_dir.as_fd(), &etc_merge::Defaults::default())
+            .unwrap();
         assert_eq!(describe(&usr), booted_usr, "nothing is switched yet");
 
         tree.expose_in(&here(), &usr).unwrap();
-        let report = etc::apply(&plan, new_etc.as_fd(), etc_dir.as_fd(), &path("state/undo"), None).unwrap();
+        let report = etc_merge::apply(&plan, new_etc.as_fd(), etc_dir.as_fd(), &path("state/undo"), None).unwrap();
 
         let checkout = path("checkout");
         ostree(&[
@@ -241,7 +242,7 @@ fn a_system_is_switched_and_switched_back() {
         assert_eq!(report.counts[&Class::Conflict], 1, "{report}");
         assert_eq!(fs::read_to_string(path("state/etc-new/both")).unwrap(), "default 2");
 
-        let undone = etc::undo(&path("state/undo"), etc_dir.as_fd()).unwrap();
+        let undone = etc_merge::undo(&path("state/undo"), etc_dir.as_fd()).unwrap();
         assert!(undone.kept.is_empty() && undone.failed.is_empty(), "{undone}");
         assert!(here().withdraw(&usr, SOURCE).unwrap());
         assert_eq!(describe(&usr), booted_usr);
@@ -330,15 +331,15 @@ fn how_long_it_takes() {
                 fs::write(place, content.repeat(2000)).unwrap();
             }
         }
-        let [base, new, dir] = ["base", "new", "etc"].map(|name| etc::open_dir(&path(name)).unwrap());
+        let [base, new, dir] = ["base", "new", "etc"].map(|name| etc_merge::open_dir(&path(name)).unwrap());
         let start = Instant::now();
-        let plan = etc::plan(base.as_fd(), new.as_fd(), dir.as_fd(), &etc::Defaults::default()).unwrap();
+        let plan = etc_merge::plan(base.as_fd(), new.as_fd(), dir.as_fd(), &etc_merge::Defaults::default()).unwrap();
         println!("etc plan, {} changes: {:?}", plan.changes.len(), start.elapsed());
         let start = Instant::now();
-        etc::apply(&plan, new.as_fd(), dir.as_fd(), &path("state/undo"), None).unwrap();
+        etc_merge::apply(&plan, new.as_fd(), dir.as_fd(), &path("state/undo"), None).unwrap();
         println!("etc apply: {:?}", start.elapsed());
         let start = Instant::now();
-        let undone = etc::undo(&path("state/undo"), dir.as_fd()).unwrap();
+        let undone = etc_merge::undo(&path("state/undo"), dir.as_fd()).unwrap();
         println!("etc undo of {}: {:?}", undone.restored, start.elapsed());
     });
 }

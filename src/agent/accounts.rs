@@ -10,10 +10,10 @@ use tracing::info;
 
 use super::StagedRoot;
 use super::prepare::{ETC, USR, USR_SOURCE};
-use crate::etc::{Origin, Plan};
 use crate::host::{AccountPlan, Accounts, plan_accounts};
 use crate::mount::Namespace;
 use crate::stage;
+use etc_merge::{Origin, Plan};
 
 /// Accounts that the refresh adds, as the document of `plan` lists them.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -6,10 +6,10 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use super::{AddedAccounts, Paths};
-use crate::etc::{self, Class};
 use crate::report::ImageChoice;
 use crate::stage::{DeltaCounts, Need, PackageChanges};
 use crate::units::{self, Action};
+use etc_merge::Class;
 use support::directory::Directory;
 use support::human_bytes;
 
@@ -64,7 +64,7 @@ pub struct EtcPlan {
     /// Decisions by class.
     pub counts: BTreeMap<Class, usize>,
     /// Every path on which the booted defaults, the node image's defaults and `/etc` do not agree.
-    pub decisions: Vec<etc::Decision>,
+    pub decisions: Vec<etc_merge::Decision>,
 }
 
 /// Bytes of memory.
@@ -85,8 +85,8 @@ impl From<&Need> for MemoryPlan {
     }
 }
 
-impl From<&etc::Plan> for EtcPlan {
-    fn from(plan: &etc::Plan) -> Self {
+impl From<&etc_merge::Plan> for EtcPlan {
+    fn from(plan: &etc_merge::Plan) -> Self {
         let counts = Class::ALL.into_iter().map(|class| (class, plan.count(class))).collect();
         Self { counts, decisions: plan.decisions.clone() }
     }
@@ -207,7 +207,7 @@ mod tests {
     fn plan() -> SwitchPlan {
         let package = |name: &str| Package { name: name.into(), version: "1".into() };
         let decision =
-            etc::Decision { path: "x".into(), class: Class::Conflict, reason: "changed on both sides".into() };
+            etc_merge::Decision { path: "x".into(), class: Class::Conflict, reason: "changed on both sides".into() };
         SwitchPlan {
             image: "r/n@sha256:1".into(),
             image_choice: None,

@@ -14,13 +14,13 @@ use super::accounts::AddedAccounts;
 use super::plan::{EtcPlan, MemoryPlan, SwitchPlan};
 use super::{Context, Error, Paths, StagedRoot, accounts, storage, units};
 use crate::config::{EtcStrategy, Settings};
-use crate::etc::{self, Change, Class, Plan};
 use crate::import::PulledImage;
 use crate::mount::{DetachedTree, Namespace};
 use crate::report::{Phase, State};
 use crate::stage::{self, Booted, Delta, Free, Keep, Need, PackageChanges, Packages, Refusal, Refusals};
 use crate::store::{NodeStore, ObjectType};
 use crate::units::Flow;
+use etc_merge::{Change, Class, Plan};
 use support::directory::Directory;
 
 /// What mount tables show for the exposed `/usr`.
@@ -159,7 +159,7 @@ fn blocking(paths: &Paths, pulled: PulledImage, settings: &Settings) -> Result<(
     warnings.extend(said);
     if settings.etc_strategy == EtcStrategy::Fail {
         refuse(
-            etc::refuse_conflicts(&plan)
+            etc_merge::refuse_conflicts(&plan)
                 .err()
                 .map(|error| Refusal::Conflicts(format!("{error:#}")))
                 .into_iter()
@@ -172,7 +172,7 @@ fn blocking(paths: &Paths, pulled: PulledImage, settings: &Settings) -> Result<(
 
     let new = new_etc(tree.as_fd())?;
     let merge = |etc: BorrowedFd<'_>, records: &Path| {
-        etc::apply(&plan, new.as_fd(), etc, &records.join("undo"), None).map(drop)
+        etc_merge::apply(&plan, new.as_fd(), etc, &records.join("undo"), None).map(drop)
     };
     let trial = stage::check_runs(&tree, &merge)?;
     refuse(trial.refusals)?;
@@ -200,20 +200,20 @@ fn blocking(paths: &Paths, pulled: PulledImage, settings: &Settings) -> Result<(
 
 /// The plan for `/etc` as it is now, against a new `/usr` that is not exposed yet.
 fn plan_etc(tree: &DetachedTree, store: &NodeStore) -> anyhow::Result<Plan> {
-    let base = etc::open_dir(Path::new("/usr/etc"))?;
-    let current = etc::open_dir(Path::new(ETC))?;
+    let base = etc_merge::open_dir(Path::new("/usr/etc"))?;
+    let current = etc_merge::open_dir(Path::new(ETC))?;
     let earlier = earlier_defaults(store).unwrap_or_else(|error| {
         warn!("defaults of an earlier node image in /etc count as local changes: {error:#}");
-        etc::Defaults::default()
+        etc_merge::Defaults::default()
     });
-    etc::plan(base.as_fd(), new_etc(tree.as_fd())?.as_fd(), current.as_fd(), &earlier)
+    etc_merge::plan(base.as_fd(), new_etc(tree.as_fd())?.as_fd(), current.as_fd(), &earlier)
 }
 
 /// The defaults that merges of earlier boots took from node images.
-fn earlier_defaults(store: &NodeStore) -> anyhow::Result<etc::Defaults> {
+fn earlier_defaults(store: &NodeStore) -> anyhow::Result<etc_merge::Defaults> {
     let list = store.read_etc_defaults().context("cannot read the list of earlier defaults")?;
     list.map_or_else(
-        || Ok(etc::Defaults::default()),
+        || Ok(etc_merge::Defaults::default()),
         |list| serde_json::from_slice(&list).context("the list of earlier defaults is damaged"),
     )
 }
@@ -222,8 +222,8 @@ fn earlier_defaults(store: &NodeStore) -> anyhow::Result<etc::Defaults> {
 pub(super) fn diff_etc(paths: &Paths, staged: &StagedRoot, secrets: bool) -> anyhow::Result<Vec<u8>> {
     let tree = stage::open_new_usr(&staged.delta.directory, Path::new(USR), USR_SOURCE)?;
     let plan = load_etc_plan(paths)?;
-    let current = etc::open_dir(Path::new(ETC))?;
-    etc::diff(&plan, new_etc(tree.as_fd())?.as_fd(), current.as_fd(), secrets)
+    let current = etc_merge::open_dir(Path::new(ETC))?;
+    etc_merge::diff(&plan, new_etc(tree.as_fd())?.as_fd(), current.as_fd(), secrets)
 }
 
 /// Returns the plan for `/etc` that was staged.
@@ -246,7 +246,8 @@ fn etc_lines(plan: &Plan) -> Vec<String> {
 
 /// The node image's defaults: `etc` in its `/usr`.
 pub(super) fn new_etc(usr: BorrowedFd<'_>) -> anyhow::Result<OwnedFd> {
-    etc::open_defaults(usr)?.context("the node image has no /usr/etc: it is no ostree system; use another node image")
+    etc_merge::open_defaults(usr)?
+        .context("the node image has no /usr/etc: it is no ostree system; use another node image")
 }
 
 /// The metadata that a commit says of itself.
@@ -272,7 +273,7 @@ fn packages(
     pulled: &PulledImage,
     new: &VariantDict,
 ) -> Option<PackageChanges> {
-    let booted_usr = etc::open_dir(Path::new(USR)).ok()?;
+    let booted_usr = etc_merge::open_dir(Path::new(USR)).ok()?;
     if let (Some(old), Some(new)) = (dpkg_of(booted_usr.as_fd()), dpkg_of(tree.as_fd())) {
         return Some(PackageChanges::between(&old, &new));
     }

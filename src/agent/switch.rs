@@ -17,7 +17,6 @@ use super::reexec::reexecute;
 use super::units::UnitsRecord;
 use super::wayback::{self, Below};
 use super::{Context, Error, Paths, StagedRoot, Switched, storage, views};
-use crate::etc;
 use crate::host;
 use crate::mount;
 use crate::report::{Phase, State};
@@ -54,7 +53,7 @@ pub(super) async fn switch(context: &Context, staged: StagedRoot) -> Result<Swit
 /// Refuses, with numbers, a switch for whose files there is no room. Nothing is changed.
 pub(super) fn check(paths: &Paths) -> Result<(), Error> {
     let plan = load_etc_plan(paths)?;
-    let refusals = etc::check_room(&plan, Path::new(ETC), paths.run())?;
+    let refusals = etc_merge::check_room(&plan, Path::new(ETC), paths.run())?;
     if refusals.is_empty() {
         return Ok(());
     }
@@ -70,7 +69,7 @@ pub(super) async fn load_policy(context: &Context, staged: &StagedRoot) -> anyho
         context.tracker.remark(&remark);
     }
     if step.loads() && selinux_labels::mode() != selinux_labels::Mode::Disabled {
-        let relabelled = etc::relabel(&plan, etc::open_dir(Path::new(ETC))?.as_fd())?;
+        let relabelled = etc_merge::relabel(&plan, etc_merge::open_dir(Path::new(ETC))?.as_fd())?;
         info!("/etc: {relabelled} entries got labels that the policy from before did not know");
         label_anew(&context.paths, staged, Way::There).await;
     }
@@ -137,19 +136,19 @@ async fn load_old_policy(paths: &Paths, staged: &StagedRoot, undone: &mut Undone
 }
 
 /// What the merge of `/etc` means for the SELinux policy, before and after an undo alike.
-fn policy_step(plan: &etc::Plan) -> host::PolicyStep {
+fn policy_step(plan: &etc_merge::Plan) -> host::PolicyStep {
     host::policy_step(
         // On a disk an earlier boot's merge may have brought it already, and this boot have loaded another.
         plan.changes
             .iter()
             .map(|change| change.path.0.as_slice())
-            .chain(plan.of(etc::Class::Converged).map(|decision| decision.path.0.as_slice()))
+            .chain(plan.of(etc_merge::Class::Converged).map(|decision| decision.path.0.as_slice()))
             .chain(plan.earlier.paths().map(|path| path.0.as_slice())),
-        plan.of(etc::Class::Conflict).map(|decision| decision.path.0.as_slice()),
+        plan.of(etc_merge::Class::Conflict).map(|decision| decision.path.0.as_slice()),
     )
 }
 
-fn blocking(paths: &Paths, staged: &StagedRoot) -> anyhow::Result<etc::Report> {
+fn blocking(paths: &Paths, staged: &StagedRoot) -> anyhow::Result<etc_merge::Report> {
     let usr = Path::new(USR);
     let plan = load_etc_plan(paths)?;
     let run = Directory::ensure(paths.run()).with_context(|| format!("cannot use {}", paths.run().display()))?;
@@ -162,11 +161,11 @@ fn blocking(paths: &Paths, staged: &StagedRoot) -> anyhow::Result<etc::Report> {
     if !mount::exposed(usr, USR_SOURCE)? {
         stage::open_new_usr(&staged.delta.directory, usr, USR_SOURCE)?.expose(usr)?;
     }
-    let new = new_etc(etc::open_dir(usr)?.as_fd())?;
-    let current = etc::open_dir(Path::new(ETC))?;
+    let new = new_etc(etc_merge::open_dir(usr)?.as_fd())?;
+    let current = etc_merge::open_dir(Path::new(ETC))?;
     // Before the merge: an entry counts for the next one only where /etc has what it says.
     remember_defaults(paths, staged, &plan.later())?;
-    etc::apply(&plan, new.as_fd(), current.as_fd(), &paths.etc_undo(), None)
+    etc_merge::apply(&plan, new.as_fd(), current.as_fd(), &paths.etc_undo(), None)
 }
 
 /// How an undo went.
@@ -331,7 +330,7 @@ async fn refresh_back(staged: &StagedRoot) -> Vec<String> {
 /// only if we are killed.
 fn undo_files(paths: &Paths, staged: &StagedRoot, to_guard: bool) -> (Undone, Option<units::Guard>) {
     let mut undone = Undone::default();
-    match etc::open_dir(Path::new(ETC)).and_then(|dir| etc::undo(&paths.etc_undo(), dir.as_fd())) {
+    match etc_merge::open_dir(Path::new(ETC)).and_then(|dir| etc_merge::undo(&paths.etc_undo(), dir.as_fd())) {
         Ok(report) => {
             undone.kept.extend(report.kept.iter().map(|entry| format!("/etc/{} stays: {}", entry.path, entry.reason)));
             undone.failed.extend(report.failed.iter().map(|entry| format!("/etc/{}: {}", entry.path, entry.reason)));
@@ -375,7 +374,7 @@ fn undo_files(paths: &Paths, staged: &StagedRoot, to_guard: bool) -> (Undone, Op
 }
 
 /// Tells the next boot's merge which defaults in `/etc` came from node images.
-fn remember_defaults(paths: &Paths, staged: &StagedRoot, list: &etc::Defaults) -> anyhow::Result<()> {
+fn remember_defaults(paths: &Paths, staged: &StagedRoot, list: &etc_merge::Defaults) -> anyhow::Result<()> {
     let text = serde_json::to_vec(list).context("cannot write the list of defaults")?;
     let text = (!list.is_empty()).then_some(text);
     storage::of(paths, staged)?

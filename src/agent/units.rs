@@ -15,12 +15,12 @@ use tracing::info;
 use super::after::RESTART;
 use super::prepare::{USR, USR_SOURCE, new_etc};
 use super::{Context, Error, Paths, StagedRoot};
-use crate::etc::{self, Origin};
 use crate::report::StillOld;
 use crate::stage;
 use crate::units::{
     self, Action, Class, Definitions, EtcChanges, Flow, Manager, Policy, Root, Sides, UnitFiles, Verb, Version,
 };
+use etc_merge::Origin;
 use support::directory::Directory;
 
 /// A file of the agent's directory.
@@ -95,7 +95,7 @@ impl UnitsRecord {
 pub(super) async fn preview(
     context: &Context,
     staged: &StagedRoot,
-    plan: etc::Plan,
+    plan: etc_merge::Plan,
     flow: Flow,
 ) -> Result<(Vec<Action>, Vec<String>)> {
     let delta = staged.delta.lookup()?;
@@ -135,7 +135,7 @@ pub(super) fn target(context: &Context) -> String {
 }
 
 /// The merge as far as unit files see it.
-fn etc_changes(plan: &etc::Plan, new_etc: &Path) -> EtcChanges {
+fn etc_changes(plan: &etc_merge::Plan, new_etc: &Path) -> EtcChanges {
     let concerned = plan.changes.iter().filter(|change| change.path.as_path().starts_with("systemd"));
     let arrives = concerned.filter(|change| change.after.is_none() || change.content == Origin::New);
     arrives
@@ -360,7 +360,7 @@ mod tests {
 
     #[test]
     fn the_merge_as_unit_files_see_it() {
-        use crate::etc::{Change, Content, Leaf, Meta};
+        use etc_merge::{Change, Content, Leaf, Meta};
         let leaf = || Leaf { meta: Meta::default(), content: Content::Other };
         let change = |path: &str, after: Option<Leaf>, content| Change {
             path: path.into(),
@@ -369,14 +369,14 @@ mod tests {
             content,
             label: None,
         };
-        let plan = etc::Plan {
+        let plan = etc_merge::Plan {
             changes: vec![
                 change("systemd/system/a.service", Some(leaf()), Origin::New),
                 change("systemd/system/b.service", None, Origin::New),
                 change("systemd/system/chmod.service", Some(leaf()), Origin::Current),
                 change("passwd", Some(leaf()), Origin::New),
             ],
-            ..etc::Plan::default()
+            ..etc_merge::Plan::default()
         };
         let expected = [
             ("systemd/system/a.service".into(), Some("/new/systemd/system/a.service".into())),

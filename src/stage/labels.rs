@@ -6,8 +6,6 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use ostree::gio;
 
-use crate::etc;
-
 /// Gives every entry that the plan writes the label that the policy in the new tree has for it. `usr` is the new
 /// `/usr` directory, `scratch` an existing directory of ours. Returns how many got one: none where the tree has no policy.
 ///
@@ -15,7 +13,7 @@ use crate::etc;
 ///
 /// # Errors
 /// When the tree has a policy that libostree cannot use.
-pub fn label_plan(plan: &mut etc::Plan, usr: BorrowedFd<'_>, scratch: &Path) -> Result<usize> {
+pub fn label_plan(plan: &mut etc_merge::Plan, usr: BorrowedFd<'_>, scratch: &Path) -> Result<usize> {
     // libostree takes the path of a root directory.
     let root = tempfile_in(scratch).context("making a directory for the policy")?;
     let link = format!("/proc/self/fd/{}", usr.as_raw_fd());
@@ -36,7 +34,7 @@ fn tempfile_in(scratch: &Path) -> std::io::Result<std::path::PathBuf> {
     Ok(root)
 }
 
-fn label(plan: &mut etc::Plan, root: &Path) -> Result<usize> {
+fn label(plan: &mut etc_merge::Plan, root: &Path) -> Result<usize> {
     let policy = ostree::SePolicy::new(&gio::File::for_path(root), gio::Cancellable::NONE)?;
     if policy.name().is_none() {
         return Ok(0);
@@ -50,7 +48,7 @@ fn label(plan: &mut etc::Plan, root: &Path) -> Result<usize> {
         let label = policy.label(&path, after.raw_mode(), gio::Cancellable::NONE);
         change.label = label
             .with_context(|| format!("looking up the label of {path}"))?
-            .map(|label| etc::Bytes(label.as_bytes().iter().copied().chain([0]).collect()));
+            .map(|label| etc_merge::Bytes(label.as_bytes().iter().copied().chain([0]).collect()));
         labelled += usize::from(change.label.is_some());
     }
     Ok(labelled)

@@ -289,7 +289,6 @@ fn a_missing_object_is_named_and_nothing_is_left() {
 fn etc_is_labelled_by_the_policy_of_the_new_tree() {
     use std::os::fd::AsFd;
 
-    use crate::etc;
     private(|scratch| {
         let over = scratch.join("over");
         let policy = over.join("etc/selinux/test");
@@ -303,12 +302,13 @@ fn etc_is_labelled_by_the_policy_of_the_new_tree() {
         fs::write(over.join("etc/secret"), "").unwrap();
         fs::create_dir_all(scratch.join("etc/old")).unwrap();
         let tree = open_new_usr(&over, Path::new("/usr"), "nip:usr").unwrap();
-        let [base, new] = ["etc", "over/etc"].map(|path| etc::open_dir(&scratch.join(path)).unwrap());
-        let mut plan = etc::plan(base.as_fd(), new.as_fd(), base.as_fd(), &etc::Defaults::default()).unwrap();
+        let [base, new] = ["etc", "over/etc"].map(|path| etc_merge::open_dir(&scratch.join(path)).unwrap());
+        let mut plan =
+            etc_merge::plan(base.as_fd(), new.as_fd(), base.as_fd(), &etc_merge::Defaults::default()).unwrap();
         let labelled = crate::stage::label_plan(&mut plan, tree.as_fd(), scratch).unwrap();
         assert_eq!(labelled, plan.changes.len() - 1, "all but what is removed");
         let label = |path: &str| {
-            let change = plan.changes.iter().find(|change| change.path == etc::Bytes::from(path)).unwrap();
+            let change = plan.changes.iter().find(|change| change.path == etc_merge::Bytes::from(path)).unwrap();
             change.label.clone().map(|label| String::from_utf8(label.0).unwrap())
         };
         assert_eq!(label("secret").unwrap(), "system_u:object_r:secret_t:s0\0");

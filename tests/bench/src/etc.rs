@@ -6,7 +6,6 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
-use node_image_pivot::etc;
 use serde::Serialize;
 
 /// Seconds.
@@ -31,17 +30,17 @@ pub fn measure(scratch: &Path, entries: usize) -> Result<EtcTimes> {
             fs::write(dir.join(format!("f{number}")), content.repeat(2000))?;
         }
     }
-    let open = |name: &str| etc::open_dir(&scratch.join(name));
+    let open = |name: &str| etc_merge::open_dir(&scratch.join(name));
     let (base, new, current, undo) = (open("base")?, open("new")?, open("etc")?, scratch.join("undo"));
     let start = Instant::now();
-    let plan = etc::plan(base.as_fd(), new.as_fd(), current.as_fd(), &etc::Defaults::default())?;
+    let plan = etc_merge::plan(base.as_fd(), new.as_fd(), current.as_fd(), &etc_merge::Defaults::default())?;
     let plan_seconds = start.elapsed().as_secs_f64();
     ensure!(plan.changes.len() == entries, "{} changes planned of {entries}", plan.changes.len());
     let start = Instant::now();
-    etc::apply(&plan, new.as_fd(), current.as_fd(), &undo, None)?;
+    etc_merge::apply(&plan, new.as_fd(), current.as_fd(), &undo, None)?;
     let apply = start.elapsed().as_secs_f64();
     let start = Instant::now();
-    let undone = etc::undo(&undo, current.as_fd())?;
+    let undone = etc_merge::undo(&undo, current.as_fd())?;
     ensure!(undone.restored == entries, "{} entries restored of {entries}", undone.restored);
     Ok(EtcTimes { entries, plan: plan_seconds, apply, undo: start.elapsed().as_secs_f64() })
 }

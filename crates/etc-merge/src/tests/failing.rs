@@ -175,7 +175,7 @@ fn killed(case: &Case, undo: bool, number: usize) -> bool {
     fs::create_dir_all(&points).unwrap();
     fs::write(points.join("armed"), format!("* {number} kill\n")).unwrap();
     let mut child = Command::new(std::env::current_exe().unwrap());
-    child.args(["--exact", "etc::tests::failing::killed_child", "--nocapture", "--test-threads=1"]);
+    child.args(["--exact", "tests::failing::killed_child", "--nocapture", "--test-threads=1"]);
     child.env(PLACE, &case.place).env("NODE_IMAGE_PIVOT_FAILPOINTS", &points);
     if undo {
         child.env(UNDO, "1");

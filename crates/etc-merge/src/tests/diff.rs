@@ -10,8 +10,8 @@ use proptest::test_runner::{Config, TestRunner};
 
 use super::real::{plan_in, rescan, write_tree};
 use super::*;
-use crate::etc::diff::{Sides, show};
-use crate::etc::undo::is_kin;
+use crate::diff::{Sides, show};
+use crate::undo::is_kin;
 use support::testing::private;
 
 fn world(entry: Entry) -> Entry {

@@ -9,8 +9,8 @@ use std::process::{Command, Stdio};
 use super::durable::run;
 use super::real::{plan_in, rescan, stage, undo_in, write_tree};
 use super::*;
-use crate::etc::place::{Outcome, Place, Source};
-use crate::etc::staging::Staging;
+use crate::place::{Outcome, Place, Source};
+use crate::staging::Staging;
 use support::testing::private;
 
 const NONE: rustix::mount::MountFlags = rustix::mount::MountFlags::empty();

@@ -12,8 +12,8 @@ use rustix::fs::{CWD, FileType, Mode, XattrFlags};
 
 use super::properties::families;
 use super::*;
-use crate::etc::apply::Merge;
-use crate::etc::record::Record;
+use crate::apply::Merge;
+use crate::record::Record;
 use support::testing::private;
 
 /// Makes the tree on disk.
