@@ -15,4 +15,3 @@ pub mod mount;
 pub mod report;
 pub mod stage;
 pub mod store;
-pub mod units;

@@ -10,8 +10,8 @@ use super::{Context, Error, Paths, Switched, accounts, reexec, switch, units, vi
 use crate::host;
 use crate::mount;
 use crate::report::{Phase, State};
-use crate::units::{Flow, Manager, Verb};
 use support::directory::Directory;
+use unit_refresh::{Flow, Manager, Verb};
 
 /// Time limit for the restart of one unit, after which the refresh continues without it. Longer than systemd itself waits by
 /// default (90 s) until it kills a unit that does not stop.

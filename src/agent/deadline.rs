@@ -13,8 +13,8 @@ use anyhow::Context as _;
 use tracing::warn;
 
 use super::Probation;
-use crate::units::Manager;
 use support::directory::Directory;
+use unit_refresh::Manager;
 
 /// Directory of the files; systemd.unit(5).
 const UNITS: &str = "/run/systemd/system";

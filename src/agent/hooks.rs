@@ -8,8 +8,8 @@ use tracing::{info, warn};
 use super::{Context, Error, Paths, StagedRoot, Ticket};
 use crate::host::{self, Hook, Moment};
 use crate::report::{Phase, State, one_line};
-use crate::units::Flow;
 use support::directory::Directory;
+use unit_refresh::Flow;
 
 const ROOT: &str = "/";
 

@@ -45,12 +45,12 @@ use tracing::{error, info, warn};
 use crate::config::Settings;
 use crate::report::{Status, Tracker};
 use crate::store::{LockError, StoreLock};
-use crate::units::{Guard, Manager};
 use holder::{Held, Holder};
 use look::Standing;
 use record::Asked;
 use steps::next;
 use support::directory::Directory;
+use unit_refresh::{Guard, Manager};
 use wayback::Below;
 
 pub use accounts::AddedAccounts;

@@ -8,10 +8,10 @@ use serde::{Deserialize, Serialize};
 use super::{AddedAccounts, Paths};
 use crate::report::ImageChoice;
 use crate::stage::{DeltaCounts, Need, PackageChanges};
-use crate::units::{self, Action};
 use etc_merge::Class;
 use support::directory::Directory;
 use support::human_bytes;
+use unit_refresh::Action;
 
 /// The answer to a call of `plan`. `schema` changes only when a field changes its meaning or goes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -164,7 +164,7 @@ impl SwitchPlan {
             .extend(conflicts.map(|one| format!("/etc: conflict: {} ({}); the local one stays", one.path, one.reason)));
         lines.extend(self.accounts.line());
         let unit = |one: &Action| format!("unit: {} {} ({})", one.class.as_str(), one.unit, one.reason);
-        lines.extend(self.units.iter().filter(|one| one.class != units::Class::None).map(unit));
+        lines.extend(self.units.iter().filter(|one| one.class != unit_refresh::Class::None).map(unit));
         lines.push(format!(
             "memory: {} needed, {} available",
             human_bytes(self.memory.needed_bytes),
@@ -221,7 +221,7 @@ mod tests {
             }),
             etc: EtcPlan { counts: BTreeMap::from([(Class::Conflict, 1)]), decisions: vec![decision] },
             accounts: AddedAccounts { users: vec!["u".into()], groups: Vec::new() },
-            units: vec![Action::new("a.service", units::Class::Restart, "r")],
+            units: vec![Action::new("a.service", unit_refresh::Class::Restart, "r")],
             memory: MemoryPlan { needed: BTreeMap::new(), needed_bytes: 1 << 20, available_bytes: 1 << 30 },
             warnings: vec!["w".into()],
         }

@@ -19,9 +19,9 @@ use crate::mount::{DetachedTree, Namespace};
 use crate::report::{Phase, State};
 use crate::stage::{self, Booted, Delta, Free, Keep, Need, PackageChanges, Packages, Refusal, Refusals};
 use crate::store::{NodeStore, ObjectType};
-use crate::units::Flow;
 use etc_merge::{Change, Class, Plan};
 use support::directory::Directory;
+use unit_refresh::Flow;
 
 /// What mount tables show for the exposed `/usr`.
 pub(super) const USR_SOURCE: &str = "node-image";

@@ -11,10 +11,10 @@ use crate::image::{PullSpec, ResolvedImage};
 use crate::import::PulledImage;
 use crate::report::{LastError, Standing, State, Status};
 use crate::stage::Delta;
-use crate::units::{Action, Flow};
 use support::directory::Directory;
 use support::failpoint::{self, Point};
 use support::human_bytes;
+use unit_refresh::{Action, Flow};
 
 /// Version of the record's format. A record of another version is refused, not guessed at.
 const SCHEMA: u32 = 1;

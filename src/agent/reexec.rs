@@ -8,7 +8,7 @@ use tracing::info;
 
 use super::Context;
 use super::units::Differs;
-use crate::units::{self, Manager};
+use unit_refresh::Manager;
 
 /// Units that a message names at most.
 const NAMED: usize = 10;
@@ -16,7 +16,7 @@ const NAMED: usize = 10;
 /// Re-executes PID 1 if its files changed, else reloads it: it knows the new unit files in both cases.
 pub(super) async fn renew_manager(context: &Context, differs: Differs<'_>) -> Result<Manager> {
     let manager = Manager::connect().await?;
-    if units::mapped_files(1).iter().any(|path| differs(Path::new(path))) {
+    if unit_refresh::mapped_files(1).iter().any(|path| differs(Path::new(path))) {
         let mut troubles = Vec::new();
         let manager = reexecute(manager, &mut troubles).await?;
         context.tracker.note("systemd was re-executed: its binary or libraries changed");
@@ -34,7 +34,7 @@ pub(super) async fn renew_manager(context: &Context, differs: Differs<'_>) -> Re
 /// version 255 on a manager starts services through a program of the `/usr` that it comes from: one that is not
 /// re-executed cannot start anything any more.
 pub(super) async fn reexecute(manager: Manager, troubles: &mut Vec<String>) -> Result<Manager> {
-    let release = manager.version().await.ok().and_then(|version| units::release(&version));
+    let release = manager.version().await.ok().and_then(|version| unit_refresh::release(&version));
     let before = states(&manager).await?;
     let manager = manager.reexecute().await?;
     if let Err(error) = check(&manager, &before, troubles).await {
@@ -50,7 +50,7 @@ pub(super) async fn reexecute(manager: Manager, troubles: &mut Vec<String>) -> R
 }
 
 async fn reexecute_users(manager: &Manager, troubles: &mut Vec<String>) -> Result<()> {
-    for unit in units::active(manager).await?.iter().filter(|unit| unit.starts_with("user@")) {
+    for unit in unit_refresh::active(manager).await?.iter().filter(|unit| unit.starts_with("user@")) {
         match manager.reexecute_user(unit).await {
             Ok(()) => info!("{unit}: asked to re-execute itself"),
             Err(error) => troubles.push(format!(

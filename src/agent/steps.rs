@@ -8,7 +8,7 @@ use tracing::info;
 use super::start::{Start, decide};
 use super::{Context, Error, Goal, Record, Step, Ticket, after, fetch, hooks, prepare, switch, units};
 use crate::report::State;
-use crate::units::Flow;
+use unit_refresh::Flow;
 
 /// The step after the one that stands in the record, or `None` when the goal is reached.
 pub(super) async fn next(

@@ -22,9 +22,9 @@ use crate::mount;
 use crate::report::{Phase, State};
 use crate::stage;
 use crate::store::NODE_IMAGE_REF;
-use crate::units::{self, Action, Class, Flow, Manager, Root, Sides, UnitFiles, Verb, Version};
 use support::directory::Directory;
 use support::failpoint::{self, Point};
+use unit_refresh::{Action, Class, Flow, Manager, Root, Sides, UnitFiles, Verb, Version};
 
 /// Exposes the new `/usr` and merges `/etc`.
 pub(super) async fn switch(context: &Context, staged: StagedRoot) -> Result<Switched, Error> {
@@ -192,14 +192,14 @@ pub(super) async fn plan_units(
     let delta = delta.ok();
     let differs = |path: &Path| delta.as_ref().is_none_or(|delta| delta.contains(path).unwrap_or(true));
     let manager = Manager::connect().await?;
-    let fragments = units::active_fragments(&manager).await?;
+    let fragments = unit_refresh::active_fragments(&manager).await?;
     let looked = tokio::task::spawn_blocking(move || leaving(fragments)).await.context("undo panicked")?;
     let (leaving, new, systemd) = looked.context("cannot tell which units only the node image has")?;
     let current = Root::running().unit_files().context("cannot read the unit files")?;
-    let old = units::definitions(&manager, &current).await?;
+    let old = unit_refresh::definitions(&manager, &current).await?;
     let (version, differs, arriving) = (Version::Current, &differs, BTreeSet::new());
     let sides = Sides { version, differs, old: &old, new: &new, arriving: &arriving, systemd };
-    let (states, unseen) = units::survey(&manager, &sides).await?;
+    let (states, unseen) = unit_refresh::survey(&manager, &sides).await?;
     troubles.extend(unseen);
     // What was stopped and restarted there is, on the way back, too.
     let record = UnitsRecord::load(paths).unwrap_or_else(|error| {
@@ -208,7 +208,7 @@ pub(super) async fn plan_units(
     });
     let record = record.unwrap_or_default();
     let flow = record.flow.unwrap_or(flow);
-    let mut actions = units::undo_plan(&states, &leaving, flow, &super::units::policy());
+    let mut actions = unit_refresh::undo_plan(&states, &leaving, flow, &super::units::policy());
     actions.extend(record.stopped().map(|unit| Action::new(unit, Class::Start, "the switch stopped it")));
     Ok((actions, troubles))
 }
@@ -328,7 +328,7 @@ async fn refresh_back(staged: &StagedRoot) -> Vec<String> {
 
 /// The second value watches over us until PID 1 is the old one again. Without one we go on: it is needed
 /// only if we are killed.
-fn undo_files(paths: &Paths, staged: &StagedRoot, to_guard: bool) -> (Undone, Option<units::Guard>) {
+fn undo_files(paths: &Paths, staged: &StagedRoot, to_guard: bool) -> (Undone, Option<unit_refresh::Guard>) {
     let mut undone = Undone::default();
     match etc_merge::open_dir(Path::new(ETC)).and_then(|dir| etc_merge::undo(&paths.etc_undo(), dir.as_fd())) {
         Ok(report) => {
@@ -360,7 +360,7 @@ fn undo_files(paths: &Paths, staged: &StagedRoot, to_guard: bool) -> (Undone, Op
         undone.failed.push(format!("{error:#}"));
     }
     // Last: between this and its re-execution PID 1 may be unable to start anything.
-    let start = || units::Guard::start().inspect_err(|error| warn!("{error:#}")).ok();
+    let start = || unit_refresh::Guard::start().inspect_err(|error| warn!("{error:#}")).ok();
     let guard = to_guard.then(start).flatten();
     let usr = Path::new(USR);
     let lost = mount::Namespace::init().mounts().map(|mounts| mount::mounted_on(&mounts, usr, USR_SOURCE));

@@ -17,11 +17,11 @@ use super::prepare::{USR, USR_SOURCE, new_etc};
 use super::{Context, Error, Paths, StagedRoot};
 use crate::report::StillOld;
 use crate::stage;
-use crate::units::{
-    self, Action, Class, Definitions, EtcChanges, Flow, Manager, Policy, Root, Sides, UnitFiles, Verb, Version,
-};
 use etc_merge::Origin;
 use support::directory::Directory;
+use unit_refresh::{
+    Action, Class, Definitions, EtcChanges, Flow, Manager, Policy, Root, Sides, UnitFiles, Verb, Version,
+};
 
 /// A file of the agent's directory.
 const FILE: &str = "units.json";
@@ -112,17 +112,17 @@ pub(super) async fn preview(
     .context("reading unit files panicked")?
     .context("cannot read the unit files")?;
     let manager = Manager::connect().await?;
-    let definitions = units::definitions(&manager, &old).await?;
+    let definitions = unit_refresh::definitions(&manager, &old).await?;
     let target = target(context);
     let (before, after) = (old.pulled_in(&target), new.pulled_in(&target));
     let arriving = after.difference(&before).cloned().collect();
     let (version, differs) = (Version::Current, &differs as Differs<'_>);
     let sides = Sides { version, differs, old: &definitions, new: &new, arriving: &arriving, systemd };
-    let (states, troubles) = units::survey(&manager, &sides).await?;
-    let mut actions = units::plan(&states, flow, &context.settings.units);
+    let (states, troubles) = unit_refresh::survey(&manager, &sides).await?;
+    let mut actions = unit_refresh::plan(&states, flow, &context.settings.units);
     if flow == Flow::Bootstrap {
-        let active = units::active(&manager).await?;
-        let starts = units::starts(&arriving, &active, &target);
+        let active = unit_refresh::active(&manager).await?;
+        let starts = unit_refresh::starts(&arriving, &active, &target);
         let planned: BTreeSet<_> = actions.iter().map(|action| action.unit.clone()).collect();
         actions.extend(starts.into_iter().filter(|start| !planned.contains(&start.unit)));
     }
@@ -150,7 +150,7 @@ fn etc_changes(plan: &etc_merge::Plan, new_etc: &Path) -> EtcChanges {
 pub(super) async fn remember(context: &Context) -> Result<(), Error> {
     let remembered = async {
         let files = unit_files().await?;
-        let before = units::definitions(&Manager::connect().await?, &files).await?;
+        let before = unit_refresh::definitions(&Manager::connect().await?, &files).await?;
         let mut sockets = files.pulled_in(&target(context));
         sockets.retain(|name| name.ends_with(".socket"));
         UnitsRecord { before, sockets: Some(sockets), ..UnitsRecord::default() }.save(&context.paths)
@@ -182,18 +182,18 @@ pub(super) async fn carry_out(
         let systemd = Root::running().systemd_release();
         let (version, old) = (Version::Replaced, &record.before);
         let sides = Sides { version, differs, old, new: &new, arriving: &arriving, systemd };
-        let (states, troubles) = match units::survey(manager, &sides).await {
+        let (states, troubles) = match unit_refresh::survey(manager, &sides).await {
             // Somebody re-executed systemd.
             Err(error) if Manager::is_lost(&error) => {
                 *manager = Manager::connect().await?;
-                units::survey(manager, &sides).await?
+                unit_refresh::survey(manager, &sides).await?
             }
             surveyed => surveyed?,
         };
         trouble.extend(troubles);
         // What was done for the flow before is still what happened.
         record.acts.retain(|act| act.done > 0);
-        for action in units::plan(&states, flow, &context.settings.units) {
+        for action in unit_refresh::plan(&states, flow, &context.settings.units) {
             let mut act = Act::from(action);
             if act.action.jobs().iter().any(|(verb, _)| *verb == Verb::TryRestart) {
                 act.ending = manager.invocation(&act.action.unit).await.ok().map(hex::encode);
@@ -282,7 +282,7 @@ pub(super) async fn still_old(manager: &Manager, differs: Differs<'_>) -> Result
     let (old, new, arriving) = (Definitions::new(), UnitFiles::default(), BTreeSet::new());
     let version = Version::Replaced;
     let sides = Sides { version, differs, old: &old, new: &new, arriving: &arriving, systemd: None };
-    let (states, _) = units::survey(manager, &sides).await?;
+    let (states, _) = unit_refresh::survey(manager, &sides).await?;
     Ok(states.into_iter().map(|state| StillOld { unit: state.name, files: state.changed }).collect())
 }
 
@@ -311,7 +311,7 @@ pub(super) fn policy() -> Policy {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::units::{Definition, How};
+    use unit_refresh::{Definition, How};
 
     #[test]
     fn kept_and_read_again() {

@@ -11,7 +11,7 @@ use zbus::{Connection, OwnedVariant};
 
 use super::{INTERFACE, NAME, PATH, build, within};
 use crate::report::{Outcome, Status};
-use crate::units::{self, Manager};
+use unit_refresh::Manager;
 
 const DAEMON_UNIT: &str = "node-image-pivotd.service";
 
@@ -181,7 +181,7 @@ async fn start() -> Result<()> {
         Ok(()) => Ok(()),
         // A PID 1 of another /usr than the one in place may be unable to start anything: what was left
         // by a daemon that was killed in the middle of a switch or an undo.
-        Err(_) if !units::mapped_files(1).is_empty() => {
+        Err(_) if !unit_refresh::mapped_files(1).is_empty() => {
             let manager = manager.reexecute().await?;
             // From 254 on systemd remembers how often a unit was started: a daemon that was refused for that is
             // refused by the new one, too.

@@ -10,7 +10,7 @@ use boot_config::{DEFAULT_PROBE_PATHS, Mode};
 
 use super::inputs::{Inputs, Sourced};
 use crate::store::Wish;
-use crate::units::Policy;
+use unit_refresh::Policy;
 
 const DEFAULT_RAM_LIMIT: RamLimit = RamLimit::Percent(60);
 const DEFAULT_RETRY: Retry = Retry {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::store::Wish;
-use crate::units::Policy;
+use unit_refresh::Policy;
 
 /// A root that holds these drop-in files: (directory, name, text).
 fn root(files: &[(&str, &str, &str)]) -> tempfile::TempDir {

@@ -206,7 +206,7 @@ fn definitions_that_changed() {
 
 #[test]
 fn the_built_in_list_is_the_documents() {
-    let text = include_str!("../../docs/units.md").split("The built-in list: ").nth(1).unwrap();
+    let text = include_str!("../../../docs/units.md").split("The built-in list: ").nth(1).unwrap();
     for name in text.split("\n4. ").next().unwrap().split('`').skip(1).step_by(2) {
         let unit = edited(&name.replace('*', "1.service"));
         assert_eq!(class(unit, Flow::Bootstrap, &Policy::default()), Some(Class::Never), "{name}");
