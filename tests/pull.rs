@@ -65,10 +65,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fixture::{Compress, Image, Repo, encapsulate, fsck, listing, run};
-use node_image_pivot::image::{Failure, ImageSettings, Kind, PullSpec, Source};
-use node_image_pivot::import::{PullOptions, PulledImage, pull};
-use node_image_pivot::report::PullProgress;
-use node_image_pivot::store::{BootedRepo, NodeStore, ObjectType};
+use node_store::PullProgress;
+use node_store::image::{Failure, ImageSettings, Kind, PullSpec, Source};
+use node_store::import::{PullOptions, PulledImage, pull};
+use node_store::store::{BootedRepo, NodeStore, ObjectType};
 use registry::{Registry, always, free_address};
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
@@ -413,7 +413,7 @@ async fn cancelled_and_contended() {
     assert_eq!(one.unwrap(), two.unwrap());
     let held = store.lock().unwrap();
     let other_image =
-        node_image_pivot::image::ResolvedImage { digest: format!("sha256:{}", "1".repeat(64)), ..image.clone() };
+        node_store::image::ResolvedImage { digest: format!("sha256:{}", "1".repeat(64)), ..image.clone() };
     let waiting = CancellationToken::new();
     let (told, ()) =
         tokio::join!(pull(&source, &other_image, &store, None, &options, Arc::default(), &waiting), async {

@@ -1,3 +1,3 @@
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| node_image_pivot::import::fuzzing::references(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| node_store::import::fuzzing::references(data));

@@ -1,3 +1,3 @@
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| node_image_pivot::import::fuzzing::tar(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| node_store::import::fuzzing::tar(data));

@@ -6,7 +6,7 @@ use tracing::{info, warn};
 
 use super::{Agent, Context, Error, Goal, Step, Ticket, fetch};
 use crate::config::Settings;
-use crate::import::PulledImage;
+use node_store::import::PulledImage;
 use support::human_bytes;
 
 impl Agent {

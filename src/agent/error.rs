@@ -5,9 +5,9 @@
 use std::fmt;
 use std::time::Duration;
 
-use crate::image::{Failure, Kind};
 use crate::report::{Attempt, LastError, Outcome, Reason, Standing};
 use crate::stage::Refusals;
+use node_store::image::{Failure, Kind};
 
 /// The end of a call that did not reach its goal.
 #[derive(Debug)]

@@ -10,11 +10,11 @@ use super::retry::{Next, Retries};
 use super::{Context, Error, Ticket, storage};
 use crate::config::{ImageSource, Settings};
 use crate::host::{self, SCRIPT};
-use crate::image::{self, Failure, ImageSettings, Kind, PULL_SCRIPT, ResolvedImage, Source, TagHints};
-use crate::import::{self, PullOptions, PulledImage};
 use crate::report::{Phase, State};
 use crate::stage::Refusal;
-use crate::store::{LockError, NodeStore};
+use node_store::image::{self, Failure, ImageSettings, Kind, PULL_SCRIPT, ResolvedImage, Source, TagHints};
+use node_store::import::{self, PullOptions, PulledImage};
+use node_store::store::{LockError, NodeStore};
 
 /// Pull spec to digest.
 pub(super) async fn resolve(context: &Context, ticket: &Ticket) -> Result<ResolvedImage, Error> {

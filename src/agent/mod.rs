@@ -44,9 +44,9 @@ use tracing::{error, info, warn};
 
 use crate::config::Settings;
 use crate::report::{Status, Tracker};
-use crate::store::{LockError, StoreLock};
 use holder::{Held, Holder};
 use look::Standing;
+use node_store::store::{LockError, StoreLock};
 use record::Asked;
 use steps::next;
 use support::directory::Directory;

@@ -6,9 +6,9 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use super::{AddedAccounts, Paths};
-use crate::report::ImageChoice;
 use crate::stage::{DeltaCounts, Need, PackageChanges};
 use etc_merge::Class;
+use node_store::image::ImageChoice;
 use support::directory::Directory;
 use support::human_bytes;
 use unit_refresh::Action;

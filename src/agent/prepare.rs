@@ -14,12 +14,12 @@ use super::accounts::AddedAccounts;
 use super::plan::{EtcPlan, MemoryPlan, SwitchPlan};
 use super::{Context, Error, Paths, StagedRoot, accounts, storage, units};
 use crate::config::{EtcStrategy, Settings};
-use crate::import::PulledImage;
 use crate::mount::{DetachedTree, Namespace};
 use crate::report::{Phase, State};
 use crate::stage::{self, Booted, Delta, Free, Keep, Need, PackageChanges, Packages, Refusal, Refusals};
-use crate::store::{NodeStore, ObjectType};
 use etc_merge::{Change, Class, Plan};
+use node_store::import::PulledImage;
+use node_store::store::{NodeStore, ObjectType};
 use support::directory::Directory;
 use unit_refresh::Flow;
 

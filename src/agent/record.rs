@@ -7,10 +7,10 @@ use sha2::{Digest, Sha256};
 
 use super::{Goal, Paths, Probation};
 use crate::config::{ImageSource, Settings};
-use crate::image::{PullSpec, ResolvedImage};
-use crate::import::PulledImage;
 use crate::report::{LastError, Standing, State, Status};
 use crate::stage::Delta;
+use node_store::image::{PullSpec, ResolvedImage};
+use node_store::import::PulledImage;
 use support::directory::Directory;
 use support::failpoint::{self, Point};
 use support::human_bytes;

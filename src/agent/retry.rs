@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use super::error::{Cause, Error};
 use crate::config::Retry;
-use crate::image::{Class, Failure};
 use crate::report::{Attempt, LastError};
+use node_store::image::{Class, Failure};
 
 /// Attempts that the status document lists at most.
 const LISTED: usize = 16;
@@ -114,8 +114,8 @@ impl Retries {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::image::Kind;
     use crate::report::Outcome;
+    use node_store::image::Kind;
 
     fn policy() -> Retry {
         let seconds = Duration::from_secs;

@@ -7,10 +7,10 @@ use tracing::warn;
 use super::prepare::{USR, USR_SOURCE};
 use super::record::{Damage, FILE, Record, Step};
 use super::{Paths, Probation, StagedRoot, SwitchPlan, deadline, storage};
-use crate::image::ResolvedImage;
-use crate::import::PulledImage;
 use crate::mount;
 use crate::stage::{Delta, DeltaCounts};
+use node_store::image::ResolvedImage;
+use node_store::import::PulledImage;
 
 /// Name that a damaged record gets when nothing is switched.
 const ASIDE: &str = "state.json.damaged";

@@ -9,7 +9,7 @@ use super::{Paths, StagedRoot};
 use crate::config::Settings;
 use crate::mount::{self, Namespace};
 use crate::stage::{self, Memory};
-use crate::store::{self, BootedRepo, Kind, NodeStore, SystemRepo};
+use node_store::store::{self, BootedRepo, Kind, NodeStore, SystemRepo};
 
 /// The source that mount tables show for the node store's tmpfs.
 const STORE_SOURCE: &str = "node-image-store";

@@ -21,7 +21,7 @@ use crate::host;
 use crate::mount;
 use crate::report::{Phase, State};
 use crate::stage;
-use crate::store::NODE_IMAGE_REF;
+use node_store::store::NODE_IMAGE_REF;
 use support::directory::Directory;
 use support::failpoint::{self, Point};
 use unit_refresh::{Action, Class, Flow, Manager, Root, Sides, UnitFiles, Verb, Version};

@@ -12,7 +12,8 @@ use zbus::{Message, interface};
 use super::INTERFACE;
 use super::announced::{Announced, LastErrorTuple, TimelineTuple};
 use crate::agent::{Agent, Error, Goal, Ticket};
-use crate::report::{Outcome, ProgressSnapshot};
+use crate::report::Outcome;
+use node_store::ProgressSnapshot;
 
 /// The object behind [`super::PATH`].
 pub(super) struct Pivot {

@@ -9,7 +9,7 @@ use boot_config::target;
 use boot_config::{DEFAULT_PROBE_PATHS, Mode};
 
 use super::inputs::{Inputs, Sourced};
-use crate::store::Wish;
+use node_store::store::Wish;
 use unit_refresh::Policy;
 
 const DEFAULT_RAM_LIMIT: RamLimit = RamLimit::Percent(60);

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::*;
-use crate::store::Wish;
+use node_store::store::Wish;
 use unit_refresh::Policy;
 
 /// A root that holds these drop-in files: (directory, name, text).

@@ -4,15 +4,13 @@
 //! [`Status`]. This room may not act on the system; the one file that it writes is the service record.
 
 mod outcome;
-mod progress;
 mod service_record;
 mod status;
 mod text;
 mod tracker;
 
 pub use outcome::{Outcome, Reason, Standing};
-pub use progress::{ProgressSnapshot, PullProgress};
 pub use service_record::{ServiceRecord, unit_of};
-pub use status::{Attempt, Cost, ImageChoice, LastError, Phase, State, Status, StillOld, TimelineEntry};
+pub use status::{Attempt, Cost, LastError, Phase, State, Status, StillOld, TimelineEntry};
 pub use text::{old_lines, one_line, progress_line, state_line, summary, waiting_line};
 pub use tracker::{Beside, Remark, Tracker};

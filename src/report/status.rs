@@ -1,10 +1,10 @@
 //! The status document: what `status --json` prints and the D-Bus properties are taken from.
 
-use std::fmt;
-
+use node_store::ProgressSnapshot;
+use node_store::image::ImageChoice;
 use serde::{Deserialize, Serialize};
 
-use super::{Outcome, ProgressSnapshot, Reason, Standing};
+use super::{Outcome, Reason, Standing};
 
 /// The six phases, in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -118,21 +118,6 @@ pub struct Cost {
     pub bytes_fetched: u64,
     /// Bytes of RAM that the node store's tmpfs holds.
     pub ram_store_bytes: u64,
-}
-
-/// The choice of the node image in a release payload.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ImageChoice {
-    /// Its name in the payload.
-    pub tag: String,
-    /// What decided.
-    pub reason: String,
-}
-
-impl fmt::Display for ImageChoice {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "the node image is {} of the release payload: {}", self.tag, self.reason)
-    }
 }
 
 /// A unit whose processes run files that the node image has replaced.

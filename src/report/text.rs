@@ -1,10 +1,11 @@
 //! The status document in words: one line for `systemctl status`, a bar for the console, a summary
 //! for the end. Pure functions of a [`Status`].
 
+use node_store::ProgressSnapshot;
 use std::fmt::Write;
 use support::human_bytes;
 
-use super::{ProgressSnapshot, State, Status};
+use super::{State, Status};
 
 /// Milliseconds for a person: `85 ms`, `4.2 s`, `3 min 05 s`.
 fn human_ms(ms: u64) -> String {

@@ -1,12 +1,13 @@
 //! The one live [`Status`]: phases write it, all others watch it.
 
+use node_store::PullProgress;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use tokio::sync::watch;
 use tracing::{info, warn};
 
-use super::{LastError, Phase, PullProgress, State, Status, TimelineEntry};
+use super::{LastError, Phase, State, Status, TimelineEntry};
 
 /// A result worth a line in the log and in the status document.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -11,7 +11,7 @@ use ostree::ObjectType;
 use rustix::fs::AtFlags;
 use sha2::{Digest, Sha256};
 
-use crate::store::Dirtree;
+use node_store::store::Dirtree;
 
 use super::diff::{Checksum, Directory, Listing, Tree};
 

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use node_image_pivot::store::{BootedRepo, NodeStore};
+use node_store::store::{BootedRepo, NodeStore};
 
 use super::derived::{Labels, base, complete};
 use super::fixture::{listing, run};

@@ -4,9 +4,9 @@ use std::fs;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use node_image_pivot::image::{Class, Kind};
-use node_image_pivot::import::PullOptions;
-use node_image_pivot::store::NodeStore;
+use node_store::image::{Class, Kind};
+use node_store::import::PullOptions;
+use node_store::store::NodeStore;
 
 use super::derived::complete;
 use super::faults::{Fault, Faults};

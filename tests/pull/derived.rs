@@ -4,9 +4,9 @@
 use std::fs;
 use std::path::Path;
 
-use node_image_pivot::image::Kind;
-use node_image_pivot::import::{PullOptions, PulledImage};
-use node_image_pivot::store::{BootedRepo, NodeStore, ObjectType};
+use node_store::image::Kind;
+use node_store::import::{PullOptions, PulledImage};
+use node_store::store::{BootedRepo, NodeStore, ObjectType};
 
 use super::fixture::{Image, Repo, encapsulate, listing, run};
 use super::layers::{Item, What, by_ostree_ext, difference, dir, file, item, layer, link, oracle};

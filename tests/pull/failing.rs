@@ -4,9 +4,9 @@ use std::fs;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use node_image_pivot::image::{Class, ImageSettings, Kind, Source};
-use node_image_pivot::import::{PulledImage, pull};
-use node_image_pivot::store::{BootedRepo, NodeStore};
+use node_store::image::{Class, ImageSettings, Kind, Source};
+use node_store::import::{PulledImage, pull};
+use node_store::store::{BootedRepo, NodeStore};
 use tokio_util::sync::CancellationToken;
 
 use super::derived::complete;
@@ -19,7 +19,7 @@ async fn attempt(spec: &str, store: &NodeStore) -> Result<PulledImage, Failure> 
     let settings = ImageSettings { idle_timeout: Some(Duration::from_secs(5)), ..settings() };
     let source = Source::open(&settings).await?;
     let image = source.resolve(&spec.parse()?).await?;
-    let options = node_image_pivot::import::PullOptions { parallel: Some(1), ..complete() };
+    let options = node_store::import::PullOptions { parallel: Some(1), ..complete() };
     pull(&source, &image, store, None, &options, Default::default(), &CancellationToken::new()).await
 }
 

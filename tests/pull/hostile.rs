@@ -1,7 +1,7 @@
 //! Images made to do harm: each is refused with its reason, or has no effect.
 
-use node_image_pivot::image::Kind;
-use node_image_pivot::store::NodeStore;
+use node_store::image::Kind;
+use node_store::store::NodeStore;
 
 use super::derived::{Labels, base, complete};
 use super::fixture::{Compress, listing};

@@ -2,9 +2,9 @@
 
 use std::collections::HashSet;
 
-use node_image_pivot::image::{Class, Kind};
-use node_image_pivot::import::PullOptions;
-use node_image_pivot::store::BootedRepo;
+use node_store::image::{Class, Kind};
+use node_store::import::PullOptions;
+use node_store::store::BootedRepo;
 use serde_json::Value;
 
 use super::faults::{Fault, Faults};

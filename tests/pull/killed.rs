@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use node_image_pivot::store::NodeStore;
+use node_store::store::NodeStore;
 
 use super::derived::{Labels, base, complete};
 use super::fixture::listing;

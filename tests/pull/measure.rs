@@ -4,8 +4,8 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use node_image_pivot::import::PullOptions;
-use node_image_pivot::store::{BootedRepo, NodeStore};
+use node_store::import::PullOptions;
+use node_store::store::{BootedRepo, NodeStore};
 
 use super::derived::{Labels, base};
 use super::fixture::{Compress, run};

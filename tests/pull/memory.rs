@@ -7,7 +7,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Instant;
 
-use node_image_pivot::store::NodeStore;
+use node_store::store::NodeStore;
 use tar::EntryType;
 
 use super::derived::{complete, policy};

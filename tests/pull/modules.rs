@@ -3,9 +3,9 @@
 
 use std::fs;
 
-use node_image_pivot::image::Kind;
-use node_image_pivot::import::PullOptions;
-use node_image_pivot::store::{BootedRepo, NodeStore};
+use node_store::image::Kind;
+use node_store::import::PullOptions;
+use node_store::store::{BootedRepo, NodeStore};
 
 use super::derived::{CONTEXTS, Labels, base, complete, with};
 use super::fixture::{Image, Repo, listing, run};

@@ -5,8 +5,8 @@ use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::process::Command;
 
-use node_image_pivot::image::Kind;
-use node_image_pivot::store::{NodeStore, ObjectType};
+use node_store::image::Kind;
+use node_store::store::{NodeStore, ObjectType};
 
 use super::derived::{Labels, base, complete};
 use super::fixture::{Repo, listing, run};

@@ -8,8 +8,8 @@ use super::derived::{Labels, base, changed_base, compared, complete, with};
 use super::fixture::{Image, RawLayer, listing, run};
 use super::layers::{Item, What, dir, file, item, link, oracle, raw, raw_layer};
 use super::{Bench, fsck, try_pull_with};
-use node_image_pivot::import::PulledImage;
-use node_image_pivot::store::NodeStore;
+use node_store::import::PulledImage;
+use node_store::store::NodeStore;
 
 async fn taken(bench: &Bench, image: &Image, name: &str) -> (NodeStore, PulledImage) {
     let store = bench.store(name, None);

@@ -4,7 +4,7 @@
 use std::fs;
 use std::process::Command;
 
-use node_image_pivot::image::{Kind, Source};
+use node_store::image::{Kind, Source};
 use serde_json::{Value, json};
 
 use super::fixture::run;

@@ -5,8 +5,8 @@ use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use node_image_pivot::import::{PullOptions, PulledImage};
-use node_image_pivot::store::{BootedRepo, layer_ref};
+use node_store::import::{PullOptions, PulledImage};
+use node_store::store::{BootedRepo, layer_ref};
 
 use super::derived::complete;
 use super::fixture::{Repo, listing, run};

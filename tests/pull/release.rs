@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 
-use node_image_pivot::image::{Kind, PullSpec, Source, TagHints, resolve_release};
+use node_store::image::{Kind, PullSpec, Source, TagHints, resolve_release};
 use serde_json::json;
 
 use super::fixture::{Image, run};

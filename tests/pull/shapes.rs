@@ -2,7 +2,7 @@
 //!
 //! A pull ends well within the cap, or with a refusal that names the layer, the count and the limit, within it, too.
 
-use node_image_pivot::store::NodeStore;
+use node_store::store::NodeStore;
 use tar::EntryType;
 
 use super::derived::{Labels, base, complete};

@@ -10,10 +10,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
-use node_image_pivot::image::{Class, ImageSettings, Source};
-use node_image_pivot::import::pull;
-use node_image_pivot::report::PullProgress;
-use node_image_pivot::store::NodeStore;
+use node_store::PullProgress;
+use node_store::image::{Class, ImageSettings, Source};
+use node_store::import::pull;
+use node_store::store::NodeStore;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
-use node_image_pivot::image::Kind;
+use node_store::image::Kind;
 
 use super::derived::{Labels, base, complete};
 use super::fixture::{Compress, RawLayer, listing, run};
@@ -120,7 +120,7 @@ async fn sparse_files_that_have_no_room_are_refused() {
     let store = |name: &str| {
         let root = small.join(name);
         fs::create_dir_all(&root).unwrap();
-        node_image_pivot::store::NodeStore::on_tmpfs(&root, None).unwrap()
+        node_store::store::NodeStore::on_tmpfs(&root, None).unwrap()
     };
     for (name, entries, kind, words) in [
         ("fits", vec![sparse(40 * MIB, b"x")], None, ""),

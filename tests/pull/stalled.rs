@@ -4,9 +4,9 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use node_image_pivot::image::{Class, ImageSettings, Source};
-use node_image_pivot::import::{PullOptions, PulledImage, pull};
-use node_image_pivot::store::NodeStore;
+use node_store::image::{Class, ImageSettings, Source};
+use node_store::import::{PullOptions, PulledImage, pull};
+use node_store::store::NodeStore;
 use tokio_util::sync::CancellationToken;
 
 use super::faults::{Fault, Faults};

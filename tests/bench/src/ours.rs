@@ -7,11 +7,11 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use clap::Args;
-use node_image_pivot::image::{ImageSettings, PullSpec, Source};
-use node_image_pivot::import::{self, PullOptions};
-use node_image_pivot::report::PullProgress;
 use node_image_pivot::stage::{self, Booted, Keep};
-use node_image_pivot::store::{BootedRepo, NODE_IMAGE_REF, NodeStore, ObjectType};
+use node_store::PullProgress;
+use node_store::image::{ImageSettings, PullSpec, Source};
+use node_store::import::{self, PullOptions};
+use node_store::store::{BootedRepo, NODE_IMAGE_REF, NodeStore, ObjectType};
 use ostree::gio::Cancellable;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;

@@ -3,7 +3,7 @@
 //! A payload may hold images of several streams, such as `rhel-coreos` (RHEL 9) and `rhel-coreos-10`. Without a
 //! configured name, the installer's script decides, then the booted system, then the payload if it has but one.
 
-use crate::report::ImageChoice;
+use crate::image::ImageChoice;
 
 /// The installer's script that pulls the node image; its text names the tag as `coreos_img=NAME`.
 pub const PULL_SCRIPT: &str = "/usr/local/bin/node-image-pull.sh";

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use futures_util::FutureExt;
 
+use crate::PullProgress;
 use crate::image::{Failure, ImageDescription, Kind, Layer, Layout};
-use crate::report::PullProgress;
 use crate::store::{ObjectId, ObjectSet};
 
 use super::budget;

@@ -10,10 +10,10 @@ use std::sync::mpsc as blocking;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use crate::PullProgress;
 use crate::image::decompress::decompress;
 use crate::image::incoming::Incoming;
 use crate::image::{Failure, Kind, Layer, ResolvedImage, Source};
-use crate::report::PullProgress;
 use crate::store::ObjectType;
 
 use super::consume::{Consumed, Purpose, consume};

@@ -16,7 +16,7 @@ use super::layout::layers;
 use super::references::node_image;
 use super::tarstream::{Chunks, TarError, TarStream};
 use super::{Failure, Kind, Layer, PullSpec, ResolvedImage, Source, TagHints};
-use crate::report::ImageChoice;
+use crate::image::ImageChoice;
 
 /// The file, and the directory that it is in.
 const DIRECTORY: &[u8] = b"release-manifests";

@@ -7,6 +7,7 @@
 //! It may not touch ostree, the store, or the running system.
 
 mod blob;
+mod choice;
 mod classify;
 pub(crate) mod decompress;
 mod failure;
@@ -23,6 +24,7 @@ mod stream;
 pub(crate) mod tarstream;
 
 pub use blob::LayerStream;
+pub use choice::ImageChoice;
 pub use classify::{Verdict, classify};
 pub use failure::{Class, Endpoint, Failure, Kind};
 pub use layout::{Compression, Layer, Layout, layout, machine_architecture};

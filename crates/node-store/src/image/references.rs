@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use super::PullSpec;
 use super::stream::{self, NoChoice, TagHints};
-use crate::report::ImageChoice;
+use crate::image::ImageChoice;
 
 /// The annotation that names the stream of a CoreOS image.
 const STREAM_CLASS: &str = "io.openshift.os.streamclass";

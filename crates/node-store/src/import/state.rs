@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio_util::sync::CancellationToken;
 
+use crate::PullProgress;
 use crate::image::{Failure, Kind};
-use crate::report::PullProgress;
 use crate::store::{BootedRepo, NodeStore, ObjectId, ObjectSet, ObjectType, ObjectWriter, StoreLock, WriteError};
 
 use super::budget::Budget;

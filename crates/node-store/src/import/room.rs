@@ -14,8 +14,8 @@ use std::collections::HashSet;
 use ostree::glib::{Variant, VariantDict, VariantTy};
 
 use crate::image::{Failure, Kind};
-use crate::report::{ProgressSnapshot, PullProgress};
 use crate::store::{ObjectId, ObjectType};
+use crate::{ProgressSnapshot, PullProgress};
 use support::human_bytes;
 
 use super::state::Import;

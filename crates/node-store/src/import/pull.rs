@@ -8,8 +8,8 @@ use futures_util::FutureExt;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
+use crate::PullProgress;
 use crate::image::{Failure, ImageDescription, Kind, Layer, Layout, ResolvedImage, Source};
-use crate::report::PullProgress;
 use crate::store::{BootedRepo, LockError, NodeStore, ObjectId, ObjectType, Scope, StoreLock};
 
 use super::consume::Purpose;
