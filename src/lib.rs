@@ -9,6 +9,5 @@ pub mod bus;
 pub mod cli;
 pub mod config;
 pub mod host;
-pub mod mount;
 pub mod report;
 pub mod stage;

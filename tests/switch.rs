@@ -16,8 +16,9 @@ use std::time::Instant;
 
 use etc_merge::Class;
 use nix::sched::CloneFlags;
-use node_image_pivot::mount::{self, Namespace};
-use node_image_pivot::stage::{self, Booted, Delta, Keep};
+use node_image_pivot::stage::{self};
+use overlay_root::Namespace;
+use overlay_root::delta::{Booted, Delta, Keep};
 use rustix::mount::{MountFlags, MountPropagationFlags};
 
 const SOURCE: &str = "node-image:test";
@@ -105,7 +106,8 @@ fn build(store: &ostree::Repo, root: &Path, booted: &str, target: &str, keep: &K
         let path = root.join("repo/objects").join(&hex[..2]).join(format!("{}.file", &hex[2..]));
         path.symlink_metadata().is_ok().then_some(path)
     };
-    stage::build_delta(store, Booted::Commit(booted), target, &objects, &root.join("delta"), keep).unwrap()
+    overlay_root::delta::build_delta(store, Booted::Commit(booted), target, &objects, &root.join("delta"), keep)
+        .unwrap()
 }
 
 const BOOTED: &[(&str, &str)] = &[
@@ -166,7 +168,7 @@ fn a_system_is_switched_and_switched_back() {
         }
         repo(&path("booted-repo"), None);
         let booted = commit(&path("booted-repo"), &path("booted"));
-        assert!(mount::tmpfs(&here(), &path("store"), 16 << 20, "node-image:store").unwrap());
+        assert!(overlay_root::tmpfs(&here(), &path("store"), 16 << 20, "node-image:store").unwrap());
         let store = repo(&path("store/repo"), Some(&path("booted-repo")));
         let target = commit(&path("store/repo"), &path("target"));
 
@@ -193,7 +195,7 @@ fn a_system_is_switched_and_switched_back() {
         write(&etc_path, &[("dropped", "default 1"), ("passwd", "root\ncore"), ("own", "local")]);
         let local_etc = describe(&etc_path);
 
-        let tree = stage::open_new_usr(&delta.directory, &usr, SOURCE).unwrap();
+        let tree = overlay_root::open_new_usr(&delta.directory, &usr, SOURCE).unwrap();
         assert!(stage::check_content(tree.as_fd(), stage::Machine::here().unwrap()).is_empty());
         let new_etc = etc_merge::open_defaults(tree.as_fd()).unwrap().unwrap();
         let old_etc = etc_merge::open_dir(&usr.join("etc")).unwrap();
@@ -270,7 +272,7 @@ fn there_is_no_moment_without_usr() {
                 seen
             });
             for _ in 0..200 {
-                stage::open_new_usr(&path("delta"), &path("usr"), SOURCE)
+                overlay_root::open_new_usr(&path("delta"), &path("usr"), SOURCE)
                     .unwrap()
                     .expose_in(&ns, &path("usr"))
                     .unwrap();
@@ -308,7 +310,7 @@ fn how_long_it_takes() {
         let delta = build(&store, &path("store"), &booted, &target, &Keep::default());
         println!("delta, half of 50,000 files changed: {:?} {:?}", start.elapsed(), delta.counts);
         let start = Instant::now();
-        let delta = stage::build_delta(
+        let delta = overlay_root::delta::build_delta(
             &store,
             Booted::Commit(&booted),
             &booted,

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use node_image_pivot::config::shipped::SHIPPED;
-use node_image_pivot::stage::Keep;
+use overlay_root::delta::Keep;
 
 fn project() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))

@@ -11,9 +11,8 @@ use tracing::info;
 use super::StagedRoot;
 use super::prepare::{ETC, USR, USR_SOURCE};
 use crate::host::{AccountPlan, Accounts, plan_accounts};
-use crate::mount::Namespace;
-use crate::stage;
 use etc_merge::{Origin, Plan};
+use overlay_root::Namespace;
 
 /// Accounts that the refresh adds, as the document of `plan` lists them.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -49,7 +48,7 @@ pub(super) async fn preview(staged: &StagedRoot, merge: &Plan) -> Result<Account
     let delta = staged.delta.directory.clone();
     let plan = tokio::task::spawn_blocking(move || {
         let usr = Path::new(USR);
-        let tree = stage::open_new_usr(&delta, usr, USR_SOURCE)?;
+        let tree = overlay_root::open_new_usr(&delta, usr, USR_SOURCE)?;
         let new = Path::new("/proc/self/fd").join(tree.as_fd().as_raw_fd().to_string());
         let nsswitch = nsswitch(&if arrives { new.join("etc") } else { ETC.into() });
         plan_accounts(&Accounts::read(&[&usr.join("etc")])?, &new, Path::new(ETC), &nsswitch)

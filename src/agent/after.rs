@@ -8,7 +8,6 @@ use tracing::{info, warn};
 
 use super::{Context, Error, Paths, Switched, accounts, reexec, switch, units, views};
 use crate::host;
-use crate::mount;
 use crate::report::{Phase, State};
 use support::directory::Directory;
 use unit_refresh::{Flow, Manager, Verb};
@@ -64,7 +63,7 @@ pub(super) async fn refresh(context: &Context, mut switched: Switched, flow: Flo
         context.tracker.warn(line);
     }
     context.tracker.update(|status| {
-        status.cost.ram_store_bytes = mount::tmpfs_used(&context.paths.store()).map_or(0, |usage| usage.used);
+        status.cost.ram_store_bytes = overlay_root::tmpfs_used(&context.paths.store()).map_or(0, |usage| usage.used);
     });
     context.tracker.end(phase, State::Switched);
     info!("the running system is the node image's");

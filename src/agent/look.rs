@@ -6,7 +6,7 @@ use super::prepare::{USR, USR_SOURCE};
 use super::record::{Asked, Record, Source, Step};
 use crate::agent::Probation;
 use crate::config::Settings;
-use crate::mount::{self, Exposure, Mount, Namespace};
+use overlay_root::{Exposure, Mount, Namespace};
 
 /// The part of the record that is read without waiting for its lock.
 #[derive(Debug, Clone, Default)]
@@ -37,11 +37,11 @@ impl Standing {
 /// Says so if programs do not see the node image's `/usr`.
 fn of_usr(mounts: &[Mount]) -> Option<String> {
     let usr = Path::new(USR);
-    match mount::exposure(mounts, usr, USR_SOURCE) {
+    match overlay_root::exposure(mounts, usr, USR_SOURCE) {
         Exposure::OnTop => None,
         Exposure::Absent => Some("/usr is not the node image's: its mount is gone; run undo".to_owned()),
         Exposure::Covered => {
-            let over = mount::top(mounts, usr)?;
+            let over = overlay_root::top(mounts, usr)?;
             Some(format!("{} ({}) is mounted over the node image's /usr", over.source.display(), over.fstype))
         }
     }
@@ -69,7 +69,7 @@ mod tests {
         const BASE: &str = "23 22 7:0 /usr /usr ro - squashfs x ro\n";
         const OURS: &str = "60 23 0:60 / /usr ro - overlay node-image ro\n";
         const UNLOCK: &str = "61 60 0:61 / /usr rw - overlay unlock rw,upperdir=u\n";
-        let of = |lines: &str| of_usr(&mount::parse(format!("{BASE}{lines}").as_bytes()));
+        let of = |lines: &str| of_usr(&overlay_root::parse(format!("{BASE}{lines}").as_bytes()));
         assert_eq!(of(OURS), None);
         assert!(of("").is_some_and(|line| line.contains("its mount is gone")));
         let covered = of(&format!("{OURS}{UNLOCK}"));

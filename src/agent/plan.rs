@@ -6,9 +6,10 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use super::{AddedAccounts, Paths};
-use crate::stage::{DeltaCounts, Need, PackageChanges};
+use crate::stage::{Need, PackageChanges};
 use etc_merge::Class;
 use node_store::image::ImageChoice;
+use overlay_root::delta::DeltaCounts;
 use support::directory::Directory;
 use support::human_bytes;
 use unit_refresh::Action;

@@ -14,12 +14,13 @@ use super::accounts::AddedAccounts;
 use super::plan::{EtcPlan, MemoryPlan, SwitchPlan};
 use super::{Context, Error, Paths, StagedRoot, accounts, storage, units};
 use crate::config::{EtcStrategy, Settings};
-use crate::mount::{DetachedTree, Namespace};
 use crate::report::{Phase, State};
-use crate::stage::{self, Booted, Delta, Free, Keep, Need, PackageChanges, Packages, Refusal, Refusals};
+use crate::stage::{self, Free, Need, PackageChanges, Packages, Refusal, Refusals};
 use etc_merge::{Change, Class, Plan};
 use node_store::import::PulledImage;
 use node_store::store::{NodeStore, ObjectType};
+use overlay_root::delta::{Booted, Delta, Keep};
+use overlay_root::{DetachedTree, Namespace};
 use support::directory::Directory;
 use unit_refresh::Flow;
 
@@ -95,7 +96,7 @@ fn look_again(paths: &Paths, staged: &StagedRoot) -> Result<(bool, Vec<String>),
     let usr = Path::new(USR);
     let mounts = Namespace::init().mounts()?;
     refuse(stage::check_system(&mounts, usr, Path::new(ETC)))?;
-    let tree = stage::open_new_usr(&staged.delta.directory, usr, USR_SOURCE)?;
+    let tree = overlay_root::open_new_usr(&staged.delta.directory, usr, USR_SOURCE)?;
     let plan = plan_etc(&tree, &storage::of(paths, staged)?)?;
     // A plan that is gone or damaged is made again, too.
     let current = load_etc_plan(paths).is_ok_and(|old| same_acts(&old, &plan));
@@ -137,15 +138,15 @@ fn blocking(paths: &Paths, pulled: PulledImage, settings: &Settings) -> Result<(
         let path = store.object_path(&name.parse().ok()?, ObjectType::File);
         path.symlink_metadata().is_ok().then_some(path)
     };
-    let difference = stage::compare(&repo, booted, &pulled.commit, &own_object, &Keep::default())?;
+    let difference = overlay_root::delta::compare(&repo, booted, &pulled.commit, &own_object, &Keep::default())?;
     refuse(too_little(Free::at(&store_dir)?.needs(&store_dir, difference.bytes_to_copy()?, 0)))?;
     let built = difference.build(&store.delta_build_path())?;
     // Where it was built may be a name that only this process has.
     let delta = Delta { directory: store.delta_path(), ..built };
     warnings.extend(delta.warnings.iter().cloned());
-    warnings.extend(stage::outside_usr(&repo, booted, &pulled.commit)?);
+    warnings.extend(overlay_root::delta::outside_usr(&repo, booted, &pulled.commit)?);
 
-    let tree = stage::open_new_usr(&delta.directory, usr, USR_SOURCE)?;
+    let tree = overlay_root::open_new_usr(&delta.directory, usr, USR_SOURCE)?;
     refuse(stage::check_content(tree.as_fd(), stage::Machine::here().context("looking at this program")?))?;
 
     let mut plan = plan_etc(&tree, &store)?;
@@ -220,7 +221,7 @@ fn earlier_defaults(store: &NodeStore) -> anyhow::Result<etc_merge::Defaults> {
 
 /// What the staged plan would do to `/etc`, as a unified diff. Nothing is changed.
 pub(super) fn diff_etc(paths: &Paths, staged: &StagedRoot, secrets: bool) -> anyhow::Result<Vec<u8>> {
-    let tree = stage::open_new_usr(&staged.delta.directory, Path::new(USR), USR_SOURCE)?;
+    let tree = overlay_root::open_new_usr(&staged.delta.directory, Path::new(USR), USR_SOURCE)?;
     let plan = load_etc_plan(paths)?;
     let current = etc_merge::open_dir(Path::new(ETC))?;
     etc_merge::diff(&plan, new_etc(tree.as_fd())?.as_fd(), current.as_fd(), secrets)

@@ -1,8 +1,8 @@
 #![allow(clippy::unwrap_used)]
 
 use super::*;
-use crate::stage::DeltaCounts;
 use node_store::image::ResolvedImage;
+use overlay_root::delta::DeltaCounts;
 
 fn staged() -> StagedRoot {
     let image = ResolvedImage { requested: "r/n:t".into(), pinned: "r/n@sha256:x".into(), digest: "sha256:x".into() };

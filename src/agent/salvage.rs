@@ -7,10 +7,9 @@ use tracing::warn;
 use super::prepare::{USR, USR_SOURCE};
 use super::record::{Damage, FILE, Record, Step};
 use super::{Paths, Probation, StagedRoot, SwitchPlan, deadline, storage};
-use crate::mount;
-use crate::stage::{Delta, DeltaCounts};
 use node_store::image::ResolvedImage;
 use node_store::import::PulledImage;
+use overlay_root::delta::{Delta, DeltaCounts};
 
 /// Name that a damaged record gets when nothing is switched.
 const ASIDE: &str = "state.json.damaged";
@@ -28,7 +27,7 @@ impl Traces {
     fn on_this_machine(paths: &Paths) -> Self {
         Self {
             // A mount table that cannot be read proves nothing; the switch looks again.
-            usr: mount::exposed(Path::new(USR), USR_SOURCE).unwrap_or(false),
+            usr: overlay_root::exposed(Path::new(USR), USR_SOURCE).unwrap_or(false),
             etc: paths.etc_undo().join("plan.json").exists(),
         }
     }

@@ -7,9 +7,9 @@ use tracing::info;
 
 use super::{Paths, StagedRoot};
 use crate::config::Settings;
-use crate::mount::{self, Namespace};
 use crate::stage::{self, Memory};
 use node_store::store::{self, BootedRepo, Kind, NodeStore, SystemRepo};
+use overlay_root::Namespace;
 
 /// The source that mount tables show for the node store's tmpfs.
 const STORE_SOURCE: &str = "node-image-store";
@@ -38,9 +38,9 @@ pub(super) fn open(paths: &Paths, settings: &Settings) -> anyhow::Result<(NodeSt
             let root = paths.store();
             let memory = Memory::now()?;
             let used = mounts.iter().any(|mount| mount.target == root && mount.source == STORE_SOURCE);
-            let used = if used { mount::tmpfs_used(&root)?.used } else { 0 };
+            let used = if used { overlay_root::tmpfs_used(&root)?.used } else { 0 };
             let limit = stage::store_limit(settings.ram_limit.bytes(memory.total), used, memory)?;
-            mount::tmpfs(&Namespace::init(), &root, limit, STORE_SOURCE)?;
+            overlay_root::tmpfs(&Namespace::init(), &root, limit, STORE_SOURCE)?;
             NodeStore::on_tmpfs(&root, booted.as_ref())?
         }
     };
@@ -68,15 +68,15 @@ pub(super) fn of(paths: &Paths, staged: &StagedRoot) -> anyhow::Result<NodeStore
     on_disk(&repo, &Namespace::init().mounts()?)
 }
 
-fn on_disk(repo: &Path, mounts: &[mount::Mount]) -> anyhow::Result<NodeStore> {
-    let mount = mount::holding(mounts, repo).context("the system's repo is on no mount")?;
-    let view = mount::writable_view(&Namespace::init(), &mount.target, repo)?;
+fn on_disk(repo: &Path, mounts: &[overlay_root::Mount]) -> anyhow::Result<NodeStore> {
+    let mount = overlay_root::holding(mounts, repo).context("the system's repo is on no mount")?;
+    let view = overlay_root::writable_view(&Namespace::init(), &mount.target, repo)?;
     NodeStore::on_disk(repo, Some(view))
 }
 
-fn look(repo: &Path, mounts: &[mount::Mount]) -> anyhow::Result<SystemRepo> {
+fn look(repo: &Path, mounts: &[overlay_root::Mount]) -> anyhow::Result<SystemRepo> {
     let path = repo.canonicalize().with_context(|| format!("looking for {}", repo.display()))?;
-    let mount = mount::holding(mounts, &path).with_context(|| format!("{} is on no mount", path.display()))?;
+    let mount = overlay_root::holding(mounts, &path).with_context(|| format!("{} is on no mount", path.display()))?;
     let config = path.join("config");
     Ok(SystemRepo {
         live: Path::new(LIVE_MARKER).exists(),

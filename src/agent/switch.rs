@@ -18,9 +18,7 @@ use super::units::UnitsRecord;
 use super::wayback::{self, Below};
 use super::{Context, Error, Paths, StagedRoot, Switched, storage, views};
 use crate::host;
-use crate::mount;
 use crate::report::{Phase, State};
-use crate::stage;
 use node_store::store::NODE_IMAGE_REF;
 use support::directory::Directory;
 use support::failpoint::{self, Point};
@@ -92,12 +90,12 @@ async fn label_anew(paths: &Paths, staged: &StagedRoot, way: Way) -> bool {
     let (delta, scratch) = (staged.delta.directory.join("etc/selinux"), paths.run().to_owned());
     let act = move || -> anyhow::Result<selinux_labels::Relabelled> {
         let booted = Path::new("/usr/etc/selinux");
-        let (old, new) = mount::Namespace::init().run_without(Path::new(USR), USR_SOURCE, || {
+        let (old, new) = overlay_root::Namespace::init().run_without(Path::new(USR), USR_SOURCE, || {
             Ok((selinux_labels::FileContexts::read(&[booted])?, selinux_labels::FileContexts::read(&[&delta, booted])?))
         })?;
         let directories = selinux_labels::LABELLED.map(Path::new);
         match way {
-            Way::There => old.relabel(&new, &directories, mount::tmpfs_label()?.as_deref(), &scratch),
+            Way::There => old.relabel(&new, &directories, overlay_root::tmpfs_label()?.as_deref(), &scratch),
             Way::Back => new.relabel(&old, &directories, None, &scratch),
         }
     };
@@ -158,8 +156,8 @@ fn blocking(paths: &Paths, staged: &StagedRoot) -> anyhow::Result<etc_merge::Rep
         .and_then(|text| run.write_atomic(Paths::PIVOTED, 0o644, text.as_bytes()))
         .with_context(|| format!("cannot write {}", paths.pivoted().display()))?;
 
-    if !mount::exposed(usr, USR_SOURCE)? {
-        stage::open_new_usr(&staged.delta.directory, usr, USR_SOURCE)?.expose(usr)?;
+    if !overlay_root::exposed(usr, USR_SOURCE)? {
+        overlay_root::open_new_usr(&staged.delta.directory, usr, USR_SOURCE)?.expose(usr)?;
     }
     let new = new_etc(etc_merge::open_dir(usr)?.as_fd())?;
     let current = etc_merge::open_dir(Path::new(ETC))?;
@@ -216,7 +214,7 @@ pub(super) async fn plan_units(
 /// The units whose files are not there without the node image's `/usr`, all unit files that are, and the release of the
 /// systemd that is.
 fn leaving(fragments: Vec<(String, PathBuf)>) -> anyhow::Result<(Vec<String>, UnitFiles, Option<u32>)> {
-    mount::Namespace::init().run_without(Path::new(USR), USR_SOURCE, || {
+    overlay_root::Namespace::init().run_without(Path::new(USR), USR_SOURCE, || {
         let gone = |(name, fragment): (String, PathBuf)| (!fragment.exists()).then_some(name);
         let files = Root::running().unit_files().context("cannot read the unit files")?;
         Ok((fragments.into_iter().filter_map(gone).collect(), files, Root::running().systemd_release()))
@@ -363,8 +361,9 @@ fn undo_files(paths: &Paths, staged: &StagedRoot, to_guard: bool) -> (Undone, Op
     let start = || unit_refresh::Guard::start().inspect_err(|error| warn!("{error:#}")).ok();
     let guard = to_guard.then(start).flatten();
     let usr = Path::new(USR);
-    let lost = mount::Namespace::init().mounts().map(|mounts| mount::mounted_on(&mounts, usr, USR_SOURCE));
-    match mount::withdraw(usr, USR_SOURCE) {
+    let lost =
+        overlay_root::Namespace::init().mounts().map(|mounts| overlay_root::mounted_on(&mounts, usr, USR_SOURCE));
+    match overlay_root::withdraw(usr, USR_SOURCE) {
         Ok(_) => undone.kept.extend(lost.into_iter().flatten().map(|place| {
             format!("{} was unmounted with the node image's /usr, on which it had been mounted since", place.display())
         })),

@@ -16,7 +16,6 @@ use super::after::RESTART;
 use super::prepare::{USR, USR_SOURCE, new_etc};
 use super::{Context, Error, Paths, StagedRoot};
 use crate::report::StillOld;
-use crate::stage;
 use etc_merge::Origin;
 use support::directory::Directory;
 use unit_refresh::{
@@ -102,7 +101,7 @@ pub(super) async fn preview(
     let differs = |path: &Path| delta.contains(path).unwrap_or(true);
     let directory = staged.delta.directory.clone();
     let (old, new, systemd) = tokio::task::spawn_blocking(move || -> Result<_> {
-        let tree = stage::open_new_usr(&directory, Path::new(USR), USR_SOURCE)?;
+        let tree = overlay_root::open_new_usr(&directory, Path::new(USR), USR_SOURCE)?;
         let new_etc = new_etc(tree.as_fd())?;
         let at = |fd: BorrowedFd<'_>| Path::new("/proc/self/fd").join(fd.as_raw_fd().to_string());
         let new = Root { usr: at(tree.as_fd()), etc: etc_changes(&plan, &at(new_etc.as_fd())) };

@@ -5,8 +5,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::prepare::{USR, USR_SOURCE};
-use crate::mount::{Exposure, Namespace};
 use crate::report;
+use overlay_root::{Exposure, Namespace};
 
 /// The `/usr` that services should see.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

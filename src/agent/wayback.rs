@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::StatVfsMountFlags;
 
 use super::prepare::{ETC, USR, USR_SOURCE};
-use crate::mount::{self, Exposure, Mount, Namespace};
+use overlay_root::{Exposure, Mount, Namespace};
 
 /// A state of the machine in which an undo must not begin.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -52,12 +52,13 @@ pub(super) fn obstacles(below: Below) -> Vec<Obstacle> {
 
 fn on_mounts(mounts: &[Mount], below: Below) -> Vec<Obstacle> {
     let usr = Path::new(USR);
-    let over = mount::top(mounts, usr).filter(|_| mount::exposure(mounts, usr, USR_SOURCE) == Exposure::Covered);
+    let over =
+        overlay_root::top(mounts, usr).filter(|_| overlay_root::exposure(mounts, usr, USR_SOURCE) == Exposure::Covered);
     if let Some(over) = over {
         let name = over.source.to_string_lossy().into_owned();
         return vec![Obstacle::Covered { name, fstype: over.fstype.clone() }];
     }
-    let on = mount::mounted_on(mounts, usr, USR_SOURCE);
+    let on = overlay_root::mounted_on(mounts, usr, USR_SOURCE);
     if on.is_empty() || below == Below::Unmount { Vec::new() } else { vec![Obstacle::MountedBelow(on)] }
 }
 
@@ -93,11 +94,11 @@ mod tests {
             (&[OURS, BIND, SYSEXT], covered(), covered()),
         ];
         for (lines, refuse, unmount) in cases {
-            let mounts = mount::parse(format!("{BASE}{}", lines.concat()).as_bytes());
+            let mounts = overlay_root::parse(format!("{BASE}{}", lines.concat()).as_bytes());
             assert_eq!(on_mounts(&mounts, Below::Refuse), refuse, "{lines:?}");
             assert_eq!(on_mounts(&mounts, Below::Unmount), unmount, "{lines:?}");
         }
-        let text = message(&on_mounts(&mount::parse(format!("{BASE}{OURS}{SYSEXT}").as_bytes()), Below::Refuse));
+        let text = message(&on_mounts(&overlay_root::parse(format!("{BASE}{OURS}{SYSEXT}").as_bytes()), Below::Refuse));
         assert!(text.starts_with("sysext (overlay) is mounted over /usr") && text.contains("unmerge"), "{text}");
     }
 }

@@ -10,7 +10,7 @@ use rustix::io::Errno;
 
 use super::elf::{Machine, machine_of};
 use super::memory::Need;
-use crate::mount::{self, Mount};
+use overlay_root::Mount;
 use support::human_bytes;
 
 /// One reason not to switch.
@@ -164,11 +164,12 @@ const MACHINE_PROGRAM: &str = "lib/systemd/systemd";
 /// Checks that can be made before there is a new tree: the kernel, what `/usr` is made of, `/etc`.
 /// Nothing is changed.
 pub fn check_system(mounts: &[Mount], usr: &Path, etc: &Path) -> Vec<Refusal> {
-    let mut refusals: Vec<Refusal> = check_kernel(mount::overlay_support(), openat2_support()).into_iter().collect();
+    let mut refusals: Vec<Refusal> =
+        check_kernel(overlay_root::overlay_support(), openat2_support()).into_iter().collect();
     let of_usr = check_stack(mounts, usr);
     if refusals.is_empty() && of_usr.is_none() {
         // The mount table cannot tell everything (file systems in files count, too): the kernel can.
-        refusals.extend(mount::overlay_fits(usr).err().map(|error| Refusal::NotStackable(format!("{error:#}"))));
+        refusals.extend(overlay_root::overlay_fits(usr).err().map(|error| Refusal::NotStackable(format!("{error:#}"))));
     }
     refusals.extend(of_usr);
     refusals.extend(check_modules(mounts, usr));
@@ -203,10 +204,10 @@ fn openat2_support() -> Result<(), Errno> {
 }
 
 fn check_stack(mounts: &[Mount], usr: &Path) -> Option<Refusal> {
-    if let Some(source) = mount::writable_overlay(mounts, usr) {
+    if let Some(source) = overlay_root::writable_overlay(mounts, usr) {
         return Some(Refusal::Unlocked { source_name: source });
     }
-    let layers = mount::overlay_stack(mounts, usr);
+    let layers = overlay_root::overlay_stack(mounts, usr);
     (layers.len() > 1).then_some(Refusal::TooDeep { layers })
 }
 
@@ -215,19 +216,19 @@ fn check_stack(mounts: &[Mount], usr: &Path) -> Option<Refusal> {
 fn check_modules(mounts: &[Mount], usr: &Path) -> Option<Refusal> {
     let modules = usr.join("lib/modules");
     let hides = |target: &&PathBuf| target.starts_with(&modules) || modules.starts_with(target);
-    let below = mount::mounts_below(mounts, usr);
+    let below = overlay_root::mounts_below(mounts, usr);
     below.iter().find(hides).map(|target| Refusal::ModulesMounted(target.display().to_string()))
 }
 
 /// Returns what the caller should know and what is not a reason to refuse, a line each.
 pub fn warnings(mounts: &[Mount], usr: &Path) -> Vec<String> {
-    let mut warnings: Vec<String> = mount::mounts_below(mounts, usr)
+    let mut warnings: Vec<String> = overlay_root::mounts_below(mounts, usr)
         .iter()
         .map(|hidden| {
             format!("{} is a mount point and is hidden by the new {} until an undo", hidden.display(), usr.display())
         })
         .collect();
-    let stack = mount::overlay_stack(mounts, usr);
+    let stack = overlay_root::overlay_stack(mounts, usr);
     if stack.first().is_some_and(|source| source == "sysext") {
         warnings
             .push("system extensions are merged on /usr: they show through what the node image does not have".into());

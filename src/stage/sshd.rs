@@ -11,7 +11,7 @@ use anyhow::Result;
 
 use super::preflight::Refusal;
 use super::trial::{TIME, TrialReport};
-use crate::mount::{self, Ended, Trial};
+use overlay_root::{Ended, Trial};
 
 /// Where it is, in any tree.
 const PROGRAMS: [&str; 2] = ["/usr/sbin/sshd", "/usr/bin/sshd"];
@@ -91,7 +91,7 @@ pub(super) fn compare(asked: Asked, report: &mut TrialReport) {
     if says_new == Says::Fine {
         return;
     }
-    let old = program().and_then(|program| mount::run(&[program, "-t"], TIME).ok());
+    let old = program().and_then(|program| overlay_root::run(&[program, "-t"], TIME).ok());
     let words = summary(&new.stderr);
     match verdict(says_new, old.as_ref().map(says_of), here) {
         Verdict::Nothing => {}

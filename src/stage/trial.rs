@@ -9,7 +9,7 @@ use anyhow::Result;
 
 use super::preflight::Refusal;
 use super::sshd;
-use crate::mount::{self, DetachedTree, Trial};
+use overlay_root::{DetachedTree, Trial};
 
 /// What the refresh runs before everything else: later programs may find their libraries only by its cache.
 const CACHE: &[&str] = &["/usr/sbin/ldconfig", "-X"];
@@ -45,7 +45,7 @@ pub struct TrialReport {
 }
 
 /// Runs programs of the new tree in a private view of the machine, with an `/etc` to which `merge_etc` was
-/// applied. See [`mount::trial`].
+/// applied. See [`overlay_root::trial`].
 ///
 /// # Errors
 /// When the private view cannot be made.
@@ -53,7 +53,7 @@ pub fn check_runs(
     tree: &DetachedTree,
     merge_etc: &(dyn Fn(BorrowedFd<'_>, &Path) -> Result<()> + Sync),
 ) -> Result<TrialReport> {
-    let (mut report, asked) = mount::trial(tree, merge_etc, |trial| {
+    let (mut report, asked) = overlay_root::trial(tree, merge_etc, |trial| {
         let mut report = TrialReport::default();
         let has_ldconfig = Path::new(OPTIONAL).exists();
         match &trial.etc_unmerged {

@@ -146,11 +146,10 @@ async fn the_systems_repo_holds_the_node_image_and_stays_a_systems_repo() {
     let repo = ostree::Repo::new_for_path(store.repo_path());
     repo.open(Cancellable::NONE).unwrap();
     let own = |name: &str| Some(store.object_path(&name.parse().ok()?, ObjectType::File));
-    let booted = node_image_pivot::stage::Booted::Commit(&old.commit);
-    let keep = node_image_pivot::stage::Keep::default();
+    let booted = overlay_root::delta::Booted::Commit(&old.commit);
+    let keep = overlay_root::delta::Keep::default();
     let delta =
-        node_image_pivot::stage::build_delta(&repo, booted, &new.commit, &own, &store.delta_build_path(), &keep)
-            .unwrap();
+        overlay_root::delta::build_delta(&repo, booted, &new.commit, &own, &store.delta_build_path(), &keep).unwrap();
     assert_eq!((delta.counts.copied, delta.counts.changed + delta.counts.added), (0, 4), "{delta:?}");
     assert_eq!(fs::metadata(store.delta_path().join("bin/kubelet")).unwrap().nlink(), 2);
 

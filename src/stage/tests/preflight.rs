@@ -4,7 +4,7 @@ use super::*;
 
 fn mounts(lines: &str) -> Vec<Mount> {
     let root = "22 1 7:0 / / ro,relatime shared:1 - squashfs /dev/loop0 ro\n";
-    mount::parse(format!("{root}{lines}").as_bytes())
+    overlay_root::parse(format!("{root}{lines}").as_bytes())
 }
 
 const COMPOSEFS: &str = "23 22 0:40 / / ro - overlay composefs ro,lowerdir+=/run/gone,datadir+=/sysroot/objects\n";
@@ -50,7 +50,7 @@ fn kernels() {
         let refusal = of(overlay, openat2).map(|refusal| refusal.to_string()).unwrap_or_default();
         assert!(refusal.contains(&format!("boot a bootimage with Linux {since}")), "{refusal}");
     }
-    assert_eq!(of(mount::overlay_support(), openat2_support()), None, "this machine");
+    assert_eq!(of(overlay_root::overlay_support(), openat2_support()), None, "this machine");
 }
 
 #[test]

@@ -7,12 +7,12 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use clap::Args;
-use node_image_pivot::stage::{self, Booted, Keep};
 use node_store::PullProgress;
 use node_store::image::{ImageSettings, PullSpec, Source};
 use node_store::import::{self, PullOptions};
 use node_store::store::{BootedRepo, NODE_IMAGE_REF, NodeStore, ObjectType};
 use ostree::gio::Cancellable;
+use overlay_root::delta::{Booted, Keep};
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
@@ -80,7 +80,7 @@ pub fn pull(task: &PullTask) -> Result<Pulled> {
         path.symlink_metadata().is_ok().then_some(path)
     };
     let (booted, out) = (Booted::Commit(&task.commit), task.root.join(DELTA));
-    let delta = stage::build_delta(&repo, booted, &pulled.commit, &own_object, &out, &Keep::default())?;
+    let delta = overlay_root::delta::build_delta(&repo, booted, &pulled.commit, &own_object, &out, &Keep::default())?;
     Ok(Pulled {
         commit: pulled.commit,
         pull_seconds,
@@ -119,6 +119,6 @@ pub fn tree_of(repo: &Path, commit: &str) -> Result<String> {
 
 /// Shows `act` the new `/usr`: the delta below `root` over the booted one.
 pub fn with_new_usr<T>(root: &Path, booted_usr: &Path, act: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
-    let tree = stage::open_new_usr(&root.join(DELTA), booted_usr, "benchmark")?;
+    let tree = overlay_root::open_new_usr(&root.join(DELTA), booted_usr, "benchmark")?;
     act(Path::new(&format!("/proc/self/fd/{}", tree.as_fd().as_raw_fd())))
 }

@@ -52,7 +52,7 @@ mod tests {
     use rustix::mount::mount;
 
     use super::*;
-    use crate::mount::testing::here;
+    use crate::testing::here;
     use support::testing::private;
 
     #[test]

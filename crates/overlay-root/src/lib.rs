@@ -7,6 +7,7 @@
 //! The namespace that counts is PID 1's ([`Namespace::init`]): the agent may be sandboxed, and what it
 //! mounts in another namespace has no effect.
 
+pub mod delta;
 mod namespace;
 mod table;
 mod tmpfs;
@@ -14,8 +15,8 @@ mod tree;
 mod trial;
 mod view;
 
-#[cfg(test)]
-pub(crate) mod testing;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 
 pub use namespace::Namespace;
 pub use table::{
@@ -28,7 +29,7 @@ pub use view::writable_view;
 
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 /// Returns true if a mount named `source` is at `target` in PID 1's namespace, on top or covered.
 pub fn exposed(target: &Path, source: &str) -> Result<bool> {
@@ -38,4 +39,12 @@ pub fn exposed(target: &Path, source: &str) -> Result<bool> {
 /// Takes our mount `source` away from `target` in PID 1's namespace. See [`Namespace::withdraw`].
 pub fn withdraw(target: &Path, source: &str) -> Result<bool> {
     Namespace::init().withdraw(target, source)
+}
+
+/// The new `/usr`, built but seen by nobody: the delta over the booted `/usr`.
+///
+/// Call it only while the booted `/usr` is what `booted_usr` shows: once a tree is exposed there,
+/// the next one would lie on top of it.
+pub fn open_new_usr(delta: &Path, booted_usr: &Path, source: &str) -> Result<DetachedTree> {
+    DetachedTree::overlay(&[delta, booted_usr], source).context("cannot build the new /usr")
 }

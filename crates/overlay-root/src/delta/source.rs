@@ -13,7 +13,7 @@ use sha2::{Digest, Sha256};
 
 use node_store::store::Dirtree;
 
-use super::diff::{Checksum, Directory, Listing, Tree};
+use super::compare::{Checksum, Directory, Listing, Tree};
 
 /// Owner, mode and extended attributes of a directory.
 #[derive(Debug, Clone, PartialEq, Eq)]

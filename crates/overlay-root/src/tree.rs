@@ -223,7 +223,7 @@ mod tests {
     use rustix::fs::{FileType, openat};
 
     use super::*;
-    use crate::mount::testing::here;
+    use crate::testing::here;
     use support::testing::private;
 
     #[test]

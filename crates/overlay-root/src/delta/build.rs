@@ -13,9 +13,9 @@ use ostree::prelude::InputStreamExtManual;
 use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, RenameFlags, Timespec, Timestamps, Uid, XattrFlags};
 use rustix::io::Errno;
 
-use super::delta::{Delta, DeltaCounts};
-use super::diff::{self, Checksum, DeltaOp, Directory, Tree as _};
+use super::compare::{self, Checksum, DeltaOp, Directory, Tree as _};
 use super::keep::Keep;
+use super::lookup::{Delta, DeltaCounts};
 use super::overlay_marks::{self, Marks};
 use support::failpoint::{self, Point};
 
@@ -59,11 +59,11 @@ pub fn compare<'a>(
     let target = RepoTree::new(repo);
     let new = target.usr_of(commit)?;
     let (plain, steps) = match booted {
-        Booted::Commit(booted) => (None, diff::diff((&target, target.usr_of(booted)?), (&target, new), keep)?),
+        Booted::Commit(booted) => (None, compare::diff((&target, target.usr_of(booted)?), (&target, new), keep)?),
         Booted::Directory(path) => {
             let plain = PlainTree::new();
             let old: Directory = plain.root(path);
-            let steps = diff::diff((&plain, old), (&target, new), keep)?;
+            let steps = compare::diff((&plain, old), (&target, new), keep)?;
             (Some(plain), steps)
         }
     };

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use sha2::{Digest, Sha256};
 
 use super::*;
-use crate::stage::diff::{Checksum, DeltaOp, Directory, Hidden, Listing, Tree, diff};
+use crate::delta::{Checksum, DeltaOp, Directory, Hidden, Listing, Tree, diff};
 
 #[derive(Default)]
 struct Memory(RefCell<HashMap<Checksum, Listing>>);

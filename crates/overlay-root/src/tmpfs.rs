@@ -114,7 +114,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
-    use crate::mount::testing::here;
+    use crate::testing::here;
     use support::testing::private;
 
     #[test]

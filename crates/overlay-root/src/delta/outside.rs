@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::Result;
 
 use super::build::Booted;
-use super::diff::{Directory, Listing, Tree};
+use super::compare::{Directory, Listing, Tree};
 use super::source::RepoTree;
 
 /// Directories that belong to the machine or are mounted over; `/usr` is compared elsewhere.
@@ -81,7 +81,7 @@ mod tests {
     use std::collections::HashMap;
 
     use super::*;
-    use crate::stage::Checksum;
+    use crate::delta::Checksum;
 
     struct Trees(HashMap<Checksum, Listing>);
 
