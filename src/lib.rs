@@ -9,5 +9,5 @@ pub mod bus;
 pub mod cli;
 pub mod config;
 pub mod host;
+pub mod preflight;
 pub mod report;
-pub mod stage;

@@ -5,8 +5,8 @@
 use std::fmt;
 use std::time::Duration;
 
+use crate::preflight::Refusals;
 use crate::report::{Attempt, LastError, Outcome, Reason, Standing};
-use crate::stage::Refusals;
 use node_store::image::{Failure, Kind};
 
 /// The end of a call that did not reach its goal.
@@ -154,7 +154,8 @@ impl From<anyhow::Error> for Error {
 
 impl From<Refusals> for Error {
     fn from(refusals: Refusals) -> Self {
-        let reason = |refusal: &crate::stage::Refusal| Reason { id: refusal.id().into(), message: refusal.to_string() };
+        let reason =
+            |refusal: &crate::preflight::Refusal| Reason { id: refusal.id().into(), message: refusal.to_string() };
         Cause::Refused(refusals.0.iter().map(reason).collect()).into()
     }
 }
@@ -163,7 +164,7 @@ impl From<Refusals> for Error {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::stage::Refusal;
+    use crate::preflight::Refusal;
 
     fn errors() -> [(Error, Outcome, &'static str, &'static str); 6] {
         let failure = |kind| Box::new(Failure::new(kind, "q.io/x: it fails"));

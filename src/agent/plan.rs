@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use super::{AddedAccounts, Paths};
-use crate::stage::{Need, PackageChanges};
+use crate::preflight::{Need, PackageChanges};
 use etc_merge::Class;
 use node_store::image::ImageChoice;
 use overlay_root::delta::DeltaCounts;
@@ -203,7 +203,7 @@ fn is_kernel(name: &str) -> bool {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::stage::{Package, PackageChange};
+    use crate::preflight::{Package, PackageChange};
 
     fn plan() -> SwitchPlan {
         let package = |name: &str| Package { name: name.into(), version: "1".into() };

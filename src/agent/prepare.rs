@@ -14,8 +14,8 @@ use super::accounts::AddedAccounts;
 use super::plan::{EtcPlan, MemoryPlan, SwitchPlan};
 use super::{Context, Error, Paths, StagedRoot, accounts, storage, units};
 use crate::config::{EtcStrategy, Settings};
+use crate::preflight::{self, Free, Need, PackageChanges, Packages, Refusal, Refusals};
 use crate::report::{Phase, State};
-use crate::stage::{self, Free, Need, PackageChanges, Packages, Refusal, Refusals};
 use etc_merge::{Change, Class, Plan};
 use node_store::import::PulledImage;
 use node_store::store::{NodeStore, ObjectType};
@@ -73,7 +73,7 @@ pub(super) async fn stage(context: &Context, pulled: PulledImage, flow: Flow) ->
 /// # Errors
 /// [`Error::Refused`] with everything that would keep the switch from beginning. Nothing is changed in any case.
 pub(super) async fn check_machine() -> Result<(), Error> {
-    let look = || refuse(stage::check_system(&Namespace::init().mounts()?, Path::new(USR), Path::new(ETC)));
+    let look = || refuse(preflight::check_system(&Namespace::init().mounts()?, Path::new(USR), Path::new(ETC)));
     tokio::task::spawn_blocking(look).await.context("looking at the machine panicked")?
 }
 
@@ -95,13 +95,13 @@ pub(super) async fn is_current(context: &Context, staged: &StagedRoot) -> Result
 fn look_again(paths: &Paths, staged: &StagedRoot) -> Result<(bool, Vec<String>), Error> {
     let usr = Path::new(USR);
     let mounts = Namespace::init().mounts()?;
-    refuse(stage::check_system(&mounts, usr, Path::new(ETC)))?;
+    refuse(preflight::check_system(&mounts, usr, Path::new(ETC)))?;
     let tree = overlay_root::open_new_usr(&staged.delta.directory, usr, USR_SOURCE)?;
     let plan = plan_etc(&tree, &storage::of(paths, staged)?)?;
     // A plan that is gone or damaged is made again, too.
     let current = load_etc_plan(paths).is_ok_and(|old| same_acts(&old, &plan));
     refuse(too_little(Free::at(&staged.delta.directory)?.needs(&staged.delta.directory, 0, plan.bytes())))?;
-    Ok((current, stage::warnings(&mounts, usr)))
+    Ok((current, preflight::warnings(&mounts, usr)))
 }
 
 /// Returns true if both plans do the same. Labels are not compared: a plan that was just made has none yet.
@@ -118,8 +118,8 @@ fn same_acts(one: &Plan, other: &Plan) -> bool {
 fn blocking(paths: &Paths, pulled: PulledImage, settings: &Settings) -> Result<(StagedRoot, SwitchPlan, Plan), Error> {
     let usr = Path::new(USR);
     let mounts = Namespace::init().mounts()?;
-    refuse(stage::check_system(&mounts, usr, Path::new(ETC)))?;
-    let mut warnings = stage::warnings(&mounts, usr);
+    refuse(preflight::check_system(&mounts, usr, Path::new(ETC)))?;
+    let mut warnings = preflight::warnings(&mounts, usr);
 
     let (store, _) = storage::open(paths, settings).map_err(|error| match error.downcast::<Refusal>() {
         Ok(refusal) => Error::from(Refusals(vec![refusal])),
@@ -147,15 +147,15 @@ fn blocking(paths: &Paths, pulled: PulledImage, settings: &Settings) -> Result<(
     warnings.extend(overlay_root::delta::outside_usr(&repo, booted, &pulled.commit)?);
 
     let tree = overlay_root::open_new_usr(&delta.directory, usr, USR_SOURCE)?;
-    refuse(stage::check_content(tree.as_fd(), stage::Machine::here().context("looking at this program")?))?;
+    refuse(preflight::check_content(tree.as_fd(), preflight::Machine::here().context("looking at this program")?))?;
 
     let mut plan = plan_etc(&tree, &store)?;
-    match stage::label_plan(&mut plan, tree.as_fd(), paths.run()) {
+    match preflight::label_plan(&mut plan, tree.as_fd(), paths.run()) {
         Ok(labelled) => info!("/etc: {labelled} of {} changes are labelled by the policy", plan.changes.len()),
         // The image's own files have labels, too.
         Err(error) => warnings.push(format!("{error:#}; what is written to /etc gets the labels of the image's files")),
     }
-    let (refusals, said) = stage::check_selinux(tree.as_fd()).context("looking at SELinux")?;
+    let (refusals, said) = preflight::check_selinux(tree.as_fd()).context("looking at SELinux")?;
     refuse(refusals)?;
     warnings.extend(said);
     if settings.etc_strategy == EtcStrategy::Fail {
@@ -175,7 +175,7 @@ fn blocking(paths: &Paths, pulled: PulledImage, settings: &Settings) -> Result<(
     let merge = |etc: BorrowedFd<'_>, records: &Path| {
         etc_merge::apply(&plan, new.as_fd(), etc, &records.join("undo"), None).map(drop)
     };
-    let trial = stage::check_runs(&tree, &merge)?;
+    let trial = preflight::check_runs(&tree, &merge)?;
     refuse(trial.refusals)?;
     warnings.extend(trial.warnings);
 
@@ -259,7 +259,7 @@ fn metadata_of(repo: &ostree::Repo, commit: &str) -> anyhow::Result<VariantDict>
 }
 
 fn check_metadata(metadata: &VariantDict) -> Vec<Refusal> {
-    stage::check_metadata(
+    preflight::check_metadata(
         &|key| metadata.lookup::<String>(key).ok().flatten(),
         &|key| metadata.lookup::<bool>(key).ok().flatten(),
         &rustix::system::uname().machine().to_string_lossy(),
@@ -279,16 +279,16 @@ fn packages(
         return Some(PackageChanges::between(&old, &new));
     }
     let old = metadata_of(repo, pulled.booted_commit.as_ref()?).ok()?;
-    Some(PackageChanges::between(&stage::rpm(&old)?, &stage::rpm(new)?))
+    Some(PackageChanges::between(&preflight::rpm(&old)?, &preflight::rpm(new)?))
 }
 
 fn dpkg_of(usr: BorrowedFd<'_>) -> Option<Packages> {
     use rustix::fs::{Mode, OFlags, ResolveFlags};
     let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-    let file = rustix::fs::openat2(usr, stage::DPKG_STATUS, flags, Mode::empty(), ResolveFlags::IN_ROOT).ok()?;
+    let file = rustix::fs::openat2(usr, preflight::DPKG_STATUS, flags, Mode::empty(), ResolveFlags::IN_ROOT).ok()?;
     let mut text = Vec::new();
     std::fs::File::from(file).read_to_end(&mut text).ok()?;
-    Some(stage::dpkg(&String::from_utf8_lossy(&text)))
+    Some(preflight::dpkg(&String::from_utf8_lossy(&text)))
 }
 
 fn too_little(needs: Vec<Need>) -> Vec<Refusal> {

@@ -7,7 +7,7 @@ use tracing::info;
 
 use super::{Paths, StagedRoot};
 use crate::config::Settings;
-use crate::stage::{self, Memory};
+use crate::preflight::{self, Memory};
 use node_store::store::{self, BootedRepo, Kind, NodeStore, SystemRepo};
 use overlay_root::Namespace;
 
@@ -20,7 +20,7 @@ const LIVE_MARKER: &str = "/run/ostree-live";
 /// all of a boot, as long as the configuration is; a RAM store's limit follows free memory.
 ///
 /// # Errors
-/// [`stage::Refusal`] where there is no memory to store anything in; whatever keeps it from being opened.
+/// [`preflight::Refusal`] where there is no memory to store anything in; whatever keeps it from being opened.
 pub(super) fn open(paths: &Paths, settings: &Settings) -> anyhow::Result<(NodeStore, Option<BootedRepo>)> {
     let booted = BootedRepo::discover()?;
     let mounts = Namespace::init().mounts()?;
@@ -39,7 +39,7 @@ pub(super) fn open(paths: &Paths, settings: &Settings) -> anyhow::Result<(NodeSt
             let memory = Memory::now()?;
             let used = mounts.iter().any(|mount| mount.target == root && mount.source == STORE_SOURCE);
             let used = if used { overlay_root::tmpfs_used(&root)?.used } else { 0 };
-            let limit = stage::store_limit(settings.ram_limit.bytes(memory.total), used, memory)?;
+            let limit = preflight::store_limit(settings.ram_limit.bytes(memory.total), used, memory)?;
             overlay_root::tmpfs(&Namespace::init(), &root, limit, STORE_SOURCE)?;
             NodeStore::on_tmpfs(&root, booted.as_ref())?
         }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 
-use super::preflight::Refusal;
+use super::checks::Refusal;
 use super::sshd;
 use overlay_root::{DetachedTree, Trial};
 

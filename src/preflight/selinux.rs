@@ -6,7 +6,7 @@ use std::os::fd::BorrowedFd;
 use anyhow::{Context, Result};
 use rustix::fs::{Dir, Mode as FileMode, OFlags, ResolveFlags};
 
-use super::preflight::Refusal;
+use super::checks::Refusal;
 use selinux_labels::Mode;
 
 /// The reasons against the switch, and what is none but should be known, a line each. `usr` is the new `/usr`. Nothing is

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
-use super::preflight::Refusal;
+use super::checks::Refusal;
 use support::human_bytes;
 
 /// What reloading PID 1, the tools and restarted services may take for a while, in bytes. A guess on the safe

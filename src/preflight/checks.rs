@@ -305,5 +305,5 @@ fn names_a_system(os_release: &[u8]) -> bool {
 }
 
 #[cfg(test)]
-#[path = "tests/preflight.rs"]
+#[path = "tests/checks.rs"]
 mod tests;

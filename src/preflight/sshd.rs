@@ -9,7 +9,7 @@ use std::path::Path;
 
 use anyhow::Result;
 
-use super::preflight::Refusal;
+use super::checks::Refusal;
 use super::trial::{TIME, TrialReport};
 use overlay_root::{Ended, Trial};
 

@@ -5,11 +5,11 @@
 //! beforehand ([`check_system`], [`check_content`], [`check_runs`], [`Free`]). It reads the store and
 //! writes the delta directory. It may not expose a mount, touch `/etc`, talk to a registry or to systemd.
 
+mod checks;
 mod elf;
 mod labels;
 mod memory;
 mod packages;
-mod preflight;
 mod selinux;
 mod sshd;
 mod trial;
@@ -18,10 +18,10 @@ mod trial;
 #[path = "tests/tree.rs"]
 mod tests;
 
+pub use checks::{Refusal, Refusals, check_content, check_metadata, check_system, warnings};
 pub use elf::Machine;
 pub use labels::label_plan;
 pub use memory::{Free, Memory, Need, store_limit};
 pub use packages::{DPKG_STATUS, Package, PackageChange, PackageChanges, Packages, dpkg, rpm};
-pub use preflight::{Refusal, Refusals, check_content, check_metadata, check_system, warnings};
 pub use selinux::check_selinux;
 pub use trial::{TrialReport, check_runs};
