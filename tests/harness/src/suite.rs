@@ -76,7 +76,7 @@ impl Suite {
         after: Option<&str>,
         bed: &mut B,
         rows: impl IntoIterator<Item = (impl Display, T)>,
-        run: fn(&mut B, &T) -> Result<()>,
+        mut run: impl FnMut(&mut B, &T) -> Result<()>,
     ) {
         let mut all = true;
         for (label, row) in rows {

@@ -1,25 +1,27 @@
-//! Bad input: a clear error and an untouched system. Each on a container of its own, booted with that input.
-//! `cargo test -p testbed --test errors -- --test-threads=1 --nocapture`
+//! Bad input gives a clear error and leaves the system unchanged. A separate container boots with each input.
+//! `make check-one NAME=errors`
 
 use std::time::Duration;
 
 use anyhow::Result;
-use testbed::check::{Checks, contains_any, same};
-use testbed::container::{Container, Network, Setup};
+use testbed::check::{contains_any, same};
+use testbed::container::{Bed, Container, Network, Setup};
 use testbed::guest::Guest;
 use testbed::images::{Images, work_dir};
 use testbed::proc::wait_for;
 use testbed::registry::Registry;
 use testbed::scenario::node_files;
+use testbed::scenarios;
+use testbed::suite::Suite;
 
 struct Case {
-    /// What is wrong.
+    /// Name of the fault.
     name: &'static str,
     /// The pull spec, or the name of an image of the test bed.
     image: &'static str,
     /// The error has one of these words.
     words: &'static [&'static str],
-    /// Whether the registry asks for a login that the node does not have.
+    /// True if the registry asks for a login that the node does not have.
     login: bool,
 }
 
@@ -72,8 +74,8 @@ const CASES: &[Case] = &[
     Case { name: "object-escapes", image: "escape-object", words: &["..", "escape", "outside", "path"], login: false },
 ];
 
-/// Everything that the base system consists of, in one line; without what each boot makes for itself, and without the
-/// numbers that the kernel gives to loop devices and peer groups of all containers on this machine.
+/// Hash of all that the base system consists of. Left out are files that each boot makes for itself, and numbers of loop
+/// devices and peer groups, which the kernel shares out among all containers.
 fn fingerprint(guest: &dyn Guest) -> Result<String> {
     guest.ask(
         "{ cd /etc; find . -xdev -type f ! -path './ssh/ssh_host*' ! -name .updated ! -name .pwd.lock ! -name 50-testbed.toml ! -name 50-testbed.conf ! -name machine-id -print0 | sort -z | xargs -0 sha256sum; \
@@ -81,62 +83,90 @@ fn fingerprint(guest: &dyn Guest) -> Result<String> {
     )
 }
 
-fn refused(case: &Case, images: &Images, untouched: &str, checks: &mut Checks) -> Result<()> {
-    let network = Network::new()?;
-    let login = case.login.then_some(("core", "secret"));
-    let folder = format!("error-{}", case.name);
-    let registry =
-        Registry::start(&images.storage, &work_dir(&format!("{folder}-registry"))?, Some(network.pid()), login)?;
-    let image = images.by_name.get(case.image).map_or_else(|| case.image.to_string(), |i| i.by_digest());
-    let setup = Setup { name: &folder, boot: &images.boot, kargs: &[], live: true };
-    let guest =
-        Container::start(images, &network, &setup, |files| node_files(files, &image, "127.0.0.1", registry.port))?;
+/// Returns the fingerprint of a boot with the agent switched off.
+fn unchanged_fingerprint() -> Result<String> {
+    let (images, network) = (Images::ensure()?, Network::new()?);
+    let setup = Setup { name: "error-none", boot: &images.boot, kargs: &["node-image-pivot=off"], live: true };
+    let guest = Container::start(images, &network, &setup, |files| node_files(files, "x", "127.0.0.1", 5000))?;
     guest.wait_unit("ssh.service", "active", Duration::from_secs(30))?;
-    let name = case.name;
-    checks.check(&format!("{name}: a clear error"), || {
-        wait_for("an error", Duration::from_secs(60), || Ok(guest.status()?["error"]["message"].is_string()))?;
-        let status = guest.status()?;
-        let message = status["error"]["message"].as_str().unwrap_or_default();
-        println!("       {}: {message}", status["error"]["class"].as_str().unwrap_or("no class"));
-        contains_any(message, case.words)
-    });
-    checks.check(&format!("{name}: systemctl status tells it"), || {
-        wait_for("the reason in systemctl status", Duration::from_secs(30), || {
-            contains_any(&guest.run("systemctl status --no-pager -l node-image-pull.service")?.text, case.words)
-                .map(|()| true)
-        })
-    });
-    checks.check(&format!("{name}: the system is untouched"), || {
-        same(fingerprint(&guest)?, untouched.to_string())?;
-        same(guest.ask("base-tool")?, "base-tool 1.0".into())?;
-        same(
-            guest.ask(
-                "find / -xdev -path /sysroot -prune -o -name 'evil*' -print; find /run /var /etc /tmp -name 'evil*'",
-            )?,
-            String::new(),
-        )
-    });
-    checks.check(&format!("{name}: a new ssh login works"), || {
-        same(guest.login("echo in")?.text.trim().into(), "in".to_string())
-    });
-    Ok(())
+    let unchanged = fingerprint(&guest)?;
+    guest.power_off()?;
+    Ok(unchanged)
+}
+
+/// A container that is asked to pull a bad image.
+struct Refusing<'a> {
+    case: &'static Case,
+    unchanged: &'a str,
+    bed: Bed,
+}
+
+impl<'a> Refusing<'a> {
+    fn boot(case: &'static Case, unchanged: &'a str) -> Result<Self> {
+        let (images, network) = (Images::ensure()?, Network::new()?);
+        let login = case.login.then_some(("core", "secret"));
+        let folder = format!("error-{}", case.name);
+        let work = work_dir(&format!("{folder}-registry"))?;
+        let registry = Registry::start(&images.storage, &work, Some(network.pid()), login)?;
+        let image = images.by_name.get(case.image).map_or_else(|| case.image.to_string(), |i| i.by_digest());
+        let setup = Setup { name: &folder, boot: &images.boot, kargs: &[], live: true };
+        let guest =
+            Container::start(images, &network, &setup, |files| node_files(files, &image, "127.0.0.1", registry.port))?;
+        guest.wait_unit("ssh.service", "active", Duration::from_secs(30))?;
+        Ok(Refusing { case, unchanged, bed: Bed { guest, registry, network } })
+    }
 }
 
 #[test]
 fn bad_input_is_refused() -> Result<()> {
-    let images = Images::ensure()?;
-    let mut checks = Checks::new("containers: bad input");
-    // What "untouched" means: the same boot with the agent switched off.
-    let network = Network::new()?;
-    let setup = Setup { name: "error-none", boot: &images.boot, kargs: &["node-image-pivot=off"], live: true };
-    let guest = Container::start(images, &network, &setup, |files| node_files(files, "x", "127.0.0.1", 5000))?;
-    guest.wait_unit("ssh.service", "active", Duration::from_secs(30))?;
-    let untouched = fingerprint(&guest)?;
-    guest.power_off()?;
+    let mut suite = Suite::new("containers: bad input");
+    let unchanged = unchanged_fingerprint()?;
     for case in CASES {
-        if let Err(error) = refused(case, images, &untouched, &mut checks) {
-            checks.check(&format!("{}: runs", case.name), || Err(error));
-        }
+        suite.part(case.name);
+        let mut refusing = None;
+        suite.each("a_container_boots", None, &mut refusing, [(case.name, case)], |refusing, case| {
+            *refusing = Some(Refusing::boot(case, &unchanged)?);
+            Ok(())
+        });
+        let Some(mut refusing) = refusing else { continue };
+        suite.run(
+            &mut refusing,
+            &scenarios![
+                status_has_a_clear_error,
+                systemctl_status_has_the_error after status_has_a_clear_error,
+                the_system_is_unchanged_and_no_file_has_escaped,
+                a_new_ssh_login_works,
+            ],
+        );
     }
-    checks.finish()
+    suite.finish()
+}
+
+fn status_has_a_clear_error(refusing: &mut Refusing<'_>) -> Result<()> {
+    let guest = &refusing.bed.guest;
+    wait_for("an error", Duration::from_secs(60), || Ok(guest.status()?["error"]["message"].is_string()))?;
+    let status = guest.status()?;
+    let message = status["error"]["message"].as_str().unwrap_or_default();
+    println!("       {}: {message}", status["error"]["class"].as_str().unwrap_or("no class"));
+    contains_any(message, refusing.case.words)
+}
+
+fn systemctl_status_has_the_error(refusing: &mut Refusing<'_>) -> Result<()> {
+    let guest = &refusing.bed.guest;
+    wait_for("the reason in systemctl status", Duration::from_secs(30), || {
+        let answer = guest.run("systemctl status --no-pager -l node-image-pull.service")?;
+        contains_any(&answer.text, refusing.case.words).map(|()| true)
+    })
+}
+
+fn the_system_is_unchanged_and_no_file_has_escaped(refusing: &mut Refusing<'_>) -> Result<()> {
+    let guest = &refusing.bed.guest;
+    same(fingerprint(guest)?, refusing.unchanged.to_string())?;
+    same(guest.ask("base-tool")?, "base-tool 1.0".into())?;
+    let find = "find / -xdev -path /sysroot -prune -o -name 'evil*' -print; find /run /var /etc /tmp -name 'evil*'";
+    same(guest.ask(find)?, String::new())
+}
+
+fn a_new_ssh_login_works(refusing: &mut Refusing<'_>) -> Result<()> {
+    same(refusing.bed.guest.login("echo in")?.text.trim().into(), "in".to_string())
 }

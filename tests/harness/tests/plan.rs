@@ -1,16 +1,16 @@
-//! Looking before leaping: what the switch would do, and every refusal that a container can bring about.
-//! `cargo test -p testbed --test plan -- --test-threads=1 --nocapture`
+//! What the switch would do, shown before it is done, and each refusal that a container can cause.
+//! `make check-one NAME=plan`
 
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
-use testbed::check::{Checks, contains, same};
-use testbed::container::{Container, Network, Setup};
+use testbed::check::{contains, same};
+use testbed::container::{Bed, Serving};
 use testbed::guest::Guest;
-use testbed::images::{Images, work_dir};
-use testbed::registry::Registry;
-use testbed::scenario::node_files;
+use testbed::scenario::configured_later;
+use testbed::scenarios;
+use testbed::suite::Suite;
 
 const SOON: Duration = Duration::from_secs(60);
 
@@ -24,145 +24,167 @@ fn has(list: &Value, key: &str, word: &str) -> Result<()> {
     if found { Ok(()) } else { bail!("nothing in the list has {key} {word}:\n{list:#}") }
 }
 
+/// Checks that programs and /etc are those of the beginning.
+fn unchanged(guest: &dyn Guest) -> Result<()> {
+    same(guest.ask("base-tool")?, "base-tool 1.0".into())?;
+    let differences = "diff -r --no-dereference /run/etc-before /etc 2>&1 | grep -v 'is a socket\\|is a fifo' || true";
+    same(guest.ask(differences)?, String::new())
+}
+
 #[test]
-fn a_plan_tells_everything_and_refusals_touch_nothing() -> Result<()> {
-    let images = Images::ensure()?;
-    let mut checks = Checks::new("plan: what would happen, and what refuses");
-    let network = Network::new()?;
-    let registry = Registry::start(&images.storage, &work_dir("plan-registry")?, Some(network.pid()), None)?;
-    let setup = Setup { name: "plan", boot: &images.boot, kargs: &[], live: true };
-    let guest = Container::start(images, &network, &setup, |files| {
-        node_files(files, &images.image("node-b")?.by_digest(), "127.0.0.1", registry.port)?;
-        // Nothing happens by itself.
-        Ok(std::fs::rename(files.root().join("etc/node-image-pivot.conf.d"), files.root().join("etc/later"))?)
-    })?;
-    guest.wait_unit("multi-user.target", "active", SOON)?;
-    guest.ask("mv /etc/later /etc/node-image-pivot.conf.d")?;
-    guest.ask("cp -a /etc /run/etc-before")?;
-    let untouched = || -> Result<()> {
-        same(guest.ask("base-tool")?, "base-tool 1.0".into())?;
-        same(
-            guest.ask(
-                "diff -r --no-dereference /run/etc-before /etc 2>&1 | grep -v 'is a socket\\|is a fifo' || true",
-            )?,
-            String::new(),
-        )
-    };
+fn a_plan_shows_the_switch_and_a_refusal_changes_nothing() -> Result<()> {
+    let mut suite = Suite::new("plan: the switch shown before it is done, and refusals");
+    let mut bed = Bed::boot("plan", "node-b", Serving::AtBoot, configured_later)?;
+    bed.guest.wait_unit("multi-user.target", "active", SOON)?;
+    bed.guest.ask("mv /etc/later /etc/node-image-pivot.conf.d")?;
+    bed.guest.ask("cp -a /etc /run/etc-before")?;
+    suite.run(
+        &mut bed,
+        &scenarios![
+            plan_json_has_usr_packages_etc_and_memory,
+            plan_shows_the_same_in_words,
+            diff_etc_is_a_patch_of_what_the_switch_will_do,
+            diff_etc_shows_secrets_on_request_only_and_is_current,
+            plan_warns_of_a_mount_below_usr,
+        ],
+    );
+    suite.each("refused", None, &mut bed, refusals().map(|row| (row.name, row)), refused);
+    suite.run(
+        &mut bed,
+        &scenarios![
+            the_switch_does_what_the_diff_said after diff_etc_is_a_patch_of_what_the_switch_will_do,
+            plan_reports_the_switch_and_diff_etc_refuses_afterwards after the_switch_does_what_the_diff_said,
+        ],
+    );
+    suite.finish()
+}
 
-    checks.check("plan --json: /usr, packages, /etc, memory", || {
-        let answer = document(&guest)?;
-        same(answer["state"].clone(), "staged".into())?;
-        let plan = &answer["plan"];
-        for key in ["added", "added_bytes", "changed", "changed_bytes", "replaced_bytes", "removed", "removed_bytes"] {
-            if plan["usr"][key].as_u64().unwrap_or_default() == 0 {
-                bail!("usr.{key}: {}", plan["usr"]);
-            }
+fn plan_json_has_usr_packages_etc_and_memory(bed: &mut Bed) -> Result<()> {
+    let answer = document(&bed.guest)?;
+    same(answer["state"].clone(), "staged".into())?;
+    let plan = &answer["plan"];
+    for key in ["added", "added_bytes", "changed", "changed_bytes", "replaced_bytes", "removed", "removed_bytes"] {
+        if plan["usr"][key].as_u64().unwrap_or_default() == 0 {
+            bail!("usr.{key}: {}", plan["usr"]);
         }
-        has(&plan["packages"]["added"], "name", "cluster-node")?;
-        has(&plan["packages"]["removed"], "name", "base-legacy")?;
-        has(&plan["packages"]["changed"], "name", "base-tool")?;
-        has(&plan["etc"]["decisions"], "path", "base-tool/admin-edited.conf")?;
-        if plan["memory"]["needed_bytes"].as_u64() <= Some(64 << 20) || plan["memory"]["available_bytes"].is_null() {
-            bail!("memory: {}", plan["memory"]);
-        }
-        untouched()
-    });
-    checks.check("plan says the same in words", || {
-        let words = guest.ask("node-image-pivot plan")?;
-        for part in ["/usr: ", "base-tool 1.0", "/etc: ", "memory: "] {
-            contains(&words, part)?;
-        }
-        Ok(())
-    });
-    checks.check("diff-etc is a patch of what the switch will do", || {
-        guest.ask("node-image-pivot diff-etc >/run/diff")?;
-        contains(&guest.ask("cat /run/diff")?, "\n+++ b/etc/")?;
-        untouched()
-    });
-    checks.check("nothing secret is shown, unless asked for; the plan is of now", || {
-        let diff = "node-image-pivot diff-etc";
-        let find = "sed -n 's,^+++ b/,/,p' /run/diff | while read -r f; do test -f $f && echo $f && break; done";
-        let path = guest.ask(find)?;
-        let shown = format!("+++ b{path}\n");
-        let mode = guest.ask(&format!("stat -c %a {path}"))?;
-        guest.ask(&format!("chmod 600 {path}"))?;
-        let (without, with) = (guest.ask(diff)?, guest.ask(&format!("{diff} --secrets"))?);
-        guest.ask(&format!("chmod {mode} {path}"))?;
-        contains(&without, "--secrets shows it")?;
-        contains(&with, &shown)?;
-        same(without.contains(&shown), false)
-    });
-    checks.check("a mount below /usr is warned of", || {
-        guest.ask("mount -t tmpfs tmpfs /usr/share/doc")?;
-        let words = guest.ask("node-image-pivot plan");
-        guest.ask("umount /usr/share/doc")?;
-        contains(&words?, "warning: /usr/share/doc is a mount point and is hidden")
-    });
-
-    // Each of them: told, exit 10, and nothing is changed. A refusal makes the next call begin anew.
-    let overlay = "mkdir -p /run/lower /run/upper /run/work; mount -t overlay";
-    for (name, make, words, unmake) in [
-        (
-            "conflicts, and the strategy is fail",
-            "printf '[etc]\\nstrategy = \"fail\"\\n' >/etc/node-image-pivot.conf.d/90-fail.toml".to_owned(),
-            "conflict in /etc/base-tool/admin-edited.conf",
-            "rm /etc/node-image-pivot.conf.d/90-fail.toml",
-        ),
-        (
-            "a read-only /etc",
-            "mount --bind /etc /etc && mount -o remount,bind,ro /etc".to_owned(),
-            "/etc is mounted read-only",
-            "umount -l /etc",
-        ),
-        (
-            "a /usr that was made writable",
-            format!("{overlay} overlay -o lowerdir=/usr,upperdir=/run/upper,workdir=/run/work /usr"),
-            "ostree admin unlock",
-            "umount -l /usr",
-        ),
-        (
-            "a system extension over something else",
-            format!(
-                "{overlay} below -o ro,lowerdir=/run/lower:/usr /usr && mount -t overlay sysext -o ro,lowerdir=/run/work:/usr /usr"
-            ),
-            "systemd-sysext unmerge",
-            "umount -l /usr && umount -l /usr",
-        ),
-    ] {
-        checks.check(&format!("refused: {name}"), || {
-            guest.ask(&make)?;
-            let answer = guest.run("node-image-pivot plan --json");
-            guest.ask(unmake)?;
-            let answer = answer?;
-            contains(&answer.text, words)?;
-            same(answer.status, 10)?;
-            untouched()
-        });
     }
+    has(&plan["packages"]["added"], "name", "cluster-node")?;
+    has(&plan["packages"]["removed"], "name", "base-legacy")?;
+    has(&plan["packages"]["changed"], "name", "base-tool")?;
+    has(&plan["etc"]["decisions"], "path", "base-tool/admin-edited.conf")?;
+    if plan["memory"]["needed_bytes"].as_u64() <= Some(64 << 20) || plan["memory"]["available_bytes"].is_null() {
+        bail!("memory: {}", plan["memory"]);
+    }
+    unchanged(&bed.guest)
+}
 
-    checks.check("the switch does what the diff said", || {
-        let answer = guest.run("node-image-pivot run")?;
-        if answer.status != 0 {
-            bail!("run: {}\n{}", answer.status, answer.text);
-        }
-        // What the refresh writes by itself is no part of the plan.
-        let listed = guest.ask("sed -n 's,^diff --git a/etc/.* b/etc/,,p' /run/diff | sort -u")?;
-        let list = |dir: &str, out: &str| {
-            guest.ask(&format!(
-                "cd {dir}; find . -xdev ! -type d \\( -type l -printf '%P %l\\n' -o -type f -printf '%P %m %U %G ' -exec sha256sum {{}} \\; \\) | \
-                 grep -Ev '^((passwd|group|shadow|gshadow|subuid|subgid)-?|ld.so.cache|.updated|.pwd.lock) ' | sort >{out}"
-            ))
-        };
-        list("/run/etc-before", "/run/list-before")?;
-        list("/etc", "/run/list-after")?;
-        let changed = guest.ask("comm -3 /run/list-before /run/list-after | sed 's,^\t,,; s, .*,,' | sort -u")?;
-        same(changed, listed)
-    });
-    checks.check("afterwards: plan says so, diff-etc refuses", || {
-        same(document(&guest)?["state"].clone(), "switched".into())?;
-        let answer = guest.run("node-image-pivot diff-etc")?;
-        same(answer.status, 10)?;
-        contains(&answer.text, "already switched")
-    });
-    checks.finish()
+fn plan_shows_the_same_in_words(bed: &mut Bed) -> Result<()> {
+    let words = bed.guest.ask("node-image-pivot plan")?;
+    ["/usr: ", "base-tool 1.0", "/etc: ", "memory: "].iter().try_for_each(|part| contains(&words, part))
+}
+
+fn diff_etc_is_a_patch_of_what_the_switch_will_do(bed: &mut Bed) -> Result<()> {
+    bed.guest.ask("node-image-pivot diff-etc >/run/diff")?;
+    contains(&bed.guest.ask("cat /run/diff")?, "\n+++ b/etc/")?;
+    unchanged(&bed.guest)
+}
+
+fn diff_etc_shows_secrets_on_request_only_and_is_current(bed: &mut Bed) -> Result<()> {
+    let guest = &bed.guest;
+    let diff = "node-image-pivot diff-etc";
+    let find = "sed -n 's,^+++ b/,/,p' /run/diff | while read -r f; do test -f $f && echo $f && break; done";
+    let path = guest.ask(find)?;
+    let shown = format!("+++ b{path}\n");
+    let mode = guest.ask(&format!("stat -c %a {path}"))?;
+    guest.ask(&format!("chmod 600 {path}"))?;
+    let (without, with) = (guest.ask(diff)?, guest.ask(&format!("{diff} --secrets"))?);
+    guest.ask(&format!("chmod {mode} {path}"))?;
+    contains(&without, "--secrets shows it")?;
+    contains(&with, &shown)?;
+    same(without.contains(&shown), false)
+}
+
+fn plan_warns_of_a_mount_below_usr(bed: &mut Bed) -> Result<()> {
+    bed.guest.ask("mount -t tmpfs tmpfs /usr/share/doc")?;
+    let words = bed.guest.ask("node-image-pivot plan");
+    bed.guest.ask("umount /usr/share/doc")?;
+    contains(&words?, "warning: /usr/share/doc is a mount point and is hidden")
+}
+
+/// A fault of the machine, and the words of the refusal.
+struct Fault {
+    name: &'static str,
+    make: &'static str,
+    words: &'static str,
+    unmake: &'static str,
+}
+
+fn refusals() -> [Fault; 4] {
+    [
+        Fault {
+            name: "conflicts, and the strategy is fail",
+            make: "printf '[etc]\\nstrategy = \"fail\"\\n' >/etc/node-image-pivot.conf.d/90-fail.toml",
+            words: "conflict in /etc/base-tool/admin-edited.conf",
+            unmake: "rm /etc/node-image-pivot.conf.d/90-fail.toml",
+        },
+        Fault {
+            name: "a read-only /etc",
+            make: "mount --bind /etc /etc && mount -o remount,bind,ro /etc",
+            words: "/etc is mounted read-only",
+            unmake: "umount -l /etc",
+        },
+        Fault {
+            name: "a /usr that was made writable",
+            make: "mkdir -p /run/lower /run/upper /run/work; \
+                   mount -t overlay overlay -o lowerdir=/usr,upperdir=/run/upper,workdir=/run/work /usr",
+            words: "ostree admin unlock",
+            unmake: "umount -l /usr",
+        },
+        Fault {
+            name: "a system extension over another mount",
+            make: "mkdir -p /run/lower /run/upper /run/work; \
+                   mount -t overlay below -o ro,lowerdir=/run/lower:/usr /usr && \
+                   mount -t overlay sysext -o ro,lowerdir=/run/work:/usr /usr",
+            words: "systemd-sysext unmerge",
+            unmake: "umount -l /usr && umount -l /usr",
+        },
+    ]
+}
+
+/// A refusal makes the next call begin again, so each fault is refused by a complete check.
+fn refused(bed: &mut Bed, fault: &Fault) -> Result<()> {
+    bed.guest.ask(fault.make)?;
+    let answer = bed.guest.run("node-image-pivot plan --json");
+    bed.guest.ask(fault.unmake)?;
+    let answer = answer?;
+    contains(&answer.text, fault.words)?;
+    same(answer.status, 10)?;
+    unchanged(&bed.guest)
+}
+
+fn the_switch_does_what_the_diff_said(bed: &mut Bed) -> Result<()> {
+    let guest = &bed.guest;
+    let answer = guest.run("node-image-pivot run")?;
+    if answer.status != 0 {
+        bail!("run: {}\n{}", answer.status, answer.text);
+    }
+    let listed = guest.ask("sed -n 's,^diff --git a/etc/.* b/etc/,,p' /run/diff | sort -u")?;
+    // The plan does not contain files that the refresh writes.
+    let list = |dir: &str, out: &str| {
+        guest.ask(&format!(
+            "cd {dir}; find . -xdev ! -type d \\( -type l -printf '%P %l\\n' -o -type f -printf '%P %m %U %G ' -exec sha256sum {{}} \\; \\) | \
+             grep -Ev '^((passwd|group|shadow|gshadow|subuid|subgid)-?|ld.so.cache|.updated|.pwd.lock) ' | sort >{out}"
+        ))
+    };
+    list("/run/etc-before", "/run/list-before")?;
+    list("/etc", "/run/list-after")?;
+    let changed = guest.ask("comm -3 /run/list-before /run/list-after | sed 's,^\t,,; s, .*,,' | sort -u")?;
+    same(changed, listed)
+}
+
+fn plan_reports_the_switch_and_diff_etc_refuses_afterwards(bed: &mut Bed) -> Result<()> {
+    same(document(&bed.guest)?["state"].clone(), "switched".into())?;
+    let answer = bed.guest.run("node-image-pivot diff-etc")?;
+    same(answer.status, 10)?;
+    contains(&answer.text, "already switched")
 }

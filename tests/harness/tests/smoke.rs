@@ -1,64 +1,97 @@
-//! The bed itself, without the agent: what boots, and what the guest can reach.
+//! The test bed itself, without a pivot: each kind of guest boots and reaches what it needs.
+//! `make check-one NAME=smoke`
 
 use std::time::Duration;
 
-use anyhow::Result;
-use testbed::check::{Checks, contains, same};
+use anyhow::{Context, Result};
+use testbed::check::{contains, same};
 use testbed::container::{self, Container, Network};
 use testbed::guest::Guest;
 use testbed::images::{Images, work_dir};
 use testbed::registry::{Registry, registries_conf};
+use testbed::scenarios;
+use testbed::suite::Suite;
 use testbed::vm::{self, Vm};
 
-fn live_root(guest: &dyn Guest, images: &Images, checks: &mut Checks) -> Result<()> {
-    checks.check("systemd is content", || {
-        same(guest.ask("systemctl is-system-running --wait || systemctl --failed")?, "running".into())
-    });
-    checks.check("libostree knows the booted deployment", || {
-        let commit = std::fs::read_to_string(images.boot.join("commit"))?;
-        contains(&guest.ask("ostree admin status")?, &format!("* testbed {}", commit.trim()))
-    });
-    checks.check("/usr cannot be written, /etc and /var can", || {
-        same(guest.run("touch /usr/x")?.status, 1)?;
-        same(guest.ask("touch /etc/x /var/x && echo yes")?, "yes".into())
-    });
-    checks.check("it is live", || guest.ask("test -e /run/ostree-live -a -e /run/ostree-booted").map(drop));
-    checks.check("a new ssh login works", || same(guest.login("echo in")?.text.trim().to_string(), "in".into()));
-    checks.check("skopeo finds a node image through the mirror", || {
-        contains(
-            &guest.ask(&format!("skopeo inspect --no-tags docker://{}", images.image("node-a")?.by_tag()))?,
-            "ostree.final-diffid",
-        )
-    });
-    Ok(())
+const MIRROR: &str = "/etc/containers/registries.conf.d/50-testbed.conf";
+
+type AnyGuest<'a> = &'a dyn Guest;
+
+fn boots_as_a_live_system(suite: &mut Suite, mut guest: &dyn Guest) {
+    suite.run(
+        &mut guest,
+        &scenarios![
+            systemd_reports_running,
+            libostree_lists_the_booted_deployment,
+            usr_is_read_only_and_etc_and_var_are_not,
+            the_system_is_marked_as_live,
+            a_new_ssh_login_works,
+            skopeo_finds_a_node_image_through_the_mirror,
+        ],
+    );
+}
+
+fn systemd_reports_running(guest: &mut AnyGuest<'_>) -> Result<()> {
+    same(guest.ask("systemctl is-system-running --wait || systemctl --failed")?, "running".into())
+}
+
+fn libostree_lists_the_booted_deployment(guest: &mut AnyGuest<'_>) -> Result<()> {
+    let commit = std::fs::read_to_string(Images::ensure()?.boot.join("commit"))?;
+    contains(&guest.ask("ostree admin status")?, &format!("* testbed {}", commit.trim()))
+}
+
+fn usr_is_read_only_and_etc_and_var_are_not(guest: &mut AnyGuest<'_>) -> Result<()> {
+    same(guest.run("touch /usr/x")?.status, 1)?;
+    same(guest.ask("touch /etc/x /var/x && echo yes")?, "yes".into())
+}
+
+fn the_system_is_marked_as_live(guest: &mut AnyGuest<'_>) -> Result<()> {
+    guest.ask("test -e /run/ostree-live -a -e /run/ostree-booted").map(drop)
+}
+
+fn a_new_ssh_login_works(guest: &mut AnyGuest<'_>) -> Result<()> {
+    same(guest.login("echo in")?.text.trim().to_string(), "in".into())
+}
+
+fn skopeo_finds_a_node_image_through_the_mirror(guest: &mut AnyGuest<'_>) -> Result<()> {
+    let image = Images::ensure()?.image("node-a")?.by_tag();
+    contains(&guest.ask(&format!("skopeo inspect --no-tags docker://{image}"))?, "ostree.final-diffid")
 }
 
 #[test]
-fn container_boots() -> Result<()> {
+fn a_container_boots() -> Result<()> {
     let images = Images::ensure()?;
     let network = Network::new()?;
     let registry = Registry::start(&images.storage, &work_dir("smoke-registry")?, Some(network.pid()), None)?;
-    let mut checks = Checks::new("container");
+    let mut suite = Suite::new("container");
     let setup =
         container::Setup { name: "smoke-container", boot: &images.boot, kargs: &["node-image-pivot=off"], live: true };
     let guest = Container::start(images, &network, &setup, |files| {
-        files.put(
-            "/etc/containers/registries.conf.d/50-testbed.conf",
-            0o644,
-            &registries_conf("127.0.0.1", registry.port),
-        )
+        files.put(MIRROR, 0o644, &registries_conf("127.0.0.1", registry.port))
     })?;
-    checks.check("multi-user is reached", || guest.wait_unit("multi-user.target", "active", Duration::from_secs(60)));
-    live_root(&guest, images, &mut checks)?;
-    checks.check("it powers off", || guest.power_off());
-    checks.finish()
+    let mut guest = Some(guest);
+    suite.run(&mut guest, &scenarios![a_container_reaches_multi_user]);
+    if let Some(guest) = &guest {
+        boots_as_a_live_system(&mut suite, guest);
+    }
+    suite.run(&mut guest, &scenarios![a_container_powers_off]);
+    suite.finish()
+}
+
+fn a_container_reaches_multi_user(guest: &mut Option<Container>) -> Result<()> {
+    let guest = guest.as_ref().context("the container is off")?;
+    guest.wait_unit("multi-user.target", "active", Duration::from_secs(60))
+}
+
+fn a_container_powers_off(guest: &mut Option<Container>) -> Result<()> {
+    guest.take().context("the container is off")?.power_off()
 }
 
 #[test]
-fn vm_boots() -> Result<()> {
+fn a_virtual_machine_boots() -> Result<()> {
     let images = Images::ensure()?;
     let registry = Registry::start(&images.storage, &work_dir("smoke-registry")?, None, None)?;
-    let mut checks = Checks::new("virtual machine");
+    let mut suite = Suite::new("virtual machine");
     let setup = vm::Setup {
         name: "smoke-vm",
         boot: &images.boot,
@@ -68,13 +101,18 @@ fn vm_boots() -> Result<()> {
         cpu: vm::CPU,
         limit: Duration::from_secs(240),
     };
-    let guest = Vm::start(images, &setup, |files| {
-        files.put("/etc/containers/registries.conf.d/50-testbed.conf", 0o644, &registries_conf(vm::HOST, registry.port))
-    })?;
-    checks.check("ssh answers", || guest.wait_ssh(Duration::from_secs(150)));
-    live_root(&guest, images, &mut checks)?;
-    checks.check("the console takes a login", || {
-        contains(&guest.console_run("uname -r", Duration::from_secs(60))?, "-cloud-amd64")
-    });
-    checks.finish()
+    let mut guest =
+        Vm::start(images, &setup, |files| files.put(MIRROR, 0o644, &registries_conf(vm::HOST, registry.port)))?;
+    suite.run(&mut guest, &scenarios![ssh_answers]);
+    boots_as_a_live_system(&mut suite, &guest);
+    suite.run(&mut guest, &scenarios![the_console_takes_a_login]);
+    suite.finish()
+}
+
+fn ssh_answers(guest: &mut Vm) -> Result<()> {
+    guest.wait_ssh(Duration::from_secs(150))
+}
+
+fn the_console_takes_a_login(guest: &mut Vm) -> Result<()> {
+    contains(&guest.console_run("uname -r", Duration::from_secs(60))?, "-cloud-amd64")
 }
