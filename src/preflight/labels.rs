@@ -35,7 +35,7 @@ fn tempfile_in(scratch: &Path) -> std::io::Result<std::path::PathBuf> {
 }
 
 fn label(plan: &mut etc_merge::Plan, root: &Path) -> Result<usize> {
-    let policy = ostree::SePolicy::new(&gio::File::for_path(root), gio::Cancellable::NONE)?;
+    let policy = selinux_labels::open_policy(root)?;
     if policy.name().is_none() {
         return Ok(0);
     }
