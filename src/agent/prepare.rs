@@ -155,9 +155,9 @@ fn blocking(paths: &Paths, pulled: PulledImage, settings: &Settings) -> Result<(
         // The image's own files have labels, too.
         Err(error) => warnings.push(format!("{error:#}; what is written to /etc gets the labels of the image's files")),
     }
-    let (refusals, said) = preflight::check_selinux(tree.as_fd()).context("looking at SELinux")?;
-    refuse(refusals)?;
-    warnings.extend(said);
+    let selinux = preflight::check_selinux(tree.as_fd()).context("looking at SELinux")?;
+    refuse(selinux.refusals)?;
+    warnings.extend(selinux.warnings);
     if settings.etc_strategy == EtcStrategy::Fail {
         refuse(
             etc_merge::refuse_conflicts(&plan)

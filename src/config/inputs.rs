@@ -11,7 +11,7 @@ use boot_config::search::Search;
 use boot_config::target::{DefaultTarget, FALLBACK_TARGET, Origin, default_target};
 
 use super::fragment::{Fragment, RamLimitText};
-use super::{AUTH_CREDENTIAL, Environment, ImageSource};
+use super::{AUTH_CREDENTIAL, Environment};
 
 /// The auth file that cluster installers write. Used only if it is there.
 const INSTALLER_AUTH_FILE: &str = "/root/.docker/config.json";
@@ -50,6 +50,15 @@ pub struct Sourced<T> {
     pub value: T,
     /// Where it is from.
     pub source: Source,
+}
+
+/// The source of the node image: a pull spec that is not parsed yet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ImageSource {
+    /// The node image itself.
+    Image(String),
+    /// A release payload that names it.
+    Release(String),
 }
 
 /// The merged configuration, unchecked. `None` is "nobody said anything".

@@ -15,8 +15,8 @@ pub mod shipped;
 mod tests;
 
 pub use boot_config::Mode;
-pub use inputs::{Inputs, Source, Sourced};
-pub use settings::{EtcStrategy, ImageSource, RamLimit, Retry, Settings};
+pub use inputs::{ImageSource, Inputs, Source, Sourced};
+pub use settings::{EtcStrategy, RamLimit, Retry, Settings};
 
 use std::path::{Path, PathBuf};
 

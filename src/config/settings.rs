@@ -8,7 +8,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use boot_config::target;
 use boot_config::{DEFAULT_PROBE_PATHS, Mode};
 
-use super::inputs::{Inputs, Sourced};
+use super::inputs::{ImageSource, Inputs, Sourced};
 use node_store::store::Wish;
 use unit_refresh::Policy;
 
@@ -56,15 +56,6 @@ pub struct Settings {
     pub hooks_timeout: Duration,
     /// What to do about units that change.
     pub units: Policy,
-}
-
-/// Where the node image comes from: a pull spec, not yet parsed.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum ImageSource {
-    /// The node image itself.
-    Image(String),
-    /// A release payload that names it.
-    Release(String),
 }
 
 /// An upper bound for the RAM store.

@@ -5,8 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
-use super::checks::Refusal;
-use support::human_bytes;
+use super::refusal::{Need, Refusal};
 
 /// What reloading PID 1, the tools and restarted services may take for a while, in bytes. A guess on the safe
 /// side: a systemd that re-executes itself serialises some MiB, ldconfig and restorecon take some tens.
@@ -56,34 +55,6 @@ impl Memory {
             available: bytes("MemAvailable")?,
             swap: field(meminfo, "SwapFree").unwrap_or(0),
         })
-    }
-}
-
-/// What is needed and what is free, in bytes.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Need {
-    /// Of what: `memory`, or room on a file system.
-    pub what: String,
-    /// Named parts of what is needed.
-    pub parts: Vec<(&'static str, u64)>,
-    /// What is free.
-    pub free: u64,
-}
-
-impl Need {
-    /// All parts together.
-    pub fn sum(&self) -> u64 {
-        self.parts.iter().fold(0, |sum, (_, bytes)| sum.saturating_add(*bytes))
-    }
-
-    pub(super) fn parts(&self) -> String {
-        let part = |(name, bytes): &(&str, u64)| format!("{} {name}", human_bytes(*bytes));
-        self.parts.iter().map(part).collect::<Vec<_>>().join(", ")
-    }
-
-    /// The refusal, if it is too little.
-    pub fn check(self) -> Option<Refusal> {
-        (self.sum() > self.free).then_some(Refusal::TooLittle { need: self })
     }
 }
 

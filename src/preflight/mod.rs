@@ -10,6 +10,7 @@ mod elf;
 mod labels;
 mod memory;
 mod packages;
+mod refusal;
 mod selinux;
 mod sshd;
 mod trial;
@@ -18,10 +19,11 @@ mod trial;
 #[path = "tests/tree.rs"]
 mod tests;
 
-pub use checks::{Refusal, Refusals, check_content, check_metadata, check_system, warnings};
+pub use checks::{check_content, check_metadata, check_system, warnings};
 pub use elf::Machine;
 pub use labels::label_plan;
-pub use memory::{Free, Memory, Need, store_limit};
+pub use memory::{Free, Memory, store_limit};
 pub use packages::{DPKG_STATUS, Package, PackageChange, PackageChanges, Packages, dpkg, rpm};
+pub use refusal::{Findings, Need, Refusal, Refusals};
 pub use selinux::check_selinux;
-pub use trial::{TrialReport, check_runs};
+pub use trial::check_runs;

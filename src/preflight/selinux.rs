@@ -6,7 +6,7 @@ use std::os::fd::BorrowedFd;
 use anyhow::{Context, Result};
 use rustix::fs::{Dir, Mode as FileMode, OFlags, ResolveFlags};
 
-use super::checks::Refusal;
+use super::refusal::{Findings, Refusal};
 use selinux_labels::Mode;
 
 /// The reasons against the switch, and what is none but should be known, a line each. `usr` is the new `/usr`. Nothing is
@@ -16,13 +16,13 @@ use selinux_labels::Mode;
 ///
 /// # Errors
 /// When the kernel or the new policy cannot be asked.
-pub fn check_selinux(usr: BorrowedFd<'_>) -> Result<(Vec<Refusal>, Vec<String>)> {
+pub fn check_selinux(usr: BorrowedFd<'_>) -> Result<Findings> {
     let mode = selinux_labels::mode();
     let Some(context) = selinux_labels::context().filter(|_| mode != Mode::Disabled) else {
-        return Ok((Vec::new(), Vec::new()));
+        return Ok(Findings::default());
     };
     let Some(policy) = policy(usr).context("reading the node image's SELinux policy")? else {
-        return Ok((Vec::new(), Vec::new()));
+        return Ok(Findings::default());
     };
     let running = selinux_labels::running_domains().context("looking at the running processes")?;
     Ok(judge(mode, context, &selinux_labels::types_of(&policy), &running))
@@ -34,7 +34,7 @@ fn judge(
     context: String,
     types: &HashSet<&[u8]>,
     running: &BTreeMap<String, BTreeSet<String>>,
-) -> (Vec<Refusal>, Vec<String>) {
+) -> Findings {
     let own = selinux_labels::type_of(&context).unwrap_or(&context).to_owned();
     let knows = |domain: &str| types.contains(domain.as_bytes());
     let lost = running.iter().filter(|(domain, _)| **domain != own && !knows(domain));
@@ -49,13 +49,12 @@ fn judge(
         })
         .collect();
     let refusal = (!knows(&own)).then_some(Refusal::Domain { context });
-    match (mode, refusal) {
-        (Mode::Enforcing, refusal) => (refusal.into_iter().collect(), warnings),
-        (Mode::Permissive | Mode::Disabled, refusal) => {
-            warnings.extend(refusal.map(|refusal| refusal.to_string()));
-            (Vec::new(), warnings.into_iter().map(|warning| format!("were SELinux enforcing: {warning}")).collect())
-        }
+    if mode == Mode::Enforcing {
+        return Findings { refusals: refusal.into_iter().collect(), warnings };
     }
+    warnings.extend(refusal.map(|refusal| refusal.to_string()));
+    let warnings = warnings.into_iter().map(|warning| format!("were SELinux enforcing: {warning}")).collect();
+    Findings { refusals: Vec::new(), warnings }
 }
 
 /// The binary policy that would be loaded: the newest there is. It may be newer than what the kernel takes: libselinux
@@ -102,16 +101,16 @@ mod tests {
         };
         let nobody = running(&[("initrc_t", &["node-image-pivo"]), ("init_t", &["systemd"])]);
         let all = types(&["init_t", "initrc_t"]);
-        assert_eq!(judge(Mode::Enforcing, context(), &all, &nobody), (Vec::new(), Vec::new()));
+        assert_eq!(judge(Mode::Enforcing, context(), &all, &nobody), Findings::default());
         // Its own is refused, and told once.
-        let (refusals, warnings) = judge(Mode::Enforcing, context(), &types(&["init_t"]), &nobody);
+        let Findings { refusals, warnings } = judge(Mode::Enforcing, context(), &types(&["init_t"]), &nobody);
         assert_eq!((refusals.len(), warnings.len()), (1, 0));
         assert!(refusals[0].to_string().contains("does not know system_u:system_r:initrc_t:s0"));
-        let (refusals, warnings) = judge(Mode::Permissive, context(), &types(&["init_t"]), &nobody);
+        let Findings { refusals, warnings } = judge(Mode::Permissive, context(), &types(&["init_t"]), &nobody);
         assert_eq!((refusals.len(), warnings.len()), (0, 1));
         assert!(warnings[0].starts_with("were SELinux enforcing: the node image's SELinux policy does not know"));
         // Somebody else's is no reason against it.
-        let (refusals, warnings) =
+        let Findings { refusals, warnings } =
             judge(Mode::Enforcing, context(), &all, &running(&[("ptal_t", &["ptal-mlcd", "ptal-printd"])]));
         assert!(refusals.is_empty());
         assert_eq!(warnings.len(), 1);

@@ -6,11 +6,11 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::Result;
 
-use super::checks::Refusal;
-use super::trial::{TIME, TrialReport};
+use super::refusal::{Findings, Refusal};
 use overlay_root::{Ended, Trial};
 
 /// Where it is, in any tree.
@@ -70,18 +70,18 @@ pub(super) struct Asked {
 }
 
 /// Asks the new tree's sshd, if there is one. Called in the trial, which must have the merged `/etc`.
-pub(super) fn ask(trial: &Trial) -> Option<Asked> {
+pub(super) fn ask(trial: &Trial, limit: Duration) -> Option<Asked> {
     let program = program()?;
     let here = Use {
         used: UNITS.iter().any(|unit| !masked(unit) && (runs(unit) || enabled(unit))),
         other_file: UNITS.iter().any(|unit| other_file(unit)),
         modes_mended: Path::new(MENDS_MODES).exists(),
     };
-    here.used.then(|| Asked { ended: trial.run(&[program, "-t"], TIME), here })
+    here.used.then(|| Asked { ended: trial.run(&[program, "-t"], limit), here })
 }
 
 /// Compares it with the running system's answer. Called outside of the trial.
-pub(super) fn compare(asked: Asked, report: &mut TrialReport) {
+pub(super) fn compare(asked: Asked, limit: Duration, report: &mut Findings) {
     let Asked { ended, here } = asked;
     let new = match ended {
         Ok(ended) => ended,
@@ -91,7 +91,7 @@ pub(super) fn compare(asked: Asked, report: &mut TrialReport) {
     if says_new == Says::Fine {
         return;
     }
-    let old = program().and_then(|program| overlay_root::run(&[program, "-t"], TIME).ok());
+    let old = program().and_then(|program| overlay_root::run(&[program, "-t"], limit).ok());
     let words = summary(&new.stderr);
     match verdict(says_new, old.as_ref().map(says_of), here) {
         Verdict::Nothing => {}

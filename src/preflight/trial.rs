@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 
-use super::checks::Refusal;
+use super::refusal::{Findings, Refusal};
 use super::sshd;
 use overlay_root::{DetachedTree, Trial};
 
@@ -33,16 +33,7 @@ fn needs_newer_cpu(words: &str, signal: Option<i32>) -> bool {
 }
 
 /// How long a program of the trial run may take. Generous: an emulated machine is slow.
-pub(super) const TIME: Duration = Duration::from_secs(60);
-
-/// How the trial went.
-#[derive(Debug, Default)]
-pub struct TrialReport {
-    /// Programs that did not run, or not with this machine's files.
-    pub refusals: Vec<Refusal>,
-    /// What is no reason to refuse, a line each.
-    pub warnings: Vec<String>,
-}
+const TIME: Duration = Duration::from_secs(60);
 
 /// Runs programs of the new tree in a private view of the machine, with an `/etc` to which `merge_etc` was
 /// applied. See [`overlay_root::trial`].
@@ -52,9 +43,9 @@ pub struct TrialReport {
 pub fn check_runs(
     tree: &DetachedTree,
     merge_etc: &(dyn Fn(BorrowedFd<'_>, &Path) -> Result<()> + Sync),
-) -> Result<TrialReport> {
+) -> Result<Findings> {
     let (mut report, asked) = overlay_root::trial(tree, merge_etc, |trial| {
-        let mut report = TrialReport::default();
+        let mut report = Findings::default();
         let has_ldconfig = Path::new(OPTIONAL).exists();
         match &trial.etc_unmerged {
             Some(why) => {
@@ -72,11 +63,11 @@ pub fn check_runs(
         report.refusals = programs.filter_map(|argv| try_program(trial, argv)).collect();
         // Where nothing runs, sshd does not either; and it is the merged /etc that it has to take.
         let judged = report.refusals.is_empty() && trial.etc_unmerged.is_none();
-        let asked = judged.then(|| sshd::ask(trial)).flatten();
+        let asked = judged.then(|| sshd::ask(trial, TIME)).flatten();
         (report, asked)
     })?;
     if let Some(asked) = asked {
-        sshd::compare(asked, &mut report);
+        sshd::compare(asked, TIME, &mut report);
     }
     Ok(report)
 }
