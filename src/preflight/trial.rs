@@ -29,7 +29,7 @@ const NEWER_CPU: &str = ": it is built for a newer CPU than this machine's";
 /// that the CPU does not know.
 fn needs_newer_cpu(words: &str, signal: Option<i32>) -> bool {
     ["CPU ISA level is lower than required", "CPU does not support x86-64-v"].iter().any(|says| words.contains(says))
-        || signal == Some(nix::libc::SIGILL)
+        || signal == Some(rustix::process::Signal::ILL.as_raw())
 }
 
 /// How long a program of the trial run may take. Generous: an emulated machine is slow.
