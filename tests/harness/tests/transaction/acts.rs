@@ -1,267 +1,353 @@
-//! Every act of a switch, a finish and an undo: killed at each, failing at each.
+//! Every act of a switch, a finish and an undo: the agent is killed in each, and each fails.
 
 use std::collections::BTreeSet;
 use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
-use testbed::check::{Checks, contains, same};
+use testbed::check::{contains, same};
 use testbed::guest::Guest;
 use testbed::proc::{succeed, wait_for};
+use testbed::scenarios;
+use testbed::suite::Suite;
 
 use super::SOON;
 use super::bed::{Bed, agent_with_failpoints, errno_words, told};
 
-/// What every act is made to fail with.
+/// Errors that each act fails with, in this order.
 const ERRORS: [&str; 2] = ["enospc", "eio"];
+const REEXECUTE: &str = "systemd Reexecute";
 
-/// Killed between a restart and the note that it was done: the next daemon sees that, and goes on behind it.
-#[test]
-fn what_was_restarted_is_not_restarted_again() -> Result<()> {
-    let mut checks = Checks::new("transaction: a restart is done once");
-    let bed = Bed::start("transaction-once", "node-a")?;
-    let guest = &bed.guest;
-    let unit = "systemd-logind.service";
-    // What was there, the plan with the run that each restart ends; the next would be that the first was done.
-    guest.ask("printf '[units]\n\"ssh.service\" = \"never\"\n' >/etc/node-image-pivot.conf.d/60-units.toml")?;
-    let before = guest.unit(unit, "InvocationID")?;
-    guest.ask("echo 'write units.json 2 kill' >/run/failpoints/armed")?;
-    checks.check("killed after the restart", || {
-        same(bed.killed_in("run")?, true)?;
-        if guest.unit(unit, "InvocationID")? == before {
-            bail!("it was not restarted");
-        }
-        same(guest.ask(RECORDED)?, "restart 0".into())
-    });
-    let once = guest.unit(unit, "InvocationID")?;
-    checks.check("the next daemon goes on behind it", || {
-        bed.agent("run")?;
-        same(guest.unit(unit, "InvocationID")?, once.clone())?;
-        same(guest.ask(RECORDED)?, "restart 1".into())?;
-        bed.nothing_failed()
-    });
-    checks.finish()
-}
-
-/// Of logind's restart in the record: class, jobs done.
+const LOGIND: &str = "systemd-logind.service";
+/// Prints the restart of logind in the record: class, jobs done.
 const RECORDED: &str = "jq -r '.acts[] | select(.action.unit == \"systemd-logind.service\") \
     | \"\\(.action.class) \\(.done)\"' /run/node-image-pivot/units.json";
 
-/// The journal, act by act.
-#[test]
-fn killed_or_failing_at_every_act() -> Result<()> {
-    let mut checks = Checks::new("transaction: every failpoint");
-    let bed = Bed::start("transaction-acts", "node-a")?;
-    let guest = &bed.guest;
-
-    // Once there and back: users that sysusers makes stay, and what the node image's services make for
-    // themselves; they are part of what was there from then on.
-    bed.agent("run")?;
-    bed.agent("finish")?;
-    wait_for("the services of the node image", SOON, || {
-        Ok(guest.ask("systemctl list-jobs --no-legend | wc -l")? == "0"
-            && guest.run("test -d /etc/cni/net.d")?.status == 0)
-    })?;
-    bed.agent("undo")?;
-    let before = bed.etc()?;
-
-    // Once more, to see which points there are, in order.
-    guest.ask("systemctl stop node-image-pivotd.service; : >/run/failpoints/hits")?;
-    let hits = |part: &str| -> Result<Vec<String>> {
-        let text = guest.ask("cat /run/failpoints/hits")?;
-        guest.ask("systemctl stop node-image-pivotd.service; : >/run/failpoints/hits")?;
-        checks_note(&text, part);
-        Ok(text.lines().map(str::to_owned).collect())
-    };
-    // From the beginning, as after a failure.
-    guest.ask("rm /run/node-image-pivot/state.json")?;
-    bed.agent("run")?;
-    let there = hits("there")?;
-    let after = bed.etc()?;
-    bed.agent("finish")?;
-    let finish = hits("finish")?;
-    bed.agent("undo")?;
-    let back = hits("back")?;
-    guest.ask("systemctl stop node-image-pivotd.service; rm /run/failpoints/hits")?;
-
-    checks.check("all points are reached, on the way there or back", || {
-        let list = succeed(Command::new(agent_with_failpoints()?).arg("--failpoints"))?;
-        let all: BTreeSet<String> = String::from_utf8(list.stdout)?.lines().map(str::to_owned).collect();
-        let kinds = there.iter().chain(&finish).chain(&back);
-        let kinds = kinds.map(|name| name.split(' ').next().unwrap_or_default().to_owned()).collect();
-        same(kinds, all)
-    });
-    checks.check("there and back again: /etc is the same", || bed.is_undone(&before));
-    checks.check("what the refresh made of files is made anew on the way back, before units are restarted", || {
-        let at =
-            |name: &str| back.iter().position(|point| point == name).with_context(|| format!("not reached: {name}"));
-        let order =
-            [at("withdraw")?, at("tool ldconfig")?, at("tool udevadm")?, at("reload-bus")?, at("systemd Reexecute")?];
-        same(order.is_sorted(), true)
-    });
-
-    // Killed at each point in turn: every start goes on with what the record says, and comes to the next.
-    guest.ask("rm /run/node-image-pivot/state.json")?;
-    const REEXECUTE: &str = "systemd Reexecute";
-    for point in &there {
-        // Since the first kill with the new /usr the guard has re-executed PID 1; what is left is a reload.
-        let point = if point == REEXECUTE { "systemd Reload" } else { point };
-        checks.check(&format!("kill -9, switch: {point}"), || {
-            bed.arm(point, "kill")?;
-            if !bed.killed_in("run")? {
-                bail!("not reached: {}", guest.ask("cat /run/asked")?);
-            }
-            bed.consistent()
-        });
-    }
-    checks.check("killed everywhere, it is switched all the same", || {
-        guest.ask("rm -f /run/failpoints/armed")?;
-        bed.agent("run")?;
-        bed.is_switched(&after)
-    });
-    checks.check("killed before it re-executed PID 1, it has a guard who does", || {
-        guest.ask("grep -q libsystemd-shared-257 /proc/1/maps").map(drop)
-    });
-    for point in &finish {
-        checks.check(&format!("kill -9, finish: {point}"), || {
-            bed.arm(point, "kill")?;
-            if !bed.killed_in("finish")? {
-                bail!("not reached: {}", guest.ask("cat /run/asked")?);
-            }
-            bed.consistent()
-        });
-    }
-    checks.check("killed there, too, it is finished all the same", || {
-        guest.ask("rm -f /run/failpoints/armed")?;
-        bed.agent("finish")?;
-        same(bed.step()?, "finished".into())
-    });
-    for point in &back {
-        checks.check(&format!("kill -9, undo: {point}"), || {
-            bed.arm(point, "kill")?;
-            if !bed.killed_in("undo")? {
-                bail!("not reached: {}", guest.ask("cat /run/asked")?);
-            }
-            bed.consistent()
-        });
-    }
-    checks.check("killed everywhere, it is undone all the same", || {
-        guest.ask("rm -f /run/failpoints/armed")?;
-        bed.agent("undo")?;
-        bed.is_undone(&before)
-    });
-
-    checks.check(&format!("kill -9, switch: {REEXECUTE}, and nowhere before"), || {
-        bed.arm(REEXECUTE, "kill")?;
-        same(bed.killed_in("run")?, true)?;
-        bed.consistent()?;
-        guest.ask("rm -f /run/failpoints/armed")?;
-        bed.agent("run")?;
-        bed.is_switched(&after)?;
-        bed.agent("undo").map(drop)
-    });
-    guest.ask("systemctl stop node-image-pivotd.service; rm /run/node-image-pivot/state.json")?;
-    // Each act fails, before the switch and in it: the system is as before. After it: all is switched.
-    for point in &there {
-        for action in ERRORS {
-            checks.check(&format!("{action}, switch: {point}"), || {
-                bed.arm(point, action)?;
-                let answer = guest.run("node-image-pivot run")?;
-                same(bed.acted()?, true)?;
-                told(&bed, &answer, action)?;
-                bed.consistent()?;
-                if bed.step()? == "idle" {
-                    return bed.is_as_before(&before);
-                }
-                if answer.status != 0 {
-                    contains(&answer.text, "/usr and /etc are switched")?;
-                    // The next error comes in the call that goes on.
-                    if action != ERRORS[1] {
-                        return Ok(());
-                    }
-                    bed.agent("run")?;
-                }
-                bed.is_switched(&after)?;
-                bed.agent("undo").map(drop)
-            });
-        }
-    }
-    checks.check("after all that: switched", || {
-        guest.ask("rm -f /run/failpoints/armed")?;
-        bed.agent("run")?;
-        bed.is_switched(&after)
-    });
-    let isolated =
-        || wait_for("the isolate", SOON, || Ok(guest.ask("systemctl list-jobs --no-legend | wc -l")? == "0"));
-    for point in &finish {
-        for action in ERRORS {
-            checks.check(&format!("{action}, finish: {point}"), || {
-                if bed.step()? == "finished" {
-                    bed.agent("undo")?;
-                    bed.agent("run")?;
-                }
-                bed.arm(point, action)?;
-                let answer = guest.run("node-image-pivot finish")?;
-                same(bed.acted()?, true)?;
-                told(&bed, &answer, action)?;
-                if answer.status == 0 {
-                    // About a unit: a warning. Should it be networkd, its newer helper fails with it.
-                    same(bed.step()?, "finished".into())?;
-                    isolated()?;
-                    guest.run("systemctl reset-failed systemd-networkd-persistent-storage.service")?;
-                } else {
-                    contains(&answer.text, "node-image-finish.service")?;
-                    same(bed.step()?, "refreshed".into())?;
-                }
-                bed.consistent()
-            });
-        }
-    }
-    checks.check("after all that: finished", || {
-        guest.ask("rm -f /run/failpoints/armed")?;
-        bed.agent("finish")?;
-        same(bed.step()?, "finished".into())?;
-        bed.is_switched(&after)
-    });
-    for point in &back {
-        for action in ERRORS {
-            checks.check(&format!("{action}, undo: {point}"), || {
-                if bed.step()? == "staged" {
-                    bed.agent("run")?;
-                    // Only what a finish stopped is started again.
-                    if point == "systemd StartUnit" {
-                        bed.agent("finish")?;
-                        isolated()?;
-                    }
-                    // Something to be stopped: nothing was isolated this time.
-                    guest.ask("systemctl start kubelet.service")?;
-                }
-                bed.arm(point, action)?;
-                let answer = guest.run("node-image-pivot undo")?;
-                same(bed.acted()?, true)?;
-                // At the end the record replaces one for which there is no room.
-                if point != "record staged" {
-                    contains(&answer.text, errno_words(action))?;
-                }
-                bed.consistent()?;
-                if answer.status != 0 {
-                    // The next error comes in the call that goes on.
-                    if action != ERRORS[1] {
-                        return Ok(());
-                    }
-                    bed.agent("undo")?;
-                }
-                bed.is_undone(&before)
-            });
-        }
-    }
-    checks.check("after all that: undone", || {
-        guest.ask("rm -f /run/failpoints/armed")?;
-        bed.agent("undo")?;
-        bed.is_as_before(&before)
-    });
-    checks.finish()
+/// A container, and the invocation of logind that was seen last.
+struct Restart {
+    bed: Bed,
+    invocation: String,
 }
 
-fn checks_note(text: &str, part: &str) {
-    println!("  --   {part}: {} points: {}", text.lines().count(), text.trim().replace('\n', ", "));
+#[test]
+fn a_completed_restart_is_not_repeated() -> Result<()> {
+    let mut suite = Suite::new("transaction: a restart is done once");
+    let bed = Bed::start("transaction-once", "node-a")?;
+    bed.guest.ask("printf '[units]\n\"ssh.service\" = \"never\"\n' >/etc/node-image-pivot.conf.d/60-units.toml")?;
+    let invocation = bed.guest.unit(LOGIND, "InvocationID")?;
+    let list = scenarios![
+        the_agent_is_killed_between_a_restart_and_its_record,
+        the_next_agent_goes_on_after_the_restart after the_agent_is_killed_between_a_restart_and_its_record,
+    ];
+    suite.run(&mut Restart { bed, invocation }, &list);
+    suite.finish()
+}
+
+/// The first two writes of the unit journal are the units before the switch, and the plan with the invocation that each
+/// restart ends. The third would record that the first restart is done.
+fn the_agent_is_killed_between_a_restart_and_its_record(restart: &mut Restart) -> Result<()> {
+    let guest = &restart.bed.guest;
+    guest.ask("echo 'write units.json 2 kill' >/run/failpoints/armed")?;
+    same(restart.bed.killed_in("run")?, true)?;
+    let now = guest.unit(LOGIND, "InvocationID")?;
+    if now == restart.invocation {
+        bail!("it was not restarted");
+    }
+    restart.invocation = now;
+    same(guest.ask(RECORDED)?, "restart 0".into())
+}
+
+fn the_next_agent_goes_on_after_the_restart(restart: &mut Restart) -> Result<()> {
+    let guest = &restart.bed.guest;
+    restart.bed.agent("run")?;
+    same(guest.unit(LOGIND, "InvocationID")?, restart.invocation.clone())?;
+    same(guest.ask(RECORDED)?, "restart 1".into())?;
+    restart.bed.nothing_failed()
+}
+
+/// A container, its /etc before and after the switch, and the failpoints that it reaches, in order.
+struct Acts {
+    bed: Bed,
+    before: String,
+    after: String,
+    switch: Vec<String>,
+    finish: Vec<String>,
+    undo: Vec<String>,
+}
+
+impl Acts {
+    /// Switches, finishes and undoes twice. After the first time, /etc has the users that sysusers makes and the files of
+    /// the node image's services. The second time shows which failpoints there are.
+    fn survey() -> Result<Self> {
+        let bed = Bed::start("transaction-acts", "node-a")?;
+        bed.agent("run")?;
+        bed.agent("finish")?;
+        wait_for("the services of the node image", SOON, || {
+            Ok(no_job_runs(&bed)? && bed.guest.run("test -d /etc/cni/net.d")?.status == 0)
+        })?;
+        bed.agent("undo")?;
+        let before = bed.etc()?;
+        forget(&bed)?;
+        bed.guest.ask(": >/run/failpoints/hits")?;
+        bed.agent("run")?;
+        let switch = hits(&bed, "switch")?;
+        let after = bed.etc()?;
+        bed.agent("finish")?;
+        let finish = hits(&bed, "finish")?;
+        bed.agent("undo")?;
+        let undo = hits(&bed, "undo")?;
+        bed.guest.ask("systemctl stop node-image-pivotd.service; rm /run/failpoints/hits")?;
+        Ok(Acts { bed, before, after, switch, finish, undo })
+    }
+
+    fn is_killed(&self, command: &str, point: &str) -> Result<()> {
+        self.bed.arm(point, "kill")?;
+        if !self.bed.killed_in(command)? {
+            bail!("not reached: {}", self.bed.guest.ask("cat /run/asked")?);
+        }
+        self.bed.consistent()
+    }
+
+    fn disarm(&self) -> Result<()> {
+        self.bed.guest.ask("rm -f /run/failpoints/armed").map(drop)
+    }
+}
+
+/// Makes the agent begin again, as after a failure.
+fn forget(bed: &Bed) -> Result<()> {
+    bed.guest.ask("systemctl stop node-image-pivotd.service; rm /run/node-image-pivot/state.json").map(drop)
+}
+
+fn no_job_runs(bed: &Bed) -> Result<bool> {
+    Ok(bed.guest.ask("systemctl list-jobs --no-legend | wc -l")? == "0")
+}
+
+fn wait_isolated(bed: &Bed) -> Result<()> {
+    wait_for("the isolate", SOON, || no_job_runs(bed))
+}
+
+/// Returns the failpoints that were reached since the last call, and prints them.
+fn hits(bed: &Bed, part: &str) -> Result<Vec<String>> {
+    let text = bed.guest.ask("cat /run/failpoints/hits")?;
+    bed.guest.ask("systemctl stop node-image-pivotd.service; : >/run/failpoints/hits")?;
+    println!("       {part}: {} points: {}", text.lines().count(), text.trim().replace('\n', ", "));
+    Ok(text.lines().map(str::to_owned).collect())
+}
+
+/// Pairs each failpoint with its name.
+fn each_point(points: &[String]) -> Vec<(String, String)> {
+    points.iter().map(|point| (point.clone(), point.clone())).collect()
+}
+
+/// Pairs each failpoint with each error.
+fn each_error(points: &[String]) -> Vec<(String, (String, &'static str))> {
+    let each = |point: &String| ERRORS.map(|error| (format!("{error}: {point}"), (point.clone(), error)));
+    points.iter().flat_map(each).collect()
+}
+
+#[test]
+fn an_agent_that_is_killed_or_fails_at_any_act_completes_or_undoes_the_switch() -> Result<()> {
+    let mut suite = Suite::new("transaction: every failpoint");
+    let mut acts = Acts::survey()?;
+    suite.run(
+        &mut acts,
+        &scenarios![
+            every_failpoint_is_reached,
+            etc_is_unchanged_after_a_switch_and_an_undo,
+            caches_are_rebuilt_by_an_undo_before_units_restart,
+        ],
+    );
+    killed(&mut suite, &mut acts);
+    failing(&mut suite, &mut acts);
+    suite.finish()
+}
+
+fn every_failpoint_is_reached(acts: &mut Acts) -> Result<()> {
+    let list = succeed(Command::new(agent_with_failpoints()?).arg("--failpoints"))?;
+    let all: BTreeSet<String> = String::from_utf8(list.stdout)?.lines().map(str::to_owned).collect();
+    let kinds = acts.switch.iter().chain(&acts.finish).chain(&acts.undo);
+    let kinds = kinds.map(|name| name.split(' ').next().unwrap_or_default().to_owned()).collect();
+    same(kinds, all)
+}
+
+fn etc_is_unchanged_after_a_switch_and_an_undo(acts: &mut Acts) -> Result<()> {
+    acts.bed.is_undone(&acts.before)
+}
+
+fn caches_are_rebuilt_by_an_undo_before_units_restart(acts: &mut Acts) -> Result<()> {
+    let at =
+        |name: &str| acts.undo.iter().position(|point| point == name).with_context(|| format!("not reached: {name}"));
+    let order = [at("withdraw")?, at("tool ldconfig")?, at("tool udevadm")?, at("reload-bus")?, at(REEXECUTE)?];
+    same(order.is_sorted(), true)
+}
+
+/// Kills the agent at each failpoint in turn. Each start goes on from the record, and comes to the next one.
+fn killed(suite: &mut Suite, acts: &mut Acts) {
+    // Since the first kill with the new /usr, the guard has re-executed PID 1; what remains is a reload.
+    let reload = |point: String| if point == REEXECUTE { "systemd Reload".to_owned() } else { point };
+    let points: Vec<_> = each_point(&acts.switch).into_iter().map(|(label, point)| (label, reload(point))).collect();
+    suite.run(acts, &scenarios![the_agent_begins_again]);
+    suite.each("killed_in_a_switch", None, acts, points, |acts, point| acts.is_killed("run", point));
+    suite.run(
+        acts,
+        &scenarios![
+            a_switch_that_was_killed_at_every_act_is_completed,
+            a_switch_that_was_killed_before_the_re_execution_has_a_guard_that_does_it,
+        ],
+    );
+    let points = each_point(&acts.finish);
+    suite.each("killed_in_a_finish", None, acts, points, |acts, point| acts.is_killed("finish", point));
+    suite.run(acts, &scenarios![a_finish_that_was_killed_at_every_act_is_completed]);
+    let points = each_point(&acts.undo);
+    suite.each("killed_in_an_undo", None, acts, points, |acts, point| acts.is_killed("undo", point));
+    suite.run(
+        acts,
+        &scenarios![
+            an_undo_that_was_killed_at_every_act_is_completed,
+            a_switch_that_is_killed_at_the_re_execution_only_is_completed_and_undone,
+        ],
+    );
+}
+
+fn the_agent_begins_again(acts: &mut Acts) -> Result<()> {
+    forget(&acts.bed)
+}
+
+fn a_switch_that_was_killed_at_every_act_is_completed(acts: &mut Acts) -> Result<()> {
+    acts.disarm()?;
+    acts.bed.agent("run")?;
+    acts.bed.is_switched(&acts.after)
+}
+
+fn a_switch_that_was_killed_before_the_re_execution_has_a_guard_that_does_it(acts: &mut Acts) -> Result<()> {
+    acts.bed.guest.ask("grep -q libsystemd-shared-257 /proc/1/maps").map(drop)
+}
+
+fn a_finish_that_was_killed_at_every_act_is_completed(acts: &mut Acts) -> Result<()> {
+    acts.disarm()?;
+    acts.bed.agent("finish")?;
+    same(acts.bed.step()?, "finished".into())
+}
+
+fn an_undo_that_was_killed_at_every_act_is_completed(acts: &mut Acts) -> Result<()> {
+    acts.disarm()?;
+    acts.bed.agent("undo")?;
+    acts.bed.is_undone(&acts.before)
+}
+
+fn a_switch_that_is_killed_at_the_re_execution_only_is_completed_and_undone(acts: &mut Acts) -> Result<()> {
+    acts.bed.arm(REEXECUTE, "kill")?;
+    same(acts.bed.killed_in("run")?, true)?;
+    acts.bed.consistent()?;
+    acts.disarm()?;
+    acts.bed.agent("run")?;
+    acts.bed.is_switched(&acts.after)?;
+    acts.bed.agent("undo").map(drop)
+}
+
+/// Makes each act fail. Before the switch and in it, the system is unchanged; after it, the system is switched.
+fn failing(suite: &mut Suite, acts: &mut Acts) {
+    suite.run(acts, &scenarios![the_agent_begins_again]);
+    let rows = each_error(&acts.switch);
+    suite.each("an_error_in_a_switch", None, acts, rows, |acts, (point, error)| fails_in_a_switch(acts, point, error));
+    suite.run(acts, &scenarios![a_switch_after_all_errors_is_complete]);
+    let rows = each_error(&acts.finish);
+    suite.each("an_error_in_a_finish", None, acts, rows, |acts, (point, error)| fails_in_a_finish(acts, point, error));
+    suite.run(acts, &scenarios![a_finish_after_all_errors_is_complete]);
+    let rows = each_error(&acts.undo);
+    suite.each("an_error_in_an_undo", None, acts, rows, |acts, (point, error)| fails_in_an_undo(acts, point, error));
+    suite.run(acts, &scenarios![an_undo_after_all_errors_is_complete]);
+}
+
+fn fails_in_a_switch(acts: &Acts, point: &str, error: &str) -> Result<()> {
+    let bed = &acts.bed;
+    bed.arm(point, error)?;
+    let answer = bed.guest.run("node-image-pivot run")?;
+    same(bed.acted()?, true)?;
+    told(bed, &answer, error)?;
+    bed.consistent()?;
+    if bed.step()? == "idle" {
+        return bed.is_as_before(&acts.before);
+    }
+    if answer.status != 0 {
+        contains(&answer.text, "/usr and /etc are switched")?;
+        // The next error comes in the call that goes on.
+        if error != ERRORS[1] {
+            return Ok(());
+        }
+        bed.agent("run")?;
+    }
+    bed.is_switched(&acts.after)?;
+    bed.agent("undo").map(drop)
+}
+
+fn a_switch_after_all_errors_is_complete(acts: &mut Acts) -> Result<()> {
+    a_switch_that_was_killed_at_every_act_is_completed(acts)
+}
+
+fn fails_in_a_finish(acts: &Acts, point: &str, error: &str) -> Result<()> {
+    let bed = &acts.bed;
+    if bed.step()? == "finished" {
+        bed.agent("undo")?;
+        bed.agent("run")?;
+    }
+    bed.arm(point, error)?;
+    let answer = bed.guest.run("node-image-pivot finish")?;
+    same(bed.acted()?, true)?;
+    told(bed, &answer, error)?;
+    if answer.status == 0 {
+        // An error about a unit is a warning. If the unit is networkd, its newer helper fails with it.
+        same(bed.step()?, "finished".into())?;
+        wait_isolated(bed)?;
+        bed.guest.run("systemctl reset-failed systemd-networkd-persistent-storage.service")?;
+    } else {
+        contains(&answer.text, "node-image-finish.service")?;
+        same(bed.step()?, "refreshed".into())?;
+    }
+    bed.consistent()
+}
+
+fn a_finish_after_all_errors_is_complete(acts: &mut Acts) -> Result<()> {
+    a_finish_that_was_killed_at_every_act_is_completed(acts)?;
+    acts.bed.is_switched(&acts.after)
+}
+
+fn fails_in_an_undo(acts: &Acts, point: &str, error: &str) -> Result<()> {
+    let bed = &acts.bed;
+    if bed.step()? == "staged" {
+        switch_again(bed, point)?;
+    }
+    bed.arm(point, error)?;
+    let answer = bed.guest.run("node-image-pivot undo")?;
+    same(bed.acted()?, true)?;
+    // The last record replaces one for which there is no room.
+    if point != "record staged" {
+        contains(&answer.text, errno_words(error))?;
+    }
+    bed.consistent()?;
+    if answer.status != 0 {
+        // The next error comes in the call that goes on.
+        if error != ERRORS[1] {
+            return Ok(());
+        }
+        bed.agent("undo")?;
+    }
+    bed.is_undone(&acts.before)
+}
+
+/// Switches so that an undo reaches `point`.
+fn switch_again(bed: &Bed, point: &str) -> Result<()> {
+    bed.agent("run")?;
+    // An undo starts only units that a finish has stopped.
+    if point == "systemd StartUnit" {
+        bed.agent("finish")?;
+        wait_isolated(bed)?;
+    }
+    // Without an isolate, this is the unit that the undo stops.
+    bed.guest.ask("systemctl start kubelet.service").map(drop)
+}
+
+fn an_undo_after_all_errors_is_complete(acts: &mut Acts) -> Result<()> {
+    acts.disarm()?;
+    acts.bed.agent("undo")?;
+    acts.bed.is_as_before(&acts.before)
 }
