@@ -16,9 +16,9 @@ use crate::image::incoming::Incoming;
 use crate::image::{Failure, Kind, Layer, ResolvedImage, Source};
 use crate::store::ObjectType;
 
-use super::consume::{Consumed, Purpose, consume};
-use super::facts::BaseFacts;
-use super::layertree::LayerTree;
+use super::encapsulated::{Consumed, Purpose, consume};
+use super::plain::BaseFacts;
+use super::plain::LayerTree;
 use super::plain::read_plain;
 use super::state::Import;
 

@@ -12,24 +12,13 @@
 //! would exceed it together. `tests/pull/memory.rs` and `tests/pull/shapes.rs` hold the importer to it.
 
 mod budget;
-mod children;
-mod commit;
-mod consume;
-mod derive;
-mod entry;
-mod facts;
+mod encapsulated;
 mod fetch;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
-mod kept;
-pub(crate) mod label;
-mod layertree;
-mod merge;
-mod path;
 mod plain;
 mod plain_layers;
 mod pull;
-mod relabel;
 mod room;
 mod run;
 mod state;

@@ -10,10 +10,10 @@ use crate::image::{Failure, ImageDescription, Kind, Layer, Layout};
 use crate::store::{ObjectId, ObjectSet};
 
 use super::budget;
-use super::derive::{Committed, Derived, Merged};
-use super::facts::BaseFacts;
 use super::fetch::{fetch_plain, layer_name};
-use super::layertree::LayerTree;
+use super::plain::BaseFacts;
+use super::plain::LayerTree;
+use super::plain::{Committed, Derived, Merged};
 use super::run::{DueRead, Read, Run, all_of, blocking, local};
 
 /// The plain layers of an image, in order.

@@ -12,9 +12,9 @@ use crate::PullProgress;
 use crate::image::{Failure, ImageDescription, Kind, Layer, Layout, ResolvedImage, Source};
 use crate::store::{BootedRepo, LockError, NodeStore, ObjectId, ObjectType, Scope, StoreLock};
 
-use super::consume::Purpose;
-use super::derive::Derived;
+use super::encapsulated::Purpose;
 use super::fetch::{cancelled, fetch_encapsulated};
+use super::plain::Derived;
 use super::plain_layers::PlainLayers;
 use super::run::{Read, Run, all_of, blocking, local};
 use super::state::Import;

@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use crate::image::{Failure, Kind, ResolvedImage, Source};
 use crate::store::{LayerJournal, Scope};
 
-use super::layertree::LayerTree;
+use super::plain::LayerTree;
 use super::state::Import;
 
 /// One run over an image's layers.

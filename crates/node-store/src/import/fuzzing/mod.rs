@@ -16,11 +16,11 @@ use crate::image::TagHints;
 use crate::image::tarstream::{Chunks, Piece, TarStream};
 use crate::store::{NodeStore, ObjectId, ObjectType};
 
-use super::consume::{Purpose, consume};
-use super::entry::{Role, role};
-use super::facts::BaseFacts;
-use super::layertree::LayerTree;
-use super::path::Placement;
+use super::encapsulated::{Purpose, consume};
+use super::encapsulated::{Role, role};
+use super::plain::BaseFacts;
+use super::plain::LayerTree;
+use super::plain::Placement;
 use super::plain::read_plain;
 use super::state::Import;
 

@@ -8,7 +8,7 @@ use tar::{Builder, EntryType, Header};
 
 use crate::store::{FileMeta, ObjectId, Xattrs};
 
-use super::super::commit::{CommitInfo, commit_bytes};
+use super::super::plain::{CommitInfo, commit_bytes};
 
 type Tar = Builder<Vec<u8>>;
 

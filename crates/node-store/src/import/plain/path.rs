@@ -6,7 +6,7 @@
 
 /// What to do with things outside `/usr` and `/etc`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Placement {
+pub(in crate::import) struct Placement {
     /// `/var` stays where it is, instead of becoming `/usr/share/factory/var`. As ostree-ext does, from
     /// libostree 2024.3 on (which knows what to do with it).
     pub keep_var: bool,

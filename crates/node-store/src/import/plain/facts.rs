@@ -10,15 +10,15 @@ use crate::store::ObjectType;
 use super::label::{PolicyFiles, policy_objects};
 use super::merge::tree_of;
 use super::path::Placement;
-use super::state::Import;
-use super::tree::{Lookup, TreeError};
+use crate::import::state::Import;
+use crate::import::tree::{Lookup, TreeError};
 
 /// What plain layers need to know about the commit below them.
 #[derive(Debug, Clone)]
-pub(super) struct BaseFacts {
-    pub placement: Placement,
+pub(in crate::import) struct BaseFacts {
+    pub(super) placement: Placement,
     /// The base's SELinux policy; `None` when it has none.
-    pub policy: Option<Arc<PolicyFiles>>,
+    pub(super) policy: Option<Arc<PolicyFiles>>,
     /// Two layers read with the same key give the same tree.
     key: String,
 }
@@ -26,12 +26,12 @@ pub(super) struct BaseFacts {
 impl BaseFacts {
     /// Of a commit that has no policy.
     #[cfg(any(test, fuzzing))]
-    pub(super) fn without_policy(placement: Placement) -> Self {
+    pub(in crate::import) fn without_policy(placement: Placement) -> Self {
         Self { placement, policy: None, key: String::new() }
     }
 
     /// Reads the facts; `None` while objects that they are in have not been stored yet.
-    pub(super) fn read(import: &Import) -> Result<Option<Self>, Failure> {
+    pub(in crate::import) fn read(import: &Import) -> Result<Option<Self>, Failure> {
         let lookup: &mut Lookup<'_> = &mut |id, kind| import.read_metadata(id, kind);
         let fail = |error: TreeError| import.tree_failure(&error);
         let mut root = tree_of(&import.commit, lookup).map_err(fail)?;
@@ -57,7 +57,7 @@ impl BaseFacts {
     }
 
     /// The name that a layer's tree is kept by in the store.
-    pub(super) fn list_name(&self, diff_id: &str) -> String {
+    pub(in crate::import) fn list_name(&self, diff_id: &str) -> String {
         use sha2::Digest;
         hex::encode(sha2::Sha256::digest(format!("3 {diff_id} {}", self.key)))
     }

@@ -15,9 +15,9 @@ use crate::image::{Failure, Kind};
 use crate::store::{FileMeta, ObjectId, ObjectType, Xattrs};
 
 use super::entry::{BadPath, Role, inside, role};
-use super::state::Import;
-use super::tree::TreeError;
 use crate::image::tarstream::{Chunks, Entry, Piece, TarError, TarStream};
+use crate::import::state::Import;
+use crate::import::tree::TreeError;
 
 /// libostree refuses larger metadata objects.
 const LARGEST_METADATA: u64 = 128 << 20;
@@ -29,7 +29,7 @@ const SMALL: u64 = 512 * 1024;
 
 /// What a layer may hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Purpose {
+pub(in crate::import) enum Purpose {
     /// Commit, dirtrees, dirmetas and content.
     Commit,
     /// Content only.
@@ -38,14 +38,14 @@ pub(super) enum Purpose {
 
 /// What is left to do when the layer has turned out whole.
 #[derive(Debug, Default)]
-pub(super) struct Consumed {
+pub(in crate::import) struct Consumed {
     /// The commit's detached metadata. Nothing in them can be checked but the layer's own digest.
     pub commit_meta: Option<Vec<u8>>,
 }
 
 /// Reads a layer to the archive's end. `name` is for messages; `contributed` is set with the first
 /// object that this layer adds to the store.
-pub(super) fn consume(
+pub(in crate::import) fn consume(
     import: &Import,
     name: &str,
     purpose: Purpose,
@@ -275,7 +275,7 @@ impl<C: Chunks> LayerReader<'_, C> {
 }
 
 /// A broken archive, in the terms of the field.
-pub(super) fn tar_failure(name: &str, error: &TarError) -> Failure {
+pub(in crate::import) fn tar_failure(name: &str, error: &TarError) -> Failure {
     let kind = if matches!(error, TarError::Truncated) { Kind::Truncated } else { Kind::BadFormat };
     Failure::new(kind, format!("{name}: {error}"))
 }

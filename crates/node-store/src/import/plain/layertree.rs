@@ -12,10 +12,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::store::ObjectId;
 
-use super::budget::{Budget, OverBudget, Share};
 use super::children::Children;
 use super::label::{label_of, set_label};
 use super::path::{foreign, shown};
+use crate::import::budget::{Budget, OverBudget, Share};
 
 /// Everything about a directory but its content. Mode is 07777 only.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -53,13 +53,13 @@ pub(super) struct LayerDir {
 
 /// A layer's content, and what of it was left out.
 #[derive(Debug, Default)]
-pub(super) struct LayerTree {
-    pub root: LayerDir,
+pub(in crate::import) struct LayerTree {
+    pub(super) root: LayerDir,
     /// How many entries were left out, by where they are or (`device`, `fifo`) what they are.
-    pub left_out: BTreeMap<String, u32>,
+    pub(super) left_out: BTreeMap<String, u32>,
     /// Symlinks that libostree has no form for, as their target is not UTF-8: what they would be called,
     /// and the target, escaped. Such an object is stored nowhere.
-    pub unstorable: BTreeMap<ObjectId, String>,
+    pub(super) unstorable: BTreeMap<ObjectId, String>,
     links: Vec<Vec<String>>,
     /// Names in the repo's directory that the layer has entries for; `None` for one that is not a file.
     repo_objects: HashMap<String, Option<LayerFile>>,
@@ -74,7 +74,7 @@ const FILE_COST: usize = 560;
 
 /// Why an entry cannot be part of a tree.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub(super) enum BadEntry {
+pub(in crate::import) enum BadEntry {
     #[error("is a whiteout of nothing")]
     EmptyWhiteout,
     #[error("would replace the root directory")]
@@ -263,7 +263,7 @@ impl LayerTree {
     }
 
     /// Returns true if the layer brings an object that `is_one` knows.
-    pub(super) fn brings(&self, is_one: &dyn Fn(&ObjectId) -> bool) -> bool {
+    pub(in crate::import) fn brings(&self, is_one: &dyn Fn(&ObjectId) -> bool) -> bool {
         let mut queue = vec![&self.root];
         while let Some(dir) = queue.pop() {
             if dir.files.values().any(|file| matches!(file, LayerFile::Object(id) if is_one(id))) {

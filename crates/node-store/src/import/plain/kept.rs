@@ -8,9 +8,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::store::ObjectId;
 
-use super::budget::Budget;
 use super::children::Children;
 use super::layertree::{BadEntry, DirMeta, LayerDir, LayerFile, LayerTree};
+use crate::import::budget::Budget;
 
 #[derive(Serialize, Deserialize)]
 struct Notes {
@@ -27,7 +27,7 @@ struct Kept(usize, String, DirMeta, bool, Children<()>, Children<LayerFile>);
 
 impl LayerTree {
     /// Returns the form to keep.
-    pub(super) fn to_bytes(&self) -> io::Result<Vec<u8>> {
+    pub(in crate::import) fn to_bytes(&self) -> io::Result<Vec<u8>> {
         let mut out = zstd::stream::write::Encoder::new(Vec::new(), 1)?;
         serde_json::to_writer(
             &mut out,
@@ -46,7 +46,7 @@ impl LayerTree {
     ///
     /// # Errors
     /// When the budget has no room for it.
-    pub(super) fn from_bytes(bytes: &[u8], budget: &Budget) -> Result<Option<Self>, BadEntry> {
+    pub(in crate::import) fn from_bytes(bytes: &[u8], budget: &Budget) -> Result<Option<Self>, BadEntry> {
         let Ok(decoder) = zstd::stream::read::Decoder::new(bytes) else { return Ok(None) };
         let mut tree = Self::new(budget);
         let mut input = serde_json::Deserializer::from_reader(io::BufReader::new(decoder));

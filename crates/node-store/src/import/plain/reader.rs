@@ -8,15 +8,15 @@ use tar::EntryType;
 use crate::image::{Failure, Kind};
 use crate::store::{FileMeta, ObjectId, ObjectType, WriteError, Xattrs};
 
-use super::budget;
-use super::consume::tar_failure;
-use super::entry::{Role, role};
 use super::facts::BaseFacts;
 use super::label::{Labels, Pairs, set_label};
 use super::layertree::{BadEntry, DirMeta, LayerFile, LayerTree};
 use super::path::{Place, shown};
-use super::state::Import;
 use crate::image::tarstream::{Chunks, Entry, Piece, TarError, TarStream};
+use crate::import::budget;
+use crate::import::encapsulated::tar_failure;
+use crate::import::encapsulated::{Role, role};
+use crate::import::state::Import;
 
 /// The longest target that a symlink can have (PATH_MAX, less its NUL).
 const LONGEST_TARGET: usize = 4095;
@@ -26,7 +26,7 @@ const S_IFLNK: u32 = 0o120_000;
 
 /// Reads a layer to the archive's end. Objects that are to be kept are stored as they come; what the
 /// layer is to become of the tree is the result. `name` is for messages.
-pub(super) fn read_plain(
+pub(in crate::import) fn read_plain(
     import: &Import,
     name: &str,
     facts: &BaseFacts,

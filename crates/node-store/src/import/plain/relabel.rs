@@ -19,7 +19,7 @@ use crate::store::{FileMeta, ObjectId, ObjectType, Xattrs};
 use super::label::{Labels, Pairs, PolicyFiles, label_of, set_label};
 use super::layertree::DirMeta;
 use super::merge::{Meta, read_dirmeta};
-use super::state::Import;
+use crate::import::state::Import;
 
 /// An object as it is on disk.
 #[derive(Debug, Clone)]

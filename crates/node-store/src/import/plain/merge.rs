@@ -14,7 +14,7 @@ use crate::store::{Dirtree, ObjectId, ObjectType, Xattrs};
 use super::children::Children;
 use super::layertree::{DirMeta, LayerDir, LayerFile, LayerTree};
 use super::path::{foreign, shown};
-use super::tree::{Lookup, TreeError, commit_root, load};
+use crate::import::tree::{Lookup, TreeError, commit_root, load};
 
 /// A directory of the merged tree.
 #[derive(Debug)]

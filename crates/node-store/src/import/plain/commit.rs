@@ -15,8 +15,8 @@ use crate::store::{Dirtree, ObjectId, ObjectType};
 
 use super::merge::{Content, Dir, Listing, Meta, dirmeta_bytes, read_dirtree};
 use super::relabel::Relabeller;
-use super::state::Import;
-use super::tree::Lookup;
+use crate::import::state::Import;
+use crate::import::tree::Lookup;
 
 /// The commit that layers were laid over.
 pub(super) const DERIVED_FROM: &str = "node-image-pivot.base-commit";
@@ -25,7 +25,7 @@ pub(super) const IMAGE: &str = "node-image-pivot.image";
 
 /// What a commit object says.
 #[derive(Debug)]
-pub(super) struct CommitInfo {
+pub(in crate::import) struct CommitInfo {
     /// Metadata that are strings.
     pub strings: BTreeMap<&'static str, String>,
     /// By layer: what was left out, and how often.
@@ -38,7 +38,7 @@ pub(super) struct CommitInfo {
 }
 
 /// A commit object's bytes.
-pub(super) fn commit_bytes(info: &CommitInfo) -> Vec<u8> {
+pub(in crate::import) fn commit_bytes(info: &CommitInfo) -> Vec<u8> {
     let mut metadata: BTreeMap<String, Variant> =
         info.strings.iter().map(|(name, text)| (name.to_string(), text.to_variant())).collect();
     metadata.insert("ostree.tar-filtered".to_owned(), info.left_out.to_variant());

@@ -13,7 +13,6 @@ use ostree::glib;
 use crate::image::{Failure, ImageDescription, Kind, ResolvedImage};
 use crate::store::{ObjectId, ObjectType};
 
-use super::budget::{self, OverBudget, Share};
 use super::commit::{CommitInfo, DERIVED_FROM, IMAGE, commit_bytes, store_commit, store_tree};
 use super::facts::BaseFacts;
 use super::label::policy_objects;
@@ -21,18 +20,19 @@ use super::layertree::LayerTree;
 use super::merge::{Content, Dir, MergeError, read_dirtree, tree_of};
 use super::path::{foreign, shown};
 use super::relabel::Relabeller;
-use super::state::Import;
-use super::tree::{Depth, Lookup, Target, TreeError, walk};
+use crate::import::budget::{self, OverBudget, Share};
+use crate::import::state::Import;
+use crate::import::tree::{Depth, Lookup, Target, TreeError, walk};
 
 /// The merged tree, laid but not labelled.
-pub(super) struct Merged {
+pub(in crate::import) struct Merged {
     root: Dir,
     warnings: Vec<String>,
     _share: Share,
 }
 
 /// What came of labelling and storing a merged tree.
-pub(super) enum Committed {
+pub(in crate::import) enum Committed {
     Derived(Box<Derived>),
     /// These objects are not here, and the commit depends on their labels.
     Needs(HashSet<ObjectId>),
@@ -40,7 +40,7 @@ pub(super) enum Committed {
 
 /// What came of it.
 #[derive(Debug)]
-pub(super) struct Derived {
+pub(in crate::import) struct Derived {
     pub commit: ObjectId,
     pub target: Target,
     /// Objects that others were made of. They are needed to find out the same again.
@@ -50,7 +50,7 @@ pub(super) struct Derived {
 
 impl Merged {
     /// Lays `layers` over the base, in order.
-    pub(super) fn lay(import: &Import, layers: &[(String, Arc<LayerTree>)]) -> Result<Self, Failure> {
+    pub(in crate::import) fn lay(import: &Import, layers: &[(String, Arc<LayerTree>)]) -> Result<Self, Failure> {
         let mut share = import.budget.share();
         // A directory that a layer touches is read as a whole, and names take about as much as in its object.
         let lookup: &mut Lookup<'_> = &mut |id, kind| {
@@ -102,7 +102,7 @@ impl Merged {
     }
 
     /// The content objects of the tree as it is now.
-    pub(super) fn target(&self, import: &Import) -> Result<Target, Failure> {
+    pub(in crate::import) fn target(&self, import: &Import) -> Result<Target, Failure> {
         let mut target = Target::default();
         let lookup: &mut Lookup<'_> = &mut |id, kind| import.read_metadata(id, kind);
         list(&self.root, Depth::Root, &mut HashSet::new(), &mut target, lookup)
@@ -111,7 +111,7 @@ impl Merged {
     }
 
     /// Labels the tree by its own policy, stores its metadata, and makes a commit of it.
-    pub(super) fn commit(
+    pub(in crate::import) fn commit(
         mut self,
         import: &Import,
         facts: &BaseFacts,

@@ -7,7 +7,7 @@ use crate::store::{ObjectId, ObjectType};
 
 /// An entry's role.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Role {
+pub(in crate::import) enum Role {
     /// An object of the repo.
     Object(ObjectId, ObjectType),
     /// Extended attributes, named by their own checksum.
@@ -20,7 +20,7 @@ pub(super) enum Role {
 
 /// Why a path is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub(super) enum BadPath {
+pub(in crate::import) enum BadPath {
     /// It leaves the archive's root.
     #[error("escapes the archive's root")]
     Escapes,
@@ -32,7 +32,7 @@ pub(super) enum BadPath {
 const OBJECTS: &[u8] = b"sysroot/ostree/repo/objects/";
 
 /// The role of `path`, which must be relative and stay below the archive's root.
-pub(super) fn role(path: &[u8]) -> Result<Role, BadPath> {
+pub(in crate::import) fn role(path: &[u8]) -> Result<Role, BadPath> {
     let path = inside(path)?;
     let Some(object) = path.strip_prefix(OBJECTS) else { return Ok(Role::Other) };
     let object = object.strip_suffix(b"/").unwrap_or(object);

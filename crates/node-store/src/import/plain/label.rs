@@ -15,7 +15,7 @@ use sha2::{Digest, Sha256};
 use crate::store::{NodeStore, ObjectId, ObjectType};
 
 use super::merge::Dir;
-use super::tree::{Lookup, TreeError};
+use crate::import::tree::{Lookup, TreeError};
 use selinux_labels::contexts::{Contexts, Found, Texts};
 
 /// Where a commit keeps its policy.

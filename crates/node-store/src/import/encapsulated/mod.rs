@@ -1,0 +1,7 @@
+//! Layers of an encapsulated commit: archives whose entries are the objects of an ostree repo.
+
+mod entry;
+mod reader;
+
+pub(super) use entry::{Role, role};
+pub(super) use reader::{Consumed, Purpose, consume, tar_failure};

@@ -1,0 +1,22 @@
+//! Plain layers: archives of paths, laid over the tree of the commit below them.
+
+mod children;
+mod commit;
+mod derive;
+mod facts;
+mod kept;
+mod label;
+mod layertree;
+mod merge;
+mod path;
+mod reader;
+mod relabel;
+
+#[cfg(any(test, fuzzing))]
+pub(super) use commit::{CommitInfo, commit_bytes};
+pub(super) use derive::{Committed, Derived, Merged};
+pub(super) use facts::BaseFacts;
+pub(super) use layertree::LayerTree;
+#[cfg(any(test, fuzzing))]
+pub(super) use path::Placement;
+pub(super) use reader::read_plain;
