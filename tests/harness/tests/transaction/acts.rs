@@ -11,7 +11,7 @@ use testbed::scenarios;
 use testbed::suite::Suite;
 
 use super::SOON;
-use super::bed::{Bed, agent_with_failpoints, errno_words, told};
+use super::bed::{Bed, agent_with_failpoints, errno_words, reported};
 
 /// Errors that each act fails with, in this order.
 const ERRORS: [&str; 2] = ["enospc", "eio"];
@@ -263,7 +263,7 @@ fn fails_in_a_switch(acts: &Acts, point: &str, error: &str) -> Result<()> {
     bed.arm(point, error)?;
     let answer = bed.guest.run("node-image-pivot run")?;
     same(bed.acted()?, true)?;
-    told(bed, &answer, error)?;
+    reported(bed, &answer, error)?;
     bed.consistent()?;
     if bed.step()? == "idle" {
         return bed.is_as_before(&acts.before);
@@ -293,7 +293,7 @@ fn fails_in_a_finish(acts: &Acts, point: &str, error: &str) -> Result<()> {
     bed.arm(point, error)?;
     let answer = bed.guest.run("node-image-pivot finish")?;
     same(bed.acted()?, true)?;
-    told(bed, &answer, error)?;
+    reported(bed, &answer, error)?;
     if answer.status == 0 {
         // An error about a unit is a warning. If the unit is networkd, its newer helper fails with it.
         same(bed.step()?, "finished".into())?;

@@ -1,4 +1,4 @@
-//! A container whose agent has failpoints, and what must hold in it.
+//! A container whose agent has failpoints, and the states that it may be in.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -17,7 +17,7 @@ use testbed::scenario::node_files;
 const SOON: Duration = Duration::from_secs(60);
 const NODE_IMAGE_REF: &str = "/run/node-image-pivot/store/repo/refs/heads/coreos/node-image";
 
-/// A booted container that has long reached its target, a registry in its network, and nothing pulled yet.
+/// A booted container that has reached its target, with a registry in its network. Nothing is pulled yet.
 pub struct Bed {
     pub guest: Container,
     _registry: Registry,
@@ -54,17 +54,18 @@ impl Bed {
         self.guest.ask(&format!("echo '{point} 0 {action}' >/run/failpoints/armed")).map(drop)
     }
 
-    /// Whether what was armed has acted.
+    /// Returns true if the armed failpoint has acted.
     pub fn acted(&self) -> Result<bool> {
         Ok(self.guest.run("test -e /run/failpoints/armed")?.status != 0)
     }
 
-    /// A command of the agent that must succeed.
+    /// Runs a command of the agent that must succeed.
     pub fn agent(&self, command: &str) -> Result<String> {
         self.guest.ask(&format!("node-image-pivot {command}"))
     }
 
-    /// Asks for something of which the agent dies, and stays dead; whoever asked dies, too. Whether it did.
+    /// Runs a command during which the agent is killed at a failpoint, and kills the command, too. Returns false if the
+    /// failpoint was not reached.
     pub fn killed_in(&self, command: &str) -> Result<bool> {
         let script = format!(
             "node-image-pivot {command} >/run/asked 2>&1 & asked=$!
@@ -83,7 +84,7 @@ impl Bed {
         Ok(true)
     }
 
-    /// Kind, mode, owner, link and content of all of /etc. Caches are nobody's to take back.
+    /// Lists kind, mode, owner, link and content of all of /etc, without caches, which an undo does not restore.
     pub fn etc(&self) -> Result<String> {
         self.guest.ask(
             "cd /etc && { find . -xdev ! -name ld.so.cache ! -name .updated ! -name .pwd.lock \
@@ -93,7 +94,7 @@ impl Bed {
         )
     }
 
-    /// One generation or the other, on disk and in the record.
+    /// Checks that /usr is of one generation, and that the record fits it.
     pub fn consistent(&self) -> Result<()> {
         let data = self.guest.ask("cat /usr/lib/base-tool/data")?;
         let tool = self.guest.ask("base-tool")?;
@@ -113,7 +114,7 @@ impl Bed {
         self.guest.ask("jq -r '.step | if type == \"string\" then . else keys[0] end' /run/node-image-pivot/state.json 2>/dev/null || echo idle")
     }
 
-    /// All of it.
+    /// Checks that all of the system is switched.
     pub fn is_switched(&self, etc: &str) -> Result<()> {
         same(self.guest.ask("base-tool")?, "base-tool 2.0".into())?;
         same(self.guest.ask("grep -c ' /usr .* node-image ' /proc/self/mountinfo")?, "1".into())?;
@@ -123,7 +124,7 @@ impl Bed {
         self.nothing_failed()
     }
 
-    /// None of it.
+    /// Checks that no part of the system is switched.
     pub fn is_as_before(&self, etc: &str) -> Result<()> {
         same(self.guest.ask("base-tool")?, "base-tool 1.0".into())?;
         same(
@@ -136,20 +137,20 @@ impl Bed {
         self.nothing_failed()
     }
 
-    /// The same, and the ref is gone.
+    /// Checks the same, and that the ref is removed.
     pub fn is_undone(&self, etc: &str) -> Result<()> {
         self.is_as_before(etc)?;
         self.guest.ask(&format!("test ! -e {NODE_IMAGE_REF}")).map(drop)
     }
 
     pub fn nothing_failed(&self) -> Result<()> {
-        // What was killed on purpose; it may not even be loaded any more.
+        // The test has killed the agent. systemd may have unloaded its unit.
         self.guest.run("systemctl reset-failed node-image-pivotd.service")?;
         same(self.guest.ask("systemctl --failed --no-legend --plain")?, String::new())
     }
 }
 
-/// Builds it. Another program than the one that is installed, so that nobody ships it by mistake.
+/// Builds the agent with failpoints. It is a separate program, so that no installation contains it by mistake.
 pub fn agent_with_failpoints() -> Result<PathBuf> {
     let build = ["build", "--release", "--quiet", "-p", "node-image-pivot", "--features", "failpoints", "--example"];
     succeed(Command::new(env!("CARGO")).args(build).arg("failpoints").current_dir(project()))?;
@@ -157,7 +158,7 @@ pub fn agent_with_failpoints() -> Result<PathBuf> {
     Ok(target.join("release/examples/failpoints"))
 }
 
-/// `Err` with the lines that differ.
+/// Fails with the lines that differ.
 pub fn same_text(seen: &str, wanted: &str) -> Result<()> {
     let [left, right] = [seen, wanted].map(|text| text.lines().collect::<BTreeSet<_>>());
     let lines: Vec<_> = left.symmetric_difference(&right).collect();
@@ -171,8 +172,8 @@ pub fn errno_words(action: &str) -> &'static str {
     if action == "eio" { "Input/output error" } else { "No space left on device" }
 }
 
-/// An error may be tolerated: what it cost is then in the report.
-pub fn told(bed: &Bed, answer: &Answer, action: &str) -> Result<()> {
+/// Checks that an error was reported: in the answer, or in the report if the agent has tolerated it.
+pub fn reported(bed: &Bed, answer: &Answer, action: &str) -> Result<()> {
     let text = if answer.status == 0 { bed.agent("report")? } else { answer.text.clone() };
     contains(&text, errno_words(action)).with_context(|| format!("exit status {}", answer.status))
 }
