@@ -93,9 +93,9 @@ fn a_record_that_says_untouched_replaces_one_that_does_not_whatever_happens() {
     let temp = tempfile::tempdir().unwrap();
     let paths = Paths::below(temp.path());
     Record { step: Step::Switching(staged()), ..Record::default() }.save(&paths).unwrap();
-    failpoint::fail_here(Some((1, rustix::io::Errno::NOSPC)));
+    failpoint::arm_thread(1, rustix::io::Errno::NOSPC);
     Record { step: Step::Staged(staged()), bootstrap: true, ..Record::default() }.save_over(&paths).unwrap();
-    assert!(!failpoint::fail_here(None), "the first write failed");
+    assert!(!failpoint::disarm_thread(), "the first write failed");
     let record = Record::load(&paths).unwrap().unwrap();
     assert!(record.bootstrap && record.step.is_before_switch());
 }

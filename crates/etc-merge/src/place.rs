@@ -71,7 +71,7 @@ impl Place {
 
     /// Sets the label of what is there now.
     pub fn set_label(&self, label: &[u8]) -> Result<()> {
-        failpoint::hit(Point::EtcDress, "").context("setting its label")?;
+        failpoint::hit(Point::EtcMetadata, "").context("setting its label")?;
         xattr::set(&proc_path(self.dir.as_fd(), &self.name), LABEL, label).context("setting its label")
     }
 
@@ -104,7 +104,7 @@ impl Place {
 
 /// Sets owner, mode, attributes, time and label; returns true if the label could be set.
 pub(super) fn dress(dir: BorrowedFd<'_>, name: &[u8], leaf: &Leaf, source: &Source<'_>) -> Result<bool> {
-    let step = || failpoint::hit(Point::EtcDress, "").context("setting owner, mode and attributes");
+    let step = || failpoint::hit(Point::EtcMetadata, "").context("setting owner, mode and attributes");
     let Meta { mode, uid, gid, xattrs } = &leaf.meta;
     let owner = (Some(Uid::from_raw(*uid)), Some(Gid::from_raw(*gid)));
     let is_link = matches!(leaf.content, Content::Symlink(_));

@@ -170,7 +170,7 @@ impl Record {
     /// no record rather than a wrong one.
     pub fn forget(self) -> Result<()> {
         let removing = || format!("removing the undo record {}", self.directory.display());
-        failpoint::hit(Point::EtcForget, "").with_context(removing)?;
+        failpoint::hit(Point::EtcRecordEnd, "").with_context(removing)?;
         std::fs::remove_file(self.directory.join(PLAN)).with_context(removing)?;
         sweep(&self.directory)
     }
@@ -181,7 +181,7 @@ pub fn sweep(directory: &Path) -> Result<()> {
     if directory.symlink_metadata().is_err() {
         return Ok(());
     }
-    failpoint::hit(Point::EtcForgotten, "")
+    failpoint::hit(Point::EtcRecordRemove, "")
         .and_then(|()| std::fs::remove_dir_all(directory))
         .with_context(|| format!("removing the undo record {}", directory.display()))
 }

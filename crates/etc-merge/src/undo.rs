@@ -124,7 +124,7 @@ fn take_back(
     etc_dir: BorrowedFd<'_>,
     staged: Option<bool>,
 ) -> Result<Outcome> {
-    failpoint::hit(Point::EtcTakeBack, "").context("taking it back")?;
+    failpoint::hit(Point::EtcRevert, "").context("taking it back")?;
     let done = Outcome::Done { labelled: true };
     let Some(place) = Place::find(etc_dir, &change.path)? else {
         return Ok(if change.before.is_none() { done } else { Outcome::Skipped("its directory is gone") });

@@ -107,7 +107,7 @@ fn private_etc(merge: &(dyn Fn(BorrowedFd<'_>, &Path) -> Result<()> + Sync)) -> 
     };
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let root = rustix::fs::openat(&view, ".", flags, Mode::empty()).context("opening the view of /etc")?;
-    failpoint::rehearse(|| merge(root.as_fd(), records)).context("merging /etc")?;
+    failpoint::suspended(|| merge(root.as_fd(), records)).context("merging /etc")?;
     rustix::mount::move_mount(&view, "", CWD, "/etc", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
         .context("mounting the view of /etc")
 }

@@ -1,7 +1,7 @@
-//! The one place that uses `openat-ext`: small files and trees, relative to a directory handle.
+//! Small files and trees relative to a directory handle.
 //!
-//! The crate works but is no longer developed (its authors moved to `cap-std-ext`). Everything the
-//! agent needs from it goes through here, so that replacing it touches this file only.
+//! Only this module uses `openat-ext`, which is no longer developed (its authors moved to `cap-std-ext`). Replacing that
+//! crate changes this file only.
 
 use std::io;
 use std::io::Write;
@@ -11,25 +11,27 @@ use openat_ext::OpenatDirExt;
 
 use crate::failpoint::{self, Point};
 
-/// A directory that the agent owns.
+/// A directory in which only the agent writes.
 pub struct Directory(openat::Dir);
 
 impl Directory {
-    /// Opens `path`, creating it (and its parents, mode 0755) when it is missing.
+    /// Opens `path`. Creates it and missing parents (mode 0777 less the umask).
     pub fn ensure(path: &Path) -> io::Result<Self> {
         std::fs::create_dir_all(path)?;
         openat::Dir::open(path).map(Self)
     }
 
-    /// Replaces `name` in one step: readers see the old content or the new, never half of it.
-    /// On failure the old file is as it was.
+    /// Replaces the file `name` in one step: a reader sees the old content or all of the new content. On failure the old
+    /// file is unchanged.
+    ///
+    /// Nothing is synced. After a power cut the file may be empty or missing; see [`Directory::write_durable`].
     pub fn write_atomic(&self, name: &str, mode: u32, content: &[u8]) -> io::Result<()> {
         failpoint::hit(Point::Write, name)?;
         self.0.write_file_with(name, mode, |file| file.write_all(content))
     }
 
-    /// Like [`Directory::write_atomic`], and the new content is on the disk when this returns: after a power cut at any
-    /// time, readers see the old content or the new.
+    /// Like [`Directory::write_atomic`], and syncs the file and its name. A power cut at any time leaves the old content
+    /// or all of the new content.
     pub fn write_durable(&self, name: &str, mode: u32, content: &[u8]) -> io::Result<()> {
         failpoint::hit(Point::Write, name)?;
         self.0.write_file_with(name, mode, |file| {
@@ -37,11 +39,10 @@ impl Directory {
             file.flush()?;
             file.get_ref().sync_all()
         })?;
-        // The name, too.
         self.0.open_file(".")?.sync_all()
     }
 
-    /// The content of `name`, or `None` when there is no such file.
+    /// Returns the content of the file `name`, or `None` if the file is missing.
     pub fn read_optional(&self, name: &str) -> io::Result<Option<Vec<u8>>> {
         let Some(mut file) = self.0.open_file_optional(name)? else { return Ok(None) };
         let mut content = Vec::new();
@@ -49,7 +50,7 @@ impl Directory {
         Ok(Some(content))
     }
 
-    /// Removes `name`, file or directory, with all below it. Nothing there is not an error.
+    /// Removes the file or tree `name`. A missing `name` is not an error.
     pub fn remove_all(&self, name: &str) -> io::Result<()> {
         failpoint::hit(Point::Remove, name)?;
         self.0.remove_all(name).map(drop)
@@ -70,7 +71,7 @@ mod tests {
         dir.write_atomic("state", 0o600, b"three").unwrap();
         dir.write_durable("state", 0o600, b"two").unwrap();
         assert_eq!(dir.read_optional("state").unwrap().unwrap(), b"two");
-        assert_eq!(std::fs::read_dir(temp.path().join("a/b")).unwrap().count(), 1, "no temporary file is left");
+        assert_eq!(std::fs::read_dir(temp.path().join("a/b")).unwrap().count(), 1, "a temporary file is left");
         dir.remove_all("state").unwrap();
         dir.remove_all("state").unwrap();
         assert_eq!(dir.read_optional("state").unwrap(), None);

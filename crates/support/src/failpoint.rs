@@ -1,28 +1,50 @@
-//! Failpoints: named places, one before each act, where a test makes the agent die or the act fail.
+//! Failpoints: named places, each directly before an act, where a test kills the agent or makes the act fail.
 //!
-//! They exist with the cargo feature `failpoints` and in unit tests; what is shipped has none (a test
-//! looks). They sit in the wrappers through which acts are done (files, mounts, entries of `/etc`,
-//! programs, systemd), not beside the calls: a new act that goes through one of these has its failpoint.
+//! They exist in unit tests and with the cargo feature `failpoints`. Without it, [`hit`] does nothing, and a test checks
+//! that the shipped binary contains none. The calls of [`hit`] are in the functions that perform acts (write a file,
+//! mount, change an entry of `/etc`, start a program, call systemd), not beside the callers. A new act that uses such a
+//! function has a failpoint without further code.
 //!
-//! A point is told `armed` in the directory that `NODE_IMAGE_PIVOT_FAILPOINTS` names: one line `NAME SKIP
-//! ACTION`, where NAME is as [`hit`] writes it or `*` for any, SKIP is how many hits pass before, and
-//! ACTION is `kill`, `enospc`, `eio` or `sleep` (2 s). It acts once: the file is removed first. Where a file `hits` is in that
-//! directory, the name of each point is appended to it, once for each process.
+//! # Use from another process
+//!
+//! The environment variable `NODE_IMAGE_PIVOT_FAILPOINTS` names a directory with two optional files:
+//!
+//! * `armed`: one line `NAME SKIP ACTION`. NAME is the name of a hit, that is the point's name and its detail (for
+//!   example `write state.json`), or `*` for each hit. SKIP is the number of hits to let pass first. ACTION is `kill`
+//!   (SIGKILL), `enospc`, `eio` or `sleep` (2 s). The point removes the file and then acts, so it acts once.
+//! * `hits`: the agent appends the name of each hit to this file, once for each name and process.
+//!
+//! # Use from a test of the same process
+//!
+//! `arm_thread(skip, errno)` makes one later hit on the calling thread fail; `disarm_thread()` tells whether it did.
+//!
+//! # Example
+//!
+//! ```
+//! use support::failpoint::{Point, hit};
+//!
+//! fn replace(name: &str) -> std::io::Result<()> {
+//!     hit(Point::Write, name)?;
+//!     // The act.
+//!     Ok(())
+//! }
+//! # replace("state.json").unwrap();
+//! ```
 
 use std::fmt::Display;
 use std::io;
 
 macro_rules! points {
     ($($(#[$doc:meta])* $variant:ident = $name:literal,)*) => {
-        /// Every failpoint there is.
+        /// The failpoints.
         #[derive(Debug, Clone, Copy, PartialEq, Eq)]
         pub enum Point { $($(#[$doc])* $variant,)* }
 
         impl Point {
-            /// All of them.
+            /// All failpoints, in the order of their declaration.
             pub const ALL: &[Point] = &[$(Point::$variant,)*];
 
-            /// Its name in the test's files.
+            /// Returns the name in the files `armed` and `hits`.
             pub fn name(self) -> &'static str {
                 match self { $(Point::$variant => $name,)* }
             }
@@ -31,96 +53,95 @@ macro_rules! points {
 }
 
 points! {
-    /// Before the record is saved; the detail is its step.
+    /// Before the agent saves its record; the detail is the record's step.
     Record = "record",
-    /// Before a file of the agent's own directories is replaced; the detail is its name.
+    /// Before a file in a directory of the agent is replaced; the detail is its name.
     Write = "write",
-    /// Before one is removed.
+    /// Before a file in a directory of the agent is removed; the detail is its name.
     Remove = "remove",
-    /// Before an entry of the delta tree is made.
+    /// Before an entry of the delta tree is created.
     Delta = "delta",
-    /// Before the finished delta tree gets its name.
+    /// Before the complete delta tree is renamed to its final name.
     DeltaPublish = "delta-publish",
-    /// Before an overlay is put together; nobody sees it yet.
+    /// Before a detached overlay is created.
     Overlay = "overlay",
-    /// Before a program of the new tree is tried.
+    /// Before a trial run of a program of the new tree.
     Trial = "trial",
-    /// Before the new `/usr` appears.
+    /// Before the new `/usr` is mounted over the old one.
     Expose = "expose",
-    /// After that, before it is looked at.
+    /// After the new `/usr` is mounted, before it is verified.
     Exposed = "exposed",
-    /// Before it is taken away.
+    /// Before the new `/usr` is unmounted.
     Withdraw = "withdraw",
     /// Before the node store's ref is set or removed; the detail says which.
     Ref = "ref",
-    /// Before the undo record of `/etc` is made.
+    /// Before the undo journal of `/etc` is created.
     EtcRecord = "etc-record",
-    /// Before a conflicting version of the node image is saved.
+    /// Before the node image's version of a conflicting entry is saved.
     EtcAside = "etc-aside",
-    /// Before content that an act replaces is saved.
+    /// Before the content that a change replaces is saved.
     EtcSave = "etc-save",
-    /// Before the journal's line about an act.
+    /// Before the journal line of a change is written.
     EtcBegin = "etc-begin",
-    /// In the middle of that line.
+    /// After the first half of a journal line is written.
     EtcJournal = "etc-journal",
-    /// Before a piece of a file's content is written.
+    /// Before each block of a file's content is written.
     EtcContent = "etc-content",
-    /// Before the directory for new versions is made or removed.
+    /// Before the staging directory in `/etc` is created or removed.
     EtcStaging = "etc-staging",
-    /// Before a new version is made in it.
+    /// Before a new version of an entry is created in the staging directory.
     EtcMake = "etc-make",
-    /// Before each of owner, mode and attributes is set.
-    EtcDress = "etc-dress",
+    /// Before each of owner, mode, attributes and label is set.
+    EtcMetadata = "etc-metadata",
     /// Before an entry is removed.
     EtcUnlink = "etc-unlink",
-    /// Before a new version is renamed into its place.
+    /// Before a new version is renamed to its final name.
     EtcRename = "etc-rename",
-    /// Before the file system of `/etc`, or of its undo record, is synced.
+    /// Before the file system of `/etc` or of the undo journal is synced.
     EtcSync = "etc-sync",
-    /// Before an act is taken back.
-    EtcTakeBack = "etc-take-back",
-    /// Before the undo record's plan is removed, which ends the record.
-    EtcForget = "etc-forget",
-    /// Before the rest of it is.
-    EtcForgotten = "etc-forgotten",
+    /// Before a change of `/etc` is reverted.
+    EtcRevert = "etc-revert",
+    /// Before the plan in the undo journal is removed. Without a plan the journal does not count.
+    EtcRecordEnd = "etc-record-end",
+    /// Before the directory of an ended undo journal is removed.
+    EtcRecordRemove = "etc-record-remove",
     /// Before a program is started; the detail is its name.
     Tool = "tool",
-    /// Before the message bus is told to reload.
+    /// Before the agent asks the message bus to reload its configuration.
     ReloadBus = "reload-bus",
-    /// Before a call to systemd that changes something; the detail is what.
+    /// Before a call of systemd that changes something; the detail is the method.
     Systemd = "systemd",
 }
 
-/// Without the feature: nothing.
+/// Does nothing: the feature `failpoints` is off.
 ///
 /// # Errors
-/// None.
+/// Never.
 #[cfg(not(any(test, feature = "failpoints")))]
 #[inline(always)]
 pub fn hit(_: Point, _: impl Display) -> io::Result<()> {
     Ok(())
 }
 
-/// The agent is at `point`; its name is followed by a space and `detail` where that is not empty.
+/// Reports that the agent has reached `point`, and does what the point is armed with. The name of the hit is the point's
+/// name, followed by a space and `detail` if that is not empty.
 ///
 /// # Errors
-/// What the point is armed with.
+/// The error that the point is armed with, or an invalid line in the file `armed`.
 #[cfg(any(test, feature = "failpoints"))]
 pub fn hit(point: Point, detail: impl Display) -> io::Result<()> {
     let name = format!("{} {detail}", point.name());
     live::hit(name.trim_end())
 }
 
-/// Without the feature: `act`.
+/// Calls `act`: the feature `failpoints` is off.
 #[cfg(not(any(test, feature = "failpoints")))]
-pub fn rehearse<T>(act: impl FnOnce() -> T) -> T {
+pub fn suspended<T>(act: impl FnOnce() -> T) -> T {
     act()
 }
 
 #[cfg(any(test, feature = "failpoints"))]
-pub use live::fail_here;
-#[cfg(any(test, feature = "failpoints"))]
-pub use live::rehearse;
+pub use live::{arm_thread, disarm_thread, suspended};
 
 #[cfg(any(test, feature = "failpoints"))]
 mod live {
@@ -133,51 +154,54 @@ mod live {
 
     use rustix::io::Errno;
 
-    /// Names the directory of a test's files.
+    /// The environment variable that names the directory of `armed` and `hits`.
     const DIRECTORY: &str = "NODE_IMAGE_PIVOT_FAILPOINTS";
 
     thread_local! {
-        /// How many hits on this thread pass before one fails, and how; counts down.
-        static HERE: Cell<Option<(usize, Errno)>> = const { Cell::new(None) };
+        /// The number of hits on this thread to let pass, and the error of the next one.
+        static ARMED: Cell<Option<(usize, Errno)>> = const { Cell::new(None) };
+        /// True while [`suspended`] runs on this thread.
+        static SUSPENDED: Cell<bool> = const { Cell::new(false) };
     }
-    thread_local! {
-        /// Whether this thread rehearses.
-        static REHEARSAL: Cell<bool> = const { Cell::new(false) };
-    }
-    /// The armed line that was read last, and how often its point was hit.
+    /// The line of `armed` that was read last, and the number of hits that it applied to.
     static PASSED: Mutex<(String, usize)> = Mutex::new((String::new(), 0));
-    /// What was written to `hits`.
-    static TOLD: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    /// The names that this process has appended to `hits`.
+    static RECORDED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
 
-    /// Lets one hit on this thread fail, after `skip` that do not. Returns whether the one from before
-    /// is still to come.
-    pub fn fail_here(failure: Option<(usize, Errno)>) -> bool {
-        HERE.replace(failure).is_some()
+    /// Makes one hit on this thread fail with `errno`, after `skip` hits that succeed. Replaces an earlier call.
+    pub fn arm_thread(skip: usize, errno: Errno) {
+        ARMED.set(Some((skip, errno)));
     }
 
-    /// Runs `act`, whose points are none: it does in private what will be done for real later.
-    pub fn rehearse<T>(act: impl FnOnce() -> T) -> T {
-        REHEARSAL.set(true);
-        let done = act();
-        REHEARSAL.set(false);
-        done
+    /// Ends the effect of [`arm_thread`]. Returns true if no hit has failed yet.
+    pub fn disarm_thread() -> bool {
+        ARMED.take().is_some()
+    }
+
+    /// Calls `act` with all failpoints of this thread switched off: for a trial run, whose acts do not change the
+    /// system.
+    pub fn suspended<T>(act: impl FnOnce() -> T) -> T {
+        SUSPENDED.set(true);
+        let result = act();
+        SUSPENDED.set(false);
+        result
     }
 
     pub(super) fn hit(name: &str) -> io::Result<()> {
-        if REHEARSAL.get() {
+        if SUSPENDED.get() {
             return Ok(());
         }
-        if let Some((skip, errno)) = HERE.get() {
-            HERE.set(skip.checked_sub(1).map(|skip| (skip, errno)));
+        if let Some((skip, errno)) = ARMED.get() {
+            ARMED.set(skip.checked_sub(1).map(|skip| (skip, errno)));
             return if skip == 0 { Err(errno.into()) } else { Ok(()) };
         }
         let Some(directory) = std::env::var_os(DIRECTORY) else { return Ok(()) };
         let directory = Path::new(&directory);
-        tell(directory, name);
+        record(directory, name);
         let Ok(line) = fs::read_to_string(directory.join("armed")) else { return Ok(()) };
         let mut words = line.trim().rsplitn(3, ' ');
         let (Some(action), Some(skip), Some(armed)) = (words.next(), words.next(), words.next()) else {
-            return Err(io::Error::other(format!("not a failpoint: {line}")));
+            return Err(io::Error::other(format!("invalid line in armed {line:?}: expected NAME SKIP ACTION")));
         };
         if (armed != name && armed != "*") || !is_due(&line, skip) {
             return Ok(());
@@ -191,14 +215,14 @@ mod live {
                 std::thread::sleep(std::time::Duration::from_secs(2));
                 Ok(())
             }
-            _ => Err(io::Error::other(format!("not a failpoint's action: {action}"))),
+            _ => Err(io::Error::other(format!("unknown action {action:?}: expected kill, enospc, eio or sleep"))),
         }
     }
 
-    fn tell(directory: &Path, name: &str) {
+    fn record(directory: &Path, name: &str) {
         let Ok(mut hits) = fs::OpenOptions::new().append(true).open(directory.join("hits")) else { return };
-        let mut told = TOLD.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        if told.insert(name.to_owned()) {
+        let mut recorded = RECORDED.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if recorded.insert(name.to_owned()) {
             let _ = writeln!(hits, "{name}");
         }
     }

@@ -1,7 +1,22 @@
-//! What every other crate of the workspace may use: failpoints, handles of the agent's own directories, child
-//! processes, extended attributes, name patterns and sizes for people.
+//! Small tools that every crate of this workspace uses: [`failpoint`]s for tests, atomic writes in a [`directory`],
+//! child processes ([`command`]), extended attributes ([`xattr`]), name [`pattern`]s and [`human_bytes`].
 //!
-//! It knows nothing of images, ostree, systemd or the pivot, and depends on no other crate of the workspace.
+//! The crate depends on no other crate of the workspace, and has no code that is specific to images, ostree, systemd or
+//! the pivot.
+//!
+//! ```no_run
+//! use std::path::Path;
+//! use std::time::Duration;
+//!
+//! use support::{command, directory::Directory, human_bytes};
+//!
+//! # async fn example() -> anyhow::Result<()> {
+//! let listing = command::run(&["ls", "-l", "/usr"], Duration::from_secs(10)).await?;
+//! Directory::ensure(Path::new("/run/example"))?.write_atomic("listing", 0o600, &listing)?;
+//! println!("wrote {}", human_bytes(listing.len() as u64));
+//! # Ok(())
+//! # }
+//! ```
 
 pub mod command;
 pub mod directory;

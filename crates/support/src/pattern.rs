@@ -1,10 +1,11 @@
-//! Patterns of file and unit names: `*` stands for any run of bytes, `?` for one. Nothing else is special.
+//! Patterns of file and unit names: `*` matches any number of bytes, `?` matches one. No other byte is special.
 
-/// Whether all of `name` is what `pattern` says. Takes time by the product of both lengths at most: a star that matched too
-/// little is the only thing that is ever tried again, and only the last one.
-pub fn fits(pattern: &[u8], name: &[u8]) -> bool {
+/// Returns true if `pattern` matches all of `name`.
+///
+/// The time is at most proportional to the product of both lengths: on a mismatch, only the last star is extended.
+pub fn matches(pattern: &[u8], name: &[u8]) -> bool {
     let (mut at, mut seen) = (0, 0);
-    // Behind the last star, and up to where it is taken to reach.
+    // The position after the last star in the pattern, and the end in the name of the text that this star matches.
     let mut star = None;
     while seen < name.len() {
         match pattern.get(at) {
@@ -17,9 +18,9 @@ pub fn fits(pattern: &[u8], name: &[u8]) -> bool {
                 seen += 1;
             }
             _ => {
-                let Some((behind, reach)) = star else { return false };
-                star = Some((behind, reach + 1));
-                (at, seen) = (behind, reach + 1);
+                let Some((after, end)) = star else { return false };
+                star = Some((after, end + 1));
+                (at, seen) = (after, end + 1);
             }
         }
     }
@@ -32,7 +33,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn stars_and_question_marks() {
+    fn stars_match_any_run_and_question_marks_one_byte() {
         for (pattern, name, expected) in [
             ("abc", "abc", true),
             ("abc", "abcd", false),
@@ -57,17 +58,16 @@ mod tests {
             ("a@*.service", "a@.service", true),
             ("[a]", "a", false),
         ] {
-            assert_eq!(fits(pattern.as_bytes(), name.as_bytes()), expected, "{pattern} {name}");
+            assert_eq!(matches(pattern.as_bytes(), name.as_bytes()), expected, "{pattern} {name}");
         }
     }
 
     proptest! {
-        /// The same as the regular expression that says it.
         #[test]
-        fn as_a_regular_expression(pattern in "[ab*?.]{0,8}", name in "[ab.]{0,10}") {
+        fn patterns_match_like_the_equivalent_regular_expression(pattern in "[ab*?.]{0,8}", name in "[ab.]{0,10}") {
             let text = regex::escape(&pattern).replace(r"\*", ".*").replace(r"\?", ".");
             let expected = regex::Regex::new(&format!("^{text}$")).is_ok_and(|regex| regex.is_match(&name));
-            prop_assert_eq!(fits(pattern.as_bytes(), name.as_bytes()), expected);
+            prop_assert_eq!(matches(pattern.as_bytes(), name.as_bytes()), expected);
         }
     }
 }

@@ -1,6 +1,6 @@
-//! Sizes for people.
+//! Sizes as text.
 
-/// Bytes with a binary unit: `0 B`, `12.3 MiB`.
+/// Returns `bytes` with a binary unit and one decimal, for example `12.3 MiB`. Below 1 KiB: `512 B`.
 pub fn human_bytes(bytes: u64) -> String {
     const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
     let mut value = bytes as f64;

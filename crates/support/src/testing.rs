@@ -1,4 +1,4 @@
-//! For tests that mount: a thread with a mount namespace of its own.
+//! Private mount namespaces, for tests that mount. They need root.
 
 #![allow(clippy::unwrap_used)]
 
@@ -7,8 +7,8 @@ use std::path::Path;
 use nix::sched::CloneFlags;
 use rustix::mount::{MountFlags, MountPropagationFlags};
 
-/// Runs `test` on a thread in a private mount namespace, with a fresh tmpfs directory. Everything it
-/// mounts goes away with it.
+/// Runs `test` on a thread with a private mount namespace and passes it the path of an empty tmpfs. The kernel removes
+/// all mounts of `test` with the namespace. Panics of `test` reach the caller.
 pub fn private(test: impl FnOnce(&Path) + Send) {
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {

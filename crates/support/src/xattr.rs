@@ -1,4 +1,4 @@
-//! Extended attributes by path, never through a symbolic link.
+//! Extended attributes by path. The functions do not follow a symbolic link in the last component.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -6,13 +6,14 @@ use std::path::Path;
 use rustix::fs::XattrFlags;
 use rustix::io::{Errno, Result};
 
-/// The security label. Never part of what makes two entries equal.
+/// The attribute that holds the SELinux label. Its value ends with a NUL byte.
 pub const LABEL: &[u8] = b"security.selinux";
 
-/// Name to value.
+/// Attribute values by name.
 pub type Xattrs = BTreeMap<Vec<u8>, Vec<u8>>;
 
-/// All attributes of what is at `path`, the label included. A file system without attributes has none.
+/// Returns all attributes of the entry at `path`, including [`LABEL`] if the kernel lists it. The map is empty if the file
+/// system does not support attributes.
 pub fn read(path: &Path) -> Result<Xattrs> {
     let names = match grow(|buffer| rustix::fs::llistxattr(path, buffer)) {
         Err(Errno::NOTSUP) => return Ok(Xattrs::new()),
@@ -20,7 +21,7 @@ pub fn read(path: &Path) -> Result<Xattrs> {
     };
     let mut all = Xattrs::new();
     for name in names.split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
-        // Otherwise gone since it was listed, or listed only for show.
+        // An attribute can be removed after it was listed, and some file systems list names that they cannot read.
         if let Some(value) = get(path, name)? {
             all.insert(name.to_vec(), value);
         }
@@ -28,7 +29,8 @@ pub fn read(path: &Path) -> Result<Xattrs> {
     Ok(all)
 }
 
-/// One attribute, if it is there. A label that nobody set is there without being listed (tmpfs).
+/// Returns the value of one attribute, or `None` if the entry does not have it. On a tmpfs this also returns a default
+/// label, which [`read`] does not list.
 pub fn get(path: &Path, name: &[u8]) -> Result<Option<Vec<u8>>> {
     match grow(|buffer| rustix::fs::lgetxattr(path, name, buffer)) {
         Ok(value) => Ok(Some(value)),
@@ -37,12 +39,12 @@ pub fn get(path: &Path, name: &[u8]) -> Result<Option<Vec<u8>>> {
     }
 }
 
-/// Sets one attribute.
+/// Sets one attribute; replaces its value if the entry has it.
 pub fn set(path: &Path, name: &[u8], value: &[u8]) -> Result<()> {
     rustix::fs::lsetxattr(path, name, value, XattrFlags::empty())
 }
 
-/// Removes one attribute; one that is not there is no error.
+/// Removes one attribute. A missing attribute is not an error.
 pub fn remove(path: &Path, name: &[u8]) -> Result<()> {
     match rustix::fs::lremovexattr(path, name) {
         Err(Errno::NODATA) => Ok(()),
@@ -50,9 +52,8 @@ pub fn remove(path: &Path, name: &[u8]) -> Result<()> {
     }
 }
 
-/// Calls `get` with a buffer that is large enough.
+/// Calls `get` with a small buffer, and again with one of the kernel's maximum size (64 KiB) if that is too small.
 fn grow(mut get: impl FnMut(&mut [u8]) -> Result<usize>) -> Result<Vec<u8>> {
-    // Most lists and values fit; the kernel's own limit is 64 KiB.
     let mut small = [0; 512];
     match get(&mut small) {
         Ok(length) => return Ok(small[..length].to_vec()),

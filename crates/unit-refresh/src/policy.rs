@@ -79,7 +79,7 @@ impl Policy {
     /// What is wanted for `unit`, and by which pattern: its own name, else the longest pattern that matches.
     pub fn of(&self, unit: &str) -> Option<(&str, Wish)> {
         let exact = self.0.get_key_value(unit);
-        let fits = |pattern: &str| pattern::fits(pattern.as_bytes(), unit.as_bytes());
+        let fits = |pattern: &str| pattern::matches(pattern.as_bytes(), unit.as_bytes());
         let found = exact
             .or_else(|| self.0.iter().filter(|(pattern, _)| fits(pattern)).max_by_key(|(pattern, _)| pattern.len()));
         found.map(|(pattern, wish)| (pattern.as_str(), *wish))

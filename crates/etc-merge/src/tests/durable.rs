@@ -11,7 +11,7 @@ use rustix::io::Errno;
 
 use super::real::{rescan, write_tree};
 use super::*;
-use support::failpoint::fail_here;
+use support::failpoint::{arm_thread, disarm_thread};
 use support::testing::private;
 
 /// Acts of every kind on files, with enough content for several pages.
@@ -135,9 +135,9 @@ impl Sides {
 
     /// Lets act `number` fail, from which the caller returns at once; returns true if there was such an act.
     fn cut_at(&self, number: usize, act: impl FnOnce(&Self) -> bool) -> bool {
-        fail_here(Some((number, Errno::IO)));
+        arm_thread(number, Errno::IO);
         let done = act(self);
-        let passed = fail_here(None);
+        let passed = disarm_thread();
         assert_eq!(done, passed, "failure {number} is reported");
         self.sync_of_another_process();
         !passed

@@ -11,7 +11,7 @@ use rustix::io::Errno;
 
 use super::real::{beyond, plan_in, rescan, stage, undo_in};
 use super::*;
-use support::failpoint::fail_here;
+use support::failpoint::{arm_thread, disarm_thread};
 use support::testing::private;
 
 /// Says to [`killed_child`] where to work, and what to do.
@@ -114,9 +114,9 @@ fn each_write_fails_while_applying() {
             for number in 0.. {
                 let name = |what: &str| format!("apply-{}-{number}-{what}", errno.raw_os_error());
                 let failed = |case: &Case| {
-                    fail_here(Some((number, errno)));
+                    arm_thread(number, errno);
                     let outcome = try_apply(&case.place);
-                    let all_passed = fail_here(None);
+                    let all_passed = disarm_thread();
                     let Err(error) = outcome else {
                         assert!(all_passed, "failure {number} went unnoticed");
                         return false;
@@ -147,9 +147,9 @@ fn each_write_fails_while_undoing() {
             for number in 0.. {
                 let case = Case::new(scratch, &format!("undo-{}-{number}", errno.raw_os_error()));
                 try_apply(&case.place).unwrap();
-                fail_here(Some((number, errno)));
+                arm_thread(number, errno);
                 let outcome = try_undo(&case.place);
-                if fail_here(None) {
+                if disarm_thread() {
                     case.is_as_before();
                     assert!(number > 60, "only {number} failpoints were hit");
                     break;

@@ -2,7 +2,7 @@
 
 use std::path::{Component, Path, PathBuf};
 
-use support::pattern::fits;
+use support::pattern;
 
 /// What shows through from the booted `/usr`. All paths are relative to `/usr`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -104,7 +104,7 @@ fn matches(pattern: &Path, path: &Path) -> Option<bool> {
     for component in path.components() {
         match wanted.next() {
             None => return Some(true),
-            Some(piece) if fits(bytes(&piece), bytes(&component)) => {}
+            Some(piece) if pattern::matches(bytes(&piece), bytes(&component)) => {}
             Some(_) => return None,
         }
     }

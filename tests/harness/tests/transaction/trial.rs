@@ -101,7 +101,7 @@ fn a_trial_is_undone_when_systemd_refuses_to_start_the_agent(trial: &mut Trial) 
 fn an_agent_that_is_killed_in_that_undo_is_started_again(trial: &mut Trial) -> Result<()> {
     trial.bed.guest.ask(&format!("rm {LIMIT}; systemctl daemon-reload"))?;
     trial.bed.agent("run --try 15s")?;
-    trial.bed.arm("etc-take-back", "kill")?;
+    trial.bed.arm("etc-revert", "kill")?;
     wait_for("the death of the agent", SOON, || trial.bed.acted())?;
     wait_undone(trial, 2 * SOON)
 }

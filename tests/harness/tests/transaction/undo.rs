@@ -43,7 +43,7 @@ fn an_undo_names_what_it_cannot_do_and_goes_on_later(bed: &mut Bed) -> Result<()
     let guest = &bed.guest;
     guest.ask("rm /etc/base-tool/new-default.conf; echo 'default of 1.0' >/etc/base-tool/changed-default.conf")?;
     bed.agent("run")?;
-    bed.arm("etc-take-back", "eio")?;
+    bed.arm("etc-revert", "eio")?;
     let answer = guest.run("node-image-pivot undo")?;
     same(answer.status, 1)?;
     contains(&answer.text, "Input/output error")?;

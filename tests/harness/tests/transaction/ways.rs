@@ -246,7 +246,7 @@ fn a_daemon_that_is_stopped_during_a_switch_completes_it(bed: &mut Bed) -> Resul
 }
 
 fn a_daemon_that_is_stopped_during_an_undo_completes_it(bed: &mut Bed) -> Result<()> {
-    stop_daemon_at(bed, "etc-take-back", "undo")?;
+    stop_daemon_at(bed, "etc-revert", "undo")?;
     same(bed.step()?, "staged".into()).with_context(|| journal(bed))?;
     same(bed.guest.ask("base-tool")?, "base-tool 1.0".into())?;
     bed.nothing_failed()
