@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::defaults::Defaults;
 use super::name::Bytes;
@@ -90,6 +90,7 @@ pub struct Plan {
     /// Every path on which the three sides do not agree, in order of path.
     pub decisions: Vec<Decision>,
     /// Conflicts of which the node image has a version, which is saved aside, and its size in bytes.
+    #[serde(deserialize_with = "aside")]
     pub aside: BTreeMap<Bytes, u64>,
     /// The defaults that this merge takes from the node image.
     #[serde(default)]
@@ -97,6 +98,20 @@ pub struct Plan {
     /// Those that earlier merges took.
     #[serde(default)]
     pub earlier: Defaults,
+}
+
+/// Reads the conflicts. Older agents wrote a list of paths, and their merges must be undone, too.
+fn aside<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<Bytes, u64>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Aside {
+        Sizes(BTreeMap<Bytes, u64>),
+        Paths(Vec<Bytes>),
+    }
+    Ok(match Aside::deserialize(deserializer)? {
+        Aside::Sizes(sizes) => sizes,
+        Aside::Paths(paths) => paths.into_iter().map(|path| (path, 0)).collect(),
+    })
 }
 
 impl Plan {
