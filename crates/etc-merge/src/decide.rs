@@ -153,7 +153,8 @@ impl Walk {
     /// A directory that the node image drops, or has another kind of entry for, gives way if nothing local is left in
     /// it. Returns true if it stays.
     fn dissolve(&mut self, path: &Bytes, base: Side<'_>, new: Side<'_>, current: Side<'_>) -> bool {
-        let before = (self.removals.len(), self.rest.len(), self.plan.decisions.len(), self.plan.aside.clone());
+        let before = (self.removals.len(), self.rest.len(), self.plan.decisions.len());
+        let (aside, taken) = (self.plan.aside.clone(), self.plan.taken.clone());
         if !self.children(path, base, None, current, Fate::Free) {
             return false;
         }
@@ -166,7 +167,7 @@ impl Walk {
         self.removals.truncate(before.0);
         self.rest.truncate(before.1);
         self.plan.decisions.truncate(before.2);
-        self.plan.aside = before.3;
+        (self.plan.aside, self.plan.taken) = (aside, taken);
         let reason = "the node image has no directory here, but local entries are left in it";
         self.note(path, Class::Conflict, reason, new);
         self.children(path, base, None, current, Fate::Kept)

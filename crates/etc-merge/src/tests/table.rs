@@ -285,6 +285,14 @@ fn a_chmod_of_a_directory_survives() {
 }
 
 #[test]
+fn what_stays_is_not_listed_as_taken() {
+    let base = etc([("d", dir(0, [("unchanged", file(1, 0)), ("z", file(1, 0))]))]);
+    let current = etc([("d", dir(0, [("unchanged", file(1, 0)), ("z", file(3, 0))]))]);
+    let plan = decide(&base, &etc([("d", file(2, 0))]), &current);
+    assert!(plan.is_empty() && plan.later().is_empty(), "{:?}", plan.later());
+}
+
+#[test]
 fn mount_points_are_left_alone_with_all_below() {
     let tree = |content| etc([("crypto", dir(0, [("policy", file(content, 0))]))]);
     let plan = decide(&tree(1), &tree(2), &etc([("crypto", other())]));
