@@ -1,0 +1,102 @@
+//! A machine with SELinux enforcing, which boots a live medium or an installed system.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use testbed::guest::Guest;
+use testbed::images::Pair;
+use testbed::registry::Registry;
+use testbed::scenario::node_files;
+use testbed::vm::{self, Vm};
+
+const BOOT: Duration = Duration::from_secs(240);
+const KARGS: [&str; 4] = ["security=selinux", "selinux=1", "enforcing=1", "audit=1"];
+
+/// Runs the agent in the domain of any script. That domain has all rights of root except to write labels that the loaded
+/// policy lacks.
+const OTHER_DOMAIN: &str = "[Service]\nExecStart=\nExecStart=/bin/sh -c 'exec /usr/bin/node-image-pivot daemon'\n";
+pub const DROP_IN: &str = "/etc/systemd/system/node-image-pivotd.service.d/50-other-domain.conf";
+
+/// Labels the files without a label, which the initramfs brings. On a disk, files of an earlier boot keep their labels.
+/// Files of the node image with labels that the loaded policy lacks look unlabelled, and cannot be given what /etc says.
+const LABEL_NEW: &str = "[Service]\nExecStart=\nExecStart=/bin/sh -c 'if [ -e /var/.labelled ]; then \
+    find /etc /var -xdev -context \"*:unlabeled_t:*\" -exec restorecon -F {} + || true; \
+    else restorecon -RF /etc /var; touch /var/.labelled; fi'\n";
+
+/// Boot of a machine.
+#[derive(Clone, Copy)]
+pub enum Boot {
+    First,
+    /// The file contexts in /etc are from the merge of an earlier boot; the bootimage's policy was loaded.
+    Second,
+}
+
+/// An installed system.
+pub struct Installed {
+    /// Directory with its kernel and initramfs.
+    pub boot: PathBuf,
+    pub disk: PathBuf,
+    /// Kernel argument that names the deployment.
+    pub deployment: String,
+}
+
+/// A machine that is on or off.
+pub struct Machine {
+    pub images: Pair,
+    pub registry: Registry,
+    pub installed: Option<Installed>,
+    pub boot: Boot,
+    pub on: Option<Vm>,
+}
+
+impl Machine {
+    pub fn guest(&self) -> Result<&Vm> {
+        self.on.as_ref().context("the machine is off")
+    }
+
+    /// Boots a live medium, whose agent runs in another domain at first.
+    pub fn boot_live(&mut self) -> Result<()> {
+        let setup = vm::Setup {
+            name: "vm-selinux",
+            boot: &self.images.boot,
+            disk: None,
+            kargs: &KARGS,
+            memory_mib: 3072,
+            cpu: vm::CPU,
+            limit: Duration::from_secs(1200),
+        };
+        let guest = Vm::start(&self.images, &setup, |files| {
+            files.put(DROP_IN, 0o644, OTHER_DOMAIN)?;
+            node_files(files, &self.images.image.by_digest(), vm::HOST, self.registry.port)
+        })?;
+        self.on.insert(guest).wait_ssh(BOOT)
+    }
+
+    /// Boots the installed system.
+    pub fn boot_disk(&mut self, name: &str, more: &str) -> Result<()> {
+        let installed = self.installed.as_ref().context("no installed system")?;
+        let setup = vm::Setup {
+            name,
+            boot: &installed.boot,
+            disk: Some(&installed.disk),
+            kargs: &[&KARGS[..], &[installed.deployment.trim(), more]].concat(),
+            memory_mib: 2048,
+            cpu: vm::CPU,
+            limit: Duration::from_secs(1200),
+        };
+        let guest = Vm::start(&self.images, &setup, |files| {
+            files.put("/etc/systemd/system/testbed-relabel.service.d/50-new.conf", 0o644, LABEL_NEW)?;
+            node_files(files, &self.images.image.by_digest(), vm::HOST, self.registry.port)
+        })?;
+        self.on.insert(guest).wait_ssh(BOOT)
+    }
+
+    pub fn power_cut(&mut self) -> Result<()> {
+        self.guest()?.ask("sync")?;
+        if let Some(guest) = self.on.take() {
+            guest.power_cut();
+        }
+        Ok(())
+    }
+}
