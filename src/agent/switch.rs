@@ -334,7 +334,7 @@ fn undo_files(paths: &Paths, staged: &StagedRoot, to_guard: bool) -> (Undone, Op
             undone.failed.extend(report.failed.iter().map(|entry| format!("/etc/{}: {}", entry.path, entry.reason)));
             if report.damaged > 0 {
                 undone.kept.push(format!(
-                    "{} lines of the undo journal of /etc are damaged: the content of these entries is restored, their \
+                    "{} lines of the undo journal of /etc are damaged or missing: the content of these entries is restored, their \
                      labels and times are not; run restorecon on /etc",
                     report.damaged
                 ));

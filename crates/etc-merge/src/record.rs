@@ -16,7 +16,7 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use super::name::Bytes;
-use super::plan::Plan;
+use super::plan::{Change, Plan};
 use super::snapshot::{Content, Leaf};
 use support::failpoint::{self, Point};
 
@@ -38,7 +38,7 @@ pub(super) struct Record {
     pub plan: Plan,
     /// Acts that were begun, by number.
     pub begun: BTreeMap<usize, Prior>,
-    /// Lines of the journal that cannot be read.
+    /// Lines of the journal that cannot be read or, after [`Record::complete`], are missing.
     pub damaged: usize,
     journal: File,
 }
@@ -103,17 +103,23 @@ impl Record {
         Ok(Some(Self { directory: directory.to_owned(), plan, begun, damaged, journal }))
     }
 
-    /// Adds the acts that damaged lines may have been about: those whose former content is saved or was none. Labels and
-    /// times of these are lost. An act that was not begun is left alone by the undo, as its entry is the former one.
+    /// Adds the acts that damaged or missing lines may have been about: those whose former content is saved or was none.
+    /// Labels and times of these are lost. An act that was not begun is left alone by the undo, as its entry is the former
+    /// one.
     pub fn complete(&mut self) {
+        let was_file = |change: &Change| matches!(&change.before, Some(Leaf { content: Content::File { .. }, .. }));
+        let changes = self.plan.changes.iter().enumerate().filter(|(number, _)| !self.begun.contains_key(number));
+        let (saved, others): (Vec<_>, Vec<_>) = changes
+            .filter(|(number, change)| !was_file(change) || self.saved_path(*number).exists())
+            .map(|(number, change)| (number, was_file(change)))
+            .partition(|(_, was_file)| *was_file);
+        // Killed between saving and writing the line: one act, which was not begun.
+        self.damaged = self.damaged.max(saved.len().saturating_sub(1));
         if self.damaged == 0 {
             return;
         }
-        for (number, change) in self.plan.changes.iter().enumerate() {
-            let is_file = |leaf: &Leaf| matches!(leaf.content, Content::File { .. });
-            if !change.before.as_ref().is_some_and(is_file) || self.saved_path(number).exists() {
-                self.begun.entry(number).or_insert(Prior { change: number, label: None, mtime: None });
-            }
+        for (number, _) in saved.into_iter().chain(others) {
+            self.begun.insert(number, Prior { change: number, label: None, mtime: None });
         }
     }
 

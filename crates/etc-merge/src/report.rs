@@ -107,7 +107,7 @@ impl fmt::Display for UndoReport {
             write!(out, "\n{} entries could not be given their old security label", self.unlabelled)?;
         }
         if self.damaged > 0 {
-            write!(out, "\n{} lines of the undo journal are damaged", self.damaged)?;
+            write!(out, "\n{} lines of the undo journal are damaged or missing", self.damaged)?;
         }
         Ok(())
     }
