@@ -120,7 +120,7 @@ pub(super) async fn isolate(context: &Context) -> Result<(), Error> {
     let manager = Manager::connect().await.with_context(not)?;
     // An administrator who went there in the meantime is fixing something, and must not be interrupted.
     for refuge in ["rescue.target", "emergency.target"].into_iter().filter(|refuge| *refuge != target) {
-        if manager.is_up_or_coming(refuge).await.with_context(not)? {
+        if manager.is_active_or_queued(refuge).await.with_context(not)? {
             return Err(anyhow::anyhow!(
                 "the machine is in {refuge}: {target} was not isolated, everything before that is done; \
                  leave it (systemctl default), then start node-image-finish.service"

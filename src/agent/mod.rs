@@ -417,7 +417,7 @@ pub async fn is_bootstrap() -> Option<bool> {
     if std::env::var_os(TARGET_VARIABLE).is_none() {
         return Some(false);
     }
-    let asked = async { Manager::connect().await?.is_up_or_coming(PIVOT_TARGET).await };
+    let asked = async { Manager::connect().await?.is_active_or_queued(PIVOT_TARGET).await };
     asked
         .await
         .inspect_err(|error| warn!("cannot tell if this boot goes to {PIVOT_TARGET}, asking again later: {error:#}"))

@@ -195,8 +195,8 @@ pub(super) async fn plan_units(
     let (leaving, new, systemd) = looked.context("cannot tell which units only the node image has")?;
     let current = Root::running().unit_files().context("cannot read the unit files")?;
     let old = unit_refresh::definitions(&manager, &current).await?;
-    let (version, differs, arriving) = (Version::Current, &differs, BTreeSet::new());
-    let sides = Sides { version, differs, old: &old, new: &new, arriving: &arriving, systemd };
+    let (version, differs, added) = (Version::Current, &differs, BTreeSet::new());
+    let sides = Sides { version, differs, old: &old, new: &new, added: &added, systemd };
     let (states, unseen) = unit_refresh::survey(&manager, &sides).await?;
     troubles.extend(unseen);
     // What was stopped and restarted there is, on the way back, too.

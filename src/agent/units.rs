@@ -114,14 +114,14 @@ pub(super) async fn preview(
     let definitions = unit_refresh::definitions(&manager, &old).await?;
     let target = target(context);
     let (before, after) = (old.pulled_in(&target), new.pulled_in(&target));
-    let arriving = after.difference(&before).cloned().collect();
+    let added = after.difference(&before).cloned().collect();
     let (version, differs) = (Version::Current, &differs as Differs<'_>);
-    let sides = Sides { version, differs, old: &definitions, new: &new, arriving: &arriving, systemd };
+    let sides = Sides { version, differs, old: &definitions, new: &new, added: &added, systemd };
     let (states, troubles) = unit_refresh::survey(&manager, &sides).await?;
     let mut actions = unit_refresh::plan(&states, flow, &context.settings.units);
     if flow == Flow::Bootstrap {
         let active = unit_refresh::active(&manager).await?;
-        let starts = unit_refresh::starts(&arriving, &active, &target);
+        let starts = unit_refresh::starts(&added, &active, &target);
         let planned: BTreeSet<_> = actions.iter().map(|action| action.unit.clone()).collect();
         actions.extend(starts.into_iter().filter(|start| !planned.contains(&start.unit)));
     }
@@ -176,11 +176,11 @@ pub(super) async fn carry_out(
     let mut record = UnitsRecord::load(paths)?.unwrap_or_default();
     if record.flow != Some(flow) {
         let new = unit_files().await?;
-        let arriving = |before| new.pulled_in(&target(context)).difference(before).cloned().collect();
-        let arriving = record.sockets.as_ref().map(arriving).unwrap_or_default();
+        let added = |before| new.pulled_in(&target(context)).difference(before).cloned().collect();
+        let added = record.sockets.as_ref().map(added).unwrap_or_default();
         let systemd = Root::running().systemd_release();
         let (version, old) = (Version::Replaced, &record.before);
-        let sides = Sides { version, differs, old, new: &new, arriving: &arriving, systemd };
+        let sides = Sides { version, differs, old, new: &new, added: &added, systemd };
         let (states, troubles) = match unit_refresh::survey(manager, &sides).await {
             // Somebody re-executed systemd.
             Err(error) if Manager::is_lost(&error) => {
@@ -252,7 +252,7 @@ async fn carry_out_one(
 /// Of units that systemd restarts along with others nobody waits for the jobs: what fails among them is told here.
 async fn look_along(manager: &Manager, acts: &[Act], trouble: &mut Vec<String>) -> Result<()> {
     // Targets are up when all is that they want, which may be long after us.
-    let along = acts.iter().flat_map(|act| &act.action.along).map(String::as_str);
+    let along = acts.iter().flat_map(|act| &act.action.dependents).map(String::as_str);
     let along: BTreeSet<_> = along.filter(|name| !name.ends_with(".target")).collect();
     if along.is_empty() {
         return Ok(());
@@ -265,8 +265,9 @@ async fn look_along(manager: &Manager, acts: &[Act], trouble: &mut Vec<String>) 
         }
         tokio::time::sleep(Duration::from_millis(200)).await;
     };
-    let of =
-        |unit: &String| acts.iter().find(|act| act.action.along.contains(unit)).map(|act| act.action.unit.as_str());
+    let of = |unit: &String| {
+        acts.iter().find(|act| act.action.dependents.contains(unit)).map(|act| act.action.unit.as_str())
+    };
     for (units, how) in [(&pending, "is still not up"), (&failed, "has failed")] {
         trouble.extend(units.iter().map(|unit| {
             let because = of(unit).unwrap_or_default();
@@ -278,9 +279,9 @@ async fn look_along(manager: &Manager, acts: &[Act], trouble: &mut Vec<String>) 
 
 /// What still runs the bootimage's code.
 pub(super) async fn still_old(manager: &Manager, differs: Differs<'_>) -> Result<Vec<StillOld>> {
-    let (old, new, arriving) = (Definitions::new(), UnitFiles::default(), BTreeSet::new());
+    let (old, new, added) = (Definitions::new(), UnitFiles::default(), BTreeSet::new());
     let version = Version::Replaced;
-    let sides = Sides { version, differs, old: &old, new: &new, arriving: &arriving, systemd: None };
+    let sides = Sides { version, differs, old: &old, new: &new, added: &added, systemd: None };
     let (states, _) = unit_refresh::survey(manager, &sides).await?;
     Ok(states.into_iter().map(|state| StillOld { unit: state.name, files: state.changed }).collect())
 }

@@ -132,11 +132,14 @@ fn wrong_values_name_source_key_and_the_way_out() {
         ("[retry]\nmaximum = nan", "retry.maximum: NaN is not a duration"),
         ("[retry]\nmaximum = 1e9", "is not a duration"),
         ("[hooks]\ntimeout = 0", "hooks.timeout: 0 is not a duration"),
-        ("[units]\n\"a.service\" = \"kill\"", "units: \"kill\" is not a class; write reload, restart, never or stop"),
-        ("[units]\nssh = \"never\"", "units: \"ssh\" matches no unit"),
+        (
+            "[units]\n\"a.service\" = \"kill\"",
+            "units: unknown action \"kill\": expected reload, restart, never or stop",
+        ),
+        ("[units]\nssh = \"never\"", "units: invalid unit pattern \"ssh\""),
         (
             "[units]\n\"node-image-pull.service\" = \"stop\"",
-            "units: \"node-image-pull.service\": the agent's own units",
+            "units: invalid unit pattern \"node-image-pull.service\": the agent's own units",
         ),
         ("[etc]\nstrategy = \"merge\"", "etc.strategy: \"merge\" is not a strategy; write keep or fail"),
     ] {

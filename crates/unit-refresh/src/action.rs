@@ -1,29 +1,29 @@
-//! The decision about one unit, in words and as systemd's jobs. Pure.
+//! The decision about one unit, as text and as systemd jobs. Pure.
 
 use serde::{Deserialize, Serialize};
 
 use super::policy::KINDS;
 
-/// What happens to a unit.
+/// The action for a unit; `docs/units.md` has the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Class {
-    /// It changed, and nothing has to be done about it.
+    /// The unit changed, but needs no action.
     None,
-    /// Told to read its configuration again, after the switch.
+    /// Reloaded after the switch.
     Reload,
     /// Restarted after the switch.
     Restart,
-    /// Left alone on purpose; it stays as the bootimage started it.
+    /// Deliberately left running as the bootimage started it.
     Never,
-    /// Stopped: it has no unit file any more. Before an undo: its unit file goes with the node image's `/usr`.
+    /// Stopped because its unit file is missing. Before an undo: because only the node image has its unit file.
     Stop,
-    /// Started: by the isolate what the node image newly wants, by an undo what the switch stopped.
+    /// Started: by the isolate, because the node image newly wants it; or by an undo, because the switch stopped it.
     Start,
 }
 
 impl Class {
-    /// The word in the journal and in the plan.
+    /// Returns the word that the journal and the plan use.
     pub fn as_str(self) -> &'static str {
         match self {
             Class::None => "none",
@@ -36,25 +36,25 @@ impl Class {
     }
 }
 
-/// How services and sockets that belong together are restarted.
+/// The order of jobs for a service and its sockets.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum How {
-    /// On its own.
+    /// The unit is restarted without others.
     #[default]
     Alone,
-    /// The service is stopped; its socket goes on listening and starts it with the next connection.
+    /// The service is stopped. This socket keeps listening and starts it at the next connection.
     LeftToSocket(String),
-    /// The service is part of what happens to this socket.
+    /// The jobs of this socket include the unit.
     WithSocket(String),
-    /// The socket's service is stopped first: a socket is not started while its service runs.
+    /// The socket's service is stopped first, because systemd does not start a socket while its service runs.
     SocketOf {
-        /// The service.
+        /// The service that the socket starts.
         service: String,
-        /// Its other active sockets: they would start it in between.
+        /// The other active sockets of the service. They are stopped too, because they would start it in between.
         #[serde(default)]
         others: Vec<String>,
-        /// Whether it is started again at once, because more than the socket wants it.
+        /// True if the service is started again at once, because a unit other than its sockets wants it.
         start: bool,
     },
 }
@@ -62,18 +62,18 @@ pub enum How {
 /// The decision about one unit, with its reason.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Action {
-    /// Which unit.
+    /// The name of the unit.
     pub unit: String,
-    /// What happens to it.
+    /// The action for the unit.
     pub class: Class,
-    /// Why.
+    /// The cause of the action, for the journal and the plan.
     pub reason: String,
-    /// In which way.
+    /// The order of jobs, if the unit belongs to a socket.
     #[serde(default, skip_serializing_if = "How::is_alone")]
     pub how: How,
-    /// Active units that systemd stops and restarts with it.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub along: Vec<String>,
+    /// Active units that systemd stops and restarts with the unit.
+    #[serde(rename = "along", default, skip_serializing_if = "Vec::is_empty")]
+    pub dependents: Vec<String>,
 }
 
 impl How {
@@ -82,44 +82,45 @@ impl How {
     }
 }
 
-/// A job of systemd's.
+/// The type of a systemd job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verb {
-    /// Reload a unit that runs.
+    /// Reload an active unit.
     Reload,
-    /// Restart a unit that runs.
+    /// Restart an active unit.
     TryRestart,
-    /// Start.
+    /// Start a unit.
     Start,
-    /// Stop.
+    /// Stop a unit.
     Stop,
 }
 
 impl Action {
-    /// One that concerns nothing else.
+    /// Creates an action without related sockets or dependents.
     pub fn new(unit: impl Into<String>, class: Class, reason: impl Into<String>) -> Self {
-        Self { unit: unit.into(), class, reason: reason.into(), how: How::Alone, along: Vec::new() }
+        Self { unit: unit.into(), class, reason: reason.into(), how: How::Alone, dependents: Vec::new() }
     }
 
-    /// The jobs that carry it out, in order.
+    /// Returns the jobs that carry out the action, in order.
     pub fn jobs(&self) -> Vec<(Verb, &str)> {
         let unit = self.unit.as_str();
         match (self.class, &self.how) {
             (Class::None | Class::Never, _) | (_, How::WithSocket(_)) => Vec::new(),
             (Class::Restart | Class::Start, How::SocketOf { service, others, start }) => {
-                // Sockets first: one that listens on would start the service again, and a socket is not started
-                // while its service runs.
+                // Sockets are stopped first: a listening socket would start the service again. They are also
+                // started first: systemd does not start a socket while its service runs.
                 let others = || others.iter().map(String::as_str);
                 let own = Some(unit).filter(|_| self.class == Class::Restart);
                 let stops = own.into_iter().chain(others()).chain([service.as_str()]);
-                // Of what was stopped along, targets are no work to be done again.
-                let along = self.along.iter().map(String::as_str);
-                let along = along.filter(|name| *name != service && KINDS.iter().any(|kind| name.ends_with(kind)));
-                let again = [service.as_str()].into_iter().filter(|_| *start || !self.along.is_empty());
-                let starts = [unit].into_iter().chain(others()).chain(again).chain(along);
+                // Targets that were stopped as dependents are not started again: they have no processes.
+                let dependents = self.dependents.iter().map(String::as_str);
+                let dependents =
+                    dependents.filter(|name| *name != service && KINDS.iter().any(|kind| name.ends_with(kind)));
+                let again = [service.as_str()].into_iter().filter(|_| *start || !self.dependents.is_empty());
+                let starts = [unit].into_iter().chain(others()).chain(again).chain(dependents);
                 stops.map(|name| (Verb::Stop, name)).chain(starts.map(|name| (Verb::Start, name))).collect()
             }
-            // What else is to start is started by the isolate.
+            // The isolate starts all other units.
             (Class::Start, _) => Vec::new(),
             (Class::Reload, _) => vec![(Verb::Reload, unit)],
             (Class::Stop, _) | (Class::Restart, How::LeftToSocket(_)) => vec![(Verb::Stop, unit)],

@@ -1,8 +1,8 @@
-//! The definition of a unit: its fragment, the drop-ins of all its names, and the links that want it. Pure: the files
-//! are data here, [`super::files`] reads them.
+//! The definition of a unit: its fragment, the drop-ins of all its names, and the links that want it. Pure:
+//! [`super::files`] reads the files.
 //!
-//! Source of the rules: systemd.unit(5). Units that generators write and transient units are left out on purpose:
-//! their makers write them at each reload.
+//! Source of the rules: systemd.unit(5). Generated and transient units are deliberately excluded, because systemd creates
+//! them again at each reload.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -11,55 +11,55 @@ use serde::{Deserialize, Serialize};
 use super::names::{dependency, folders, template, with_instance};
 use super::syntax::{is_true, parse};
 
-/// A file of a directory with unit files.
+/// An entry of a unit directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Entry {
-    /// Its text, also that of a file outside the search path that a link points to, whatever its name.
+    /// A unit file, with its text. Also a link to a file outside the search path, whatever the name of that file.
     File(String),
     /// An empty file, or a link to one or to `/dev/null`.
     Masked,
     /// A link to another name in the search path: an alias of that unit.
     Alias(String),
-    /// `NAME.d`, `NAME.wants`, `NAME.requires`: file names, with their text where that matters. `None` is a file or
-    /// a link that is masked.
+    /// `NAME.d`, `NAME.wants`, `NAME.requires` or `NAME.upholds`: the file names, and the text of drop-ins (empty for
+    /// links). `None` is a masked file or link.
     Directory(BTreeMap<String, Option<String>>),
 }
 
-/// One directory of the search path.
+/// A directory of the search path.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct UnitDirectory {
-    /// As the machine has it, such as `/usr/lib/systemd/system`.
+    /// Path on the machine, such as `/usr/lib/systemd/system`.
     pub path: String,
-    /// Its files and links, by name.
+    /// Files, links and directories, by name.
     pub entries: BTreeMap<String, Entry>,
 }
 
-/// All unit files of a system, the directory that wins first.
+/// All unit files of a system, by directory in descending priority.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct UnitFiles(pub Vec<UnitDirectory>);
 
-/// Sections with their keys, each with its values in order. An empty assignment has emptied the list before it.
+/// Values by section and key, in order. Values that a later empty assignment resets are left out.
 pub type Settings = BTreeMap<String, BTreeMap<String, Vec<String>>>;
 
-/// A unit as its files define it.
+/// The definition of a unit by its files.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Definition {
-    /// Path of its fragment; absent if it has drop-ins only.
+    /// Path of the unit file; `None` if the unit has drop-ins only.
     pub fragment: Option<String>,
-    /// True for a masked unit.
+    /// True if the unit is masked.
     #[serde(default)]
     pub masked: bool,
-    /// Fragment and drop-ins together.
+    /// Settings of the unit file and its drop-ins.
     pub settings: Settings,
 }
 
 impl Definition {
-    /// The last value of a key that has one value.
+    /// Returns the last value of a key.
     pub fn value(&self, section: &str, key: &str) -> Option<&str> {
         self.values(section, key).last().map(String::as_str)
     }
 
-    /// Of the socket `name`: the service that it starts. `None` where each connection has its own.
+    /// Returns the service that the socket `name` starts, or `None` if it starts one service per connection.
     pub fn service_of(&self, name: &str) -> Option<String> {
         if self.value("Socket", "Accept").is_some_and(is_true) {
             return None;
@@ -68,17 +68,17 @@ impl Definition {
         self.value("Socket", "Service").map(str::to_owned).or_else(same_name)
     }
 
-    /// All values of a key.
+    /// Returns all values of a key, in order.
     pub fn values(&self, section: &str, key: &str) -> &[String] {
         self.settings.get(section).and_then(|keys| keys.get(key)).map_or(&[], Vec::as_slice)
     }
 }
 
-/// Links that systemd follows from an alias to its unit.
+/// The largest number of alias links that systemd follows to a unit file.
 const FOLLOWED: usize = 8;
 
 impl UnitFiles {
-    /// Returns the definition of `name`, or `None` if it has no file at all.
+    /// Returns the definition of `name`, or `None` if it has neither a unit file nor a drop-in.
     pub fn definition(&self, name: &str) -> Option<Definition> {
         let found = self.fragment(name);
         let names = self.names(name, found.as_ref());
@@ -101,8 +101,8 @@ impl UnitFiles {
         Some(definition)
     }
 
-    /// Returns everything that `target` pulls in, itself included and masked units excluded: `Wants=`, `Requires=`,
-    /// `BindsTo=`, `Upholds=` and the links in `.wants`, `.requires` and `.upholds`, and what those units pull in.
+    /// Returns `target` and all units that it pulls in, directly or indirectly, without masked units. A unit is pulled in
+    /// by `Wants=`, `Requires=`, `BindsTo=` and `Upholds=`, and by links in `.wants`, `.requires` and `.upholds`.
     pub fn pulled_in(&self, target: &str) -> BTreeSet<String> {
         let mut seen = BTreeSet::new();
         let mut pending = vec![target.to_owned()];
@@ -119,7 +119,7 @@ impl UnitFiles {
                 wanted.extend(definition.values("Unit", key).iter().flat_map(|list| list.split_whitespace()));
             }
             for suffix in ["wants", "requires", "upholds"] {
-                // As with drop-ins, the first directory that has a name decides about it.
+                // As with drop-ins, the first directory that has a link of this name takes precedence.
                 let mut links = BTreeMap::new();
                 for (unit, link) in self.directories(&names, suffix).into_iter().flatten() {
                     links.entry(unit.as_str()).or_insert(link.is_some());
@@ -131,7 +131,7 @@ impl UnitFiles {
         seen
     }
 
-    /// Finds the file of `name`, or that of its template, through aliases.
+    /// Finds the unit file of `name` or of its template, following aliases.
     fn fragment(&self, name: &str) -> Option<Found<'_>> {
         self.resolve(name).or_else(|| self.resolve(&template(name)?))
     }
@@ -156,7 +156,7 @@ impl UnitFiles {
         None
     }
 
-    /// Returns the unit's names, the one that it goes by first: its own or that of its file, then all aliases.
+    /// Returns all names of a unit: first its primary name (that of its unit file, if it has one), then its aliases.
     fn names(&self, name: &str, found: Option<&Found<'_>>) -> Vec<String> {
         let Some(found) = found else { return vec![name.to_owned()] };
         let primary = with_instance(found.file, name);
@@ -165,11 +165,11 @@ impl UnitFiles {
             if !matches!(entry, Entry::Alias(_)) {
                 continue;
             }
-            // A masked name is an alias of nothing.
+            // An alias of a masked unit is not one of this unit's names.
             let Some(target) = self.resolve(alias).filter(|target| target.text.is_some()) else { continue };
             let alias = match with_instance(target.file, alias) {
                 target if target == primary => alias.clone(),
-                // An alias of a template is one of each of its instances without an own file.
+                // An alias of a template applies to each instance that has no unit file itself.
                 target if target == found.file => with_instance(alias, name),
                 _ => continue,
             };
@@ -180,9 +180,9 @@ impl UnitFiles {
         names
     }
 
-    /// Returns the directories with this suffix that belong to the names, in the order in which systemd looks into
-    /// them: by name, then by place in the search path, then from the most specific name to the least. Those of the
-    /// whole kind (`service.d`) are last.
+    /// Returns the directories with this suffix that belong to the names, in the order in which systemd searches them:
+    /// by name, then by position in the search path, then from the most specific prefix to the least specific. The
+    /// directories of the unit type (`service.d`) are last.
     fn directories(&self, names: &[String], suffix: &str) -> Vec<&BTreeMap<String, Option<String>>> {
         let kind = names.first().and_then(|name| name.rsplit_once('.')).map(|(_, kind)| vec![kind.to_owned()]);
         let mut found = Vec::new();
@@ -197,7 +197,7 @@ impl UnitFiles {
         found
     }
 
-    /// Returns the drop-ins by file name, which is the order in which they apply; of equal names the first one found.
+    /// Returns the drop-ins in the order in which they apply, by file name. Of equal names the first one found counts.
     fn drop_ins(&self, names: &[String]) -> BTreeMap<&str, Option<&String>> {
         let mut found = BTreeMap::new();
         for (file, text) in self.directories(names, "d").into_iter().flatten() {
@@ -209,12 +209,12 @@ impl UnitFiles {
     }
 }
 
-/// The file of a unit.
+/// The unit file that [`UnitFiles::resolve`] found.
 struct Found<'a> {
     dir: &'a UnitDirectory,
-    /// Its name there, which an alias does not have.
+    /// The name of the file, after aliases are resolved.
     file: &'a str,
-    /// `None`: masked.
+    /// `None` if the unit is masked.
     text: Option<&'a String>,
 }
 

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::*;
 
-/// Directories, the one that wins first: (path, [(name, entry)]).
+/// Builds unit files from directories in descending priority: (path, [(name, entry)]).
 fn files(dirs: &[(&str, &[(&str, Entry)])]) -> UnitFiles {
     let directory = |(path, entries): &(&str, &[(&str, Entry)])| UnitDirectory {
         path: (*path).to_owned(),
@@ -30,7 +30,7 @@ fn exec(files: &UnitFiles, name: &str) -> Vec<String> {
 }
 
 #[test]
-fn the_service_of_a_socket() {
+fn a_socket_starts_its_service() {
     for (text, expected) in [
         ("", Some("a-b.service")),
         ("Accept=no\n", Some("a-b.service")),
@@ -62,7 +62,7 @@ fn drop_ins_of_all_names_in_order_of_file_name() {
             &[
                 ("a-b@.service.d", folder(&[("20.conf", Some("[Service]\nExecStart=template"))])),
                 ("a-b@x.service.d", folder(&[("10.conf", Some("[Service]\nExecStart=instance"))])),
-                ("a.service.d", folder(&[("50.conf", Some("[Service]\nExecStart=of a, which is no prefix"))])),
+                ("a.service.d", folder(&[("50.conf", Some("[Service]\nExecStart=of a, which is not a prefix"))])),
                 ("hidden.service.d", folder(&[("x.conf", None)])),
             ],
         ),
@@ -123,7 +123,7 @@ fn aliases_are_one_unit() {
     assert_eq!(all.definition("loop.service"), None);
 }
 
-/// `etc` has all directories of drop-ins for `names`, `usr` too, with the same file name everywhere.
+/// Builds two trees with a drop-in of the same name for each of `names`, without the first `hidden` drop-ins.
 fn equal_names(names: &[&str], hidden: usize) -> UnitFiles {
     let directory = |path: &str, skipped: usize| {
         let folders = names.iter().skip(skipped).map(|name| {
@@ -146,7 +146,7 @@ fn equal_drop_in_names_are_searched_by_directory_first() {
 }
 
 #[test]
-fn hidden_drop_ins_do_not_count() {
+fn hidden_drop_ins_are_ignored() {
     let hidden = folder(&[(".x.conf", Some("[Service]\nExecStart=hidden"))]);
     let all = files(&[("/d", &[("a.service", file("[Service]\nExecStart=a")), ("a.service.d", hidden)])]);
     assert_eq!(exec(&all, "a.service"), ["a"]);
@@ -187,7 +187,7 @@ fn aliases_of_aliases_and_of_instances() {
 }
 
 #[test]
-fn what_is_wanted_is_resolved_for_the_unit_that_wants_it() {
+fn dependencies_are_resolved_for_the_unit_that_names_them() {
     let all = files(&[(
         "/d",
         &[
@@ -213,7 +213,7 @@ fn what_is_wanted_is_resolved_for_the_unit_that_wants_it() {
 }
 
 #[test]
-fn what_a_target_pulls_in() {
+fn a_target_pulls_in_its_dependencies() {
     let etc: (&str, &[(&str, Entry)]) =
         ("/etc", &[("m.target.wants", folder(&[("j.service", None), ("l.service", Some(""))]))]);
     let usr: (&str, &[(&str, Entry)]) = (
@@ -248,7 +248,7 @@ fn what_a_target_pulls_in() {
     );
 }
 
-/// Names, drop-ins and their order as systemd itself finds them in a tree of files.
+/// Compares the drop-ins and their order with those that systemd finds.
 #[test]
 fn drop_ins_are_those_of_systemd() {
     let usr = tempfile::tempdir().unwrap();
@@ -282,8 +282,8 @@ fn drop_ins_are_those_of_systemd() {
             .env("SYSTEMD_LOG_LEVEL", "debug")
             .output()
             .unwrap();
-        let said = String::from_utf8_lossy(&output.stdout).into_owned();
-        let of_unit = said.split("-> Unit ").filter(|unit| unit.contains("Unit Load State: loaded"));
+        let output_text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let of_unit = output_text.split("-> Unit ").filter(|unit| unit.contains("Unit Load State: loaded"));
         let paths = |unit: &str| {
             let lines = unit.lines().filter_map(|line| line.trim().strip_prefix("DropIn Path: "));
             Vec::from_iter(lines.map(|path| Path::new(path).strip_prefix(&units).unwrap().display().to_string()))

@@ -1,27 +1,27 @@
-//! What is different between two definitions of a unit, and whether that matters to what runs. Pure.
+//! Compares two definitions of a unit, and ignores differences that do not affect a running unit. Pure.
 
 use super::definition::Definition;
 
-/// How a unit's definition in the new tree differs from the one it was started with.
+/// The difference between a unit's definition in the new tree and the one that it was started with.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Difference {
-    /// Not at all, or in what systemd takes over without the unit noticing.
+    /// No difference, or only one that a reload of systemd applies without affecting the running unit.
     #[default]
     Same,
-    /// Only in how it is reloaded.
+    /// Only the commands that reload the unit differ.
     Reload,
-    /// In these keys, `[Service] ExecStart=` and so on.
+    /// These keys differ, for example `[Service] ExecStart=`.
     Changed(Vec<String>),
-    /// The new tree has no file for it.
+    /// The new tree has no unit file for it.
     Gone,
     /// The new tree masks it.
     Masked,
 }
 
-/// The key in `[Unit]` that says what may be done to the unit.
+/// The key in `[Unit]` with which an image requests an action for the unit.
 pub const KEY: &str = "X-NodeImagePivot";
 
-/// Keys of `[Service]` that systemd itself acts on, later: a reload brings them to a service that runs.
+/// Keys of `[Service]` that systemd itself uses after the start. A reload of systemd applies them to a running service.
 const MANAGERS: &[&str] = &[
     "ExecStop",
     "ExecStopPost",
@@ -48,11 +48,11 @@ const MANAGERS: &[&str] = &[
     "WatchdogSignal",
 ];
 
-/// Keys that make no difference until somebody asks for a reload of the service.
+/// Keys that are used only when the service is reloaded.
 const RELOADS: &[&str] = &["ExecReload", "ExecReloadPost"];
 
-/// Whether a running unit does not notice another value of this key. `[Unit]` is about order, dependencies and
-/// conditions: systemd acts on it at the next job. All but one key, which puts processes into a namespace.
+/// Returns true if a change of this key does not affect a running unit. `[Unit]` holds order, dependencies and conditions,
+/// which systemd uses at the next job. The exception is `JoinsNamespaceOf=`, which puts processes into a namespace.
 fn is_harmless(section: &str, key: &str) -> bool {
     match section {
         "Unit" => key != "JoinsNamespaceOf",
@@ -62,7 +62,8 @@ fn is_harmless(section: &str, key: &str) -> bool {
     }
 }
 
-/// Compares. A unit that had no file (transient, made by a generator, found by the kernel) is not compared.
+/// Compares the definition that a unit was started with to that of the new tree. Returns [`Difference::Same`] for a unit
+/// that had no unit file: a transient or generated one, or a mount that was made without systemd.
 pub fn compare(old: Option<&Definition>, new: Option<&Definition>) -> Difference {
     let Some(old) = old.filter(|old| old.fragment.is_some() && !old.masked) else { return Difference::Same };
     let Some(new) = new.filter(|new| new.fragment.is_some()) else { return Difference::Gone };
@@ -111,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn table() {
+    fn keys_that_matter_are_differences() {
         let changed = |keys: &[&str]| Difference::Changed(keys.iter().map(|&key| key.to_owned()).collect());
         let start = "[Service]\nExecStart=/bin/a\n";
         for (old, new, expected) in [
@@ -134,7 +135,7 @@ mod tests {
                 changed(&["[Unit] JoinsNamespaceOf="]),
             ),
             ("[Timer]\nOnBootSec=1\n", "[Timer]\nOnBootSec=2\n", changed(&["[Timer] OnBootSec="])),
-            // The order of one key's values counts: these are commands.
+            // The order of one key's values matters: these are commands.
             (
                 "[Service]\nExecStartPre=/a\nExecStartPre=/b\n",
                 "[Service]\nExecStartPre=/b\nExecStartPre=/a\n",
@@ -146,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_file_on_either_side() {
+    fn units_without_a_file_in_one_tree() {
         let some = defined("[Service]\nExecStart=/bin/a\n");
         let drop_in_only = Definition { fragment: None, ..some.clone() };
         let masked = Definition { masked: true, ..some.clone() };
@@ -164,9 +165,9 @@ mod tests {
     }
 
     proptest! {
-        /// Comments, blank lines, spaces around `=`, the order of sections and of different keys are nothing.
+        /// Comments, blank lines, spaces around `=`, and the order of sections and of different keys are ignored.
         #[test]
-        fn how_it_is_written_is_nothing(
+        fn formatting_is_not_a_difference(
             keys in proptest::collection::btree_map("[A-W][a-z]{1,8}", "[a-z/][a-z /]{0,8}[a-z]", 1..6),
             comment in "[ -~]{0,20}",
         ) {
@@ -179,9 +180,9 @@ mod tests {
             prop_assert_eq!(between(&old, &new), Difference::Same);
         }
 
-        /// Nothing differs from itself, and a difference is one in both directions.
+        /// A definition equals itself, and the comparison gives the same result in both directions.
         #[test]
-        fn symmetric(old in "(\\[Service\\]\n)?([A-C]=[a-c]?\n){0,5}", new in "(\\[Service\\]\n)?([A-C]=[a-c]?\n){0,5}") {
+        fn comparison_is_symmetric(old in "(\\[Service\\]\n)?([A-C]=[a-c]?\n){0,5}", new in "(\\[Service\\]\n)?([A-C]=[a-c]?\n){0,5}") {
             prop_assert_eq!(between(&old, &old), Difference::Same);
             prop_assert_eq!(between(&old, &new), between(&new, &old));
         }

@@ -1,4 +1,4 @@
-//! Reads the unit files of a system: of the running one, or of one whose `/usr` is not in place yet.
+//! Reads the unit files of the running system, or of a system whose `/usr` is not mounted yet.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -8,11 +8,11 @@ use std::path::{Component, Path, PathBuf};
 use super::definition::{Entry, UnitDirectory, UnitFiles};
 use super::names::is_alias;
 
-/// Masks from the kernel command line (`systemd.mask=`) are here. All other files here are those of generators.
+/// The directory for masks of the kernel command line (`systemd.mask=`). All other files in it belong to generators.
 const EARLY: &str = "/run/systemd/generator.early";
 
-/// Directories with unit files, the one that wins first: systemd.unit(5) without transient units and without those of
-/// generators, except [`EARLY`].
+/// Directories with unit files, in descending priority: those of systemd.unit(5), except the directories of transient and
+/// generated units other than [`EARLY`].
 const DIRECTORIES: &[&str] = &[
     "/etc/systemd/system.control",
     "/run/systemd/system.control",
@@ -25,29 +25,29 @@ const DIRECTORIES: &[&str] = &[
     "/usr/lib/systemd/system",
 ];
 
-/// The other directories of systemd's search path: a link into one of them is an alias.
+/// The remaining directories of systemd's search path. A link into one of them is an alias.
 const OTHERS: &[&str] = &["/run/systemd/transient", "/run/systemd/generator", "/run/systemd/generator.late"];
 
-/// Links that are followed to the text of a file.
+/// The largest number of links that are followed to a file.
 const FOLLOWED: usize = 8;
 
-/// Larger files are not unit files: systemd itself refuses them.
+/// Size limit of unit files in bytes. systemd refuses larger files.
 const MAX_BYTES: u64 = 4 << 20;
 
-/// Files below `/etc` that will be others after the merge: the place of the new version, or `None` for a removal.
+/// Files below `/etc` that the merge will change: path of the new version, or `None` for a removal.
 pub type EtcChanges = BTreeMap<PathBuf, Option<PathBuf>>;
 
-/// A system as its unit files see it.
+/// The trees from which the unit files of a system are read.
 #[derive(Debug, Clone, Default)]
 pub struct Root {
-    /// The tree that is, or will be, at `/usr`.
+    /// The current or future `/usr`.
     pub usr: PathBuf,
-    /// Changes of the merge to `/etc`, by path relative to it.
+    /// Changes of the merge to `/etc`, by path relative to `/etc`.
     pub etc: EtcChanges,
 }
 
 impl Root {
-    /// The running system.
+    /// Returns the root of the running system.
     pub fn running() -> Self {
         Self { usr: "/usr".into(), etc: BTreeMap::new() }
     }
@@ -55,26 +55,27 @@ impl Root {
     /// Reads all unit files.
     ///
     /// # Errors
-    /// A directory that is there cannot be listed. One file that cannot be read is as if it were not there.
+    /// Fails if an existing directory cannot be listed. An unreadable file is treated as absent.
     pub fn unit_files(&self) -> io::Result<UnitFiles> {
         DIRECTORIES.iter().map(|path| self.directory(path)).collect::<io::Result<_>>().map(UnitFiles)
     }
 
-    /// The release of its systemd, such as 252, by the name of the library that all its programs share. `None` where
-    /// there is no such library.
+    /// Returns the release of systemd, for example 252, by the file name of `libsystemd-shared`. Returns `None` if the
+    /// library is missing.
     pub fn systemd_release(&self) -> Option<u32> {
         let of = |directory: PathBuf| {
             let entries = fs::read_dir(directory).into_iter().flatten().flatten();
             entries.filter_map(|entry| release_of(Path::new(&entry.file_name()))).max()
         };
-        // Debian has one directory for each architecture.
+        // Debian uses one directory per architecture.
         let architectures = fs::read_dir(self.usr.join("lib")).into_iter().flatten().flatten();
         let directories = architectures.filter(|entry| entry.file_name().to_string_lossy().ends_with("-linux-gnu"));
         let places = directories.map(|entry| entry.path().join("systemd"));
         places.chain([self.usr.join("lib/systemd"), self.usr.join("lib64/systemd")]).filter_map(of).max()
     }
 
-    /// Returns where a path of that system is now. `/usr/local` does not belong to the image.
+    /// Returns the current location of a path of that system, or `None` if the merge removes it. `/usr/local` does not belong
+    /// to the image.
     fn place(&self, path: &Path) -> Option<PathBuf> {
         if let Ok(relative) = path.strip_prefix("/etc")
             && let Some(change) = self.etc.get(relative)
@@ -87,7 +88,7 @@ impl Root {
         Some(path.strip_prefix("/usr").map_or_else(|_| path.to_owned(), |relative| self.usr.join(relative)))
     }
 
-    /// The names in a directory of that system.
+    /// Lists the names in a directory of that system. A missing directory is empty.
     fn list(&self, path: &Path) -> io::Result<Vec<String>> {
         let mut names = Vec::new();
         let listed = match path.starts_with("/usr") {
@@ -107,8 +108,8 @@ impl Root {
             _ => {}
         }
         if let Ok(relative) = path.strip_prefix("/etc") {
-            let arriving = self.etc.iter().filter(|(_, change)| change.is_some());
-            for (changed, _) in arriving.filter(|(changed, _)| changed.parent() == Some(relative)) {
+            let added = self.etc.iter().filter(|(_, change)| change.is_some());
+            for (changed, _) in added.filter(|(changed, _)| changed.parent() == Some(relative)) {
                 names.extend(changed.file_name().and_then(|name| name.to_str()).map(str::to_owned));
             }
         }
@@ -140,15 +141,15 @@ impl Root {
             && is_searched(&target)
         {
             let alias = target.file_name().and_then(|last| last.to_str());
-            // systemd ignores the others, and looks into the next directory.
+            // systemd ignores a link that is not a valid alias, and continues with the next directory.
             return Ok(alias.filter(|alias| is_alias(name, alias)).map(|alias| Entry::Alias(alias.to_owned())));
         }
-        // A dangling link is not a mask: systemd finds no unit there.
+        // A dangling link is not a mask: systemd treats it as missing.
         let exists = self.follow(path).is_some_and(|place| place.exists());
         Ok(exists.then(|| self.text(path).map_or(Entry::Masked, Entry::File)))
     }
 
-    /// Reads a directory beside units: drop-ins with their text, or links that want units.
+    /// Reads a directory of drop-ins with their text, or of links that pull in units.
     fn folder(&self, path: &Path, name: &str) -> io::Result<Option<Entry>> {
         let drop_ins = name.ends_with(".d");
         let wants = [".wants", ".requires", ".upholds"].iter().any(|suffix| name.ends_with(suffix));
@@ -172,13 +173,13 @@ impl Root {
         Ok(Some(Entry::Directory(files)))
     }
 
-    /// Returns where a link leads, by the paths of that system; `None` for another kind of file.
+    /// Returns the target of a link as a path of that system, or `None` for another kind of file.
     fn link(&self, path: &Path) -> Option<PathBuf> {
         let target = fs::read_link(self.place(path)?).ok()?;
         Some(normal(&path.parent()?.join(target)))
     }
 
-    /// Follows links to the place of a file; `None` if there are too many.
+    /// Follows links to a file and returns its current location, or `None` after too many links.
     fn follow(&self, path: &Path) -> Option<PathBuf> {
         let mut path = path.to_owned();
         for _ in 0..FOLLOWED {
@@ -190,7 +191,7 @@ impl Root {
         None
     }
 
-    /// Returns true for what systemd takes for a mask: an empty file or a device, also through links.
+    /// Returns true if systemd treats the file as a mask: an empty file or a device, also through links.
     fn is_mask(&self, path: &Path) -> bool {
         let metadata = self.follow(path).and_then(|place| fs::metadata(place).ok());
         metadata.is_some_and(|metadata| match metadata.is_file() {
@@ -210,7 +211,7 @@ impl Root {
     }
 }
 
-/// Removes `.` and `..`, and the directories at the root that are links into `/usr`.
+/// Removes `.` and `..`, and replaces `/lib` by `/usr/lib`.
 fn normal(path: &Path) -> PathBuf {
     let mut normal = PathBuf::from("/");
     for component in path.components() {
@@ -229,12 +230,12 @@ fn is_searched(path: &Path) -> bool {
     DIRECTORIES.iter().chain(OTHERS).any(|dir| path.starts_with(dir))
 }
 
-/// The release in the name of systemd's shared library: `libsystemd-shared-252.so`, `libsystemd-shared-255.4-1.fc40.so`.
+/// Returns the release in the name of systemd's shared library, such as `libsystemd-shared-255.4-1.fc40.so`.
 pub(super) fn release_of(path: &Path) -> Option<u32> {
     release(path.file_name()?.to_str()?.strip_prefix("libsystemd-shared-")?)
 }
 
-/// The release in a version of systemd's: 252 of `252.39-1~deb12u1`.
+/// Returns the release in a version of systemd: 252 for `252.39-1~deb12u1`.
 pub fn release(version: &str) -> Option<u32> {
     version.split(|letter: char| !letter.is_ascii_digit()).next()?.parse().ok()
 }
@@ -246,7 +247,7 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     #[test]
-    fn releases() {
+    fn the_release_is_the_first_number_of_a_version() {
         for (version, expected) in
             [("252.39-1~deb12u1", Some(252)), ("257", Some(257)), ("v257", None), ("", None), ("249.11-rc1", Some(249))]
         {
@@ -255,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn the_release_of_systemd() {
+    fn the_release_of_systemd_is_in_its_librarys_name() {
         for (library, expected) in [
             ("lib/x86_64-linux-gnu/systemd/libsystemd-shared-252.so", Some(252)),
             ("lib/systemd/libsystemd-shared-255.4-1.fc40.so", Some(255)),
@@ -277,9 +278,9 @@ mod tests {
         fs::write(path, text).unwrap();
     }
 
-    /// A `/usr` that is not in place, with what the merge will bring to `/etc`.
+    /// Reads a `/usr` that is not mounted, with the changes that the merge will make to `/etc`.
     #[test]
-    fn of_a_tree_that_is_not_in_place() {
+    fn a_tree_that_is_not_mounted_is_read() {
         let temp = tempfile::tempdir().unwrap();
         let (usr, new_etc) = (temp.path().join("usr"), temp.path().join("etc"));
         let lib = "lib/systemd/system";
@@ -322,9 +323,9 @@ mod tests {
         assert_eq!(wanted, ["nip-test-a.service", "nip-test-b.service", "nip-test-c.service", "nip-test.target"]);
     }
 
-    /// Links in `/etc/systemd/system` of a system that is not in place, by what they lead to.
+    /// Reads links in `/etc/systemd/system` of a system that is not mounted, by their targets.
     #[test]
-    fn links_are_masks_aliases_or_files_of_their_own() {
+    fn links_are_masks_aliases_or_separate_files() {
         let temp = tempfile::tempdir().unwrap();
         let (usr, new_etc) = (temp.path().join("usr"), temp.path().join("etc"));
         put(&usr, "lib/systemd/system/nip-test.service", "[Service]\nExecStart=/a\n");
@@ -364,7 +365,7 @@ mod tests {
     }
 
     #[test]
-    fn only_links_want_units() {
+    fn only_links_pull_in_units() {
         let temp = tempfile::tempdir().unwrap();
         let folder = "lib/systemd/system/nip-test.target.wants";
         put(temp.path(), &format!("{folder}/regular.service"), "x");
@@ -383,9 +384,9 @@ mod tests {
         assert_eq!(found, expected);
     }
 
-    /// Those that systemd itself has, in its order.
+    /// Compares the search path with that of systemd.
     #[test]
-    fn directories() {
+    fn directories_are_those_of_systemd_in_its_order() {
         let output = std::process::Command::new("systemd-analyze").arg("unit-paths").output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         let paths = String::from_utf8(output.stdout).unwrap();
@@ -398,7 +399,7 @@ mod tests {
     fn a_directory_that_cannot_be_listed_is_an_error() {
         let usr = tempfile::tempdir().unwrap();
         let root = Root { usr: usr.path().into(), etc: EtcChanges::new() };
-        assert!(root.unit_files().is_ok(), "none there");
+        assert!(root.unit_files().is_ok(), "missing directories");
         fs::create_dir(usr.path().join("lib")).unwrap();
         symlink("systemd", usr.path().join("lib/systemd")).unwrap();
         assert!(root.unit_files().is_err(), "a link to itself");

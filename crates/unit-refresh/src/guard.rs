@@ -1,30 +1,31 @@
-//! Somebody who re-executes PID 1 should we die in a switch or an undo, when `/usr` is not the one it comes from.
+//! A watchdog process that re-executes PID 1 if the agent dies while the mounted `/usr` is not the one that PID 1 was
+//! started from.
 //!
-//! From version 255 on systemd starts services through a program and libraries of its own `/usr`. With
-//! another one in place it can start none, us included, until it is re-executed: a kill in that moment
-//! would leave the switch or the undo half done for good.
+//! Since version 255, systemd starts services through `systemd-executor`, which needs the libraries of the same `/usr`. With
+//! another `/usr` in place it cannot start any service, the agent included, until it is re-executed. Without the
+//! watchdog, a kill at that moment would leave the switch or the undo half done permanently.
 
 use std::io::{Read, Write};
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result};
 
-/// Nothing but builtins: programs that it would start might be those of either `/usr`. Its first line says that
-/// it is there. A line to it is the end; an end of input without one is our death. SIGTERM is systemd's word for
-/// re-executing itself.
+/// The watchdog's script. It uses only builtins, because external programs could come from either `/usr`. It prints a line
+/// when it is ready, and exits when it reads one. End of input without a line means that the agent died. systemd
+/// re-executes itself on SIGTERM (systemd(1)).
 const SCRIPT: &str = "trap '' TERM HUP INT; echo; read -r _ || kill -TERM 1";
 
-/// A process that watches over us. Dropped, it ends.
+/// A running watchdog process. Dropping it ends the process without a re-execution.
 pub struct Guard {
     child: Child,
 }
 
 impl Guard {
-    /// Starts it; before the node image's `/usr` goes. Returns when it watches: until then its libraries are still
-    /// being loaded, and those of another `/usr` would be the wrong ones.
+    /// Starts the watchdog; call this before `/usr` is replaced. Returns when the watchdog is ready: its shell must load
+    /// its libraries from the old `/usr`.
     ///
     /// # Errors
-    /// The shell cannot be started, or ends at once.
+    /// Fails if the shell cannot be started or exits at once.
     pub fn start() -> Result<Self> {
         Self::run(SCRIPT)
     }
@@ -37,12 +38,12 @@ impl Guard {
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()
-            .context("cannot start a shell to watch over us")?;
-        let told = child.stdout.take().map(|mut output| output.read_exact(&mut [0]));
+            .context("cannot start the PID 1 watchdog shell")?;
+        let ready = child.stdout.take().map(|mut output| output.read_exact(&mut [0]));
         let guard = Self { child };
-        match told {
+        match ready {
             Some(Ok(())) => Ok(guard),
-            _ => anyhow::bail!("the shell that is to watch over us ended at once"),
+            _ => anyhow::bail!("the PID 1 watchdog shell exited immediately"),
         }
     }
 }
@@ -50,7 +51,7 @@ impl Guard {
 impl Drop for Guard {
     fn drop(&mut self) {
         if let Some(mut input) = self.child.stdin.take() {
-            // It may be gone already; then nobody has to be told.
+            // A write error means that the shell has already exited.
             let _ = input.write_all(b"\n");
         }
         let _ = self.child.wait();
@@ -65,12 +66,12 @@ mod tests {
     use nix::unistd::Pid;
 
     #[test]
-    fn it_watches_when_it_was_started() {
-        // Of the shell's own script all but the last word, which would re-execute the PID 1 of whoever tests.
+    fn a_started_watchdog_acts_when_the_agent_dies() {
+        // The real script, except for the signal, which would re-execute the PID 1 of the machine that runs the test.
         let script = SCRIPT.replace("kill -TERM 1", "exit 7");
         for _ in 0..50 {
             let mut guard = Guard::run(&script).unwrap();
-            // What systemd sends to the rest of a service whose main process died.
+            // systemd sends SIGTERM to the remaining processes of a service whose main process died.
             kill(Pid::from_raw(guard.child.id().cast_signed()), Signal::SIGTERM).unwrap();
             drop(guard.child.stdin.take());
             assert_eq!(guard.child.wait().unwrap().code(), Some(7));
@@ -79,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn told_that_all_is_well_it_does_nothing() {
+    fn a_dropped_watchdog_does_nothing() {
         let temp = tempfile::tempdir().unwrap();
         let acted = temp.path().join("acted");
         let guard = Guard::run(&SCRIPT.replace("kill -TERM 1", &format!("echo >{}", acted.display()))).unwrap();

@@ -1,8 +1,21 @@
-//! What systemd runs: which units run old code or are defined otherwise, what to do about each, and doing it.
+//! Works out which systemd units run old code or have a changed definition after `/usr` was replaced, plans an action
+//! for each, and runs it.
 //!
-//! [`compare`] and [`plan()`] decide, purely; [`Root`] reads unit files, [`survey`] looks at what runs; [`Manager`] is
-//! the only way to PID 1, but for [`Guard`], the one program that is started here: it re-executes PID 1 should we die when
-//! `/usr` is not its own. This room may not mount, write `/etc` or talk to registries.
+//! [`compare`] and [`plan()`] are pure. [`Root`] reads unit files, and [`survey`] inspects the active units. All requests
+//! to PID 1 go through [`Manager`], except that [`Guard`] re-executes PID 1 if the agent dies during a switch.
+//! This crate mounts nothing and writes nothing to `/etc`.
+//!
+//! ```
+//! use unit_refresh::{Class, Difference, Flow, Policy, UnitState, plan};
+//!
+//! let unit = UnitState {
+//!     name: "a.service".into(),
+//!     difference: Difference::Changed(vec!["[Service] User=".into()]),
+//!     ..UnitState::default()
+//! };
+//! let actions = plan(&[unit], Flow::Bootstrap, &Policy::default());
+//! assert_eq!((actions[0].class, actions[0].reason.as_str()), (Class::Restart, "[Service] User= changed in its unit"));
+//! ```
 
 mod action;
 mod definition;

@@ -1,4 +1,4 @@
-//! How units hang together, as PID 1 has it.
+//! Relations between units, as PID 1 reports them.
 
 use std::collections::HashMap;
 
@@ -8,26 +8,26 @@ use zbus::OwnedVariant;
 use super::Manager;
 use super::manager::{PROPERTIES, UNIT, Unit};
 
-/// How a unit hangs together with others.
+/// The relations of a unit with others.
 #[derive(Debug, Default)]
 pub struct Links {
-    /// What starts it when something happens: sockets, timers, paths.
+    /// Sockets, timers and paths that start it on an event.
     pub triggered_by: Vec<String>,
-    /// What it starts when something happens.
+    /// Units that it starts on an event.
     pub triggers: Vec<String>,
-    /// What pulls it in.
+    /// Units that pull it in.
     pub wanted_by: Vec<String>,
-    /// What is stopped and restarted when it is.
-    pub along: Vec<String>,
+    /// Units that systemd stops and restarts with it.
+    pub dependents: Vec<String>,
 }
 
 impl Manager {
-    /// Its triggers and who wants it.
+    /// Reads the relations of `unit`.
     pub async fn links(&self, unit: &Unit) -> Result<Links> {
         self.links_at(unit.path.as_str()).await
     }
 
-    /// The same by name, of a unit that is loaded.
+    /// Reads the relations of a loaded unit by its name.
     pub async fn links_of(&self, unit: &str) -> Result<Links> {
         self.links_at(self.path_of(unit).await?.as_str()).await
     }
@@ -39,14 +39,14 @@ impl Manager {
             .await
             .with_context(|| format!("cannot read the properties of {path}"))?;
         let mut values: HashMap<String, OwnedVariant> =
-            reply.body().deserialize().with_context(|| format!("the properties of {path}"))?;
+            reply.body().deserialize().with_context(|| format!("cannot decode the properties of {path}"))?;
         let mut list = |key: &str| values.remove(key).and_then(|value| Vec::<String>::try_from(value).ok());
         let mut links = Links {
             triggered_by: list("TriggeredBy").unwrap_or_default(),
             triggers: list("Triggers").unwrap_or_default(),
             ..Links::default()
         };
-        // Of systemd's kinds of dependencies, those that stop with another unit (UNIT_ATOM_PROPAGATE_STOP in its table).
+        // Dependency types that propagate a stop have UNIT_ATOM_PROPAGATE_STOP in systemd's unit-dependency-atom.c.
         for (key, pulls, stops) in [
             ("WantedBy", true, false),
             ("UpheldBy", true, false),
@@ -58,7 +58,7 @@ impl Manager {
         ] {
             let names = list(key).unwrap_or_default();
             links.wanted_by.extend(names.iter().filter(|_| pulls).cloned());
-            links.along.extend(names.into_iter().filter(|_| stops));
+            links.dependents.extend(names.into_iter().filter(|_| stops));
         }
         Ok(links)
     }

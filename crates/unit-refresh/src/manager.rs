@@ -1,8 +1,7 @@
-//! PID 1, over its private socket.
+//! The D-Bus interface of PID 1, over its private socket.
 //!
-//! As root, systemd answers on `/run/systemd/private` without any message bus. A dead or
-//! restarting bus then costs us the status API, not the pivot. Where the socket is missing, the
-//! system bus is used.
+//! systemd answers root on `/run/systemd/private` without a message bus. If the bus is down, the agent therefore loses
+//! its status API, but can complete the pivot. If the socket is missing, the system bus is used.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -25,23 +24,23 @@ const MANAGER: &str = "org.freedesktop.systemd1.Manager";
 pub(super) const UNIT: &str = "org.freedesktop.systemd1.Unit";
 pub(super) const PROPERTIES: &str = "org.freedesktop.DBus.Properties";
 
-/// How long a reply of PID 1 may take. A reload on a loaded machine takes seconds.
-const REPLY: Duration = Duration::from_secs(90);
-/// Changes with every exec of PID 1.
+/// Time limit for a reply of PID 1. A reload on a busy machine takes several seconds.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(90);
+/// The auxiliary vector of PID 1, which changes with every exec.
 const AUXV: &str = "/proc/1/auxv";
-/// How long the manager may be silent while it re-executes itself.
-const REEXEC: Duration = Duration::from_secs(90);
+/// Time limit for the manager to re-execute itself.
+const REEXEC_TIMEOUT: Duration = Duration::from_secs(90);
 
-/// How long one attempt to reach the re-executed manager may take, connecting included.
-const ANSWER: Duration = Duration::from_secs(10);
-/// How long the private socket may be away because somebody else re-executes the manager.
-const COMEBACK: Duration = Duration::from_secs(30);
-/// How often a job is asked for again when the connection breaks.
-const RECONNECTS: usize = 5;
-/// Exists where systemd runs: sd_booted(3).
+/// Time limit for one attempt to reach the re-executed manager, including the connection.
+const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time limit for the private socket to return if another process re-executes the manager.
+const SOCKET_TIMEOUT: Duration = Duration::from_secs(30);
+/// Number of attempts to request a job if the connection breaks.
+const ATTEMPTS: usize = 5;
+/// The directory that exists if systemd is the init system (sd_booted(3)).
 const BOOTED: &str = "/run/systemd/system";
 
-/// systemd closed the connection, as it does when it is re-executed.
+/// Error for a connection that systemd closed, as it does when it is re-executed.
 #[derive(Debug, thiserror::Error)]
 #[error("systemd closed the connection")]
 struct Lost;
@@ -49,22 +48,22 @@ struct Lost;
 /// A connection to PID 1.
 pub struct Manager {
     pub(super) connection: Connection,
-    /// Absent on the private socket: there is no bus that could route.
+    /// `None` on the private socket, where no bus routes messages.
     pub(super) destination: Option<&'static str>,
 }
 
-/// One row of `ListUnits`.
+/// A unit as `ListUnits` returns it.
 pub struct Unit {
-    /// `sshd.service`.
+    /// Name of the unit, for example `sshd.service`.
     pub name: String,
-    /// `active`, `inactive`, `failed`, `activating`…
+    /// Active state: `active`, `inactive`, `failed`, `activating` and so on.
     pub active: String,
-    /// Where its properties are.
+    /// D-Bus object path of the unit.
     pub(super) path: OwnedObjectPath,
 }
 
 impl Unit {
-    /// Whether it runs or waits for something, and the plan looks at its kind.
+    /// Returns true if the unit is active and of a type that the plan considers.
     pub fn is_active(&self) -> bool {
         matches!(self.active.as_str(), "active" | "reloading") && KINDS.iter().any(|kind| self.name.ends_with(kind))
     }
@@ -73,19 +72,22 @@ impl Unit {
 type UnitRow = (String, String, String, String, String, String, OwnedObjectPath, u32, String, OwnedObjectPath);
 
 impl Manager {
-    /// Connects to PID 1. Somebody else's `daemon-reexec` closes the private socket for a moment: that
-    /// is waited for. A socket that stays away leaves the system bus.
+    /// Connects to PID 1. If another process re-executes systemd, the private socket is briefly closed; this call waits
+    /// for it. If the socket does not return, the system bus is used.
+    ///
+    /// # Errors
+    /// Fails if systemd denies access, or if neither the socket nor the bus answers.
     pub async fn connect() -> Result<Self> {
-        let deadline = tokio::time::Instant::now() + COMEBACK;
+        let deadline = tokio::time::Instant::now() + SOCKET_TIMEOUT;
         loop {
             let error = match Self::private().await {
                 Ok(manager) => return Ok(manager),
                 Err(error) => error,
             };
-            if !may_come_back(error.kind()) {
+            if !is_transient(error.kind()) {
                 return Err(error).with_context(|| format!("cannot reach systemd on {PRIVATE_SOCKET}"));
             }
-            // Where systemd does not run, there is nothing to wait for.
+            // Without systemd, the socket will not appear.
             if tokio::time::Instant::now() >= deadline || !Path::new(BOOTED).exists() {
                 return Self::system_bus().await.with_context(|| format!("{PRIVATE_SOCKET}: {error}"));
             }
@@ -94,27 +96,30 @@ impl Manager {
     }
 
     async fn private() -> io::Result<Self> {
-        let connection = private::connect(Path::new(PRIVATE_SOCKET), |builder| builder.method_timeout(REPLY)).await?;
+        let connection =
+            private::connect(Path::new(PRIVATE_SOCKET), |builder| builder.method_timeout(REPLY_TIMEOUT)).await?;
         Ok(Self { connection, destination: None })
     }
 
     async fn system_bus() -> Result<Self> {
-        let build = zbus::connection::Builder::system().method_timeout(REPLY).build();
-        let connection = tokio::time::timeout(ANSWER, build)
+        let build = zbus::connection::Builder::system().method_timeout(REPLY_TIMEOUT).build();
+        let connection = tokio::time::timeout(ATTEMPT_TIMEOUT, build)
             .await
-            .map_err(|_| anyhow!("the system bus does not answer within {} s", ANSWER.as_secs()))?
-            .context("the system bus does not answer either")?;
-        // A bus delivers signals to those who ask for them; the private socket does it for all.
+            .map_err(|_| {
+                anyhow!("cannot reach systemd on the system bus: no answer within {} s", ATTEMPT_TIMEOUT.as_secs())
+            })?
+            .context("cannot reach systemd on the system bus either")?;
+        // A bus delivers only the signals that a client subscribes to. The private socket delivers all of them.
         let ended = format!("type='signal',sender='{DESTINATION}',interface='{MANAGER}',member='JobRemoved'");
         let bus = ("org.freedesktop.DBus", "/org/freedesktop/DBus");
         connection
             .call_method(Some(bus.0), bus.1, Some(bus.0), "AddMatch", &(ended,))
             .await
-            .context("the system bus does not tell when jobs end")?;
+            .context("cannot subscribe to the end of jobs on the system bus")?;
         Ok(Self { connection, destination: Some(DESTINATION) })
     }
 
-    /// One attempt, proven by an answer.
+    /// Connects once, without waiting, and checks that systemd answers.
     async fn answering() -> Result<Self> {
         let manager = match Self::private().await {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Self::system_bus().await?,
@@ -134,83 +139,86 @@ impl Manager {
             .with_context(|| format!("systemd refused {method}"))
     }
 
-    /// Reads the unit files anew and runs the generators.
+    /// Reloads all unit files and runs the generators, as `systemctl daemon-reload` does.
     pub async fn reload(&self) -> Result<()> {
-        failpoint::hit(Point::Systemd, "Reload").context("asking systemd to reload")?;
+        failpoint::hit(Point::Systemd, "Reload").context("cannot reload systemd")?;
         self.call("Reload", &()).await.map(drop)
     }
 
-    /// Replaces PID 1 by the systemd that `/usr` now holds, with its state kept; returns connected
-    /// to the new one.
+    /// Replaces PID 1 by the systemd of the current `/usr`, which keeps its state. Returns a connection to the new
+    /// systemd.
     ///
-    /// The call has no reply (the connection is closed by the exec). That PID 1 is another program
-    /// than before is told by the kernel: the auxiliary vector holds addresses that every exec
-    /// draws anew. systemd's own timestamps do not tell, they are carried over.
+    /// The call has no reply, because the exec closes the connection. The auxiliary vector shows that the exec has
+    /// happened: it holds addresses that the kernel randomizes at each exec. systemd's own timestamps survive it.
+    ///
+    /// # Errors
+    /// Fails if systemd refuses the call, or does not answer as a new program within the time limit. PID 1 may then
+    /// still be the old program.
     pub async fn reexecute(self) -> Result<Self> {
         let before = std::fs::read(AUXV).with_context(|| format!("cannot read {AUXV}"))?;
-        failpoint::hit(Point::Systemd, "Reexecute").context("asking systemd to re-execute itself")?;
-        // Any other error than a refusal is the closed connection.
+        failpoint::hit(Point::Systemd, "Reexecute").context("cannot re-execute systemd")?;
+        // Every error except a refusal means that the connection was closed.
         if let Err(error) = self.call("Reexecute", &()).await
             && matches!(error.downcast_ref(), Some(zbus::Error::MethodError(..)))
         {
             return Err(error);
         }
-        let deadline = tokio::time::Instant::now() + REEXEC;
+        let deadline = tokio::time::Instant::now() + REEXEC_TIMEOUT;
         loop {
             tokio::time::sleep(Duration::from_millis(200)).await;
             let executed = std::fs::read(AUXV).is_ok_and(|now| now != before);
-            let answer = tokio::time::timeout(ANSWER, Self::answering())
+            let answer = tokio::time::timeout(ATTEMPT_TIMEOUT, Self::answering())
                 .await
-                .unwrap_or_else(|_| bail!("no answer within {} s", ANSWER.as_secs()));
+                .unwrap_or_else(|_| bail!("no answer within {} s", ATTEMPT_TIMEOUT.as_secs()));
             match answer {
                 Ok(manager) if executed => return Ok(manager),
                 _ if tokio::time::Instant::now() < deadline => {}
-                Ok(_) => bail!("systemd has not re-executed itself within {} s", REEXEC.as_secs()),
-                Err(error) => return Err(error.context("systemd did not come back after its re-exec")),
+                Ok(_) => bail!("systemd did not re-execute itself within {} s", REEXEC_TIMEOUT.as_secs()),
+                Err(error) => return Err(error.context("systemd does not answer after its re-execution")),
             }
         }
     }
 
-    /// The version that PID 1 reports, such as `252.39-1~deb12u1`.
+    /// Returns the version that PID 1 reports, such as `252.39-1~deb12u1`.
     pub async fn version(&self) -> Result<String> {
         String::try_from(self.property(PATH, MANAGER, "Version").await?).context("systemd's version is not a string")
     }
 
-    /// Starts the isolation of `target` and returns when the job is queued; it is not waited for,
-    /// because whoever asked is part of what it rearranges.
+    /// Isolates `target`. Returns when the job is queued, without waiting for its end: the job stops and starts units,
+    /// which may include the caller.
     async fn isolate(&self, target: &str) -> Result<()> {
-        failpoint::hit(Point::Systemd, "Isolate").with_context(|| format!("isolating {target}"))?;
+        failpoint::hit(Point::Systemd, "Isolate").with_context(|| format!("cannot isolate {target}"))?;
         self.call("StartUnit", &(target, "isolate")).await.map(drop)
     }
 
-    /// Restarts `unit` if it is running and waits for the job to end, at most `limit`.
+    /// Restarts `unit` if it is active, and waits at most `limit` for the job to end.
     async fn try_restart(&self, unit: &str, limit: Duration) -> Result<()> {
         self.job("TryRestartUnit", unit, limit).await
     }
 
-    /// Starts `unit` and waits for the job.
+    /// Starts `unit`, and waits at most `limit` for the job to end.
     pub async fn start(&self, unit: &str, limit: Duration) -> Result<()> {
         self.job("StartUnit", unit, limit).await
     }
 
-    /// Stops `unit` and waits for the job, at most `limit`. One that is not loaded has been stopped.
+    /// Stops `unit`, and waits at most `limit` for the job to end. A unit that is not loaded counts as stopped.
     pub async fn stop(&self, unit: &str, limit: Duration) -> Result<()> {
         self.job("StopUnit", unit, limit).await.or_else(not_loaded)
     }
 
-    /// Forgets that `unit` failed. One that is not loaded is forgotten.
+    /// Resets the failed state of `unit`. Does nothing if the unit is not loaded.
     pub async fn reset_failed(&self, unit: &str) -> Result<()> {
-        failpoint::hit(Point::Systemd, "ResetFailed").with_context(|| format!("resetting {unit}"))?;
+        failpoint::hit(Point::Systemd, "ResetFailed").with_context(|| format!("cannot reset {unit}"))?;
         self.call("ResetFailedUnit", &(unit,)).await.map(drop).or_else(not_loaded)
     }
 
     async fn job(&self, method: &'static str, unit: &str, limit: Duration) -> Result<()> {
         failpoint::hit(Point::Systemd, method).with_context(|| format!("{method} {unit}"))?;
-        // The stream is opened before the job is queued: its end cannot be missed.
+        // The stream is opened before the job is queued, so that the signal of its end cannot be missed.
         let mut signals = MessageStream::from(&self.connection);
         self.call("Subscribe", &()).await.or_else(already_subscribed)?;
         let reply = self.call(method, &(unit, "replace")).await.with_context(|| format!("{method} {unit}"))?;
-        let job: OwnedObjectPath = reply.body().deserialize().context("the job path of systemd")?;
+        let job: OwnedObjectPath = reply.body().deserialize().context("cannot decode the job path of systemd")?;
         let ended = async {
             while let Some(message) = signals.next().await {
                 let message = message?;
@@ -227,8 +235,8 @@ impl Manager {
         };
         match tokio::time::timeout(limit, ended).await {
             Err(_) => bail!(
-                "{unit}: its job has not ended within {} s; it goes on, we do not wait: see systemctl list-jobs and \
-                 systemctl status {unit}",
+                "{unit}: job still running after {} s, continuing without it; see systemctl list-jobs and systemctl status \
+                 {unit}",
                 limit.as_secs()
             ),
             Ok(Err(error)) => Err(error),
@@ -237,19 +245,18 @@ impl Manager {
         }
     }
 
-    /// Whether `unit` is active, or has a job (the only one that a target gets while what it wants starts is its own
-    /// start).
-    pub async fn is_up_or_coming(&self, unit: &str) -> Result<bool> {
+    /// Returns true if `unit` is active or has a job. A target that is being reached has a job: its own start.
+    pub async fn is_active_or_queued(&self, unit: &str) -> Result<bool> {
         let rows = self.rows().await?;
         Ok(rows.iter().any(|row| row.0 == unit && (row.3 == "active" || row.7 != 0)))
     }
 
     async fn rows(&self) -> Result<Vec<UnitRow>> {
         let reply = self.call("ListUnits", &()).await?;
-        reply.body().deserialize().context("the unit list of systemd")
+        reply.body().deserialize().context("cannot decode the unit list of systemd")
     }
 
-    /// All loaded units.
+    /// Lists all loaded units.
     pub async fn list(&self) -> Result<Vec<Unit>> {
         let rows = self.rows().await?;
         Ok(rows.into_iter().map(|row| Unit { name: row.0, active: row.3, path: row.6 }).collect())
@@ -257,23 +264,26 @@ impl Manager {
 
     pub(super) async fn path_of(&self, unit: &str) -> Result<OwnedObjectPath> {
         let reply = self.call("GetUnit", &(unit,)).await?;
-        reply.body().deserialize().with_context(|| format!("the path of {unit}"))
+        reply.body().deserialize().with_context(|| format!("cannot decode the path of {unit}"))
     }
 
-    /// What tells one run of a unit from the next; empty where it never ran or is not loaded.
+    /// Returns the `InvocationID` of the current run of `unit`; empty if it never ran or is not loaded.
     pub async fn invocation(&self, unit: &str) -> Result<Vec<u8>> {
         let path = match self.path_of(unit).await {
             Ok(path) => path,
             Err(error) => return not_loaded(error).map(|()| Vec::new()),
         };
         let value = self.property(path.as_str(), UNIT, "InvocationID").await?;
-        Vec::try_from(value).context("InvocationID is no list of bytes")
+        Vec::try_from(value).context("InvocationID is not a list of bytes")
     }
 
-    /// Carries out one job and waits for its end, at most `limit`. When somebody re-executes systemd in between, the
-    /// job is asked for again, of the new one: they are of a kind that may be done twice.
+    /// Runs one job, and waits at most `limit` for its end. If another process re-executes systemd in the meantime, the job
+    /// is requested again, which is safe because these jobs may run twice.
+    ///
+    /// # Errors
+    /// Fails if systemd refuses the job, or if the job fails or exceeds `limit`. In the last case the job continues.
     pub async fn run(&mut self, verb: Verb, unit: &str, limit: Duration) -> Result<()> {
-        for _ in 0..RECONNECTS {
+        for _ in 0..ATTEMPTS {
             let done = match verb {
                 Verb::Reload => self.job("ReloadUnit", unit, limit).await,
                 Verb::TryRestart => self.try_restart(unit, limit).await,
@@ -285,10 +295,10 @@ impl Manager {
                 done => return done,
             }
         }
-        bail!("{unit}: systemd closed the connection {RECONNECTS} times")
+        bail!("{unit}: systemd closed the connection {ATTEMPTS} times")
     }
 
-    /// Whether an error means that the connection is gone, and says nothing about what was asked.
+    /// Returns true if the error is a broken connection. The result of the request is then unknown.
     pub fn is_lost(error: &anyhow::Error) -> bool {
         let broken = |error: &zbus::Error| match error {
             zbus::Error::InputOutput(error) => error.kind() != io::ErrorKind::TimedOut,
@@ -297,7 +307,7 @@ impl Manager {
         error.is::<Lost>() || error.downcast_ref().is_some_and(broken)
     }
 
-    /// Which of `units` have a job, and which have failed.
+    /// Returns those of `units` that have a job, and those that failed.
     pub async fn pending_and_failed(&self, units: &BTreeSet<&str>) -> Result<(Vec<String>, Vec<String>)> {
         let rows: Vec<_> = self.rows().await?.into_iter().filter(|row| units.contains(row.0.as_str())).collect();
         let of =
@@ -305,22 +315,22 @@ impl Manager {
         Ok((of(|row| row.7 != 0), of(|row| row.3 == "failed")))
     }
 
-    /// Tells the user manager that `unit` is to re-execute itself. It keeps all that it has started.
+    /// Re-executes the user manager `unit`, which keeps the units that it started. Does nothing if it is not loaded.
     pub async fn reexecute_user(&self, unit: &str) -> Result<()> {
-        failpoint::hit(Point::Systemd, "KillUnit").with_context(|| format!("re-executing {unit}"))?;
-        // systemd(1): SIGRTMIN+25, of user managers alone.
+        failpoint::hit(Point::Systemd, "KillUnit").with_context(|| format!("cannot re-execute {unit}"))?;
+        // systemd(1): user managers re-execute themselves on SIGRTMIN+25.
         let signal = nix::libc::SIGRTMIN() + 25;
         self.call("KillUnit", &(unit, "main", signal)).await.map(drop).or_else(not_loaded)
     }
 
-    /// Whether each connection of a socket has a service of its own.
+    /// Returns true if the socket starts one service per connection.
     pub async fn accepts(&self, socket: &str) -> Result<bool> {
         let path = self.path_of(socket).await?;
         let value = self.property(path.as_str(), "org.freedesktop.systemd1.Socket", "Accept").await?;
         bool::try_from(value).context("Accept is not a boolean")
     }
 
-    /// The cgroup of a service, relative to the cgroup root; empty when it has none.
+    /// Returns the cgroup of a service, relative to the cgroup root; empty if it has none.
     pub async fn control_group(&self, unit: &Unit) -> Result<String> {
         let value = self.property(unit.path.as_str(), "org.freedesktop.systemd1.Service", "ControlGroup").await?;
         String::try_from(value).context("ControlGroup is not a string")
@@ -332,7 +342,7 @@ impl Manager {
         Ok(commands(value)?)
     }
 
-    /// The unit's file; empty when it has none.
+    /// Returns the path of the unit file; empty if the unit has none.
     pub async fn fragment(&self, unit: &Unit) -> Result<PathBuf> {
         let value = self.property(unit.path.as_str(), UNIT, "FragmentPath").await?;
         String::try_from(value).map(PathBuf::from).context("FragmentPath is not a string")
@@ -344,11 +354,11 @@ impl Manager {
             .call_method(self.destination, path, Some(PROPERTIES), "Get", &(interface, name))
             .await
             .with_context(|| format!("cannot read {name} of {path}"))?;
-        reply.body().deserialize().with_context(|| format!("{name} of {path}"))
+        reply.body().deserialize().with_context(|| format!("cannot decode {name} of {path}"))
     }
 
-    /// Starts the isolation of `target`, or only starts one that may not be isolated (no `AllowIsolate=yes`), as systemd
-    /// itself does at boot; the job is not waited for. Whether it is isolated.
+    /// Isolates `target`. A target without `AllowIsolate=yes` is only started, as systemd itself does at boot. Returns when
+    /// the job is queued: true if the target is isolated.
     pub async fn isolate_or_start(&self, target: &str) -> Result<bool> {
         let Err(error) = self.isolate(target).await else { return Ok(true) };
         match error.downcast_ref::<zbus::Error>() {
@@ -359,18 +369,18 @@ impl Manager {
     }
 }
 
-/// One command of a service: path, arguments, whether a failure is ignored, and how it ran last.
+/// A command of a service: path, arguments, ignored failure, and six values about its last run.
 type CommandRow = (String, Vec<String>, bool, u64, u64, u64, u64, u32, i32, i32);
 
 fn commands(value: OwnedVariant) -> zbus::Result<Vec<Vec<PathBuf>>> {
     let rows = Vec::<CommandRow>::try_from(value)?;
-    // The first argument may be any name (`ExecStart=@`).
+    // With `ExecStart=@`, the first argument may be any name.
     let words = |row: CommandRow| [row.0].into_iter().chain(row.1.into_iter().skip(1)).map(PathBuf::from).collect();
     Ok(rows.into_iter().map(words).collect())
 }
 
-/// Whether a failure to connect is what a PID 1 that re-executes itself looks like.
-fn may_come_back(kind: io::ErrorKind) -> bool {
+/// Returns true if a failure to connect can be caused by a PID 1 that is re-executing itself.
+fn is_transient(kind: io::ErrorKind) -> bool {
     use io::ErrorKind::{BrokenPipe, ConnectionRefused, ConnectionReset, NotFound, TimedOut, UnexpectedEof};
     matches!(kind, NotFound | ConnectionRefused | ConnectionReset | BrokenPipe | UnexpectedEof | TimedOut)
 }
@@ -382,7 +392,7 @@ fn not_loaded(error: anyhow::Error) -> Result<()> {
     }
 }
 
-/// On the private socket a second Subscribe is an error that changes nothing.
+/// Accepts the error that a second `Subscribe` on the private socket returns.
 fn already_subscribed(error: anyhow::Error) -> Result<zbus::Message> {
     match error.downcast_ref::<zbus::Error>() {
         Some(zbus::Error::MethodError(name, _, reply)) if name.contains("AlreadySubscribed") => Ok(reply.clone()),
@@ -418,7 +428,7 @@ mod tests {
     }
 
     #[test]
-    fn answers_of_systemd_that_are_no_failures() {
+    fn errors_for_a_state_already_reached_are_not_failures() {
         let answer = |name: &str| {
             let call = zbus::Message::method_call(PATH, "X").build(&()).unwrap();
             let name = format!("org.freedesktop.systemd1.{name}").try_into().unwrap();
@@ -430,11 +440,11 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_is_final_and_a_restart_is_not() {
+    fn only_transient_failures_are_retried() {
         for kind in [io::ErrorKind::NotFound, io::ErrorKind::ConnectionRefused, io::ErrorKind::UnexpectedEof] {
-            assert!(may_come_back(kind), "{kind}");
+            assert!(is_transient(kind), "{kind}");
         }
-        assert!(!may_come_back(io::ErrorKind::PermissionDenied));
-        assert!(!may_come_back(io::ErrorKind::InvalidData));
+        assert!(!is_transient(io::ErrorKind::PermissionDenied));
+        assert!(!is_transient(io::ErrorKind::InvalidData));
     }
 }

@@ -1,8 +1,8 @@
-//! Names of units: templates and instances, the directories that belong to a name, aliases, specifiers. Pure.
+//! Unit names: templates and instances, the directories that belong to a name, aliases, specifiers. Pure.
 //!
-//! Source of the rules: systemd.unit(5), and what `systemd-analyze verify` of systemd 252 reports.
+//! Source of the rules: systemd.unit(5), and the debug output of `systemd-analyze verify` of systemd 252.
 
-/// The three kinds of names that systemd tells apart.
+/// The three kinds of unit names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind<'a> {
     /// `ssh.service`.
@@ -28,13 +28,13 @@ fn kind(name: &str) -> Kind<'_> {
     }
 }
 
-/// The template of an instance: `getty@.service` of `getty@tty1.service`.
+/// Returns the template of an instance: `getty@.service` for `getty@tty1.service`.
 pub(super) fn template(name: &str) -> Option<String> {
     let (stem, _, suffix) = template_of(name).filter(|(_, instance, _)| !instance.is_empty())?;
     Some(format!("{stem}@.{suffix}"))
 }
 
-/// Puts the instance of `of` into `name` if `name` is a template and `of` an instance.
+/// Returns `name` with the instance of `of` if `name` is a template and `of` an instance, or else `name` unchanged.
 pub(super) fn with_instance(name: &str, of: &str) -> String {
     match (template_of(name), kind(of)) {
         (Some((stem, "", suffix)), Kind::Instance(instance)) => format!("{stem}@{instance}.{suffix}"),
@@ -58,8 +58,8 @@ pub(super) fn is_alias(link: &str, target: &str) -> bool {
     same_suffix && kinds && link != target
 }
 
-/// The names whose `.d`, `.wants` and `.requires` directories belong to `name`, the most specific first: itself, its
-/// template, and their prefixes that end in a dash.
+/// Returns the names whose `.d`, `.wants` and `.requires` directories belong to `name`, the most specific first: itself,
+/// its template, and the prefixes of both that end in a dash.
 pub(super) fn folders(name: &str) -> Vec<String> {
     let mut found = vec![name.to_owned()];
     found.extend(template(name).iter().flat_map(|template| folders(template)));
@@ -67,8 +67,8 @@ pub(super) fn folders(name: &str) -> Vec<String> {
     found
 }
 
-/// The next shorter name that ends in a dash: `foo-.service` of `foo-bar.service`, `foo-@x.service` of
-/// `foo-bar@x.service`. That of a template has no `@`.
+/// Returns the next shorter prefix that ends in a dash: `foo-.service` for `foo-bar.service`, `foo-@x.service` for
+/// `foo-bar@x.service`. The prefix of a template has no `@`.
 fn dashed(name: &str) -> Option<String> {
     let (stem, suffix) = name.rsplit_once('.')?;
     let (stem, instance) = stem.split_once('@').unwrap_or((stem, ""));
@@ -77,8 +77,9 @@ fn dashed(name: &str) -> Option<String> {
     Some(format!("{}{separator}{instance}.{suffix}", &stem[..=at]))
 }
 
-/// Resolves a name in a dependency of `unit`: specifiers, then the instance of a template, which is that of `unit` or
-/// its prefix. `None` for a specifier that depends on the machine, or that systemd refuses here.
+/// Resolves a name in a dependency of `unit`: first the specifiers, then a template, which gets the instance of `unit`, or
+/// its prefix if `unit` is not an instance. Returns `None` for a specifier that depends on the machine or that systemd
+/// does not accept here.
 pub(super) fn dependency(name: &str, unit: &str) -> Option<String> {
     let stem = unit.rsplit_once('.').map_or(unit, |(stem, _)| stem);
     let (prefix, instance) = stem.split_once('@').unwrap_or((stem, ""));
@@ -123,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn links_that_are_aliases() {
+    fn a_link_is_an_alias_if_systemd_accepts_it() {
         for (link, target, expected) in [
             ("a.service", "b.service", true),
             ("a@.service", "b@.service", true),

@@ -1,5 +1,5 @@
-//! What to do about a unit that runs the bootimage's code, or that the node image defines otherwise: a total function of
-//! plain data. `docs/units.md` has the rules.
+//! Decides the action for each unit that runs the bootimage's code or has another definition in the node image. Pure.
+//! `docs/units.md` has the rules.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -9,74 +9,75 @@ use super::action::{Action, Class, How};
 use super::difference::{Difference, KEY};
 use super::policy::{KINDS, OWN, Policy, Wish};
 
-/// In which of the flows the pivot runs: it bounds what may be touched.
+/// The flow in which the pivot runs. It limits the units that the agent may restart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Flow {
-    /// In the pivot target, before the units of the default target: little runs, all of it may restart.
+    /// In the pivot target, before the units of the default target are started. All running units may be restarted.
     Bootstrap,
-    /// On a system that has long booted: nothing that runs may be stopped, except that new logins must
-    /// work (sessions survive).
+    /// On a system in use. Nothing that runs may be stopped, except units that new logins need and whose restart ends no
+    /// session.
     Live,
 }
 
-/// An active unit, with what the plan depends on.
+/// An active unit, with all facts that the plan depends on.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct UnitState {
-    /// `sshd.service`.
+    /// Name of the unit, for example `sshd.service`.
     pub name: String,
-    /// Files under `/usr`, relative to it, that its processes execute or map and that differ in the
-    /// other tree. Empty when it runs nothing old.
+    /// Files that its processes execute or map and that differ in the other tree, relative to `/usr`. Empty if it runs
+    /// only current code.
     pub changed: Vec<String>,
-    /// How its definition differs.
+    /// Difference of its definition.
     pub difference: Difference,
-    /// What its unit file in the other tree asks for.
+    /// Action that its unit file in the other tree requests.
     pub wish: Option<Wish>,
-    /// A service that does its work and ends: nothing of it runs.
+    /// True for a service of `Type=oneshot`.
     pub oneshot: bool,
-    /// A service that can be reloaded, by its unit file in the other tree.
+    /// True for a service that can be reloaded by its unit file in the other tree.
     pub reloadable: bool,
-    /// A service that serves one connection of a socket.
+    /// True for a service that serves one connection of a socket.
     pub connection: bool,
-    /// A socket of the kernel's, or one whose service has such a socket: what is said while nobody listens is lost.
+    /// True for a netlink socket, or a socket whose service also has a netlink socket. The kernel's messages are lost while
+    /// no process listens.
     pub netlink: bool,
-    /// Of a service: the active sockets that start it.
+    /// For a service: the active sockets that start it.
     pub sockets: Vec<String>,
-    /// Of a socket: the active service that it started.
+    /// For a socket: the active service that it started.
     pub serves: Option<String>,
-    /// Of a socket: the other active sockets of that service.
+    /// For a socket: the other active sockets of that service.
     pub others: Vec<String>,
-    /// Whether something else than its sockets wants the service, or the one that the socket serves.
+    /// True if a unit other than its sockets wants the service. For a socket: the service in `serves`.
     pub wanted: bool,
-    /// A socket that the node image newly has, of a service that runs already: systemd starts it only when the
-    /// service does not run.
-    pub arrives: bool,
-    /// The key of its unit file in the other tree that lets nobody stop it by hand, such as `RefuseManualStop=`.
+    /// True for a new socket of the node image whose service is already active. systemd does not start a socket while its
+    /// service runs.
+    pub added: bool,
+    /// Job that its unit file in the other tree refuses, by `RefuseManualStop=` or `RefuseManualStart=`.
     pub refuses: Option<Refusal>,
-    /// Active units that systemd stops and restarts with it: those that require it, are bound to it or part of it, and
-    /// theirs.
-    pub along: Vec<String>,
-    /// Of logind: the other tree's systemd, and with it the PAM module, is of another release.
+    /// Active units that systemd stops and restarts with it: the units that require it, are bound to it or are part of it,
+    /// and their dependents.
+    pub dependents: Vec<String>,
+    /// For logind: true if systemd, and with it the PAM module, has another release in the other tree.
     pub other_release: bool,
 }
 
-/// Jobs that systemd takes only as the dependency of others.
+/// A job that systemd accepts only as the dependency of another job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refusal {
-    /// `RefuseManualStop=`: neither a stop nor a restart.
+    /// `RefuseManualStop=` refuses stops and restarts.
     Stop,
-    /// `RefuseManualStart=`: no restart.
+    /// `RefuseManualStart=` refuses starts and restarts.
     Start,
 }
 
-/// Units whose restart would take the system, a session or us down. Reported instead.
-/// Sources: what systemd itself marks as not restartable, and what holds user sessions.
+/// Prefixes of the built-in list: units whose restart would end sessions or stop the agent. They are reported instead.
+/// Sources: units that systemd itself marks as not restartable, and units that hold user sessions.
 const NEVER: &[&str] = &[
     "dbus.service",
     "dbus-broker.service",
     "dbus.socket",
     LOGIND,
-    // With their sockets: what is logged in between would be lost.
+    // The prefix includes the sockets: messages that are logged during their restart would be lost.
     "systemd-journald",
     "user@",
     "user-runtime-dir@",
@@ -84,37 +85,37 @@ const NEVER: &[&str] = &[
     "serial-getty@",
     "console-getty.service",
     "container-getty@",
-    // Instances of a socket-activated sshd: each is a login that runs, the next one runs new code.
+    // Instances of a socket-activated sshd: each is an active login. New logins get new instances and run new code.
     "ssh@",
     "sshd@",
     "emergency.service",
     "rescue.service",
-    // The way in when there is no other.
+    // The last way to log in if all others fail.
     "debug-shell.service",
 ];
 
-/// Listed, too, but for one case: a logind of systemd 252 left alone would refuse every user manager whose PAM module is
-/// of 256 or later, which asks for a class of session that it does not know. What the next one will ask for nobody
-/// knows. So next to another release of systemd it is restarted; no session ends with it: it keeps them on record and their
-/// devices with systemd (it is restarted at will since systemd 219).
+/// On the built-in list with one exception: it is restarted if systemd has another release in the node image. A logind of
+/// systemd 252 refuses every user manager whose PAM module is of release 256 or later, because it does not know the
+/// session class that the module requests. Later releases may add further ones. Since systemd 219, a restart of logind
+/// ends no session: logind records its sessions, and systemd holds their devices.
 pub(super) const LOGIND: &str = "systemd-logind.service";
 
-/// The only units that the live flow restarts, because new logins need them. No session ends with either: sshd's
-/// are processes of their own.
+/// The only units that the live flow restarts, because new logins need them. Their restart ends no session: each session of
+/// sshd has a separate process.
 const LIVE: &[&str] = &["ssh.service", "sshd.service", LOGIND];
 
-/// Decides for every unit that changed, in the order in which it is to be done: what is gone is stopped first, and
-/// sockets come before services.
+/// Returns an action for every unit that changed, in the order of execution: first units that are stopped, then sockets,
+/// then all others.
 pub fn plan(units: &[UnitState], flow: Flow, policy: &Policy) -> Vec<Action> {
     let mut actions: Vec<_> = units.iter().filter_map(|unit| decide(unit, flow, policy)).collect();
     let planned: BTreeMap<String, Class> = actions.iter().map(|one| (one.unit.clone(), one.class)).collect();
     let states: BTreeMap<&str, &UnitState> = units.iter().map(|unit| (unit.name.as_str(), unit)).collect();
     for action in &mut actions {
         if let Some(unit) = states.get(action.unit.as_str()) {
-            spare(action, unit, |name| must_stay(name, planned.get(name), flow, policy));
+            protect(action, unit, |name| must_stay(name, planned.get(name), flow, policy));
         }
     }
-    pair(&mut actions);
+    pair_sockets(&mut actions);
     actions.sort_by_key(|action| match (action.class, action.unit.ends_with(".socket")) {
         (Class::Stop, _) => 0,
         (_, true) => 1,
@@ -123,33 +124,33 @@ pub fn plan(units: &[UnitState], flow: Flow, policy: &Policy) -> Vec<Action> {
     actions
 }
 
-/// What the isolate to `target` starts that it would not have started without the node image: of what `arriving`, all that
-/// the target newly pulls in, is not active.
-pub fn starts(arriving: &BTreeSet<String>, active: &BTreeSet<String>, target: &str) -> Vec<Action> {
+/// Returns the units that isolating `target` will start and that it would not start without the node image: all units in
+/// `added` (newly pulled in by the target) that are not active.
+pub fn starts(added: &BTreeSet<String>, active: &BTreeSet<String>, target: &str) -> Vec<Action> {
     let concerned = |name: &&String| KINDS.iter().any(|kind| name.ends_with(kind)) && !active.contains(*name);
-    let reason = || format!("the node image has it wanted by {target}, which is isolated in the end");
+    let reason = || format!("newly wanted by {target}, which is isolated at the end");
     let start = |name: &String| Action::new(name, Class::Start, reason());
-    arriving.iter().filter(concerned).map(start).collect()
+    added.iter().filter(concerned).map(start).collect()
 }
 
-/// The plan of an undo: that of [`plan`], except that units which only the node image has are stopped, in
-/// both flows: what they run is about to go, and the bootimage's programs cannot stop them later.
-pub fn undo_plan(units: &[UnitState], leaving: &[String], flow: Flow, policy: &Policy) -> Vec<Action> {
+/// Returns the plan of an undo. It is [`plan`]'s, except that the units in `removed`, which only the node image has, are
+/// stopped in both flows. They must be stopped before the undo, because the bootimage's `/usr` lacks their programs.
+pub fn undo_plan(units: &[UnitState], removed: &[String], flow: Flow, policy: &Policy) -> Vec<Action> {
     let stop = |unit: &String| Action::new(unit, Class::Stop, "only the node image has its unit file");
-    let stays = |action: &Action| !leaving.contains(&action.unit);
-    leaving.iter().map(stop).chain(plan(units, flow, policy).into_iter().filter(stays)).collect()
+    let kept = |action: &Action| !removed.contains(&action.unit);
+    removed.iter().map(stop).chain(plan(units, flow, policy).into_iter().filter(kept)).collect()
 }
 
-/// Whether a unit may not be stopped along with another one, whether or not it changed itself.
+/// Returns true if a unit must not be stopped as the dependent of another unit. The unit itself may be unchanged.
 fn must_stay(name: &str, planned: Option<&Class>, flow: Flow, policy: &Policy) -> bool {
-    // A target has no processes; what would be stopped with it is asked about by its own name.
+    // A target has no processes. Its dependents are checked by their own names.
     if name.ends_with(".target") {
         return false;
     }
     match (planned, policy.of(name)) {
         (Some(class), _) if *class != Class::None => *class == Class::Never,
         (_, Some((_, wish))) => wish == Wish::Never,
-        // A scope holds processes that systemd has not started and cannot start again; what is mounted is in use.
+        // A scope holds processes that systemd did not start and cannot start again. Mounts and swaps are in use.
         _ => {
             let kind = [".scope", ".mount", ".swap"].iter().any(|kind| name.ends_with(kind));
             flow == Flow::Live || kind || is_listed(name) || name.starts_with(OWN)
@@ -157,27 +158,28 @@ fn must_stay(name: &str, planned: Option<&Class>, flow: Flow, policy: &Policy) -
     }
 }
 
-/// Turns what systemd would refuse, or what would take a unit along that must stay, into leaving it alone.
-fn spare(action: &mut Action, unit: &UnitState, must_stay: impl Fn(&str) -> bool) {
+/// Changes an action to [`Class::Never`] if systemd would refuse it, or if it would stop a dependent that must keep running.
+fn protect(action: &mut Action, unit: &UnitState, must_stay: impl Fn(&str) -> bool) {
     if !matches!(action.class, Class::Stop | Class::Restart | Class::Start) {
         return;
     }
-    let why = match (unit.along.iter().chain(&unit.others).find(|name| must_stay(name)), unit.refuses) {
-        (Some(name), _) => format!("{name} would be stopped with it, and is to stay"),
-        (None, Some(Refusal::Stop)) => "systemd stops it for no one by hand (RefuseManualStop=)".to_owned(),
+    let why = match (unit.dependents.iter().chain(&unit.others).find(|name| must_stay(name)), unit.refuses) {
+        (Some(name), _) => format!("this would also stop {name}, which must keep running"),
+        (None, Some(Refusal::Stop)) => "systemd refuses to stop it manually (RefuseManualStop=)".to_owned(),
         (None, Some(Refusal::Start)) if action.class != Class::Stop => {
-            "systemd starts it for no one by hand (RefuseManualStart=)".to_owned()
+            "systemd refuses to start it manually (RefuseManualStart=)".to_owned()
         }
         (None, _) => {
-            action.along.clone_from(&unit.along);
+            action.dependents.clone_from(&unit.dependents);
             return;
         }
     };
     *action = Action::new(&action.unit, Class::Never, format!("{}; {why}", action.reason));
 }
 
-/// A service whose socket is restarted is restarted with it; a socket whose service must stay stays.
-fn pair(actions: &mut [Action]) {
+/// Combines the actions of sockets and their services. A service is restarted together with its socket. A socket whose
+/// service must keep running is left alone.
+fn pair_sockets(actions: &mut [Action]) {
     let class_of: BTreeMap<String, Class> = actions.iter().map(|action| (action.unit.clone(), action.class)).collect();
     let mut with: BTreeMap<String, String> = BTreeMap::new();
     for action in actions.iter_mut() {
@@ -191,21 +193,21 @@ fn pair(actions: &mut [Action]) {
             with.insert(service.clone(), action.unit.clone());
             if class_of.get(service) == Some(&Class::Stop) {
                 *start = false;
-                action.along.clear();
+                action.dependents.clear();
             }
         }
     }
     for action in actions.iter_mut().filter(|one| matches!(one.class, Class::Restart | Class::Reload)) {
         if let Some(socket) = with.get(&action.unit) {
-            // A reload is no more asked for by then.
+            // The restart of the socket supersedes a reload.
             action.class = Class::Restart;
             action.how = How::WithSocket(socket.clone());
         }
     }
 }
 
-/// What changed about it, in words; `None` when nothing did.
-fn what_changed(unit: &UnitState) -> Option<String> {
+/// Describes the changes of a unit; `None` if it did not change.
+fn change(unit: &UnitState) -> Option<String> {
     let rest = |more: usize| if more > 1 { format!(" and {} more", more - 1) } else { String::new() };
     let code = unit.changed.first().map(|first| format!("/usr/{first}{} changed", rest(unit.changed.len())));
     let definition = match &unit.difference {
@@ -214,7 +216,7 @@ fn what_changed(unit: &UnitState) -> Option<String> {
         Difference::Changed(keys) => {
             keys.first().map(|first| format!("{first}{} changed in its unit", rest(keys.len())))
         }
-        Difference::Gone => Some("its unit file is gone".to_owned()),
+        Difference::Gone => Some("its unit file is missing".to_owned()),
         Difference::Masked => Some("it is masked".to_owned()),
     };
     match (code, definition) {
@@ -228,69 +230,69 @@ fn is_listed(name: &str) -> bool {
 }
 
 fn decide(unit: &UnitState, flow: Flow, policy: &Policy) -> Option<Action> {
-    if unit.arrives {
-        return arrive(unit, flow, policy);
+    if unit.added {
+        return decide_added_socket(unit, flow, policy);
     }
-    let what = what_changed(unit)?;
+    let change = change(unit)?;
     let name = unit.name.as_str();
     let act = |class, why: &str| {
-        let reason = if why.is_empty() { what.clone() } else { format!("{what}; {why}") };
+        let reason = if why.is_empty() { change.clone() } else { format!("{change}; {why}") };
         Some(Action::new(name, class, reason))
     };
     if name.starts_with(OWN) {
         return act(Class::Never, "the agent's own units are never touched");
     }
-    let leaves = matches!(unit.difference, Difference::Gone | Difference::Masked);
+    let removed = matches!(unit.difference, Difference::Gone | Difference::Masked);
     let wished = |wish, whose: &str| match wish {
         Wish::Never => act(Class::Never, whose),
         Wish::Stop => act(Class::Stop, whose),
-        // There is nothing that could be reloaded or started again.
-        _ if leaves => None,
+        // A unit without a unit file cannot be reloaded or restarted.
+        _ if removed => None,
         Wish::Reload if unit.reloadable => act(Class::Reload, whose),
-        Wish::Reload => act(Class::Never, &format!("{whose} a reload, and it has no ExecReload=")),
+        Wish::Reload => act(Class::Never, &format!("{whose}, but it has no ExecReload=")),
         Wish::Restart => restart(unit, act(Class::Restart, whose)),
     };
     let listed = is_listed(name) && !(name == LOGIND && unit.other_release);
-    // A pattern may match more than whoever wrote it thought of.
+    // Only an exact name overrides the built-in list: a pattern may match more units than its author intended.
     if let Some((pattern, wish)) = policy.of(name).filter(|(pattern, _)| !listed || *pattern == name)
-        && let Some(action) = wished(wish, &format!("the configuration wants this for \"{pattern}\""))
+        && let Some(action) = wished(wish, &format!("the configuration requests {} for \"{pattern}\"", wish.as_str()))
     {
         return Some(action);
     }
-    let spared = |service: &str| matches!(policy.of(service), Some((_, Wish::Never)));
-    if unit.serves.as_deref().is_some_and(spared) {
-        return act(Class::Never, "the configuration wants its service left alone");
+    let is_never = |service: &str| matches!(policy.of(service), Some((_, Wish::Never)));
+    if unit.serves.as_deref().is_some_and(is_never) {
+        return act(Class::Never, "the configuration requests never for its service");
     }
     if listed || unit.serves.as_deref().is_some_and(is_listed) {
         return act(Class::Never, "a restart would end sessions or the system's own services");
     }
-    // On a live system the image's word is not enough to stop anything.
+    // On a live system an image alone cannot cause a unit to be stopped.
     if let Some(wish) = unit.wish.filter(|wish| flow == Flow::Bootstrap || matches!(wish, Wish::Reload | Wish::Never))
-        && let Some(action) = wished(wish, &format!("its {KEY}= wants this"))
+        && let Some(action) = wished(wish, &format!("its {KEY}= requests {}", wish.as_str()))
     {
         return Some(action);
     }
-    // Also if it is gone: nothing of it runs, and what requires it would be stopped with it.
+    // Also without a unit file: it has no processes, and a stop would also stop its dependents.
     if unit.oneshot && unit.changed.is_empty() {
-        return act(Class::None, "it has done its work, which is not done again");
+        return act(Class::None, "oneshot already completed; not run again");
     }
     if name.ends_with(".mount") {
-        return act(Class::None, "what is mounted stays mounted");
+        return act(Class::None, "mounts are kept");
     }
     if flow == Flow::Live {
         return match LIVE.contains(&name) {
-            true if !leaves => act(Class::Restart, "new logins need it, and no session ends with it"),
-            _ => act(Class::Never, "a live system's services are not touched"),
+            true if !removed => act(Class::Restart, "new logins need it, and its restart ends no session"),
+            _ => act(Class::Never, "units of a live system are not stopped"),
         };
     }
-    if leaves {
+    if removed {
         return act(Class::Stop, "");
     }
     if unit.connection {
-        return act(Class::Never, "it serves one connection, the next one gets the new code");
+        return act(Class::Never, "it serves one connection; new connections get the new code");
     }
     if unit.netlink {
-        return act(Class::Never, "the kernel's messages would be lost while nobody listens");
+        return act(Class::Never, "the kernel's netlink messages would be lost during the restart");
     }
     if unit.difference == Difference::Reload && unit.changed.is_empty() && unit.reloadable {
         return act(Class::Reload, "");
@@ -298,32 +300,33 @@ fn decide(unit: &UnitState, flow: Flow, policy: &Policy) -> Option<Action> {
     restart(unit, act(Class::Restart, ""))
 }
 
-/// A new socket makes its service start anew behind it. Where the service is to stay, so does the socket: the isolate's
-/// own attempt to start it changes nothing. On a live system nothing is started.
-fn arrive(unit: &UnitState, flow: Flow, policy: &Policy) -> Option<Action> {
+/// Plans a new socket of a running service: the service is stopped and started after the socket. If the service must keep
+/// running, the socket is left alone; the isolate then fails to start it, without further effect. On a live system no
+/// socket is started.
+fn decide_added_socket(unit: &UnitState, flow: Flow, policy: &Policy) -> Option<Action> {
     let service = unit.serves.clone().filter(|_| flow == Flow::Bootstrap)?;
-    let spared = |name: &str| matches!(policy.of(name), Some((_, Wish::Never))) || is_listed(name);
-    let stays = spared(&unit.name) || spared(&service) || unit.wish == Some(Wish::Never) || unit.netlink;
-    let what = format!("the node image newly has it, and {service} runs without it");
+    let is_kept = |name: &str| matches!(policy.of(name), Some((_, Wish::Never))) || is_listed(name);
+    let stays = is_kept(&unit.name) || is_kept(&service) || unit.wish == Some(Wish::Never) || unit.netlink;
+    let change = format!("new in the node image, and {service} runs without it");
     if stays {
-        return Some(Action::new(&unit.name, Class::Never, format!("{what}; its service is left alone")));
+        return Some(Action::new(&unit.name, Class::Never, format!("{change}; its service is left alone")));
     }
-    Some(Action { how: through(unit, service), ..Action::new(&unit.name, Class::Start, what) })
+    Some(Action { how: via_socket(unit, service), ..Action::new(&unit.name, Class::Start, change) })
 }
 
-/// By way of the socket, which systemd does not start while its service runs.
-fn through(unit: &UnitState, service: String) -> How {
+/// Returns the order of jobs for a socket and its `service`.
+fn via_socket(unit: &UnitState, service: String) -> How {
     How::SocketOf { service, others: unit.others.clone(), start: unit.wanted }
 }
 
-/// Restarts through the socket where there is one.
+/// Adds the order of jobs for sockets to a restart.
 fn restart(unit: &UnitState, action: Option<Action>) -> Option<Action> {
     let mut action = action?;
     if let Some(service) = &unit.serves {
-        action.how = through(unit, service.clone());
-    } else if let Some(socket) = unit.sockets.first().filter(|_| !unit.wanted && unit.along.is_empty()) {
+        action.how = via_socket(unit, service.clone());
+    } else if let Some(socket) = unit.sockets.first().filter(|_| !unit.wanted && unit.dependents.is_empty()) {
         action.how = How::LeftToSocket(socket.clone());
-        action.reason = format!("{}; {socket} starts it again when it is needed", action.reason);
+        action.reason = format!("{}; {socket} starts it at the next connection", action.reason);
     }
     Some(action)
 }

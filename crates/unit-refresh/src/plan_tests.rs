@@ -12,7 +12,7 @@ fn unit(name: &str, changed: &[&str]) -> UnitState {
     UnitState { name: name.into(), changed, ..UnitState::default() }
 }
 
-/// A unit of which something in its definition differs.
+/// Returns a unit whose definition changed.
 fn edited(name: &str) -> UnitState {
     UnitState { difference: Difference::Changed(vec!["[Service] User=".into()]), ..unit(name, &[]) }
 }
@@ -22,7 +22,7 @@ fn class(unit: UnitState, flow: Flow, policy: &Policy) -> Option<Class> {
 }
 
 #[test]
-fn code_that_changed() {
+fn units_with_changed_code() {
     use Class::{Never, Restart};
     use Flow::{Bootstrap, Live};
     for (name, changed, flow, expected) in [
@@ -47,23 +47,23 @@ fn code_that_changed() {
     }
 }
 
-/// Left alone would be a logind that the next login's PAM module does not understand.
+/// A logind that kept running would refuse the PAM module of the next login.
 #[test]
-fn logind_next_to_another_systemd() {
+fn logind_is_restarted_for_another_systemd_release() {
     let of = |other_release, name: &str| UnitState { other_release, ..unit(name, &["lib/systemd/systemd-logind"]) };
     for flow in FLOWS {
         let class_of = |unit| class(unit, flow, &Policy::default());
         assert_eq!(class_of(of(true, "systemd-logind.service")), Some(Class::Restart));
         assert_eq!(class_of(of(false, "systemd-logind.service")), Some(Class::Never));
-        assert_eq!(class_of(of(true, "dbus.service")), Some(Class::Never), "logind alone");
+        assert_eq!(class_of(of(true, "dbus.service")), Some(Class::Never), "only logind");
         let policy = Policy::new([("systemd-logind.service", "never")]).unwrap();
         assert_eq!(class(of(true, "systemd-logind.service"), flow, &policy), Some(Class::Never));
     }
 }
 
-/// systemd's own word: it takes such jobs as the dependency of others only.
+/// systemd accepts such jobs only as dependencies of other jobs.
 #[test]
-fn what_systemd_would_refuse() {
+fn jobs_that_systemd_refuses_are_not_planned() {
     use Class::{Never, Reload, Restart, Stop};
     let of = |refuses, state| UnitState { refuses, ..state };
     let gone = || UnitState { difference: Difference::Gone, ..unit("a.service", &[]) };
@@ -76,24 +76,24 @@ fn what_systemd_would_refuse() {
         assert_eq!(class_of(gone(), &Policy::default()), Some(stop), "{refuses:?}");
         assert_eq!(class_of(reload(), &Policy::default()), Some(Reload), "{refuses:?}");
         let wanted = Policy::new([("auditd.service", "restart")]).unwrap();
-        assert_eq!(class_of(edited("auditd.service"), &wanted), Some(restart), "also if it is wanted");
+        assert_eq!(class_of(edited("auditd.service"), &wanted), Some(restart), "also if the configuration requests it");
     }
     let actions = plan(&[of(Some(Refusal::Stop), edited("auditd.service"))], Flow::Bootstrap, &Policy::default());
     assert_eq!(
         actions[0].reason,
-        "[Service] User= changed in its unit; systemd stops it for no one by hand (RefuseManualStop=)"
+        "[Service] User= changed in its unit; systemd refuses to stop it manually (RefuseManualStop=)"
     );
 }
 
 #[test]
-fn what_would_be_stopped_along() {
+fn dependents_that_must_keep_running_protect_a_unit() {
     use Class::{Never, Restart};
-    let taking = |name: &str, along: &[&str]| UnitState {
-        along: along.iter().map(|&name| name.to_owned()).collect(),
+    let with_dependents = |name: &str, dependents: &[&str]| UnitState {
+        dependents: dependents.iter().map(|&name| name.to_owned()).collect(),
         ..edited(name)
     };
     let policy = Policy::new([("agent.service", "never"), ("ours.service", "restart")]).unwrap();
-    for (along, bootstrap, live) in [
+    for (dependents, bootstrap, live) in [
         (vec![], Restart, Restart),
         (vec!["b.service"], Restart, Never),
         (vec!["some.target"], Restart, Restart),
@@ -106,35 +106,38 @@ fn what_would_be_stopped_along() {
         (vec!["srv.mount"], Never, Never),
     ] {
         for (flow, expected) in FLOWS.into_iter().zip([bootstrap, live]) {
-            assert_eq!(class(taking("ssh.service", &along), flow, &policy), Some(expected), "{along:?} {flow:?}");
+            assert_eq!(
+                class(with_dependents("ssh.service", &dependents), flow, &policy),
+                Some(expected),
+                "{dependents:?} {flow:?}"
+            );
         }
     }
     let of = |units: &[UnitState]| -> Vec<(String, Class)> {
         let actions = plan(units, Flow::Bootstrap, &Policy::default());
         actions.into_iter().map(|action| (action.unit, action.class)).collect()
     };
-    // What it takes along is to stay by its own file, or is restarted anyway.
+    // The dependent must keep running by its unit file, or is restarted anyway.
     let b = |wish| UnitState { wish, ..edited("b.service") };
-    let a = taking("a.service", &["b.service"]);
+    let a = with_dependents("a.service", &["b.service"]);
     let named = |name: &str, class| (name.to_owned(), class);
     assert_eq!(of(&[a.clone(), b(Some(Wish::Never))]), [named("a.service", Never), named("b.service", Never)]);
     assert_eq!(of(&[a.clone(), b(None)]), [named("a.service", Restart), named("b.service", Restart)]);
-    // A socket whose service stays because of what it would take along.
-    let service = UnitState { sockets: vec!["a.socket".into()], ..taking("a.service", &["dbus.service"]) };
+    // A socket whose service must keep running because of its dependents.
+    let service = UnitState { sockets: vec!["a.socket".into()], ..with_dependents("a.service", &["dbus.service"]) };
     let socket = UnitState { serves: Some("a.service".into()), ..edited("a.socket") };
     assert_eq!(of(&[service, socket]), [named("a.socket", Never), named("a.service", Never)]);
     assert!(
-        plan(&[taking("a.service", &["dbus.service"])], Flow::Bootstrap, &policy)[0]
+        plan(&[with_dependents("a.service", &["dbus.service"])], Flow::Bootstrap, &policy)[0]
             .reason
-            .contains("dbus.service would")
+            .contains("stop dbus.service")
     );
 }
 
-/// A socket that the node image newly has, of a service that runs.
+/// A new socket of the node image whose service is active.
 #[test]
-fn a_socket_that_arrives() {
-    let socket =
-        |wanted| UnitState { arrives: true, serves: Some("a.service".into()), wanted, ..unit("a.socket", &[]) };
+fn a_new_socket_of_a_running_service() {
+    let socket = |wanted| UnitState { added: true, serves: Some("a.service".into()), wanted, ..unit("a.socket", &[]) };
     let jobs = |units: &[UnitState], flow, policy: &Policy| -> Vec<(Verb, String)> {
         let actions = plan(units, flow, policy);
         actions.iter().flat_map(Action::jobs).map(|(verb, name)| (verb, name.to_owned())).collect()
@@ -145,8 +148,8 @@ fn a_socket_that_arrives() {
     let again = [left.as_slice(), &[job(Verb::Start, "a.service")]].concat();
     assert_eq!(jobs(&[socket(false)], Flow::Bootstrap, &default), left);
     assert_eq!(jobs(&[socket(true)], Flow::Bootstrap, &default), again);
-    assert_eq!(jobs(&[socket(true), edited("a.service")], Flow::Bootstrap, &default), again, "the service with it");
-    assert_eq!(plan(&[socket(true)], Flow::Live, &default), [], "nothing is started there");
+    assert_eq!(jobs(&[socket(true), edited("a.service")], Flow::Bootstrap, &default), again, "the service changed too");
+    assert_eq!(plan(&[socket(true)], Flow::Live, &default), [], "a live system starts no units");
     assert_eq!(plan(&[socket(true)], Flow::Bootstrap, &default)[0].class, Class::Start);
     let never = |name: &str| Policy::new([(name, "never")]).unwrap();
     for (state, policy) in [
@@ -156,17 +159,21 @@ fn a_socket_that_arrives() {
         (UnitState { wish: Some(Wish::Never), ..socket(true) }, default.clone()),
         (UnitState { refuses: Some(Refusal::Stop), ..socket(true) }, default.clone()),
         (UnitState { netlink: true, ..socket(true) }, default.clone()),
-        (UnitState { along: vec!["dbus.service".into()], ..socket(true) }, default.clone()),
+        (UnitState { dependents: vec!["dbus.service".into()], ..socket(true) }, default.clone()),
     ] {
         let actions = plan(&[state], Flow::Bootstrap, &policy);
         assert_eq!((actions.len(), actions[0].class), (1, Class::Never), "{actions:?}");
     }
     let stays = UnitState { wish: Some(Wish::Never), ..edited("a.service") };
-    assert_eq!(jobs(&[socket(true), stays], Flow::Bootstrap, &default), [], "its service stays by its own file");
+    assert_eq!(
+        jobs(&[socket(true), stays], Flow::Bootstrap, &default),
+        [],
+        "the unit file of its service requests never"
+    );
 }
 
 #[test]
-fn definitions_that_changed() {
+fn units_with_a_changed_definition() {
     use Class::{Never, None as Nothing, Reload, Restart, Stop};
     let of = |difference, name| UnitState { difference, ..unit(name, &[]) };
     let gone = of(Difference::Gone, "a.service");
@@ -182,9 +189,9 @@ fn definitions_that_changed() {
         (edited("dbus.service"), Some(Never), Some(Never)),
         (reload.clone(), Some(Reload), Some(Never)),
         (UnitState { reloadable: true, ..edited("a.service") }, Some(Restart), Some(Never)),
-        // There was one, there is none.
+        // ExecReload= was removed.
         (of(Difference::Reload, "a.service"), Some(Restart), Some(Never)),
-        // With new code a reload is not enough.
+        // A reload does not load new code.
         (UnitState { changed: vec!["bin/a".into()], ..reload }, Some(Restart), Some(Never)),
         (oneshot.clone(), Some(Nothing), Some(Nothing)),
         (UnitState { difference: Difference::Gone, ..oneshot.clone() }, Some(Nothing), Some(Nothing)),
@@ -201,11 +208,11 @@ fn definitions_that_changed() {
         }
     }
     let reason = &plan(&[gone], Flow::Bootstrap, &Policy::default())[0].reason;
-    assert_eq!(reason, "its unit file is gone");
+    assert_eq!(reason, "its unit file is missing");
 }
 
 #[test]
-fn the_built_in_list_is_the_documents() {
+fn the_built_in_list_is_documented() {
     let text = include_str!("../../../docs/units.md").split("The built-in list: ").nth(1).unwrap();
     for name in text.split("\n4. ").next().unwrap().split('`').skip(1).step_by(2) {
         let unit = edited(&name.replace('*', "1.service"));
@@ -214,13 +221,13 @@ fn the_built_in_list_is_the_documents() {
 }
 
 #[test]
-fn reasons_and_how_they_are_written() {
+fn reasons_name_the_change_and_actions_are_serialized() {
     let and_code = UnitState { changed: vec!["bin/a".into()], ..edited("a.service") };
     let keys = vec!["[Service] User=".to_owned(), "[Service] Group=".to_owned()];
     let of = |difference| UnitState { difference, ..unit("a.service", &[]) };
     let left = UnitState { sockets: vec!["a.socket".into()], ..of(Difference::Reload) };
     for (state, expected) in [
-        (left, "its ExecReload= changed; a.socket starts it again when it is needed"),
+        (left, "its ExecReload= changed; a.socket starts it at the next connection"),
         (unit("a.service", &["bin/a"]), "/usr/bin/a changed"),
         (unit("a.service", &["bin/a", "lib/b", "lib/c"]), "/usr/bin/a and 2 more changed"),
         (and_code, "[Service] User= changed in its unit, /usr/bin/a changed"),
@@ -232,38 +239,38 @@ fn reasons_and_how_they_are_written() {
         assert_eq!(action.reason, expected);
         let written = serde_json::to_value(&action).unwrap();
         assert_eq!(written["class"], action.class.as_str());
-        assert_eq!(written.get("how").is_some(), !state.sockets.is_empty(), "only of sockets");
+        assert_eq!(written.get("how").is_some(), !state.sockets.is_empty(), "only for sockets");
         assert_eq!(serde_json::from_value::<Action>(written).unwrap(), action);
     }
 }
 
 #[test]
-fn who_is_asked_first() {
+fn configuration_wins_over_the_built_in_list_and_the_image() {
     use Class::{Never, Reload, Restart, Stop};
     let policy =
         |word| Policy::new([("a.service", word), ("node*", word), ("d*", word), ("dbus.service", word)]).unwrap();
     let key = |wish| UnitState { wish: Some(wish), reloadable: true, ..edited("b.service") };
     let a = || UnitState { wish: Some(Wish::Never), reloadable: true, ..edited("a.service") };
     for (state, policy, bootstrap, live) in [
-        // The key in the unit, by itself.
+        // The key in the unit file alone.
         (key(Wish::Reload), Policy::default(), Reload, Reload),
         (key(Wish::Never), Policy::default(), Never, Never),
         (key(Wish::Stop), Policy::default(), Stop, Never),
         (key(Wish::Restart), Policy::default(), Restart, Never),
         (UnitState { reloadable: false, ..key(Wish::Reload) }, Policy::default(), Never, Never),
-        // The configuration before it, in both flows.
+        // The configuration wins over the key, in both flows.
         (a(), policy("restart"), Restart, Restart),
         (a(), policy("reload"), Reload, Reload),
         (a(), policy("stop"), Stop, Stop),
-        // It can open the built-in list, but not for our own.
+        // An exact name overrides the built-in list, but not the protection of the agent's own units.
         (edited("dbus.service"), policy("restart"), Restart, Restart),
         (edited("node-image-pivotd.service"), policy("restart"), Never, Never),
-        // A pattern cannot: it may match more than whoever wrote it thought of.
+        // A pattern does not override the built-in list.
         (edited("dbus-broker.service"), policy("restart"), Never, Never),
         (edited("debug-shell.service"), policy("restart"), Never, Never),
-        // The key cannot.
+        // The key does not override the built-in list.
         (UnitState { wish: Some(Wish::Restart), ..edited("dbus.service") }, Policy::default(), Never, Never),
-        // What is gone cannot be restarted.
+        // A unit without a unit file cannot be restarted.
         (UnitState { difference: Difference::Gone, ..a() }, policy("restart"), Never, Never),
     ] {
         for (flow, expected) in FLOWS.into_iter().zip([bootstrap, live]) {
@@ -274,7 +281,7 @@ fn who_is_asked_first() {
 }
 
 #[test]
-fn sockets() {
+fn sockets_and_services_are_restarted_together() {
     let jobs = |units: &[UnitState]| -> Vec<(Verb, String)> {
         let actions = plan(units, Flow::Bootstrap, &Policy::default());
         actions
@@ -285,15 +292,15 @@ fn sockets() {
     let job = |verb, name: &str| (verb, name.to_owned());
     let service = |wanted| UnitState { sockets: vec!["a.socket".into()], wanted, ..unit("a.service", &["bin/a"]) };
     let socket = |wanted| UnitState { serves: Some("a.service".into()), wanted, ..edited("a.socket") };
-    // The socket goes on listening.
+    // The socket keeps listening.
     assert_eq!(jobs(&[service(false)]), [job(Verb::Stop, "a.service")]);
     assert_eq!(jobs(&[service(true)]), [job(Verb::TryRestart, "a.service")]);
     let both = [job(Verb::Stop, "a.socket"), job(Verb::Stop, "a.service"), job(Verb::Start, "a.socket")];
     assert_eq!(jobs(&[service(false), socket(false)]), both);
-    assert_eq!(jobs(&[socket(false)]), both, "a service that did not change itself");
+    assert_eq!(jobs(&[socket(false)]), both, "the service is unchanged");
     let and_start = [both.as_slice(), &[job(Verb::Start, "a.service")]].concat();
     assert_eq!(jobs(&[service(true), socket(true)]), and_start);
-    // What listens for the service as well would start it in between; two that changed are one act.
+    // Other sockets of the service would start it in between. Two changed sockets are one action.
     let two = |name: &str, other: &str| UnitState {
         others: vec![other.into()],
         ..UnitState { name: name.into(), ..socket(false) }
@@ -309,30 +316,31 @@ fn sockets() {
     assert_eq!(jobs(std::slice::from_ref(&one)), all);
     assert_eq!(jobs(&[one.clone(), other.clone()]), all);
     let stays = UnitState { wish: Some(Wish::Never), ..other };
-    assert_eq!(jobs(&[one, stays]), [], "one of them is to stay");
-    // What goes down with the service comes up with it, and is a reason not to leave the start to a connection.
-    let taking = |unit: UnitState| UnitState { along: vec!["x.service".into(), "y.target".into()], ..unit };
-    assert_eq!(jobs(&[taking(service(false))]), [job(Verb::TryRestart, "a.service")]);
+    assert_eq!(jobs(&[one, stays]), [], "one of them must keep running");
+    // Dependents that stop with the service are started with it. The start is then not left to a connection.
+    let with_dependents =
+        |unit: UnitState| UnitState { dependents: vec!["x.service".into(), "y.target".into()], ..unit };
+    assert_eq!(jobs(&[with_dependents(service(false))]), [job(Verb::TryRestart, "a.service")]);
     let again = [both.as_slice(), &[job(Verb::Start, "a.service"), job(Verb::Start, "x.service")]].concat();
-    assert_eq!(jobs(&[taking(socket(false))]), again);
-    // A service that must stay keeps its socket.
+    assert_eq!(jobs(&[with_dependents(socket(false))]), again);
+    // The socket of a service that must keep running is left alone.
     let never = UnitState { wish: Some(Wish::Never), ..service(false) };
     assert_eq!(jobs(&[never, socket(false)]), []);
     let listed = UnitState { serves: Some("dbus.service".into()), ..edited("x.socket") };
     assert_eq!(jobs(&[listed]), []);
     let policy = Policy::new([("a.service", "never")]).unwrap();
-    assert_eq!(class(socket(false), Flow::Bootstrap, &policy), Some(Class::Never), "its service is to stay");
-    // What is asked of the service besides: it is not reloaded when it does not run, nor started when it is gone.
+    assert_eq!(class(socket(false), Flow::Bootstrap, &policy), Some(Class::Never), "its service must keep running");
+    // A stopped service is not reloaded, and a service without a unit file is not started.
     let reload = UnitState { wish: Some(Wish::Reload), reloadable: true, ..service(false) };
     assert_eq!(jobs(&[reload, socket(false)]), both);
     let gone = UnitState { difference: Difference::Gone, ..service(true) };
     assert_eq!(jobs(&[gone, socket(true)]), [[job(Verb::Stop, "a.service")].as_slice(), &both].concat());
-    // A socket that nobody has used yet.
+    // A socket that has not started its service yet.
     assert_eq!(jobs(&[edited("a.socket")]), [job(Verb::TryRestart, "a.socket")]);
 }
 
 #[test]
-fn what_leaves_goes_first_and_sockets_before_services() {
+fn removed_units_are_first_and_sockets_before_services() {
     let gone = UnitState { difference: Difference::Gone, ..unit("z.service", &[]) };
     let actions = plan(&[edited("a.service"), edited("b.socket"), gone], Flow::Bootstrap, &Policy::default());
     let names: Vec<_> = actions.iter().map(|action| action.unit.as_str()).collect();
@@ -340,21 +348,21 @@ fn what_leaves_goes_first_and_sockets_before_services() {
 }
 
 #[test]
-fn what_the_node_image_starts() {
+fn units_that_the_node_image_starts() {
     let set = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect::<BTreeSet<_>>();
-    let arriving = set(&["kubelet.service", "x.target", "running.service"]);
-    let actions = starts(&arriving, &set(&["running.service"]), "multi-user.target");
+    let added = set(&["kubelet.service", "x.target", "running.service"]);
+    let actions = starts(&added, &set(&["running.service"]), "multi-user.target");
     assert_eq!(actions.len(), 1);
     assert_eq!((actions[0].unit.as_str(), actions[0].class), ("kubelet.service", Class::Start));
     assert!(actions[0].jobs().is_empty(), "the isolate starts it");
 }
 
 #[test]
-fn an_undo_stops_what_leaves_and_plans_the_rest() {
+fn an_undo_stops_removed_units_and_plans_the_others() {
     let running = [unit("crio.service", &["bin/crio"]), unit("ssh.service", &["sbin/sshd"])];
-    let leaving = ["crio.service".to_owned(), "new.timer".to_owned()];
+    let removed = ["crio.service".to_owned(), "new.timer".to_owned()];
     for flow in FLOWS {
-        let actions = undo_plan(&running, &leaving, flow, &Policy::default());
+        let actions = undo_plan(&running, &removed, flow, &Policy::default());
         let classes: Vec<_> = actions.iter().map(|action| (action.unit.as_str(), action.class)).collect();
         let stop = Class::Stop;
         assert_eq!(classes, [("crio.service", stop), ("new.timer", stop), ("ssh.service", Class::Restart)]);
@@ -386,9 +394,9 @@ fn states() -> impl Strategy<Value = Vec<UnitState>> {
             serves: socket.then(|| name.replace(".socket", ".service")),
             others: Vec::new(),
             wanted,
-            arrives: false,
+            added: false,
             refuses: None,
-            along: Vec::new(),
+            dependents: Vec::new(),
             other_release: false,
             name,
         }
@@ -397,9 +405,9 @@ fn states() -> impl Strategy<Value = Vec<UnitState>> {
 }
 
 proptest! {
-    /// Without a word of the administrator, a live system loses nothing but what logins need anew, whatever runs.
+    /// Without configuration, the plan of a live system stops only units that new logins need.
     #[test]
-    fn live_stops_nothing_but_what_logins_need(states in states()) {
+    fn a_live_system_stops_only_units_for_logins(states in states()) {
         for action in plan(&states, Flow::Live, &Policy::default()) {
             for (verb, name) in action.jobs() {
                 prop_assert!(verb == Verb::Reload || LIVE.contains(&name), "{verb:?} {name}");
@@ -407,10 +415,10 @@ proptest! {
         }
     }
 
-    /// What did not change has no decision, what did has one; the listed ones are never touched, ours not even if
-    /// somebody wants it.
+    /// Every changed unit has an action, and no other unit has one. Units of the built-in list are never touched without
+    /// configuration, and the agent's own units never.
     #[test]
-    fn total(states in states(), live: bool, word in "(restart|stop|reload)") {
+    fn every_changed_unit_has_one_action(states in states(), live: bool, word in "(restart|stop|reload)") {
         let flow = FLOWS[usize::from(live)];
         let changed = |state: &&UnitState| !state.changed.is_empty() || state.difference != Difference::Same;
         for policy in [Policy::default(), Policy::new([("*", word.as_str())]).unwrap()] {

@@ -1,4 +1,4 @@
-//! What administrators and images say about units: the `[units]` table of the configuration, and a key in unit files.
+//! Actions that administrators and images request: the `[units]` table of the configuration, and a key in unit files.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -8,7 +8,7 @@ use anyhow::{Result, ensure};
 
 use support::pattern;
 
-/// What somebody wants done to a unit that changed.
+/// The action that an administrator or an image requests for a changed unit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Wish {
     /// Reload it.
@@ -21,62 +21,72 @@ pub enum Wish {
     Stop,
 }
 
-/// A word that is no [`Wish`].
+/// Error returned when a string is not a valid [`Wish`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NoWish(String);
 
 impl fmt::Display for NoWish {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(out, "\"{}\" is not a class; write reload, restart, never or stop", self.0)
+        write!(out, "unknown action \"{}\": expected reload, restart, never or stop", self.0)
     }
 }
 
 impl std::error::Error for NoWish {}
 
-impl FromStr for Wish {
-    type Err = NoWish;
-
-    fn from_str(word: &str) -> Result<Self, NoWish> {
-        match word {
-            "reload" => Ok(Wish::Reload),
-            "restart" => Ok(Wish::Restart),
-            "never" => Ok(Wish::Never),
-            "stop" => Ok(Wish::Stop),
-            _ => Err(NoWish(word.to_owned())),
+impl Wish {
+    pub(super) fn as_str(self) -> &'static str {
+        match self {
+            Wish::Reload => "reload",
+            Wish::Restart => "restart",
+            Wish::Never => "never",
+            Wish::Stop => "stop",
         }
     }
 }
 
-/// Patterns of unit names with what is wanted.
+impl FromStr for Wish {
+    type Err = NoWish;
+
+    fn from_str(word: &str) -> Result<Self, NoWish> {
+        let all = [Wish::Reload, Wish::Restart, Wish::Never, Wish::Stop];
+        all.into_iter().find(|wish| wish.as_str() == word).ok_or_else(|| NoWish(word.to_owned()))
+    }
+}
+
+/// Requested actions by pattern of unit names.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Policy(BTreeMap<String, Wish>);
 
-/// What units may be called by: those that the plan looks at.
+/// Suffixes of the unit types that the plan considers.
 pub const KINDS: &[&str] = &[".service", ".socket", ".timer", ".path", ".mount"];
 
-/// How the names of our own units begin.
+/// Prefix of the names of the agent's own units.
 pub const OWN: &str = "node-image-";
 
 impl Policy {
-    /// Checks patterns and words.
+    /// Parses pairs of a pattern and an action.
     ///
     /// # Errors
-    /// Names the first pattern or word that is none, and what may be written.
+    /// Names the first invalid pattern or action, and the expected form.
     pub fn new<'a>(rules: impl IntoIterator<Item = (&'a str, &'a str)>) -> Result<Self> {
         let mut checked = BTreeMap::new();
         for (pattern, word) in rules {
             ensure!(
                 pattern.ends_with('*') || KINDS.iter().any(|kind| pattern.ends_with(kind)),
-                "\"{pattern}\" matches no unit; write a name with its suffix ({}), or a pattern with * and ?",
+                "invalid unit pattern \"{pattern}\": expected a name with its suffix ({}), or a pattern with * and ?",
                 KINDS.join(" ")
             );
-            ensure!(!pattern.starts_with(OWN), "\"{pattern}\": the agent's own units are never touched");
+            ensure!(
+                !pattern.starts_with(OWN),
+                "invalid unit pattern \"{pattern}\": the agent's own units are never touched"
+            );
             checked.insert(pattern.to_owned(), word.parse()?);
         }
         Ok(Self(checked))
     }
 
-    /// What is wanted for `unit`, and by which pattern: its own name, else the longest pattern that matches.
+    /// Returns the action requested for `unit`, and the pattern that requests it: its exact name, or else the longest pattern
+    /// that matches.
     pub fn of(&self, unit: &str) -> Option<(&str, Wish)> {
         let exact = self.0.get_key_value(unit);
         let fits = |pattern: &str| pattern::matches(pattern.as_bytes(), unit.as_bytes());
@@ -92,7 +102,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_nearest_rule_wins() {
+    fn the_most_specific_pattern_wins() {
         let policy = Policy::new([("*", "never"), ("crio*", "reload"), ("crio.service", "restart")]).unwrap();
         assert_eq!(policy.of("crio.service"), Some(("crio.service", Wish::Restart)));
         assert_eq!(policy.of("crio-wipe.service"), Some(("crio*", Wish::Reload)));
@@ -101,15 +111,15 @@ mod tests {
     }
 
     #[test]
-    fn what_is_refused() {
+    fn invalid_patterns_and_actions_are_refused() {
         for pattern in ["a.service", "a.socket", "a.timer", "a.path", "a.mount", "?.service", "a*"] {
             assert!(Policy::new([(pattern, "never")]).is_ok(), "{pattern}");
         }
         for (pattern, word, expected) in [
-            ("a.service", "restrat", "\"restrat\" is not a class; write reload, restart, never or stop"),
-            ("a", "restart", "\"a\" matches no unit"),
-            ("", "restart", "matches no unit"),
-            ("multi-user.target", "restart", "matches no unit"),
+            ("a.service", "restrat", "unknown action \"restrat\": expected reload, restart, never or stop"),
+            ("a", "restart", "invalid unit pattern \"a\": expected a name with its suffix"),
+            ("", "restart", "invalid unit pattern"),
+            ("multi-user.target", "restart", "invalid unit pattern"),
             ("node-image-pivotd.service", "restart", "own units are never touched"),
         ] {
             let message = Policy::new([(pattern, word)]).unwrap_err().to_string();

@@ -1,9 +1,8 @@
-//! The transport to PID 1's private socket.
+//! The transport for PID 1's private socket.
 //!
-//! Without a bus there is nobody to name peers, yet systemd fills the header field SENDER with its
-//! well-known name. The D-Bus specification allows unique names only there, and zbus refuses such
-//! a message. So each message's header is read here and the field's text replaced, same length, by
-//! a unique name before zbus sees it. Nothing else is touched.
+//! On the private socket, systemd sets the header field SENDER to its well-known name. The D-Bus specification allows only
+//! unique names in this field, and zbus refuses the message. This transport therefore replaces the text of the field by a
+//! unique name of the same length before zbus reads the message. All other bytes are unchanged.
 //!
 //! Format: D-Bus specification, "Authentication Protocol" and "Message Format".
 
@@ -20,16 +19,20 @@ use zbus::connection::Builder;
 use zbus::connection::socket::{ReadHalf, Socket, Split, WriteHalf};
 use zbus::export::async_trait::async_trait;
 
-/// Header bytes before the fields.
+/// Length of the fixed part of a message header, in bytes.
 const FIXED: usize = 16;
-/// The largest message of the specification, 128 MiB.
+/// Largest message that the specification allows, 128 MiB.
 const LARGEST: usize = 1 << 27;
-/// How long connecting may take. A PID 1 that is stuck must not stick us.
+/// Time limit for connecting, so that the agent does not hang if PID 1 does.
 const CONNECT: Duration = Duration::from_secs(10);
-/// The header field SENDER.
+/// Code of the header field SENDER.
 const SENDER: u8 = 7;
 
-/// Connects to `path` as the caller's user and applies `finish` to the builder before it is built.
+/// Connects to `path` as the caller's user. `finish` configures the builder before the connection is built.
+///
+/// # Errors
+/// `UnexpectedEof` if PID 1 closes the connection before it answers, `PermissionDenied` if it refuses the authentication,
+/// `TimedOut` after [`CONNECT`].
 pub(super) async fn connect(path: &Path, finish: impl FnOnce(Builder<'_>) -> Builder<'_>) -> io::Result<Connection> {
     tokio::time::timeout(CONNECT, unlimited(path, finish))
         .await
@@ -39,24 +42,27 @@ pub(super) async fn connect(path: &Path, finish: impl FnOnce(Builder<'_>) -> Bui
 async fn unlimited(path: &Path, finish: impl FnOnce(Builder<'_>) -> Builder<'_>) -> io::Result<Connection> {
     let (read, mut write) = UnixStream::connect(path).await?.into_split();
     let mut read = BufReader::new(read);
-    // The uid in decimal, in hexadecimal digits of its text.
+    // EXTERNAL expects the decimal uid as text, encoded in hexadecimal.
     let uid = hex::encode(rustix::process::geteuid().as_raw().to_string());
-    // BEGIN goes with the first line, as sd-bus itself does it: systemd loses sight of a message that
-    // reaches it in the same read as a BEGIN of its own, and answers it only when another one comes.
+    // BEGIN is sent together with AUTH, as sd-bus does. If it were sent separately, systemd could read it together with
+    // the first message, which it would then answer only after the next one arrives.
     write.write_all(format!("\0AUTH EXTERNAL {uid}\r\nBEGIN\r\n").as_bytes()).await?;
     let mut answer = String::new();
     if read.read_line(&mut answer).await? == 0 {
-        // PID 1 closes what it has not answered when it re-executes itself.
-        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "closed before the authentication"));
+        // PID 1 closes unanswered connections when it re-executes itself.
+        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "connection closed before the authentication"));
     }
     let Some(guid) = answer.trim_end().strip_prefix("OK ") else {
-        return Err(io::Error::new(io::ErrorKind::PermissionDenied, format!("authentication: {}", answer.trim_end())));
+        return Err(io::Error::new(
+            io::ErrorKind::PermissionDenied,
+            format!("authentication refused: {}", answer.trim_end()),
+        ));
     };
     let socket = PrivateSocket(Reader { stream: read, message: Vec::new(), given: 0 }, Writer(write));
     finish(Builder::authenticated_socket(socket, guid).p2p()).build().await.map_err(io::Error::other)
 }
 
-/// Both halves, as zbus wants them.
+/// The socket's halves, as zbus expects them.
 struct PrivateSocket(Reader, Writer);
 
 impl Socket for PrivateSocket {
@@ -71,9 +77,9 @@ impl Socket for PrivateSocket {
 #[derive(Debug)]
 struct Reader {
     stream: BufReader<OwnedReadHalf>,
-    /// The message that is being handed out.
+    /// The message that zbus is reading.
     message: Vec<u8>,
-    /// How much of it was.
+    /// Number of its bytes that zbus has read.
     given: usize,
 }
 
@@ -83,7 +89,7 @@ impl ReadHalf for Reader {
         if self.given == self.message.len() {
             let mut message = vec![0; FIXED];
             if let Err(error) = self.stream.read_exact(&mut message).await {
-                // The end of the stream between two messages is the end of the connection.
+                // End of input between two messages is a regular end of the connection.
                 return if error.kind() == io::ErrorKind::UnexpectedEof { Ok((0, Vec::new())) } else { Err(error) };
             }
             let total = total_length(&message)?;
@@ -119,24 +125,24 @@ impl WriteHalf for Writer {
     }
 }
 
-/// A number of the message, in its own byte order.
+/// Reads a 32-bit number at offset `at`, in the byte order of the message.
 fn number(message: &[u8], at: usize) -> Option<usize> {
     let bytes: [u8; 4] = message.get(at..at + 4)?.try_into().ok()?;
     let value = if message.first() == Some(&b'B') { u32::from_be_bytes(bytes) } else { u32::from_le_bytes(bytes) };
     usize::try_from(value).ok()
 }
 
-/// The length of the message that begins with these bytes.
+/// Returns the length in bytes of the message with this fixed header part.
 fn total_length(fixed: &[u8]) -> io::Result<usize> {
     let body = number(fixed, 4);
     let fields = number(fixed, 12);
     body.zip(fields)
         .map(|(body, fields)| FIXED + fields.next_multiple_of(8) + body)
         .filter(|total| *total <= LARGEST)
-        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "a message longer than D-Bus allows"))
+        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "message longer than D-Bus allows"))
 }
 
-/// Replaces the text of the field SENDER, unless it is a unique name, by one of the same length.
+/// Replaces the text of the field SENDER by a unique name of the same length, unless it is already a unique name.
 fn replace_sender(message: &mut [u8]) {
     let Some(range) = sender(message) else { return };
     let text = &mut message[range];
@@ -146,13 +152,13 @@ fn replace_sender(message: &mut [u8]) {
     }
 }
 
-/// Where the text of the field SENDER is. `None` when there is none or the header is malformed,
-/// which zbus reports better than we could.
+/// Returns the position of the text of the field SENDER. `None` if the field is missing or the header is malformed, which
+/// zbus reports.
 fn sender(message: &[u8]) -> Option<std::ops::Range<usize>> {
     let end = FIXED.checked_add(number(message, 12)?)?;
     let mut at = FIXED;
     while at < end {
-        // A field: its code, then a variant: the signature (length, one type, NUL) and the value.
+        // A field is its code and a variant: the signature (length, one type, NUL) and the value.
         let code = *message.get(at)?;
         let &[1, kind, 0] = message.get(at + 1..at + 4)? else { return None };
         let value = at + 4;
@@ -182,7 +188,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn message(sender: &str) -> Vec<u8> {
-        // A well-formed message of zbus with a unique name of the same length, then systemd's text.
+        // zbus builds a valid message with a unique name of the same length, which is then overwritten by `sender`.
         let unique = format!(":1.{}", "9".repeat(sender.len() - 3));
         let message = zbus::Message::signal("/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager", "JobNew")
             .sender(unique.as_str())
@@ -203,18 +209,18 @@ mod tests {
         let range = sender(&before).unwrap();
         assert_eq!(&after[range.clone()], b":1.000000000000000000000");
         assert_eq!(after[..range.start], before[..range.start]);
-        assert_eq!(after[range.end..], before[range.end..], "the same text in the body stays");
+        assert_eq!(after[range.end..], before[range.end..], "the same text in the body is unchanged");
     }
 
     #[test]
-    fn a_unique_name_stays() {
+    fn a_unique_name_is_kept() {
         let before = message(":1.4711");
         let mut after = before.clone();
         replace_sender(&mut after);
         assert_eq!(after, before);
     }
 
-    /// A message with these header fields, and where the text of the field SENDER is.
+    /// Returns a message with these header fields, and the position of the text of the field SENDER.
     fn with_fields(fields: &[(u8, u8, String)], big: bool) -> (Vec<u8>, Option<std::ops::Range<usize>>) {
         let number = |value: usize| if big { (value as u32).to_be_bytes() } else { (value as u32).to_le_bytes() };
         let mut bytes = vec![0; FIXED];
@@ -238,9 +244,9 @@ mod tests {
         (bytes, range)
     }
 
-    /// Two messages in one piece, as PID 1 sends them.
+    /// Sends two messages in one write, as PID 1 does.
     #[tokio::test]
-    async fn messages_arrive_with_another_sender() {
+    async fn messages_are_received_with_a_unique_sender() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("private");
         let listener = tokio::net::UnixListener::bind(&path).unwrap();
@@ -268,13 +274,13 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_peer_that_closes_is_no_refusal() {
+    async fn a_closed_connection_is_not_a_refusal() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("private");
         let listener = tokio::net::UnixListener::bind(&path).unwrap();
         let (connected, accepted) = tokio::join!(connect(&path, |builder| builder), async {
             let (mut stream, _) = listener.accept().await?;
-            // All of it is read, or the close would be a reset.
+            // Unread input would turn the close into a reset.
             let mut greeting = [0; 64];
             stream.read(&mut greeting).await.map(drop)
         });
@@ -283,7 +289,7 @@ mod tests {
     }
 
     proptest! {
-        /// Wherever the field is, in either byte order, and none where what looks like one is the body's.
+        /// The field is found at any position and in both byte orders. The same bytes in the body are not taken for it.
         #[test]
         fn the_sender_is_found(
             texts in proptest::collection::vec("[a-z]{0,20}", 4),
@@ -302,7 +308,7 @@ mod tests {
         }
 
         #[test]
-        fn garbage_does_not_panic(mut bytes in proptest::collection::vec(any::<u8>(), FIXED..200)) {
+        fn malformed_headers_do_not_panic(mut bytes in proptest::collection::vec(any::<u8>(), FIXED..200)) {
             let _ = total_length(&bytes[..FIXED]);
             let length = bytes.len();
             replace_sender(&mut bytes);

@@ -1,4 +1,4 @@
-//! The code that processes run, from `/proc`.
+//! Finds the code that processes run, from `/proc`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, Metadata};
@@ -8,22 +8,22 @@ use std::path::{Path, PathBuf};
 
 use super::scripts;
 
-/// Which paths below a directory, relative to it, are of interest.
+/// Returns true for a path, relative to the searched directory, whose content differs between the two trees.
 pub(super) type Differs<'a> = &'a (dyn Fn(&Path) -> bool + Sync);
 
-/// Which of the files that processes map are of interest.
+/// The version of mapped files to look for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Version {
-    /// Those that are no longer what stands at their path: after a switch, the bootimage's.
+    /// Files that were replaced at their path: after a switch, the bootimage's.
     Replaced,
-    /// Those that are what stands at their path now: before an undo, the node image's. (After it they
-    /// cannot be found any more: the kernel shows paths on a detached mount without `/usr`.)
+    /// Files that are still at their path: before an undo, the node image's. After the undo they could not be found,
+    /// because the kernel shows paths on a detached mount without `/usr`.
     Current,
 }
 
-/// The processes below a cgroup, in the unified hierarchy or in systemd's own.
+/// Returns the processes of a cgroup and its descendants, in the unified hierarchy or in systemd's own.
 pub(super) fn processes(cgroup: &str) -> Vec<u32> {
-    // An empty ControlGroup is a service without processes, not the root cgroup.
+    // An empty ControlGroup means a service without processes, not the root cgroup.
     if cgroup.is_empty() || cgroup == "/" {
         return Vec::new();
     }
@@ -50,8 +50,8 @@ fn collect(dir: &Path, pids: &mut Vec<u32>) {
     }
 }
 
-/// Returns the files below `/usr`, relative to it, that a process executes or maps as code and that are not the files at
-/// these paths now.
+/// Returns the files, relative to `/usr`, that a process executes or maps as code and that were replaced at their paths.
+/// Empty if the process has ended.
 pub fn mapped_files(pid: u32) -> BTreeSet<String> {
     code_of(pid, Path::new("/usr"), Version::Replaced, &|_| true).files
 }
@@ -59,13 +59,13 @@ pub fn mapped_files(pid: u32) -> BTreeSet<String> {
 /// The code of one process.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Code {
-    /// Files below the root, relative to it, of the version that was asked for and of interest.
+    /// Files of the requested version that differ, relative to the root.
     pub(super) files: BTreeSet<String>,
-    /// True if the program itself is of that version, also if it is not of interest.
+    /// True if the program itself is of that version, even if it does not differ.
     pub(super) of_version: bool,
 }
 
-/// Returns the code below `root` that a process runs: what it executes, libraries, and the script that its program
+/// Returns the code below `root` that a process runs: its program, its libraries, and the script that the program
 /// interprets.
 pub(super) fn code_of(pid: u32, root: &Path, version: Version, differs: Differs<'_>) -> Code {
     let process = PathBuf::from(format!("/proc/{pid}"));
@@ -73,7 +73,8 @@ pub(super) fn code_of(pid: u32, root: &Path, version: Version, differs: Differs<
         return Code::default();
     }
     let mut code = Code { files: mapped_below(&process, root, version, differs), of_version: false };
-    // Scripts are read, not mapped. Their own file tells their version if it is still open, else the program does.
+    // Scripts are read, not mapped. The open file of a script shows its version. Without one, the version of the program
+    // is used.
     let program = fs::read_link(process.join("exe")).unwrap_or_default();
     let program = PathBuf::from(program.to_string_lossy().trim_end_matches(" (deleted)"));
     if program.starts_with(root) {
@@ -89,21 +90,21 @@ pub(super) fn code_of(pid: u32, root: &Path, version: Version, differs: Differs<
             }
         }
     }
-    // A process that ended in the meantime runs nothing; its links were gone, not incomparable.
+    // The links of a process that ended in the meantime are missing, which must not count as different.
     if process.exists() { code } else { Code::default() }
 }
 
-/// Returns the link to a file that a process has open.
+/// Returns the link in `/proc/PID/fd` to an open file.
 fn open_file(process: &Path, path: &Path) -> Option<PathBuf> {
     let files = fs::read_dir(process.join("fd")).ok()?.flatten().map(|entry| entry.path());
     files.into_iter().find(|file| fs::read_link(file).is_ok_and(|to| to == path))
 }
 
-/// Returns the files below `root` that `differs`, mapped as code in the `version` asked for.
+/// Returns the files below `root` that differ and that are mapped as code in the requested `version`.
 fn mapped_below(process: &Path, root: &Path, version: Version, differs: Differs<'_>) -> BTreeSet<String> {
     let maps = fs::read(process.join("maps")).unwrap_or_default();
     let maps = String::from_utf8_lossy(&maps);
-    // A file is mapped in several pieces, and one path may stand for an old and a new file.
+    // A file may have several mappings, and one path may belong to an old and a new file.
     let mut files: BTreeMap<_, Mapping<'_>> = BTreeMap::new();
     for mapping in mappings(&maps).filter(|mapping| Path::new(mapping.path).starts_with(root)) {
         let executable = mapping.executable;
@@ -112,8 +113,8 @@ fn mapped_below(process: &Path, root: &Path, version: Version, differs: Differs<
     let mut found = BTreeSet::new();
     for mapping in files.into_values() {
         let Ok(path) = Path::new(mapping.path).strip_prefix(root) else { continue };
-        // Through the link the kernel answers in terms of the filesystem that the file was opened on.
-        // The device and inode in the text may be those of a layer below an overlay.
+        // The metadata of the link is that of the file as it was opened. The device and inode in the text of `maps` may
+        // be those of a layer below an overlay.
         let link = process.join("map_files").join(&mapping.range);
         if !differs(path) || !(mapping.executable || is_elf(&link)) {
             continue;
@@ -125,8 +126,8 @@ fn mapped_below(process: &Path, root: &Path, version: Version, differs: Differs<
     found
 }
 
-/// Returns true for programs and libraries, also those of data alone, and for what cannot be read. Locales, caches and
-/// other data are not code: a process keeps what it has mapped, and the next one reads the new file.
+/// Returns true for programs and libraries, and for unreadable files. Locales, caches and other data are not code: a
+/// process may keep the old data, and new processes read the new file.
 fn is_elf(file: &Path) -> bool {
     let mut magic = [0; 4];
     let read = fs::File::open(file).and_then(|mut file| file.read_exact(&mut magic));
@@ -136,16 +137,17 @@ fn is_elf(file: &Path) -> bool {
     }
 }
 
-/// Returns true if a process has the agent's root directory. A process with another one, as in a container, does not run
-/// code of this `/usr`, whatever its paths are called. A service with a private mount namespace has the same directory.
+/// Returns true if a process has the agent's root directory. A process with another root directory, as in a container, does
+/// not run code of this `/usr`, even if its paths begin with `/usr`. A service with a private mount namespace has the same
+/// root directory.
 fn is_rooted_here(process: &Path) -> bool {
     let place = |path: &Path| fs::metadata(path).map(|root| (root.dev(), root.ino())).ok();
     let theirs = place(&process.join("root"));
     theirs.is_none() || theirs == place(Path::new("/"))
 }
 
-/// Returns true if `mapped` is another file than the one at its path now. Files that cannot be compared count as different:
-/// a needless restart is the smaller mistake.
+/// Returns true if `mapped` is not the file that is now at its path. Files that cannot be compared count as different,
+/// because a needless restart does less harm than a missing one.
 fn is_old(mapped: &io::Result<Metadata>, now: &io::Result<Metadata>) -> bool {
     match (mapped, now) {
         (Ok(mapped), Ok(now)) => (mapped.dev(), mapped.ino()) != (now.dev(), now.ino()),
@@ -153,20 +155,20 @@ fn is_old(mapped: &io::Result<Metadata>, now: &io::Result<Metadata>) -> bool {
     }
 }
 
-/// One line of `/proc/PID/maps` (proc(5)) that maps a file.
+/// A file mapping in `/proc/PID/maps` (proc(5)).
 #[derive(Debug, PartialEq, Eq)]
 struct Mapping<'a> {
-    /// The first column, as `/proc/PID/map_files` has it.
+    /// The first column, in the form that `/proc/PID/map_files` uses.
     range: String,
-    /// Device and inode; they tell files apart, but not what is at the path.
+    /// Device and inode. They distinguish files of one process, but must not be compared with those of a path.
     file: (&'a str, &'a str),
-    /// True for an executable mapping, by the second column.
+    /// True if the mapping is executable, by the second column.
     executable: bool,
     /// The sixth column, without the kernel's `(deleted)` mark.
     path: &'a str,
 }
 
-/// The file mappings in the text of `/proc/PID/maps`, executable ones and data alike.
+/// Parses the file mappings in the text of `/proc/PID/maps`, including those of data.
 fn mappings(maps: &str) -> impl Iterator<Item = Mapping<'_>> {
     maps.lines().filter_map(|line| {
         let mut columns = line.split_whitespace();
@@ -178,7 +180,7 @@ fn mappings(maps: &str) -> impl Iterator<Item = Mapping<'_>> {
     })
 }
 
-/// The name in `map_files`: without the zeros that `maps` pads addresses with.
+/// Returns the name in `map_files`, which lacks the zeros with which `maps` pads addresses.
 fn range_name(range: &str) -> Option<String> {
     let (start, end) = range.split_once('-')?;
     let number = |text| u64::from_str_radix(text, 16).ok();
@@ -191,7 +193,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn maps() {
+    fn mappings_are_parsed() {
         let text = "\
 00400000-00402000 r--p 00000000 fe:00 1234  /usr/bin/cat
 7f0000000000-7f0000001000 r-xp 00000000 fe:00 77    /usr/lib/x86_64-linux-gnu/libc.so.6 (deleted)
@@ -211,7 +213,7 @@ nonsense
     }
 
     #[test]
-    fn what_cannot_be_compared_is_old() {
+    fn files_that_cannot_be_compared_are_old() {
         let here = || fs::metadata("/");
         let nowhere = || fs::metadata("/nonexistent");
         assert!(!is_old(&here(), &here()));
@@ -219,7 +221,7 @@ nonsense
         assert!(is_old(&here(), &nowhere()) && is_old(&nowhere(), &here()));
     }
 
-    /// Returns false, and says so, where the kernel does not show mapped files to this user.
+    /// Returns false with a message if the kernel does not show mapped files to this user.
     fn sees_mapped_files() -> bool {
         let seen = fs::read_dir("/proc/self/map_files")
             .and_then(|mut files| files.next().ok_or(io::ErrorKind::NotFound)?)
@@ -273,7 +275,7 @@ nonsense
         let mut second = start();
         assert_eq!(changed(&first, Version::Replaced), run);
         assert_eq!(changed(&first, Version::Current), BTreeSet::new());
-        assert_eq!(changed(&second, Version::Replaced), BTreeSet::new(), "restarted once, not again");
+        assert_eq!(changed(&second, Version::Replaced), BTreeSet::new(), "a restarted process is current");
         for child in [&mut first, &mut second] {
             child.kill().unwrap();
             child.wait().unwrap();
@@ -308,7 +310,7 @@ nonsense
         child.wait().unwrap();
     }
 
-    /// A program that is replaced while it runs, as a package manager does it, then started again.
+    /// Replaces a program while it runs, as a package manager does, and starts it again.
     #[test]
     fn a_program_is_old_once_its_file_is_replaced() {
         if !sees_mapped_files() {
@@ -328,15 +330,15 @@ nonsense
         };
         fs::copy("/bin/sleep", &program).unwrap();
         let (old, mut first) = start();
-        assert_eq!(old, BTreeSet::new(), "what was just started is current");
+        assert_eq!(old, BTreeSet::new(), "a new process is current");
         fs::copy("/bin/sleep", root.join("new")).unwrap();
         fs::rename(root.join("new"), &program).unwrap();
         let of = |version, differs: bool| code_of(first.id(), &root, version, &move |_| differs).files;
         assert_eq!(of(Version::Replaced, true), BTreeSet::from(["sleep".to_owned()]));
-        assert_eq!(of(Version::Replaced, false), BTreeSet::new(), "the node image has the same");
-        assert_eq!(of(Version::Current, true), BTreeSet::new(), "it is one or the other");
+        assert_eq!(of(Version::Replaced, false), BTreeSet::new(), "unchanged in the node image");
+        assert_eq!(of(Version::Current, true), BTreeSet::new(), "a file has one version");
         let (old, mut second) = start();
-        assert_eq!(old, BTreeSet::new(), "restarted once, not again");
+        assert_eq!(old, BTreeSet::new(), "a restarted process is current");
         let current = code_of(second.id(), &root, Version::Current, &|_| true).files;
         assert_eq!(current, BTreeSet::from(["sleep".to_owned()]));
         for child in [&mut first, &mut second] {
@@ -346,13 +348,13 @@ nonsense
     }
 
     #[test]
-    fn the_root_cgroup_is_nobodys() {
+    fn the_root_cgroup_belongs_to_no_service() {
         assert!(processes("").is_empty());
         assert!(processes("/").is_empty());
     }
 
     #[test]
-    fn a_process_that_is_gone_maps_nothing() {
+    fn a_process_that_has_ended_maps_nothing() {
         assert!(mapped_files(u32::MAX).is_empty());
     }
 }

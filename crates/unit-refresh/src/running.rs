@@ -1,4 +1,4 @@
-//! The active units: the code that the processes of each service run, and the differences of its definition.
+//! Surveys the active units: the code that the processes of each service run, and the differences of its definition.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -16,59 +16,61 @@ use super::scripts;
 use super::syntax::is_true;
 use super::{Manager, Refusal, UnitState};
 
-/// Definitions by the name of the unit.
+/// Definitions by name of the unit.
 pub type Definitions = BTreeMap<String, Definition>;
 
-/// The two sides that a survey compares.
+/// The two systems that a survey compares: the one that units were started from, and the one to refresh them to.
 pub struct Sides<'a> {
-    /// Which of the files that processes map are old.
+    /// The version of mapped files that counts as old.
     pub version: Version,
-    /// Which files differ.
+    /// Returns true for a path below `/usr` whose content differs between the two systems.
     pub differs: Differs<'a>,
-    /// Definitions of the old side, as of the beginning of the switch. Other units are not compared.
+    /// Definitions of the old system, as of the beginning of the switch. Other units are not compared.
     pub old: &'a Definitions,
-    /// Unit files of the new side.
+    /// Unit files of the new system.
     pub new: &'a UnitFiles,
-    /// Units that the final target pulls in on the new side only.
-    pub arriving: &'a BTreeSet<String>,
-    /// The release of the new side's systemd, where that is known.
+    /// Units that the final target pulls in only in the new system.
+    pub added: &'a BTreeSet<String>,
+    /// Release of the new system's systemd, if known.
     pub systemd: Option<u32>,
 }
 
-/// All active units that run or are something else than the other side has it. A process that ends while it is looked
-/// at counts as running nothing. One unit that cannot be looked at does not hide the others: it is left out, and a
-/// line of the second list names it.
+/// Returns all active units whose code or definition differs, and a list of warnings. A process that ends during the
+/// survey counts as running nothing. A unit that cannot be inspected is left out, with a warning.
+///
+/// # Errors
+/// Fails if PID 1 cannot list its units or closes the connection.
 pub async fn survey(manager: &Manager, sides: &Sides<'_>) -> Result<(Vec<UnitState>, Vec<String>)> {
     let mut states = Vec::new();
-    let mut troubles = Vec::new();
+    let mut warnings = Vec::new();
     let units = manager.list().await?;
     let names =
         |wanted: fn(&Unit) -> bool| units.iter().filter(move |unit| wanted(unit)).map(|unit| unit.name.as_str());
     let active: BTreeSet<&str> = names(Unit::is_active).collect();
-    // Of any kind, and on its way up or down, too: what would be stopped with another unit.
-    let there: BTreeSet<&str> = names(|unit| !matches!(unit.active.as_str(), "inactive" | "failed")).collect();
+    // Units of any type that could be stopped as dependents, also if they are just being started or stopped.
+    let present: BTreeSet<&str> = names(|unit| !matches!(unit.active.as_str(), "inactive" | "failed")).collect();
     for unit in units.iter().filter(|unit| unit.is_active()) {
-        let looked = look(manager, unit, sides, (&active, &there), &mut troubles).await;
-        match looked.with_context(|| format!("{}: cannot tell what it runs", unit.name)) {
+        let inspected = inspect(manager, unit, sides, (&active, &present), &mut warnings).await;
+        match inspected.with_context(|| format!("cannot inspect {}", unit.name)) {
             Ok(state) => states.extend(state),
-            // The other units cannot be looked at either.
+            // The other units cannot be inspected either.
             Err(error) if Manager::is_lost(&error) => return Err(error),
-            Err(error) => troubles.push(format!("{error:#}")),
+            Err(error) => warnings.push(format!("{error:#}")),
         }
     }
     for (socket, service) in new_sockets(sides, &active) {
-        match new_socket(manager, sides, &there, &socket, service).await {
+        match new_socket(manager, sides, &present, &socket, service).await {
             Ok(state) => states.push(state),
             Err(error) if Manager::is_lost(&error) => return Err(error),
-            Err(error) => troubles.push(format!("{socket}: cannot tell what its service is: {error:#}")),
+            Err(error) => warnings.push(format!("cannot inspect the service of {socket}: {error:#}")),
         }
     }
-    Ok((states, troubles))
+    Ok((states, warnings))
 }
 
-/// The sockets that arrive, with their services, where those run already.
+/// Returns the new sockets whose services are already active, with these services.
 fn new_sockets(sides: &Sides<'_>, active: &BTreeSet<&str>) -> Vec<(String, String)> {
-    let sockets = sides.arriving.iter().filter(|name| name.ends_with(".socket") && !active.contains(name.as_str()));
+    let sockets = sides.added.iter().filter(|name| name.ends_with(".socket") && !active.contains(name.as_str()));
     let with_service = |socket: &String| {
         let service = sides.new.definition(socket).filter(|socket| !socket.masked)?.service_of(socket)?;
         active.contains(service.as_str()).then(|| (socket.clone(), service))
@@ -79,33 +81,33 @@ fn new_sockets(sides: &Sides<'_>, active: &BTreeSet<&str>) -> Vec<(String, Strin
 async fn new_socket(
     manager: &Manager,
     sides: &Sides<'_>,
-    there: &BTreeSet<&str>,
+    present: &BTreeSet<&str>,
     socket: &str,
     service: String,
 ) -> Result<UnitState> {
     let links = manager.links_of(&service).await?;
     let others: Vec<_> = links.triggered_by.into_iter().filter(|unit| unit.ends_with(".socket")).collect();
-    let others: Vec<_> = others.into_iter().filter(|unit| there.contains(unit.as_str())).collect();
+    let others: Vec<_> = others.into_iter().filter(|unit| present.contains(unit.as_str())).collect();
     let definition = sides.new.definition(socket).unwrap_or_default();
     Ok(UnitState {
         name: socket.to_owned(),
-        arrives: true,
+        added: true,
         wanted: !links.wanted_by.is_empty(),
         wish: definition.value("Unit", KEY).and_then(|word| word.parse().ok()),
         netlink: others.iter().any(|socket| is_netlink(sides, socket)),
         others,
-        along: along(manager, [service.as_str()], there).await?,
+        dependents: dependents(manager, [service.as_str()], present).await?,
         refuses: sides.new.definition(&service).and_then(refusal),
         serves: Some(service),
         ..UnitState::default()
     })
 }
 
-/// The active units that are stopped and restarted with these, themselves left out.
-async fn along<'a>(
+/// Returns the active units that systemd stops and restarts with `units`, without `units` themselves.
+async fn dependents<'a>(
     manager: &Manager,
     units: impl IntoIterator<Item = &'a str>,
-    there: &BTreeSet<&str>,
+    present: &BTreeSet<&str>,
 ) -> Result<Vec<String>> {
     let mut pending: Vec<String> = units.into_iter().map(str::to_owned).collect();
     let own = pending.clone();
@@ -113,32 +115,32 @@ async fn along<'a>(
     while let Some(name) = pending.pop() {
         if seen.insert(name.clone()) {
             let links = manager.links_of(&name).await?;
-            pending.extend(links.along.into_iter().filter(|name| there.contains(name.as_str())));
+            pending.extend(links.dependents.into_iter().filter(|name| present.contains(name.as_str())));
         }
     }
     Ok(seen.into_iter().filter(|name| !own.contains(name)).collect())
 }
 
-/// Returns the job that the unit file refuses to an administrator.
+/// Returns the job that the unit file refuses if it is requested manually.
 fn refusal(definition: Definition) -> Option<Refusal> {
     let has = |key| definition.value("Unit", key).is_some_and(is_true);
     if has("RefuseManualStop") { Some(Refusal::Stop) } else { has("RefuseManualStart").then_some(Refusal::Start) }
 }
 
-/// The definitions of all active units.
+/// Returns the definitions of all active units that have one.
 pub async fn definitions(manager: &Manager, files: &UnitFiles) -> Result<Definitions> {
     let units = manager.list().await?;
     let define = |unit: Unit| files.definition(&unit.name).map(|definition| (unit.name, definition));
     Ok(units.into_iter().filter(|unit| unit.is_active()).filter_map(define).collect())
 }
 
-/// The names of all active units.
+/// Returns the names of all active units.
 pub async fn active(manager: &Manager) -> Result<BTreeSet<String>> {
     Ok(manager.list().await?.into_iter().filter(|unit| unit.active == "active").map(|unit| unit.name).collect())
 }
 
-/// Returns the files below `/usr` that differ and that a service runs: code of its processes, and the programs and
-/// scripts of its `ExecStart=`, which may have started others in their place.
+/// Returns the files below `/usr` that differ and that a service runs: the code of its processes, and the programs and
+/// scripts of `ExecStart=`, which may have replaced themselves by other programs.
 async fn code_of_service(manager: &Manager, unit: &Unit, sides: &Sides<'_>) -> Result<BTreeSet<String>> {
     let usr = Path::new("/usr");
     let mut changed = BTreeSet::new();
@@ -158,13 +160,13 @@ async fn code_of_service(manager: &Manager, unit: &Unit, sides: &Sides<'_>) -> R
     Ok(changed)
 }
 
-/// Returns `None` for a unit that is the same on both sides.
-async fn look(
+/// Inspects an active unit. Returns `None` if neither its code nor its definition differs.
+async fn inspect(
     manager: &Manager,
     unit: &Unit,
     sides: &Sides<'_>,
-    (active, there): (&BTreeSet<&str>, &BTreeSet<&str>),
-    troubles: &mut Vec<String>,
+    (active, present): (&BTreeSet<&str>, &BTreeSet<&str>),
+    warnings: &mut Vec<String>,
 ) -> Result<Option<UnitState>> {
     let name = unit.name.as_str();
     let is_service = name.ends_with(".service");
@@ -181,13 +183,13 @@ async fn look(
     let links = manager.links(unit).await?;
     let of = |section: &str, key: &str| new.as_ref().or(old).and_then(|definition| definition.value(section, key));
     let wish = of("Unit", KEY).and_then(|word| {
-        word.parse::<Wish>().inspect_err(|error| troubles.push(format!("{name}: {KEY}={error}"))).ok()
+        word.parse::<Wish>().inspect_err(|error| warnings.push(format!("{name}: {KEY}={error}"))).ok()
     });
     let running = |unit: &&String| active.contains(unit.as_str());
     let serves = links.triggers.iter().find(|unit| unit.ends_with(".service")).filter(running);
     let serves = serves.filter(|_| name.ends_with(".socket")).cloned();
-    // Who wants the service decides whether it is started at once, also where it is asked for its socket. A target that
-    // is reached only later counts: what it wants does not concern the socket alone.
+    // The service of a socket is started at once if a unit other than its sockets wants it. A target that is not reached
+    // yet counts too.
     let of_service = match &serves {
         Some(service) => Some(manager.links_of(service).await?),
         None => None,
@@ -203,7 +205,7 @@ async fn look(
     for socket in sockets.iter().filter(|_| is_service) {
         connection |= manager.accepts(socket).await?;
     }
-    let along = along(manager, [name].into_iter().chain(serves.as_deref()), there).await?;
+    let dependents = dependents(manager, [name].into_iter().chain(serves.as_deref()), present).await?;
     let other_release = name == LOGIND && is_other_release(&changed, sides.systemd);
     let both = [Some(name), serves.as_deref()].into_iter().flatten();
     let refuses = both.filter_map(|name| refusal(sides.new.definition(name)?)).next();
@@ -221,8 +223,8 @@ async fn look(
         serves,
         others,
         wanted: !wanted_by.is_empty(),
-        arrives: false,
-        along,
+        added: false,
+        dependents,
         other_release,
     }))
 }
@@ -231,19 +233,20 @@ fn without(names: &[String], name: &str) -> Vec<String> {
     names.iter().filter(|one| *one != name).cloned().collect()
 }
 
-/// A socket of the kernel's, by its unit file.
+/// Returns true for a netlink socket, by its unit file.
 fn is_netlink(sides: &Sides<'_>, socket: &str) -> bool {
     let definition = sides.new.definition(socket).or_else(|| sides.old.get(socket).cloned());
     definition.is_some_and(|socket| socket.value("Socket", "ListenNetlink").is_some())
 }
 
-/// Returns true if a process maps a library of systemd of another release than `new`. Builds of one release may differ, too.
+/// Returns true if a changed library of systemd has another release than `new`. Another build of the same release does
+/// not count.
 fn is_other_release(changed: &BTreeSet<String>, new: Option<u32>) -> bool {
     changed.iter().filter_map(|path| release_of(Path::new(path))).any(|old| Some(old) != new)
 }
 
-/// Units that run something or wait for something, or failed at it, with their unit files. Not mounts: one that
-/// has a unit file now may have been mounted without one before.
+/// Returns the active and failed services, sockets, timers and paths, with their unit files. Mounts are excluded: a mount
+/// that has a unit file now may have been mounted without one.
 pub async fn active_fragments(manager: &Manager) -> Result<Vec<(String, PathBuf)>> {
     const KINDS: [&str; 4] = [".service", ".socket", ".timer", ".path"];
     let mut fragments = Vec::new();
@@ -264,7 +267,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn another_release_of_systemd() {
+    fn another_release_of_systemd_is_recognised() {
         let of = |changed: &[&str], new| is_other_release(&changed.iter().map(|&path| path.into()).collect(), new);
         let library = "lib/x86_64-linux-gnu/systemd/libsystemd-shared-252.so";
         assert!(of(&["lib/systemd/systemd-logind", library], Some(257)));

@@ -1,4 +1,4 @@
-//! Scripts: files that a program interprets, by the arguments of a process or of a unit.
+//! Finds scripts, which a program interprets, by the arguments of a process or of a unit's command.
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -7,7 +7,7 @@ use std::io::{ErrorKind, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-/// Programs whose first file argument is a script, also without an interpreter line.
+/// Programs whose first file argument is a script, even if it has no interpreter line.
 const INTERPRETERS: &[&str] = &[
     "ash",
     "bash",
@@ -30,29 +30,29 @@ pub(super) fn split(cmdline: &[u8]) -> Vec<PathBuf> {
     cmdline.split(|&byte| byte == 0).map(|argument| PathBuf::from(OsStr::from_bytes(argument))).collect()
 }
 
-/// Returns the script that `program` interprets, by its arguments, with its own name as the first of them. The kernel
-/// puts the script's path behind the words of the interpreter line.
+/// Returns the script that `program` interprets, by its `arguments`, of which the first is the program's name. The kernel
+/// inserts the script's path after the words of the interpreter line (execve(2)).
 pub(super) fn of(arguments: &[PathBuf], program: &Path) -> Option<PathBuf> {
-    // What follows these is text or a module.
+    // These options are followed by text or by the name of a module, not by a file.
     let arguments = arguments.iter().skip(1).take_while(|word| !matches!(word.as_os_str().as_bytes(), b"-c" | b"-m"));
     let path = arguments.into_iter().find(|word| word.is_absolute())?;
     let mut start = [0; 2];
     let interpreted = match File::open(path).and_then(|mut file| file.read_exact(&mut start)) {
         Ok(()) => start == *b"#!" || is_interpreter(program),
-        // The other tree may lack it.
+        // The script may exist only in the other tree.
         Err(error) => error.kind() == ErrorKind::NotFound && is_interpreter(program),
     };
     interpreted.then(|| path.clone())
 }
 
-/// Returns true for `/usr/bin/python3.11` and the like.
+/// Returns true for an interpreter, with or without a version suffix such as `/usr/bin/python3.11`.
 fn is_interpreter(program: &Path) -> bool {
     let name = program.file_name().unwrap_or_default().to_string_lossy();
     let name = name.trim_end_matches(|letter: char| letter.is_ascii_digit() || matches!(letter, '.' | '-'));
     INTERPRETERS.contains(&name)
 }
 
-/// Returns the files that a path stands for, relative to `root`: itself, and what links lead to.
+/// Returns the paths relative to `root` that name the same file as `path`: itself, and the targets of its links.
 pub(super) fn below(path: &Path, root: &Path) -> BTreeSet<String> {
     let beside = path.parent().and_then(|parent| parent.canonicalize().ok()).zip(path.file_name());
     let places = [Some(path.to_owned()), beside.map(|(parent, name)| parent.join(name)), path.canonicalize().ok()];
@@ -66,7 +66,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_script_of_a_command() {
+    fn the_script_of_a_command_is_found() {
         let temp = tempfile::tempdir().unwrap();
         let (script, data) = (temp.path().join("script"), temp.path().join("data"));
         std::fs::write(&script, "#!/bin/sh\n").unwrap();
@@ -96,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_stands_for_its_link_and_its_file() {
+    fn a_path_names_its_link_and_its_file() {
         let temp = tempfile::tempdir().unwrap();
         let root = temp.path().canonicalize().unwrap();
         std::fs::create_dir(root.join("bin")).unwrap();
@@ -110,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn arguments_end_with_a_zero() {
+    fn arguments_are_split_at_null_bytes() {
         assert_eq!(split(b"/bin/sh\0-e\0/x y\0"), ["/bin/sh", "-e", "/x y", ""].map(PathBuf::from));
     }
 }

@@ -1,11 +1,11 @@
-//! The text of unit files, as systemd.syntax(7) has it. Pure.
+//! Parses the text of unit files by the rules of systemd.syntax(7). Pure.
 
 use super::definition::Settings;
 
 /// The byte order mark, which systemd accepts once, at the beginning of a line.
 const BOM: char = '\u{feff}';
 
-/// Keys that an empty value does not reset: each value only adds to what is there.
+/// Keys whose list an empty value does not reset.
 const ADDING: &[(&str, &[&str])] = &[
     (
         "Unit",
@@ -41,8 +41,8 @@ pub(super) fn is_true(word: &str) -> bool {
     matches!(word.to_ascii_lowercase().as_str(), "1" | "yes" | "y" | "true" | "t" | "on")
 }
 
-/// Adds the settings of one file. Comments and blank lines do not count, also inside a continued line; a line that ends
-/// in a backslash that is not itself escaped continues in the next one.
+/// Adds the settings of one file. Comments and blank lines are skipped, also inside a continued line. A line that ends in
+/// an unescaped backslash continues in the next line.
 pub(super) fn parse(text: &str, into: &mut Settings) {
     let mut section = None;
     let mut pending = String::new();
@@ -75,7 +75,7 @@ fn is_continued(line: &str) -> bool {
     line.bytes().rev().take_while(|&byte| byte == b'\\').count() % 2 == 1
 }
 
-/// Takes one line. What stands before the first section is ignored.
+/// Adds the assignment of one line. Assignments before the first section are ignored.
 fn assignment(line: &str, section: &mut Option<String>, into: &mut Settings) {
     if let Some(name) = line.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
         *section = Some(name.to_owned());
@@ -98,7 +98,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn words_for_true() {
+    fn words_for_true_are_those_of_systemd() {
         for (word, expected) in [
             ("1", true),
             ("Yes", true),
