@@ -13,6 +13,9 @@ use std::time::Duration;
 use super::{Class, Endpoint, Failure, Kind};
 use causes::{Cause, cause};
 
+/// The longest delay that a registry can ask for. An unattended machine must not wait for days.
+const LONGEST_WAIT: Duration = Duration::from_secs(3600);
+
 /// The meaning of a message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Verdict {
@@ -74,11 +77,11 @@ fn decisive(answers: &[(&str, Cause)]) -> Cause {
     Cause { class: best.class, ..own }
 }
 
-/// `Retry-After: 30`, wherever it stands in the text.
+/// Returns the delay that a header `Retry-After: 30` asks for, at most [`LONGEST_WAIT`]. Its form with a date is ignored.
 fn retry_after(text: &str) -> Option<Duration> {
     let text = text.to_ascii_lowercase();
-    let (_, rest) = text.split_once("retry-after")?;
-    let digits: String =
-        rest.chars().skip_while(|c| !c.is_ascii_digit()).take_while(char::is_ascii_digit).take(6).collect();
-    digits.parse().ok().map(Duration::from_secs)
+    let (_, rest) = text.split_once("retry-after: ")?;
+    let end = rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len());
+    let digits = rest.get(..end).filter(|digits| !digits.is_empty())?;
+    Some(digits.parse().map_or(LONGEST_WAIT, Duration::from_secs).min(LONGEST_WAIT))
 }

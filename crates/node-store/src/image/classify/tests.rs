@@ -48,8 +48,16 @@ fn the_word_of_skopeo_wins() {
 
 #[test]
 fn a_registry_may_ask_for_time() {
-    assert_eq!(classify("429 Too Many Requests, retry-after: 17", false).retry_after, Some(Duration::from_secs(17)));
-    assert_eq!(classify("retry-after: soon", false).retry_after, None);
+    for (text, seconds) in [
+        ("429 Too Many Requests, retry-after: 17", Some(17)),
+        ("toomanyrequests: slow down (Retry-After: 30)", Some(30)),
+        ("Retry-After: 99999999999999999999999", Some(3600)),
+        ("retry-after: soon", None),
+        ("Retry-After: Wed, 21 Oct 2026 07:28:00 GMT", None),
+        ("pinging container registry retry-after.example:5000: received unexpected HTTP status: 503", None),
+    ] {
+        assert_eq!(classify(text, false).retry_after, seconds.map(Duration::from_secs), "{text}");
+    }
 }
 
 #[test]
