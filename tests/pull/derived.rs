@@ -169,7 +169,7 @@ async fn derived_images_are_what_ostree_ext_makes_of_them() {
         for words in ["/opt (3)", "/run (1)", "/root (1)"] {
             assert!(text.contains(words), "{text}");
         }
-        assert_eq!(text.contains("labelled anew"), labels == Labels::Missing, "{text}");
+        assert_eq!(text.contains("relabelled"), labels == Labels::Missing, "{text}");
         let repo = bench.path(&format!("{labels:?}").to_lowercase()).join("repo");
         let repo = format!("--repo={}", repo.display());
         let show = |key: &str| run("ostree", &["show", &repo, "--print-metadata-key", key, &pulled.commit]);
@@ -194,7 +194,7 @@ async fn a_layer_may_bring_its_own_policy() {
         item("usr/bin/newtool", What::File(noise(600_000, 4), 0o755)),
     ]];
     let pulled = compared(&bench, &oracle(), &with(base(&bench, Labels::Own), &layers), "policy").await;
-    assert!(pulled.warnings.iter().any(|line| line.contains("labelled anew")), "{:?}", pulled.warnings);
+    assert!(pulled.warnings.iter().any(|line| line.contains("relabelled")), "{:?}", pulled.warnings);
     let repo = bench.path("policy").join("repo");
     let repo = format!("--repo={}", repo.display());
     let shown = run("ostree", &["ls", "-X", &repo, "coreos/node-image", "/usr/bin/newtool"]);
@@ -367,7 +367,7 @@ async fn derived_layers_that_must_be_refused() {
         ("nothing", link("usr/x", "usr/nosuch"), "/usr/nosuch"),
         ("directory", link("usr/x", "usr/share"), "hardlink"),
         ("left-out", link("usr/x", "opt/y"), "/opt"),
-        ("whiteout", file("usr/.wh.", ""), "whiteout of nothing"),
+        ("whiteout", file("usr/.wh.", ""), "whiteout without a name"),
     ] {
         let mut layer = layer(&[item]);
         let spoil = |layer: &mut Vec<u8>, path: &[u8]| {

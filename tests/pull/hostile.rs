@@ -34,15 +34,15 @@ async fn plain_layers_that_are_refused() {
         ("up", vec![file(b"usr/../../etc/passwd")], "escapes"),
         ("up-pax", vec![pax(b"path", b"usr/../../x")], "escapes"),
         ("up-link", vec![raw(b"usr/x", b'1', b"../etc/shadow", b"", &[])], "escapes"),
-        ("nul", vec![pax(b"path", b"usr/a\0b")], "no path"),
-        ("deep", vec![pax(b"path", &[b"usr/", &deep[..]].concat())], "no path"),
-        ("wide", vec![pax(b"path", &[b"usr/", &long(256)[..]].concat())], "no path"),
-        ("target", vec![raw(b"usr/x", b'2', b"", b"", &[(b"linkpath", &long(5000))])], "no file system"),
+        ("nul", vec![pax(b"path", b"usr/a\0b")], "not a valid path"),
+        ("deep", vec![pax(b"path", &[b"usr/", &deep[..]].concat())], "not a valid path"),
+        ("wide", vec![pax(b"path", &[b"usr/", &long(256)[..]].concat())], "not a valid path"),
+        ("target", vec![raw(b"usr/x", b'2', b"", b"", &[(b"linkpath", &long(5000))])], "expected 1 to 4095 bytes"),
         ("below-symlink", vec![symlink(b"usr/x", b"/etc"), file(b"usr/x/passwd")], "below /usr/x"),
         ("below-dots", vec![symlink(b"usr/x", b"../../.."), file(b"usr/x/etc/passwd")], "below /usr/x"),
         ("white-symlink", vec![symlink(b"usr/x", b"/etc"), file(b"usr/x/.wh.passwd")], "below /usr/x"),
         ("opaque-file", vec![file(b"usr/x"), file(b"usr/x/.wh..wh..opq")], "below /usr/x"),
-        ("whiteout", vec![file(b"usr/.wh...")], "whiteout of nothing"),
+        ("whiteout", vec![file(b"usr/.wh...")], "whiteout without a name"),
         ("type", vec![raw(b"usr/x", b'Z', b"", b"", &[])], "unknown type"),
         ("claims", vec![claims(1 << 30)], "ends early"),
         ("claims-more", vec![claims(1 << 50)], "1125899906842624"),
@@ -213,11 +213,11 @@ async fn commit_layers_that_are_refused() {
         assert!(told.kind == kind && told.message.contains(words), "{name}: {told}");
     }
     for (name, entries, words) in [
-        ("late", vec![entry("dirtree", b"")], "belongs into the first layer"),
+        ("late", vec![entry("dirtree", b"")], "belongs in the first layer"),
         ("link-out", vec![entry("file-xattrs-link", b"etc/passwd")], "to etc/passwd"),
         ("link-up", vec![entry("file-xattrs-link", b"../etc/passwd")], "escapes"),
         ("link-none", vec![], "lacks the extended attributes"),
-        ("no-object", vec![entry("filez", b"")], "names no object"),
+        ("no-object", vec![entry("filez", b"")], "does not name an object"),
     ] {
         let mut image = image(&bench, 1, 1);
         let entries: Vec<u8> = if name == "link-none" {

@@ -1,16 +1,16 @@
-//! One bound on the memory that the plain layers of an image take together. Pure.
+//! Limits the memory that all plain layers of an image use together. Pure.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// The most that the lists of all plain layers and the tree made of them may take, in bytes. With it a pull stays
-/// within the 150 MiB that [`super`] states.
-const MOST: usize = 80 << 20;
+/// Limit in bytes for the lists of all plain layers and the merged tree. It keeps a pull within the 150 MiB that
+/// [`super`] states.
+const LIMIT: usize = 80 << 20;
 
-/// How to build an image that fits.
+/// Advice for images that exceed the budget.
 pub(super) const ADVICE: &str = "build the image with fewer files in plain layers, or encapsulate its tree as a commit";
 
-/// Shared by all plain layers of one import.
+/// Memory budget that all plain layers of one import share.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Budget(Arc<Spent>);
 
@@ -20,17 +20,17 @@ struct Spent {
     entries: AtomicUsize,
 }
 
-/// One more entry does not fit.
+/// Error returned when an entry exceeds the budget.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "exceeds the limit: the image's plain layers list {entries} entries so far, and their lists may take {} MiB of memory",
-    MOST >> 20
+    "exceeds the limit of {} MiB for the lists of all plain layers: they have {entries} entries so far",
+    LIMIT >> 20
 )]
 pub(super) struct OverBudget {
     entries: usize,
 }
 
-/// What one layer or tree has taken of the budget; given back when dropped.
+/// Part of the budget that one layer or tree uses; returned on drop.
 #[derive(Debug, Default)]
 pub(super) struct Share {
     budget: Budget,
@@ -39,20 +39,23 @@ pub(super) struct Share {
 }
 
 impl Budget {
-    /// Starts a share of nothing.
+    /// Returns an empty share.
     pub(super) fn share(&self) -> Share {
         Share { budget: self.clone(), bytes: 0, entries: 0 }
     }
 }
 
 impl Share {
-    /// Takes so many bytes for so many more entries.
+    /// Adds `bytes` for `entries` more entries to the share.
+    ///
+    /// # Errors
+    /// If all shares together exceed the limit.
     pub(super) fn take(&mut self, bytes: usize, entries: usize) -> Result<(), OverBudget> {
         let Spent { bytes: all, entries: count } = &*self.budget.0;
         self.bytes += bytes;
         self.entries += entries;
         let count = count.fetch_add(entries, Ordering::Relaxed) + entries;
-        if all.fetch_add(bytes, Ordering::Relaxed) + bytes > MOST {
+        if all.fetch_add(bytes, Ordering::Relaxed) + bytes > LIMIT {
             return Err(OverBudget { entries: count });
         }
         Ok(())
@@ -72,13 +75,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_budget_for_all_layers() {
+    fn all_layers_share_one_budget() {
         let budget = Budget::default();
         let (mut one, mut other) = (budget.share(), budget.share());
-        one.take(MOST / 2, 3).unwrap();
-        other.take(MOST / 2, 4).unwrap();
+        one.take(LIMIT / 2, 3).unwrap();
+        other.take(LIMIT / 2, 4).unwrap();
         let error = other.take(1, 1).unwrap_err();
-        assert!(error.to_string().contains("list 8 entries") && error.to_string().contains("80 MiB"), "{error}");
+        assert!(error.to_string().contains("have 8 entries") && error.to_string().contains("80 MiB"), "{error}");
         drop(one);
         other.take(1, 1).unwrap();
     }

@@ -1,6 +1,5 @@
-//! One layer from the registry into the store: the async end that reads from the proxy, and the two
-//! threads behind it (decompress and digest; parse, hash and write). Bounded channels between them
-//! are the back pressure and the bound on memory.
+//! Fetches one layer into the store. An async task reads from the proxy; one thread decompresses and digests, another
+//! parses, hashes and writes. Bounded channels between them give back pressure and limit memory.
 
 use std::io;
 use std::sync::Arc;
@@ -22,19 +21,18 @@ use super::plain::LayerTree;
 use super::plain::read_plain;
 use super::state::Import;
 
-/// How many pieces of the blob (128 KiB each) may wait: 1 MiB a layer.
+/// Capacity of the channel of compressed pieces (128 KiB each): 1 MiB for each layer.
 const WAITING_READS: usize = 8;
-/// How many decompressed pieces (256 KiB each) may wait: 1.5 MiB a layer.
+/// Capacity of the channel of decompressed pieces (256 KiB each): 1.5 MiB for each layer.
 const WAITING_PIECES: usize = 6;
 
-/// How a layer is called in messages.
+/// Returns the name of a layer in messages.
 pub(super) fn layer_name(image: &ResolvedImage, layer: &Layer) -> String {
     format!("{} layer {} ({})", image.pinned, layer.index, layer.digest())
 }
 
-/// Reads one layer of the encapsulated commit. What it stored before a failure stays: each object was
-/// checked by itself. False when it was given up because nothing is wanted any more, and nothing had
-/// been taken from it.
+/// Reads one layer of the encapsulated commit. Objects that it stored before a failure stay, because each was checked
+/// by itself. Returns false if the read was abandoned: no object is wanted any more, and none of this layer was stored.
 pub(super) async fn fetch_encapsulated(
     source: &Source,
     image: &ResolvedImage,
@@ -76,14 +74,14 @@ pub(super) async fn fetch_plain(
         move |archive: &mut Archive<'_>| read_plain(&import, &name, &facts, archive)
     };
     let tree = fetch_layer(source, image, layer, import, cancel, None, work).await?;
-    tree.ok_or_else(|| Failure::new(Kind::Local, format!("{name}: was given up")))
+    tree.ok_or_else(|| Failure::new(Kind::Local, format!("internal error: abandoned the plain {name}")))
 }
 
 /// The decompressed archive, piece by piece.
 type Archive<'a> = dyn FnMut() -> io::Result<Vec<u8>> + 'a;
 
-/// Runs a layer through `work`. With `contributed`, the layer is given up (`None`) when nothing is
-/// wanted any more while that is still false.
+/// Passes the archive of a layer to `work`. With `contributed`, the read is abandoned (`None`) as soon as no object is
+/// wanted, unless `contributed` is true by then.
 async fn fetch_layer<T: Send + 'static>(
     source: &Source,
     image: &ResolvedImage,
@@ -108,7 +106,7 @@ async fn fetch_layer<T: Send + 'static>(
     let decompressor = tokio::task::spawn_blocking(move || {
         let result = decompress(compression, Incoming::new(incoming), &mut |piece| pieces.send(Ok(piece)).is_ok());
         if let Err(error) = &result {
-            // The parser may be gone already; then it has its own, earlier, reason.
+            // The parser may have failed already, for its own, earlier reason.
             let _ = pieces.send(Err(io::Error::new(error.kind(), error.to_string())));
         }
         result
@@ -125,7 +123,7 @@ async fn fetch_layer<T: Send + 'static>(
         let unneeded = async {
             import.done().cancelled().await;
             if contributed.as_ref().is_none_or(|contributed| contributed.load(Ordering::Relaxed)) {
-                // It holds something that was taken: read on, until its digest is known to be right.
+                // Objects of this layer were stored: read to the end, so that its digest is checked.
                 std::future::pending::<()>().await;
             }
         };
@@ -151,8 +149,8 @@ async fn fetch_layer<T: Send + 'static>(
                 () = cancel.cancelled() => return Err(cancelled(&image.pinned)),
                 sent = channel.send(piece) => sent,
             };
-            // The threads have given up. Why is best told by the proxy, which knows the blob's digest
-            // once all of it went by: go on reading, for the verdict's sake.
+            // A thread failed. Read to the end nevertheless: the proxy then knows the blob's digest, and a wrong
+            // digest explains the failure better.
             if sent.is_err() {
                 compressed = None;
             }
@@ -166,8 +164,8 @@ async fn fetch_layer<T: Send + 'static>(
     judge(&name, layer, verdict, diff_id, consumed).map(Some)
 }
 
-/// Puts the answers of the proxy and both threads in order: the proxy's reason explains the threads',
-/// and a parser's reason is only believed of a blob that is known to be the right one.
+/// Selects the failure to report. A failure of the proxy explains those of the threads, and a failure of the parser counts
+/// only for a blob whose digest is right.
 fn judge<T>(
     name: &str,
     layer: &Layer,
@@ -181,13 +179,14 @@ fn judge<T>(
         return consumed;
     }
     verdict?;
-    // From here on the blob is what the manifest names: whatever is wrong was built that way.
+    // The blob has the digest of the manifest, so any further fault is part of the image itself.
     let consumed = consumed.map_err(|failure| match failure.kind {
         Kind::Truncated => Failure::new(Kind::BadFormat, failure.message),
         Kind::BadDigest => badly_built(failure.message),
         _ => failure,
     })?;
-    let diff_id = diff_id.map_err(|error| Failure::new(Kind::BadFormat, format!("{name}: decompressing: {error}")))?;
+    let diff_id =
+        diff_id.map_err(|error| Failure::new(Kind::BadFormat, format!("cannot decompress {name}: {error}")))?;
     let actual = format!("sha256:{}", hex::encode(diff_id));
     if actual != layer.diff_id {
         return Err(badly_built(format!("{name}: its archive has the diff id {actual}, not {}", layer.diff_id)));
@@ -195,18 +194,20 @@ fn judge<T>(
     Ok(consumed)
 }
 
-/// A failure of an image whose blobs have the right digests, but not the content that they promise.
+/// Returns the failure of an image whose blobs have the right digests but invalid content.
 fn badly_built(message: String) -> Failure {
-    const ADVICE: &str = "the image was built wrong, and every registry serves it so: build it again with current \
-                          versions of ostree and rpm-ostree, or use another node image";
+    const ADVICE: &str = "the image was built wrong, and every registry serves the same content: rebuild it with \
+                          current versions of ostree and rpm-ostree, or use another node image";
     Failure { advice: ADVICE, ..Failure::new(Kind::BadFormat, message) }
 }
 
 async fn join<T>(task: tokio::task::JoinHandle<T>, name: &str) -> Result<T, Failure> {
-    task.await.map_err(|error| Failure::new(Kind::Local, format!("{name}: a thread failed: {error}")))
+    task.await.map_err(|error| {
+        Failure::new(Kind::Local, format!("internal error: a thread that reads {name} failed: {error}"))
+    })
 }
 
-/// What a caller gets who asked to stop.
+/// Returns the failure of a pull that the caller cancelled.
 pub(super) fn cancelled(image: &str) -> Failure {
     Failure::new(Kind::Cancelled, format!("the pull of {image} was cancelled"))
 }

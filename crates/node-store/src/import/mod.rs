@@ -1,15 +1,14 @@
-//! Layer streams into ostree objects.
+//! Imports the layers of a node image as ostree objects.
 //!
-//! This room reads the layers of an encapsulated image, stores the commit's metadata and those content
-//! objects that the booted repo lacks, lays plain layers on top over it into a commit of their own
-//! (labelled by the image's SELinux policy), and points the node image's ref at it. It decides which
-//! layers are fetched, in which order, and when enough has come. It writes to the node store only
-//! (through [`crate::store`]); it never touches the running system's `/usr` or `/etc` and never
-//! retries: retries are the agent's.
+//! [`encapsulated`] reads the layers of an encapsulated commit: it stores the commit's metadata and the content objects
+//! that the booted repo lacks. [`plain`] reads the plain layers on top, merges them with that commit, labels the tree
+//! with the image's SELinux policy and commits it. [`pull()`] decides which layers are fetched and in which order, and
+//! moves the ref of the node image. The module writes to the node store only, through [`crate::store`]. It does not
+//! touch the running system's `/usr` or `/etc`, and it does not retry: the agent does.
 //!
-//! Memory: about 10 MiB of buffers per layer in flight, some 150 bytes per object, and some 600 bytes per file in
-//! plain layers. The cap is 150 MiB resident, whatever the image: [`budget`] refuses plain layers whose entries
-//! would exceed it together. `tests/pull/memory.rs` and `tests/pull/shapes.rs` hold the importer to it.
+//! Memory: about 10 MiB of buffers for each layer in flight, 150 bytes for each object, and 600 bytes for each file in
+//! plain layers. Resident memory stays below 150 MiB for every image: [`budget`] refuses plain layers that list more
+//! entries than that allows. `tests/pull/memory.rs` and `tests/pull/shapes.rs` check the limit.
 
 mod budget;
 mod encapsulated;

@@ -1,4 +1,4 @@
-//! The plain layers of one run: which are read when, and what is made of them.
+//! Decides when each plain layer of a run is read, and commits the merged tree.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -32,7 +32,7 @@ impl<'a> PlainLayers<'a> {
         Self { run, layers, parallel, facts: None, trees: vec![None; layers.len()], counted: HashSet::new() }
     }
 
-    /// The reads that are due, when what they need of the base is there; none otherwise.
+    /// Returns the reads that are due once the objects of the base that they need are stored, and none before.
     pub(super) async fn when_ready(&mut self) -> Result<Vec<DueRead<'a>>, Failure> {
         if self.layers.is_empty() || self.facts.is_some() {
             return Ok(Vec::new());
@@ -44,13 +44,13 @@ impl<'a> PlainLayers<'a> {
         self.facts = Some(facts.clone());
         let mut reads = Vec::new();
         for (at, layer) in self.layers.iter().enumerate() {
-            // A list that this version cannot read only costs another look at the layer.
+            // An unreadable list only means that the layer is read again.
             let kept = self.run.import.store.read_layer_list(&facts.list_name(&layer.diff_id));
             let kept = kept.map_err(|error| local(self.run.image, error))?;
             let kept = kept.map(|bytes| LayerTree::from_bytes(&bytes, &self.run.import.budget)).transpose();
             let kept = kept.map_err(|error| {
                 let name = layer_name(self.run.image, layer);
-                let message = format!("{name}: its list of entries {error}");
+                let message = format!("{name}: the list of its entries {error}");
                 Failure { advice: budget::ADVICE, ..Failure::new(Kind::BadFormat, message) }
             })?;
             match kept.flatten() {
@@ -64,7 +64,7 @@ impl<'a> PlainLayers<'a> {
         Ok(reads)
     }
 
-    /// Takes what was read; the layer's position when it was read whole.
+    /// Records a finished read. Returns the position of the layer, or `None` if the layer was not needed.
     pub(super) fn note(&mut self, read: Read) -> Option<usize> {
         match read {
             Read::NotNeeded => None,
@@ -73,7 +73,7 @@ impl<'a> PlainLayers<'a> {
                 if let Some(at) = self.layers.iter().position(|layer| layer.index == index) {
                     self.trees[at] = Some(tree);
                 }
-                // One that is read again because of what an earlier run left out counts once.
+                // A layer that is read twice counts once.
                 if self.counted.insert(index) {
                     PullProgress::add(&self.run.import.progress.layers_done, 1);
                 }
@@ -82,7 +82,7 @@ impl<'a> PlainLayers<'a> {
         }
     }
 
-    /// Makes a commit of the base and the layers, reading what is missing.
+    /// Commits the merge of the base and the layers. Reads the layers that it needs for this.
     pub(super) async fn commit(
         mut self,
         description: &ImageDescription,
@@ -91,7 +91,7 @@ impl<'a> PlainLayers<'a> {
         let (run, parallel) = (self.run, self.parallel);
         let late = self.when_ready().await?;
         let Some(facts) = self.facts.clone() else {
-            let message = format!("{}: files of its SELinux policy are missing", run.image.pinned);
+            let message = format!("{} is incomplete: files of its SELinux policy are missing", run.image.pinned);
             return Err(Failure::new(Kind::BadFormat, message));
         };
         all_of(late, parallel, |read| fetched.extend(self.note(read))).await?;
@@ -104,7 +104,7 @@ impl<'a> PlainLayers<'a> {
                 Ok((merged, open))
             });
             let (merged, open) = merged.await??;
-            self.bring(&open, &facts, description, fetched).await?;
+            self.fetch_open(&open, &facts, description, fetched).await?;
             let (import, facts_here, image) = (run.import.clone(), facts.clone(), run.image.clone());
             let described = description.clone();
             let commit = move || merged.commit(&import, &facts_here, &image, &described, &layers);
@@ -117,21 +117,17 @@ impl<'a> PlainLayers<'a> {
                 }
                 Committed::Needs(unknown) => {
                     let (count, image) = (unknown.len(), &run.image.pinned);
-                    tracing::info!(
-                        count,
-                        image,
-                        "fetching kernel modules: the SELinux policy may label them otherwise"
-                    );
+                    tracing::info!(count, image, "fetching kernel modules whose SELinux labels may differ");
                     let open = run.import.want(&unknown);
-                    self.bring(&open, &facts, description, fetched).await?;
+                    self.fetch_open(&open, &facts, description, fetched).await?;
                 }
             }
         }
     }
 
-    /// Reads what is still wanted of the merged tree. A list of an earlier run, with another idea of what to keep, may
-    /// name objects that are not here. So may a hardlink to something under /usr/lib/modules.
-    async fn bring(
+    /// Reads the layers that have objects which the merged tree still needs. The kept list of an earlier run may name
+    /// objects that are not stored, because that run needed fewer. So may a hardlink to a file under /usr/lib/modules.
+    async fn fetch_open(
         &mut self,
         open: &ObjectSet,
         facts: &BaseFacts,
@@ -141,7 +137,7 @@ impl<'a> PlainLayers<'a> {
         let run = self.run;
         let is_open = |id: &ObjectId| open.contains(id);
         let trees = self.layers.iter().zip(&self.trees);
-        let again = trees.filter(|(_, tree)| tree.as_ref().is_some_and(|tree| tree.brings(&is_open)));
+        let again = trees.filter(|(_, tree)| tree.as_ref().is_some_and(|tree| tree.has_object(&is_open)));
         let again: Vec<&Layer> = again.map(|(layer, _)| layer).collect();
         PullProgress::add(&run.import.progress.bytes_total, again.iter().map(|layer| layer.size()).sum());
         let reads = again.into_iter().map(|layer| self.read(layer, facts.clone())).collect();
@@ -165,13 +161,13 @@ impl<'a> PlainLayers<'a> {
         .boxed()
     }
 
-    /// The layers' trees with names for messages.
+    /// Returns the trees of all layers, with names for messages.
     fn named(&self) -> Result<Vec<(String, Arc<LayerTree>)>, Failure> {
         let named = self.layers.iter().zip(&self.trees).map(|(layer, tree)| {
             let name = layer_name(self.run.image, layer);
             let tree = tree.clone();
             tree.map(|tree| (name.clone(), tree))
-                .ok_or_else(|| Failure::new(Kind::Local, format!("{name}: it was not read")))
+                .ok_or_else(|| Failure::new(Kind::Local, format!("internal error: {name} was not read")))
         });
         named.collect()
     }

@@ -1,4 +1,4 @@
-//! The order of an import: metadata first, then the layers that may hold something wanted, then the ref.
+//! Runs an import in order: metadata, the layers that may hold wanted objects, plain layers, the ref.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -21,48 +21,50 @@ use super::state::Import;
 use super::tree::TreeError;
 use super::wanted::{Earlier, Round, rounds};
 
-/// What a pull is to bring.
+/// Options of a pull.
 #[derive(Debug, Clone, Default)]
 pub struct PullOptions {
-    /// Also fetch what only `/usr/lib/modules` has, so that the commit can be deployed elsewhere.
+    /// Also fetch the objects that occur only in `/usr/lib/modules`, so that the commit can be deployed elsewhere.
     pub complete: bool,
-    /// The only commit that the image may become. Another one fails the pull before the ref moves.
+    /// The commit that the import must result in. If it results in another one, the pull fails before the ref moves.
     pub expected: Option<String>,
-    /// How many layers to read at once; by default one per CPU, at least two and at most four.
+    /// Number of layers to read at once. Default: one for each CPU, at least two and at most four.
     pub parallel: Option<usize>,
 }
 
-/// What pull hands to stage: the commit, and what it took to get it.
+/// A pulled image: its commit, and statistics of the run that finished the pull.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PulledImage {
     /// The image that was pulled.
     pub image: ResolvedImage,
-    /// The ostree commit, whose metadata are all in the node store or the booted repo.
+    /// The ostree commit. All of its metadata objects are in the node store or the booted repo.
     pub commit: String,
-    /// The booted commit that the wanted set was taken against.
+    /// The booted commit whose objects were not fetched.
     pub booted_commit: Option<String>,
-    /// Whether all content is in the node store or the booted repo, kernel modules included.
+    /// True if all content objects, kernel modules included, are in the node store or the booted repo.
     pub complete: bool,
     /// Layers read from the registry by the run that finished the pull.
     pub layers_fetched: u64,
-    /// Layers that were not needed, or that an earlier run had read.
+    /// Layers that were not needed or that an earlier run had read.
     pub layers_skipped: u64,
     /// Compressed bytes read from the registry by that run.
     pub bytes_fetched: u64,
     /// Content objects written by that run.
     pub objects_written: u64,
-    /// What an operator should know, one line each.
+    /// Warnings for the operator, one line each.
     pub warnings: Vec<String>,
 }
 
-/// Brings what `booted` lacks of `image` into `store`, then points `coreos/node-image` at the commit.
+/// Imports the objects of `image` that `booted` lacks into `store`, then points `coreos/node-image` at the commit.
 ///
-/// Pulled before: returns at once, without asking the registry. Killed or failed before: goes on,
-/// without fetching a layer again that was read to its end. Every object is checked against its name
-/// before it is visible; the ref is set only when everything is there. One import at a time: a second
-/// caller waits for the first, or until `cancel`.
+/// Returns at once, without asking the registry, if an earlier call pulled the same image. After a failed or killed
+/// pull, layers that were read to their end are not fetched again. Each object is checked against its name before it
+/// becomes visible. The ref is set last. One import runs at a time: a second caller waits until the first ends or until
+/// `cancel`.
 ///
-/// Errors name the image and the layer. Nothing but the node store is changed, and what it holds remains good.
+/// # Errors
+/// The message names the image and the layer. A failed pull changes only the node store, and the objects in it stay
+/// valid.
 pub async fn pull(
     source: &Source,
     image: &ResolvedImage,
@@ -101,7 +103,7 @@ pub async fn pull(
 
     if let Some(expected) = options.expected.as_ref().filter(|expected| **expected != commit.to_string()) {
         let message = format!(
-            "cannot complete {}: it became commit {commit}, not {expected}; the ref still names that commit",
+            "cannot complete {}: the import resulted in commit {commit} instead of {expected}, which the ref still names",
             image.pinned
         );
         return Err(Failure { advice: "reboot, then pull with --complete", ..Failure::new(Kind::Local, message) });
@@ -134,8 +136,8 @@ pub async fn pull(
 }
 
 impl Run<'_> {
-    /// Reads what has to be read; answers with the positions of the layers that were, and with the
-    /// derived commit when there are plain layers.
+    /// Reads all layers that are needed. Returns the positions of the layers that were read, and the derived commit if
+    /// the image has plain layers.
     async fn all(
         &self,
         description: &ImageDescription,
@@ -145,10 +147,10 @@ impl Run<'_> {
         let layout = &description.layout;
         let progress = &self.import.progress;
         let mut fetched = HashSet::new();
-        // The same commit may be booted, or the metadata may be stored from an earlier run.
+        // The same commit may be booted, or an earlier run may have stored the metadata.
         let known = self.missing_metadata().await?.is_none();
-        // If the layers that no run has read do not bring everything (a journal or a ref that says too much),
-        // the others are read, too.
+        // A journal or a ref may claim layers whose objects are missing. Such layers are read last, if objects are
+        // still wanted then.
         let earlier = |layer: &Layer| {
             let digest = layer.digest();
             if self.journal.has(&digest, self.scope) || booted.is_some_and(|booted| booted.has_layer(&digest)) {
@@ -168,7 +170,7 @@ impl Run<'_> {
             self.one(&layout.commit_layer, Purpose::Commit).await?;
             fetched.insert(layout.commit_layer.index);
             if let Some(missing) = self.missing_metadata().await? {
-                let message = format!("{}: its first layer is not whole: {missing}", self.image.pinned);
+                let message = format!("{}: the first layer is incomplete: {missing}", self.image.pinned);
                 return Err(Failure::new(Kind::BadFormat, message));
             }
         }
@@ -178,7 +180,7 @@ impl Run<'_> {
             .parallel
             .unwrap_or_else(|| std::thread::available_parallelism().map_or(2, std::num::NonZero::get).clamp(2, 4));
         let mut plain = PlainLayers::new(self, layout, parallel);
-        // Plain layers join in as soon as what they need of the base is there.
+        // Plain layers are read as soon as the objects of the base that they need are stored.
         let mut early = plain.when_ready().await?;
         for Round { layers, expected } in rounds {
             let bytes = layers.iter().map(|layer| layer.size()).sum();
@@ -204,8 +206,8 @@ impl Run<'_> {
         Ok((fetched, derived))
     }
 
-    /// Reads layers of the commit until nothing is wanted any more: with plain layers on top, more can be wanted of it
-    /// than was known when its layers were due. Kernel layers come first, as a delta pull leaves those out.
+    /// Reads layers of the base commit until no object is wanted. The merged tree can need objects of the base that
+    /// were not wanted before. Kernel layers come first, because a delta pull skips them.
     pub(super) async fn rest_of_base(
         &self,
         layout: &Layout,
@@ -215,7 +217,7 @@ impl Run<'_> {
         if matches!(self.import.still_wanted(), Some((0, _))) {
             return Ok(());
         }
-        self.import.go_on();
+        self.import.reset_done();
         for Round { layers, .. } in rounds(layout.encapsulated(), |_| Earlier::WithoutModules, false) {
             if self.import.done().is_cancelled() {
                 return Ok(());
@@ -256,7 +258,7 @@ impl Run<'_> {
         Ok(whole)
     }
 
-    /// Fixes the wanted set from the metadata at hand; when some of them are missing, the first.
+    /// Computes the wanted set from the stored metadata. Returns the first missing metadata object, if any.
     async fn missing_metadata(&self) -> Result<Option<TreeError>, Failure> {
         let import = self.import.clone();
         match blocking(self.image, move || import.fix_wanted()).await? {
@@ -270,7 +272,7 @@ impl Run<'_> {
     }
 }
 
-/// Takes the import lock, waiting for whoever holds it, visibly.
+/// Takes the import lock. While another process holds it, `progress` shows the holder.
 async fn lock(
     store: &NodeStore,
     image: &ResolvedImage,
@@ -293,7 +295,7 @@ async fn lock(
                 tokio::select! {
                     () = cancel.cancelled() => {
                         progress.wait_for(None);
-                        let message = format!("the pull of {} was cancelled while it waited: {error}", image.pinned);
+                        let message = format!("the pull of {} was cancelled while waiting: {error}", image.pinned);
                         return Err(Failure::new(Kind::Cancelled, message));
                     }
                     () = tokio::time::sleep(Duration::from_millis(200)) => {}
@@ -303,7 +305,7 @@ async fn lock(
     }
 }
 
-/// The record of an earlier pull, when it holds for this one too.
+/// Returns the record of an earlier pull if it is valid for this one.
 fn pulled_before(
     image: &ResolvedImage,
     store: &NodeStore,
@@ -311,7 +313,7 @@ fn pulled_before(
     options: &PullOptions,
 ) -> Result<Option<PulledImage>, Failure> {
     let Some(record) = store.read_record().map_err(|error| local(image, error))? else { return Ok(None) };
-    // A record that this version cannot read only costs a look at the registry.
+    // An unreadable record costs only a request to the registry.
     let Ok(record) = serde_json::from_slice::<PulledImage>(&record) else { return Ok(None) };
     let Ok(commit) = record.commit.parse::<ObjectId>() else { return Ok(None) };
     let holds = record.image.digest == image.digest
@@ -326,7 +328,7 @@ fn pulled_before(
 mod tests {
     use super::*;
 
-    /// The agent runs pulls as tasks of their own.
+    /// Compiles only if the future is `Send`: the agent runs pulls as separate tasks.
     #[allow(dead_code)]
     fn a_pull_can_be_spawned(
         source: Arc<Source>,

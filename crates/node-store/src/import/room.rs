@@ -1,13 +1,12 @@
-//! The space that the wanted objects take in the node store, known or estimated before they are fetched.
+//! Computes or estimates the space that the wanted objects need in the node store, before they are fetched.
 //!
-//! A manifest has the compressed sizes of layers, and that bounds nothing from below: a layer is read past where the
-//! booted system has its objects. A commit that lists the sizes of its objects (`ostree commit --generate-sizes`) says
-//! what the wanted ones take: a pull that cannot fit is refused. For other commits an estimate is logged, and the pull
-//! begins.
+//! A manifest has only the compressed sizes of layers. These are not a lower bound, because the booted system may have
+//! the objects of a layer. A commit may list the sizes of its objects (`ostree commit --generate-sizes`): then a pull
+//! that cannot fit is refused. For other commits, a warning is logged if the estimate does not fit, and the pull starts.
 //!
-//! Format source: libostree's `ostree.sizes` in a commit's metadata, `aay`: in each entry 32 bytes of checksum, two
-//! varints (archived and unpacked size; seven bits a byte, lowest first) and, since libostree 2020.1, the
-//! object's type.
+//! Format source: libostree's `ostree.sizes` in the metadata of a commit, type `aay`. Each entry has 32 bytes of
+//! checksum, two varints (archived and unpacked size; seven bits a byte, lowest first) and, since libostree 2020.1,
+//! the type of the object.
 
 use std::collections::HashSet;
 
@@ -23,7 +22,8 @@ use super::state::Import;
 /// libostree's `OSTREE_OBJECT_TYPE_FILE`.
 const FILE: u8 = 1;
 
-/// The content object and its unpacked size in bytes; `None` for another type of object, or for what is no entry.
+/// Parses an entry into a content object and its unpacked size in bytes. Returns `None` for other types of objects and
+/// for malformed entries.
 fn entry(bytes: &[u8]) -> Option<(ObjectId, u64)> {
     let (id, rest) = bytes.split_at_checked(32)?;
     let (_, rest) = varint(rest)?;
@@ -38,7 +38,7 @@ fn varint(bytes: &[u8]) -> Option<(u64, &[u8])> {
     Some((value, &bytes[end + 1..]))
 }
 
-/// How many wanted objects the entries name, and their bytes; each object counts once.
+/// Returns the number of wanted objects that the entries name, and their size in bytes. Each object counts once.
 fn at_least(entries: &[Vec<u8>], wanted: impl Fn(&ObjectId) -> bool) -> (u64, u64) {
     let mut seen = HashSet::new();
     let entries = entries.iter().filter_map(|bytes| entry(bytes));
@@ -47,19 +47,19 @@ fn at_least(entries: &[Vec<u8>], wanted: impl Fn(&ObjectId) -> bool) -> (u64, u6
         .fold((0, 0_u64), |(count, sum), (_, size)| (count + 1, sum.saturating_add(size)))
 }
 
-/// `ostree.sizes` of a commit object; none where it says nothing.
+/// Returns `ostree.sizes` of a commit object, or `None` if it has none.
 fn sizes(commit: Vec<u8>) -> Option<Vec<Vec<u8>>> {
     let kind = VariantTy::new("(a{sv}aya(say)sstayay)").ok()?;
     let variant = Variant::from_data_with_type(commit, kind);
     VariantDict::new(Some(&variant.child_value(0))).lookup("ostree.sizes").ok().flatten()
 }
 
-/// Bytes that the wanted objects take in the store.
+/// Bytes that the wanted objects need in the store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Need {
-    /// The commit lists the sizes.
+    /// Sum of the sizes that the commit lists.
     Listed(u64),
-    /// The commit does not list them.
+    /// Estimate, because the commit does not list sizes.
     Estimated(u64),
 }
 
@@ -72,27 +72,27 @@ impl std::fmt::Display for Need {
     }
 }
 
-/// How many bytes of content a compressed byte of a node image's layer holds; measured with gzip.
+/// Bytes of content for each compressed byte of a layer; measured for node images with gzip.
 const EXPANSION: u64 = 3;
-/// Before so many bytes have been read, what was written of them says little about the rest.
-const TELLING: u64 = 16 << 20;
+/// Compressed bytes that must have been read before the ratio of written to read bytes is used.
+const MIN_SAMPLE: u64 = 16 << 20;
 
-/// What the layers that are still due bring: as much for each of their bytes as the layers before them did, and at
-/// first as much as their share of wanted objects lets expect.
+/// Estimates the bytes that the remaining layers add to the store. Extrapolates from the layers read so far, or, below
+/// [`MIN_SAMPLE`] bytes, from the share of the objects that is wanted.
 fn estimate(progress: &ProgressSnapshot, wanted: usize, target: usize) -> u64 {
     let due = u128::from(progress.bytes_total.saturating_sub(progress.bytes_fetched));
     let (written, read) = match progress.bytes_fetched {
-        read if read >= TELLING => (u128::from(progress.bytes_written), u128::from(read)),
+        read if read >= MIN_SAMPLE => (u128::from(progress.bytes_written), u128::from(read)),
         _ => (u128::from(EXPANSION) * wanted as u128, target.max(1) as u128),
     };
     u64::try_from(due * written / read).unwrap_or(u64::MAX)
 }
 
 impl Import {
-    /// How many objects are wanted and have not come, and what they take. Blocks.
+    /// Returns the number of objects that are still wanted and the space that they need. Blocks.
     pub(super) fn need(&self) -> (u64, Need) {
         let commit = self.read_metadata(&self.commit, ObjectType::Commit).ok().flatten();
-        let (wanted, target) = self.shares();
+        let (wanted, target) = self.open_and_total();
         match commit.and_then(sizes) {
             Some(sizes) => {
                 let (count, bytes) = at_least(&sizes, |id| self.is_open(id));
@@ -102,8 +102,8 @@ impl Import {
         }
     }
 
-    /// Refuses a pull whose wanted objects cannot fit the node store, and warns of one that may not fit it; to be called
-    /// when the objects are known. Blocks.
+    /// Refuses a pull whose wanted objects cannot fit into the node store, and warns if the estimate does not fit. The
+    /// wanted set must be known. Blocks.
     pub(super) fn check_room(&self, image: &str) -> Result<(), Failure> {
         let (count, need) = self.need();
         let (Need::Listed(bytes) | Need::Estimated(bytes)) = need;
@@ -111,14 +111,15 @@ impl Import {
         let Ok((free, _)) = self.store.space() else { return Ok(()) };
         match need {
             Need::Listed(bytes) if bytes > free => {
-                let what = format!("{image} has {count} objects that this machine lacks; none was fetched");
+                let what =
+                    format!("cannot pull the {count} objects of {image} that this machine lacks; none was fetched");
                 Err(self.no_space(&what))
             }
             Need::Estimated(bytes) if bytes > free => {
                 let place = self.store.repo_path().display();
                 tracing::warn!(
-                    "{count} objects of {image} are missing and may take {need}, but the node store {place} has only {} \
-                     left",
+                    "the {count} missing objects of {image} may need {need}, but only {} are free in the node store \
+                     {place}",
                     human_bytes(free)
                 );
                 Ok(())
@@ -127,12 +128,12 @@ impl Import {
         }
     }
 
-    /// A failure for lack of space, with what is needed and what is left.
+    /// Returns the failure for a lack of space. The message has the needed and the free space.
     pub(super) fn no_space(&self, what: &str) -> Failure {
         const ON_DISK: &str = "free some space on that disk, or use a smaller node image";
         let (count, need) = self.need();
         let on_disk = self.store.is_on_disk();
-        let reserve = if on_disk { ", of which 3 % are left to the system" } else { "" };
+        let reserve = if on_disk { ", of which 3 % are reserved for the system" } else { "" };
         let space = match self.store.space() {
             Ok((free, total)) => format!("{} MiB of {} MiB are free{reserve}", free >> 20, total >> 20),
             Err(_) => "its size is unknown".to_owned(),
@@ -157,9 +158,9 @@ mod tests {
     }
 
     #[test]
-    fn entries() {
+    fn entries_give_content_objects_and_sizes() {
         let id = |byte| ObjectId([byte; 32]);
-        assert_eq!(entry(&bytes(1, &[5, 7])), Some((id(1), 7)), "before 2020.1");
+        assert_eq!(entry(&bytes(1, &[5, 7])), Some((id(1), 7)), "without a type, as before libostree 2020.1");
         assert_eq!(entry(&bytes(1, &[5, 0xac, 0x02, FILE])), Some((id(1), 300)));
         assert_eq!(entry(&bytes(1, &[5, 7, 2])), None, "a dirtree");
         for wrong in [&[5][..], &[5, 0x80], &[0x80], &[], &[5, 7, 1, 1], &[0xff; 12]] {
@@ -167,13 +168,13 @@ mod tests {
         }
         assert_eq!(entry(&[1; 31]), None);
         let listed = [bytes(1, &[0, 7, 1]), bytes(2, &[0, 9, 1]), bytes(1, &[0, 7, 1]), bytes(3, &[0, 1, 4])];
-        assert_eq!(at_least(&listed, |_| true), (2, 16), "each once");
+        assert_eq!(at_least(&listed, |_| true), (2, 16), "each object once");
         assert_eq!(at_least(&listed, |wanted| *wanted == id(2)), (1, 9));
-        assert_eq!(sizes(b"no commit".to_vec()), None);
+        assert_eq!(sizes(b"not a commit".to_vec()), None);
     }
 
     #[test]
-    fn estimates_follow_the_wanted_share_and_then_the_layers_that_were_read() {
+    fn estimates_use_the_wanted_share_then_the_measured_ratio() {
         const MIB: u64 = 1 << 20;
         let progress = |total, fetched, written| ProgressSnapshot {
             bytes_total: total,
@@ -182,12 +183,12 @@ mod tests {
             ..ProgressSnapshot::default()
         };
         let table = [
-            (progress(410 * MIB, 10 * MIB, 0), (1000, 1000), 1200 * MIB, "everything is wanted"),
+            (progress(410 * MIB, 10 * MIB, 0), (1000, 1000), 1200 * MIB, "all objects are wanted"),
             (progress(410 * MIB, 10 * MIB, 0), (250, 1000), 300 * MIB, "a quarter of the objects"),
-            (progress(410 * MIB, 210 * MIB, 105 * MIB), (1000, 1000), 100 * MIB, "half of what was read was kept"),
-            (progress(410 * MIB, 410 * MIB, 0), (7, 1000), 0, "nothing is due"),
-            (progress(0, 0, 0), (0, 0), 0, "nothing is known"),
-            (progress(u64::MAX, 0, 0), (1, 1), u64::MAX, "no overflow"),
+            (progress(410 * MIB, 210 * MIB, 105 * MIB), (1000, 1000), 100 * MIB, "half of the bytes read were written"),
+            (progress(410 * MIB, 410 * MIB, 0), (7, 1000), 0, "no layer remains"),
+            (progress(0, 0, 0), (0, 0), 0, "progress is unknown"),
+            (progress(u64::MAX, 0, 0), (1, 1), u64::MAX, "saturates"),
         ];
         for (progress, (wanted, target), bytes, what) in table {
             assert_eq!(estimate(&progress, wanted, target), bytes, "{what}");
@@ -196,7 +197,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_libostree_writes_is_read_and_nothing_panics(value: u64, junk: Vec<u8>) {
+        fn varints_round_trip_and_junk_does_not_panic(value: u64, junk: Vec<u8>) {
             let mut written = Vec::new();
             let mut rest = value;
             while rest >= 0x80 {

@@ -1,4 +1,4 @@
-//! What the steps of one pull share: the run itself, and reading several layers at once.
+//! State shared by the steps of one pull, and the reading of several layers at once.
 
 use std::sync::Arc;
 
@@ -12,7 +12,7 @@ use crate::store::{LayerJournal, Scope};
 use super::plain::LayerTree;
 use super::state::Import;
 
-/// One run over an image's layers.
+/// One run over the layers of an image.
 pub(super) struct Run<'a> {
     pub(super) source: &'a Source,
     pub(super) image: &'a ResolvedImage,
@@ -23,42 +23,47 @@ pub(super) struct Run<'a> {
 }
 
 impl Run<'_> {
-    /// Refuses to go on while wanted objects have not come, though all layers were read.
+    /// Returns an error if all layers were read and objects are still wanted.
     pub(super) fn nothing_is_missing(&self) -> Result<(), Failure> {
         match self.import.still_wanted() {
             Some((0, _)) => Ok(()),
             Some((count, Some(example))) => {
-                let message =
-                    format!("{} lacks {count} objects of its own commit, {example}.file for one", self.image.pinned);
+                let message = format!(
+                    "{} is incomplete: its layers lack {count} objects of its commit, for example {example}.file",
+                    self.image.pinned
+                );
                 Err(Failure::new(Kind::BadFormat, message))
             }
-            _ => Err(Failure::new(Kind::Local, format!("{}: nothing is known to be wanted", self.image.pinned))),
+            _ => Err(Failure::new(
+                Kind::Local,
+                format!("internal error: the wanted set of {} was never computed", self.image.pinned),
+            )),
         }
     }
 }
 
-/// How reading a layer ended.
+/// Result of reading one layer.
 pub(super) enum Read {
-    /// It was given up, or not begun, because nothing is wanted any more.
+    /// Abandoned or not started, because no object is wanted any more.
     NotNeeded,
-    /// This layer of the commit was read.
+    /// Layer of the encapsulated commit, by its position in the manifest.
     Encapsulated(usize),
-    /// This plain layer (position in the manifest) was read, and this is in it.
+    /// Plain layer, by its position in the manifest, and its content.
     Plain(usize, Arc<LayerTree>),
 }
 
 /// Reads several layers at once and passes each to `note`.
 ///
-/// A layer that failed, but may come at the next attempt, does not end the others: what they bring need not be
-/// fetched again. As soon as so many have failed in a row as are read at once, the registry is to blame and the
-/// rest is not tried. Returns the first failure.
+/// A transient failure of one layer does not stop the others, so that the next attempt need not fetch them. If
+/// `parallel` layers fail in a row, the registry is probably at fault, and the remaining layers are not tried. Returns
+/// the first failure.
 pub(super) async fn all_of(
     reads: Vec<DueRead<'_>>,
     parallel: usize,
     mut note: impl FnMut(Read),
 ) -> Result<(), Failure> {
     let parallel = parallel.max(1);
-    // Boxed, because the compiler cannot see through it that pulls can be spawned.
+    // Boxed, because otherwise the compiler cannot prove that the future of a pull is `Send`.
     let mut reads: BoxStream<'_, Result<Read, Failure>> = stream::iter(reads).buffer_unordered(parallel).boxed();
     let (mut first, mut in_a_row) = (None, 0);
     while let Some(read) = reads.next().await {
@@ -81,7 +86,7 @@ pub(super) async fn all_of(
     first.map_or(Ok(()), Err)
 }
 
-/// A read that has not begun.
+/// A read that has not started.
 pub(super) type DueRead<'a> = BoxFuture<'a, Result<Read, Failure>>;
 
 pub(super) async fn blocking<T: Send + 'static>(

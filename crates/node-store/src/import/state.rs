@@ -1,4 +1,4 @@
-//! What all layers of one import share: the wanted set, the writer, the counters.
+//! State shared by all layers of one import: the wanted set, the writer and the counters.
 
 use std::collections::HashSet;
 use std::io;
@@ -16,49 +16,51 @@ use super::budget::Budget;
 use super::tree::{Target, TreeError, path_of, walk};
 use super::wanted::wanted;
 
-/// The most holes of sparse files that one pull takes. They cost no room but time: zeros are hashed, and
-/// this many take some three to ten seconds.
-const MOST_HOLES: u64 = if cfg!(fuzzing) { 1 << 20 } else { 4 << 30 };
+/// Limit in bytes for the holes of sparse files in one pull. Holes need no space, but their zeros are hashed: this many
+/// take three to ten seconds.
+const MAX_HOLES: u64 = if cfg!(fuzzing) { 1 << 20 } else { 4 << 30 };
 
-/// One import. Layers hold it by `Arc` from their threads, and with it the lock: no thread of an
-/// import that failed can still write when the next one begins.
+/// One import, with its lock. The threads of all layers share it by `Arc`, so that the lock is held until the last
+/// thread of a failed import has ended.
 pub(super) struct Import {
-    /// The commit that the image's label names.
+    /// The base: the commit that the image's label names.
     pub commit: ObjectId,
     pub store: NodeStore,
     pub booted: Option<BootedRepo>,
     pub writer: ObjectWriter,
     pub progress: Arc<PullProgress>,
-    /// What plain layers may take of memory, all of them together.
+    /// Memory that all plain layers together may use.
     pub budget: Budget,
-    /// Fires when nothing is wanted any more.
+    /// Cancelled when no object is wanted any more.
     done: Mutex<CancellationToken>,
-    /// Whether what only the kernel's modules directory has is wanted too.
+    /// True if objects that occur only in `/usr/lib/modules` are wanted too.
     complete: bool,
     booted_content: ObjectSet,
-    /// What the store had when this import began.
+    /// Content objects that the store had when this import started.
     stored_before: ObjectSet,
     wants: Mutex<Option<Wants>>,
     objects_written: AtomicU64,
     bytes_fetched: AtomicU64,
-    /// Bytes of holes that were agreed to.
+    /// Bytes of holes accepted so far.
     holes: AtomicU64,
-    /// Content objects that plain layers brought in this run.
+    /// Content objects of plain layers that this run stored.
     derived: Mutex<ObjectSet>,
     _lock: StoreLock,
 }
 
 struct Wants {
-    /// The commit that the label names, and with plain layers on top the merged tree too.
+    /// The base commit, or the merged tree.
     target: Target,
+    /// All content objects of the base commit.
     base: ObjectSet,
+    /// Wanted objects that are not stored yet.
     open: ObjectSet,
-    /// Whether the target is the merged tree, so that nothing is wanted but what is open.
+    /// True if the target is the merged tree. Only `open` objects are wanted then.
     merged: bool,
 }
 
 impl Import {
-    /// Lists both repos. Blocks.
+    /// Lists the content objects of both repos. Blocks.
     pub(super) fn new(
         commit: ObjectId,
         store: &NodeStore,
@@ -87,14 +89,13 @@ impl Import {
         })
     }
 
-    /// Lists the target from metadata that is stored by now and fixes the wanted set, once.
+    /// Lists the target from the stored metadata and computes the wanted set. Does nothing if that has been done.
     pub(super) fn fix_wanted(&self) -> Result<(), TreeError> {
         if self.wants().is_some() {
             return Ok(());
         }
         let target = walk(&self.commit, &mut |id, kind| self.read_metadata(id, kind))?;
-        // The objects that this run stored before the target was known (an old format that mixes
-        // metadata and content) are on disk and no longer wanted.
+        // Old formats mix metadata and content, so this run may have stored objects before the target was known.
         let mut open = wanted(&target, &self.booted_content, &self.stored_before, self.complete);
         if self.objects_written.load(Ordering::Relaxed) > 0 {
             open.retain(|id| !self.store.has(id, ObjectType::File));
@@ -108,8 +109,7 @@ impl Import {
         Ok(())
     }
 
-    /// Makes the merged tree the target, once layers have been laid over the commit. The answer is
-    /// what is wanted now.
+    /// Makes the merged tree the target. Returns the objects that are wanted now.
     pub(super) fn retarget(&self, target: Target) -> ObjectSet {
         let mut guard = self.wants();
         let base = guard.take().map(|wants| wants.base).unwrap_or_default();
@@ -120,7 +120,7 @@ impl Import {
         open
     }
 
-    /// Adds objects of the merged tree to what is wanted. Returns what is wanted now.
+    /// Adds objects of the merged tree to the wanted set. Returns the objects that are wanted now.
     pub(super) fn want(&self, more: &ObjectSet) -> ObjectSet {
         let mut guard = self.wants();
         let Some(wants) = guard.as_mut() else { return ObjectSet::new() };
@@ -130,23 +130,23 @@ impl Import {
         wants.open.clone()
     }
 
-    /// Fires when nothing is wanted any more.
+    /// Returns a token that is cancelled when no object is wanted any more.
     pub(super) fn done(&self) -> CancellationToken {
         self.done.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Forgets that nothing was wanted any more.
-    pub(super) fn go_on(&self) {
+    /// Replaces the token of [`Import::done`] by one that is not cancelled, after objects were added to the wanted set.
+    pub(super) fn reset_done(&self) {
         *self.done.lock().unwrap_or_else(PoisonError::into_inner) = CancellationToken::new();
     }
 
-    /// Whether the commit that the label names has the content object.
+    /// Returns true if the base commit has the content object.
     pub(super) fn base_has(&self, id: &ObjectId) -> bool {
         self.wants().as_ref().is_some_and(|wants| wants.base.contains(id))
     }
 
-    /// Whether a content object of a plain layer, at `path` below the root, is to be kept. Before layers
-    /// were laid over each other: whatever could be needed. After: what is still wanted.
+    /// Returns true if a content object of a plain layer must be stored. `path` is relative to the root. Before the
+    /// merge, every object that could be needed is; after it, every object that is still wanted.
     pub(super) fn keeps_derived(&self, id: &ObjectId, path: &str) -> bool {
         match self.wants().as_ref() {
             Some(wants) if wants.merged => wants.open.contains(id),
@@ -154,26 +154,26 @@ impl Import {
         }
     }
 
-    /// Whether a content object that is at `path` belongs into the store.
+    /// Returns true if the store should have a content object that is at `path`, relative to the root.
     pub(super) fn keeps_at(&self, id: &ObjectId, path: &str) -> bool {
         !self.booted_content.contains(id) && (self.complete || !path.starts_with("usr/lib/modules/"))
     }
 
-    /// The content objects of the target; none before it is known.
+    /// Returns the content objects of the target, or none while the target is unknown.
     pub(super) fn target_content(&self) -> Vec<ObjectId> {
         self.wants().as_ref().map(|wants| wants.target.content.keys().copied().collect()).unwrap_or_default()
     }
 
-    /// Where a content object of the target is, if it is anywhere.
+    /// Returns the file of a content object of the target, or `None` if neither repo has it.
     pub(super) fn content_path(&self, id: &ObjectId) -> Option<PathBuf> {
         match &self.booted {
-            // Listed when this import began: no need to look in the store first.
+            // The booted repo was listed when the import started, so that the store need not be searched.
             Some(booted) if self.booted_content.contains(id) => Some(booted.object_path(id, ObjectType::File)),
             _ => self.store.find_object(id, ObjectType::File),
         }
     }
 
-    /// Notes a content object of a plain layer that was written.
+    /// Records that a content object of a plain layer was written.
     pub(super) fn derived_stored(&self, id: &ObjectId, size: u64) {
         if self.stored_before.contains(id) {
             return;
@@ -189,8 +189,8 @@ impl Import {
         }
     }
 
-    /// Removes what plain layers brought in this run and a later layer replaced or hid. `keep` says
-    /// what is needed for other reasons.
+    /// Removes objects of plain layers that this run stored and that the merged tree does not have, because a later
+    /// layer replaced or hid them. Objects for which `keep` returns true stay.
     pub(super) fn prune_derived(&self, keep: impl Fn(&ObjectId) -> bool) -> io::Result<()> {
         let wants = self.wants();
         let Some(wants) = wants.as_ref() else { return Ok(()) };
@@ -202,6 +202,7 @@ impl Import {
         Ok(())
     }
 
+    /// Reads a metadata object from the node store or the booted repo. Returns `None` if neither has it.
     pub(super) fn read_metadata(&self, id: &ObjectId, kind: ObjectType) -> io::Result<Option<Vec<u8>>> {
         if let Some(found) = self.store.read_metadata(id, kind)? {
             return Ok(Some(found));
@@ -212,8 +213,8 @@ impl Import {
         }
     }
 
-    /// Whether a content object is to be written. While the target is not known yet: whatever
-    /// neither repo has.
+    /// Returns true if a content object must be written. While the target is unknown, that is every object that neither
+    /// repo has.
     pub(super) fn wants_content(&self, id: &ObjectId) -> bool {
         match self.wants().as_ref() {
             Some(wants) => wants.open.contains(id),
@@ -226,31 +227,33 @@ impl Import {
         !matches!(self.read_metadata(id, kind), Ok(Some(_)))
     }
 
-    /// Notes a content object that was written.
+    /// Records that a content object was written.
     pub(super) fn content_stored(&self, id: &ObjectId, size: u64) {
         let mut wants = self.wants();
-        let news = match wants.as_mut() {
+        let is_new = match wants.as_mut() {
             Some(wants) => {
-                let news = wants.open.remove(id);
+                let was_open = wants.open.remove(id);
                 if wants.open.is_empty() {
                     self.done().cancel();
                 }
-                news
+                was_open
             }
             None => true,
         };
         drop(wants);
-        if news {
+        if is_new {
             self.objects_written.fetch_add(1, Ordering::Relaxed);
             PullProgress::add(&self.progress.objects_done, 1);
             PullProgress::add(&self.progress.bytes_written, size);
         }
     }
 
-    /// Agrees to hash the holes of a sparse file of `size` bytes, or refuses: a few bytes of an archive can
-    /// declare any number of them. What does not fit the store as a whole is refused too, though its holes
-    /// take no room there, because whoever copies it may write them out.
-    pub(super) fn agree_to_holes(&self, entry: &str, size: u64, holes: u64) -> Result<(), Failure> {
+    /// Checks a sparse file of `size` bytes, of which `holes` are in holes, before its holes are hashed.
+    ///
+    /// # Errors
+    /// If all holes of the pull together exceed the limit, because a few bytes of an archive can declare any number of
+    /// them; or if `size` exceeds the free space of the store, because a copy of the file may need all of it.
+    pub(super) fn check_holes(&self, entry: &str, size: u64, holes: u64) -> Result<(), Failure> {
         if holes == 0 {
             return Ok(());
         }
@@ -258,8 +261,9 @@ impl Import {
             self.holes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |sum| Some(sum.saturating_add(holes)));
         let sum = before.unwrap_or_else(|sum| sum).saturating_add(holes);
         let what = format!("{entry} is a sparse file of {size} bytes");
-        if sum > MOST_HOLES {
-            let message = format!("{what}: that makes holes of {sum} bytes, and an image may have {MOST_HOLES}");
+        if sum > MAX_HOLES {
+            let message =
+                format!("{what}: sparse holes of {sum} bytes exceed the limit of {MAX_HOLES} bytes per image");
             return Err(Failure::new(Kind::BadFormat, message));
         }
         match self.store.space() {
@@ -268,23 +272,23 @@ impl Import {
         }
     }
 
-    /// Notes compressed bytes that arrived.
+    /// Adds compressed bytes to the number of fetched bytes.
     pub(super) fn fetched(&self, bytes: u64) {
         self.bytes_fetched.fetch_add(bytes, Ordering::Relaxed);
         PullProgress::add(&self.progress.bytes_fetched, bytes);
     }
 
-    /// Objects written and bytes fetched by this run.
+    /// Returns the number of objects written and of bytes fetched by this run.
     pub(super) fn totals(&self) -> (u64, u64) {
         (self.objects_written.load(Ordering::Relaxed), self.bytes_fetched.load(Ordering::Relaxed))
     }
 
-    /// How many objects are still wanted, and one of them; `None` while that is not known.
+    /// Returns the number of objects that are still wanted and one of them, or `None` while the target is unknown.
     pub(super) fn still_wanted(&self) -> Option<(usize, Option<ObjectId>)> {
         self.wants().as_ref().map(|wants| (wants.open.len(), wants.open.iter().min().copied()))
     }
 
-    /// Whether every content object of the target is in one of the two repos by now.
+    /// Returns true if every content object of the target is in one of the two repos.
     pub(super) fn is_complete(&self) -> bool {
         let wants = self.wants();
         let Some(wants) = wants.as_ref() else { return false };
@@ -295,16 +299,17 @@ impl Import {
         })
     }
 
-    /// Whether all content of the commit that the label names is here, whatever became of it on top.
+    /// Returns true if all content objects of the base commit are in one of the two repos, even those that a plain layer
+    /// replaces.
     pub(super) fn base_is_complete(&self) -> bool {
         let wants = self.wants();
-        let here = |id: &ObjectId| {
+        let is_present = |id: &ObjectId| {
             self.booted_content.contains(id) || self.stored_before.contains(id) || self.store.has(id, ObjectType::File)
         };
-        wants.as_ref().is_some_and(|wants| wants.base.iter().all(here))
+        wants.as_ref().is_some_and(|wants| wants.base.iter().all(is_present))
     }
 
-    /// A failure to store, in the terms of the field.
+    /// Converts an error of the writer into a failure that names the layer and, for a wrong object, its path.
     pub(super) fn write_failure(&self, layer: &str, error: &WriteError) -> Failure {
         match error {
             WriteError::Mismatch { id, .. } => {
@@ -317,7 +322,7 @@ impl Import {
         }
     }
 
-    /// A failure to write one of the store's own files.
+    /// Converts an error of writing one of the store's own files into a failure.
     pub(super) fn store_failure(&self, layer: &str, error: &io::Error) -> Failure {
         match is_no_space(error) {
             true => self.no_space(&format!("{layer}: {error}")),
@@ -325,24 +330,24 @@ impl Import {
         }
     }
 
-    /// What is wrong with the commit or with the tree made of it.
+    /// Converts an error of reading the tree into a failure that names the base commit.
     pub(super) fn tree_failure(&self, error: &TreeError) -> Failure {
         let kind = if matches!(error, TreeError::Malformed(..)) { Kind::BadFormat } else { Kind::Local };
         Failure::new(kind, format!("commit {}: {error}", self.commit))
     }
 
-    /// A failure of this machine's own.
+    /// Returns a failure of this machine that names the base commit.
     pub(super) fn local(&self, error: impl std::fmt::Display) -> Failure {
         Failure::new(Kind::Local, format!("commit {}: {error}", self.commit))
     }
 
-    /// Whether the content object is wanted and has not come.
+    /// Returns true if the content object is wanted and not stored yet.
     pub(super) fn is_open(&self, id: &ObjectId) -> bool {
         self.wants().as_ref().is_some_and(|wants| wants.open.contains(id))
     }
 
-    /// How many content objects are wanted and have not come, and how many the target has.
-    pub(super) fn shares(&self) -> (usize, usize) {
+    /// Returns the number of content objects that are still wanted, and that of the target.
+    pub(super) fn open_and_total(&self) -> (usize, usize) {
         self.wants().as_ref().map_or((0, 0), |wants| (wants.open.len(), wants.target.content.len()))
     }
 

@@ -1,5 +1,4 @@
-//! From a commit to the list of its content objects. Pure but for the reading of metadata objects,
-//! which the caller lends as a function.
+//! Lists the content objects of a commit. Pure, except that it reads metadata objects through a function of the caller.
 //!
 //! Format source: libostree's `OSTREE_COMMIT_GVARIANT_FORMAT`.
 
@@ -9,38 +8,38 @@ use ostree::glib::Variant;
 
 use crate::store::{Dirtree, ObjectId, ObjectType};
 
-/// Why a tree cannot be listed.
+/// Reasons why a tree cannot be listed.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum TreeError {
-    /// A metadata object is not there.
+    /// A metadata object is missing.
     #[error("the object {0}.{1} is missing")]
     Missing(ObjectId, &'static str),
-    /// A metadata object is not what its type says.
+    /// The bytes of a metadata object do not have its type.
     #[error("the object {0}.{1} is malformed: {2}")]
     Malformed(ObjectId, &'static str, &'static str),
     /// A metadata object could not be read.
-    #[error("reading the object {0}.{1}: {2}")]
+    #[error("cannot read the object {0}.{1}: {2}")]
     Read(ObjectId, &'static str, std::io::Error),
 }
 
-/// Where a content object occurs in the tree.
+/// Part of the tree in which a content object occurs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Place {
-    /// Under `/usr/lib/modules` and nowhere else: the running kernel keeps its own.
+    /// Only under `/usr/lib/modules`. The running kernel does not need these objects: it keeps its own modules.
     ModulesOnly,
-    /// Somewhere that counts.
+    /// Also, or only, in other directories.
     Anywhere,
 }
 
 /// The content objects of one commit.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Target {
-    /// Every content object, and where it occurs.
+    /// Every content object, and the part of the tree in which it occurs.
     pub content: HashMap<ObjectId, Place>,
 }
 
 impl Target {
-    /// Notes that a directory at `depth` has the object.
+    /// Records that a directory at `depth` has the object.
     pub(super) fn add(&mut self, id: ObjectId, depth: Depth) {
         let place = self.content.entry(id).or_insert(Place::ModulesOnly);
         if depth != Depth::Modules {
@@ -49,7 +48,7 @@ impl Target {
     }
 }
 
-/// How far on the way to `/usr/lib/modules` a directory is.
+/// Position of a directory relative to `/usr/lib/modules`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Depth {
     Root,
@@ -70,17 +69,19 @@ impl Depth {
     }
 }
 
-/// No deeper tree is taken: libostree's own limit (OSTREE_MAX_RECURSION).
-const DEEPEST: u32 = 256;
-/// Nor one with more paths. Few dirtrees can make any number, as each may be in several places; a system
-/// has some 200,000.
-const MOST_PATHS: u64 = 10_000_000;
+/// Maximum depth of a tree: libostree's own limit (`OSTREE_MAX_RECURSION`).
+const MAX_DEPTH: u32 = 256;
+/// Maximum number of paths in a tree. A few dirtrees that contain each other can have any number of paths; a system has
+/// about 200,000.
+const MAX_PATHS: u64 = 10_000_000;
 
-/// A lent reader of metadata objects; `Ok(None)` when there is no such object.
+/// Function that reads a metadata object. Returns `Ok(None)` if the object does not exist.
 pub(super) type Lookup<'a> = dyn FnMut(&ObjectId, ObjectType) -> std::io::Result<Option<Vec<u8>>> + 'a;
 
-/// Lists all content objects of `commit`, and makes sure that every dirtree and dirmeta is there.
-/// Equal directories are read once, so a tree that repeats itself costs nothing extra.
+/// Lists all content objects of `commit`. Equal directories are read once.
+///
+/// # Errors
+/// If a dirtree or dirmeta is missing or malformed, or if the tree is too deep or has too many paths.
 pub(super) fn walk(commit: &ObjectId, lookup: &mut Lookup<'_>) -> Result<Target, TreeError> {
     let (root, root_meta) = commit_root(commit, lookup)?;
     let mut target = Target::default();
@@ -115,8 +116,8 @@ pub(super) fn walk(commit: &ObjectId, lookup: &mut Lookup<'_>) -> Result<Target,
     Ok(target)
 }
 
-/// Finds where a commit has a content object, a dirtree or a dirmeta. What is missing of the tree is skipped: this is
-/// for messages.
+/// Returns the path at which a commit has a content object, a dirtree or a dirmeta. For messages: missing and malformed
+/// parts of the tree are skipped.
 pub(super) fn path_of(commit: &ObjectId, wanted: &ObjectId, lookup: &mut Lookup<'_>) -> Option<String> {
     let (root, root_meta) = commit_root(commit, lookup).ok()?;
     if [root, root_meta].contains(wanted) {
@@ -143,25 +144,25 @@ pub(super) fn path_of(commit: &ObjectId, wanted: &ObjectId, lookup: &mut Lookup<
     None
 }
 
-/// What every dirtree has: how many files, and which dirtrees.
+/// For each dirtree, the number of its files and its child dirtrees.
 #[derive(Default)]
 struct Shape(HashMap<ObjectId, (u64, Vec<ObjectId>)>);
 
 impl Shape {
-    /// Refuses a tree that whoever goes through it path by path would not come to the end of.
+    /// Refuses a tree that is too deep, has too many paths, or contains itself, so that a walk over all paths ends.
     fn check(&self, root: ObjectId) -> Result<(), &'static str> {
-        // Height, and paths below; `None` while that is being found out.
+        // Height and number of paths below; `None` while the dirtree is being visited.
         let mut known: HashMap<ObjectId, Option<(u32, u64)>> = HashMap::new();
         let mut queue = vec![root];
         while let Some(tree) = queue.last().copied() {
-            let Some((files, children)) = self.0.get(&tree) else { return Err("a tree that was not listed") };
+            let Some((files, children)) = self.0.get(&tree) else { return Err("not listed") };
             match known.get(&tree) {
                 Some(Some(_)) => drop(queue.pop()),
                 None => {
                     known.insert(tree, None);
                     for child in children {
                         match known.get(child) {
-                            Some(None) => return Err("a directory that is inside itself"),
+                            Some(None) => return Err("part of a directory that is inside itself"),
                             Some(Some(_)) => {}
                             None => queue.push(*child),
                         }
@@ -175,11 +176,11 @@ impl Shape {
                         height = height.max(below + 1);
                         paths = paths.saturating_add(more).saturating_add(1);
                     }
-                    if height > DEEPEST {
-                        return Err("the top of a tree deeper than 256 directories");
+                    if height > MAX_DEPTH {
+                        return Err("its tree is deeper than 256 directories");
                     }
-                    if paths > MOST_PATHS {
-                        return Err("the top of a tree of more than ten million paths");
+                    if paths > MAX_PATHS {
+                        return Err("its tree has more than ten million paths");
                     }
                     known.insert(tree, Some((height, paths)));
                 }
@@ -189,13 +190,13 @@ impl Shape {
     }
 }
 
-/// The root dirtree and dirmeta of a commit.
+/// Returns the root dirtree and dirmeta of a commit.
 pub(super) fn commit_root(commit: &ObjectId, lookup: &mut Lookup<'_>) -> Result<(ObjectId, ObjectId), TreeError> {
     let bytes = load(commit, ObjectType::Commit, lookup)?;
     let variant = Variant::from_data_with_type(
         bytes,
         ostree::glib::VariantTy::new("(a{sv}aya(say)sstayay)")
-            .map_err(|_| TreeError::Malformed(*commit, "commit", "no such type"))?,
+            .map_err(|_| TreeError::Malformed(*commit, "commit", "unknown GVariant type"))?,
     );
     let bad = |what| TreeError::Malformed(*commit, "commit", what);
     if !variant.is_normal_form() {
@@ -203,12 +204,12 @@ pub(super) fn commit_root(commit: &ObjectId, lookup: &mut Lookup<'_>) -> Result<
     }
     let checksum = |index| {
         let bytes = variant.child_value(index).get::<Vec<u8>>().unwrap_or_default();
-        ObjectId::from_bytes(&bytes).ok_or_else(|| bad("a checksum of the wrong length"))
+        ObjectId::from_bytes(&bytes).ok_or_else(|| bad("a checksum does not have 32 bytes"))
     };
     Ok((checksum(6)?, checksum(7)?))
 }
 
-/// A metadata object's bytes, which must be there.
+/// Reads a metadata object. A missing object is an error.
 pub(super) fn load(id: &ObjectId, kind: ObjectType, lookup: &mut Lookup<'_>) -> Result<Vec<u8>, TreeError> {
     match lookup(id, kind) {
         Ok(Some(bytes)) => Ok(bytes),
@@ -286,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn modules_count_only_where_they_are_the_kernels() {
+    fn modules_only_objects_occur_only_in_usr_lib_modules() {
         let (repo, with_other, plain) = sample();
         let place = |target: &Target, id: u8| target.content[&ObjectId([id; 32])];
         let target = repo.walk(&plain).unwrap();
@@ -294,7 +295,7 @@ mod tests {
         assert_eq!(place(&target, 2), Place::Anywhere, "also at /usr/x");
         assert_eq!(place(&target, 3), Place::Anywhere);
         let target = repo.walk(&with_other).unwrap();
-        assert_eq!(place(&target, 1), Place::Anywhere, "the same directory stands at /usr/other/lib/modules too");
+        assert_eq!(place(&target, 1), Place::Anywhere, "the same directory is also at /usr/other/lib/modules");
         assert_eq!(target.content.len(), 4);
     }
 
@@ -335,11 +336,12 @@ mod tests {
             assert!(matches!(repo.walk(&commit), Err(TreeError::Malformed(..))), "{name:?}");
         }
     }
+
     #[test]
-    fn trees_without_end_are_refused() {
+    fn trees_that_are_too_deep_too_large_or_circular_are_refused() {
         let mut repo = Repo::default();
         let meta = repo.meta();
-        // One directory in another; and each twice in the next, which is two paths more often every time.
+        // A chain of directories; then a tree in which each directory is twice in its parent, so that paths double.
         for (names, most, words) in [(&["d"][..], 256, "deeper"), (&["a", "b"], 22, "million")] {
             let mut tree = repo.tree(&[], &[]);
             for level in 1..=most + 1 {
@@ -352,7 +354,7 @@ mod tests {
                 }
             }
         }
-        // Names are not checksums in this repo, so there can be what no real one has.
+        // Names are not checksums in this repo, so it can have a circle, which a real repo cannot.
         let inner = ObjectId([9; 32]);
         let outer = repo.tree(&[], &[("inner", inner, meta)]);
         let circle = repo.tree(&[], &[("outer", outer, meta)]);

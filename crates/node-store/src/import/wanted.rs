@@ -1,4 +1,4 @@
-//! Which objects are to be written, and in which order layers are to be read. Pure.
+//! Computes the wanted set and the order in which layers are read. Pure.
 
 use std::collections::HashSet;
 
@@ -7,8 +7,8 @@ use crate::store::{ObjectId, ObjectSet};
 
 use super::tree::{Place, Target};
 
-/// The wanted set: what the target has and neither the booted repo nor the node store. Unless the
-/// import is to be `complete`, what only occurs under `/usr/lib/modules` is left out.
+/// Returns the wanted set: the content objects of the target that neither the booted repo nor the node store has.
+/// Objects that occur only under `/usr/lib/modules` are wanted only by a `complete` import.
 pub(super) fn wanted(target: &Target, booted: &ObjectSet, stored: &ObjectSet, complete: bool) -> ObjectSet {
     target
         .content
@@ -19,46 +19,47 @@ pub(super) fn wanted(target: &Target, booted: &ObjectSet, stored: &ObjectSet, co
         .collect()
 }
 
-/// Whether every content object of the target is in the booted repo or the node store.
+/// Returns true if every content object of the target is in the booted repo or is `present`.
 pub(super) fn is_complete(target: &Target, booted: &ObjectSet, present: impl Fn(&ObjectId) -> bool) -> bool {
     target.content.keys().all(|id| booted.contains(id) || present(id))
 }
 
-/// Layers to be read side by side, after those of the rounds before.
+/// Layers that are read in parallel, after the layers of earlier rounds.
 pub(super) struct Round<'a> {
     pub(super) layers: Vec<&'a Layer>,
-    /// Whether the sizes are part of what the pull is expected to fetch. Those of layers that were read
-    /// before are not: only a journal or a ref that says too much makes them due again.
+    /// True if the sizes count towards the expected total. They do not for layers that an earlier run read: these are
+    /// read again only if a journal or a ref claims objects that are missing.
     pub(super) expected: bool,
 }
 
-/// What earlier runs read of a layer.
+/// Part of a layer that earlier runs read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Earlier {
     /// Nothing.
     Unread,
-    /// All but what only `/usr/lib/modules` has, and this import wants that too.
+    /// Everything except objects that occur only in `/usr/lib/modules`, which this import wants.
     WithoutModules,
     /// Everything that this import can want.
     Read,
 }
 
-/// The rounds in which to read layers. A round is not begun while a layer of the round before may still bring the last
-/// wanted object.
+/// Sorts layers into the rounds in which they are read. A round starts when all layers of the round before were read.
 ///
-/// Layers that no run has read come first. Then, unless the import is to be `complete`, those that hold nothing but the
-/// kernel, of which mostly nothing is wanted. If a run before this one left out the modules, the kernel's layers come
-/// with the first, and then the layers that were read without them: first the one with index 0, which holds what
-/// belongs to no package, such as the files that depmod writes. Last, the layers that should be of no use.
+/// 1. Layers that no run has read, and kernel layers that an earlier run read without the modules.
+/// 2. Kernel layers that no run has read, unless the import is `complete`: usually none of their objects is wanted.
+/// 3. The layer with index 0, if it was read without the modules. It holds files that do not belong to a package, such
+///    as those that depmod writes.
+/// 4. Other layers that were read without the modules.
+/// 5. Layers that were read completely.
 ///
-/// Larger ones before smaller, so that several readers finish at about the same time.
+/// Within a round, larger layers come first, so that all readers finish at about the same time.
 pub(super) fn rounds<'a>(
     layers: impl Iterator<Item = &'a Layer>,
     earlier: impl Fn(&Layer) -> Earlier,
     complete: bool,
 ) -> [Round<'a>; 5] {
     let mut rounds = [const { Vec::new() }; 5];
-    // An image may list one blob twice; reading it once is enough.
+    // An image may list one blob twice.
     let mut seen = HashSet::new();
     for layer in layers.filter(|layer| seen.insert(layer.digest())) {
         let round = match (earlier(layer), is_kernel_layer(layer)) {
@@ -78,12 +79,12 @@ pub(super) fn rounds<'a>(
     })
 }
 
-/// Whether the layer says that all its components are kernel packages.
+/// Returns true if all components that the layer lists are kernel packages.
 fn is_kernel_layer(layer: &Layer) -> bool {
     !layer.components.is_empty() && layer.components.iter().all(|name| is_kernel_package(name))
 }
 
-/// Kernel and module packages as Fedora and Debian name them. Headers and tools are not.
+/// Returns true for names of kernel and module packages of Fedora and Debian. Headers and tools do not count.
 fn is_kernel_package(name: &str) -> bool {
     // Components may carry a path-like prefix (`rpm/kernel-core`).
     let name = name.rsplit('/').next().unwrap_or(name);
@@ -117,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn kernels_last_and_alone_large_ones_first_doubles_once() {
+    fn rounds_put_kernel_layers_late_and_large_layers_first() {
         let layers = [
             layer(1, 10, &["bash"]),
             layer(2, 900, &["kernel-core", "kernel-modules-core"]),
@@ -139,7 +140,7 @@ mod tests {
         assert_eq!(order(&unread, true), [vec![3, 4, 1, 0, 7, 2, 5], none(), none(), none(), none()]);
         let two = |layer: &Layer| if [2, 4].contains(&layer.index) { Earlier::Read } else { Earlier::Unread };
         assert_eq!(order(&two, false), [vec![3, 1, 0, 7], vec![5], none(), none(), vec![4, 2]]);
-        // After a pivot that did not need the layer 5: the rest of its modules is likely there, or in the first layer.
+        // After a pivot that did not need layer 5: the missing modules are probably there or in layer 0.
         let pivoted = |layer: &Layer| if layer.index == 5 { Earlier::Unread } else { Earlier::WithoutModules };
         assert_eq!(order(&pivoted, true), [vec![2, 5], none(), vec![0], vec![3, 4, 1, 7], none()]);
     }
@@ -150,7 +151,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn nothing_superfluous_and_nothing_forgotten(everywhere in ids(), modules in ids(), booted in ids(), stored in ids(), complete: bool) {
+        fn wanted_set_is_minimal_and_complete(everywhere in ids(), modules in ids(), booted in ids(), stored in ids(), complete: bool) {
             let mut target = Target::default();
             for id in &modules {
                 target.content.insert(*id, Place::ModulesOnly);
@@ -168,7 +169,7 @@ mod tests {
             } else {
                 prop_assert!(set.iter().all(|id| everywhere.contains(id)));
             }
-            prop_assert!(wanted(&target, &booted, &after, complete).is_empty(), "idempotent");
+            prop_assert!(wanted(&target, &booted, &after, complete).is_empty(), "an import of the wanted set leaves nothing wanted");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Layers of an encapsulated commit: archives whose entries are the objects of an ostree repo.
+//! Reads the layers of an encapsulated commit: archives whose entries are objects of an ostree repo.
 
 mod entry;
 mod reader;

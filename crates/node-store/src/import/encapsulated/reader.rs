@@ -1,8 +1,8 @@
-//! One layer's archive, entry by entry: metadata and wanted content are stored, the rest is read past.
-//! Runs on a thread of its own and blocks.
+//! Reads the archive of one encapsulated layer: stores metadata objects and wanted content objects, and skips the rest.
+//! Blocks.
 //!
-//! Format source: ostree-ext's layer layout, formats 0 and 1 (see [`super::entry`]). In both, a
-//! content object follows the entry that names its extended attributes.
+//! Format source: ostree-ext's layer layout, formats 0 and 1 (see [`super::entry`]). In both, a content object follows
+//! the entry that names its extended attributes.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -19,15 +19,16 @@ use crate::image::tarstream::{Chunks, Entry, Piece, TarError, TarStream};
 use crate::import::state::Import;
 use crate::import::tree::TreeError;
 
-/// libostree refuses larger metadata objects.
-const LARGEST_METADATA: u64 = 128 << 20;
-/// One set of extended attributes, and all of a layer's together (they are kept while it is read).
-const LARGEST_XATTRS: u64 = 1 << 20;
-const ALL_XATTRS: usize = 16 << 20;
-/// Files up to this size are hashed in memory before anything is written.
+/// Maximum size of a metadata object in bytes, as in libostree.
+const MAX_METADATA: u64 = 128 << 20;
+/// Maximum size of one set of extended attributes in bytes.
+const MAX_XATTRS: u64 = 1 << 20;
+/// Maximum size of all extended attributes of a layer in bytes. They stay in memory while the layer is read.
+const MAX_ALL_XATTRS: usize = 16 << 20;
+/// Maximum size in bytes of files that are hashed in memory before they are written.
 const SMALL: u64 = 512 * 1024;
 
-/// What a layer may hold.
+/// Kinds of objects that a layer may have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::import) enum Purpose {
     /// Commit, dirtrees, dirmetas and content.
@@ -36,15 +37,15 @@ pub(in crate::import) enum Purpose {
     Chunk,
 }
 
-/// What is left to do when the layer has turned out whole.
+/// Data that must be stored only after the digest of the whole layer was checked.
 #[derive(Debug, Default)]
 pub(in crate::import) struct Consumed {
-    /// The commit's detached metadata. Nothing in them can be checked but the layer's own digest.
+    /// The commit's detached metadata. Only the digest of the layer protects it.
     pub commit_meta: Option<Vec<u8>>,
 }
 
-/// Reads a layer to the archive's end. `name` is for messages; `contributed` is set with the first
-/// object that this layer adds to the store.
+/// Reads a layer to the end of its archive. `name` is for messages. Sets `contributed` when the first object of this
+/// layer was stored.
 pub(in crate::import) fn consume(
     import: &Import,
     name: &str,
@@ -77,7 +78,7 @@ struct LayerReader<'a, C> {
     tar: TarStream<C>,
     xattrs: HashMap<ObjectId, Arc<Xattrs>>,
     xattrs_size: usize,
-    /// The attributes that the next content object is said to have.
+    /// Name and extended attributes of the content object that must follow.
     next: Option<(ObjectId, Arc<Xattrs>)>,
     buffer: Vec<u8>,
     tree_tried: bool,
@@ -108,8 +109,8 @@ impl<C: Chunks> LayerReader<'_, C> {
                     self.xattrs_link(&entry, id)?;
                 }
                 Role::Other => {
-                    // Nothing is extracted, so a bad link could do no harm here; but an archive that
-                    // tries is not one to take a system from.
+                    // Nothing is extracted, so that a bad link would be harmless. It is refused because the
+                    // archive is probably hostile.
                     if entry.kind == EntryType::Link {
                         inside(&entry.link).map_err(|error| self.path_failure(&entry.link, error))?;
                     }
@@ -117,13 +118,13 @@ impl<C: Chunks> LayerReader<'_, C> {
             }
         }
         if let Some((id, _)) = &self.next {
-            return Err(self.bad(format!("ends where the object {id}.file should follow")));
+            return Err(self.bad(format!("ends before the object {id}.file")));
         }
         Ok(())
     }
 
-    /// In the commit layer, metadata come first: with the first sign of content the wanted set can be
-    /// known. Where they are mixed (very old images) it cannot yet, and that is no error.
+    /// Computes the wanted set before the first content object of the commit layer, because metadata come first. Very old
+    /// images mix both: there, missing metadata are not an error.
     fn before_content(&mut self) -> Result<(), Failure> {
         if std::mem::replace(&mut self.tree_tried, true) {
             return Ok(());
@@ -137,9 +138,9 @@ impl<C: Chunks> LayerReader<'_, C> {
     fn metadata(&mut self, entry: &Entry, id: &ObjectId, kind: ObjectType) -> Result<(), Failure> {
         let object = || format!("{id}.{}", kind.extension());
         if self.purpose != Purpose::Commit {
-            return Err(self.bad(format!("has the object {} that belongs into the first layer", object())));
+            return Err(self.bad(format!("has the object {} that belongs in the first layer", object())));
         }
-        if !is_regular(entry.kind) || entry.size > LARGEST_METADATA || entry.holes > 0 {
+        if !is_regular(entry.kind) || entry.size > MAX_METADATA || entry.holes > 0 {
             return Err(self.bad(format!("has the object {} as a {:?} of {} bytes", object(), entry.kind, entry.size)));
         }
         if matches!(kind, ObjectType::Commit | ObjectType::CommitMeta) && *id != self.import.commit {
@@ -165,20 +166,20 @@ impl<C: Chunks> LayerReader<'_, C> {
 
     fn read_xattrs(&mut self, entry: &Entry) -> Result<(ObjectId, Arc<Xattrs>), Failure> {
         let path = entry.path.escape_ascii();
-        if !is_regular(entry.kind) || entry.size > LARGEST_XATTRS || entry.holes > 0 {
+        if !is_regular(entry.kind) || entry.size > MAX_XATTRS || entry.holes > 0 {
             return Err(self.bad(format!("has {path} as a {:?} of {} bytes", entry.kind, entry.size)));
         }
         self.buffer.clear();
         let mut buffer = std::mem::take(&mut self.buffer);
         self.tar.read_content(&mut buffer).map_err(|error| self.tar_failure(&error))?;
         self.xattrs_size += buffer.len() + 64;
-        if self.xattrs_size > ALL_XATTRS {
+        if self.xattrs_size > MAX_ALL_XATTRS {
             return Err(self.bad("has more than 16 MiB of extended attributes".into()));
         }
         let xattrs =
             Xattrs::parse(&buffer).ok_or_else(|| self.bad(format!("has malformed extended attributes in {path}")))?;
         if xattrs.iter().any(|(name, value)| !Xattrs::can_be_set(name, value)) {
-            return Err(self.bad(format!("has extended attributes in {path} that Linux has no room for")));
+            return Err(self.bad(format!("has extended attributes in {path} that exceed the limits of Linux")));
         }
         let id = ObjectId(Sha256::digest(&buffer).into());
         self.buffer = buffer;
@@ -187,8 +188,7 @@ impl<C: Chunks> LayerReader<'_, C> {
 
     fn xattrs_link(&mut self, entry: &Entry, id: ObjectId) -> Result<(), Failure> {
         if let Some((other, _)) = &self.next {
-            return Err(self
-                .bad(format!("names extended attributes for {id}.file where the object {other}.file should follow")));
+            return Err(self.bad(format!("has extended attributes of {id}.file instead of the object {other}.file")));
         }
         let xattrs = if entry.kind == EntryType::Link {
             let target = role(&entry.link).map_err(|error| self.path_failure(&entry.link, error))?;
@@ -213,9 +213,9 @@ impl<C: Chunks> LayerReader<'_, C> {
         let Some((_, xattrs)) = named.filter(|(name, _)| name == id) else {
             return Err(self.bad(format!("has the object {id}.file without its extended attributes")));
         };
-        self.import.agree_to_holes(&format!("{} {id}.file", self.name), entry.size, entry.holes)?;
+        self.import.check_holes(&format!("{} {id}.file", self.name), entry.size, entry.holes)?;
         let target = match entry.kind {
-            // libostree's own serialisation of a symlink has its target as a string.
+            // libostree serialises the target of a symlink as a GVariant string, which is UTF-8.
             EntryType::Symlink if std::str::from_utf8(&entry.link).is_err() => {
                 let target = entry.link.escape_ascii();
                 return Err(self.bad(format!("has the object {id}.file, a symlink to {target}, which is not UTF-8")));
@@ -227,7 +227,7 @@ impl<C: Chunks> LayerReader<'_, C> {
         let meta = FileMeta {
             uid: entry.uid,
             gid: entry.gid,
-            // Format 0 keeps the file type in the mode; the entry's own type says it already.
+            // In format 0 the mode includes the file type, which the type of the entry already has.
             mode: entry.mode & 0o7777,
             target,
             xattrs: Xattrs::clone(&xattrs),
@@ -274,7 +274,7 @@ impl<C: Chunks> LayerReader<'_, C> {
     }
 }
 
-/// A broken archive, in the terms of the field.
+/// Converts an error of the archive into a failure.
 pub(in crate::import) fn tar_failure(name: &str, error: &TarError) -> Failure {
     let kind = if matches!(error, TarError::Truncated) { Kind::Truncated } else { Kind::BadFormat };
     Failure::new(kind, format!("{name}: {error}"))

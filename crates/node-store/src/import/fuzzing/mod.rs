@@ -1,8 +1,8 @@
-//! Entrances for the fuzz targets in `fuzz/`: what reads hostile bytes, without a registry. Built only
+//! Functions for the fuzz targets in `fuzz/`: they pass untrusted bytes to the parsers, without a registry. Compiled only
 //! for tests and fuzzing.
 //!
-//! Whatever comes in may be refused; nothing may panic, take for ever, store an object under a name
-//! that is not its checksum, or write outside the store.
+//! Any input may be refused. No input may cause a panic, an endless loop, an object whose name is not its checksum, or a
+//! write outside the store.
 
 mod seeds;
 
@@ -26,7 +26,7 @@ use super::state::Import;
 
 pub use seeds::seeds;
 
-/// A fuzz target: its name and its function.
+/// Name and function of a fuzz target.
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
@@ -41,13 +41,13 @@ impl Chunks for Pieces<'_> {
     }
 }
 
-/// The first byte says in which pieces the rest arrives, and is an option where one is needed.
+/// Splits off the first byte, which sets the size of the pieces and the options of a target. Returns it and the pieces.
 fn pieces(data: &[u8]) -> (u8, Pieces<'_>) {
     let (first, data) = data.split_first().unwrap_or((&0, data));
     (*first, Pieces(data.chunks(usize::from(*first) * 7 + 1)))
 }
 
-/// Reads an archive, content included.
+/// Reads an archive with its content.
 pub fn tar(data: &[u8]) {
     let mut tar = TarStream::new(pieces(data).1);
     while let Ok(Some(entry)) = tar.next_entry() {
@@ -58,13 +58,13 @@ pub fn tar(data: &[u8]) {
                 Piece::Hole(length) => holes += length,
             }
         }
-        assert!(holes <= entry.holes, "more holes than were announced");
-        assert!(content + holes <= entry.size, "more came out than the entry says");
-        assert!(content <= data.len() as u64, "more came out than went in");
+        assert!(holes <= entry.holes, "more holes than the entry declares");
+        assert!(content + holes <= entry.size, "more content than the entry declares");
+        assert!(content <= data.len() as u64, "more content than input");
     }
 }
 
-/// Imports an archive as the first layer of an image and lists the tree that it brought.
+/// Imports an archive as the first layer of an image, and lists the tree of its commit.
 pub fn encapsulated(data: &[u8]) {
     let (option, chunks) = pieces(data);
     let purpose = if option % 4 == 3 { Purpose::Chunk } else { Purpose::Commit };
@@ -76,15 +76,15 @@ pub fn encapsulated(data: &[u8]) {
     });
 }
 
-/// Imports an archive as a plain layer, and keeps and restores what it holds.
+/// Imports an archive as a plain layer, then serialises and deserialises its tree.
 pub fn plain(data: &[u8]) {
     let (option, chunks) = pieces(data);
     let placement = Placement { keep_var: option & 1 != 0, any_top_level: option & 2 != 0 };
     in_store(ObjectId([7; 32]), |import| {
         let Ok(tree) = read_plain(import, "layer", &BaseFacts::without_policy(placement), chunks) else { return };
-        let bytes = tree.to_bytes().expect("any tree can be kept");
-        let restored = LayerTree::from_bytes(&bytes, &import.budget).ok().flatten().expect("what is kept is restored");
-        assert_eq!(restored.to_bytes().expect("any tree can be kept"), bytes);
+        let bytes = tree.to_bytes().expect("serialise the tree");
+        let restored = LayerTree::from_bytes(&bytes, &import.budget).ok().flatten().expect("deserialise the tree");
+        assert_eq!(restored.to_bytes().expect("serialise the tree"), bytes);
     });
 }
 
@@ -92,11 +92,11 @@ pub fn plain(data: &[u8]) {
 pub fn references(data: &[u8]) {
     let hints = TagHints::configured(&["rhel-coreos".to_owned(), "stream-coreos".to_owned()]);
     if let Ok((spec, _)) = crate::image::references::node_image(data, &hints) {
-        assert!(spec.digest().is_some(), "only by digest");
+        assert!(spec.digest().is_some(), "a pull spec without a digest");
     }
 }
 
-/// The commit that an archive brings: what its image's label would say.
+/// Returns the first commit object of an archive, which the label of its image would name.
 fn first_commit(data: &[u8]) -> ObjectId {
     let mut tar = TarStream::new(pieces(data).1);
     while let Ok(Some(entry)) = tar.next_entry() {
@@ -107,15 +107,15 @@ fn first_commit(data: &[u8]) -> ObjectId {
     ObjectId([0; 32])
 }
 
-/// Runs an import into an empty store in memory, and checks all that is in it afterwards.
+/// Runs an import into an empty store in memory, then checks and removes all objects in it.
 fn in_store(commit: ObjectId, run: impl FnOnce(&Import)) {
     thread_local!(static ROOT: Scratch = Scratch::new());
     ROOT.with(|Scratch(root)| {
         let store = NodeStore::on_tmpfs(root, None).expect("a store in memory");
-        // A child that another test is about to start may have inherited the last one for a moment.
+        // A child process that another test starts may inherit the previous lock until it calls exec.
         let lock = (0..500)
             .find_map(|_| store.lock().inspect_err(|_| std::thread::sleep(std::time::Duration::from_millis(10))).ok());
-        let lock = lock.expect("nobody else has it");
+        let lock = lock.expect("the import lock");
         let import = Import::new(commit, &store, None, true, Arc::default(), lock).expect("an import");
         run(&import);
         for prefix in fs::read_dir(store.repo_path().join("objects")).expect("objects").flatten() {
@@ -127,7 +127,7 @@ fn in_store(commit: ObjectId, run: impl FnOnce(&Import)) {
     });
 }
 
-/// Whether libostree agrees that the object is what its name says.
+/// Asserts that the object has the checksum of its name, according to libostree for files.
 fn check(store: &NodeStore, prefix: &str, rest: &str) {
     let (rest, kind) = rest.split_once('.').expect("objects have a type");
     let kind = match kind {
@@ -143,7 +143,7 @@ fn check(store: &NodeStore, prefix: &str, rest: &str) {
     if kind != ostree::ObjectType::File {
         use sha2::Digest;
         let bytes = fs::read(store.repo_path().join(format!("objects/{prefix}/{rest}.{}", ext(kind)))).expect("bytes");
-        assert_eq!(hex::encode(sha2::Sha256::digest(bytes)), name, "metadata under another's name");
+        assert_eq!(hex::encode(sha2::Sha256::digest(bytes)), name, "wrong checksum of a metadata object");
         return;
     }
     repo.fsck_object(kind, &name, ostree::gio::Cancellable::NONE).expect("fsck finds nothing");
@@ -157,7 +157,7 @@ fn ext(kind: ostree::ObjectType) -> &'static str {
     }
 }
 
-/// A directory in memory, removed at the end.
+/// Directory on a tmpfs; removed on drop.
 struct Scratch(PathBuf);
 
 impl Scratch {
@@ -183,8 +183,8 @@ mod tests {
     use rand::rngs::StdRng;
     use rand::{Rng, SeedableRng};
 
-    /// Seeds are good input: they reach the depths that mutations are to start from. `make fuzz` has
-    /// them written as the corpus to begin with.
+    /// Seeds are valid input, so that mutations start deep in the parsers. `make fuzz` runs this test with `FUZZ_CORPUS` to
+    /// write them as the first corpus.
     #[test]
     fn seeds_are_accepted() {
         let corpus = std::env::var_os("FUZZ_CORPUS").map(PathBuf::from);
@@ -215,10 +215,9 @@ mod tests {
         }
     }
 
-    /// Every seed, and each spoilt a few dozen times, through its target: what `make fuzz` does for
-    /// longer and with an eye on coverage.
+    /// Passes every seed and 50 mutations of it to its target. `make fuzz` does the same for longer, guided by coverage.
     #[test]
-    fn spoilt_seeds_are_refused_quietly() {
+    fn mutated_seeds_do_not_panic() {
         let mut random = StdRng::seed_from_u64(1);
         for (target, _, seed) in seeds() {
             let (_, run) = TARGETS.iter().find(|(name, _)| *name == target).expect("a target");
@@ -226,14 +225,14 @@ mod tests {
             for _ in 0..50 {
                 let mut bytes = seed.clone();
                 for _ in 0..random.random_range(1..6) {
-                    spoil(&mut bytes, &mut random);
+                    mutate(&mut bytes, &mut random);
                 }
                 run(&bytes);
             }
         }
     }
 
-    fn spoil(bytes: &mut Vec<u8>, random: &mut StdRng) {
+    fn mutate(bytes: &mut Vec<u8>, random: &mut StdRng) {
         if bytes.is_empty() {
             return;
         }

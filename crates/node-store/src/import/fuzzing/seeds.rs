@@ -1,4 +1,4 @@
-//! Where fuzzing starts from: one good input for each form that a target reads, made by code.
+//! Seeds for fuzzing: one valid input for each format that a target reads.
 
 use std::collections::BTreeMap;
 
@@ -12,7 +12,7 @@ use super::super::plain::{CommitInfo, commit_bytes};
 
 type Tar = Builder<Vec<u8>>;
 
-/// Target, name and bytes of each seed.
+/// Returns target, name and bytes of each seed.
 pub fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
     let mut seeds = vec![
         ("encapsulated", "format1", encapsulated(1)),
@@ -53,7 +53,7 @@ fn link(tar: &mut Tar, kind: EntryType, path: &str, target: &str) {
     tar.append_link(&mut header(kind, 0, 0o777), path, target).expect("writing to memory");
 }
 
-/// The options byte that targets read first, then the archive.
+/// Returns the byte of options that targets read first, followed by the archive.
 fn with_option(option: u8, tar: Tar) -> Vec<u8> {
     let mut bytes = vec![option];
     bytes.extend(tar.into_inner().expect("writing to memory"));
@@ -97,7 +97,7 @@ impl Exporter {
         id
     }
 
-    /// Attributes, the link to them, the object, and its path in the tree.
+    /// Adds the entries of a content object: attributes, the hardlink to them, the object, and its path in the tree.
     fn content(&mut self, meta: &FileMeta, content: &[u8], at: &str) -> ObjectId {
         let object = checksum(meta, content);
         let xattrs = id(meta.xattrs.as_bytes());

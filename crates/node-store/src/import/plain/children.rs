@@ -1,16 +1,16 @@
-//! The entries of one directory, by name. Pure.
+//! Map of the entries of one directory, by name. Pure.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-/// Up to this many entries stay in a vector.
+/// Maximum number of entries in a vector.
 const FEW: usize = 32;
 
-/// Entries by name, in the order of names.
+/// Entries by name, sorted by name.
 ///
-/// A few are a vector without spare room: the first node of a `BTreeMap` has room for eleven entries, and most
-/// directories of a deep tree hold one. More are a map, which takes them fast in any order.
+/// Saves memory: a few entries are in a vector without spare capacity, because most directories of a deep tree have one
+/// entry and the first node of a `BTreeMap` has room for eleven. More entries are in a map, where insertion is fast.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Children<V> {
     Few(Vec<(Box<str>, V)>),
@@ -68,7 +68,7 @@ impl<V> Children<V> {
         }
     }
 
-    /// Returns the entry's value, made by `new` if there was none.
+    /// Returns the value of the entry. Inserts the result of `new` if the entry is missing.
     pub(super) fn or_insert_with(&mut self, name: &str, new: impl FnOnce() -> V) -> &mut V {
         if let Self::Few(few) = self
             && few.len() == FEW

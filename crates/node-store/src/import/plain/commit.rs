@@ -1,8 +1,7 @@
-//! Metadata objects of a derived image: dirmetas and dirtrees of what layers changed, and the commit.
+//! Writes the metadata objects of a merged tree: the dirmetas and dirtrees that layers changed, and the commit.
 //!
-//! Format source: libostree's `OSTREE_COMMIT_GVARIANT_FORMAT`, and the metadata that ostree-ext gives
-//! its merge commits (`ostree.manifest-digest`, `ostree.manifest`, `ostree.container.image-config`,
-//! `ostree.tar-filtered`).
+//! Format source: libostree's `OSTREE_COMMIT_GVARIANT_FORMAT`, and the metadata of ostree-ext's merge commits
+//! (`ostree.manifest-digest`, `ostree.manifest`, `ostree.container.image-config`, `ostree.tar-filtered`).
 
 use std::collections::BTreeMap;
 
@@ -18,26 +17,26 @@ use super::relabel::Relabeller;
 use crate::import::state::Import;
 use crate::import::tree::Lookup;
 
-/// The commit that layers were laid over.
+/// Metadata key of the base commit.
 pub(super) const DERIVED_FROM: &str = "node-image-pivot.base-commit";
-/// The image's pull spec by digest.
+/// Metadata key of the image's pull spec by digest.
 pub(super) const IMAGE: &str = "node-image-pivot.image";
 
-/// What a commit object says.
+/// Content of a commit object.
 #[derive(Debug)]
 pub(in crate::import) struct CommitInfo {
-    /// Metadata that are strings.
+    /// Metadata with string values.
     pub strings: BTreeMap<&'static str, String>,
-    /// By layer: what was left out, and how often.
+    /// Number of entries that were left out, by layer and place.
     pub left_out: BTreeMap<String, BTreeMap<String, u32>>,
     pub parent: ObjectId,
-    /// Seconds since 1970; without it 0, so that the same image is always the same commit.
+    /// Seconds since 1970. `None` becomes 0, so that an image always results in the same commit.
     pub timestamp: Option<u64>,
     pub tree: ObjectId,
     pub meta: ObjectId,
 }
 
-/// A commit object's bytes.
+/// Returns the bytes of the commit object.
 pub(in crate::import) fn commit_bytes(info: &CommitInfo) -> Vec<u8> {
     let mut metadata: BTreeMap<String, Variant> =
         info.strings.iter().map(|(name, text)| (name.to_string(), text.to_variant())).collect();
@@ -58,13 +57,13 @@ pub(in crate::import) fn commit_bytes(info: &CommitInfo) -> Vec<u8> {
     .to_vec()
 }
 
-/// Stores a commit object; its name.
+/// Stores a commit object and returns its name.
 pub(super) fn store_commit(import: &Import, bytes: &[u8]) -> Result<ObjectId, Failure> {
     put(import, ObjectType::Commit, bytes)
 }
 
-/// Labels a tree, when there are labels, and stores what is new of it, children first. Returns the names of its
-/// dirtree and dirmeta. Never holds more than the directories from `dir` down to one leaf.
+/// Labels a tree if `labels` is set, and stores its new metadata objects, children first. Returns the names of its dirtree
+/// and dirmeta. Only the directories from `dir` to the current one are in memory.
 pub(super) fn store_tree(
     import: &Import,
     dir: &Dir,
@@ -111,7 +110,7 @@ fn put(import: &Import, kind: ObjectType, bytes: &[u8]) -> Result<ObjectId, Fail
     let id = ObjectId(Sha256::digest(bytes).into());
     if import.wants_metadata(&id, kind) {
         let stored = import.writer.metadata(&id, kind, bytes);
-        stored.map_err(|error| import.write_failure("the derived tree", &error))?;
+        stored.map_err(|error| import.write_failure("the merged tree", &error))?;
     }
     Ok(id)
 }
@@ -122,7 +121,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn commits_are_of_libostrees_type_and_repeatable() {
+    fn commits_have_libostrees_type_and_are_reproducible() {
         let info = CommitInfo {
             strings: BTreeMap::from([(IMAGE, "q.io/a@sha256:1".to_owned()), (DERIVED_FROM, "ab".to_owned())]),
             left_out: BTreeMap::from([("sha256:2".into(), BTreeMap::from([("/opt".into(), 3)]))]),

@@ -1,8 +1,7 @@
-//! From a commit and the layers on top of it to a commit of their own: lay, label, store, commit.
-//! Blocks.
+//! Merges plain layers with the base commit, labels the merged tree, stores it and commits it. Blocks.
 //!
-//! Format source: ostree-ext's import of derived images: which metadata the merge commit has, and that
-//! all of the merged tree is labelled by the merged tree's policy.
+//! Format source: ostree-ext's import of derived images, for the metadata of the merge commit and for the rule that the
+//! policy of the merged tree labels all of it.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::io;
@@ -24,35 +23,38 @@ use crate::import::budget::{self, OverBudget, Share};
 use crate::import::state::Import;
 use crate::import::tree::{Depth, Lookup, Target, TreeError, walk};
 
-/// The merged tree, laid but not labelled.
+/// Merged tree before it is labelled.
 pub(in crate::import) struct Merged {
     root: Dir,
     warnings: Vec<String>,
     _share: Share,
 }
 
-/// What came of labelling and storing a merged tree.
+/// Result of [`Merged::commit`].
 pub(in crate::import) enum Committed {
+    /// The tree was committed.
     Derived(Box<Derived>),
-    /// These objects are not here, and the commit depends on their labels.
+    /// The commit depends on the labels of these objects, which neither repo has.
     Needs(HashSet<ObjectId>),
 }
 
-/// What came of it.
+/// Commit of a merged tree.
 #[derive(Debug)]
 pub(in crate::import) struct Derived {
     pub commit: ObjectId,
+    /// Content objects of the commit.
     pub target: Target,
-    /// Objects that others were made of. They are needed to find out the same again.
+    /// Objects of which relabelled copies were made. A repeated import needs them to compute the same commit.
     pub sources: HashSet<ObjectId>,
+    /// Warnings for the operator, one line each.
     pub warnings: Vec<String>,
 }
 
 impl Merged {
-    /// Lays `layers` over the base, in order.
+    /// Lays `layers` over the base commit, in order. Each layer has a name for messages.
     pub(in crate::import) fn lay(import: &Import, layers: &[(String, Arc<LayerTree>)]) -> Result<Self, Failure> {
         let mut share = import.budget.share();
-        // A directory that a layer touches is read as a whole, and names take about as much as in its object.
+        // Every directory that a layer touches is read completely and needs about three times the size of its object.
         let lookup: &mut Lookup<'_> = &mut |id, kind| {
             let bytes = import.read_metadata(id, kind)?;
             let cost = if kind == ObjectType::DirTree { 3 * bytes.as_ref().map_or(0, Vec::len) } else { 0 };
@@ -62,31 +64,31 @@ impl Merged {
         let mut root = tree_of(&import.commit, lookup).map_err(|error| import.tree_failure(&error))?;
         let mut warnings = Vec::new();
         for (name, layer) in layers {
-            let made_way = root.lay(layer, &|id| import.base_has(id), lookup).map_err(|error| match error {
+            let replaced = root.lay(layer, &|id| import.base_has(id), lookup).map_err(|error| match error {
                 MergeError::Tree(TreeError::Read(_, _, error))
                     if error.get_ref().is_some_and(|error| error.is::<OverBudget>()) =>
                 {
                     Failure {
                         advice: budget::ADVICE,
-                        ..Failure::new(Kind::BadFormat, format!("{name}: merging it {error}"))
+                        ..Failure::new(Kind::BadFormat, format!("{name}: merging the layer {error}"))
                     }
                 }
                 MergeError::Tree(error) => import.tree_failure(&error),
                 error => Failure::new(Kind::BadFormat, format!("{name}: {error}")),
             })?;
-            warnings.extend(replaced_links(import, name, &made_way));
+            warnings.extend(replaced_links(import, name, &replaced));
         }
         let merged = Self { root, warnings, _share: share };
         merged.refuse_uncommittable(layers)?;
         Ok(merged)
     }
 
-    /// Refuses what is left of the layers that libostree has no form for: it keeps names and the targets of
-    /// symlinks as GVariant strings, which are UTF-8. It refuses such names itself; such targets its checksum does
-    /// not cover, so that one symlink is taken for another. What a later layer removed has done no harm.
+    /// Refuses names and symlink targets that are not UTF-8, unless a later layer removed them. libostree stores both as
+    /// GVariant strings. It refuses such names itself, but its checksum ignores such targets, so that it would confuse
+    /// symlinks.
     fn refuse_uncommittable(&self, layers: &[(String, Arc<LayerTree>)]) -> Result<(), Failure> {
         const ADVICE: &str =
-            "rename or remove it where the image is built: ostree stores names and symlink targets as UTF-8 only";
+            "rename or remove it where the image is built: ostree accepts only UTF-8 names and symlink targets";
         let target = |id: &ObjectId| layers.iter().find_map(|(_, layer)| layer.unstorable.get(id));
         let all = self.root.uncommittable(&|id| target(id).is_some());
         let Some(path) = all.first() else { return Ok(()) };
@@ -101,7 +103,7 @@ impl Merged {
         Err(Failure { advice: ADVICE, ..Failure::new(Kind::BadFormat, message) })
     }
 
-    /// The content objects of the tree as it is now.
+    /// Returns the content objects of the tree before it is labelled.
     pub(in crate::import) fn target(&self, import: &Import) -> Result<Target, Failure> {
         let mut target = Target::default();
         let lookup: &mut Lookup<'_> = &mut |id, kind| import.read_metadata(id, kind);
@@ -110,7 +112,7 @@ impl Merged {
         Ok(target)
     }
 
-    /// Labels the tree by its own policy, stores its metadata, and makes a commit of it.
+    /// Labels the tree with its own policy, stores its metadata objects, and commits it.
     pub(in crate::import) fn commit(
         mut self,
         import: &Import,
@@ -129,7 +131,7 @@ impl Merged {
             (Some(objects), Some(base)) if base.objects == objects => Some(base.clone()),
             (Some(objects), _) => {
                 let shown = objects.show(&import.store).map_err(|error| import.local(error))?.map(Arc::new);
-                Some(shown.ok_or_else(|| import.local("files of the SELinux policy vanished while it was pulled"))?)
+                Some(shown.ok_or_else(|| import.local("files of the SELinux policy disappeared during the pull"))?)
             }
         };
         let mut labels = match &policy {
@@ -151,7 +153,7 @@ impl Merged {
             .filter(|(_, (_, tree))| !tree.left_out.is_empty())
             .map(|(layer, (_, tree))| (layer.digest(), tree.left_out.clone()))
             .collect();
-        // By way of values, whose keys are in order: the same image is always the same commit.
+        // `Value` sorts its keys, so that the same image always results in the same commit.
         let json = |value: serde_json::Result<serde_json::Value>| {
             value.map(|value| value.to_string()).map_err(|error| import.local(error))
         };
@@ -176,18 +178,18 @@ impl Merged {
     }
 }
 
-/// One line for each symlink of the layers below that a directory of the layer `name` took the place of.
-fn replaced_links(import: &Import, name: &str, made_way: &[(String, ObjectId)]) -> Vec<String> {
+/// Returns a warning for each symlink of the layers below that a directory of the layer `name` replaced.
+fn replaced_links(import: &Import, name: &str, replaced: &[(String, ObjectId)]) -> Vec<String> {
     const SHOWN: usize = 12;
     let is_link = |id: &ObjectId| {
         let path = import.content_path(id);
         path.and_then(|path| path.symlink_metadata().ok()).is_some_and(|stat| stat.is_symlink())
     };
-    let links = made_way.iter().filter(|(_, id)| is_link(id));
+    let links = replaced.iter().filter(|(_, id)| is_link(id));
     let line = |(path, _): &(String, ObjectId)| {
         format!(
-            "{name}: its directory /{path} replaces a symlink of the layers below: paths through the link lead \
-             elsewhere now"
+            "{name}: its directory /{path} replaces a symlink of the layers below: paths through that symlink now lead \
+             to this directory"
         )
     };
     links.take(SHOWN).map(line).collect()
@@ -218,7 +220,7 @@ fn list(
     Ok(())
 }
 
-/// One line for each layer that things were left out of.
+/// Returns a warning for each layer from which entries were left out.
 fn left_out(layers: &[(String, Arc<LayerTree>)]) -> Vec<String> {
     const SHOWN: usize = 12;
     let mut lines = Vec::new();
@@ -231,12 +233,12 @@ fn left_out(layers: &[(String, Arc<LayerTree>)]) -> Vec<String> {
         }
         lines.push(format!("{name}: {total} entries cannot be part of an ostree commit: {}", parts.join(", ")));
     }
-    // Equal layers say equal things.
+    // An image may have the same layer twice.
     let unique: BTreeSet<String> = lines.into_iter().collect();
     unique.into_iter().collect()
 }
 
-/// When the image was made, in seconds since 1970; `None` when it does not say.
+/// Returns the creation time of the image in seconds since 1970, or `None` if it has none.
 fn created(description: &ImageDescription) -> Option<u64> {
     let annotation = description.manifest.annotations().as_ref();
     let text = annotation
@@ -257,8 +259,8 @@ mod tests {
         for (place, times) in [("/opt", 3), ("/srv", 1)] {
             (0..times).for_each(|_| layer.leave_out(place.into()));
         }
-        let quiet = ("layer 2".to_owned(), Arc::new(LayerTree::default()));
-        let lines = left_out(&[("layer 1".into(), Arc::new(layer)), quiet]);
+        let complete = ("layer 2".to_owned(), Arc::new(LayerTree::default()));
+        let lines = left_out(&[("layer 1".into(), Arc::new(layer)), complete]);
         assert_eq!(lines, ["layer 1: 4 entries cannot be part of an ostree commit: /opt (3), /srv (1)"]);
     }
 }

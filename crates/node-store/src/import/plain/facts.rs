@@ -1,4 +1,4 @@
-//! What plain layers need to know about the commit below them, read from the commit itself. Blocks.
+//! Reads the properties of the base commit that decide how plain layers are imported. Blocks.
 
 use std::sync::Arc;
 
@@ -13,24 +13,24 @@ use super::path::Placement;
 use crate::import::state::Import;
 use crate::import::tree::{Lookup, TreeError};
 
-/// What plain layers need to know about the commit below them.
+/// Properties of the base commit that decide how plain layers are imported.
 #[derive(Debug, Clone)]
 pub(in crate::import) struct BaseFacts {
     pub(super) placement: Placement,
-    /// The base's SELinux policy; `None` when it has none.
+    /// The base's SELinux policy, or `None` if it has none.
     pub(super) policy: Option<Arc<PolicyFiles>>,
-    /// Two layers read with the same key give the same tree.
+    /// Identifies these properties: the same layer read with the same key gives the same tree.
     key: String,
 }
 
 impl BaseFacts {
-    /// Of a commit that has no policy.
+    /// Returns the facts of a commit without a policy.
     #[cfg(any(test, fuzzing))]
     pub(in crate::import) fn without_policy(placement: Placement) -> Self {
         Self { placement, policy: None, key: String::new() }
     }
 
-    /// Reads the facts; `None` while objects that they are in have not been stored yet.
+    /// Reads the facts. Returns `None` while objects that are needed for this have not been stored.
     pub(in crate::import) fn read(import: &Import) -> Result<Option<Self>, Failure> {
         let lookup: &mut Lookup<'_> = &mut |id, kind| import.read_metadata(id, kind);
         let fail = |error: TreeError| import.tree_failure(&error);
@@ -56,14 +56,15 @@ impl BaseFacts {
         Ok(Some(Self { placement, policy, key }))
     }
 
-    /// The name that a layer's tree is kept by in the store.
+    /// Returns the name under which the store keeps the tree of a layer.
     pub(in crate::import) fn list_name(&self, diff_id: &str) -> String {
         use sha2::Digest;
         hex::encode(sha2::Sha256::digest(format!("3 {diff_id} {}", self.key)))
     }
 }
 
-/// Whether the root directory of the booted system will be an overlay, so that anything may be in it.
+/// Returns true if the root directory of the booted system will be an overlay, so that it may have any content.
+/// `config` is the content of `prepare-root.conf`.
 fn root_is_overlay(config: &str) -> bool {
     let file = glib::KeyFile::new();
     if file.load_from_data(config, glib::KeyFileFlags::NONE).is_err() {
@@ -80,7 +81,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn which_roots_are_overlays() {
+    fn transient_and_composefs_roots_are_overlays() {
         for (config, expected) in [
             ("", false),
             ("[root]\n", false),

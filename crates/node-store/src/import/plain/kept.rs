@@ -1,5 +1,5 @@
-//! A layer's tree in the form that is kept between runs: JSON in zstd, one value after the other, parents before
-//! children. Written and read piece by piece: as one text it would take several times the tree's memory. Pure.
+//! Serialises the tree of a layer, to keep it between runs: a sequence of JSON values in zstd, parents before children.
+//! Values are written and read one by one, because a single JSON text needs several times the memory of the tree. Pure.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -18,15 +18,15 @@ struct Notes {
     unstorable: BTreeMap<ObjectId, String>,
 }
 
-/// A directory, and at which depth: its parent is the last one before it that is one higher.
+/// Depth, name and content of a directory. Its parent is the last directory before it whose depth is one less.
 #[derive(Serialize)]
-struct Wrote<'a>(usize, &'a str, &'a DirMeta, bool, &'a Children<()>, &'a Children<LayerFile>);
+struct WrittenDir<'a>(usize, &'a str, &'a DirMeta, bool, &'a Children<()>, &'a Children<LayerFile>);
 
 #[derive(Deserialize)]
-struct Kept(usize, String, DirMeta, bool, Children<()>, Children<LayerFile>);
+struct ReadDir(usize, String, DirMeta, bool, Children<()>, Children<LayerFile>);
 
 impl LayerTree {
-    /// Returns the form to keep.
+    /// Serialises the tree.
     pub(in crate::import) fn to_bytes(&self) -> io::Result<Vec<u8>> {
         let mut out = zstd::stream::write::Encoder::new(Vec::new(), 1)?;
         serde_json::to_writer(
@@ -36,16 +36,17 @@ impl LayerTree {
         let mut queue = vec![(0, "", &self.root)];
         while let Some((depth, name, dir)) = queue.pop() {
             let LayerDir { meta, opaque, whiteouts, files, dirs } = dir;
-            serde_json::to_writer(&mut out, &Wrote(depth, name, meta, *opaque, whiteouts, files))?;
+            serde_json::to_writer(&mut out, &WrittenDir(depth, name, meta, *opaque, whiteouts, files))?;
             queue.extend(dirs.iter().map(|(name, dir)| (depth + 1, name, dir)));
         }
         out.finish()
     }
 
-    /// Reads what [`LayerTree::to_bytes`] kept; `None` for what this version cannot read.
+    /// Deserialises the result of [`LayerTree::to_bytes`]. Returns `None` if the bytes are damaged or in the format of
+    /// another version.
     ///
     /// # Errors
-    /// When the budget has no room for it.
+    /// If the tree exceeds the budget.
     pub(in crate::import) fn from_bytes(bytes: &[u8], budget: &Budget) -> Result<Option<Self>, BadEntry> {
         let Ok(decoder) = zstd::stream::read::Decoder::new(bytes) else { return Ok(None) };
         let mut tree = Self::new(budget);
@@ -53,8 +54,8 @@ impl LayerTree {
         let Ok(notes) = Notes::deserialize(&mut input) else { return Ok(None) };
         (tree.left_out, tree.unstorable) = (notes.left_out, notes.unstorable);
         let mut path: Vec<String> = Vec::new();
-        for dir in input.into_iter::<Kept>() {
-            let Ok(Kept(depth, name, meta, opaque, whiteouts, files)) = dir else { return Ok(None) };
+        for dir in input.into_iter::<ReadDir>() {
+            let Ok(ReadDir(depth, name, meta, opaque, whiteouts, files)) = dir else { return Ok(None) };
             path.truncate(depth.saturating_sub(1));
             if depth > 0 {
                 path.push(name);

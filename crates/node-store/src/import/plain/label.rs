@@ -1,8 +1,8 @@
-//! SELinux labels from the image's own policy, as libostree looks them up.
+//! Looks up SELinux labels in the image's own policy, in the same way as libostree.
 //!
-//! libostree wants a policy as files. They are shown to it as symlinks to objects, in a directory of
-//! the node store that is gone when the import ends. libselinux keeps one policy root per process:
-//! nothing else here looks labels up, and whoever does must set its own.
+//! libostree needs the policy as files: symlinks to objects in a directory of the node store, which is removed at the end
+//! of the import. libselinux has one policy root for each process, so any other code that looks up labels must set its own
+//! root first.
 
 use std::io;
 use std::os::unix::fs::symlink;
@@ -18,37 +18,37 @@ use super::merge::Dir;
 use crate::import::tree::{Lookup, TreeError};
 use selinux_labels::contexts::{Contexts, Found, Texts};
 
-/// Where a commit keeps its policy.
+/// Directory of the policy in a commit.
 const POLICY: [&str; 3] = ["usr", "etc", "selinux"];
 
 /// Extended attributes: names without NUL, and values.
 pub(super) type Pairs = Vec<(Vec<u8>, Vec<u8>)>;
 
-/// The attribute that a label is.
+/// Extended attribute that has the label.
 const SELINUX: &[u8] = b"security.selinux";
 
-/// The files of one policy that label lookups need, by path below the root.
+/// Objects of the policy files that label lookups need, by path relative to the root. Sorted.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct PolicyObjects(Vec<(String, ObjectId)>);
 
-/// The same as files; removed when dropped.
+/// Directory with the files of a policy; removed on drop.
 #[derive(Debug)]
 pub(super) struct PolicyFiles {
     root: PathBuf,
-    /// What they show.
+    /// Objects of the files.
     pub objects: PolicyObjects,
-    /// Read when they are first needed.
+    /// Parsed file contexts; `None` if only libselinux can read them. Read on first use.
     contexts: OnceLock<Option<Arc<Contexts>>>,
 }
 
 /// An open policy. Belongs to one thread.
 pub(super) struct Labels {
     policy: ostree::SePolicy,
-    /// Its file contexts, where they are understood.
+    /// Its parsed file contexts; `None` if only libselinux can read them.
     contexts: Option<Arc<Contexts>>,
 }
 
-/// Finds the policy in a tree; `None` when it has none.
+/// Returns the policy of a tree, or `None` if it has none.
 pub(super) fn policy_objects(
     root: &mut Dir,
     store: &NodeStore,
@@ -59,7 +59,7 @@ pub(super) fn policy_objects(
     let (_, kinds) = selinux.open(lookup)?;
     let mut found = vec![("usr/etc/selinux/config".to_owned(), config)];
     for (kind, dir) in kinds.iter_mut() {
-        // The module store beside these is large and says nothing about labels.
+        // The module store in the same directory is large and not needed for labels.
         for part in ["contexts", "policy"] {
             let Some(dir) = dir.directory(&[part], lookup)? else { continue };
             let mut queue = vec![(format!("usr/etc/selinux/{kind}/{part}"), dir)];
@@ -74,8 +74,8 @@ pub(super) fn policy_objects(
     Ok(Some(PolicyObjects(found)))
 }
 
-/// Finds the file at a path of the running system in the tree, through symlinks. A link whose object has not been
-/// stored yet is returned itself.
+/// Returns the file that `path` names in a deployment of the tree, after following symlinks. Returns the symlink itself if
+/// its object has not been stored yet.
 fn followed(
     root: &mut Dir,
     path: &str,
@@ -94,7 +94,7 @@ fn followed(
             }
             _ => at.push(part),
         }
-        // The system's /etc is /usr/etc in a commit.
+        // A commit has the content of /etc in /usr/etc.
         let in_etc = at.first().is_some_and(|top| top == "etc");
         let place: Vec<String> = in_etc.then(|| "usr".to_owned()).into_iter().chain(at.iter().cloned()).collect();
         let Some(id) = root.file(&place, lookup)? else { continue };
@@ -117,7 +117,7 @@ fn followed(
 }
 
 impl PolicyObjects {
-    /// What tells one policy from another.
+    /// Returns a checksum that identifies the policy.
     pub(super) fn identity(&self) -> String {
         let mut hasher = Sha256::new();
         for (path, id) in &self.0 {
@@ -127,7 +127,7 @@ impl PolicyObjects {
         hex::encode(hasher.finalize())
     }
 
-    /// Shows the policy as files. `None` while some of them are neither here nor in the booted repo.
+    /// Creates the files of the policy. Returns `None` while objects of some of them are in neither repo.
     pub(super) fn show(&self, store: &NodeStore) -> io::Result<Option<PolicyFiles>> {
         let root = store.root().join(format!("policy-{}", &self.identity()[..16]));
         match std::fs::remove_dir_all(&root) {
@@ -140,7 +140,7 @@ impl PolicyObjects {
             if let Some(dir) = at.parent() {
                 std::fs::create_dir_all(dir)?;
             }
-            // The binary policy: libostree insists on a regular file, but labels are not in it.
+            // The binary policy: libostree requires a regular file, but does not read labels from it.
             if path.split('/').nth(4) == Some("policy") {
                 std::fs::write(&at, b"")?;
                 continue;
@@ -157,7 +157,7 @@ impl PolicyObjects {
 
 impl Drop for PolicyFiles {
     fn drop(&mut self) {
-        // What stays behind is a few symlinks; the next import removes them.
+        // The next import removes symlinks that could not be removed here.
         let _ = std::fs::remove_dir_all(&self.root);
     }
 }
@@ -166,49 +166,45 @@ impl PolicyFiles {
     /// Opens the policy for one thread.
     pub(super) fn open(&self) -> Result<Labels, String> {
         let policy = selinux_labels::open_policy(&self.root)
-            .map_err(|error| format!("its SELinux policy (/usr/etc/selinux) cannot be used: {error}"))?;
+            .map_err(|error| format!("cannot use its SELinux policy (/usr/etc/selinux): {error}"))?;
         let contexts = self.contexts.get_or_init(|| self.read_contexts(&policy));
         Ok(Labels { contexts: contexts.clone(), policy })
     }
 
-    /// `None` when libselinux should judge alone; what is wrong with a file, it says itself.
+    /// Parses the file contexts. Returns `None` if they cannot be read or parsed: libselinux then reads them itself and
+    /// reports errors.
     fn read_contexts(&self, policy: &ostree::SePolicy) -> Option<Arc<Contexts>> {
         let kind = policy.name()?;
         let at = self.root.join("usr/etc/selinux").join(kind.as_str()).join("contexts/files/file_contexts");
         let contexts = Contexts::parse(&Texts::read(&at).ok()?);
         if contexts.is_none() {
-            tracing::debug!("the image's SELinux file contexts are unusual: each label is looked up by libselinux");
+            tracing::debug!("unsupported syntax in file_contexts: using libselinux for each lookup");
         }
         contexts.map(Arc::new)
     }
 }
 
 impl Labels {
-    /// The label of a path (absolute) with this mode (file type included), as it stands in the
-    /// attribute `security.selinux`: with its final NUL. `None` when the policy has none for it.
+    /// Returns the label of an absolute path, with the final NUL of the attribute `security.selinux`, or `None` if the
+    /// policy has none. `mode` includes the file type.
     ///
-    /// libselinux has the last word: it is asked once for each line of the contexts that decides, and
-    /// from then on for everything, should it say otherwise.
+    /// libselinux has precedence: the first match of each line of the file contexts is compared with its result, and after
+    /// a difference all labels come from libselinux.
     pub(super) fn of(&self, path: &str, mode: u32) -> Result<Option<Vec<u8>>, String> {
         let terminated = |label: &str| label.bytes().chain([0]).collect();
-        // libostree looks this one up elsewhere.
+        // libostree has its own rule for this path.
         let contexts = self.contexts.as_ref().filter(|_| path != "/proc");
         let found = contexts.and_then(|contexts| contexts.find(path, mode));
         if let Some(found) = found.filter(Found::is_confirmed) {
             return Ok(found.label.map(terminated));
         }
         let label = self.policy.label(path, mode, gio::Cancellable::NONE);
-        let label = label.map_err(|error| format!("looking up the SELinux label of {path}: {error}"))?;
+        let label = label.map_err(|error| format!("cannot look up the SELinux label of {path}: {error}"))?;
         match (found, contexts) {
             (Some(found), _) if found.label == label.as_deref() => found.confirm(),
             (Some(found), Some(contexts)) => {
                 let (ours, theirs) = (found.label.unwrap_or("none"), label.as_deref().unwrap_or("none"));
-                tracing::debug!(
-                    path,
-                    ours,
-                    theirs,
-                    "libselinux reads the file contexts otherwise: it is asked each time"
-                );
+                tracing::debug!(path, ours, theirs, "libselinux returned another label: using it for each lookup");
                 contexts.refute();
             }
             _ => {}
@@ -217,14 +213,14 @@ impl Labels {
     }
 }
 
-/// Puts a label in place of whatever there was, in the order of names.
+/// Sets the label, and sorts the attributes by name.
 pub(super) fn set_label(xattrs: &mut Pairs, label: Vec<u8>) {
     xattrs.retain(|(name, _)| name != SELINUX);
     xattrs.push((SELINUX.to_vec(), label));
     xattrs.sort();
 }
 
-/// The label among attributes.
+/// Returns the label, or `None` if the attributes have none.
 pub(super) fn label_of(xattrs: &[(Vec<u8>, Vec<u8>)]) -> Option<&[u8]> {
     xattrs.iter().find(|(name, _)| name == SELINUX).map(|(_, value)| value.as_slice())
 }

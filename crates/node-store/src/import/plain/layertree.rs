@@ -1,9 +1,9 @@
-//! What one plain layer holds: a tree of directories, files that are objects already, and whiteouts.
-//! Pure. Built entry by entry, kept between runs ([`super::kept`]), laid over the tree below by [`super::merge`].
+//! Content of one plain layer: a tree of directories, files (as object names) and whiteouts. Pure. The reader builds it
+//! entry by entry, [`super::kept`] serialises it, [`super::merge`] lays it over the tree below.
 //!
-//! Format source: the OCI image layer specification (whiteouts), and libostree's import of tar
-//! archives, which ostree-ext reads plain layers with: parents that have no entry of their own belong
-//! to the owner of the entry that needs them, with mode 0755.
+//! Format source: the OCI image layer specification (whiteouts), and libostree's import of tar archives, which
+//! ostree-ext uses for plain layers. A parent directory without an entry gets the owner of the entry below it, and mode
+//! 0755.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
@@ -17,11 +17,12 @@ use super::label::{label_of, set_label};
 use super::path::{foreign, shown};
 use crate::import::budget::{Budget, OverBudget, Share};
 
-/// Everything about a directory but its content. Mode is 07777 only.
+/// Metadata of a directory.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub(super) struct DirMeta {
     pub uid: u32,
     pub gid: u32,
+    /// Permission bits only (07777).
     pub mode: u32,
     /// Names without NUL, and values.
     pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
@@ -30,62 +31,63 @@ pub(super) struct DirMeta {
 /// A regular file or symlink.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum LayerFile {
-    /// This object.
+    /// Content object.
     Object(ObjectId),
-    /// A hardlink to a path that this layer does not have: the file that the layers below have there.
+    /// Hardlink to a path that this layer does not have: the file that the layers below have at that path.
     Below(Vec<String>),
-    /// A hardlink to an object of the commit at the bottom.
+    /// Hardlink to an object of the base commit.
     OfBase(ObjectId),
 }
 
 /// A directory of the layer.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct LayerDir {
-    /// The metadata it gets when nothing below has it.
+    /// Metadata to use if the layers below do not have the directory.
     pub meta: Arc<DirMeta>,
-    /// True if all that is below is hidden.
+    /// True if the content that the layers below have in this directory is hidden.
     pub opaque: bool,
-    /// Names that are removed from what is below.
+    /// Names of entries of the layers below that are removed.
     pub whiteouts: Children<()>,
     pub files: Children<LayerFile>,
     pub dirs: Children<LayerDir>,
 }
 
-/// A layer's content, and what of it was left out.
+/// Content of a layer.
 #[derive(Debug, Default)]
 pub(in crate::import) struct LayerTree {
     pub(super) root: LayerDir,
-    /// How many entries were left out, by where they are or (`device`, `fifo`) what they are.
+    /// Number of entries that were left out, by top-level directory, device or fifo.
     pub(super) left_out: BTreeMap<String, u32>,
-    /// Symlinks that libostree has no form for, as their target is not UTF-8: what they would be called,
-    /// and the target, escaped. Such an object is stored nowhere.
+    /// Escaped targets, by object name, of symlinks whose target is not UTF-8. libostree cannot represent them, so these
+    /// objects are not stored.
     pub(super) unstorable: BTreeMap<ObjectId, String>,
+    /// Paths of hardlinks that are resolved at the end of the layer.
     links: Vec<Vec<String>>,
-    /// Names in the repo's directory that the layer has entries for; `None` for one that is not a file.
+    /// Entries of the layer in the repo's object directory, by path; `None` for an entry that is not a file.
     repo_objects: HashMap<String, Option<LayerFile>>,
-    /// Equal metadata are kept once.
+    /// Distinct metadata, so that equal ones share memory.
     metas: HashSet<Arc<DirMeta>>,
     share: Share,
 }
 
-/// Bytes of memory that an entry takes, roughly: here, in the merged tree, and in the sets of objects.
+/// Approximate memory of an entry in bytes: in this tree, in the merged tree, and in the sets of objects.
 const DIR_COST: usize = 330;
 const FILE_COST: usize = 560;
 
-/// Why an entry cannot be part of a tree.
+/// Reasons why an entry cannot be part of a tree.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(in crate::import) enum BadEntry {
-    #[error("is a whiteout of nothing")]
+    #[error("is a whiteout without a name")]
     EmptyWhiteout,
     #[error("would replace the root directory")]
     Root,
-    #[error("is below /{0}, which is no directory in this layer")]
+    #[error("is below /{0}, which is not a directory in this layer")]
     BelowFile(String),
     #[error(transparent)]
     TooMany(#[from] OverBudget),
     #[error("is a hardlink to the directory /{0}")]
     LinkToDirectory(String),
-    #[error("is a hardlink to /{0}, which is itself a hardlink to nothing in this layer")]
+    #[error("is a hardlink to /{0}, which is part of a circle of hardlinks")]
     LinkCircle(String),
 }
 
@@ -97,7 +99,7 @@ impl LayerTree {
         Self { share: budget.share(), ..Self::default() }
     }
 
-    /// A directory entry. Its content so far stays.
+    /// Adds a directory, or replaces its metadata.
     pub(super) fn directory(&mut self, path: &[String], meta: DirMeta) -> Result<(), BadEntry> {
         let (uid, gid) = (meta.uid, meta.gid);
         let meta = self.meta(meta)?;
@@ -112,12 +114,12 @@ impl LayerTree {
         Ok(())
     }
 
-    /// Adds a file or symlink. Whatever the layer had there before is replaced.
+    /// Adds a file or symlink. Replaces an earlier entry of the layer at this path.
     pub(super) fn file(&mut self, path: &[String], file: LayerFile, uid: u32, gid: u32) -> Result<(), BadEntry> {
         let (name, parents) = path.split_last().ok_or(BadEntry::Root)?;
         self.share.take(FILE_COST + name.len(), 1)?;
         if let LayerFile::Below(target) = &file {
-            // A file that is then hardlinked to itself stays what it is.
+            // A hardlink from a file to itself has no effect.
             if target == path && matches!(self.lookup(path), Some(Found::File(_))) {
                 return Ok(());
             }
@@ -130,26 +132,27 @@ impl LayerTree {
         Ok(())
     }
 
-    /// Notes an entry in the repo's directory: `file` if it is one that others can be hardlinks to.
+    /// Records an entry in the repo's object directory. `file` is the target of hardlinks to it, or `None` if it cannot be
+    /// one.
     pub(super) fn repo_object(&mut self, path: String, file: Option<LayerFile>) -> Result<(), BadEntry> {
         self.share.take(FILE_COST + path.len(), 1)?;
         self.repo_objects.insert(path, file);
         Ok(())
     }
 
-    /// Returns what the layer has of a name in the repo's directory; `None` for no entry.
+    /// Returns the entry of the layer at a path in the repo's object directory, or `None` if it has none.
     pub(super) fn in_repo(&self, path: &str) -> Option<Option<&LayerFile>> {
         self.repo_objects.get(path).map(Option::as_ref)
     }
 
-    /// A symlink whose target, escaped, is not UTF-8. `id` is what libostree would call it.
+    /// Records a symlink whose target is not UTF-8. `target` is its escaped form, `id` the name of its object.
     pub(super) fn unstorable(&mut self, id: ObjectId, target: String) -> Result<(), BadEntry> {
         self.share.take(FILE_COST + target.len(), 0)?;
         self.unstorable.insert(id, target);
         Ok(())
     }
 
-    /// Takes a whiteout, when the path's name is one.
+    /// Adds a whiteout. Returns false if the name of `path` is not that of a whiteout.
     pub(super) fn whiteout(&mut self, path: &[String], uid: u32, gid: u32) -> Result<bool, BadEntry> {
         let Some((name, parents)) = path.split_last() else { return Ok(false) };
         let Some(hidden) = foreign(name).unwrap_or(name).strip_prefix(WHITEOUT) else { return Ok(false) };
@@ -160,25 +163,24 @@ impl LayerTree {
         if name == OPAQUE {
             self.parent(parents, uid, gid)?.opaque = true;
         } else if !hidden.starts_with(WHITEOUT) {
-            // What is hidden is named as it would be itself.
+            // Removes only the infix, so that an escaped name keeps its prefix.
             let hidden = name.replacen(WHITEOUT, "", 1);
             self.parent(parents, uid, gid)?.whiteouts.insert(&hidden, ());
         }
-        // Other names of the form .wh..wh.* are a storage driver's own notes.
+        // Storage drivers use other names of the form .wh..wh.* for their own data.
         Ok(true)
     }
 
-    /// Notes something that cannot be part of the tree.
+    /// Counts an entry that cannot be part of the tree.
     pub(super) fn leave_out(&mut self, what: String) {
-        // A hostile layer has no end of names; an operator wants a few.
-        const MOST: usize = 1000;
-        if self.left_out.len() < MOST || self.left_out.contains_key(&what) {
+        // Limits the memory that a hostile layer can use.
+        const MAX_NAMES: usize = 1000;
+        if self.left_out.len() < MAX_NAMES || self.left_out.contains_key(&what) {
             *self.left_out.entry(what).or_default() += 1;
         }
     }
 
-    /// Follows hardlinks within the layer, once all of it was read. The path of one that leads nowhere
-    /// good comes with the error.
+    /// Resolves hardlinks within the layer, after its last entry. An error has the path of the invalid hardlink.
     pub(super) fn resolve_links(&mut self) -> Result<(), (String, BadEntry)> {
         self.repo_objects = HashMap::new();
         for path in std::mem::take(&mut self.links) {
@@ -186,7 +188,7 @@ impl LayerTree {
             let mut steps = 0;
             let found = loop {
                 match self.lookup(&target) {
-                    // Linked to itself: the file that the layers below have there.
+                    // A hardlink to itself: the file that the layers below have at this path.
                     Some(Found::File(LayerFile::Below(next))) if *next == target => break LayerFile::Below(target),
                     Some(Found::File(LayerFile::Below(next))) if steps < 64 => {
                         steps += 1;
@@ -202,7 +204,7 @@ impl LayerTree {
                     _ => break LayerFile::Below(target),
                 }
             };
-            // A later entry may have replaced the link by something else.
+            // A later entry may have replaced the hardlink.
             if let Some((name, parents)) = path.split_last()
                 && let Some(file) = self.existing(parents).and_then(|dir| dir.files.get_mut(name))
                 && matches!(file, LayerFile::Below(_))
@@ -213,7 +215,7 @@ impl LayerTree {
         Ok(())
     }
 
-    /// Gives a label to directories that have none: parents without an entry of their own.
+    /// Labels directories without a label: parents that have no entry in the archive.
     pub(super) fn label_parents<E: From<BadEntry>>(&mut self, label: &FindLabel<'_, E>) -> Result<(), E> {
         let mut root = std::mem::take(&mut self.root);
         self.label_below(&mut root, "", label)?;
@@ -242,7 +244,7 @@ impl LayerTree {
         Ok(())
     }
 
-    /// Puts a directory that was kept at its path. False if its parent is missing.
+    /// Adds a deserialised directory at its path. Returns false if its parent is missing.
     pub(super) fn restore(&mut self, path: &[String], dir: LayerDir) -> Result<bool, BadEntry> {
         let entries = dir.files.len() + dir.whiteouts.len();
         let names: usize = dir.files.iter().map(|(name, _)| name.len()).sum();
@@ -257,13 +259,13 @@ impl LayerTree {
         Ok(true)
     }
 
-    /// Whether the layer has something at the path.
+    /// Returns true if the layer has an entry at the path.
     pub(super) fn has(&self, path: &[String]) -> bool {
         self.lookup(path).is_some()
     }
 
-    /// Returns true if the layer brings an object that `is_one` knows.
-    pub(in crate::import) fn brings(&self, is_one: &dyn Fn(&ObjectId) -> bool) -> bool {
+    /// Returns true if the layer has an object for which `is_one` returns true.
+    pub(in crate::import) fn has_object(&self, is_one: &dyn Fn(&ObjectId) -> bool) -> bool {
         let mut queue = vec![&self.root];
         while let Some(dir) = queue.pop() {
             if dir.files.values().any(|file| matches!(file, LayerFile::Object(id) if is_one(id))) {
@@ -284,11 +286,12 @@ impl LayerTree {
         path.iter().try_fold(&mut self.root, |dir, part| dir.dirs.get_mut(part))
     }
 
-    /// The directory that an entry belongs into. When part of the way has no entry, all of the way gets
-    /// the entry's owner and mode 0755, as libostree has it.
+    /// Returns the parent directory of an entry. If a directory on the path is missing, all directories on the path get the
+    /// owner of the entry and mode 0755, as in libostree.
     ///
-    /// A way through a symlink or file of the same layer is refused, by libostree too: readers that follow it end
-    /// elsewhere than those that replace it.
+    /// # Errors
+    /// If the path leads through a symlink or file of the same layer. libostree refuses such paths too: a reader that
+    /// follows the symlink reaches another directory than a reader that replaces it.
     fn parent(&mut self, path: &[String], uid: u32, gid: u32) -> Result<&mut LayerDir, BadEntry> {
         let mut dir = &self.root;
         let mut there = 0;
@@ -314,7 +317,7 @@ impl LayerTree {
         Ok(dir)
     }
 
-    /// Returns the metadata as they are shared by all directories that have them.
+    /// Returns a shared copy of the metadata.
     pub(super) fn meta(&mut self, meta: DirMeta) -> Result<Arc<DirMeta>, BadEntry> {
         if let Some(known) = self.metas.get(&meta) {
             return Ok(known.clone());
@@ -327,7 +330,7 @@ impl LayerTree {
     }
 }
 
-/// Finds the label of an absolute path and a mode.
+/// Function that looks up the label of an absolute path and a mode.
 type FindLabel<'a, E> = dyn Fn(&str, u32) -> Result<Option<Vec<u8>>, E> + 'a;
 
 enum Found<'a> {

@@ -1,8 +1,8 @@
-//! The tree of a derived image: the commit's tree with layers laid over it. Pure but for the reading
-//! of metadata objects. Directories that no layer touches stay what they are, an object's name.
+//! Merges plain layers into the tree of the base commit. Pure, except that it reads metadata objects. A directory that no
+//! layer touches is not read and stays the name of its object.
 //!
-//! Format source: the OCI image layer specification, and libostree's union checkout with whiteouts,
-//! which ostree-ext lays layers over each other with: a directory that exists keeps its metadata.
+//! Format source: the OCI image layer specification, and libostree's union checkout with whiteouts, which ostree-ext uses
+//! to merge layers: an existing directory keeps its metadata.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -23,39 +23,39 @@ pub(super) struct Dir {
     pub content: Content,
 }
 
-/// A directory's metadata.
+/// Metadata of a directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Meta {
-    /// As in this dirmeta object.
+    /// Those of this dirmeta object.
     Stored(ObjectId),
-    /// New.
+    /// Those of a directory that the base commit does not have.
     New(Arc<DirMeta>),
 }
 
-/// A directory's content.
+/// Content of a directory.
 #[derive(Debug)]
 pub(super) enum Content {
-    /// As in this dirtree object.
+    /// That of this dirtree object.
     Stored(ObjectId),
-    /// Read, and maybe changed.
+    /// Read from a dirtree object, and possibly changed.
     Open { files: Children<ObjectId>, dirs: Children<Dir> },
 }
 
-/// Why layers cannot be laid over a tree.
+/// Reasons why layers cannot be laid over a tree.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum MergeError {
     #[error(transparent)]
     Tree(#[from] TreeError),
-    #[error("/{0} is a hardlink to /{1}, which neither its layer nor one below has as a file")]
+    #[error("/{0} is a hardlink to /{1}, which is not a file in this layer or the layers below")]
     NoLinkTarget(String, String),
     #[error("/{0} is a hardlink to the object {1}.file, which is not in the image")]
     NoLinkObject(String, ObjectId),
 }
 
-/// A directory's files and directories, read from a dirtree object.
+/// Files and directories of a dirtree object.
 pub(super) type Listing = (Children<ObjectId>, Children<Dir>);
 
-/// The tree of a commit, untouched.
+/// Returns the unchanged tree of a commit.
 pub(super) fn tree_of(commit: &ObjectId, lookup: &mut Lookup<'_>) -> Result<Dir, TreeError> {
     let (tree, meta) = commit_root(commit, lookup)?;
     Ok(Dir { meta: Meta::Stored(meta), content: Content::Stored(tree) })
@@ -85,7 +85,7 @@ pub(super) fn read_dirmeta(meta: &ObjectId, lookup: &mut Lookup<'_>) -> Result<D
     Ok(DirMeta { uid: u32::from_be(uid), gid: u32::from_be(gid), mode: u32::from_be(mode) & 0o7777, xattrs: pairs })
 }
 
-/// A dirmeta object's bytes.
+/// Returns the bytes of the dirmeta object.
 pub(super) fn dirmeta_bytes(meta: &DirMeta) -> Vec<u8> {
     use ostree::glib::variant::ToVariant;
     const S_IFDIR: u32 = 0o040_000;
@@ -97,7 +97,7 @@ pub(super) fn dirmeta_bytes(meta: &DirMeta) -> Vec<u8> {
 }
 
 impl Dir {
-    /// The content, read when it was not yet.
+    /// Returns the content. Reads it from the dirtree object on first use.
     pub(super) fn open(&mut self, lookup: &mut Lookup<'_>) -> Result<OpenDir<'_>, TreeError> {
         if let Content::Stored(tree) = &self.content {
             let (files, dirs) = read_dirtree(tree, lookup)?;
@@ -105,19 +105,19 @@ impl Dir {
         }
         match &mut self.content {
             Content::Open { files, dirs } => Ok((files, dirs)),
-            // Just replaced above.
+            // Not reachable: replaced above.
             Content::Stored(tree) => Err(TreeError::Missing(*tree, "dirtree")),
         }
     }
 
-    /// The file at a path; `None` when there is none, or something else.
+    /// Returns the file or symlink at a path, or `None` if the tree has none there.
     pub(super) fn file(&mut self, path: &[String], lookup: &mut Lookup<'_>) -> Result<Option<ObjectId>, TreeError> {
         let Some((name, parents)) = path.split_last() else { return Ok(None) };
         let Some(dir) = self.directory(parents, lookup)? else { return Ok(None) };
         Ok(dir.open(lookup)?.0.get(name).copied())
     }
 
-    /// The directory at a path; `None` when there is none.
+    /// Returns the directory at a path, or `None` if the tree has none there.
     pub(super) fn directory(
         &mut self,
         path: &[impl AsRef<str>],
@@ -133,8 +133,8 @@ impl Dir {
         Ok(Some(dir))
     }
 
-    /// The paths that no commit can have, among what layers laid here: those with a name that is not
-    /// UTF-8, and symlinks that `is_unstorable` knows.
+    /// Returns the sorted paths that a commit cannot have: those with a name that is not UTF-8, and symlinks for which
+    /// `is_unstorable` returns true.
     pub(super) fn uncommittable(&self, is_unstorable: &dyn Fn(&ObjectId) -> bool) -> Vec<Vec<String>> {
         let mut found = Vec::new();
         let mut queue = vec![(Vec::new(), self)];
@@ -154,15 +154,15 @@ impl Dir {
         found
     }
 
-    /// Lays a layer over the tree. `in_base` says whether the commit at the bottom has an object. Returns the files
-    /// and symlinks that made way for a directory of the layer, by path.
+    /// Lays a layer over the tree. `in_base` returns true for objects of the base commit. Returns the files and symlinks
+    /// that a directory of the layer replaced, by path.
     pub(super) fn lay(
         &mut self,
         layer: &LayerTree,
         in_base: &dyn Fn(&ObjectId) -> bool,
         lookup: &mut Lookup<'_>,
     ) -> Result<Vec<(String, ObjectId)>, MergeError> {
-        // Links to what is below are followed before the layer hides any of it.
+        // Hardlinks to files of the layers below are resolved before the layer hides these files.
         let mut below = HashMap::new();
         let mut queue = vec![&layer.root];
         while let Some(dir) = queue.pop() {
@@ -186,9 +186,9 @@ impl Dir {
         if layer.root.opaque {
             self.content = Content::empty();
         }
-        let mut made_way = Vec::new();
-        lay(self, &layer.root, "", &object, &mut made_way, lookup)?;
-        Ok(made_way)
+        let mut replaced = Vec::new();
+        lay(self, &layer.root, "", &object, &mut replaced, lookup)?;
+        Ok(replaced)
     }
 }
 
@@ -198,7 +198,7 @@ impl Content {
     }
 }
 
-/// An open directory's files and directories.
+/// Files and directories of an open directory.
 pub(super) type OpenDir<'a> = (&'a mut Children<ObjectId>, &'a mut Children<Dir>);
 
 type Object<'a> = dyn Fn(&str, &LayerFile) -> Result<ObjectId, MergeError> + 'a;
@@ -208,7 +208,7 @@ fn lay(
     layer: &LayerDir,
     path: &str,
     object: &Object<'_>,
-    made_way: &mut Vec<(String, ObjectId)>,
+    replaced: &mut Vec<(String, ObjectId)>,
     lookup: &mut Lookup<'_>,
 ) -> Result<(), MergeError> {
     if layer.whiteouts.is_empty() && layer.files.is_empty() && layer.dirs.is_empty() {
@@ -229,13 +229,13 @@ fn lay(
     }
     for (name, layer) in layer.dirs.iter() {
         if let Some(id) = files.remove(name) {
-            made_way.push((at(name), id));
+            replaced.push((at(name), id));
         }
         if layer.opaque {
             dirs.remove(name);
         }
         let new = || Dir { meta: Meta::New(layer.meta.clone()), content: Content::empty() };
-        lay(dirs.or_insert_with(name, new), layer, &at(name), object, made_way, lookup)?;
+        lay(dirs.or_insert_with(name, new), layer, &at(name), object, replaced, lookup)?;
     }
     Ok(())
 }
@@ -255,7 +255,7 @@ mod tests {
         ObjectId([byte; 32])
     }
 
-    /// /usr/{a,b}, /usr/d/{c,e}: a base in memory.
+    /// Returns a base in memory with /usr/{a,b} and /usr/d/{c,e}.
     fn base() -> (HashMap<ObjectId, Vec<u8>>, Dir) {
         let mut objects = HashMap::new();
         let mut put = |bytes: Vec<u8>| {
@@ -291,8 +291,8 @@ mod tests {
     }
 
     #[test]
-    fn whiteouts_replacements_and_links() {
-        for (entries, gone, there) in [
+    fn layers_remove_replace_and_link_files() {
+        for (entries, removed, present) in [
             (&[("usr/.wh.a", 0)][..], &["usr/a"][..], &[("usr/b", 2), ("usr/link", 1)][..]),
             (&[("usr/.wh.d", 0)], &["usr/d/c"], &[("usr/a", 1)]),
             (&[("usr/d", 9)], &["usr/d/c"], &[("usr/d", 9)]),
@@ -303,10 +303,10 @@ mod tests {
         ] {
             let (mut tree, objects) = laid(entries).unwrap();
             let lookup: &mut Lookup<'_> = &mut |id, _| Ok(objects.get(id).cloned());
-            for name in gone {
+            for name in removed {
                 assert_eq!(tree.file(&path(name), lookup).unwrap(), None, "{entries:?} {name}");
             }
-            for (name, byte) in there {
+            for (name, byte) in present {
                 assert_eq!(tree.file(&path(name), lookup).unwrap(), Some(id(*byte)), "{entries:?} {name}");
             }
         }
@@ -323,11 +323,11 @@ mod tests {
         assert_eq!(read_dirmeta(&stored, lookup).unwrap().mode, 0o750);
         assert_eq!(meta(&mut tree, "usr/n", lookup), Meta::New(Arc::default()));
         let untouched = tree.directory(&path("usr/d"), lookup).unwrap().unwrap();
-        assert!(matches!(untouched.content, Content::Stored(_)), "nothing was read that was not needed");
+        assert!(matches!(untouched.content, Content::Stored(_)), "an unchanged directory was read");
     }
 
     #[test]
-    fn links_to_nothing_are_errors() {
+    fn hardlinks_to_missing_files_are_errors() {
         let (objects, mut tree) = base();
         for (file, words) in
             [(LayerFile::Below(path("usr/none")), "/usr/none"), (LayerFile::OfBase(id(9)), "not in the image")]

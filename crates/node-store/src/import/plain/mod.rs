@@ -1,4 +1,4 @@
-//! Plain layers: archives of paths, laid over the tree of the commit below them.
+//! Reads plain layers, archives of paths, merges them with the tree of the base commit and commits the result.
 
 mod children;
 mod commit;

@@ -1,71 +1,75 @@
-//! Where an entry of a plain layer belongs in an ostree tree. Pure.
+//! Maps the path of an entry of a plain layer to its place in an ostree tree. Pure.
 //!
-//! Format source: the OCI image layer specification, and how ostree-ext places plain layers: content
-//! belongs below `/usr`, `/etc` becomes `/usr/etc`, directories that are mounted over at run time stay
-//! empty, anything else at the top cannot be part of a commit.
+//! Format source: the OCI image layer specification, and ostree-ext's rules for plain layers. Content belongs below
+//! `/usr`, and `/etc` becomes `/usr/etc`. Directories that are mount points at run time stay empty. Other top-level
+//! paths cannot be part of a commit.
 
-/// What to do with things outside `/usr` and `/etc`.
+/// Rules for paths outside `/usr` and `/etc`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(in crate::import) struct Placement {
-    /// `/var` stays where it is, instead of becoming `/usr/share/factory/var`. As ostree-ext does, from
-    /// libostree 2024.3 on (which knows what to do with it).
+    /// Keep `/var`, instead of moving it to `/usr/share/factory/var`. ostree-ext does so from libostree 2024.3 on, which
+    /// populates `/var` itself.
     pub keep_var: bool,
-    /// The base has a transient root: any top-level directory may have content.
+    /// Accept content in any top-level directory, because the base has a transient root.
     pub any_top_level: bool,
 }
 
-/// Where a path belongs.
+/// Place of a path in the tree.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Place {
-    /// At this path in the tree; empty for the root itself.
+    /// Path in the tree; empty for the root.
     At(Vec<String>),
-    /// In the layer's own part of the repo's object directory: a content object that others link to.
+    /// Path of a content object in the repo's object directory, to which hardlinks may lead.
     RepoObject(String),
-    /// Nowhere; the text says below what, for the operator.
+    /// Not part of the tree. The text names the directory, for messages.
     Nowhere(String),
 }
 
-/// Why a path is refused.
+/// Reasons for refusing a path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(super) enum BadName {
-    /// It leaves the archive's root.
+    /// The path has a `..`.
     #[error("escapes the archive's root")]
     Escapes,
-    /// A NUL in it, or a component that no file system takes.
-    #[error("is no path that a file system can hold")]
+    /// The path has a NUL, or is too long or too deep.
+    #[error("is not a valid path: it has a NUL, or is too long or too deep")]
     Unusable,
 }
 
-/// A name that is not UTF-8 stands in a tree as this and its escaped form. No file name has a slash, so
-/// it is taken for no other; and no commit can have it, so it must be gone when all layers are laid.
+/// Prefix of the escaped form of a name that is not UTF-8. File names cannot have a slash, so that the escaped form is
+/// unambiguous. A commit cannot have such a name, so a later layer must remove it.
 const FOREIGN: char = '/';
 
-/// A name, as trees of layers have it.
+/// Returns a name in the form that trees of layers use.
 fn name(part: &[u8]) -> String {
     std::str::from_utf8(part).map_or_else(|_| format!("{FOREIGN}{}", part.escape_ascii()), str::to_owned)
 }
 
-/// The escaped form of a name that is not UTF-8; `None` for a name that is.
+/// Returns the escaped form of a name that is not UTF-8, or `None` for a UTF-8 name.
 pub(super) fn foreign(name: &str) -> Option<&str> {
     name.strip_prefix(FOREIGN)
 }
 
-/// A path as messages show it: relative, with escapes where it is not UTF-8.
+/// Returns a path in the form that messages use: relative, with escapes for bytes that are not UTF-8.
 pub(super) fn shown(path: &[String]) -> String {
     path.iter().map(|name| foreign(name).unwrap_or(name)).collect::<Vec<_>>().join("/")
 }
 
-/// No file system call takes a longer path, and nothing sensible is deeper.
-const LONGEST: usize = 4096;
-const DEEPEST: usize = 256;
+/// Maximum length of a path in bytes (`PATH_MAX`).
+const MAX_LENGTH: usize = 4096;
+/// Maximum number of components of a path.
+const MAX_DEPTH: usize = 256;
 
-/// The repo in the tree that container tools see.
+/// Path of the repo in an encapsulated image.
 const REPO: [&str; 3] = ["sysroot", "ostree", "repo"];
 
 impl Placement {
-    /// Places a path as it stands in an archive.
+    /// Returns the place of a path of an archive.
+    ///
+    /// # Errors
+    /// If the path leaves the archive's root, or if a file system cannot represent it.
     pub(super) fn place(&self, path: &[u8]) -> Result<Place, BadName> {
-        if path.len() > LONGEST {
+        if path.len() > MAX_LENGTH {
             return Err(BadName::Unusable);
         }
         let mut parts: Vec<&[u8]> = Vec::new();
@@ -77,7 +81,7 @@ impl Placement {
                 part => parts.push(part),
             }
         }
-        if parts.len() > DEEPEST {
+        if parts.len() > MAX_DEPTH {
             return Err(BadName::Unusable);
         }
         let below = |prefix: &[&str]| {
@@ -115,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn places() {
+    fn paths_have_places() {
         let plain = Placement::default();
         let object = "sysroot/ostree/repo/objects/ab/cd.file";
         for (path, expected) in [
@@ -157,7 +161,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn total_and_never_outside(path in prop::collection::vec(any::<u8>(), 0..80), keep_var: bool, any_top_level: bool) {
+        fn places_are_always_below_the_root(path in prop::collection::vec(any::<u8>(), 0..80), keep_var: bool, any_top_level: bool) {
             if let Ok(Place::At(parts)) = (Placement { keep_var, any_top_level }).place(&path) {
                 prop_assert!(parts.iter().all(|part| !part.is_empty() && part != "." && part != ".."));
                 prop_assert!(parts.iter().all(|part| !foreign(part).unwrap_or(part).contains('/')));

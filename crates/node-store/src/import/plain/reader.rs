@@ -1,5 +1,5 @@
-//! One plain layer's archive, entry by entry: content becomes objects at once, the rest a
-//! [`LayerTree`]. Runs on a thread of its own and blocks.
+//! Reads the archive of one plain layer: stores file content as objects at once, and returns the rest as a [`LayerTree`].
+//! Blocks.
 //!
 //! Format source: the OCI image layer specification; PAX headers for extended attributes.
 
@@ -18,14 +18,14 @@ use crate::import::encapsulated::tar_failure;
 use crate::import::encapsulated::{Role, role};
 use crate::import::state::Import;
 
-/// The longest target that a symlink can have (PATH_MAX, less its NUL).
-const LONGEST_TARGET: usize = 4095;
+/// Maximum length of the target of a symlink in bytes (`PATH_MAX` without the NUL).
+const MAX_TARGET: usize = 4095;
 const S_IFDIR: u32 = 0o040_000;
 const S_IFREG: u32 = 0o100_000;
 const S_IFLNK: u32 = 0o120_000;
 
-/// Reads a layer to the archive's end. Objects that are to be kept are stored as they come; what the
-/// layer is to become of the tree is the result. `name` is for messages.
+/// Reads a layer to the end of its archive. Stores the content objects that are needed, and returns the tree of the layer.
+/// `name` is for messages.
 pub(in crate::import) fn read_plain(
     import: &Import,
     name: &str,
@@ -57,12 +57,12 @@ struct PlainReader<'a, C> {
     tree: LayerTree,
 }
 
-/// Why a parent without an entry of its own has no label.
+/// Reasons why a parent directory without an entry cannot be labelled.
 #[derive(Debug, thiserror::Error)]
 enum Unlabelled {
     #[error("{0}")]
     Lookup(String),
-    #[error("labelling a directory {0}")]
+    #[error("its list of directories {0}")]
     Entry(#[from] BadEntry),
 }
 
@@ -116,8 +116,9 @@ impl<C: Chunks> PlainReader<'_, C> {
         }
     }
 
-    /// Takes an entry in the repo's directory. Where a lower file was changed that is a hardlink there, its other
-    /// names are hardlinks to this entry, or this is a hardlink to one of them.
+    /// Reads an entry in the repo's object directory. In an encapsulated image, files are hardlinks to objects in this
+    /// directory. A layer that changes such a file has either an entry here, to which the names of the file are hardlinks,
+    /// or a hardlink from here to one of the names.
     fn repo_object(&mut self, entry: &Entry, path: String) -> Result<(), Failure> {
         let file = match entry.kind {
             kind if is_regular(kind) => Some(LayerFile::Object(self.regular(entry, &path)?)),
@@ -135,32 +136,38 @@ impl<C: Chunks> PlainReader<'_, C> {
         self.tree.file(path, file, entry.uid, entry.gid).map_err(|error| self.refused(entry, error))
     }
 
-    /// Where a hardlink leads.
+    /// Returns the target of a hardlink.
     fn link(&self, entry: &Entry) -> Result<LayerFile, Failure> {
         match self.place(entry, &entry.link)? {
             Place::At(path) => Ok(LayerFile::Below(path)),
             Place::RepoObject(path) => match (self.tree.in_repo(&path), role(path.as_bytes())) {
                 (Some(Some(file)), _) => Ok(file.clone()),
                 (None, Ok(Role::Object(id, ObjectType::File))) => Ok(LayerFile::OfBase(id)),
-                _ => Err(self.bad(entry, format!("is a hardlink to /{path}, which is no content object"))),
+                _ => Err(self.bad(entry, format!("is a hardlink to /{path}, which is not a content object"))),
             },
             Place::Nowhere(top) => {
                 let target = entry.link.escape_ascii();
-                Err(self.bad(entry, format!("is a hardlink to {target}, but what is in {top} cannot be kept")))
+                Err(self.bad(
+                    entry,
+                    format!("is a hardlink to {target}, but files in {top} cannot be part of an ostree commit"),
+                ))
             }
         }
     }
 
     fn symlink(&mut self, entry: &Entry, path: &str) -> Result<ObjectId, Failure> {
         let link = &entry.link;
-        if link.is_empty() || link.contains(&0) || link.len() > LONGEST_TARGET {
-            let what = format!("is a symlink with a target of {} bytes, which no file system can hold", link.len());
+        if link.is_empty() || link.contains(&0) || link.len() > MAX_TARGET {
+            let what = format!(
+                "is a symlink with an invalid target of {} bytes: expected 1 to {MAX_TARGET} bytes without NUL",
+                link.len()
+            );
             return Err(self.bad(entry, what));
         }
         let meta = self.meta(entry, path, Some(link.clone()))?;
         let id = ObjectId(sha2::Digest::finalize(meta.hasher()).into());
         if std::str::from_utf8(link).is_err() {
-            // To be refused, unless it is gone when all layers are laid.
+            // Refused after the merge, unless a later layer removes it.
             let target = link.escape_ascii().to_string();
             self.tree.unstorable(id, target).map_err(|error| self.refused(entry, error))?;
             return Ok(id);
@@ -175,7 +182,7 @@ impl<C: Chunks> PlainReader<'_, C> {
 
     fn regular(&mut self, entry: &Entry, path: &str) -> Result<ObjectId, Failure> {
         let meta = self.meta(entry, path, None)?;
-        self.import.agree_to_holes(&format!("{}: /{path}", self.name), entry.size, entry.holes)?;
+        self.import.check_holes(&format!("{}: /{path}", self.name), entry.size, entry.holes)?;
         let fail = |error: &WriteError| self.import.write_failure(&format!("{}: /{path}", self.name), error);
         let mut file = self.import.writer.begin_unnamed(meta).map_err(|error| fail(&error))?;
         loop {
@@ -201,14 +208,13 @@ impl<C: Chunks> PlainReader<'_, C> {
         Ok(FileMeta { uid: entry.uid, gid: entry.gid, mode: entry.mode & 0o7777, target, xattrs })
     }
 
-    /// The archive's attributes, with the policy's label in place of the archive's when it has one.
+    /// Returns the attributes of the entry. The label of the policy, if it has one, replaces the label of the archive.
     fn xattrs(&self, entry: &Entry, path: &str, kind: u32) -> Result<Pairs, Failure> {
         let mut xattrs = entry.xattrs.clone();
         if let Some((name, value)) = xattrs.iter().find(|(name, value)| !Xattrs::can_be_set(name, value)) {
             let (name, length) = (name.escape_ascii(), value.len());
-            return Err(
-                self.bad(entry, format!("has the attribute {name} of {length} bytes, which Linux has no room for"))
-            );
+            return Err(self
+                .bad(entry, format!("has the attribute {name} of {length} bytes, which exceeds the limits of Linux")));
         }
         if let Some(labels) = &self.labels
             && let Some(label) = labels
@@ -222,8 +228,11 @@ impl<C: Chunks> PlainReader<'_, C> {
 
     fn place(&self, entry: &Entry, path: &[u8]) -> Result<Place, Failure> {
         self.facts.placement.place(path).map_err(|error| {
-            let what =
-                if path == entry.path { String::new() } else { format!("links to {}: it ", path.escape_ascii()) };
+            let what = if path == entry.path {
+                String::new()
+            } else {
+                format!("is a link to {}, which ", path.escape_ascii())
+            };
             self.bad(entry, format!("{what}{error}"))
         })
     }

@@ -1,7 +1,7 @@
-//! Labels a merged tree by its own SELinux policy. Blocks.
+//! Labels a merged tree with its own SELinux policy. Blocks.
 //!
-//! Rule, as libostree has it when ostree-ext commits a merged tree: where the policy has a label for a
-//! path, that is the label, for base content as for derived; where it has none, things stay as they are.
+//! The rule is that of libostree when ostree-ext commits a merged tree: if the policy has a label for a path, the entry
+//! gets it, whether it comes from the base or a layer. Otherwise the entry is unchanged.
 
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
@@ -21,22 +21,23 @@ use super::layertree::DirMeta;
 use super::merge::{Meta, read_dirmeta};
 use crate::import::state::Import;
 
-/// An object as it is on disk.
+/// Mode and label of a stored object.
 #[derive(Debug, Clone)]
 struct Known {
     mode: u32,
     label: Option<Label>,
 }
 
-/// Equal labels are kept once: a tree has some hundred.
+/// Shared label: a tree has only some hundred distinct ones.
 type Label = Arc<[u8]>;
 
-/// The labels that the commit below should have, by its own policy.
+/// Labels by the policy of the base commit.
 enum BaseLabels {
-    /// Its policy is the tree's.
+    /// Its policy equals that of the tree.
     Same,
+    /// Its policy differs from that of the tree.
     Other(Labels),
-    /// It has no policy.
+    /// The base has no policy.
     None,
 }
 
@@ -50,15 +51,16 @@ pub(super) struct Relabeller<'a> {
     seen: HashSet<Label>,
     metas: HashMap<ObjectId, DirMeta>,
     made: HashMap<(ObjectId, Label), ObjectId>,
-    of_base: u64,
-    /// Base content that is not here, and whether the two policies label it differently.
+    /// Number of base files that got another label.
+    relabelled_base: u64,
+    /// Base objects that neither repo has; true if the two policies label them differently.
     absent: HashMap<ObjectId, bool>,
-    /// The commit below has files that its own policy labels otherwise.
+    /// True if the base has files whose label differs from that of its own policy.
     base_is_mislabelled: bool,
 }
 
 impl<'a> Relabeller<'a> {
-    /// Opens the tree's policy. `base` is that of the commit below, if it has one.
+    /// Opens the tree's policy and reads the labels of all content objects. `base` is the policy of the base commit.
     pub(super) fn new(
         import: &'a Import,
         policy: &PolicyFiles,
@@ -81,44 +83,46 @@ impl<'a> Relabeller<'a> {
             seen: HashSet::new(),
             metas: HashMap::new(),
             made: HashMap::new(),
-            of_base: 0,
+            relabelled_base: 0,
             absent: HashMap::new(),
             base_is_mislabelled: false,
         };
-        this.learn()?;
+        this.read_labels()?;
         Ok(this)
     }
 
-    /// Says so when the base was not labelled by the image's policy: then nothing could be shared.
+    /// Returns a warning if base files were relabelled, because these are stored twice.
     pub(super) fn warning(&self) -> Option<String> {
-        let count = self.of_base;
+        let count = self.relabelled_base;
         (count > 0).then(|| {
-            format!("{count} files of the base commit had other labels than the image's SELinux policy and were labelled anew")
+            format!(
+                "relabelled {count} files of the base commit, whose labels differed from the image's SELinux policy"
+            )
         })
     }
 
-    /// The objects that were copied with another label.
+    /// Returns the objects of which relabelled copies were made.
     pub(super) fn sources(&self) -> HashSet<ObjectId> {
         self.made.keys().map(|(id, _)| *id).collect()
     }
 
-    /// Returns the objects that are not here and may have another label than the tree's policy gives them: kernel
-    /// modules that a delta pull left out. What they are called with their label is known when they are here only.
+    /// Returns the missing objects whose label may differ from that of the tree's policy: kernel modules that a delta pull
+    /// skipped. Their relabelled copies, and so the commit, cannot be computed without them.
     pub(super) fn unknown(&self) -> HashSet<ObjectId> {
         let of_base = |id: &ObjectId| self.base_is_mislabelled && self.import.base_has(id);
         self.absent.iter().filter(|(id, differs)| **differs || of_base(id)).map(|(id, _)| *id).collect()
     }
 
-    /// Looks at all of the tree's content objects: thousands of system calls, on all CPUs.
-    fn learn(&mut self) -> Result<(), Failure> {
+    /// Reads the labels of all content objects of the tree, with one thread for each CPU.
+    fn read_labels(&mut self) -> Result<(), Failure> {
         let ids = self.import.target_content();
         let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let import = self.import;
         let part = |ids: &[ObjectId]| -> Result<Vec<_>, Failure> {
-            ids.iter().map(|id| Ok((*id, look(import, id)?))).collect()
+            ids.iter().map(|id| Ok((*id, read_label(import, id)?))).collect()
         };
         let part = &part;
-        // In portions, so that not all labels are in memory before equal ones become one.
+        // In portions, because equal labels share memory only after `note`.
         for portion in ids.chunks(16 * 1024) {
             let parts = std::thread::scope(|scope| {
                 let size = portion.len().div_ceil(threads).max(1);
@@ -126,7 +130,9 @@ impl<'a> Relabeller<'a> {
                 running.into_iter().map(|thread| thread.join()).collect::<Vec<_>>()
             });
             for part in parts {
-                for (id, known) in part.map_err(|_| import.local("a thread that looked at objects failed"))?? {
+                for (id, known) in
+                    part.map_err(|_| import.local("internal error: a thread that reads labels failed"))??
+                {
                     self.note(id, known);
                 }
             }
@@ -134,7 +140,7 @@ impl<'a> Relabeller<'a> {
         Ok(())
     }
 
-    fn note(&mut self, id: ObjectId, known: Looked) -> Option<Known> {
+    fn note(&mut self, id: ObjectId, known: ModeAndLabel) -> Option<Known> {
         let known = known.map(|(mode, label)| Known { mode, label: label.map(|label| self.shared(label)) });
         self.known.insert(id, known.clone());
         known
@@ -149,7 +155,7 @@ impl<'a> Relabeller<'a> {
         label
     }
 
-    /// Returns a directory's metadata with the label of `path`; `None` when they have it, or there is none.
+    /// Returns the metadata of a directory with the label of `path`, or `None` if they need not change.
     pub(super) fn meta(&mut self, meta: &Meta, path: &str) -> Result<Option<DirMeta>, Failure> {
         const S_IFDIR: u32 = 0o040_000;
         let import = self.import;
@@ -170,17 +176,17 @@ impl<'a> Relabeller<'a> {
         Ok(Some(new))
     }
 
-    /// Returns the object that is `id` with the label of `path`.
+    /// Returns the object that equals `id` except for the label of `path`. Writes it if necessary.
     pub(super) fn file(&mut self, id: &ObjectId, path: &str) -> Result<ObjectId, Failure> {
         let known = match self.known.get(id) {
             Some(known) => known.clone(),
             None => {
-                let known = look(self.import, id)?;
+                let known = read_label(self.import, id)?;
                 self.note(*id, known)
             }
         };
         let Some(known) = known else {
-            self.not_here(id, path)?;
+            self.note_absent(id, path)?;
             return Ok(*id);
         };
         let Some(label) = lookup(&self.labels, self.image, path, known.mode)? else { return Ok(*id) };
@@ -188,7 +194,7 @@ impl<'a> Relabeller<'a> {
             return Ok(*id);
         }
         if self.import.base_has(id) {
-            self.of_base += 1;
+            self.relabelled_base += 1;
             self.base_is_mislabelled |=
                 self.by_base(path, known.mode, Some(&label))?.as_deref() != known.label.as_deref();
         }
@@ -201,9 +207,9 @@ impl<'a> Relabeller<'a> {
         Ok(made)
     }
 
-    /// Notes an object that a delta pull left out: it can be neither read nor copied.
-    fn not_here(&mut self, id: &ObjectId, path: &str) -> Result<(), Failure> {
-        // A file or a symlink: its object would say which.
+    /// Records an object that a delta pull skipped, and whether the two policies label it differently.
+    fn note_absent(&mut self, id: &ObjectId, path: &str) -> Result<(), Failure> {
+        // The type is in the missing object: try a file and a symlink.
         for mode in [0o100_644, 0o120_777] {
             let label = lookup(&self.labels, self.image, path, mode)?;
             let differs = label.is_some() && label != self.by_base(path, mode, label.as_deref())?;
@@ -212,7 +218,7 @@ impl<'a> Relabeller<'a> {
         Ok(())
     }
 
-    /// Returns the label by the policy of the commit below; `label` is the one by the tree's.
+    /// Returns the label by the base's policy. `label` is the label by the tree's policy.
     fn by_base(&self, path: &str, mode: u32, label: Option<&[u8]>) -> Result<Option<Vec<u8>>, Failure> {
         match &self.base {
             BaseLabels::Same => Ok(label.map(<[u8]>::to_vec)),
@@ -221,12 +227,12 @@ impl<'a> Relabeller<'a> {
         }
     }
 
-    /// The same file with another label. Written unless the booted repo has it.
+    /// Returns the name of a copy of the object with another label. Writes it unless the booted repo has it.
     fn copy(&mut self, id: &ObjectId, at: &str, label: &[u8]) -> Result<ObjectId, Failure> {
         let import = self.import;
-        let fail = |error: std::io::Error| import.local(format!("reading object {id}.file: {error}"));
+        let fail = |error: std::io::Error| import.local(format!("cannot read the object {id}.file: {error}"));
         let Some(path) = import.store.find_object(id, ObjectType::File) else {
-            return Err(import.local(format!("the object {id}.file vanished")));
+            return Err(import.local(format!("the object {id}.file disappeared during the pull")));
         };
         let stat = path.symlink_metadata().map_err(fail)?;
         let mut xattrs = read_xattrs(&path).map_err(|errno| fail(errno.into()))?;
@@ -243,7 +249,7 @@ impl<'a> Relabeller<'a> {
             target,
             xattrs: Xattrs::from_pairs(xattrs.iter().map(|(name, value)| (name.as_slice(), value.as_slice()))),
         };
-        let write_failed = |error| import.write_failure(&format!("{}: labelling {at}", self.image), &error);
+        let write_failed = |error| import.write_failure(&format!("{}: relabelling {at}", self.image), &error);
         let keep = |id: &ObjectId| import.keeps_at(id, at.trim_start_matches('/'));
         if is_symlink {
             let made = ObjectId(meta.hasher().finalize().into());
@@ -275,13 +281,13 @@ fn lookup(labels: &Labels, image: &str, path: &str, mode: u32) -> Result<Option<
     labels.of(path, mode).map_err(|what| Failure::new(Kind::BadFormat, format!("the image {image}: {what}")))
 }
 
-/// A mode and a label; `None` for an object that is not here.
-type Looked = Option<(u32, Option<Vec<u8>>)>;
+/// Mode and label of an object; `None` if neither repo has it.
+type ModeAndLabel = Option<(u32, Option<Vec<u8>>)>;
 
-/// Reads the mode and label of an object on disk; `None` when it is not here.
-fn look(import: &Import, id: &ObjectId) -> Result<Looked, Failure> {
+/// Reads the mode and label of a stored object. Returns `None` if neither repo has it.
+fn read_label(import: &Import, id: &ObjectId) -> Result<ModeAndLabel, Failure> {
     let Some(path) = import.content_path(id) else { return Ok(None) };
-    let fail = |error| import.local(format!("reading object {id}.file: {error}"));
+    let fail = |error| import.local(format!("cannot read the object {id}.file: {error}"));
     let mode = match path.symlink_metadata() {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         other => other.map_err(fail)?.mode(),
@@ -299,7 +305,7 @@ fn read_xattr(path: &std::path::Path, name: &std::ffi::CStr) -> Result<Option<Ve
         Err(Errno::RANGE) => {}
         Err(errno) => return Err(errno),
     }
-    // No attribute is larger than this (XATTR_SIZE_MAX).
+    // Maximum size of an attribute (`XATTR_SIZE_MAX`).
     let mut value = vec![0; 65_536];
     let length = rustix::fs::lgetxattr(path, name, value.as_mut_slice())?;
     value.truncate(length);

@@ -35,7 +35,7 @@ fn sample() -> LayerTree {
 }
 
 #[test]
-fn built_and_kept() {
+fn a_tree_survives_serialisation() {
     let tree = sample();
     let usr = tree.root.dirs.get("usr").unwrap();
     let a = usr.dirs.get("a").unwrap();
@@ -49,21 +49,21 @@ fn built_and_kept() {
     let kept = tree.to_bytes().unwrap();
     let again = LayerTree::from_bytes(&kept, &budget).unwrap().unwrap();
     assert_eq!((again.root, again.left_out, again.unstorable), (tree.root, tree.left_out, tree.unstorable));
-    assert!(LayerTree::from_bytes(b"torn", &budget).unwrap().is_none());
+    assert!(LayerTree::from_bytes(b"damaged", &budget).unwrap().is_none());
     assert!(LayerTree::from_bytes(&kept[..kept.len() / 2], &budget).unwrap().is_none());
 }
 
 #[test]
-fn missing_parents_are_the_entrys() {
+fn missing_parents_get_the_owner_of_the_entry() {
     let mut tree = sample();
     tree.file(&path("usr/a/b/c"), object(3), 5, 6).unwrap();
     let a = tree.root.dirs.get("usr").unwrap().dirs.get("a").unwrap();
     let meta = DirMeta { uid: 5, gid: 6, mode: 0o755, xattrs: Vec::new() };
-    assert_eq!((&*a.meta, &*a.dirs.get("b").unwrap().meta), (&meta, &meta), "as libostree has it");
+    assert_eq!((&*a.meta, &*a.dirs.get("b").unwrap().meta), (&meta, &meta), "as in libostree");
 }
 
 #[test]
-fn replaced_within_a_layer_and_refused() {
+fn later_entries_replace_earlier_ones_and_invalid_ones_are_refused() {
     let mut tree = sample();
     tree.file(&path("usr/a"), object(9), 0, 0).unwrap();
     tree.directory(&path("usr/z"), DirMeta::default()).unwrap();
@@ -84,8 +84,9 @@ fn replaced_within_a_layer_and_refused() {
     tree.file(&path("usr/m"), below("usr/l"), 0, 0).unwrap();
     assert!(matches!(tree.resolve_links(), Err((_, BadEntry::LinkCircle(_)))));
 }
+
 #[test]
-fn endless_layers_end() {
+fn layers_over_the_budget_are_refused() {
     let budget = Budget::default();
     let mut first = LayerTree::new(&budget);
     first.file(&path("usr/x"), object(1), 0, 0).unwrap();
@@ -99,7 +100,7 @@ fn endless_layers_end() {
 }
 
 #[test]
-fn a_file_hardlinked_to_itself_stays() {
+fn a_file_hardlinked_to_itself_is_unchanged() {
     let mut tree = LayerTree::default();
     tree.file(&path("usr/a"), object(1), 0, 0).unwrap();
     tree.file(&path("usr/a"), below("usr/a"), 0, 0).unwrap();
