@@ -1,4 +1,4 @@
-//! Conditions that must hold before anything is changed. Each refusal stands alone and says what to do.
+//! Checks of the kernel, the mounts, `/etc`, the commit and the new tree. They change nothing.
 
 use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -12,20 +12,19 @@ use super::elf::{Machine, machine_of};
 use super::refusal::Refusal;
 use overlay_root::Mount;
 
-/// Paths, relative to `/usr`, that every node image has.
+/// Paths, relative to `/usr`, that every bootable node image has.
 const REQUIRED: [&str; 4] = ["etc", "lib/os-release", "lib/systemd/systemd", "bin/true"];
 
-/// A program that is never a script or a link to another one.
+/// A program, relative to `/usr`, that is never a script or a symbolic link.
 const MACHINE_PROGRAM: &str = "lib/systemd/systemd";
 
-/// Checks that can be made before there is a new tree: the kernel, what `/usr` is made of, `/etc`.
-/// Nothing is changed.
+/// Runs the checks that need no new tree: the kernel, the mounts of `usr`, and `etc`. `mounts` is the mount table.
 pub fn check_system(mounts: &[Mount], usr: &Path, etc: &Path) -> Vec<Refusal> {
     let mut refusals: Vec<Refusal> =
         check_kernel(overlay_root::overlay_support(), openat2_support()).into_iter().collect();
     let of_usr = check_stack(mounts, usr);
     if refusals.is_empty() && of_usr.is_none() {
-        // The mount table cannot tell everything (file systems in files count, too): the kernel can.
+        // The mount table does not show every stacked file system: only a trial mount shows if the kernel accepts one more.
         refusals.extend(overlay_root::overlay_fits(usr).err().map(|error| Refusal::NotStackable(format!("{error:#}"))));
     }
     refusals.extend(of_usr);
@@ -37,14 +36,14 @@ pub fn check_system(mounts: &[Mount], usr: &Path, etc: &Path) -> Vec<Refusal> {
     refusals
 }
 
-/// Returns true if nothing can be added to the directory: the merge could not even begin.
+/// Returns true if the directory is immutable or append-only, so that the merge cannot replace its entries.
 fn is_locked(directory: &Path) -> bool {
     let stat = rustix::fs::statx(CWD, directory, AtFlags::empty(), StatxFlags::BASIC_STATS);
     let locked = StatxAttributes::IMMUTABLE | StatxAttributes::APPEND;
     stat.is_ok_and(|stat| stat.stx_attributes.intersects(locked))
 }
 
-/// Judges the kernel's answer to a first step of each kind of call.
+/// Returns the refusal that follows from the kernel's answers to a first call of the mount API and of `openat2`.
 fn check_kernel(overlay: Result<(), Errno>, openat2: Result<(), Errno>) -> Option<Refusal> {
     match (overlay, openat2) {
         (Err(Errno::NOSYS), _) => Some(Refusal::OldKernel { feature: "the mount API (fsopen)", since: "5.2" }),
@@ -68,8 +67,8 @@ fn check_stack(mounts: &[Mount], usr: &Path) -> Option<Refusal> {
     (layers.len() > 1).then_some(Refusal::TooDeep { layers })
 }
 
-/// Refuses a mount over the kernel modules, at, above or below their directory: an overlay leaves out the mounts that are
-/// on its layers.
+/// Refuses a mount at, above or below the directory of the kernel modules: an overlay does not contain the mounts of its
+/// lower directories.
 fn check_modules(mounts: &[Mount], usr: &Path) -> Option<Refusal> {
     let modules = usr.join("lib/modules");
     let hides = |target: &&PathBuf| target.starts_with(&modules) || modules.starts_with(target);
@@ -77,7 +76,7 @@ fn check_modules(mounts: &[Mount], usr: &Path) -> Option<Refusal> {
     below.iter().find(hides).map(|target| Refusal::ModulesMounted(target.display().to_string()))
 }
 
-/// Returns what the caller should know and what is not a reason to refuse, a line each.
+/// Returns warnings about mounts that the new `/usr` hides and about the overlays below it, a line each.
 pub fn warnings(mounts: &[Mount], usr: &Path) -> Vec<String> {
     let mut warnings: Vec<String> = overlay_root::mounts_below(mounts, usr)
         .iter()
@@ -87,20 +86,21 @@ pub fn warnings(mounts: &[Mount], usr: &Path) -> Vec<String> {
         .collect();
     let stack = overlay_root::overlay_stack(mounts, usr);
     if stack.first().is_some_and(|source| source == "sysext") {
-        warnings
-            .push("system extensions are merged on /usr: they show through what the node image does not have".into());
+        warnings.push(
+            "system extensions are merged on /usr: their files stay visible where the node image has none".into(),
+        );
     }
     if let Some(source) = stack.first() {
         warnings.push(format!(
-            "the booted /usr is on an overlay ({source}): with the node image's /usr over it, the kernel accepts no further \
-             overlay there (systemd-sysext merge, bootc usr-overlay, podman -v /usr/…:O) until an undo"
+            "the booted /usr is on an overlay ({source}): until an undo, the kernel accepts no further overlay on the node \
+             image's /usr (systemd-sysext merge, bootc usr-overlay, podman -v /usr/…:O)"
         ));
     }
     warnings
 }
 
-/// Looks at the new tree: what it must hold, what it calls itself, and for which machine it is. `usr` is the
-/// new `/usr` directory, `here` the machine that this program was built for. Nothing is changed.
+/// Checks that the new tree has the required files, names its system in os-release, and is built for `here`, the machine
+/// of this program. `usr` is the new `/usr` directory.
 pub fn check_content(usr: BorrowedFd<'_>, here: Machine) -> Vec<Refusal> {
     let mut refusals: Vec<Refusal> = REQUIRED
         .iter()
@@ -113,7 +113,7 @@ pub fn check_content(usr: BorrowedFd<'_>, here: Machine) -> Vec<Refusal> {
     if !read_start(usr, "lib/os-release").is_ok_and(|text| names_a_system(&text)) {
         refusals.push(Refusal::OsRelease);
     }
-    // A file that is not ELF is left to the trial run.
+    // The trial run rejects a file that is not ELF.
     let image = read_start(usr, MACHINE_PROGRAM).ok().and_then(|start| machine_of(&start));
     if let Some(image) = image.filter(|image| *image != here) {
         refusals.push(Refusal::Architecture { image, here });
@@ -121,8 +121,8 @@ pub fn check_content(usr: BorrowedFd<'_>, here: Machine) -> Vec<Refusal> {
     refusals
 }
 
-/// Checks what the commit says about itself. `text` and `flag` look a metadata key up; `machine` is uname(2)'s
-/// word. A key that is not there is no reason to refuse.
+/// Checks the commit's metadata against `machine`, as uname(2) names it. `text` and `flag` look up a metadata key; a
+/// missing key is accepted.
 ///
 /// Keys: libostree's `ostree.bootable`, coreos-assembler's `coreos-assembler.basearch`.
 pub fn check_metadata(
@@ -132,23 +132,23 @@ pub fn check_metadata(
 ) -> Vec<Refusal> {
     let mut refusals = Vec::new();
     if flag("ostree.bootable") == Some(false) {
-        refusals.push(Refusal::Metadata("that it is not bootable (ostree.bootable)".into()));
+        refusals.push(Refusal::Metadata("is marked as not bootable (ostree.bootable)".into()));
     }
     if let Some(arch) = text("coreos-assembler.basearch").filter(|arch| arch != machine) {
-        refusals.push(Refusal::Metadata(format!("that it is for {arch}, and this machine is {machine}")));
+        refusals.push(Refusal::Metadata(format!("is for {arch}, and this machine is {machine}")));
     }
     refusals
 }
 
 fn open(usr: BorrowedFd<'_>, path: &str, flags: OFlags) -> Result<std::fs::File> {
-    // A link to /usr/… leads nowhere from here, so only relative ones count; images use those.
+    // With `usr` as the root, an absolute link to /usr/… cannot be resolved. Images use relative links.
     let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
     let fd = rustix::fs::openat2(usr.as_fd(), path, flags | OFlags::CLOEXEC, Mode::empty(), resolve)
-        .with_context(|| format!("opening /usr/{path} of the node image"))?;
+        .with_context(|| format!("cannot open /usr/{path} of the node image"))?;
     Ok(fd.into())
 }
 
-/// The first part of a file: all of an os-release, more than enough of a program.
+/// Reads at most the first 64 KiB of a file: all of an os-release, and the ELF header of a program.
 fn read_start(usr: BorrowedFd<'_>, path: &str) -> Result<Vec<u8>> {
     const LONGEST: u64 = 64 * 1024;
     let mut start = Vec::new();

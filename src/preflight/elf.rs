@@ -1,11 +1,11 @@
-//! Which machine a program is for, from the start of an ELF file.
+//! Reads the machine that a program is built for from its ELF header.
 //!
 //! Format: the ELF header of the System V ABI: `e_ident` (class at byte 4, data encoding at 5), `e_machine`
 //! at byte 18 in that encoding.
 
 use std::fmt;
 
-/// What must be equal for a program to run natively.
+/// The fields of an ELF header that must be equal for a program to run natively.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Machine {
     /// 1: 32 bits, 2: 64 bits.
@@ -17,20 +17,20 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// The machine that this program was built for.
+    /// Returns the machine that this program was built for.
     ///
     /// # Errors
-    /// When its own file cannot be read.
+    /// The program's own file cannot be read.
     pub fn here() -> std::io::Result<Self> {
         use std::io::Read;
         let mut start = [0; 20];
         std::fs::File::open("/proc/self/exe")?.read_exact(&mut start)?;
-        machine_of(&start).ok_or_else(|| std::io::Error::other("this program is no ELF file"))
+        machine_of(&start).ok_or_else(|| std::io::Error::other("this program is not an ELF file"))
     }
 }
 
 impl fmt::Display for Machine {
-    /// As uname(1) says it, where this program knows the word.
+    /// Writes the name that uname(1) prints, or the numbers of an unknown machine.
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         let word = match (self.machine, self.class, self.data) {
             (62, 2, 1) => "x86_64",
@@ -49,7 +49,7 @@ impl fmt::Display for Machine {
     }
 }
 
-/// The machine of a program that begins with these bytes; `None` for what is no ELF file.
+/// Returns the machine of a program that begins with these bytes, or `None` if they are not an ELF header.
 pub fn machine_of(start: &[u8]) -> Option<Machine> {
     let header: &[u8; 20] = start.first_chunk()?;
     if !header.starts_with(b"\x7fELF") {

@@ -1,9 +1,9 @@
-//! From a pulled commit to a `/usr` that is ready to be switched to, with nothing switched yet.
+//! Checks before the switch: the kernel and mounts ([`check_system`]), the commit ([`check_metadata`]), the new tree
+//! ([`check_content`], [`check_selinux`], [`check_runs`]), and free memory and disk space ([`Free`]).
 //!
-//! This room compares the target's tree with the booted one ([`diff()`], pure), builds the directory
-//! that holds only the difference ([`build_delta`]), and checks everything that can be checked
-//! beforehand ([`check_system`], [`check_content`], [`check_runs`], [`Free`]). It reads the store and
-//! writes the delta directory. It may not expose a mount, touch `/etc`, talk to a registry or to systemd.
+//! The checks return refusals and warnings as values; the caller decides. The module also looks up SELinux labels for the
+//! /etc plan ([`label_plan`]) and compares package lists ([`PackageChanges`]). It changes nothing of the running system:
+//! the trial run uses a private mount namespace.
 
 mod checks;
 mod elf;

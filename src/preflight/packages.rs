@@ -1,32 +1,32 @@
-//! Which packages a tree holds, where its package database says so without a program of its own: dpkg's status
-//! file in the tree, or the list that rpm-ostree writes into a commit.
+//! Lists the packages of a tree from a database that can be read without a package manager: dpkg's status file in the
+//! tree, or the list that rpm-ostree writes into a commit.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use ostree::glib::VariantDict;
 use serde::{Deserialize, Serialize};
 
-/// Where dpkg's status file is in an ostree system, relative to `/usr`.
+/// Path of dpkg's status file in an ostree system, relative to `/usr`.
 pub const DPKG_STATUS: &str = "lib/sysimage/dpkg/status";
 /// The commit metadata key of rpm-ostree's list, `a(sssss)`: name, epoch, version, release, architecture.
-pub const RPM_LIST: &str = "rpmostree.rpmdb.pkglist";
+const RPM_LIST: &str = "rpmostree.rpmdb.pkglist";
 
-/// Name, with the architecture where several can be installed, to version.
+/// Versions by name. The name has the architecture if several can be installed together.
 pub type Packages = BTreeMap<String, String>;
 
 /// A package.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Package {
-    /// Its name.
+    /// Name.
     pub name: String,
-    /// Its version.
+    /// Version.
     pub version: String,
 }
 
-/// A package in two versions. Which one is newer, only the package manager knows.
+/// A package in two versions. Only the package manager can tell which one is newer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PackageChange {
-    /// Its name.
+    /// Name.
     pub name: String,
     /// The booted system's version.
     pub from: String,
@@ -34,14 +34,14 @@ pub struct PackageChange {
     pub to: String,
 }
 
-/// What two lists do not have in common, by name.
+/// Differences of two package lists, sorted by name.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PackageChanges {
-    /// Only in the node image.
+    /// Packages of the node image only.
     pub added: Vec<Package>,
-    /// Only in the booted system.
+    /// Packages of the booted system only.
     pub removed: Vec<Package>,
-    /// In both, in different versions.
+    /// Packages of both, in different versions.
     pub changed: Vec<PackageChange>,
 }
 
@@ -65,15 +65,15 @@ impl PackageChanges {
     }
 }
 
-/// Reads dpkg's status file (deb822 paragraphs, see dpkg's `status` file in dpkg(1)): what is installed, or was
-/// begun to be. Paragraphs without a name or a version are left out.
+/// Returns the packages of dpkg's status file (deb822 paragraphs, dpkg(1)) that are installed completely or in part.
+/// Paragraphs without a name or a version are skipped.
 pub fn dpkg(status: &str) -> Packages {
     let mut packages = Packages::new();
     for paragraph in status.split("\n\n") {
         let field =
             |name: &str| paragraph.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim);
         let (Some(name), Some(version)) = (field("Package"), field("Version")) else { continue };
-        // Want, error, state. Of what was removed, only its configuration is left.
+        // The words are want, error and state. `config-files`: the package was removed, its configuration was not.
         let state = field("Status").and_then(|status| status.split_whitespace().nth(2));
         if matches!(state, None | Some("not-installed" | "config-files")) {
             continue;
@@ -87,8 +87,8 @@ pub fn dpkg(status: &str) -> Packages {
     packages
 }
 
-/// Reads rpm-ostree's list from a commit's metadata; `None` when it has none. A package that is installed in
-/// several versions (kernels) has all of them.
+/// Returns the packages of rpm-ostree's list in a commit's metadata, or `None` if there is no list. A package that is
+/// installed in several versions (kernels) has them in one text, separated by commas.
 pub fn rpm(metadata: &VariantDict) -> Option<Packages> {
     let list: Vec<(String, String, String, String, String)> = metadata.lookup(RPM_LIST).ok().flatten()?;
     let mut packages = Packages::new();
@@ -112,7 +112,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn dpkg_status() {
+    fn installed_packages_are_read_from_dpkg_status() {
         let status = "\
 Package: bash\nStatus: install ok installed\nArchitecture: amd64\nVersion: 5.2-1\nDescription: a shell\n Package: no\n .\n Version: no\n
 Package: gone\nStatus: deinstall ok config-files\nVersion: 1\n
@@ -127,7 +127,7 @@ Package: without-version\nStatus: install ok not-installed\n\nnonsense";
     }
 
     #[test]
-    fn rpm_list() {
+    fn packages_are_read_from_the_list_in_a_commit() {
         let metadata = VariantDict::new(None);
         assert_eq!(rpm(&metadata), None);
         let row = |name: &str, epoch: &str, version: &str| -> (String, String, String, String, String) {
@@ -143,7 +143,7 @@ Package: without-version\nStatus: install ok not-installed\n\nnonsense";
     }
 
     #[test]
-    fn changes() {
+    fn added_removed_and_changed_packages_are_listed() {
         let list = |rows: &[(&str, &str)]| -> Packages {
             rows.iter().map(|(name, version)| ((*name).to_owned(), (*version).to_owned())).collect()
         };

@@ -3,105 +3,104 @@
 use super::elf::Machine;
 use support::human_bytes;
 
-/// One reason not to switch.
+/// A reason not to switch. The message names the cause and the remedy.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum Refusal {
-    /// A system call that the switch is made of is missing.
+    /// The kernel lacks a system call that the switch needs.
     #[error("this kernel lacks {feature}; boot a bootimage with Linux {since} or later")]
     OldKernel {
-        /// What is missing.
+        /// The missing system call.
         feature: &'static str,
-        /// The first version that has it.
+        /// The first Linux version that has it.
         since: &'static str,
     },
     /// The kernel has no overlay file system.
     #[error("this kernel has no overlay file system; load or enable overlay")]
     NoOverlay,
-    /// The daemon has not the right to mount.
-    #[error("the daemon may not mount (no CAP_SYS_ADMIN); run it with the unit that is shipped")]
+    /// The daemon lacks the capability to mount.
+    #[error("the daemon may not mount (no CAP_SYS_ADMIN); start it through node-image-pivotd.service")]
     NotAllowed,
-    /// The overlay would lie on too many others.
+    /// The overlay would exceed the kernel's limit for stacked file systems.
     #[error(
-        "the booted /usr is already made of {} stacked overlays ({}) and the kernel allows one more on at most 1; {}",
+        "the booted /usr already consists of {} stacked overlays ({}), and the kernel accepts another one on at most 1; {}",
         layers.len(), layers.join(" over "), too_deep_remedy(layers)
     )]
     TooDeep {
-        /// The mounts that are stacked, topmost first, as mount tables name them.
+        /// Sources of the stacked mounts, as the mount table names them, topmost first.
         layers: Vec<String>,
     },
-    /// The kernel refuses the overlay for a reason of its own.
-    #[error("the kernel cannot lay an overlay over /usr: {0}; use a bootimage with /usr on another file system")]
+    /// The kernel refuses an overlay on `/usr`; holds its error.
+    #[error("the kernel refuses an overlay on /usr: {0}; use a bootimage with /usr on another file system")]
     NotStackable(String),
-    /// `/usr` is on an overlay with an upper layer.
+    /// `/usr` is on an overlay with an upper directory.
     #[error(
-        "cannot tell what /usr holds: the overlay {source_name:?} makes it writable; reboot without `ostree admin unlock` \
-         (`bootc usr-overlay`, `rpm-ostree usroverlay`) and without `transient = true` under [root] in \
-         /etc/ostree/prepare-root.conf"
+        "/usr may differ from the booted commit: the overlay {source_name:?} makes it writable; reboot without \
+         `ostree admin unlock` (`bootc usr-overlay`, `rpm-ostree usroverlay`) and without `transient = true` under [root] \
+         in /etc/ostree/prepare-root.conf"
     )]
     Unlocked {
         /// Source in the mount table.
         source_name: String,
     },
     /// The booted kernel's modules are on a mount that the switch would hide.
-    #[error(
-        "cannot keep the modules of the running kernel: {0} is a mount point, which the new /usr would hide; unmount it"
-    )]
+    #[error("the new /usr would hide the modules of the running kernel: {0} is a mount point; unmount it")]
     ModulesMounted(String),
-    /// Something every node image has is missing from this one.
+    /// The node image lacks a required file or directory.
     #[error("the node image lacks /usr/{path}, which every bootable system has; use another node image")]
     Missing {
         /// Relative to `/usr`.
         path: &'static str,
     },
-    /// os-release says nothing.
+    /// The node image's os-release lacks `ID=`.
     #[error("the node image's /usr/lib/os-release does not name a system (no ID=); use another node image")]
     OsRelease,
-    /// Its programs are for other machines.
+    /// The node image's programs are for another machine.
     #[error("the node image is built for {image} and this machine is {here}; use the node image for {here}")]
     Architecture {
-        /// What the image's programs need.
+        /// Machine of the image's programs.
         image: Machine,
-        /// What this program was built for.
+        /// Machine of this program.
         here: Machine,
     },
-    /// The commit contradicts itself.
-    #[error("the node image's commit says {0}; use another node image")]
+    /// The commit's metadata exclude this machine or any boot; holds the predicate of the sentence.
+    #[error("the node image's commit {0}; use another node image")]
     Metadata(String),
-    /// Too little memory, or room, for what is still to be done.
+    /// Memory or disk space is too small for the remaining steps.
     #[error(
         "too little {}: {} are needed ({}) and {} are free; add some, or stop something that uses it",
         need.what, human_bytes(need.sum()), need.parts(), human_bytes(need.free)
     )]
     TooLittle {
-        /// The numbers.
+        /// The needed and the free bytes.
         need: Need,
     },
-    /// A program of the new tree does not run here.
-    #[error("{0}; the node image does not run on this machine (another CPU, or a broken C library?)")]
+    /// A program of the new tree does not run on this machine; holds the command and its error.
+    #[error("{0}; the node image may need another CPU, or its C library may be broken; use another node image")]
     Trial(String),
-    /// A login would no longer be possible; holds the words of its `sshd -t`.
+    /// The new sshd would not start; holds the output of its `sshd -t`.
     #[error(
-        "the node image's sshd does not take this machine's configuration or host keys, as the running one does, and \
-         would not come up again: {0}; correct /etc/ssh so that `sshd -t` of both passes, or disable and stop sshd"
+        "the node image's sshd rejects this machine's configuration or host keys, which the running sshd accepts, and \
+         would not start: {0}; correct /etc/ssh so that `sshd -t` of both passes, or disable and stop sshd"
     )]
     Sshd(String),
-    /// `/etc` cannot be written.
+    /// `/etc` is on a read-only mount.
     #[error("/etc is mounted read-only; make it writable first")]
     EtcReadOnly,
-    /// `/etc` itself cannot be changed.
+    /// `/etc` itself is immutable or append-only.
     #[error("cannot merge /etc: the directory is immutable or append-only; run `chattr -i -a /etc`")]
     EtcLocked,
-    /// The kernel checks each access through the new overlay against the domain that mounted it, too.
+    /// The new policy lacks the agent's domain. The kernel checks each access through an overlay also against the domain
+    /// that mounted it.
     #[error(
         "the node image's SELinux policy does not know {context}, in which this agent runs: once that policy is loaded, \
          the kernel would deny every access to the new /usr; run the agent in a domain that both policies have \
          (install_t), or add it to the node image's policy (packaging/selinux and docs/selinux.md of node-image-pivot)"
     )]
     Domain {
-        /// Of this process.
+        /// SELinux context of this process.
         context: String,
     },
-    /// Conflicts, and the strategy is to fail.
+    /// `/etc` has conflicts and `etc.strategy` is `fail`; holds the list.
     #[error("{0}")]
     Conflicts(String),
 }
@@ -135,13 +134,13 @@ impl Refusal {
 fn too_deep_remedy(layers: &[String]) -> &'static str {
     match layers.first().map(String::as_str) {
         Some("sysext") => {
-            "run `systemd-sysext unmerge`; the extensions cannot be merged again as long as the node image's /usr is in place"
+            "run `systemd-sysext unmerge`; the extensions cannot be merged again while the node image's /usr is in place"
         }
         _ => "unmount the topmost one, or use a bootimage without it",
     }
 }
 
-/// All the reasons, none of them hidden by another.
+/// All refusals of one group of checks.
 #[derive(Debug)]
 pub struct Refusals(pub Vec<Refusal>);
 
@@ -154,19 +153,19 @@ pub struct Findings {
     pub warnings: Vec<String>,
 }
 
-/// What is needed and what is free, in bytes.
+/// Needed and free memory or disk space, in bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Need {
-    /// Of what: `memory`, or room on a file system.
+    /// The resource as the message names it: `memory`, or space on a file system.
     pub what: String,
-    /// Named parts of what is needed.
+    /// Needed bytes by purpose.
     pub parts: Vec<(&'static str, u64)>,
-    /// What is free.
+    /// Free bytes.
     pub free: u64,
 }
 
 impl Need {
-    /// All parts together.
+    /// Returns the needed bytes in total.
     pub fn sum(&self) -> u64 {
         self.parts.iter().fold(0, |sum, (_, bytes)| sum.saturating_add(*bytes))
     }
@@ -176,7 +175,7 @@ impl Need {
         self.parts.iter().map(part).collect::<Vec<_>>().join(", ")
     }
 
-    /// The refusal, if it is too little.
+    /// Returns a refusal if more is needed than free.
     pub fn check(self) -> Option<Refusal> {
         (self.sum() > self.free).then_some(Refusal::TooLittle { need: self })
     }

@@ -1,8 +1,8 @@
-//! Whether the new tree's sshd takes this machine's configuration and host keys: if not, it does not come up when it is
-//! restarted after the switch, and nobody can log in any more.
+//! Checks that the new tree's sshd accepts this machine's configuration and host keys. Otherwise sshd does not start when
+//! it is restarted after the switch, and logins fail.
 //!
-//! The words of two programs are compared, and a false refusal is worse than none: what is not known to be about the
-//! machine's own files is a warning at most.
+//! The check compares messages of two programs, and a wrong refusal is worse than none. A message that is not known to
+//! be about the machine's own files is at most a warning.
 
 use std::fs;
 use std::path::Path;
@@ -13,169 +13,171 @@ use anyhow::Result;
 use super::refusal::{Findings, Refusal};
 use overlay_root::{Ended, Trial};
 
-/// Where it is, in any tree.
+/// Paths of sshd, in the order in which they are tried.
 const PROGRAMS: [&str; 2] = ["/usr/sbin/sshd", "/usr/bin/sshd"];
 
-/// What starts it, by the names that distributions use.
+/// Units that start sshd, by the names that distributions use.
 const UNITS: [&str; 4] = ["ssh.service", "sshd.service", "ssh.socket", "sshd.socket"];
 
-/// In Fedora and its kin since 38, sshd.service pulls it in: it takes the host keys' group rights away, which the
-/// sshd before needed and the new one refuses.
-const MENDS_MODES: &str = "/usr/lib/systemd/system/ssh-host-keys-migration.service";
+/// A unit that sshd.service of Fedora 38 and later pulls in. It removes the group permissions of host keys, which an
+/// older sshd needs and a newer one rejects.
+const MODE_MIGRATION: &str = "/usr/lib/systemd/system/ssh-host-keys-migration.service";
 
-/// What one `sshd -t` makes of the files.
+/// The result of one `sshd -t`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Says {
-    /// It would start.
-    Fine,
-    /// It does not take a line of its configuration.
+enum Answer {
+    /// sshd would start.
+    Accepted,
+    /// A line of the configuration is rejected.
     Configuration,
-    /// It sees the host keys, and takes none of them, because of their modes.
+    /// All existing host keys are rejected because of their modes.
     Modes,
-    /// Likewise, because of what they are.
+    /// All existing host keys are rejected for another reason, such as their type.
     Keys,
-    /// It misses what is made before it is started: host keys, its user.
+    /// Host keys or the sshd user are missing. They may be created before sshd starts.
     NotYet,
-    /// Something else.
+    /// Any other failure.
     Unknown,
 }
 
-/// What to do about it.
+/// The consequence of both answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Verdict {
     Nothing,
-    /// Neither takes it: no fault of the switch.
+    /// Both reject the configuration, so the switch does not make it worse.
     BothRefuse,
-    /// Only the new one does not, but that may be for another reason.
+    /// Only the new sshd fails, but possibly not because of this machine's files.
     Suspect,
     Refuse,
 }
 
-/// How sshd is used here, as the trial shows it.
+/// The use of sshd on this machine, as seen in the trial run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Use {
-    /// Something has started it, or will.
+    /// A unit of sshd is running or enabled.
     used: bool,
-    /// The one that runs was given another configuration file, which is not what `sshd -t` reads.
+    /// The running sshd was started with `-f FILE`, but `sshd -t` reads the default file.
     other_file: bool,
     /// A unit of the new tree corrects the modes of host keys.
-    modes_mended: bool,
+    modes_corrected: bool,
 }
 
-/// The answer of the new tree's sshd.
+/// The result of the new tree's `sshd -t`.
 #[derive(Debug)]
-pub(super) struct Asked {
+pub(super) struct NewSshd {
     ended: Result<Ended>,
     here: Use,
 }
 
-/// Asks the new tree's sshd, if there is one. Called in the trial, which must have the merged `/etc`.
-pub(super) fn ask(trial: &Trial, limit: Duration) -> Option<Asked> {
+/// Runs `sshd -t` of the new tree, for at most `limit`. Returns `None` if sshd is missing or not in use. Must be called in
+/// the trial run, with the merged `/etc`.
+pub(super) fn ask(trial: &Trial, limit: Duration) -> Option<NewSshd> {
     let program = program()?;
     let here = Use {
         used: UNITS.iter().any(|unit| !masked(unit) && (runs(unit) || enabled(unit))),
         other_file: UNITS.iter().any(|unit| other_file(unit)),
-        modes_mended: Path::new(MENDS_MODES).exists(),
+        modes_corrected: Path::new(MODE_MIGRATION).exists(),
     };
-    here.used.then(|| Asked { ended: trial.run(&[program, "-t"], limit), here })
+    here.used.then(|| NewSshd { ended: trial.run(&[program, "-t"], limit), here })
 }
 
-/// Compares it with the running system's answer. Called outside of the trial.
-pub(super) fn compare(asked: Asked, limit: Duration, report: &mut Findings) {
-    let Asked { ended, here } = asked;
+/// Compares the result with that of the running system's `sshd -t`. Must be called outside of the trial run.
+pub(super) fn compare(new: NewSshd, limit: Duration, report: &mut Findings) {
+    let NewSshd { ended, here } = new;
     let new = match ended {
         Ok(ended) => ended,
         Err(error) => return report.warnings.push(format!("{error:#}")),
     };
-    let says_new = says_of(&new);
-    if says_new == Says::Fine {
+    let answer = answer_of(&new);
+    if answer == Answer::Accepted {
         return;
     }
     let old = program().and_then(|program| overlay_root::run(&[program, "-t"], limit).ok());
     let words = summary(&new.stderr);
-    match verdict(says_new, old.as_ref().map(says_of), here) {
+    match verdict(answer, old.as_ref().map(answer_of), here) {
         Verdict::Nothing => {}
         Verdict::BothRefuse => report.warnings.push(format!(
-            "neither the running sshd nor the node image's takes this machine's configuration, and none starts with it: \
-             {words}"
+            "the running sshd and the node image's both reject this machine's configuration, and neither can start: {words}"
         )),
         Verdict::Suspect => report.warnings.push(format!(
-            "sshd -t of the node image fails ({}), and the running system's does not; see that it comes up: {words}",
+            "`sshd -t` of the node image failed ({}), that of the running system did not; check that sshd starts after the \
+             switch: {words}",
             new.status
         )),
         Verdict::Refuse => report.refusals.push(Refusal::Sshd(words)),
     }
 }
 
-fn verdict(new: Says, old: Option<Says>, here: Use) -> Verdict {
+fn verdict(new: Answer, old: Option<Answer>, here: Use) -> Verdict {
     if !here.used {
         return Verdict::Nothing;
     }
     match (new, old) {
-        (Says::Fine | Says::NotYet, _) => Verdict::Nothing,
-        (Says::Modes, _) if here.modes_mended => Verdict::Nothing,
-        (Says::Unknown, Some(Says::Fine)) => Verdict::Suspect,
-        (_, Some(Says::Fine)) if here.other_file => Verdict::Suspect,
-        (_, Some(Says::Fine)) => Verdict::Refuse,
-        (Says::Configuration, Some(Says::Configuration)) => Verdict::BothRefuse,
-        // A machine without host keys, for one.
+        (Answer::Accepted | Answer::NotYet, _) => Verdict::Nothing,
+        (Answer::Modes, _) if here.modes_corrected => Verdict::Nothing,
+        (Answer::Unknown, Some(Answer::Accepted)) => Verdict::Suspect,
+        (_, Some(Answer::Accepted)) if here.other_file => Verdict::Suspect,
+        (_, Some(Answer::Accepted)) => Verdict::Refuse,
+        (Answer::Configuration, Some(Answer::Configuration)) => Verdict::BothRefuse,
+        // For example, a machine without host keys.
         _ => Verdict::Nothing,
     }
 }
 
-fn says_of(ended: &Ended) -> Says {
-    says(ended.status.code(), &ended.stderr)
+fn answer_of(ended: &Ended) -> Answer {
+    answer(ended.status.code(), &ended.stderr)
 }
 
-/// Reads what `sshd -t` said; `code` is its exit status, if a signal did not end it. It stops at the first of these:
-/// the configuration, its user, the host keys, and last of all its empty directory.
-fn says(code: Option<i32>, words: &str) -> Says {
+/// Classifies the stderr of `sshd -t`; `code` is its exit code, or `None` if a signal ended it. sshd checks, in this
+/// order, its configuration, its user, the host keys and its empty directory, and stops at the first failure.
+fn answer(code: Option<i32>, words: &str) -> Answer {
     let last = words.trim().lines().last().unwrap_or_default().trim();
     match code {
-        Some(0) => Says::Fine,
-        // The unit makes that directory (RuntimeDirectory=), or tmpfiles; a trial has an empty /var besides. It has
-        // taken everything else by then.
-        Some(_) if last.starts_with("Missing privilege separation directory") => Says::Fine,
-        Some(_) if last.starts_with("Privilege separation user") => Says::NotYet,
-        Some(_) if last.contains("no hostkeys available") => says_of_keys(words),
-        Some(_) if names_a_line(last) || last.ends_with("bad configuration options") => Says::Configuration,
-        _ => Says::Unknown,
+        Some(0) => Answer::Accepted,
+        // The unit (RuntimeDirectory=) or tmpfiles creates that directory, and /var of the trial run is empty. sshd has
+        // accepted everything else by then.
+        Some(_) if last.starts_with("Missing privilege separation directory") => Answer::Accepted,
+        Some(_) if last.starts_with("Privilege separation user") => Answer::NotYet,
+        Some(_) if last.contains("no hostkeys available") => answer_about_keys(words),
+        Some(_) if names_a_line(last) || last.ends_with("bad configuration options") => Answer::Configuration,
+        _ => Answer::Unknown,
     }
 }
 
-/// None was loaded. A missing one may be made before sshd is started, or lie in the `/var` that a trial does not see.
-fn says_of_keys(words: &str) -> Says {
+/// Classifies the messages of an sshd that loaded no host key. A missing key may be created before sshd starts, or may be
+/// in `/var`, which is empty in the trial run.
+fn answer_about_keys(words: &str) -> Answer {
     const UNLOADED: &str = "Unable to load host key";
     let after = |line: &'_ str, start: &str| line.trim().strip_prefix(start).map(str::to_owned);
     let quoted = |rest: String, quote| rest.split(quote).nth(1).map(str::to_owned);
-    let open: Vec<_> =
+    let too_open: Vec<_> =
         words.lines().filter_map(|line| after(line, "Permissions ")).filter_map(|rest| quoted(rest, '\'')).collect();
-    // Only with a reason other than that of a system call is the name quoted.
+    // sshd quotes the name unless a system call failed.
     let refused: Vec<_> =
         words.lines().filter_map(|line| after(line, UNLOADED)).filter_map(|rest| quoted(rest, '"')).collect();
     let missing = words
         .lines()
         .filter_map(|line| after(line, &format!("{UNLOADED}: ")))
-        .any(|path| !refused.contains(&path) && !open.contains(&path));
+        .any(|path| !refused.contains(&path) && !too_open.contains(&path));
     match () {
-        () if missing => Says::NotYet,
-        () if refused.iter().any(|path| !open.contains(path)) => Says::Keys,
-        () if !open.is_empty() => Says::Modes,
-        () => Says::NotYet,
+        () if missing => Answer::NotYet,
+        () if refused.iter().any(|path| !too_open.contains(path)) => Answer::Keys,
+        () if !too_open.is_empty() => Answer::Modes,
+        () => Answer::NotYet,
     }
 }
 
-/// `/etc/ssh/sshd_config line 7: …`, also with a colon before `line`.
+/// Returns true for `/etc/ssh/sshd_config line 7: …`, also with a colon before `line`.
 fn names_a_line(text: &str) -> bool {
     let Some((path, rest)) = text.split_once(" line ") else { return false };
     path.starts_with('/') && rest.split_once(':').is_some_and(|(number, _)| number.parse::<u32>().is_ok())
 }
 
-/// The lines that tell something, the last few of them.
+/// Returns the last lines that are neither banner nor deprecation, joined to one line.
 fn summary(words: &str) -> String {
     const MOST: usize = 4;
-    let told = |line: &&str| !line.is_empty() && !line.starts_with('@') && !line.contains(": Deprecated option ");
-    let lines: Vec<_> = words.lines().map(str::trim).filter(told).collect();
+    let useful = |line: &&str| !line.is_empty() && !line.starts_with('@') && !line.contains(": Deprecated option ");
+    let lines: Vec<_> = words.lines().map(str::trim).filter(useful).collect();
     lines[lines.len().saturating_sub(MOST)..].join("; ")
 }
 
@@ -187,7 +189,7 @@ fn masked(unit: &str) -> bool {
     fs::read_link(Path::new("/etc/systemd/system").join(unit)).is_ok_and(|target| target == Path::new("/dev/null"))
 }
 
-/// Whether a target wants it, by a link as `systemctl enable` makes it.
+/// Returns true if another unit wants or requires `unit` by a link as `systemctl enable` makes it.
 fn enabled(unit: &str) -> bool {
     ["/etc/systemd/system", "/usr/lib/systemd/system"].iter().any(|directory| {
         fs::read_dir(directory).into_iter().flatten().flatten().any(|entry| {
@@ -197,7 +199,8 @@ fn enabled(unit: &str) -> bool {
     })
 }
 
-/// The processes of a service, in the unified hierarchy or in systemd's own; none, if there is no such cgroup.
+/// Returns the process ids of a service, a line each, from the unified hierarchy or from systemd's. `None` if the service
+/// has no cgroup.
 fn processes(unit: &str) -> Option<String> {
     ["/sys/fs/cgroup", "/sys/fs/cgroup/systemd"]
         .iter()
@@ -208,7 +211,8 @@ fn runs(unit: &str) -> bool {
     processes(unit).is_some_and(|list| !list.trim().is_empty())
 }
 
-/// Its title has its arguments: `sshd: /usr/sbin/sshd -D -f FILE [listener]`.
+/// Returns true if an argument of a process of `unit` begins with `-f`. sshd sets its title to
+/// `sshd: /usr/sbin/sshd -D -f FILE [listener]`.
 fn other_file(unit: &str) -> bool {
     processes(unit).unwrap_or_default().lines().any(|pid| {
         fs::read_to_string(format!("/proc/{pid}/cmdline"))

@@ -1,4 +1,4 @@
-//! Every refusal, once: what makes it, and that it says what to do.
+//! Tests of each refusal: its cause, and the remedy in its message.
 
 use super::*;
 
@@ -33,7 +33,7 @@ fn a_mount_over_the_modules_is_refused() {
 }
 
 #[test]
-fn a_stack_that_is_full_after_the_switch_is_warned_of() {
+fn a_booted_usr_on_an_overlay_gives_a_warning() {
     let of = |lines: &str| warnings(&mounts(lines), Path::new("/usr"));
     assert_eq!(of(""), [""; 0]);
     let composefs = of(COMPOSEFS);
@@ -41,7 +41,7 @@ fn a_stack_that_is_full_after_the_switch_is_warned_of() {
 }
 
 #[test]
-fn kernels() {
+fn an_old_kernel_is_refused() {
     let of = check_kernel;
     assert_eq!(of(Ok(()), Ok(())), None);
     assert_eq!(of(Err(Errno::NODEV), Ok(())), Some(Refusal::NoOverlay));
@@ -54,7 +54,7 @@ fn kernels() {
 }
 
 #[test]
-fn what_usr_is_made_of() {
+fn a_writable_or_twice_stacked_usr_is_refused() {
     let usr = Path::new("/usr");
     let refusal = |lines: &str| check_stack(&mounts(lines), usr).map(|refusal| refusal.to_string());
     assert_eq!(refusal(""), None);
@@ -74,7 +74,7 @@ fn what_usr_is_made_of() {
 }
 
 #[test]
-fn hidden_mounts_and_extensions_are_warned_of() {
+fn hidden_mounts_and_extensions_give_warnings() {
     let usr = Path::new("/usr");
     let lines = format!("{SYSEXT_ON_PLAIN}70 60 8:1 / /usr/share/oem ro - ext4 /dev/sda ro\n");
     let warnings = warnings(&mounts(&lines), usr);
@@ -84,7 +84,7 @@ fn hidden_mounts_and_extensions_are_warned_of() {
 }
 
 #[test]
-fn commits_that_contradict_themselves() {
+fn a_commit_for_another_machine_or_that_cannot_boot_is_refused() {
     let of = |arch: Option<&str>, bootable: Option<bool>| {
         let text = |key: &str| arch.filter(|_| key == "coreos-assembler.basearch").map(str::to_owned);
         check_metadata(&text, &|key| bootable.filter(|_| key == "ostree.bootable"), "x86_64")
@@ -94,11 +94,11 @@ fn commits_that_contradict_themselves() {
     let refusals = of(Some("s390x"), Some(false));
     assert_eq!(refusals.len(), 2);
     assert!(refusals[0].to_string().contains("not bootable"));
-    assert!(refusals[1].to_string().contains("for s390x, and this machine is x86_64"));
+    assert!(refusals[1].to_string().contains("commit is for s390x, and this machine is x86_64"));
 }
 
 #[test]
-fn os_releases() {
+fn an_os_release_needs_an_id() {
     for (text, expected) in [
         ("NAME=x\nID=rhel\n", true),
         ("ID=\"fedora\"", true),
@@ -114,7 +114,7 @@ fn os_releases() {
 }
 
 #[test]
-fn a_read_only_etc_and_a_usr_that_cannot_be_stacked_upon() {
+fn a_locked_or_read_only_etc_and_a_usr_that_accepts_no_overlay_are_refused() {
     use rustix::mount::{MountFlags, mount, mount_remount};
     use support::testing::private;
     private(|scratch| {
@@ -126,13 +126,13 @@ fn a_read_only_etc_and_a_usr_that_cannot_be_stacked_upon() {
         for flag in ["i", "a"] {
             let chattr =
                 |sign: &str| std::process::Command::new("chattr").arg(format!("{sign}{flag}")).arg(&etc).status();
-            assert!(chattr("+").expect("chattr").success(), "a tmpfs of Linux 6.6 and later knows chattr");
+            assert!(chattr("+").expect("chattr").success(), "chattr on a tmpfs needs Linux 6.6 or later");
             assert_eq!(check(scratch), [Refusal::EtcLocked]);
             assert!(chattr("-").expect("chattr").success());
         }
         mount_remount(&etc, MountFlags::BIND | MountFlags::RDONLY, "").expect("read-only");
         assert_eq!(check(scratch), [Refusal::EtcReadOnly]);
-        // The kernel's own word, where the mount table says nothing.
+        // The kernel refuses although the mount table shows no reason.
         let refusals = check(Path::new("/proc"));
         assert!(matches!(&refusals[0], Refusal::NotStackable(why) if why.contains("/proc")), "{refusals:?}");
     });

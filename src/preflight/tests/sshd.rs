@@ -1,4 +1,4 @@
-//! The words are those of OpenSSH 9.2 and 10.0.
+//! Tests with messages of OpenSSH 9.2 and 10.0.
 
 use super::*;
 
@@ -8,83 +8,87 @@ const TOO_OPEN: &str = "@@@@@@@@@@@@\n@         WARNING: UNPROTECTED PRIVATE KEY
     It is required that your private key files are NOT accessible by others.\nThis private key will be ignored.\n";
 
 #[test]
-fn what_sshd_says() {
+fn messages_of_sshd_are_classified() {
     for (code, words, expected) in [
-        (Some(0), "", Says::Fine),
-        (Some(0), "/etc/ssh/sshd_config line 1: Deprecated option UseLogin\n", Says::Fine),
-        (Some(255), "/etc/ssh/sshd_config.d/50-x.conf line 1: Bad key types '+ssh-dss'.\n", Says::Configuration),
+        (Some(0), "", Answer::Accepted),
+        (Some(0), "/etc/ssh/sshd_config line 1: Deprecated option UseLogin\n", Answer::Accepted),
+        (Some(255), "/etc/ssh/sshd_config.d/50-x.conf line 1: Bad key types '+ssh-dss'.\n", Answer::Configuration),
         (
             Some(255),
             "/etc/ssh/sshd_config: line 121: Bad configuration option: Old\n\
              /etc/ssh/sshd_config: terminating, 1 bad configuration options\n",
-            Says::Configuration,
+            Answer::Configuration,
         ),
         (
             Some(255),
             "Unknown authentication method \"foo\" in list\n\
              /etc/ssh/sshd_config line 1: invalid AuthenticationMethods method list.\n",
-            Says::Configuration,
+            Answer::Configuration,
         ),
-        // The environment of a trial.
-        (Some(255), "Missing privilege separation directory: /run/sshd\n", Says::Fine),
-        (Some(255), "/x line 1: Deprecated option UseLogin\nMissing privilege separation directory: /x\n", Says::Fine),
-        (Some(255), "Privilege separation user sshd does not exist\n", Says::NotYet),
-        (Some(1), NO_KEYS, Says::NotYet),
-        (Some(1), &format!("Unable to load host key: /etc/ssh/rsa\n{NO_KEYS}"), Says::NotYet),
-        // Host keys that are seen and refused; with a key that was not configured, only the banner is said.
-        (Some(1), &format!("{TOO_OPEN}{NO_KEYS}"), Says::Modes),
+        // Failures that come from the environment of the trial run.
+        (Some(255), "Missing privilege separation directory: /run/sshd\n", Answer::Accepted),
+        (
+            Some(255),
+            "/x line 1: Deprecated option UseLogin\nMissing privilege separation directory: /x\n",
+            Answer::Accepted,
+        ),
+        (Some(255), "Privilege separation user sshd does not exist\n", Answer::NotYet),
+        (Some(1), NO_KEYS, Answer::NotYet),
+        (Some(1), &format!("Unable to load host key: /etc/ssh/rsa\n{NO_KEYS}"), Answer::NotYet),
+        // Host keys that are read and rejected; for a key that is not configured, sshd prints only the banner.
+        (Some(1), &format!("{TOO_OPEN}{NO_KEYS}"), Answer::Modes),
         (
             Some(1),
             &format!(
                 "{TOO_OPEN}Unable to load host key \"/etc/ssh/rsa\": bad permissions\n\
                  Unable to load host key: /etc/ssh/rsa\n{NO_KEYS}"
             ),
-            Says::Modes,
+            Answer::Modes,
         ),
-        // One of them is missing: it may be made.
-        (Some(1), &format!("{TOO_OPEN}Unable to load host key: /var/lib/ssh/ed25519\n{NO_KEYS}"), Says::NotYet),
+        // One of them is missing and may be created.
+        (Some(1), &format!("{TOO_OPEN}Unable to load host key: /var/lib/ssh/ed25519\n{NO_KEYS}"), Answer::NotYet),
         (
             Some(1),
             &format!(
                 "Unable to load host key \"/etc/ssh/dsa\": error in libcrypto\nUnable to load host key: /etc/ssh/dsa\n\
                  {NO_KEYS}"
             ),
-            Says::Keys,
+            Answer::Keys,
         ),
-        (Some(255), "bad addr or host: no.such.host (Temporary failure in name resolution)\n", Says::Unknown),
-        (Some(255), "AuthorizedKeysCommand set without AuthorizedKeysCommandUser\n", Says::Unknown),
-        (Some(127), "sshd: error while loading shared libraries: libwrap.so.0\n", Says::Unknown),
-        (Some(255), "somewhere on line 4: x\n", Says::Unknown),
-        (Some(1), "", Says::Unknown),
-        (None, "/etc/ssh/sshd_config line 1: Deprecated option UseLogin\n", Says::Unknown),
+        (Some(255), "bad addr or host: no.such.host (Temporary failure in name resolution)\n", Answer::Unknown),
+        (Some(255), "AuthorizedKeysCommand set without AuthorizedKeysCommandUser\n", Answer::Unknown),
+        (Some(127), "sshd: error while loading shared libraries: libwrap.so.0\n", Answer::Unknown),
+        (Some(255), "somewhere on line 4: x\n", Answer::Unknown),
+        (Some(1), "", Answer::Unknown),
+        (None, "/etc/ssh/sshd_config line 1: Deprecated option UseLogin\n", Answer::Unknown),
     ] {
-        assert_eq!(says(code, words), expected, "{code:?} {words}");
+        assert_eq!(answer(code, words), expected, "{code:?} {words}");
     }
 }
 
 #[test]
-fn only_what_the_new_one_alone_refuses_is_refused() {
-    const HERE: Use = Use { used: true, other_file: false, modes_mended: false };
-    use Says::{Configuration, Fine, Keys, Modes, NotYet, Unknown};
+fn the_switch_is_refused_if_only_the_new_sshd_rejects_the_files() {
+    const HERE: Use = Use { used: true, other_file: false, modes_corrected: false };
+    use Answer::{Accepted, Configuration, Keys, Modes, NotYet, Unknown};
     for (new, old, here, expected) in [
-        (Fine, Some(Fine), HERE, Verdict::Nothing),
-        (Fine, None, HERE, Verdict::Nothing),
-        (Configuration, Some(Fine), HERE, Verdict::Refuse),
-        (Modes, Some(Fine), HERE, Verdict::Refuse),
-        (Keys, Some(Fine), HERE, Verdict::Refuse),
-        (Configuration, Some(Fine), Use { used: false, ..HERE }, Verdict::Nothing),
-        (Configuration, Some(Fine), Use { other_file: true, ..HERE }, Verdict::Suspect),
-        (Modes, Some(Fine), Use { modes_mended: true, ..HERE }, Verdict::Nothing),
-        (Keys, Some(Fine), Use { modes_mended: true, ..HERE }, Verdict::Refuse),
-        // No host keys yet, a key in /var, no sshd here: nothing that this can tell.
+        (Accepted, Some(Accepted), HERE, Verdict::Nothing),
+        (Accepted, None, HERE, Verdict::Nothing),
+        (Configuration, Some(Accepted), HERE, Verdict::Refuse),
+        (Modes, Some(Accepted), HERE, Verdict::Refuse),
+        (Keys, Some(Accepted), HERE, Verdict::Refuse),
+        (Configuration, Some(Accepted), Use { used: false, ..HERE }, Verdict::Nothing),
+        (Configuration, Some(Accepted), Use { other_file: true, ..HERE }, Verdict::Suspect),
+        (Modes, Some(Accepted), Use { modes_corrected: true, ..HERE }, Verdict::Nothing),
+        (Keys, Some(Accepted), Use { modes_corrected: true, ..HERE }, Verdict::Refuse),
+        // Host keys that are missing or in /var, and a running system without sshd: inconclusive.
         (NotYet, Some(NotYet), HERE, Verdict::Nothing),
-        (NotYet, Some(Fine), HERE, Verdict::Nothing),
+        (NotYet, Some(Accepted), HERE, Verdict::Nothing),
         (Configuration, Some(NotYet), HERE, Verdict::Nothing),
         (Configuration, Some(Unknown), HERE, Verdict::Nothing),
         (Configuration, None, HERE, Verdict::Nothing),
         (Configuration, Some(Configuration), HERE, Verdict::BothRefuse),
         (Modes, Some(Modes), HERE, Verdict::Nothing),
-        (Unknown, Some(Fine), HERE, Verdict::Suspect),
+        (Unknown, Some(Accepted), HERE, Verdict::Suspect),
         (Unknown, Some(Unknown), HERE, Verdict::Nothing),
     ] {
         assert_eq!(verdict(new, old, here), expected, "{new:?} {old:?} {here:?}");
@@ -92,7 +96,7 @@ fn only_what_the_new_one_alone_refuses_is_refused() {
 }
 
 #[test]
-fn the_summary_leaves_out_what_is_no_reason() {
+fn the_summary_omits_banners_and_deprecations() {
     let words = "/x line 1: Deprecated option UseLogin\n/x line 2: Bad key types 'ssh-dss'.\r\n\n";
     assert_eq!(summary(words), "/x line 2: Bad key types 'ssh-dss'.");
     assert_eq!(

@@ -1,4 +1,4 @@
-//! What the checks say of trees on a real overlayfs.
+//! Tests of the checks on trees of a real overlayfs.
 
 #![allow(clippy::unwrap_used)]
 
@@ -31,7 +31,7 @@ fn etc_is_labelled_by_the_policy_of_the_new_tree() {
         let mut plan =
             etc_merge::plan(base.as_fd(), new.as_fd(), base.as_fd(), &etc_merge::Defaults::default()).unwrap();
         let labelled = super::label_plan(&mut plan, tree.as_fd(), scratch).unwrap();
-        assert_eq!(labelled, plan.changes.len() - 1, "all but what is removed");
+        assert_eq!(labelled, plan.changes.len() - 1, "all changes except removals");
         let label = |path: &str| {
             let change = plan.changes.iter().find(|change| change.path == etc_merge::Bytes::from(path)).unwrap();
             change.label.clone().map(|label| String::from_utf8(label.0).unwrap())
@@ -43,8 +43,8 @@ fn etc_is_labelled_by_the_policy_of_the_new_tree() {
     });
 }
 
-/// A program that says it needs a CPU that no machine has: one level above x86-64-v4 in the ELF property note
-/// (x86-64 psABI, `GNU_PROPERTY_X86_ISA_1_NEEDED`), which the C library's loader obeys.
+/// Returns a program that is marked as needing a CPU that does not exist: one level above x86-64-v4 in the ELF property
+/// note (x86-64 psABI, `GNU_PROPERTY_X86_ISA_1_NEEDED`), which the C library's loader checks.
 fn for_a_newer_cpu(scratch: &Path) -> Vec<u8> {
     fs::write(scratch.join("cpu.c"), "int main(void) { return 0; }\n").unwrap();
     let built = std::process::Command::new("cc")
@@ -69,7 +69,7 @@ fn a_tree_that_cannot_boot_is_refused() {
         let tree = overlay_root::open_new_usr(&delta, &scratch.join("empty"), "nip:usr").unwrap();
         let machine = Machine::here().unwrap();
         let missing = check_content(tree.as_fd(), machine);
-        assert!(missing.len() == 4 && missing.iter().all(|no| matches!(no, Refusal::Missing { .. })), "{missing:?}");
+        assert!(missing.len() == 4 && missing.iter().all(|one| matches!(one, Refusal::Missing { .. })), "{missing:?}");
 
         let over = scratch.join("over");
         for directory in ["lib/systemd", "bin", "etc"] {
@@ -92,10 +92,10 @@ fn a_tree_that_cannot_boot_is_refused() {
         let report = check_runs(&tree, &unmerged).unwrap();
         assert!(report.refusals.is_empty() && report.warnings.is_empty(), "{report:?}");
         let report = check_runs(&tree, &|_, _| anyhow::bail!("no room")).unwrap();
-        assert!(report.refusals.is_empty(), "a running /etc will do: {report:?}");
+        assert!(report.refusals.is_empty(), "the running /etc is used: {report:?}");
         assert!(report.warnings[0].contains("no room"));
 
-        // A program without its loader, and a loader that is none: then nothing runs at all.
+        // A program without its loader, and a loader that is not a program, so that nothing runs.
         let usr = Path::new("/usr");
         let trial_of = |name: &str, path: &str, content: &[u8]| {
             let broken = scratch.join(name);
@@ -110,9 +110,9 @@ fn a_tree_that_cannot_boot_is_refused() {
         assert!(matches!(refusals[..], [Refusal::Trial(_)]), "{refusals:?}");
         assert!(refusals[0].to_string().contains("/usr/bin/true"), "{}", refusals[0]);
         let loader = fs::canonicalize("/lib64/ld-linux-x86-64.so.2").unwrap();
-        let refusals = trial_of("loader", loader.strip_prefix("/usr").unwrap().to_str().unwrap(), b"no loader");
-        assert!(refusals.len() >= 2 && refusals.iter().all(|no| matches!(no, Refusal::Trial(_))), "{refusals:?}");
-        assert!(refusals.iter().any(|no| no.to_string().contains("systemd --version")), "{refusals:?}");
+        let refusals = trial_of("loader", loader.strip_prefix("/usr").unwrap().to_str().unwrap(), b"not a loader");
+        assert!(refusals.len() >= 2 && refusals.iter().all(|one| matches!(one, Refusal::Trial(_))), "{refusals:?}");
+        assert!(refusals.iter().any(|one| one.to_string().contains("systemd --version")), "{refusals:?}");
         if cfg!(target_arch = "x86_64") {
             let refusals = trial_of("cpu", "bin/true", &for_a_newer_cpu(scratch));
             assert!(refusals[0].to_string().contains("CPU ISA level is lower than required"), "{refusals:?}");

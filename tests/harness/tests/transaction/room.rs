@@ -66,7 +66,7 @@ fn too_little_room_is_refused_or_rolled_back() -> Result<()> {
 fn too_little_memory_is_refused_with_numbers_before_a_byte_is_fetched(small: &mut Small) -> Result<()> {
     let answer = small.run_with_memory(64)?;
     same(answer.status, 11)?;
-    contains(&answer.text, "too little memory: 64.0 MiB are needed (64.0 MiB to refresh what runs)")?;
+    contains(&answer.text, "too little memory: 64.0 MiB are needed (64.0 MiB for the refresh)")?;
     contains(&answer.text, "the running system is unchanged")?;
     same(small.bed.guest.status()?["progress"]["bytes_fetched"].as_u64(), Some(0))?;
     small.bed.guest.ask("test ! -e /run/node-image-pivot/store")?;
