@@ -1,9 +1,8 @@
-//! Users and groups that a node image has in its own passwd and group files, and not in sysusers.d. Pure, except for
-//! reading the files.
+//! Plans the users and groups that a node image has in its passwd and group files, and not in sysusers.d.
 //!
-//! The machine's `/etc/passwd` is the machine's own, so the merge of `/etc` leaves it alone. System accounts that are new
-//! in the node image are added with the image's ids, because the image's files belong to these ids. What has no free id
-//! or name is reported and left alone.
+//! The merge of `/etc` keeps the machine's `/etc/passwd`. System accounts that are new in the node image are added with
+//! the image's ids, because the image's files belong to these ids. An account whose id or name is taken is reported and
+//! not added.
 
 use std::fs;
 use std::io;
@@ -13,7 +12,7 @@ use anyhow::{Context, Result};
 
 use super::sysusers;
 
-/// Ids of system accounts, as login.defs(5) of the supported systems has them; 0 is root's.
+/// Ids of system accounts, as in login.defs(5) of the supported systems, without root's 0.
 const SYSTEM: std::ops::RangeInclusive<u32> = 1..=999;
 
 /// A line of passwd(5), without the password.
@@ -49,14 +48,14 @@ pub struct AccountPlan {
     pub users: Vec<String>,
     /// Groups to add.
     pub groups: Vec<String>,
-    /// Accounts that are left alone, each with the reason.
+    /// A line for each account that is not added, with the reason.
     pub left: Vec<String>,
     /// The additions as lines of sysusers.d(5).
     lines: Vec<String>,
 }
 
 impl Accounts {
-    /// Parses passwd(5) and group(5). Lines with another number of fields, and those of NIS, are left out.
+    /// Parses passwd(5) and group(5). Lines with another number of fields, and those of NIS, are skipped.
     fn parse(passwd: &str, group: &str) -> Self {
         let user = |line: &str| {
             let [name, _, id, group, comment, home, shell] = fields(line)?;
@@ -101,7 +100,7 @@ fn fields<const N: usize>(line: &str) -> Option<[String; N]> {
 }
 
 fn read(path: &Path) -> Result<String> {
-    // A link would lead into another system.
+    // A symbolic link is not followed: it would be resolved in the running system, not in the given one.
     match fs::symlink_metadata(path).and_then(|file| if file.is_file() { fs::read(path) } else { Ok(Vec::new()) }) {
         Ok(text) => Ok(String::from_utf8_lossy(&text).into_owned()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
@@ -109,8 +108,8 @@ fn read(path: &Path) -> Result<String> {
     }
 }
 
-/// Plans for the system with this new `/usr`. `booted` has the defaults of the booted system: an account of it that
-/// `/etc` lacks was deleted by an administrator. `nsswitch` is the text of `/etc/nsswitch.conf` after the merge.
+/// Plans the accounts to add. `booted` has the defaults of the booted system: if `/etc` lacks one of them, an administrator
+/// deleted it. `new_usr` is the node image's `/usr`, `nsswitch` the text of `/etc/nsswitch.conf` after the merge.
 ///
 /// # Errors
 /// A file cannot be read.
@@ -133,7 +132,7 @@ fn has_altfiles(nsswitch: &str) -> bool {
     has("passwd") && has("group")
 }
 
-/// Decides for each account of the image. `machine` gains what is added.
+/// Decides about each account of the image. Added accounts count as the machine's for the following ones.
 fn decide(booted: &Accounts, image: &Accounts, mut machine: Accounts) -> AccountPlan {
     let mut plan = AccountPlan::default();
     for group in image.groups.iter().filter(|group| booted.group(&group.name).is_none()) {

@@ -32,7 +32,7 @@ fn accounts_that_only_the_image_has() {
             vec!["g new 300", user],
             "",
         ),
-        // It is there already.
+        // The machine has it already.
         (
             accounts(&["new:x:300:300"], &["new:x:300"]),
             accounts(&[], &[]),
@@ -48,7 +48,7 @@ fn accounts_that_only_the_image_has() {
             vec![],
             "",
         ),
-        // Its group is there, and another one that it is a member of.
+        // The machine has its group, and another one that it is a member of.
         (
             accounts(&["new:x:300:300"], &["new:x:300", "wheel:x:10:new,core", "other:x:11:new"]),
             accounts(&[], &[]),
@@ -109,7 +109,7 @@ fn accounts_that_only_the_image_has() {
 }
 
 #[test]
-fn malformed_lines_are_left_out() {
+fn malformed_lines_are_skipped() {
     let read = Accounts::parse("a:x:1:1:c:/:/bin/sh\n+\n+b::::::\nshort:x:1\nc:x:-1:1:::\n", "g:x:1:a,b\n+\ng2:x\n");
     assert_eq!(read.users.len(), 1);
     assert_eq!(read.groups, [Group { name: "g".into(), id: 1, members: vec!["a".into(), "b".into()] }]);
@@ -129,7 +129,7 @@ fn lines_for_the_tool_are_quoted() {
 }
 
 #[test]
-fn where_altfiles_are_looked_up() {
+fn altfiles_count_if_both_databases_name_them() {
     for (text, expected) in [
         ("passwd: files altfiles systemd\ngroup: files altfiles\n", true),
         ("passwd:\tfiles altfiles\ngroup: files\n", false),
@@ -204,9 +204,9 @@ fn some(users: u32) -> impl Strategy<Value = Accounts> {
 }
 
 proptest! {
-    /// Every account that is new in the image is there, added or reported; names and ids stay unique.
+    /// Each new account of the image exists, is added or is reported; names and ids stay unique.
     #[test]
-    fn every_new_account_is_there_added_or_left(booted in some(4), image in some(4), machine in some(4)) {
+    fn every_new_account_exists_is_added_or_is_reported(booted in some(4), image in some(4), machine in some(4)) {
         let plan = decide(&booted, &image, machine.clone());
         let new = image.users.iter().filter(|user| booted.user(&user.name).is_none());
         for user in new {

@@ -1,7 +1,7 @@
-//! Hooks: executables of the administrator or of the node image, run before and after the switch.
+//! Finds and runs hooks: executables of the administrator or of the node image that run before and after the switch.
 //!
-//! `docs/hooks.md` says where they are and what they may rely on. Which of them run is decided here, from
-//! directory listings; what their failure means is the agent's.
+//! `docs/hooks.md` describes their directories and their environment. The caller decides about the consequences of a
+//! failure.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ffi::OsString;
@@ -20,28 +20,28 @@ use tracing::info;
 
 use support::failpoint::{self, Point};
 
-/// A name in an earlier directory hides the same name in a later one.
+/// Directories with hooks, relative to the root. A name in an earlier one hides the same name in a later one.
 const DIRECTORIES: [&str; 3] = ["etc", "run", "usr/lib"];
-/// Between asking a hook to end and killing it.
+/// Time between SIGTERM and SIGKILL for a hook that exceeds its time limit.
 const GRACE: Duration = Duration::from_secs(5);
-/// For output that comes after a hook has ended.
+/// Time to read remaining output after a hook has exited.
 const DRAIN: Duration = Duration::from_secs(1);
-/// Longer lines are cut: they go to the journal and into messages.
+/// Length in bytes at which a line of output is split.
 const LONGEST_LINE: u64 = 2000;
-/// How many of its last lines a failure's message has.
+/// Number of the last lines of output in the message of a failure.
 const LAST_LINES: usize = 3;
 
-/// When a hook runs.
+/// The point of the pivot at which a hook runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Moment {
-    /// Everything is staged and checked; the running system is untouched.
+    /// After all checks, before the running system is changed.
     PreSwitch,
-    /// `/usr`, `/etc` and what runs are the node image's.
+    /// After the refresh.
     PostSwitch,
 }
 
 impl Moment {
-    /// Its name, in paths and in the environment.
+    /// Returns its name in paths and in the environment.
     pub fn as_str(self) -> &'static str {
         match self {
             Moment::PreSwitch => "pre-switch",
@@ -50,29 +50,29 @@ impl Moment {
     }
 }
 
-/// One that is to run.
+/// A hook that will run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Hook {
     /// Name in its directory.
     pub name: String,
-    /// Where it is.
+    /// Path of the executable.
     pub path: PathBuf,
 }
 
-/// The hooks of `moment` on the system below `root`, in the order in which they run.
+/// Returns the hooks of `moment` on the system below `root`, in the order in which they run.
 ///
 /// # Errors
-/// A directory that is there cannot be read.
+/// An existing directory cannot be read.
 pub fn find(root: &Path, moment: Moment) -> Result<Vec<Hook>> {
     let mut listings = Vec::new();
     for directory in DIRECTORIES {
         let directory = root.join(directory).join("node-image-pivot").join(format!("{}.d", moment.as_str()));
-        listings.push(list(&directory).with_context(|| format!("reading the hooks in {}", directory.display()))?);
+        listings.push(list(&directory).with_context(|| format!("cannot read the hooks in {}", directory.display()))?);
     }
     Ok(choose(listings))
 }
 
-/// Names, and whether each is something that can be run.
+/// Lists the hooks of a directory, each with true if it is an executable file.
 fn list(directory: &Path) -> Result<Vec<(Hook, bool)>> {
     let entries = match std::fs::read_dir(directory) {
         Ok(entries) => entries,
@@ -82,42 +82,45 @@ fn list(directory: &Path) -> Result<Vec<(Hook, bool)>> {
     let mut found = Vec::new();
     for entry in entries {
         let path = entry?.path();
-        let Some(name) = path.file_name().and_then(|name| name.to_str()).filter(|name| counts(name)) else { continue };
-        // Followed: a link to /dev/null is no file, and neither is one to nothing.
-        let runs = std::fs::metadata(&path).is_ok_and(|is| is.is_file() && is.permissions().mode() & 0o111 != 0);
-        found.push((Hook { name: name.to_owned(), path: path.clone() }, runs));
+        let Some(name) = path.file_name().and_then(|name| name.to_str()).filter(|name| is_hook_name(name)) else {
+            continue;
+        };
+        // Follows links: a link to /dev/null disables a hook of this name in a later directory.
+        let executable =
+            std::fs::metadata(&path).is_ok_and(|file| file.is_file() && file.permissions().mode() & 0o111 != 0);
+        found.push((Hook { name: name.to_owned(), path: path.clone() }, executable));
     }
     Ok(found)
 }
 
-/// Editors' and package managers' leavings do not count.
-fn counts(name: &str) -> bool {
-    const LEFT: [&str; 9] =
+/// Returns false for hidden files and for backup files of editors and package managers.
+fn is_hook_name(name: &str) -> bool {
+    const BACKUP: [&str; 9] =
         ["~", ".bak", ".orig", ".rpmnew", ".rpmsave", ".rpmorig", ".dpkg-new", ".dpkg-old", ".dpkg-dist"];
-    !name.starts_with('.') && !LEFT.iter().any(|end| name.ends_with(end))
+    !name.starts_with('.') && !BACKUP.iter().any(|end| name.ends_with(end))
 }
 
-/// Pure: the first listing that has a name decides about it; sorted by name.
+/// Returns the executable hooks, sorted by name. The first listing that has a name decides.
 fn choose(listings: Vec<Vec<(Hook, bool)>>) -> Vec<Hook> {
     let mut by_name = BTreeMap::new();
-    for (hook, runs) in listings.into_iter().flatten() {
-        by_name.entry(hook.name.clone()).or_insert((hook, runs));
+    for (hook, executable) in listings.into_iter().flatten() {
+        by_name.entry(hook.name.clone()).or_insert((hook, executable));
     }
-    by_name.into_values().filter_map(|(hook, runs)| runs.then_some(hook)).collect()
+    by_name.into_values().filter_map(|(hook, executable)| executable.then_some(hook)).collect()
 }
 
-/// Runs `hook` to its end, with `environment` added to our own. What it prints goes to the journal, line by
-/// line, with its name. After `limit` its process group is asked to end, and killed 5 s later; when this future
-/// is dropped, it is killed at once.
+/// Runs `hook` until it exits, with `environment` added to the agent's. Logs each line of its output with its name. After
+/// `limit`, its process group gets SIGTERM, and SIGKILL 5 s later. If this future is dropped, the group gets SIGKILL at
+/// once.
 ///
 /// # Errors
-/// It did not start, did not end in time, or did not end well; the message has the last lines it printed.
+/// The hook did not start, did not exit within `limit`, or failed. The message has its last lines of output.
 pub async fn run_hook(hook: &Hook, moment: Moment, environment: &[(&str, OsString)], limit: Duration) -> Result<()> {
     let shown = hook.path.display();
     failpoint::hit(Point::Tool, &hook.name).with_context(|| format!("the hook {shown}"))?;
     let mut child = Command::new(&hook.path)
         .envs(environment.iter().map(|(name, value)| (*name, value)))
-        // It would report its own readiness as ours, and has no business with our secrets.
+        // A hook must not report readiness to systemd as the agent, nor read the agent's credentials.
         .env_remove("NOTIFY_SOCKET")
         .env_remove("CREDENTIALS_DIRECTORY")
         .current_dir("/")
@@ -126,20 +129,20 @@ pub async fn run_hook(hook: &Hook, moment: Moment, environment: &[(&str, OsStrin
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
-        .with_context(|| format!("the hook {shown} does not start"))?;
+        .with_context(|| format!("cannot start the hook {shown}"))?;
     let mut group = Group(child.id().and_then(|id| Pid::from_raw(id as i32)));
     let label = format!("{} hook {}", moment.as_str(), hook.name);
     let last = Arc::new(Mutex::new(VecDeque::new()));
     let mut output = JoinSet::new();
     if let Some(stream) = child.stdout.take() {
-        output.spawn(tell(stream, label.clone(), last.clone()));
+        output.spawn(log_lines(stream, label.clone(), last.clone()));
     }
     if let Some(stream) = child.stderr.take() {
-        output.spawn(tell(stream, label, last.clone()));
+        output.spawn(log_lines(stream, label, last.clone()));
     }
 
     let status = match tokio::time::timeout(limit, child.wait()).await {
-        Ok(status) => Some(status.with_context(|| format!("waiting for the hook {shown}"))?),
+        Ok(status) => Some(status.with_context(|| format!("cannot wait for the hook {shown}"))?),
         Err(_) => {
             group.signal(Signal::TERM);
             let _ = tokio::time::timeout(GRACE, child.wait()).await;
@@ -148,31 +151,31 @@ pub async fn run_hook(hook: &Hook, moment: Moment, environment: &[(&str, OsStrin
             None
         }
     };
-    // Its process is reaped: the number may be somebody else's from now on.
+    // The process is reaped, so another process may get its id.
     group.0 = None;
-    // What it left running may hold the pipe open.
+    // Child processes that the hook left running may keep the pipe open.
     let _ = tokio::time::timeout(DRAIN, async { while output.join_next().await.is_some() {} }).await;
 
     let last = last.lock().unwrap_or_else(PoisonError::into_inner);
-    let said = if last.is_empty() {
+    let lines = if last.is_empty() {
         String::new()
     } else {
         format!(": {}", Vec::from_iter(last.iter().map(String::as_str)).join("; "))
     };
     match status {
         Some(status) if status.success() => Ok(()),
-        Some(status) => bail!("the hook {shown} failed ({status}){said}"),
-        None => bail!("the hook {shown} was stopped after {} s (hooks.timeout){said}", limit.as_secs_f64()),
+        Some(status) => bail!("the hook {shown} failed ({status}){lines}"),
+        None => bail!("the hook {shown} was stopped after {} s (hooks.timeout){lines}", limit.as_secs_f64()),
     }
 }
 
-/// Kills what is left of a process group when it is dropped.
+/// Process group of a hook, killed when this value is dropped.
 struct Group(Option<Pid>);
 
 impl Group {
     fn signal(&self, signal: Signal) {
         if let Some(group) = self.0 {
-            // Nothing left of it is what we want.
+            // The call fails if the group has no process left, which is the desired state.
             let _ = kill_process_group(group, signal);
         }
     }
@@ -185,12 +188,12 @@ impl Drop for Group {
 }
 
 /// Logs each line of `stream`, and keeps the last ones.
-async fn tell(stream: impl AsyncRead + Unpin, label: String, last: Arc<Mutex<VecDeque<String>>>) {
+async fn log_lines(stream: impl AsyncRead + Unpin, label: String, last: Arc<Mutex<VecDeque<String>>>) {
     let mut stream = BufReader::new(stream);
     let mut line = Vec::new();
     loop {
         line.clear();
-        // A line without end is told in pieces.
+        // A longer line is logged in pieces.
         match (&mut stream).take(LONGEST_LINE).read_until(b'\n', &mut line).await {
             Ok(0) | Err(_) => return,
             Ok(_) => {}
@@ -228,11 +231,11 @@ mod tests {
     }
 
     #[test]
-    fn what_others_leave_behind_does_not_count() {
+    fn backup_files_are_not_hooks() {
         for name in "a~ a.bak a.orig a.rpmnew a.rpmsave a.rpmorig a.dpkg-new a.dpkg-old a.dpkg-dist .a".split(' ') {
-            assert!(!counts(name), "{name}");
+            assert!(!is_hook_name(name), "{name}");
         }
-        assert!(counts("10-a") && counts("a.sh"));
+        assert!(is_hook_name("10-a") && is_hook_name("a.sh"));
         let temp = tempfile::tempdir().unwrap();
         put(temp.path(), "etc/node-image-pivot/pre-switch.d", 0o644, "");
         let error = find(temp.path(), Moment::PreSwitch).unwrap_err().to_string();
@@ -287,7 +290,7 @@ mod tests {
                 .map(|(name, value)| (name, value.into()))
         };
         loop {
-            // For a moment, the child of another test's thread may have the file open as we wrote it.
+            // A process that another test's thread forked may briefly have the file open for writing.
             match run_hook(&hook, Moment::PreSwitch, &environment(), limit).await {
                 Err(error) if format!("{error:#}").contains("Text file busy") => tokio::task::yield_now().await,
                 other => return other,
@@ -298,21 +301,21 @@ mod tests {
     const LONG: Duration = Duration::from_secs(20);
 
     #[tokio::test]
-    async fn success_failure_and_its_last_lines() {
+    async fn a_failure_has_the_last_lines_of_output() {
         let environment = "test \"$NODE_IMAGE_PIVOT_HOOK$NOTIFY_SOCKET$CREDENTIALS_DIRECTORY\" = pre-switch";
         script(&format!("#!/bin/sh\n{environment}\n"), LONG).await.unwrap();
         let error =
             script("#!/bin/sh\nseq 1 9 >&2\necho the reason >&2\nexit 3\n", LONG).await.unwrap_err().to_string();
         assert!(error.ends_with("failed (exit status: 3): 8; 9; the reason"), "{error}");
         let error = script("#!/nonexistent\n", LONG).await.unwrap_err().to_string();
-        assert!(error.contains("does not start"), "{error}");
+        assert!(error.contains("cannot start the hook"), "{error}");
     }
 
     #[tokio::test]
-    async fn what_takes_too_long_ends_with_its_children() {
+    async fn a_hook_that_exceeds_the_limit_is_killed_with_its_children() {
         let temp = tempfile::tempdir().unwrap();
         let file = temp.path().join("child");
-        // The hook hears that it is asked to end, its child does not.
+        // The hook handles SIGTERM, its child ignores it.
         let text = format!(
             "#!/bin/sh\n(trap '' TERM; exec sleep 300) & echo $! >{}\ntrap 'echo asked; exit 1' TERM\necho waiting\nwait\n",
             file.display()
@@ -337,7 +340,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn one_that_nobody_waits_for_any_more_is_killed() {
+    async fn a_hook_is_killed_when_its_future_is_dropped() {
         let temp = tempfile::tempdir().unwrap();
         let file = temp.path().join("itself");
         let text = format!("#!/bin/sh\necho $$ >{0}.new && mv {0}.new {0}\nexec sleep 300\n", file.display());
@@ -354,7 +357,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_a_hook_leaves_behind_is_not_waited_for() {
+    async fn processes_that_a_hook_leaves_running_are_not_waited_for() {
         let start = std::time::Instant::now();
         script("#!/bin/sh\nsleep 5 &\nexit 0\n", LONG).await.unwrap();
         assert!(start.elapsed() < Duration::from_secs(4));

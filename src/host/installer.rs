@@ -1,7 +1,7 @@
-//! What a cluster installer's own files say: the release payload that its `release-image.sh` names.
+//! Reads the pull spec of the release payload from the cluster installer's `release-image.sh`.
 //!
-//! That script is a library of shell functions. It is asked, not parsed: its text is a template that
-//! differs from release to release. Asking it runs `podman inspect` on local storage, no more.
+//! The script is a library of shell functions. The agent sources it and does not parse it, because its text is a template
+//! that differs between releases. Sourcing it runs at most `podman inspect` on local storage.
 
 use std::path::Path;
 use std::time::Duration;
@@ -10,32 +10,34 @@ use anyhow::{Context, Result, ensure};
 
 use support::command;
 
-/// Where the installer puts it.
+/// Path of the installer's script.
 pub const SCRIPT: &str = "/usr/local/bin/release-image.sh";
 
-/// How long the script may take: it inspects the local storage of podman, which may be large.
+/// Time limit for the script: podman's local storage, which it inspects, may be large.
 const LIMIT: Duration = Duration::from_secs(120);
 
-/// Reads the script given as `$1` and prints what it sets. Newer scripts set the first variable, by digest
-/// where podman has the image already; older ones may only have a function, for which podman would
-/// have to pull and run the payload: that is not asked for.
+/// Shell command that sources the script `$1` and prints the variable that it sets. Newer scripts set the first one, by
+/// digest if podman has the image. Older scripts may only have a function, which is not called because it would let
+/// podman pull and run the payload.
 const ASK: &str = ". \"$1\" >&2; printf '%s' \"${RELEASE_IMAGE_DIGEST:-${RELEASE_IMAGE:-}}\"";
 
-/// The pull spec of the release payload, as `script` has it; `None` when there is no such script.
+/// Returns the pull spec of the release payload that `script` sets, or `None` if the script does not exist.
 ///
 /// # Errors
-/// The script cannot be run, or sets no release payload. Nothing was changed.
+/// The script fails, or does not set a release payload.
 pub async fn release_image(script: &Path) -> Result<Option<String>> {
     if !script.is_file() {
         return Ok(None);
     }
     let shown = script.display().to_string();
-    let answer =
-        command::run(&["bash", "-c", ASK, "bash", &shown], LIMIT).await.with_context(|| format!("asking {shown}"))?;
-    let spec = String::from_utf8(answer).with_context(|| format!("{shown}: what it sets is not UTF-8"))?;
+    let answer = command::run(&["bash", "-c", ASK, "bash", &shown], LIMIT)
+        .await
+        .with_context(|| format!("cannot run {shown}"))?;
+    let spec =
+        String::from_utf8(answer).with_context(|| format!("{shown} sets a release payload that is not UTF-8"))?;
     ensure!(
         !spec.trim().is_empty(),
-        "{shown} sets neither RELEASE_IMAGE_DIGEST nor RELEASE_IMAGE: set `release_image` in \
+        "{shown} sets neither RELEASE_IMAGE_DIGEST nor RELEASE_IMAGE; set `release_image` in \
          /etc/node-image-pivot.conf.d/*.toml"
     );
     Ok(Some(spec.trim().to_owned()))
@@ -54,11 +56,11 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_script_is_asked() {
+    async fn the_pull_spec_is_read_from_the_script() {
         let with_function = "#!/usr/bin/env bash\necho Warning: no digest\nRELEASE_IMAGE_DIGEST=\"r/p@sha256:1\"\nimage_for() { exit 1; }\n";
         assert_eq!(ask(with_function).await.unwrap().unwrap(), "r/p@sha256:1");
         assert_eq!(ask("RELEASE_IMAGE=r/p:4.20\n").await.unwrap().unwrap(), "r/p:4.20");
-        // podman fails or is missing: the script itself falls back.
+        // podman fails or is missing: the script has its own fallback.
         let falls_back = "if ! D=$(false) || [[ -z \"$D\" ]]; then D=r/p:1; fi\nRELEASE_IMAGE_DIGEST=$D\n";
         assert_eq!(ask(falls_back).await.unwrap().unwrap(), "r/p:1");
         let error = ask("image_for() { :; }\n").await.unwrap_err().to_string();

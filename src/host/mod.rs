@@ -1,10 +1,9 @@
-//! The tools that own policy, users, files and caches, called after the switch: load_policy, systemd-sysusers,
-//! systemd-tmpfiles, ldconfig, systemd-hwdb, udevadm, and the bus's own reload; hooks, and what an installer's
-//! script says.
+//! Runs the system's tools for policy, users, files and caches after the switch: load_policy, systemd-sysusers,
+//! systemd-tmpfiles, ldconfig, systemd-hwdb, udevadm, and the message bus's reload. Also runs hooks and the installer's
+//! script.
 //!
-//! Nothing of theirs is reimplemented. This is the only room that starts programs of the node image
-//! on the live system; it may not mount, write `/etc` itself, or talk to PID 1. `docs/refresh.md` says what is run
-//! when.
+//! Only this module starts programs of the node image on the running system. It does not mount, does not write `/etc`
+//! itself, and does not call PID 1. `docs/refresh.md` lists the tools and the differences that make each of them run.
 
 mod accounts;
 mod hooks;
@@ -28,25 +27,25 @@ pub use installer::{SCRIPT, release_image};
 pub use selinux::{PolicyStep, load_policy, policy_step};
 pub use support::command::run;
 
-/// How long one tool may take.
+/// Time limit for one tool.
 const LIMIT: Duration = Duration::from_secs(120);
-/// How long the message bus may take to let us in, and to answer.
+/// Time limit for the connection to the message bus, and for its answer.
 const BUS: Duration = Duration::from_secs(25);
 
-/// One thing to do after the switch.
+/// A tool to run after the switch.
 struct Step {
     /// Program and arguments.
     command: &'static [&'static str],
-    /// Which paths of the node image, relative to `/usr`, make it necessary when they differ. `etc/...` are the defaults:
-    /// where they differ, the merge may have changed `/etc`.
+    /// Paths of the node image, relative to `/usr`: the tool runs if one differs. `etc/…` are the defaults: if they differ,
+    /// the merge may have changed `/etc`.
     inputs: &'static [&'static str],
 }
 
 const LDCONFIG: Step = Step { command: &["ldconfig"], inputs: &["lib64", "etc/ld.so.conf", "etc/ld.so.conf.d"] };
-// Users first: tmpfiles and services name them.
+// Runs before tmpfiles, whose lines name users.
 const SYSUSERS: Step = Step { command: &["systemd-sysusers"], inputs: &["lib/sysusers.d", "etc/sysusers.d"] };
-// /dev is udev's on a running system. The tool returns 65 or 73 for lines it could not apply
-// (an unknown user in somebody's fragment), which must not stop a pivot: reported, not fatal.
+// udev manages /dev on a running system. The tool exits with 65 or 73 if it could not apply a line, for example because
+// of an unknown user.
 const TMPFILES: Step = Step {
     command: &["systemd-tmpfiles", "--create", "--exclude-prefix=/dev"],
     inputs: &["lib/tmpfiles.d", "etc/tmpfiles.d", "share/factory"],
@@ -54,25 +53,24 @@ const TMPFILES: Step = Step {
 const SKELETON: Step =
     Step { command: &["systemd-tmpfiles", "--create", "-"], inputs: &["share/factory/var", "lib/opt"] };
 const HWDB: Step = Step { command: &["systemd-hwdb", "update"], inputs: &["lib/udev/hwdb.d", "etc/udev/hwdb.d"] };
-// New rules hold for events from now on. Devices that are there are not triggered: that would rename
-// interfaces and start units under what runs.
+// The new rules apply to later events. Existing devices are not triggered: that would rename interfaces and start units
+// on the running system.
 const UDEV: Step =
     Step { command: &["udevadm", "control", "--reload"], inputs: &["lib/udev/rules.d", "etc/udev/rules.d"] };
 
-/// What applies files of a directory at boot, as a unit of systemd's, and whether it may run on a system that has
-/// long booted.
+/// Boot-time units that apply a configuration directory, true if the unit may run again on a live system, and its inputs.
 const APPLIERS: &[(&str, bool, &[&str])] = &[
-    // Sets all keys of all files anew, and so takes back what was tuned since the boot; a runtime that turned
-    // forwarding on for its containers would lose their network.
+    // Sets all keys of all files, which reverts settings that were changed since the boot: a container runtime that
+    // enabled forwarding would lose its containers' network.
     ("systemd-sysctl.service", false, &["lib/sysctl.d", "etc/sysctl.d", "etc/sysctl.conf"]),
-    // Adds modules, takes nothing away.
+    // Only adds modules.
     ("systemd-modules-load.service", true, &["lib/modules-load.d", "etc/modules-load.d"]),
-    // Unregisters everything first, also the interpreters that containers of other architectures run on.
+    // Unregisters all interpreters first, also those that running containers of other architectures need.
     ("systemd-binfmt.service", false, &["lib/binfmt.d", "etc/binfmt.d"]),
 ];
 
-/// Units that are to run again because what they apply differs. `live`: on a system that has long booted, only
-/// those that take nothing from what runs.
+/// Returns the boot-time units that must run again because their inputs differ. With `live`, only those that are harmless
+/// to a system in use.
 pub fn appliers(differs: &dyn Fn(&Path) -> bool, live: bool) -> Vec<&'static str> {
     let mut units = Vec::new();
     for (unit, harmless, inputs) in APPLIERS {
@@ -82,26 +80,26 @@ pub fn appliers(differs: &dyn Fn(&Path) -> bool, live: bool) -> Vec<&'static str
                 units.push(*unit);
             }
             (Some(input), true) => info!("{unit} does not run again, though {input} differs: this system is in use"),
-            (None, _) => info!("{unit} does not run again: its inputs are as they were"),
+            (None, _) => info!("{unit} does not run again: its inputs are unchanged"),
         }
     }
     units
 }
 
-/// The loader's cache, without which programs may not find their libraries: before everything else, PID 1's
-/// re-execution included. Returns as [`refresh`] does.
+/// Updates the loader's cache if libraries differ. Must run before everything else, PID 1's re-execution included, because
+/// programs may not find their libraries without it. Returns a line for each failure.
 pub async fn refresh_libraries(differs: &(dyn Fn(&Path) -> bool + Sync)) -> Vec<String> {
     run_steps(&[&LDCONFIG], differs).await
 }
 
-/// Runs what the differences make necessary, when PID 1 is the node image's. A tool that fails or is missing is no reason
-/// to leave the system half refreshed: all of them run, and every failure comes back as one line.
+/// Runs the tools whose inputs differ, after PID 1 was re-executed. A failure does not stop the others. Returns a line for
+/// each failure.
 pub async fn refresh(differs: &(dyn Fn(&Path) -> bool + Sync)) -> Vec<String> {
     run_steps(&[&SYSUSERS, &TMPFILES, &SKELETON, &HWDB, &UDEV], differs).await
 }
 
-/// The same on the way back, where only caches have to follow: users and files that were made stay, somebody may use
-/// them.
+/// Runs the tools for caches and udev rules whose inputs differ, after an undo. Users and files that the refresh created
+/// stay, because processes may use them. Returns a line for each failure.
 pub async fn refresh_back(differs: &(dyn Fn(&Path) -> bool + Sync)) -> Vec<String> {
     run_steps(&[&LDCONFIG, &HWDB, &UDEV], differs).await
 }
@@ -135,65 +133,67 @@ async fn run_steps(steps: &[&Step], differs: &(dyn Fn(&Path) -> bool + Sync)) ->
     failures
 }
 
-/// The input that makes `step` necessary, or why it is not.
+/// Returns the input that makes `step` necessary, or the reason to skip it.
 fn due(step: &Step, root: &Path, differs: &dyn Fn(&Path) -> bool) -> Result<String, &'static str> {
     let library = || match step.command {
         ["ldconfig"] => libraries(root).into_iter().find(|path| differs(Path::new(path))),
         _ => None,
     };
-    let input = first(step.inputs, differs).or_else(library).ok_or("its inputs are as they were")?;
+    let input = first(step.inputs, differs).or_else(library).ok_or("its inputs are unchanged")?;
     if step.command == HWDB.command && !hwdb_is_stale(root) {
         return Err("the node image brings its own database");
     }
     Ok(input)
 }
 
-/// The first input that differs.
+/// Returns the first input that differs.
 fn first(inputs: &[&str], differs: &dyn Fn(&Path) -> bool) -> Option<String> {
     inputs.iter().find(|input| differs(Path::new(input))).map(|input| (*input).to_owned())
 }
 
-/// What in `/usr/lib` is for the loader: the directory of each architecture, and libraries beside them.
+/// Returns the loader's paths in `/usr/lib`: the directory of each architecture, and single libraries.
 fn libraries(root: &Path) -> Vec<String> {
     let entries = std::fs::read_dir(root.join("usr/lib")).into_iter().flatten().flatten();
     let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
     names.filter(|name| name.contains("-linux-gnu") || name.contains(".so")).map(|name| format!("lib/{name}")).collect()
 }
 
-/// Whether the database of hardware has to be made here. The one in `/etc`, if there is one, hides the image's;
-/// where there is none, the image's own is as new as its files.
+/// Returns true if the hardware database must be compiled on this machine: the one in `/etc` hides the image's, or the
+/// image has none.
 fn hwdb_is_stale(root: &Path) -> bool {
     root.join("etc/udev/hwdb.bin").exists() || !root.join("usr/lib/udev/hwdb.bin").exists()
 }
 
-/// `/var` and `/opt`; whether there was anything to do.
+/// Updates `/var` and `/opt`. Returns true if there was anything to do.
 async fn skeleton(root: &Path) -> Result<bool> {
-    let lines = skeleton::lines(root).context("looking for what /var and /opt lack")?;
-    let mut made = Ok(Vec::new());
+    let lines = skeleton::lines(root).context("cannot list the missing entries of /var and /opt")?;
+    let mut created = Ok(Vec::new());
     if !lines.is_empty() {
         for line in &lines {
             info!("tmpfiles: {line}");
         }
         let text = lines.join("\n") + "\n";
-        made = support::command::run_with_input(SKELETON.command, text.as_bytes(), LIMIT).await;
+        created = support::command::run_with_input(SKELETON.command, text.as_bytes(), LIMIT).await;
     }
-    // After it: a line of the image's own may have made one.
-    let removed = skeleton::remove_dangling(root).context("removing links in /opt to what is gone")?;
+    // After tmpfiles, because a line of the image may have created such a link.
+    let removed = skeleton::remove_dangling(root).context("cannot remove dangling links in /opt")?;
     for link in &removed {
-        info!("{}: removed, the node image does not have what it pointed to", link.display());
+        info!("removed {}: the node image lacks its target", link.display());
     }
-    made.map(|_| !lines.is_empty() || !removed.is_empty())
+    created.map(|_| !lines.is_empty() || !removed.is_empty())
 }
 
-/// Makes the running message bus read the D-Bus policy and activation files that are in place now. A bus
-/// that is down reads them when it starts.
+/// Makes the running message bus read its policy and activation files again.
+///
+/// # Errors
+/// The bus does not answer within 25 s, or refuses. A bus that is not running reads the files when it starts.
 pub async fn reload_bus() -> Result<()> {
-    failpoint::hit(Point::ReloadBus, "").context("reloading the message bus")?;
+    failpoint::hit(Point::ReloadBus, "").context("cannot reload the message bus")?;
     reload(Builder::system(), BUS).await
 }
 
-/// `limit`: for connecting, and for the answer. zbus limits calls only, and dbus.socket takes connections for a bus that
-/// hangs.
+/// Connects and calls ReloadConfig, each within `limit`. zbus limits only the call, and dbus.socket accepts connections for
+/// a bus that hangs.
 async fn reload(bus: Builder<'_>, limit: Duration) -> Result<()> {
     let connection = tokio::time::timeout(limit, bus.method_timeout(limit).build())
         .await
@@ -219,7 +219,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn appliers_by_what_differs_and_by_who_is_there() {
+    fn boot_time_units_run_again_if_inputs_differ_and_live_allows_it() {
         let all = |_: &Path| true;
         let none = |_: &Path| false;
         let merged = |path: &Path| path == Path::new("etc/sysctl.d");
@@ -231,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn inputs_are_the_documents() {
+    fn inputs_are_those_of_the_documentation() {
         let row = |line: &'static str| {
             let (name, inputs) = line.strip_prefix("| ")?.split_once(" | ")?;
             let inputs = inputs.split(" | ").next()?.split('`').skip(1).step_by(2);
@@ -257,11 +257,11 @@ mod tests {
     }
 
     #[test]
-    fn what_is_due() {
+    fn a_tool_is_due_if_an_input_differs() {
         let temp = tempfile::tempdir().unwrap();
         put(temp.path(), "usr/lib/libx.so.1");
         let because = |step: &Step, input: &'static str| due(step, temp.path(), &|path| path == Path::new(input));
-        let unchanged = Err("its inputs are as they were");
+        let unchanged = Err("its inputs are unchanged");
         for (step, input) in [
             (&LDCONFIG, "etc/ld.so.conf"),
             (&LDCONFIG, "lib/libx.so.1"),
@@ -279,9 +279,9 @@ mod tests {
         assert!(because(&UDEV, "lib/udev/rules.d").is_ok());
     }
 
-    /// Only what needs no tool: that would work on this system's `/var`.
+    /// Tests only the part that needs no tool: systemd-tmpfiles would change this system's `/var`.
     #[tokio::test]
-    async fn a_link_that_is_removed_is_something_done() {
+    async fn removing_a_dangling_link_counts_as_a_change() {
         let temp = tempfile::tempdir().unwrap();
         let link = temp.path().join("opt/gone");
         std::fs::create_dir(temp.path().join("opt")).unwrap();
@@ -294,7 +294,7 @@ mod tests {
     #[test]
     fn the_database_in_etc_hides_the_images() {
         let temp = tempfile::tempdir().unwrap();
-        assert!(hwdb_is_stale(temp.path()), "there is none");
+        assert!(hwdb_is_stale(temp.path()), "without a database");
         put(temp.path(), "usr/lib/udev/hwdb.bin");
         assert!(!hwdb_is_stale(temp.path()));
         put(temp.path(), "etc/udev/hwdb.bin");
@@ -302,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_loader_looks_at() {
+    fn libraries_are_found_by_name() {
         let temp = tempfile::tempdir().unwrap();
         for name in ["x86_64-linux-gnu", "systemd", "libx.so.1", "os-release"] {
             std::fs::create_dir_all(temp.path().join("usr/lib").join(name)).unwrap();

@@ -1,7 +1,7 @@
-//! The SELinux policy: the node image's is loaded when it differs from the one that was loaded at boot.
+//! Loads the SELinux policy in `/etc` if it differs from the one that was loaded at boot.
 //!
-//! The kernel's own copy (`/sys/fs/selinux/policy`) is written anew by the kernel and never equals the file, so files
-//! are compared: the merge of `/etc` knows which of them it replaces.
+//! The plan for `/etc` shows the difference. The kernel's copy (`/sys/fs/selinux/policy`) cannot be compared: the kernel
+//! writes it in its own form, which never equals the file.
 
 use std::time::Duration;
 
@@ -11,31 +11,31 @@ use crate::report::Remark;
 use selinux_labels::Mode;
 use support::command::run;
 
-/// How long loading may take. The kernel converts every label that it holds.
+/// Time limit for loading a policy: the kernel converts every label in memory.
 const LOAD: Duration = Duration::from_secs(120);
 
-/// What the merge of `/etc` means for the policy.
+/// The consequence of the merge of `/etc` for the loaded policy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PolicyStep {
-    /// The policy that is loaded is the one in `/etc`.
+    /// The merge does not change the policy in `/etc`.
     Keep,
-    /// `/etc` has another one.
+    /// The merge changes the policy in `/etc`.
     Load,
-    /// `/etc` has another one, in another version of the format than one with local changes, which stayed beside it.
+    /// The merge changes the policy in `/etc` and keeps a policy file of another format version with local changes.
     LoadBesideLocal,
-    /// The node image has another one, and the one in `/etc` has local changes: that one stayed.
+    /// The merge keeps a policy with local changes although the node image has another one.
     KeptLocal,
 }
 
 impl PolicyStep {
-    /// Whether another policy is to be loaded.
+    /// Returns true if another policy must be loaded.
     pub fn loads(self) -> bool {
         matches!(self, Self::Load | Self::LoadBesideLocal)
     }
 }
 
-/// Decides it. `written` are the paths, relative to `/etc`, that the merge writes or removes, `conflicts` those whose
-/// local version stays although the node image has another.
+/// Returns the step that a merge makes necessary. `written` are the paths, relative to `/etc`, that it writes or removes;
+/// `conflicts` are those whose local version stays although the node image changed them.
 pub fn policy_step<'a>(
     mut written: impl Iterator<Item = &'a [u8]>,
     mut conflicts: impl Iterator<Item = &'a [u8]>,
@@ -48,7 +48,7 @@ pub fn policy_step<'a>(
     }
 }
 
-/// `selinux/TYPE/policy/policy.NN`, or the file that names TYPE.
+/// Returns true for `selinux/TYPE/policy/policy.NN` and for the file that names TYPE.
 fn is_policy(path: &[u8]) -> bool {
     let mut parts = path.split(|&byte| byte == b'/');
     match [parts.next(), parts.next(), parts.next(), parts.next(), parts.next()] {
@@ -58,12 +58,12 @@ fn is_policy(path: &[u8]) -> bool {
     }
 }
 
-/// Gives the kernel the policy that is in `/etc`, if `step` says that it has another. Doing it again is harmless.
-/// Returns what there is to be said: a line for the record.
+/// Loads the policy in `/etc` if `step` requires it. Loading it again is harmless. Returns a line for the record, or
+/// `None` if the policy is unchanged.
 ///
 /// # Errors
-/// When the policy cannot be loaded and SELinux enforces: files with new labels are useless then. In permissive mode
-/// that is the line.
+/// The policy cannot be loaded and SELinux is enforcing, so that access to files with new labels would be denied. In
+/// permissive mode, the failure is the returned warning.
 pub async fn load_policy(step: PolicyStep) -> Result<Option<Remark>> {
     load_with(&["load_policy"], selinux_labels::mode(), step).await
 }
@@ -77,8 +77,8 @@ async fn load_with(command: &[&str], mode: Mode, step: PolicyStep) -> Result<Opt
             done("SELinux is disabled: the new policy in /etc/selinux is not loaded")
         }
         (_, PolicyStep::KeptLocal) => warning(
-            "the SELinux policy in /etc/selinux has local changes and stays, so types that only the node image's policy \
-             has are unknown; run semodule --build",
+            "the SELinux policy in /etc/selinux has local changes and stays, so the types that only the node image's policy \
+             defines are unknown; run semodule --build",
         ),
         (_, PolicyStep::Load | PolicyStep::LoadBesideLocal) => match run(command, LOAD).await {
             Ok(_) if step == PolicyStep::LoadBesideLocal => warning(
@@ -87,9 +87,9 @@ async fn load_with(command: &[&str], mode: Mode, step: PolicyStep) -> Result<Opt
             ),
             Ok(_) => done("the SELinux policy in /etc/selinux differs and was loaded"),
             Err(error) if mode == Mode::Permissive => {
-                warning(&format!("the new SELinux policy is not loaded (permissive): {error:#}"))
+                warning(&format!("cannot load the new SELinux policy (continuing, SELinux is permissive): {error:#}"))
             }
-            Err(error) => Err(error).context("the new SELinux policy cannot be loaded"),
+            Err(error) => Err(error).context("cannot load the new SELinux policy"),
         },
     }
 }
@@ -104,7 +104,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_said_and_what_fails() {
+    async fn a_policy_that_cannot_be_loaded_fails_only_if_enforcing() {
         use Mode::{Disabled, Enforcing, Permissive};
         use PolicyStep::{Keep, KeptLocal, Load, LoadBesideLocal};
         for (mode, step, command, expected) in [
@@ -116,7 +116,7 @@ mod tests {
             (Enforcing, Load, "true", Some((false, "differs and was loaded"))),
             (Permissive, Load, "true", Some((false, "differs and was loaded"))),
             (Enforcing, LoadBesideLocal, "true", Some((true, "was loaded, without the local changes"))),
-            (Permissive, Load, "false", Some((true, "is not loaded (permissive): false: exit status: 1"))),
+            (Permissive, Load, "false", Some((true, "SELinux is permissive): false: exit status: 1"))),
         ] {
             let remark = load_with(&[command], mode, step).await.unwrap();
             let (warns, line) = match &remark {
@@ -130,11 +130,11 @@ mod tests {
             assert!(line.contains(part) && !line.contains("warning:"), "{mode:?} {step:?}: {line}");
         }
         let error = load_with(&["false"], Enforcing, Load).await.unwrap_err().to_string();
-        assert_eq!(error, "the new SELinux policy cannot be loaded");
+        assert_eq!(error, "cannot load the new SELinux policy");
     }
 
     #[test]
-    fn when_it_is_loaded() {
+    fn the_policy_is_loaded_if_the_merge_changes_it() {
         use PolicyStep::{Keep, KeptLocal, Load, LoadBesideLocal};
         let policy = "selinux/targeted/policy/policy.33";
         assert_eq!(step(&[], &[]), Keep);
@@ -144,7 +144,7 @@ mod tests {
         assert_eq!(step(&["selinux/config.old", "x/selinux/config", "selinux/config/x"], &[]), Keep);
         assert_eq!(step(&[], &["selinux/targeted/active/commit_num"]), Keep);
         assert_eq!(step(&[], &[policy]), KeptLocal);
-        // Another version of the format beside the one that was changed.
+        // A policy of another format version beside the one with local changes.
         assert_eq!(step(&["selinux/targeted/policy/policy.34"], &[policy]), LoadBesideLocal);
         assert!(Load.loads() && LoadBesideLocal.loads() && !KeptLocal.loads() && !Keep.loads());
     }

@@ -1,11 +1,11 @@
-//! `/var` and `/opt` as the node image's content expects them.
+//! Creates the entries of `/var` and `/opt` that the node image's content expects.
 //!
-//! A commit has no `/var`; what an image wants there is in its tmpfiles.d, which systemd-tmpfiles applies, and in
-//! two directories of its `/usr`: `/usr/share/factory/var`, a skeleton of `/var`, and `/usr/lib/opt`, where
-//! packages of `/opt` live. For what of these is not there yet, lines for systemd-tmpfiles are made.
-//! Nothing that exists is touched, but for one kind of thing: a link in `/opt` into `/usr/lib/opt` to
-//! what the node image does not have. It was the bootimage's; nobody can read it, and it keeps whoever would
-//! make a directory of that name from doing so.
+//! A commit has no `/var`. An image defines its content in tmpfiles.d, which systemd-tmpfiles applies, and in two
+//! directories of `/usr`: `/usr/share/factory/var`, a skeleton of `/var`, and `/usr/lib/opt`, which has the packages of
+//! `/opt`. This module writes lines for systemd-tmpfiles that create the missing entries.
+//!
+//! Existing entries are not changed, with one exception: a link in `/opt` to a path in `/usr/lib/opt` that the node image
+//! lacks is removed. It came from the bootimage, and it would keep a service from creating a directory of that name.
 
 use std::fs;
 use std::io;
@@ -17,7 +17,7 @@ use tracing::warn;
 const FACTORY: &str = "usr/share/factory/var";
 const OPT_CONTENT: &str = "usr/lib/opt";
 
-/// Lines of tmpfiles.d(5) for what the system below `root` lacks.
+/// Returns lines of tmpfiles.d(5) for the entries that the system below `root` lacks.
 ///
 /// # Errors
 /// A directory cannot be read.
@@ -38,7 +38,7 @@ pub(super) fn lines(root: &Path) -> io::Result<Vec<String>> {
     Ok(lines)
 }
 
-/// Removes links in `/opt` whose targets in `/usr/lib/opt` are not there. Returns them.
+/// Removes links in `/opt` whose targets in `/usr/lib/opt` do not exist. Returns them.
 ///
 /// # Errors
 /// A link cannot be removed.
@@ -56,7 +56,8 @@ pub(super) fn remove_dangling(root: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(removed)
 }
 
-/// What `from` has and `to` lacks. Through links nothing is looked at: what they point to is somebody's choice.
+/// Appends lines for the entries that `from` has and `to` lacks. Does not follow a link in `to`: an administrator chose
+/// its target.
 fn missing(root: &Path, from: &Path, to: &Path, lines: &mut Vec<String>) -> io::Result<()> {
     for source in sorted(from)? {
         let Some(name) = source.file_name() else { continue };
@@ -76,7 +77,7 @@ fn missing(root: &Path, from: &Path, to: &Path, lines: &mut Vec<String>) -> io::
     Ok(())
 }
 
-/// Where `/opt` is: on these systems a link to `/var/opt`. `None` when there is none.
+/// Returns the directory of `/opt`, which is a link to `/var/opt` on ostree systems, or `None` if it does not exist.
 fn opt(root: &Path) -> Option<PathBuf> {
     let opt = root.join("opt");
     match fs::read_link(&opt) {
@@ -85,13 +86,13 @@ fn opt(root: &Path) -> Option<PathBuf> {
     }
 }
 
-/// From a directory to `/usr/lib/opt`, relative, so that it holds below any mount point of the root.
+/// Returns the relative path from `directory` to `/usr/lib/opt`, which is valid at any mount point of the root.
 fn into_usr(root: &Path, directory: &Path) -> PathBuf {
     let up = directory.strip_prefix(root).unwrap_or(directory).components().map(|_| "..");
     up.chain([OPT_CONTENT]).collect()
 }
 
-/// Where a link in `directory` points to, both relative to the root, without looking.
+/// Returns the target of a link in `directory`, relative to the root, without reading the file system.
 fn lexical(directory: &Path, target: &Path) -> PathBuf {
     let mut path = if target.is_absolute() { PathBuf::new() } else { directory.to_owned() };
     for component in target.components() {
@@ -122,20 +123,21 @@ fn sorted(directory: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(entries)
 }
 
-/// A line, or none for a place that no line can name: the tool knows no escapes there, so a line end is one.
+/// Returns a line that creates `place`, or `None` if its name has a control character: the tool does not decode escapes in
+/// the path, so a line end would end the line.
 fn line(kind: &str, root: &Path, place: &Path, argument: &Path) -> Option<String> {
     let place = Path::new("/").join(place.strip_prefix(root).unwrap_or(place));
     let named = place.to_str().filter(|name| !name.contains(char::is_control));
     let Some(name) = named else {
-        warn!("{}: left out, tmpfiles.d has no way to write this name", place.display());
+        warn!("skipped {}: tmpfiles.d cannot express this name", place.display());
         return None;
     };
     let name = name.replace('\\', "\\\\").replace('"', "\\\"").replace('%', "%%");
-    // The argument is the rest of the line: quotes would be part of it.
+    // The argument is the rest of the line, so quotes would be part of it.
     Some(format!("{kind} \"{name}\" - - - - {}", escaped(argument)))
 }
 
-/// An argument as tmpfiles.d(5) reads it: with C's escapes, and no specifiers.
+/// Returns an argument for tmpfiles.d(5) with C escapes and without specifiers.
 fn escaped(path: &Path) -> String {
     let mut text = String::new();
     for &byte in path.as_os_str().as_bytes() {
@@ -171,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_and_nothing_else() {
+    fn only_missing_entries_get_a_line() {
         let temp = tree(&[
             "usr/share/factory/var/lib/app/data",
             "usr/share/factory/var/lib/there/new one",
@@ -199,13 +201,13 @@ mod tests {
         assert_eq!(lines(tree(&["var/", "usr/"]).path()).unwrap(), [""; 0]);
         let plain = tree(&["opt/", "usr/lib/opt/cni/x"]);
         assert_eq!(lines(plain.path()).unwrap(), ["L \"/opt/cni\" - - - - ../usr/lib/opt/cni"]);
-        // What cannot be looked at is not what is missing.
+        // A place that cannot be read is an error, not a missing entry.
         assert!(lines(tree(&["usr/share/factory/var/x", "var"]).path()).is_err());
         assert!(lines(tree(&["usr/lib/opt", "opt/"]).path()).is_err());
     }
 
     #[test]
-    fn links_to_what_is_gone_are_removed_and_nothing_else() {
+    fn only_dangling_links_are_removed() {
         let temp = tree(&[
             "opt -> var/opt",
             "usr/lib/opt/kept/x",
@@ -222,14 +224,13 @@ mod tests {
     }
 
     #[test]
-    fn names_that_no_line_can_have_are_left_out() {
+    fn names_with_control_characters_are_skipped() {
         let temp = tree(&["usr/share/factory/var/line\nend", "usr/share/factory/var/fine", "var/"]);
         assert_eq!(lines(temp.path()).unwrap(), ["C \"/var/fine\" - - - - /usr/share/factory/var/fine"]);
     }
 
-    /// The tool itself reads what we write.
     #[test]
-    fn systemd_tmpfiles_makes_them() {
+    fn systemd_tmpfiles_accepts_the_lines() {
         let name = "s p%a\"c\\e'\u{e9}";
         let temp = tree(&[&format!("usr/share/factory/var/{name}/data"), &format!("usr/lib/opt/{name}/x"), "opt/"]);
         fs::create_dir(temp.path().join("var")).unwrap();

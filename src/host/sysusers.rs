@@ -1,4 +1,4 @@
-//! systemd-sysusers, called so that a file or line that it refuses does not keep it from applying the others.
+//! Runs systemd-sysusers so that a file or line that it rejects does not prevent it from applying the others.
 //!
 //! The tool writes nothing at all if one account cannot be created, for example because `/etc/gshadow` has a line for a
 //! group that `/etc/group` lacks.
@@ -14,13 +14,13 @@ use tracing::info;
 use super::{LIMIT, SYSUSERS};
 use support::command::run_with_input;
 
-/// Directories with files for the tool, the one that wins first: sysusers.d(5).
+/// Directories of sysusers.d(5), by precedence.
 const DIRECTORIES: &[&str] = &["etc/sysusers.d", "run/sysusers.d", "usr/local/lib/sysusers.d", "usr/lib/sysusers.d"];
 
-/// The kind of items that the tool is given.
+/// The kind of items that are passed to the tool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Items {
-    /// Paths of files; an empty list stands for all of the system.
+    /// Paths of files; an empty list stands for all files of the system.
     Files,
     /// Lines of sysusers.d(5).
     Lines,
@@ -29,7 +29,7 @@ enum Items {
 /// Creates the accounts of all files of the system at `root`. Returns a line for each file that failed.
 pub(super) async fn apply_files(root: &Path) -> Vec<String> {
     let deadline = Instant::now() + LIMIT;
-    // Together: one file may name accounts of another.
+    // All files in one run first, because a file may name accounts of another one.
     let Err(error) = sysusers(root, Items::Files, &[], deadline).await else { return Vec::new() };
     let files = files(root);
     info!("{error:#}; applying {} files in parts", files.len());
@@ -94,13 +94,13 @@ async fn in_parts<'a>(root: &Path, kind: Items, items: &'a [String], deadline: I
     failed
 }
 
-/// The second half first, as the last one pushed is the next one taken.
+/// Returns the second half first, because the last part that is pushed is taken next.
 fn halves(items: &[String]) -> impl Iterator<Item = &[String]> {
     let (first, second) = items.split_at(items.len() / 2);
     [second, first].into_iter().filter(|half| !half.is_empty())
 }
 
-/// Returns the files that the tool reads, by name; of equal names the first directory's. Masks are left out.
+/// Returns the files that the tool reads, sorted by name. The first directory that has a name decides; masks are skipped.
 fn files(root: &Path) -> Vec<String> {
     let mut found = BTreeMap::new();
     for directory in DIRECTORIES {
@@ -123,7 +123,7 @@ mod tests {
 
     use super::*;
 
-    /// A system with a line in gshadow that group does not have.
+    /// Creates a system whose gshadow has a group that its group file lacks.
     fn system(files: &[(&str, &str)]) -> tempfile::TempDir {
         let root = tempfile::tempdir().unwrap();
         let base = [
@@ -163,7 +163,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn without_a_fault_there_is_one_run() {
+    async fn valid_files_may_name_accounts_of_each_other() {
         let root =
             system(&[("usr/lib/sysusers.d/a.conf", "u later -\n"), ("usr/lib/sysusers.d/b.conf", "m x later\n")]);
         assert_eq!(apply_files(root.path()).await, [""; 0]);

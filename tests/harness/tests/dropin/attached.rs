@@ -236,10 +236,10 @@ fn new_units_are_enabled_by_links_of_the_image_and_not_by_presets(attached: &mut
 fn tools_whose_inputs_are_unchanged_do_not_run(attached: &mut Attached<'_>) -> Result<()> {
     let journal = journal(&attached.guest)?;
     for tool in ["ldconfig", "systemd-sysusers", "systemd-hwdb update", "udevadm control --reload"] {
-        contains(&journal, &format!("{tool} is not run: its inputs are as they were"))?;
+        contains(&journal, &format!("{tool} is not run: its inputs are unchanged"))?;
         same(journal.contains(&format!("{tool} was run")), false)?;
     }
-    contains(&journal, "systemd-binfmt.service does not run again: its inputs are as they were")
+    contains(&journal, "systemd-binfmt.service does not run again: its inputs are unchanged")
 }
 
 fn the_service_records_have_two_refusals_and_a_success(attached: &mut Attached<'_>) -> Result<()> {
