@@ -1,4 +1,4 @@
-//! One drop-in file, as written.
+//! Parses a drop-in file.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, anyhow};
 use serde::Deserialize;
 
-/// Every key is optional; a key that is not listed here is an error.
+/// The keys of a drop-in file. All are optional; an unknown key is an error.
 #[derive(Debug, Default, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Fragment {
@@ -30,7 +30,7 @@ pub(super) struct Fragment {
     pub units: BTreeMap<String, String>,
 }
 
-/// A bare number is bytes.
+/// A memory limit as written. A number is bytes.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(untagged, expecting = "ram_limit must be a number of bytes, or text such as \"60%\" or \"3GiB\"")]
 pub(super) enum RamLimitText {
@@ -64,7 +64,7 @@ impl Fragment {
     /// Parses `text`; the error names `path`, the line, the column and the key.
     pub fn parse(path: &Path, text: &str) -> Result<Self> {
         toml::from_str(text).map_err(|error: toml::de::Error| {
-            // In one line: journal and status have no place for a picture with a caret.
+            // The message must be one line for journal and status: the caret picture of `Display` is left out.
             let message = error.message().replace('\n', ", ");
             match error.span().and_then(|span| text.get(..span.start)) {
                 Some(before) => anyhow!("{}: {}: {message}", path.display(), position(before)),
@@ -87,7 +87,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn errors_name_the_file_and_the_key() {
+    fn errors_name_the_file_and_the_key_in_one_line() {
         for (text, expected) in [
             ("imgae = \"x\"\n", "unknown field `imgae`"),
             ("[retry]\nfirst = 1\n", "unknown field `first`"),
@@ -104,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn whole_numbers_are_seconds_too() {
+    fn seconds_may_be_whole_numbers() {
         let fragment = Fragment::parse(Path::new("x"), "[retry]\ninitial = 1\nmaximum = 2.5\n").unwrap();
         assert_eq!((fragment.retry.initial, fragment.retry.maximum), (Some(1.0), Some(2.5)));
     }

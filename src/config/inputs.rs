@@ -1,4 +1,4 @@
-//! All sources merged. Later sources win; every value remembers where it is from, for messages.
+//! Merges all sources of the configuration. Later sources win; each value has its source, for messages.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -13,12 +13,12 @@ use boot_config::target::{DefaultTarget, FALLBACK_TARGET, Origin, default_target
 use super::fragment::{Fragment, RamLimitText};
 use super::{AUTH_CREDENTIAL, Environment};
 
-/// The auth file that cluster installers write. Used only if it is there.
+/// The auth file that cluster installers write. Used only if it exists.
 const INSTALLER_AUTH_FILE: &str = "/root/.docker/config.json";
 
-/// Where a value is from.
+/// The source of a value.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Source {
+pub(super) enum Source {
     /// A drop-in file.
     File(PathBuf),
     /// The kernel command line.
@@ -27,7 +27,7 @@ pub enum Source {
     Credential,
     /// The environment that the generator set.
     Environment,
-    /// Found on this machine, since nothing says otherwise.
+    /// A file or link of this machine, used because no other source has a value.
     Machine,
 }
 
@@ -43,12 +43,12 @@ impl fmt::Display for Source {
     }
 }
 
-/// A value and where it is from.
+/// A value and its source.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Sourced<T> {
+pub(super) struct Sourced<T> {
     /// The value.
     pub value: T,
-    /// Where it is from.
+    /// Its source.
     pub source: Source,
 }
 
@@ -61,10 +61,9 @@ pub enum ImageSource {
     Release(String),
 }
 
-/// The merged configuration, unchecked. `None` is "nobody said anything".
+/// The merged configuration, unchecked. `None` if no source has a value.
 #[derive(Debug, Default, Clone, PartialEq)]
-#[allow(missing_docs)] // the keys of docs/configuration.md
-pub struct Inputs {
+pub(super) struct Inputs {
     pub image: Option<Sourced<ImageSource>>,
     pub image_tags: Option<Sourced<Vec<String>>>,
     pub mode: Option<Sourced<String>>,
@@ -84,7 +83,7 @@ pub struct Inputs {
     pub units: BTreeMap<String, Sourced<String>>,
 }
 
-/// Lets `value`, if there is one, replace what is in `place`.
+/// Replaces the value in `place` by `value` if that is given.
 fn set<T>(place: &mut Option<Sourced<T>>, value: Option<T>, source: &Source) {
     if let Some(value) = value {
         *place = Some(Sourced { value, source: source.clone() });
@@ -92,7 +91,7 @@ fn set<T>(place: &mut Option<Sourced<T>>, value: Option<T>, source: &Source) {
 }
 
 impl Inputs {
-    /// Applies one drop-in file over what is there.
+    /// Applies a drop-in file. Its values replace earlier ones.
     pub(super) fn apply_fragment(&mut self, path: &Path, fragment: Fragment) -> Result<()> {
         let source = &Source::File(path.to_owned());
         self.apply_image(fragment.image, fragment.release_image, source)?;
@@ -121,7 +120,7 @@ impl Inputs {
         Ok(())
     }
 
-    /// Applies the kernel command line, which wins over all files.
+    /// Applies the kernel command line, which overrides all files.
     pub(super) fn apply_command_line(&mut self, line: &CommandLine) -> Result<()> {
         let source = &Source::CommandLine;
         self.apply_image(line.image.clone(), line.release_image.clone(), source)?;
@@ -130,7 +129,8 @@ impl Inputs {
         Ok(())
     }
 
-    /// Fills what files and command line leave open from the environment of the process.
+    /// Sets the auth file, if no source has one, from the systemd credential or the installer's file. `exists` tells if a
+    /// path of the machine exists.
     pub(super) fn apply_environment(&mut self, environment: &Environment, exists: &dyn Fn(&Path) -> bool) {
         if self.auth_file.is_none() {
             let credential =
@@ -143,8 +143,8 @@ impl Inputs {
         }
     }
 
-    /// Fills in the default target. Our generator did not see what other generators wrote at the same time; where one of
-    /// them has redirected the boot, its target is the one that the machine would have gone to.
+    /// Sets the target, if no source has one, to the default target that the machine would have booted into. The agent's
+    /// generator runs in parallel with others, so a redirect by another generator overrides the target that it recorded.
     pub(super) fn apply_default_target(&mut self, environment: &Environment, root: &Path) {
         if self.target.is_none() {
             let found = default_target(&Search::complete(root));
@@ -158,15 +158,15 @@ impl Inputs {
         }
     }
 
-    /// `image` and `release_image` answer one question, so a later source that has either replaces
-    /// both. Empty takes back what an earlier source said.
+    /// Applies `image` and `release_image`, which exclude each other: a source that has either replaces both. An empty text
+    /// removes the value of an earlier source.
     fn apply_image(&mut self, image: Option<String>, release: Option<String>, source: &Source) -> Result<()> {
         if image.is_none() && release.is_none() {
             return Ok(());
         }
         let given = |text: Option<String>| text.filter(|text| !text.is_empty());
         let value = match (given(image), given(release)) {
-            (Some(_), Some(_)) => bail!("{source}: both image and release_image; keep one"),
+            (Some(_), Some(_)) => bail!("{source}: both image and release_image are set; remove one"),
             (Some(image), None) => Some(ImageSource::Image(image)),
             (None, Some(release)) => Some(ImageSource::Release(release)),
             (None, None) => None,

@@ -1,4 +1,4 @@
-//! Checked settings: complete, in units that cannot be misread.
+//! Checks the merged configuration and completes it with defaults.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -23,52 +23,52 @@ const DEFAULT_RETRY: Retry = Retry {
 
 const DEFAULT_HOOKS_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// Longer delays are a mistake in the unit.
+/// Maximum of a duration, in seconds. A longer one is probably in the wrong unit.
 const LONGEST_DELAY: f64 = 86_400.0;
 
-/// Everything the agent has to know.
+/// The checked configuration of the agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settings {
-    /// What to pivot to; `None` when nothing is configured (yet).
+    /// Source of the node image; `None` if it is not configured.
     pub image: Option<ImageSource>,
     /// Names of the node image in a release payload, in order of preference. `None` leaves the choice to the installer's
     /// script and the booted system.
     pub image_tags: Option<Vec<String>>,
-    /// Whether to pivot.
+    /// Condition for the pivot.
     pub mode: Mode,
-    /// The target to isolate to in the end: a valid name, not our own.
+    /// Target to isolate to in the finish phase: a valid name, and not the agent's own target.
     pub target: String,
-    /// Absolute paths; one that exists says that this is no base-only system.
+    /// Absolute paths. If one of them exists, the system is not base-only.
     pub probe_paths: Vec<PathBuf>,
     /// Registry auth file. `None` leaves the search to containers-auth.json(5).
     pub auth_file: Option<PathBuf>,
-    /// How large the RAM store may grow.
+    /// Size limit of the RAM store.
     pub ram_limit: RamLimit,
-    /// Whether a pull fetches all of the node image, also what the pivot does not need (kernel modules).
+    /// True if a pull also fetches the objects that the pivot does not need (kernel modules).
     pub complete: bool,
-    /// Where the node image is stored.
+    /// Place of the node store.
     pub store: Wish,
-    /// How transient failures are retried.
+    /// Retries of transient failures.
     pub retry: Retry,
-    /// What to do about conflicts in `/etc`.
+    /// Treatment of conflicts in `/etc`.
     pub etc_strategy: EtcStrategy,
-    /// How long one hook may take.
+    /// Time limit for one hook.
     pub hooks_timeout: Duration,
-    /// What to do about units that change.
+    /// Rules for units that change.
     pub units: Policy,
 }
 
 /// An upper bound for the RAM store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RamLimit {
-    /// Of the machine's memory: 1 to 95.
+    /// Percent of the machine's memory, from 1 to 95.
     Percent(u8),
     /// Bytes, not 0.
     Bytes(u64),
 }
 
 impl RamLimit {
-    /// The limit in bytes on a machine with `total` bytes of memory; never more than that.
+    /// Returns the limit in bytes on a machine with `total` bytes of memory, at most `total`.
     pub fn bytes(self, total: u64) -> u64 {
         match self {
             RamLimit::Percent(percent) => (u128::from(total) * u128::from(percent) / 100) as u64,
@@ -95,26 +95,26 @@ impl RamLimit {
     }
 }
 
-/// How transient failures are retried: the delay doubles from `initial` up to `maximum`.
+/// Retries of transient failures. The delay doubles from `initial` up to `maximum`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Retry {
-    /// Before the second attempt.
+    /// Delay before the second attempt.
     pub initial: Duration,
-    /// Never longer than this; `initial` is not more.
+    /// Maximum of the delay, at least `initial`.
     pub maximum: Duration,
-    /// Give up after so many attempts; 0 is never.
+    /// Maximum number of attempts; 0 for no limit.
     pub attempts: u32,
-    /// Time over which an answer that is mostly final (401, 403, 404) is confirmed; zero for at once.
+    /// Time for which 401, 403 and 404 are retried before they count as permanent; zero for no retry.
     pub denied: Duration,
-    /// Time for which failures are retried that the agent does not know.
+    /// Time for which a failure of unknown class is retried.
     pub unknown: Duration,
 }
 
 impl Retry {
-    /// How long to wait after `failed` attempts (1 or more); `None` to give up.
+    /// Returns the delay after `failed` attempts (1 or more), or `None` to give up.
     ///
-    /// `jitter`, from 0 to 1, takes off up to a quarter, so that machines that were started together
-    /// do not ask together.
+    /// `jitter`, from 0 to 1, shortens the delay by up to a quarter, so that machines that were started together do not
+    /// retry at the same time.
     pub fn delay_after(&self, failed: u32, jitter: f64) -> Option<Duration> {
         if self.attempts != 0 && failed >= self.attempts {
             return None;
@@ -124,18 +124,17 @@ impl Retry {
     }
 }
 
-/// What to do about a conflict in `/etc`: whatever machine and node image both changed, each in its own
-/// way, be it a file's content or a file here and a directory there.
+/// Treatment of a conflict in `/etc`: an entry that the machine and the node image changed differently.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub enum EtcStrategy {
-    /// The machine's own stays and is reported.
+    /// The machine's version stays and is reported.
     #[default]
     Keep,
-    /// The pivot is refused before the switch.
+    /// The switch is refused.
     Fail,
 }
 
-/// The checked value, or the default; the error gets source and key in front.
+/// Returns the checked value, or the default if there is no input. An error begins with source and key.
 fn checked<I, T>(
     key: &str,
     input: Option<Sourced<I>>,
@@ -147,9 +146,11 @@ fn checked<I, T>(
 }
 
 impl Settings {
-    /// Checks the merged inputs. The first thing that is wrong is the error, with its source, its
-    /// key and what may be written instead.
-    pub fn validate(inputs: Inputs) -> Result<Self> {
+    /// Checks the merged inputs.
+    ///
+    /// # Errors
+    /// The first invalid value, with its source, its key and the expected values.
+    pub(super) fn validate(inputs: Inputs) -> Result<Self> {
         Ok(Settings {
             image: inputs.image.map(|image| image.value),
             image_tags: checked("image_tags", inputs.image_tags, || None, |names| tags(names).map(Some))?,
@@ -173,7 +174,9 @@ impl Settings {
                 || DEFAULT_RAM_LIMIT,
                 |text| {
                     RamLimit::parse(&text).ok_or_else(|| {
-                        anyhow!("\"{text}\" is not a limit; write \"1%\" to \"95%\", a number of bytes, or one with KiB, MiB, GiB")
+                        anyhow!(
+                            "invalid limit \"{text}\": expected 1% to 95%, or a size in bytes, KiB, MiB, GiB or TiB"
+                        )
                     })
                 },
             )?,
@@ -188,7 +191,7 @@ impl Settings {
                 match word.as_str() {
                     "keep" => Ok(EtcStrategy::Keep),
                     "fail" => Ok(EtcStrategy::Fail),
-                    _ => Err(anyhow!("\"{word}\" is not a strategy; write keep or fail")),
+                    _ => Err(anyhow!("unknown strategy \"{word}\": expected keep or fail")),
                 }
             })?,
             hooks_timeout: checked("hooks.timeout", inputs.hooks_timeout, || DEFAULT_HOOKS_TIMEOUT, seconds)?,
@@ -205,20 +208,20 @@ fn units(rules: &BTreeMap<String, Sourced<String>>) -> Result<Policy> {
 }
 
 fn tags(tags: Vec<String>) -> Result<Vec<String>> {
-    ensure!(!tags.is_empty(), "the list is empty; leave the key out for the default");
-    ensure!(tags.iter().all(|tag| !tag.trim().is_empty()), "an empty name in the list");
+    ensure!(!tags.is_empty(), "the list is empty; remove the key for the default");
+    ensure!(tags.iter().all(|tag| !tag.trim().is_empty()), "the list has an empty name");
     Ok(tags)
 }
 
 fn absolute(path: &Path) -> Result<()> {
-    ensure!(path.is_absolute(), "\"{}\" is not an absolute path", path.display());
+    ensure!(path.is_absolute(), "invalid path \"{}\": expected an absolute path", path.display());
     Ok(())
 }
 
 fn seconds(value: f64) -> Result<Duration> {
     ensure!(
         value > 0.0 && value <= LONGEST_DELAY,
-        "{value} is not a duration; write seconds, above 0 and up to {LONGEST_DELAY}"
+        "invalid duration {value}: expected seconds, greater than 0 and at most {LONGEST_DELAY}"
     );
     Ok(Duration::from_secs_f64(value))
 }
@@ -234,7 +237,7 @@ fn retry(
 ) -> Result<Retry> {
     let initial = checked("retry.initial", initial, || DEFAULT_RETRY.initial, seconds)?;
     let maximum = checked("retry.maximum", maximum, || DEFAULT_RETRY.maximum.max(initial), seconds)?;
-    // A maximum below the initial delay, given or by default, is meant as "never longer than this".
+    // The maximum also limits the initial delay.
     let initial = initial.min(maximum);
     Ok(Retry { initial, maximum, attempts: attempts.map_or(0, |attempts| attempts.value), ..DEFAULT_RETRY })
 }

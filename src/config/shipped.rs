@@ -1,8 +1,8 @@
-//! The files that `make install` puts below `/usr`: the one list of them.
+//! Lists the files that `make install` installs below `/usr`.
 //!
-//! Staging keeps these paths of the booted system visible where the node image has no file of that
-//! name, so that the units' `ExecStart=` and the running daemon's own binary stay valid after
-//! the switch. `tests/units.rs` compares the list with a real installation.
+//! Stage keeps these files of the booted system in the new `/usr` if the node image does not have them, so that the
+//! units' `ExecStart=` and the running daemon's binary stay valid after the switch. `tests/units.rs` compares the list
+//! with an installation.
 
 /// Paths relative to `/usr`, sorted. Links are listed like files.
 pub const SHIPPED: &[&str] = &[
