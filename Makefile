@@ -48,8 +48,8 @@ deps: deps-build
 build: cargo
 	$(CARGO) build --release -p node-image-pivot -p node-image-pivot-generator
 
-# Builds first, unless BUILD names a directory of finished binaries. src/config/shipped.rs lists the same
-# files for the agent, and tests/units.rs compares the two.
+# Builds first, unless BUILD names a directory of finished binaries. tests/units.rs compares the
+# installed files with a list.
 ifeq ($(origin BUILD),file)
 install: build
 endif

@@ -1,4 +1,4 @@
-//! What `make install` installs: the same as the agent's list of it, and units that systemd accepts.
+//! Tests of `make install`: it installs the listed files, the switch keeps them, and systemd accepts the units.
 #![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeSet;
@@ -7,8 +7,29 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use node_image_pivot::config::shipped::SHIPPED;
 use overlay_root::delta::Keep;
+
+/// Files that `make install` installs below `/usr`, sorted; links included.
+const SHIPPED: &[&str] = &[
+    "bin/node-image-pivot",
+    "lib/dracut/modules.d/98node-image-pivot/carry.sh",
+    "lib/dracut/modules.d/98node-image-pivot/module-setup.sh",
+    "lib/dracut/modules.d/98node-image-pivot/node-image-pivot-carry.service",
+    "lib/systemd/system-generators/node-image-pivot-generator",
+    "lib/systemd/system/node-image-finish.service",
+    "lib/systemd/system/node-image-overlay.service",
+    "lib/systemd/system/node-image-overlay.target",
+    "lib/systemd/system/node-image-pivot.target",
+    "lib/systemd/system/node-image-pivotd.service",
+    "lib/systemd/system/node-image-pull.service",
+    "share/bash-completion/completions/node-image-pivot",
+    "share/dbus-1/system.d/org.nodeimage.Pivot1.conf",
+    "share/fish/vendor_completions.d/node-image-pivot.fish",
+    "share/man/man1/node-image-pivot.1",
+    "share/selinux/packages/node-image-pivot-domain.cil",
+    "share/selinux/packages/node-image-pivot.cil",
+    "share/zsh/site-functions/_node-image-pivot",
+];
 
 fn project() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))

@@ -7,7 +7,6 @@
 mod fragment;
 mod inputs;
 mod settings;
-pub mod shipped;
 #[cfg(test)]
 mod tests;
 
