@@ -114,6 +114,21 @@ check-containers:
 $(addprefix check-,$(MACHINES)): check-%:
 	$(BED_TEST) --test $* -- --test-threads=1
 
+# Runs one suite and shows its output: NAME=vm, of the test bed or of any other package. Where several packages have a suite
+# of this name, all of them. TEST=PART: only tests with that in their names.
+.PHONY: check-one
+check-one: deps
+	@suites='$(wildcard $(foreach dir,. tests/harness tests/bench generators crates/*,\
+	  $(dir)/tests/$(NAME).rs $(dir)/tests/$(NAME)/main.rs))'; \
+	[ -n '$(NAME)' ] && [ -n "$$suites" ] || { \
+	  echo 'cannot run the suite "$(NAME)": set NAME= to a suite of tests/harness/tests (such as vm), of tests (such as' \
+	       'pull) or of a crate' >&2; exit 1; }; \
+	for suite in $$suites; do \
+	  case $$suite in tests/harness/*) one='--test-threads=1';; *) one=;; esac; \
+	  $(CARGO) test --release --manifest-path "$${suite%tests/$(NAME)*}Cargo.toml" --test $(NAME) -- \
+	    $$one --nocapture $(TEST) || exit; \
+	done
+
 demo: deps
 	$(CARGO) run --release -p testbed --bin demo
 
