@@ -1,5 +1,4 @@
-//! Asking the daemon for something and telling how it goes until it ends: on the terminal, on the
-//! console through the unit, and in `systemctl status`.
+//! Makes a call to the daemon and shows its progress: on the terminal or console, and in `systemctl status`.
 
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -12,9 +11,9 @@ use crate::agent::Paths;
 use crate::bus::{CallError, Client};
 use crate::report::{self, Outcome, Phase, ServiceRecord, State, Status};
 
-/// How often the status is looked at.
+/// Interval at which the status is read.
 pub(super) const POLL: Duration = Duration::from_millis(500);
-/// A daemon that went away is waited for this long; its unit restarts it.
+/// Time to wait for a daemon that disconnected; its unit restarts it.
 const RECONNECT: Duration = Duration::from_secs(60);
 
 /// A method of the daemon, and its argument if it has one.
@@ -37,7 +36,7 @@ impl Call {
     }
 }
 
-/// A length of time from the command line, in seconds: `90`, `90s`, `10m`, `2h`; not 0.
+/// Parses a duration of the command line to seconds: `90`, `90s`, `10m`, `2h`; not 0.
 pub(super) fn seconds(text: &str) -> Result<u64, String> {
     let digits = text.find(|character: char| !character.is_ascii_digit()).unwrap_or(text.len());
     let factor = match &text[digits..] {
@@ -52,34 +51,33 @@ pub(super) fn seconds(text: &str) -> Result<u64, String> {
     })
 }
 
-/// Makes `call` and waits for its end. The daemon may die in the middle: its unit starts it again,
-/// it takes up its record, and the same call goes on.
+/// Makes `call` and waits for its end. If the daemon dies, its unit restarts it with its record, and the call is repeated.
 pub(super) async fn drive(paths: &Paths, call: Call) -> Result<Outcome> {
-    let mut teller = Teller { record: record(), ..Teller::default() };
-    let outcome = drive_to_end(paths, call, &mut teller).await;
-    teller.end_record(outcome.as_ref().err());
+    let mut reporter = Reporter { record: record(), ..Reporter::default() };
+    let outcome = drive_to_end(paths, call, &mut reporter).await;
+    reporter.end_record(outcome.as_ref().err());
     Ok(match outcome {
         Ok(()) => Outcome::Done,
         Err(error) => failed(&error),
     })
 }
 
-async fn drive_to_end(paths: &Paths, call: Call, teller: &mut Teller) -> Result<(), CallError> {
+async fn drive_to_end(paths: &Paths, call: Call, reporter: &mut Reporter) -> Result<(), CallError> {
     let socket = paths.socket();
     let mut broken_since = None;
     let mut client = Client::connect_or_start(&socket).await?;
     loop {
-        match follow(&client, call, teller, &mut broken_since).await {
+        match follow(&client, call, reporter, &mut broken_since).await {
             Ok(lines) => {
                 let status = client.status().await.unwrap_or_default();
-                teller.end(&status, &lines);
+                reporter.end(&status, &lines);
                 return Ok(());
             }
-            // A daemon that takes calls and never answers one is given up like one that is away.
+            // A daemon that accepts calls but never answers counts as disconnected, too.
             Err(error @ CallError::Disconnected(_))
                 if broken_since.get_or_insert_with(Instant::now).elapsed() < RECONNECT =>
             {
-                say::error(&format!("{error}; waiting for it to come back"));
+                say::error(&format!("{error}; waiting for the daemon to restart"));
                 client = Client::reconnect(&socket, RECONNECT).await?;
             }
             Err(error) => return Err(error),
@@ -87,28 +85,28 @@ async fn drive_to_end(paths: &Paths, call: Call, teller: &mut Teller) -> Result<
     }
 }
 
-/// The service record of the unit that we run as; a person's call has none.
+/// Begins the service record if this process runs in a unit of the agent.
 fn record() -> Option<ServiceRecord> {
     let cgroup = std::fs::read_to_string("/proc/self/cgroup").ok()?;
     let unit = report::unit_of(&cgroup).filter(|unit| unit.starts_with("node-image-"))?;
     ServiceRecord::begin(Path::new("/"), unit).unwrap_or_else(|error| {
-        say::error(&format!("no service record: {error:#}"));
+        say::error(&format!("cannot begin the service record: {error:#}"));
         None
     })
 }
 
-/// One call, with the status told while it lasts.
+/// Makes one call and shows the status until it ends.
 async fn follow(
     client: &Client,
     call: Call,
-    teller: &mut Teller,
+    reporter: &mut Reporter,
     broken_since: &mut Option<Instant>,
 ) -> Result<Vec<String>, CallError> {
     if let Ok(status) = client.status().await {
         if let Some(line) = report::waiting_line(&status, unix_now()) {
             say::error(&line);
         }
-        teller.begin(&status);
+        reporter.begin(&status);
     }
     let call = call.make(client);
     tokio::pin!(call);
@@ -118,14 +116,14 @@ async fn follow(
             () = tokio::time::sleep(POLL) => {
                 if let Ok(status) = client.status().await {
                     *broken_since = None;
-                    teller.tell(&status);
+                    reporter.update(&status);
                 }
             }
         }
     }
 }
 
-/// Ends a pull that runs or waits. A daemon that does not run has none, and is not started to say so.
+/// Cancels a running or waiting pull. Does not start a daemon that is not running: it has no pull.
 pub(super) async fn cancel(paths: &Paths) -> Result<Outcome> {
     let outcome = match Client::running(&paths.socket()).await {
         Ok(Some(client)) => client.call("Cancel").await,
@@ -140,7 +138,7 @@ pub(super) async fn cancel(paths: &Paths) -> Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-/// Tells systemd and the person why, and says how to exit.
+/// Shows a failure in `systemctl status` and on stderr. Returns its outcome.
 pub(super) fn failed(error: &CallError) -> Outcome {
     let message = error.to_string();
     let _ = notify(false, &[NotifyState::Status(report::one_line(&message))]);
@@ -148,31 +146,31 @@ pub(super) fn failed(error: &CallError) -> Outcome {
     error.outcome()
 }
 
-/// Says what is new, once.
+/// Shows each change of the status once.
 #[derive(Default)]
-struct Teller {
+struct Reporter {
     /// The document before the call.
     before: Option<Status>,
-    /// Told last, so that nothing is told twice.
+    /// Phase, state and attempt of the last line.
     last: Option<(Option<Phase>, State, u32)>,
-    /// Tenths of the pull that were told.
+    /// Tenths of the pull in the last line.
     tenths: u64,
-    /// What a log gathering collects.
+    /// Service record for the installer's log gathering.
     record: Option<ServiceRecord>,
 }
 
-impl Teller {
+impl Reporter {
     fn begin(&mut self, status: &Status) {
         self.before.get_or_insert_with(|| status.clone());
-        self.put_on_record(status);
+        self.update_record(status);
     }
 
-    /// A record that cannot be written is given up.
-    fn put_on_record(&mut self, status: &Status) {
+    /// Updates the service record, and gives up on it after a failure.
+    fn update_record(&mut self, status: &Status) {
         if let Some(record) = &mut self.record
-            && let Err(error) = record.tell(status)
+            && let Err(error) = record.update(status)
         {
-            say::error(&format!("the service record ends here: {error:#}"));
+            say::error(&format!("cannot append to the service record, giving up on it: {error:#}"));
             self.record = None;
         }
     }
@@ -180,22 +178,22 @@ impl Teller {
     fn end_record(&mut self, failure: Option<&CallError>) {
         let failure = failure.map(ToString::to_string);
         if let Some(Err(error)) = self.record.take().map(|record| record.end(failure.as_deref())) {
-            say::error(&format!("the service record is not complete: {error:#}"));
+            say::error(&format!("cannot complete the service record: {error:#}"));
         }
     }
 
-    fn tell(&mut self, status: &Status) {
-        self.put_on_record(status);
+    fn update(&mut self, status: &Status) {
+        self.update_record(status);
         let line = report::state_line(status, unix_now());
-        // `systemctl status` shows the last line that was sent.
+        // For `systemctl status`.
         let _ = notify(false, &[NotifyState::Status(line.clone())]);
-        if let Some(line) = self.news(status, &line) {
-            say::news(&line);
+        if let Some(line) = self.changed(status, &line) {
+            say::progress(&line);
         }
     }
 
-    /// The line to print, if something changed that a person at the console wants to know.
-    fn news(&mut self, status: &Status, line: &str) -> Option<String> {
+    /// Returns the line to print if phase, state, attempt or a tenth of the pull changed.
+    fn changed(&mut self, status: &Status, line: &str) -> Option<String> {
         let attempt = status.error.as_ref().map_or(0, |error| error.attempt);
         let key = (status.phase, status.state, attempt);
         if self.last != Some(key) {
@@ -213,16 +211,16 @@ impl Teller {
     }
 
     fn end(&mut self, status: &Status, lines: &[String]) {
-        self.put_on_record(status);
+        self.update_record(status);
         for line in lines {
             say::out(report::one_line(line));
         }
         let line = self.last_line(status);
         let _ = notify(false, &[NotifyState::Status(line.clone())]);
-        say::news(&line);
+        say::progress(&line);
     }
 
-    /// A call that found everything done says so.
+    /// Returns the last line, with `nothing to do` in front if the call changed nothing.
     fn last_line(&self, status: &Status) -> String {
         let line = report::state_line(status, unix_now());
         match &self.before {
@@ -232,7 +230,7 @@ impl Teller {
     }
 }
 
-/// Seconds since the epoch.
+/// Returns the time in seconds since the epoch.
 pub(super) fn unix_now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
@@ -246,20 +244,20 @@ mod tests {
     #[test]
     fn a_call_that_changes_nothing_says_so() {
         let done = Status { state: State::Done, ..Status::default() };
-        let mut teller = Teller::default();
-        teller.begin(&Status::default());
-        assert_eq!(teller.last_line(&done), "the pivot is done");
-        let mut teller = Teller::default();
-        teller.begin(&done);
-        assert_eq!(teller.last_line(&done), "nothing to do: the pivot is done");
+        let mut reporter = Reporter::default();
+        reporter.begin(&Status::default());
+        assert_eq!(reporter.last_line(&done), "the pivot is done");
+        let mut reporter = Reporter::default();
+        reporter.begin(&done);
+        assert_eq!(reporter.last_line(&done), "nothing to do: the pivot is done");
         let nothing = Status { state: State::NothingToDo, ..Status::default() };
-        let mut teller = Teller::default();
-        teller.begin(&nothing);
-        assert_eq!(teller.last_line(&nothing).matches("nothing to do").count(), 1);
+        let mut reporter = Reporter::default();
+        reporter.begin(&nothing);
+        assert_eq!(reporter.last_line(&nothing).matches("nothing to do").count(), 1);
     }
 
     #[test]
-    fn lengths_of_time() {
+    fn durations_are_parsed() {
         for (text, expected) in [("90", 90), ("90s", 90), ("10m", 600), ("10min", 600), ("2h", 7200)] {
             assert_eq!(seconds(text), Ok(expected), "{text}");
         }
@@ -269,23 +267,23 @@ mod tests {
     }
 
     #[test]
-    fn news_are_told_once() {
-        let mut teller = Teller::default();
+    fn each_change_is_shown_once() {
+        let mut reporter = Reporter::default();
         let mut status = Status { state: State::Running, phase: Some(Phase::Pull), ..Status::default() };
-        assert!(teller.news(&status, "x").is_some());
-        assert!(teller.news(&status, "x").is_none());
+        assert!(reporter.changed(&status, "x").is_some());
+        assert!(reporter.changed(&status, "x").is_none());
         status.progress.layers_done = 1;
         status.progress.bytes_total = 100;
         status.progress.bytes_fetched = 5;
-        assert!(teller.news(&status, "x").is_none(), "not yet a tenth");
+        assert!(reporter.changed(&status, "x").is_none(), "not yet a tenth");
         status.progress.bytes_fetched = 10;
-        assert!(teller.news(&status, "x").is_some());
+        assert!(reporter.changed(&status, "x").is_some());
         status.state = State::Waiting;
         status.error =
             Some(LastError { class: "network".into(), attempt: 1, next_retry_unix: Some(1), ..LastError::default() });
-        assert!(teller.news(&status, "x").is_some());
-        assert!(teller.news(&status, "x").is_none(), "a countdown is not news");
+        assert!(reporter.changed(&status, "x").is_some());
+        assert!(reporter.changed(&status, "x").is_none(), "a countdown is not a change");
         status.error.as_mut().unwrap().attempt = 2;
-        assert!(teller.news(&status, "x").is_some(), "the next failure is");
+        assert!(reporter.changed(&status, "x").is_some(), "the next failure is a change");
     }
 }

@@ -1,7 +1,7 @@
-//! What we say: the status document, progress, the timeline and its summary.
+//! The status document, and its forms as text: progress, timeline and summary.
 //!
-//! Everything shown anywhere (D-Bus, CLI, console, `systemctl status`) is a view of one
-//! [`Status`]. This room may not act on the system; the one file that it writes is the service record.
+//! D-Bus, command line, console and `systemctl status` show views of one [`Status`]. The module writes only one file, the
+//! service record, and does not act on the system otherwise.
 
 mod outcome;
 mod service_record;

@@ -1,5 +1,4 @@
-//! The one classification of how a call ends. Exit code, D-Bus error name and the words of the status document
-//! derive from it; nothing else decides them.
+//! Classifies the end of a call. Exit code, D-Bus error name and the words of the status document derive from it.
 
 use serde::{Deserialize, Serialize};
 
@@ -17,7 +16,7 @@ pub enum Outcome {
     GaveUp,
     /// A caller asked to stop.
     Cancelled,
-    /// Anything else; the message says what.
+    /// Any other failure; the message has the cause.
     #[default]
     Internal,
 }
@@ -37,8 +36,8 @@ impl Outcome {
         TABLE.iter().find(|(outcome, ..)| *outcome == self).map_or((1, "Failed"), |(_, exit, name)| (*exit, *name))
     }
 
-    /// Returns the exit code; documented and stable. 2 is clap's, for an invalid command line. Others begin at 10,
-    /// because `systemctl status` gives 2 to 7 the names of the LSB's init scripts.
+    /// Returns the exit code, which is documented and stable. clap exits with 2 for an invalid command line. Most codes
+    /// begin at 10, because `systemctl status` shows 2 to 7 with the LSB's names for init scripts.
     pub fn exit_code(self) -> u8 {
         self.row().0
     }
@@ -48,7 +47,7 @@ impl Outcome {
         self.row().1
     }
 
-    /// Returns the outcome that a D-Bus error of this name stands for. An error of another service is internal.
+    /// Returns the outcome for a D-Bus error name. An error of another service is internal.
     pub fn of_error(name: &str) -> Self {
         let last = name.rsplit('.').next().unwrap_or_default();
         TABLE.iter().find(|(_, _, known)| *known == last && !last.is_empty()).map_or(Self::Internal, |row| row.0)
@@ -61,9 +60,9 @@ impl Outcome {
 pub enum Standing {
     /// Nothing of the running system was changed.
     Unchanged,
-    /// `/usr` and `/etc` are the node image's; what follows the switch is not complete.
+    /// `/usr` and `/etc` are the node image's; the refresh is not complete.
     Switched,
-    /// The switch began, failed and was taken back.
+    /// The switch failed and was rolled back.
     RolledBack,
     /// The switch or an undo has begun and is not complete.
     HalfDone,
@@ -78,17 +77,17 @@ impl Standing {
                 "/usr and /etc are switched: start node-image-overlay.service again to complete the refresh, or run undo"
             }
             Self::RolledBack => "rolled back: /usr and /etc are unchanged",
-            Self::HalfDone => "the switch or undo is half done: run undo, again if need be",
+            Self::HalfDone => "the switch or undo is half done: run undo, again if it fails",
         }
     }
 }
 
-/// One reason why a call was refused.
+/// A reason for a refused call.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reason {
-    /// Names the check that refused; stable.
+    /// Stable name of the check that refused.
     pub id: String,
-    /// Says why and what to do.
+    /// Cause and remedy.
     pub message: String,
 }
 
@@ -98,7 +97,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_interface_says_the_same_of_an_outcome() {
+    fn exit_code_error_name_and_word_agree() {
         for (outcome, exit, error, word) in [
             (Outcome::Done, 0, "", "done"),
             (Outcome::Internal, 1, "Failed", "internal"),

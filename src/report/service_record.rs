@@ -1,14 +1,12 @@
-//! A unit's service record: what a cluster installer's log gathering collects from a bootstrap machine.
+//! Writes a unit's service record, which a cluster installer's log gathering collects from a bootstrap machine.
 //!
 //! `/var/log/openshift/UNIT.json` is an array of entries, each an object of strings: `timestamp` (UTC,
 //! `2026-11-21T20:00:00Z`), `phase` (`service start`, `service end`, `stage start`, `stage end`),
-//! `result` (`success`, `failure`; only at an end), `stage` and `errorMessage` where there is one. The format is that of
-//! the OpenShift installer (`docs/dev/bootstrap_services.md` there). Its analyser shows the last message of
-//! a service that failed.
+//! `result` (`success`, `failure`; only at an end), and optionally `stage` and `errorMessage`. The OpenShift installer
+//! defines the format (its `docs/dev/bootstrap_services.md`). Its analyser shows the last message of a failed service.
 //!
-//! Stages are our phases. A record is kept where somebody collects it: where `/var/log/openshift` exists, or
-//! the installer's own library for records. A record that cannot be written is a warning, never a
-//! reason to stop.
+//! Stages are the agent's phases. The agent keeps a record if `/var/log/openshift` or the installer's library for records
+//! exists. A record that cannot be written is only a warning.
 
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -45,11 +43,11 @@ pub struct ServiceRecord {
 }
 
 impl ServiceRecord {
-    /// Begins the record of `unit` (`node-image-pull.service`), on the system below `root`. `None` where nobody
-    /// collects one.
+    /// Begins the record of `unit` (`node-image-pull.service`) on the system below `root`. Returns `None` if the system
+    /// does not collect records.
     ///
     /// # Errors
-    /// The file cannot be read or written; what somebody else wrote is as it was.
+    /// The file cannot be read, parsed or written. Its content is unchanged.
     pub fn begin(root: &Path, unit: &str) -> Result<Option<Self>> {
         let directory = root.join(DIRECTORY);
         if !directory.is_dir() && !root.join(LIBRARY).exists() {
@@ -61,19 +59,19 @@ impl ServiceRecord {
         Ok(Some(record))
     }
 
-    /// Adds what is new in `status`. The first one says what was over before this run.
+    /// Appends the changes since the previous call. Phases that the first `status` has as completed are not recorded.
     ///
     /// # Errors
-    /// As [`ServiceRecord::begin`].
-    pub fn tell(&mut self, status: &Status) -> Result<()> {
-        let entries = self.stages.news(status, now_ms());
+    /// As for [`ServiceRecord::begin`].
+    pub fn update(&mut self, status: &Status) -> Result<()> {
+        let entries = self.stages.update(status, now_ms());
         if entries.is_empty() { Ok(()) } else { self.append(&entries) }
     }
 
-    /// Ends the record; `failure` is what the caller is told.
+    /// Ends the record; `failure` is the message of a failed call.
     ///
     /// # Errors
-    /// As [`ServiceRecord::begin`].
+    /// As for [`ServiceRecord::begin`].
     pub fn end(mut self, failure: Option<&str>) -> Result<()> {
         let entries = self.stages.end(failure, now_ms());
         self.append(&entries)
@@ -86,37 +84,37 @@ impl ServiceRecord {
         let text = directory.read_optional(&self.file).with_context(|| format!("cannot read {}", shown.display()))?;
         let mut all: Vec<Value> = match text {
             Some(text) => serde_json::from_slice(&text)
-                .with_context(|| format!("{} is no service record; it is left as it is", shown.display()))?,
+                .with_context(|| format!("cannot parse the service record {}; it is unchanged", shown.display()))?,
             None => Vec::new(),
         };
         for entry in entries {
-            all.push(serde_json::to_value(entry).context("cannot write a service record")?);
+            all.push(serde_json::to_value(entry).context("cannot serialize a service record")?);
         }
-        let text = serde_json::to_vec_pretty(&all).context("cannot write a service record")?;
+        let text = serde_json::to_vec_pretty(&all).context("cannot serialize a service record")?;
         directory.write_atomic(&self.file, 0o644, &text).with_context(|| format!("cannot write {}", shown.display()))
     }
 }
 
-/// Which stages were told. Pure.
+/// The stages that are recorded already.
 #[derive(Debug, Default)]
 struct Stages {
-    /// Whether there was a first document.
+    /// True after the first status document.
     began: bool,
     /// Stages that ended, by phase and start.
     ended: Vec<(Phase, u64)>,
-    /// The stage that runs.
+    /// The running stage.
     open: Option<(Phase, u64)>,
-    /// What was told last about it.
+    /// The last recorded failure of the running stage.
     failure: Option<String>,
 }
 
 impl Stages {
-    fn news(&mut self, status: &Status, now: u64) -> Vec<Entry> {
+    fn update(&mut self, status: &Status, now: u64) -> Vec<Entry> {
         let mut entries = Vec::new();
         if !self.began {
             self.began = true;
-            let over = status.timeline.iter().filter(|entry| entry.duration_ms.is_some());
-            self.ended.extend(over.map(|entry| (entry.phase, entry.start_unix_ms)));
+            let completed = status.timeline.iter().filter(|entry| entry.duration_ms.is_some());
+            self.ended.extend(completed.map(|entry| (entry.phase, entry.start_unix_ms)));
         }
         for entry in &status.timeline {
             let key = (entry.phase, entry.start_unix_ms);
@@ -138,7 +136,7 @@ impl Stages {
                 self.open = None;
             }
         }
-        // An attempt that failed, to be followed by another: told once, or the file grows as long as the wait lasts.
+        // A failed attempt that will be retried is recorded once per message, so that the file does not grow with each one.
         if let (Some(error), Some((phase, _))) = (&status.error, self.open)
             && error.next_retry_unix.is_some()
             && self.failure.as_ref() != Some(&error.message)
@@ -178,9 +176,9 @@ fn failed(entry: Entry, message: &str) -> Entry {
     Entry { result: Some("failure"), error_message: Some(message.to_owned()), ..entry }
 }
 
-/// The service unit that a process with this `/proc/PID/cgroup` belongs to.
+/// Returns the service unit of a process with this text of `/proc/PID/cgroup`.
 pub fn unit_of(cgroup: &str) -> Option<&str> {
-    // systemd's own hierarchy: number 0 where there is but one, `name=systemd` otherwise.
+    // systemd's hierarchy has the number 0 if it is the only one, and otherwise the name `systemd`.
     let line = cgroup.lines().find(|line| line.starts_with("0::/") && line.len() > 4);
     let line = line.or_else(|| cgroup.lines().find(|line| line.contains(":name=systemd:")))?;
     line.rsplit('/').find(|part| part.ends_with(".service"))
@@ -190,8 +188,8 @@ fn now_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }
 
-/// UTC, to the second. Years, months and days from days since 1970, with years that begin in March, so
-/// that the leap day is the last of its year.
+/// Formats milliseconds since the epoch as UTC, to the second. The date is computed with years that begin in March, so that
+/// a leap day is the last day of its year.
 fn timestamp(unix_ms: u64) -> String {
     let seconds = unix_ms / 1000;
     let (days, second) = (seconds / 86_400, seconds % 86_400);
@@ -214,7 +212,7 @@ mod tests {
 
     #[test]
     fn timestamps_agree_with_date() {
-        // Around leap days and, in years of both centuries' kinds, the first of March.
+        // Around leap days, and around 1 March in centuries with and without a leap day.
         for seconds in [
             0u64,
             36_633_599,
@@ -237,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn units_by_cgroup() {
+    fn the_unit_is_read_from_the_cgroup() {
         for (text, unit) in [
             ("0::/system.slice/node-image-pull.service\n", Some("node-image-pull.service")),
             ("5:cpu:/\n1:name=systemd:/system.slice/a.service\n0::/\n", Some("a.service")),
@@ -257,30 +255,30 @@ mod tests {
         Status { timeline, ..Status::default() }
     }
 
-    fn told(entries: &[Entry]) -> Vec<String> {
+    fn shown(entries: &[Entry]) -> Vec<String> {
         let result = |entry: &Entry| entry.result.unwrap_or("-");
         entries.iter().map(|e| format!("{} {} {}", e.stage.unwrap_or("-"), e.phase, result(e))).collect()
     }
 
     #[test]
-    fn stages_are_told_once_and_only_those_of_this_run() {
+    fn only_stages_of_this_run_are_recorded_and_only_once() {
         let mut stages = Stages::default();
         let before = (Phase::Resolve, 1000, Some(5));
-        assert!(stages.news(&timeline(&[before]), 9).is_empty());
+        assert!(stages.update(&timeline(&[before]), 9).is_empty());
         let running = timeline(&[before, (Phase::Pull, 2000, None)]);
-        assert_eq!(told(&stages.news(&running, 9)), ["pull stage start -"]);
-        assert!(stages.news(&running, 9).is_empty());
+        assert_eq!(shown(&stages.update(&running, 9)), ["pull stage start -"]);
+        assert!(stages.update(&running, 9).is_empty());
         let on = timeline(&[before, (Phase::Pull, 2000, Some(3000)), (Phase::Stage, 5000, Some(1000))]);
-        let entries = stages.news(&on, 9);
-        assert_eq!(told(&entries), ["pull stage end success", "stage stage start -", "stage stage end success"]);
+        let entries = stages.update(&on, 9);
+        assert_eq!(shown(&entries), ["pull stage end success", "stage stage start -", "stage stage end success"]);
         assert_eq!(Vec::from_iter(entries.iter().map(|e| e.timestamp.clone())), [5000, 5000, 6000].map(timestamp));
         let entries = stages.end(None, 7000);
-        assert_eq!(told(&entries), ["- service end success"]);
+        assert_eq!(shown(&entries), ["- service end success"]);
         assert_eq!(entries[0].timestamp, timestamp(7000));
     }
 
     #[test]
-    fn failures_that_repeat_are_told_once() {
+    fn a_repeated_failure_is_recorded_once() {
         let mut stages = Stages::default();
         let mut status = timeline(&[(Phase::Resolve, 2000, None)]);
         let error = |message: &str| LastError {
@@ -291,26 +289,26 @@ mod tests {
             ..LastError::default()
         };
         status.error = Some(error("refused"));
-        assert_eq!(told(&stages.news(&status, 9)), ["resolve stage start -", "resolve stage end failure"]);
-        assert!(stages.news(&status, 9).is_empty());
+        assert_eq!(shown(&stages.update(&status, 9)), ["resolve stage start -", "resolve stage end failure"]);
+        assert!(stages.update(&status, 9).is_empty());
         status.error = Some(error("no such host"));
-        assert_eq!(told(&stages.news(&status, 9)), ["resolve stage start -", "resolve stage end failure"]);
+        assert_eq!(shown(&stages.update(&status, 9)), ["resolve stage start -", "resolve stage end failure"]);
         status.error = None;
         status.timeline[0].duration_ms = Some(1);
-        assert_eq!(told(&stages.news(&status, 9)), ["resolve stage start -", "resolve stage end success"]);
+        assert_eq!(shown(&stages.update(&status, 9)), ["resolve stage start -", "resolve stage end success"]);
     }
 
     #[test]
     fn a_failure_names_its_stage_last() {
         let mut stages = Stages::default();
-        stages.news(&timeline(&[(Phase::Stage, 2000, None)]), 9);
+        stages.update(&timeline(&[(Phase::Stage, 2000, None)]), 9);
         let entries = stages.end(Some("too little RAM"), 9);
-        assert_eq!(told(&entries), ["stage stage end failure", "- service end failure"]);
+        assert_eq!(shown(&entries), ["stage stage end failure", "- service end failure"]);
         assert!(entries.iter().all(|entry| entry.error_message.as_deref() == Some("too little RAM")));
     }
 
     #[test]
-    fn kept_only_where_somebody_collects_it_and_added_to_what_is_there() {
+    fn a_record_is_appended_to_only_if_the_system_collects_records() {
         let temp = tempfile::tempdir().unwrap();
         assert!(ServiceRecord::begin(temp.path(), "a.service").unwrap().is_none());
         std::fs::create_dir_all(temp.path().join("usr/local/bin")).unwrap();
@@ -318,7 +316,7 @@ mod tests {
         let start = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis() as u64;
         for _ in 0..2 {
             let mut record = ServiceRecord::begin(temp.path(), "a.service").unwrap().unwrap();
-            record.tell(&timeline(&[(Phase::Pull, start, None)])).unwrap();
+            record.update(&timeline(&[(Phase::Pull, start, None)])).unwrap();
             record.end(None).unwrap();
         }
         let file = temp.path().join(DIRECTORY).join("a.json");
@@ -330,7 +328,7 @@ mod tests {
         assert!(all[0]["timestamp"].as_str().unwrap() >= timestamp(start).as_str());
         assert_eq!(all[3].as_object().unwrap().keys().collect::<Vec<_>>(), ["phase", "result", "timestamp"]);
         std::fs::write(&file, "{").unwrap();
-        assert!(ServiceRecord::begin(temp.path(), "a.service").unwrap_err().to_string().contains("left as it is"));
+        assert!(ServiceRecord::begin(temp.path(), "a.service").unwrap_err().to_string().contains("it is unchanged"));
         assert_eq!(std::fs::read(&file).unwrap(), b"{");
     }
 }

@@ -1,4 +1,4 @@
-//! The status document: what `status --json` prints and the D-Bus properties are taken from.
+//! The status document, which `status --json` prints and the D-Bus properties are read from.
 
 use node_store::ProgressSnapshot;
 use node_store::image::ImageChoice;
@@ -10,22 +10,22 @@ use super::{Outcome, Reason, Standing};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Phase {
-    /// Pull spec to digest.
+    /// Resolves the pull spec to a digest.
     Resolve,
-    /// Layers to ostree objects.
+    /// Imports the layers as ostree objects.
     Pull,
-    /// Delta tree, `/etc` plan, preflight.
+    /// Builds the delta tree and the /etc plan, and runs the checks.
     Stage,
-    /// One `move_mount`, then `/etc`.
+    /// Switches `/usr` by one `move_mount`, then `/etc`.
     Switch,
-    /// Users, files, caches, PID 1, units.
+    /// Updates users, files and caches, and restarts PID 1 and units.
     Refresh,
-    /// Isolate to the original default target.
+    /// Isolates to the original default target.
     Finish,
 }
 
 impl Phase {
-    /// The name used everywhere: status document, journal, console.
+    /// Returns its name in status document, journal and console.
     pub fn as_str(self) -> &'static str {
         match self {
             Phase::Resolve => "resolve",
@@ -42,72 +42,72 @@ impl Phase {
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum State {
-    /// Nothing asked for yet.
+    /// No pivot was requested yet.
     #[default]
     Idle,
     /// A phase is running.
     Running,
-    /// A transient failure; another attempt is scheduled.
+    /// An attempt failed; another one is scheduled.
     Waiting,
-    /// Everything is staged; the running system is untouched.
+    /// The node image is pulled and staged; the running system is unchanged.
     Pulled,
     /// `/usr` and `/etc` are the node image's.
     Switched,
     /// Isolated to the original default target.
     Done,
-    /// A permanent failure.
+    /// A failure without another scheduled attempt.
     Failed,
-    /// The system already has the cluster's binaries.
+    /// The system already has the cluster's programs.
     NothingToDo,
 }
 
 /// The last failure, kept until the next success.
 #[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LastError {
-    /// A stable word for what went wrong (`network`, `unauthorized`, …).
+    /// Class of the failure, a stable word (`network`, `unauthorized`, …).
     pub class: String,
-    /// For a person: what, and what to do.
+    /// Cause and remedy, for a person.
     pub message: String,
-    /// How many attempts have failed.
+    /// Number of failed attempts.
     pub attempt: u32,
-    /// When the next attempt starts, in seconds since the epoch; absent when there is none.
+    /// Start of the next attempt, in seconds since the epoch; absent if none is scheduled.
     pub next_retry_unix: Option<u64>,
-    /// When retries end, in seconds since the epoch; absent where they have no limit in time.
+    /// End of the retries, in seconds since the epoch; absent if they have no time limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub give_up_unix: Option<u64>,
-    /// The latest attempts that failed, oldest first.
+    /// The latest failed attempts, oldest first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub attempts: Vec<Attempt>,
-    /// End of the call; as long as another attempt is scheduled, this is the default.
+    /// Outcome of the call; the default while another attempt is scheduled.
     #[serde(default)]
     pub outcome: Outcome,
-    /// State of the running system, where the failure says it.
+    /// State of the running system, if known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub standing: Option<Standing>,
-    /// Every check that refused.
+    /// All checks that refused.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub refusals: Vec<Reason>,
 }
 
-/// One attempt that failed.
+/// A failed attempt.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attempt {
-    /// When it failed, in seconds since the epoch.
+    /// Time of the failure, in seconds since the epoch.
     pub unix: u64,
-    /// The same word as [`LastError::class`].
+    /// As [`LastError::class`].
     pub class: String,
-    /// What failed.
+    /// Cause of the failure.
     pub message: String,
 }
 
-/// One phase that ran.
+/// A phase in the timeline.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TimelineEntry {
-    /// Which phase.
+    /// The phase.
     pub phase: Phase,
-    /// When it began, in milliseconds since the epoch.
+    /// Its start, in milliseconds since the epoch.
     pub start_unix_ms: u64,
-    /// How long it took; absent while it runs.
+    /// Its duration in milliseconds; absent while it runs.
     pub duration_ms: Option<u64>,
 }
 
@@ -123,57 +123,57 @@ pub struct Cost {
 /// A unit whose processes run files that the node image has replaced.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StillOld {
-    /// Which.
+    /// Name of the unit.
     pub unit: String,
-    /// The files, relative to `/usr`.
+    /// The replaced files, relative to `/usr`.
     pub files: Vec<String>,
 }
 
-/// The status document. `schema` changes only when a field changes its meaning or goes.
+/// The status document. `schema` changes only if a field changes its meaning or is removed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
     /// Version of this document: 1.
     pub schema: u32,
     /// State of the pivot.
     pub state: State,
-    /// The phase that runs or failed.
+    /// The running phase, or the last one.
     pub phase: Option<Phase>,
-    /// The pull spec asked for.
+    /// The requested pull spec.
     pub image: Option<String>,
-    /// Image of the release payload, where one is asked for.
+    /// Image that was chosen from the release payload, if one is configured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image_choice: Option<ImageChoice>,
-    /// The manifest's digest, once resolved.
+    /// The manifest's digest, after resolve.
     pub digest: Option<String>,
-    /// The ostree commit, once pulled.
+    /// The ostree commit, after pull.
     pub commit: Option<String>,
-    /// The target to isolate to in the end.
+    /// The target to isolate to in finish.
     pub target: Option<String>,
     /// Counters of the pull.
     pub progress: ProgressSnapshot,
-    /// What the running phase waits for, such as a lock and who holds it.
+    /// The object that the running phase waits for, such as a lock and its holder.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub waiting_for: Option<String>,
-    /// Call that is under way; another one waits for its end.
+    /// The running call; another call waits for its end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub call: Option<String>,
     /// The last failure.
     pub error: Option<LastError>,
-    /// Phases so far.
+    /// The phases that have begun.
     pub timeline: Vec<TimelineEntry>,
-    /// Its cost.
+    /// Cost of the pivot.
     pub cost: Cost,
-    /// The time at which the switch is undone unless an administrator keeps it, in seconds since the epoch; absent for one
-    /// that stays.
+    /// End of the trial period, in seconds since the epoch: the switch is undone then unless an administrator keeps it.
+    /// Absent without a trial period.
     #[serde(default)]
     pub undo_unix: Option<u64>,
-    /// What still ran the bootimage's code when the last phase ended.
+    /// Units that still ran the bootimage's code when the last phase ended.
     #[serde(default)]
     pub still_old: Vec<StillOld>,
-    /// Changes, one line each; for the summary.
+    /// Changes and warnings for the summary, a line each.
     pub notes: Vec<String>,
-    /// Differences by now from what the switch left, one line each: `/usr` is covered, another image is configured.
-    /// Looked for when the document is read.
+    /// Differences from the state that the switch left, a line each: a mount covers `/usr`, or another image is
+    /// configured. Determined when the document is read.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub deviations: Vec<String>,
 }

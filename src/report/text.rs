@@ -1,5 +1,4 @@
-//! The status document in words: one line for `systemctl status`, a bar for the console, a summary
-//! for the end. Pure functions of a [`Status`].
+//! Renders the status document as text: a line for `systemctl status`, a bar for the console, and a summary.
 
 use node_store::ProgressSnapshot;
 use std::fmt::Write;
@@ -7,7 +6,7 @@ use support::human_bytes;
 
 use super::{State, Status};
 
-/// Milliseconds for a person: `85 ms`, `4.2 s`, `3 min 05 s`.
+/// Formats milliseconds: `85 ms`, `4.2 s`, `3 min 05 s`.
 fn human_ms(ms: u64) -> String {
     match ms {
         0..1_000 => format!("{ms} ms"),
@@ -16,7 +15,7 @@ fn human_ms(ms: u64) -> String {
     }
 }
 
-/// The pull as a bar of `width` cells with numbers behind it.
+/// Renders the progress of a pull as a bar of `width` cells, followed by numbers.
 pub fn progress_line(progress: &ProgressSnapshot, width: usize) -> String {
     let share = if progress.bytes_total == 0 {
         0.0
@@ -37,9 +36,9 @@ pub fn progress_line(progress: &ProgressSnapshot, width: usize) -> String {
     )
 }
 
-/// `text` in one line. Messages hold what registries and tools said: a line break in one of them would
-/// be a field of its own in the notification to systemd (`MAINPID=`, `STOPPING=1`), and an escape
-/// sequence would reach the console.
+/// Returns `text` as one line without control characters. Messages quote registries and tools: a line break would begin
+/// another field of the notification to systemd (`MAINPID=`, `STOPPING=1`), and an escape sequence would reach the
+/// console.
 pub fn one_line(text: &str) -> String {
     let mut line = String::with_capacity(text.len());
     for character in text.trim().chars() {
@@ -52,13 +51,13 @@ pub fn one_line(text: &str) -> String {
     line
 }
 
-/// One line, whatever the messages in it hold, that says where the pivot stands: the unit's `Status:`
-/// and the console's.
+/// Returns the state of the pivot as one line, for the unit's `Status:` and the console. `now_unix` is the time in seconds
+/// since the epoch.
 pub fn state_line(status: &Status, now_unix: u64) -> String {
     one_line(&state_text(status, now_unix))
 }
 
-/// Says which call is under way and its state, for a call that waits for its end.
+/// Returns a line about the running call, for a call that waits for its end, or `None` if no call is running.
 pub fn waiting_line(status: &Status, now_unix: u64) -> Option<String> {
     let call = status.call.as_deref()?;
     Some(one_line(&format!("waiting for `{call}`, which is under way: {}", state_text(status, now_unix))))
@@ -78,29 +77,29 @@ fn state_text(status: &Status, now_unix: u64) -> String {
         (State::Running, _) if status.waiting_for.is_some() => {
             format!("{phase}: waiting: {}", status.waiting_for.as_deref().unwrap_or_default())
         }
-        // The first layer says what else is needed; before that a share would be one of nothing.
+        // The total is known only after the first layer.
         (State::Running, _) if status.progress.layers_done > 0 && phase == "pull" => {
             format!("pull: {}", progress_line(&status.progress, 20))
         }
         (State::Running, _) => format!("{phase} is running"),
-        (State::Idle, _) => "nothing asked for yet".to_owned(),
+        (State::Idle, _) => "no pivot was requested yet".to_owned(),
         (State::Pulled, _) => "the node image is pulled and staged; the running system is unchanged".to_owned(),
-        (State::Switched, _) => format!("/usr and /etc are the node image's{}", probation(status, now_unix)),
-        (State::Done, _) => format!("the pivot is done{}", probation(status, now_unix)),
+        (State::Switched, _) => format!("/usr and /etc are the node image's{}", trial_period(status, now_unix)),
+        (State::Done, _) => format!("the pivot is done{}", trial_period(status, now_unix)),
         (State::NothingToDo, _) => "nothing to do: this system already has the cluster's binaries".to_owned(),
         (State::Waiting | State::Failed, None) => format!("{phase} failed"),
     }
 }
 
-/// What becomes of a switch that nobody keeps.
-fn probation(status: &Status, now_unix: u64) -> String {
+/// Returns the remaining trial period as the end of a sentence, or an empty text without one.
+fn trial_period(status: &Status, now_unix: u64) -> String {
     match status.undo_unix {
         Some(at) => format!("; undone in {} s unless kept (node-image-pivot keep)", at.saturating_sub(now_unix)),
         None => String::new(),
     }
 }
 
-/// What still runs the bootimage's code, a line for each unit.
+/// Returns a line for each unit that still runs the bootimage's code.
 pub fn old_lines(status: &Status) -> impl Iterator<Item = String> {
     status.still_old.iter().map(|old| {
         let first = old.files.first().map_or("", String::as_str);
@@ -112,7 +111,7 @@ pub fn old_lines(status: &Status) -> impl Iterator<Item = String> {
     })
 }
 
-/// The end of it: what changed, how long each phase took, what was fetched, the RAM it cost.
+/// Returns the report: state, image, duration of each phase, fetched bytes, RAM, and notes.
 pub fn summary(status: &Status, now_unix: u64) -> String {
     let mut out = String::new();
     // Writing to a String cannot fail.
@@ -168,7 +167,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bytes() {
+    fn bytes_are_shown_in_binary_units() {
         assert_eq!(human_bytes(0), "0 B");
         assert_eq!(human_bytes(1023), "1023 B");
         assert_eq!(human_bytes(1536), "1.5 KiB");
@@ -187,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_a_message_holds_it_is_one_line() {
+    fn a_message_becomes_one_line_without_control_characters() {
         for (message, expected) in [
             ("too little RAM\nfree 1 GiB", "stage failed (refused): too little RAM; free 1 GiB"),
             ("x\nSTOPPING=1", "stage failed (refused): x; STOPPING=1"),
@@ -207,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn waiting_says_why_and_when() {
+    fn a_wait_shows_its_cause_and_the_next_attempt() {
         let status = Status {
             state: State::Waiting,
             phase: Some(Phase::Resolve),
@@ -228,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn a_switch_on_probation_says_until_when() {
+    fn a_trial_period_shows_its_end() {
         let status = Status { state: State::Switched, undo_unix: Some(700), ..Status::default() };
         assert_eq!(
             state_line(&status, 100),
@@ -239,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_old_is_named() {
+    fn stale_units_are_listed_with_a_file() {
         let old = |unit: &str, files: &[&str]| StillOld {
             unit: unit.into(),
             files: files.iter().map(|&file| file.into()).collect(),
@@ -256,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn the_call_that_is_waited_for_is_named() {
+    fn a_waiting_call_names_the_running_one() {
         let waiting_for = Some("/x/.lock is locked by pid 7 (ostree)".to_owned());
         let status = Status { state: State::Running, phase: Some(Phase::Pull), waiting_for, ..Status::default() };
         assert_eq!(waiting_line(&status, 0), None);
@@ -266,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lock_that_is_waited_for_is_named() {
+    fn a_wait_for_a_lock_names_its_holder() {
         let waiting_for = Some("/x/.lock is locked by pid 7 (ostree)".to_owned());
         let phase = Some(Phase::Pull);
         let status = Status { state: State::Running, phase, waiting_for, ..Status::default() };

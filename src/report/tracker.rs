@@ -1,4 +1,4 @@
-//! The one live [`Status`]: phases write it, all others watch it.
+//! Holds the live [`Status`]: phases change it, all other code watches it.
 
 use node_store::PullProgress;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -9,12 +9,12 @@ use tracing::{info, warn};
 
 use super::{LastError, Phase, State, Status, TimelineEntry};
 
-/// A result worth a line in the log and in the status document.
+/// A line for the log and the status document.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Remark {
-    /// Something was done.
+    /// A completed action.
     Done(String),
-    /// Something needs attention.
+    /// A condition that needs attention.
     Warning(String),
 }
 
@@ -28,26 +28,26 @@ impl Remark {
     }
 }
 
-/// Holds the status document and tells watchers when it changes. Cheap to clone.
+/// Holds the status document and notifies watchers of changes. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Tracker {
     status: watch::Sender<Status>,
-    /// Counters of the running pull; folded into the document by [`Tracker::status`].
+    /// Counters of the running pull, which [`Tracker::status`] copies into the document.
     pub progress: Arc<PullProgress>,
-    /// Work beside the pivot, shown while the pivot itself is at rest.
+    /// Tracker of work beside the pivot, shown while no phase of the pivot is running.
     beside: Arc<Mutex<Option<Tracker>>>,
-    /// The tracker that this one is beside: its watchers wake up for both.
+    /// For a tracker of work beside the pivot: the pivot's status, whose watchers are notified too.
     main: Option<watch::Sender<Status>>,
 }
 
-/// Work beside the pivot: the document does not keep anything of it.
+/// Work beside the pivot. When this value is dropped, the work disappears from the document.
 pub struct Beside<'a> {
     main: &'a Tracker,
     own: Tracker,
 }
 
 impl Beside<'_> {
-    /// The tracker to report to.
+    /// Returns the tracker for this work.
     pub fn tracker(&self) -> &Tracker {
         &self.own
     }
@@ -60,7 +60,7 @@ impl Drop for Beside<'_> {
 }
 
 impl Tracker {
-    /// Starts from a document, normally the one that the last run persisted.
+    /// Creates a tracker with this document, normally the one that the last run recorded.
     pub fn new(status: Status) -> Self {
         Self { status: watch::Sender::new(status), progress: Arc::default(), beside: Arc::default(), main: None }
     }
@@ -79,7 +79,7 @@ impl Tracker {
         self.status.send_modify(|_| {});
     }
 
-    /// The document now.
+    /// Returns the current document.
     pub fn status(&self) -> Status {
         let status = self.pivot_status();
         let beside = self.beside.lock().unwrap_or_else(PoisonError::into_inner).clone();
@@ -96,7 +96,7 @@ impl Tracker {
         }
     }
 
-    /// The document now, without work beside the pivot.
+    /// Returns the current document without work beside the pivot.
     pub fn pivot_status(&self) -> Status {
         let mut status = self.status.borrow().clone();
         if status.phase == Some(Phase::Pull) && status.state == State::Running {
@@ -106,7 +106,7 @@ impl Tracker {
         status
     }
 
-    /// Wakes up on every change of the document (not on every counter).
+    /// Returns a receiver that wakes up on each change of the document, but not of the counters.
     pub fn watch(&self) -> watch::Receiver<Status> {
         self.status.subscribe()
     }
@@ -119,17 +119,16 @@ impl Tracker {
         }
     }
 
-    /// A phase begins and its clock runs. The last failure stays in the document until something
-    /// succeeds: a reader during an attempt sees why there is one. A phase that has not ended (a
-    /// retry, a restart of the daemon) keeps its first start, so that the timeline shows what the
-    /// machine really waited; one that had ended and runs once more starts again.
+    /// Begins a phase and its time. The last failure stays in the document until a phase succeeds, so that a reader can
+    /// see why a retry is in progress. A phase that has not ended (a retry, a restart of the daemon) keeps its first
+    /// start, so that the timeline shows the whole wait. A phase that has ended gets a new start.
     pub fn begin(&self, phase: Phase) {
         let now = unix_ms();
         self.update(|status| {
             status.state = State::Running;
             status.phase = Some(phase);
             match status.timeline.iter_mut().find(|entry| entry.phase == phase) {
-                // The time since it ended was not spent in it.
+                // The time since its end does not belong to the phase.
                 Some(entry) if entry.duration_ms.is_some() => {
                     entry.start_unix_ms = now;
                     entry.duration_ms = None;
@@ -140,7 +139,7 @@ impl Tracker {
         });
     }
 
-    /// A phase ended well and left the system in `state`.
+    /// Ends a phase that succeeded and left the system in `state`.
     pub fn end(&self, phase: Phase, state: State) {
         let now = unix_ms();
         self.update(|status| {
@@ -155,7 +154,7 @@ impl Tracker {
         });
     }
 
-    /// A phase failed: `Waiting` when another attempt is scheduled, `Failed` otherwise.
+    /// Records a failure. The state becomes `Waiting` if another attempt is scheduled, `Failed` otherwise.
     pub fn fail(&self, error: LastError) {
         self.update(|status| {
             status.state = if error.next_retry_unix.is_some() { State::Waiting } else { State::Failed };
@@ -163,8 +162,8 @@ impl Tracker {
         });
     }
 
-    /// Begins the pivot again, for `image`: nothing of an earlier attempt stays in the document. The
-    /// target stays, it is the machine's and was set once.
+    /// Resets the document for a pivot to `image`. Only the target stays, because it belongs to the machine and is set
+    /// once.
     pub fn restart(&self, image: Option<String>) {
         self.progress.reset();
         self.update(|status| {
@@ -172,7 +171,7 @@ impl Tracker {
         });
     }
 
-    /// Logs a line and adds it to the notes, which have no levels: a warning says so there.
+    /// Logs a line and adds it to the notes. Notes have no levels, so a warning gets a prefix there.
     pub fn remark(&self, remark: &Remark) {
         remark.log("");
         match remark {
@@ -186,7 +185,7 @@ impl Tracker {
         self.remark(&Remark::Warning(line.into()));
     }
 
-    /// Adds a line for the summary, once.
+    /// Adds a line to the notes unless they have it.
     pub fn note(&self, line: impl Into<String>) {
         let line = line.into();
         self.update(|status| {
@@ -197,7 +196,7 @@ impl Tracker {
     }
 }
 
-/// Milliseconds since the epoch.
+/// Returns the time in milliseconds since the epoch.
 fn unix_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_millis() as u64)
 }
@@ -227,11 +226,11 @@ mod tests {
         assert_eq!(status.timeline.len(), 1);
         assert_eq!(status.timeline[0].start_unix_ms, start);
         assert!(status.timeline[0].duration_ms.unwrap() >= 5);
-        assert_eq!(status.error, None, "a success ends the failure");
+        assert_eq!(status.error, None, "a success clears the failure");
     }
 
     #[test]
-    fn a_phase_that_had_ended_starts_anew_and_a_failure_stays_visible() {
+    fn a_phase_that_runs_again_gets_a_new_start_and_the_failure_stays() {
         let tracker = Tracker::new(Status::default());
         tracker.begin(Phase::Switch);
         tracker.end(Phase::Switch, State::Running);
@@ -242,7 +241,7 @@ mod tests {
         let status = tracker.status();
         assert!(status.timeline[0].start_unix_ms > first);
         assert_eq!(status.timeline[0].duration_ms, None);
-        assert!(status.error.is_some(), "until something succeeds");
+        assert!(status.error.is_some(), "the failure stays until a success");
     }
 
     #[test]
@@ -276,9 +275,9 @@ mod tests {
         assert_eq!((shown.state, shown.phase, shown.progress.bytes_fetched), (State::Running, Some(Phase::Pull), 7));
         assert!(watch.has_changed().unwrap(), "watchers of the document wake up");
         watch.mark_unchanged();
-        assert_eq!(tracker.pivot_status(), before, "that is what the record keeps");
+        assert_eq!(tracker.pivot_status(), before, "the recorded document is unchanged");
         tracker.begin(Phase::Finish);
-        assert_eq!(tracker.status().phase, Some(Phase::Finish), "a phase of the pivot comes first");
+        assert_eq!(tracker.status().phase, Some(Phase::Finish), "a running phase of the pivot hides other work");
         tracker.end(Phase::Finish, State::Done);
         drop(beside);
         assert_eq!((tracker.status().state, tracker.status().progress.bytes_fetched), (State::Done, 0));
@@ -290,6 +289,6 @@ mod tests {
         tracker.begin(Phase::Pull);
         tracker.fail(LastError { class: "not-found".into(), message: "no such tag".into(), ..LastError::default() });
         assert_eq!(tracker.status().state, State::Failed);
-        assert_eq!(tracker.status().phase, Some(Phase::Pull), "the phase that failed stays named");
+        assert_eq!(tracker.status().phase, Some(Phase::Pull), "the failed phase stays in the document");
     }
 }
