@@ -1,8 +1,9 @@
 //! node-image-pivot turns a running base-only system into the cluster's node image, without a reboot.
 //!
-//! The crate is split into rooms, one directory each; every room's `mod.rs` says what it is for and
-//! what it may not do. Data flows one way through six phases: resolve, pull, stage, switch, refresh,
-//! finish. Each phase takes the previous phase's value, so a wrong order does not compile.
+//! This crate is the agent: the daemon with its record and its six phases (resolve, pull, stage, switch, refresh, finish),
+//! its D-Bus interface and the command line. The crates below `crates/` do the work of the phases;
+//! `docs/architecture.md` lists them. Each phase needs the value that the previous one returns, so a wrong order does not
+//! compile.
 
 pub mod agent;
 pub mod bus;

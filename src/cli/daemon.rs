@@ -1,4 +1,4 @@
-//! `daemon`: loads the configuration, takes up the record, serves until it is told to stop.
+//! `daemon`: opens the agent with its record and serves calls until SIGTERM or SIGINT.
 
 use anyhow::Result;
 use libsystemd::daemon::{NotifyState, notify};
@@ -12,7 +12,7 @@ use crate::bus;
 use crate::report::{self, Outcome};
 
 pub(super) async fn daemon(paths: Paths) -> Result<Outcome> {
-    log();
+    start_log();
     let socket = paths.socket();
     let agent = Agent::open(paths, agent::is_bootstrap().await)?;
     bus::serve(agent.clone(), &socket).await?;
@@ -36,14 +36,14 @@ pub(super) async fn daemon(paths: Paths) -> Result<Outcome> {
         }
     }
     let _ = notify(false, &[NotifyState::Stopping]);
-    // A switch or an undo that is under way is finished. One that cannot be finished is for the next daemon, which the
-    // unit starts after a failure.
+    // Waits for a running switch or undo. If it cannot be completed, the failure makes the unit start another daemon, which
+    // completes it.
     let stopped = agent.stop().await;
     Ok(if stopped.is_unfinished() { Outcome::Internal } else { Outcome::Done })
 }
 
-/// To the journal with fields; to stderr where there is no journal.
-fn log() {
+/// Starts logging to the journal, or to stderr if there is no journal.
+fn start_log() {
     let filter = tracing_subscriber::EnvFilter::try_from_env("NODE_IMAGE_PIVOT_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
     let registry = tracing_subscriber::registry().with(filter);

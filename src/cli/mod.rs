@@ -1,7 +1,7 @@
-//! The command line: one file per group of subcommands, no logic of its own.
+//! The command line, one file for each group of subcommands.
 //!
-//! Every command but `daemon` is a client of the daemon. Exit codes are part of the contract, see
-//! [`Outcome`].
+//! Every command except `daemon`, `completions` and `man` is a client of the daemon. [`Outcome`] defines the exit codes,
+//! which are stable.
 
 mod daemon;
 mod drive;
@@ -108,7 +108,7 @@ pub fn main() -> ExitCode {
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => {
-            say::error(&format!("cannot start: {error}"));
+            say::error(&format!("cannot start the async runtime: {error}"));
             return ExitCode::from(Outcome::Internal.exit_code());
         }
     };
@@ -161,11 +161,11 @@ async fn dispatch(command: Command) -> anyhow::Result<Outcome> {
 
 /// Returns the completion script of a shell.
 fn completions(shell: Shell) -> String {
-    // Into memory: clap panics when it cannot write.
+    // Written to memory, because clap panics if it cannot write.
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut Arguments::command(), "node-image-pivot", &mut script);
-    // For bash, clap_complete 4.6 spells the program's name in two ways, so that the label of a subcommand's options
-    // is never reached. With a name that has no hyphens, or a version that fixes it, there is nothing to replace.
+    // For bash, clap_complete 4.6 writes the program's name in two forms, so that the label of a subcommand's options is
+    // never reached. A version that fixes it leaves nothing to replace.
     String::from_utf8_lossy(&script).replace("node__subcmd__image__subcmd__pivot", "node__image__pivot")
 }
 
@@ -175,7 +175,7 @@ mod tests {
     use super::*;
     use clap::ValueEnum;
 
-    /// All commands of the command line with the words that lead to them.
+    /// Returns all commands of the command line with their names.
     fn commands() -> Vec<(Vec<String>, clap::Command)> {
         let mut root = Arguments::command();
         root.build();

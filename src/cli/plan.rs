@@ -1,4 +1,4 @@
-//! `plan --json` and `diff-etc`: an answer for programs on stdout, and nothing else there.
+//! `plan --json` and `diff-etc`: write only the answer to stdout, for programs.
 
 use std::io::IsTerminal;
 
@@ -23,7 +23,7 @@ pub(super) async fn json(paths: &Paths) -> Result<Outcome> {
 pub(super) async fn diff_etc(paths: &Paths, secrets: bool) -> Result<Outcome> {
     Ok(match ask(paths, "diff-etc", async |client| client.diff_etc(secrets).await).await {
         Ok(diff) if std::io::stdout().is_terminal() => {
-            // Files may hold what a terminal would take for commands.
+            // Files may contain control sequences of terminals.
             String::from_utf8_lossy(&diff).lines().for_each(|line| say::out(printable(line)));
             Outcome::Done
         }
@@ -35,8 +35,8 @@ pub(super) async fn diff_etc(paths: &Paths, secrets: bool) -> Result<Outcome> {
     })
 }
 
-/// Makes one call and says on stderr for which other call it waits. Should the daemon die in the middle, its unit starts
-/// it again, and the caller can ask again.
+/// Makes one call and shows on stderr which other call it waits for. Returns an error if the daemon dies; the call can be
+/// repeated once the unit has restarted it.
 async fn ask<T>(
     paths: &Paths,
     own: &str,
@@ -61,7 +61,7 @@ async fn ask<T>(
     }
 }
 
-/// The part of the status that a line was shown for.
+/// The part of the status that decides if a line is shown.
 #[derive(Default, PartialEq)]
 struct Shown {
     call: Option<String>,
@@ -70,14 +70,14 @@ struct Shown {
     waiting_for: Option<String>,
 }
 
-/// The lines about other calls, each once.
+/// Selects the lines about other calls, each once.
 #[derive(Default)]
 struct Waiting {
     shown: Shown,
 }
 
 impl Waiting {
-    /// Returns the line about the call that was under way before ours.
+    /// Returns the line about the call that was running before this one.
     fn first(&mut self, status: &Status) -> Option<String> {
         let Status { call, state, phase, waiting_for, .. } = status.clone();
         let key = Shown { call, state, phase, waiting_for };
@@ -88,13 +88,13 @@ impl Waiting {
         report::waiting_line(status, unix_now())
     }
 
-    /// Returns the next such line. A call of our own name is taken for ours.
+    /// Returns the next such line. A call named `own` counts as this one.
     fn next(&mut self, status: &Status, own: &str) -> Option<String> {
         if status.call.as_deref() == Some(own) { None } else { self.first(status) }
     }
 }
 
-/// A line of a file without control characters; its indentation stays.
+/// Returns a line of a file without control characters, with its indentation.
 fn printable(line: &str) -> String {
     let indent = line.len() - line.trim_start().len();
     let (blank, rest) = line.split_at(indent);
@@ -106,7 +106,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn another_call_is_named_once_and_our_own_is_not() {
+    fn only_other_calls_are_shown_and_only_once() {
         let running = |call: Option<&str>, phase| Status {
             call: call.map(str::to_owned),
             state: State::Running,
@@ -123,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn a_terminal_gets_no_commands() {
+    fn control_sequences_do_not_reach_the_terminal() {
         assert_eq!(printable("+\tindented"), "+ indented");
         assert_eq!(printable(" \tcontext"), " \tcontext");
         assert_eq!(printable("-\x1b[2Jgone\r"), "- [2Jgone");

@@ -1,5 +1,5 @@
-//! `status` and `report`: the status document, from the daemon or, when it does not answer on its
-//! socket or the system bus, from the record it left behind.
+//! `status` and `report`: show the status document of the daemon, or of the record if no daemon answers on the socket or the
+//! system bus.
 
 use std::time::{Duration, Instant};
 
@@ -11,20 +11,20 @@ use crate::agent::{Agent, Paths};
 use crate::bus::Client;
 use crate::report::{self, Outcome, State, Status};
 
-/// How often a watch looks.
+/// Interval at which a watch reads the status.
 const LOOK: Duration = Duration::from_secs(1);
-/// A daemon that does not answer is waited for this long.
+/// Time to wait for a daemon that does not answer.
 const ABSENT: Duration = Duration::from_secs(60);
 
 async fn current(paths: &Paths) -> Result<Status> {
     match asked(paths).await {
         Ok(status) => Ok(status),
-        // The record is root's; for others the daemon's silence is the answer.
+        // Only root can read the record; other users get the daemon's error.
         Err(error) => recorded(paths).ok_or(error),
     }
 }
 
-/// What the daemon says. That there is a system bus does not mean that the daemon is on it.
+/// Asks the daemon for its status.
 async fn asked(paths: &Paths) -> Result<Status> {
     Client::connect(&paths.socket()).await?.status().await
 }
@@ -52,7 +52,7 @@ pub(super) async fn watch(paths: &Paths, json: bool) -> Result<Outcome> {
                 absent_since = None;
                 status
             }
-            // Its unit starts a daemon that died again. One that stays away changes nothing any more.
+            // The unit restarts a daemon that died. After ABSENT, no further change is expected.
             Err(error) if absent_since.get_or_insert_with(Instant::now).elapsed() >= ABSENT => return Err(error),
             Err(error) => recorded(paths).ok_or(error)?,
         };
@@ -67,10 +67,10 @@ pub(super) async fn watch(paths: &Paths, json: bool) -> Result<Outcome> {
     }
 }
 
-/// How the watch ends in this status; `None` while there is more to come.
+/// Returns the outcome that ends a watch, or `None` while the status may still change.
 fn exit_of(status: &Status) -> Option<Outcome> {
     match status.state {
-        // A phase that begins after the switch makes it `running` again.
+        // While a phase after the switch runs, the state is `running`.
         State::Done | State::NothingToDo | State::Switched => Some(Outcome::Done),
         State::Failed => Some(status.error.as_ref().map(|error| error.outcome).unwrap_or_default()),
         State::Idle | State::Running | State::Waiting | State::Pulled => None,
@@ -94,7 +94,7 @@ mod tests {
     use crate::report::LastError;
 
     #[test]
-    fn a_watch_ends_where_nothing_more_comes() {
+    fn a_watch_ends_in_a_final_state() {
         let of = |state, outcome: Option<Outcome>| {
             let error = outcome.map(|outcome| LastError { outcome, ..LastError::default() });
             exit_of(&Status { state, error, ..Status::default() })
