@@ -1,4 +1,4 @@
-//! The decision, as a pure function: facts in, decision out.
+//! Decides, as a pure function of facts, if this boot is redirected.
 
 use boot_config::Mode;
 use std::fmt;
@@ -7,49 +7,49 @@ use std::path::PathBuf;
 use crate::kmsg::Level;
 use boot_config::target::{DefaultLink, DefaultTarget, Origin};
 
-/// The directory of generator output that the redirect goes to.
+/// The output directory for the redirect.
 ///
-/// The redirect has the strength of the `default.target` that it replaces. A stronger one would also override another
-/// generator that redirects this boot, such as an installer's: the generators run at the same time, so none of
-/// them sees all that the others write.
+/// The redirect has the same priority as the `default.target` that it replaces. With a higher priority it would also
+/// override another generator that redirects this boot, for example an installer's. Generators run concurrently, so none
+/// of them sees the complete output of the others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Place {
-    /// Ordinary output. Wins over `/usr`; another generator may replace the link.
+    /// Normal output. It has priority over `/usr`. Another generator may replace the link.
     Normal,
-    /// Early output. Wins over `/etc`, whose default wins over ordinary output of any generator.
+    /// Early output. It has priority over `/etc`, which has priority over the normal output of generators.
     Early,
 }
 
-/// All that the decision depends on.
+/// The facts that the decision depends on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Facts {
-    /// The generator runs in the initramfs, which has its own targets.
+    /// True if the generator runs in the initramfs, which has other targets.
     pub in_initrd: bool,
-    /// The switch has been made in this root since power on.
+    /// True if the switch was made in this root since power on.
     pub pivoted: bool,
-    /// The manager has booted to another target; this is a reload.
+    /// True if systemd has booted to another target, and this run is caused by a reload.
     pub booted: bool,
-    /// The command line or a drop-in file cannot be understood.
+    /// Error of the command line or of a drop-in file.
     pub unclear: Option<String>,
-    /// `off`, `auto` or `force`.
+    /// The configured mode.
     pub mode: Mode,
-    /// The unit that the kernel command line names.
+    /// The unit to boot to by the kernel command line.
     pub unit: Option<String>,
-    /// The argument by which another generator redirects this boot.
+    /// The argument that makes another generator redirect this boot.
     pub other_generator: Option<&'static str>,
-    /// An offline update is pending; its generator redirects this boot.
+    /// True if an offline update is pending, whose generator redirects this boot.
     pub update_pending: bool,
     /// The unit that `default.target` stands for.
     pub default_target: DefaultLink,
-    /// A masked unit without which the boot would not get through the pivot target.
+    /// A masked unit that the pivot target requires, or the masked target to isolate in the end.
     pub masked: Option<String>,
     /// The unit file of `node-image-pivot.target`.
     pub pivot_target: Option<PathBuf>,
-    /// The probe path that was found.
+    /// The probe path that exists.
     pub binary: Option<PathBuf>,
-    /// A node image or release image is configured.
+    /// True if a node image or release image is configured.
     pub image: bool,
-    /// `target` from the configuration or the command line, checked.
+    /// The valid `target` of the configuration or the command line.
     pub target: Option<String>,
     /// The enabled services that bring up the network and the time.
     pub services: Vec<&'static str>,
@@ -58,58 +58,58 @@ pub struct Facts {
 /// The decision about this boot.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Decision {
-    /// Boot to the pivot target, and remember where the boot would have gone.
+    /// Boot to the pivot target, and pass the original target to the agent.
     Redirect {
-        /// The directory for the link.
+        /// The output directory for the link.
         place: Place,
         /// The unit file to link `default.target` to.
         pivot_target: PathBuf,
-        /// The target to isolate to in the end.
+        /// The target to isolate after the pivot.
         original: String,
         /// Services that the pull needs and that nothing else starts before `original`.
         services: Vec<&'static str>,
     },
-    /// Leave the boot alone.
+    /// Leave the boot unchanged.
     Leave(Reason),
 }
 
-/// The reason for leaving the boot alone.
+/// The reason for leaving the boot unchanged.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Reason {
-    /// In the initramfs.
+    /// The generator runs in the initramfs.
     InInitrd,
-    /// The switch has been made.
+    /// The switch was already made.
     AlreadyPivoted,
     /// The boot is over.
     Booted,
-    /// The configuration cannot be understood.
+    /// The configuration is invalid or unreadable.
     Unclear(String),
-    /// Mode off.
+    /// The mode is `off`.
     Off,
     /// The kernel command line names this unit.
     ExplicitUnit(String),
-    /// Another generator redirects the boot, because of this argument.
+    /// This argument makes another generator redirect the boot.
     OtherGenerator(&'static str),
-    /// An offline update comes first.
+    /// An offline update is pending.
     UpdatePending,
     /// `default.target` is masked.
     DefaultMasked,
     /// This unit is masked.
     Masked(String),
-    /// The pivot target is not there, or masked.
+    /// The pivot target is missing or masked.
     NoPivotTarget,
-    /// This system is not base-only.
+    /// The system is not base-only: this path exists.
     HasBinary(PathBuf),
-    /// There is nothing to pivot to.
+    /// No image is configured.
     NoImage,
 }
 
 impl Reason {
-    /// Returns the level to log the reason at; `None` where it is not worth a line.
+    /// Returns the log level of the reason, or `None` if it is not logged.
     pub fn level(&self) -> Option<Level> {
         match self {
             Reason::InInitrd | Reason::AlreadyPivoted => None,
-            // Every daemon-reload of every cluster node comes this way.
+            // These reasons occur at every daemon-reload of every cluster node.
             Reason::HasBinary(_) | Reason::Booted => Some(Level::Debug),
             Reason::Unclear(_) => Some(Level::Warning),
             _ => Some(Level::Info),
@@ -121,13 +121,13 @@ impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Reason::InInitrd => f.write_str("this is the initramfs"),
-            Reason::AlreadyPivoted => f.write_str("the pivot has been made"),
+            Reason::AlreadyPivoted => f.write_str("the pivot was already made"),
             Reason::Unclear(what) => f.write_str(what),
             Reason::Booted => f.write_str("the boot is over"),
             Reason::Off => f.write_str("node-image-pivot=off"),
-            Reason::ExplicitUnit(unit) => write!(f, "the kernel command line asks for {unit}"),
+            Reason::ExplicitUnit(unit) => write!(f, "the kernel command line requests {unit}"),
             Reason::OtherGenerator(argument) => {
-                write!(f, "{argument} on the kernel command line, for another generator")
+                write!(f, "{argument} on the kernel command line makes another generator redirect it")
             }
             Reason::UpdatePending => f.write_str("an offline system update is pending"),
             Reason::DefaultMasked => f.write_str("default.target is masked"),
@@ -141,7 +141,7 @@ impl fmt::Display for Reason {
     }
 }
 
-/// Decides. The order matters only for which reason is given.
+/// Decides about this boot. The order of the conditions affects only which reason is reported.
 pub fn decide(facts: Facts) -> Decision {
     let mode = facts.mode;
     let leave = if facts.in_initrd {
@@ -151,7 +151,7 @@ pub fn decide(facts: Facts) -> Decision {
     } else if facts.booted {
         Reason::Booted
     } else if let Some(what) = facts.unclear {
-        // Half a configuration could say "off" in the half that is lost.
+        // The unreadable part could contain `mode = "off"`.
         Reason::Unclear(what)
     } else if mode == Mode::Off {
         Reason::Off
@@ -164,8 +164,8 @@ pub fn decide(facts: Facts) -> Decision {
     } else if let Some(path) = facts.binary.filter(|_| mode == Mode::Auto) {
         Reason::HasBinary(path)
     } else if !facts.image {
-        // Not even with force: the machine would wait in the pivot target for something that never
-        // comes. Where the image is known only later (assisted flow), an installer starts the units.
+        // Also with `force`: without an image, the boot would wait in the pivot target indefinitely. In the assisted
+        // flow, where the image is known only later, an installer starts the units.
         Reason::NoImage
     } else {
         match (facts.default_target.target, facts.pivot_target, facts.masked) {
@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn table() {
+    fn each_fact_gives_its_decision() {
         let placed = |original: &str, place| Decision::Redirect {
             place,
             pivot_target: "/p".into(),

@@ -1,9 +1,9 @@
 //! Writes the redirect into the generator directories.
 //!
-//! Where `/etc` or `/run` has a `default.target`, the link goes to the early directory (second argument), which wins over
-//! both: an installer or administrator who set a default there did not mean to skip the pivot. Else it goes to the
-//! ordinary directory, where another generator's link may replace it. With a single directory, as systemd's
-//! documentation allows for tests and old versions, it goes there.
+//! If `/etc` or `/run` has a `default.target`, the link is written to the early directory (second argument), which has
+//! priority over both: a default target that an installer or administrator set there does not disable the pivot. Otherwise
+//! the link is written to the normal directory, where another generator may replace it. If the generator is called with a
+//! single directory, as systemd.generator(7) allows for tests, the link is written there.
 
 use std::fs;
 use std::io::{self, ErrorKind};
@@ -13,44 +13,47 @@ use std::path::{Path, PathBuf};
 use boot_config::Problem;
 use boot_config::TARGET_VARIABLE;
 
-/// The places of all that is written.
+/// The paths to write.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Output {
-    /// The directory of ordinary priority, for drop-ins.
+    /// The directory of normal priority, for drop-ins.
     pub normal: PathBuf,
-    /// The link that redirects.
+    /// The link that redirects the boot.
     pub link: PathBuf,
-    /// The mark for later runs, see [`boot_config::mark::REDIRECTED`].
+    /// The mark for later runs; see [`boot_config::mark::REDIRECTED`].
     pub mark: PathBuf,
 }
 
 /// The result of [`redirect`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
-    /// This boot goes to the pivot target.
+    /// This boot is redirected to the pivot target.
     Redirected,
-    /// Another generator has redirected it already.
+    /// Another generator has already redirected this boot.
     LeftToOther,
 }
 
-/// Redirects: the mark and the drop-ins for the agent and the pull first, the link last, so that the boot is never
-/// redirected without a way back. Doing it again changes nothing. Another generator's `default.target` stays.
+/// Redirects the boot to `pivot_target`. The mark and the drop-ins are written first and the link last, so that a redirected
+/// boot always knows its `original` target. The function is idempotent, and keeps another generator's `default.target`.
 ///
-/// `services`: those that the pull has to start, because what they are enabled for comes after it.
+/// The pull starts `services`, because the targets for which they are enabled are reached only after the pivot.
+///
+/// # Errors
+/// Fails if a file or the link cannot be written. The boot is then not redirected.
 pub fn redirect(output: &Output, pivot_target: &Path, original: &str, services: &[&str]) -> Result<Outcome, Problem> {
     write(&output.mark, "").map_err(|e| problem(&output.mark, &e))?;
     let dropin = output.normal.join("node-image-pivotd.service.d/50-default-target.conf");
-    // A backslash is the only character of a unit name that Environment= takes specially.
+    // A backslash is the only character of a unit name that must be escaped in Environment=.
     let value = original.replace('\\', r"\\");
     let text = format!(
-        "# Written by node-image-pivot-generator: where this boot goes after the pivot.\n\
+        "# Written by node-image-pivot-generator: the target to isolate after the pivot.\n\
          [Service]\nEnvironment={TARGET_VARIABLE}={value}\n"
     );
     write(&dropin, &text).map_err(|e| problem(&dropin, &e))?;
     if !services.is_empty() {
         let dropin = output.normal.join("node-image-pull.service.d/50-services.conf");
         let text = format!(
-            "# Written by node-image-pivot-generator: enabled here, but for a target that comes after the pivot.\n\
+            "# Written by node-image-pivot-generator: services enabled for targets that are reached after the pivot.\n\
              [Unit]\nWants={}\n",
             services.join(" ")
         );
@@ -67,10 +70,10 @@ pub fn redirect(output: &Output, pivot_target: &Path, original: &str, services: 
 }
 
 fn problem(path: &Path, error: &io::Error) -> Problem {
-    Problem(format!("cannot write {}: {error}; this boot is left alone", path.display()))
+    Problem(format!("cannot write {}: {error}; this boot is not redirected", path.display()))
 }
 
-/// Whole or not at all.
+/// Writes a file atomically, without fsync: `/run` does not survive a power cut.
 fn write(path: &Path, text: &str) -> io::Result<()> {
     if let Some(parent) = path.parent() {
         fs::create_dir_all(parent)?;
@@ -90,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn another_generators_link_stays() {
+    fn another_generators_link_is_kept() {
         let temp = tempfile::tempdir().unwrap();
         let output = output(temp.path());
         symlink("system-update.target", temp.path().join("default.target")).unwrap();

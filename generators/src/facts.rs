@@ -1,4 +1,4 @@
-//! Reads the facts that the decision needs from a system's root. Changes nothing.
+//! Gathers the facts that the decision needs. Changes nothing.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,14 +11,14 @@ use boot_config::target::{self, DefaultLink, DefaultTarget, Origin};
 use boot_config::{DEFAULT_PROBE_PATHS, Mode};
 use boot_config::{Problem, dropin, mark, services, under};
 
-/// PID 1's own mark of a first boot.
+/// The mark that PID 1 writes on a first boot.
 const FIRST_BOOT: &str = "/run/systemd/first-boot";
 
-/// Each of these asks for an offline update; systemd-system-update-generator redirects the boot then.
+/// Links that request an offline update. systemd-system-update-generator redirects the boot if one of them exists.
 const UPDATE_LINKS: [&str; 2] = ["/system-update", "/etc/system-update"];
 
-/// The keys of the configuration that the generator uses. The agent knows all keys and refuses unknown ones;
-/// here they are skipped, since they cannot change where the boot goes.
+/// The keys of the configuration that the generator uses. It skips all other keys, which cannot affect the decision. The
+/// agent refuses unknown keys.
 #[derive(Debug, Default)]
 struct Keys {
     mode: Mode,
@@ -27,7 +27,7 @@ struct Keys {
     probe_paths: Option<Vec<PathBuf>>,
 }
 
-/// Facts from the environment of a generator, set by systemd 251 and later.
+/// Facts from the environment of the generator, which systemd 251 and later set.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Environment {
     /// `$SYSTEMD_IN_INITRD`.
@@ -36,7 +36,7 @@ pub struct Environment {
     pub first_boot: Option<bool>,
 }
 
-/// Gathers everything. Problems become the fact [`Facts::unclear`]; there is no other error.
+/// Gathers all facts of the system whose root is `root`. Never fails: errors become the fact [`Facts::unclear`].
 pub fn gather(root: &Path, environment: Environment) -> Facts {
     let exists = |path: &Path| fs::symlink_metadata(under(root, path)).is_ok();
     let in_initrd = environment.in_initrd;
@@ -98,13 +98,14 @@ fn keys(root: &Path, line: &CommandLine) -> Result<Keys, Problem> {
         if let Some(mode) = text("mode")? {
             keys.mode = mode.parse().map_err(|Problem(what)| at(format!("mode: {what}")))?;
         }
-        // A file that has either key replaces what earlier files said; an empty one takes it back.
+        // A file with either key replaces the image of earlier files. An empty value removes it.
         let images = [text("image")?, text("release_image")?];
         if images.iter().any(Option::is_some) {
             keys.image = images.into_iter().flatten().any(|value| !value.is_empty());
         }
         if let Some(name) = text("target")? {
-            keys.target = Some(checked_target(name).map_err(at)?);
+            target::check_name(name).map_err(|Problem(what)| at(format!("target: {what}")))?;
+            keys.target = Some(name.to_owned());
         }
         if let Some(value) = table.get("probe_paths") {
             keys.probe_paths =
@@ -116,14 +117,11 @@ fn keys(root: &Path, line: &CommandLine) -> Result<Keys, Problem> {
         keys.mode = mode.parse().map_err(|Problem(what)| at(format!("node-image-pivot: {what}")))?;
     }
     if let Some(name) = &line.target {
-        keys.target = Some(checked_target(name).map_err(at)?);
+        target::check_name(name).map_err(|Problem(what)| at(format!("target: {what}")))?;
+        keys.target = Some(name.clone());
     }
     keys.image |= line.image.is_some() || line.release_image.is_some();
     Ok(keys)
-}
-
-fn checked_target(name: &str) -> Result<String, String> {
-    target::check_name(name).map(|()| name.to_owned()).map_err(|why| format!("target: \"{name}\" {why}"))
 }
 
 fn paths(value: &toml::Value) -> Option<Vec<PathBuf>> {

@@ -1,7 +1,6 @@
-//! A logger that never fails: one line to the kernel's ring buffer, or to standard error.
+//! A logger that never fails. It writes lines to the kernel's ring buffer, or to standard error.
 //!
-//! Neither the journal nor syslog runs yet when a generator does. The kernel's buffer is read by
-//! the journal as soon as it is up.
+//! Neither the journal nor syslog runs yet when a generator runs. The journal reads the kernel's buffer when it starts.
 
 use std::fs::OpenOptions;
 use std::io::Write;
@@ -19,18 +18,18 @@ pub enum Level {
 /// The destination of lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sink {
-    /// `/dev/kmsg`, and standard error when that cannot be written.
+    /// `/dev/kmsg`, or standard error if `/dev/kmsg` cannot be written.
     Kernel,
-    /// Standard error: for tests.
+    /// Standard error, for tests.
     Stderr,
 }
 
 impl Sink {
-    /// Writes one line. Whatever goes wrong is ignored: a boot must not fail for want of a log.
+    /// Writes one line. Errors are ignored: a boot must not fail because a message cannot be logged.
     pub fn log(self, level: Level, message: &str) {
-        // One line, since a newline would end the record and lose the rest of its prefix.
+        // A newline would end the record, and the next line would lack the prefix.
         let line = format!("<{}>node-image-pivot-generator: {}\n", level as u8, message.replace('\n', " "));
-        // Each record has to be a single write of at most about 1 KiB.
+        // The kernel accepts a record only as a single write of about 1 KiB at most.
         let mut end = line.len().min(900);
         while !line.is_char_boundary(end) {
             end -= 1;

@@ -1,10 +1,10 @@
-//! The boot half of node-image-pivot: decides if this boot goes to `node-image-pivot.target` first.
+//! The systemd generator of node-image-pivot: decides if this boot is redirected to `node-image-pivot.target`.
 //!
-//! [`facts::gather`] reads the system, [`decide::decide`] is a pure function of what was read, and
-//! [`emit::redirect`] writes the answer. The binary only glues the three together.
+//! [`facts::gather`] reads the system, [`decide::decide`] is a pure function of these facts, and [`emit::redirect`] writes
+//! the redirect. The binary only calls the three functions.
 //!
-//! What the agent reads by the same rules is in `boot-config`. Nothing here knows ostree, D-Bus or the network: a
-//! generator runs before all of them, and its time is added to every boot and every daemon-reload.
+//! The crate `boot-config` reads the inputs that the agent must read by the same rules. This crate does not use ostree,
+//! D-Bus or the network: a generator runs before all of them, and its time is added to every boot and every daemon-reload.
 
 pub mod decide;
 pub mod emit;

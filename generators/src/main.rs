@@ -1,7 +1,7 @@
-//! The systemd generator. Called with one or three output directories; see systemd.generator(7).
+//! The systemd generator, which systemd calls with one or three output directories (systemd.generator(7)).
 //!
-//! It never fails the boot: each problem is one line in the kernel's log, and exit status 0
-//! with the boot left as it was.
+//! It never fails the boot: it logs each error as one line in the kernel's log, leaves the boot unchanged, and exits with
+//! status 0.
 
 use std::env;
 use std::panic;
@@ -13,7 +13,7 @@ use node_image_pivot_generator::emit::{self, Outcome, Output};
 use node_image_pivot_generator::facts;
 use node_image_pivot_generator::kmsg::{Level, Sink};
 
-/// Put in front of every path that is read, and makes messages go to standard error: for tests.
+/// Variable for tests: prefix of every path that is read. If it is set, messages are written to standard error.
 const ROOT_VARIABLE: &str = "NODE_IMAGE_PIVOT_GENERATOR_ROOT";
 
 fn main() {
@@ -28,7 +28,7 @@ fn main() {
 fn run(root: &std::path::Path, sink: Sink) {
     let mut arguments = env::args_os().skip(1).map(PathBuf::from);
     let Some(normal) = arguments.next() else {
-        return sink.log(Level::Warning, "called without an output directory; it is for systemd to call");
+        return sink.log(Level::Warning, "called without an output directory; only systemd calls the generator");
     };
     let environment = facts::Environment {
         in_initrd: flag("SYSTEMD_IN_INITRD").unwrap_or(false),
@@ -42,7 +42,7 @@ fn run(root: &std::path::Path, sink: Sink) {
             }
         }
         Decision::Redirect { place, pivot_target, original, services } => {
-            // The agent refuses a misspelt key; the console has a line already now.
+            // The agent will refuse an unknown key. The warning is on the console earlier.
             for key in CommandLine::read(root).unwrap_or_default().unknown {
                 sink.log(Level::Warning, &format!("unknown key on the kernel command line: {key}"));
             }
@@ -53,12 +53,12 @@ fn run(root: &std::path::Path, sink: Sink) {
             let output = Output { normal, link: link_to.join("default.target"), mark: under(root, mark::REDIRECTED) };
             match emit::redirect(&output, &pivot_target, &original, &services) {
                 Ok(Outcome::Redirected) => {
-                    sink.log(Level::Notice, &format!("this boot goes to the node image first, then to {original}"));
+                    sink.log(Level::Notice, &format!("redirecting this boot to the node image, then to {original}"));
                 }
                 Ok(Outcome::LeftToOther) => {
                     mark::forget_redirect(root);
                     let link = output.link.display();
-                    sink.log(Level::Info, &format!("not redirecting this boot: {link} is another generator's"));
+                    sink.log(Level::Info, &format!("not redirecting this boot: {link} belongs to another generator"));
                 }
                 Err(Problem(what)) => {
                     mark::forget_redirect(root);
@@ -69,7 +69,7 @@ fn run(root: &std::path::Path, sink: Sink) {
     }
 }
 
-/// Returns a variable that systemd 251 and later set to 0 or 1.
+/// Returns the value of a variable that systemd 251 and later set to 0 or 1.
 fn flag(name: &str) -> Option<bool> {
     env::var(name).ok().map(|value| !matches!(value.as_str(), "" | "0" | "no" | "false"))
 }

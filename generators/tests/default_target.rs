@@ -1,4 +1,4 @@
-//! The `default.target` that systemd uses in the end, and the target after the pivot, over kernel command lines, configured
+//! Checks the `default.target` that systemd uses, and the target after the pivot, for kernel command lines, configured
 //! defaults and the output of other generators.
 #![allow(clippy::unwrap_used)]
 
@@ -13,7 +13,7 @@ use boot_config::under;
 
 const OUTPUT: [&str; 3] = ["/run/systemd/generator", "/run/systemd/generator.early", "/run/systemd/generator.late"];
 
-/// The output directory of another generator, which replaces a link that is there, as `ln -sf` does.
+/// The output directory of another generator, which replaces an existing link, as `ln -sf` does.
 #[derive(Debug, Clone, Copy)]
 enum Other {
     None,
@@ -28,8 +28,8 @@ fn link(root: &Path, directory: &str, to: &str) {
     symlink(to, link).unwrap();
 }
 
-/// Runs the generator beside another one. `etc`: the administrator's default target. Returns the default target that
-/// systemd uses, and the one that the agent goes to after a pivot.
+/// Runs the generator and another one. `etc` is the administrator's default target. Returns the default target that
+/// systemd uses, and the target that the agent isolates after a pivot.
 fn boot(cmdline: &str, etc: Option<&str>, other: Other) -> (String, String) {
     let root = tempfile::tempdir().unwrap();
     let root = root.path();
@@ -63,31 +63,31 @@ fn boot(cmdline: &str, etc: Option<&str>, other: Other) -> (String, String) {
 }
 
 #[test]
-fn another_generators_boot_is_left_to_it() {
+fn another_generators_redirect_wins() {
     use Other::{After, Before, None as Alone};
     let [normal, early, late] = OUTPUT;
     const OURS: &str = "node-image-pivot.target";
     for (cmdline, etc, other, used, original) in [
         ("quiet", None, Alone, OURS, "graphical.target"),
         ("quiet", Some("admin.target"), Alone, OURS, "admin.target"),
-        // An unknown generator wins wherever its link would win without us, in whatever order the two run.
+        // An unknown generator wins if its link would also win without this generator, in either order.
         ("quiet", None, Before(normal), "other.target", "other.target"),
         ("quiet", None, After(normal), "other.target", "other.target"),
         ("quiet", None, Before(early), "other.target", "other.target"),
         ("quiet", None, After(early), "other.target", "other.target"),
         ("quiet", Some("admin.target"), Before(early), "other.target", "other.target"),
         ("quiet", Some("admin.target"), After(early), "other.target", "other.target"),
-        // Its link loses to a configured default: with us, too.
+        // Its link has lower priority than a configured default, also without this generator.
         ("quiet", None, Before(late), OURS, "graphical.target"),
         ("quiet", None, After(late), OURS, "graphical.target"),
         ("quiet", Some("admin.target"), Before(normal), OURS, "admin.target"),
         ("quiet", Some("admin.target"), After(normal), OURS, "admin.target"),
-        // Generators that are known by their argument do not replace a link, or lose to one in /etc.
+        // The generator does not redirect if the command line has an argument of a known generator.
         ("systemd.run=/bin/true", None, After(normal), "other.target", "other.target"),
         ("systemd.run=/bin/true", Some("admin.target"), After(normal), "admin.target", "admin.target"),
         ("coreos.inst.install_dev=/dev/sda", None, After(normal), "other.target", "other.target"),
         ("coreos.inst.install_dev=", None, Alone, OURS, "graphical.target"),
-        // systemd goes elsewhere by itself.
+        // systemd itself boots to another target.
         ("systemd.unit=rescue.target", None, Alone, "graphical.target", "graphical.target"),
         ("rescue", None, Alone, "graphical.target", "graphical.target"),
         ("emergency", None, Alone, "graphical.target", "graphical.target"),
@@ -95,7 +95,7 @@ fn another_generators_boot_is_left_to_it() {
         ("1", None, Alone, "graphical.target", "graphical.target"),
         ("3", None, Alone, "graphical.target", "graphical.target"),
         ("5", None, Alone, "graphical.target", "graphical.target"),
-        // The initramfs's.
+        // Arguments for the initramfs.
         ("rd.systemd.unit=rescue.target rd.systemd.run=x rd.break", None, Alone, OURS, "graphical.target"),
     ] {
         let expected = (used.to_owned(), original.to_owned());

@@ -1,5 +1,5 @@
-//! Golden directories: each `NN-name` is a small root. The binary runs on a copy of it; its output is compared with
-//! `run.expected`, its messages with `log.expected`.
+//! Runs the generator on golden directories. Each `NN-name` is a small root. The test runs the binary on a copy of it, and
+//! compares its output with `run.expected` and its messages with `log.expected`.
 //!
 //! Optional files of a case: `environment` (lines `KEY=value`) and `arguments` (how many output
 //! directories it is called with; 3 when missing). Set `UPDATE_GOLDEN=1` to rewrite `log.expected`.
@@ -23,7 +23,7 @@ fn cases() -> Vec<PathBuf> {
     cases
 }
 
-/// Copies a directory with all below it.
+/// Copies a directory and its content.
 fn copy(from: &Path, to: &Path) {
     fs::create_dir_all(to).unwrap();
     for entry in fs::read_dir(from).unwrap().map(Result::unwrap) {
@@ -36,7 +36,7 @@ fn copy(from: &Path, to: &Path) {
     }
 }
 
-/// Runs the generator on `case`, a copy.
+/// Runs the generator on `case`, which must be a copy.
 fn run(case: &Path, output: &Path) -> Output {
     let count = fs::read_to_string(case.join("arguments")).map_or(3, |n| n.trim().parse().unwrap());
     let mut command = Command::new(BINARY);
@@ -48,7 +48,7 @@ fn run(case: &Path, output: &Path) -> Output {
     command.args(DIRECTORIES.iter().take(count).map(|name| output.join(name))).output().unwrap()
 }
 
-/// Every file and link below `directory`: relative path to what it holds.
+/// Returns all files and links below `directory`: relative path and content or target.
 fn tree(directory: &Path) -> BTreeMap<PathBuf, String> {
     let mut found = BTreeMap::new();
     let mut pending = vec![directory.to_owned()];
@@ -69,7 +69,7 @@ fn tree(directory: &Path) -> BTreeMap<PathBuf, String> {
 }
 
 #[test]
-fn every_case_gives_what_is_expected_and_the_same_again() {
+fn every_case_has_the_expected_result_twice() {
     let cases = cases();
     assert!(cases.len() > 30, "the golden directories are missing");
     for case in cases {
@@ -101,7 +101,7 @@ fn base_only() -> tempfile::TempDir {
 }
 
 #[test]
-fn a_directory_that_cannot_be_written_leaves_the_boot_alone() {
+fn an_unwritable_directory_leaves_the_boot_unchanged() {
     let (case, output) = (base_only(), tempfile::tempdir().unwrap());
     let case = case.path();
     fs::write(output.path().join("generator"), "a file where the directory should be").unwrap();
@@ -109,19 +109,19 @@ fn a_directory_that_cannot_be_written_leaves_the_boot_alone() {
     let result = run(case, output.path());
     assert!(result.status.success());
     assert!(!case.join("run/node-image-pivot/redirected").exists(), "no mark without a redirect");
-    assert_eq!(tree(&output.path().join("generator.early")), BTreeMap::new(), "no link without the way back");
+    assert_eq!(tree(&output.path().join("generator.early")), BTreeMap::new(), "no link without the original target");
     let log = String::from_utf8(result.stderr).unwrap();
     assert!(log.starts_with("<4>node-image-pivot-generator: cannot write "), "{log}");
 }
 
 #[test]
-fn without_arguments_it_says_so_and_succeeds() {
+fn a_call_without_arguments_is_reported_and_succeeds() {
     let result = Command::new(BINARY).env("NODE_IMAGE_PIVOT_GENERATOR_ROOT", "/nonexistent").output().unwrap();
     assert!(result.status.success());
     assert!(String::from_utf8(result.stderr).unwrap().contains("output directory"));
 }
 
-/// Printed, not asserted: a busy machine says nothing about the program. `cargo test -- --nocapture`.
+/// Prints the start-up time (`cargo test -- --nocapture`). It is not asserted, because it depends on the load.
 #[test]
 fn start_up_time() {
     let (case, output) = (base_only(), tempfile::tempdir().unwrap());

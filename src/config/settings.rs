@@ -159,7 +159,7 @@ impl Settings {
                 "target",
                 inputs.target,
                 || target::FALLBACK_TARGET.to_owned(),
-                |name| target::check_name(&name).map_err(|why| anyhow!("\"{name}\" {why}")).map(|()| name),
+                |name| Ok(target::check_name(&name).map(|()| name)?),
             )?,
             probe_paths: checked(
                 "probe_paths",

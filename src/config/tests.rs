@@ -113,12 +113,12 @@ fn the_last_source_with_an_image_wins() {
 #[test]
 fn invalid_values_name_source_key_and_expected_values() {
     for (text, expected) in [
-        ("mode = \"on\"", "/etc/node-image-pivot.conf.d/50.toml: mode: "),
+        ("mode = \"on\"", "/etc/node-image-pivot.conf.d/50.toml: mode: unknown mode \"on\": expected auto"),
         ("image = \"a\"\nrelease_image = \"b\"", "50.toml: both image and release_image are set; remove one"),
         ("imgae = \"a\"", "unknown field `imgae`"),
         ("image_tags = []", "image_tags: the list is empty"),
-        ("target = \"multi-user\"", "target: \"multi-user\""),
-        ("target = \"node-image-pivot.target\"", "target: \"node-image-pivot.target\""),
+        ("target = \"multi-user\"", "target: invalid target \"multi-user\": expected the name of a target"),
+        ("target = \"node-image-pivot.target\"", "expected the target to isolate after the pivot"),
         ("probe_paths = [\"bin/oc\"]", "probe_paths: invalid path \"bin/oc\": expected an absolute path"),
         ("auth_file = \"auth.json\"", "auth_file: invalid path \"auth.json\": expected an absolute path"),
         ("ram_limit = \"0%\"", "ram_limit: invalid limit \"0%\": expected 1% to 95%, or a size"),
@@ -132,17 +132,17 @@ fn invalid_values_name_source_key_and_expected_values() {
         ("[retry]\nmaximum = nan", "retry.maximum: invalid duration NaN"),
         ("[retry]\nmaximum = 1e9", "invalid duration"),
         ("[hooks]\ntimeout = 0", "hooks.timeout: invalid duration 0"),
-        ("[units]\n\"a.service\" = \"kill\"", "units: "),
-        ("[units]\nssh = \"never\"", "units: "),
-        ("[units]\n\"node-image-pull.service\" = \"stop\"", "units: "),
+        ("[units]\n\"a.service\" = \"kill\"", "units: unknown action \"kill\": expected reload, restart"),
+        ("[units]\nssh = \"never\"", "units: invalid unit pattern \"ssh\""),
+        ("[units]\n\"node-image-pull.service\" = \"stop\"", "the agent's own units are never touched"),
         ("[etc]\nstrategy = \"merge\"", "etc.strategy: unknown strategy \"merge\": expected keep or fail"),
     ] {
         let message = format!("{:#}", etc(text).unwrap_err());
         assert!(message.contains(expected) && message.contains("50.toml"), "{text}: {message}");
     }
     for (cmdline, expected) in [
-        ("node-image-pivot=on", "kernel command line: mode: "),
-        ("node-image-pivot.target=x", "kernel command line: target: \"x\""),
+        ("node-image-pivot=on", "kernel command line: mode: unknown mode \"on\""),
+        ("node-image-pivot.target=x", "kernel command line: target: invalid target \"x\""),
         ("node-image-pivot.imgae=x", "kernel command line: unknown key node-image-pivot.imgae"),
         (
             "node-image-pivot.image=a node-image-pivot.release-image=b",

@@ -1,8 +1,8 @@
-//! The kernel command line: `node-image-pivot…` keys, and others that decide where the boot goes.
+//! Parses the kernel command line: the `node-image-pivot…` keys, and other arguments that select the boot's target.
 //!
-//! Words are split as systemd splits them: by white space, `"` and `'` quote, a backslash is an
-//! ordinary character, an unclosed quote ends with the line. Of a key given twice the last one wins.
-//! A key may be written with `_` for `-`. Keys that start with `rd.` are the initramfs's business.
+//! The line is split into words as systemd does: white space separates words, `"` and `'` quote, a backslash is an
+//! ordinary character, and an unclosed quote ends with the line. If a key is repeated, the last value counts. A key may
+//! be written with `_` for `-`. Keys that start with `rd.` apply only to the initramfs.
 
 use std::fs;
 use std::path::Path;
@@ -12,34 +12,37 @@ use crate::{Problem, under};
 /// The arguments of the kernel command line that concern the pivot.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct CommandLine {
-    /// `node-image-pivot=`, not yet checked.
+    /// `node-image-pivot=`, unchecked.
     pub mode: Option<String>,
     /// `node-image-pivot.image=`: a pull spec.
     pub image: Option<String>,
     /// `node-image-pivot.release-image=`: a pull spec.
     pub release_image: Option<String>,
-    /// `node-image-pivot.target=`: a unit name, not yet checked.
+    /// `node-image-pivot.target=`: a unit name, unchecked.
     pub target: Option<String>,
-    /// The unit that the boot goes to instead of `default.target`: `systemd.unit=`, or what
-    /// `rescue`, `emergency`, `single` or a runlevel digit stands for.
+    /// The unit to boot to instead of `default.target`: `systemd.unit=`, or the target that `rescue`, `emergency`, `single`
+    /// or a runlevel digit stands for.
     pub unit: Option<String>,
     /// The argument that makes another generator redirect this boot.
     pub other_generator: Option<&'static str>,
     /// `systemd.mask=`: units that are masked for this boot.
     pub masks: Vec<String>,
-    /// Keys that start with `node-image-pivot.` and mean nothing to this version.
+    /// Keys that start with `node-image-pivot.` and that this version does not define.
     pub unknown: Vec<String>,
 }
 
 impl CommandLine {
-    /// Parses the text of `/proc/cmdline`. Never fails: what is not ours is skipped.
+    /// Parses the text of `/proc/cmdline`. Never fails: unrelated arguments are skipped.
     pub fn parse(text: &str) -> Self {
         Self::from_words(words(text))
     }
 
-    /// The command line of the machine whose root is `root`.
+    /// Reads the command line of the machine whose root is `root`.
     ///
-    /// In a container it is that of PID 1, as systemd has it: `/proc/cmdline` is the host's there.
+    /// In a container it is the command line of PID 1, as in systemd: `/proc/cmdline` belongs to the host.
+    ///
+    /// # Errors
+    /// Fails if the file in `/proc` cannot be read.
     pub fn read(root: &Path) -> Result<Self, Problem> {
         let container = under(root, "/run/systemd/container").exists();
         let path = under(root, if container { "/proc/1/cmdline" } else { "/proc/cmdline" });
@@ -49,13 +52,13 @@ impl CommandLine {
         Ok(if container { Self::from_words(text.split('\0').map(String::from)) } else { Self::parse(&text) })
     }
 
-    /// Interprets words that are already split.
-    pub fn from_words(words: impl IntoIterator<Item = String>) -> Self {
+    /// Interprets a command line that is already split into words.
+    fn from_words(words: impl IntoIterator<Item = String>) -> Self {
         let mut line = Self::default();
         for word in words {
             match word.split_once('=') {
                 Some((key, value)) => line.assign(key, value),
-                // A bare `node-image-pivot` has no value; the check of the mode refuses an empty one.
+                // A bare `node-image-pivot` gets an empty value, which the check of the mode refuses.
                 None if word.replace('_', "-") == "node-image-pivot" => line.mode = Some(String::new()),
                 None => line.unit = bare_word_unit(&word).map(String::from).or(line.unit),
             }
@@ -72,7 +75,7 @@ impl CommandLine {
             "node-image-pivot.target" => self.target = given,
             "systemd.unit" => self.unit = given,
             "systemd.mask" => self.masks.extend(given.map(unit_name)),
-            // systemd-run-generator's; coreos-installer-generator's.
+            // Arguments of systemd-run-generator and coreos-installer-generator.
             "systemd.run" | "systemd.run-success-action" if given.is_some() => {
                 self.other_generator = Some("systemd.run=");
             }
@@ -83,12 +86,12 @@ impl CommandLine {
     }
 }
 
-/// Returns the name of a unit, which is a service if it has no suffix.
+/// Appends `.service` to a name without a suffix.
 fn unit_name(name: String) -> String {
     if name.contains('.') { name } else { format!("{name}.service") }
 }
 
-/// The unit that systemd starts for a word without a value, or `None` when it is not such a word.
+/// Returns the unit that systemd boots to for a word without a value, or `None` for other words.
 fn bare_word_unit(word: &str) -> Option<&'static str> {
     Some(match word {
         "emergency" | "-b" => "emergency.target",
@@ -99,7 +102,7 @@ fn bare_word_unit(word: &str) -> Option<&'static str> {
     })
 }
 
-/// Splits a command line into words, without their quotes.
+/// Splits a command line into words and removes their quotes.
 fn words(text: &str) -> Vec<String> {
     let mut words = Vec::new();
     let mut current: Option<String> = None;
@@ -139,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn keys() {
+    fn the_last_value_of_a_key_counts() {
         let some = |s: &str| Some(s.to_owned());
         let line = CommandLine::parse(
             "root=/dev/vda node-image-pivot=off node_image_pivot=force node-image-pivot.image=a \
@@ -162,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn arguments_of_other_generators() {
+    fn arguments_of_other_generators_are_known() {
         for (text, expected) in [
             ("quiet ro", None),
             ("systemd.run=/bin/true", Some("systemd.run=")),
@@ -177,13 +180,13 @@ mod tests {
     }
 
     #[test]
-    fn masked_units() {
+    fn masked_units_are_collected() {
         let line = CommandLine::parse("systemd.mask=a.target systemd.mask=sshd rd.systemd.mask=b.target systemd.mask=");
         assert_eq!(line.masks, ["a.target", "sshd.service"]);
     }
 
     #[test]
-    fn the_unit_the_boot_goes_to() {
+    fn the_unit_to_boot_to_is_systemds() {
         for (text, unit) in [
             ("quiet ro", None),
             ("systemd.unit=foo.target", Some("foo.target")),

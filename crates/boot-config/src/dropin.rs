@@ -1,8 +1,8 @@
-//! The configuration's drop-in files: which ones count, and in which order.
+//! Finds the drop-in files of the configuration and their order.
 //!
-//! `*.toml` from `node-image-pivot.conf.d` in `/usr/lib`, `/run` and `/etc`. A file hides the file of
-//! the same name in an earlier directory; a link to `/dev/null` hides it and adds nothing. What is
-//! left is sorted by file name, whatever directory it is in, and read in that order: later wins.
+//! The files are `*.toml` in `node-image-pivot.conf.d` below `/usr/lib`, `/run` and `/etc`. A file replaces the file of the
+//! same name in an earlier directory. A link to `/dev/null` hides it. The remaining files apply in the order of their
+//! names, regardless of the directory; later files win.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -12,26 +12,27 @@ use std::path::{Path, PathBuf};
 
 use crate::{Problem, under};
 
-/// The directories, weakest first.
-pub const DIRECTORIES: [&str; 3] =
+/// The directories of drop-in files, in ascending priority.
+const DIRECTORIES: [&str; 3] =
     ["/usr/lib/node-image-pivot.conf.d", "/run/node-image-pivot.conf.d", "/etc/node-image-pivot.conf.d"];
 
-/// Larger files are refused: a generator must not be made to read without end.
+/// Size limit in bytes. It bounds the time that a generator spends reading.
 const MAX_BYTES: u64 = 1 << 20;
 
-/// One drop-in file.
+/// A drop-in file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Fragment {
-    /// The path on the machine, for messages.
+    /// Path on the machine, for messages.
     pub path: PathBuf,
-    /// Its content.
+    /// Content of the file.
     pub text: String,
 }
 
-/// All fragments that count, in the order in which they are to be applied.
+/// Returns all drop-in files that apply, in ascending priority. A missing directory counts as empty.
 ///
-/// A missing directory is an empty one. A file that cannot be read is an error, since what it would
-/// have said is unknown: the caller must not act as if it had said nothing.
+/// # Errors
+/// Fails if a directory cannot be listed or a file cannot be read. The caller must not treat an unreadable file as
+/// missing: it may contain `mode = "off"`.
 pub fn fragments(root: &Path) -> Result<Vec<Fragment>, Problem> {
     let mut by_name: BTreeMap<OsString, PathBuf> = BTreeMap::new();
     for directory in DIRECTORIES {
@@ -57,9 +58,10 @@ fn read(root: &Path, path: PathBuf) -> Result<Option<Fragment>, Problem> {
     if fs::read_link(&place).is_ok_and(|target| target == Path::new("/dev/null")) {
         return Ok(None);
     }
-    let problem = |what: &str| Problem(format!("{}: {what}; correct the file or remove it", path.display()));
+    let problem =
+        |cause: &str| Problem(format!("cannot read {}: {cause}; correct the file or remove it", path.display()));
     let metadata = fs::metadata(&place).map_err(|e| problem(&e.to_string()))?;
-    // Opening a named pipe would wait for a writer for ever.
+    // Opening a named pipe would block until a writer opens it.
     if !metadata.is_file() {
         return Err(problem("not a regular file"));
     }
@@ -83,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn order_replacement_and_masks() {
+    fn files_are_ordered_replaced_and_masked() {
         let root = tempfile::tempdir().unwrap();
         let root = root.path();
         write(root, "/usr/lib/node-image-pivot.conf.d/10-a.toml", "hidden");
@@ -103,18 +105,21 @@ mod tests {
     }
 
     #[test]
-    fn nothing_there_is_nothing_said() {
+    fn missing_directories_are_empty() {
         let root = tempfile::tempdir().unwrap();
         assert_eq!(fragments(root.path()), Ok(vec![]));
     }
 
     #[test]
-    fn what_cannot_be_read_is_an_error_that_names_the_file() {
+    fn an_unreadable_file_is_an_error_that_names_it() {
         let root = tempfile::tempdir().unwrap();
         let root = root.path();
         fs::create_dir_all(under(root, "/etc/node-image-pivot.conf.d/10-a.toml")).unwrap();
         let message = fragments(root).unwrap_err().to_string();
-        assert!(message.starts_with("/etc/node-image-pivot.conf.d/10-a.toml: not a regular file; "), "{message}");
+        assert!(
+            message.starts_with("cannot read /etc/node-image-pivot.conf.d/10-a.toml: not a regular file; "),
+            "{message}"
+        );
         fs::remove_dir(under(root, "/etc/node-image-pivot.conf.d/10-a.toml")).unwrap();
         symlink("nowhere", under(root, "/etc/node-image-pivot.conf.d/10-a.toml")).unwrap();
         assert!(fragments(root).is_err(), "a dangling link is not a mask");

@@ -1,5 +1,5 @@
-//! Marks below `/run/node-image-pivot`: what a later run of the generator, at a reload of systemd, has to know of this
-//! boot.
+//! Mark files below `/run/node-image-pivot`: facts about this boot that a later run of the generator, at a reload of systemd,
+//! needs.
 
 use std::fs;
 use std::io::{self, ErrorKind};
@@ -8,27 +8,30 @@ use std::path::Path;
 
 use crate::under;
 
-/// Made by the agent at the switch, before it lets systemd reload: from then on nothing is redirected.
+/// Mark that the agent writes at the switch, before it reloads systemd. While it exists, the generator redirects nothing.
 pub const PIVOTED: &str = "/run/node-image-pivot/pivoted";
 
-/// Made when a boot is redirected, and removed by the agent when it isolates to the original target.
+/// Mark that the generator writes when it redirects a boot. The agent removes it when it isolates the original target.
 pub const REDIRECTED: &str = "/run/node-image-pivot/redirected";
 
-/// systemd's mark of a service that every redirected boot and every ordinary boot starts, and no initramfs.
+/// systemd's mark of a service that both redirected and ordinary boots start, and that an initramfs does not start.
 const LOGINS_PERMITTED: &str = "/run/systemd/units/invocation:systemd-user-sessions.service";
 
-/// The line of [`PIVOTED`] that names the root directory begins with this.
+/// Prefix of the line in [`PIVOTED`] that names the root directory.
 const ROOT_KEY: &str = "root=";
 
-/// Returns the content of [`PIVOTED`] for the machine whose root is `root`. The root directory is named by device and
-/// inode: a soft reboot keeps `/run` and may replace the root.
+/// Returns the content of [`PIVOTED`] for the machine whose root is `root`. It names the root directory by device and
+/// inode, because a soft reboot keeps `/run` and may replace the root.
+///
+/// # Errors
+/// Fails if the metadata of `root` cannot be read.
 pub fn pivoted_text(root: &Path) -> io::Result<String> {
     let metadata = fs::metadata(root)?;
     Ok(format!("{ROOT_KEY}{}:{}\n", metadata.dev(), metadata.ino()))
 }
 
-/// Returns true if the switch was made in this root. A mark that names no root counts for every root, and so does one
-/// that cannot be read.
+/// Returns true if the switch was made in this root. A mark without the name of a root, or an unreadable mark, counts for
+/// every root.
 pub fn is_pivoted(root: &Path) -> bool {
     let text = match fs::read_to_string(under(root, PIVOTED)) {
         Ok(text) => text,
@@ -38,18 +41,18 @@ pub fn is_pivoted(root: &Path) -> bool {
     text.lines().find(|line| line.starts_with(ROOT_KEY)).is_none_or(|line| line == here.trim_end())
 }
 
-/// Returns true if the boot is over: the manager has started services of the default target, and did not get there by a
-/// redirect. A redirect would change only what `systemctl default` does.
+/// Returns true if the boot is over: systemd has started services of the default target, and the boot was not redirected.
+/// A redirect would then affect only `systemctl default`.
 pub fn has_booted(root: &Path) -> bool {
     let exists = |path: &str| fs::symlink_metadata(under(root, path)).is_ok();
     exists(LOGINS_PERMITTED) && !exists(REDIRECTED)
 }
 
-/// Removes the mark of a redirect that an earlier root made, before a soft reboot. During the boot that was redirected
-/// the mark stays, even if a later run leaves the boot alone: after an undo it counts again.
+/// Removes the mark of a redirect that an earlier root made before a soft reboot. During the redirected boot the mark is
+/// kept, even if a later run leaves the boot unchanged: it is needed again after an undo.
 pub fn forget_redirect(root: &Path) {
     if fs::symlink_metadata(under(root, LOGINS_PERMITTED)).is_err() {
-        // Without the mark there is nothing to remove.
+        // An error means that the mark does not exist.
         let _ = fs::remove_file(under(root, REDIRECTED));
     }
 }
@@ -70,7 +73,7 @@ mod tests {
             (of(root.path()), true),
             (format!("registry.example.com/node@sha256:0\n{}", of(root.path())), true),
             (of(other.path()), false),
-            // An older agent's.
+            // Marks of older agents.
             (String::new(), true),
             ("registry.example.com/node@sha256:0".to_owned(), true),
         ] {

@@ -1,16 +1,16 @@
-//! The mode: when to pivot.
+//! The mode, which decides if a boot pivots.
 
 use std::str::FromStr;
 
 use crate::Problem;
 
-/// `node-image-pivot=` on the kernel command line, `mode` in the configuration.
+/// Value of `node-image-pivot=` on the kernel command line and of `mode` in the configuration.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
-    /// Pivot when none of the probe paths exists.
+    /// Pivot if none of the probe paths exists.
     #[default]
     Auto,
-    /// Never.
+    /// Never pivot.
     Off,
     /// Pivot even if the probe paths exist.
     Force,
@@ -24,12 +24,12 @@ impl FromStr for Mode {
             "auto" => Ok(Mode::Auto),
             "off" => Ok(Mode::Off),
             "force" => Ok(Mode::Force),
-            _ => Err(Problem(format!("\"{word}\" is not a mode; write auto, off or force"))),
+            _ => Err(Problem(format!("unknown mode \"{word}\": expected auto, off or force"))),
         }
     }
 }
 
-/// Paths that only the node image has: if any exists, the machine is one already.
+/// Paths that only a node image has. If one of them exists, the machine already runs a node image.
 pub const DEFAULT_PROBE_PATHS: [&str; 2] = ["/usr/bin/oc", "/usr/bin/kubelet"];
 
 #[cfg(test)]
@@ -37,7 +37,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn modes() {
+    fn unknown_modes_are_refused() {
         assert_eq!("force".parse(), Ok(Mode::Force));
         for bad in ["", "on", "OFF", "yes"] {
             assert!(bad.parse::<Mode>().is_err(), "{bad}");

@@ -1,4 +1,4 @@
-//! Presets, by systemd.preset(5): what PID 1 enables on a first boot, after the generators have run.
+//! Presets (systemd.preset(5)): units that PID 1 enables on a first boot, after the generators have run.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use crate::under;
 
-/// Directories of preset files, strongest first.
+/// Directories of preset files, in descending priority.
 const DIRECTORIES: [&str; 4] = [
     "/etc/systemd/system-preset",
     "/run/systemd/system-preset",
@@ -26,8 +26,8 @@ struct Rule {
 }
 
 impl Presets {
-    /// Reads the preset files of the machine whose root is `root`: sorted by name, whatever directory they are in; of
-    /// several with one name, that of the strongest directory. A file that cannot be read has no rules.
+    /// Reads the preset files of the machine whose root is `root`, sorted by name regardless of the directory. Of files with
+    /// the same name, the one with the highest priority counts. An unreadable file counts as empty.
     pub fn read(root: &Path) -> Self {
         let mut by_name: BTreeMap<OsString, PathBuf> = BTreeMap::new();
         for directory in DIRECTORIES {
@@ -36,7 +36,7 @@ impl Presets {
                 by_name.entry(entry.file_name()).or_insert(entry.path());
             }
         }
-        // Only files: a named pipe would block the boot.
+        // Named pipes are skipped, because they would block the boot.
         let files = by_name.into_values().filter(|path| path.is_file());
         let texts = files.map(|path| fs::read(path).unwrap_or_default());
         Self(texts.flat_map(|text| rules(&String::from_utf8_lossy(&text))).collect())
@@ -53,11 +53,11 @@ fn rules(text: &str) -> Vec<Rule> {
         let mut words = line.split_ascii_whitespace();
         let enable = match words.next()? {
             "enable" => true,
-            // `ignore` leaves a unit as it is, and the units asked about are those that no link enables.
+            // `ignore` leaves a unit unchanged. The caller checks only units that no link enables.
             "disable" | "ignore" => false,
             _ => return None,
         };
-        // Further words are the instances of a template.
+        // Further words are instances of a template.
         words.next().map(|pattern| Rule { enable, pattern: pattern.to_owned() })
     };
     text.lines().filter_map(rule).collect()
@@ -80,7 +80,7 @@ fn matches(pattern: &[u8], name: &[u8]) -> bool {
     }
 }
 
-/// Splits `a-z]rest` behind the set's end. A `]` at the beginning, or behind `!`, is a member.
+/// Splits `a-z]rest` after the end of the set. A `]` at the beginning, or after `!`, is a member.
 fn set(pattern: &[u8]) -> Option<(&[u8], &[u8])> {
     let negation = usize::from(matches!(pattern.first(), Some(b'!' | b'^')));
     let end = pattern.iter().skip(negation + 1).position(|&byte| byte == b']')? + negation + 1;

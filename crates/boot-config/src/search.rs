@@ -1,4 +1,4 @@
-//! Finds unit files by systemd's rules: the file of a unit, and every form of mask.
+//! Finds unit files and all forms of masks by systemd's rules (systemd.unit(5)).
 
 use std::fs;
 use std::os::unix::fs::FileTypeExt;
@@ -6,11 +6,11 @@ use std::path::{Component, Path, PathBuf};
 
 use crate::under;
 
-/// Directories of system units, strongest first, without the output of generators.
-pub const CONFIGURED: &[&str] =
+/// Directories of system units in descending priority, without the output of generators.
+const CONFIGURED: &[&str] =
     &["/etc/systemd/system", "/run/systemd/system", "/usr/local/lib/systemd/system", "/usr/lib/systemd/system"];
 
-/// The same with the output of generators.
+/// Directories of system units in descending priority, with the output of generators.
 pub const ALL: &[&str] = &[
     "/run/systemd/generator.early",
     "/etc/systemd/system",
@@ -21,15 +21,15 @@ pub const ALL: &[&str] = &[
     "/run/systemd/generator.late",
 ];
 
-/// Links from name to name that are followed before they are taken for a loop.
+/// The largest number of links to follow. A longer chain counts as a loop.
 pub(crate) const MAX_LINKS: usize = 16;
 
 /// The unit files of the machine whose root is `root`.
 #[derive(Debug, Clone, Copy)]
 pub struct Search<'a> {
-    /// Put in front of every path.
+    /// Prefix of every path.
     pub root: &'a Path,
-    /// Directories, strongest first.
+    /// Directories in descending priority.
     pub directories: &'a [&'static str],
     /// Units that the kernel command line masks.
     pub masks: &'a [String],
@@ -38,7 +38,7 @@ pub struct Search<'a> {
 /// The result of a search.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Found {
-    /// No directory has the unit, or its link leads nowhere.
+    /// No directory has the unit, or its link is dangling.
     Missing,
     /// The unit is masked: by the kernel command line, a link that ends at `/dev/null`, or an empty file.
     Masked,
@@ -47,13 +47,13 @@ pub enum Found {
 }
 
 impl<'a> Search<'a> {
-    /// Searches the directories that exist before generators run. A generator must not take its own output, or that of
-    /// one that runs beside it, for the configuration.
+    /// Searches only the directories that are complete before generators run. A generator must not treat its own output, or
+    /// that of a concurrent generator, as configuration.
     pub fn configured(root: &'a Path, masks: &'a [String]) -> Self {
         Self { root, directories: CONFIGURED, masks }
     }
 
-    /// Searches all directories, as systemd does once the generators are done.
+    /// Searches all directories, as systemd does after the generators have run.
     pub fn complete(root: &'a Path) -> Self {
         Self { root, directories: ALL, masks: &[] }
     }
@@ -71,19 +71,19 @@ impl<'a> Search<'a> {
         }
     }
 
-    /// Returns true if `wants/name` exists and is not masked. systemd uses only its name: where a link leads is
-    /// irrelevant, unless it masks.
+    /// Returns true if `wants/name` exists and is not masked. systemd uses only the name of the link and ignores its target,
+    /// unless the target is a mask.
     pub fn pulls_in(&self, wants: &str, name: &str) -> bool {
         let entry = self.first(&format!("{wants}/{name}"));
         entry.is_some_and(|path| !matches!(self.end(&path), End::Null | End::Empty))
     }
 
-    /// The strongest directory entry of that name.
+    /// Returns the directory entry of that name with the highest priority.
     pub(crate) fn first(&self, name: &str) -> Option<PathBuf> {
         self.candidates(name).next()
     }
 
-    /// All directory entries of that name, strongest first.
+    /// Returns all directory entries of that name in descending priority.
     pub(crate) fn candidates(&self, name: &str) -> impl Iterator<Item = PathBuf> {
         let paths = self.directories.iter().map(move |directory| Path::new(directory).join(name));
         paths.filter(|path| fs::symlink_metadata(under(self.root, path)).is_ok())
@@ -120,11 +120,11 @@ pub(crate) enum End {
     Empty,
     /// A file with content.
     File,
-    /// Neither: a dangling link, a loop, a directory.
+    /// A dangling link, a loop, or a directory.
     Nowhere,
 }
 
-/// The absolute path that the link `link` at `path` names.
+/// Returns the absolute target of the link `link` at `path`.
 fn absolute(path: &Path, link: &Path) -> PathBuf {
     let mut absolute = PathBuf::new();
     for component in path.parent().unwrap_or(Path::new("/")).join(link).components() {

@@ -1,5 +1,5 @@
-//! The services that a pull needs before the original target starts them: network, names, and the time, by which
-//! certificates are valid.
+//! Services that a pull needs before the original target starts them: the network, name resolution, and the time, which the
+//! check of certificates needs.
 
 use std::fs;
 use std::path::Path;
@@ -8,8 +8,8 @@ use crate::preset::Presets;
 use crate::search::{Found, Search};
 use crate::under;
 
-/// Services that bring up the network, its names and the time on the systems that we know.
-pub const SERVICES: [&str; 7] = [
+/// Services that bring up the network, name resolution and the time on supported systems.
+const SERVICES: [&str; 7] = [
     "NetworkManager.service",
     "systemd-networkd.service",
     "systemd-resolved.service",
@@ -23,8 +23,8 @@ pub const SERVICES: [&str; 7] = [
 const WANTS: [&str; 4] =
     ["multi-user.target.wants", "network-online.target.wants", "network.target.wants", "sysinit.target.wants"];
 
-/// Returns those of [`SERVICES`] that are enabled and not masked. With `presets`, those of a first boot, also the ones
-/// that PID 1 enables by preset once the generators have run.
+/// Returns those of [`SERVICES`] that are enabled and not masked. On a first boot, `presets` adds the services that PID 1
+/// will enable by preset after the generators have run.
 pub fn enabled(units: &Search<'_>, presets: Option<&Presets>) -> Vec<&'static str> {
     let enabled = |name: &str| {
         let Found::File(path) = units.find(name) else { return false };
@@ -34,7 +34,7 @@ pub fn enabled(units: &Search<'_>, presets: Option<&Presets>) -> Vec<&'static st
     SERVICES.into_iter().filter(|name| enabled(name)).collect()
 }
 
-/// Returns true if the unit file at `path` can be enabled: an alias, or a file without `[Install]`, cannot.
+/// Returns true if the unit file at `path` can be enabled. Aliases and files without `[Install]` cannot.
 fn can_be_enabled(root: &Path, path: &Path) -> bool {
     let place = under(root, path);
     let text = if place.is_symlink() { Vec::new() } else { fs::read(place).unwrap_or_default() };
@@ -54,7 +54,7 @@ mod tests {
             "usr/lib/systemd/system/chronyd.service",
             "etc/systemd/system/multi-user.target.wants/chronyd.service -> x",
         );
-        // Debian's has another name, and `chronyd.service` for an alias.
+        // On Debian the service is `chrony.service`, with the alias `chronyd.service`.
         let (debian, link_to_debian) =
             ("usr/lib/systemd/system/chrony.service", "etc/systemd/system/multi-user.target.wants/chrony.service -> x");
         let unit = "usr/lib/systemd/system/NetworkManager.service";

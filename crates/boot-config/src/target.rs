@@ -1,53 +1,53 @@
-//! The names of targets: ours, and the one that `default.target` stands for.
+//! Names of targets: the pivot target, and the target that `default.target` stands for.
 
 use std::fs;
 use std::path::Path;
 
 use crate::search::{End, MAX_LINKS, Search};
-use crate::under;
+use crate::{Problem, under};
 
-/// The target that a base-only boot goes to first.
+/// The target to which a base-only boot is redirected.
 pub const PIVOT_TARGET: &str = "node-image-pivot.target";
 
-/// The name that the incumbent's target had; an alias of [`PIVOT_TARGET`].
-pub const ALIAS_TARGET: &str = "node-image-overlay.target";
+/// Name of the target in the installer's scripts; an alias of [`PIVOT_TARGET`].
+const ALIAS_TARGET: &str = "node-image-overlay.target";
 
-/// The units that [`PIVOT_TARGET`] cannot do its work without.
+/// Units without which a boot to [`PIVOT_TARGET`] cannot complete.
 pub const PIVOT_UNITS: [&str; 4] =
     ["node-image-pivotd.service", "node-image-pull.service", "node-image-overlay.service", "node-image-finish.service"];
 
-/// The target that a machine boots to when nothing says otherwise.
+/// The target to boot to if `default.target` is missing or invalid.
 pub const FALLBACK_TARGET: &str = "multi-user.target";
 
-/// The unit that a machine boots to.
+/// The unit that systemd boots to.
 const DEFAULT: &str = "default.target";
 
-/// The place of `default.target`.
+/// The location of `default.target`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Origin {
-    /// In `/usr`, or nowhere. The ordinary output of a generator wins over it.
+    /// In `/usr`, or missing. The normal output of a generator has priority over it.
     Vendor,
     /// In the output of another generator.
     Generator,
-    /// In `/etc` or `/run`. It wins over the ordinary output of a generator.
+    /// In `/etc` or `/run`. It has priority over the normal output of a generator.
     Administrator,
 }
 
 /// The result of [`default_target`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DefaultLink {
-    /// The unit that it stands for.
+    /// The unit that `default.target` stands for.
     pub target: DefaultTarget,
-    /// The place of the link or file.
+    /// The location of the link or file.
     pub origin: Origin,
 }
 
 /// The unit that `default.target` stands for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum DefaultTarget {
-    /// This unit.
+    /// The unit of this name.
     Name(String),
-    /// A masked one: an administrator wants systemd's own fallback (rescue).
+    /// A masked unit: systemd boots to its own fallback (rescue).
     Masked,
 }
 
@@ -57,8 +57,8 @@ impl DefaultTarget {
     }
 }
 
-/// Finds what `default.target` is without our own redirect. Missing, looping, ours or not a valid name:
-/// [`FALLBACK_TARGET`].
+/// Finds the unit that `default.target` stands for, ignoring the redirect by our generator. Returns [`FALLBACK_TARGET`] if
+/// the link is missing, is a loop, or names the pivot target or an invalid unit.
 pub fn default_target(units: &Search<'_>) -> DefaultLink {
     let Some(path) = units.candidates(DEFAULT).find(|path| !is_our_redirect(units.root, path)) else {
         return DefaultLink { target: DefaultTarget::fallback(), origin: Origin::Vendor };
@@ -80,7 +80,7 @@ fn follow(units: &Search<'_>, path: &Path) -> DefaultTarget {
             return DefaultTarget::Masked;
         }
         let Ok(link) = fs::read_link(under(units.root, &path)) else {
-            // A file: the unit's own name ends the chain. `default.target` itself may be a file.
+            // A file ends the chain: its name is the unit. `default.target` itself may be a file.
             return match check_name(&name) {
                 Ok(()) if end == End::Empty => DefaultTarget::Masked,
                 Ok(()) => DefaultTarget::Name(name),
@@ -88,8 +88,8 @@ fn follow(units: &Search<'_>, path: &Path) -> DefaultTarget {
             };
         };
         let Some(next) = link.file_name().and_then(|next| next.to_str()) else { break };
-        // Only names count for systemd, not where a link points; but a link to the same name in
-        // another directory has to be followed by its path.
+        // systemd uses only the name of a link's target, not its directory. But a link to the same name in another
+        // directory must be followed by its path.
         path = match (next == name, units.first(next)) {
             (false, Some(found)) => found,
             _ => path.parent().unwrap_or(Path::new("/")).join(&link),
@@ -103,24 +103,25 @@ fn is_generated(directory: &Path) -> bool {
     directory.to_str().is_some_and(|directory| directory.starts_with("/run/systemd/generator"))
 }
 
-/// Returns true if `path` is a generator's link to our target.
+/// Returns true if `path` is a generator's link to the pivot target.
 fn is_our_redirect(root: &Path, path: &Path) -> bool {
     let link = fs::read_link(under(root, path)).unwrap_or_default();
     path.parent().is_some_and(is_generated) && [PIVOT_TARGET, ALIAS_TARGET].iter().any(|name| link.ends_with(name))
 }
 
-/// Checks that `name` can be isolated in the end: a valid name of a target, and not our own.
-/// The error completes the sentence "NAME …".
-pub fn check_name(name: &str) -> Result<(), &'static str> {
+/// Checks that the agent can isolate `name` after the pivot.
+///
+/// # Errors
+/// Fails if `name` is not a valid name of a target, or if it is the pivot target.
+pub fn check_name(name: &str) -> Result<(), Problem> {
     let valid = |c: char| c.is_ascii_alphanumeric() || ":-_.\\@".contains(c);
-    match name.strip_suffix(".target") {
-        None | Some("") => Err("is not the name of a target, such as multi-user.target"),
-        Some(_) if name.len() > 255 || !name.chars().all(valid) => Err("is not a valid unit name"),
-        Some(_) if name == PIVOT_TARGET || name == ALIAS_TARGET => {
-            Err("is where the pivot happens; name the target to go to after it")
-        }
-        Some(_) => Ok(()),
-    }
+    let cause = match name.strip_suffix(".target") {
+        None | Some("") => "expected the name of a target, for example multi-user.target",
+        Some(_) if name.len() > 255 || !name.chars().all(valid) => "expected a valid unit name",
+        Some(_) if name == PIVOT_TARGET || name == ALIAS_TARGET => "expected the target to isolate after the pivot",
+        Some(_) => return Ok(()),
+    };
+    Err(Problem(format!("invalid target \"{name}\": {cause}")))
 }
 
 #[cfg(test)]
@@ -157,7 +158,7 @@ mod tests {
                 vec![vendor, "etc/systemd/system/default.target -> /usr/lib/systemd/system/default.target"],
                 name("graphical.target"),
             ),
-            // Ours (by either name), a loop and nonsense name no target.
+            // The pivot target by either name, a loop and invalid names.
             (vec!["etc/systemd/system/default.target -> node-image-pivot.target"], name("multi-user.target")),
             (vec!["etc/systemd/system/default.target -> node-image-overlay.target"], name("multi-user.target")),
             (vec!["etc/systemd/system/default.target -> default.target"], name("multi-user.target")),
@@ -172,9 +173,9 @@ mod tests {
         assert_eq!(default_target(&Search::configured(root.path(), &masks)).target, DefaultTarget::Masked);
     }
 
-    /// The agent's view, which has the output of other generators, but not our own.
+    /// The agent uses the output of other generators, but not that of its own generator.
     #[test]
-    fn another_generators_default_target_counts_with_its_strength() {
+    fn another_generators_default_target_has_its_directorys_priority() {
         let (usr, etc) = (
             "usr/lib/systemd/system/default.target -> graphical.target",
             "etc/systemd/system/default.target -> admin.target",
@@ -203,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn names() {
+    fn only_other_targets_are_valid_names() {
         assert_eq!(check_name("multi-user.target"), Ok(()));
         assert_eq!(check_name(r"a\x2db@c.target"), Ok(()));
         for bad in ["", ".target", "multi-user", "a.service", "a b.target", "a/b.target", PIVOT_TARGET, ALIAS_TARGET] {
