@@ -1,17 +1,17 @@
 #!/bin/sh
-# Makes a real initramfs with the module, unpacks it, and runs in it what the initramfs would run.
-# Needs root (for a private view of /usr), dracut and make. Leaves nothing behind.
+# Builds an initramfs with the module, unpacks it, and runs carry.sh in it.
+# Needs root (for a private view of /usr), dracut and make. Removes all files that it creates.
 set -eu
 
 if [ "${1-}" != inside ]; then
     project=$(dirname "$(dirname "$(readlink -f "$0")")")
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT
-    # Stand-ins: what is tested is where things go, not what they do.
+    # Stand-ins for the programs: the test checks only the destinations of the files.
     mkdir "$work/build"
     for name in node-image-pivot node-image-pivot-generator; do
         printf '#!/bin/sh\necho %s\n' "$name" > "$work/build/$name"
-        # The manual page and the completions are what the program itself prints.
+        # "make install" runs the program to generate the manual page and the completions.
         chmod 0755 "$work/build/$name"
     done
     make -s -C "$project" install DESTDIR="$work/installed" BUILD="$work/build"
@@ -30,7 +30,7 @@ mkdir "$work/root"
 (cd "$work/root" && cpio --quiet -idm < "$work/initramfs.img")
 test -L "$work/root/usr/lib/systemd/system/initrd.target.wants/node-image-pivot-carry.service"
 
-# The whole of it, with the initramfs's own tools: only what install() brought is there.
+# carry.sh runs with only the tools that install() added to the initramfs.
 chroot "$work/root" /bin/sh /usr/lib/node-image-pivot/carry.sh
 for unit in pivotd pull overlay finish; do
     case $unit in pivotd) name=node-image-pivotd ;; *) name=node-image-$unit ;; esac

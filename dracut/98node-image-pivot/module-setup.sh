@@ -1,9 +1,9 @@
 #!/bin/bash
-# dracut module: brings the agent along inside an initramfs, for bootimages that do not hold it.
-# Only on request (`dracut --add node-image-pivot`). See README.md in the source tree.
+# dracut module that carries the agent in an initramfs, for bootimages that do not contain it.
+# It is added only on request (`dracut --add node-image-pivot`). See README.md in the source tree.
 
 check() {
-    # 255: never by itself, only when asked for or depended on.
+    # 255: only if requested, or required by another module.
     return 255
 }
 
@@ -11,8 +11,8 @@ depends() {
     echo systemd
 }
 
-# The files are only carried, not run in the initramfs: they are put below one directory, without
-# the libraries that they need (those are the real root's).
+# The initramfs does not run these files. They are installed below one directory, without the
+# libraries that they need, which the real root has.
 # shellcheck disable=SC2154 # dracut sets moddir, systemdsystemunitdir, initdir, systemdutildir
 install() {
     local carry=/usr/lib/node-image-pivot/carry unit
