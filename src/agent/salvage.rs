@@ -4,15 +4,19 @@ use std::path::{Path, PathBuf};
 
 use tracing::warn;
 
-use super::prepare::{USR, USR_SOURCE};
+use super::prepare::{USR, USR_SOURCE, load_etc_plan};
 use super::record::{Damage, FILE, Record, Step};
 use super::{Paths, Probation, StagedRoot, SwitchPlan, deadline, storage};
 use node_store::image::ResolvedImage;
 use node_store::import::PulledImage;
 use overlay_root::delta::{Delta, DeltaCounts};
+use support::directory::Directory;
 
 /// Name that a damaged record gets when nothing is switched.
 const ASIDE: &str = "state.json.damaged";
+
+/// Plan in the undo record of `/etc`.
+const UNDO_PLAN: &str = "plan.json";
 
 /// Traces of a switch on the machine.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -28,7 +32,7 @@ impl Traces {
         Self {
             // A mount table that cannot be read proves nothing; the switch looks again.
             usr: overlay_root::exposed(Path::new(USR), USR_SOURCE).unwrap_or(false),
-            etc: paths.etc_undo().join("plan.json").exists(),
+            etc: paths.etc_undo().join(UNDO_PLAN).exists(),
         }
     }
 
@@ -100,6 +104,20 @@ pub(super) fn set_aside(paths: &Paths) -> Option<String> {
     Some(line)
 }
 
+/// Replaces a damaged plan in the undo record of `/etc` by the copy from stage, so that the merge can be undone.
+pub(super) fn repair_undo_plan(paths: &Paths) {
+    let Ok(own) = std::fs::read(paths.etc_undo().join(UNDO_PLAN)) else { return };
+    let Err(damage) = serde_json::from_slice::<etc_merge::Plan>(&own) else { return };
+    let repaired = load_etc_plan(paths).and_then(|plan| {
+        let text = serde_json::to_vec(&plan)?;
+        Ok(Directory::ensure(&paths.etc_undo())?.write_atomic(UNDO_PLAN, 0o600, &text)?)
+    });
+    match repaired {
+        Ok(()) => warn!("the plan in the undo record of /etc was damaged ({damage}): using the copy from stage"),
+        Err(error) => warn!("the plan in the undo record of /etc is damaged, and so is its copy: {error:#}"),
+    }
+}
+
 /// Returns what the other files say about the switch; what they do not say stays empty, and undo does without it.
 fn staged(paths: &Paths) -> StagedRoot {
     let plan = SwitchPlan::load(paths).ok();
@@ -156,6 +174,23 @@ mod tests {
         for traces in lost {
             assert_eq!(judge(Ok(Some(&undoing)), traces), Verdict::Use);
         }
+    }
+
+    #[test]
+    fn a_damaged_undo_plan_is_replaced_by_its_copy() {
+        let temp = tempfile::tempdir().unwrap();
+        let paths = Paths::below(temp.path());
+        let plan = serde_json::to_string(&etc_merge::Plan::default()).unwrap();
+        let own = paths.etc_undo().join(UNDO_PLAN);
+        repair_undo_plan(&paths);
+        assert!(!own.exists(), "without a merge there is nothing to undo");
+        std::fs::create_dir_all(paths.etc_undo()).unwrap();
+        std::fs::write(&own, &plan[..20]).unwrap();
+        repair_undo_plan(&paths);
+        assert_eq!(std::fs::read_to_string(&own).unwrap(), plan[..20], "the copy is missing");
+        std::fs::write(temp.path().join(Paths::ETC_PLAN), &plan).unwrap();
+        repair_undo_plan(&paths);
+        assert_eq!(std::fs::read_to_string(&own).unwrap(), plan);
     }
 
     #[test]
