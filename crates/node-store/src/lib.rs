@@ -20,7 +20,7 @@
 //! # async fn example() -> anyhow::Result<()> {
 //! let store = NodeStore::on_tmpfs(Path::new("/run/example"), None)?;
 //! let source = Source::open(&ImageSettings::default()).await?;
-//! let image = source.resolve(&"quay.io/example/node:latest".parse::<PullSpec>()?).await?;
+//! let image = source.resolve(&"registry.example/node:latest".parse::<PullSpec>()?).await?;
 //! let progress = Arc::new(PullProgress::default());
 //! let options = PullOptions::default();
 //! let pulled = pull(&source, &image, &store, None, &options, progress, &CancellationToken::new()).await?;

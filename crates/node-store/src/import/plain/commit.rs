@@ -12,7 +12,8 @@ use sha2::{Digest, Sha256};
 use crate::image::Failure;
 use crate::store::{Dirtree, ObjectId, ObjectType};
 
-use super::merge::{Content, Dir, Listing, Meta, dirmeta_bytes, read_dirtree};
+use super::dirmeta::dirmeta_bytes;
+use super::merge::{Content, Dir, Listing, Meta, read_dirtree};
 use super::relabel::Relabeller;
 use crate::import::state::Import;
 use crate::import::tree::Lookup;

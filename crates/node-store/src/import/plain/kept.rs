@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 use crate::store::ObjectId;
 
 use super::children::Children;
-use super::layertree::{BadEntry, DirMeta, LayerDir, LayerFile, LayerTree};
+use super::dirmeta::DirMeta;
+use super::layertree::{BadEntry, LayerDir, LayerFile, LayerTree};
 use crate::import::budget::Budget;
 
 #[derive(Serialize, Deserialize)]

@@ -21,12 +21,6 @@ use selinux_labels::contexts::{Contexts, Found, Texts};
 /// Directory of the policy in a commit.
 const POLICY: [&str; 3] = ["usr", "etc", "selinux"];
 
-/// Extended attributes: names without NUL, and values.
-pub(super) type Pairs = Vec<(Vec<u8>, Vec<u8>)>;
-
-/// Extended attribute that has the label.
-const SELINUX: &[u8] = b"security.selinux";
-
 /// Objects of the policy files that label lookups need, by path relative to the root. Sorted.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct PolicyObjects(Vec<(String, ObjectId)>);
@@ -211,16 +205,4 @@ impl Labels {
         }
         Ok(label.as_deref().map(terminated))
     }
-}
-
-/// Sets the label, and sorts the attributes by name.
-pub(super) fn set_label(xattrs: &mut Pairs, label: Vec<u8>) {
-    xattrs.retain(|(name, _)| name != SELINUX);
-    xattrs.push((SELINUX.to_vec(), label));
-    xattrs.sort();
-}
-
-/// Returns the label, or `None` if the attributes have none.
-pub(super) fn label_of(xattrs: &[(Vec<u8>, Vec<u8>)]) -> Option<&[u8]> {
-    xattrs.iter().find(|(name, _)| name == SELINUX).map(|(_, value)| value.as_slice())
 }

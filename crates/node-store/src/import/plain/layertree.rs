@@ -13,20 +13,9 @@ use serde::{Deserialize, Serialize};
 use crate::store::ObjectId;
 
 use super::children::Children;
-use super::label::{label_of, set_label};
+use super::dirmeta::{DirMeta, S_IFDIR, label_of, set_label};
 use super::path::{foreign, shown};
 use crate::import::budget::{Budget, OverBudget, Share};
-
-/// Metadata of a directory.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-pub(super) struct DirMeta {
-    pub uid: u32,
-    pub gid: u32,
-    /// Permission bits only (07777).
-    pub mode: u32,
-    /// Names without NUL, and values.
-    pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
-}
 
 /// A regular file or symlink.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -229,7 +218,6 @@ impl LayerTree {
         path: &str,
         label: &FindLabel<'_, E>,
     ) -> Result<(), E> {
-        const S_IFDIR: u32 = 0o040_000;
         let shown = if path.is_empty() { "/" } else { path };
         if label_of(&dir.meta.xattrs).is_none()
             && let Some(label) = label(shown, S_IFDIR | dir.meta.mode)?

@@ -7,12 +7,11 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use ostree::glib::Variant;
-
-use crate::store::{Dirtree, ObjectId, ObjectType, Xattrs};
+use crate::store::{Dirtree, ObjectId, ObjectType};
 
 use super::children::Children;
-use super::layertree::{DirMeta, LayerDir, LayerFile, LayerTree};
+use super::dirmeta::DirMeta;
+use super::layertree::{LayerDir, LayerFile, LayerTree};
 use super::path::{foreign, shown};
 use crate::import::tree::{Lookup, TreeError, commit_root, load};
 
@@ -68,32 +67,6 @@ pub(super) fn read_dirtree(tree: &ObjectId, lookup: &mut Lookup<'_>) -> Result<L
     let dir = |tree, meta| Dir { meta: Meta::Stored(meta), content: Content::Stored(tree) };
     let dirs = parsed.dirs.into_iter().map(|(name, tree, meta)| (name, dir(tree, meta)));
     Ok((parsed.files.into_iter().collect(), dirs.collect()))
-}
-
-/// Reads a dirmeta object.
-pub(super) fn read_dirmeta(meta: &ObjectId, lookup: &mut Lookup<'_>) -> Result<DirMeta, TreeError> {
-    let bytes = load(meta, ObjectType::DirMeta, lookup)?;
-    let bad = || TreeError::Malformed(*meta, "dirmeta", "not a dirmeta in normal form");
-    let variant = Variant::from_data::<(u32, u32, u32, Vec<(Vec<u8>, Vec<u8>)>), _>(bytes);
-    let fields = variant.is_normal_form().then(|| variant.get::<(u32, u32, u32, Vec<(Vec<u8>, Vec<u8>)>)>()).flatten();
-    let (uid, gid, mode, xattrs) = fields.ok_or_else(bad)?;
-    let mut pairs = Vec::with_capacity(xattrs.len());
-    for (mut name, value) in xattrs {
-        name.pop().filter(|nul| *nul == 0).ok_or_else(bad)?;
-        pairs.push((name, value));
-    }
-    Ok(DirMeta { uid: u32::from_be(uid), gid: u32::from_be(gid), mode: u32::from_be(mode) & 0o7777, xattrs: pairs })
-}
-
-/// Returns the bytes of the dirmeta object.
-pub(super) fn dirmeta_bytes(meta: &DirMeta) -> Vec<u8> {
-    use ostree::glib::variant::ToVariant;
-    const S_IFDIR: u32 = 0o040_000;
-    let xattrs = Xattrs::from_pairs(meta.xattrs.iter().map(|(name, value)| (name.as_slice(), value.as_slice())));
-    let with_nul = |name: &[u8]| name.iter().copied().chain([0]).collect::<Vec<u8>>();
-    let pairs: Vec<(Vec<u8>, Vec<u8>)> = xattrs.iter().map(|(name, value)| (with_nul(name), value.to_vec())).collect();
-    let mode = S_IFDIR | (meta.mode & 0o7777);
-    (meta.uid.to_be(), meta.gid.to_be(), mode.to_be(), pairs).to_variant().data().to_vec()
 }
 
 impl Dir {
@@ -243,6 +216,7 @@ fn lay(
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use super::super::dirmeta::{dirmeta_bytes, read_dirmeta};
     use super::*;
     use sha2::{Digest, Sha256};
     use std::collections::HashMap;

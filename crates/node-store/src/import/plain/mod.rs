@@ -3,6 +3,7 @@
 mod children;
 mod commit;
 mod derive;
+mod dirmeta;
 mod facts;
 mod kept;
 mod label;

@@ -8,9 +8,10 @@ use tar::EntryType;
 use crate::image::{Failure, Kind};
 use crate::store::{FileMeta, ObjectId, ObjectType, WriteError, Xattrs};
 
+use super::dirmeta::{DirMeta, Pairs, S_IFDIR, set_label};
 use super::facts::BaseFacts;
-use super::label::{Labels, Pairs, set_label};
-use super::layertree::{BadEntry, DirMeta, LayerFile, LayerTree};
+use super::label::Labels;
+use super::layertree::{BadEntry, LayerFile, LayerTree};
 use super::path::{Place, shown};
 use crate::image::tarstream::{Chunks, Entry, Piece, TarError, TarStream};
 use crate::import::budget;
@@ -20,7 +21,6 @@ use crate::import::state::Import;
 
 /// Maximum length of the target of a symlink in bytes (`PATH_MAX` without the NUL).
 const MAX_TARGET: usize = 4095;
-const S_IFDIR: u32 = 0o040_000;
 const S_IFREG: u32 = 0o100_000;
 const S_IFLNK: u32 = 0o120_000;
 

@@ -16,9 +16,9 @@ use sha2::Digest;
 use crate::image::{Failure, Kind};
 use crate::store::{FileMeta, ObjectId, ObjectType, Xattrs};
 
-use super::label::{Labels, Pairs, PolicyFiles, label_of, set_label};
-use super::layertree::DirMeta;
-use super::merge::{Meta, read_dirmeta};
+use super::dirmeta::{DirMeta, Pairs, S_IFDIR, label_of, read_dirmeta, set_label};
+use super::label::{Labels, PolicyFiles};
+use super::merge::Meta;
 use crate::import::state::Import;
 
 /// Mode and label of a stored object.
@@ -157,7 +157,6 @@ impl<'a> Relabeller<'a> {
 
     /// Returns the metadata of a directory with the label of `path`, or `None` if they need not change.
     pub(super) fn meta(&mut self, meta: &Meta, path: &str) -> Result<Option<DirMeta>, Failure> {
-        const S_IFDIR: u32 = 0o040_000;
         let import = self.import;
         let current: &DirMeta = match meta {
             Meta::New(meta) => meta,
