@@ -175,7 +175,7 @@ impl Run<'_> {
             }
         }
         let (import, pinned) = (self.import.clone(), self.image.pinned.clone());
-        blocking(self.image, move || import.check_room(&pinned)).await??;
+        blocking(self.image, move || import.check_space(&pinned)).await??;
         let parallel = options
             .parallel
             .unwrap_or_else(|| std::thread::available_parallelism().map_or(2, std::num::NonZero::get).clamp(2, 4));

@@ -9,8 +9,8 @@ const FEW: usize = 32;
 
 /// Entries by name, sorted by name.
 ///
-/// Saves memory: a few entries are in a vector without spare capacity, because most directories of a deep tree have one
-/// entry and the first node of a `BTreeMap` has room for eleven. More entries are in a map, where insertion is fast.
+/// A few entries are in a vector without spare capacity, which saves memory: most directories of a deep tree have one
+/// entry, and the first node of a `BTreeMap` has room for eleven. More entries are in a map, where insertion is fast.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Children<V> {
     Few(Vec<(Box<str>, V)>),

@@ -1,7 +1,7 @@
 //! Merges plain layers with the base commit, labels the merged tree, stores it and commits it. Blocks.
 //!
-//! Format source: ostree-ext's import of derived images, for the metadata of the merge commit and for the rule that the
-//! policy of the merged tree labels all of it.
+//! Format source: ostree-ext's import of derived images. It defines the metadata of the merge commit, and that the policy
+//! of the merged tree labels all of it.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::io;

@@ -117,8 +117,8 @@ impl<C: Chunks> PlainReader<'_, C> {
     }
 
     /// Reads an entry in the repo's object directory. In an encapsulated image, files are hardlinks to objects in this
-    /// directory. A layer that changes such a file has either an entry here, to which the names of the file are hardlinks,
-    /// or a hardlink from here to one of the names.
+    /// directory. A layer that changes such a file has an entry here, to which the names of the file are hardlinks. Or the
+    /// entry here is a hardlink to one of the names.
     fn repo_object(&mut self, entry: &Entry, path: String) -> Result<(), Failure> {
         let file = match entry.kind {
             kind if is_regular(kind) => Some(LayerFile::Object(self.regular(entry, &path)?)),
