@@ -5,10 +5,10 @@
 //! `docs/architecture.md` lists them. Each phase needs the value that the previous one returns, so a wrong order does not
 //! compile.
 
-pub mod agent;
-pub mod bus;
+mod agent;
+mod bus;
 pub mod cli;
-pub mod config;
-pub mod host;
-pub mod preflight;
-pub mod report;
+mod config;
+mod host;
+mod preflight;
+mod report;

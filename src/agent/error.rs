@@ -64,11 +64,6 @@ impl Error {
         Self { failed, attempts, ..self }
     }
 
-    /// Returns the cause.
-    pub fn cause(&self) -> &Cause {
-        &self.cause
-    }
-
     /// Returns how the call ended, which decides the exit code and the D-Bus error.
     pub fn outcome(&self) -> Outcome {
         match &self.cause {

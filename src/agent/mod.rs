@@ -54,9 +54,9 @@ use unit_refresh::{Guard, Manager};
 use wayback::Below;
 
 pub use accounts::AddedAccounts;
-pub use error::{Cause, Error};
+pub use error::Error;
 pub use paths::Paths;
-pub use plan::{EtcPlan, MemoryPlan, PlanDocument, SwitchPlan};
+pub use plan::{PlanDocument, SwitchPlan};
 pub use probation::Probation;
 pub use record::{Record, StagedRoot, Step, Switched, Undo};
 pub use ticket::{Ticket, Tickets};

@@ -78,7 +78,7 @@ mod tests {
     use rustix::mount::{MountFlags, mount_bind, mount_remount};
 
     use super::*;
-    use crate::agent::{Cause, Paths, Tickets};
+    use crate::agent::{Paths, Tickets};
     use crate::config::Settings;
     use crate::report::{Status, Tracker};
     use support::testing::private;
@@ -95,7 +95,7 @@ mod tests {
             let (record, ticket) = (Record::default(), Tickets::default().draw("test"));
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             let refused = runtime.block_on(next(&context, &record, Goal::Staged, &ticket)).unwrap_err();
-            let Cause::Refused(reasons) = refused.cause() else { panic!("{refused}") };
+            let reasons = refused.last_error().refusals;
             assert!(reasons.iter().any(|reason| reason.id == "etc-read-only"), "{refused}");
         });
     }

@@ -5,6 +5,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::settings::RamLimit;
 use super::*;
 use node_store::store::Wish;
 use unit_refresh::Policy;

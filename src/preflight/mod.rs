@@ -23,7 +23,9 @@ pub use checks::{check_content, check_metadata, check_system, warnings};
 pub use elf::Machine;
 pub use labels::label_plan;
 pub use memory::{Free, Memory, store_limit};
-pub use packages::{DPKG_STATUS, Package, PackageChange, PackageChanges, Packages, dpkg, rpm};
-pub use refusal::{Findings, Need, Refusal, Refusals};
+pub use packages::{DPKG_STATUS, PackageChanges, Packages, dpkg, rpm};
+#[cfg(test)]
+pub use packages::{Package, PackageChange};
+pub use refusal::{Need, Refusal, Refusals};
 pub use selinux::check_selinux;
 pub use trial::check_runs;

@@ -16,7 +16,7 @@ fn human_ms(ms: u64) -> String {
 }
 
 /// Renders the progress of a pull as a bar of `width` cells, followed by numbers.
-pub fn progress_line(progress: &ProgressSnapshot, width: usize) -> String {
+fn progress_line(progress: &ProgressSnapshot, width: usize) -> String {
     let share = if progress.bytes_total == 0 {
         0.0
     } else {
