@@ -1,16 +1,16 @@
-//! Which label a path has by a policy's file contexts, found without trying every expression.
+//! Finds the label that a policy's file contexts assign to a path, without trying every expression.
 //!
-//! Format and order source: selabel_file(5) and libselinux 3.4. A line is an expression for whole
-//! paths, perhaps a file type, and a label. Of the lines that match, the last one counts; one without
-//! metacharacters counts more than any with; `.homedirs` and `.local` come after the policy's own; paths
-//! are rewritten by `.subs` and `.subs_dist` first.
+//! The format is described in selabel_file(5), the order is that of libselinux 3.4. A line has an expression for whole
+//! paths, an optional file type and a label. The last matching line decides, and a line without metacharacters precedes
+//! all lines with metacharacters. `.homedirs` and `.local` follow the policy's own file. `.subs` and `.subs_dist` rewrite
+//! a path first.
 //!
-//! From libselinux 3.8 on, of the lines with metacharacters the one with the longest literal text counts most, and
-//! only then their order. Where both rules disagree about a path, libselinux decides.
+//! Since libselinux 3.8, the line with the longest literal text decides among those with metacharacters, and their order
+//! decides only between equals. If the two rules disagree about a path, the caller must ask libselinux.
 //!
-//! libselinux tries thousands of expressions for each path. Here a line is tried only for paths that
-//! begin as it does, and most need no expression at all. Paths that an unusual line may match are left
-//! to libselinux: [`Contexts::find`] returns `None` for them, and [`Contexts::parse`] for unusual files.
+//! libselinux tries thousands of expressions for each path. This module tries a line only for paths that begin with the
+//! line's literal text, and most lines need no expression at all. It leaves paths that an unusual line may match to
+//! libselinux: [`Contexts::find`] returns `None` for them. [`Contexts::parse`] returns `None` for unusual files.
 
 use std::collections::HashMap;
 use std::io;
@@ -20,44 +20,44 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use regex::bytes::{Regex, RegexBuilder};
 
-/// What separates an expression from literal text, as libselinux sees it.
+/// Characters that end the literal text of an expression in libselinux.
 const META: &[u8] = b".^$?*+|[({";
-/// What concerns the character before it.
+/// Characters that apply to the character before them.
 const QUANTIFIERS: &[u8] = b"?*{+";
-/// The most memory that one compiled expression may take, in bytes.
+/// Memory limit of one compiled expression, in bytes.
 const EXPRESSION_LIMIT: usize = 1 << 20;
 
 /// The file contexts of one policy.
 #[derive(Debug)]
 pub struct Contexts {
-    /// Those without metacharacters last, otherwise in the order of the files: a later one wins.
+    /// In ascending precedence: the order of the files, but lines without metacharacters last.
     specs: Vec<Spec>,
-    /// Which specs begin with a text, by that text.
+    /// Indices of the specs that begin with a literal text, by that text.
     by_prefix: HashMap<Vec<u8>, Vec<usize>>,
-    /// The length of the longest of these texts.
+    /// The length of the longest key of `by_prefix`, in bytes.
     longest_prefix: usize,
     /// Local substitutions, then the distribution's: source and replacement.
     substitutions: [Vec<(String, String)>; 2],
-    /// Whether "no label" was found to be right once.
+    /// True after [`Found::confirm`] for a path that no line matches.
     none_confirmed: AtomicBool,
-    /// Whether a finding was found to be wrong: then nothing more is found.
+    /// True after [`Contexts::refute`].
     refuted: AtomicBool,
 }
 
-/// One line.
+/// One line of the file contexts.
 #[derive(Debug)]
 struct Spec {
-    /// File type bits of a mode; `None` is any.
+    /// The file type bits of a mode; `None` matches every type.
     kind: Option<u32>,
-    /// What libselinux 3.8 prefers lines by: the length of the literal text, then that of the expression.
+    /// The precedence in libselinux 3.8: the length of the literal text, then that of the expression.
     rank: (usize, usize),
     rest: Rest,
-    /// `None` where the line says `<<none>>`.
+    /// `None` for `<<none>>`.
     label: Option<String>,
     confirmed: AtomicBool,
 }
 
-/// What follows the literal text that an expression begins with.
+/// The part of an expression after its literal text.
 #[derive(Debug)]
 enum Rest {
     Nothing,
@@ -65,51 +65,51 @@ enum Rest {
     Below,
     /// `.*`
     Anything,
-    /// What only libselinux can judge.
+    /// An expression that only libselinux can match.
     Unusual,
-    /// Something else; holds the whole expression, and it compiled (`None`: that failed).
+    /// The whole expression, and its compiled form (`None` if it does not compile).
     Expression(String, OnceLock<Option<Regex>>),
 }
 
-/// The texts of one policy's files, each where it exists.
+/// The texts of one policy's file contexts. The text of a missing file is empty.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct Texts {
-    /// `file_contexts`, `.homedirs` and `.local`, in this order.
+    /// `file_contexts`, `file_contexts.homedirs` and `file_contexts.local`.
     pub contexts: [String; 3],
-    /// `.subs` and `.subs_dist`, in this order.
+    /// `file_contexts.subs` and `file_contexts.subs_dist`.
     pub substitutions: [String; 2],
 }
 
-/// What the file contexts say about a path.
+/// The result of [`Contexts::find`]. A caller that has compared it with libselinux's answer can [`Found::confirm`] it.
 #[derive(Debug, Clone, Copy)]
 pub struct Found<'a> {
-    /// The label; `None` for `<<none>>`.
+    /// The label; `None` if no line matches, or the line has `<<none>>`.
     pub label: Option<&'a str>,
     confirmed: &'a AtomicBool,
 }
 
 impl Found<'_> {
-    /// Whether [`Found::confirm`] was called for the same line before.
+    /// Returns true if [`Found::confirm`] was called for a result of the same line.
     pub fn is_confirmed(&self) -> bool {
         self.confirmed.load(Ordering::Relaxed)
     }
 
-    /// Notes that libselinux says the same.
+    /// Marks the line as confirmed: libselinux gives the same label.
     pub fn confirm(&self) {
         self.confirmed.store(true, Ordering::Relaxed);
     }
 }
 
-/// How the names of the files end, in the order of [`Texts`].
+/// The suffixes of the file names, in the order of [`Texts`].
 const SUFFIXES: [&str; 5] = ["", ".homedirs", ".local", ".subs", ".subs_dist"];
 
 impl Texts {
-    /// Writes the files of a policy that has nothing else to `selinux`, a directory such as `/etc/selinux`.
+    /// Writes a policy that consists of these file contexts to `selinux`, a directory like `/etc/selinux`.
     pub fn write(&self, selinux: &Path) -> io::Result<()> {
         let files = selinux.join("only/contexts/files");
         std::fs::create_dir_all(&files)?;
         std::fs::write(selinux.join("config"), "SELINUX=enforcing\nSELINUXTYPE=only\n")?;
-        // libostree wants a binary policy, but does not read it.
+        // libostree requires a binary policy, but does not read it.
         std::fs::create_dir_all(selinux.join("only/policy"))?;
         std::fs::write(selinux.join("only/policy/policy.33"), "")?;
         for (suffix, text) in SUFFIXES.iter().zip(self.contexts.iter().chain(&self.substitutions)) {
@@ -118,13 +118,16 @@ impl Texts {
         Ok(())
     }
 
-    /// All labels in them, many several times.
+    /// Returns the labels of all lines, with duplicates.
     pub fn labels(&self) -> impl Iterator<Item = &str> {
         let lines = self.contexts.iter().flat_map(|text| text.lines());
         lines.filter(|line| !line.trim_start().starts_with('#')).filter_map(|line| line.split_ascii_whitespace().last())
     }
 
-    /// Reads the files whose names begin with `file_contexts`. Only the first has to exist.
+    /// Reads the file `file_contexts` and those beside it with the suffixes.
+    ///
+    /// # Errors
+    /// `file_contexts` is missing, or one of the files cannot be read.
     pub fn read(file_contexts: &Path) -> io::Result<Self> {
         let beside = |suffix: &str| {
             let mut name = file_contexts.as_os_str().to_owned();
@@ -142,7 +145,7 @@ impl Texts {
 }
 
 impl Contexts {
-    /// Of the files' texts. Returns `None` if one has a line that libselinux may refuse.
+    /// Parses the texts. Returns `None` if one of them has a line that libselinux may refuse.
     pub fn parse(texts: &Texts) -> Option<Self> {
         let mut parsed = Vec::new();
         for line in texts.contexts.iter().flat_map(|text| text.lines()) {
@@ -150,7 +153,7 @@ impl Contexts {
                 parsed.push(Spec::parse(&fields)?);
             }
         }
-        // Stable: within both kinds the order of the files stays.
+        // A stable sort keeps the order of the files within both kinds.
         parsed.sort_by_key(|(_, spec)| matches!(spec.rest, Rest::Nothing));
         let mut by_prefix: HashMap<Vec<u8>, Vec<usize>> = HashMap::new();
         let mut specs = Vec::with_capacity(parsed.len());
@@ -173,11 +176,11 @@ impl Contexts {
         Some(Self { specs, by_prefix, longest_prefix, substitutions, none_confirmed, refuted })
     }
 
-    /// What the contexts say about an absolute path without needless slashes, and a mode with its type.
-    /// `None` when libselinux should say it.
+    /// Finds the line for `path` and the file type in `mode`. `path` is absolute, without repeated or trailing slashes.
+    /// Returns `None` if the caller must ask libselinux.
     pub fn find(&self, path: &str, mode: u32) -> Option<Found<'_>> {
         const S_IFMT: u32 = 0o170_000;
-        // At the end of a text PCRE overlooks a line feed, regex does not.
+        // `$` of PCRE also matches before a line feed at the end of a text, `$` of regex does not.
         if self.refuted.load(Ordering::Relaxed) || path.contains('\n') {
             return None;
         }
@@ -186,8 +189,8 @@ impl Contexts {
         let mut candidates: Vec<usize> = (0..=path.len().min(self.longest_prefix))
             .filter_map(|length| self.by_prefix.get(&path[..length]).map(|specs| (length, specs)))
             .flat_map(|(length, specs)| {
-                let right = move |&spec: &usize| self.specs[spec].may_match(path, length, mode & S_IFMT);
-                specs.iter().copied().filter(right)
+                let may_match = move |&spec: &usize| self.specs[spec].may_match(path, length, mode & S_IFMT);
+                specs.iter().copied().filter(may_match)
             })
             .collect();
         candidates.sort_unstable();
@@ -196,7 +199,7 @@ impl Contexts {
             if !spec.matches(path)? {
                 continue;
             }
-            // The lines before it that libselinux 3.8 would prefer.
+            // An earlier line that libselinux 3.8 would prefer.
             for other in candidates.filter(|other| other.rank >= spec.rank && other.label != spec.label) {
                 if other.matches(path)? {
                     return None;
@@ -207,16 +210,16 @@ impl Contexts {
         Some(Found { label: None, confirmed: &self.none_confirmed })
     }
 
-    /// Notes that libselinux says otherwise than a finding: from now on nothing is found.
+    /// Makes [`Contexts::find`] return `None` from now on, because a result differed from libselinux's label.
     pub fn refute(&self) {
         self.refuted.store(true, Ordering::Relaxed);
     }
 
-    /// The local substitution is applied first, the distribution's to what comes of it.
+    /// Applies the local substitutions first, and those of the distribution to the result.
     fn substitute(&self, path: &str) -> String {
         let mut path = path.to_owned();
         for list in &self.substitutions {
-            // The last that fits.
+            // The last matching line decides.
             let rewritten = list.iter().rev().find_map(|(source, target)| {
                 let rest = path.strip_prefix(source.as_str())?;
                 match rest.strip_prefix('/') {
@@ -232,7 +235,7 @@ impl Contexts {
 }
 
 impl Spec {
-    /// The literal text that the expression begins with, and the spec.
+    /// Parses the fields of a line. Returns the literal text that its expression begins with, and the spec.
     fn parse(fields: &[&str]) -> Option<(Vec<u8>, Self)> {
         let (expression, kind, label) = match fields {
             [expression, label] => (*expression, None, *label),
@@ -242,7 +245,7 @@ impl Spec {
         let (prefix, literal, rest) = match split(expression) {
             None => (certain_prefix(expression), usize::MAX, Rest::Unusual),
             Some((prefix, rest)) => {
-                // Lines without metacharacters come before all others.
+                // Lines without metacharacters precede all others.
                 let literal = if rest.is_empty() { usize::MAX } else { expression.len() - rest.len() };
                 let rest = match rest {
                     "" => Rest::Nothing,
@@ -257,7 +260,8 @@ impl Spec {
         Some((prefix, Self { kind, rank: (literal, expression.len()), rest, label, confirmed: AtomicBool::default() }))
     }
 
-    /// Whether it can match a path of this type that has the first `length` bytes in common with it.
+    /// Returns false if the type or the length of `path` excludes a match. The first `length` bytes of `path` are the
+    /// literal text of the expression.
     fn may_match(&self, path: &[u8], length: usize, kind: u32) -> bool {
         let rest = &path[length..];
         (kind == 0 || self.kind.is_none_or(|only| only == kind))
@@ -268,7 +272,8 @@ impl Spec {
             }
     }
 
-    /// Whether it matches a path that it can match. `None` when that cannot be told here.
+    /// Returns true if the expression matches a path for which [`Spec::may_match`] is true. Returns `None` if only
+    /// libselinux can decide.
     fn matches(&self, path: &[u8]) -> Option<bool> {
         let (text, compiled) = match &self.rest {
             Rest::Unusual => return None,
@@ -284,8 +289,8 @@ impl Spec {
     }
 }
 
-/// The fields of a line; `Some(None)` for a comment or an empty one; `None` for what is not ASCII, which
-/// libselinux refuses.
+/// Returns the fields of a line, and `Some(None)` for a comment or an empty line. Returns `None` if the line is not ASCII;
+/// libselinux refuses such a line.
 fn fields(line: &str) -> Option<Option<Vec<&str>>> {
     let fields: Vec<&str> = line.split_ascii_whitespace().collect();
     match fields.first() {
@@ -295,7 +300,7 @@ fn fields(line: &str) -> Option<Option<Vec<&str>>> {
     }
 }
 
-/// The type bits of a mode for `--`, `-d` and the like.
+/// Returns the file type bits of a mode for the second field of a line, such as `--` or `-d`.
 fn kind_bits(field: &str) -> Option<u32> {
     Some(match field {
         "--" => 0o100_000,
@@ -309,14 +314,14 @@ fn kind_bits(field: &str) -> Option<u32> {
     })
 }
 
-/// Splits an expression into the literal text that it begins with and the rest. `None` for what PCRE and
-/// regex may understand differently, and for what libselinux splits elsewhere than we do.
+/// Splits an expression into the literal text that it begins with, and the rest. Returns `None` if PCRE and regex may
+/// interpret the expression differently, or if libselinux splits it at another position.
 fn split(expression: &str) -> Option<(Vec<u8>, &str)> {
     let bytes = expression.as_bytes();
-    // libselinux takes a first component without metacharacters literally, backslashes included.
+    // libselinux treats a first component without metacharacters as literal text, including backslashes.
     let first = bytes.iter().skip(1).position(|byte| *byte == b'/').map_or(&[][..], |end| &bytes[..=end]);
     let literal = !first.iter().any(|byte| META.contains(byte));
-    // It compares that component by itself: a quantifier of the slash behind it does not make the slash optional.
+    // It compares that component separately: a quantifier of the following slash does not make that slash optional.
     let quantified =
         literal && first.len() > 1 && bytes.get(first.len() + 1).is_some_and(|next| QUANTIFIERS.contains(next));
     let possessive_or_special = ["*+", "++", "?+", "}+", "(?"];
@@ -328,7 +333,7 @@ fn split(expression: &str) -> Option<(Vec<u8>, &str)> {
         return None;
     }
     let mut prefix = Vec::new();
-    // Where in the expression the last literal byte begins: a quantifier would concern it.
+    // Position of the last literal character, to which a quantifier would apply.
     let mut last = 0;
     let mut at = 0;
     while at < bytes.len() && !META.contains(&bytes[at]) {
@@ -344,19 +349,19 @@ fn split(expression: &str) -> Option<(Vec<u8>, &str)> {
     Some((prefix, &expression[at..]))
 }
 
-/// The text that every path begins with which an unusual expression matches, however it is understood.
+/// Returns a prefix of all paths that an unusual expression matches, independent of how PCRE interprets it.
 fn certain_prefix(expression: &str) -> Vec<u8> {
-    // An alternative may stand outside of all brackets.
+    // An alternative can be outside of all brackets.
     if expression.contains('|') {
         return Vec::new();
     }
     let bytes = expression.as_bytes();
     let end = bytes.iter().position(|byte| *byte == b'\\' || META.contains(byte)).unwrap_or(bytes.len());
-    // What follows may be a quantifier.
+    // The next character can be a quantifier of the last one.
     bytes[..end.saturating_sub(1)].to_vec()
 }
 
-/// Whether brackets nest simply, no alternative stands outside of them, and only punctuation is escaped.
+/// Returns true if brackets nest simply, no alternative is outside of them, and only punctuation is escaped.
 fn is_plain(bytes: &[u8]) -> bool {
     let (mut depth, mut class) = (0_u32, false);
     let mut at = 0;
@@ -368,14 +373,14 @@ fn is_plain(bytes: &[u8]) -> bool {
                     return false;
                 }
             }
-            // Inside of a class regex knows more classes and operations on them.
+            // regex supports nested classes and operations on classes, PCRE does not.
             (b'[', true) => return false,
             (byte @ (b'&' | b'-' | b'~'), true) if bytes.get(at + 1) == Some(&byte) => return false,
             (b']', true) => class = false,
             (b'[', false) => {
                 class = true;
                 at += usize::from(bytes.get(at + 1) == Some(&b'^'));
-                // A bracket that comes first stands for itself.
+                // In PCRE, `]` at the beginning of a class is a member of the class.
                 if bytes.get(at + 1) == Some(&b']') {
                     return false;
                 }

@@ -1,8 +1,8 @@
-//! What the kernel says about SELinux: whether it enforces, in which domain this process runs, and whether it
-//! may write labels that the loaded policy does not know. It asks and loads nothing; see `host::selinux` for that.
+//! The kernel's SELinux state: the mode, the domain of this process, and the permission to write labels that the loaded
+//! policy does not know. Also reads binary policies and `/etc/selinux/config`.
 //!
-//! A label that the policy does not know can be written by a process with CAP_MAC_ADMIN whose domain is allowed
-//! `mac_admin` (class capability2); for all others the kernel answers EINVAL. Source: `selinux_inode_setxattr` in
+//! A process with CAP_MAC_ADMIN whose domain has the permission `mac_admin` (class capability2) may write a label that
+//! the loaded policy does not know. For all others the kernel returns EINVAL. Source: `selinux_inode_setxattr` in
 //! Linux's security/selinux/hooks.c.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
@@ -13,30 +13,29 @@ use std::path::Path;
 use rustix::fs::{Mode as FileMode, OFlags, XattrFlags};
 use rustix::io::Errno;
 
-/// The attribute that holds a label.
+/// The extended attribute that holds a label.
 pub const ATTRIBUTE: &str = "security.selinux";
 
-/// Where the kernel is asked.
 const KERNEL: &str = "/sys/fs/selinux";
 
-/// A label that no policy knows.
+/// A label that is in no policy.
 const UNKNOWN: &[u8] = b"system_u:object_r:node_image_pivot_probe_t:s0\0";
 
-/// Longer than any type's name; what is looked up as one and is longer is none.
+/// Bytes of the longest name that [`types_of`] accepts. Types in real policies have much shorter names.
 const NAME_MAX: u32 = 4096;
 
-/// How SELinux stands on this machine.
+/// The SELinux mode of this machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
-    /// The kernel has none, or no policy is loaded.
+    /// The kernel has no SELinux, or no policy is loaded.
     Disabled,
-    /// What the policy forbids is logged, and done. What it cannot express, such as an unknown label, still fails.
+    /// The kernel logs accesses that the policy forbids, and allows them. Writing an unknown label still fails.
     Permissive,
-    /// What the policy forbids fails.
+    /// The kernel refuses accesses that the policy forbids.
     Enforcing,
 }
 
-/// Asks the kernel. What cannot be told counts as enforcing: the answer decides how much may fail.
+/// Returns the kernel's mode. An unreadable mode counts as enforcing, because callers tolerate failures in the others.
 pub fn mode() -> Mode {
     mode_of(fs::read(Path::new(KERNEL).join("enforce")))
 }
@@ -49,13 +48,13 @@ fn mode_of(enforce: io::Result<Vec<u8>>) -> Mode {
     }
 }
 
-/// The version of its format that a binary policy's name tells: 33 of `policy.33`; `None` for other names.
+/// Returns the format version in the name of a binary policy: 33 for `policy.33`. `None` for other names.
 pub fn policy_format(name: &[u8]) -> Option<u32> {
     let digits = std::str::from_utf8(name).ok()?.strip_prefix("policy.")?;
     digits.parse().ok().filter(|format: &u32| format.to_string() == digits)
 }
 
-/// The context of this process, such as `system_u:system_r:install_t:s0`; `None` where there is none.
+/// Returns the context of this process, for example `system_u:system_r:install_t:s0`. `None` without SELinux.
 pub fn context() -> Option<String> {
     let text = fs::read("/proc/self/attr/current").ok()?;
     let text = String::from_utf8(text).ok()?;
@@ -63,16 +62,16 @@ pub fn context() -> Option<String> {
     (!text.is_empty()).then(|| text.to_owned())
 }
 
-/// The type in a context; of a process it is called its domain.
+/// Returns the type, the third field of a context. The type of a process is called its domain.
 pub fn type_of(context: &str) -> Option<&str> {
     context.split(':').nth(2)
 }
 
-/// Whether this process may write labels that the loaded policy does not know, on the file system of `directory`.
-/// Tried with a nameless file, which nobody else sees.
+/// Returns true if this process may write labels that the loaded policy does not know, on the file system of
+/// `directory`. Tries it with an unnamed file (`O_TMPFILE`), which no other process can see.
 ///
 /// # Errors
-/// When no file can be made there.
+/// `directory` is missing, or its file system refuses the file or the attribute for another reason.
 pub fn may_write_unknown(directory: &Path) -> io::Result<bool> {
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
     let file: File = rustix::fs::open(directory, flags, FileMode::empty())?.into();
@@ -83,21 +82,23 @@ pub fn may_write_unknown(directory: &Path) -> io::Result<bool> {
     }
 }
 
-/// What a process in the wrong domain is told: which one it is, what that lacks, and the way out.
+/// Returns the explanation for a process that may not write unknown labels: its domain, the missing permission and the
+/// remedy. `context` is the context of the process.
 pub fn advice(context: Option<&str>) -> String {
     let domain = context.and_then(type_of).unwrap_or("an unknown domain");
     format!(
-        "this agent runs in the SELinux domain {domain}, which may not write labels that the loaded policy does not \
-         know (mac_admin); run it in install_t: label its program install_exec_t (packaging/selinux and \
-         docs/selinux.md of node-image-pivot), then systemctl restart node-image-pivotd.service"
+        "the agent runs in the SELinux domain {domain}, which lacks the permission (mac_admin) to write labels that the \
+         loaded policy does not know; label its program install_exec_t, so that it runs in install_t (see \
+         docs/selinux.md of node-image-pivot), then run systemctl restart node-image-pivotd.service"
     )
 }
 
-/// The names of the types that a binary policy has; some that are none may be among them, never one is missing.
+/// Returns the names of all types in a binary policy. The set can also contain strings that are not types, because the
+/// function searches for the encoding of a type instead of parsing the policy.
 ///
-/// Types are stored as `length value properties bounds name`, the numbers in 32 bits, little endian (`type_read` in
-/// Linux's security/selinux/ss/policydb.c, since version 24 of 2009). Aliases and attributes are stored alike: told
-/// apart by `properties`, where a type itself has the lowest bit (`TYPEDATUM_PROPERTY_PRIMARY`).
+/// A type is stored as `length value properties bounds name`, with 32-bit little-endian numbers (`type_read` in Linux's
+/// security/selinux/ss/policydb.c, since version 24 of 2009). Aliases and attributes have the same layout; in their
+/// `properties` the lowest bit (`TYPEDATUM_PROPERTY_PRIMARY`) is not set.
 pub fn types_of(policy: &[u8]) -> HashSet<&[u8]> {
     let entry = |begin: usize| {
         let number = |at: usize| policy.get(at..at + 4)?.try_into().ok().map(u32::from_le_bytes);
@@ -105,17 +106,18 @@ pub fn types_of(policy: &[u8]) -> HashSet<&[u8]> {
         number(begin + 8).filter(|properties| properties & 1 == 1)?;
         policy.get(begin + 16..begin + 16 + usize::try_from(length).ok()?)
     };
-    (0..policy.len()).filter_map(entry).filter(|name| name.iter().all(is_of_a_name)).collect()
+    (0..policy.len()).filter_map(entry).filter(|name| name.iter().all(is_name_byte)).collect()
 }
 
-fn is_of_a_name(byte: &u8) -> bool {
+fn is_name_byte(byte: &u8) -> bool {
     byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-')
 }
 
-/// The domains in which processes run, each with the names of some of them.
+/// Returns the domains of all running processes, each with the names of its processes. Skips processes that end during
+/// the call.
 ///
 /// # Errors
-/// When `/proc` cannot be listed. Processes that end meanwhile are none.
+/// `/proc` cannot be listed.
 pub fn running_domains() -> io::Result<BTreeMap<String, BTreeSet<String>>> {
     let mut domains: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     for entry in fs::read_dir("/proc")? {
@@ -132,7 +134,7 @@ pub fn running_domains() -> io::Result<BTreeMap<String, BTreeSet<String>>> {
     Ok(domains)
 }
 
-/// `SELINUXTYPE=` of selinux_config(5).
+/// Returns the value of `SELINUXTYPE=` in the text of `/etc/selinux/config`, see selinux_config(5).
 pub fn policy_type(config: &str) -> Option<String> {
     let value = config.lines().filter_map(|line| line.trim().strip_prefix("SELINUXTYPE=")).next_back()?;
     let value = value.trim();
@@ -145,7 +147,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn how_it_stands() {
+    fn unreadable_mode_counts_as_enforcing() {
         assert_eq!(mode_of(Err(io::ErrorKind::NotFound.into())), Mode::Disabled);
         assert_eq!(mode_of(Ok(b"0".to_vec())), Mode::Permissive);
         assert_eq!(mode_of(Ok(b"1".to_vec())), Mode::Enforcing);
@@ -153,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn the_type_in_a_context() {
+    fn advice_names_the_type_of_the_context() {
         assert_eq!(type_of("system_u:system_r:install_t:s0-s0:c0.c1023"), Some("install_t"));
         assert_eq!(type_of("kernel"), None);
         assert!(advice(Some("system_u:system_r:initrc_t:s0")).contains("domain initrc_t,"));
@@ -167,8 +169,8 @@ mod tests {
             bytes.extend_from_slice(name.as_bytes());
             bytes
         };
-        // The lowest bit is what counts. Part of a longer name, an attribute, a role (which has no bounds before its name):
-        // not a type.
+        // A type (lowest bit of `properties`), an attribute, and a role, whose name does not follow a `bounds` number.
+        // Part of a longer name is not a type either.
         let policy = [entry("an_install_t", 9), entry("domain", 3 & !1), b"install_t".to_vec()].concat();
         let has = |policy: &[u8], name: &str| types_of(policy).contains(name.as_bytes());
         assert!(has(&policy, "an_install_t"));
@@ -182,22 +184,22 @@ mod tests {
     }
 
     #[test]
-    fn this_process_is_among_those_that_run() {
-        // Without SELinux nobody has a domain; with it, this one has.
+    fn running_domains_include_the_domain_of_this_process() {
+        // Without SELinux, processes have no domain.
         let own = context().as_deref().and_then(type_of).map(str::to_owned);
         let running = running_domains().unwrap();
         assert!(own.is_none_or(|own| running.contains_key(&own)));
     }
 
     #[test]
-    fn the_type_of_policy() {
+    fn policy_type_is_read_from_the_configuration() {
         assert_eq!(policy_type("# c\nSELINUX=enforcing\nSELINUXTYPE=targeted \n").as_deref(), Some("targeted"));
         assert_eq!(policy_type("#SELINUXTYPE=mls\n"), None);
         assert_eq!(policy_type("SELINUXTYPE=../x\n"), None);
     }
 
     #[test]
-    fn whoever_tries_a_label_leaves_none() {
+    fn probing_for_unknown_labels_leaves_no_trace() {
         let temp = tempfile::tempdir().unwrap();
         let label = || {
             let mut value = [0; 256];
@@ -205,7 +207,7 @@ mod tests {
         };
         let before = label();
         may_write_unknown(temp.path()).unwrap();
-        assert_eq!(label(), before, "that of the directory");
+        assert_eq!(label(), before, "the label of the directory changed");
         assert_eq!(fs::read_dir(temp.path()).unwrap().count(), 0);
         assert!(may_write_unknown(&temp.path().join("nowhere")).is_err());
     }

@@ -1,14 +1,14 @@
-//! Labels of what stays, once another SELinux policy is loaded.
+//! Relabels existing entries after another SELinux policy was loaded.
 //!
-//! systemd labels `/dev` and `/run` when it has loaded the policy at boot (`mount_setup` in its src/core); nobody does
-//! that for a policy that is loaded later, and what is there keeps the labels of a policy that is gone. systemd labels
-//! everything, as nobody uses it yet. Here it is in use: only what has the label that the one policy has for its path is
-//! given that of the other. What somebody labelled otherwise, such as the files of containers, stays as it is. The same
-//! holds for entries of `/etc` that are equal in both: the merge does not write them.
+//! systemd relabels all of `/dev` and `/run` after it has loaded the policy at boot (`mount_setup` in its src/core). After
+//! a later load of a policy, no program does that. By then the entries are in use. This module therefore relabels only
+//! entries whose label is the one that the old policy assigns to their path. Entries with other labels keep them, for
+//! example the files of containers. The same applies to entries of `/etc` that the merge does not write.
 //!
-//! On a disk `/etc` is the node image's at the next boot already, and the policy that gets loaded may still be the
-//! bootimage's (a newer version of the format is not understood). systemd, which takes labels from `/etc`, is then refused
-//! those that only the node image's policy knows, and what it wanted to label stays as the file system made it.
+//! On an installed disk, `/etc` is already the node image's at the next boot, but the loaded policy can be the
+//! bootimage's, because the booted system may not support the newer format. The kernel then refuses the labels that only
+//! the node image's policy knows, and the entries that systemd creates keep the default label of their file system or
+//! directory.
 
 use std::cell::OnceCell;
 use std::collections::HashSet;
@@ -27,49 +27,53 @@ use crate::open_contexts;
 use crate::{policy_type, type_of};
 use support::xattr;
 
-/// What is labelled, each without what is mounted below. `/var` is not: no update of an ostree system labels it.
+/// The directories to relabel, without mounts below them. `/var` is missing because no update of an ostree system labels
+/// it.
 pub const LABELLED: [&str; 3] = ["/dev", "/etc", "/run"];
 
-/// Deeper than this nobody looks; whoever may write to a directory of these could make it as deep as he likes.
+/// Levels of directories to enter. An unprivileged user could nest directories without bound.
 const DEPTH: usize = 64;
 
-/// Which labels one policy has for paths.
+/// The file contexts of one policy: the labels that it assigns to paths.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct FileContexts(Texts);
 
-/// How labelling went.
+/// The result of [`FileContexts::relabel`].
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Relabelled {
-    /// How many have another label now.
+    /// Number of entries whose label changed.
     pub changed: usize,
-    /// What could not be labelled, and why.
+    /// Entries that could not be relabelled, each as `PATH: CAUSE`.
     pub failed: Vec<String>,
 }
 
 impl FileContexts {
-    /// Of `layers`, directories such as `/usr/etc/selinux`: the first that has a file counts, as in an overlay. Where
-    /// there is no policy, there are none.
+    /// Reads the file contexts from `layers`, directories like `/usr/etc/selinux`. As in an overlay, an earlier layer hides
+    /// the files of later ones. The result is empty if the layers have no policy.
     ///
     /// # Errors
-    /// When a file cannot be read.
+    /// A file cannot be read.
     pub fn read(layers: &[&Path]) -> Result<Self> {
-        let Some(config) = first(layers, Path::new("config"))? else { return Ok(Self::default()) };
+        let Some(config) = read_first(layers, Path::new("config"))? else { return Ok(Self::default()) };
         let Some(kind) = policy_type(&config) else { return Ok(Self::default()) };
         let text = |suffix: &str| -> Result<String> {
             let path = format!("{kind}/contexts/files/file_contexts{suffix}");
-            Ok(first(layers, Path::new(&path))?.unwrap_or_default())
+            Ok(read_first(layers, Path::new(&path))?.unwrap_or_default())
         };
         let contexts = [text("")?, text(".homedirs")?, text(".local")?];
         Ok(Self(Texts { contexts, substitutions: [text(".subs")?, text(".subs_dist")?] }))
     }
 
-    /// Gives what lies in `directories` the labels of `to`, where it has those of this policy. With `unlabelled`, the
-    /// label of a tmpfs where nobody gave one, also where it has that or its directory's, and `to` has one for it that
-    /// this policy never gives: it could not be given before. `scratch` is a directory of ours.
+    /// Relabels the entries in `directories` (absolute paths): an entry with the type that this policy assigns to its path
+    /// gets the type that `to` assigns. User, role and level stay.
+    ///
+    /// `unlabelled` is the default label of a tmpfs. If it is given, an entry with that type or with the type of its
+    /// directory is relabelled too, if no line of this policy assigns the new type: no program could set it before.
+    /// libselinux reads file contexts from files below `scratch`, an existing directory.
     ///
     /// # Errors
-    /// When libselinux cannot read one of the policies, but would have to: then nothing is labelled. An entry that
-    /// cannot be labelled is not an error.
+    /// libselinux cannot read file contexts that only it can interpret. No entry was relabelled. An entry that cannot be
+    /// relabelled is not an error, see [`Relabelled::failed`].
     pub fn relabel(
         &self,
         to: &Self,
@@ -82,8 +86,8 @@ impl FileContexts {
             return Ok(done);
         }
         let (from, to) = (Side::new(&self.0, scratch)?, Side::new(&to.0, scratch)?);
-        let given = self.0.labels().filter_map(type_of).collect();
-        let walk = Walk { from, to, given, unlabelled: unlabelled.and_then(type_of) };
+        let assigned = self.0.labels().filter_map(type_of).collect();
+        let walk = Walk { from, to, assigned, unlabelled: unlabelled.and_then(type_of) };
         for directory in directories {
             walk.start(directory, &mut done);
         }
@@ -91,44 +95,47 @@ impl FileContexts {
     }
 }
 
-/// The labels of one policy. libselinux decides about paths that unusual lines may match.
+/// The types that one policy assigns. libselinux decides on paths that unusual lines may match.
 struct Side<'a> {
     texts: &'a Texts,
     scratch: &'a Path,
     contexts: Option<Contexts>,
-    /// Opened when it is first needed: that takes a second.
+    /// Opened at its first use, because that takes about a second.
     libselinux: OnceCell<Option<ostree::SePolicy>>,
 }
 
 impl<'a> Side<'a> {
     fn new(texts: &'a Texts, scratch: &'a Path) -> Result<Self> {
         let side = Self { texts, scratch, contexts: Contexts::parse(texts), libselinux: OnceCell::new() };
-        ensure!(side.contexts.is_some() || side.libselinux().is_some(), "libselinux cannot read the file contexts");
+        ensure!(
+            side.contexts.is_some() || side.libselinux().is_some(),
+            "cannot read the SELinux file contexts: libselinux refuses them"
+        );
         Ok(side)
     }
 
     fn libselinux(&self) -> Option<&ostree::SePolicy> {
         let open = || {
             let opened = open_contexts(self.texts, self.scratch);
-            opened.inspect_err(|error| warn!("libselinux cannot read the file contexts: {error}")).ok()
+            opened.inspect_err(|error| warn!("libselinux cannot read the SELinux file contexts: {error}")).ok()
         };
         self.libselinux.get_or_init(open).as_ref()
     }
 
-    /// The type that the policy has for a path; `None` if it has none.
-    fn kind(&self, path: &str, mode: u32) -> Option<String> {
-        let kind = |label: &str| type_of(label).map(str::to_owned);
+    /// Returns the type that the policy assigns to a path; `None` if it assigns none.
+    fn assigned_type(&self, path: &str, mode: u32) -> Option<String> {
+        let owned_type = |label: &str| type_of(label).map(str::to_owned);
         if let Some(found) = self.contexts.as_ref().and_then(|contexts| contexts.find(path, mode)) {
-            return found.label.and_then(kind);
+            return found.label.and_then(owned_type);
         }
         let label = self.libselinux()?.label(path, mode, gio::Cancellable::NONE);
-        label.ok().flatten().and_then(|label| kind(&label))
+        label.ok().flatten().and_then(|label| owned_type(&label))
     }
 }
 
-/// The text of a file in the first layer that has it; `None` also where that layer has something else in its place
-/// (a whiteout, say).
-fn first(layers: &[&Path], path: &Path) -> Result<Option<String>> {
+/// Returns the text of the file `path` in the first layer that has an entry with this name. Returns `None` if there is
+/// none, or if that entry is not a regular file (for example a whiteout).
+fn read_first(layers: &[&Path], path: &Path) -> Result<Option<String>> {
     for layer in layers {
         let path: PathBuf = layer.join(path);
         let text = match path.symlink_metadata() {
@@ -138,7 +145,7 @@ fn first(layers: &[&Path], path: &Path) -> Result<Option<String>> {
             Ok(_) => std::fs::read_to_string(&path),
             Err(error) => Err(error),
         };
-        return text.map(Some).with_context(|| format!("reading {}", path.display()));
+        return text.map(Some).with_context(|| format!("cannot read {}", path.display()));
     }
     Ok(None)
 }
@@ -146,15 +153,16 @@ fn first(layers: &[&Path], path: &Path) -> Result<Option<String>> {
 struct Walk<'a> {
     from: Side<'a>,
     to: Side<'a>,
-    /// The types that `from` gives to any path.
-    given: HashSet<&'a str>,
-    /// The type of what nobody labelled, if that is to be labelled.
+    /// The types in the lines of `from`.
+    assigned: HashSet<&'a str>,
+    /// The default type of a tmpfs, if entries with a default type are relabelled.
     unlabelled: Option<&'a str>,
 }
 
-/// Opens what is there, or says that it is another mount's. Devices are not opened: that would have consequences.
-fn beneath(fd: BorrowedFd<'_>, name: &str, flags: OFlags) -> rustix::io::Result<OwnedFd> {
-    // Not told by the device numbers: files of an overlay have those of its layers.
+/// Opens the entry `name` in `fd`, unless it is a mount point (`XDEV`). Callers open devices with `O_PATH` only, because
+/// opening a device can have side effects.
+fn open_beneath(fd: BorrowedFd<'_>, name: &str, flags: OFlags) -> rustix::io::Result<OwnedFd> {
+    // Device numbers do not reveal a mount: files of an overlay have those of its layers.
     let resolve =
         ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV;
     rustix::fs::openat2(fd, name, flags | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty(), resolve)
@@ -169,22 +177,22 @@ impl Walk<'_> {
         self.directory(fd.as_fd(), text, 0, done);
     }
 
-    /// What vanishes meanwhile is none of ours.
+    /// Relabels the entries of a directory. Skips entries that vanish during the call.
     fn directory(&self, fd: BorrowedFd<'_>, path: &str, depth: usize, done: &mut Relabelled) {
         let Ok(entries) = Dir::read_from(fd) else { return };
         for entry in entries.flatten() {
-            // A policy is written in text.
+            // File contexts are ASCII: no literal text in them matches such a name.
             let Ok(name) = entry.file_name().to_str() else { continue };
             if matches!(name, "." | "..") {
                 continue;
             }
-            let found = beneath(fd, name, OFlags::PATH).and_then(rustix::fs::fstat);
+            let found = open_beneath(fd, name, OFlags::PATH).and_then(rustix::fs::fstat);
             let Ok(stat) = found else { continue };
             let path = format!("{path}/{name}");
             self.entry(fd, name, &path, stat.st_mode, done);
             if stat.st_mode & 0o170_000 == 0o040_000
                 && depth < DEPTH
-                && let Ok(below) = beneath(fd, name, OFlags::RDONLY | OFlags::DIRECTORY)
+                && let Ok(below) = open_beneath(fd, name, OFlags::RDONLY | OFlags::DIRECTORY)
             {
                 self.directory(below.as_fd(), &path, depth + 1, done);
             }
@@ -192,37 +200,39 @@ impl Walk<'_> {
     }
 
     fn entry(&self, fd: BorrowedFd<'_>, name: &str, path: &str, mode: u32, done: &mut Relabelled) {
-        // Of what both have, most is the same: no need to ask what it has.
-        let (Some(from), Some(to)) = (self.from.kind(path, mode), self.to.kind(path, mode)) else { return };
+        // Both policies assign the same type to most paths: skip reading the entry's label.
+        let (Some(from), Some(to)) = (self.from.assigned_type(path, mode), self.to.assigned_type(path, mode)) else {
+            return;
+        };
         if from == to {
             return;
         }
-        // The directory is open, and the last component is not followed.
+        // Safe against renames: the directory is open, and the functions of `xattr` do not follow the last component.
         let at = PathBuf::from(format!("/proc/self/fd/{}/{name}", fd.as_raw_fd()));
         let Ok(Some(label)) = xattr::get(&at, xattr::LABEL) else { return };
-        let Some(wanted) = wanted(&label, |has| has == from || self.nobody_gave(has, path, &to), &to) else { return };
-        match xattr::set(&at, xattr::LABEL, &wanted) {
+        let is_replaced = |current: &str| current == from || self.is_default(current, path, &to);
+        let Some(label) = with_type(&label, is_replaced, &to) else { return };
+        match xattr::set(&at, xattr::LABEL, &label) {
             Ok(()) => done.changed += 1,
             Err(Errno::NOENT) => {}
             Err(error) => done.failed.push(format!("{path}: {error}")),
         }
     }
 
-    /// Whether the type that `path` has is one that it has by default, since nobody could give it the type `to`.
-    fn nobody_gave(&self, has: &str, path: &str, to: &str) -> bool {
-        let Some(unlabelled) = self.unlabelled.filter(|_| !self.given.contains(to)) else { return false };
-        let of_directory = |side: &Side<'_>| {
-            let (directory, _) = path.rsplit_once('/')?;
-            side.kind(directory, 0o040_000).map(|kind| kind == has)
+    /// Returns true if `current` is a default type of `path`, and no program could set the type `to` under the old policy.
+    fn is_default(&self, current: &str, path: &str, to: &str) -> bool {
+        let Some(unlabelled) = self.unlabelled.filter(|_| !self.assigned.contains(to)) else { return false };
+        let is_of_directory = |side: &Side<'_>| {
+            let directory = path.rsplit_once('/').map(|(directory, _)| directory);
+            directory.and_then(|directory| side.assigned_type(directory, 0o040_000)).is_some_and(|kind| kind == current)
         };
-        has != to
-            && (has == unlabelled || [&self.from, &self.to].into_iter().any(|side| of_directory(side) == Some(true)))
+        current != to && (current == unlabelled || is_of_directory(&self.from) || is_of_directory(&self.to))
     }
 }
 
-/// The label with the type `to`, if the one that it has is to be replaced. User, role and level stay, as with
-/// restorecon(8).
-fn wanted(label: &[u8], is_replaced: impl Fn(&str) -> bool, to: &str) -> Option<Vec<u8>> {
+/// Returns `label` with the type `to`, or `None` if `is_replaced` is false for its type. Keeps user, role and level, as
+/// restorecon(8) does.
+fn with_type(label: &[u8], is_replaced: impl Fn(&str) -> bool, to: &str) -> Option<Vec<u8>> {
     let label = std::str::from_utf8(label).ok()?.trim_end_matches('\0');
     let mut parts: Vec<&str> = label.splitn(4, ':').collect();
     if parts.len() < 3 || !is_replaced(parts[2]) {
@@ -248,9 +258,10 @@ mod tests {
     }
 
     #[test]
-    fn only_the_type_changes_and_only_where_it_was_the_default() {
+    fn only_the_replaced_type_of_a_label_changes() {
         let after = |label: &str| {
-            wanted(label.as_bytes(), |has| has == "old_t", "new_t").map(|label| String::from_utf8(label).unwrap())
+            with_type(label.as_bytes(), |current| current == "old_t", "new_t")
+                .map(|label| String::from_utf8(label).unwrap())
         };
         assert_eq!(after("system_u:object_r:old_t:s0\0").as_deref(), Some("system_u:object_r:new_t:s0\0"));
         assert_eq!(after("root:object_r:old_t:s0:c1,c2\0").as_deref(), Some("root:object_r:new_t:s0:c1,c2\0"));
@@ -262,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn a_policy_in_layers() {
+    fn earlier_layers_hide_the_files_of_later_ones() {
         let scratch = tempfile::tempdir().unwrap();
         let (upper, lower) = (scratch.path().join("upper"), scratch.path().join("lower"));
         let files = "targeted/contexts/files/file_contexts";
@@ -271,7 +282,7 @@ mod tests {
         put(&lower, &format!("{files}.subs_dist"), "/b /c\n");
         put(&lower, &format!("{files}.local"), "/l -- l\n");
         put(&upper, files, "/a -- new\n");
-        // Where an overlay has a whiteout.
+        // Stands for a whiteout of an overlay.
         std::os::unix::fs::symlink("/dev/null", upper.join(format!("{files}.local"))).unwrap();
         let FileContexts(texts) = FileContexts::read(&[&upper, &lower]).unwrap();
         assert_eq!(texts.contexts, ["/a -- new\n".to_owned(), String::new(), String::new()]);
@@ -281,9 +292,9 @@ mod tests {
         assert_eq!(FileContexts::read(&[&scratch.path().join("none")]).unwrap(), FileContexts::default());
     }
 
-    /// With any label: without SELinux, the kernel stores whatever root likes. On an overlay, as `/etc` of live media is.
+    /// Runs on an overlay, like `/etc` on live media. Needs a kernel without SELinux, which stores any label.
     #[test]
-    fn what_has_the_old_label_gets_the_new_one() {
+    fn entries_with_the_label_of_the_old_policy_get_that_of_the_new_one() {
         if crate::mode() != crate::Mode::Disabled {
             return;
         }
@@ -327,12 +338,12 @@ mod tests {
             let three = Relabelled { changed: 3, failed: Vec::new() };
             assert_eq!(old.relabel(&new, &[&run, Path::new("/nonexistent")], tmpfs, scratch).unwrap(), three);
             assert_eq!(all(), ["app_t", "app_t", "app_t", "container_file_t", "run_t", "run_t"]);
-            // Done again, nothing is to do; and there is a way back.
+            // A second run changes nothing, and the reverse restores the old labels.
             assert_eq!(old.relabel(&new, &[&run], tmpfs, scratch).unwrap(), Relabelled::default());
             assert_eq!(new.relabel(&old, &[&run], None, scratch).unwrap(), three);
             assert_eq!(all(), ["run_t", "run_t", "run_t", "container_file_t", "run_t", "run_t"]);
 
-            // An unusual line is libselinux's.
+            // An unusual line is left to libselinux.
             let unusual = contexts(
                 "/ root:object_r:root_t:s0\nRUN(/.*)? system_u:object_r:run_t:s0\n\
                  RUN/ap[p]|/odd system_u:object_r:odd_t:s0\n",
@@ -340,10 +351,10 @@ mod tests {
             assert_eq!(old.relabel(&unusual, &[&run], None, scratch).unwrap(), three);
             assert_eq!(all(), ["odd_t", "odd_t", "odd_t", "container_file_t", "run_t", "run_t"]);
             assert_eq!(unusual.relabel(&old, &[&run], None, scratch).unwrap(), three);
-            // One that libselinux refuses, too: nothing is labelled.
+            // If libselinux refuses a line, no entry is relabelled.
             assert!(old.relabel(&contexts("/é system_u:object_r:x_t:s0\n"), &[&run], None, scratch).is_err());
 
-            // What nobody could label before has what the file system or its directory gave it.
+            // Entries with the default type of the file system or of their directory.
             let old = contexts("RUN(/.*)? system_u:object_r:run_t:s0\nRUN/app/.* system_u:object_r:sock_t:s0\n");
             let like = |text: &str| contexts(&format!("RUN(/.*)? system_u:object_r:run_t:s0\nRUN/app/.* {text}\n"));
             label(&run.join("app/sock"), "tmpfs_t");
