@@ -203,7 +203,7 @@ fn a_system_is_switched_and_switched_back() {
         assert_eq!(describe(&usr), booted_usr, "nothing is switched yet");
 
         tree.expose_in(&here(), &usr).unwrap();
-        let report = etc_merge::apply(&plan, new_etc.as_fd(), etc_dir.as_fd(), &path("state/undo"), None).unwrap();
+        let report = etc_merge::apply(&plan, new_etc.as_fd(), etc_dir.as_fd(), &path("state/undo")).unwrap();
 
         let checkout = path("checkout");
         ostree(&[
@@ -336,7 +336,7 @@ fn how_long_it_takes() {
         let plan = etc_merge::plan(base.as_fd(), new.as_fd(), dir.as_fd(), &etc_merge::Defaults::default()).unwrap();
         println!("etc plan, {} changes: {:?}", plan.changes.len(), start.elapsed());
         let start = Instant::now();
-        etc_merge::apply(&plan, new.as_fd(), dir.as_fd(), &path("state/undo"), None).unwrap();
+        etc_merge::apply(&plan, new.as_fd(), dir.as_fd(), &path("state/undo")).unwrap();
         println!("etc apply: {:?}", start.elapsed());
         let start = Instant::now();
         let undone = etc_merge::undo(&path("state/undo"), dir.as_fd()).unwrap();

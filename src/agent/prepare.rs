@@ -173,7 +173,7 @@ fn blocking(paths: &Paths, pulled: PulledImage, settings: &Settings) -> Result<(
 
     let new = new_etc(tree.as_fd())?;
     let merge = |etc: BorrowedFd<'_>, records: &Path| {
-        etc_merge::apply(&plan, new.as_fd(), etc, &records.join("undo"), None).map(drop)
+        etc_merge::apply(&plan, new.as_fd(), etc, &records.join("undo")).map(drop)
     };
     let trial = preflight::check_runs(&tree, &merge)?;
     refuse(trial.refusals)?;

@@ -163,7 +163,7 @@ fn blocking(paths: &Paths, staged: &StagedRoot) -> anyhow::Result<etc_merge::Rep
     let current = etc_merge::open_dir(Path::new(ETC))?;
     // Before the merge: an entry counts for the next one only where /etc has what it says.
     remember_defaults(paths, staged, &plan.later())?;
-    etc_merge::apply(&plan, new.as_fd(), current.as_fd(), &paths.etc_undo(), None)
+    etc_merge::apply(&plan, new.as_fd(), current.as_fd(), &paths.etc_undo())
 }
 
 /// How an undo went.

@@ -1,5 +1,4 @@
-//! The three-way merge, as a pure function. The table stands at [`decide`]; the tests go through every
-//! combination.
+//! The decisions of the three-way merge, as a pure function without side effects. [`decide`] has the table.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,9 +7,9 @@ use super::plan::{Change, Class, Decision, Origin, Plan};
 use super::snapshot::{Content, Entry, Leaf, Meta, Obstacle, Snapshot};
 use selinux_labels::policy_format;
 
-/// Files in which the system keeps its own state. They stay as they are: users come from
-/// systemd-sysusers, the cache from ldconfig.
-const OWN_STATE: [&[u8]; 17] = [
+/// Files in which the system keeps its own state. The merge does not change them: systemd-sysusers creates users, and
+/// ldconfig writes the cache.
+const SYSTEM_STATE: [&[u8]; 17] = [
     b"passwd",
     b"passwd-",
     b"group",
@@ -30,32 +29,29 @@ const OWN_STATE: [&[u8]; 17] = [
     b"ld.so.cache",
 ];
 
-/// Decides the merge of `base` (B, the old defaults), `new` (N, the new defaults) and `current` (C,
-/// what is in `/etc`).
+/// Decides the merge of `base` (B, the old defaults), `new` (N, the new defaults) and `current` (C, the content of
+/// `/etc`).
 ///
 /// | case | result | class |
 /// |---|---|---|
-/// | C = B | N; a directory goes only when nothing local is left in it | updated |
+/// | C = B | N; a directory is removed only if no local entry is left in it | updated |
 /// | C ≠ B, N = B | C | local |
 /// | C = N | C | converged |
-/// | all differ | C; content and metadata are looked at apart, so that a change of one side to the content and of the other to owner or mode are both taken | conflict, or updated |
+/// | all differ | C; content and metadata are merged separately, so a changed content of one side and a changed owner or mode of the other are both taken | conflict, or updated |
 /// | C absent, B present | absent | local, or conflict if N ≠ B |
 /// | B absent, C and N differ | C | conflict |
-/// | kinds clash, C modified | C | conflict |
+/// | the types of C and N differ, C ≠ B | C | conflict |
 /// | C is special or a mount point | C | local |
-/// | C would change, but is immutable or append-only, or cannot hold N's attributes | C | local |
-/// | N has no directory, C has one with local changes | C with all below | conflict |
+/// | C would change, but is immutable or append-only, or `/etc` cannot hold N's attributes | C | local |
+/// | N has another type of entry, C is a directory with local entries | C with all its entries | conflict |
 /// | the system's own state (`passwd`, `machine-id`, …) | C | local |
-/// | C = B, an SELinux policy of which N has only newer versions of the format | C | local |
+/// | C = B, a binary SELinux policy, and N has only newer format versions of it | C | local |
 ///
-/// Directories are merged entry by entry, their own metadata like content. What is below a path that is
-/// no directory in the result cannot come into being; it shares that path's fate. A special file in
-/// N is never created.
-///
-/// Total, and without effects.
+/// Directories are merged entry by entry; their own metadata are merged like those of a file. N's entries below a path
+/// that is not a directory in the result are not created. Special files of N are never created.
 pub fn decide(base: &Snapshot, new: &Snapshot, current: &Snapshot) -> Plan {
     let mut walk = Walk::default();
-    walk.entry(&Bytes::default(), Some(&base.root), Some(&new.root), Some(&current.root), Fate::Free);
+    walk.entry(&Bytes::default(), Some(&base.root), Some(&new.root), Some(&current.root), Parent::Directory);
     let mut plan = walk.plan;
     plan.changes = walk.removals;
     plan.changes.append(&mut walk.rest);
@@ -63,26 +59,30 @@ pub fn decide(base: &Snapshot, new: &Snapshot, current: &Snapshot) -> Plan {
     plan
 }
 
-/// What the result above a path means for it.
+/// The parent of a path in the result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Fate {
-    /// The parent is a directory in the result.
-    Free,
-    /// The parent is kept as something else, or is gone, by local choice.
-    NoParent,
-    /// The parent is a mount point or a special file.
+enum Parent {
+    /// A directory.
+    Directory,
+    /// Another type of entry, or missing, because of a local change.
+    Missing,
+    /// A mount point, a special file, or an entry below one.
     Foreign,
-    /// The parent is a directory in which nothing can be added, replaced or removed.
+    /// A directory whose entries cannot be added, replaced or removed.
     Locked(Obstacle),
-    /// The parent stays as it is, though the node image has no directory there.
+    /// A directory that is kept with all its entries, although the node image has another type of entry.
     Kept,
 }
 
-/// What to do about one entry.
+/// The decision on one entry, with the class and the reason to report.
 enum Verdict {
+    /// All sides are equal.
     Same,
+    /// Keep the current entry.
     Keep(Class, &'static str),
+    /// Take the entry of the new tree, or remove the current one.
     Take(&'static str),
+    /// Write an entry with parts of both sides; [`Origin`] tells where its content is.
     Merge(Leaf, Origin, &'static str),
 }
 
@@ -96,10 +96,10 @@ struct Walk {
 type Side<'a> = Option<&'a Entry>;
 
 impl Walk {
-    /// Decides `path` and everything below; returns true if it is there in the result.
-    fn entry(&mut self, path: &Bytes, base: Side<'_>, new: Side<'_>, current: Side<'_>, fate: Fate) -> bool {
-        let verdict = verdict(path, leaf(base), leaf(new), current, fate);
-        let obstacle = obstacle(&verdict, new, current, fate);
+    /// Decides on `path` and everything below it. Returns true if the result has an entry at `path`.
+    fn entry(&mut self, path: &Bytes, base: Side<'_>, new: Side<'_>, current: Side<'_>, parent: Parent) -> bool {
+        let verdict = verdict(path, leaf(base), leaf(new), current, parent);
+        let obstacle = obstacle(&verdict, new, current, parent);
         let verdict = obstacle.map_or(verdict, |reason| Verdict::Keep(Class::Local, reason));
         let class = match verdict {
             Verdict::Same => None,
@@ -113,11 +113,11 @@ impl Walk {
         };
         let was_directory = leaf(current).is_some_and(Leaf::is_directory);
         let stays_directory = result.as_ref().is_some_and(Leaf::is_directory);
-        if was_directory && !stays_directory && self.dissolve(path, base, new, current) {
+        if was_directory && !stays_directory && self.keep_if_not_empty(path, base, new, current) {
             return true;
         }
         if let Some((class, reason)) = class {
-            self.note(path, class, reason, new);
+            self.record(path, class, reason, new);
         }
         let present = result.is_some();
         if result.as_ref() != leaf(current) || class.is_some_and(|(class, _)| class == Class::Converged) {
@@ -137,62 +137,62 @@ impl Walk {
         if was_directory && !stays_directory {
             return present;
         }
-        let below = match fate {
-            Fate::Foreign => Fate::Foreign,
-            _ if leaf(current).is_some_and(|leaf| leaf.content == Content::Other) => Fate::Foreign,
-            _ if !stays_directory && obstacle.is_some() => Fate::Foreign,
-            _ if !stays_directory => Fate::NoParent,
-            Fate::Kept => Fate::Kept,
-            _ if was_directory && leaf(new).is_some_and(|leaf| !leaf.is_directory()) => Fate::Kept,
-            _ => current.and_then(|entry| entry.obstacle).map_or(Fate::Free, Fate::Locked),
+        let below = match parent {
+            Parent::Foreign => Parent::Foreign,
+            _ if leaf(current).is_some_and(|leaf| leaf.content == Content::Other) => Parent::Foreign,
+            _ if !stays_directory && obstacle.is_some() => Parent::Foreign,
+            _ if !stays_directory => Parent::Missing,
+            Parent::Kept => Parent::Kept,
+            _ if was_directory && leaf(new).is_some_and(|leaf| !leaf.is_directory()) => Parent::Kept,
+            _ => current.and_then(|entry| entry.obstacle).map_or(Parent::Directory, Parent::Locked),
         };
         self.children(path, base, new, current, below);
         present
     }
 
-    /// A directory that the node image drops, or has another kind of entry for, gives way if nothing local is left in
-    /// it. Returns true if it stays.
-    fn dissolve(&mut self, path: &Bytes, base: Side<'_>, new: Side<'_>, current: Side<'_>) -> bool {
+    /// Decides on the entries of a directory that the node image removes or replaces by another type of entry. Returns
+    /// true if a local entry is left in it, so that the directory must be kept.
+    fn keep_if_not_empty(&mut self, path: &Bytes, base: Side<'_>, new: Side<'_>, current: Side<'_>) -> bool {
         let before = (self.removals.len(), self.rest.len(), self.plan.decisions.len());
         let (aside, taken) = (self.plan.aside.clone(), self.plan.taken.clone());
-        if !self.children(path, base, None, current, Fate::Free) {
+        if !self.children(path, base, None, current, Parent::Directory) {
             return false;
         }
         if new.is_none() {
-            let reason = "dropped by the node image, kept for the local entries in it";
-            self.note(path, Class::Updated, reason, None);
+            let reason = "removed in the node image, kept for the local entries in it";
+            self.record(path, Class::Updated, reason, None);
             return true;
         }
-        // The node image's entry cannot be there: nothing is gained by removing the others.
+        // The node image's entry cannot be created, so removing the other entries has no benefit.
         self.removals.truncate(before.0);
         self.rest.truncate(before.1);
         self.plan.decisions.truncate(before.2);
         (self.plan.aside, self.plan.taken) = (aside, taken);
-        let reason = "the node image has no directory here, but local entries are left in it";
-        self.note(path, Class::Conflict, reason, new);
-        self.children(path, base, None, current, Fate::Kept)
+        let reason = "not a directory in the node image, but local entries are left in it";
+        self.record(path, Class::Conflict, reason, new);
+        self.children(path, base, None, current, Parent::Kept)
     }
 
-    /// Decides all entries below `path`; returns true if any is there in the result.
-    fn children(&mut self, path: &Bytes, base: Side<'_>, new: Side<'_>, current: Side<'_>, fate: Fate) -> bool {
+    /// Decides on all entries of the directory `path`. Returns true if the result has any of them.
+    fn children(&mut self, path: &Bytes, base: Side<'_>, new: Side<'_>, current: Side<'_>, parent: Parent) -> bool {
         let sides = [base, new, current].map(|side| side.map(|entry| &entry.children));
         let names: BTreeSet<&Vec<u8>> = sides.iter().flatten().flat_map(|children| children.keys()).collect();
         let mut left = false;
         for name in names {
             let [base, new, current] = sides.map(|side: Option<&BTreeMap<Vec<u8>, Entry>>| side?.get(name));
             if leaf(base) == leaf(current) && new.is_none() && is_older_policy(&path.join(name), sides[1]) {
-                // On a disk this /etc is the next boot's, too, and that is the booted system's, which may not know the
-                // newer version: enforcing, without a policy that it can load, it would stop there.
-                self.note(&path.join(name), Class::Local, "the booted system's next boot may need it", None);
+                // On a disk, the next boot of the booted system uses this /etc. That system may not support the newer
+                // version, and an enforcing boot stops if systemd can load no policy.
+                self.record(&path.join(name), Class::Local, "the next boot of the booted system may need it", None);
                 left = true;
                 continue;
             }
-            left |= self.entry(&path.join(name), base, new, current, fate);
+            left |= self.entry(&path.join(name), base, new, current, parent);
         }
         left
     }
 
-    fn note(&mut self, path: &Bytes, class: Class, reason: &str, new: Side<'_>) {
+    fn record(&mut self, path: &Bytes, class: Class, reason: &str, new: Side<'_>) {
         let size = new.and_then(|entry| match &entry.leaf.content {
             Content::File { size, .. } => Some(*size),
             Content::Symlink(_) => Some(0),
@@ -205,8 +205,8 @@ impl Walk {
     }
 }
 
-/// Whether it is a binary SELinux policy, `selinux/TYPE/policy/policy.NN`, and one of a newer format is among those
-/// beside it. The newest that is understood is what gets loaded.
+/// Returns true if `path` is a binary SELinux policy, `selinux/TYPE/policy/policy.NN`, and `beside`, the entries of its
+/// directory in N, have a newer format version. systemd loads the newest version that the system supports.
 fn is_older_policy(path: &Bytes, beside: Option<&BTreeMap<Vec<u8>, Entry>>) -> bool {
     let parts: Vec<&[u8]> = path.0.split(|byte| *byte == b'/').collect();
     let [b"selinux", _, b"policy", name] = parts[..] else { return false };
@@ -218,8 +218,8 @@ fn leaf<'a>(side: Side<'a>) -> Option<&'a Leaf> {
     side.map(|entry| &entry.leaf)
 }
 
-/// Returns the reason why the entry cannot be changed as `verdict` says.
-fn obstacle(verdict: &Verdict, new: Side<'_>, current: Side<'_>, fate: Fate) -> Option<&'static str> {
+/// Returns the reason why the merge cannot carry out `verdict`, if there is one.
+fn obstacle(verdict: &Verdict, new: Side<'_>, current: Side<'_>, parent: Parent) -> Option<&'static str> {
     let after = match verdict {
         Verdict::Same | Verdict::Keep(..) => return None,
         Verdict::Take(_) => leaf(new),
@@ -229,9 +229,9 @@ fn obstacle(verdict: &Verdict, new: Side<'_>, current: Side<'_>, fate: Fate) -> 
     if let Some(obstacle) = current.and_then(|entry| entry.obstacle) {
         return Some(obstacle.reason());
     }
-    match fate {
+    match parent {
         // The owner, mode and attributes of a directory change in place.
-        Fate::Locked(obstacle) if !(is_directory(leaf(current)) && is_directory(after)) => {
+        Parent::Locked(obstacle) if !(is_directory(leaf(current)) && is_directory(after)) => {
             return Some(obstacle.reason_inside());
         }
         _ => {}
@@ -240,8 +240,8 @@ fn obstacle(verdict: &Verdict, new: Side<'_>, current: Side<'_>, fate: Fate) -> 
     new.obstacle.map(Obstacle::reason)
 }
 
-/// One entry, by the table. `fate` says if its parent will be a directory.
-fn verdict(path: &Bytes, base: Option<&Leaf>, new: Option<&Leaf>, current: Side<'_>, fate: Fate) -> Verdict {
+/// Decides on one entry by the table of [`decide`].
+fn verdict(path: &Bytes, base: Option<&Leaf>, new: Option<&Leaf>, current: Side<'_>, parent: Parent) -> Verdict {
     use Class::{Conflict, Converged, Local};
     let special = |side: Option<&Leaf>| side.is_some_and(|leaf| leaf.content == Content::Other);
     let obstacle = current.and_then(|entry| entry.obstacle);
@@ -252,33 +252,33 @@ fn verdict(path: &Bytes, base: Option<&Leaf>, new: Option<&Leaf>, current: Side<
     if base == new && new == current {
         return Verdict::Same;
     }
-    if fate == Fate::Foreign {
-        return Verdict::Keep(Local, "below an entry that the merge leaves alone");
+    if parent == Parent::Foreign {
+        return Verdict::Keep(Local, "below an entry that the merge does not change");
     }
-    if fate == Fate::Kept {
-        return Verdict::Keep(Local, "in a directory that stays, though the node image has none here");
+    if parent == Parent::Kept {
+        return Verdict::Keep(Local, "in a directory that is kept, although it is not a directory in the node image");
     }
     if current == new {
         return Verdict::Keep(Converged, "the same as in the node image");
     }
-    if OWN_STATE.contains(&path.0.as_slice()) {
+    if SYSTEM_STATE.contains(&path.0.as_slice()) {
         return Verdict::Keep(Local, "the system's own state");
     }
-    if fate == Fate::NoParent {
-        // Nothing can be here; current is absent, since its parent is no directory either.
+    if parent == Parent::Missing {
+        // C has no entry here either, because C's parent is not a directory.
         return if base == new {
-            Verdict::Keep(Local, "removed here with what is above it")
+            Verdict::Keep(Local, "removed here with its directory")
         } else {
-            Verdict::Keep(Conflict, "changed in the node image, but its directory is gone here")
+            Verdict::Keep(Conflict, "changed in the node image, but its directory was removed here")
         };
     }
     if special(new) {
-        return Verdict::Keep(Conflict, "a special file in the node image, which is never created");
+        return Verdict::Keep(Conflict, "a special file in the node image; the merge does not create special files");
     }
     if current == base {
         return Verdict::Take(match (current, new) {
             (None, _) => "new in the node image",
-            (_, None) => "dropped by the node image",
+            (_, None) => "removed in the node image",
             _ => "changed in the node image",
         });
     }
@@ -291,7 +291,7 @@ fn verdict(path: &Bytes, base: Option<&Leaf>, new: Option<&Leaf>, current: Side<
             match (base, current) {
                 (None, _) => "added here and, differently, in the node image",
                 (_, None) => "removed here, changed in the node image",
-                _ => "changed here, dropped by the node image",
+                _ => "changed here, removed in the node image",
             },
         );
     };
@@ -302,7 +302,7 @@ fn verdict(path: &Bytes, base: Option<&Leaf>, new: Option<&Leaf>, current: Side<
         let reason = if same_kind {
             "changed here and, differently, in the node image"
         } else {
-            "of different kinds here and in the node image"
+            "a different type of entry here and in the node image"
         };
         return Verdict::Keep(Conflict, reason);
     };
@@ -318,7 +318,7 @@ fn kind(content: &Content) -> std::mem::Discriminant<Content> {
     std::mem::discriminant(content)
 }
 
-/// `None` when both sides changed it in different ways.
+/// Merges one value. Returns `None` if both sides changed it in different ways.
 fn three_way<'a, T: PartialEq>(base: &'a T, new: &'a T, current: &'a T) -> Option<&'a T> {
     if current == base || current == new {
         Some(new)

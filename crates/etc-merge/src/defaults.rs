@@ -1,7 +1,7 @@
 //! The defaults that earlier merges took from node images.
 //!
-//! On a disk, `/etc` outlives the boot, but the booted system's defaults are still the old ones. Without this list, the
-//! next merge would take everything that the last one wrote for a local change.
+//! On a disk, `/etc` persists across a reboot, but the booted system's defaults are the old ones again. Without this
+//! list, the next merge would treat everything that the last one wrote as a local change.
 
 use std::collections::BTreeMap;
 
@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::name::Bytes;
 use super::snapshot::{Entry, Leaf, Snapshot};
 
-/// Path to the node image's default, or to `None` where the merge removed an entry.
+/// Defaults by path; `None` if the merge removed the entry.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Defaults(pub(super) BTreeMap<Bytes, Option<Leaf>>);
@@ -21,25 +21,25 @@ impl Defaults {
         self.0.is_empty()
     }
 
-    /// The paths in the list.
+    /// Returns the paths in the list.
     pub fn paths(&self) -> impl Iterator<Item = &Bytes> {
         self.0.keys()
     }
 
-    /// Replaces defaults in `base` by those of this list, as long as `current` still has their content.
+    /// Replaces defaults in `base` by those of this list, if the entry in `current` still has the content of the default.
     pub(super) fn rebase(&self, base: &mut Snapshot, current: &Snapshot) {
         for (path, default) in &self.0 {
             let now = find(&current.root, path).map(|entry| &entry.leaf);
             match (default, now) {
                 (None, None) => remove(&mut base.root, path),
-                // A changed mode is a local change of the default, not another file.
+                // Only the content must be equal: with a changed mode, the entry is still this default, with a local change.
                 (Some(default), Some(now)) if default.content == now.content => put(&mut base.root, path, default),
                 _ => {}
             }
         }
     }
 
-    /// This list after another merge.
+    /// Returns this list, updated by the defaults that the next merge took.
     pub(super) fn followed_by(&self, taken: &Self) -> Self {
         Self(self.0.iter().chain(&taken.0).map(|(path, leaf)| (path.clone(), leaf.clone())).collect())
     }
@@ -53,7 +53,7 @@ fn find<'a>(root: &'a Entry, path: &Bytes) -> Option<&'a Entry> {
     parts(path).try_fold(root, |entry, part| entry.children.get(part))
 }
 
-/// The directory that `path` is in, and its name there.
+/// Returns the directory that contains `path`, and the last component of `path`.
 fn parent<'a, 'b>(root: &'a mut Entry, path: &'b Bytes) -> Option<(&'a mut Entry, &'b [u8])> {
     let parts: Vec<&[u8]> = parts(path).collect();
     let (name, above) = parts.split_last()?;

@@ -1,4 +1,4 @@
-//! A plan as a unified diff, as `git apply` and `patch -p1` take it.
+//! A plan as a unified diff for `git apply` and `patch -p1`.
 
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
@@ -12,37 +12,36 @@ use super::name::Bytes;
 use super::place::Place;
 use super::plan::{Change, Class, Origin, Plan};
 use super::snapshot::{Content, Leaf};
-use super::undo::is_kin;
+use super::undo::is_nested;
 
-/// Files above this size are not compared line by line, in bytes.
-const LONGEST: u64 = 4 << 20;
+/// Size in bytes above which files are not compared line by line.
+const MAX_DIFF_SIZE: u64 = 4 << 20;
 
-/// Returns what applying `plan` would do to `etc_dir`, as a unified diff with git's extended headers, which `git apply`
-/// accepts. Notes on what git cannot express (directories, owners, exact modes, attributes) are lines that begin with
-/// `#`. Conflicts, of which nothing is applied, follow as notes: what taking the node image's version would change.
+/// Returns the changes of `plan` to `etc_dir` as a unified diff with git's extended headers, which `git apply` accepts.
+/// Lines that begin with `#` describe changes that git cannot express: directories, owners, exact modes and attributes.
+/// Conflicts follow as such lines, with the diff from the current version to the node image's.
 ///
-/// The content of what not all users may read (by its own mode, on either side, or by that of a directory above) is left
-/// out, unless `secrets`: such a file is only named. Binary files are named, too.
+/// Binary files are shown by name only. Unless `secrets` is true, the same applies to files that not all users may read,
+/// because of the mode of either version or of a directory above.
 ///
 /// # Errors
-/// When something cannot be read. Nothing is ever written. A file that changed since the plan was made is shown as it
-/// is now.
+/// A file cannot be read. A file that changed since the plan was made is shown with its current content.
 pub fn diff(plan: &Plan, new_dir: BorrowedFd<'_>, etc_dir: BorrowedFd<'_>, secrets: bool) -> Result<Vec<u8>> {
     Ok(show(plan, &Sides { new: new_dir, etc: etc_dir, secrets })?.0)
 }
 
-/// The diff, and the paths whose change is in notes only.
+/// Returns the diff, and the paths whose content it does not show.
 pub(super) fn show(plan: &Plan, sides: &Sides<'_>) -> Result<(Vec<u8>, BTreeSet<Bytes>)> {
     let mut entries = Vec::new();
     for change in &plan.changes {
-        let shown = sides.change(change).with_context(|| format!("comparing /etc/{}", change.path))?;
+        let shown = sides.change(change).with_context(|| format!("cannot compare /etc/{}", change.path))?;
         entries.push((&change.path, shown));
     }
     let mut hidden: BTreeSet<Bytes> =
         entries.iter().filter(|(_, shown)| shown.is_hidden).map(|(path, _)| (*path).clone()).collect();
-    // A file can take the place of a directory only with all that is in it, and the other way round.
+    // A file that replaces a directory, or the reverse, needs the changes of all entries in that directory.
     for (path, shown) in &mut entries {
-        if !shown.patch.is_empty() && hidden.iter().any(|other| is_kin(other, path)) {
+        if !shown.patch.is_empty() && hidden.iter().any(|other| is_nested(other, path)) {
             shown.patch.clear();
             writeln!(shown.notes, "# /etc/{path}: not shown: it depends on an entry that is not shown")?;
             hidden.insert(path.clone());
@@ -54,10 +53,10 @@ pub(super) fn show(plan: &Plan, sides: &Sides<'_>) -> Result<(Vec<u8>, BTreeSet<
         out.extend(shown.patch);
     }
     for decision in plan.of(Class::Conflict) {
-        writeln!(out, "# conflict: /etc/{}: {}; it is kept as it is", decision.path, decision.reason)?;
+        writeln!(out, "# conflict: /etc/{}: {}; the local version is kept", decision.path, decision.reason)?;
         if plan.aside.contains_key(&decision.path) {
             let not_taken = sides.conflict(&decision.path);
-            let shown = not_taken.with_context(|| format!("comparing /etc/{}", decision.path))?;
+            let shown = not_taken.with_context(|| format!("cannot compare /etc/{}", decision.path))?;
             for line in [shown.notes, shown.patch].concat().split_inclusive(|byte| *byte == b'\n') {
                 out.extend_from_slice(if line.starts_with(b"# ") { b"" } else { b"# " });
                 out.extend_from_slice(line);
@@ -70,18 +69,19 @@ pub(super) fn show(plan: &Plan, sides: &Sides<'_>) -> Result<(Vec<u8>, BTreeSet<
 /// One entry of the diff.
 #[derive(Default)]
 struct Shown {
-    /// Lines that git skips. They precede the patch: git ends a header at the first line that it does not know.
+    /// Lines that git ignores. They precede the patch, because git ends a header at the first unknown line.
     notes: Vec<u8>,
-    /// Empty if nothing changes that git can express.
+    /// The part that git can express; may be empty.
     patch: Vec<u8>,
-    /// True if the patch is missing because its content must not or cannot be shown.
+    /// True if the content must not or cannot be shown.
     is_hidden: bool,
 }
 
-/// The two directories that are compared.
+/// The directories to compare.
 pub(super) struct Sides<'a> {
     pub new: BorrowedFd<'a>,
     pub etc: BorrowedFd<'a>,
+    /// True to show files that not all users may read.
     pub secrets: bool,
 }
 
@@ -96,7 +96,7 @@ impl Sides<'_> {
         self.pair(&change.path, (change.before.as_ref(), self.etc), (change.after.as_ref(), from))
     }
 
-    /// What taking the node image's version would change.
+    /// Compares the current version of a conflicting entry with the node image's.
     fn conflict(&self, path: &Bytes) -> Result<Shown> {
         let look = |dir| Place::find(dir, path)?.map_or(Ok(None), |place| place.look());
         let (current, new): (Option<Leaf>, Option<Leaf>) = (look(self.etc)?, look(self.new)?);
@@ -109,7 +109,7 @@ impl Sides<'_> {
             return Ok(shown);
         }
         note(path, old.0, new.0, &mut shown.notes)?;
-        // git knows no directories: what is left is a file or a link that comes or goes.
+        // git does not track directories: treat them as missing.
         let [old, new] = [old, new].map(|(leaf, dir)| (leaf.filter(|leaf| !leaf.is_directory()), dir));
         if old.0.map(|leaf| (mode(leaf), &leaf.content)) == new.0.map(|leaf| (mode(leaf), &leaf.content)) {
             return Ok(shown);
@@ -134,7 +134,7 @@ impl Sides<'_> {
         Ok(shown)
     }
 
-    /// Returns true if not all users may read it.
+    /// Returns true if the mode of the file or of a directory above it excludes other users.
     fn is_secret(&self, path: &Bytes, leaf: Option<&Leaf>, dir: BorrowedFd<'_>) -> Result<bool> {
         let Some(leaf) = leaf else { return Ok(false) };
         if matches!(leaf.content, Content::File { .. }) && leaf.meta.mode & 0o004 == 0 {
@@ -143,7 +143,7 @@ impl Sides<'_> {
         let above = path.0.iter().enumerate().filter(|(_, byte)| **byte == b'/').map(|(end, _)| &path.0[..end]);
         for parent in above {
             let stat = rustix::fs::statat(dir.as_fd(), parent, AtFlags::SYMLINK_NOFOLLOW);
-            // A directory that the plan only makes has its mode in the plan; the file's own counts then.
+            // A directory that the plan creates does not exist in `/etc`. Only the mode of the file counts then.
             if stat.is_ok_and(|stat| stat.st_mode & 0o001 == 0) {
                 return Ok(true);
             }
@@ -152,7 +152,7 @@ impl Sides<'_> {
     }
 }
 
-/// Writes one change as git does.
+/// Writes one change in git's format.
 fn patch(path: &Bytes, old: (Option<&Leaf>, &[u8]), new: (Option<&Leaf>, &[u8]), out: &mut Vec<u8>) -> Result<()> {
     let (a, b) = (quoted("a/etc", path), quoted("b/etc", path));
     writeln!(out, "diff --git {a} {b}")?;
@@ -167,7 +167,7 @@ fn patch(path: &Bytes, old: (Option<&Leaf>, &[u8]), new: (Option<&Leaf>, &[u8]),
     if old.1 == new.1 {
         return Ok(());
     }
-    // Both git and patch end a name that has spaces at a tab.
+    // A tab ends a name with spaces, for git and for patch.
     let tab = if path.0.contains(&b' ') { "\t" } else { "" };
     let name =
         |leaf: Option<&Leaf>, name: &str| leaf.map_or_else(|| "/dev/null".to_owned(), |_| format!("{name}{tab}"));
@@ -178,10 +178,10 @@ fn patch(path: &Bytes, old: (Option<&Leaf>, &[u8]), new: (Option<&Leaf>, &[u8]),
     similar::group_diff_ops(ops, 3).iter().try_for_each(|group| hunk(group, &before, &after, out))
 }
 
-/// Writes a hunk byte by byte: names and contents need not be UTF-8.
+/// Writes a hunk. Works on bytes, because content need not be UTF-8.
 fn hunk(group: &[DiffOp], old: &[&[u8]], new: &[&[u8]], out: &mut Vec<u8>) -> Result<()> {
     let (Some(first), Some(last)) = (group.first(), group.last()) else { return Ok(()) };
-    // Lines count from 1; without any, the number is that of the line before.
+    // Lines count from 1. For an empty range, the number is that of the line before it.
     let range = |start: usize, end: usize| format!("{},{}", start + usize::from(end > start), end - start);
     let removed = range(first.old_range().start, last.old_range().end);
     let added = range(first.new_range().start, last.new_range().end);
@@ -205,7 +205,7 @@ fn hunk(group: &[DiffOp], old: &[&[u8]], new: &[&[u8]], out: &mut Vec<u8>) -> Re
     Ok(())
 }
 
-/// Writes what git cannot express, as lines that it skips.
+/// Writes changes that git cannot express, as lines that it ignores.
 fn note(path: &Bytes, before: Option<&Leaf>, after: Option<&Leaf>, out: &mut Vec<u8>) -> Result<()> {
     let shown =
         |side: Option<&Leaf>| side.map_or_else(|| "absent".to_owned(), |leaf| format!("{:06o}", leaf.raw_mode()));
@@ -230,7 +230,7 @@ fn is_link(leaf: &Leaf) -> bool {
     matches!(leaf.content, Content::Symlink(_))
 }
 
-/// The mode as git knows it: of a file, only if its owner may execute it.
+/// Returns the mode in git's format, which for a file tells only if its owner may execute it.
 fn mode(leaf: &Leaf) -> &'static str {
     match leaf.content {
         Content::Symlink(_) => "120000",
@@ -239,25 +239,25 @@ fn mode(leaf: &Leaf) -> &'static str {
     }
 }
 
-/// What is compared; `None` for what has no lines.
+/// Returns the text to compare; `None` for a binary or large file.
 fn text(path: &Bytes, leaf: Option<&Leaf>, dir: BorrowedFd<'_>) -> Result<Option<Vec<u8>>> {
     match leaf.map(|leaf| &leaf.content) {
         None | Some(Content::Directory | Content::Other) => Ok(Some(Vec::new())),
         Some(Content::Symlink(target)) => Ok(Some(target.0.clone())),
         Some(Content::File { size, .. }) => {
-            if *size > LONGEST {
+            if *size > MAX_DIFF_SIZE {
                 return Ok(None);
             }
             let mut content = Vec::new();
-            let place = Place::find(dir, path)?.context("its directory is gone")?;
-            place.open()?.take(LONGEST + 1).read_to_end(&mut content).context("reading it")?;
-            // git's own rule: a NUL in the first 8000 bytes.
+            let place = Place::find(dir, path)?.context("its directory is missing")?;
+            place.open()?.take(MAX_DIFF_SIZE + 1).read_to_end(&mut content).context("cannot read it")?;
+            // git's rule for binary files: a NUL in the first 8000 bytes.
             Ok((!content.iter().take(8000).any(|byte| *byte == 0)).then_some(content))
         }
     }
 }
 
-/// A name for the diff, quoted as git quotes names that hold anything unusual.
+/// Returns a name for the diff. Quotes names with special characters as git does.
 fn quoted(prefix: &str, path: &Bytes) -> String {
     let plain = |byte: &u8| matches!(byte, 0x20..=0x7e) && !matches!(byte, b'"' | b'\\');
     let slash = if path.0.is_empty() { "" } else { "/" };

@@ -1,9 +1,9 @@
-//! The undo record: the plan, what each act replaced, and how far it got.
+//! The undo journal: the plan, the started changes and the content that they replace.
 //!
-//! A directory of mode 0700 with `plan.json` (written first), `journal` (one JSON line before each act)
-//! and `saved/NUMBER` (content that an act replaces). Its own writes are ordered so that whatever was
-//! done to `/etc` can be undone from it, wherever the agent is killed. It is synced before the first act, which costs
-//! nothing on the tmpfs on which it normally lies.
+//! It is a directory of mode 0700 with three parts: `plan.json` (written first), `journal` (one JSON line, written before
+//! each change) and `saved/NUMBER` (the file content that change NUMBER replaces). The order of the writes ensures that
+//! every change to `/etc` can be undone from the journal, wherever the agent is killed. The journal is synced before the
+//! first change; on the tmpfs where it normally is, that takes no time.
 
 use std::collections::BTreeMap;
 use std::fs::{DirBuilder, File, OpenOptions};
@@ -20,52 +20,57 @@ use super::plan::{Change, Plan};
 use super::snapshot::{Content, Leaf};
 use support::failpoint::{self, Point};
 
-/// What an act replaced, apart from what the plan says already.
+/// A line of the journal: the state before a change that is not in the plan.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Prior {
-    /// The act's number in the plan.
+    /// Index of the change in the plan.
     pub change: usize,
-    /// The security label.
+    /// The SELinux label.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub label: Option<Bytes>,
-    /// Seconds and nanoseconds.
+    /// Modification time in seconds and nanoseconds.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub mtime: Option<(i64, i64)>,
 }
 
-pub(super) struct Record {
+/// An open undo journal.
+pub(super) struct UndoJournal {
     directory: PathBuf,
     pub plan: Plan,
-    /// Acts that were begun, by number.
-    pub begun: BTreeMap<usize, Prior>,
-    /// Lines of the journal that cannot be read or, after [`Record::complete`], are missing.
+    /// Started changes by index.
+    pub started: BTreeMap<usize, Prior>,
+    /// Number of lines that cannot be parsed or, after [`UndoJournal::add_possibly_started`], are missing.
     pub damaged: usize,
-    journal: File,
+    lines: File,
 }
 
 const PLAN: &str = "plan.json";
 const JOURNAL: &str = "journal";
 const SAVED: &str = "saved";
+const WRITING: &str = "cannot write the undo journal";
 
-impl Record {
-    /// Opens the record of this plan, making it if there is none.
+impl UndoJournal {
+    /// Opens the journal of `plan` in `directory`. Creates it if it is missing.
     ///
     /// # Errors
-    /// When there is a record of another plan: that one must be finished or undone first.
+    /// The directory has the journal of another plan, or a damaged journal. That merge must be completed or undone first.
     pub fn create(directory: &Path, plan: &Plan) -> Result<Self> {
         if let Some(existing) = Self::load(directory)? {
             if existing.plan != *plan {
-                bail!("{} is the record of another merge; finish or undo that one first", directory.display());
+                bail!(
+                    "{} is the undo journal of another merge; complete or undo that merge first",
+                    directory.display()
+                );
             }
             if existing.damaged > 0 {
-                bail!("the undo record {} is damaged; undo that merge first", directory.display());
+                bail!("the undo journal {} is damaged; undo that merge first", directory.display());
             }
             return Ok(existing);
         }
-        let making = || format!("making the undo record {}", directory.display());
+        let making = || format!("cannot create the undo journal {}", directory.display());
         failpoint::hit(Point::EtcRecord, "").with_context(making)?;
         DirBuilder::new().recursive(true).mode(0o700).create(directory.join(SAVED)).with_context(making)?;
-        // Left over from an undo that was killed at its very end.
+        // An undo that was killed at its end left this file.
         match std::fs::remove_file(directory.join(JOURNAL)) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error).with_context(making),
             _ => {}
@@ -76,9 +81,10 @@ impl Record {
         Self::load(directory)?.with_context(making)
     }
 
-    /// Opens the record, if there is one. Damaged lines of the journal do not hide the others; see [`Record::complete`].
+    /// Opens the journal in `directory`; `None` if it has none. Skips damaged lines; see
+    /// [`UndoJournal::add_possibly_started`].
     pub fn load(directory: &Path) -> Result<Option<Self>> {
-        let reading = || format!("reading the undo record {}", directory.display());
+        let reading = || format!("cannot read the undo journal {}", directory.display());
         let text = match std::fs::read(directory.join(PLAN)) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             other => other.with_context(reading)?,
@@ -89,51 +95,51 @@ impl Record {
             other => other.with_context(reading)?,
         };
         let whole = lines.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
-        let (mut begun, mut damaged) = (BTreeMap::new(), 0);
+        let (mut started, mut damaged) = (BTreeMap::new(), 0);
         for line in lines[..whole].split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
             match serde_json::from_slice::<Prior>(line) {
-                Ok(prior) if prior.change < plan.changes.len() => drop(begun.insert(prior.change, prior)),
+                Ok(prior) if prior.change < plan.changes.len() => drop(started.insert(prior.change, prior)),
                 _ => damaged += 1,
             }
         }
-        let journal = OpenOptions::new().append(true).create(true).mode(0o600).open(directory.join(JOURNAL));
-        let journal = journal.with_context(reading)?;
-        // Killed while writing a line: its act was not begun.
-        journal.set_len(whole as u64).with_context(reading)?;
-        Ok(Some(Self { directory: directory.to_owned(), plan, begun, damaged, journal }))
+        let file = OpenOptions::new().append(true).create(true).mode(0o600).open(directory.join(JOURNAL));
+        let file = file.with_context(reading)?;
+        // The agent was killed while it wrote the last line. It has not started that change.
+        file.set_len(whole as u64).with_context(reading)?;
+        Ok(Some(Self { directory: directory.to_owned(), plan, started, damaged, lines: file }))
     }
 
-    /// Adds the acts that damaged or missing lines may have been about: those whose former content is saved or was none.
-    /// Labels and times of these are lost. An act that was not begun is left alone by the undo, as its entry is the former
-    /// one.
-    pub fn complete(&mut self) {
+    /// Adds the changes that damaged or missing lines can belong to: those whose old content is saved, and those without
+    /// content to save. Their labels and times are lost. If such a change was not started, its entry is still the old one,
+    /// and the undo does not change it.
+    pub fn add_possibly_started(&mut self) {
         let was_file = |change: &Change| matches!(&change.before, Some(Leaf { content: Content::File { .. }, .. }));
-        let changes = self.plan.changes.iter().enumerate().filter(|(number, _)| !self.begun.contains_key(number));
+        let changes = self.plan.changes.iter().enumerate().filter(|(number, _)| !self.started.contains_key(number));
         let (saved, others): (Vec<_>, Vec<_>) = changes
             .filter(|(number, change)| !was_file(change) || self.saved_path(*number).exists())
             .map(|(number, change)| (number, was_file(change)))
             .partition(|(_, was_file)| *was_file);
-        // Killed between saving and writing the line: one act, which was not begun.
+        // One saved file without a line is normal: the agent was killed before it wrote the line and started the change.
         self.damaged = self.damaged.max(saved.len().saturating_sub(1));
         if self.damaged == 0 {
             return;
         }
         for (number, _) in saved.into_iter().chain(others) {
-            self.begun.insert(number, Prior { change: number, label: None, mtime: None });
+            self.started.insert(number, Prior { change: number, label: None, mtime: None });
         }
     }
 
-    /// Records that an act is about to be done. What it replaces must have been saved before.
-    pub fn begin(&mut self, prior: Prior) -> Result<()> {
-        let mut line = serde_json::to_vec(&prior).context("writing the undo record")?;
+    /// Writes the line for a change that will be made next. The caller has saved the content that it replaces.
+    pub fn start(&mut self, prior: Prior) -> Result<()> {
+        let mut line = serde_json::to_vec(&prior).context(WRITING)?;
         line.push(b'\n');
-        let end = self.journal.metadata().context("writing the undo record")?.len();
+        let end = self.lines.metadata().context(WRITING)?.len();
         if let Err(error) = self.append(&line) {
-            // No room for all of it: take the part back, or a later line would follow it.
-            let _ = self.journal.set_len(end);
-            return Err(error).context("writing the undo record");
+            // Part of the line may be written. Remove it, because the next line would be appended to it.
+            let _ = self.lines.set_len(end);
+            return Err(error).context(WRITING);
         }
-        self.begun.insert(prior.change, prior);
+        self.started.insert(prior.change, prior);
         Ok(())
     }
 
@@ -142,52 +148,52 @@ impl Record {
         #[cfg(any(test, feature = "failpoints"))]
         let line = {
             let (half, rest) = line.split_at(line.len() / 2);
-            self.journal.write_all(half)?;
+            self.lines.write_all(half)?;
             failpoint::hit(Point::EtcJournal, "")?;
             rest
         };
-        self.journal.write_all(line)
+        self.lines.write_all(line)
     }
 
-    /// Waits until the record is on the disk, should it lie on one.
+    /// Syncs the file system of the journal.
     pub fn sync(&self) -> Result<()> {
-        super::staging::sync(self.journal.as_fd()).context("writing the undo record to the disk")
+        super::staging::sync(self.lines.as_fd()).context("cannot sync the undo journal")
     }
 
-    /// A new file for content that act `number` replaces.
+    /// Creates the file for the content that change `number` replaces.
     pub fn save(&self, number: usize) -> Result<File> {
         let path = self.saved_path(number);
         failpoint::hit(Point::EtcSave, "")
             .and_then(|()| OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&path))
-            .with_context(|| format!("saving it to {}", path.display()))
+            .with_context(|| format!("cannot save its content in {}", path.display()))
     }
 
-    /// The content that act `number` replaced.
+    /// Opens the content that change `number` replaced.
     pub fn saved(&self, number: usize) -> Result<File> {
         let path = self.saved_path(number);
-        File::open(&path).with_context(|| format!("reading what was saved in {}", path.display()))
+        File::open(&path).with_context(|| format!("cannot read its saved content {}", path.display()))
     }
 
     fn saved_path(&self, number: usize) -> PathBuf {
         self.directory.join(SAVED).join(number.to_string())
     }
 
-    /// Ends the record: everything is as it was. The plan goes first, so that a kill in here leaves
-    /// no record rather than a wrong one.
-    pub fn forget(self) -> Result<()> {
-        let removing = || format!("removing the undo record {}", self.directory.display());
+    /// Removes the journal after a complete undo. Removes the plan first: without a plan, the rest does not count as a
+    /// journal.
+    pub fn end(self) -> Result<()> {
+        let removing = || format!("cannot remove the undo journal {}", self.directory.display());
         failpoint::hit(Point::EtcRecordEnd, "").with_context(removing)?;
         std::fs::remove_file(self.directory.join(PLAN)).with_context(removing)?;
-        sweep(&self.directory)
+        remove_leftovers(&self.directory)
     }
 }
 
-/// Removes what is left of a record that has ended: copies of files that not everybody may read.
-pub fn sweep(directory: &Path) -> Result<()> {
+/// Removes the rest of an ended journal. Its copies can be of files that not all users may read.
+pub fn remove_leftovers(directory: &Path) -> Result<()> {
     if directory.symlink_metadata().is_err() {
         return Ok(());
     }
     failpoint::hit(Point::EtcRecordRemove, "")
         .and_then(|()| std::fs::remove_dir_all(directory))
-        .with_context(|| format!("removing the undo record {}", directory.display()))
+        .with_context(|| format!("cannot remove the undo journal {}", directory.display()))
 }

@@ -1,18 +1,35 @@
-//! The three-way merge of `/etc`.
+//! A three-way merge of `/etc`: the defaults of the booted system, the defaults of the node image, and the current state.
 //!
-//! [`scan`] reads a tree, [`decide`] (pure) says what to do, [`diff()`] shows it, [`apply`] does it entry by entry
-//! with a record, [`undo`] takes it back. The table is in `docs/etc-merge.md`. This room writes below the `/etc` it is
-//! given and into the record's directory, nowhere else; it follows no symbolic link and enters no mount below `/etc`. It
-//! may not mount anything, start programs, or know where the node image came from.
+//! [`plan()`] compares the three trees and decides on each path, [`diff()`] shows the plan, [`apply()`] carries it out with
+//! an undo journal, and [`undo()`] restores the old state. `docs/etc-merge.md` has the table of decisions.
+//!
+//! The crate writes only below the given `/etc` and beside the undo journal. It does not follow symbolic links and does not
+//! enter mounts below `/etc`. It does not mount anything and does not start programs.
+//!
+//! ```no_run
+//! use std::os::fd::AsFd;
+//! use std::path::Path;
+//!
+//! use etc_merge::{Defaults, apply, open_dir, plan, undo};
+//!
+//! # fn main() -> anyhow::Result<()> {
+//! let [old, new, etc] = ["/usr/etc", "/run/new/usr/etc", "/etc"].map(|path| open_dir(Path::new(path)));
+//! let (old, new, etc) = (old?, new?, etc?);
+//! let plan = plan(old.as_fd(), new.as_fd(), etc.as_fd(), &Defaults::default())?;
+//! println!("{}", apply(&plan, new.as_fd(), etc.as_fd(), Path::new("/run/example/etc-undo"))?);
+//! println!("{}", undo(Path::new("/run/example/etc-undo"), etc.as_fd())?);
+//! # Ok(())
+//! # }
+//! ```
 
 mod apply;
 mod decide;
 mod defaults;
 mod diff;
+mod journal;
 mod name;
 mod place;
 mod plan;
-mod record;
 mod relabel;
 mod report;
 mod room;
@@ -25,8 +42,7 @@ mod undo;
 #[cfg(test)]
 mod tests;
 
-pub use apply::{Labeler, apply, aside_dir, open_defaults, open_dir, refuse_conflicts};
-pub use decide::decide;
+pub use apply::{apply, open_defaults, open_dir, refuse_conflicts};
 pub use defaults::Defaults;
 pub use diff::diff;
 pub use name::Bytes;
@@ -34,7 +50,6 @@ pub use plan::{Change, Class, Decision, Origin, Plan};
 pub use relabel::relabel;
 pub use report::{NotDone, Report, UndoReport};
 pub use room::check_room;
-pub use scan::scan;
-pub use snapshot::{Content, Entry, Leaf, Meta, Obstacle, Snapshot};
+pub use snapshot::{Content, Leaf, Meta};
 pub use survey::plan;
 pub use undo::undo;

@@ -1,4 +1,4 @@
-//! Paths below `/etc`: bytes, written down readably.
+//! Byte strings for paths below `/etc`, with a readable text form.
 
 use std::ffi::OsStr;
 use std::fmt::{self, Write as _};
@@ -8,18 +8,20 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-/// A byte string that need not be UTF-8. In text, a backslash is `\\`, and every byte that is no
-/// printable UTF-8 is `\xHH`.
+/// A byte string that need not be UTF-8.
+///
+/// In its text form (`Display`, `FromStr`, JSON), a backslash is `\\`, and bytes of control characters and of invalid
+/// UTF-8 are `\xHH`.
 #[derive(Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Bytes(pub Vec<u8>);
 
 impl Bytes {
-    /// As a path.
+    /// Returns the bytes as a path.
     pub fn as_path(&self) -> &Path {
         Path::new(OsStr::from_bytes(&self.0))
     }
 
-    /// A path relative to `/etc`, one component longer.
+    /// Appends one component to a path relative to `/etc`.
     pub(super) fn join(&self, name: &[u8]) -> Self {
         let mut path = self.0.clone();
         if !path.is_empty() {
@@ -60,6 +62,8 @@ impl fmt::Debug for Bytes {
     }
 }
 
+const INVALID_ESCAPE: &str = "invalid escape: expected \\\\ or \\xHH";
+
 impl FromStr for Bytes {
     type Err = &'static str;
 
@@ -74,11 +78,11 @@ impl FromStr for Bytes {
                 }
                 (b'\\', [b'x', high, low, tail @ ..]) => {
                     let digits = [*high, *low];
-                    let digits = std::str::from_utf8(&digits).map_err(|_| "a broken \\x escape")?;
-                    bytes.push(u8::from_str_radix(digits, 16).map_err(|_| "a broken \\x escape")?);
+                    let digits = std::str::from_utf8(&digits).map_err(|_| INVALID_ESCAPE)?;
+                    bytes.push(u8::from_str_radix(digits, 16).map_err(|_| INVALID_ESCAPE)?);
                     tail
                 }
-                (b'\\', _) => return Err("a backslash that escapes nothing"),
+                (b'\\', _) => return Err(INVALID_ESCAPE),
                 _ => {
                     bytes.push(byte);
                     tail
@@ -109,7 +113,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn readable() {
+    fn unprintable_bytes_are_escaped() {
         assert_eq!(Bytes(b"a b/\xc3\xa4\\\n\xff".to_vec()).to_string(), "a b/ä\\\\\\x0a\\xff");
         for broken in ["\\", "\\x1", "\\xzz", "\\n"] {
             assert!(broken.parse::<Bytes>().is_err(), "{broken}");
@@ -118,7 +122,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn there_and_back(bytes in prop::collection::vec(any::<u8>(), 0..40)) {
+        fn text_and_json_preserve_all_bytes(bytes in prop::collection::vec(any::<u8>(), 0..40)) {
             let bytes = Bytes(bytes);
             prop_assert_eq!(&bytes.to_string().parse::<Bytes>().unwrap(), &bytes);
             let json = serde_json::to_string(&bytes).unwrap();

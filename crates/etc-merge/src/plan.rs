@@ -1,4 +1,4 @@
-//! What is to be done to `/etc`, as data: written down before the first act.
+//! The plan of a merge, as data. It is stored before the first change.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -9,25 +9,25 @@ use super::defaults::Defaults;
 use super::name::Bytes;
 use super::snapshot::{Content, Leaf};
 
-/// How an entry fared in the merge.
+/// Outcome of the merge for one entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Class {
-    /// The node image's version is taken, or the part of it that nobody changed here.
+    /// The node image's version is taken, or those parts of it that have no local change.
     Updated,
-    /// The local version stays, and the node image has nothing to say against it.
+    /// The local version stays, and the node image did not change the entry.
     Local,
-    /// Both sides came to the same.
+    /// The local version already equals the node image's.
     Converged,
-    /// Both sides changed it in different ways: the local version stays.
+    /// Both sides changed the entry in different ways. The local version stays.
     Conflict,
 }
 
 impl Class {
-    /// All of them, in the order of reports.
+    /// All classes, in the order of reports.
     pub const ALL: [Class; 4] = [Class::Updated, Class::Converged, Class::Local, Class::Conflict];
 
-    /// The word in reports.
+    /// Returns the word in reports.
     pub fn as_str(self) -> &'static str {
         match self {
             Class::Updated => "updated",
@@ -44,63 +44,63 @@ impl fmt::Display for Class {
     }
 }
 
-/// The decision on one path. Paths that all three sides agree on have none.
+/// The decision on one path. Paths that are equal on all three sides have none.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Decision {
     /// Relative to `/etc`; empty for `/etc` itself.
     pub path: Bytes,
-    /// How it fared.
+    /// The outcome.
     pub class: Class,
-    /// Why, in a few words.
+    /// The reason, as a phrase for users.
     pub reason: String,
 }
 
-/// Where the content of a changed file comes from.
+/// Source of a changed file's content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Origin {
     /// The new tree's `etc`.
     New,
-    /// It stays; only owner, mode or attributes change.
+    /// The current file: only owner, mode or attributes change.
     Current,
 }
 
-/// One act on one path.
+/// The change of one entry.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Change {
     /// Relative to `/etc`; empty for `/etc` itself.
     pub path: Bytes,
-    /// What must be there for the act to be done; `None`: nothing.
+    /// The entry that must exist for the change to happen; `None` if it must not exist.
     pub before: Option<Leaf>,
-    /// What is there afterwards; `None`: nothing.
+    /// The entry after the change; `None` if it is removed.
     pub after: Option<Leaf>,
-    /// Where content comes from.
+    /// Source of the content.
     pub content: Origin,
-    /// The security label that it gets, as in its attribute; without one, that of the file it is taken from.
+    /// SELinux label to set, with the NUL byte at its end. `None`: the label of the file in the new tree.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub label: Option<Bytes>,
 }
 
-/// A whole merge. The acts are in the order in which they must be done: removals from the bottom up,
-/// then everything else from the top down.
+/// The plan of a merge.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Plan {
-    /// The acts.
+    /// The changes in the order of their execution: removals from the bottom up, then all others from the top down.
     pub changes: Vec<Change>,
-    /// Every path on which the three sides do not agree, in order of path.
+    /// Decisions on all paths that are not equal on the three sides, in order of path.
     pub decisions: Vec<Decision>,
-    /// Conflicts of which the node image has a version, which is saved aside, and its size in bytes.
+    /// Conflicts for which the node image has a file or link, with its size in bytes. [`apply`](super::apply()) saves these
+    /// versions beside the undo journal.
     #[serde(deserialize_with = "aside")]
     pub aside: BTreeMap<Bytes, u64>,
-    /// The defaults that this merge takes from the node image.
+    /// Defaults that this merge takes from the node image.
     #[serde(default)]
     pub taken: Defaults,
-    /// Those that earlier merges took.
+    /// Defaults that earlier merges took.
     #[serde(default)]
     pub earlier: Defaults,
 }
 
-/// Reads the conflicts. Older agents wrote a list of paths, and their merges must be undone, too.
+/// Reads [`Plan::aside`]. Accepts the list of paths that older agents wrote, so that their merges can be undone.
 fn aside<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<Bytes, u64>, D::Error> {
     #[derive(Deserialize)]
     #[serde(untagged)]
@@ -115,12 +115,8 @@ fn aside<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<Bytes, u
 }
 
 impl Plan {
-    /// Whether nothing is to be done.
-    pub fn is_empty(&self) -> bool {
-        self.changes.is_empty()
-    }
-
-    /// The bytes that carrying it out writes: new content, what is saved for an undo, and what is put aside.
+    /// Returns the number of bytes that the merge writes: new content, content saved for an undo, and saved versions of the
+    /// node image.
     pub fn bytes(&self) -> u64 {
         let size = |leaf: &Option<Leaf>| match leaf.as_ref().map(|leaf| &leaf.content) {
             Some(Content::File { size, .. }) => *size,
@@ -132,17 +128,17 @@ impl Plan {
             .fold(aside, |sum, change| sum.saturating_add(size(&change.before)).saturating_add(size(&change.after)))
     }
 
-    /// The list of defaults for the next merge, after this one.
+    /// Returns the list of defaults for the next merge: that of earlier merges, updated by this one.
     pub fn later(&self) -> Defaults {
         self.earlier.followed_by(&self.taken)
     }
 
-    /// The decisions of one class.
+    /// Returns the decisions of one class.
     pub fn of(&self, class: Class) -> impl Iterator<Item = &Decision> {
         self.decisions.iter().filter(move |decision| decision.class == class)
     }
 
-    /// How many decisions there are of a class.
+    /// Returns the number of decisions of one class.
     pub fn count(&self, class: Class) -> usize {
         self.of(class).count()
     }

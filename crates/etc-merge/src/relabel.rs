@@ -1,8 +1,8 @@
-//! Security labels that could not be set when the merge wrote its entries.
+//! Sets SELinux labels that the kernel refused when the merge wrote its entries.
 //!
-//! A label that the loaded policy does not know can be refused even to a process that may write it: where `/etc` is an
-//! overlay, as on live media, the kernel asks again whether whoever mounted that may. Once the new policy is loaded
-//! there is nothing special about such a label.
+//! The kernel can refuse a label that the loaded policy does not know even to a process that may write it. On live media
+//! `/etc` is an overlay, and the kernel also checks the process that mounted the overlay. After the new policy is loaded,
+//! the label can be set like any other.
 
 use std::os::fd::BorrowedFd;
 
@@ -11,16 +11,16 @@ use anyhow::{Context, Result};
 use super::place::Place;
 use super::plan::Plan;
 
-/// Gives entries that the plan wrote, and that are still what it says, the label that it has for them. Returns how many
-/// got one; an entry that has its label is not touched, so doing it again does nothing.
+/// Sets the labels in `plan` on entries that still equal the plan's version. Returns the number of changed labels. Entries
+/// that have their label are not changed, so a second call does nothing.
 ///
 /// # Errors
-/// When a label cannot be set. The entry is named; those before it have theirs.
+/// A label cannot be set; the message has the path. The labels of earlier entries are set.
 pub fn relabel(plan: &Plan, etc_dir: BorrowedFd<'_>) -> Result<usize> {
     let mut relabelled = 0;
     for change in &plan.changes {
         let (Some(label), Some(after)) = (&change.label, &change.after) else { continue };
-        let named = || format!("/etc/{}", change.path);
+        let named = || format!("cannot relabel /etc/{}", change.path);
         let Some(place) = Place::find(etc_dir, &change.path).with_context(named)? else { continue };
         if place.look().with_context(named)?.as_ref() != Some(after) {
             continue;

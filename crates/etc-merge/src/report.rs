@@ -1,4 +1,4 @@
-//! What was done to `/etc`, for people and for the status document.
+//! Results of a merge and of its undo, for users and for the status document.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -9,29 +9,29 @@ use serde::{Deserialize, Serialize};
 use super::name::Bytes;
 use super::plan::{Class, Decision, Plan};
 
-/// An entry on which something was not done, and why.
+/// An entry that was not changed, with the reason.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NotDone {
     /// Relative to `/etc`.
     pub path: Bytes,
-    /// In a few words.
+    /// The reason, as a phrase for users.
     pub reason: String,
 }
 
-/// How a merge went.
+/// Result of a merge.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
-    /// Acts that are done, by this call or by an earlier one.
+    /// Number of changes that are complete, by this call or an earlier one.
     pub applied: usize,
-    /// Acts that were not done, because somebody changed the entry meanwhile.
+    /// Changes that were not made, because another process changed the entry meanwhile.
     pub skipped: Vec<NotDone>,
-    /// Entries whose security label could not be set.
+    /// Number of entries whose SELinux label could not be set.
     pub unlabelled: usize,
-    /// How many decisions there are of each class.
+    /// Number of decisions of each class.
     pub counts: BTreeMap<Class, usize>,
-    /// Every decision.
+    /// All decisions.
     pub decisions: Vec<Decision>,
-    /// Where the node image's versions of conflicting entries are.
+    /// Directory with the node image's versions of conflicting entries.
     pub aside_dir: PathBuf,
 }
 
@@ -49,7 +49,7 @@ impl Report {
 }
 
 impl fmt::Display for Report {
-    /// One line of counts, then what an administrator should know of: conflicts and what was skipped.
+    /// Writes one line of counts, then one line for each conflict and each skipped change.
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         let counts: Vec<String> = self.counts.iter().map(|(class, count)| format!("{count} {class}")).collect();
         write!(out, "/etc: {}", counts.join(", "))?;
@@ -58,19 +58,19 @@ impl fmt::Display for Report {
             write!(out, "\nconflict: /etc/{path}: {reason}")?;
             let aside = self.aside_dir.join(path.as_path());
             if aside.symlink_metadata().is_ok() {
-                write!(out, "; kept the local one, the node image's is {}", aside.display())?;
+                write!(out, "; kept the local version, saved the node image's as {}", aside.display())?;
             } else {
-                out.write_str("; kept as it is")?;
+                out.write_str("; kept the local version")?;
             }
         }
         for NotDone { path, reason } in &self.skipped {
-            write!(out, "\nleft alone: /etc/{path}: {reason}")?;
+            write!(out, "\nnot changed: /etc/{path}: {reason}")?;
         }
         if self.unlabelled > 0 {
             write!(
                 out,
-                "\n{} entries could not be given their security label yet, which is tried again when a new policy is loaded; \
-                 else run restorecon on /etc",
+                "\n{} entries do not have their SELinux label yet; the agent sets the labels after it has loaded a new policy, \
+                 otherwise run restorecon on /etc",
                 self.unlabelled
             )?;
         }
@@ -78,33 +78,33 @@ impl fmt::Display for Report {
     }
 }
 
-/// How an undo went.
+/// Result of an undo.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UndoReport {
-    /// Entries that are as they were.
+    /// Number of restored entries.
     pub restored: usize,
-    /// Entries that were changed since and stay.
+    /// Entries that another process changed after the merge. They are kept.
     pub kept: Vec<NotDone>,
     /// Entries that could not be restored.
     pub failed: Vec<NotDone>,
-    /// Entries whose old security label could not be set.
+    /// Number of entries whose old SELinux label could not be set.
     pub unlabelled: usize,
-    /// Damaged lines of the journal: labels and times of as many entries are not restored.
+    /// Number of damaged lines in the journal. Labels and times of that many entries are not restored.
     #[serde(default)]
     pub damaged: usize,
 }
 
 impl fmt::Display for UndoReport {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(out, "/etc: {} entries are as they were", self.restored)?;
+        write!(out, "/etc: restored {} entries", self.restored)?;
         for NotDone { path, reason } in &self.kept {
             write!(out, "\nkept: /etc/{path}: {reason}")?;
         }
         for NotDone { path, reason } in &self.failed {
-            write!(out, "\nnot undone: /etc/{path}: {reason}")?;
+            write!(out, "\nnot restored: /etc/{path}: {reason}")?;
         }
         if self.unlabelled > 0 {
-            write!(out, "\n{} entries could not be given their old security label", self.unlabelled)?;
+            write!(out, "\n{} entries do not have their old SELinux label; run restorecon on /etc", self.unlabelled)?;
         }
         if self.damaged > 0 {
             write!(out, "\n{} lines of the undo journal are damaged or missing", self.damaged)?;

@@ -15,50 +15,50 @@ use super::name::Bytes;
 use super::snapshot::{Content, Entry, Leaf, Meta, Obstacle, Snapshot};
 use support::xattr::{self, LABEL};
 
-/// How entries are opened: below the directory given, through no link, into no other mount.
+/// Returns flags that open entries below the given directory only: not through a symbolic link, not in another mount.
 pub(super) fn resolve() -> ResolveFlags {
     ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV
 }
 
-/// The directory in `/etc` of [`super::staging`]. A scan leaves it out.
-pub(super) const TEMPORARY: &[u8] = b".node-image-pivot-new";
+/// Name of the directory of [`super::staging`] in `/etc`. A scan ignores it.
+pub(super) const STAGING: &[u8] = b".node-image-pivot-new";
 
-/// The number of directories above an entry beyond which a scan looks at no directory. A path is at most 4096 bytes long,
-/// and each level of a scan holds open directories.
-pub const DEEPEST: usize = 100;
+/// Levels of directories that a scan enters. Each level keeps directories open, and an unprivileged user could nest
+/// directories without bound.
+pub const MAX_DEPTH: usize = 100;
 
-/// Reads everything below `dir`. Nothing is followed through a symbolic link; a mount point and a directory of another
-/// file system are recorded as such and not looked into. What vanishes during the scan is left out.
+/// Reads everything below `dir`. Does not follow symbolic links. Does not enter mount points and directories of other file
+/// systems; their entry is [`Content::Other`]. Skips entries that vanish during the scan.
 ///
 /// # Errors
-/// When something cannot be read; the path is in the message. Nothing is ever written.
+/// An entry cannot be read; the message has its path.
 pub fn scan(dir: BorrowedFd<'_>) -> Result<Snapshot> {
     let root = rustix::fs::openat(dir, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-        .context("opening the directory to scan")?;
-    let seen = examine(root.as_fd(), b".").context("looking at the directory to scan")?;
+        .context("cannot open the directory")?;
+    let seen = examine(root.as_fd(), b".").context("cannot read the directory")?;
     let children = Scan { device: seen.device }.children(root, &Bytes::default(), 0)?;
     Ok(Snapshot { root: Entry { leaf: seen.leaf, obstacle: seen.obstacle, children } })
 }
 
 struct Scan {
-    /// Of the file system that is scanned.
+    /// Major and minor number of the file system's device.
     device: (u32, u32),
 }
 
 impl Scan {
     fn children(&self, dir: OwnedFd, path: &Bytes, depth: usize) -> Result<BTreeMap<Vec<u8>, Entry>> {
-        let reading = || format!("reading the directory {path}");
+        let reading = || format!("cannot read the directory {path}");
         let mut children = BTreeMap::new();
         for entry in Dir::read_from(&dir).with_context(reading)? {
             let entry = entry.with_context(reading)?;
             let name = entry.file_name().to_bytes();
-            if name == b"." || name == b".." || (depth == 0 && name == TEMPORARY) {
+            if name == b"." || name == b".." || (depth == 0 && name == STAGING) {
                 continue;
             }
             let child = path.join(name);
-            let seen = match again(|| examine(dir.as_fd(), name)) {
+            let seen = match retry_once(|| examine(dir.as_fd(), name)) {
                 Err(Errno::NOENT) => continue,
-                other => other.with_context(|| format!("reading {child}"))?,
+                other => other.with_context(|| format!("cannot read {child}"))?,
             };
             if let Some(entry) = self.entry(dir.as_fd(), name, &child, seen, depth)? {
                 children.insert(name.to_vec(), entry);
@@ -67,15 +67,15 @@ impl Scan {
         Ok(children)
     }
 
-    /// The entry with everything below it; `None` if it vanished.
+    /// Returns the entry with everything below it; `None` if it vanished.
     fn entry(&self, dir: BorrowedFd<'_>, name: &[u8], path: &Bytes, seen: Seen, depth: usize) -> Result<Option<Entry>> {
         let mut entry = Entry { leaf: seen.leaf, obstacle: seen.obstacle, children: BTreeMap::new() };
         if !entry.leaf.is_directory() {
             return Ok(Some(entry));
         }
-        // An overlay reports its own device for directories only.
+        // Only directories are compared: an overlay reports the devices of its layers for files.
         let foreign = (seen.device != self.device).then_some(Obstacle::FileSystem);
-        if let Some(obstacle) = foreign.or((depth >= DEEPEST).then_some(Obstacle::Depth)) {
+        if let Some(obstacle) = foreign.or((depth >= MAX_DEPTH).then_some(Obstacle::Depth)) {
             entry.leaf.content = Content::Other;
             entry.obstacle = Some(obstacle);
             return Ok(Some(entry));
@@ -86,34 +86,34 @@ impl Scan {
                 entry.children = self.children(below, path, depth + 1)?;
                 Ok(Some(entry))
             }
-            // Replaced or gone since the look at it.
+            // Another process replaced or removed the directory.
             Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => Ok(None),
-            Err(error) => Err(error).with_context(|| format!("opening the directory {path}")),
+            Err(error) => Err(error).with_context(|| format!("cannot open the directory {path}")),
         }
     }
 }
 
-/// The entry `name` of `dir`, without what is below it; `None` when there is none.
+/// Returns the entry `name` of `dir` without its children; `None` if it is missing.
 pub(super) fn look(dir: BorrowedFd<'_>, name: &[u8]) -> Result<Option<Leaf>, Errno> {
-    match again(|| examine(dir, name)) {
+    match retry_once(|| examine(dir, name)) {
         Err(Errno::NOENT) => Ok(None),
         other => other.map(|seen| Some(seen.leaf)),
     }
 }
 
-/// Calls `look` once more if the entry changed its kind between two system calls.
-fn again<T>(look: impl Fn() -> Result<T, Errno>) -> Result<T, Errno> {
+/// Calls `look` again if the entry changed its type between two system calls.
+fn retry_once<T>(look: impl Fn() -> Result<T, Errno>) -> Result<T, Errno> {
     match look() {
         Err(Errno::LOOP | Errno::INVAL) => look(),
         other => other,
     }
 }
 
-/// An entry without what is below it.
+/// An entry without its children.
 struct Seen {
     leaf: Leaf,
     obstacle: Option<Obstacle>,
-    /// The device that it is on.
+    /// Major and minor number of the device that holds it.
     device: (u32, u32),
 }
 
@@ -121,7 +121,7 @@ fn examine(dir: BorrowedFd<'_>, name: &[u8]) -> Result<Seen, Errno> {
     let other =
         |mode, uid, gid| Leaf { content: Content::Other, meta: Meta { mode, uid, gid, xattrs: BTreeMap::new() } };
     let stat = match stat(dir, name) {
-        // A mount whose server is gone answers no question, but nothing of it is needed.
+        // A mount whose server does not respond. The merge needs no data of it.
         Err(error) if error != Errno::NOENT && is_mount_point(dir, name) => {
             return Ok(Seen { leaf: other(0, 0, 0), obstacle: None, device: (0, 0) });
         }
@@ -136,7 +136,7 @@ fn examine(dir: BorrowedFd<'_>, name: &[u8]) -> Result<Seen, Errno> {
     };
     let other = other(mode(&stat), stat.stx_uid, stat.stx_gid);
     let kind = FileType::from_raw_mode(u32::from(stat.stx_mode));
-    // The directory that the handle itself names may be a mount point, as /etc is on live media.
+    // The root of the scan can be a mount point, as `/etc` is on live media.
     let content = if has(StatxAttributes::MOUNT_ROOT) && name != b"." {
         Content::Other
     } else if kind == FileType::RegularFile {
@@ -152,19 +152,19 @@ fn examine(dir: BorrowedFd<'_>, name: &[u8]) -> Result<Seen, Errno> {
     } else {
         Content::Other
     };
-    // The attributes of a special file are not compared, and not readable on every file system.
+    // The merge does not compare attributes of special files, and some file systems cannot read them.
     let leaf = if content == Content::Other { other } else { Leaf { content, meta: meta(&stat, dir, name)? } };
     let obstacle = locked.filter(|_| leaf.content != Content::Other);
     Ok(Seen { leaf, obstacle, device })
 }
 
 fn stat(dir: BorrowedFd<'_>, name: &[u8]) -> Result<Statx, Errno> {
-    // Without asking a server: nothing that has one is read.
+    // `STATX_DONT_SYNC` avoids waiting for the server of a network file system.
     let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT | AtFlags::STATX_DONT_SYNC;
     rustix::fs::statx(dir, name, flags, StatxFlags::BASIC_STATS)
 }
 
-/// Returns true if a file system is mounted at `name`, without asking that file system.
+/// Returns true if a file system is mounted at `name`. Does not access that file system.
 fn is_mount_point(dir: BorrowedFd<'_>, name: &[u8]) -> bool {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     rustix::fs::openat2(dir, name, flags, Mode::empty(), resolve()).is_err_and(|error| error == Errno::XDEV)
@@ -181,15 +181,15 @@ fn meta(stat: &Statx, dir: BorrowedFd<'_>, name: &[u8]) -> Result<Meta, Errno> {
     Ok(Meta { mode: mode(stat), uid: stat.stx_uid, gid: stat.stx_gid, xattrs })
 }
 
-/// A path for the calls that take no directory handle: it goes through the open handle, so nobody can
-/// swap what is above, and those calls do not follow its last component.
+/// Returns a path through the open directory, for system calls without a directory argument. Another process cannot
+/// replace a component above `name`. Callers use system calls that do not follow the last component.
 pub(super) fn proc_path(dir: BorrowedFd<'_>, name: &[u8]) -> PathBuf {
     let mut path = PathBuf::from(format!("/proc/self/fd/{}", dir.as_raw_fd()));
     path.push(Bytes(name.to_vec()).as_path());
     path
 }
 
-/// Opens a regular file for reading. A fifo that took its place does not block us.
+/// Opens a regular file for reading. Does not block if a fifo has replaced it.
 pub(super) fn open(dir: BorrowedFd<'_>, path: &[u8]) -> Result<File, Errno> {
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     Ok(rustix::fs::openat2(dir, path, flags, Mode::empty(), resolve())?.into())

@@ -1,56 +1,55 @@
-//! An `/etc` as plain data.
+//! A directory tree as plain data.
 
 use std::collections::BTreeMap;
-use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
 use super::name::Bytes;
 
-/// What kind of thing an entry is, and what it holds.
+/// Type and content of an entry.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Content {
     /// A regular file.
     File {
-        /// In bytes.
+        /// Size in bytes.
         size: u64,
         /// SHA-256 of the content, in hexadecimal.
         sha256: String,
     },
-    /// A symbolic link and where it points.
+    /// A symbolic link, with its target.
     Symlink(Bytes),
-    /// A directory. Its entries are not part of this.
+    /// A directory, without its entries.
     Directory,
     /// A device, fifo or socket, a mount point, or an entry that cannot be read: the merge does not change it.
     Other,
 }
 
-/// Owner, mode and extended attributes, without the security label.
+/// Owner, mode and extended attributes, without the SELinux label.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Meta {
-    /// Permission bits; always 0777 for a link.
+    /// Permission bits, including setuid, setgid and sticky; 0777 for a link.
     pub mode: u32,
-    /// Owner.
+    /// User ID of the owner.
     pub uid: u32,
-    /// Group.
+    /// Group ID.
     pub gid: u32,
-    /// Name to value; access control lists are among them.
+    /// Attribute values by name, including access control lists.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub xattrs: BTreeMap<Bytes, Bytes>,
 }
 
-/// Everything about one entry that makes it equal to another, or not.
+/// An entry without the entries below it. The merge treats equal leaves as unchanged.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Leaf {
-    /// Kind and content.
+    /// Type and content.
     pub content: Content,
-    /// The rest.
+    /// Owner, mode and attributes.
     pub meta: Meta,
 }
 
 impl Leaf {
-    /// Mode with the file type, as stat(2) gives it.
+    /// Returns the mode with the file type bits, as in stat(2).
     pub fn raw_mode(&self) -> u32 {
         let kind = match self.content {
             Content::File { .. } | Content::Other => 0o100_000,
@@ -60,31 +59,31 @@ impl Leaf {
         kind | self.meta.mode
     }
 
-    /// Whether it is a directory.
+    /// Returns true for a directory.
     pub fn is_directory(&self) -> bool {
         self.content == Content::Directory
     }
 }
 
-/// A reason why the merge cannot change an entry, or cannot write one like it.
+/// A reason why the merge cannot change an entry, or cannot write an entry like it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Obstacle {
-    /// `chattr +i`.
+    /// The entry is immutable (`chattr +i`).
     Immutable,
-    /// `chattr +a`.
+    /// The entry is append-only (`chattr +a`).
     AppendOnly,
     /// Another process holds a lease on the file, so that it cannot be read.
     Lease,
     /// A directory of another file system without a mount, such as a btrfs subvolume.
     FileSystem,
-    /// A directory below more than [`super::scan::DEEPEST`] others.
+    /// A directory below more than [`super::scan::MAX_DEPTH`] others.
     Depth,
     /// A default with an extended attribute that the file system of `/etc` cannot hold.
     Attribute,
 }
 
 impl Obstacle {
-    /// The reason in a few words.
+    /// Returns the reason as a phrase for users.
     pub fn reason(self) -> &'static str {
         match self {
             Obstacle::Immutable => "immutable (chattr +i)",
@@ -96,7 +95,7 @@ impl Obstacle {
         }
     }
 
-    /// The reason for an entry of the directory.
+    /// Returns the reason for the entries of such a directory.
     pub fn reason_inside(self) -> &'static str {
         match self {
             Obstacle::Immutable => "in an immutable directory (chattr +i)",
@@ -113,46 +112,20 @@ pub struct Entry {
     pub leaf: Leaf,
     /// A reason why the merge cannot change it.
     pub obstacle: Option<Obstacle>,
-    /// What a directory holds; empty for everything else.
+    /// The entries of a directory by name; empty for other types.
     pub children: BTreeMap<Vec<u8>, Entry>,
 }
 
 impl Entry {
-    /// An entry without anything below it.
+    /// Creates an entry without children or obstacle.
     pub fn new(content: Content, meta: Meta) -> Self {
         Self { leaf: Leaf { content, meta }, obstacle: None, children: BTreeMap::new() }
     }
 }
 
-/// A whole `/etc`: its root directory.
+/// A directory tree.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Snapshot {
-    /// The root, a directory.
+    /// The root directory.
     pub root: Entry,
-}
-
-impl Snapshot {
-    /// How many entries there are, without the root.
-    pub fn len(&self) -> usize {
-        fn below(entry: &Entry) -> usize {
-            entry.children.values().map(|child| 1 + below(child)).sum()
-        }
-        below(&self.root)
-    }
-
-    /// Whether there is nothing in it.
-    pub fn is_empty(&self) -> bool {
-        self.root.children.is_empty()
-    }
-}
-
-impl fmt::Display for Content {
-    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Content::File { size, .. } => write!(out, "file of {size} bytes"),
-            Content::Symlink(target) => write!(out, "link to {target}"),
-            Content::Directory => out.write_str("directory"),
-            Content::Other => out.write_str("special file or mount point"),
-        }
-    }
 }

@@ -1,8 +1,8 @@
-//! The directory in `/etc` in which new versions wait until they are on the disk.
+//! The staging directory in `/etc`, which holds new versions until they are on the disk.
 //!
-//! A rename reaches the disk before the content of the file that it names: after a power cut, a file that was renamed
-//! too early is empty. So the merge and its undo make all new versions in here, sync the file system once, rename the
-//! versions into their places, and sync once more. A file system in memory returns from a sync at once.
+//! A rename can reach the disk before the content of the renamed file, and a power cut in between leaves an empty file.
+//! The merge and its undo therefore create all new versions in this directory, sync the file system once, rename the
+//! versions to their final names, and sync again. On a file system in memory, a sync returns at once.
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -11,48 +11,48 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::fs::{AtFlags, Dir, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
-use super::place::{Outcome, Place, Source, copy, dress};
-use super::scan::{TEMPORARY, look, resolve};
+use super::place::{Outcome, Place, Source, copy, set_metadata};
+use super::scan::{STAGING, look, resolve};
 use super::snapshot::{Content, Leaf};
 use support::failpoint::{self, Point};
 
-/// The directory, open. A version in it is named by the number of its act.
+/// The open staging directory. The name of a version in it is the number of its change in the plan.
 pub(super) struct Staging {
     etc: OwnedFd,
     dir: OwnedFd,
 }
 
 impl Staging {
-    /// Opens the directory in `etc`, empty: it removes what a killed call or a power cut left.
+    /// Creates the directory in `etc`, or empties the one that a killed call or a power cut left.
     pub fn open(etc: BorrowedFd<'_>) -> Result<Self> {
-        let opening = || format!("making /etc/{}", String::from_utf8_lossy(TEMPORARY));
+        let opening = || format!("cannot create the staging directory /etc/{}", String::from_utf8_lossy(STAGING));
         failpoint::hit(Point::EtcStaging, "").with_context(opening)?;
-        match rustix::fs::mkdirat(etc, TEMPORARY, Mode::RWXU) {
+        match rustix::fs::mkdirat(etc, STAGING, Mode::RWXU) {
             Err(Errno::EXIST) => {}
             other => other.with_context(opening)?,
         }
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let dir = rustix::fs::openat2(etc, TEMPORARY, flags, Mode::empty(), resolve()).with_context(opening)?;
+        let dir = rustix::fs::openat2(etc, STAGING, flags, Mode::empty(), resolve()).with_context(opening)?;
         let staging = Self { etc: rustix::io::dup(etc).with_context(opening)?, dir };
         staging.clear()?;
         Ok(staging)
     }
 
-    /// Returns true if a call that was killed left the directory.
+    /// Returns true if the directory exists: an earlier call was killed.
     pub fn is_left(etc: BorrowedFd<'_>) -> bool {
-        rustix::fs::statat(etc, TEMPORARY, AtFlags::SYMLINK_NOFOLLOW).is_ok()
+        rustix::fs::statat(etc, STAGING, AtFlags::SYMLINK_NOFOLLOW).is_ok()
     }
 
-    /// Removes the directory with its content, and waits until everything that was done is on the disk.
+    /// Removes the directory with its content, and syncs the file system of `/etc`.
     pub fn close(self) -> Result<()> {
-        failpoint::hit(Point::EtcStaging, "").context("removing the temporary directory")?;
+        failpoint::hit(Point::EtcStaging, "").context("cannot remove the staging directory")?;
         self.clear()?;
-        rustix::fs::unlinkat(&self.etc, TEMPORARY, AtFlags::REMOVEDIR).context("removing the temporary directory")?;
+        rustix::fs::unlinkat(&self.etc, STAGING, AtFlags::REMOVEDIR).context("cannot remove the staging directory")?;
         self.sync()
     }
 
     fn clear(&self) -> Result<()> {
-        let clearing = "removing leftover temporary files";
+        let clearing = "cannot empty the staging directory";
         for entry in Dir::read_from(&self.dir).context(clearing)? {
             let entry = entry.context(clearing)?;
             if !matches!(entry.file_name().to_bytes(), b"." | b"..") {
@@ -69,37 +69,39 @@ impl Staging {
         }
     }
 
-    /// Waits until everything that was written to the file system of `/etc` is on the disk.
+    /// Syncs the file system of `/etc`.
     pub fn sync(&self) -> Result<()> {
-        sync(self.etc.as_fd()).context("writing /etc to the disk")
+        sync(self.etc.as_fd()).context("cannot sync the file system of /etc")
     }
 
-    /// Makes `leaf` with owner, mode, attributes and label. Returns true if the label could be set.
+    /// Creates version `number` from `leaf` and `source`, with owner, mode, attributes and label. Returns true if the label
+    /// could be set.
     pub fn make(&self, number: usize, leaf: &Leaf, source: &mut Source<'_>) -> Result<bool> {
-        failpoint::hit(Point::EtcMake, "").context("making the new version")?;
+        failpoint::hit(Point::EtcMake, "").context("cannot create the new version")?;
         let name = name(number);
         match &leaf.content {
             Content::File { sha256, .. } => {
-                let mut content = source.content.take().context("its content is missing from the record")?;
+                let mut content =
+                    source.content.take().context("bug: the new version has no source for its content")?;
                 let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
                 let file = rustix::fs::openat(&self.dir, &name, flags, Mode::RUSR | Mode::WUSR)
-                    .context("making a temporary file")?;
+                    .context("cannot create the new version")?;
                 let written = copy(&mut content, &mut File::from(file))?;
-                ensure!(written == *sha256, "its source differs from the plan; plan again");
+                ensure!(written == *sha256, "its content differs from the plan; make a new plan");
             }
             Content::Symlink(target) => {
-                rustix::fs::symlinkat(&target.0, &self.dir, &name).context("making a temporary link")?;
+                rustix::fs::symlinkat(&target.0, &self.dir, &name).context("cannot create the new version")?;
             }
             Content::Directory => {
-                rustix::fs::mkdirat(&self.dir, &name, Mode::RWXU).context("making a temporary directory")?;
+                rustix::fs::mkdirat(&self.dir, &name, Mode::RWXU).context("cannot create the new version")?;
             }
-            Content::Other => bail!("special files are never made"),
+            Content::Other => bail!("bug: the plan creates a special file"),
         }
-        dress(self.dir.as_fd(), &name, leaf, source)
+        set_metadata(self.dir.as_fd(), &name, leaf, source)
     }
 
-    /// Renames version `number` to `place`, where `current` was seen last. An entry that another process changes at the
-    /// same moment keeps that change. A directory that has to give way leaves a moment with nothing there.
+    /// Renames version `number` to `place`, if the entry there is still `current`. Keeps a change that another process makes
+    /// at the same moment. If `current` is a directory, the name does not exist for a moment.
     pub fn put(&self, number: usize, place: &Place, current: Option<&Leaf>) -> Result<Outcome> {
         match current {
             Some(current) if current.is_directory() => match place.remove_directory()? {
@@ -112,7 +114,7 @@ impl Staging {
     }
 
     fn exchange(&self, number: usize, place: &Place, current: &Leaf) -> Result<Outcome> {
-        let renaming = "exchanging the new version with the old one";
+        let renaming = "cannot exchange the new version with the old one";
         failpoint::hit(Point::EtcRename, "").context(renaming)?;
         let name = name(number);
         let swap = || rustix::fs::renameat_with(&self.dir, &name, &place.dir, &place.name, RenameFlags::EXCHANGE);
@@ -120,18 +122,18 @@ impl Staging {
             Ok(()) => {}
             Err(Errno::NOENT) => return Ok(Outcome::Skipped(CHANGED)),
             Err(Errno::BUSY) => return Ok(Outcome::Skipped(MOUNTED)),
-            // A file system that cannot exchange the two, such as an overlay with directories.
+            // The file system cannot exchange the two, for example overlayfs with directories.
             Err(Errno::INVAL | Errno::XDEV | Errno::NOSYS | Errno::OPNOTSUPP) => {
                 return self.replace(number, place, current);
             }
             Err(error) => return Err(error).context(renaming),
         }
-        // What was in the place is in here now, out of the reach of others.
-        if look(self.dir.as_fd(), &name).context("looking at the old version")?.as_ref() == Some(current) {
-            self.discard(&name).context("removing the old version")?;
+        // The old version is now in the staging directory, where no other process changes it.
+        if look(self.dir.as_fd(), &name).context("cannot read the old version")?.as_ref() == Some(current) {
+            self.discard(&name).context("cannot remove the old version")?;
             return Ok(DONE);
         }
-        swap().context("putting back what another process changed")?;
+        swap().context(RESTORING)?;
         Ok(Outcome::Skipped(CHANGED))
     }
 
@@ -141,55 +143,56 @@ impl Staging {
         if !directory {
             return self.rename(number, place, RenameFlags::empty());
         }
-        match self.take_out(number, place, current)? {
+        match self.remove_entry(number, place, current)? {
             Outcome::Done { .. } => self.rename(number, place, RenameFlags::NOREPLACE),
             skipped @ Outcome::Skipped(_) => Ok(skipped),
         }
     }
 
     fn rename(&self, number: usize, place: &Place, flags: RenameFlags) -> Result<Outcome> {
-        let renaming = "renaming the new version into its place";
+        let renaming = "cannot rename the new version to its final name";
         failpoint::hit(Point::EtcRename, "").context(renaming)?;
         match rustix::fs::renameat_with(&self.dir, name(number), &place.dir, &place.name, flags) {
             Ok(()) => Ok(DONE),
             Err(Errno::BUSY) => Ok(Outcome::Skipped(MOUNTED)),
             Err(Errno::EXIST | Errno::NOTEMPTY | Errno::ISDIR | Errno::NOTDIR) => {
-                Ok(Outcome::Skipped("something new is there"))
+                Ok(Outcome::Skipped("another process created an entry with this name"))
             }
             Err(error) => Err(error).context(renaming),
         }
     }
 
-    /// Removes the entry at `place`, which is `current` and not a directory. An entry that another process changes at
-    /// the same moment stays.
-    pub fn take_out(&self, number: usize, place: &Place, current: &Leaf) -> Result<Outcome> {
-        failpoint::hit(Point::EtcUnlink, "").context("removing it")?;
+    /// Removes the entry at `place`, if it is still `current`, which is not a directory. Keeps a change that another process
+    /// makes at the same moment.
+    pub fn remove_entry(&self, number: usize, place: &Place, current: &Leaf) -> Result<Outcome> {
+        failpoint::hit(Point::EtcUnlink, "").context("cannot remove it")?;
         let old = [&name(number)[..], b"-old"].concat();
         match rustix::fs::renameat_with(&place.dir, &place.name, &self.dir, &old, RenameFlags::NOREPLACE) {
             Ok(()) => {}
             Err(Errno::NOENT) => return Ok(DONE),
             Err(Errno::BUSY) => return Ok(Outcome::Skipped(MOUNTED)),
-            Err(error) => return Err(error).context("removing it"),
+            Err(error) => return Err(error).context("cannot remove it"),
         }
-        if look(self.dir.as_fd(), &old).context("looking at it")?.as_ref() == Some(current) {
-            self.discard(&old).context("removing it")?;
+        if look(self.dir.as_fd(), &old).context("cannot read it")?.as_ref() == Some(current) {
+            self.discard(&old).context("cannot remove it")?;
             return Ok(DONE);
         }
         rustix::fs::renameat_with(&self.dir, &old, &place.dir, &place.name, RenameFlags::NOREPLACE)
-            .context("putting back what another process changed")?;
+            .context(RESTORING)?;
         Ok(Outcome::Skipped(CHANGED))
     }
 }
 
 const DONE: Outcome = Outcome::Done { labelled: true };
-const CHANGED: &str = "changed since the plan was made";
-pub(super) const MOUNTED: &str = "something is mounted there";
+pub(super) const CHANGED: &str = "changed since the plan was made";
+const RESTORING: &str = "cannot restore the version of another process";
+pub(super) const MOUNTED: &str = "a file system is mounted there";
 
 fn name(number: usize) -> Vec<u8> {
     number.to_string().into_bytes()
 }
 
-/// Waits until everything that was written to the file system of `dir` is on the disk.
+/// Syncs the file system of `dir`.
 pub(super) fn sync(dir: BorrowedFd<'_>) -> std::io::Result<()> {
     failpoint::hit(Point::EtcSync, "")?;
     Ok(rustix::fs::syncfs(dir)?)

@@ -1,4 +1,4 @@
-//! Reads the three trees and makes the plan.
+//! Reads the three trees and creates the plan.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -7,30 +7,34 @@ use anyhow::{Context, Result, anyhow};
 use rustix::fs::{AtFlags, Mode, OFlags, XattrFlags};
 use rustix::io::Errno;
 
+use super::decide::decide;
 use super::defaults::Defaults;
 use super::name::Bytes;
 use super::plan::Plan;
-use super::scan::TEMPORARY;
+use super::scan::{STAGING, scan};
 use super::snapshot::{Entry, Obstacle};
 
-/// Scans the three trees, each on a thread of its own, and decides. What earlier merges took from node images counts as
-/// a default, by the list `earlier`.
+/// Creates the plan for a merge of the three trees. Scans them in parallel. Defaults that earlier merges took (`earlier`)
+/// count as defaults of `base` if their content is unchanged.
+///
+/// Changes nothing, except that it creates an unnamed file on the file system of `current`, to find out which extended
+/// attributes that file system supports.
 ///
 /// # Errors
-/// When a tree cannot be read.
+/// A tree cannot be read.
 pub fn plan(base: BorrowedFd<'_>, new: BorrowedFd<'_>, current: BorrowedFd<'_>, earlier: &Defaults) -> Result<Plan> {
     let [base, new, etc] = std::thread::scope(|scope| {
         let scans = [(base, "the booted /usr/etc"), (new, "the node image's /usr/etc"), (current, "/etc")]
-            .map(|(dir, name)| scope.spawn(move || super::scan(dir).with_context(|| format!("reading {name}"))));
-        scans.map(|scan| scan.join().unwrap_or_else(|_| Err(anyhow!("a scan panicked"))))
+            .map(|(dir, name)| scope.spawn(move || scan(dir).with_context(|| format!("cannot read {name}"))));
+        scans.map(|scan| scan.join().unwrap_or_else(|_| Err(anyhow!("bug: the scan of a tree panicked"))))
     });
     let (mut base, mut new, etc) = (base?, new?, etc?);
     Attributes::of(current).mark(&mut new.root);
     earlier.rebase(&mut base, &etc);
-    Ok(Plan { earlier: earlier.clone(), ..super::decide(&base, &new, &etc) })
+    Ok(Plan { earlier: earlier.clone(), ..decide(&base, &new, &etc) })
 }
 
-/// The extended attributes that the file system of `/etc` can hold: those of defaults are tried on a nameless file.
+/// Tests on an unnamed file which extended attributes of defaults the file system of `/etc` can hold.
 struct Attributes<'a> {
     etc: BorrowedFd<'a>,
     file: Option<OwnedFd>,
@@ -59,12 +63,12 @@ impl<'a> Attributes<'a> {
             Some(file) => Ok(file),
             None => scratch_file(self.etc),
         };
-        // Where no file can be made, no merge is possible, which the switch finds out before it changes anything.
+        // Without a file, a merge is not possible either, and fails before its first change.
         let Ok(file) = file else { return true };
         let set = rustix::fs::fsetxattr(&file, &name.0, &value.0, XattrFlags::empty());
-        // Each by itself: together they need more space.
+        // Removed at once, because several attributes together could exceed the space for one file.
         let _ = rustix::fs::fremovexattr(&file, &name.0);
-        // The default access control list of a directory is refused to a file where it is known at all.
+        // File systems with access control lists refuse a default list for a file with EACCES.
         let holds = set.is_ok() || (set == Err(Errno::ACCESS) && name.0 == b"system.posix_acl_default");
         self.file = Some(file);
         self.tried.insert((name.clone(), value.clone()), holds);
@@ -76,11 +80,11 @@ fn scratch_file(etc: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
     let mode = Mode::RUSR | Mode::WUSR;
     let flags = OFlags::RDWR | OFlags::CLOEXEC;
     match rustix::fs::openat(etc, ".", flags | OFlags::TMPFILE, mode) {
-        // A file system without nameless files, such as an overlay of older kernels.
+        // The file system does not support unnamed files, such as overlayfs of older kernels.
         Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::NOENT) => {}
         other => return other,
     }
-    let file = rustix::fs::openat(etc, TEMPORARY, flags | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW, mode)?;
-    rustix::fs::unlinkat(etc.as_fd(), TEMPORARY, AtFlags::empty())?;
+    let file = rustix::fs::openat(etc, STAGING, flags | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW, mode)?;
+    rustix::fs::unlinkat(etc.as_fd(), STAGING, AtFlags::empty())?;
     Ok(file)
 }

@@ -1,76 +1,75 @@
-//! Takes a merge back from its record.
+//! Undoes a merge from its journal.
 
 use std::os::fd::BorrowedFd;
 use std::path::Path;
 
 use anyhow::{Context, Result};
 
-use super::apply::{aside_dir, is_between};
+use super::apply::{aside_dir, is_intermediate};
+use super::journal::{Prior, UndoJournal, remove_leftovers};
 use super::name::Bytes;
 use super::place::{Outcome, Place, Source};
 use super::plan::Change;
-use super::record::{Prior, Record, sweep};
 use super::report::{NotDone, UndoReport};
 use super::snapshot::{Content, Leaf};
 use super::staging::Staging;
 use support::failpoint::{self, Point};
 
-/// Takes back what the record in `undo_dir` says was done to `etc_dir`, last act first: content, owner,
-/// mode, attributes, labels and times of files are those from before. An entry that another process changed
-/// since is kept and reported. It goes on after a failure, so that as much as possible is undone. A power cut at any
-/// time leaves each file with its old content or its new one; after the return, all is on the disk.
+/// Undoes the merge whose journal is in `undo_dir`, last change first. Restores content, owner, mode, attributes, labels
+/// and modification times. Keeps and reports entries that another process has changed since. Continues after the failure
+/// of an entry, so that as many entries as possible are restored. A power cut at any time leaves each file with its old or
+/// its new content. When the function returns, all changes are on the disk.
 ///
-/// The record, and what was saved aside, are removed when everything that can be undone is. Without a record nothing is
-/// done.
+/// Finally removes the journal and the saved versions of conflicting entries, unless an entry failed. Without a journal
+/// the function changes nothing.
 ///
 /// # Errors
-/// When the record cannot be read or removed, or the file system of `/etc` fails as a whole; failures of single entries
-/// are in the report. The record then stays, for another attempt.
+/// The journal cannot be read or removed, or the file system of `/etc` fails as a whole. The journal stays for another
+/// attempt. Failures of single entries are in the report.
 pub fn undo(undo_dir: &Path, etc_dir: BorrowedFd<'_>) -> Result<UndoReport> {
     let mut report = UndoReport::default();
-    let Some(mut record) = Record::load(undo_dir)? else {
-        sweep(undo_dir)?;
+    let Some(mut journal) = UndoJournal::load(undo_dir)? else {
+        remove_leftovers(undo_dir)?;
         return Ok(report);
     };
-    record.complete();
-    report.damaged = record.damaged;
-    if !record.begun.is_empty() || Staging::is_left(etc_dir) {
-        take_all_back(&record, etc_dir, &mut report)?;
+    journal.add_possibly_started();
+    report.damaged = journal.damaged;
+    if !journal.started.is_empty() || Staging::is_left(etc_dir) {
+        revert_all(&journal, etc_dir, &mut report)?;
     }
     if report.failed.is_empty() {
-        // While there still is a record: without one, nothing would lead back to it.
+        // Before the journal is removed: a repeated call without a journal would not remove this directory.
         let aside = aside_dir(undo_dir);
         match std::fs::remove_dir_all(&aside) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(error)
-                    .with_context(|| format!("/etc is as it was, but removing {} failed", aside.display()));
+                return Err(error).with_context(|| format!("cannot remove {} after the undo", aside.display()));
             }
             _ => {}
         }
-        record.forget()?;
+        journal.end()?;
     }
     Ok(report)
 }
 
-fn take_all_back(record: &Record, etc_dir: BorrowedFd<'_>, report: &mut UndoReport) -> Result<()> {
+fn revert_all(journal: &UndoJournal, etc_dir: BorrowedFd<'_>, report: &mut UndoReport) -> Result<()> {
     let staging = Staging::open(etc_dir)?;
     let mut staged = Vec::new();
-    for (number, prior) in record.begun.iter().rev() {
-        let change = record.plan.changes.get(*number).context("the undo record names an act that the plan lacks")?;
-        match prepare(&staging, record, *number, change, prior, etc_dir) {
+    for (number, prior) in journal.started.iter().rev() {
+        let change = journal.plan.changes.get(*number).context("bug: a line of the undo journal is not in the plan")?;
+        match prepare(&staging, journal, *number, change, prior, etc_dir) {
             Ok(labelled) => staged.push((*number, change, prior, labelled)),
             Err(error) => report.failed.push(NotDone { path: change.path.clone(), reason: format!("{error:#}") }),
         }
     }
     staging.sync()?;
     for (number, change, prior, labelled) in staged {
-        match take_back(&staging, number, change, prior, etc_dir, labelled) {
+        match revert(&staging, number, change, prior, etc_dir, labelled) {
             Ok(Outcome::Done { labelled }) => {
                 report.restored += 1;
                 report.unlabelled += usize::from(!labelled);
             }
-            // No other process changed it: what failed below or above it is reported already.
-            Ok(Outcome::Skipped(_)) if report.failed.iter().any(|entry| is_kin(&entry.path, &change.path)) => {}
+            // No other process changed this entry. The report already has the failure above or below it.
+            Ok(Outcome::Skipped(_)) if report.failed.iter().any(|entry| is_nested(&entry.path, &change.path)) => {}
             Ok(Outcome::Skipped(reason)) => {
                 report.kept.push(NotDone { path: change.path.clone(), reason: reason.to_owned() });
             }
@@ -80,11 +79,11 @@ fn take_all_back(record: &Record, etc_dir: BorrowedFd<'_>, report: &mut UndoRepo
     staging.close()
 }
 
-/// Makes the version of an entry from before act `number`. Returns true if its label could be set, or `None` if no
-/// version is needed.
+/// Creates the old version of the entry of change `number` in the staging directory. Returns true if its label could be
+/// set, or `None` if the undo needs no version.
 fn prepare(
     staging: &Staging,
-    record: &Record,
+    journal: &UndoJournal,
     number: usize,
     change: &Change,
     prior: &Prior,
@@ -98,7 +97,7 @@ fn prepare(
     }
     let mut source = source(prior, before);
     if matches!(before.content, Content::File { .. }) {
-        source.content = Some(record.saved(number)?);
+        source.content = Some(journal.saved(number)?);
     }
     staging.make(number, before, &mut source).map(Some)
 }
@@ -111,12 +110,13 @@ fn source<'a>(prior: &'a Prior, before: &Leaf) -> Source<'a> {
     }
 }
 
-/// Returns true if one is the other's directory, at whatever depth.
-pub(super) fn is_kin(one: &Bytes, other: &Bytes) -> bool {
+/// Returns true if the paths are equal or one is below the other.
+pub(super) fn is_nested(one: &Bytes, other: &Bytes) -> bool {
     one.as_path().starts_with(other.as_path()) || other.as_path().starts_with(one.as_path())
 }
 
-fn take_back(
+/// Reverts change `number`, if the entry is still the one that the merge wrote. `staged` is the result of [`prepare`].
+fn revert(
     staging: &Staging,
     number: usize,
     change: &Change,
@@ -124,17 +124,17 @@ fn take_back(
     etc_dir: BorrowedFd<'_>,
     staged: Option<bool>,
 ) -> Result<Outcome> {
-    failpoint::hit(Point::EtcRevert, "").context("taking it back")?;
+    failpoint::hit(Point::EtcRevert, "").context("cannot revert it")?;
     let done = Outcome::Done { labelled: true };
     let Some(place) = Place::find(etc_dir, &change.path)? else {
-        return Ok(if change.before.is_none() { done } else { Outcome::Skipped("its directory is gone") });
+        return Ok(if change.before.is_none() { done } else { Outcome::Skipped("its directory is missing") });
     };
     let current = place.look()?;
     if current == change.before {
         return Ok(done);
     }
     let changed = Outcome::Skipped("changed since the switch");
-    if current != change.after && !is_between(change, current.as_ref()) {
+    if current != change.after && !is_intermediate(change, current.as_ref()) {
         return Ok(changed);
     }
     match (&change.before, staged, &current) {
@@ -145,7 +145,7 @@ fn take_back(
             skipped @ Outcome::Skipped(_) => skipped,
         }),
         (Some(before), None, Some(current)) if before.is_directory() && current.is_directory() => {
-            place.dress(before, &source(prior, before))
+            place.set_metadata(before, &source(prior, before))
         }
         (Some(_), None, _) => Ok(changed),
     }

@@ -37,7 +37,7 @@ pub fn measure(scratch: &Path, entries: usize) -> Result<EtcTimes> {
     let plan_seconds = start.elapsed().as_secs_f64();
     ensure!(plan.changes.len() == entries, "{} changes planned of {entries}", plan.changes.len());
     let start = Instant::now();
-    etc_merge::apply(&plan, new.as_fd(), current.as_fd(), &undo, None)?;
+    etc_merge::apply(&plan, new.as_fd(), current.as_fd(), &undo)?;
     let apply = start.elapsed().as_secs_f64();
     let start = Instant::now();
     let undone = etc_merge::undo(&undo, current.as_fd())?;

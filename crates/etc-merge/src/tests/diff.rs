@@ -1,4 +1,4 @@
-//! The diff of a plan: `git apply` makes of it what the plan says, and it gives away nothing.
+//! Tests of the diff: `git apply` accepts it and produces the content of the plan, and the diff does not reveal secrets.
 
 use std::fs;
 use std::os::fd::AsFd;
@@ -11,7 +11,7 @@ use proptest::test_runner::{Config, TestRunner};
 use super::real::{plan_in, rescan, write_tree};
 use super::*;
 use crate::diff::{Sides, show};
-use crate::undo::is_kin;
+use crate::undo::is_nested;
 use support::testing::private;
 
 fn world(entry: Entry) -> Entry {
@@ -27,7 +27,7 @@ fn diff_of(place: &Path, secrets: bool) -> String {
 }
 
 #[test]
-fn git_makes_of_it_what_the_plan_says() {
+fn git_apply_produces_the_content_of_the_plan() {
     private(|scratch| {
         let base = etc([("d", dir(0, [("a", file(1, 0))])), ("gone", file(3, 0)), ("x", file(1, 0)), ("l", link(1))]);
         let new =
@@ -48,12 +48,15 @@ fn git_makes_of_it_what_the_plan_says() {
         };
         assert_eq!(content(&rescan(&scratch.join("etc"))), content(&outcome(&plan, &trees[2])), "{text}");
         assert!(text.contains("# conflict: /etc/x: "), "{text}");
-        assert!(text.contains("# +content 2\n") && !text.contains("\n+++ b/etc/x\n"), "only as a comment: {text}");
+        assert!(
+            text.contains("# +content 2\n") && !text.contains("\n+++ b/etc/x\n"),
+            "the conflict is not only a comment: {text}"
+        );
     });
 }
 
 #[test]
-fn secrets_and_binary_files_are_only_named() {
+fn secret_and_binary_files_are_shown_by_name_only() {
     private(|scratch| {
         let secret = |content| {
             let mut entry = file(content, 0);
@@ -75,7 +78,7 @@ fn secrets_and_binary_files_are_only_named() {
             fs::write(scratch.join(name).join("binary"), [0, if name == "new" { 1 } else { 0 }]).unwrap();
         }
         let text = diff_of(scratch, false);
-        assert_eq!(text.matches("+content 2").count(), 2, "the open file's two lines only: {text}");
+        assert_eq!(text.matches("+content 2").count(), 2, "not exactly the two lines of the open file: {text}");
         assert_eq!(text.matches("--secrets shows it").count(), 2, "{text}");
         assert!(text.contains("# binary files a/etc/binary and b/etc/binary differ"), "{text}");
         let all = diff_of(scratch, true);
@@ -83,7 +86,7 @@ fn secrets_and_binary_files_are_only_named() {
     });
 }
 
-/// A tree with everything in it that names and contents can be.
+/// A tree with unusual names and contents.
 #[derive(Debug, Clone)]
 enum Node {
     File(u32, &'static [u8]),
@@ -139,8 +142,8 @@ fn make(path: &Path, node: &Node) {
     fs::set_permissions(path, fs::Permissions::from_mode(*mode)).unwrap();
 }
 
-/// What git knows of a tree: files and links, and which of the files can be executed.
-fn known_to_git(path: &Path) -> BTreeMap<Bytes, (Content, bool)> {
+/// Returns the properties that git tracks: files and links with their content, and whether a file is executable.
+fn tracked_by_git(path: &Path) -> BTreeMap<Bytes, (Content, bool)> {
     let leaves = flat(&rescan(path)).into_iter().filter(|(_, leaf)| !leaf.is_directory());
     leaves.map(|(path, leaf)| (path, (leaf.content, leaf.meta.mode & 0o100 != 0))).collect()
 }
@@ -149,7 +152,7 @@ fn known_to_git(path: &Path) -> BTreeMap<Bytes, (Content, bool)> {
 fn git_accepts_every_diff() {
     private(|scratch| {
         let roots = || prop::collection::btree_map(prop::sample::select(&NAMES[..]), node(), 0..5);
-        // For each name in C: the same as in B, or another entry.
+        // For each name in C: true to replace B's entry by another one.
         let changed = prop::collection::vec(prop::bool::weighted(0.2), NAMES.len());
         let round = std::cell::Cell::new(0);
         let mut runner = TestRunner::new(Config { failure_persistence: None, ..Config::with_cases(200) });
@@ -171,7 +174,7 @@ fn git_accepts_every_diff() {
                 let sides = Sides { new: new.as_fd(), etc: etc.as_fd(), secrets };
                 let (text, hidden) = show(&plan, &sides).unwrap();
                 fs::write(place.join("diff"), &text).unwrap();
-                // Without a single patch, git wants to be told that this is meant.
+                // `--allow-empty`: a diff can consist of comments only.
                 let git = Command::new("git")
                     .args(["apply", "--allow-empty", "../diff"])
                     .current_dir(place.join("git"))
@@ -179,14 +182,14 @@ fn git_accepts_every_diff() {
                     .unwrap();
                 let shown = || format!("{}\n{}", String::from_utf8_lossy(&text), String::from_utf8_lossy(&git.stderr));
                 prop_assert!(git.status.success(), "{}", shown());
-                apply(&plan, new.as_fd(), etc.as_fd(), &place.join("state/undo"), None).unwrap();
-                // git removes directories with their last file.
+                apply(&plan, new.as_fd(), etc.as_fd(), &place.join("state/undo")).unwrap();
+                // git removes a directory with its last file.
                 fs::create_dir_all(place.join("git/etc")).unwrap();
-                let [mut by_git, mut by_us] = ["git/etc", "etc"].map(|name| known_to_git(&place.join(name)));
-                for side in [&mut by_git, &mut by_us] {
-                    side.retain(|path, _| !hidden.iter().any(|other| is_kin(other, path)));
+                let [mut by_git, mut by_merge] = ["git/etc", "etc"].map(|name| tracked_by_git(&place.join(name)));
+                for side in [&mut by_git, &mut by_merge] {
+                    side.retain(|path, _| !hidden.iter().any(|other| is_nested(other, path)));
                 }
-                prop_assert_eq!(by_git, by_us, "{}", shown());
+                prop_assert_eq!(by_git, by_merge, "{}", shown());
                 fs::remove_dir_all(&place).unwrap();
                 Ok(())
             })

@@ -1,4 +1,4 @@
-//! Power cuts: a copy of the disk, taken right after an act, holds each file as it was or as it becomes.
+//! Power cuts: a copy of the disk, made directly after a change, has each file with its old or its new content.
 
 use std::fs;
 use std::io::Write;
@@ -14,7 +14,7 @@ use super::*;
 use support::failpoint::{arm_thread, disarm_thread};
 use support::testing::private;
 
-/// Acts of every kind on files, with enough content for several pages.
+/// Changes of every type to files with several pages of content.
 fn trees() -> [Snapshot; 3] {
     let base = etc([
         ("changed", file(7, 0)),
@@ -46,7 +46,7 @@ pub(super) fn run(program: &str, arguments: &[&str]) {
     assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// A disk with an `etc`, as it was before the merge; and a place for the undo record that no power cut concerns.
+/// A disk with the `etc` from before the merge, and a directory for the undo journal outside of that disk.
 struct Bench {
     scratch: PathBuf,
     fstype: &'static str,
@@ -81,21 +81,21 @@ impl Bench {
 
     fn mounted<T>(&self, name: &str, act: impl FnOnce() -> T) -> T {
         if self.fstype == "btrfs" {
-            // It knows file systems by their id, which copies share.
+            // btrfs identifies file systems by an id, which copies share.
             run("btrfs", &["device", "scan", "--forget"]);
         }
         run("mount", &["-o", "loop", self.image(name).to_str().unwrap(), self.disk().to_str().unwrap()]);
         let done = act();
-        // A child of another test may still hold our directories, between its fork and its exec.
+        // A child process of another test can have the directories open, between its fork and its exec.
         let end = Instant::now() + Duration::from_secs(20);
         while !Command::new("umount").arg(self.disk()).output().unwrap().status.success() {
-            assert!(Instant::now() < end, "{} stays busy", self.disk().display());
+            assert!(Instant::now() < end, "{} is still busy", self.disk().display());
             std::thread::sleep(Duration::from_millis(20));
         }
         done
     }
 
-    /// Plans and applies, on a fresh disk; then calls `act`, copies the disk, and returns what is on the copy.
+    /// Makes the plan on a new copy of the disk, calls `act`, copies the disk again and returns the `etc` on that copy.
     fn after(&self, act: impl FnOnce(&Sides)) -> Snapshot {
         self.copy("pristine", "disk");
         let _ = fs::remove_dir_all(self.scratch.join("state"));
@@ -119,57 +119,58 @@ struct Sides {
 
 impl Sides {
     fn apply(&self) -> anyhow::Result<Report> {
-        apply(&self.plan, self.new.as_fd(), self.etc.as_fd(), &self.undo, None)
+        apply(&self.plan, self.new.as_fd(), self.etc.as_fd(), &self.undo)
     }
 
     fn undo(&self) -> anyhow::Result<UndoReport> {
         undo(&self.undo, self.etc.as_fd())
     }
 
-    /// Another process syncs a file of its own: that writes the log, with the renames so far, but no content of ours.
-    fn sync_of_another_process(&self) {
+    /// Syncs a file of another process. This writes the log of the file system with the renames so far, but no content of
+    /// the merge.
+    fn sync_from_another_process(&self) {
         let mut other = fs::File::options().append(true).open(&self.other).unwrap();
         other.write_all(b"x").unwrap();
         other.sync_all().unwrap();
     }
 
-    /// Lets act `number` fail, from which the caller returns at once; returns true if there was such an act.
+    /// Calls `act` and makes its failpoint hit `number` fail. Returns true if there was such a hit.
     fn cut_at(&self, number: usize, act: impl FnOnce(&Self) -> bool) -> bool {
         arm_thread(number, Errno::IO);
         let done = act(self);
         let passed = disarm_thread();
-        assert_eq!(done, passed, "failure {number} is reported");
-        self.sync_of_another_process();
+        assert_eq!(done, passed, "failure {number} is not reported");
+        self.sync_from_another_process();
         !passed
     }
 }
 
-/// Each file has its content from before or from after, whatever directory it is in.
-fn is_old_or_new(cut: &Snapshot, old: &Snapshot, new: &Snapshot, when: &str) {
+/// Asserts that each file has its old or its new content.
+fn assert_old_or_new(cut: &Snapshot, old: &Snapshot, new: &Snapshot, when: &str) {
     let [cut, old, new] = [cut, old, new].map(flat);
     let content = |side: &BTreeMap<Bytes, Leaf>, path: &Bytes| side.get(path).map(|leaf| leaf.content.clone());
     let paths: std::collections::BTreeSet<&Bytes> = [&cut, &old, &new].into_iter().flat_map(BTreeMap::keys).collect();
     for path in paths {
         let (now, before, after) = (content(&cut, path), content(&old, path), content(&new, path));
-        // A directory gives way before the file that replaces it comes.
+        // A directory is removed before the file that replaces it is created.
         let gap = now.is_none() && [&before, &after].contains(&&Some(Content::Directory));
         assert!(now == before || now == after || gap, "{when}: {path} is {now:?}, not {before:?} or {after:?}");
     }
 }
 
-fn survives_power_cuts(fstype: &'static str, mib: u64) {
+fn check_power_cuts(fstype: &'static str, mib: u64) {
     private(|scratch| {
         let trees = trees();
         let bench = Bench::new(scratch, fstype, mib, &trees);
         let merged = outcome(&decide(&trees[0], &trees[1], &trees[2]), &trees[2]);
 
         let cut = bench.after(|sides| drop(sides.apply().unwrap()));
-        assert_eq!(cut, merged, "the merge is on the disk when it returns");
+        assert_eq!(cut, merged, "the merge returned before its result was on the disk");
         let cut = bench.after(|sides| {
             sides.apply().unwrap();
             sides.undo().unwrap();
         });
-        assert_eq!(cut, trees[2], "the undo is on the disk when it returns");
+        assert_eq!(cut, trees[2], "the undo returned before its result was on the disk");
 
         for undoing in [false, true] {
             let mut more = true;
@@ -183,7 +184,7 @@ fn survives_power_cuts(fstype: &'static str, mib: u64) {
                         true => sides.undo().is_ok_and(|report| report.failed.is_empty()),
                     });
                 });
-                is_old_or_new(&cut, &trees[2], &merged, &format!("{fstype}, act {number}, undoing: {undoing}"));
+                assert_old_or_new(&cut, &trees[2], &merged, &format!("{fstype}, act {number}, undoing: {undoing}"));
                 if !more {
                     assert!(number > 60, "only {number} acts");
                     break;
@@ -195,15 +196,15 @@ fn survives_power_cuts(fstype: &'static str, mib: u64) {
 
 #[test]
 fn a_power_cut_on_xfs_leaves_old_or_new_content() {
-    survives_power_cuts("xfs", 300);
+    check_power_cuts("xfs", 300);
 }
 
 #[test]
 fn a_power_cut_on_ext4_leaves_old_or_new_content() {
-    survives_power_cuts("ext4", 32);
+    check_power_cuts("ext4", 32);
 }
 
 #[test]
 fn a_power_cut_on_btrfs_leaves_old_or_new_content() {
-    survives_power_cuts("btrfs", 120);
+    check_power_cuts("btrfs", 120);
 }

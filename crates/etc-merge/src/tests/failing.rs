@@ -1,5 +1,5 @@
-//! Every act fails once, with each error, and is killed once: what is left is finished by the same call, and
-//! taken back by undo. The kill is a real one, of a process that runs this very test.
+//! Each failpoint of a merge and of an undo fails once with each error, and kills the process once. Afterwards, a repeated
+//! call completes the merge, and an undo restores the old state. The killed process is this test program.
 
 use std::fs;
 use std::os::fd::AsFd;
@@ -14,11 +14,11 @@ use super::*;
 use support::failpoint::{arm_thread, disarm_thread};
 use support::testing::private;
 
-/// Says to [`killed_child`] where to work, and what to do.
+/// Environment variables for [`killed_child`]: its directory, and whether it undoes.
 const PLACE: &str = "NODE_IMAGE_PIVOT_TEST_PLACE";
 const UNDO: &str = "NODE_IMAGE_PIVOT_TEST_UNDO";
 
-/// Each kind of act, on each kind of entry.
+/// Changes of each type to each type of entry.
 fn trees() -> [Snapshot; 3] {
     let common = || {
         vec![
@@ -56,14 +56,14 @@ fn trees() -> [Snapshot; 3] {
 fn try_apply(place: &Path) -> anyhow::Result<Report> {
     let plan: Plan = serde_json::from_slice(&fs::read(place.join("plan.json"))?)?;
     let [new, etc] = ["new", "etc"].map(|name| open_dir(&place.join(name)).unwrap());
-    apply(&plan, new.as_fd(), etc.as_fd(), &place.join("state/undo"), None)
+    apply(&plan, new.as_fd(), etc.as_fd(), &place.join("state/undo"))
 }
 
 fn try_undo(place: &Path) -> anyhow::Result<UndoReport> {
     undo(&place.join("state/undo"), open_dir(&place.join("etc"))?.as_fd())
 }
 
-/// A fresh place with its plan; what is there, and what shall be.
+/// A directory with the three trees and their plan, and the state of `etc` before and after the merge.
 struct Case {
     place: PathBuf,
     before: (Snapshot, BTreeMap<PathBuf, (Vec<u8>, i64)>),
@@ -80,12 +80,12 @@ impl Case {
         Self { before, after: outcome(&plan, &trees[2]), place }
     }
 
-    fn is_applied(&self) {
+    fn assert_applied(&self) {
         assert_eq!(rescan(&self.place.join("etc")), self.after, "{}", self.place.display());
     }
 
-    /// Byte for byte, with labels and times, and nothing of ours is left.
-    fn is_as_before(&self) {
+    /// Asserts that `etc` is unchanged, including labels and times, and that no files of the merge are left.
+    fn assert_restored(&self) {
         let etc = self.place.join("etc");
         assert_eq!((rescan(&etc), beyond(&etc)), self.before, "{}", self.place.display());
         let left: Vec<_> = fs::read_dir(&etc)
@@ -98,10 +98,10 @@ impl Case {
         assert!(!self.place.join("state/etc-new").exists());
     }
 
-    fn undone(self) {
+    fn undo_and_assert_restored(self) {
         let report = undo_in(&self.place);
         assert_eq!((report.kept, report.failed), (vec![], vec![]), "{}", self.place.display());
-        self.is_as_before();
+        self.assert_restored();
         fs::remove_dir_all(&self.place).unwrap();
     }
 }
@@ -129,12 +129,12 @@ fn each_write_fails_while_applying() {
                     assert!(number > 60, "only {number} failpoints were hit");
                     break;
                 }
-                case.undone();
+                case.undo_and_assert_restored();
                 let case = Case::new(scratch, &name("finish"));
                 assert!(failed(&case));
                 assert_eq!(try_apply(&case.place).unwrap().skipped, vec![]);
-                case.is_applied();
-                case.undone();
+                case.assert_applied();
+                case.undo_and_assert_restored();
             }
         }
     });
@@ -150,11 +150,11 @@ fn each_write_fails_while_undoing() {
                 arm_thread(number, errno);
                 let outcome = try_undo(&case.place);
                 if disarm_thread() {
-                    case.is_as_before();
+                    case.assert_restored();
                     assert!(number > 60, "only {number} failpoints were hit");
                     break;
                 }
-                let told = match outcome {
+                let messages = match outcome {
                     Ok(report) => {
                         assert_eq!(report.kept, vec![], "{number}");
                         report.failed.into_iter().map(|entry| entry.reason).collect()
@@ -162,14 +162,14 @@ fn each_write_fails_while_undoing() {
                     Err(error) => vec![format!("{error:#}")],
                 };
                 let words = std::io::Error::from(errno).to_string();
-                assert!(told.len() == 1 && told[0].contains(&words), "{number}: {told:?}");
-                case.undone();
+                assert!(messages.len() == 1 && messages[0].contains(&words), "{number}: {messages:?}");
+                case.undo_and_assert_restored();
             }
         }
     });
 }
 
-/// Runs [`killed_child`] in `place`, to be killed at hit `number`; whether it was.
+/// Runs [`killed_child`] for `case`, armed to be killed at failpoint hit `number`. Returns true if it was killed.
 fn killed(case: &Case, undo: bool, number: usize) -> bool {
     let points = case.place.join("points");
     fs::create_dir_all(&points).unwrap();
@@ -208,16 +208,16 @@ fn killed_at_each_act_while_applying() {
         for number in 0.. {
             let case = Case::new(scratch, &format!("kill-{number}"));
             if !killed(&case, false, number) {
-                case.is_applied();
+                case.assert_applied();
                 assert!(number > 60, "only {number} failpoints were hit");
                 break;
             }
-            // Every other one is finished first.
+            // Every second merge is completed before the undo.
             if number % 2 == 0 {
                 assert_eq!(try_apply(&case.place).unwrap().skipped, vec![]);
-                case.is_applied();
+                case.assert_applied();
             }
-            case.undone();
+            case.undo_and_assert_restored();
         }
     });
 }
@@ -229,16 +229,16 @@ fn killed_at_each_act_while_undoing() {
             let case = Case::new(scratch, &format!("kill-undo-{number}"));
             try_apply(&case.place).unwrap();
             if !killed(&case, true, number) {
-                case.is_as_before();
+                case.assert_restored();
                 assert!(number > 60, "only {number} failpoints were hit");
                 break;
             }
-            case.undone();
+            case.undo_and_assert_restored();
         }
     });
 }
 
-/// A damaged journal: the content comes back for every line that is lost, and the others are not hidden by it.
+/// A damaged line hides no other line, and the content of its own change is restored too.
 #[test]
 fn a_damaged_journal_does_not_keep_content_from_being_undone() {
     private(|scratch| {
@@ -254,7 +254,7 @@ fn a_damaged_journal_does_not_keep_content_from_being_undone() {
             let mut lines = lines.clone();
             lines[damaged] = "garbage".into();
             fs::write(case.place.join("state/undo/journal"), lines.join("\n") + "\n").unwrap();
-            assert!(try_apply(&case.place).is_err(), "a merge does not go on from it");
+            assert!(try_apply(&case.place).is_err(), "a merge continued with a damaged journal");
             let report = try_undo(&case.place).unwrap();
             assert!(report.failed.is_empty() && report.kept.is_empty(), "line {damaged}: {report}");
             assert_eq!(report.damaged, 1);
@@ -271,7 +271,7 @@ fn a_damaged_journal_does_not_keep_content_from_being_undone() {
     });
 }
 
-/// The record of an agent that listed the conflicts without their sizes.
+/// An older agent wrote a journal that lists conflicts without their sizes.
 #[test]
 fn the_merge_of_an_older_agent_is_undone() {
     private(|scratch| {
@@ -283,6 +283,6 @@ fn the_merge_of_an_older_agent_is_undone() {
         plan_fields.retain(|field, _| !["taken", "earlier"].contains(&field.as_str()));
         plan_fields.insert("aside".into(), serde_json::json!(["conflict"]));
         fs::write(&path, plan.to_string()).unwrap();
-        case.undone();
+        case.undo_and_assert_restored();
     });
 }

@@ -1,4 +1,4 @@
-//! Entries that the merge keeps, and changes by others at the same moment.
+//! Entries that the merge keeps, and changes by other processes at the same moment.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -17,11 +17,11 @@ const NONE: rustix::mount::MountFlags = rustix::mount::MountFlags::empty();
 
 fn apply_in(place: &Path, plan: &Plan) -> Report {
     let [new, etc] = ["new", "etc"].map(|name| open_dir(&place.join(name)).unwrap());
-    apply(plan, new.as_fd(), etc.as_fd(), &place.join("state/undo"), None).unwrap()
+    apply(plan, new.as_fd(), etc.as_fd(), &place.join("state/undo")).unwrap()
 }
 
 #[test]
-fn a_save_between_the_last_look_and_the_rename_is_kept() {
+fn a_save_between_the_comparison_and_the_rename_is_kept() {
     private(|scratch| {
         write_tree(&scratch.join("etc"), &etc([("f", file(1, 0)), ("gone", file(1, 0))]));
         write_tree(&scratch.join("new"), &etc([("f", file(2, 0)), ("d", dir(0, []))]));
@@ -34,7 +34,7 @@ fn a_save_between_the_last_look_and_the_rename_is_kept() {
             let content = Place::find(new.as_fd(), &path).unwrap().unwrap().open().unwrap();
             let mut source = Source { content: Some(content), ..Source::default() };
             staging.make(number, &replacement.leaf, &mut source).unwrap();
-            // An editor saves: it writes the file in place, or renames another one over it.
+            // An editor saves: it overwrites the file, or renames another file over it.
             if number == 0 {
                 fs::write(scratch.join("etc/f"), "saved in place").unwrap();
             } else {
@@ -47,10 +47,10 @@ fn a_save_between_the_last_look_and_the_rename_is_kept() {
             staging.close().unwrap();
         }
         let staging = Staging::open(etc.as_fd()).unwrap();
-        assert!(matches!(staging.take_out(0, &place, &current).unwrap(), Outcome::Skipped(_)));
+        assert!(matches!(staging.remove_entry(0, &place, &current).unwrap(), Outcome::Skipped(_)));
         assert!(fs::read_to_string(scratch.join("etc/f")).unwrap().starts_with("saved"));
         staging.close().unwrap();
-        assert_eq!(fs::read_dir(scratch.join("etc")).unwrap().count(), 2, "no temporary file is left");
+        assert_eq!(fs::read_dir(scratch.join("etc")).unwrap().count(), 2, "a temporary file is left");
     });
 }
 
@@ -84,14 +84,14 @@ fn copies_of_conflicts_count_as_space() {
 }
 
 #[test]
-fn names_of_one_file_are_merged_each_on_its_own() {
+fn hard_links_of_a_file_are_merged_separately() {
     private(|scratch| {
         let both = |one, two| etc([("a", file(one, 0)), ("b", file(two, 0))]);
         let place = stage(scratch, "links", &[both(1, 1), both(2, 1), both(1, 1)]);
         fs::remove_file(place.join("etc/b")).unwrap();
         fs::hard_link(place.join("etc/a"), place.join("etc/b")).unwrap();
         assert_eq!(apply_in(&place, &plan_in(&place)).skipped, []);
-        assert_eq!(rescan(&place.join("etc")), both(2, 1), "the other name keeps its content");
+        assert_eq!(rescan(&place.join("etc")), both(2, 1), "the content of the other name changed");
         undo_in(&place);
         assert_eq!(rescan(&place.join("etc")), both(1, 1));
     });
@@ -106,7 +106,7 @@ fn reason<'a>(plan: &'a Plan, path: &str) -> (Class, &'a str) {
     (decision.class, &decision.reason)
 }
 
-/// A place on a disk of its own with B, N and C, each with a file `a` to change.
+/// Creates a separate disk with B, N and C, each with a file `a` to change.
 fn on_disk(scratch: &Path, fstype: &str, mib: u64) -> PathBuf {
     let (image, place) = (scratch.join(format!("{fstype}.img")), scratch.join(fstype));
     fs::create_dir(&place).unwrap();
@@ -126,7 +126,7 @@ fn immutable_and_append_only_entries_are_kept() {
             fs::write(place.join("new/d/added"), "").unwrap();
             run("chattr", &[&format!("+{flag}"), &etc("a"), &etc("d")]);
             let plan = plan_in(&place);
-            assert!(plan.is_empty(), "{plan:?}");
+            assert!(plan.changes.is_empty(), "{plan:?}");
             for path in ["a", "d/x", "d/added"] {
                 let (class, reason) = reason(&plan, path);
                 assert!(class == Class::Local && reason.contains(&format!("chattr +{flag}")), "{path}: {reason}");
@@ -147,7 +147,7 @@ fn a_default_whose_attributes_etc_cannot_hold_is_kept() {
         let place = stage(scratch, "attributes", &[tree(0), tree(2), tree(0)]);
         fs::write(place.join("new/b"), "new").unwrap();
         assert_eq!(changed(&plan_in(&place)), ["a", "b"]);
-        // This one has no extended attributes.
+        // A ramfs has no extended attributes.
         rustix::mount::mount("etc", place.join("etc"), "ramfs", NONE, None).unwrap();
         for name in ["a", "b"] {
             fs::copy(place.join("base").join(name), place.join("etc").join(name)).unwrap();
@@ -160,12 +160,12 @@ fn a_default_whose_attributes_etc_cannot_hold_is_kept() {
         assert_eq!((changed(&plan), reason(&plan, "a").0), (vec!["b".to_owned()], Class::Local));
         assert!(reason(&plan, "a").1.contains("extended attribute"), "{plan:?}");
         assert_eq!(apply_in(&place, &plan).skipped, []);
-        assert_eq!(fs::read_dir(place.join("etc")).unwrap().count(), 2, "nothing of the trial is left");
+        assert_eq!(fs::read_dir(place.join("etc")).unwrap().count(), 2, "the test of the attributes left a file");
     });
 }
 
 #[test]
-fn a_mount_whose_server_is_gone_is_not_read() {
+fn a_mount_without_a_server_is_not_read() {
     private(|scratch| {
         let tree = |content| etc([("a", file(content, 0)), ("dead", dir(0, []))]);
         let place = stage(scratch, "dead", &[tree(1), tree(2), tree(1)]);
@@ -223,7 +223,7 @@ fn another_file_system_without_a_mount_is_not_entered() {
 }
 
 #[test]
-fn directories_nested_too_deeply_are_left_alone() {
+fn directories_nested_too_deeply_are_kept() {
     private(|scratch| {
         let tree = |content| etc([("a", file(content, 0))]);
         let place = stage(scratch, "deep", &[tree(1), tree(2), tree(1)]);

@@ -1,4 +1,4 @@
-//! Small trees, and what carrying out a plan on plain data gives.
+//! Builders of small trees, and the expected result of a plan.
 
 #![allow(clippy::unwrap_used)]
 
@@ -17,8 +17,11 @@ use std::collections::BTreeMap;
 use sha2::{Digest, Sha256};
 
 use super::*;
+use crate::decide::decide;
+use crate::scan::scan;
+use crate::snapshot::{Entry, Obstacle, Snapshot};
 
-/// The text of file number `content`.
+/// Returns the content of file number `content`.
 pub(super) fn text(content: u8) -> String {
     format!("content {content}\n").repeat(usize::from(content))
 }
@@ -56,8 +59,8 @@ pub(super) fn etc(children: impl IntoIterator<Item = (&'static str, Entry)>) -> 
     Snapshot { root: dir(0, children) }
 }
 
-/// What `etc` is after the plan. Checks on the way that every act finds what it expects and never
-/// pulls a tree from under something.
+/// Returns `etc` with the changes of `plan`. Asserts that each change finds its `before`, and that no directory with
+/// entries is removed.
 pub(super) fn outcome(plan: &Plan, etc: &Snapshot) -> Snapshot {
     let mut etc = etc.clone();
     for change in &plan.changes {
@@ -88,7 +91,7 @@ pub(super) fn outcome(plan: &Plan, etc: &Snapshot) -> Snapshot {
     etc
 }
 
-/// All paths with their leaves.
+/// Returns all entries by path.
 pub(super) fn flat(etc: &Snapshot) -> BTreeMap<Bytes, Leaf> {
     fn walk(path: &Bytes, entry: &Entry, all: &mut BTreeMap<Bytes, Leaf>) {
         all.insert(path.clone(), entry.leaf.clone());

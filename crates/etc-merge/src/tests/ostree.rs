@@ -1,6 +1,6 @@
-//! The oracle: the three-way merge of `ostree admin deploy`, on the same trees. What it decides otherwise
-//! is listed in [`EXCEPTIONS`] and, with reasons, in `docs/etc-merge.md`: a difference that is not
-//! listed fails the test, and so does an exception that no longer occurs.
+//! Compares the merge with that of `ostree admin deploy` on the same trees. [`EXCEPTIONS`] lists the intended differences,
+//! and `docs/etc-merge.md` gives their reasons. The test fails if another difference occurs, or if a listed difference no
+//! longer occurs.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -16,10 +16,10 @@ use super::real::{rescan, write_tree};
 use super::*;
 use support::testing::private;
 
-/// Generated trees. One deployment holds them all, each in a directory of its own.
+/// Number of generated trees. One deployment contains them all, each in a separate directory.
 const CASES: usize = 200;
 
-/// One path on the three sides, and what both merges made of it.
+/// One path on the three sides and in the results of both merges.
 #[derive(Debug, Clone, Copy)]
 struct Sides<'a> {
     base: Option<&'a Leaf>,
@@ -30,15 +30,15 @@ struct Sides<'a> {
 }
 
 struct Exception {
-    /// As in `docs/etc-merge.md`.
+    /// The name in the table of `docs/etc-merge.md`.
     name: &'static str,
     covers: fn(&Bytes, Sides<'_>) -> bool,
 }
 
-/// What differs on purpose.
+/// Intended differences.
 const EXCEPTIONS: &[Exception] = &[
     Exception {
-        name: "a directory's own metadata are merged as an entry",
+        name: "the metadata of a directory are merged as an entry",
         covers: |_, sides| {
             let directories = [sides.ours, sides.theirs].iter().all(|side| side.is_some_and(Leaf::is_directory));
             let changed_here = sides.current != sides.base;
@@ -46,7 +46,7 @@ const EXCEPTIONS: &[Exception] = &[
         },
     },
     Exception {
-        name: "content and metadata are merged apart",
+        name: "content and metadata are merged separately",
         covers: |_, sides| {
             let (Some(base), Some(new), Some(current), Some(ours)) = (sides.base, sides.new, sides.current, sides.ours)
             else {
@@ -93,7 +93,7 @@ fn is(side: Option<&Leaf>, content: &Content) -> bool {
 }
 
 fn mount_point() -> Bytes {
-    Bytes::from("by-hand/mounted")
+    Bytes::from("special-cases/mounted")
 }
 
 fn ostree(arguments: &[&str]) -> Result<String, String> {
@@ -118,7 +118,7 @@ impl Sysroot {
         for (key, value) in [("sysroot.bootloader", "none"), ("core.fsync", "false")] {
             ostree(&["config", &sysroot.repo(), "set", key, value]).unwrap();
         }
-        // What a deployment demands beside /usr/etc.
+        // Files that a deployment needs besides /usr/etc.
         let modules = sysroot.tree.join("usr/lib/modules/6.1");
         fs::create_dir_all(&modules).unwrap();
         fs::write(modules.join("vmlinuz"), "kernel").unwrap();
@@ -130,7 +130,7 @@ impl Sysroot {
         format!("--repo={}/ostree/repo", self.path.display())
     }
 
-    /// Commits and deploys a system with this `/usr/etc`; the deployment before it is merged in.
+    /// Commits and deploys a system with this `/usr/etc`. ostree merges the `/etc` of the previous deployment.
     fn deploy(&self, etc: &Snapshot) -> Result<PathBuf, String> {
         let defaults = self.tree.join("usr/etc");
         let _ = fs::remove_dir_all(&defaults);
@@ -142,7 +142,7 @@ impl Sysroot {
     }
 }
 
-/// What both merges make of one family.
+/// The trees and the results of both merges.
 struct Merged {
     sides: [BTreeMap<Bytes, Leaf>; 3],
     ours: BTreeMap<Bytes, Leaf>,
@@ -151,7 +151,7 @@ struct Merged {
 
 fn merge_both(sysroot: &Sysroot, trees: &[Snapshot; 3]) -> Result<Merged, String> {
     let old = sysroot.deploy(&trees[0])?;
-    // The deployment's own directory is immutable, so only what is in its /etc can go.
+    // The deployment's directory is immutable, so the test can remove only the content of its /etc.
     for entry in fs::read_dir(old.join("etc")).unwrap() {
         let path = entry.unwrap().path();
         if path.symlink_metadata().unwrap().is_dir() {
@@ -174,21 +174,21 @@ fn merge_both(sysroot: &Sysroot, trees: &[Snapshot; 3]) -> Result<Merged, String
     Ok(Merged { sides: [flat(&base), flat(&new), flat(&current)], ours: flat(&ours), theirs: flat(&theirs) })
 }
 
-/// Many trees as one, each below a directory of its own.
+/// Combines many trees to one, each in a separate directory.
 fn together(trees: impl Iterator<Item = Entry>) -> Snapshot {
     let mut root = dir(0, []);
     root.children.extend(trees.enumerate().map(|(number, entry)| (format!("case-{number:03}").into_bytes(), entry)));
     Snapshot { root }
 }
 
-/// ostree commits no devices, fifos and sockets.
+/// Returns the tree without devices, fifos and sockets, which ostree cannot commit.
 fn without_special(entry: &Entry) -> Entry {
     let children = entry.children.iter().filter(|(_, child)| child.leaf.content != Content::Other);
     let children = children.map(|(name, child)| (name.clone(), without_special(child))).collect();
     Entry { leaf: entry.leaf.clone(), obstacle: None, children }
 }
 
-/// Whether ostree refuses the merge as a whole: a local file where the new default is a directory.
+/// Returns true if ostree refuses the whole merge: a changed local file where the new default is a directory.
 fn refused_by_ostree(base: Option<&Entry>, new: Option<&Entry>, current: Option<&Entry>) -> bool {
     let modified = |leaf: &Leaf| {
         base.is_none_or(|base| {
@@ -207,7 +207,7 @@ fn refused_by_ostree(base: Option<&Entry>, new: Option<&Entry>, current: Option<
         .any(|(name, child)| refused_by_ostree(below(base, name).as_ref(), below(new, name).as_ref(), Some(child)))
 }
 
-fn generated() -> Vec<[Entry; 3]> {
+fn generated_trees() -> Vec<[Entry; 3]> {
     let config = Config { failure_persistence: None, ..Config::default() };
     let mut runner = TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &[7; 32]));
     let strategy = families();
@@ -219,8 +219,8 @@ fn generated() -> Vec<[Entry; 3]> {
         .collect()
 }
 
-/// Cases that trees made by chance do not have: B, N and C.
-fn by_hand() -> [Entry; 3] {
+/// Returns B, N and C with cases that random trees rarely contain.
+fn special_cases() -> [Entry; 3] {
     let with = |name: &'static str, entry: Entry| (name, entry);
     let xattr = |mut entry: Entry| {
         entry.leaf.meta.xattrs.insert(Bytes::from("trusted.mine"), Bytes(vec![1]));
@@ -268,17 +268,17 @@ fn by_hand() -> [Entry; 3] {
 }
 
 #[test]
-fn the_same_as_ostree_but_where_we_say_so() {
+fn results_equal_those_of_ostree_except_for_the_listed_differences() {
     private(|scratch| {
-        let (refused, mergeable): (Vec<_>, Vec<_>) = generated()
+        let (refused, mergeable): (Vec<_>, Vec<_>) = generated_trees()
             .into_iter()
             .partition(|[base, new, current]| refused_by_ostree(Some(base), Some(new), Some(current)));
         assert!(mergeable.len() >= 100, "{}", mergeable.len());
-        let by_hand = by_hand();
+        let special_cases = special_cases();
         let trees = [0, 1, 2].map(|side| {
             let mut tree = together(mergeable.iter().map(|case| case[side].clone()));
-            tree.root.children.insert(b"by-hand".to_vec(), by_hand[side].clone());
-            // The administrator did nothing, the node image has another one.
+            tree.root.children.insert(b"special-cases".to_vec(), special_cases[side].clone());
+            // Unchanged here, different in the node image.
             tree.root.children.insert(b"passwd".to_vec(), file(if side == 1 { 2 } else { 1 }, 0));
             tree
         });
@@ -293,13 +293,13 @@ fn the_same_as_ostree_but_where_we_say_so() {
                 continue;
             }
             let names: Vec<_> = EXCEPTIONS.iter().filter(|one| (one.covers)(path, sides)).map(|one| one.name).collect();
-            assert!(!names.is_empty(), "{path}: not the same, and not listed: {sides:#?}");
+            assert!(!names.is_empty(), "{path}: an unlisted difference: {sides:#?}");
             occurred.extend(names);
         }
         let listed: BTreeSet<_> = EXCEPTIONS.iter().map(|one| one.name).collect();
-        assert_eq!(occurred, listed, "an exception does not occur any more");
+        assert_eq!(occurred, listed, "a listed difference does not occur");
 
-        // What ostree refuses as a whole, we merge: the local version stays, and is reported.
+        // ostree refuses these trees as a whole. The merge keeps and reports the local version.
         let special = [dir(0, []), dir(0, []), dir(0, [("x", dir(0, [("fifo", other())]))])];
         let clash = [dir(0, [("x", file(1, 0))]), dir(0, [("x", dir(0, []))]), dir(0, [("x", file(2, 0))])];
         let local = dir(0, [("x", dir(0, [("mine", file(2, 0))]))]);

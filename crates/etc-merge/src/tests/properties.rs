@@ -1,4 +1,4 @@
-//! What holds for all trees.
+//! Properties of the decisions for all trees.
 
 use proptest::prelude::*;
 
@@ -23,7 +23,7 @@ fn root() -> impl Strategy<Value = Snapshot> {
         .prop_map(|(meta, children)| Snapshot { root: dir(meta, children) })
 }
 
-/// Replaces parts of `base` by parts of `other`, as `choices` say.
+/// Replaces parts of `base` by parts of `other`; `choices` decide for each part.
 fn edit(base: &Entry, other: &Entry, choices: &mut impl Iterator<Item = u8>) -> Entry {
     let mut edited = base.clone();
     if choices.next() == Some(0) {
@@ -46,7 +46,7 @@ fn edit(base: &Entry, other: &Entry, choices: &mut impl Iterator<Item = u8>) -> 
     edited
 }
 
-/// Three trees that are relatives of each other.
+/// Generates three trees that have most of their entries in common.
 pub(super) fn families() -> impl Strategy<Value = [Snapshot; 3]> {
     let choices = || prop::collection::vec(0u8..6, 40);
     (root(), root(), root(), choices(), choices()).prop_map(|(base, one, two, first, second)| {
@@ -70,7 +70,7 @@ proptest! {
     }
 
     #[test]
-    fn an_untouched_etc_becomes_the_new_one([base, new, _] in families()) {
+    fn an_unmodified_etc_becomes_the_new_one([base, new, _] in families()) {
         prop_assume!(!has_special(&base) && !has_special(&new));
         let plan = decide(&base, &new, &base);
         prop_assert_eq!(outcome(&plan, &base), new);
@@ -96,7 +96,7 @@ proptest! {
     }
 
     #[test]
-    fn every_path_that_is_not_agreed_on_has_one_decision([base, new, current] in families()) {
+    fn every_path_that_differs_has_one_decision([base, new, current] in families()) {
         let plan = decide(&base, &new, &current);
         let sides = [flat(&base), flat(&new), flat(&current)];
         let mut expected: Vec<&Bytes> = sides.iter().flat_map(BTreeMap::keys).collect();
@@ -106,11 +106,11 @@ proptest! {
         let decided: Vec<&Bytes> = plan.decisions.iter().map(|decision| &decision.path).collect();
         let missing: Vec<_> = expected.iter().filter(|path| !decided.contains(path)).collect();
         prop_assert!(missing.is_empty(), "{:?}", missing);
-        prop_assert!(decided.is_sorted_by(|one, other| one < other), "no path twice");
+        prop_assert!(decided.is_sorted_by(|one, other| one < other), "a path has two decisions");
     }
 
     #[test]
-    fn an_entry_is_decided_whatever_is_beside_it([base, new, current] in families()) {
+    fn decisions_do_not_depend_on_siblings([base, new, current] in families()) {
         let whole = decide(&base, &new, &current);
         for name in NAMES {
             let only = |etc: &Snapshot| {

@@ -1,4 +1,4 @@
-//! Somebody swaps things under us in a loop: whatever happens, nothing outside of `/etc` is touched or read into it.
+//! Races with a process that exchanges entries in a loop. The merge must not change or copy files outside of `/etc`.
 
 use std::fs;
 use std::os::fd::AsFd;
@@ -12,13 +12,13 @@ use super::real::write_tree;
 use super::*;
 use support::testing::private;
 
-/// Exchanges two paths for as long as `work` runs.
-fn while_swapping(one: &Path, two: &Path, work: impl FnOnce()) {
+/// Exchanges two paths in a loop while `work` runs.
+fn while_exchanging(one: &Path, two: &Path, work: impl FnOnce()) {
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
-                // Fails when our act has just removed one of them; then it is back in the next round.
+                // Fails if the merge has just removed one of the paths; the next round restores it.
                 let _ = renameat_with(CWD, one, CWD, two, RenameFlags::EXCHANGE);
             }
         });
@@ -28,9 +28,9 @@ fn while_swapping(one: &Path, two: &Path, work: impl FnOnce()) {
 }
 
 #[test]
-fn a_directory_swapped_for_a_link_leads_nowhere() {
+fn a_directory_replaced_by_a_link_is_not_followed() {
     private(|scratch| {
-        // What a link could lead to: it has the very names that the plan changes, removes and reads.
+        // The target of the link has the names that the plan changes, removes and reads.
         let (outside, inside) = (scratch.join("outside"), scratch.join("etc/d"));
         let names = || (0..6).map(|number| ["f0", "f1", "f2", "f3", "f4", "f5"][number]);
         let of =
@@ -52,11 +52,11 @@ fn a_directory_swapped_for_a_link_leads_nowhere() {
             std::os::unix::fs::symlink("../outside", &link).unwrap();
             let current = open_dir(&scratch.join("etc")).unwrap();
             let undo_dir = scratch.join(format!("state-{rounds}/undo"));
-            while_swapping(&inside, &link, || {
-                // Planning, applying and undoing, each while names change their kind. An error that names a path is an
-                // honest answer; what counts is what is there afterwards.
+            while_exchanging(&inside, &link, || {
+                // Plan, merge and undo while names change their type. Errors are acceptable; the test checks the files
+                // afterwards.
                 if let Ok(plan) = plan(base.as_fd(), new.as_fd(), current.as_fd(), &Defaults::default()) {
-                    if let Ok(report) = apply(&plan, new.as_fd(), current.as_fd(), &undo_dir, None) {
+                    if let Ok(report) = apply(&plan, new.as_fd(), current.as_fd(), &undo_dir) {
                         applied += report.applied;
                         skipped += report.skipped.len();
                     }
@@ -65,7 +65,7 @@ fn a_directory_swapped_for_a_link_leads_nowhere() {
             });
             let mut left: Vec<_> = fs::read_dir(&outside).unwrap().map(|entry| entry.unwrap().file_name()).collect();
             left.sort();
-            assert_eq!(left, names().collect::<Vec<_>>(), "nothing came, nothing went");
+            assert_eq!(left, names().collect::<Vec<_>>(), "entries outside of /etc were created or removed");
             for name in names() {
                 assert_eq!(fs::read_to_string(outside.join(name)).unwrap(), text(1), "round {rounds}: {name}");
             }
@@ -75,7 +75,7 @@ fn a_directory_swapped_for_a_link_leads_nowhere() {
 }
 
 #[test]
-fn a_file_swapped_for_a_link_is_not_read() {
+fn a_file_replaced_by_a_link_is_not_read() {
     private(|scratch| {
         let of = |content| etc([("f", file(content, 0))]);
         for (name, content) in [("base", 1), ("new", 2), ("etc", 1)] {
@@ -87,13 +87,13 @@ fn a_file_swapped_for_a_link_is_not_read() {
         let current = open_dir(&scratch.join("etc")).unwrap();
         let secret = hex::encode(Sha256::digest("secret"));
         let (mut links, mut files) = (0, 0);
-        while_swapping(&scratch.join("etc/f"), &link, || {
+        while_exchanging(&scratch.join("etc/f"), &link, || {
             let end = Instant::now() + Duration::from_secs(20);
             while (links < 20 || files < 20) && Instant::now() < end {
                 let Ok(seen) = scan(current.as_fd()) else { continue };
                 match seen.root.children.get(&b"f"[..]).map(|entry| &entry.leaf.content) {
                     Some(Content::File { sha256, .. }) => {
-                        assert_ne!(*sha256, secret, "read through the link");
+                        assert_ne!(*sha256, secret, "the target of the link was read");
                         files += 1;
                     }
                     Some(Content::Symlink(_)) => links += 1,

@@ -1,5 +1,4 @@
-//! On real file systems: what is on disk after `apply` is what the plan says, and `undo` brings back
-//! what was there.
+//! Tests on real file systems: `apply` produces the result of the plan, and `undo` restores the old state.
 
 use std::fs;
 use std::os::fd::AsFd;
@@ -13,10 +12,10 @@ use rustix::fs::{CWD, FileType, Mode, XattrFlags};
 use super::properties::families;
 use super::*;
 use crate::apply::Merge;
-use crate::record::Record;
+use crate::journal::UndoJournal;
 use support::testing::private;
 
-/// Makes the tree on disk.
+/// Creates the tree on disk.
 fn write(path: &Path, entry: &Entry, content: &dyn Fn(&str) -> String) {
     match &entry.leaf.content {
         Content::File { sha256, .. } => fs::write(path, content(sha256)).unwrap(),
@@ -51,7 +50,7 @@ pub(super) fn rescan(path: &Path) -> Snapshot {
     scan(open_dir(path).unwrap().as_fd()).unwrap()
 }
 
-/// Labels and times of all files: what a snapshot does not hold, and undo must bring back.
+/// Returns the labels and times of all files, which undo must restore and a snapshot does not contain.
 pub(super) fn beyond(path: &Path) -> BTreeMap<std::path::PathBuf, (Vec<u8>, i64)> {
     let mut all = BTreeMap::new();
     for entry in fs::read_dir(path).unwrap() {
@@ -68,7 +67,7 @@ pub(super) fn beyond(path: &Path) -> BTreeMap<std::path::PathBuf, (Vec<u8>, i64)
     all
 }
 
-/// A fresh place with B, N and C on disk.
+/// Creates a directory with B, N and C.
 pub(super) fn stage(scratch: &Path, name: &str, trees: &[Snapshot; 3]) -> std::path::PathBuf {
     let place = scratch.join(name);
     fs::create_dir_all(&place).unwrap();
@@ -85,7 +84,7 @@ pub(super) fn plan_in(place: &Path) -> Plan {
 
 fn apply_in(place: &Path, plan: &Plan) -> Report {
     let [new, etc] = ["new", "etc"].map(|name| open_dir(&place.join(name)).unwrap());
-    apply(plan, new.as_fd(), etc.as_fd(), &place.join("state/undo"), None).unwrap()
+    apply(plan, new.as_fd(), etc.as_fd(), &place.join("state/undo")).unwrap()
 }
 
 pub(super) fn undo_in(place: &Path) -> UndoReport {
@@ -117,7 +116,7 @@ fn random_trees_are_applied_and_undone() {
                 }
                 let inodes = beyond(&etc);
                 prop_assert_eq!(apply_in(&place, &plan).applied, plan.changes.len());
-                prop_assert_eq!(beyond(&etc), inodes, "nothing was written again");
+                prop_assert_eq!(beyond(&etc), inodes, "the repeated call wrote an entry");
 
                 let undone = undo_in(&place);
                 prop_assert_eq!((undone.kept.len(), undone.failed.len()), (0, 0));
@@ -125,12 +124,12 @@ fn random_trees_are_applied_and_undone() {
                 prop_assert_eq!(beyond(&etc), before);
                 prop_assert_eq!(undo_in(&place), UndoReport::default());
 
-                // Again, but stopped half-way; then finished, or undone.
+                // Stop halfway, then complete or undo the merge.
                 let record_dir = place.join("state/undo");
                 let [new, etc_dir] = ["new", "etc"].map(|name| open_dir(&place.join(name)).unwrap());
                 for finish in [false, true] {
-                    let mut record = Record::create(&record_dir, &plan).unwrap();
-                    let merge = Merge { new_dir: new.as_fd(), etc_dir: etc_dir.as_fd(), label: None };
+                    let mut record = UndoJournal::create(&record_dir, &plan).unwrap();
+                    let merge = Merge { new_dir: new.as_fd(), etc_dir: etc_dir.as_fd() };
                     let mut report = Report::new(&plan, &place);
                     merge.carry_out(&mut record, plan.changes.len() / 2, &mut report).unwrap();
                     drop(record);
@@ -149,7 +148,7 @@ fn random_trees_are_applied_and_undone() {
 }
 
 #[test]
-fn an_overlay_as_etc_works_too() {
+fn etc_can_be_an_overlay() {
     private(|scratch| {
         let base = etc([("d", dir(0, [("a", file(1, 0))])), ("f", file(1, 0)), ("gone", dir(0, [("x", file(1, 0))]))]);
         let new = etc([("d", file(3, 1)), ("f", dir(1, [("y", file(2, 0))])), ("n", file(2, 2)), ("l", link(1))]);
@@ -173,21 +172,21 @@ fn an_overlay_as_etc_works_too() {
 }
 
 #[test]
-fn what_somebody_changes_meanwhile_is_kept_and_said() {
+fn changes_by_other_processes_are_kept_and_reported() {
     private(|scratch| {
         let base = etc([("a", file(1, 0)), ("b", file(1, 0)), ("d", dir(0, [("x", file(1, 0))]))]);
         let new = etc([("a", file(2, 0)), ("b", file(2, 0)), ("n", file(2, 0))]);
         let place = stage(scratch, "race", &[base.clone(), new, base]);
         let plan = plan_in(&place);
-        // Before the apply: one file changed, a directory that goes has got an entry.
+        // Before the merge, another process changes a file, and creates an entry in a directory that the plan removes.
         fs::write(place.join("etc/a"), "mine").unwrap();
         fs::write(place.join("etc/d/mine"), "mine").unwrap();
         let report = apply_in(&place, &plan);
         let skipped: Vec<String> = report.skipped.iter().map(|skipped| skipped.path.to_string()).collect();
         assert_eq!(skipped, ["d", "a"]);
         assert_eq!(fs::read(place.join("etc/a")).unwrap(), b"mine");
-        assert!(report.to_string().contains("left alone: /etc/a"), "{report}");
-        // Before the undo: another one.
+        assert!(report.to_string().contains("not changed: /etc/a"), "{report}");
+        // Before the undo, it changes another file.
         fs::write(place.join("etc/n"), "mine now").unwrap();
         let undone = undo_in(&place);
         assert_eq!(undone.kept.len(), 1);
@@ -199,14 +198,14 @@ fn what_somebody_changes_meanwhile_is_kept_and_said() {
 }
 
 #[test]
-fn links_and_mounts_are_never_gone_through() {
+fn links_and_mounts_are_not_followed() {
     private(|scratch| {
         let base = etc([("d", dir(0, [("x", file(1, 0))])), ("m", dir(0, [("x", file(1, 0))])), ("f", file(1, 0))]);
         let new = etc([("d", dir(0, [("x", file(2, 0))])), ("m", dir(0, [("x", file(2, 0))])), ("f", file(2, 0))]);
         let place = stage(scratch, "links", &[base.clone(), new, base]);
         let plan = plan_in(&place);
         assert_eq!(plan.changes.len(), 3);
-        // Somebody swaps directories for a link and a mount, and binds a file over a file.
+        // Another process replaces a directory by a link, and mounts over a directory and a file.
         let outside = scratch.join("outside");
         fs::create_dir(&outside).unwrap();
         fs::write(outside.join("x"), text(1)).unwrap();
@@ -219,16 +218,16 @@ fn links_and_mounts_are_never_gone_through() {
         assert_eq!(fs::read_to_string(outside.join("x")).unwrap(), text(1));
 
         let again = plan_in(&place);
-        assert!(again.is_empty());
+        assert!(again.changes.is_empty());
         let of = |path: &str| again.decisions.iter().find(|decision| decision.path == Bytes::from(path)).unwrap();
         assert_eq!([of("m").class, of("f").class], [Class::Local; 2]);
-        assert_eq!(of("d").class, Class::Local, "changed here, the directory's own metadata not there");
+        assert_eq!(of("d").class, Class::Local, "the node image did not change the directory's own metadata");
         assert_eq!(of("d/x").class, Class::Conflict);
     });
 }
 
 #[test]
-fn another_plan_is_refused_and_no_room_leaves_the_entry() {
+fn another_plan_is_refused_and_a_full_disk_leaves_the_entry() {
     private(|scratch| {
         let place =
             stage(scratch, "two", &[etc([("a", file(1, 0))]), etc([("a", file(2, 0))]), etc([("a", file(1, 0))])]);
@@ -238,20 +237,20 @@ fn another_plan_is_refused_and_no_room_leaves_the_entry() {
         rustix::mount::mount("small", &state, "tmpfs", rustix::mount::MountFlags::empty(), Some(c"size=64k")).unwrap();
         fs::write(state.join("filler"), [0; 65536]).unwrap();
         let [new, dir] = ["new", "etc"].map(|name| open_dir(&place.join(name)).unwrap());
-        let error = apply(&plan, new.as_fd(), dir.as_fd(), &state.join("undo"), None).unwrap_err();
+        let error = apply(&plan, new.as_fd(), dir.as_fd(), &state.join("undo")).unwrap_err();
         assert!(format!("{error:#}").contains("No space left"), "{error:#}");
         assert_eq!(fs::read_to_string(place.join("etc/a")).unwrap(), text(1));
         fs::remove_file(state.join("filler")).unwrap();
         assert_eq!(apply_in(&place, &plan).applied, 1);
         let other = Plan::default();
-        let error = apply(&other, new.as_fd(), dir.as_fd(), &state.join("undo"), None).unwrap_err();
+        let error = apply(&other, new.as_fd(), dir.as_fd(), &state.join("undo")).unwrap_err();
         assert!(error.to_string().contains("another merge"), "{error}");
     });
 }
 
 #[test]
-fn a_kill_within_an_act_is_finished_or_undone() {
-    // File to directory, directory to file, and a directory's metadata: the acts with more than one step.
+fn a_change_that_was_killed_halfway_is_completed_or_undone() {
+    // The changes with more than one step: file to directory, directory to file, and metadata of a directory.
     let base = etc([("f", file(1, 0)), ("d", dir(0, [])), ("m", dir(0, [])), ("c", file(1, 0))]);
     let new = etc([("f", dir(1, [])), ("d", file(2, 1)), ("m", dir(2, [])), ("c", file(2, 0))]);
     private(|scratch| {
@@ -262,10 +261,10 @@ fn a_kill_within_an_act_is_finished_or_undone() {
             let plan = plan_in(&place);
             let [from, dir] = ["new", "etc"].map(|name| open_dir(&place.join(name)).unwrap());
             let etc_path = place.join("etc");
-            // Every act is done once, so that all is saved and journaled; then taken back by hand to where
-            // a kill within it would have left it.
-            let mut record = Record::create(&place.join("state/undo"), &plan).unwrap();
-            let merge = Merge { new_dir: from.as_fd(), etc_dir: dir.as_fd(), label: None };
+            // Make all changes, so that the journal is complete. Then restore the states in the middle of a change by
+            // hand.
+            let mut record = UndoJournal::create(&place.join("state/undo"), &plan).unwrap();
+            let merge = Merge { new_dir: from.as_fd(), etc_dir: dir.as_fd() };
             merge.carry_out(&mut record, plan.changes.len(), &mut Report::new(&plan, &place)).unwrap();
             drop(record);
             let journal = place.join("state/undo/journal");
@@ -288,7 +287,7 @@ fn a_kill_within_an_act_is_finished_or_undone() {
             assert_eq!((undone.kept, undone.failed), (vec![], vec![]));
             assert_eq!(rescan(&etc_path), base);
             let left = fs::read_dir(&etc_path).unwrap().count();
-            assert_eq!(left, 4, "no temporary file is left");
+            assert_eq!(left, 4, "a temporary file is left");
         }
     });
 }
@@ -297,7 +296,7 @@ fn base_mode() -> u32 {
     meta(0).mode
 }
 
-/// An access control list as the kernel takes it: version 2, then tag, permissions and id of each entry.
+/// Returns an access control list in the kernel's format: version 2, then tag, permissions and id of each entry.
 fn acl(user: u32) -> Bytes {
     let mut value = 2u32.to_le_bytes().to_vec();
     for (tag, id) in [(1u16, u32::MAX), (2, user), (4, u32::MAX), (0x10, u32::MAX), (0x20, u32::MAX)] {
@@ -309,7 +308,7 @@ fn acl(user: u32) -> Bytes {
 }
 
 #[test]
-fn access_control_lists_arrive_and_survive() {
+fn access_control_lists_are_merged() {
     private(|scratch| {
         let listed = |content, name: &str, user| {
             let mut entry = if content == 0 { dir(0, []) } else { file(content, 0) };
@@ -318,7 +317,7 @@ fn access_control_lists_arrive_and_survive() {
             entry
         };
         let access = |content, user| listed(content, "system.posix_acl_access", user);
-        // What is made in this directory would inherit a list.
+        // New entries of this directory inherit a list.
         let inherited = |children: &[(&'static str, u8)]| {
             let mut entry = listed(0, "system.posix_acl_default", 7);
             let children = children.iter().map(|(name, content)| (name.as_bytes().to_vec(), file(*content, 0)));
@@ -332,7 +331,7 @@ fn access_control_lists_arrive_and_survive() {
         assert_eq!(rescan(&place.join("etc")), current);
         let plan = plan_in(&place);
         assert_eq!(apply_in(&place, &plan).skipped, []);
-        // The list that was given here and the content that came with the node image do not contradict each other.
+        // A local list and the node image's content are both taken.
         let merged = etc([("f", access(2, 2)), ("local", access(2, 3)), ("d", inherited(&[("a", 2), ("b", 1)]))]);
         assert_eq!(rescan(&place.join("etc")), merged);
         undo_in(&place);
@@ -341,7 +340,7 @@ fn access_control_lists_arrive_and_survive() {
 }
 
 #[test]
-fn the_order_on_disk_does_not_matter() {
+fn the_order_of_entries_on_disk_is_ignored() {
     private(|scratch| {
         for (dir, numbers) in [("up", [1, 2, 3, 4, 5]), ("down", [5, 4, 3, 2, 1])] {
             fs::create_dir(scratch.join(dir)).unwrap();
@@ -354,7 +353,7 @@ fn the_order_on_disk_does_not_matter() {
 }
 
 #[test]
-fn the_plans_label_is_the_one_that_is_set() {
+fn entries_get_the_label_of_the_plan() {
     private(|scratch| {
         let trees = [etc([("a", file(1, 0))]), etc([("a", file(2, 0)), ("b", file(1, 0))]), etc([("a", file(1, 0))])];
         let place = stage(scratch, "label", &trees);
@@ -371,14 +370,14 @@ fn the_plans_label_is_the_one_that_is_set() {
 }
 
 #[test]
-fn labels_that_were_refused_are_set_later_on_what_is_still_the_plans() {
+fn relabel_sets_refused_labels_on_entries_that_still_equal_the_plan() {
     private(|scratch| {
         let trees = [etc([]), etc([("a", file(1, 0)), ("b", file(2, 0)), ("c", file(1, 0))]), etc([])];
         let place = stage(scratch, "relabel", &trees);
         let mut plan = plan_in(&place);
         assert_eq!(apply_in(&place, &plan).applied, 3);
         let root = place.join("etc");
-        fs::write(root.join("b"), "somebody's").unwrap();
+        fs::write(root.join("b"), "changed").unwrap();
         for change in &mut plan.changes {
             change.label = (change.path.0 != b"c").then(|| Bytes(format!("by policy: {}", change.path).into_bytes()));
         }
@@ -387,14 +386,14 @@ fn labels_that_were_refused_are_set_later_on_what_is_still_the_plans() {
         let labels: Vec<_> = beyond(&root).into_values().map(|(label, _)| label).collect();
         assert_eq!(labels[0], b"by policy: a");
         assert!(!labels[1].starts_with(b"by policy") && labels[2] == b"label of 0", "{labels:?}");
-        assert_eq!(relabel(&plan, etc.as_fd()).unwrap(), 0, "nothing is left to do");
+        assert_eq!(relabel(&plan, etc.as_fd()).unwrap(), 0, "a second call changed labels");
         undo_in(&place);
         assert!(!root.join("a").exists() && root.join("b").exists());
     });
 }
 
 #[test]
-fn room_is_told_in_numbers() {
+fn missing_space_is_reported_in_numbers() {
     private(|scratch| {
         let place =
             stage(scratch, "room", &[etc([("a", file(1, 0))]), etc([("a", file(2, 0))]), etc([("a", file(1, 0))])]);
@@ -408,14 +407,14 @@ fn room_is_told_in_numbers() {
         assert_eq!(
             check_room(&plan, &small, &place).unwrap(),
             [format!(
-                "the switch needs up to 8.0 KiB on the file system of {}, which has 4.0 KiB free; make room there",
+                "the switch needs up to 8.0 KiB on the file system of {}, which has 4.0 KiB free; free space there",
                 small.display()
             )]
         );
         mount(c"size=1m,nr_inodes=5");
         let missing = check_room(&plan, &place, &small).unwrap();
-        assert!(missing.len() == 1 && missing[0].contains("makes up to 9 files"), "{missing:?}");
-        // Without any limit there are no numbers.
+        assert!(missing.len() == 1 && missing[0].contains("creates up to 9 files"), "{missing:?}");
+        // A file system without a limit is not checked.
         mount(c"size=0,nr_inodes=0");
         assert_eq!(check_room(&plan, &small, &small).unwrap(), Vec::<String>::new());
         for _ in 0..3 {

@@ -1,4 +1,4 @@
-//! The table, row by row and over all combinations.
+//! Tests of the table of decisions, by row and for all combinations.
 
 use super::*;
 
@@ -6,7 +6,7 @@ fn at_x(entry: &Option<Entry>) -> Snapshot {
     etc(entry.clone().map(|entry| ("x", entry)))
 }
 
-/// The plan for a single entry: what it is afterwards, and its class.
+/// Decides on a single entry. Returns the entry after the merge, and the class.
 fn merge(base: &Option<Entry>, new: &Option<Entry>, current: &Option<Entry>) -> (Option<Entry>, Option<Class>) {
     let current = at_x(current);
     let plan = decide(&at_x(base), &at_x(new), &current);
@@ -16,7 +16,7 @@ fn merge(base: &Option<Entry>, new: &Option<Entry>, current: &Option<Entry>) -> 
 }
 
 #[test]
-fn every_combination_of_kinds() {
+fn every_combination_of_types() {
     let kinds = [
         None,
         Some(file(1, 0)),
@@ -53,7 +53,7 @@ fn every_combination_of_kinds() {
 }
 
 #[test]
-fn content_and_metadata_are_merged_apart() {
+fn content_and_metadata_are_merged_separately() {
     for code in 0..729u32 {
         let digit = |place: u32| u8::try_from(code / 3u32.pow(place) % 3).unwrap();
         let [base, new, current] = [0, 2, 4].map(|place| (digit(place), digit(place + 1)));
@@ -72,7 +72,7 @@ fn content_and_metadata_are_merged_apart() {
 }
 
 #[test]
-fn every_combination_of_kinds_with_something_below() {
+fn every_combination_of_types_with_children() {
     let with = |meta, content| dir(meta, [("a", file(content, 0))]);
     let kinds = [
         None,
@@ -113,7 +113,7 @@ fn every_combination_of_kinds_with_something_below() {
                         );
                     }
                 }
-                // A type that changed on both sides, differently, is a conflict, and N's version is saved.
+                // If both sides changed the type differently, N's version is saved.
                 let kinds = [&b, &n, &c].map(|etc| etc.root.children.get(&b"x"[..]).map(|entry| &entry.leaf.content));
                 let files = |side: Option<&Content>| matches!(side, Some(Content::File { .. } | Content::Symlink(_)));
                 if kinds[2] != kinds[0]
@@ -138,7 +138,7 @@ fn classes(plan: &Plan) -> Vec<(String, Class)> {
 }
 
 #[test]
-fn a_dropped_directory_stays_for_what_is_local_in_it() {
+fn a_removed_directory_is_kept_for_its_local_entries() {
     let base = etc([("d", dir(0, [("theirs", file(1, 0)), ("sub", dir(0, [("more", file(1, 0))]))]))]);
     let current =
         etc([("d", dir(0, [("theirs", file(1, 0)), ("ours", file(2, 0)), ("sub", dir(0, [("more", file(1, 0))]))]))]);
@@ -147,10 +147,10 @@ fn a_dropped_directory_stays_for_what_is_local_in_it() {
     assert_eq!(classes(&plan)[0], ("d".into(), Class::Updated));
     assert_eq!(paths(&outcome(&decide(&base, &etc([]), &base), &base)), [""; 0]);
 
-    // The node image has a file in its place, which cannot be there: the directory stays with everything in it.
+    // N has a file with this name: the directory stays with all its entries.
     let new = etc([("d", file(3, 0))]);
     let plan = decide(&base, &new, &current);
-    assert!(plan.is_empty());
+    assert!(plan.changes.is_empty());
     assert_eq!((plan.decisions[0].class, plan.aside.contains_key(&Bytes::from("d"))), (Class::Conflict, true));
     let plan = decide(&base, &new, &base);
     assert_eq!(outcome(&plan, &base), new);
@@ -159,19 +159,19 @@ fn a_dropped_directory_stays_for_what_is_local_in_it() {
 #[test]
 fn a_directory_whose_own_mode_changed_is_local() {
     let tree = |mode| etc([("d", dir(mode, [("a", file(1, 0)), ("sub", dir(0, [("b", file(1, 0))]))]))]);
-    // The node image has a file or a special file there: the two kinds clash, and the local version stays, all of it.
+    // N has another type of entry: the whole local version stays.
     for new in [etc([("d", file(3, 0))]), etc([("d", link(1))]), etc([("d", other())])] {
         let plan = decide(&tree(0), &new, &tree(2));
-        assert!(plan.is_empty(), "{plan:?}");
+        assert!(plan.changes.is_empty(), "{plan:?}");
         assert_eq!(classes(&plan)[0], ("d".into(), Class::Conflict));
         assert!(classes(&plan)[1..].iter().all(|(_, class)| *class == Class::Local));
     }
-    // It drops the directory: the changed mode stays, and the unchanged entries are removed.
+    // N has no entry: the directory stays with its changed mode, and its unchanged entries are removed.
     let plan = decide(&tree(0), &etc([]), &tree(2));
     assert_eq!(outcome(&plan, &tree(2)), etc([("d", dir(2, []))]));
     assert_eq!(classes(&plan)[0], ("d".into(), Class::Conflict));
-    // A special file in the place of an unchanged directory changes nothing either.
-    assert!(decide(&tree(0), &etc([("d", other())]), &tree(0)).is_empty());
+    // A special file of N does not replace an unchanged directory either.
+    assert!(decide(&tree(0), &etc([("d", other())]), &tree(0)).changes.is_empty());
 }
 
 #[test]
@@ -197,7 +197,7 @@ fn a_second_node_image_replaces_the_defaults_of_the_first() {
     let plan = decide(&base, &first, &base);
     let mut current = outcome(&plan, &base);
     assert_eq!(current, first);
-    // Between the two, an administrator changes a mode and edits a file.
+    // Between the two merges, an administrator changes a mode and edits a file.
     current.root.children.insert(b"mode".to_vec(), file(2, 2));
     current.root.children.insert(b"edited".to_vec(), file(5, 0));
     let list: Defaults = serde_json::from_str(&serde_json::to_string(&plan.later()).unwrap()).unwrap();
@@ -209,7 +209,7 @@ fn a_second_node_image_replaces_the_defaults_of_the_first() {
     expected.root.children.insert(b"edited".to_vec(), file(5, 0));
     assert_eq!(outcome(&again, &current), expected);
     assert_eq!((again.count(Class::Conflict), again.count(Class::Local)), (1, 0), "{:?}", again.decisions);
-    // The same node image once more changes nothing, and a third one finds the second's defaults.
+    // A second merge of the same node image changes nothing, and the next one compares with its defaults.
     let mut third = base.clone();
     again.later().rebase(&mut third, &expected);
     assert_eq!(decide(&third, &second, &expected).changes, []);
@@ -222,7 +222,7 @@ fn locked(obstacle: Obstacle, mut entry: Entry) -> Entry {
 }
 
 #[test]
-fn what_cannot_be_changed_is_kept_and_reported() {
+fn entries_that_cannot_be_changed_are_kept_and_reported() {
     use Obstacle::{AppendOnly, Attribute, Immutable};
     let tree = |content, mode| etc([("f", file(content, 0)), ("d", dir(mode, [("a", file(content, 0))]))]);
     for obstacle in [Immutable, AppendOnly] {
@@ -232,10 +232,10 @@ fn what_cannot_be_changed_is_kept_and_reported() {
         let changed: Vec<_> = plan.changes.iter().map(|change| change.path.to_string()).collect();
         assert_eq!(changed, ["d/a"]);
         assert_eq!((plan.decisions[1].class, &*plan.decisions[1].reason), (Class::Local, obstacle.reason()));
-        // Without anything to change, there is nothing to report.
+        // An entry without a change is not reported.
         assert_eq!(decide(&tree(1, 0), &tree(1, 0), &current).decisions, []);
     }
-    // In a locked directory nothing can be added, replaced or removed; a directory in it can be changed inside.
+    // Entries of a locked directory cannot be added, replaced or removed, but entries of its subdirectories can change.
     let below = |content| dir(0, [("deep", file(content, 0))]);
     let with = |content, entries: Vec<(&'static str, Entry)>| {
         let mut all = vec![("a", file(content, 0)), ("sub", below(content))];
@@ -249,23 +249,26 @@ fn what_cannot_be_changed_is_kept_and_reported() {
     let changed: Vec<_> = plan.changes.iter().map(|change| change.path.to_string()).collect();
     assert_eq!(changed, ["d/sub/deep"]);
     assert_eq!(plan.count(Class::Local), 5, "{:?}", plan.decisions);
-    // An immutable file keeps a directory that the node image drops.
+    // A directory that N removes is kept for its immutable file.
     let current = etc([("d", dir(0, [("a", locked(Immutable, file(1, 0))), ("b", file(1, 0))]))]);
     let base = etc([("d", dir(0, [("a", file(1, 0)), ("b", file(1, 0))]))]);
     let plan = decide(&base, &etc([]), &current);
     assert_eq!(paths(&outcome(&plan, &current)), ["d", "d/a"]);
-    // A default with an attribute that /etc cannot hold.
+    // Defaults with an attribute that the file system of /etc cannot hold.
     let new = etc([("f", locked(Attribute, file(2, 2))), ("dir", locked(Attribute, below(1)))]);
     let plan = decide(&etc([("f", file(1, 0))]), &new, &etc([("f", file(1, 0))]));
-    assert!(plan.is_empty() && plan.decisions.iter().all(|decision| decision.class == Class::Local), "{plan:?}");
+    assert!(
+        plan.changes.is_empty() && plan.decisions.iter().all(|decision| decision.class == Class::Local),
+        "{plan:?}"
+    );
 }
 
 #[test]
-fn a_deleted_directory_stays_deleted_with_what_is_new_in_it() {
+fn new_entries_of_a_locally_deleted_directory_are_not_created() {
     let base = etc([("d", dir(0, [("a", file(1, 0)), ("b", file(1, 0))]))]);
     let new = etc([("d", dir(0, [("a", file(1, 0)), ("b", file(2, 0)), ("c", file(1, 0))]))]);
     let plan = decide(&base, &new, &etc([]));
-    assert!(plan.is_empty());
+    assert!(plan.changes.is_empty());
     let class = |path: &str, class| (path.to_owned(), class);
     let expected = [
         class("d", Class::Local),
@@ -285,26 +288,30 @@ fn a_chmod_of_a_directory_survives() {
 }
 
 #[test]
-fn what_stays_is_not_listed_as_taken() {
+fn kept_entries_are_not_listed_as_taken() {
     let base = etc([("d", dir(0, [("unchanged", file(1, 0)), ("z", file(1, 0))]))]);
     let current = etc([("d", dir(0, [("unchanged", file(1, 0)), ("z", file(3, 0))]))]);
     let plan = decide(&base, &etc([("d", file(2, 0))]), &current);
-    assert!(plan.is_empty() && plan.later().is_empty(), "{:?}", plan.later());
+    assert!(plan.changes.is_empty() && plan.later().is_empty(), "{:?}", plan.later());
 }
 
 #[test]
-fn mount_points_are_left_alone_with_all_below() {
+fn mount_points_and_entries_below_them_are_kept() {
     let tree = |content| etc([("crypto", dir(0, [("policy", file(content, 0))]))]);
     let plan = decide(&tree(1), &tree(2), &etc([("crypto", other())]));
-    assert!(plan.is_empty() && plan.aside.is_empty());
+    assert!(plan.changes.is_empty() && plan.aside.is_empty());
     assert!(plan.decisions.iter().all(|decision| decision.class == Class::Local));
 }
 
 #[test]
-fn the_systems_own_state_is_kept_at_the_top_only() {
+fn system_state_is_kept_in_the_root_of_etc_only() {
     for name in ["passwd", "shadow-", "machine-id", "ld.so.cache"] {
-        assert!(decide(&etc([(name, file(1, 0))]), &etc([(name, file(2, 0))]), &etc([(name, file(1, 0))])).is_empty());
-        assert!(decide(&etc([]), &etc([(name, file(2, 0))]), &etc([])).is_empty());
+        assert!(
+            decide(&etc([(name, file(1, 0))]), &etc([(name, file(2, 0))]), &etc([(name, file(1, 0))]))
+                .changes
+                .is_empty()
+        );
+        assert!(decide(&etc([]), &etc([(name, file(2, 0))]), &etc([])).changes.is_empty());
         let below = |content| etc([("pam.d", dir(0, [(name, file(content, 0))]))]);
         assert_eq!(decide(&below(1), &below(2), &below(1)).changes.len(), 1);
     }
@@ -321,19 +328,19 @@ fn an_older_selinux_policy_stays_for_the_next_boot() {
     };
     let old = [("policy.33", 1)];
     assert_eq!(after(&old, &[("policy.34", 2)], &old), tree(&[("policy.33", 1), ("policy.34", 2)]));
-    // A newer one would be loaded in place of the node image's; the same one is the node image's.
+    // A policy of a newer version would be loaded instead of the node image's, so it is not kept.
     assert_eq!(after(&old, &[("policy.32", 2)], &old), tree(&[("policy.32", 2)]));
     assert_eq!(after(&old, &[("policy.33", 2)], &old), tree(&[("policy.33", 2)]));
     assert_eq!(after(&old, &[], &old), tree(&[]));
     assert_eq!(after(&[("policy.kern", 1)], &[("policy.34", 2)], &[("policy.kern", 1)]), tree(&[("policy.34", 2)]));
-    // Removed here, it is not brought back.
+    // A locally removed policy stays removed.
     assert_eq!(after(&old, &[("policy.34", 2)], &[]), tree(&[("policy.34", 2)]));
     let plan = decide(&tree(&old), &tree(&[("policy.34", 2)]), &tree(&old));
     assert_eq!(plan.count(Class::Local), 1);
 }
 
 #[test]
-fn a_plan_survives_being_written_down() {
+fn json_preserves_a_plan() {
     let plan = decide(
         &etc([("a", file(1, 0)), ("l", link(1))]),
         &etc([("a", file(2, 2)), ("l", link(2))]),
