@@ -204,12 +204,12 @@ fn systemd_finds_nothing_wrong() {
         .args(names.iter().map(|name| units.join(name)))
         .env("SYSTEMD_UNIT_PATH", format!("{}:", units.display())));
     let said = String::from_utf8(output.stderr).unwrap();
-    // Units of this machine that ours pull in may have faults of their own.
+    // Units of this machine that ours pull in may have other faults.
     let ours: Vec<_> = said.lines().filter(|line| line.contains("node-image")).collect();
     assert!(ours.is_empty(), "{}", ours.join("\n"));
 }
 
-/// What others rely on, and what keeps the switch and the isolate from hurting us.
+/// Settings that other units rely on, and settings that protect the agent from the switch and the isolate.
 #[test]
 fn what_the_units_promise() {
     let unit = |name: &str| fs::read_to_string(project().join("units").join(name)).unwrap();
@@ -225,7 +225,7 @@ fn what_the_units_promise() {
         assert!(has(name, "IgnoreOnIsolate=yes"), "{name} survives the isolate");
         for sandbox in ["Private", "Protect", "MountFlags", "ReadOnly", "RootDirectory", "DynamicUser"] {
             let found = unit(name).lines().any(|line| line.starts_with(sandbox));
-            assert!(!found, "{name}: {sandbox}… would give it a mount namespace of its own");
+            assert!(!found, "{name}: {sandbox}… would give it a separate mount namespace");
         }
     }
     let pull = unit("node-image-pull.service");

@@ -23,10 +23,10 @@ use crate::summary::Runs;
 use crate::svg;
 use crate::table;
 
-/// What to run. The variables are what `make bench` takes.
+/// Selection of runs, by the variables of `make bench`.
 #[derive(Debug, Clone, Args)]
 pub struct Options {
-    /// How often each side pulls each image, after a warm-up.
+    /// Number of pulls of each image by each side, after a warm-up.
     #[arg(long, env = "BENCH_ROUNDS", default_value_t = 3)]
     pub rounds: usize,
     /// One round without warm-up, on small images: shows that the benchmark works, not how fast anything is.
@@ -38,7 +38,7 @@ pub struct Options {
     /// A directory that `benchmark images` made, instead of the test bed's.
     #[arg(long, conflicts_with = "quick")]
     pub images: Option<PathBuf>,
-    /// Where bench.json, bench.md and bench.svg go.
+    /// Directory of bench.json, bench.md and bench.svg.
     #[arg(long, default_value = "target")]
     pub out: PathBuf,
 }
@@ -121,7 +121,7 @@ pub fn compare(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// What all runs share.
+/// Values that all runs share.
 struct Bench<'a> {
     images: &'a Path,
     oracle: PathBuf,
@@ -202,7 +202,7 @@ fn testbed_images() -> Result<PathBuf> {
     Ok(Path::new(told.lines().last().context("the test bed says not where the images are")?).join("images"))
 }
 
-/// What the test bed's build script says when asked for `target`: on standard error, if that is not passed on.
+/// Returns the answer of the test bed's build script for `target`, or its standard error.
 fn bed(target: &str, error: Stdio) -> Result<String> {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../bed/build.sh");
     let mut command = Command::new("bash");

@@ -1,4 +1,4 @@
-//! How long the merge of `/etc` takes.
+//! Time of the merge of `/etc`.
 
 use std::fs;
 use std::os::fd::AsFd;
@@ -11,7 +11,7 @@ use serde::Serialize;
 /// Seconds.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct EtcTimes {
-    /// How many files there are, all of which the new tree changes.
+    /// Number of files. The new tree changes all of them.
     pub entries: usize,
     /// Three scans and the decisions.
     pub plan: f64,

@@ -1,4 +1,4 @@
-//! How fast it could be: the same blobs, copied by skopeo and decompressed on all cores, and nothing else done.
+//! The fastest pull that is possible: the same blobs, copied by skopeo and decompressed on all cores, and nothing else done.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};

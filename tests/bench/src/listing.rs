@@ -1,4 +1,4 @@
-//! What is in a tree, file by file, to compare what the two sides made.
+//! Listing of a tree, file by file, to compare the results of the two sides.
 
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};

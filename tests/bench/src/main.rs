@@ -1,6 +1,6 @@
 //! Pulls the same node images with this agent and as the incumbent does, side by side, and says what each costs.
 //!
-//! `docs/benchmarks.md` says what is measured and how. Each run of a side is a process of its own
+//! `docs/benchmarks.md` says what is measured and how. Each run of a side is a separate process
 //! (`benchmark side …`), so that its memory, its CPU time and its tmpfs are its own.
 
 mod compare;

@@ -1,4 +1,4 @@
-//! Our side: what the agent does between resolving and the switch, in a process of its own.
+//! Our side: the work of the agent between resolving and the switch, in a separate process.
 
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
@@ -21,7 +21,7 @@ use crate::watch::high_water_mark;
 /// The delta tree's name beside the repo, as in the agent's store.
 const DELTA: &str = "usr";
 
-/// What to pull, and where to.
+/// Image to pull, and its destination.
 #[derive(Debug, Clone, Args)]
 pub struct PullTask {
     /// The image, HOST:PORT/NAME:TAG.
@@ -37,7 +37,7 @@ pub struct PullTask {
     root: PathBuf,
 }
 
-/// What it took, as it says itself.
+/// Costs that the side reports itself.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Pulled {
     /// The commit in the store.

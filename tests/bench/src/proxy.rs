@@ -10,12 +10,12 @@ use anyhow::{Context, Result};
 
 /// A running proxy. It lives as long as the program.
 pub struct Proxy {
-    /// Where it listens, `HOST:PORT`.
+    /// Address of the proxy, `HOST:PORT`.
     pub address: String,
     seen: Arc<Seen>,
 }
 
-/// What went through since the last [`Proxy::take`].
+/// Bytes that went through since the last [`Proxy::take`].
 #[derive(Default)]
 struct Seen {
     bytes: AtomicU64,

@@ -1,4 +1,4 @@
-//! One run of one side, in a process of its own: a fresh tmpfs in a mount namespace of its own, the steps,
+//! One run of one side, in a separate process: a fresh tmpfs in a separate mount namespace, the steps,
 //! and what they took.
 //!
 //! The process adopts what its programs leave behind (a subreaper, as in prctl(2)), so that every process that
@@ -23,7 +23,7 @@ use crate::listing;
 use crate::ours::{self, Pulled};
 use crate::watch::{Watch, used};
 
-/// Who pulls.
+/// Side that pulls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Side {
     /// This agent: pull into the node store, then the delta tree.
@@ -45,10 +45,10 @@ impl Side {
     }
 }
 
-/// What a run is about.
+/// Subject of a run.
 #[derive(Debug, Clone, Args)]
 pub struct Task {
-    /// Who pulls.
+    /// Side that pulls.
     #[arg(value_enum)]
     pub side: Side,
     /// The image, HOST:PORT/NAME:TAG.
@@ -68,14 +68,14 @@ pub struct Task {
     pub listing: Option<PathBuf>,
 }
 
-/// What a run took. Sizes in bytes, times in seconds.
+/// Costs of a run. Sizes in bytes, times in seconds.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Sample {
     /// From the start of the first step to the end of the last.
     pub wall: f64,
     /// User and system time of all processes.
     pub cpu: f64,
-    /// What the registry sent; counted by whoever started the run.
+    /// Bytes that the registry sent, counted by the process that started the run.
     pub bytes: u64,
     /// Peak resident memory of the importing process.
     pub rss: u64,
@@ -92,7 +92,7 @@ pub struct Sample {
     pub steps: Vec<(String, f64)>,
     /// Checksums of the root of the tree: equal for equal trees.
     pub tree: String,
-    /// What our pull and our staging said.
+    /// Reports of our pull and our staging.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pulled: Option<Pulled>,
 }
@@ -115,7 +115,7 @@ pub fn run(task: &Task) -> Result<Sample> {
     reap()?;
     let usage = getrusage(UsageWho::RUSAGE_CHILDREN)?;
     let cpu = (usage.user_time().num_microseconds() + usage.system_time().num_microseconds()) as f64 / 1e6;
-    let peaks = run.watch.take().context("nobody watched")?.finish()?;
+    let peaks = run.watch.take().context("the run was not watched")?.finish()?;
     let tmpfs_end = used(&run.place)? - before;
     if task.side == Side::Incumbent {
         fs::remove_dir_all(run.place.join("repo"))?;
@@ -198,7 +198,7 @@ impl Run<'_> {
     /// Runs a program as the next step; its output.
     fn step(&mut self, name: &str, command: &mut Command) -> Result<String> {
         let start = Instant::now();
-        // A pipe that nobody reads would block it, a file on the tmpfs would count.
+        // A pipe without a reader would block it, a file on the tmpfs would count.
         let file = tempfile::tempfile()?;
         let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(file.try_clone()?).spawn();
         let child = child.with_context(|| format!("starting {}", command.get_program().display()))?;
@@ -245,7 +245,7 @@ fn private_tmpfs(place: &Path) -> Result<()> {
         .with_context(|| format!("mounting a tmpfs on {}", place.display()))
 }
 
-/// Waits until no child is left, adopted ones included. A proxy ends soon after whoever started it.
+/// Waits until no child is left, adopted ones included. A proxy ends soon after the process that started it.
 fn reap() -> Result<()> {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {

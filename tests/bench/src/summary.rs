@@ -8,7 +8,7 @@ use crate::side::Sample;
 /// A MiB in bytes.
 const MIB: f64 = 1_048_576.0;
 
-/// What is measured of each side.
+/// Measures of each side.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Measure {
@@ -79,7 +79,7 @@ impl Measure {
         }
     }
 
-    /// What is to be reached in a case.
+    /// Target of a case.
     pub fn goal(self, case: &str) -> Option<Goal> {
         match (self, case) {
             (Self::Wall, "older-base" | "nothing-in-common") => Some(Goal::Ratio(0.25)),
@@ -102,7 +102,7 @@ pub enum Goal {
 }
 
 impl Goal {
-    /// Whether it is met.
+    /// True if the target is met.
     pub fn met(self, ours: f64, ratio: Option<f64>) -> bool {
         match self {
             Self::Ratio(bound) => ratio.is_some_and(|ratio| ratio <= bound),
@@ -129,14 +129,14 @@ pub struct Runs {
     pub ours: Vec<Sample>,
     /// The incumbent's.
     pub incumbent: Vec<Sample>,
-    /// The limit's; empty when we fetched no layer.
+    /// The limit's; empty if our side fetched no layer.
     pub limit: Vec<Sample>,
 }
 
 /// One line of the table.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Row {
-    /// What.
+    /// Name of the value.
     pub measure: Measure,
     /// Median of the incumbent's rounds, seconds or bytes.
     pub incumbent: f64,
@@ -146,7 +146,7 @@ pub struct Row {
     pub ratio: Option<f64>,
     /// The goal in words.
     pub goal: Option<String>,
-    /// Whether it is met.
+    /// True if the target is met.
     pub met: Option<bool>,
 }
 

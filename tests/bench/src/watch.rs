@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-/// How often it looks.
+/// Interval of the samples.
 const EVERY: Duration = Duration::from_millis(20);
 /// Every so many looks, it searches for new skopeo processes.
 const SEARCH: u32 = 5;

@@ -74,12 +74,12 @@ impl Console {
         Ok(Console { shared, writer })
     }
 
-    /// How much was printed so far: a mark to wait from.
+    /// Returns the length of the output so far, as a mark to wait from.
     pub fn mark(&self) -> usize {
         lock(&self.shared.0).text.len()
     }
 
-    /// What was printed since a mark, without escape sequences.
+    /// Returns the output since a mark, without escape sequences.
     pub fn since(&self, mark: usize) -> String {
         plain(lock(&self.shared.0).text.get(mark..).unwrap_or_default())
     }

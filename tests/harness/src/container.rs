@@ -1,4 +1,4 @@
-//! The same bootimage as a container: a real systemd as PID 1 on the real deployment, in seconds. No kernel of its own.
+//! The same bootimage as a container: a real systemd as PID 1 on the real deployment, in seconds. It uses the kernel of this machine.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -93,7 +93,7 @@ impl Bed {
     }
 }
 
-/// What to boot.
+/// Description of a container.
 pub struct Setup<'a> {
     /// Name of its folder.
     pub name: &'a str,
@@ -101,7 +101,7 @@ pub struct Setup<'a> {
     pub boot: &'a Path,
     /// Words for /proc/cmdline and for its systemd.
     pub kargs: &'a [&'a str],
-    /// Whether it says that it runs from a live medium.
+    /// True if it has the marker of a live medium.
     pub live: bool,
 }
 
@@ -191,7 +191,7 @@ impl Container {
     }
 }
 
-/// The process that is number 1 in a namespace of its own, among the children of `pid`.
+/// Returns the child of `pid` that is number 1 in a separate namespace.
 fn leader_of(pid: u32) -> Option<u32> {
     let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).ok()?;
     children.split_whitespace().filter_map(|c| c.parse().ok()).find(|child: &u32| {
@@ -251,7 +251,7 @@ impl Drop for Container {
             let _ = Command::new("kill").args(["-KILL", &self.leader.to_string()]).output();
         }
         end(&mut self.child);
-        // Nobody else's: the hierarchy of this machine sees what the namespace of the container made. What was killed
+        // The hierarchy of this machine has the groups that the namespace of the container made. A killed process
         // may take a moment to be gone.
         let script = "for d in /sys/fs/cgroup/unified/testbed-$0 /sys/fs/cgroup/testbed-$0; do \
                       for _ in 1 2 3 4 5 6 7 8 9 10; do \

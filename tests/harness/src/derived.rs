@@ -30,7 +30,7 @@ pub fn derive_tree(images: &Images, base: &str, work: &Path, tree: &Path) -> Res
     let base = images.image(base)?;
     let storage = work.join("storage");
     let (blobs, shared) = (storage.join(STORAGE).join("blobs/sha256"), images.storage.join(STORAGE));
-    // Content is shared by links, which docker-registry follows; nobody writes to what others use.
+    // Content is shared by links, which docker-registry follows; no process writes to shared content.
     for folder in fs::read_dir(shared.join("blobs/sha256"))? {
         let folder = folder?;
         let own = blobs.join(folder.file_name());

@@ -25,7 +25,7 @@ impl Files {
         Ok(Files { root })
     }
 
-    /// Where they are.
+    /// Returns the directory of the files.
     pub fn root(&self) -> &Path {
         &self.root
     }

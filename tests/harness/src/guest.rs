@@ -1,4 +1,4 @@
-//! What tests ask of a guest, whichever kind it is.
+//! Questions that tests ask a guest of any kind.
 
 use std::path::Path;
 use std::process::Command;
@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::proc::wait_for;
 
-/// What a command in the guest did.
+/// Result of a command in the guest.
 #[derive(Debug, Clone)]
 pub struct Answer {
     /// Exit status; 255 is ssh's own failure.
@@ -34,16 +34,16 @@ pub trait Guest {
     /// The same over a new ssh connection: a fresh login.
     fn login(&self, command: &str) -> Result<Answer>;
 
-    /// What was printed on the console so far.
+    /// Returns the output of the console so far.
     fn console(&self) -> String;
 
     /// Address of the host's registry as the guest sees it.
     fn registry_host(&self) -> &'static str;
 
-    /// Whether kernel, modules and initramfs are the guest's own.
+    /// Returns true if the guest has its own kernel, modules and initramfs.
     fn has_own_kernel(&self) -> bool;
 
-    /// Where journal and console go.
+    /// Returns the directory of journal and console log.
     fn work(&self) -> &Path;
 
     /// Standard output of a command that must succeed, without the last line end.
@@ -74,7 +74,7 @@ pub trait Guest {
         })
     }
 
-    /// Keep journal and status for whoever has to find out why.
+    /// Keeps journal and status, to find the cause of a failure.
     fn collect(&self) {
         for (file, command) in [
             ("journal", "journalctl --no-pager -o short-monotonic -b"),

@@ -1,4 +1,4 @@
-//! What the scripts in `tests/bed` build, and where it is.
+//! Images that the scripts in `tests/bed` build, and their paths.
 
 use std::collections::HashMap;
 use std::fs;
@@ -36,7 +36,7 @@ impl Image {
     }
 }
 
-/// What every machine needs, whichever image it boots.
+/// Tools that every machine needs.
 #[derive(Debug, Clone)]
 pub struct Tools {
     /// Program that starts the emulator.
@@ -208,7 +208,7 @@ impl AsRef<Tools> for Pair {
     }
 }
 
-/// What a target of build.sh prints: where it is.
+/// Returns the path that a target of build.sh prints.
 fn build(name: &str) -> Result<PathBuf> {
     Ok(String::from_utf8(target(name)?)?.trim().into())
 }

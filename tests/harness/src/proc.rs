@@ -1,4 +1,4 @@
-//! Child processes that end with us, whatever happens to us.
+//! Child processes that end with the test, however it ends.
 
 use std::fs::File;
 use std::net::TcpListener;

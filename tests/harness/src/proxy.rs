@@ -1,4 +1,4 @@
-//! An HTTP proxy on loopback: it knows names that nobody else knows.
+//! An HTTP proxy on loopback: only the proxy can resolve the names of its registry.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};

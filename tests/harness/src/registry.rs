@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 
 use crate::proc::{bound, end, free_port, log_to, succeed, wait_for};
 
-/// What a registry serves and to whom.
+/// A registry, its storage and its login.
 pub struct Registry {
     /// Its port on 127.0.0.1.
     pub port: u16,
@@ -66,7 +66,7 @@ impl Registry {
         }
     }
 
-    /// What was asked of it, line by line.
+    /// Returns the log of its requests, one on each line.
     pub fn log(&self) -> String {
         fs::read_to_string(self.work.join("log")).unwrap_or_default()
     }

@@ -1,5 +1,5 @@
-//! A virtual machine under software emulation: boots a live bootimage, or an installed system's disk, with kernel and
-//! initramfs of its own.
+//! A virtual machine under software emulation: boots a live bootimage, or an installed system's disk, with its own
+//! kernel and initramfs.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,13 +16,13 @@ use crate::guest::{Answer, Guest, ssh};
 use crate::images::{Tools, work_dir};
 use crate::proc::{bound, end, free_port, log_to, succeed, wait_for};
 
-/// How the emulator's network calls the host.
+/// Address of the host in the emulator's network.
 pub const HOST: &str = "10.0.2.2";
 
 /// The oldest CPU of its kind.
 pub const CPU: &str = "qemu64";
 
-/// What to boot.
+/// Description of a machine.
 pub struct Setup<'a> {
     /// Name of its folder.
     pub name: &'a str,
@@ -233,7 +233,7 @@ impl Drop for Vm {
         let _ = Command::new("ssh").args([&control, "-O", "exit", "root@127.0.0.1"]).output();
         end(&mut self.child);
         let _ = fs::remove_dir_all(&self.sockets);
-        // Big, and made anew at every boot.
+        // Big, and made again at every boot.
         let _ = fs::remove_file(self.work.join("initrd.img"));
     }
 }

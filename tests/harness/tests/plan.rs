@@ -1,4 +1,4 @@
-//! What the switch would do, shown before it is done, and each refusal that a container can cause.
+//! The switch shown before it is done, and each refusal that a container can cause.
 //! `make check-one NAME=plan`
 
 use std::time::Duration;

@@ -22,7 +22,7 @@ fn main() -> Result<()> {
     let images = Pair::demo()?;
     let image = &images.image;
     let registry = Registry::start(&images.storage, &work_dir("demo-registry")?, None, None)?;
-    println!("Booting the live bootimage (Debian 12, base system only); it is to become\n{}\n", image.by_digest());
+    println!("Booting the live bootimage (Debian 12, base system only); it becomes\n{}\n", image.by_digest());
     let setup = Setup {
         name: "demo",
         boot: &images.boot,

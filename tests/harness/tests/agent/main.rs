@@ -38,7 +38,7 @@ fn no_unit_has_failed(bed: &mut Bed) -> Result<()> {
 #[test]
 fn a_wrong_image_is_corrected() -> Result<()> {
     let mut suite = Suite::new("agent: a wrong image is corrected");
-    let mut bed = Bed::boot("agent-mend", "plain", Serving::AtBoot, |_| Ok(()))?;
+    let mut bed = Bed::boot("agent-correct", "plain", Serving::AtBoot, |_| Ok(()))?;
     suite.run(
         &mut bed,
         &scenarios![
