@@ -13,7 +13,7 @@ use super::syntax::{is_true, parse};
 
 /// An entry of a unit directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Entry {
+pub(super) enum Entry {
     /// A unit file, with its text. Also a link to a file outside the search path, whatever the name of that file.
     File(String),
     /// An empty file, or a link to one or to `/dev/null`.
@@ -27,40 +27,40 @@ pub enum Entry {
 
 /// A directory of the search path.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct UnitDirectory {
+pub(super) struct UnitDirectory {
     /// Path on the machine, such as `/usr/lib/systemd/system`.
-    pub path: String,
+    pub(super) path: String,
     /// Files, links and directories, by name.
-    pub entries: BTreeMap<String, Entry>,
+    pub(super) entries: BTreeMap<String, Entry>,
 }
 
 /// All unit files of a system, by directory in descending priority.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct UnitFiles(pub Vec<UnitDirectory>);
+pub struct UnitFiles(pub(super) Vec<UnitDirectory>);
 
 /// Values by section and key, in order. Values that a later empty assignment resets are left out.
-pub type Settings = BTreeMap<String, BTreeMap<String, Vec<String>>>;
+pub(super) type Settings = BTreeMap<String, BTreeMap<String, Vec<String>>>;
 
 /// The definition of a unit by its files.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Definition {
     /// Path of the unit file; `None` if the unit has drop-ins only.
-    pub fragment: Option<String>,
+    pub(super) fragment: Option<String>,
     /// True if the unit is masked.
     #[serde(default)]
-    pub masked: bool,
+    pub(super) masked: bool,
     /// Settings of the unit file and its drop-ins.
-    pub settings: Settings,
+    pub(super) settings: Settings,
 }
 
 impl Definition {
     /// Returns the last value of a key.
-    pub fn value(&self, section: &str, key: &str) -> Option<&str> {
+    pub(super) fn value(&self, section: &str, key: &str) -> Option<&str> {
         self.values(section, key).last().map(String::as_str)
     }
 
     /// Returns the service that the socket `name` starts, or `None` if it starts one service per connection.
-    pub fn service_of(&self, name: &str) -> Option<String> {
+    pub(super) fn service_of(&self, name: &str) -> Option<String> {
         if self.value("Socket", "Accept").is_some_and(is_true) {
             return None;
         }
@@ -69,7 +69,7 @@ impl Definition {
     }
 
     /// Returns all values of a key, in order.
-    pub fn values(&self, section: &str, key: &str) -> &[String] {
+    pub(super) fn values(&self, section: &str, key: &str) -> &[String] {
         self.settings.get(section).and_then(|keys| keys.get(key)).map_or(&[], Vec::as_slice)
     }
 }

@@ -19,7 +19,7 @@ pub enum Difference {
 }
 
 /// The key in `[Unit]` with which an image requests an action for the unit.
-pub const KEY: &str = "X-NodeImagePivot";
+pub(super) const KEY: &str = "X-NodeImagePivot";
 
 /// Keys of `[Service]` that systemd itself uses after the start. A reload of systemd applies them to a running service.
 const MANAGERS: &[&str] = &[

@@ -34,7 +34,7 @@ mod scripts;
 mod syntax;
 
 pub use action::{Action, Class, How, Verb};
-pub use definition::{Definition, Entry, Settings, UnitDirectory, UnitFiles};
+pub use definition::{Definition, UnitFiles};
 pub use difference::{Difference, compare};
 pub use files::{EtcChanges, Root, release};
 pub use guard::Guard;

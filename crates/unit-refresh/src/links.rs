@@ -10,25 +10,25 @@ use super::manager::{PROPERTIES, UNIT, Unit};
 
 /// The relations of a unit with others.
 #[derive(Debug, Default)]
-pub struct Links {
+pub(super) struct Links {
     /// Sockets, timers and paths that start it on an event.
-    pub triggered_by: Vec<String>,
+    pub(super) triggered_by: Vec<String>,
     /// Units that it starts on an event.
-    pub triggers: Vec<String>,
+    pub(super) triggers: Vec<String>,
     /// Units that pull it in.
-    pub wanted_by: Vec<String>,
+    pub(super) wanted_by: Vec<String>,
     /// Units that systemd stops and restarts with it.
-    pub dependents: Vec<String>,
+    pub(super) dependents: Vec<String>,
 }
 
 impl Manager {
     /// Reads the relations of `unit`.
-    pub async fn links(&self, unit: &Unit) -> Result<Links> {
+    pub(super) async fn links(&self, unit: &Unit) -> Result<Links> {
         self.links_at(unit.path.as_str()).await
     }
 
     /// Reads the relations of a loaded unit by its name.
-    pub async fn links_of(&self, unit: &str) -> Result<Links> {
+    pub(super) async fn links_of(&self, unit: &str) -> Result<Links> {
         self.links_at(self.path_of(unit).await?.as_str()).await
     }
 

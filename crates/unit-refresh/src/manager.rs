@@ -324,26 +324,26 @@ impl Manager {
     }
 
     /// Returns true if the socket starts one service per connection.
-    pub async fn accepts(&self, socket: &str) -> Result<bool> {
+    pub(super) async fn accepts(&self, socket: &str) -> Result<bool> {
         let path = self.path_of(socket).await?;
         let value = self.property(path.as_str(), "org.freedesktop.systemd1.Socket", "Accept").await?;
         bool::try_from(value).context("Accept is not a boolean")
     }
 
     /// Returns the cgroup of a service, relative to the cgroup root; empty if it has none.
-    pub async fn control_group(&self, unit: &Unit) -> Result<String> {
+    pub(super) async fn control_group(&self, unit: &Unit) -> Result<String> {
         let value = self.property(unit.path.as_str(), "org.freedesktop.systemd1.Service", "ControlGroup").await?;
         String::try_from(value).context("ControlGroup is not a string")
     }
 
     /// Returns the commands of a service's `ExecStart=`, each with the path of its program as the first argument.
-    pub async fn commands(&self, unit: &Unit) -> Result<Vec<Vec<PathBuf>>> {
+    pub(super) async fn commands(&self, unit: &Unit) -> Result<Vec<Vec<PathBuf>>> {
         let value = self.property(unit.path.as_str(), "org.freedesktop.systemd1.Service", "ExecStart").await?;
         Ok(commands(value)?)
     }
 
     /// Returns the path of the unit file; empty if the unit has none.
-    pub async fn fragment(&self, unit: &Unit) -> Result<PathBuf> {
+    pub(super) async fn fragment(&self, unit: &Unit) -> Result<PathBuf> {
         let value = self.property(unit.path.as_str(), UNIT, "FragmentPath").await?;
         String::try_from(value).map(PathBuf::from).context("FragmentPath is not a string")
     }

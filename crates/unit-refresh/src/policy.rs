@@ -58,10 +58,10 @@ impl FromStr for Wish {
 pub struct Policy(BTreeMap<String, Wish>);
 
 /// Suffixes of the unit types that the plan considers.
-pub const KINDS: &[&str] = &[".service", ".socket", ".timer", ".path", ".mount"];
+pub(super) const KINDS: &[&str] = &[".service", ".socket", ".timer", ".path", ".mount"];
 
 /// Prefix of the names of the agent's own units.
-pub const OWN: &str = "node-image-";
+pub(super) const OWN: &str = "node-image-";
 
 impl Policy {
     /// Parses pairs of a pattern and an action.
@@ -87,7 +87,7 @@ impl Policy {
 
     /// Returns the action requested for `unit`, and the pattern that requests it: its exact name, or else the longest pattern
     /// that matches.
-    pub fn of(&self, unit: &str) -> Option<(&str, Wish)> {
+    pub(super) fn of(&self, unit: &str) -> Option<(&str, Wish)> {
         let exact = self.0.get_key_value(unit);
         let fits = |pattern: &str| pattern::matches(pattern.as_bytes(), unit.as_bytes());
         let found = exact
