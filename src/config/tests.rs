@@ -124,7 +124,7 @@ fn invalid_values_name_source_key_and_expected_values() {
         ("auth_file = \"auth.json\"", "auth_file: invalid path \"auth.json\": expected an absolute path"),
         ("ram_limit = \"0%\"", "ram_limit: invalid limit \"0%\": expected 1% to 95%, or a size"),
         ("ram_limit = \"96%\"", "ram_limit: invalid limit \"96%\""),
-        ("store = \"tape\"", "store: "),
+        ("store = \"tape\"", "store: unknown store \"tape\": expected auto, ram or disk"),
         ("ram_limit = 0", "ram_limit: invalid limit \"0\""),
         ("ram_limit = \"99999999999TiB\"", "invalid limit"),
         ("ram_limit = \"3 GB\"", "invalid limit"),

@@ -1,19 +1,19 @@
-//! Counters that the pull pipeline bumps from any thread, and a plain snapshot of them.
+//! Counters that a pull updates from any thread, and a plain snapshot of them.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
-/// Live counters of a pull. Within one attempt every field only grows, but for `bytes_total`.
+/// Live counters of a pull. Within one attempt no field decreases, except `bytes_total`.
 #[derive(Debug, Default)]
 pub struct PullProgress {
-    /// Layers the manifest lists.
+    /// Layers in the manifest.
     pub layers_total: AtomicU64,
-    /// Layers fetched, or found not to be needed.
+    /// Layers that were fetched or are not needed.
     pub layers_done: AtomicU64,
-    /// Compressed bytes of all layers that may have to be fetched: known as soon as the manifest is, and less
-    /// with every layer that turns out not to be needed. In the end it equals `bytes_fetched`.
+    /// Compressed bytes of all layers that may have to be fetched. Set from the manifest, and reduced by each layer that
+    /// turns out not to be needed. At the end it equals `bytes_fetched`.
     pub bytes_total: AtomicU64,
     /// Compressed bytes fetched.
     pub bytes_fetched: AtomicU64,
@@ -23,8 +23,8 @@ pub struct PullProgress {
     pub objects_done: AtomicU64,
     /// Bytes written to the node store.
     pub bytes_written: AtomicU64,
-    /// Bytes that the wanted objects take in the node store, estimated if the commit does not list their sizes; 0 until
-    /// the first layer is read.
+    /// Size of the wanted objects in the node store in bytes. It is an estimate if the commit does not list their sizes,
+    /// and 0 until the first layer is read.
     pub bytes_needed: AtomicU64,
     waiting_for: Mutex<Option<String>>,
 }
@@ -45,7 +45,7 @@ pub struct ProgressSnapshot {
 }
 
 impl PullProgress {
-    /// The counters now.
+    /// Returns the current values of the counters.
     pub fn snapshot(&self) -> ProgressSnapshot {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         ProgressSnapshot {
@@ -60,12 +60,12 @@ impl PullProgress {
         }
     }
 
-    /// Says what the pull waits for, such as a lock; `None` when it goes on.
-    pub fn wait_for(&self, what: Option<String>) {
-        *self.waiting_for.lock().unwrap_or_else(PoisonError::into_inner) = what;
+    /// Sets the reason why the pull waits, such as a held lock, or `None` when it continues.
+    pub fn wait_for(&self, reason: Option<String>) {
+        *self.waiting_for.lock().unwrap_or_else(PoisonError::into_inner) = reason;
     }
 
-    /// What the pull waits for.
+    /// Returns the reason why the pull waits, or `None` if it does not.
     pub fn waiting_for(&self) -> Option<String> {
         self.waiting_for.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -75,13 +75,13 @@ impl PullProgress {
         counter.fetch_add(amount, Ordering::Relaxed);
     }
 
-    /// Takes off one counter, at most what is there.
+    /// Subtracts from one counter, and stops at 0.
     pub fn sub(counter: &AtomicU64, amount: u64) {
-        // The update always answers with a value, so it cannot fail.
+        // The closure always returns a value, so the update cannot fail.
         let _ = counter.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |value| Some(value.saturating_sub(amount)));
     }
 
-    /// Back to zero, before another attempt.
+    /// Sets all counters to 0, before another attempt.
     pub fn reset(&self) {
         for counter in [
             &self.layers_total,

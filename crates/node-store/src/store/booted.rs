@@ -1,4 +1,4 @@
-//! The repo of the running system: read, never written.
+//! The repo of the running system, for reading only.
 
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -11,21 +11,24 @@ use super::object::{ObjectId, ObjectSet, ObjectType, loose_path, read_metadata};
 use super::place::is_bare;
 use super::refs::layer_ref;
 
-/// The booted system's repo and the commit it runs.
+/// The booted system's repo and the booted commit.
 #[derive(Debug, Clone)]
 pub struct BootedRepo {
-    /// The repo's directory, normally `/ostree/repo`.
+    /// Directory of the repo, normally `/ostree/repo`.
     pub path: PathBuf,
-    /// The booted deployment's commit, when it is known.
+    /// Commit of the booted deployment, or `None` if it is unknown.
     pub commit: Option<String>,
 }
 
 impl BootedRepo {
-    /// The booted repo: `None` on a system that ostree did not boot.
+    /// Returns the booted repo, or `None` on a system that ostree did not boot.
     ///
-    /// libostree is asked first. Where it cannot say (a container that has `/run/ostree-booted` but
-    /// not the boot loader entries that libostree wants), the repo is taken from its usual places and
-    /// the commit from the deployment that the root directory is.
+    /// libostree is asked first. A container that has `/run/ostree-booted` may lack the boot loader entries that libostree
+    /// needs. Then the repo is searched in its usual places, and the commit is that of the deployment whose directory is
+    /// the root directory.
+    ///
+    /// # Errors
+    /// libostree reports a booted deployment, but the repo is in none of its usual places.
     pub fn discover() -> anyhow::Result<Option<Self>> {
         if !Path::new("/run/ostree-booted").exists() {
             return Ok(None);
@@ -34,7 +37,8 @@ impl BootedRepo {
         if sysroot.load(gio::Cancellable::NONE).is_ok()
             && let Some(deployment) = sysroot.booted_deployment()
         {
-            let path = usual_repo().context("booted by ostree, but there is no /ostree/repo")?;
+            let path =
+                usual_repo().context("cannot find the booted system's ostree repo: /ostree/repo does not exist")?;
             return Ok(Some(Self { path, commit: Some(deployment.csum().to_string()) }));
         }
         let Some(path) = usual_repo() else { return Ok(None) };
@@ -42,27 +46,27 @@ impl BootedRepo {
         Ok(Some(Self { path, commit }))
     }
 
-    /// Whether the object is in this repo, by looking at its path.
+    /// Returns true if the object exists in this repo. Its content is not checked.
     pub fn has(&self, id: &ObjectId, kind: ObjectType) -> bool {
         self.object_path(id, kind).symlink_metadata().is_ok()
     }
 
-    /// A metadata object's bytes; `None` if it is missing or damaged.
+    /// Returns the content of a metadata object, or `None` if it is missing or damaged.
     pub fn read_metadata(&self, id: &ObjectId, kind: ObjectType) -> io::Result<Option<Vec<u8>>> {
         read_metadata(&self.path, id, kind)
     }
 
-    /// Where the object is, if it is here at all.
+    /// Returns the path that the object has if it exists in this repo.
     pub fn object_path(&self, id: &ObjectId, kind: ObjectType) -> PathBuf {
         self.path.join(loose_path(id, kind))
     }
 
-    /// The names of all content objects that are files of a system, by listing 256 directories.
+    /// Lists the content objects, by reading 256 directories. The set is empty if the repo does not have the mode `bare`.
     pub fn content_objects(&self) -> io::Result<ObjectSet> {
         if has_plain_files(&self.path) { list_content(&self.path) } else { Ok(ObjectSet::new()) }
     }
 
-    /// Whether an import left a ref for this layer here, so that all its objects are here.
+    /// Returns true if this repo has a ref for the layer, and therefore all its objects.
     pub fn has_layer(&self, digest: &str) -> bool {
         self.path.join("refs/heads").join(layer_ref(digest)).is_file()
     }
@@ -72,8 +76,8 @@ fn usual_repo() -> Option<PathBuf> {
     ["/ostree/repo", "/sysroot/ostree/repo"].into_iter().map(PathBuf::from).find(|path| path.join("objects").is_dir())
 }
 
-/// The commit of the deployment below `deploy` that is the root directory; when none is (a container
-/// binds it elsewhere), the only one there is.
+/// Returns the commit of the deployment below `deploy` whose directory is the root directory. If none is (in a container
+/// the root is a bind mount of another path), returns the commit of the only deployment.
 fn running_commit(deploy: &Path) -> Option<String> {
     let root = std::fs::metadata("/").ok()?;
     let mut all = Vec::new();
@@ -93,20 +97,19 @@ fn running_commit(deploy: &Path) -> Option<String> {
     }
 }
 
-/// `COMMIT.SERIAL` is a deployment's directory; its origin file beside it is not.
+/// Returns the commit of a deployment's directory, `COMMIT.SERIAL`, or `None` for other names, such as the origin file's.
 fn commit_of_deployment(name: &str) -> Option<String> {
     let (commit, serial) = name.split_once('.')?;
     (commit.parse::<ObjectId>().is_ok() && serial.parse::<u32>().is_ok()).then(|| commit.to_owned())
 }
 
-/// Returns true if content objects have their own owner, mode and attributes, as in a repo of mode `bare`. In other
-/// modes these are kept elsewhere (in an attribute of a file of another owner, for example), so whatever reads the
-/// files would take the wrong ones.
+/// Returns true if the files of content objects have the objects' owner, mode and attributes, as in a repo of mode
+/// `bare`. Other modes store these elsewhere, for example in one attribute of a file with another owner.
 pub(super) fn has_plain_files(repo: &Path) -> bool {
     std::fs::read_to_string(repo.join("config")).map_or(true, |config| is_bare(&config))
 }
 
-/// The names of all `.file` objects of a repo. A directory that is missing holds none.
+/// Lists all `.file` objects of a repo. Missing directories count as empty.
 pub(super) fn list_content(repo: &Path) -> io::Result<ObjectSet> {
     let mut found = ObjectSet::with_capacity(32 * 1024);
     for prefix in 0..=255_u8 {
@@ -134,7 +137,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn deployment_names() {
+    fn only_a_deployment_directory_names_a_commit() {
         let commit = "ab".repeat(32);
         assert_eq!(commit_of_deployment(&format!("{commit}.0")), Some(commit.clone()));
         assert_eq!(commit_of_deployment(&format!("{commit}.0.origin")), None);

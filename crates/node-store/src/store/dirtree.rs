@@ -1,28 +1,30 @@
-//! Dirtree objects: the names in a directory, each with the object that it is. A GVariant
-//! `(a(say)a(sayay))`: files with their checksums, then directories with those of their dirtree and dirmeta.
+//! Dirtree objects: the names in a directory, each with the checksums of its objects. A dirtree is a GVariant
+//! `(a(say)a(sayay))`: files with their checksums, then directories with the checksums of their dirtree and dirmeta.
 //!
-//! Format source: libostree's `OSTREE_TREE_GVARIANT_FORMAT`, and the GVariant specification: where each
-//! member of variable size ends stands behind the members, little-endian, as wide as the size of the
-//! whole needs. Nothing in a dirtree is aligned. A pull reads thousands of them, several times; through glib
-//! each name and checksum is several allocations and two locks.
+//! Format source: libostree's `OSTREE_TREE_GVARIANT_FORMAT`, and the GVariant specification. The end offsets of members of
+//! variable size follow the members. They are little-endian, and their width depends on the size of the container.
+//! Nothing in a dirtree is aligned.
+//!
+//! Parsed without glib: a pull reads thousands of dirtrees several times, and glib needs several allocations and two
+//! locks for each name and checksum.
 
 use super::ObjectId;
 
-/// What a dirtree says. Borrows the names from the object's bytes.
+/// A parsed dirtree. Borrows the names from the object's bytes.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Dirtree<'a> {
-    /// Name and content object.
+    /// Name and content object of each file.
     pub files: Vec<(&'a str, ObjectId)>,
-    /// Name, dirtree and dirmeta.
+    /// Name, dirtree and dirmeta of each directory.
     pub dirs: Vec<(&'a str, ObjectId, ObjectId)>,
 }
 
 impl<'a> Dirtree<'a> {
-    /// Reads an object's bytes.
+    /// Parses an object's bytes.
     ///
     /// # Errors
-    /// What is wrong with them: not in normal form, a checksum of the wrong length, or a name that is
-    /// no file name (later phases join them to paths).
+    /// The bytes are not in normal form, a checksum has the wrong length, or a name is not valid as a file name. Later
+    /// phases join the names to paths.
     pub fn parse(bytes: &'a [u8]) -> Result<Self, &'static str> {
         let not_normal = "not a dirtree in normal form";
         let [files, dirs] = members(bytes).ok_or(not_normal)?;
@@ -38,7 +40,7 @@ impl<'a> Dirtree<'a> {
         Ok(parsed)
     }
 
-    /// Returns the object's bytes. Names must be in order.
+    /// Serialises the object. The caller sorts the names.
     pub fn to_bytes(&self) -> Vec<u8> {
         let files = self.files.iter().map(|(name, id)| tuple(&[&nul(name), &id.0]));
         let dirs = self.dirs.iter().map(|(name, tree, meta)| tuple(&[&nul(name), &tree.0, &meta.0]));
@@ -50,9 +52,9 @@ fn nul(name: &str) -> Vec<u8> {
     [name.as_bytes(), &[0]].concat()
 }
 
-/// An array of elements of variable size.
+/// Serialises an array of elements of variable size.
 fn array(elements: impl Iterator<Item = Vec<u8>> + Clone) -> Vec<u8> {
-    // Room for the whole at once: growing would take twice the memory.
+    // One allocation: growing the vector would need twice the memory.
     let size = elements.clone().map(|element| element.len()).sum();
     let (mut out, mut ends) = (Vec::with_capacity(size), Vec::new());
     for element in elements {
@@ -62,7 +64,7 @@ fn array(elements: impl Iterator<Item = Vec<u8>> + Clone) -> Vec<u8> {
     append_offsets(out, &ends)
 }
 
-/// A tuple of members of variable size.
+/// Serialises a tuple of members of variable size.
 fn tuple(members: &[&[u8]]) -> Vec<u8> {
     let ends = members.iter().scan(0, |end, member| {
         *end += member.len();
@@ -74,7 +76,7 @@ fn tuple(members: &[&[u8]]) -> Vec<u8> {
     append_offsets(members.concat(), &ends)
 }
 
-/// Appends offsets, as wide as the size of the whole needs.
+/// Appends offsets in the width that the size of the container requires.
 fn append_offsets(mut body: Vec<u8>, offsets: &[usize]) -> Vec<u8> {
     let whole = |width: &usize| offset_width(body.len() + offsets.len() * width) == *width;
     let width = [1, 2, 4, 8].into_iter().find(whole).unwrap_or(8);
@@ -85,7 +87,7 @@ fn append_offsets(mut body: Vec<u8>, offsets: &[usize]) -> Vec<u8> {
     body
 }
 
-/// The width of the offsets in a container of this many bytes.
+/// Returns the width of the offsets in a container of this many bytes.
 fn offset_width(container: usize) -> usize {
     [1, 2, 4].into_iter().find(|width| container < 1 << (8 * width)).unwrap_or(8)
 }
@@ -94,8 +96,8 @@ fn read_offset(bytes: &[u8]) -> Option<usize> {
     usize::try_from(bytes.iter().rev().fold(0_u64, |value, byte| value << 8 | u64::from(*byte))).ok()
 }
 
-/// The members of a tuple, all of them of variable size: where each ends but the last stands at its end, the
-/// first one's rightmost.
+/// Splits a tuple into its members, all of variable size. The end offsets of all members except the last are at the end of
+/// the tuple, in reverse order.
 fn members<const N: usize>(tuple: &[u8]) -> Option<[&[u8]; N]> {
     let width = offset_width(tuple.len());
     let body = tuple.len().checked_sub((N - 1) * width)?;
@@ -114,7 +116,8 @@ fn members<const N: usize>(tuple: &[u8]) -> Option<[&[u8]; N]> {
     Some(members)
 }
 
-/// The elements of an array, each `None` where its offset is wrong. `None` when there is no table of offsets.
+/// Splits an array into its elements. An element is `None` if its offset is wrong. Returns `None` if the table of offsets
+/// is invalid.
 fn elements(array: &[u8]) -> Option<impl Iterator<Item = Option<&[u8]>>> {
     let width = offset_width(array.len());
     let table = match array {
@@ -135,14 +138,14 @@ fn elements(array: &[u8]) -> Option<impl Iterator<Item = Option<&[u8]>>> {
     }))
 }
 
-/// A string with its NUL.
+/// Parses a string with its final NUL as a file name.
 fn file_name(bytes: &[u8]) -> Result<&str, &'static str> {
     let (0, name) = bytes.split_last().ok_or("not a dirtree in normal form")? else {
         return Err("not a dirtree in normal form");
     };
     let name = std::str::from_utf8(name).map_err(|_| "a name that is not UTF-8")?;
     if name.is_empty() || name == "." || name == ".." || name.contains(['/', '\0']) {
-        return Err("an entry whose name is no file name");
+        return Err("an entry whose name is not valid as a file name");
     }
     Ok(name)
 }
@@ -162,9 +165,9 @@ mod tests {
     type Files = Vec<(String, Vec<u8>)>;
     type Dirs = Vec<(String, Vec<u8>, Vec<u8>)>;
 
-    /// What glib reads, with the same demands on it as ours. No bytes at all it takes for an empty directory; nobody
-    /// writes that one so.
-    fn by_glib(bytes: &[u8]) -> Option<(Files, Dirs)> {
+    /// Parses with glib, and applies the same conditions as [`Dirtree::parse`]. glib reads zero bytes as an empty
+    /// directory; no program writes one in that form.
+    fn parse_with_glib(bytes: &[u8]) -> Option<(Files, Dirs)> {
         if bytes.is_empty() {
             return None;
         }
@@ -195,10 +198,9 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig { cases: 600, ..ProptestConfig::default() })]
 
-        /// Objects as glib writes them, at every width of offsets, some spoiled: ours and glib agree on whether they
-        /// are good, and on what they say.
+        /// Uses objects from glib with all widths of offsets, some of them damaged.
         #[test]
-        fn glib_reads_the_same(
+        fn parsing_and_writing_agree_with_glib(
             files in prop::collection::vec((name(), id()), 0..12),
             dirs in prop::collection::vec((name(), id(), id()), 0..12),
             times in prop_oneof![Just(1_usize), Just(1), Just(40)],
@@ -209,7 +211,7 @@ mod tests {
             let files: Files = std::iter::repeat_n(files, times).flatten().collect();
             let mut bytes = (files, dirs).to_variant().data().to_vec();
             if let Ok(parsed) = Dirtree::parse(&bytes) {
-                prop_assert_eq!(&parsed.to_bytes(), &bytes, "written as glib writes it");
+                prop_assert_eq!(&parsed.to_bytes(), &bytes, "the bytes that glib writes");
             }
             for (at, with) in spoil {
                 if !bytes.is_empty() {
@@ -219,17 +221,17 @@ mod tests {
             }
             bytes.truncate(bytes.len().saturating_sub(cut));
             let ours = Dirtree::parse(&bytes);
-            prop_assert_eq!(ours.as_ref().ok().map(owned), by_glib(&bytes), "{:?}", ours.err());
+            prop_assert_eq!(ours.as_ref().ok().map(owned), parse_with_glib(&bytes), "{:?}", ours.err());
         }
 
         #[test]
-        fn any_bytes(bytes in prop::collection::vec(prop_oneof![any::<u8>(), 0..20_u8], 0..80)) {
-            prop_assert_eq!(Dirtree::parse(&bytes).ok().as_ref().map(owned), by_glib(&bytes));
+        fn parsing_arbitrary_bytes_agrees_with_glib(bytes in prop::collection::vec(prop_oneof![any::<u8>(), 0..20_u8], 0..80)) {
+            prop_assert_eq!(Dirtree::parse(&bytes).ok().as_ref().map(owned), parse_with_glib(&bytes));
         }
     }
 
     #[test]
-    fn the_empty_directory() {
+    fn an_empty_directory_has_bytes() {
         let empty = (Files::new(), Dirs::new()).to_variant().data().to_vec();
         assert_eq!(Dirtree::parse(&empty), Ok(Dirtree::default()));
         assert_eq!(Dirtree::default().to_bytes(), empty);

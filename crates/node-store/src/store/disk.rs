@@ -1,10 +1,9 @@
-//! The disk store's part: objects wait in a directory of ours until they are known to be on the disk, and
-//! only then get their names in the system's repo, which others read and write at the same time.
+//! The order of writes in a disk store. Objects are pending in the agent's directory until they are known to be on the
+//! disk. Only then they are renamed into the system's repo, which other processes read and write at the same time.
 //!
-//! That is libostree's own order (`ostree_repo_commit_transaction` in `ostree-repo-commit.c`): write
-//! aside, one syncfs(2) for all of them, rename, sync again, ref. One sync of the file system and not one
-//! of every object: 25,000 of those take minutes on a real disk, and before the ref is set nobody has
-//! any use for one object alone.
+//! This is libostree's order (`ostree_repo_commit_transaction` in `ostree-repo-commit.c`): write to another directory,
+//! one syncfs(2) for all objects, rename, syncfs(2), write the ref. 25,000 fsync(2) calls would take minutes on a real
+//! disk, and no process uses a single object before the ref is set.
 
 use std::fs::{self, File};
 use std::io;
@@ -15,43 +14,43 @@ use std::sync::Arc;
 use rustix::fs::{CWD, RenameFlags};
 use rustix::io::Errno;
 
-/// Our directory in the repo. libostree leaves `extensions/` to others and never cleans it.
-const OURS: &str = "extensions/node-image-pivot";
+/// The agent's directory in the repo. libostree reserves `extensions/` for other programs and never cleans it.
+const AGENT_DIR: &str = "extensions/node-image-pivot";
 const BOOT: &str = "boot-";
 
-/// The system's repo, as it is written. Cheap to clone.
+/// The system's repo, open for writing. Cheap to clone.
 #[derive(Debug, Clone)]
 pub(super) struct Disk {
-    /// The repo through a mount that may be written.
+    /// Path of the repo on a writable mount.
     pub repo: PathBuf,
-    /// The same as everybody sees it.
-    pub shown: PathBuf,
-    /// `boot-ID`, relative to the repo: what the next boot has no use for.
+    /// Path of the repo for all other processes.
+    pub public_path: PathBuf,
+    /// Directory `boot-ID`, relative to the repo. The next boot removes it.
     volatile: PathBuf,
     /// Keeps the mount behind `repo` alive.
     _view: Option<Arc<OwnedFd>>,
 }
 
 impl Disk {
-    /// Makes our directories, and removes what earlier boots left in them: nobody knows which of it had
-    /// reached the disk.
-    pub fn open(shown: &Path, view: Option<OwnedFd>) -> io::Result<Self> {
+    /// Creates the agent's directories in the repo, and removes those of earlier boots: which of their objects had
+    /// reached the disk is not known.
+    pub fn open(public_path: &Path, view: Option<OwnedFd>) -> io::Result<Self> {
         let repo = match &view {
             Some(view) => PathBuf::from(format!("/proc/self/fd/{}", view.as_raw_fd())),
-            None => shown.to_owned(),
+            None => public_path.to_owned(),
         };
         let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
         let boot = format!("{BOOT}{}", boot.trim());
-        let ours = repo.join(OURS);
-        fs::create_dir_all(&ours)?;
-        for entry in fs::read_dir(&ours)? {
+        let agent_dir = repo.join(AGENT_DIR);
+        fs::create_dir_all(&agent_dir)?;
+        for entry in fs::read_dir(&agent_dir)? {
             let entry = entry?;
             if entry.file_name().as_encoded_bytes().starts_with(BOOT.as_bytes()) && entry.file_name() != *boot {
                 remove_all(&entry.path())?;
             }
         }
-        let disk =
-            Self { repo, shown: shown.to_owned(), volatile: Path::new(OURS).join(boot), _view: view.map(Arc::new) };
+        let volatile = Path::new(AGENT_DIR).join(boot);
+        let disk = Self { repo, public_path: public_path.to_owned(), volatile, _view: view.map(Arc::new) };
         fs::create_dir_all(disk.incoming().join("tmp"))?;
         for prefix in 0..=255_u8 {
             fs::create_dir_all(disk.incoming().join("objects").join(hex::encode([prefix])))?;
@@ -59,36 +58,35 @@ impl Disk {
         Ok(disk)
     }
 
-    /// What survives a reboot.
+    /// Returns the directory that stays after a reboot.
     pub fn kept(&self) -> PathBuf {
-        self.repo.join(OURS)
+        self.repo.join(AGENT_DIR)
     }
 
-    /// What does not.
+    /// Returns the directory that the next boot removes.
     pub fn volatile(&self) -> PathBuf {
         self.repo.join(&self.volatile)
     }
 
-    /// The same as everybody sees it.
-    pub fn volatile_shown(&self) -> PathBuf {
-        self.shown.join(&self.volatile)
+    /// Returns the path of [`Disk::volatile`] for all other processes.
+    pub fn volatile_public_path(&self) -> PathBuf {
+        self.public_path.join(&self.volatile)
     }
 
-    /// Where objects wait: laid out like a repo.
+    /// Returns the directory of pending objects. Its layout is that of a repo.
     pub fn incoming(&self) -> PathBuf {
         self.volatile().join("incoming")
     }
 
-    /// All that was written so far reaches the disk, or an error says that it may not have (Linux 5.8
-    /// and later report failed writes here).
+    /// Writes all data of the file system to the disk. Since Linux 5.8, an error reports earlier failed writes, too.
     pub fn sync(&self) -> io::Result<()> {
         Ok(rustix::fs::syncfs(File::open(self.repo.join("objects"))?)?)
     }
 
-    /// Gives the waiting objects their names in the repo; commits come last, so that another process that sees one
-    /// finds what it lists. A content object that another process has stored since then stays. Metadata replace the
-    /// file of their name: they wait here only if that is missing or damaged.
-    pub fn give_names(&self) -> io::Result<()> {
+    /// Renames the pending objects to their names in the repo. Commits are last, so that another process that finds one
+    /// also finds its objects. A content object that another process has stored meanwhile stays. Metadata replace an
+    /// existing file: they are pending only if that file is missing or damaged.
+    pub fn publish_objects(&self) -> io::Result<()> {
         let mut commits = Vec::new();
         for prefix in 0..=255_u8 {
             let dir = Path::new("objects").join(hex::encode([prefix]));
@@ -100,31 +98,31 @@ impl Disk {
                     commits.push((entry.path(), to.join(name)));
                 } else {
                     let is_content = name.as_encoded_bytes().ends_with(b".file");
-                    let how = if is_content { RenameFlags::NOREPLACE } else { RenameFlags::empty() };
-                    give_name(&entry.path(), &to.join(name), how)?;
+                    let flags = if is_content { RenameFlags::NOREPLACE } else { RenameFlags::empty() };
+                    rename_object(&entry.path(), &to.join(name), flags)?;
                 }
             }
         }
-        commits.iter().try_for_each(|(from, to)| give_name(from, to, RenameFlags::empty()))
+        commits.iter().try_for_each(|(from, to)| rename_object(from, to, RenameFlags::empty()))
     }
 
-    /// Removes the objects that wait. The delta tree, which may be in use, stays.
+    /// Removes the pending objects. The delta tree stays, because it may be in use.
     pub fn discard(&self) -> io::Result<()> {
         remove_all(&self.incoming())
     }
 
-    /// Removes everything of ours but the lock.
+    /// Removes the agent's files except the lock and the list of defaults of `/etc`.
     pub fn forget(&self) -> io::Result<()> {
         remove_all(&self.volatile())?;
         remove_all(&self.kept().join("derived"))
     }
 }
 
-fn give_name(from: &Path, to: &Path, how: RenameFlags) -> io::Result<()> {
+fn rename_object(from: &Path, to: &Path, flags: RenameFlags) -> io::Result<()> {
     loop {
-        match rustix::fs::renameat_with(CWD, from, CWD, to, how) {
+        match rustix::fs::renameat_with(CWD, from, CWD, to, flags) {
             Err(Errno::EXIST) => return fs::remove_file(from),
-            // libostree makes these as they are needed.
+            // libostree creates the 256 directories only when it needs them.
             Err(Errno::NOENT) if to.parent().is_some_and(|dir| !dir.exists()) => {
                 fs::create_dir_all(to.parent().unwrap_or(to))?;
             }

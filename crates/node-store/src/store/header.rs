@@ -1,12 +1,12 @@
-//! What a content object's checksum covers besides the content: owner, mode, symlink target and
-//! extended attributes, serialised as the GVariant `(uuuusa(ayay))` in libostree's framing.
+//! The header that a content object's checksum covers before the content: owner, mode, symlink target and extended
+//! attributes, serialised as the GVariant `(uuuusa(ayay))` in libostree's framing.
 //!
-//! Format source: libostree's `ostree-core.c` (file header) and the GVariant specification
-//! (framing offsets). Written out by hand because it runs once per object on every thread.
+//! Format source: libostree's `ostree-core.c` (file header) and the GVariant specification (framing offsets). Written
+//! without glib, because it runs once per object on every thread.
 
 use sha2::{Digest, Sha256};
 
-/// Extended attributes in the form that images carry them: a serialised `a(ayay)`.
+/// Extended attributes as images store them: a serialised `a(ayay)`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Xattrs {
     raw: Vec<u8>,
@@ -14,18 +14,17 @@ pub struct Xattrs {
 }
 
 impl Xattrs {
-    /// Parses a serialised `a(ayay)`; `None` unless it is in the one normal form and every name is a
-    /// C string with something in it.
+    /// Parses a serialised `a(ayay)`. Returns `None` if it is not in normal form, or if a name is empty or not a C string.
     pub fn parse(raw: &[u8]) -> Option<Self> {
         let pairs = parse_pairs(raw)?;
         let named = |(name, _): &(Vec<u8>, Vec<u8>)| {
             name.len() > 1 && name.iter().position(|b| *b == 0) == Some(name.len() - 1)
         };
-        // Two serialisations of one set would be two checksums for one file: only the normal form counts.
+        // A second serialisation of the same set would be a second checksum for the same file.
         (pairs.iter().all(named) && serialise_pairs(&pairs) == raw).then(|| Self { raw: raw.to_owned(), pairs })
     }
 
-    /// From names (without the final NUL) and values, sorted by name as libostree sorts them.
+    /// Serialises names (without the final NUL) and values, sorted by name as libostree sorts them.
     pub fn from_pairs<'a>(pairs: impl IntoIterator<Item = (&'a [u8], &'a [u8])>) -> Self {
         let with_nul = |name: &[u8]| name.iter().copied().chain([0]).collect::<Vec<u8>>();
         let mut pairs: Vec<_> = pairs.into_iter().map(|(name, value)| (with_nul(name), value.to_vec())).collect();
@@ -33,46 +32,46 @@ impl Xattrs {
         Self { raw: serialise_pairs(&pairs), pairs }
     }
 
-    /// Names (without the final NUL) and values.
+    /// Iterates over names (without the final NUL) and values.
     pub fn iter(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
         self.pairs.iter().map(|(name, value)| (&name[..name.len() - 1], value.as_slice()))
     }
 
-    /// Whether Linux takes such an attribute (XATTR_NAME_MAX, XATTR_SIZE_MAX).
+    /// Returns true if the attribute is within Linux's limits (XATTR_NAME_MAX, XATTR_SIZE_MAX).
     pub fn can_be_set(name: &[u8], value: &[u8]) -> bool {
         name.len() <= 255 && value.len() <= 65_536
     }
 
-    /// The serialised form; its SHA-256 names it in an image.
+    /// Returns the serialised form. Its SHA-256 is its name in an image.
     pub fn as_bytes(&self) -> &[u8] {
         &self.raw
     }
 }
 
-/// Everything about a regular file or symlink but its content.
+/// Metadata of a regular file or symlink.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FileMeta {
-    /// Owner.
+    /// Numeric id of the owner.
     pub uid: u32,
-    /// Group.
+    /// Numeric id of the group.
     pub gid: u32,
-    /// Permission bits (07777); the file type is added from `target`. Ignored for symlinks.
+    /// Permission bits (07777). The file type follows from `target`. Ignored for symlinks.
     pub mode: u32,
-    /// Where a symlink points, byte for byte; `None` for a regular file.
+    /// Target of a symlink, byte for byte, or `None` for a regular file.
     pub target: Option<Vec<u8>>,
     /// Extended attributes.
     pub xattrs: Xattrs,
 }
 
 impl FileMeta {
-    /// A hash that has taken in the framed header; the content follows (nothing for a symlink).
+    /// Returns a hasher that has read the framed header. The caller adds the content; a symlink has none.
     pub fn hasher(&self) -> Sha256 {
         let mut hasher = Sha256::new();
         hasher.update(self.frame());
         hasher
     }
 
-    /// The framed header: length as a big-endian `u32`, four zero bytes, the GVariant.
+    /// Returns the framed header: length as a big-endian `u32`, four zero bytes, the GVariant.
     pub fn frame(&self) -> Vec<u8> {
         const S_IFREG: u32 = 0o100_000;
         const S_IFLNK_0777: u32 = 0o120_777;
@@ -86,7 +85,7 @@ impl FileMeta {
         out.push(0);
         let target_end = out.len() - 8;
         out.extend_from_slice(self.xattrs.as_bytes());
-        // A tuple notes where each member of variable size ends, except the last.
+        // A tuple stores the end of each member of variable size, except the last.
         let width = offset_width(out.len() - 8, 1);
         push_offset(&mut out, target_end, width);
         let length = (out.len() - 8) as u32;
@@ -95,7 +94,7 @@ impl FileMeta {
     }
 }
 
-/// The width of framing offsets depends on the container's size with the offsets in it.
+/// Returns the width of framing offsets. It depends on the container's size including the offsets.
 fn offset_width(body: usize, offsets: usize) -> usize {
     [1, 2, 4].into_iter().find(|width| body + offsets * width < 1 << (8 * width)).unwrap_or(8)
 }
@@ -157,7 +156,7 @@ mod tests {
     use ostree::glib::{self, prelude::*};
     use proptest::prelude::*;
 
-    fn by_glib(meta: &FileMeta) -> Vec<u8> {
+    fn glib_frame(meta: &FileMeta) -> Vec<u8> {
         let xattrs: Vec<(Vec<u8>, Vec<u8>)> = meta.xattrs.pairs.clone();
         let mode = if meta.target.is_some() { 0o120_777 } else { 0o100_000 | meta.mode };
         let target = String::from_utf8(meta.target.clone().unwrap_or_default()).unwrap();
@@ -169,7 +168,7 @@ mod tests {
         framed
     }
 
-    fn by_libostree(meta: &FileMeta, content: &[u8]) -> Vec<u8> {
+    fn libostree_checksum(meta: &FileMeta, content: &[u8]) -> Vec<u8> {
         use ostree::gio;
         let info = gio::FileInfo::new();
         info.set_attribute_uint32("unix::uid", meta.uid);
@@ -217,12 +216,12 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(96))]
         #[test]
         fn same_bytes_as_glib_and_same_checksum_as_libostree(meta in metas(), content in prop::collection::vec(any::<u8>(), 0..3000)) {
-            prop_assert_eq!(meta.frame(), by_glib(&meta));
+            prop_assert_eq!(meta.frame(), glib_frame(&meta));
             let mut hasher = meta.hasher();
             if meta.target.is_none() {
                 hasher.update(&content);
             }
-            prop_assert_eq!(hasher.finalize().to_vec(), by_libostree(&meta, &content));
+            prop_assert_eq!(hasher.finalize().to_vec(), libostree_checksum(&meta, &content));
             prop_assert_eq!(Xattrs::parse(meta.xattrs.as_bytes()), Some(meta.xattrs.clone()));
         }
 
@@ -240,7 +239,7 @@ mod tests {
             let value = vec![7; size];
             let xattrs = Xattrs::from_pairs([(b"user.a".as_slice(), value.as_slice())]);
             let meta = FileMeta { uid: 0, gid: 1, mode: 0o644, target: None, xattrs };
-            assert_eq!(meta.frame(), by_glib(&meta), "{size}");
+            assert_eq!(meta.frame(), glib_frame(&meta), "{size}");
             assert!(Xattrs::parse(meta.xattrs.as_bytes()).is_some(), "{size}");
         }
     }

@@ -1,7 +1,7 @@
-//! Which layers are done: a line per layer, so that a pull that was killed goes on where it was.
+//! The journal of finished layers, one line per layer. With it, a killed pull continues without fetching them again.
 //!
-//! The journal only ever saves downloads. It is not what makes an object trusted (that is its
-//! checksum), and when it says more than the objects bear out, the pull reads the layer again.
+//! The journal only saves downloads. Objects are trusted because of their checksums. If a journaled layer's objects are
+//! missing, the pull reads the layer again.
 
 use std::collections::HashSet;
 use std::fs::{File, OpenOptions};
@@ -9,15 +9,15 @@ use std::io::{self, Read, Write};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
-/// For which wanted set a layer was read: an entry for one scope says nothing about a wider one.
+/// The wanted set for which a layer was read. An entry for one scope does not count for a wider one.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Scope {
-    /// Only what the booted commit lacks, without `/usr/lib/modules`.
+    /// The objects that the booted commit lacks, except those below `/usr/lib/modules`.
     Delta {
         /// The booted commit, or `-`.
         booted: String,
     },
-    /// Everything that the booted repo lacks.
+    /// All objects that the booted repo lacks.
     Complete {
         /// The booted commit, or `-`.
         booted: String,
@@ -25,7 +25,7 @@ pub enum Scope {
 }
 
 impl Scope {
-    /// The scope of a pull.
+    /// Returns the scope of a pull.
     pub fn new(complete: bool, booted_commit: Option<&str>) -> Self {
         let booted = booted_commit.unwrap_or("-").to_owned();
         if complete { Scope::Complete { booted } } else { Scope::Delta { booted } }
@@ -47,8 +47,7 @@ pub struct LayerJournal {
 }
 
 impl LayerJournal {
-    /// Opens (or starts) the journal at `path`. A last line without its newline is the mark of a kill
-    /// and is not believed.
+    /// Opens or creates the journal at `path`. A last line without a newline was cut by a kill and is ignored.
     pub fn open(path: &Path) -> io::Result<Self> {
         let mut file = OpenOptions::new().create(true).read(true).append(true).open(path)?;
         let mut text = String::new();
@@ -60,7 +59,7 @@ impl LayerJournal {
         Ok(Self { file: Mutex::new(file), known })
     }
 
-    /// Whether an earlier run read this layer for this scope, or for everything.
+    /// Returns true if an earlier run read this layer for this scope, or completely.
     pub fn has(&self, digest: &str, scope: &Scope) -> bool {
         let wider = match scope {
             Scope::Delta { booted } | Scope::Complete { booted } => Scope::Complete { booted: booted.clone() },
@@ -68,13 +67,13 @@ impl LayerJournal {
         self.known.contains(&scope.line(digest)) || self.known.contains(&wider.line(digest))
     }
 
-    /// Returns true if an earlier run read this layer for this scope, or all of it but the kernel's modules.
+    /// Returns true if an earlier run read this layer for this scope, or all of it except kernel modules.
     pub fn has_most(&self, digest: &str, scope: &Scope) -> bool {
         let (Scope::Delta { booted } | Scope::Complete { booted }) = scope;
         self.has(digest, &Scope::Delta { booted: booted.clone() })
     }
 
-    /// Notes a layer whose wanted objects are all stored, in one write.
+    /// Records a layer whose wanted objects are all stored, in one write.
     pub fn add(&self, digest: &str, scope: &Scope) -> io::Result<()> {
         let line = format!("{}\n", scope.line(digest));
         self.file.lock().unwrap_or_else(PoisonError::into_inner).write_all(line.as_bytes())
@@ -87,7 +86,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn scopes_and_torn_lines() {
+    fn entries_count_for_their_scope_and_cut_lines_are_ignored() {
         let temp = tempfile::tempdir().unwrap();
         let path = temp.path().join("layers");
         let (delta, complete) = (Scope::new(false, Some("c1")), Scope::new(true, Some("c1")));
@@ -101,8 +100,8 @@ mod tests {
         assert!(journal.has_most("sha256:a", &complete) && !journal.has_most("sha256:c", &complete));
         assert!(journal.has("sha256:b", &delta) && journal.has("sha256:b", &complete));
         assert!(!journal.has("sha256:a", &Scope::new(false, Some("c2"))));
-        assert!(!journal.has("sha256:c", &Scope::new(false, Some("c"))), "a torn line is not believed");
+        assert!(!journal.has("sha256:c", &Scope::new(false, Some("c"))), "a cut line is ignored");
         journal.add("sha256:d", &delta).unwrap();
-        assert!(LayerJournal::open(&path).unwrap().has("sha256:d", &delta), "nor does it spoil the next");
+        assert!(LayerJournal::open(&path).unwrap().has("sha256:d", &delta), "a cut line does not damage the next one");
     }
 }

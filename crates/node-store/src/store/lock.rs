@@ -1,5 +1,5 @@
-//! Locks: one importer at a time (flock), and libostree's own lock of a repo that others write to. The
-//! kernel releases both when their holder dies.
+//! Locks: the agent's import lock (flock(2)), and libostree's lock of a repo that other programs write to. The kernel
+//! releases both when their holder dies.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
@@ -11,38 +11,41 @@ use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 use rustix::fs::{FlockOperation, flock};
 
-/// Why the lock was not taken.
+/// Error of an attempt to take a lock.
 #[derive(Debug, thiserror::Error)]
 pub enum LockError {
-    /// Another process, or another part of this one, has it right now.
+    /// Another process, or another thread of this process, holds the lock.
     #[error("{path} is locked by {holder}")]
     Held {
-        /// The lock file.
+        /// Path of the lock file.
         path: String,
-        /// Who holds it: process id and name, as far as known.
+        /// Process ids and names of the holders, if they are known.
         holder: String,
     },
-    /// The lock file could not be used.
-    #[error("lock file {path}")]
+    /// An operation on the lock file, or on a file that needs the lock, failed.
+    #[error("cannot use {path}")]
     Io {
-        /// The lock file.
+        /// Path of the file.
         path: String,
-        /// Why.
+        /// The cause.
         #[source]
         source: io::Error,
     },
 }
 
-/// The lock; dropping it releases it. The file stays: removing it would let two holders coexist.
+/// A held lock, released when dropped. The file stays: if it were removed, two processes could hold the lock.
 #[derive(Debug)]
 pub struct StoreLock {
     _file: File,
-    /// Of a repo that others write to, too.
+    /// libostree's lock of the system's repo.
     _repo: Option<File>,
 }
 
 impl StoreLock {
-    /// Takes the lock or says who holds it. Never waits.
+    /// Takes the import lock. Does not wait.
+    ///
+    /// # Errors
+    /// [`LockError::Held`] names the process that holds it.
     pub fn try_acquire(path: &Path) -> Result<Self, LockError> {
         let fail = |source| failed(path, source);
         let mut file =
@@ -51,7 +54,7 @@ impl StoreLock {
             Ok(()) => {}
             Err(rustix::io::Errno::WOULDBLOCK) => {
                 let mut holder = String::new();
-                // Who holds it is a courtesy; an unreadable file only costs the name.
+                // The holder only makes the message better, so a read error is ignored.
                 let _ = file.read_to_string(&mut holder);
                 let holder = match holder.trim() {
                     "" => UNKNOWN.to_owned(),
@@ -67,13 +70,13 @@ impl StoreLock {
         Ok(Self { _file: file, _repo: None })
     }
 
-    /// Takes, besides, libostree's lock of `repo`, shared as every writer does: whoever prunes takes it
-    /// exclusively, so nothing that is written under it can be taken for garbage. Never waits.
+    /// Also takes libostree's lock of `repo` in shared mode, as every writer does. Pruning needs the lock exclusively, so
+    /// it cannot remove objects that are written under this lock. Does not wait.
     ///
     /// Source: `ostree_repo_lock_push` in libostree's `ostree-repo.c`: an open file description lock
-    /// (fcntl(2)) over the whole file `.lock`.
-    pub(super) fn with_repo(self, repo: &Path, shown: &Path) -> Result<Self, LockError> {
-        let path = shown.join(".lock");
+    /// (fcntl(2)) on the whole file `.lock`.
+    pub(super) fn with_repo(self, repo: &Path, public_path: &Path) -> Result<Self, LockError> {
+        let path = public_path.join(".lock");
         let fail = |source| failed(&path, source);
         let file = OpenOptions::new()
             .create(true)
@@ -92,7 +95,7 @@ impl StoreLock {
     }
 }
 
-/// What fcntl(2) is told: all of the file, whatever its size.
+/// Returns fcntl(2)'s description of a lock on the whole file, of any size.
 fn whole_file(kind: libc::c_int) -> libc::flock {
     libc::flock {
         l_type: kind as libc::c_short,
@@ -103,14 +106,14 @@ fn whole_file(kind: libc::c_int) -> libc::flock {
     }
 }
 
-const UNKNOWN: &str = "a process that is not known";
+const UNKNOWN: &str = "an unknown process";
 
 fn failed(path: &Path, source: io::Error) -> LockError {
     LockError::Io { path: path.display().to_string(), source }
 }
 
-/// Who holds a lock of the file. `/proc/locks` has no process id for an open file description lock; the
-/// descriptor's own `fdinfo` shows it.
+/// Returns the processes that hold a lock on the file. `/proc/locks` has no process id for an open file description lock,
+/// but the descriptor's `fdinfo` shows it.
 fn holders(file: &File) -> String {
     let Ok(wanted) = file.metadata() else { return UNKNOWN.to_owned() };
     let is_holder = |pid: u32| {
@@ -139,7 +142,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn second_is_told_who_holds_it_and_gets_it_later() {
+    fn a_held_lock_names_its_holder_and_is_free_after_release() {
         let temp = tempfile::tempdir().unwrap();
         let path = temp.path().join("lock");
         let first = StoreLock::try_acquire(&path).unwrap();
@@ -149,15 +152,14 @@ mod tests {
         StoreLock::try_acquire(&path).unwrap();
     }
 
-    /// With libostree itself at the other end.
     #[test]
-    fn libostree_and_we_keep_out_of_each_others_way() {
+    fn libostree_prune_and_a_pull_exclude_each_other() {
         use ostree::gio::Cancellable;
         let temp = tempfile::tempdir().unwrap();
         let path = temp.path().join("repo");
         let repo = ostree::Repo::new_for_path(&path);
         repo.create(ostree::RepoMode::Bare, Cancellable::NONE).unwrap();
-        let ours = || StoreLock::try_acquire(&temp.path().join("lock")).unwrap().with_repo(&path, &path);
+        let lock = || StoreLock::try_acquire(&temp.path().join("lock")).unwrap().with_repo(&path, &path);
         let prune = || {
             let mut ostree = std::process::Command::new("ostree");
             ostree.args(["prune", "--refs-only"]).arg(format!("--repo={}", path.display())).output().unwrap()
@@ -166,9 +168,9 @@ mod tests {
         let text = std::fs::read_to_string(&config).unwrap().replace("[core]", "[core]\nlock-timeout-secs=0");
         std::fs::write(&config, text).unwrap();
 
-        // A transaction of libostree's is a writer like us.
+        // A transaction of libostree takes the lock in shared mode, too.
         repo.prepare_transaction(Cancellable::NONE).unwrap();
-        let held = ours().unwrap();
+        let held = lock().unwrap();
         repo.abort_transaction(Cancellable::NONE).unwrap();
         let refused = prune();
         assert!(
@@ -180,9 +182,9 @@ mod tests {
 
         let file = OpenOptions::new().write(true).open(path.join(".lock")).unwrap();
         fcntl(&file, FcntlArg::F_OFD_SETLK(&whole_file(libc::F_WRLCK))).unwrap();
-        let refused = ours().unwrap_err().to_string();
+        let refused = lock().unwrap_err().to_string();
         assert!(refused.contains(&format!("pid {} (", std::process::id())), "{refused}");
         drop(file);
-        ours().unwrap();
+        lock().unwrap();
     }
 }

@@ -1,10 +1,9 @@
-//! Where ostree objects live: the booted repo, and the node store, which is a bare repo on a tmpfs of
-//! its own or, on an installed system, the booted repo itself ([`decide`] says which).
+//! Repos of ostree objects: the booted repo and the node store. The node store is a bare repo on a separate tmpfs or, on
+//! an installed system, the booted repo itself; [`decide`] selects one.
 //!
-//! This room knows paths, objects, refs, locking and what has to reach the disk in which order. It may
-//! not talk to registries or change the running system's `/usr` or `/etc`. It mounts nothing: whoever
-//! calls [`NodeStore::on_tmpfs`] has mounted the tmpfs before, and whoever calls
-//! [`NodeStore::on_disk`] brings a mount that can be written.
+//! This module handles paths, objects, refs, locks and the order in which data reaches the disk. It does not talk to
+//! registries and does not change the running system's `/usr` or `/etc`. It mounts nothing: the caller of
+//! [`NodeStore::on_tmpfs`] mounts the tmpfs first, and the caller of [`NodeStore::on_disk`] provides a writable mount.
 
 mod booted;
 mod dirtree;
@@ -25,8 +24,8 @@ pub use lock::{LockError, StoreLock};
 pub use node::NodeStore;
 pub use object::{BadObjectId, ObjectId, ObjectSet, ObjectType};
 pub use place::{Kind, NoDisk, SystemRepo, Wish, decide};
-pub use refs::{LAYER_REF_PREFIX, escape_ref, layer_ref};
+pub use refs::layer_ref;
 pub use write::{FileMeta, ObjectWriter, UnnamedWrite, WriteError, Xattrs};
 
-/// The ref that names the node image's commit in the node store.
+/// Ref of the node image's commit in the node store.
 pub const NODE_IMAGE_REF: &str = "coreos/node-image";

@@ -1,4 +1,4 @@
-//! Names of ostree objects: SHA-256 checksums, their types, and the paths they live at.
+//! Names of ostree objects: SHA-256 checksums, types, and paths in a repo.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -8,25 +8,25 @@ use std::str::FromStr;
 
 use sha2::{Digest, Sha256};
 
-/// The SHA-256 that names an object. 32 bytes, so that a set of 30,000 of them stays at a megabyte.
+/// The SHA-256 checksum that names an object. Stored as 32 bytes, so that a set of 30,000 takes one megabyte.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ObjectId(pub [u8; 32]);
 
 /// A set of object names.
 pub type ObjectSet = HashSet<ObjectId>;
 
-/// Not 64 lower-case hexadecimal digits.
+/// Error for a text that is not 64 lower-case hexadecimal digits.
 #[derive(Debug, thiserror::Error)]
-#[error("not an object name (64 lower-case hexadecimal digits): {0:?}")]
+#[error("invalid object name {0:?}: expected 64 lower-case hexadecimal digits")]
 pub struct BadObjectId(String);
 
 impl ObjectId {
-    /// From the 32 bytes that GVariant metadata hold; `None` for any other length.
+    /// Makes a name of the 32 bytes in GVariant metadata. Returns `None` for any other length.
     pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
         bytes.try_into().ok().map(Self)
     }
 
-    /// From `AA` and the rest, as they stand in a loose object's path.
+    /// Parses the two parts of a loose object's path, `AA` and the rest. Returns `None` if they are invalid.
     pub fn from_parts(prefix: &[u8], rest: &[u8]) -> Option<Self> {
         if prefix.len() != 2 || rest.len() != 62 {
             return None;
@@ -38,7 +38,7 @@ impl ObjectId {
     }
 
     fn from_hex(digits: &[u8]) -> Option<Self> {
-        // Upper case is refused: ostree never writes it, and two names for one object is one too many.
+        // Upper case is rejected: ostree never writes it, and each object must have one name.
         if digits.len() != 64 || digits.iter().any(u8::is_ascii_uppercase) {
             return None;
         }
@@ -80,12 +80,12 @@ impl fmt::Debug for ObjectId {
     }
 }
 
-/// The kinds of objects a bare repo holds (libostree's `OstreeObjectType`, those that images carry).
+/// The types of objects in a bare repo that images contain, a part of libostree's `OstreeObjectType`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ObjectType {
     /// A commit: metadata, root dirtree and root dirmeta.
     Commit,
-    /// Detached metadata of a commit (signatures). Named by the commit, so it does not hash to its name.
+    /// Detached metadata of a commit (signatures). Named after the commit, so its checksum differs from its name.
     CommitMeta,
     /// Names and checksums of one directory's entries.
     DirTree,
@@ -96,7 +96,7 @@ pub enum ObjectType {
 }
 
 impl ObjectType {
-    /// The file name's extension in a bare repo.
+    /// Returns the extension of the file name in a bare repo.
     pub fn extension(self) -> &'static str {
         match self {
             ObjectType::Commit => "commit",
@@ -107,7 +107,7 @@ impl ObjectType {
         }
     }
 
-    /// The reverse of [`ObjectType::extension`].
+    /// Parses an extension, the reverse of [`ObjectType::extension`].
     pub fn from_extension(extension: &[u8]) -> Option<Self> {
         Some(match extension {
             b"commit" => ObjectType::Commit,
@@ -120,20 +120,20 @@ impl ObjectType {
     }
 }
 
-/// The path of a loose object, relative to the repo: `objects/AA/REST.type`.
+/// Returns the path of a loose object, relative to the repo: `objects/AA/REST.TYPE`.
 pub(super) fn loose_path(id: &ObjectId, kind: ObjectType) -> PathBuf {
     let digits = hex::encode(id.0);
     PathBuf::from(format!("objects/{}/{}.{}", &digits[..2], &digits[2..], kind.extension()))
 }
 
-/// Reads a metadata object of a repo. Returns `None` if it is missing, or if its content is not the content that its
-/// name promises: a power cut can leave an empty or half-written file under the right name.
+/// Reads a metadata object of a repo. Returns `None` if it is missing, or if its checksum differs from its name: a power
+/// cut can leave an empty or half-written file under the right name.
 pub(super) fn read_metadata(repo: &Path, id: &ObjectId, kind: ObjectType) -> io::Result<Option<Vec<u8>>> {
     let bytes = match std::fs::read(repo.join(loose_path(id, kind))) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         other => other?,
     };
-    // Detached metadata are named by their commit.
+    // Detached metadata are named after their commit.
     let is_whole = kind == ObjectType::CommitMeta || ObjectId(Sha256::digest(&bytes).into()) == *id;
     Ok(is_whole.then_some(bytes))
 }
@@ -144,7 +144,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_round_trip_and_bad_ones_are_refused() {
+    fn names_round_trip_and_invalid_ones_are_rejected() {
         let text = "b8627e3ef0f255a322d2bd9610cfaaacc8f122b7f8d17c0e7e3caafa160f9fc7";
         let id: ObjectId = text.parse().unwrap();
         assert_eq!(id.to_string(), text);
@@ -155,16 +155,16 @@ mod tests {
     }
 
     #[test]
-    fn spoilt_metadata_count_as_missing() {
+    fn damaged_metadata_count_as_missing() {
         let repo = tempfile::tempdir().unwrap();
         let id = ObjectId(Sha256::digest(b"metadata").into());
         for kind in [ObjectType::Commit, ObjectType::DirTree, ObjectType::DirMeta] {
             let path = repo.path().join(loose_path(&id, kind));
             assert_eq!(read_metadata(repo.path(), &id, kind).unwrap(), None, "missing");
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-            for spoilt in ["", "meta", "metadatA"] {
-                std::fs::write(&path, spoilt).unwrap();
-                assert_eq!(read_metadata(repo.path(), &id, kind).unwrap(), None, "{spoilt:?}");
+            for damaged in ["", "meta", "metadatA"] {
+                std::fs::write(&path, damaged).unwrap();
+                assert_eq!(read_metadata(repo.path(), &id, kind).unwrap(), None, "{damaged:?}");
             }
             std::fs::write(&path, "metadata").unwrap();
             assert_eq!(read_metadata(repo.path(), &id, kind).unwrap().unwrap(), b"metadata");

@@ -1,17 +1,17 @@
-//! RAM or disk: where the node store belongs on this system. Pure.
+//! The choice between the RAM store and the disk store. Pure.
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-/// What the configuration says.
+/// Store that the configuration asks for (`store`).
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub enum Wish {
-    /// The disk where the system was installed to one, RAM otherwise.
+    /// The disk if the system is installed on one, RAM otherwise.
     #[default]
     Auto,
     /// RAM.
     Ram,
-    /// The system's repo, or nothing.
+    /// The system's repo. An error if it is not writable.
     Disk,
 }
 
@@ -23,72 +23,74 @@ impl FromStr for Wish {
             "auto" => Ok(Wish::Auto),
             "ram" => Ok(Wish::Ram),
             "disk" => Ok(Wish::Disk),
-            _ => Err(format!("\"{word}\" is not a store; write auto, ram or disk")),
+            _ => Err(format!("unknown store \"{word}\": expected auto, ram or disk")),
         }
     }
 }
 
-/// The two kinds of node store.
+/// The kinds of node store.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Kind {
-    /// A tmpfs of its own; why, where nobody asked for it.
+    /// A dedicated tmpfs. Holds the reason if the configuration does not ask for RAM.
     Ram(Option<NoDisk>),
     /// The system's repo.
     Disk,
 }
 
-/// What is known of the booted system's repo.
+/// Properties of the booted system's repo.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SystemRepo {
-    /// Where it is, without links in the path.
+    /// Path of the repo, without links.
     pub path: PathBuf,
-    /// Whether the system says that it runs from a live medium.
+    /// True if the system runs from a live medium.
     pub live: bool,
-    /// Its configuration file.
+    /// Content of the repo's configuration file.
     pub config: String,
-    /// Type of the file system that it is on.
+    /// Type of the repo's file system.
     pub fstype: String,
-    /// What is mounted there: a device, as a rule.
+    /// Source of the mount, normally a device.
     pub source: PathBuf,
-    /// The file system itself is read-only, whatever the mount is.
+    /// True if the file system is read-only, independent of the mount's options.
     pub read_only: bool,
 }
 
-/// Why the system's repo cannot be the store.
+/// Reason why the system's repo cannot be the node store.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum NoDisk {
-    /// No booted deployment.
+    /// The system has no booted deployment.
     #[error("this system was not booted from an ostree deployment")]
     NotBooted,
-    /// What is written to a live system's disk is gone with it, or never was on a disk.
+    /// The system runs from a live medium, so its repo is in RAM or read-only.
     #[error("this system runs from a live medium")]
     Live,
-    /// Objects of other modes are not the files of a system.
-    #[error("the ostree repo {0} is not of the mode bare")]
+    /// The repo has another mode than `bare`, so its objects are not the files of a system.
+    #[error("the ostree repo {0} does not have the mode bare")]
     Mode(PathBuf),
     /// The file system is not writable.
     #[error("the file system of {0} is read-only")]
     ReadOnly(PathBuf),
-    /// Not known to be on a disk.
-    #[error("the ostree repo {path} is on {source_name} ({fstype}), not on a disk's ext4, xfs, btrfs or f2fs")]
+    /// The file system is not one of [`DISK_FILE_SYSTEMS`] on a block device.
+    #[error(
+        "the ostree repo {path} is on {source_name} ({fstype}): expected ext4, xfs, btrfs or f2fs on a block device"
+    )]
     FileSystem {
-        /// The repo.
+        /// Path of the repo.
         path: PathBuf,
-        /// What is mounted there.
+        /// Source of the mount.
         source_name: String,
-        /// Its type.
+        /// Type of the file system.
         fstype: String,
     },
 }
 
-/// File systems of installed systems: they have nameless files, hard links and attributes, and a sync
-/// that means it.
-const REAL: [&str; 4] = ["ext4", "xfs", "btrfs", "f2fs"];
+/// File systems of installed systems: they support `O_TMPFILE`, hard links and extended attributes, and report failed
+/// writes to syncfs(2).
+const DISK_FILE_SYSTEMS: [&str; 4] = ["ext4", "xfs", "btrfs", "f2fs"];
 
-/// Which kind of store to use. A wish for the disk is taken at its word wherever the repo can be written.
+/// Selects the kind of store. [`Wish::Disk`] is followed wherever the repo is writable.
 ///
 /// # Errors
-/// The disk was asked for by name and cannot be had.
+/// The configuration asks for the disk, and the repo is not usable.
 pub fn decide(wish: Wish, repo: Option<&SystemRepo>) -> Result<Kind, NoDisk> {
     match wish {
         Wish::Ram => Ok(Kind::Ram(None)),
@@ -112,7 +114,7 @@ fn installed(repo: &SystemRepo) -> Result<(), NoDisk> {
     if repo.live {
         return Err(NoDisk::Live);
     }
-    if !REAL.contains(&repo.fstype.as_str()) || !repo.source.starts_with(Path::new("/dev")) {
+    if !DISK_FILE_SYSTEMS.contains(&repo.fstype.as_str()) || !repo.source.starts_with(Path::new("/dev")) {
         return Err(NoDisk::FileSystem {
             path: repo.path.clone(),
             source_name: repo.source.display().to_string(),
@@ -122,8 +124,8 @@ fn installed(repo: &SystemRepo) -> Result<(), NoDisk> {
     Ok(())
 }
 
-/// Whether a repo's configuration says mode `bare`: the only one whose objects are the files themselves,
-/// with their owners.
+/// Returns true if a repo's configuration sets the mode `bare`, the only one whose objects are the files themselves, with
+/// their owners.
 pub(super) fn is_bare(config: &str) -> bool {
     let mut pairs = config.lines().filter_map(|line| line.split_once('='));
     pairs.any(|(key, value)| (key.trim(), value.trim()) == ("mode", "bare"))
@@ -146,9 +148,9 @@ mod tests {
     }
 
     #[test]
-    fn the_disk_only_where_the_system_was_installed_to_one() {
+    fn auto_selects_the_disk_only_on_an_installed_system() {
         type Change = fn(&mut SystemRepo);
-        // What is different from an installed system; whether auto takes the disk, and whether it can be forced.
+        // Difference from an installed system, true if auto selects the disk, true if "disk" is accepted.
         let table: [(&str, Change, bool, bool); 13] = [
             ("installed", |_| {}, true, true),
             ("ext4", |repo| repo.fstype = "ext4".into(), true, true),
@@ -176,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn modes() {
+    fn only_the_mode_bare_is_bare() {
         assert!(is_bare("[core]\nmode = bare\n"));
         for config in ["", "[core]\nmode=archive\n", "[core]\nmode=bare-user-only\n", "[core]\nmode\n"] {
             assert!(!is_bare(config), "{config}");

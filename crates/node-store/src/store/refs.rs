@@ -1,14 +1,16 @@
-//! Refs of imported layers, as ostree-ext names them: one ref per layer, so that whoever has the ref
-//! has every object of that layer.
+//! Refs of imported layers, named as ostree-ext names them: one ref per layer. A repo with the ref has every object of
+//! that layer.
 
 use std::fmt::Write as _;
 
-/// The directory of layer refs, below `refs/heads`.
-pub const LAYER_REF_PREFIX: &str = "ostree/container/blob";
+/// Directory of layer refs, below `refs/heads`.
+const LAYER_REF_PREFIX: &str = "ostree/container/blob";
 
-/// Escapes a string for use in a ref name: ASCII letters, digits and `-` stand for themselves, `_` is
-/// doubled, `/` passes when it separates two names, anything else becomes `_HEX_`.
-pub fn escape_ref(text: &str) -> String {
+/// Escapes a string for use in a ref name. ASCII letters, digits and `-` are unchanged, `_` is doubled, `/` is unchanged
+/// between two names, and any other character becomes `_HEX_`.
+///
+/// Source: `escape_for_ref` in ostree-ext's `refescape.rs`.
+fn escape_ref(text: &str) -> String {
     let mut out = String::with_capacity(text.len() + 8);
     let mut after_word = false;
     let mut chars = text.chars().peekable();
@@ -26,7 +28,7 @@ pub fn escape_ref(text: &str) -> String {
     out
 }
 
-/// The ref of the layer with this digest (`sha256:…`).
+/// Returns the ref of the layer with this digest (`sha256:…`).
 pub fn layer_ref(digest: &str) -> String {
     format!("{LAYER_REF_PREFIX}/{}", escape_ref(digest))
 }
@@ -36,7 +38,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn escapes() {
+    fn characters_outside_names_are_escaped() {
         for (text, escaped) in [
             ("sha256:00ff", "sha256_3A_00ff"),
             ("registry:quay.io/coreos/fedora:latest", "registry_3A_quay_2E_io/coreos/fedora_3A_latest"),

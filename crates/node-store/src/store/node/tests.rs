@@ -1,7 +1,7 @@
 use super::*;
 
 #[test]
-fn libostree_opens_it_and_reads_its_refs() {
+fn libostree_opens_the_store_and_reads_its_refs() {
     let temp = tempfile::tempdir().unwrap();
     let store = NodeStore::on_tmpfs(temp.path(), None).unwrap();
     NodeStore::on_tmpfs(temp.path(), None).unwrap();
@@ -24,7 +24,7 @@ fn libostree_opens_it_and_reads_its_refs() {
 }
 
 #[test]
-fn parent_is_kept_and_another_one_refused() {
+fn a_store_of_another_parent_is_refused() {
     let temp = tempfile::tempdir().unwrap();
     let booted = BootedRepo { path: "/ostree/repo".into(), commit: None };
     NodeStore::on_tmpfs(temp.path(), Some(&booted)).unwrap();
@@ -33,7 +33,7 @@ fn parent_is_kept_and_another_one_refused() {
 }
 
 #[test]
-fn lock_tidies_leftovers() {
+fn lock_removes_temporary_files_of_a_killed_import() {
     let temp = tempfile::tempdir().unwrap();
     let store = NodeStore::on_tmpfs(temp.path(), None).unwrap();
     fs::write(store.repo_path().join("tmp/import-7"), "").unwrap();
@@ -43,7 +43,7 @@ fn lock_tidies_leftovers() {
 }
 
 #[test]
-fn the_list_of_defaults_is_kept_beside_the_disk_store_only() {
+fn only_the_disk_store_keeps_the_list_of_defaults() {
     let temp = tempfile::tempdir().unwrap();
     let ram = NodeStore::on_tmpfs(temp.path(), None).unwrap();
     ram.write_etc_defaults(Some(b"{}")).unwrap();

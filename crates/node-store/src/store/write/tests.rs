@@ -13,9 +13,9 @@ fn id_of(meta: &FileMeta, content: &[u8]) -> ObjectId {
     ObjectId(hasher.finalize().into())
 }
 
-/// Needs root for owners and trusted xattrs, like the agent itself.
+/// Needs root for owners and trusted xattrs.
 #[test]
-fn what_is_written_is_what_libostree_reads_back() {
+fn libostree_accepts_written_objects() {
     let temp = tempfile::tempdir().unwrap();
     let store = NodeStore::on_tmpfs(temp.path(), None).unwrap();
     let writer = store.writer().unwrap();
@@ -82,7 +82,7 @@ fn holes_are_hashed_and_stay_holes() {
 }
 
 #[test]
-fn a_wrong_name_is_never_visible() {
+fn an_object_with_a_wrong_checksum_is_never_visible() {
     let temp = tempfile::tempdir().unwrap();
     let store = NodeStore::on_tmpfs(temp.path(), None).unwrap();
     let writer = store.writer().unwrap();
