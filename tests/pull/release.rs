@@ -47,7 +47,7 @@ async fn a_payload_names_the_node_image() {
         ("hidden", vec![operator(4), vec![file(FILE, &named)], hidden], Err("not a release payload")),
         ("plain", vec![operator(5)], Err("not a release payload")),
         ("tags", vec![vec![file(FILE, &references(&[("etcd", &os), ("rhel-coros", &os)]))]], Err("rhel-coros, etcd")),
-        ("by-tag", vec![vec![file(FILE, &references(&[("rhel-coreos", "q.io/os:4.99")]))]], Err("not by digest")),
+        ("by-tag", vec![vec![file(FILE, &references(&[("rhel-coreos", "q.io/os:4.99")]))]], Err("has no digest")),
         ("garbage", vec![vec![file(FILE, "{")]], Err("not an ImageStream")),
     ] {
         let spec: PullSpec = bench.push(&payload(&layers), &format!("release:{name}")).parse().unwrap();

@@ -1,7 +1,8 @@
-//! One layer's bytes as they come out of the proxy.
+//! The stream of one layer from the proxy.
 //!
-//! The proxy closes a layer's pipe only when asked to finish it. The size that the manifest gives says when to
-//! ask; and when bytes stay away before that, asking tells whether the transfer broke.
+//! The proxy closes a layer's pipe only after a request to finish the layer. The reader sends this request when it has
+//! read as many bytes as the manifest lists. It also sends the request when no bytes arrive for a while, because the
+//! answer shows if the transfer failed.
 
 use std::time::Duration;
 
@@ -11,12 +12,12 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use super::{Failure, Kind};
 
-/// Bytes read at a time.
+/// Bytes in one read.
 const READ: usize = 128 * 1024;
-/// How long bytes may stay away before the proxy is asked what became of them.
+/// Time without bytes after which the proxy is asked to finish the layer.
 const ASK_AFTER: Duration = Duration::from_secs(3);
 
-/// The bytes of a layer, and in the end what the proxy says about them.
+/// The bytes of a layer, and at the end the proxy's verdict about size and digest.
 pub struct LayerStream<'a> {
     pub(super) name: String,
     pub(super) reader: Box<dyn AsyncRead + Send + Unpin + 'a>,
@@ -30,24 +31,25 @@ pub struct LayerStream<'a> {
 }
 
 impl LayerStream<'_> {
-    /// The next piece; `None` at the end, once the proxy has found size and digest right. Errors:
-    /// silence for too long, a broken transfer, a size or digest that the manifest does not name.
+    /// Returns the next piece, or `None` at the end, after the proxy has confirmed size and digest.
+    ///
+    /// # Errors
+    /// No bytes for longer than the idle timeout, a failed transfer, or a size or digest that differs from the manifest.
     pub async fn next(&mut self) -> Result<Option<Vec<u8>>, Failure> {
         if self.total >= self.size {
             return self.finish().await.map(|()| None);
         }
-        // Filled without being zeroed first.
+        // `read_buf` fills the capacity, so it need not be zeroed.
         let mut piece = Vec::with_capacity(READ);
         let (ask, deadline) = (Instant::now() + ASK_AFTER, Instant::now() + self.idle);
         loop {
             tokio::select! {
                 biased;
                 read = self.reader.read_buf(&mut piece) => {
-                    let count = read.map_err(|error| self.fail(Kind::Network, format!("reading: {error}")))?;
+                    let count = read.map_err(|error| self.fail(Kind::Network, format!("cannot read the layer: {error}")))?;
                     if count == 0 {
-                        // A short blob has a wrong digest too, but being short is the better reason:
-                        // another attempt can help.
-                        let short = format!("ended after {} of {} bytes", self.total, self.size);
+                        // A short blob also has a wrong digest, but `Truncated` is retried.
+                        let short = format!("the layer ended after {} of {} bytes", self.total, self.size);
                         return Err(self.fail(Kind::Truncated, short));
                     }
                     self.total += count as u64;
@@ -56,7 +58,7 @@ impl LayerStream<'_> {
                 verdict = &mut self.verdict, if self.asked && !self.answered => {
                     self.answered = true;
                     match verdict {
-                        // What is still in the pipe tells whether it is wrong or only short.
+                        // The rest of the pipe shows if the blob is wrong or only short.
                         Err(failure) if failure.kind == Kind::BadDigest => self.wrong = Some(failure),
                         verdict => verdict?,
                     }
@@ -64,7 +66,7 @@ impl LayerStream<'_> {
                 () = sleep_until(ask), if !self.asked => self.asked = true,
                 () = sleep_until(deadline) => {
                     let silent = self.idle.as_secs();
-                    return Err(self.fail(Kind::Network, format!("nothing came for {silent} s, after {} of {} bytes", self.total, self.size)));
+                    return Err(self.fail(Kind::Network, format!("received nothing for {silent} s, after {} of {} bytes", self.total, self.size)));
                 }
             }
         }
@@ -79,13 +81,13 @@ impl LayerStream<'_> {
                     verdict?;
                 }
                 read = self.reader.read(&mut rest), if !ended => {
-                    // What is too much is read past: the proxy could not answer while it is stuck with it.
-                    let count = read.map_err(|error| self.fail(Kind::Network, format!("reading: {error}")))?;
+                    // Excess bytes are read too: the proxy does not answer until the pipe is empty.
+                    let count = read.map_err(|error| self.fail(Kind::Network, format!("cannot read the layer: {error}")))?;
                     extra += count as u64;
                     ended = count == 0;
                 }
                 () = sleep(self.idle) => {
-                    return Err(self.fail(Kind::Network, "the proxy does not finish it".to_owned()));
+                    return Err(self.fail(Kind::Network, "skopeo did not finish the layer in time".to_owned()));
                 }
             }
         }
@@ -93,12 +95,12 @@ impl LayerStream<'_> {
             return Err(wrong);
         }
         if extra > 0 {
-            return Err(self.fail(Kind::BadDigest, format!("has {extra} bytes more than the manifest says")));
+            return Err(self.fail(Kind::BadDigest, format!("the layer has {extra} bytes more than the manifest lists")));
         }
         Ok(())
     }
 
-    fn fail(&self, kind: Kind, what: String) -> Failure {
-        Failure::new(kind, format!("{}: {what}", self.name))
+    fn fail(&self, kind: Kind, cause: String) -> Failure {
+        Failure::new(kind, format!("{}: {cause}", self.name))
     }
 }

@@ -1,15 +1,15 @@
-//! The choice among the node images of a release payload.
+//! The chosen node image of a release payload.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// The choice of the node image in a release payload.
+/// The node image that was chosen in a release payload.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageChoice {
-    /// Its name in the payload.
+    /// Name of the image in the payload.
     pub tag: String,
-    /// What decided.
+    /// Reason of the choice.
     pub reason: String,
 }
 

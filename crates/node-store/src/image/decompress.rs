@@ -1,4 +1,4 @@
-//! From a blob's bytes to the archive's, with the diff id taken on the way.
+//! Decompresses blobs and computes their diff ids.
 
 use std::io::{self, BufReader, Read};
 
@@ -6,16 +6,16 @@ use sha2::{Digest, Sha256};
 
 use super::Compression;
 
-/// The size of the pieces handed on. Large enough that handing over costs nothing, small enough that
-/// a handful of them in flight per layer is a few megabytes.
+/// Bytes in one decompressed piece: large enough that passing it on is cheap, small enough that several pieces per layer
+/// need only a few megabytes.
 const PIECE: usize = 256 * 1024;
 
-/// zstd frames may ask for a window of up to 2 GiB; this many bits (32 MiB) is what we hold for them. With
-/// four layers at once that is most of the 150 MiB that a pull may take.
+/// Largest supported zstd window, as a power of two (32 MiB). zstd allows 2 GiB. With four layers at once, this is most
+/// of the 150 MiB of memory that a pull may use.
 const ZSTD_WINDOW_BITS: u32 = 25;
 
-/// Reads `input` to its end, hands the decompressed bytes on in pieces and returns their SHA-256.
-/// Once `sink` answers false nothing is handed on any more, but the digest is still taken of all.
+/// Reads `input` to its end, passes the decompressed bytes to `sink` in pieces, and returns their SHA-256. After `sink`
+/// returns false it is not called again, but the digest still covers all bytes.
 pub(crate) fn decompress(
     compression: Compression,
     input: impl Read,
@@ -24,31 +24,31 @@ pub(crate) fn decompress(
     pump(decoder(compression, input)?, sink)
 }
 
-/// A reader of what `input` holds.
+/// Returns a reader of the decompressed bytes of `input`.
 pub(crate) fn decoder<'a>(compression: Compression, input: impl Read + 'a) -> io::Result<Box<dyn Read + 'a>> {
     Ok(match compression {
         Compression::None => Box::new(input),
-        // A gzip blob may be several gzip files in a row (pigz, zstd:chunked's ancestor estargz).
+        // A gzip blob may be several gzip files in a row (pigz, estargz).
         Compression::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(BufReader::with_capacity(PIECE, input))),
         Compression::Zstd => {
             let mut decoder = zstd::stream::read::Decoder::new(input)?;
             decoder.window_log_max(ZSTD_WINDOW_BITS)?;
-            Box::new(WindowTold(decoder))
+            Box::new(WithWindowAdvice(decoder))
         }
     })
 }
 
-/// Says what to do about a window that is too large; the library says only that memory is short.
-struct WindowTold<R>(R);
+/// Replaces the zstd library's error about a window that is too large, which mentions only memory.
+struct WithWindowAdvice<R>(R);
 
-impl<R: Read> Read for WindowTold<R> {
+impl<R: Read> Read for WithWindowAdvice<R> {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
         self.0.read(out).map_err(|error| match error.to_string().contains("too much memory") {
             true => io::Error::new(
                 io::ErrorKind::InvalidData,
                 format!(
-                    "it was compressed with a zstd window of more than {} MiB, which is all that is held for one: \
-                     compress it without --long, or with --long={ZSTD_WINDOW_BITS}",
+                    "the layer has a zstd window of more than {} MiB, the supported maximum; compress it without \
+                     --long, or with --long={ZSTD_WINDOW_BITS}",
                     (1_u32 << ZSTD_WINDOW_BITS) >> 20
                 ),
             ),
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn zstd_windows_and_frames_to_be_skipped() {
+    fn zstd_windows_are_limited_and_skippable_frames_are_skipped() {
         let data: Vec<u8> = (0..500_000_u32).flat_map(u32::to_le_bytes).collect();
         let window = |bits| {
             let mut encoder = zstd::stream::write::Encoder::new(Vec::new(), 1).unwrap();
@@ -129,9 +129,9 @@ mod tests {
         for bits in [10, 23, 24, 25] {
             assert!(run(Compression::Zstd, &window(bits)).unwrap().0 == data, "{bits}");
         }
-        let told = run(Compression::Zstd, &window(26)).unwrap_err().to_string();
-        assert!(told.contains("32 MiB") && told.contains("--long=25"), "{told}");
-        // zstd:chunked: a frame for each part, frames to be skipped with its list and footer.
+        let error = run(Compression::Zstd, &window(26)).unwrap_err().to_string();
+        assert!(error.contains("32 MiB") && error.contains("--long=25"), "{error}");
+        // zstd:chunked: a frame for each part, then skippable frames with the list of parts and the footer.
         let skipped = |content: &[u8]| {
             [&0x184d_2a50_u32.to_le_bytes()[..], &(content.len() as u32).to_le_bytes(), content].concat()
         };
@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_behind_a_blob_is_refused() {
+    fn bytes_after_the_end_of_a_blob_are_refused() {
         let data = vec![b'x'; 100_000];
         for (compression, blob) in
             [(Compression::Gzip, gzip(&data)), (Compression::Zstd, zstd::encode_all(data.as_slice(), 1).unwrap())]
@@ -168,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn the_digest_is_of_everything_even_when_nobody_listens() {
+    fn the_digest_covers_all_bytes_after_the_sink_has_stopped() {
         let data = vec![7; 3 * PIECE];
         let mut pieces = 0;
         let digest = decompress(Compression::None, data.as_slice(), &mut |_| {

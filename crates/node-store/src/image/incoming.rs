@@ -1,10 +1,10 @@
-//! A blob's pieces, as they arrive on an async task, read on a thread.
+//! A blocking reader of the pieces that an async task receives.
 
 use std::io::{self, Read};
 
 use tokio::sync::mpsc;
 
-/// The decompressor's view of the pieces that the async end sends.
+/// Reads the pieces that an async task sends. Blocks while there is none.
 pub(crate) struct Incoming {
     channel: mpsc::Receiver<Vec<u8>>,
     current: Vec<u8>,

@@ -1,84 +1,87 @@
-//! Which layers an image has and what they are for, read from its manifest and config alone.
+//! The layers of an image and their purposes, as its manifest and config describe them.
 //!
-//! Format source: the OCI image specification, and the labels and annotations that ostree-ext
-//! writes (`ostree.final-diffid`, `ostree.commit`, `ostree.components`).
+//! Format source: the OCI image specification, and ostree-ext's labels and annotations (`ostree.final-diffid`,
+//! `ostree.commit`, `ostree.components`).
 
 use oci_spec::image::{Descriptor, ImageConfiguration, ImageManifest, MediaType};
 
 use super::{Failure, Kind};
 
-/// How a layer is compressed, as its media type says.
+/// Compression of a layer according to its media type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Compression {
-    /// A plain tar archive.
+    /// No compression.
     None,
     /// gzip.
     Gzip,
-    /// zstd (zstd:chunked is zstd with frames to be skipped).
+    /// zstd. zstd:chunked is zstd with skippable frames.
     Zstd,
 }
 
-/// One layer, as the manifest, the config and the annotations describe it.
+/// One layer as the manifest, the config and the annotations describe it.
 #[derive(Debug, Clone)]
 pub struct Layer {
     /// Position in the manifest, from 0.
     pub index: usize,
-    /// The blob: digest and compressed size in bytes.
+    /// Digest of the blob and compressed size in bytes.
     pub descriptor: Descriptor,
     /// SHA-256 of the uncompressed archive: `sha256:…`.
     pub diff_id: String,
-    /// How the blob is compressed.
+    /// Compression of the blob.
     pub compression: Compression,
-    /// Names of the components (packages) in the layer; empty when it says none.
+    /// Names of the components (packages) in the layer. Empty if there is no annotation.
     pub components: Vec<String>,
 }
 
 impl Layer {
-    /// The blob's digest: `sha256:…`.
+    /// Returns the digest of the blob: `sha256:…`.
     pub fn digest(&self) -> String {
         self.descriptor.digest().to_string()
     }
 
-    /// The blob's size in bytes.
+    /// Returns the compressed size in bytes.
     pub fn size(&self) -> u64 {
         self.descriptor.size()
     }
 }
 
-/// The layers of an encapsulated image by purpose, and the commit it says to hold.
+/// The layers of an encapsulated image by purpose, and its commit.
 #[derive(Debug, Clone)]
 pub struct Layout {
-    /// The commit that the label `ostree.commit` names.
+    /// Commit from the label `ostree.commit`.
     pub commit: String,
-    /// The first layer: commit, dirtrees, dirmetas and the content that no chunk claims.
+    /// First layer: commit, dirtrees, dirmetas and the content that is in no chunk.
     pub commit_layer: Layer,
-    /// Further layers with content of the commit.
+    /// Other layers with content of the commit.
     pub chunks: Vec<Layer>,
-    /// Plain layers on top of the commit.
+    /// Plain layers above the commit.
     pub derived: Vec<Layer>,
 }
 
 impl Layout {
-    /// All layers in the manifest's order.
+    /// Iterates over all layers in the manifest's order.
     pub fn layers(&self) -> impl Iterator<Item = &Layer> {
         self.encapsulated().chain(&self.derived)
     }
 
-    /// The layers that hold the commit, without the plain ones on top.
+    /// Iterates over the layers with the commit, without plain layers.
     pub fn encapsulated(&self) -> impl Iterator<Item = &Layer> {
         std::iter::once(&self.commit_layer).chain(&self.chunks)
     }
 }
 
-/// Reads the layout of `image` (named in errors only) and refuses what is no encapsulated image, or
-/// one for another machine than `architecture` (in Go's terms: `amd64`, `arm64`, `ppc64le`, `s390x`).
+/// Returns the layout of an encapsulated image. `image` is its name for messages; `architecture` is in Go's terms
+/// (`amd64`, `arm64`, `ppc64le`, `s390x`).
+///
+/// # Errors
+/// The image is not encapsulated, is malformed, or is for another architecture.
 pub fn layout(
     image: &str,
     manifest: &ImageManifest,
     config: &ImageConfiguration,
     architecture: &str,
 ) -> Result<Layout, Failure> {
-    let bad = |what: String| Failure::new(Kind::BadFormat, format!("image {image} {what}"));
+    let bad = |fault: String| Failure::new(Kind::BadFormat, format!("image {image} {fault}"));
     let actual = config.architecture().to_string();
     if actual != architecture {
         let message = format!("image {image} is for {actual}, but this machine is {architecture}");
@@ -92,14 +95,14 @@ pub fn layout(
         return Err(bad("is not ostree-encapsulated: its config has no label ostree.commit".into()));
     };
     if commit.parse::<crate::store::ObjectId>().is_err() {
-        return Err(bad(format!("has a label ostree.commit that is no checksum: {commit:?}")));
+        return Err(bad(format!("has an invalid label ostree.commit: expected a checksum, found {commit:?}")));
     }
     let mut all = layers(image, manifest, config)?;
     let diff_ids = config.rootfs().diff_ids();
     let mut positions = diff_ids.iter().enumerate().filter(|(_, id)| **id == final_diff_id).map(|(index, _)| index);
-    // With equal layers in a row (empty ones, say) the last of them ends the commit.
+    // If the layer occurs several times (empty layers are equal), the last one ends the commit.
     let Some(last) = positions.next_back() else {
-        return Err(bad(format!("names {final_diff_id} in its label ostree.final-diffid, but has no such layer")));
+        return Err(bad(format!("has no layer {final_diff_id}, which its label ostree.final-diffid names")));
     };
     let derived = all.split_off(last + 1);
     let mut encapsulated = all.into_iter();
@@ -107,28 +110,28 @@ pub fn layout(
     Ok(Layout { commit, commit_layer, chunks: encapsulated.collect(), derived })
 }
 
-/// The most layers that an image may have. Container storage takes at most 500; a manifest of 4 MiB can name 20,000.
+/// Limit of the layers of an image. Container storage supports 500; a manifest of 4 MiB can list 20,000.
 const MOST_LAYERS: usize = 1024;
 
-/// All layers of any image, in the manifest's order.
+/// Returns the layers of any image in the manifest's order.
 pub(super) fn layers(
     image: &str,
     manifest: &ImageManifest,
     config: &ImageConfiguration,
 ) -> Result<Vec<Layer>, Failure> {
-    let bad = |what: String| Failure::new(Kind::BadFormat, format!("image {image} {what}"));
+    let bad = |fault: String| Failure::new(Kind::BadFormat, format!("image {image} {fault}"));
     let (layers, diff_ids) = (manifest.layers(), config.rootfs().diff_ids());
     if layers.len() != diff_ids.len() {
         return Err(bad(format!("has {} layers but {} diff ids", layers.len(), diff_ids.len())));
     }
-    // Later sums may then be plain sums.
+    // Later code adds these sizes without checks.
     if layers.iter().try_fold(0_u64, |sum, layer| sum.checked_add(layer.size())).is_none() {
-        return Err(bad("has layers of more than 16 EiB together".into()));
+        return Err(bad("has layers with a total size of more than 16 EiB".into()));
     }
     if layers.len() > MOST_LAYERS {
         return Err(Failure {
             advice: "build the image with fewer layers",
-            ..bad(format!("has {} layers, and at most {MOST_LAYERS} are supported", layers.len()))
+            ..bad(format!("has {} layers: expected at most {MOST_LAYERS}", layers.len()))
         });
     }
     let mut all = Vec::with_capacity(layers.len());
@@ -138,7 +141,7 @@ pub(super) fn layers(
             return Err(bad(format!("has layer {index} ({}) of the unknown type {media_type}", descriptor.digest())));
         };
         if !diff_id.starts_with("sha256:") {
-            return Err(bad(format!("has a diff id that is not a sha256: {diff_id}")));
+            return Err(bad(format!("has an invalid diff id: expected sha256:…, found {diff_id}")));
         }
         let components = descriptor
             .annotations()
@@ -151,7 +154,7 @@ pub(super) fn layers(
     Ok(all)
 }
 
-/// The compression that a media type stands for, OCI's or docker's; `None` for what is no layer.
+/// Returns the compression of an OCI or docker media type, or `None` if it is not that of a layer.
 fn compression(media_type: &MediaType) -> Option<Compression> {
     let name = media_type.to_string();
     let name = name.replace(".nondistributable", "").replace(".foreign", "");
@@ -167,7 +170,7 @@ fn compression(media_type: &MediaType) -> Option<Compression> {
     })
 }
 
-/// This machine's architecture in Go's terms, as images name it.
+/// Returns this machine's architecture in Go's terms, as images name it.
 pub fn machine_architecture() -> &'static str {
     match std::env::consts::ARCH {
         "x86_64" => "amd64",
@@ -215,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn layers_by_purpose() {
+    fn layers_are_split_by_purpose() {
         let types =
             [GZIP, "application/vnd.oci.image.layer.v1.tar+zstd", "application/vnd.docker.image.rootfs.diff.tar.gzip"];
         let layout = layout("img", &manifest(&types), &config(3, labels(1)), "amd64").unwrap();
@@ -230,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn refusals_name_the_image_and_what_is_missing() {
+    fn errors_name_the_image_and_the_fault() {
         let good = manifest(&[GZIP]);
         for (manifest, config, machine, kind, words) in [
             (good.clone(), config(1, labels(0)), "arm64", Kind::WrongArchitecture, vec!["amd64", "arm64"]),
@@ -247,7 +250,7 @@ mod tests {
                 config(1, json!({"ostree.final-diffid": digest(100), "ostree.commit": "x"})),
                 "amd64",
                 Kind::BadFormat,
-                vec!["no checksum"],
+                vec!["expected a checksum"],
             ),
             (
                 {
@@ -261,7 +264,7 @@ mod tests {
                 vec!["16 EiB"],
             ),
             (good.clone(), config(2, labels(0)), "amd64", Kind::BadFormat, vec!["1 layers but 2 diff ids"]),
-            (good.clone(), config(1, labels(5)), "amd64", Kind::BadFormat, vec!["no such layer"]),
+            (good.clone(), config(1, labels(5)), "amd64", Kind::BadFormat, vec!["has no layer"]),
             (
                 manifest(&vec![GZIP; MOST_LAYERS + 1]),
                 config(MOST_LAYERS + 1, labels(0)),

@@ -1,10 +1,9 @@
-//! Pull specs, the image proxy, and what can go wrong on the way to a manifest.
+//! Images in registries: pull specs, manifests, layer streams, release payloads, and the classes of failures.
 //!
-//! This room turns a pull spec into a verified manifest, config and layer streams through
-//! `containers-image-proxy` (skopeo: registries.conf, mirrors, policy.json, proxies and auth files,
-//! none of it reimplemented), finds the node image that a release payload names, and classifies every
-//! failure as worth retrying or not. What layers are made of (compression, tar) is read here too.
-//! It may not touch ostree, the store, or the running system.
+//! This module turns a pull spec into a verified manifest, config and layer streams. It uses `containers-image-proxy`:
+//! skopeo handles registries.conf, mirrors, policy.json, proxies and auth files. The module also finds the node image that
+//! a release payload names, decides which failures are retried, and decompresses and parses layers. It does not touch
+//! ostree repos or the running system.
 
 mod blob;
 mod choice;
@@ -36,13 +35,13 @@ pub use stream::{PULL_SCRIPT, TagHints};
 
 use serde::{Deserialize, Serialize};
 
-/// What resolve hands to pull: one image, pinned by digest.
+/// Result of the resolve phase: one image, pinned by digest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ResolvedImage {
-    /// The pull spec as the operator wrote it.
+    /// Pull spec as the operator wrote it.
     pub requested: String,
-    /// The same image by digest: `registry/name@sha256:…`.
+    /// Pull spec of the same image by digest: `registry/name@sha256:…`.
     pub pinned: String,
-    /// The digest of the (per-architecture) manifest: `sha256:…`.
+    /// Digest of the manifest for this machine's architecture: `sha256:…`.
     pub digest: String,
 }

@@ -1,10 +1,10 @@
-//! Signature policy where skopeo leaves it out.
+//! The signature policy for old versions of skopeo.
 //!
-//! skopeo serves as a proxy since 1.4, but looks at `policy.json` there only since 1.13. With an older
-//! one, images that the policy accepts as they are can be pulled, and all others are refused: a
-//! signature that nobody checks is none. From 1.13 on, skopeo enforces the policy and this does nothing.
+//! skopeo has a proxy mode since version 1.4, but applies `policy.json` in it only since 1.13. With an older skopeo, the
+//! agent accepts only images for which the policy requires no signature, and refuses all others. From 1.13 on, skopeo
+//! enforces the policy and this module does nothing.
 //!
-//! Format source: containers-policy.json(5): which scope applies to an image.
+//! Format source: containers-policy.json(5), which defines the scope that applies to an image.
 
 use std::path::PathBuf;
 
@@ -15,64 +15,65 @@ use super::{Failure, Kind};
 /// The first skopeo whose proxy enforces the policy.
 const ENFORCES: (u32, u32) = (1, 13);
 
-/// What to do about the policy before an image is used.
+/// The program that enforces the policy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Enforcement {
-    /// skopeo does it.
+    /// skopeo.
     BySkopeo,
-    /// It is ours; the text is what skopeo says to be.
-    ByUs(String),
+    /// The agent, because skopeo is too old. Holds skopeo's version.
+    ByAgent(String),
 }
 
 impl Enforcement {
-    /// From what `skopeo --version` says. What cannot be read is taken for an old one.
-    pub(super) fn of_version(said: &str) -> Self {
-        let version = said.split_whitespace().last().unwrap_or("of an unknown version");
+    /// Parses the output of `skopeo --version`. Unknown output counts as an old version.
+    pub(super) fn of_version(output: &str) -> Self {
+        let version = output.split_whitespace().last().unwrap_or("of an unknown version");
         let mut numbers = version.split(['.', '-', '+']).map(|part| part.parse::<u32>().ok());
         match (numbers.next().flatten(), numbers.next().flatten()) {
             (Some(major), Some(minor)) if (major, minor) >= ENFORCES => Self::BySkopeo,
-            _ => Self::ByUs(version.chars().take(40).collect()),
+            _ => Self::ByAgent(version.chars().take(40).collect()),
         }
     }
 
-    /// Refuses an image (`registry/name:tag` or `…@digest`) that the policy does not accept as it is.
+    /// Refuses an image (`registry/name:tag` or `…@digest`) that the policy does not accept without a signature, if skopeo
+    /// does not enforce the policy.
     pub(super) fn check(&self, image: &str) -> Result<(), Failure> {
-        let Self::ByUs(version) = self else { return Ok(()) };
-        let refuse = |what: String| Err(Failure::new(Kind::Policy, format!("{image}: {what}")));
+        let Self::ByAgent(version) = self else { return Ok(()) };
+        let refuse = |cause: String| Err(Failure::new(Kind::Policy, format!("cannot use {image}: {cause}")));
         let Some(path) = policy_path() else {
-            return refuse("there is no policy.json that says whether it may be used".into());
+            return refuse("/etc/containers/policy.json does not exist".into());
         };
         let shown = path.display();
         let text = match std::fs::read(&path) {
             Ok(text) => text,
-            Err(error) => return refuse(format!("reading {shown}: {error}")),
+            Err(error) => return refuse(format!("cannot read {shown}: {error}")),
         };
         let requirements = serde_json::from_slice(&text).map_err(|error| error.to_string());
         match requirements.and_then(|policy: Value| verdict(&policy, image)) {
             Ok(Verdict::Accepted) => Ok(()),
-            Ok(Verdict::Rejected) => refuse(format!("is rejected by {shown}")),
+            Ok(Verdict::Rejected) => refuse(format!("{shown} rejects the image")),
             Ok(Verdict::Needs(kind)) => refuse(format!(
-                "{shown} wants it to be {kind}, but skopeo {version} checks no signatures when it serves as a \
-                 proxy; install skopeo 1.13 or later"
+                "{shown} requires {kind}, but skopeo {version} does not check signatures in proxy mode; install \
+                 skopeo 1.13 or later"
             )),
-            Err(why) => refuse(format!("{shown} cannot be used: {why}")),
+            Err(why) => refuse(format!("{shown} is invalid: {why}")),
         }
     }
 }
 
-/// What a policy says of one image.
+/// Verdict of a policy about one image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Verdict {
-    /// Without any signature.
+    /// Accepted without a signature.
     Accepted,
     Rejected,
     /// Requires a signature of this kind.
     Needs(String),
 }
 
-/// The policy that skopeo reads: the user's own before the system's.
+/// Returns the policy file that skopeo reads: the user's file if it exists, otherwise the system's.
 pub(super) fn policy_path() -> Option<PathBuf> {
-    // Services have no HOME; skopeo then asks the user database, and the agent is root.
+    // A service has no HOME. skopeo then asks the user database, and the agent runs as root.
     let home = std::env::var_os("HOME").filter(|home| !home.is_empty()).unwrap_or_else(|| "/root".into());
     let own = PathBuf::from(home).join(".config/containers/policy.json");
     [own, PathBuf::from("/etc/containers/policy.json")].into_iter().find(|path| path.exists())
@@ -84,21 +85,22 @@ fn verdict(policy: &Value, image: &str) -> Result<Verdict, String> {
         .iter()
         .find_map(|scope| docker.and_then(|docker| docker.get(scope)))
         .or_else(|| policy.get("default"))
-        .ok_or("it has no default")?;
-    let requirements = requirements.as_array().filter(|all| !all.is_empty()).ok_or("it has no list of requirements")?;
+        .ok_or("default is missing")?;
+    let requirements =
+        requirements.as_array().filter(|all| !all.is_empty()).ok_or("the list of requirements is missing or empty")?;
     let mut verdict = Verdict::Accepted;
     for requirement in requirements {
         match requirement.get("type").and_then(Value::as_str) {
             Some("insecureAcceptAnything") => {}
             Some("reject") => return Ok(Verdict::Rejected),
             Some(kind) => verdict = Verdict::Needs(kind.chars().take(40).collect()),
-            None => return Err("it has a requirement without a type".into()),
+            None => return Err("a requirement has no type".into()),
         }
     }
     Ok(verdict)
 }
 
-/// The scopes that an image is in, the narrowest first.
+/// Returns the scopes that contain an image, the narrowest first.
 fn scopes(image: &str) -> Vec<String> {
     let mut scopes = vec![image.to_owned()];
     let repository = match image.split_once('@') {
@@ -116,7 +118,7 @@ fn scopes(image: &str) -> Vec<String> {
             None => break,
         }
     }
-    // Then wildcards for the host's subdomains, and the transport's own default.
+    // Then the wildcards for subdomains, and the default of the transport.
     let host = part.rsplit_once(':').map_or(part, |(host, _)| host);
     let mut rest = host;
     while let Some((_, parent)) = rest.split_once('.') {
@@ -134,8 +136,8 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn versions() {
-        for (said, by_us) in [
+    fn only_old_versions_of_skopeo_need_the_agent() {
+        for (output, by_agent) in [
             ("skopeo version 1.9.3", true),
             ("skopeo version 1.12.0", true),
             ("skopeo version 1.13.0", false),
@@ -144,7 +146,7 @@ mod tests {
             ("nonsense", true),
             ("", true),
         ] {
-            assert_eq!(Enforcement::of_version(said) != Enforcement::BySkopeo, by_us, "{said}");
+            assert_eq!(Enforcement::of_version(output) != Enforcement::BySkopeo, by_agent, "{output}");
         }
     }
 

@@ -1,7 +1,7 @@
-//! One skopeo process, driven over its socket by one reader.
+//! A skopeo process in proxy mode, used by one reader through its socket.
 //!
-//! A proxy that was asked to finish a layer answers nothing else until the last byte of that layer has come. With a
-//! process for each reader, a registry that stalls one layer holds up only the reader of that layer.
+//! After a request to finish a layer, the proxy answers no other request before the last byte of that layer has arrived.
+//! Each reader has a separate process, so a registry that stalls one layer delays only the reader of that layer.
 
 use std::sync::Arc;
 use std::sync::mpsc;
@@ -15,15 +15,15 @@ use tokio::io::AsyncReadExt;
 use super::policy::policy_path;
 use super::{Failure, Kind, Layer, LayerStream, PullSpec, ResolvedImage, Source, classify};
 
-/// A running skopeo, and the image that it has open.
+/// A running skopeo process and the image that it has open.
 pub(super) struct Proxy {
     skopeo: ImageProxy,
     opened: Option<(String, Arc<OpenedImage>)>,
     _parent: Parent,
 }
 
-/// Keeps the thread whose child skopeo is. The kernel ends skopeo together with that thread (PR_SET_PDEATHSIG in
-/// prctl(2)), even while skopeo waits for a silent registry and would not notice that its reader is gone.
+/// Keeps the thread that started skopeo. The kernel ends skopeo together with that thread (PR_SET_PDEATHSIG in prctl(2)).
+/// Without this, a skopeo that waits for a silent registry would not notice that its reader has ended.
 struct Parent(#[allow(dead_code)] mpsc::Sender<()>);
 
 impl Proxy {
@@ -44,34 +44,35 @@ impl Proxy {
     }
 }
 
-/// A proxy at work for one reader. One that is dropped, for example after a failure, ends its skopeo process.
+/// A reader with its skopeo process. Dropping it, for example after a failure, ends the process.
 pub struct Reader<'a> {
     pub(super) source: &'a Source,
     pub(super) proxy: Proxy,
 }
 
 impl Reader<'_> {
-    /// Keeps the proxy for the next reader. Only after a success: after a failure it may be in any state.
+    /// Keeps the process for the next reader. Call this only after success, because after a failure the process may be in
+    /// any state.
     pub fn give_back(self) {
-        self.source.take_back(self.proxy);
+        self.source.keep(self.proxy);
     }
 
     /// Starts to fetch a layer.
     pub async fn layer(&mut self, image: &ResolvedImage, layer: &Layer) -> Result<LayerStream<'_>, Failure> {
         let name = format!("{} layer {} ({})", image.pinned, layer.index, layer.digest());
         let opened = self.opened(image).await?;
-        // The raw variant of newer proxies leaves the digest to us; this one verifies it in skopeo,
-        // in another process and so on another core.
+        // With the raw variant of newer proxies the agent would have to compute the digest. In skopeo, another core
+        // computes it.
         let blob = self.proxy.skopeo.get_blob(&opened, layer.descriptor.digest(), layer.size());
-        let (reader, verdict) = self.request(&name, "layer", blob).await?;
+        let (reader, verdict) = self.request(&name, blob).await?;
         let stream_name = name.clone();
-        let verdict = verdict.map(move |result| result.map_err(|error| failure(&name, "layer", &error))).boxed();
+        let verdict = verdict.map(move |result| result.map_err(|error| failure(&name, &error))).boxed();
         Ok(LayerStream {
             name: stream_name,
             reader: Box::new(reader),
             verdict,
             size: layer.size(),
-            idle: self.source.patience(),
+            idle: self.source.idle_timeout(),
             total: 0,
             asked: false,
             answered: false,
@@ -89,7 +90,7 @@ impl Reader<'_> {
         Ok(ResolvedImage { requested, pinned, digest })
     }
 
-    /// The manifest and config of an image, checked against its digest.
+    /// Returns the manifest and config of an image, compared with its digest.
     pub(super) async fn manifest(
         &mut self,
         image: &ResolvedImage,
@@ -98,7 +99,7 @@ impl Reader<'_> {
         let opened = self.opened(image).await?;
         let (digest, raw) = self.raw_manifest(name, &opened).await?;
         if digest != image.digest {
-            let message = format!("the registry answered with manifest {digest} when asked for {name}");
+            let message = format!("the registry sent the manifest {digest} instead of {name}");
             return Err(Failure::new(Kind::BadDigest, message));
         }
         let manifest: ImageManifest = serde_json::from_slice(&raw)
@@ -126,9 +127,9 @@ impl Reader<'_> {
         Ok(opened)
     }
 
-    /// The image by the name that it was asked for. Signatures, and scopes of the policy, may be those of a
-    /// tag or of an index, and say nothing about the one manifest in it. What the policy accepts under that
-    /// name must be the pinned manifest still, or the refusal stands.
+    /// Opens the image by the name that the operator wrote, after the policy refused it by digest. Signatures and scopes
+    /// of the policy may be for a tag or an index, and not for one manifest. If the name no longer leads to the pinned
+    /// manifest, returns the refusal.
     async fn open_as_requested(&self, image: &ResolvedImage, refused: Failure) -> Result<Arc<OpenedImage>, Failure> {
         let opened = match self.open(&image.requested).await {
             Ok(opened) => opened,
@@ -142,13 +143,13 @@ impl Reader<'_> {
     async fn open(&self, name: &str) -> Result<Arc<OpenedImage>, Failure> {
         self.source.check_policy(name)?;
         let reference = format!("docker://{name}");
-        self.request(name, "image", self.proxy.skopeo.open_image(&reference)).await.map(Arc::new)
+        self.request(name, self.proxy.skopeo.open_image(&reference)).await.map(Arc::new)
     }
 
-    /// The config's bytes, as the manifest's digest names them.
+    /// Returns the bytes of the config with the digest in the manifest.
     ///
-    /// It is a blob like any other, unless the manifest was converted from docker's form: then it names a
-    /// config that was converted too, which is in no registry and which only the proxy's "full config" is.
+    /// The config is a normal blob unless skopeo converted the manifest from docker's form. Then the config was converted,
+    /// too: it is in no registry, and only the proxy's "full config" returns it.
     async fn config(
         &self,
         name: &str,
@@ -157,54 +158,51 @@ impl Reader<'_> {
         converted: bool,
     ) -> Result<Vec<u8>, Failure> {
         const LARGEST: u64 = 8 << 20;
+        let subject = format!("the config of {name}");
         let descriptor = manifest.config();
         let expected = descriptor.digest().to_string();
         if converted {
-            let full = self.request(name, "config", self.proxy.skopeo.fetch_config_raw(opened)).await?;
+            let full = self.request(&subject, self.proxy.skopeo.fetch_config_raw(opened)).await?;
             if sha256(&full) == expected {
                 return Ok(full);
             }
         }
         if descriptor.size() > LARGEST {
-            let message = format!("the config of {name} has {} bytes", descriptor.size());
+            let message = format!("{subject} has {} bytes: expected at most {LARGEST}", descriptor.size());
             return Err(Failure::new(Kind::BadFormat, message));
         }
         let blob = self.proxy.skopeo.get_blob(opened, descriptor.digest(), descriptor.size());
-        let (reader, verdict) = self.request(name, "config", blob).await?;
+        let (reader, verdict) = self.request(&subject, blob).await?;
         let mut raw = Vec::new();
-        // The proxy closes the pipe when it is asked for its verdict, not before.
+        // The proxy closes the pipe only after the request to finish it.
         let both = async {
             let mut limited = reader.take(LARGEST + 1);
             let (read, verdict) = futures_util::future::join(limited.read_to_end(&mut raw), verdict).await;
             verdict.and_then(|()| read.map_err(ProxyError::from))
         };
-        self.request(name, "config", both).await?;
+        self.request(&subject, both).await?;
         let actual = sha256(&raw);
         if actual != expected {
-            let message = format!("the config of {name} has the digest {actual}, not {expected}");
+            let message = format!("{subject} has the digest {actual}: expected {expected}");
             return Err(Failure::new(Kind::BadDigest, message));
         }
         Ok(raw)
     }
 
-    /// The manifest in OCI's form, and the digest of what the registry sent. That digest is skopeo's word: it checks
-    /// manifests that are named by digest, by us or by an index, and may convert them, so that the bytes here need
-    /// not hash to it.
+    /// Returns the manifest in OCI's form, and the digest of the manifest that the registry sent. skopeo computes that
+    /// digest and compares it with a digest in the name or in an index. It may then convert the manifest, so the returned
+    /// bytes can have another digest.
     async fn raw_manifest(&self, name: &str, opened: &OpenedImage) -> Result<(String, Vec<u8>), Failure> {
-        self.request(name, "manifest", self.proxy.skopeo.fetch_manifest_raw_oci(opened)).await
+        let subject = format!("the manifest of {name}");
+        self.request(&subject, self.proxy.skopeo.fetch_manifest_raw_oci(opened)).await
     }
 
-    async fn request<T>(
-        &self,
-        name: &str,
-        what: &str,
-        call: impl Future<Output = Result<T, ProxyError>>,
-    ) -> Result<T, Failure> {
-        let patience = self.source.patience();
-        match tokio::time::timeout(patience, call).await {
-            Ok(result) => result.map_err(|error| failure(name, what, &error)),
+    async fn request<T>(&self, subject: &str, call: impl Future<Output = Result<T, ProxyError>>) -> Result<T, Failure> {
+        let timeout = self.source.idle_timeout();
+        match tokio::time::timeout(timeout, call).await {
+            Ok(result) => result.map_err(|error| failure(subject, &error)),
             Err(_) => {
-                let message = format!("{name}: no answer about its {what} within {} s", patience.as_secs());
+                let message = format!("cannot fetch {subject}: no answer within {} s", timeout.as_secs());
                 Err(Failure::new(Kind::Network, message))
             }
         }
@@ -215,13 +213,13 @@ fn sha256(bytes: &[u8]) -> String {
     format!("sha256:{}", hex::encode(Sha256::digest(bytes)))
 }
 
-fn failure(name: &str, what: &str, error: &ProxyError) -> Failure {
+fn failure(subject: &str, error: &ProxyError) -> Failure {
     let text = error.to_string();
     let verdict = classify(&text, error.is_retryable());
     let signature = verdict.kind == Kind::Policy && verdict.advice == Kind::Policy.advice();
     let message = match policy_path().filter(|_| signature) {
-        Some(path) => format!("{name}: refused by the signature policy {}: {text}", path.display()),
-        None => format!("{name}: fetching its {what}: {text}"),
+        Some(path) => format!("the signature policy {} refuses {subject}: {text}", path.display()),
+        None => format!("cannot fetch {subject}: {text}"),
     };
     verdict.failure(message)
 }

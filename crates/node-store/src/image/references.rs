@@ -1,6 +1,6 @@
-//! What a release payload says about its images: the file `release-manifests/image-references`. Pure.
+//! Parses the file of a release payload that names its images, `release-manifests/image-references`. Pure.
 //!
-//! Format source: OpenShift's ImageStream in JSON; `spec.tags[].name` and `spec.tags[].from.name`.
+//! Format source: OpenShift's ImageStream in JSON: `spec.tags[].name` and `spec.tags[].from.name`.
 
 use std::collections::BTreeMap;
 
@@ -10,24 +10,24 @@ use super::PullSpec;
 use super::stream::{self, NoChoice, TagHints};
 use crate::image::ImageChoice;
 
-/// The annotation that names the stream of a CoreOS image.
+/// Annotation with the stream of a CoreOS image.
 const STREAM_CLASS: &str = "io.openshift.os.streamclass";
 
-/// Why a payload's references give no node image.
+/// Reason why a payload's references do not name a usable node image.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum NoReference {
     #[error("is not an ImageStream in JSON: {0}")]
     Malformed(String),
-    #[error("has none of the tags {wanted}; the most similar ones are {nearby}")]
+    #[error("has none of the tags {wanted}; the most similar tags: {similar}")]
     NoSuchTag {
         wanted: String,
-        /// Names that the payload has.
-        nearby: String,
+        /// Names of tags in the payload.
+        similar: String,
     },
-    #[error("has several images of CoreOS, {0}, and nothing tells which is meant: name one in image_tags")]
+    #[error("has several CoreOS images: {0}; name one in image_tags")]
     Ambiguous(String),
-    #[error("has the tag {tag} as {pull_spec:?}, which is not usable: {why}")]
-    Unusable { tag: String, pull_spec: String, why: String },
+    #[error("has an unusable pull spec {pull_spec:?} for the tag {tag}: {cause}")]
+    Unusable { tag: String, pull_spec: String, cause: String },
 }
 
 #[derive(Deserialize)]
@@ -64,7 +64,7 @@ struct From {
     name: String,
 }
 
-/// Returns the pull spec, by digest, of the tag that `hints` choose, and the choice.
+/// Chooses a tag by `hints`. Returns its pull spec, which has a digest, and the choice.
 pub(crate) fn node_image(json: &[u8], hints: &TagHints) -> Result<(PullSpec, ImageChoice), NoReference> {
     let stream: ImageStream =
         serde_json::from_slice(json).map_err(|error| NoReference::Malformed(error.to_string()))?;
@@ -77,32 +77,33 @@ pub(crate) fn node_image(json: &[u8], hints: &TagHints) -> Result<(PullSpec, Ima
         tags.iter().map(|tag| stream::Tag { name: &tag.name, class: tag.class() }).collect();
     let choice = stream::choose(hints, &offered).map_err(|none| match none {
         NoChoice::Missing(wanted) => {
-            NoReference::NoSuchTag { nearby: nearby(&tags, &wanted), wanted: wanted.join(", ") }
+            NoReference::NoSuchTag { similar: similar(&tags, &wanted), wanted: wanted.join(", ") }
         }
         NoChoice::Ambiguous(names) => NoReference::Ambiguous(names.join(", ")),
     })?;
-    let nothing = || NoReference::NoSuchTag { wanted: choice.tag.clone(), nearby: String::new() };
-    let tag = tags.iter().find(|tag| tag.name == choice.tag).ok_or_else(nothing)?;
+    let missing = || NoReference::NoSuchTag { wanted: choice.tag.clone(), similar: String::new() };
+    let tag = tags.iter().find(|tag| tag.name == choice.tag).ok_or_else(missing)?;
     let from = tag.from.as_ref();
     let pull_spec = from.map_or("", |from| &from.name);
-    let unusable = |why: &str| NoReference::Unusable {
+    let unusable = |cause: &str| NoReference::Unusable {
         tag: tag.name.clone(),
         pull_spec: pull_spec.chars().take(200).collect(),
-        why: why.to_owned(),
+        cause: cause.to_owned(),
     };
     if let Some(kind) = from.and_then(|from| from.kind.as_deref()).filter(|kind| *kind != "DockerImage") {
-        return Err(unusable(&format!("it is not an image but {:?}", kind.chars().take(60).collect::<String>())));
+        let kind: String = kind.chars().take(60).collect();
+        return Err(unusable(&format!("expected the kind DockerImage, found {kind:?}")));
     }
     let spec: PullSpec = pull_spec.parse().map_err(|_| unusable("it is not a pull spec"))?;
-    // What a tag means can change; the payload's signature would say nothing about the node image.
+    // A tag can be moved to another image, so the payload's signature would not cover the node image.
     if spec.digest().is_none() {
-        return Err(unusable("it is not by digest"));
+        return Err(unusable("it has no digest"));
     }
     Ok((spec, choice))
 }
 
-/// The payload's names that resemble a wanted one most, for whoever misspelt it.
-fn nearby(tags: &[Tag], wanted: &[String]) -> String {
+/// Returns the payload's names that are most similar to a wanted one, as a hint at spelling mistakes.
+fn similar(tags: &[Tag], wanted: &[String]) -> String {
     const SHOWN: usize = 6;
     let mut names: Vec<(usize, &str)> = tags
         .iter()
@@ -115,12 +116,12 @@ fn nearby(tags: &[Tag], wanted: &[String]) -> String {
     names.sort_unstable();
     names.dedup();
     if names.is_empty() {
-        return "none, for it has no tags at all".to_owned();
+        return "none: the payload has no tags".to_owned();
     }
     names.iter().take(SHOWN).map(|(_, name)| *name).collect::<Vec<_>>().join(", ")
 }
 
-/// How many bytes have to be inserted, removed or replaced (Levenshtein).
+/// Returns the Levenshtein distance in bytes.
 fn distance(a: &[u8], b: &[u8]) -> usize {
     let mut row: Vec<usize> = (0..=b.len()).collect();
     for (i, x) in a.iter().enumerate() {
@@ -157,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_wanted_tag_wins_whatever_their_order_in_the_file() {
+    fn the_first_wanted_tag_wins_in_any_order_of_the_file() {
         let spec = |byte: &str| format!("q.io/release/art@sha256:{}", byte.repeat(32));
         let tags = json!([
             tag("etcd", &spec("00")),
@@ -173,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn the_annotation_names_the_stream() {
+    fn the_annotation_decides_about_the_stream() {
         let spec = |byte: &str| format!("q.io/release/art@sha256:{}", byte.repeat(32));
         let annotated = |name: &str, class: serde_json::Value, from: &str| {
             let mut tag = tag(name, from);
@@ -187,22 +188,22 @@ mod tests {
         ]));
         let hints = TagHints { os_release: Some("ID=rhel\nVERSION_ID=9.6\n".into()), ..TagHints::default() };
         assert_eq!(node_image(&json, &hints).unwrap().0.to_string(), spec("09"));
-        let told = node_image(&json, &TagHints::default()).unwrap_err().to_string();
-        assert!(told.contains("rhel-coreos, rhel-coreos-10") && told.contains("image_tags"), "{told}");
+        let error = node_image(&json, &TagHints::default()).unwrap_err().to_string();
+        assert!(error.contains("rhel-coreos, rhel-coreos-10") && error.contains("image_tags"), "{error}");
     }
 
     #[test]
-    fn refusals_say_why() {
-        let no_such = stream(json!([tag("rhel-coros", "x"), tag("etcd", "x"), tag("rhel-coreos-11", "x")]));
+    fn errors_name_the_fault() {
+        let misspelt = stream(json!([tag("rhel-coros", "x"), tag("etcd", "x"), tag("rhel-coreos-11", "x")]));
         for (json, words) in [
             (b"{".to_vec(), "not an ImageStream"),
             (b"[]".to_vec(), "not an ImageStream"),
             (b"{\"kind\":\"List\",\"spec\":{}}".to_vec(), "kind is \"List\""),
             (b"{\"spec\":{\"tags\":[]}}".to_vec(), "kind is \"\""),
-            (no_such, "similar ones are rhel-coreos-11, rhel-coros, etcd"),
-            (stream(json!([])), "no tags at all"),
+            (misspelt, "similar tags: rhel-coreos-11, rhel-coros, etcd"),
+            (stream(json!([])), "has no tags"),
             (stream(json!([{ "name": "rhel-coreos" }])), "not a pull spec"),
-            (stream(json!([tag("rhel-coreos", "q.io/os:latest")])), "not by digest"),
+            (stream(json!([tag("rhel-coreos", "q.io/os:latest")])), "has no digest"),
             (stream(json!([tag("rhel-coreos", "not a spec")])), "not a pull spec"),
             (
                 stream(json!([{ "name": "rhel-coreos", "from": { "kind": "ImageStreamTag", "name": "x:y" } }])),
@@ -215,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn distances() {
+    fn distance_counts_changed_bytes() {
         for (a, b, expected) in [("", "", 0), ("abc", "", 3), ("kitten", "sitting", 3), ("same", "same", 0)] {
             assert_eq!(distance(a.as_bytes(), b.as_bytes()), expected);
         }
@@ -223,7 +224,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn total(json in prop::collection::vec(any::<u8>(), 0..300), name in "\\PC{0,30}", from in "\\PC{0,60}") {
+        fn any_input_is_handled(json in prop::collection::vec(any::<u8>(), 0..300), name in "\\PC{0,30}", from in "\\PC{0,60}") {
             let _ = node_image(&json, &wanted());
             let _ = node_image(&stream(json!([tag(&name, &from), tag("rhel-coreos", &from)])), &TagHints::configured(&[name]));
         }

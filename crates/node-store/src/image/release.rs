@@ -1,7 +1,7 @@
-//! From a release payload to the node image that it names, without a container runtime.
+//! Finds the node image that a release payload names, without a container runtime.
 //!
-//! Layers are read newest first, and no further than to the one that has the file (or hides it). That
-//! one is read to its end: before its digest is known to be right, nothing in it means anything.
+//! The layers are read from the newest one down to the first that has or hides the file. That layer is read to its end,
+//! because its content is used only after its digest was compared.
 
 use std::io::{self, Read};
 
@@ -18,28 +18,27 @@ use super::tarstream::{Chunks, TarError, TarStream};
 use super::{Failure, Kind, Layer, PullSpec, ResolvedImage, Source, TagHints};
 use crate::image::ImageChoice;
 
-/// The file, and the directory that it is in.
 const DIRECTORY: &[u8] = b"release-manifests";
 const FILE: &[u8] = b"image-references";
-/// Real ones have some 200 KiB.
+/// Limit of the file's size in bytes. Real files have about 200 KiB.
 const LARGEST: u64 = 8 << 20;
-/// Pieces of 128 KiB that may wait between the registry and the reader.
-const WAITING: usize = 8;
+/// Limit of the pieces of 128 KiB between the registry and the reader.
+const QUEUED: usize = 8;
 
-/// The label with the version of a release payload.
+/// Label with the version of a release payload.
 const RELEASE_LABEL: &str = "io.openshift.release";
 
 const ADVICE: &str = "give the pull spec of a release payload whose references have the node image, or the node \
                       image itself";
 
-/// Returns the pull spec by digest of the node image, which `hints` choose from the release payload, and the choice.
+/// Chooses the node image of a release payload by `hints`. Returns its pull spec, which has a digest, and the choice.
 ///
-/// The payload itself may be named by tag or by digest; signature policy applies to it as to any image.
-/// It needs no ostree labels. Fetches its manifest, its config and as few layers as possible.
+/// The payload may be named by tag or by digest. The signature policy applies to it as to any image. It needs no ostree
+/// labels. Fetches its manifest, its config and as few layers as possible.
 ///
-/// Errors: those of the registry, by their kinds (a retry may help); [`Kind::BadFormat`] when the image
-/// is not a release payload, has none of the tags (the message lists similar ones), or names the image
-/// other than by digest.
+/// # Errors
+/// Failures of the registry. [`Kind::BadFormat`] if the image is not a release payload, has none of the tags (the message
+/// lists similar ones), or names the image without a digest.
 pub async fn resolve_release(
     source: &Source,
     payload: &PullSpec,
@@ -57,20 +56,20 @@ pub async fn resolve_release(
                     bad(format!("the release payload {name}: release-manifests/image-references {error}"))
                 });
             }
-            Found::NoFile(what) => {
-                return Err(bad(format!("the release payload {name}: release-manifests/image-references {what}")));
+            Found::NoFile(fault) => {
+                return Err(bad(format!("the release payload {name}: release-manifests/image-references {fault}")));
             }
         }
     }
     Err(bad(format!("{name} is not a release payload: it has no file release-manifests/image-references")))
 }
 
-/// Refuses a release payload in the place of a node image.
+/// Refuses a release payload that is configured as the node image.
 pub(super) fn refuse_payload(name: &str, config: &ImageConfiguration) -> Result<(), Failure> {
     let labels = config.config().as_ref().and_then(|config| config.labels().as_ref());
     if labels.is_some_and(|labels| labels.contains_key(RELEASE_LABEL)) {
-        let message = format!("{name} is a release payload, which names the node image and does not contain it");
-        let advice = "this is a release payload: use release_image instead of image";
+        let message = format!("{name} is a release payload, which only names the node image");
+        let advice = "set release_image instead of image";
         return Err(Failure { advice, ..Failure::new(Kind::BadFormat, message) });
     }
     Ok(())
@@ -80,16 +79,16 @@ fn bad(message: String) -> Failure {
     Failure { advice: ADVICE, ..Failure::new(Kind::BadFormat, message) }
 }
 
-/// What a layer has to say about the file.
+/// Result of the search for the file in one layer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Found {
-    /// Nothing: the layers below decide.
+    /// The layer has no such entry; the layers below decide.
     Nothing,
-    /// What is in the layers below does not count.
+    /// The layer hides the file of the layers below.
     Hidden,
-    /// This content.
+    /// The content of the file.
     File(Vec<u8>),
-    /// Something else, under its name.
+    /// The entry is not usable as the file; the fault.
     NoFile(String),
 }
 
@@ -97,19 +96,19 @@ async fn read_layer(source: &Source, image: &ResolvedImage, layer: &Layer) -> Re
     let name = format!("{} layer {} ({})", image.pinned, layer.index, layer.digest());
     let mut proxy = source.reader().await?;
     let mut stream = proxy.layer(image, layer).await?;
-    let (pieces, incoming) = mpsc::channel::<Vec<u8>>(WAITING);
+    let (pieces, incoming) = mpsc::channel::<Vec<u8>>(QUEUED);
     let compression = layer.compression;
     let reader = tokio::task::spawn_blocking(move || {
         let mut archive =
             Archive { reader: decoder(compression, Incoming::new(incoming))?, hasher: Sha256::new(), ended: false };
         let found = search(&mut archive)?;
-        // Behind the archive's end marker there may be padding, which counts for the digest.
+        // Padding after the end marker of the archive counts for the digest.
         while !archive.next()?.is_empty() {}
         Ok::<_, TarError>((found, format!("sha256:{}", hex::encode(archive.hasher.finalize()))))
     });
     let mut pieces = Some(pieces);
     while let Some(piece) = stream.next().await? {
-        // A reader that gave up has its reason; the rest is read for the digest's sake, which explains more.
+        // After an error of the reader, the rest is still fetched: a wrong digest explains more than that error.
         if let Some(channel) = &pieces
             && channel.send(piece).await.is_err()
         {
@@ -122,7 +121,7 @@ async fn read_layer(source: &Source, image: &ResolvedImage, layer: &Layer) -> Re
     let read = reader.await.map_err(|error| Failure::new(Kind::Local, format!("{name}: a thread failed: {error}")))?;
     let (found, diff_id) = read.map_err(|error| bad(format!("{name}: {error}")))?;
     if diff_id != layer.diff_id {
-        return Err(bad(format!("{name}: its archive has the diff id {diff_id}, not {}", layer.diff_id)));
+        return Err(bad(format!("{name}: the archive has the diff id {diff_id}: expected {}", layer.diff_id)));
     }
     Ok(found)
 }
@@ -155,7 +154,7 @@ impl Archive<'_> {
     }
 }
 
-/// Looks for the file in one layer's archive.
+/// Searches one layer's archive for the file.
 fn search(archive: impl Chunks) -> Result<Found, TarError> {
     let mut tar = TarStream::new(archive);
     let (mut found, mut hidden) = (Found::Nothing, false);
@@ -174,9 +173,9 @@ fn search(archive: impl Chunks) -> Result<Found, TarError> {
                         Found::File(json)
                     }
                     EntryType::Regular | EntryType::Continuous => {
-                        Found::NoFile(format!("has {} bytes, which is more than the {LARGEST} expected", entry.size))
+                        Found::NoFile(format!("has {} bytes: expected at most {LARGEST}", entry.size))
                     }
-                    kind => Found::NoFile(format!("is not a file but a {kind:?}")),
+                    kind => Found::NoFile(format!("has the type {kind:?}: expected a file")),
                 };
             }
             _ => {}
@@ -213,21 +212,21 @@ mod tests {
     }
 
     #[test]
-    fn a_payload_in_the_place_of_a_node_image_is_refused_with_the_way_out() {
+    fn a_payload_as_node_image_is_refused_with_a_remedy() {
         let config = |labels: &str| {
             let text = format!(
                 r#"{{"architecture":"amd64","os":"linux","config":{{"Labels":{labels}}},"rootfs":{{"type":"layers","diff_ids":[]}}}}"#
             );
             serde_json::from_str::<ImageConfiguration>(&text).unwrap()
         };
-        let told = refuse_payload("q.io/r@sha256:0", &config(r#"{"io.openshift.release":"4.22.0"}"#)).unwrap_err();
-        assert!(told.to_string().contains("use release_image"), "{told}");
-        assert_eq!(told.class, super::super::Class::Permanent);
+        let failure = refuse_payload("q.io/r@sha256:0", &config(r#"{"io.openshift.release":"4.22.0"}"#)).unwrap_err();
+        assert!(failure.to_string().contains("set release_image"), "{failure}");
+        assert_eq!(failure.class, super::super::Class::Permanent);
         assert!(refuse_payload("q.io/n@sha256:0", &config(r#"{"io.openshift.build.version":"1"}"#)).is_ok());
     }
 
     #[test]
-    fn what_a_layer_says() {
+    fn a_layer_has_or_hides_the_file_or_leaves_it() {
         use EntryType::{Directory, Regular};
         let file = "release-manifests/image-references";
         let json = || Found::File(b"{}".to_vec());
@@ -243,11 +242,11 @@ mod tests {
             (&[("release-manifests/.wh.image-references", Regular, "")], Found::Hidden),
             (&[(".wh.release-manifests", Regular, "")], Found::Hidden),
             (&[("release-manifests", Regular, "")], Found::Hidden),
-            (&[(file, Directory, "")], Found::NoFile("is not a file but a Directory".into())),
+            (&[(file, Directory, "")], Found::NoFile("has the type Directory: expected a file".into())),
         ] {
             assert_eq!(found(entries), expected, "{entries:?}");
         }
         let large = "x".repeat(LARGEST as usize + 1);
-        assert!(matches!(found(&[(file, Regular, &large)]), Found::NoFile(what) if what.contains("more than")));
+        assert!(matches!(found(&[(file, Regular, &large)]), Found::NoFile(fault) if fault.contains("at most")));
     }
 }

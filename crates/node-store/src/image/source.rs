@@ -1,4 +1,4 @@
-//! The source of images: skopeo processes with the host's own registry configuration.
+//! The source of images: skopeo processes with the host's registry configuration.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -11,61 +11,62 @@ use super::policy::Enforcement;
 use super::proxy::{Proxy, Reader};
 use super::{Failure, Kind, PullSpec, ResolvedImage};
 
-/// The auth file of the field: the installer puts the pull secret there.
+/// Default auth file. The installer writes the pull secret to it.
 const DEFAULT_AUTHFILE: &str = "/root/.docker/config.json";
 
-/// How the proxy is to be started. Everything else (mirrors, insecure or blocked registries, trust,
-/// signature policy) is the host's configuration, which skopeo reads by itself; proxy variables pass
-/// through the environment.
+/// Settings of skopeo. It reads all others (mirrors, insecure or blocked registries, trust, signature policy) from the
+/// host's configuration, and proxies from the environment.
 #[derive(Debug, Clone, Default)]
 pub struct ImageSettings {
-    /// Credentials; when unset, `/root/.docker/config.json` if it is there, else skopeo's own defaults.
+    /// File with credentials. If unset, `/root/.docker/config.json` if it exists, otherwise skopeo's defaults.
     pub authfile: Option<PathBuf>,
-    /// Talk to registries without verified TLS. For tests and labs; the host's `registries.conf` can
-    /// say the same for one registry only.
+    /// True to accept registries without verified TLS, for tests and labs. The host's `registries.conf` can do this for
+    /// a single registry.
     pub insecure: bool,
-    /// Further CA certificates (a directory), as for `skopeo --cert-dir`.
+    /// Directory with additional CA certificates, as for `skopeo --cert-dir`.
     pub certificate_directory: Option<PathBuf>,
-    /// How long a registry may stay silent, during a request or in the middle of a layer, before the
-    /// attempt is given up; one minute when unset.
+    /// Time without data from the registry after which an attempt fails, during a request or in a layer. If unset, one
+    /// minute.
     pub idle_timeout: Option<Duration>,
 }
 
-/// Where images come from. Each reader has a skopeo process of its own, which the next reader takes over.
+/// The source of images. Each reader uses a separate skopeo process, and the next reader reuses it.
 pub struct Source {
     settings: ImageSettings,
     policy: Enforcement,
     idle: Mutex<Vec<Proxy>>,
 }
 
-/// The manifest, the config and the layers' purposes, all verified against the image's digest.
+/// The manifest, the config and the layout of an image, all verified by the image's digest.
 #[derive(Debug, Clone)]
 pub struct ImageDescription {
-    /// The manifest, in OCI's form.
+    /// Manifest in OCI's form.
     pub manifest: ImageManifest,
-    /// The config.
+    /// Config of the image.
     pub config: ImageConfiguration,
-    /// What each layer is for.
+    /// Layers by purpose.
     pub layout: super::Layout,
 }
 
 impl Source {
-    /// Starts a proxy. Fails when skopeo is missing or too old.
+    /// Starts a skopeo process.
+    ///
+    /// # Errors
+    /// skopeo is missing or too old, or the configured auth file does not exist.
     pub async fn open(settings: &ImageSettings) -> Result<Self, Failure> {
         if let Some(missing) = settings.authfile.as_deref().filter(|path| !path.exists()) {
-            let message = format!("the configured auth file {} does not exist", missing.display());
+            let message = format!("cannot use the configured auth file {}: it does not exist", missing.display());
             return Err(Failure::new(Kind::Unauthorized, message));
         }
         let first = Proxy::start(config(settings)).await?;
         let version = tokio::process::Command::new("skopeo").arg("--version").output().await;
-        let version = version.map_err(|error| Failure::new(Kind::Local, format!("cannot start skopeo: {error}")))?;
+        let version = version.map_err(|error| Failure::new(Kind::Local, format!("cannot run skopeo: {error}")))?;
         let policy = Enforcement::of_version(&String::from_utf8_lossy(&version.stdout));
         Ok(Self { settings: settings.clone(), policy, idle: Mutex::new(vec![first]) })
     }
 
-    /// Finds the image and pins it by digest. For a multi-architecture index, the digest is that of
-    /// this machine's manifest in it. The signature policy is enforced here: by the proxy, or, where that is
-    /// too old to do it, by refusing whatever needs a signature.
+    /// Pins an image by digest. For a multi-architecture index, this is the digest of this machine's manifest. skopeo
+    /// enforces the signature policy here; if it is too old, images that need a signature are refused.
     pub async fn resolve(&self, spec: &PullSpec) -> Result<ResolvedImage, Failure> {
         let mut reader = self.reader().await?;
         let resolved = reader.resolve(spec).await?;
@@ -73,7 +74,7 @@ impl Source {
         Ok(resolved)
     }
 
-    /// The image's manifest and config, checked: digests, architecture, ostree labels.
+    /// Returns the manifest, config and layout of a node image, after a check of digests, architecture and ostree labels.
     pub async fn manifest(&self, image: &ResolvedImage) -> Result<ImageDescription, Failure> {
         let (manifest, config) = self.any_manifest(image).await?;
         super::release::refuse_payload(&image.pinned, &config)?;
@@ -81,7 +82,7 @@ impl Source {
         Ok(ImageDescription { manifest, config, layout })
     }
 
-    /// The manifest and config of any image, checked against its digest.
+    /// Returns the manifest and config of any image, after a check of its digest.
     pub(super) async fn any_manifest(
         &self,
         image: &ResolvedImage,
@@ -92,7 +93,7 @@ impl Source {
         Ok(described)
     }
 
-    /// Lends a skopeo process to one reader, starting it if none is idle.
+    /// Returns a reader with an idle skopeo process, or with a new one.
     pub async fn reader(&self) -> Result<Reader<'_>, Failure> {
         let idle = self.idle().pop();
         let proxy = match idle {
@@ -102,18 +103,18 @@ impl Source {
         Ok(Reader { source: self, proxy })
     }
 
-    /// Keeps a proxy for the next reader.
-    pub(super) fn take_back(&self, proxy: Proxy) {
+    /// Keeps a skopeo process for the next reader.
+    pub(super) fn keep(&self, proxy: Proxy) {
         self.idle().push(proxy);
     }
 
-    /// Refuses an image that the signature policy does not accept and skopeo would.
+    /// Refuses an image that the signature policy does not accept, if skopeo is too old to do so.
     pub(super) fn check_policy(&self, name: &str) -> Result<(), Failure> {
         self.policy.check(name)
     }
 
-    /// How long a registry may stay silent.
-    pub(super) fn patience(&self) -> Duration {
+    /// Returns the limit of the time without data from the registry.
+    pub(super) fn idle_timeout(&self) -> Duration {
         self.settings.idle_timeout.unwrap_or(Duration::from_secs(60))
     }
 
@@ -151,7 +152,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_configured_auth_file_that_is_missing_is_said() {
+    async fn a_missing_configured_auth_file_is_reported() {
         let settings = ImageSettings { authfile: Some("/nonexistent/auth".into()), ..ImageSettings::default() };
         let failure = Source::open(&settings).await.err().unwrap();
         assert_eq!(failure.kind, Kind::Unauthorized);

@@ -1,36 +1,36 @@
-//! Sparse files in tar archives: which parts of a file the archive holds, and which are holes. Pure.
+//! Sparse files in tar archives: maps of the stored parts of a file and of its holes. Pure.
 //!
-//! Format source: the GNU tar manual, "Sparse Formats". Four of them: GNU's old one (type `S`, the map
-//! in the header and in blocks behind it), and PAX 0.0, 0.1 (the map in PAX records) and 1.0 (the map at
-//! the head of the content). GNU tar, libarchive and Go write and read them.
+//! Format source: the GNU tar manual, "Sparse Formats". There are four: GNU's old format (type `S`, the map is in the
+//! header and in the blocks after it), PAX 0.0 and 0.1 (the map is in PAX records), and PAX 1.0 (the map is at the
+//! beginning of the content). GNU tar, libarchive and Go write and read them.
 
 use std::collections::{BTreeMap, VecDeque};
 
 use tar::{GnuExtSparseHeader, GnuHeader, GnuSparseHeader};
 
-/// The most pieces of one file that are believed. A map of as many takes 2 MiB.
+/// Limit of the parts of one file. A map of this size needs 2 MiB.
 const MOST_SPANS: usize = 128 * 1024;
 
-/// Where a PAX header says that the map is.
+/// A sparse file according to a PAX header.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Declared {
-    /// Here (formats 0.0 and 0.1).
+    /// The map of the formats 0.0 and 0.1.
     Map(Map),
-    /// In the content, before the file's own (format 1.0); the file has so many bytes.
+    /// The map is at the beginning of the content (format 1.0). Holds the file's size in bytes.
     InContent(u64),
 }
 
-/// What is wrong with a map, for the reason in a message.
-pub(super) type Bad = String;
+/// The fault of a map, for a message.
+pub(super) type Fault = String;
 
-/// A part of the file that the archive holds.
+/// A part of the file that the archive stores.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Span {
     offset: u64,
     length: u64,
 }
 
-/// The parts of one file, in order, as far as they were not read yet.
+/// The parts of one file that are not read yet, in order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Map {
     spans: VecDeque<Span>,
@@ -38,33 +38,35 @@ pub(super) struct Map {
     size: u64,
 }
 
-/// What comes next of a file.
+/// The next part of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Next {
-    /// So many zeros, which the archive does not hold.
+    /// This number of zeros, which the archive does not store.
     Hole(u64),
-    /// At most so many bytes that the archive holds. [`Map::took`] says how many were read.
+    /// At most this number of stored bytes. The caller passes the number that it read to [`Map::advance`].
     Data(u64),
-    /// Nothing.
+    /// The end of the file.
     End,
 }
 
 impl Map {
-    /// A map of `(offset, length)` pairs for a file of `size` bytes. Refused unless the parts are in
-    /// order, apart, and inside the file.
-    fn new(pairs: impl IntoIterator<Item = (u64, u64)>, size: u64) -> Result<Self, Bad> {
+    /// Makes a map of `(offset, length)` pairs for a file of `size` bytes.
+    ///
+    /// # Errors
+    /// The parts are not in order, overlap, or end after the file.
+    fn new(pairs: impl IntoIterator<Item = (u64, u64)>, size: u64) -> Result<Self, Fault> {
         let mut map = Self { spans: VecDeque::new(), at: 0, size };
         let mut end = 0;
         for (offset, length) in pairs {
             let next = offset.checked_add(length).filter(|next| *next <= size && offset >= end);
             let Some(next) = next else {
-                return Err(format!("a sparse file of {size} bytes with {length} bytes at {offset}, behind {end}"));
+                return Err(format!("a sparse file of {size} bytes has {length} bytes at {offset}, after {end}"));
             };
             end = next;
-            // GNU tar marks a hole at the end with an empty part there.
+            // GNU tar marks a hole at the end with an empty part.
             if length > 0 {
                 if map.spans.len() == MOST_SPANS {
-                    return Err(format!("a sparse file in more than {MOST_SPANS} parts"));
+                    return Err(too_many_parts());
                 }
                 map.spans.push_back(Span { offset, length });
             }
@@ -72,17 +74,17 @@ impl Map {
         Ok(map)
     }
 
-    /// The file's size, holes included.
+    /// Returns the file's size in bytes, including holes.
     pub(super) fn size(&self) -> u64 {
         self.size
     }
 
-    /// How many bytes the archive holds.
+    /// Returns the number of bytes that the archive stores.
     pub(super) fn stored(&self) -> u64 {
         self.spans.iter().map(|span| span.length).sum()
     }
 
-    /// What comes next. A hole is passed by that.
+    /// Returns the next part. A hole is then behind the position.
     pub(super) fn next(&mut self) -> Next {
         let to = self.spans.front().map_or(self.size, |span| span.offset);
         if to > self.at {
@@ -93,8 +95,8 @@ impl Map {
         self.spans.front().map_or(Next::End, |span| Next::Data(span.length))
     }
 
-    /// Notes that bytes of the part in front were read: at most as many as [`Next::Data`] said.
-    pub(super) fn took(&mut self, count: u64) {
+    /// Moves the position by the stored bytes that were read, at most the number in [`Next::Data`].
+    pub(super) fn advance(&mut self, count: u64) {
         self.at += count;
         if let Some(span) = self.spans.front_mut() {
             span.offset += count;
@@ -106,49 +108,49 @@ impl Map {
     }
 }
 
-/// The map of a header of type `S`. `block` reads the blocks behind the header.
-pub(super) fn old_gnu<E: From<Bad>>(
+/// Reads the map of a header of type `S`. `block` reads the blocks after the header.
+pub(super) fn old_gnu<E: From<Fault>>(
     header: &GnuHeader,
     mut block: impl FnMut(&mut [u8; 512]) -> Result<(), E>,
 ) -> Result<Map, E> {
-    let unreadable = |_| E::from("a sparse file whose map cannot be read".to_owned());
+    let unreadable = |_| E::from(invalid("map"));
     let mut pairs = Vec::new();
-    let mut note = |some: &[GnuSparseHeader]| -> Result<(), E> {
+    let mut add = |some: &[GnuSparseHeader]| -> Result<(), E> {
         for part in some.iter().take_while(|part| !part.is_empty()) {
             pairs.push((part.offset().map_err(unreadable)?, part.length().map_err(unreadable)?));
         }
         if pairs.len() > MOST_SPANS {
-            return Err(E::from(format!("a sparse file in more than {MOST_SPANS} parts")));
+            return Err(E::from(too_many_parts()));
         }
         Ok(())
     };
-    note(&header.sparse)?;
+    add(&header.sparse)?;
     let mut more = header.is_extended();
-    // Each block must say something, so that the number of parts bounds that of blocks.
+    // Blocks without parts are rejected, so that the limit of parts also limits the blocks.
     while more {
         let mut extension = GnuExtSparseHeader::new();
         block(extension.as_mut_bytes())?;
         if extension.sparse()[0].is_empty() {
-            return Err(E::from("a sparse file with an empty block in its map".to_owned()));
+            return Err(E::from("a sparse file has an empty block in its map".to_owned()));
         }
-        note(extension.sparse())?;
+        add(extension.sparse())?;
         more = extension.is_extended();
     }
     Map::new(pairs, header.real_size().map_err(unreadable)?).map_err(E::from)
 }
 
-/// What PAX records say about sparseness; `None` when nothing. `parts` are the values of
-/// `GNU.sparse.offset` and `GNU.sparse.numbytes`, which repeat, in turn.
-pub(super) fn pax(records: &BTreeMap<Vec<u8>, Vec<u8>>, parts: &[Vec<u8>]) -> Result<Option<Declared>, Bad> {
+/// Parses the PAX records of a sparse file. Returns `None` if there are none. `parts` are the values of the repeated keys
+/// `GNU.sparse.offset` and `GNU.sparse.numbytes`, alternating.
+pub(super) fn pax(records: &BTreeMap<Vec<u8>, Vec<u8>>, parts: &[Vec<u8>]) -> Result<Option<Declared>, Fault> {
     let field = |name: &str| records.get(format!("GNU.sparse.{name}").as_bytes());
-    let size = |name: &str| field(name).and_then(|value| number(value)).ok_or_else(|| unreadable(name));
+    let size = |name: &str| field(name).and_then(|value| number(value)).ok_or_else(|| invalid(name));
     let version = |name: &str| field(name).map(|value| String::from_utf8_lossy(value).into_owned());
     match (version("major").as_deref(), version("minor").as_deref()) {
         (Some("1"), Some("0")) => return size("realsize").map(|size| Some(Declared::InContent(size))),
         (None, None) | (Some("0"), _) => {}
         (major, minor) => {
             return Err(format!(
-                "a sparse file of the unknown format {}.{}",
+                "a sparse file has the unknown format {}.{}",
                 major.unwrap_or("?"),
                 minor.unwrap_or("?")
             ));
@@ -159,18 +161,18 @@ pub(super) fn pax(records: &BTreeMap<Vec<u8>, Vec<u8>>, parts: &[Vec<u8>]) -> Re
         None if parts.is_empty() && field("size").is_none() => return Ok(None),
         None => parts.iter().map(|part| number(part)).collect(),
     };
-    let numbers = numbers.filter(|numbers| numbers.len() % 2 == 0).ok_or_else(|| unreadable("map"))?;
+    let numbers = numbers.filter(|numbers| numbers.len() % 2 == 0).ok_or_else(|| invalid("map"))?;
     let declared = field("numblocks").map(|value| number(value));
     if declared.is_some_and(|declared| declared != Some(numbers.len() as u64 / 2)) {
-        return Err(unreadable("numblocks"));
+        return Err(invalid("numblocks"));
     }
     let pairs = numbers.chunks_exact(2).map(|pair| (pair[0], pair[1]));
     Map::new(pairs, size("size")?).map(|map| Some(Declared::Map(map)))
 }
 
-/// Reads the map at the head of the content (format 1.0) of a file of `size` bytes: decimal numbers, a
-/// line each; how many parts, then offset and length of each, then zeros up to the block's end.
-pub(super) fn in_content<E: From<Bad>>(
+/// Reads the map at the beginning of the content (format 1.0) of a file of `size` bytes. It consists of decimal numbers,
+/// one per line: the number of parts, then offset and length of each. Zeros fill the last block.
+pub(super) fn in_content<E: From<Fault>>(
     size: u64,
     mut block: impl FnMut(&mut [u8; 512]) -> Result<(), E>,
 ) -> Result<Map, E> {
@@ -182,11 +184,11 @@ pub(super) fn in_content<E: From<Bad>>(
         for byte in buffer {
             match byte {
                 b'\n' => {
-                    let value = number(&line).ok_or_else(|| E::from(unreadable("map")))?;
+                    let value = number(&line).ok_or_else(|| E::from(invalid("map")))?;
                     line.clear();
                     match wanted {
                         None if value > MOST_SPANS as u64 => {
-                            return Err(E::from(format!("a sparse file in {value} parts, of at most {MOST_SPANS}")));
+                            return Err(E::from(too_many_parts()));
                         }
                         None => wanted = Some(value as usize * 2),
                         Some(_) => numbers.push(value),
@@ -197,7 +199,7 @@ pub(super) fn in_content<E: From<Bad>>(
                     }
                 }
                 digit if line.len() < 20 => line.push(digit),
-                _ => return Err(E::from(unreadable("map"))),
+                _ => return Err(E::from(invalid("map"))),
             }
         }
     }
@@ -208,8 +210,12 @@ fn number(digits: &[u8]) -> Option<u64> {
     text.parse().ok()
 }
 
-fn unreadable(what: &str) -> Bad {
-    format!("a sparse file whose {what} cannot be read")
+fn invalid(field: &str) -> Fault {
+    format!("a sparse file has an invalid {field}")
+}
+
+fn too_many_parts() -> Fault {
+    format!("a sparse file has more than {MOST_SPANS} parts")
 }
 
 #[cfg(test)]
@@ -225,7 +231,7 @@ mod tests {
                 Next::Hole(count) => holes += count,
                 Next::Data(count) => {
                     data += count.min(most);
-                    map.took(count.min(most));
+                    map.advance(count.min(most));
                 }
                 Next::End => return (holes, data),
             }
@@ -237,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn maps_and_what_is_no_map() {
+    fn only_ordered_parts_inside_the_file_are_a_map() {
         for (pairs, size, expected) in [
             (&[][..], 0, Some((0, 0))),
             (&[], 9, Some((9, 0))),
@@ -259,11 +265,11 @@ mod tests {
     }
 
     #[test]
-    fn what_pax_records_say() {
+    fn pax_records_of_three_formats_are_parsed() {
         let map = |pairs: &[(u64, u64)], size| Ok(Some(Declared::Map(Map::new(pairs.iter().copied(), size).unwrap())));
         let parts = |parts: &[&str]| parts.iter().map(|part| part.as_bytes().to_vec()).collect::<Vec<_>>();
         assert_eq!(pax(&records(&[]), &[]), Ok(None));
-        assert_eq!(pax(&records(&[("name", "x")]), &[]), Ok(None), "a name alone makes nothing sparse");
+        assert_eq!(pax(&records(&[("name", "x")]), &[]), Ok(None), "a name without a map is not sparse");
         let old = records(&[("size", "9"), ("numblocks", "2")]);
         assert_eq!(pax(&old, &parts(&["1", "2", "9", "0"])), map(&[(1, 2)], 9));
         let middle = records(&[("size", "9"), ("numblocks", "1"), ("map", "1,2")]);
@@ -286,12 +292,12 @@ mod tests {
     }
 
     #[test]
-    fn maps_in_content() {
+    fn maps_at_the_beginning_of_the_content_are_parsed() {
         let blocks = |text: &str| {
             let mut bytes = text.as_bytes().to_vec();
             bytes.resize(bytes.len().next_multiple_of(512), 0);
             let mut at = 0;
-            in_content(10_000, move |block: &mut [u8; 512]| -> Result<(), Bad> {
+            in_content(10_000, move |block: &mut [u8; 512]| -> Result<(), Fault> {
                 block.copy_from_slice(bytes.get(at..at + 512).ok_or("ends")?);
                 at += 512;
                 Ok(())
@@ -308,7 +314,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_map_is_as_long_as_it_says(pairs in prop::collection::vec((0_u64..100, 0_u64..100), 0..20), size in 0_u64..3000, most in 1_u64..50) {
+        fn holes_and_data_add_up_to_the_size(pairs in prop::collection::vec((0_u64..100, 0_u64..100), 0..20), size in 0_u64..3000, most in 1_u64..50) {
             if let Ok(map) = Map::new(pairs, size) {
                 let stored = map.stored();
                 prop_assert_eq!(read(map, most), (size - stored, stored));

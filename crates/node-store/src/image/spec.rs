@@ -1,17 +1,18 @@
-//! Pull specs: what an operator may write to name an image in a registry.
+//! Pull specs: the names of images in a registry.
 
 use std::fmt;
 use std::str::FromStr;
 
 use super::{Failure, Kind};
 
-/// `registry/name:tag`, `registry/name@sha256:…`, or both, with an optional `docker://` in front.
+/// A pull spec: `registry/name:tag`, `registry/name@sha256:…`, or both, optionally with the prefix `docker://`.
 ///
-/// Short names are refused: which registry they mean depends on the host, and a node image must not.
-/// Grammar: the reference grammar of the distribution project.
+/// Short names are rejected, because their registry depends on the host's configuration.
+/// Grammar: the reference grammar of the distribution project. Displayed without the tag if there is a digest, because
+/// tools do not accept both.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PullSpec {
-    /// Host and, when given, port.
+    /// Host and optional port.
     registry: String,
     /// Path in the registry.
     name: String,
@@ -20,23 +21,22 @@ pub struct PullSpec {
 }
 
 impl PullSpec {
-    /// `registry/name`, without tag or digest.
+    /// Returns `registry/name`, without tag and digest.
     pub fn repository(&self) -> String {
         format!("{}/{}", self.registry, self.name)
     }
 
-    /// The same image by digest.
+    /// Returns the pull spec of the same image by digest.
     pub fn pinned(&self, digest: &str) -> String {
         format!("{}@{digest}", self.repository())
     }
 
-    /// The digest, when the spec pins one.
+    /// Returns the digest, if the pull spec has one.
     pub fn digest(&self) -> Option<&str> {
         self.digest.as_deref()
     }
 }
 
-/// The form that tools take: a digest, when there is one, leaves the tag out (it decides alone).
 impl fmt::Display for PullSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (&self.digest, &self.tag) {
@@ -51,9 +51,9 @@ impl FromStr for PullSpec {
     type Err = Failure;
 
     fn from_str(text: &str) -> Result<Self, Failure> {
-        parse(text).map_err(|why| {
+        parse(text).map_err(|cause| {
             let shown: String = text.chars().take(200).collect();
-            Failure::new(Kind::BadPullSpec, format!("the pull spec {shown:?} is not usable: {why}"))
+            Failure::new(Kind::BadPullSpec, format!("invalid pull spec {shown:?}: {cause}"))
         })
     }
 }
@@ -68,17 +68,17 @@ fn parse(text: &str) -> Result<PullSpec, &'static str> {
         return Err("it is longer than 1024 characters");
     }
     if let Some(odd) = text.chars().find(|c| c.is_whitespace() || c.is_control()) {
-        return Err(if odd == ' ' { "it has a space in it" } else { "it has white space or control characters in it" });
+        return Err(if odd == ' ' { "it contains a space" } else { "it contains white space or control characters" });
     }
     let text = text.strip_prefix("docker://").unwrap_or(text);
     if text.contains("://") || TRANSPORTS.iter().any(|transport| text.starts_with(transport)) {
-        return Err("only registries are supported (docker://, or no transport at all)");
+        return Err("only registries are supported (docker://, or no transport)");
     }
     let (text, digest) = match text.split_once('@') {
         Some((text, digest)) => (text, Some(check_digest(digest)?)),
         None => (text, None),
     };
-    let (registry, path) = text.split_once('/').ok_or("it names no registry (registry/name)")?;
+    let (registry, path) = text.split_once('/').ok_or("it has no registry (registry/name)")?;
     check_registry(registry)?;
     let (name, tag) = match path.split_once(':') {
         Some((name, tag)) => (name, Some(check_tag(tag)?)),
@@ -125,11 +125,11 @@ fn check_registry(registry: &str) -> Result<(), &'static str> {
     if !host.split('.').all(label) {
         return Err("its registry is not a host name");
     }
-    // As docker and podman tell a registry from the first part of a short name.
+    // The rule by which docker and podman distinguish a registry from the first part of a short name.
     if host.contains('.') || port.is_some() || host == "localhost" {
         Ok(())
     } else {
-        Err("it names no registry (registry/name)")
+        Err("it has no registry (registry/name)")
     }
 }
 
@@ -140,11 +140,11 @@ fn check_name(name: &str) -> Result<(), &'static str> {
         edge(part.bytes().next()) && edge(part.bytes().last()) && part.bytes().all(inner) && !part.contains("..")
     };
     match name {
-        "" => Err("it names no image"),
+        "" => Err("it has no image name"),
         name if name.len() > 255 => Err("its image name is longer than 255 characters"),
         name if name.split('/').all(component) => Ok(()),
         name if name.bytes().any(|b| b.is_ascii_uppercase()) => Err("image names are lower-case"),
-        _ => Err("its image name has characters or separators that are not allowed"),
+        _ => Err("its image name contains invalid characters or separators"),
     }
 }
 
@@ -154,7 +154,7 @@ fn check_tag(tag: &str) -> Result<String, &'static str> {
         && tag.len() <= 128
         && tag.bytes().next().is_some_and(word)
         && tag.bytes().all(|b| word(b) || matches!(b, b'.' | b'-'));
-    if good { Ok(tag.to_owned()) } else { Err("its tag has characters that are not allowed, or is empty or too long") }
+    if good { Ok(tag.to_owned()) } else { Err("its tag contains invalid characters, is empty or is too long") }
 }
 
 #[cfg(test)]
@@ -164,7 +164,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn good() {
+    fn valid_pull_specs_are_displayed_without_transport_and_redundant_tag() {
         let digest = format!("sha256:{}", "0a".repeat(32));
         for (text, shown) in [
             ("quay.io/fedora/fedora-coreos:stable".to_owned(), "quay.io/fedora/fedora-coreos:stable".to_owned()),
@@ -184,16 +184,16 @@ mod tests {
     }
 
     #[test]
-    fn bad() {
-        for (text, why) in [
+    fn invalid_pull_specs_are_rejected_with_the_cause() {
+        for (text, cause) in [
             ("", "empty"),
             ("fedora", "no registry"),
             ("library/fedora:1", "no registry"),
             ("quay.io/a", "neither a tag nor a digest"),
-            ("quay.io/:x", "no image"),
+            ("quay.io/:x", "no image name"),
             ("quay.io/A:x", "lower-case"),
-            ("quay.io/a//b:x", "not allowed"),
-            ("quay.io/../b:x", "not allowed"),
+            ("quay.io/a//b:x", "invalid characters"),
+            ("quay.io/../b:x", "invalid characters"),
             ("quay.io/a:", "tag"),
             ("quay.io/a:b:c", "tag"),
             ("quay.io/a:-b", "tag"),
@@ -212,13 +212,13 @@ mod tests {
         ] {
             let failure = text.parse::<PullSpec>().unwrap_err();
             assert_eq!(failure.kind, Kind::BadPullSpec);
-            assert!(failure.message.contains(why), "{text:?}: {}", failure.message);
+            assert!(failure.message.contains(cause), "{text:?}: {}", failure.message);
         }
     }
 
     proptest! {
         #[test]
-        fn total_and_stable(text in "\\PC{0,60}") {
+        fn display_of_any_accepted_text_parses_to_itself(text in "\\PC{0,60}") {
             if let Ok(spec) = text.parse::<PullSpec>() {
                 prop_assert_eq!(spec.to_string().parse::<PullSpec>().unwrap().to_string(), spec.to_string());
             }

@@ -1,17 +1,17 @@
-//! The choice of this machine's node image among the images of a release payload. Pure.
+//! Chooses this machine's node image among the images of a release payload. Pure.
 //!
-//! A payload may hold images of several streams, such as `rhel-coreos` (RHEL 9) and `rhel-coreos-10`. Without a
-//! configured name, the installer's script decides, then the booted system, then the payload if it has but one.
+//! A payload may name images of several streams, such as `rhel-coreos` (RHEL 9) and `rhel-coreos-10`. Without a
+//! configured name, the installer's script decides, then the booted system, then the payload if it has only one.
 
 use crate::image::ImageChoice;
 
-/// The installer's script that pulls the node image; its text names the tag as `coreos_img=NAME`.
+/// The installer's script that pulls the node image. Its text contains the tag as `coreos_img=NAME`.
 pub const PULL_SCRIPT: &str = "/usr/local/bin/node-image-pull.sh";
 
-/// Sources of the choice, in order.
+/// Inputs of the choice, by priority.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct TagHints {
-    /// The names of the configuration, in order of preference.
+    /// Names from the configuration, in order of preference.
     pub configured: Option<Vec<String>>,
     /// Text of the installer's script.
     pub script: Option<String>,
@@ -20,7 +20,7 @@ pub struct TagHints {
 }
 
 impl TagHints {
-    /// Returns hints of a configuration that names tags.
+    /// Makes hints of configured tags.
     pub fn configured(names: &[String]) -> Self {
         Self { configured: Some(names.to_vec()), ..Self::default() }
     }
@@ -30,16 +30,16 @@ impl TagHints {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Tag<'a> {
     pub name: &'a str,
-    /// The annotation `io.openshift.os.streamclass`.
+    /// Value of the annotation `io.openshift.os.streamclass`.
     pub class: Option<&'a str>,
 }
 
-/// Why no tag was chosen.
+/// Reason why no tag was chosen.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum NoChoice {
     /// The payload has none of these names.
     Missing(Vec<String>),
-    /// The payload has several, and nothing tells which.
+    /// The payload has these candidates, and no input decides.
     Ambiguous(Vec<String>),
 }
 
@@ -50,7 +50,7 @@ enum Family {
     Fedora,
 }
 
-/// A line of releases; Fedora's has no major version here.
+/// A line of releases. For Fedora, the major version is 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Stream {
     family: Family,
@@ -58,7 +58,7 @@ struct Stream {
 }
 
 impl Stream {
-    /// Returns true if the two differ at most in who builds them.
+    /// Returns true if the two streams are the same or differ only in the vendor.
     fn resembles(self, other: Self) -> bool {
         self.major == other.major && (self.family == Family::Fedora) == (other.family == Family::Fedora)
     }
@@ -71,7 +71,7 @@ impl Stream {
     }
 }
 
-/// Chooses a tag and says why.
+/// Chooses a tag and gives the reason.
 pub(super) fn choose(hints: &TagHints, tags: &[Tag<'_>]) -> Result<ImageChoice, NoChoice> {
     let present = |wanted: &[String]| wanted.iter().find(|name| tags.iter().any(|tag| tag.name == **name)).cloned();
     let chosen = |tag: String, reason: String| Ok(ImageChoice { tag, reason });
@@ -156,7 +156,7 @@ fn booted_stream(os_release: &str) -> Option<Stream> {
         return Some(Stream { family: Family::Fedora, major: 0 });
     }
     let platform = field("PLATFORM_ID").filter(|id| id.starts_with("platform:el"));
-    // Under ID=rhcos, the version is that of the cluster.
+    // With ID=rhcos, VERSION_ID is the version of the cluster.
     let version = field("RHEL_VERSION").or_else(|| field("VERSION_ID").filter(|_| id != "rhcos"));
     let family = match id {
         "centos" | "scos" => Family::CentosStream,
@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn the_tag_is_that_of_the_configuration_the_script_or_the_booted_system() {
+    fn configuration_then_script_then_booted_system_decide() {
         const DUAL: &[&str] = &[
             "etcd",
             "rhel-coreos=rhel-9",
@@ -204,11 +204,11 @@ mod tests {
         ];
         const BARE: &[&str] = &["rhel-coreos", "rhel-coreos-10"];
         const OKD: &[&str] = &["stream-coreos", "stream-coreos-extensions", "stream-coreos-10"];
-        let asks = "set -e\ncoreos_img=rhel-coreos-10\nostree x\n";
+        let script_of_10 = "set -e\ncoreos_img=rhel-coreos-10\nostree x\n";
         for (configured, script, os_release, tags, expected) in [
             (Some(&["rhel-coreos-10"][..]), "coreos_img=rhel-coreos", EL9, DUAL, "rhel-coreos-10"),
-            (Some(&["x", "rhel-coreos"][..]), asks, EL10, DUAL, "rhel-coreos"),
-            (None, asks, EL9, DUAL, "rhel-coreos-10"),
+            (Some(&["x", "rhel-coreos"][..]), script_of_10, EL10, DUAL, "rhel-coreos"),
+            (None, script_of_10, EL9, DUAL, "rhel-coreos-10"),
             (None, "  coreos_img=\"rhel-coreos\"; x", EL10, DUAL, "rhel-coreos"),
             (None, "coreos_img=rhel-coreos\ncoreos_img='rhel-coreos-10'", EL9, DUAL, "rhel-coreos-10"),
             (None, "coreos_img=$(image_for x)", EL9, DUAL, "rhel-coreos"),
@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn the_reason_names_what_decided() {
+    fn the_reason_names_the_input_that_decided() {
         let hints = TagHints { os_release: Some(EL9.into()), ..TagHints::default() };
         let tags = [Tag { name: "rhel-coreos", class: None }, Tag { name: "rhel-coreos-10", class: None }];
         assert_eq!(choose(&hints, &tags).unwrap().reason, "the booted system is el9");

@@ -1,9 +1,9 @@
-//! A tar archive as it arrives: headers, names, and content lent out without copying.
+//! A streaming reader of tar archives: headers, names, and content without copying.
 //!
-//! Own code, small, because of what is asked of it: hostile input (every length is checked before
-//! anything is allocated), content that is mostly skipped, and chunks that arrive from another
-//! thread. Single headers are read with the `tar` crate. Formats: ustar, GNU (long names, base-256
-//! numbers) and PAX (path, linkpath, size, uid, gid and xattrs); sparse files as in [`super::sparse`].
+//! The `tar` crate parses single headers only, because this reader has special requirements: input is hostile (all
+//! lengths are checked before an allocation), most content is skipped, and chunks arrive from another thread. Formats:
+//! ustar, GNU (long names, base-256 numbers) and PAX (path, linkpath, size, uid, gid and xattrs). Sparse files: see
+//! [`super::sparse`].
 
 use std::collections::BTreeMap;
 use std::io;
@@ -12,29 +12,29 @@ use tar::{EntryType, Header};
 
 use super::sparse::{self, Declared, Map, Next};
 
-/// The most bytes of extended headers that are believed, for one entry and for the whole archive.
+/// Limit in bytes of the extended headers of one entry, and of the global headers of the archive.
 const LARGEST_EXTENSION: u64 = 1 << 20;
 
-/// How Go's and GNU's tar writers store extended attributes: the name after this, the value as it is.
+/// Prefix of the PAX keys in which Go's and GNU's tar writers store extended attributes.
 const PAX_XATTR: &[u8] = b"SCHILY.xattr.";
 
-/// Why an archive cannot be read on.
+/// Error of reading an archive.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum TarError {
-    /// It ends in the middle of something.
+    /// The archive ends in a header or in content.
     #[error("the archive ends early")]
     Truncated,
-    /// It is not, or no longer, a tar archive that we accept.
+    /// The archive is invalid or exceeds a limit.
     #[error("the archive is malformed: {0}")]
     Malformed(String),
-    /// The bytes before the archive (decompression) failed.
-    #[error("reading the archive: {0}")]
+    /// Reading or decompressing the archive failed.
+    #[error("cannot read the archive: {0}")]
     Read(#[from] io::Error),
 }
 
-/// Where an archive comes from: chunk after chunk, empty at the end.
+/// A source of the chunks of an archive.
 pub(crate) trait Chunks {
-    /// The next chunk; an empty one is the end.
+    /// Returns the next chunk. An empty chunk is the end.
     fn next(&mut self) -> io::Result<Vec<u8>>;
 }
 
@@ -44,41 +44,41 @@ impl<F: FnMut() -> io::Result<Vec<u8>> + ?Sized> Chunks for &mut F {
     }
 }
 
-/// What stands before an entry's content.
+/// The metadata of an entry.
 #[derive(Debug, Clone)]
 pub(crate) struct Entry {
-    /// The path, byte for byte.
+    /// Path, byte for byte.
     pub path: Vec<u8>,
-    /// The target of a hardlink or symlink, byte for byte.
+    /// Target of a hardlink or symlink, byte for byte.
     pub link: Vec<u8>,
-    /// What it is.
+    /// Type of the entry.
     pub kind: EntryType,
-    /// Bytes of content, holes included.
+    /// Bytes of content, including holes.
     pub size: u64,
-    /// How many of them are holes of a sparse file: zeros that the archive does not hold.
+    /// Bytes in the holes of a sparse file: zeros that the archive does not store.
     pub holes: u64,
-    /// Owner.
+    /// Numeric id of the owner.
     pub uid: u32,
-    /// Group.
+    /// Numeric id of the group.
     pub gid: u32,
-    /// Mode bits as they stand in the header.
+    /// Mode bits of the header.
     pub mode: u32,
-    /// Extended attributes of a PAX header (`SCHILY.xattr.NAME`), sorted by name.
+    /// Extended attributes from a PAX header (`SCHILY.xattr.NAME`), sorted by name.
     pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
 /// The next part of an entry's content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Piece<'a> {
-    /// These bytes.
+    /// Stored bytes.
     Data(&'a [u8]),
-    /// So many zeros.
+    /// This number of zeros.
     Hole(u64),
 }
 
 impl From<String> for TarError {
-    fn from(what: String) -> Self {
-        Self::Malformed(what)
+    fn from(fault: String) -> Self {
+        Self::Malformed(fault)
     }
 }
 
@@ -87,12 +87,13 @@ pub(crate) struct TarStream<C> {
     chunks: C,
     current: Vec<u8>,
     at: usize,
-    /// Content of the current entry, and its padding, not read yet.
+    /// Unread bytes of the current entry's content.
     content: u64,
+    /// Bytes of padding after the content.
     padding: u64,
-    /// Where the content belongs in a sparse file.
+    /// Map of the current entry if it is a sparse file.
     sparse: Option<Map>,
-    /// Extended headers read before the first entry are bounded for the whole archive too.
+    /// Bytes of global headers so far, limited for the whole archive.
     globals: u64,
 }
 
@@ -101,7 +102,7 @@ impl<C: Chunks> TarStream<C> {
         Self { chunks, current: Vec::new(), at: 0, content: 0, padding: 0, sparse: None, globals: 0 }
     }
 
-    /// The next entry, after whatever was left of the last one's content; `None` at the end marker.
+    /// Skips the rest of the current content and returns the next entry, or `None` at the end marker.
     pub(crate) fn next_entry(&mut self) -> Result<Option<Entry>, TarError> {
         self.skip_content()?;
         let mut long_path = None;
@@ -114,10 +115,10 @@ impl<C: Chunks> TarStream<C> {
                 return Ok(None);
             }
             if block.iter().all(|byte| *byte == 0) {
-                // Two such blocks are the end, and what is behind them is nobody's; some writers leave
-                // out the second. Readers disagree about entries behind only one.
+                // Two zero blocks end the archive, and all bytes after them are ignored. Some writers omit the second
+                // block. Readers disagree about entries after a single zero block, so those are rejected.
                 if self.read_block(&mut block)? && block.iter().any(|byte| *byte != 0) {
-                    return Err(malformed("something follows half an end marker".into()));
+                    return Err(malformed("an entry follows half an end marker".into()));
                 }
                 return Ok(None);
             }
@@ -125,7 +126,7 @@ impl<C: Chunks> TarStream<C> {
             check_sum(header, &block)?;
             let kind = header.entry_type();
             let number =
-                |what: &str, value: io::Result<u64>| value.map_err(|_| malformed(format!("unreadable {what}")));
+                |field: &str, value: io::Result<u64>| value.map_err(|_| malformed(format!("an invalid {field}")));
             let size = number("size", if blank(&header.as_old().size) { Ok(0) } else { header.entry_size() })?;
             let is_extension = matches!(kind, EntryType::GNULongName | EntryType::GNULongLink | EntryType::XHeader);
             if is_extension {
@@ -162,7 +163,7 @@ impl<C: Chunks> TarStream<C> {
                         xattrs: Vec::new(),
                     };
                     apply_pax(&mut entry, &pax)?;
-                    // Only files have content, whatever the size field says (tar writers differ).
+                    // Only files have content. Some writers set the size of other entries, too.
                     let has_content = !matches!(
                         kind,
                         EntryType::Link
@@ -180,7 +181,7 @@ impl<C: Chunks> TarStream<C> {
         }
     }
 
-    /// Lends the next piece of the current entry's content; `None` at its end.
+    /// Returns the next piece of the current entry's content, or `None` at its end.
     pub(crate) fn content(&mut self) -> Result<Option<Piece<'_>>, TarError> {
         let most = match self.sparse.as_mut().map(Map::next) {
             None => u64::MAX,
@@ -190,12 +191,12 @@ impl<C: Chunks> TarStream<C> {
         };
         let Some((start, end)) = self.stored(most)? else { return Ok(None) };
         if let Some(map) = &mut self.sparse {
-            map.took((end - start) as u64);
+            map.advance((end - start) as u64);
         }
         Ok(Some(Piece::Data(&self.current[start..end])))
     }
 
-    /// The whole content of the current entry, appended to `out`. The caller has checked its size.
+    /// Appends the rest of the current entry's content to `out`. The caller has checked its size.
     pub(crate) fn read_content(&mut self, out: &mut Vec<u8>) -> Result<(), TarError> {
         while let Some(piece) = self.content()? {
             match piece {
@@ -206,8 +207,8 @@ impl<C: Chunks> TarStream<C> {
         Ok(())
     }
 
-    /// Passes the next bytes that the archive holds of the current entry, at most `most`: where they
-    /// are in the current chunk.
+    /// Moves behind the next stored bytes of the current entry, at most `most`. Returns their range in the current chunk,
+    /// or `None` at the end of the content.
     fn stored(&mut self, most: u64) -> Result<Option<(usize, usize)>, TarError> {
         if self.content == 0 {
             return Ok(None);
@@ -228,13 +229,13 @@ impl<C: Chunks> TarStream<C> {
         Ok(())
     }
 
-    /// Takes note of the map, when the entry is a sparse file.
+    /// Reads the map if the entry is a sparse file, and updates the entry's size.
     fn set_sparse(&mut self, entry: &mut Entry, header: &Header, pax: &Pax) -> Result<(), TarError> {
         let declared = sparse::pax(&pax.records, &pax.parts)?;
         let map = match (entry.kind, declared) {
             (EntryType::GNUSparse, None) => {
-                let header = header.as_gnu().ok_or_else(|| malformed("a sparse file without GNU's header".into()))?;
-                // The rest of the map stands between the header and the content.
+                let header = header.as_gnu().ok_or_else(|| malformed("a sparse file has no GNU header".into()))?;
+                // The rest of the map is between the header and the content.
                 let (content, padding) = (std::mem::take(&mut self.content), std::mem::take(&mut self.padding));
                 let map = sparse::old_gnu(header, |block| match self.read_block(block)? {
                     true => Ok(()),
@@ -249,11 +250,11 @@ impl<C: Chunks> TarStream<C> {
                 sparse::in_content(size, |block| self.read_content_block(block))?
             }
             (_, None) => return Ok(()),
-            (kind, Some(_)) => return Err(malformed(format!("a sparse {kind:?}"))),
+            (kind, Some(_)) => return Err(malformed(format!("a sparse entry has the type {kind:?}"))),
         };
         if map.stored() != self.content {
             let (map, content) = (map.stored(), self.content);
-            return Err(malformed(format!("a sparse file with {content} bytes of content, but {map} in its map")));
+            return Err(malformed(format!("a sparse file has {content} bytes of content, but {map} in its map")));
         }
         entry.size = map.size();
         entry.holes = map.size() - map.stored();
@@ -265,7 +266,7 @@ impl<C: Chunks> TarStream<C> {
         let mut filled = 0;
         while filled < block.len() {
             let Some((start, end)) = self.stored((block.len() - filled) as u64)? else {
-                return Err(malformed("a sparse file whose map does not end".into()));
+                return Err(malformed("a sparse file has a map without an end".into()));
             };
             block[filled..filled + end - start].copy_from_slice(&self.current[start..end]);
             filled += end - start;
@@ -274,7 +275,7 @@ impl<C: Chunks> TarStream<C> {
     }
 
     fn set_content(&mut self, size: u64) -> Result<(), TarError> {
-        // 1 TiB is more than any layer; beyond it the padding sum could overflow.
+        // Any layer is smaller than 1 TiB. Near the largest number, the sum with the padding would overflow.
         if size > 1 << 40 {
             return Err(malformed(format!("an entry of {size} bytes")));
         }
@@ -294,7 +295,7 @@ impl<C: Chunks> TarStream<C> {
         Ok(out)
     }
 
-    /// False when the archive ended right here, without its end marker; some writers leave it out.
+    /// Reads a block. Returns false if the archive ends before it: some writers omit the end marker.
     fn read_block(&mut self, block: &mut [u8; 512]) -> Result<bool, TarError> {
         let mut filled = 0;
         while filled < block.len() {
@@ -323,11 +324,11 @@ impl<C: Chunks> TarStream<C> {
     }
 }
 
-fn malformed(what: String) -> TarError {
-    TarError::Malformed(what)
+fn malformed(fault: String) -> TarError {
+    TarError::Malformed(fault)
 }
 
-/// Fields that mean nothing for an entry are left blank by some writers.
+/// Returns true for a blank field. Some writers leave fields blank that an entry does not need.
 fn blank(field: &[u8]) -> bool {
     field.iter().all(|byte| matches!(byte, 0 | b' '))
 }
@@ -359,14 +360,14 @@ fn check_sum(header: &Header, block: &[u8; 512]) -> Result<(), TarError> {
 #[derive(Debug, Default)]
 struct Pax {
     records: BTreeMap<Vec<u8>, Vec<u8>>,
-    /// Values of the two keys that may repeat: `GNU.sparse.offset` and `GNU.sparse.numbytes`, in turn.
+    /// Values of the repeated keys `GNU.sparse.offset` and `GNU.sparse.numbytes`, alternating.
     parts: Vec<Vec<u8>>,
 }
 
 impl Pax {
-    /// `LENGTH KEY=VALUE\n`, repeated; lengths count the whole record.
+    /// Parses records of the form `LENGTH KEY=VALUE\n`, where LENGTH counts the whole record.
     fn read(&mut self, mut block: &[u8]) -> Result<(), TarError> {
-        let bad = || malformed("a PAX header that cannot be read".into());
+        let bad = || malformed("an invalid PAX header".into());
         while !block.is_empty() {
             let space = block.iter().position(|byte| *byte == b' ').ok_or_else(bad)?;
             let length: usize =
@@ -377,7 +378,7 @@ impl Pax {
             match key {
                 b"GNU.sparse.offset" | b"GNU.sparse.numbytes" => {
                     if (key == b"GNU.sparse.offset") != self.parts.len().is_multiple_of(2) {
-                        return Err(malformed("a sparse file whose map cannot be read".into()));
+                        return Err(malformed("a sparse file has an invalid map".into()));
                     }
                     self.parts.push(value);
                 }
@@ -393,7 +394,7 @@ fn apply_pax(entry: &mut Entry, pax: &Pax) -> Result<(), TarError> {
     let number = |value: &[u8]| {
         let text = std::str::from_utf8(value).ok();
         text.and_then(|text| text.parse::<u64>().ok())
-            .ok_or_else(|| malformed("a PAX number that cannot be read".into()))
+            .ok_or_else(|| malformed("an invalid number in a PAX header".into()))
     };
     for (key, value) in &pax.records {
         match key.as_slice() {
@@ -405,14 +406,14 @@ fn apply_pax(entry: &mut Entry, pax: &Pax) -> Result<(), TarError> {
             key if key.starts_with(PAX_XATTR) => {
                 let name = &key[PAX_XATTR.len()..];
                 if name.is_empty() || name.contains(&0) {
-                    return Err(malformed("an extended attribute without a proper name".into()));
+                    return Err(malformed("an extended attribute has an invalid name".into()));
                 }
                 entry.xattrs.push((name.to_vec(), value.clone()));
             }
             _ => {}
         }
     }
-    // `path` is a name made up for readers that do not know about sparse files.
+    // For a sparse file, `path` is a generated name for readers that do not support sparse files.
     if let Some(name) = pax.records.get(b"GNU.sparse.name".as_slice()) {
         entry.path = name.clone();
     }

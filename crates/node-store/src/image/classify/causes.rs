@@ -1,9 +1,9 @@
-//! The causes that the agent knows, by the segments of an error. Whole segments are compared, or their first words.
+//! The known causes of failures, by the segments of an error. Whole segments are compared, or their first words.
 
 use super::structure::{segments, status_code};
 use super::{Class, Kind};
 
-/// One endpoint's answer.
+/// Cause of one endpoint's failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Cause {
     pub kind: Kind,
@@ -16,24 +16,24 @@ impl Cause {
         Self { kind, class: kind.class(), advice: kind.advice() }
     }
 
-    /// A cause on this machine, which stays until an operator changes something.
+    /// Makes a cause on this machine, which stays until an operator fixes it.
     fn own(kind: Kind, advice: &'static str) -> Self {
         Self { kind, class: Class::Permanent, advice }
     }
 }
 
-/// A segment that stands for a cause.
+/// A pattern for a segment.
 enum Words {
     /// The whole segment.
     Is(&'static str),
-    /// Its first words.
+    /// The first words of a segment.
     Begins(&'static str),
-    /// Its first words, and others after a name.
+    /// The first words of a segment, and other words after a name.
     Around(&'static str, &'static str),
 }
 
 impl Words {
-    fn fit(&self, segment: &str) -> bool {
+    fn matches(&self, segment: &str) -> bool {
         match self {
             Is(words) => segment == *words,
             Begins(words) => segment.starts_with(words),
@@ -58,10 +58,10 @@ const PROXY_REFUSES: &str = "the proxy refuses connections to this registry: all
 const CERTIFICATE: &str = "check the registry's certificate, /etc/containers/certs.d and the machine's clock";
 
 const SCHEMA_1: &str =
-    "the registry has it in docker's schema 1: push it again with an OCI or docker schema 2 manifest";
+    "the registry has the image in docker's schema 1: push it again with an OCI or docker schema 2 manifest";
 
-/// Broken configuration of this machine, and other causes with advice for them alone. They come first: parsers' words
-/// resemble those of a broken transfer.
+/// Broken configuration of this machine, and other causes with special advice. They are compared first, because the
+/// words of parsers resemble those of a broken transfer.
 const CONFIGURED: &[(Words, Kind, &str)] = &[
     (Begins("loading registries configuration"), Kind::Local, CONFIGURATION),
     (Begins("parsing drop-in configuration"), Kind::Local, CONFIGURATION),
@@ -72,13 +72,13 @@ const CONFIGURED: &[(Words, Kind, &str)] = &[
     (Begins("unsupported legacy manifest mime type"), Kind::BadFormat, SCHEMA_1),
 ];
 
-/// Segments below `getting username and password` that say more than that.
+/// Causes that are more precise than `getting username and password` in the same message.
 const CREDENTIALS: &[(Words, Kind, &str)] = &[
     (Begins("executable file not found"), Kind::Unauthorized, HELPER),
     (Is("permission denied"), Kind::Local, "let root read the auth file that the message names"),
 ];
 
-/// Causes that pass by themselves. One such segment anywhere in the chain decides.
+/// Causes that may disappear without an operator. One such segment in a message decides.
 const TRANSIENT: &[(Words, Kind)] = &[
     (Begins("dial "), Kind::Network),
     (Begins("lookup "), Kind::Network),
@@ -120,7 +120,7 @@ const TRANSIENT: &[(Words, Kind)] = &[
     (Is("unexpected end of json input"), Kind::Truncated),
 ];
 
-/// Causes that end a pull, if every endpoint gives one.
+/// Causes that end a pull if all endpoints give one.
 const FINAL: &[(Words, Kind)] = &[
     (Begins("a signature was required"), Kind::Policy),
     (Around("running image ", " is rejected by policy"), Kind::Policy),
@@ -159,7 +159,7 @@ const FINAL: &[(Words, Kind)] = &[
 /// Returns the cause of one endpoint's error.
 pub(super) fn cause(message: &str) -> Cause {
     let segments = segments(message);
-    let has = |words: &Words| segments.iter().any(|segment| words.fit(segment));
+    let has = |words: &Words| segments.iter().any(|segment| words.matches(segment));
     let own = |table: &[(Words, Kind, &'static str)]| {
         table.iter().find(|(words, ..)| has(words)).map(|(_, kind, advice)| Cause::own(*kind, advice))
     };
@@ -185,7 +185,7 @@ fn by_status(code: u16) -> Option<Cause> {
     }
 }
 
-/// Returns the cause of a proxy's refusal. Go gives the words of its answer to CONNECT right after the request.
+/// Returns the cause of a proxy's refusal. Go puts the status text of the answer to CONNECT after the request.
 fn by_proxy(segments: &[String]) -> Option<Cause> {
     let advice = match segments {
         [.., request, words] if matches!(request.as_str(), "get" | "head") => match words.as_str() {
@@ -198,8 +198,8 @@ fn by_proxy(segments: &[String]) -> Option<Cause> {
     Some(Cause { advice, ..Cause::of(Kind::Unauthorized) })
 }
 
-/// Returns the cause of a failed TLS handshake. A signature may bring its own certificate, whose time is not the
-/// clock's.
+/// Returns the cause of a failed TLS handshake. Errors of certificates in signatures are excluded, because they do not
+/// depend on the clock.
 fn by_tls(segments: &[String]) -> Option<Cause> {
     let has = |words: &str| segments.iter().any(|segment| segment.starts_with(words));
     if has("x509") && ["verifying ", "signature ", "fulcio ", "rekor "].into_iter().any(has) {

@@ -1,7 +1,7 @@
-//! From what skopeo says to what it means. Pure: text in, verdict out.
+//! Classifies skopeo's error messages. Pure.
 //!
-//! skopeo before 1.19 does not classify its errors, and its texts are all there is. A failure is permanent only if
-//! every endpoint that was tried gave a cause of the list in [`causes`]; all others are retried.
+//! skopeo before 1.19 does not classify its errors, so only their texts are available. A failure is permanent only if all
+//! endpoints that were tried gave a permanent cause of the lists in [`causes`]. All others are retried.
 
 mod causes;
 mod structure;
@@ -16,7 +16,7 @@ use causes::{Cause, cause};
 /// The longest delay that a registry can ask for. An unattended machine must not wait for days.
 const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 
-/// The meaning of a message.
+/// Classification of a message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Verdict {
     /// Kind, for the status document.
@@ -25,7 +25,7 @@ pub struct Verdict {
     pub class: Class,
     /// Remedy for the operator.
     pub advice: &'static str,
-    /// Each endpoint's own answer, where more than one was tried.
+    /// Answers of the endpoints, if more than one was tried.
     pub endpoints: Vec<Endpoint>,
     /// Time that a registry asked to wait.
     pub retry_after: Option<Duration>,
@@ -39,8 +39,8 @@ impl Verdict {
     }
 }
 
-/// Returns what a message of skopeo, or of the proxy crate, stands for. `retryable` is skopeo's own word, which newer
-/// versions give: it decides where it is given.
+/// Classifies a message of skopeo or of the proxy crate. `retryable` is the classification of newer versions of skopeo; if
+/// true, it decides.
 pub fn classify(text: &str, retryable: bool) -> Verdict {
     let attempts = structure::attempts(text);
     let answers: Vec<(&str, Cause)> =
@@ -62,17 +62,17 @@ pub fn classify(text: &str, retryable: bool) -> Verdict {
     Verdict { kind, class, advice, endpoints, retry_after: retry_after(text) }
 }
 
-/// Returns the cause that stands for all endpoints: the class is the most hopeful one. A refusal by this machine's own
-/// configuration gives the kind even then, because only an operator can end it.
+/// Combines the causes of all endpoints. The class is the one that is retried the most. A refusal by this machine's
+/// configuration still decides about the kind, because only an operator can fix it.
 fn decisive(answers: &[(&str, Cause)]) -> Cause {
-    let hope = |cause: &Cause| match cause.class {
+    let order = |cause: &Cause| match cause.class {
         Class::Transient => 0,
         Class::Unknown => 1,
         Class::Denied => 2,
         Class::Permanent => 3,
     };
     let causes = || answers.iter().map(|(_, cause)| *cause);
-    let Some(best) = causes().rev().min_by_key(hope) else { return Cause::of(Kind::Unknown) };
+    let Some(best) = causes().rev().min_by_key(order) else { return Cause::of(Kind::Unknown) };
     let own = causes().find(|cause| cause.kind == Kind::Policy).unwrap_or(best);
     Cause { class: best.class, ..own }
 }

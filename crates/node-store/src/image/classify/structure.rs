@@ -1,7 +1,7 @@
-//! The structure of a message: which endpoints were tried, and the segments of each one's error.
+//! The structure of a message: the endpoints that were tried, and the segments of their errors.
 //!
 //! Go wraps errors as `doing something NAME: cause`, and quotes URLs and bodies. Names (hosts, tags, repositories,
-//! digests) stand in quotes or inside a longer segment, never alone in one, so that whole segments can be compared.
+//! digests) are in quotes or inside a longer segment. A segment is never only a name, so whole segments can be compared.
 //!
 //! Format source: containers/image, `newImageSource`: `(Mirrors also failed: [REF: ERROR]\n[REF: ERROR]): REF: ERROR`.
 
@@ -10,13 +10,13 @@ const MIRRORS: &str = "(Mirrors also failed: ";
 /// One endpoint and its error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Attempt<'a> {
-    /// The reference that was tried; empty where the message does not say.
+    /// Reference that was tried. Empty if the message does not name it.
     pub endpoint: &'a str,
     pub message: &'a str,
 }
 
-/// Splits a message by endpoint, the last one last. A list of mirrors that does not parse is one attempt whose message is
-/// empty, which no cause matches.
+/// Splits a message by endpoint, in the order of the attempts. A list of mirrors that does not parse is one attempt with
+/// an empty message, which matches no cause.
 pub(super) fn attempts(text: &str) -> Vec<Attempt<'_>> {
     let Some((_, list)) = text.split_once(MIRRORS) else { return vec![Attempt { endpoint: "", message: text }] };
     let unknown = || vec![Attempt { endpoint: "", message: "" }];
@@ -39,7 +39,7 @@ fn attempt(text: &str) -> Attempt<'_> {
     Attempt { endpoint, message }
 }
 
-/// Returns where the bracket that `text` begins with is closed. Addresses hold paired brackets, too.
+/// Returns the position of the bracket that closes the first one of `text`. Addresses contain brackets, too.
 fn closing(text: &str) -> Option<usize> {
     let mut depth = 0_u32;
     for (at, character) in text.char_indices() {
@@ -64,7 +64,7 @@ pub(super) fn repository(reference: &str) -> &str {
     }
 }
 
-/// Returns the segments of an error in small letters, without what stands in quotes.
+/// Returns the segments of an error in lower case, without quoted text.
 pub(super) fn segments(message: &str) -> Vec<String> {
     unquoted(message)
         .split('\n')
@@ -74,7 +74,7 @@ pub(super) fn segments(message: &str) -> Vec<String> {
         .collect()
 }
 
-/// Returns `text` without the content of double quotes; a quote that is not closed hides the rest.
+/// Returns `text` without the content of double quotes. An unclosed quote removes the rest.
 fn unquoted(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     let mut quoted = false;
@@ -90,7 +90,7 @@ fn unquoted(text: &str) -> String {
     out
 }
 
-/// Returns the HTTP status, where a segment gives one: `received unexpected HTTP status: 503 …`,
+/// Returns the HTTP status if a segment contains one: `received unexpected HTTP status: 503 …`,
 /// `invalid status code from registry 520 (…)`, `StatusCode: 404, …`.
 pub(super) fn status_code(segments: &[String]) -> Option<u16> {
     const BEFORE: [&str; 3] = ["http status", "statuscode", "status code"];
@@ -102,7 +102,7 @@ pub(super) fn status_code(segments: &[String]) -> Option<u16> {
     })
 }
 
-/// Returns the number of three digits that `text` begins with.
+/// Parses a number of exactly three digits at the beginning of `text`.
 fn number(text: &str) -> Option<u16> {
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     (digits == 3).then(|| text[..digits].parse().ok()).flatten()

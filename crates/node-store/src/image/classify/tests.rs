@@ -35,7 +35,7 @@ fn every_text_of_the_table_has_its_class_and_kind() {
 }
 
 #[test]
-fn the_word_of_skopeo_wins() {
+fn a_failure_that_skopeo_calls_retryable_is_transient() {
     for (text, kind) in [
         ("reading manifest x in q.io/y: denied: requested access to the resource is denied", Kind::Network),
         ("an odd text", Kind::Network),
@@ -47,7 +47,7 @@ fn the_word_of_skopeo_wins() {
 }
 
 #[test]
-fn a_registry_may_ask_for_time() {
+fn the_seconds_of_retry_after_are_returned_within_a_limit() {
     for (text, seconds) in [
         ("429 Too Many Requests, retry-after: 17", Some(17)),
         ("toomanyrequests: slow down (Retry-After: 30)", Some(30)),
@@ -61,7 +61,7 @@ fn a_registry_may_ask_for_time() {
 }
 
 #[test]
-fn advice_fits_the_cause() {
+fn each_cause_has_its_advice() {
     for (text, words) in [
         ("registry q.io is blocked in /etc/containers/registries.conf or /etc/containers/registries.conf.d", "blocks"),
         (
@@ -86,7 +86,7 @@ fn advice_fits_the_cause() {
 }
 
 #[test]
-fn every_endpoint_has_its_advice() {
+fn each_endpoint_has_its_advice() {
     let text = "failed to invoke method OpenImage: (Mirrors also failed: [m.example:5000/x@sha256:aa: reading manifest \
                 sha256:aa in m.example:5000/x: manifest unknown]\n[n.example/x:1: Get \"https://n.example/v2/\": x509: \
                 certificate signed by unknown authority]): q.io/x@sha256:aa: dial tcp: lookup q.io: no such host";
@@ -121,14 +121,14 @@ fn names(text: &str) -> Vec<usize> {
 }
 
 #[test]
-fn names_are_found() {
+fn names_finds_each_name_of_a_text() {
     let text = "reading manifest 1 in q.io/x: Get \"https://h:5000/v2/\": dial tcp [2001:db8::1]:5000: i/o timeout";
     assert_eq!(names(text).len(), 4);
 }
 
 proptest! {
     #[test]
-    fn names_do_not_matter(
+    fn changed_names_do_not_change_the_class(
         which in any::<Index>(),
         word in select(vec!["401", "403", "404", "429", "503", "denied", "unauthorized", "eof", "timeout", "signature", "x509", "blocked"]),
         digits in "[0-9a-z]{0,6}",
@@ -148,7 +148,7 @@ proptest! {
     }
 
     #[test]
-    fn total(text in "\\PC{0,200}", brackets in "[\\[\\]:a/ ()\n]{0,60}") {
+    fn any_text_is_classified(text in "\\PC{0,200}", brackets in "[\\[\\]:a/ ()\n]{0,60}") {
         classify(&text, true);
         classify(&format!("(Mirrors also failed: {brackets}"), false);
     }

@@ -35,7 +35,7 @@ fn archive() -> Vec<u8> {
 }
 
 #[test]
-fn entries_whatever_the_chunks() {
+fn entries_do_not_depend_on_the_size_of_chunks() {
     for size in [1, 3, 511, 512, 513, 100_000] {
         let mut tar = chunked(archive(), size);
         let mut seen = Vec::new();
@@ -54,7 +54,7 @@ fn entries_whatever_the_chunks() {
     }
 }
 
-/// As for libarchive and Go: whatever a device or fifo says of its size, the next header follows.
+/// As in libarchive and Go, a size of a device or fifo is ignored and the next header follows.
 #[test]
 fn only_files_have_content() {
     for kind in [b'1', b'2', b'3', b'4', b'5', b'6'] {
@@ -66,7 +66,7 @@ fn only_files_have_content() {
     }
 }
 
-/// A header as nobody's library would write it, and content.
+/// Makes a header without the checks of a library, and its content.
 fn raw(kind: u8, size: &[u8; 12], content: &[u8]) -> Vec<u8> {
     let mut header = Header::new_gnu();
     header.as_old_mut().name[..1].copy_from_slice(b"x");
@@ -84,7 +84,7 @@ fn octal(size: usize) -> [u8; 12] {
 }
 
 #[test]
-fn what_archives_may_not_say() {
+fn invalid_headers_are_rejected() {
     let large = |kind: u8, size: usize, times: usize| raw(kind, &octal(size), &vec![b'1'; size]).repeat(times);
     let mut record = vec![b' '; 600_000];
     record[..19].copy_from_slice(b"600000 comment=long");
@@ -94,7 +94,7 @@ fn what_archives_may_not_say() {
         (raw(b'0', &[0xff; 12], b""), "an entry of 18446744073709551615 bytes"),
         (raw(b'0', b"\x80\0\0\0\x7f\xff\xff\xff\xff\xff\xff\xff", b""), "an entry of 9223372036854775807 bytes"),
         (raw(b'0', b"777777777777", b"abc"), "ends early"),
-        (raw(b'0', b"99 no size  ", b""), "unreadable size"),
+        (raw(b'0', b"99 no size  ", b""), "invalid size"),
         (large(b'L', 2 << 20, 1), "more than 1048576 bytes"),
         (large(b'K', 2 << 20, 1), "more than 1048576 bytes"),
         (large(b'x', 2 << 20, 1), "more than 1048576 bytes"),
@@ -108,23 +108,23 @@ fn what_archives_may_not_say() {
     ] {
         let entry = raw(b'0', &octal(0), b"");
         let mut tar = chunked([archive, entry].concat(), 4096);
-        let told = loop {
+        let result = loop {
             match tar.next_entry() {
                 Ok(Some(entry)) if entry.kind != EntryType::Regular => {}
                 Ok(Some(entry)) if entry.size > 0 => {}
                 other => break other.map(|entry| entry.is_some()).map_err(|error| error.to_string()),
             }
         };
-        assert!(told.as_ref().is_err_and(|told| told.contains(words)), "{words}: {told:?}");
+        assert!(result.as_ref().is_err_and(|error| error.contains(words)), "{words}: {result:?}");
     }
-    // One extended header of 600 kB is fine, and what is behind the end is nobody's.
+    // One extended header of 600 kB is accepted, and bytes after the end are ignored.
     let mut tar = chunked([pax, raw(b'0', &octal(3), b"abc"), vec![0; 1024], vec![7; 700]].concat(), 4096);
     assert_eq!(tar.next_entry().unwrap().unwrap().size, 3);
     assert!(tar.next_entry().unwrap().is_none());
 }
 
 #[test]
-fn every_truncation_is_noticed() {
+fn every_truncation_is_detected() {
     let whole = archive();
     let contents = whole.len() - 1024;
     for length in 0..contents {
@@ -136,14 +136,14 @@ fn every_truncation_is_noticed() {
                 other => break other,
             }
         };
-        // Between two entries the archive may end; the diff id notices that one.
+        // The archive may end between two entries; the diff id detects that.
         assert!(matches!(result, Err(TarError::Truncated)) || (length % 512 == 0 && count < 4), "{length}");
     }
 }
 
 proptest! {
     #[test]
-    fn total_on_garbage(data in prop::collection::vec(any::<u8>(), 0..3000), flips in prop::collection::vec((0_usize..4000, any::<u8>()), 0..6)) {
+    fn any_bytes_are_handled(data in prop::collection::vec(any::<u8>(), 0..3000), flips in prop::collection::vec((0_usize..4000, any::<u8>()), 0..6)) {
         let mut broken = archive();
         for (at, byte) in flips {
             let at = at % broken.len();
