@@ -1,11 +1,23 @@
-//! Mount trees: built detached, looked into, tried, exposed in one step, and taken away again.
+//! Replaces the running `/usr` by an overlay in one step, and removes the overlay again.
 //!
-//! This room knows the kernel's mount API and mount namespaces, and nothing of images, ostree or
-//! `/etc`. It never decides *whether* to expose something; outside of a trial's private namespace it may not
-//! remount, bind or unmount anything that it did not mount itself.
+//! * [`delta`]: the directory with the differences between the booted tree and the target.
+//! * [`DetachedTree`]: a mount tree that no process sees until it is exposed.
+//! * [`Namespace`]: mounts and unmounts in the mount namespace of another process, normally PID 1's. The agent may be
+//!   sandboxed, and mounts in its own namespace would have no effect on the system.
+//! * [`trial()`]: runs programs in a private view of the new tree.
 //!
-//! The namespace that counts is PID 1's ([`Namespace::init`]): the agent may be sandboxed, and what it
-//! mounts in another namespace has no effect.
+//! The crate never decides whether to expose a tree. Outside of private mount namespaces it does not change mounts of other
+//! programs.
+//!
+//! ```no_run
+//! use std::path::Path;
+//! # fn main() -> anyhow::Result<()> {
+//! let (delta, usr) = (Path::new("/run/node-image-pivot/store/usr"), Path::new("/usr"));
+//! overlay_root::open_new_usr(delta, usr, "node-image:usr")?.expose(usr)?;
+//! assert!(overlay_root::withdraw(usr, "node-image:usr")?);
+//! # Ok(())
+//! # }
+//! ```
 
 pub mod delta;
 mod namespace;
@@ -31,20 +43,22 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
-/// Returns true if a mount named `source` is at `target` in PID 1's namespace, on top or covered.
+/// Returns true if a mount named `source` is at `target` in PID 1's namespace, even if another mount covers it.
 pub fn exposed(target: &Path, source: &str) -> Result<bool> {
     Ok(Namespace::init().exposure(target, source)? != Exposure::Absent)
 }
 
-/// Takes our mount `source` away from `target` in PID 1's namespace. See [`Namespace::withdraw`].
+/// Unmounts the mount named `source` from `target` in PID 1's namespace. See [`Namespace::withdraw`].
 pub fn withdraw(target: &Path, source: &str) -> Result<bool> {
     Namespace::init().withdraw(target, source)
 }
 
-/// The new `/usr`, built but seen by nobody: the delta over the booted `/usr`.
+/// Builds the new `/usr` as a detached tree: the delta over the booted `/usr`.
 ///
-/// Call it only while the booted `/usr` is what `booted_usr` shows: once a tree is exposed there,
-/// the next one would lie on top of it.
+/// The caller makes sure that no tree is exposed at `booted_usr`. Otherwise the new tree would be stacked on that tree.
+///
+/// # Errors
+/// Those of [`DetachedTree::overlay`].
 pub fn open_new_usr(delta: &Path, booted_usr: &Path, source: &str) -> Result<DetachedTree> {
     DetachedTree::overlay(&[delta, booted_usr], source).context("cannot build the new /usr")
 }

@@ -1,4 +1,4 @@
-//! One mount namespace, reached from wherever the caller is.
+//! Work in the mount namespace of another process.
 
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -11,60 +11,58 @@ use rustix::thread::LinkNameSpaceType;
 use super::table::{self, Exposure, Mount};
 use support::failpoint::{self, Point};
 
-/// A mount namespace, named by a process that lives in it.
+/// The mount namespace of a process.
 #[derive(Debug, Clone)]
 pub struct Namespace {
     proc_dir: PathBuf,
 }
 
 impl Namespace {
-    /// PID 1's namespace: the one that services are started from.
+    /// Returns PID 1's namespace, in which services are started.
     pub fn init() -> Self {
         Self::of(1)
     }
 
-    /// The namespace of a process or thread. It must stay alive while this is used.
+    /// Returns the namespace of a process or thread, which must stay alive while the value is used.
     pub fn of(pid: i32) -> Self {
         Self { proc_dir: PathBuf::from(format!("/proc/{pid}")) }
     }
 
-    /// The namespace's mount table, as it is now.
+    /// Reads the namespace's mount table.
     pub fn mounts(&self) -> Result<Vec<Mount>> {
         let path = self.proc_dir.join("mountinfo");
-        let text = std::fs::read(&path).with_context(|| format!("reading the mount table {}", path.display()))?;
+        let text = std::fs::read(&path).with_context(|| format!("cannot read the mount table {}", path.display()))?;
         Ok(table::parse(&text))
     }
 
-    /// Returns how the mount named `source` shows at `target` here.
+    /// Returns the visibility of the mount named `source` at `target` in this namespace.
     pub fn exposure(&self, target: &Path, source: &str) -> Result<Exposure> {
         Ok(table::exposure(&self.mounts()?, target, source))
     }
 
-    /// Runs `act` in this namespace, on a thread of its own, so that the caller stays where it is.
+    /// Runs `act` in this namespace on a new thread, so that the caller's thread stays in its namespace.
     ///
-    /// Needs CAP_SYS_ADMIN and CAP_SYS_CHROOT. Paths in `act` are looked up from the namespace's root;
-    /// file descriptors of the caller stay valid.
+    /// Needs CAP_SYS_ADMIN and CAP_SYS_CHROOT. Paths in `act` start at the namespace's root. The caller's file descriptors
+    /// stay valid.
     ///
     /// # Errors
-    /// Those of entering, before `act` ran, and those of `act` itself.
+    /// The namespace cannot be entered (`act` did not run), and errors of `act`.
     pub fn run<T: Send>(&self, act: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         std::thread::scope(|scope| {
             let thread = scope.spawn(|| {
-                self.enter().with_context(|| {
-                    format!("entering the mount namespace of {}: nothing was changed", self.proc_dir.display())
-                })?;
+                self.enter()
+                    .with_context(|| format!("cannot enter the mount namespace of {}", self.proc_dir.display()))?;
                 act()
             });
-            thread.join().map_err(|_| anyhow!("the thread in the other mount namespace panicked"))?
+            thread.join().map_err(|_| anyhow!("internal error: the thread in the other mount namespace panicked"))?
         })
     }
 
-    /// Runs `act` in a private copy of this namespace that lacks the mount named `source` at `target`: what
-    /// is below it shows there, to `act` alone.
+    /// Runs `act` in a private copy of this namespace without the mount named `source` at `target`. Only `act` sees the
+    /// directory below that mount. This namespace does not change.
     ///
     /// # Errors
-    /// Something else is mounted over ours; those of [`Namespace::run`] and of the private copy. Nothing is
-    /// changed outside of it.
+    /// Another mount covers the mount at `target`, the private copy cannot be made, and errors of [`Namespace::run`].
     pub fn run_without<T: Send>(
         &self,
         target: &Path,
@@ -73,38 +71,38 @@ impl Namespace {
     ) -> Result<T> {
         let exposure = self.exposure(target, source)?;
         if exposure == Exposure::Covered {
-            bail!("{} is covered by another mount than {source}", target.display());
+            bail!("cannot look below {source} at {}: another mount covers it", target.display());
         }
         self.run(|| {
             nix::sched::unshare(CloneFlags::CLONE_NEWNS).context("unshare(CLONE_NEWNS)")?;
-            // Before anything else: what is unmounted from here on must not spread.
+            // First, so that the following unmount does not propagate.
             rustix::mount::mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
-                .context("keeping mounts to ourselves")?;
+                .context("cannot make mounts private")?;
             if exposure == Exposure::OnTop {
-                rustix::mount::unmount(target, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)
-                    .with_context(|| format!("looking below {source} at {}", target.display()))?;
+                rustix::mount::unmount(target, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW).with_context(|| {
+                    format!("cannot unmount {source} from {} in a private namespace", target.display())
+                })?;
             }
             act()
         })
     }
 
-    /// Moves the calling thread, which must be a short-lived one, into the namespace.
+    /// Moves the calling thread into the namespace. The thread cannot return to its own namespace.
     fn enter(&self) -> Result<()> {
         let path = self.proc_dir.join("ns/mnt");
-        let link = std::fs::File::open(&path).with_context(|| format!("opening {}", path.display()))?;
-        // Root and working directory are shared between threads; setns refuses while they are.
+        let link = std::fs::File::open(&path).with_context(|| format!("cannot open {}", path.display()))?;
+        // Threads share root and working directory, and setns(2) fails for a thread that shares them.
         nix::sched::unshare(CloneFlags::CLONE_FS).context("unshare(CLONE_FS)")?;
         rustix::thread::move_into_link_name_space(link.as_fd(), Some(LinkNameSpaceType::Mount)).context("setns")
     }
 
-    /// Takes the mount named `source` away from `target`: what was there before shows again.
+    /// Unmounts the mount named `source` from `target`, so that the directory below is visible again. Returns false if
+    /// there is no such mount.
     ///
-    /// Programs that hold files of the mount keep them (the mount is detached, not forced). Returns
-    /// `false`, having done nothing, when there is no such mount.
+    /// The mount is detached: programs keep their open files of it.
     ///
     /// # Errors
-    /// Refuses, with nothing changed, when something else is mounted over ours; fails with nothing
-    /// changed when the kernel refuses.
+    /// Another mount covers it, or the kernel refuses. The mount is then still in place.
     pub fn withdraw(&self, target: &Path, source: &str) -> Result<bool> {
         let mounts = self.mounts()?;
         match table::exposure(&mounts, target, source) {
@@ -113,7 +111,7 @@ impl Namespace {
                 let over =
                     table::top(&mounts, target).map(|mount| format!("{} ({})", mount.source.display(), mount.fstype));
                 bail!(
-                    "{} is covered by another mount, {}: left as it is; unmount that one first",
+                    "cannot unmount {source} from {}: another mount covers it; unmount {} first",
                     target.display(),
                     over.unwrap_or_default()
                 );
@@ -123,7 +121,7 @@ impl Namespace {
         self.run(|| {
             failpoint::hit(Point::Withdraw, "")
                 .and_then(|()| Ok(rustix::mount::unmount(target, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)?))
-                .with_context(|| format!("unmounting {source} from {}: it is still in place", target.display()))
+                .with_context(|| format!("cannot unmount {source} from {}", target.display()))
         })?;
         Ok(true)
     }

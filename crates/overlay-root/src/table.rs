@@ -1,4 +1,6 @@
-//! The mount table, `/proc/PID/mountinfo`, as plain data: parsing and questions, no system calls.
+//! The mount table, `/proc/PID/mountinfo`, as plain data: parsing and queries, without system calls.
+//!
+//! Format source: proc_pid_mountinfo(5).
 
 use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -7,35 +9,35 @@ use std::path::{Path, PathBuf};
 /// One line of mountinfo.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mount {
-    /// The mount's id.
+    /// Id of the mount.
     pub id: u64,
-    /// The id of the mount that it sits on.
+    /// Id of the mount that holds the mount point.
     pub parent: u64,
     /// Mount point, unescaped.
     pub target: PathBuf,
-    /// True if this mount cannot be written, whatever its file system allows.
+    /// True if this mount is read-only, even if the file system is writable.
     pub read_only: bool,
-    /// The file system type, for example `overlay`.
+    /// Type of the file system, for example `overlay`.
     pub fstype: String,
-    /// The mount source, unescaped: a device, or any word that the mounter chose.
+    /// Source of the mount, unescaped: a device, or any name that the mounting program chose.
     pub source: OsString,
-    /// The super block's options, as the kernel prints them.
+    /// Options of the super block, as the kernel prints them.
     pub super_options: OsString,
 }
 
-/// Visibility of a mount of ours at its target.
+/// Visibility of a mount at its target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exposure {
-    /// It is not there.
+    /// The mount does not exist.
     Absent,
-    /// It is what a path lookup finds.
+    /// A path lookup finds the mount.
     OnTop,
-    /// It is there, but something else was mounted over it.
+    /// The mount exists, but another mount covers it.
     Covered,
 }
 
-/// Parses the text of a mountinfo file. Lines that do not have the documented form are left out:
-/// the kernel may add fields, but never removes these.
+/// Parses the text of a mountinfo file. Lines without the documented form are ignored. The kernel may add fields, but does
+/// not remove these.
 pub fn parse(text: &[u8]) -> Vec<Mount> {
     text.split(|byte| *byte == b'\n').filter_map(parse_line).collect()
 }
@@ -46,7 +48,7 @@ fn parse_line(line: &[u8]) -> Option<Mount> {
     let parent = number(fields.next()?)?;
     let target = fields.nth(2)?;
     let read_only = has_option(fields.next()?, |option| option == b"ro");
-    // Any number of optional fields, up to the lone dash.
+    // Any number of optional fields, up to the separator "-".
     fields.by_ref().find(|field| *field == b"-")?;
     let fstype = fields.next()?;
     let source = fields.next()?;
@@ -71,7 +73,7 @@ fn number(field: &[u8]) -> Option<u64> {
     std::str::from_utf8(field).ok()?.parse().ok()
 }
 
-/// Undoes the kernel's `\040` style escapes (blank, tab, newline, backslash, hash).
+/// Decodes the kernel's octal escapes such as `\040` (blank, tab, newline, backslash, hash).
 fn unescape(field: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(field.len());
     let mut rest = field;
@@ -92,30 +94,29 @@ fn unescape(field: &[u8]) -> Vec<u8> {
     out
 }
 
-/// Returns how the mount named `source` shows at `target`.
+/// Returns the visibility of the mount named `source` at `target`.
 pub fn exposure(mounts: &[Mount], target: &Path, source: &str) -> Exposure {
-    let ours = |mount: &&Mount| mount.target == target && mount.source == source;
     match top(mounts, target) {
         Some(mount) if mount.source == source => Exposure::OnTop,
-        _ if mounts.iter().any(|mount| ours(&mount)) => Exposure::Covered,
+        _ if mounts.iter().any(|mount| mount.target == target && mount.source == source) => Exposure::Covered,
         _ => Exposure::Absent,
     }
 }
 
-/// The mount that a lookup of exactly `target` finds, if `target` is a mount point.
+/// Returns the topmost mount at `target`, or `None` if `target` is not a mount point.
 pub fn top<'a>(mounts: &'a [Mount], target: &Path) -> Option<&'a Mount> {
     let stack = || mounts.iter().filter(|mount| mount.target == target);
-    // Neither ids nor the order of lines say what is on top (a tree that was built detached has an
-    // old id); being the parent of no mount at the same place does.
+    // Ids and the order of lines do not show which mount is on top: a tree that was built detached has an old id. The
+    // topmost mount is the one that is not the parent of another mount at the same target.
     stack().find(|mount| !stack().any(|other| other.parent == mount.id))
 }
 
-/// The mount that `path` is on. `path` must be without links.
+/// Returns the mount that holds `path`. `path` must not contain links.
 pub fn holding<'a>(mounts: &'a [Mount], path: &Path) -> Option<&'a Mount> {
     path.ancestors().find_map(|place| top(mounts, place))
 }
 
-/// The mount points strictly below `target`: a mount over `target` would hide them.
+/// Returns the mount points below `target`, which a mount at `target` would hide.
 pub fn mounts_below(mounts: &[Mount], target: &Path) -> Vec<PathBuf> {
     let mut below: Vec<PathBuf> = mounts
         .iter()
@@ -127,19 +128,18 @@ pub fn mounts_below(mounts: &[Mount], target: &Path) -> Vec<PathBuf> {
     below
 }
 
-/// The overlays that lie on top of each other under `path`, topmost first, by the names that mount
-/// tables give them; the longest such chain. The kernel allows 2, so a new overlay on `path` fits when this has
-/// at most 1.
+/// Returns the sources of the longest chain of stacked overlays at `path`, topmost first. The kernel allows 2, so a new
+/// overlay on `path` is possible if there is at most 1.
 ///
-/// Lower directories are looked up by the names in the mount options. A name that no longer leads
-/// anywhere (composefs detaches its erofs) counts as a plain file system, so this may be too short,
-/// never too long: the kernel's own refusal stays the last word.
+/// Lower directories are found by the paths in the mount options. A path that no longer exists (composefs detaches its
+/// erofs) counts as a normal file system. Therefore the result may be too short, but not too long, and the kernel may
+/// still refuse an overlay.
 pub fn overlay_stack(mounts: &[Mount], path: &Path) -> Vec<String> {
     stack_of(mounts, path, &mut Vec::new())
 }
 
 fn stack_of(mounts: &[Mount], path: &Path, visited: &mut Vec<u64>) -> Vec<String> {
-    // An overlay's own mount cannot be its lower layer: what was at the path before counts.
+    // An overlay cannot be its own lower layer: at the same path, the mount below it is the layer.
     let visible: Vec<Mount> = mounts.iter().filter(|mount| !visited.contains(&mount.id)).cloned().collect();
     let Some(mount) = holding(&visible, path) else { return Vec::new() };
     if mount.fstype != "overlay" {
@@ -152,8 +152,8 @@ fn stack_of(mounts: &[Mount], path: &Path, visited: &mut Vec<u64>) -> Vec<String
     std::iter::once(mount.source.to_string_lossy().into_owned()).chain(deepest).collect()
 }
 
-/// Returns the source of the overlay that makes `path` writable, if there is one: an overlay with an upper layer that is
-/// mounted at `path`, or one that holds `path` and is itself mounted read-write.
+/// Returns the source of the overlay that makes `path` writable, if there is one. It has an upper layer, and is mounted at
+/// `path`, or holds `path` and is mounted read-write.
 pub fn writable_overlay(mounts: &[Mount], path: &Path) -> Option<String> {
     let mount = holding(mounts, path).filter(|mount| mount.fstype == "overlay")?;
     let has_upper = has_option(mount.super_options.as_bytes(), |option| option.starts_with(b"upperdir="));
@@ -161,11 +161,11 @@ pub fn writable_overlay(mounts: &[Mount], path: &Path) -> Option<String> {
     writable.then(|| mount.source.to_string_lossy().into_owned())
 }
 
-/// Returns the mount points that would disappear together with the mount named `source` at `target`: those that were
-/// mounted on it, directly or on each other, after it appeared.
+/// Returns the mount points that would disappear together with the mount named `source` at `target`: those on this mount,
+/// directly or on each other.
 pub fn mounted_on(mounts: &[Mount], target: &Path, source: &str) -> Vec<PathBuf> {
-    let ours = mounts.iter().filter(|mount| mount.target == target && mount.source == source);
-    let mut on: Vec<u64> = ours.map(|mount| mount.id).collect();
+    let roots = mounts.iter().filter(|mount| mount.target == target && mount.source == source);
+    let mut on: Vec<u64> = roots.map(|mount| mount.id).collect();
     let mut found = Vec::new();
     let mut next = 0;
     while let Some(&parent) = on.get(next) {
@@ -220,15 +220,15 @@ nonsense\n";
     }
 
     #[test]
-    fn escapes_that_are_none_stay() {
+    fn invalid_escapes_are_unchanged() {
         assert_eq!(unescape(b"a\\9b\\04"), b"a\\9b\\04");
         assert_eq!(unescape(b"\\777"), b"\\777");
         assert_eq!(unescape(b"\\"), b"\\");
     }
 
     #[test]
-    fn what_is_on_top_follows_from_parents() {
-        // Ours has the smaller id: it was built before the other mount came.
+    fn the_topmost_mount_follows_from_parents() {
+        // The first mount has the smaller id, because it was built before the other one was mounted.
         let mounts = live_with("12 40 0:50 / /usr ro - overlay ours ro\n40 23 0:51 / /usr ro - tmpfs other ro\n");
         assert_eq!(exposure(&mounts, Path::new("/usr"), "ours"), Exposure::OnTop);
         assert_eq!(exposure(&mounts, Path::new("/usr"), "other"), Exposure::Covered);
@@ -244,13 +244,13 @@ nonsense\n";
     }
 
     #[test]
-    fn mounts_below_are_by_component() {
+    fn mounts_below_compares_whole_components() {
         let mounts = live_with("30 23 0:50 / /usr/share/oem ro - ext4 x ro\n31 22 0:52 / /usrlocal ro - ext4 x ro\n");
         assert_eq!(mounts_below(&mounts, Path::new("/usr")), [PathBuf::from("/usr/share/oem")]);
     }
 
     #[test]
-    fn a_mount_on_a_mount_of_ours_goes_with_it() {
+    fn mounted_on_returns_direct_and_indirect_mounts() {
         let mounts = live_with(
             "60 23 0:60 / /usr ro - overlay ours ro\n61 60 0:61 / /usr/share rw - tmpfs a rw\n\
              62 61 0:62 / /usr/share/x rw - tmpfs b rw\n63 23 0:63 / /usr/local rw - tmpfs hidden rw\n",
@@ -263,7 +263,7 @@ nonsense\n";
     }
 
     #[test]
-    fn a_writable_usr_is_found_wherever_the_overlay_is_mounted() {
+    fn a_writable_overlay_is_found_at_usr_and_at_the_root() {
         const UPPER: &str = "overlay name rw,lowerdir=l,upperdir=u,workdir=w";
         const NO_UPPER: &str = "overlay name ro,lowerdir=l:m";
         for (line, expected) in [
@@ -275,18 +275,18 @@ nonsense\n";
             (format!("60 22 0:60 / /etc rw - {UPPER}"), false),
             ("60 22 0:60 / /usr rw - ext4 name rw,upperdir=u".to_owned(), false),
         ] {
-            // Nothing but the line: the root of a composefs system holds /usr.
+            // Only this line, because the root of a composefs system holds /usr.
             let mounts = parse(format!("{line}\n").as_bytes());
             let found = writable_overlay(&mounts, Path::new("/usr"));
             assert_eq!(found, expected.then(|| "name".to_owned()), "{line}");
         }
-        // A /usr that is a separate mount, as with a plain ostree root, is not the root's.
+        // A separate mount at /usr, as with a plain ostree root, is not writable through the root.
         let root = "60 1 0:60 / / rw - overlay name rw,lowerdir=l,upperdir=u\n61 60 7:0 /usr /usr ro - squashfs x ro\n";
         assert_eq!(writable_overlay(&parse(root.as_bytes()), Path::new("/usr")), None);
     }
 
     #[test]
-    fn overlays_are_counted() {
+    fn stacked_overlays_are_counted() {
         let overlay_depth = |mounts: &[Mount], path: &Path| overlay_stack(mounts, path).len();
         assert_eq!(overlay_depth(&live_with(""), Path::new("/usr")), 0);
         let composefs = "22 1 0:40 / / ro - overlay composefs ro,lowerdir+=/run/gone,datadir+=/sysroot/objects\n";

@@ -1,8 +1,8 @@
-//! The calling thread's namespace, for tests.
+//! A helper for tests.
 
 use super::Namespace;
 
-/// The namespace of the calling thread.
+/// Returns the namespace of the calling thread.
 pub fn here() -> Namespace {
     Namespace::of(rustix::thread::gettid().as_raw_nonzero().get())
 }

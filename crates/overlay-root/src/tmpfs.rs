@@ -1,4 +1,4 @@
-//! The node store's own tmpfs.
+//! The tmpfs of the RAM store.
 
 use std::path::Path;
 
@@ -13,48 +13,48 @@ use rustix::mount::{
 use super::Namespace;
 use super::table::{self, Exposure};
 
-/// How full a tmpfs is, in bytes.
+/// Usage of a tmpfs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TmpfsUse {
-    /// Bytes that file content occupies.
+    /// Bytes of file content.
     pub used: u64,
-    /// The limit on that.
+    /// Limit of the content in bytes.
     pub limit: u64,
 }
 
-/// Mounts a tmpfs for the node store at `path` in `namespace`, named `source`, mode 0700, holding at
-/// most `limit_bytes` of content. Where it is mounted already, only its limit is set: it may grow or
-/// shrink, but not below what is used. Returns whether it was mounted now.
+/// Mounts a tmpfs named `source` at `path` in `namespace`, with the mode 0700 and a limit of `limit_bytes` of content.
+/// If it is mounted already, only changes its limit. Returns true if this call mounted it.
 ///
-/// It is mounted nosuid and nodev: an overlay's own flags decide for files seen through it, so setuid
-/// programs and whiteouts in the store work, and nobody can run a stored object by its own path.
+/// The mount is nosuid and nodev. Setuid programs and whiteouts still work through an overlay, which has its own flags, but
+/// no setuid object can be run by its path in the store.
 ///
 /// # Errors
-/// When something else is mounted over it, or the kernel refuses; nothing is changed then.
+/// Another mount covers it, the limit is below the used bytes, or the kernel refuses. The mounts are then unchanged.
 pub fn tmpfs(namespace: &Namespace, path: &Path, limit_bytes: u64, source: &str) -> Result<bool> {
     let place = path.display();
     match table::exposure(&namespace.mounts()?, path, source) {
         Exposure::OnTop => {
             let limit = format!("{limit_bytes}");
             namespace
-                .run(|| resize(path, &limit).with_context(|| format!("setting the limit of the tmpfs {place}")))?;
+                .run(|| resize(path, &limit).with_context(|| format!("cannot set the limit of the tmpfs {place}")))?;
             return Ok(false);
         }
-        Exposure::Covered => bail!("another mount covers the tmpfs {source} at {place}: unmount that one first"),
+        Exposure::Covered => {
+            bail!("cannot use the tmpfs {source} at {place}: another mount covers it; unmount that mount first")
+        }
         Exposure::Absent => {}
     }
     namespace.run(|| {
-        std::fs::create_dir_all(path).with_context(|| format!("creating {place}"))?;
-        mount(path, limit_bytes, source).with_context(|| format!("mounting a tmpfs at {place}: nothing was mounted"))
+        std::fs::create_dir_all(path).with_context(|| format!("cannot create {place}"))?;
+        mount(path, limit_bytes, source).with_context(|| format!("cannot mount a tmpfs at {place}"))
     })?;
     Ok(true)
 }
 
-/// The label of what nobody labelled on a tmpfs: what the root of a new one has, which is attached nowhere. `None`
-/// without SELinux.
+/// Returns the default SELinux label on a tmpfs, or `None` without SELinux. It is read from a new, detached tmpfs.
 ///
 /// # Errors
-/// When the kernel refuses to make one.
+/// The kernel refuses to create a tmpfs.
 pub fn tmpfs_label() -> Result<Option<String>> {
     let tmpfs = || -> rustix::io::Result<_> {
         let fs = rustix::mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
@@ -62,47 +62,46 @@ pub fn tmpfs_label() -> Result<Option<String>> {
         let tree = rustix::mount::fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
         rustix::fs::openat(&tree, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
     };
-    let root = tmpfs().context("making a tmpfs")?;
+    let root = tmpfs().context("cannot create a tmpfs")?;
     let mut label = vec![0; 4096];
     match rustix::fs::fgetxattr(&root, selinux_labels::ATTRIBUTE, &mut label) {
         Ok(length) => Ok(Some(String::from_utf8_lossy(&label[..length]).trim_end_matches('\0').to_owned())),
         Err(Errno::NODATA | Errno::NOTSUP) => Ok(None),
-        Err(error) => Err(error).context("reading the label of a tmpfs"),
+        Err(error) => Err(error).context("cannot read the label of a tmpfs"),
     }
 }
 
 fn mount(path: &Path, limit_bytes: u64, source: &str) -> Result<()> {
-    let fs = rustix::mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).context("opening tmpfs")?;
-    fsconfig_set_string(&fs, "source", source).context("setting its source")?;
-    fsconfig_set_string(&fs, "size", format!("{limit_bytes}")).context("setting its limit")?;
-    fsconfig_set_string(&fs, "mode", "0700").context("setting its mode")?;
-    // Every hard link counts as an inode here, and the delta tree is made of links: the default, half
-    // the number of memory pages, is too low for small machines. The content limit still holds.
-    fsconfig_set_string(&fs, "nr_inodes", "0").context("lifting its limit on inodes")?;
-    fsconfig_create(&fs).context("creating it")?;
+    let fs = rustix::mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).context("fsopen(tmpfs)")?;
+    fsconfig_set_string(&fs, "source", source).context("cannot set source")?;
+    fsconfig_set_string(&fs, "size", format!("{limit_bytes}")).context("cannot set size")?;
+    fsconfig_set_string(&fs, "mode", "0700").context("cannot set mode")?;
+    // On tmpfs each hard link counts as an inode, and the delta tree consists of links. The default limit, half the number
+    // of memory pages, is too low for small machines. The limit of the content still applies.
+    fsconfig_set_string(&fs, "nr_inodes", "0").context("cannot set nr_inodes")?;
+    fsconfig_create(&fs).context("cannot create the file system")?;
     let attributes =
         MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOATIME;
-    let tree =
-        rustix::mount::fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attributes).context("making a mount of it")?;
+    let tree = rustix::mount::fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attributes).context("fsmount")?;
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let directory = rustix::fs::open(path, flags, Mode::empty()).context("opening the mount point")?;
+    let directory = rustix::fs::open(path, flags, Mode::empty()).context("cannot open the mount point")?;
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
-    rustix::mount::move_mount(&tree, "", &directory, "", flags).context("attaching it")
+    rustix::mount::move_mount(&tree, "", &directory, "", flags).context("move_mount")
 }
 
 fn resize(path: &Path, limit: &str) -> Result<()> {
     let fs = rustix::mount::fspick(CWD, path, FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_SYMLINK_NOFOLLOW)
-        .context("opening the mounted file system")?;
-    fsconfig_set_string(&fs, "size", limit).context("setting size")?;
+        .context("fspick")?;
+    fsconfig_set_string(&fs, "size", limit).context("cannot set size")?;
     match fsconfig_reconfigure(&fs) {
-        Err(Errno::INVAL) => bail!("{limit} bytes are less than it holds already; the limit stays as it was"),
-        other => other.context("applying the new size"),
+        Err(Errno::INVAL) => bail!("{limit} bytes are less than the used bytes"),
+        other => other.context("cannot apply the new size"),
     }
 }
 
-/// How full the tmpfs at `path` is, as the caller's namespace sees it.
+/// Returns the usage of the tmpfs at `path` in the caller's namespace.
 pub fn tmpfs_used(path: &Path) -> Result<TmpfsUse> {
-    let stat = rustix::fs::statfs(path).with_context(|| format!("asking how full {} is", path.display()))?;
+    let stat = rustix::fs::statfs(path).with_context(|| format!("cannot read the usage of {}", path.display()))?;
     let size = stat.f_bsize.unsigned_abs();
     Ok(TmpfsUse { used: (stat.f_blocks - stat.f_bfree) * size, limit: stat.f_blocks * size })
 }
@@ -118,7 +117,7 @@ mod tests {
     use support::testing::private;
 
     #[test]
-    fn mounted_once_resized_and_measured() {
+    fn a_tmpfs_is_mounted_once_and_resized_but_not_below_its_usage() {
         private(|scratch| {
             let store = scratch.join("deep/store");
             assert!(tmpfs(&here(), &store, 1 << 20, "nip:store").unwrap());
@@ -132,7 +131,7 @@ mod tests {
             assert!(!tmpfs(&here(), &store, 2 << 20, "nip:store").unwrap(), "mounted already");
             assert_eq!(tmpfs_used(&store).unwrap(), TmpfsUse { used: 600 << 10, limit: 2 << 20 });
             let error = tmpfs(&here(), &store, 4096, "nip:store").unwrap_err();
-            assert!(format!("{error:#}").contains("less than it holds"), "{error:#}");
+            assert!(format!("{error:#}").contains("less than the used bytes"), "{error:#}");
             assert!(here().withdraw(&store, "nip:store").unwrap());
         });
     }

@@ -1,4 +1,4 @@
-//! A mount tree that nobody sees yet.
+//! A detached mount tree.
 
 use std::fmt::Write as _;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -13,10 +13,10 @@ use super::Namespace;
 use super::table::Exposure;
 use support::failpoint::{self, Point};
 
-/// The longest string that `fsconfig` takes, without its end.
+/// Longest string that fsconfig(2) accepts, without the final NUL.
 const LONGEST_VALUE: usize = 255;
 
-/// A read-only overlay that is complete but mounted nowhere. Dropping it releases it.
+/// A read-only overlay that is not attached to any path. Dropping it releases it.
 #[derive(Debug)]
 pub struct DetachedTree {
     tree: OwnedFd,
@@ -24,136 +24,129 @@ pub struct DetachedTree {
     source: String,
 }
 
-/// How the kernel is told the layers.
+/// Syntax in which the kernel gets the layers.
 #[derive(Debug, Clone, Copy)]
 enum Style {
-    /// `lowerdir+`, once per layer: Linux 6.8 and later.
+    /// `lowerdir+` for each layer: Linux 6.8 and later.
     Append,
-    /// One `lowerdir` string.
+    /// One string `lowerdir` with all layers.
     Joined,
 }
 
 impl DetachedTree {
-    /// An overlay of `lowers`, topmost first, read-only and without device nodes; setuid programs work.
-    /// `source` is what mount tables will call it, and what it is found by later.
+    /// Builds an overlay of `lowers`, topmost first. It is read-only and without device nodes; setuid programs work.
+    /// `source` is its name in mount tables, by which other functions find it.
     ///
-    /// The layers must not change while the tree or anything exposed from it lives. A layer's own
-    /// submounts are not part of it.
+    /// The layers must not change while the tree or a mount of it exists. Mounts below a layer are not part of the tree.
     ///
     /// # Errors
-    /// When a layer cannot be opened, or the kernel refuses (no overlay, stacked too deep); its own
-    /// words are in the message. Nothing is mounted then.
+    /// A layer cannot be opened, or the kernel refuses (no overlay file system, or too many stacked overlays). The message
+    /// contains the kernel's text.
     pub fn overlay(lowers: &[&Path], source: &str) -> Result<Self> {
-        // An old kernel refuses the key too, but writes a warning to its log each time.
+        // An old kernel refuses an unknown key, but also writes a warning to its log.
         let appends = rustix::system::uname().release().to_str().is_ok_and(knows_append);
         match Self::build(lowers, source, if appends { Style::Append } else { Style::Joined }) {
-            // A kernel that is less than its number says.
+            // A kernel that lacks the key in spite of its release number.
             Err(error) if appends && is_invalid(&error) => Self::build(lowers, source, Style::Joined),
             other => other,
         }
     }
 
     fn build(lowers: &[&Path], source: &str, style: Style) -> Result<Self> {
-        failpoint::hit(Point::Overlay, "").context("putting the overlay together")?;
-        ensure!(lowers.len() > 1, "an overlay without an upper layer needs two lower ones");
+        failpoint::hit(Point::Overlay, "").context("cannot build the overlay")?;
+        ensure!(lowers.len() > 1, "internal error: an overlay without an upper layer needs two lower layers");
         let layers = lowers.iter().map(|path| Layer::open(path)).collect::<Result<Vec<_>>>()?;
         let fs = rustix::mount::fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)
-            .context("this kernel has no overlay file system; nothing was mounted")?;
-        let described = |step: &str| format!("overlay of {}: {step}{}", list(lowers), kernel_words(&fs));
-        fsconfig_set_string(&fs, "source", source).with_context(|| described("setting its source"))?;
+            .context("cannot build the overlay: this kernel has no overlay file system")?;
+        let failed = |step: &str| format!("cannot build the overlay {}: {step}{}", list(lowers), kernel_log(&fs));
+        fsconfig_set_string(&fs, "source", source).with_context(|| failed("setting source"))?;
         match style {
             Style::Append => {
                 for layer in &layers {
                     let name = layer.plain_name(LONGEST_VALUE);
-                    fsconfig_set_string(&fs, "lowerdir+", name).with_context(|| described("adding a layer"))?;
+                    fsconfig_set_string(&fs, "lowerdir+", name).with_context(|| failed("adding a layer"))?;
                 }
             }
             Style::Joined => {
-                fsconfig_set_string(&fs, "lowerdir", joined(&layers))
-                    .with_context(|| described("setting its layers"))?;
+                fsconfig_set_string(&fs, "lowerdir", joined(&layers)).with_context(|| failed("setting the layers"))?;
             }
         }
-        fsconfig_create(&fs).with_context(|| described("creating it"))?;
+        fsconfig_create(&fs).with_context(|| failed("creating the file system"))?;
         let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY | MountAttrFlags::MOUNT_ATTR_NODEV;
         let tree = rustix::mount::fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
-            .with_context(|| described("making a mount of it"))?;
+            .with_context(|| failed("creating the mount"))?;
         Ok(Self { tree, lowers: lowers.iter().map(|path| path.to_path_buf()).collect(), source: source.to_owned() })
     }
 
-    /// The tree's root directory, to look inside by `openat2`.
+    /// Returns the tree's root directory, for lookups with openat2(2).
     pub fn as_fd(&self) -> BorrowedFd<'_> {
         self.tree.as_fd()
     }
 
-    /// What mount tables call it.
+    /// Returns the name in mount tables.
     pub fn source(&self) -> &str {
         &self.source
     }
 
-    /// A second mount of the same layers. Kernels before 6.15 cannot clone a detached tree, so this
-    /// builds it anew: the layers' paths must still lead to the same directories.
+    /// Builds a second tree of the same layers, because kernels before 6.15 cannot clone a detached tree. The paths of the
+    /// layers must still lead to the same directories.
     pub fn twin(&self) -> Result<Self> {
         Self::overlay(&self.lowers.iter().map(PathBuf::as_path).collect::<Vec<_>>(), &self.source)
     }
 
-    /// Makes the tree appear at `target` in PID 1's mount namespace. See [`Self::expose_in`].
+    /// Mounts the tree at `target` in PID 1's mount namespace. See [`Self::expose_in`].
     pub fn expose(self, target: &Path) -> Result<()> {
         self.expose_in(&Namespace::init(), target)
     }
 
-    /// Makes the tree appear at `target` in `namespace`, in one step (`move_mount`): a lookup finds
-    /// the old directory or the whole new tree, never anything else. What was there is covered, not
-    /// removed; [`Namespace::withdraw`] brings it back.
+    /// Mounts the tree at `target` in `namespace` in one step (move_mount(2)): a lookup finds either the old directory or
+    /// the complete new tree. The old directory is covered, and [`Namespace::withdraw`] makes it visible again.
     ///
     /// # Errors
-    /// Refuses when a mount of this source is there already. On any error before the step nothing
-    /// has changed; the one check after it says so when it fails.
+    /// A mount of this name is at `target` already, or the kernel refuses: nothing is mounted. If the check after the mount
+    /// fails, the tree is mounted; the message says so.
     pub fn expose_in(self, namespace: &Namespace, target: &Path) -> Result<()> {
         let place = target.display();
         if namespace.exposure(target, &self.source)? != Exposure::Absent {
-            bail!("{} is mounted at {place} already; nothing was done", self.source);
+            bail!("cannot mount {} at {place}: it is mounted already", self.source);
         }
-        let expected = rustix::fs::fstat(&self.tree).context("looking at the new tree")?.st_dev;
+        let expected = rustix::fs::fstat(&self.tree).context("cannot read the device number of the new tree")?.st_dev;
         namespace.run(|| {
             let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            let directory = rustix::fs::open(target, flags, Mode::empty())
-                .with_context(|| format!("opening {place}: nothing was changed"))?;
+            let directory =
+                rustix::fs::open(target, flags, Mode::empty()).with_context(|| format!("cannot open {place}"))?;
             let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
             failpoint::hit(Point::Expose, "")
                 .and_then(|()| Ok(rustix::mount::move_mount(&self.tree, "", &directory, "", flags)?))
-                .with_context(|| format!("mounting {} at {place}: nothing was changed", self.source))?;
+                .with_context(|| format!("cannot mount {} at {place}", self.source))?;
             let seen = failpoint::hit(Point::Exposed, "")
                 .and_then(|()| Ok(rustix::fs::statat(CWD, target, AtFlags::SYMLINK_NOFOLLOW)?))
-                .with_context(|| format!("looking at {place} after mounting {}", self.source))?
+                .with_context(|| format!("mounted {} at {place}, but cannot check {place}", self.source))?
                 .st_dev;
-            ensure!(
-                seen == expected,
-                "{} is mounted at {place}, but something else covers it; undo takes it away",
-                self.source
-            );
+            ensure!(seen == expected, "mounted {} at {place}, but another mount covers it", self.source);
             Ok(())
         })
     }
 }
 
-/// Whether this kernel has, or can load, the overlay file system.
+/// Checks that this kernel has, or can load, the overlay file system.
 ///
 /// # Errors
-/// The kernel's own: `ENODEV` when it has none, `ENOSYS` before Linux 5.2, `EPERM` without CAP_SYS_ADMIN.
+/// `ENODEV` without the file system, `ENOSYS` before Linux 5.2, `EPERM` without CAP_SYS_ADMIN.
 pub fn overlay_support() -> rustix::io::Result<()> {
     rustix::mount::fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).map(drop)
 }
 
-/// Tries whether the kernel lays an overlay over `path`. It is never mounted anywhere.
+/// Checks that the kernel can stack an overlay on `path`, without mounting one.
 ///
 /// # Errors
-/// The kernel's words when it refuses: stacked too deep, or a file system that cannot be a layer.
+/// The kernel refuses: too many stacked overlays, or a file system that cannot be a layer.
 pub fn overlay_fits(path: &Path) -> Result<()> {
-    // Any directory of another file system will do as the other layer; this one is always there.
+    // The other layer can be any directory of another file system; /run always exists.
     DetachedTree::overlay(&[path, Path::new("/run")], "probe").map(drop)
 }
 
-/// A layer's directory, held open so that a name through `/proc/self/fd` leads to it.
+/// The open directory of a layer, so that a path in `/proc/self/fd` leads to it.
 struct Layer {
     path: PathBuf,
     directory: OwnedFd,
@@ -161,13 +154,13 @@ struct Layer {
 
 impl Layer {
     fn open(path: &Path) -> Result<Self> {
-        ensure!(path.is_absolute(), "the overlay layer {} must be an absolute path", path.display());
+        ensure!(path.is_absolute(), "cannot use the overlay layer {}: expected an absolute path", path.display());
         let directory = rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-            .with_context(|| format!("opening the overlay layer {}", path.display()))?;
+            .with_context(|| format!("cannot open the overlay layer {}", path.display()))?;
         Ok(Self { path: path.to_owned(), directory })
     }
 
-    /// A name of at most `longest` bytes. The path where it fits, because mount tables show it.
+    /// Returns a name of at most `longest` bytes. Prefers the path, because mount tables show it.
     fn plain_name(&self, longest: usize) -> PathBuf {
         if self.path.as_os_str().len() <= longest {
             return self.path.clone();
@@ -175,9 +168,9 @@ impl Layer {
         PathBuf::from(format!("/proc/self/fd/{}", self.directory.as_raw_fd()))
     }
 
-    /// A name without the characters that mean something in a `lowerdir` string. (They could be
-    /// escaped, except for the comma, which old kernels refuse in any form.)
-    fn quiet_name(&self, short: bool) -> String {
+    /// Returns a name without the special characters of a `lowerdir` string. They could be escaped, except the comma,
+    /// which old kernels refuse in any form.
+    fn lowerdir_name(&self, short: bool) -> String {
         match self.path.to_str() {
             Some(path) if !short && !path.contains([':', '\\', ',']) => path.to_owned(),
             _ => format!("/proc/self/fd/{}", self.directory.as_raw_fd()),
@@ -185,14 +178,14 @@ impl Layer {
     }
 }
 
-/// Whether a kernel of this release (`6.8.0-45-generic`) knows `lowerdir+`.
+/// Returns true if a kernel of this release (such as `6.8.0-45-generic`) supports `lowerdir+`.
 fn knows_append(release: &str) -> bool {
     let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map_while(|digits| digits.parse::<u32>().ok());
     (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= (6, 8)
 }
 
 fn joined(layers: &[Layer]) -> String {
-    let join = |short| layers.iter().map(|layer| layer.quiet_name(short)).collect::<Vec<_>>().join(":");
+    let join = |short| layers.iter().map(|layer| layer.lowerdir_name(short)).collect::<Vec<_>>().join(":");
     let long = join(false);
     if long.len() <= LONGEST_VALUE { long } else { join(true) }
 }
@@ -205,14 +198,14 @@ fn list(paths: &[&Path]) -> String {
     paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(" over ")
 }
 
-/// What the kernel wrote to the file system context's log, for the end of a message.
-fn kernel_words(fs: &OwnedFd) -> String {
-    let mut words = String::new();
+/// Returns the kernel's log of the file system context, for the end of a message.
+fn kernel_log(fs: &OwnedFd) -> String {
+    let mut log = String::new();
     let mut buffer = [0; 512];
     while let Ok(length @ 1..) = rustix::io::read(fs, &mut buffer) {
-        let _ = write!(words, "; kernel: {}", String::from_utf8_lossy(&buffer[..length]).trim());
+        let _ = write!(log, "; kernel: {}", String::from_utf8_lossy(&buffer[..length]).trim());
     }
-    words
+    log
 }
 
 #[cfg(test)]
@@ -227,7 +220,7 @@ mod tests {
     use support::testing::private;
 
     #[test]
-    fn kernel_releases() {
+    fn only_newer_kernels_get_the_append_syntax() {
         for (release, expected) in [
             ("6.1.0-50-cloud-amd64", false),
             ("5.14.0-503.el9.x86_64", false),
@@ -259,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tree_is_looked_into_exposed_and_withdrawn() {
+    fn a_tree_is_opened_exposed_and_withdrawn() {
         private(|scratch| {
             let (top, bottom) = layers(scratch);
             let target = scratch.join("usr");
@@ -274,10 +267,10 @@ mod tests {
             tree.expose_in(&here(), &target).unwrap();
             assert_eq!(names(&target), ["new", "old"]);
             assert_eq!(here().exposure(&target, "nip:test").unwrap(), Exposure::OnTop);
-            assert!(fs::write(target.join("x"), "").is_err(), "it is read-only");
-            assert!(twin.expose_in(&here(), &target).is_err(), "not twice");
+            assert!(fs::write(target.join("x"), "").is_err(), "read-only");
+            assert!(twin.expose_in(&here(), &target).is_err(), "mounted already");
 
-            assert!(!here().withdraw(&target, "somebody else's").unwrap());
+            assert!(!here().withdraw(&target, "other").unwrap());
             assert!(here().withdraw(&target, "nip:test").unwrap());
             assert!(!here().withdraw(&target, "nip:test").unwrap());
             assert_eq!(names(&target), ["before"]);
@@ -285,14 +278,14 @@ mod tests {
     }
 
     #[test]
-    fn a_sandboxed_caller_exposes_to_the_outside_and_to_everybody_below_it() {
+    fn a_sandboxed_caller_exposes_to_its_parent_namespace_and_its_slaves() {
         use nix::sched::CloneFlags;
         use rustix::mount::{MountPropagationFlags, mount_change};
         private(|scratch| {
             let (top, bottom) = layers(scratch);
             let target = scratch.join("usr");
             fs::create_dir(&target).unwrap();
-            // PID 1's tree is shared, and a sandboxed service's is a slave of it.
+            // PID 1's mounts are shared, and those of a sandboxed service are slaves of them.
             mount_change(scratch, MountPropagationFlags::SHARED).unwrap();
             let outside = here();
             let sandboxed = |act: &(dyn Fn() + Sync)| {
@@ -308,7 +301,7 @@ mod tests {
             sandboxed(&|| {
                 let tree = DetachedTree::overlay(&[&top, &bottom], "nip:test").unwrap();
                 tree.expose_in(&outside, &target).unwrap();
-                assert_eq!(names(&target), ["new", "old"], "it came down to us");
+                assert_eq!(names(&target), ["new", "old"], "propagated to the slave");
             });
             assert_eq!(names(&target), ["new", "old"]);
             sandboxed(&|| {
@@ -334,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn the_old_spelling_of_layers_works_with_awkward_paths() {
+    fn both_syntaxes_work_with_long_paths_and_special_characters() {
         private(|scratch| {
             let long = scratch.join("long").join("x".repeat(200)).join("y".repeat(100));
             for dir in [scratch.join("a:b"), scratch.join("a,b"), scratch.join("a\\b"), long] {
@@ -349,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_kernel_refuses_is_said() {
+    fn errors_contain_the_layers_and_the_kernels_text() {
         private(|scratch| {
             let (top, bottom) = layers(scratch);
             let mut below = bottom;

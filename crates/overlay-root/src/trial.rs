@@ -1,4 +1,4 @@
-//! Running programs of a tree that is not exposed yet.
+//! Runs programs of a tree that is not exposed yet.
 
 use std::fs::File;
 use std::io::{Read, Seek};
@@ -22,114 +22,113 @@ use rustix::mount::{
 use super::DetachedTree;
 use support::failpoint::{self, Point};
 
-/// The longest that a copy of `/etc` may take.
-const COPY: Duration = Duration::from_secs(60);
+/// Time limit of a copy of `/etc`.
+const COPY_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// End of a program of the new tree.
+/// Result of a program that ended.
 #[derive(Debug)]
 pub struct Ended {
-    /// Its exit status.
+    /// Exit status.
     pub status: ExitStatus,
-    /// Standard output, at most 4 MiB of it.
+    /// Standard output, at most its first 4 MiB.
     pub stdout: String,
-    /// Standard error, likewise.
+    /// Standard error, at most its first 4 MiB.
     pub stderr: String,
 }
 
 /// A private view of the machine: the new tree is `/usr`, `/etc` is a writable copy, `/var` is empty.
-/// Programs run in it can change neither the running system's `/usr`, `/etc` nor `/var`.
+/// Programs in it cannot change the running system's `/usr`, `/etc` and `/var`.
 #[derive(Debug)]
 pub struct Trial {
-    /// Why `/etc` is the running one, should it not be the merged one: it is read-only then.
+    /// Reason why the merge failed. Programs then see the running `/etc`, read-only.
     pub etc_unmerged: Option<String>,
 }
 
-/// Lets `act` run programs with `tree` as `/usr` in a private mount namespace: no other process sees the tree,
-/// and the running system keeps its own.
+/// Runs `act` with a private mount namespace in which programs see `tree` as `/usr`. No other process sees the tree.
 ///
-/// `/etc` is an overlay of the running one, or a copy where the kernel stacks no further overlay, to which `merge_etc` is
-/// applied first: it gets the directory and a scratch directory for its records. Where that is not possible,
-/// [`Trial::etc_unmerged`] says why, and programs see the running `/etc`.
+/// `/etc` is an overlay of the running one, or a copy if the kernel cannot stack another overlay. `merge_etc` is applied to
+/// it first, with the directory and a scratch directory for its records. If this fails, [`Trial::etc_unmerged`] holds the
+/// reason.
 ///
 /// # Errors
-/// When the namespace cannot be made, and those of `act`. Nothing outside of it is touched in any case.
+/// The namespace cannot be made, and errors of `act`. The mounts outside of the namespace never change.
 pub fn trial<T: Send>(
     tree: &DetachedTree,
     merge_etc: &(dyn Fn(BorrowedFd<'_>, &Path) -> Result<()> + Sync),
     act: impl FnOnce(&Trial) -> T + Send,
 ) -> Result<T> {
-    failpoint::hit(Point::Trial, "").context("beginning the trial run")?;
-    let twin = tree.twin().context("building a second tree for the trial run")?;
+    failpoint::hit(Point::Trial, "").context("cannot start the trial run")?;
+    let twin = tree.twin().context("cannot build a second tree for the trial run")?;
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
-            let trial = isolate(&twin, merge_etc).context("making a private mount namespace for the trial run")?;
+            let trial = isolate(&twin, merge_etc).context("cannot make a private mount namespace for the trial run")?;
             Ok(act(&trial))
         });
-        thread.join().map_err(|_| anyhow!("the trial run's thread panicked"))?
+        thread.join().map_err(|_| anyhow!("internal error: the thread of the trial run panicked"))?
     })
 }
 
-/// Gives the calling, short-lived thread a mount namespace of its own, with `tree` at `/usr`.
+/// Moves the calling thread to a private mount namespace with `tree` at `/usr`. The thread cannot return.
 fn isolate(tree: &DetachedTree, merge_etc: &(dyn Fn(BorrowedFd<'_>, &Path) -> Result<()> + Sync)) -> Result<Trial> {
     nix::sched::unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_FS).context("unshare")?;
-    // Before anything else: what is mounted from here on must not spread.
+    // First, so that the following mounts do not propagate.
     rustix::mount::mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
-        .context("keeping mounts to ourselves")?;
-    // The overlay's upper layer and the merge's records need a place. And what a program under trial
-    // leaves behind, such as ldconfig's second cache, goes away with it.
+        .context("cannot make mounts private")?;
+    // /var holds the overlay's upper layer, the records of the merge, and files that programs write, such as ldconfig's
+    // second cache.
     let label = label_of("/var");
     rustix::mount::mount("trial", "/var", "tmpfs", MountFlags::NODEV | MountFlags::NOSUID, Some(c"mode=0755"))
-        .context("mounting an empty /var")?;
+        .context("cannot mount an empty /var")?;
     set_label("/var", label.as_deref());
     let etc_unmerged = private_etc(merge_etc).err().map(|error| format!("{error:#}"));
     if etc_unmerged.is_some() {
         rustix::mount::mount_bind("/etc", "/etc")
             .and_then(|()| rustix::mount::mount_remount("/etc", MountFlags::BIND | MountFlags::RDONLY, ""))
-            .context("making /etc read-only")?;
+            .context("cannot make /etc read-only")?;
     }
     rustix::mount::move_mount(tree.as_fd(), "", CWD, "/usr", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
-        .context("mounting the new tree at /usr")?;
+        .context("cannot mount the new tree at /usr")?;
     Ok(Trial { etc_unmerged })
 }
 
-/// Mounts an overlay of `/etc` over it, merged before any program can see it.
+/// Makes an overlay or a copy of `/etc`, merges it, and mounts it at `/etc`.
 fn private_etc(merge: &(dyn Fn(BorrowedFd<'_>, &Path) -> Result<()> + Sync)) -> Result<()> {
     let records = Path::new("/var/records");
     for directory in [Path::new("/var/upper"), Path::new("/var/work"), records] {
-        std::fs::create_dir(directory).with_context(|| format!("making {}", directory.display()))?;
+        std::fs::create_dir(directory).with_context(|| format!("cannot create {}", directory.display()))?;
     }
     // The overlay's root has the label of its upper layer.
     set_label("/var/upper", label_of("/etc").as_deref());
     let view = match overlay_of_etc() {
-        // With a transient /etc it is an overlay of an overlay itself.
-        Err(Errno::INVAL) => copy_of_etc().context("copying /etc")?,
-        other => other.context("laying an overlay over /etc")?,
+        // A transient /etc is an overlay already, so the kernel may refuse another one.
+        Err(Errno::INVAL) => copy_of_etc().context("cannot copy /etc")?,
+        other => other.context("cannot make an overlay of /etc")?,
     };
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let root = rustix::fs::openat(&view, ".", flags, Mode::empty()).context("opening the view of /etc")?;
-    failpoint::suspended(|| merge(root.as_fd(), records)).context("merging /etc")?;
+    let root = rustix::fs::openat(&view, ".", flags, Mode::empty()).context("cannot open the copy of /etc")?;
+    failpoint::suspended(|| merge(root.as_fd(), records)).context("cannot merge /etc")?;
     rustix::mount::move_mount(&view, "", CWD, "/etc", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
-        .context("mounting the view of /etc")
+        .context("cannot mount the copy of /etc")
 }
 
-/// Returns a tmpfs with a copy of `/etc`, without what is mounted below it.
+/// Returns a tmpfs with a copy of `/etc`, without mounts below it.
 fn copy_of_etc() -> Result<OwnedFd> {
     let fs = rustix::mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).context("fsopen(tmpfs)")?;
-    fsconfig_set_string(&fs, "source", "trial").context("naming the tmpfs")?;
-    fsconfig_create(&fs).context("creating the tmpfs")?;
+    fsconfig_set_string(&fs, "source", "trial").context("cannot set source")?;
+    fsconfig_create(&fs).context("cannot create the tmpfs")?;
     let view = rustix::mount::fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::MOUNT_ATTR_NODEV)
-        .context("making a mount of the tmpfs")?;
+        .context("fsmount")?;
     let (from, to) = ("/etc/.", Path::new("/var/copy"));
-    std::fs::create_dir(to).context("making a mount point")?;
+    std::fs::create_dir(to).context("cannot create the mount point")?;
     rustix::mount::move_mount(&view, "", CWD, to, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
-        .context("mounting the tmpfs")?;
-    // All attributes, labels included; a socket or a device node is copied as such.
-    let ended = run(&["/usr/bin/cp", "-a", "-x", from, "/var/copy/"], COPY)?;
+        .context("cannot mount the tmpfs")?;
+    // `-a` copies all attributes, including labels, and does not read sockets and device nodes.
+    let ended = run(&["/usr/bin/cp", "-a", "-x", from, "/var/copy/"], COPY_TIMEOUT)?;
     ensure!(ended.status.success(), "cp: {}: {}", ended.status, ended.stderr.trim());
     Ok(view)
 }
 
-/// The security label, if there is one: a confined program under trial may do only what it may do at its place.
+/// Returns the SELinux label of `path`, or `None` if it has none. Confined programs need the same labels in a trial.
 fn label_of(path: &str) -> Option<Vec<u8>> {
     let mut label = vec![0; 4096];
     let length = rustix::fs::lgetxattr(path, "security.selinux", &mut label).ok()?;
@@ -139,7 +138,7 @@ fn label_of(path: &str) -> Option<Vec<u8>> {
 
 fn set_label(path: &str, label: Option<&[u8]>) {
     if let Some(label) = label {
-        // Where this fails, a program under trial may fail, and says so.
+        // After an error here, a confined program may fail and report the denied access.
         let _ = rustix::fs::lsetxattr(path, "security.selinux", label, XattrFlags::empty());
     }
 }
@@ -156,24 +155,23 @@ fn overlay_of_etc() -> rustix::io::Result<OwnedFd> {
 }
 
 impl Trial {
-    /// Runs `argv`, an absolute path first, and returns how it ended, whatever its exit status.
+    /// Runs `argv`, which begins with an absolute path, and returns its result with any exit status.
     ///
     /// # Errors
-    /// When it cannot be started (missing, a broken loader, a foreign architecture), or runs for longer
-    /// than `timeout`: then it is killed.
+    /// The program cannot be started (missing, a broken loader, a foreign architecture), or was killed after `timeout`.
     pub fn run(&self, argv: &[&str], timeout: Duration) -> Result<Ended> {
-        run(argv, timeout).with_context(|| format!("trial run of {} in the new /usr", argv.join(" ")))
+        run(argv, timeout).with_context(|| format!("cannot run {} in the new /usr", argv.join(" ")))
     }
 }
 
-/// Runs `argv` of the running system in the same way as [`Trial::run`] does, to compare the two.
+/// Runs a program of the running system in the same way as [`Trial::run`], for comparison.
 ///
 /// # Errors
 /// Those of [`Trial::run`].
 pub fn run(argv: &[&str], timeout: Duration) -> Result<Ended> {
-    let (program, arguments) = argv.split_first().context("no program given")?;
-    ensure!(program.starts_with('/'), "{program} must be an absolute path");
-    // Files, not pipes: a child of the child that keeps them open cannot make us wait.
+    let (program, arguments) = argv.split_first().context("internal error: the program is missing")?;
+    ensure!(program.starts_with('/'), "internal error: expected an absolute path, found {program}");
+    // Files instead of pipes: a descendant that keeps a pipe open would block the reader.
     let (mut stdout, mut stderr) = (memory_file("stdout")?, memory_file("stderr")?);
     let mut child = Command::new(program)
         .args(arguments)
@@ -186,19 +184,19 @@ pub fn run(argv: &[&str], timeout: Duration) -> Result<Ended> {
         .stderr(stderr.try_clone()?)
         .process_group(0)
         .spawn()
-        .context("it cannot be started")?;
+        .context("cannot start the program")?;
     let end = Instant::now() + timeout;
     let status = loop {
-        if let Some(status) = child.try_wait().context("waiting for it")? {
+        if let Some(status) = child.try_wait().context("cannot wait for the program")? {
             break status;
         }
         if Instant::now() >= end {
-            // The child leads a process group of its own, and is not reaped yet: the id is still its.
+            // The child leads a separate process group. It is not reaped yet, so the id is still valid.
             if let Ok(group) = i32::try_from(child.id()) {
                 let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
             }
             let _ = child.wait();
-            bail!("it did not end within {} s and was killed", timeout.as_secs_f32());
+            bail!("the program did not end within {} s and was killed", timeout.as_secs_f32());
         }
         std::thread::sleep(Duration::from_millis(5));
     };
@@ -230,7 +228,7 @@ mod tests {
     use support::testing::private;
 
     #[test]
-    fn a_program_of_the_tree_runs_and_nothing_spreads() {
+    fn a_program_of_the_tree_runs_without_effects_on_the_system() {
         private(|scratch| {
             let top = scratch.join("top");
             fs::create_dir_all(top.join("bin")).unwrap();
@@ -255,12 +253,12 @@ mod tests {
                 assert_eq!(ended.stdout, "hello\n");
                 assert!(!trial.run(&["/usr/bin/false"], ten).unwrap().status.success());
                 let error = trial.run(&["/usr/bin/not-a-program"], ten).unwrap_err();
-                assert!(format!("{error:#}").contains("cannot be started"), "{error:#}");
+                assert!(format!("{error:#}").contains("cannot start the program"), "{error:#}");
                 let started = Instant::now();
                 let error = trial.run(&["/usr/bin/sleep", "60"], Duration::from_millis(100)).unwrap_err();
                 assert!(format!("{error:#}").contains("killed"), "{error:#}");
                 assert!(started.elapsed() < ten);
-                // What a program of the tree writes stays in there.
+                // Files that a program writes stay in the private namespace.
                 let script = "cat /etc/trial; ls /etc/passwd /var/lib; echo x >/etc/x; echo x >/var/x";
                 let ended = trial.run(&["/usr/bin/sh", "-c", script], ten).unwrap();
                 assert!(ended.status.success() && ended.stdout == "merged", "{ended:?}");
@@ -284,9 +282,9 @@ mod tests {
         });
     }
 
-    /// As with a transient `/etc` on a composefs root: the kernel stacks no further overlay.
+    /// A transient `/etc` on a composefs root, on which the kernel cannot stack another overlay.
     #[test]
-    fn an_etc_that_takes_no_overlay_is_copied() {
+    fn an_etc_without_support_for_another_overlay_is_copied() {
         private(|scratch| {
             let dir = |name: &str| {
                 let path = scratch.join(name);
@@ -302,7 +300,7 @@ mod tests {
                     .unwrap();
                 rustix::mount::mount_bind(&place, "/etc").unwrap();
             }
-            assert_eq!(overlay_of_etc_in_a_scratch_var(), Some(Errno::INVAL), "the premise");
+            assert_eq!(overlay_of_etc_in_a_scratch_var(), Some(Errno::INVAL), "the kernel refuses another overlay");
             let merge = |etc: BorrowedFd<'_>, _: &Path| -> Result<()> {
                 let flags = OFlags::WRONLY | OFlags::CREATE;
                 File::from(rustix::fs::openat(etc, "trial", flags, Mode::RUSR)?).write_all(b"merged")?;

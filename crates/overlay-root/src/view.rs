@@ -1,4 +1,4 @@
-//! A directory on a mount that may be written, though everybody else's mount of it may not.
+//! A private writable view of a directory whose mount is read-only for all other processes.
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -10,24 +10,24 @@ use rustix::mount::{MountFlags, MountPropagationFlags};
 
 use super::Namespace;
 
-/// Opens `directory`, which is on the mount at `mount_point` in `namespace`, for writing: by
-/// `/proc/self/fd/N/…` it can be written, and links can be made within it, for as long as the descriptor is
-/// open. Nobody else's mounts change.
+/// Opens `directory`, which is on the mount at `mount_point` in `namespace`, for writing. While the descriptor is open,
+/// files can be written and linked through `/proc/self/fd/N/…`. The mounts of other processes do not change.
 ///
-/// A mount namespace of our own is made and left again, with the mount made writable in there; the
-/// descriptor keeps that one mount alive. (`open_tree` with `mount_setattr` would do without the
-/// namespace, but has no safe wrapper yet.)
+/// The function creates a temporary mount namespace and makes the mount writable there. The descriptor keeps that mount
+/// alive after the namespace has ended. (`open_tree` with `mount_setattr` would need no namespace, but has no safe wrapper
+/// yet.)
 ///
 /// # Errors
-/// When the kernel refuses. A file system that is read-only itself is not noticed before the first write.
+/// The kernel refuses. A read-only file system is not detected here; the first write to it fails.
 pub fn writable_view(namespace: &Namespace, mount_point: &Path, directory: &Path) -> Result<OwnedFd> {
     namespace.run(|| {
-        nix::sched::unshare(CloneFlags::CLONE_NEWNS).context("making a mount namespace of our own")?;
-        // Nothing that is done in here may come through to where we are from.
+        nix::sched::unshare(CloneFlags::CLONE_NEWNS).context("cannot create a mount namespace")?;
+        // First, so that the remount does not propagate to `namespace`.
         rustix::mount::mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
-            .context("making the mounts private")?;
+            .context("cannot make mounts private")?;
         let place = mount_point.display();
-        let flags = rustix::fs::statvfs(mount_point).with_context(|| format!("looking at {place}"))?.f_flag;
+        let flags =
+            rustix::fs::statvfs(mount_point).with_context(|| format!("cannot read the mount flags of {place}"))?.f_flag;
         let keep = [
             (StatVfsMountFlags::NOSUID, MountFlags::NOSUID),
             (StatVfsMountFlags::NODEV, MountFlags::NODEV),
@@ -37,9 +37,10 @@ pub fn writable_view(namespace: &Namespace, mount_point: &Path, directory: &Path
         let kept =
             keep.iter().filter(|(is, _)| flags.contains(*is)).fold(MountFlags::BIND, |all, (_, flag)| all | *flag);
         rustix::mount::mount_remount(mount_point, kept, "")
-            .with_context(|| format!("making a mount of {place} that can be written"))?;
+            .with_context(|| format!("cannot make {place} writable in a private namespace"))?;
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        rustix::fs::open(directory, flags, Mode::empty()).with_context(|| format!("opening {}", directory.display()))
+        rustix::fs::open(directory, flags, Mode::empty())
+            .with_context(|| format!("cannot open {}", directory.display()))
     })
 }
 
@@ -56,7 +57,7 @@ mod tests {
     use support::testing::private;
 
     #[test]
-    fn we_write_what_others_only_read() {
+    fn the_view_is_writable_and_other_mounts_stay_read_only() {
         private(|scratch| {
             let (disk, repo) = (scratch.join("disk"), scratch.join("disk/ostree/repo"));
             fs::create_dir(&disk).unwrap();
@@ -68,15 +69,15 @@ mod tests {
             let before = here().mounts().unwrap();
 
             let view = writable_view(&here(), &disk, &repo).unwrap();
-            let ours = Path::new("/proc/self/fd").join(view.as_raw_fd().to_string());
-            fs::write(ours.join("new"), "n").unwrap();
-            fs::hard_link(ours.join("object"), ours.join("link")).unwrap();
-            let nameless = OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC;
-            rustix::fs::openat(&view, ".", nameless, Mode::RUSR).unwrap();
+            let writable = Path::new("/proc/self/fd").join(view.as_raw_fd().to_string());
+            fs::write(writable.join("new"), "n").unwrap();
+            fs::hard_link(writable.join("object"), writable.join("link")).unwrap();
+            let unnamed = OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC;
+            rustix::fs::openat(&view, ".", unnamed, Mode::RUSR).unwrap();
             assert!(rustix::fs::fstatvfs(&view).unwrap().f_flag.contains(StatVfsMountFlags::NOSUID));
 
-            assert_eq!(fs::read(repo.join("new")).unwrap(), b"n", "it is the same file system");
-            assert!(fs::write(repo.join("other"), "").is_err(), "which everybody else only reads");
+            assert_eq!(fs::read(repo.join("new")).unwrap(), b"n", "the same file system");
+            assert!(fs::write(repo.join("other"), "").is_err(), "read-only by its path");
             assert_eq!(here().mounts().unwrap(), before);
         });
     }

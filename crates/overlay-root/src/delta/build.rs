@@ -1,4 +1,4 @@
-//! Carries out the steps of a diff: makes the delta directory.
+//! Builds the delta directory from the steps of a diff.
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
@@ -21,34 +21,32 @@ use support::failpoint::{self, Point};
 
 use super::source::{DirMeta, PlainTree, RepoTree, xattrs_of};
 
-/// Where the loose content object of a checksum is stored, if the node store has it.
+/// Function that returns the path of a content object in the node store, or `None` if the store lacks it.
 pub type ObjectPath<'a> = dyn Fn(&str) -> Option<PathBuf> + 'a;
 
-/// What the target is compared with.
+/// The booted tree, with which the target is compared.
 #[derive(Debug, Clone, Copy)]
 pub enum Booted<'a> {
-    /// The booted commit, in the node store or its parent repo.
+    /// A commit in the node store or its parent repo.
     Commit(&'a str),
-    /// No commit is known: the directory itself, usually `/usr`. Everything the target has is in the
-    /// delta then.
+    /// A directory, usually `/usr`, whose commit is unknown. The delta then contains all files of the target.
     Directory(&'a Path),
 }
 
-/// What the target commit's `/usr` has otherwise than the booted one. Nothing is written yet.
+/// The differences between the target commit's `/usr` and the booted one.
 pub struct Difference<'a> {
     repo: &'a ostree::Repo,
     object_path: &'a ObjectPath<'a>,
     target: RepoTree<'a>,
-    /// Where the booted tree is a directory, its metadata.
+    /// The booted tree, if it is a directory.
     plain: Option<PlainTree>,
     steps: Vec<DeltaOp>,
 }
 
-/// Compares the commit's `/usr` with the booted one. `object_path` says what the node store itself holds.
+/// Compares the commit's `/usr` with the booted one, without writing. `object_path` finds objects in the node store.
 ///
 /// # Errors
-/// When a tree cannot be read, or the target has a file where something that is kept needs a
-/// directory. Nothing is written in any case.
+/// A tree cannot be read, or the target has a file at the path of a directory with frozen content.
 pub fn compare<'a>(
     repo: &'a ostree::Repo,
     booted: Booted<'_>,
@@ -71,11 +69,11 @@ pub fn compare<'a>(
 }
 
 impl Difference<'_> {
-    /// The bytes that building the delta will write: content that the node store does not hold is copied
-    /// from the booted repo. Everything else is linked.
+    /// Returns the number of bytes that [`Difference::build`] will copy: the content that only the booted repo holds. All
+    /// other files are hard links.
     ///
     /// # Errors
-    /// When an object is nowhere; it is named.
+    /// An object is in neither repo; the message names it.
     pub fn bytes_to_copy(&self) -> Result<u64> {
         let mut seen = HashSet::new();
         let mut sum = 0;
@@ -90,16 +88,14 @@ impl Difference<'_> {
         Ok(sum)
     }
 
-    /// Builds at `out` the directory that, laid over the booted `/usr`, shows the target commit's `/usr`.
+    /// Builds the delta directory at `out`. An overlay of it on the booted `/usr` shows the target commit's `/usr`.
     ///
-    /// It holds hard links to the store's objects, so it must be on the store's file system to cost
-    /// nothing; an object that only a parent repo has is copied. It is built beside `out` and renamed: a
-    /// failure leaves no `out` that was not there before, and an `out` from before is replaced. It must
-    /// not be called while a mount uses `out`.
+    /// Files are hard links to the store's objects, so `out` should be on the store's file system. Objects that only a
+    /// parent repo has are copied. The directory is built beside `out` and then renamed. An existing `out` is replaced
+    /// atomically; after an error it is unchanged. The caller makes sure that no mount uses `out`.
     ///
     /// # Errors
-    /// When an object is missing (named), a label or attribute cannot be set, or there is no room.
-    /// The running system is untouched in every case.
+    /// An object is missing (the message names it), a label or attribute cannot be set, or the file system is full.
     pub fn build(&self, out: &Path) -> Result<Delta> {
         let building = beside(out, "building")?;
         remove_tree(&building)?;
@@ -119,7 +115,7 @@ impl Difference<'_> {
     }
 }
 
-/// Both in one: [`compare`], then [`Difference::build`].
+/// Calls [`compare`], then [`Difference::build`].
 pub fn build_delta(
     repo: &ostree::Repo,
     booted: Booted<'_>,
@@ -132,7 +128,7 @@ pub fn build_delta(
 }
 
 fn beside(out: &Path, word: &str) -> Result<PathBuf> {
-    let name = out.file_name().with_context(|| format!("{} has no name", out.display()))?;
+    let name = out.file_name().with_context(|| format!("internal error: {} has no file name", out.display()))?;
     let mut hidden = std::ffi::OsString::from(".");
     hidden.push(name);
     hidden.push(format!(".{word}"));
@@ -142,22 +138,22 @@ fn beside(out: &Path, word: &str) -> Result<PathBuf> {
 fn remove_tree(path: &Path) -> Result<()> {
     match std::fs::remove_dir_all(path) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(error).with_context(|| format!("removing the leftover {}", path.display()))
+            Err(error).with_context(|| format!("cannot remove the unfinished {}", path.display()))
         }
         _ => Ok(()),
     }
 }
 
-/// Puts the finished directory in its place, in one step.
+/// Renames the finished directory to `out`, atomically.
 fn publish(building: &Path, out: &Path) -> Result<()> {
-    let into_place = || format!("renaming {} to {}", building.display(), out.display());
-    failpoint::hit(Point::DeltaPublish, "").with_context(into_place)?;
+    let failed = || format!("cannot rename {} to {}", building.display(), out.display());
+    failpoint::hit(Point::DeltaPublish, "").with_context(failed)?;
     match rustix::fs::renameat_with(CWD, building, CWD, out, RenameFlags::NOREPLACE) {
         Err(Errno::EXIST) => {
-            rustix::fs::renameat_with(CWD, building, CWD, out, RenameFlags::EXCHANGE).with_context(into_place)?;
+            rustix::fs::renameat_with(CWD, building, CWD, out, RenameFlags::EXCHANGE).with_context(failed)?;
             remove_tree(building)
         }
-        other => other.with_context(into_place),
+        other => other.with_context(failed),
     }
 }
 
@@ -165,11 +161,11 @@ struct Builder<'a> {
     repo: &'a ostree::Repo,
     object_path: &'a ObjectPath<'a>,
     root: PathBuf,
-    /// Directories from the root to where we are, with the metadata they get when we leave.
+    /// Open directories from the root to the current one, with the metadata that they get at [`DeltaOp::Leave`].
     stack: Vec<(OwnedFd, Rc<DirMeta>)>,
     path: PathBuf,
     metas: HashMap<Checksum, Rc<DirMeta>>,
-    /// Objects that were copied, and where to, relative to the root.
+    /// Copied objects and the paths of the copies, relative to the root.
     copies: HashMap<Checksum, PathBuf>,
     counts: DeltaCounts,
     marks: Marks,
@@ -178,7 +174,7 @@ struct Builder<'a> {
 impl<'a> Builder<'a> {
     fn new(repo: &'a ostree::Repo, object_path: &'a ObjectPath<'a>, root: &Path) -> Result<Self> {
         if let Some(parent) = root.parent() {
-            std::fs::create_dir_all(parent).with_context(|| format!("creating {}", parent.display()))?;
+            std::fs::create_dir_all(parent).with_context(|| format!("cannot create {}", parent.display()))?;
         }
         Ok(Self {
             repo,
@@ -193,7 +189,7 @@ impl<'a> Builder<'a> {
         })
     }
 
-    /// The path is that of the entry at fault when this fails.
+    /// Carries out one step. After an error, `path` is that of the entry.
     fn step(
         &mut self,
         step: &DeltaOp,
@@ -213,26 +209,28 @@ impl<'a> Builder<'a> {
                     }
                 };
                 if meta.xattrs.iter().any(|(name, _)| overlay_marks::is_attribute(name)) {
-                    self.marks.note_attributes(&self.path);
+                    self.marks.add_attributes(&self.path);
                 }
                 let (parent, name) = match self.stack.last() {
                     Some((parent, _)) => (parent.as_fd(), Path::new(name)),
                     None => (CWD, self.root.as_path()),
                 };
-                rustix::fs::mkdirat(parent, name, Mode::RWXU).context("making a directory")?;
+                rustix::fs::mkdirat(parent, name, Mode::RWXU).context("cannot create the directory")?;
                 let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-                let directory = rustix::fs::openat(parent, name, flags, Mode::empty()).context("opening it")?;
+                let directory =
+                    rustix::fs::openat(parent, name, flags, Mode::empty()).context("cannot open the directory")?;
                 self.stack.push((directory, meta));
                 self.counts.directories += 1;
             }
             DeltaOp::Leave => {
-                let (directory, meta) = self.stack.pop().context("left more often than entered")?;
-                // Only now: a default ACL must not spread to what was made inside.
+                let (directory, meta) =
+                    self.stack.pop().context("internal error: left more directories than entered")?;
+                // Last, because a default ACL would apply to entries that are created later.
                 set_metadata(directory.as_fd(), &meta)?;
                 self.path.pop();
             }
             DeltaOp::File { name, .. } if overlay_marks::is_whiteout(name) => {
-                self.marks.note_whiteout(&self.path.join(name));
+                self.marks.add_whiteout(&self.path.join(name));
             }
             DeltaOp::File { name, object, replaces } => {
                 self.path.push(name);
@@ -252,9 +250,8 @@ impl<'a> Builder<'a> {
             }
             DeltaOp::Whiteout { name, hides } => {
                 self.path.push(name);
-                // Overlayfs takes a character device 0:0 for "nothing here".
-                rustix::fs::mknodat(self.here()?, name, FileType::CharacterDevice, Mode::empty(), 0)
-                    .context("making a whiteout")?;
+                rustix::fs::mknodat(self.current()?, name, FileType::CharacterDevice, Mode::empty(), 0)
+                    .context("cannot create a whiteout")?;
                 self.path.pop();
                 self.counts.removed += hides.files;
                 self.counts.removed_bytes += hides.bytes;
@@ -263,11 +260,11 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
-    fn here(&self) -> Result<BorrowedFd<'_>> {
-        Ok(self.stack.last().context("a step outside of the root")?.0.as_fd())
+    fn current(&self) -> Result<BorrowedFd<'_>> {
+        Ok(self.stack.last().context("internal error: a step outside of the root")?.0.as_fd())
     }
 
-    /// Puts the object there and returns its size in bytes.
+    /// Links or copies an object to `name` and returns its size in bytes.
     fn file(&mut self, name: &str, object: &Checksum) -> Result<u64> {
         let hex = hex::encode(object);
         let copy_before = self.copies.get(object).map(|copy| self.root.join(copy));
@@ -275,25 +272,25 @@ impl<'a> Builder<'a> {
         if let Some(path) = &stored
             && overlay_marks::has_attribute(path)?
         {
-            self.marks.note_attributes(&self.path);
+            self.marks.add_attributes(&self.path);
             stored = None;
         }
-        let here = self.here()?;
+        let directory = self.current()?;
         let linked = match &stored {
             None => false,
-            Some(stored) => match rustix::fs::linkat(CWD, stored, here, name, AtFlags::empty()) {
+            Some(stored) => match rustix::fs::linkat(CWD, stored, directory, name, AtFlags::empty()) {
                 Ok(()) => true,
-                // Too many links, or a store on another file system: a copy is as good.
+                // The object has too many links, or the store is on another file system: copy it.
                 Err(Errno::MLINK | Errno::XDEV) => false,
                 Err(error) => {
-                    return Err(error).with_context(|| format!("linking the object {}", stored.display()));
+                    return Err(error).with_context(|| format!("cannot link the object {}", stored.display()));
                 }
             },
         };
         if !linked {
-            copy(self.repo, &hex, here, name)?;
+            copy(self.repo, &hex, directory, name)?;
         }
-        let stat = rustix::fs::statat(here, name, AtFlags::SYMLINK_NOFOLLOW).context("looking at it")?;
+        let stat = rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW).context("cannot read its size")?;
         let size = u64::try_from(stat.st_size).unwrap_or_default();
         if !linked {
             self.counts.copied += 1;
@@ -304,21 +301,26 @@ impl<'a> Builder<'a> {
     }
 }
 
-/// Writes a content object, wherever the repo or its parents have it, as `name`.
-fn copy(repo: &ostree::Repo, hex: &str, here: BorrowedFd<'_>, name: &str) -> Result<()> {
+/// Copies a content object of the repo or its parents to `name`.
+fn copy(repo: &ostree::Repo, hex: &str, directory: BorrowedFd<'_>, name: &str) -> Result<()> {
     let (content, info, xattrs) = repo
         .load_file(hex, gio::Cancellable::NONE)
-        .with_context(|| format!("the content object {hex} is neither in the node store nor in the booted repo"))?;
+        .with_context(|| format!("cannot find the content object {hex} in the node store and the booted repo"))?;
     let number = |attribute| info.attribute_uint32(attribute);
     let (uid, gid, mode) = (number("unix::uid"), number("unix::gid"), number("unix::mode"));
-    let meta = DirMeta { uid, gid, mode, xattrs: xattrs_of(xattrs.get().context("its attributes are malformed")?) };
+    let meta = DirMeta {
+        uid,
+        gid,
+        mode,
+        xattrs: xattrs_of(xattrs.get().context("the attributes of the object are malformed")?),
+    };
     let Some(content) = content else {
-        let target = info.symlink_target().context("it is neither a file nor a link")?;
-        rustix::fs::symlinkat(target.as_path(), here, name).context("making a link")?;
-        rustix::fs::chownat(here, name, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)), AtFlags::SYMLINK_NOFOLLOW)
-            .context("setting its owner")?;
-        // There is no call for a link's attributes by handle; the directory's own is as good.
-        let place = PathBuf::from(format!("/proc/self/fd/{}", here.as_raw_fd())).join(name);
+        let target = info.symlink_target().context("the object is neither a file nor a link")?;
+        let (uid, gid) = (Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)));
+        rustix::fs::symlinkat(target.as_path(), directory, name).context("cannot create the link")?;
+        rustix::fs::chownat(directory, name, uid, gid, AtFlags::SYMLINK_NOFOLLOW).context("cannot set the owner")?;
+        // Attributes of a link cannot be set by descriptor, so this path starts at the directory's.
+        let place = PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd())).join(name);
         for (name, value) in meta.settable() {
             rustix::fs::lsetxattr(&place, name.as_slice(), value, XattrFlags::empty())
                 .with_context(|| attribute(name))?;
@@ -326,13 +328,14 @@ fn copy(repo: &ostree::Repo, hex: &str, here: BorrowedFd<'_>, name: &str) -> Res
         return Ok(());
     };
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-    let mut file = File::from(rustix::fs::openat(here, name, flags, Mode::RUSR).context("making a file")?);
+    let mut file =
+        File::from(rustix::fs::openat(directory, name, flags, Mode::RUSR).context("cannot create the file")?);
     let mut reader = content.into_read();
     let mut buffer = vec![0; 128 * 1024];
     loop {
-        match reader.read(&mut buffer).context("reading it from the booted repo")? {
+        match reader.read(&mut buffer).context("cannot read the object from the booted repo")? {
             0 => break,
-            length => std::io::Write::write_all(&mut file, &buffer[..length]).context("writing it")?,
+            length => std::io::Write::write_all(&mut file, &buffer[..length]).context("cannot write the file")?,
         }
     }
     set_metadata(file.as_fd(), &meta)
@@ -349,19 +352,20 @@ fn attribute(name: &[u8]) -> String {
         }
         _ => String::new(),
     };
-    format!("setting {name}{hint}")
+    format!("cannot set {name}{hint}")
 }
 
-/// Owner first: a change of owner takes setuid bits and capabilities away. The time is ostree's.
+/// Sets the metadata of a file or directory. The owner is first, because a change of the owner clears setuid bits and
+/// capabilities. The time is 0, as in ostree.
 fn set_metadata(fd: BorrowedFd<'_>, meta: &DirMeta) -> Result<()> {
     rustix::fs::fchown(fd, Some(Uid::from_raw(meta.uid)), Some(Gid::from_raw(meta.gid)))
-        .context("setting its owner")?;
-    rustix::fs::fchmod(fd, Mode::from_raw_mode(meta.mode & 0o7777)).context("setting its mode")?;
+        .context("cannot set the owner")?;
+    rustix::fs::fchmod(fd, Mode::from_raw_mode(meta.mode & 0o7777)).context("cannot set the mode")?;
     for (name, value) in meta.settable() {
         if let Err(error) = rustix::fs::fsetxattr(fd, name.as_slice(), value, XattrFlags::empty()) {
             bail!("{}: {error}", attribute(name));
         }
     }
     let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
-    rustix::fs::futimens(fd, &Timestamps { last_access: zero, last_modification: zero }).context("setting its time")
+    rustix::fs::futimens(fd, &Timestamps { last_access: zero, last_modification: zero }).context("cannot set the time")
 }

@@ -1,4 +1,4 @@
-//! What must lie over the booted `/usr` so that the target's shows: a pure comparison of two trees.
+//! Compares the booted `/usr` with the target's, and lists the steps that build the delta. Pure.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -7,86 +7,85 @@ use anyhow::{Result, bail};
 
 use super::keep::{Keep, Verdict};
 
-/// An ostree checksum, or any other name that is equal exactly when the things named are.
+/// An ostree checksum, or another name that is equal exactly if the named content is equal.
 pub type Checksum = [u8; 32];
 
-/// A directory: the names of its listing and of its metadata.
+/// A directory by the checksums of its listing and its metadata.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Directory {
-    /// Names the listing, with everything below.
+    /// Checksum of the listing, including the directories below.
     pub tree: Checksum,
-    /// Names owner, mode and extended attributes.
+    /// Checksum of owner, mode and extended attributes.
     pub meta: Checksum,
 }
 
 /// The entries of one directory. Symbolic links are files, as in ostree.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Listing {
-    /// Name to content object.
+    /// Content objects by file name.
     pub files: BTreeMap<String, Checksum>,
-    /// Name to directory.
+    /// Directories by name.
     pub directories: BTreeMap<String, Directory>,
 }
 
-/// Where listings come from.
+/// A source of listings.
 pub trait Tree {
-    /// The entries of the directory whose listing is named `tree`.
+    /// Returns the entries of a directory by the checksum of its listing.
     fn list(&self, tree: &Checksum) -> Result<Listing>;
-    /// The size of a file that a listing names, in bytes; of a link, that of its target.
+    /// Returns the size of a file in bytes. For a link, this is the length of its target.
     fn size(&self, file: &Checksum) -> Result<u64>;
 }
 
-/// One step of building the delta directory. Steps are relative to the directory entered last, and
-/// the first one enters the root.
+/// One step of building the delta directory. The first step enters the root. Names are relative to the directory that was
+/// entered last.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum DeltaOp {
-    /// Make a directory and go into it.
+    /// Create a directory and enter it.
     Enter {
-        /// Its name; empty for the root.
+        /// Name of the directory, empty for the root.
         name: String,
-        /// Its metadata.
+        /// Checksum of the metadata.
         meta: Checksum,
-        /// The metadata are the booted tree's: the directory stays only for what is kept in it.
+        /// True if `meta` is of the booted tree: the directory exists only because of kept content.
         booted: bool,
     },
-    /// Go back to the parent.
+    /// Return to the parent.
     Leave,
-    /// Put a content object here.
+    /// Link or copy a content object.
     File {
-        /// Its name.
+        /// Name of the file.
         name: String,
-        /// Its content object, of the target.
+        /// Content object of the target.
         object: Checksum,
-        /// What of the booted tree it takes the place of, if anything is there.
+        /// Content of the booted tree that the file hides, if any.
         replaces: Option<Hidden>,
     },
-    /// Hide what the booted tree has here.
+    /// Hide an entry of the booted tree.
     Whiteout {
-        /// Its name.
+        /// Name of the entry.
         name: String,
-        /// What that hides.
+        /// Content of the booted tree that is hidden.
         hides: Hidden,
     },
 }
 
-/// Files of the booted tree that no longer show.
+/// Files of the booted tree that the delta hides.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Hidden {
-    /// How many.
+    /// Number of files.
     pub files: u64,
-    /// Their size in bytes.
+    /// Size of the files in bytes.
     pub bytes: u64,
 }
 
-/// The steps that turn `old` into `new` where nothing is kept, and leave alone what `keep` says.
-/// Equal subtrees are not looked into.
+/// Returns the steps of a delta that shows `new` over `old`, except for the paths that `keep` selects. Equal subtrees are
+/// not read.
 ///
 /// # Errors
-/// When a listing cannot be read, or when the target has a file where the booted tree has a directory
-/// that a frozen path may be in.
+/// A listing cannot be read, or the target has a file at the path of a directory with frozen content.
 pub fn diff(old: (&dyn Tree, Directory), new: (&dyn Tree, Directory), keep: &Keep) -> Result<Vec<DeltaOp>> {
     let mut walk = Walk { old: old.0, new: new.0, keep, ops: Vec::new(), pending: Vec::new(), path: PathBuf::new() };
-    // The root always gets its metadata: an overlay's root is that of its top layer.
+    // The root is always in the delta, because an overlay's root has the metadata of the top layer.
     walk.enter(Entering { name: String::new(), meta: new.1.meta, booted: false }, true);
     if old.1.tree != new.1.tree {
         walk.compare(&old.0.list(&old.1.tree)?, &new.0.list(&new.1.tree)?)?;
@@ -106,7 +105,7 @@ struct Walk<'a> {
     new: &'a dyn Tree,
     keep: &'a Keep,
     ops: Vec<DeltaOp>,
-    /// Directories gone into for which there was no reason yet to be in the delta.
+    /// Entered directories that have no reason yet to be in the delta.
     pending: Vec<Entering>,
     path: PathBuf,
 }
@@ -186,7 +185,7 @@ impl Walk<'_> {
         self.remove(name, old.files.get(name), was)
     }
 
-    /// `name` is only in the booted tree.
+    /// Hides the entry `name`, which only the booted tree has, except for kept content.
     fn remove(&mut self, name: &str, file: Option<&Checksum>, directory: Option<&Directory>) -> Result<()> {
         let verdict = self.keep.verdict(&self.path);
         if matches!(verdict, Verdict::Frozen | Verdict::Spared) {
@@ -208,7 +207,7 @@ impl Walk<'_> {
         Ok(())
     }
 
-    /// Whether something below `path` in the booted tree is kept.
+    /// Returns true if an entry below `path` in the booted tree is kept.
     fn holds_kept(&self, directory: &Directory, path: &Path) -> Result<bool> {
         let listing = self.old.list(&directory.tree)?;
         for name in listing.files.keys() {
@@ -244,8 +243,8 @@ impl Walk<'_> {
     fn refuse_over_frozen(&self) -> Result<()> {
         if self.keep.above_frozen(&self.path) {
             bail!(
-                "the node image has a file at /usr/{}, above a directory that must stay the booted one; \
-                 nothing was changed; this node image cannot be used here",
+                "cannot use this node image: /usr/{} is a file, but must be a directory, because content below it must \
+                 stay the booted system's",
                 self.path.display()
             );
         }

@@ -1,34 +1,33 @@
-//! Paths of the booted `/usr` that the switch leaves alone.
+//! Paths of the booted `/usr` that the switch keeps.
 
 use std::path::{Component, Path, PathBuf};
 
 use support::pattern;
 
-/// What shows through from the booted `/usr`. All paths are relative to `/usr`.
+/// Paths that stay visible from the booted `/usr`. All paths are relative to `/usr`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Keep {
-    /// Subtrees that stay the booted ones, whatever the target holds there.
+    /// Subtrees that stay those of the booted system. The target's content there is ignored.
     frozen: Vec<PathBuf>,
-    /// Patterns for files and subtrees that are not removed when the target lacks them. `*` stands
-    /// for any run of bytes within one path component. Where the target has a version, it wins.
+    /// Patterns of files and subtrees that stay if the target lacks them. `*` matches any bytes within one path component.
     spared: Vec<PathBuf>,
 }
 
-/// What [`Keep`] says about one path.
+/// Rule of [`Keep`] for one path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Verdict {
-    /// In a subtree that stays the booted one.
+    /// The path is in a subtree that stays the booted one.
     Frozen,
-    /// Not removed when the target lacks it, with all below it.
+    /// The path, with its subtree, stays if the target lacks it.
     Spared,
-    /// Something below it may be frozen or spared.
+    /// A path below it may be frozen or spared.
     Above,
-    /// Not ours to care about.
+    /// The target decides about the path and its subtree.
     Free,
 }
 
 impl Default for Keep {
-    /// The running kernel's modules, and the files that this project ships.
+    /// Keeps the running kernel's modules and the files of this project.
     fn default() -> Self {
         Self::new(
             ["lib/modules"],
@@ -56,28 +55,29 @@ impl Default for Keep {
 }
 
 impl Keep {
-    /// See the fields: `frozen` are plain paths, `spared` are patterns.
+    /// Keeps the subtrees `frozen` as they are in the booted system, and the files and subtrees that match the patterns
+    /// `spared` if the target lacks them.
     pub fn new<'a>(frozen: impl IntoIterator<Item = &'a str>, spared: impl IntoIterator<Item = &'a str>) -> Self {
         let paths = |path: &str| PathBuf::from(path.trim_matches('/'));
         Self { frozen: frozen.into_iter().map(paths).collect(), spared: spared.into_iter().map(paths).collect() }
     }
 
-    /// Nothing is kept.
+    /// Keeps no path.
     pub fn nothing() -> Self {
         Self::new([], [])
     }
 
-    /// Whether `path` stays the booted one, whatever the target holds.
-    pub fn is_frozen(&self, path: &Path) -> bool {
+    /// Returns true if `path` is in a frozen subtree.
+    pub(super) fn is_frozen(&self, path: &Path) -> bool {
         self.frozen.iter().any(|frozen| path.starts_with(frozen))
     }
 
-    /// Whether `path` is not removed when the target lacks it.
+    /// Returns true if `path` stays when the target lacks it.
     pub fn is_spared(&self, path: &Path) -> bool {
         self.is_frozen(path) || self.spared.iter().any(|pattern| matches(pattern, path) == Some(true))
     }
 
-    /// Whether `path` lies strictly above a frozen subtree.
+    /// Returns true if `path` is a parent of a frozen subtree.
     pub(super) fn above_frozen(&self, path: &Path) -> bool {
         self.frozen.iter().any(|frozen| frozen.starts_with(path) && frozen != path)
     }
@@ -98,7 +98,8 @@ impl Keep {
     }
 }
 
-/// `Some(true)`: `path` is, or is below, a match. `Some(false)`: a match may be below it.
+/// Returns `Some(true)` if `path` or one of its parents matches, `Some(false)` if a path below it may match, and `None`
+/// otherwise.
 fn matches(pattern: &Path, path: &Path) -> Option<bool> {
     let mut wanted = pattern.components();
     for component in path.components() {
@@ -121,7 +122,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn verdicts() {
+    fn default_keeps_kernel_modules_and_this_projects_files() {
         let keep = Keep::default();
         for (path, expected) in [
             ("lib", Verdict::Above),

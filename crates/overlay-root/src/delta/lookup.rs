@@ -1,4 +1,4 @@
-//! The delta directory: what it holds, and whether a path differs from the booted one.
+//! The finished delta directory: its figures, and lookups of paths that differ from the booted `/usr`.
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -9,13 +9,13 @@ use rustix::fs::{Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
-/// How much a delta changes. A symbolic link is a file.
+/// Figures of a delta. A symbolic link counts as a file.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct DeltaCounts {
     /// Files that the booted tree lacks.
     pub added: u64,
-    /// Files that replace something of the booted tree.
+    /// Files that replace an entry of the booted tree.
     pub changed: u64,
     /// Files of the booted tree that are hidden.
     pub removed: u64,
@@ -23,44 +23,44 @@ pub struct DeltaCounts {
     pub directories: u64,
     /// Size of the added files, in bytes.
     pub added_bytes: u64,
-    /// Size of the changed files, in bytes, as they are in the node image.
+    /// Size of the changed files in the node image, in bytes.
     pub changed_bytes: u64,
-    /// What the changed files, and whatever else they take the place of, had in the booted tree, in bytes.
+    /// Size in the booted tree of the entries that the changed files replace, in bytes.
     pub replaced_bytes: u64,
     /// Size of the removed files, in bytes.
     pub removed_bytes: u64,
-    /// Of these, how many files had to be copied because the node store does not hold them.
+    /// Added and changed files that were copied, because the node store does not hold them.
     pub copied: u64,
-    /// Their size in bytes: what the delta costs beyond the store.
+    /// Size of the copied files, in bytes. The other files are hard links and need no space.
     pub copied_bytes: u64,
 }
 
 /// A delta directory on disk. It must not change once it is part of an overlay.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Delta {
-    /// Where it is.
+    /// Path of the directory.
     pub directory: PathBuf,
-    /// What it changes.
+    /// Figures of the delta.
     pub counts: DeltaCounts,
-    /// What of the target it does not show, one line each.
+    /// Parts of the target that the delta omits, one line each.
     #[serde(default)]
     pub warnings: Vec<String>,
 }
 
 impl Delta {
-    /// Whether `path`, relative to `/usr`, differs from the booted `/usr`: it is new, changed, or gone.
-    /// A directory differs when something in it does. Costs one system call after opening the delta.
+    /// Returns true if `path`, relative to `/usr`, differs from the booted `/usr`: it is added, changed or removed. A
+    /// directory differs if an entry below it does.
     ///
     /// # Errors
-    /// When the delta directory cannot be read.
+    /// The delta directory cannot be read.
     pub fn contains(&self, path: &Path) -> Result<bool> {
         Ok(self.lookup()?.contains(path)?)
     }
 
-    /// For many questions in a row.
+    /// Opens the directory for many calls of [`DeltaLookup::contains`], each of which needs one system call.
     pub fn lookup(&self) -> Result<DeltaLookup> {
         let directory = File::open(&self.directory)
-            .with_context(|| format!("opening the delta directory {}", self.directory.display()))?;
+            .with_context(|| format!("cannot open the delta directory {}", self.directory.display()))?;
         Ok(DeltaLookup { directory })
     }
 }
@@ -79,12 +79,12 @@ impl DeltaLookup {
             return Ok(true);
         }
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        // Links are not followed, the delta's own included: a path through a changed link differs.
+        // Links are not followed: a path through a changed link differs.
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
         match rustix::fs::openat2(self.directory.as_fd(), path, flags, Mode::empty(), resolve) {
             Ok(_) => Ok(true),
-            // Above it is a file, a whiteout or a link of the delta. (A link as the last component
-            // cannot be opened under NO_SYMLINKS without PATH and NOFOLLOW both, which we give.)
+            // A parent is a file, a whiteout or a link in the delta. A link as the last component does not give this error,
+            // because the flags contain PATH and NOFOLLOW.
             Err(Errno::NOTDIR | Errno::LOOP) => Ok(true),
             Err(Errno::NOENT) => Ok(false),
             Err(error) => Err(error),

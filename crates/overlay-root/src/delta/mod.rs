@@ -1,7 +1,7 @@
-//! The delta tree: what differs between the booted `/usr` and the target's, as a directory to mount over the booted one.
+//! The delta tree: a directory with the differences between the booted `/usr` and the target's, for an overlay on the
+//! booted one.
 //!
-//! The target's tree is compared with the booted one ([`diff()`], pure); [`build_delta`] writes the directory. Nothing
-//! here mounts.
+//! [`compare()`] compares the two trees, and [`Difference::build`] writes the directory. This module does not mount.
 
 mod build;
 mod compare;
@@ -15,7 +15,6 @@ mod source;
 mod tests;
 
 pub use build::{Booted, Difference, ObjectPath, build_delta, compare};
-pub use compare::{Checksum, DeltaOp, Directory, Hidden, Listing, Tree, diff};
 pub use keep::Keep;
 pub use lookup::{Delta, DeltaCounts, DeltaLookup};
 pub use outside::outside_usr;

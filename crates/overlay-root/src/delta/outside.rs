@@ -1,4 +1,4 @@
-//! Content that a commit has at the top of its tree, outside `/usr`: the switch shows none of it.
+//! Content of a commit outside `/usr`, which the switch does not make visible.
 
 use std::path::Path;
 
@@ -8,23 +8,23 @@ use super::build::Booted;
 use super::compare::{Directory, Listing, Tree};
 use super::source::RepoTree;
 
-/// Directories that belong to the machine or are mounted over; `/usr` is compared elsewhere.
+/// Top-level directories that are not compared: they belong to the machine or are mount points. `/usr` is in the delta.
 const NOT_COMPARED: [&str; 11] =
     ["usr", "etc", "var", "boot", "dev", "proc", "run", "sys", "sysroot", "tmp", "lost+found"];
-/// The most paths that are named.
+/// Limit of the paths in the message.
 const SHOWN: usize = 12;
 
-/// Returns one line that names the paths at the top of the target commit, and one directory below, that the booted
-/// system has not or has otherwise; `None` if there are none.
+/// Returns one line with the paths outside `/usr` that differ between the target commit and the booted system, or `None`
+/// if there are none. Compares the root directory and one level below it.
 ///
 /// # Errors
-/// When a tree cannot be read.
+/// A tree cannot be read.
 pub fn outside_usr(repo: &ostree::Repo, booted: Booted<'_>, commit: &str) -> Result<Option<String>> {
     let tree = RepoTree::new(repo);
     let new = tree.root_of(commit)?;
     let found = match booted {
         Booted::Commit(booted) => differences(&tree, &tree.root_of(booted)?, &new)?,
-        // No commit to compare with: what is not there at all.
+        // Without a booted commit, only missing paths count.
         Booted::Directory(usr) => {
             let root = usr.parent().unwrap_or(Path::new("/"));
             let mut all = differences(&tree, &Listing::default(), &new)?;
@@ -46,7 +46,7 @@ fn line(found: &[String]) -> Option<String> {
         .then(|| format!("the node image differs outside /usr in {shown}{more}: the switch changes /usr and /etc only"))
 }
 
-/// The paths, relative to the root, that `new` has and `old` has not or has otherwise.
+/// Returns the paths, relative to the root, of entries of `new` that `old` lacks or that differ from `old`.
 fn differences(tree: &dyn Tree, old: &Listing, new: &Listing) -> Result<Vec<String>> {
     let mut found: Vec<String> = changed_files(old, new, "");
     for (name, directory) in &new.directories {
@@ -81,7 +81,7 @@ mod tests {
     use std::collections::HashMap;
 
     use super::*;
-    use crate::delta::Checksum;
+    use crate::delta::compare::Checksum;
 
     struct Trees(HashMap<Checksum, Listing>);
 
@@ -104,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn content_outside_usr_is_named() {
+    fn changed_paths_outside_usr_are_listed() {
         let trees = Trees(HashMap::from([
             ([1; 32], listing(&[("x", 1)], &[])),
             ([2; 32], listing(&[("x", 1), ("y", 2)], &[("z", 9)])),
@@ -116,8 +116,8 @@ mod tests {
         );
         let found = differences(&trees, &old, &new).unwrap();
         assert_eq!(found, ["data", "foo", "new", "opt/y", "opt/z", "srv/x"]);
-        let told = line(&found).unwrap();
-        assert!(told.contains("/data, /foo, /new, /opt/y"), "{told}");
+        let text = line(&found).unwrap();
+        assert!(text.contains("/data, /foo, /new, /opt/y"), "{text}");
         assert_eq!(line(&[]), None);
         assert!(line(&vec!["x".to_owned(); 20]).unwrap().contains("and 8 more"));
     }

@@ -1,5 +1,5 @@
-//! Trees as plain data, and what the delta must do with them, proven twice: by a model of overlayfs
-//! and by the real one.
+//! Trees as plain data, and a specification of the delta. `model` tests it with a model of overlayfs, `real` with the real
+//! one.
 
 #![allow(clippy::unwrap_used)]
 
@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use super::keep::Keep;
 
-/// A tree. The numbers stand for content and metadata.
+/// An entry of a tree. The numbers represent content and metadata.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Node {
     File(u8),
@@ -26,8 +26,8 @@ pub(super) fn keep() -> Keep {
     Keep::new(["lib/modules"], ["keep-1", "a/keep-*", "b/*/keep-2", "lib/a"])
 }
 
-/// What `/usr` must show: the specification, written the slow and obvious way. `None` when the target
-/// has a new file where a frozen path needs a directory.
+/// Specifies the entries that `/usr` must show. Returns `None` if the target has a new file at the path of a directory
+/// with frozen content.
 pub(super) fn expected(old: &Entries, new: &Entries, keep: &Keep, path: &Path) -> Option<Entries> {
     let mut result = Entries::new();
     let empty = Entries::new();

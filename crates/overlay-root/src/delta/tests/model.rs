@@ -1,4 +1,4 @@
-//! `diff` against the specification, with overlayfs modelled.
+//! Compares `diff` with the specification, by a model of overlayfs.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use sha2::{Digest, Sha256};
 
 use super::*;
-use crate::delta::{Checksum, DeltaOp, Directory, Hidden, Listing, Tree, diff};
+use crate::delta::compare::{Checksum, DeltaOp, Directory, Hidden, Listing, Tree, diff};
 
 #[derive(Default)]
 struct Memory(RefCell<HashMap<Checksum, Listing>>);
@@ -38,7 +38,7 @@ impl Tree for Memory {
     }
 }
 
-/// The files in a node, and their size.
+/// Returns the number and the size of the files in a node.
 fn hidden(node: &Node) -> Hidden {
     match node {
         Node::File(content) => Hidden { files: 1, bytes: u64::from(*content) + 1 },
@@ -49,7 +49,7 @@ fn hidden(node: &Node) -> Hidden {
     }
 }
 
-/// Overlayfs, as far as a delta uses it.
+/// Models the features of overlayfs that a delta uses.
 fn overlay(ops: &mut std::slice::Iter<'_, DeltaOp>, below: &Entries) -> Entries {
     let mut shown = below.clone();
     loop {
@@ -85,7 +85,7 @@ fn entries() -> impl Strategy<Value = Entries> {
     prop::collection::btree_map(prop::sample::select(&NAMES[..]).prop_map(str::to_owned), node, 0..6)
 }
 
-/// Two trees that have much in common: parts of one are grafted onto the other.
+/// Generates two similar trees: parts of one are copied to the other.
 fn pairs() -> impl Strategy<Value = (Entries, Entries)> {
     (entries(), entries(), prop::collection::vec(any::<bool>(), NAMES.len())).prop_map(|(old, mut new, same)| {
         for (name, _) in NAMES.iter().zip(&same).filter(|(_, same)| **same) {
@@ -116,13 +116,13 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(1500))]
 
     #[test]
-    fn without_keeping_the_target_shows((old, new) in pairs()) {
+    fn without_kept_paths_the_target_is_visible((old, new) in pairs()) {
         let ops = steps(&old, &new, &Keep::nothing()).unwrap();
         prop_assert_eq!(shown(&old, &ops), new);
     }
 
     #[test]
-    fn with_keeping_the_specification_shows((old, new) in pairs()) {
+    fn with_kept_paths_the_specified_tree_is_visible((old, new) in pairs()) {
         match expected(&old, &new, &keep(), Path::new("")) {
             Some(expected) => {
                 let ops = steps(&old, &new, &keep()).unwrap();

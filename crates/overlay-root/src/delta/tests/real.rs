@@ -1,4 +1,4 @@
-//! `build_delta` on real ostree repos, and what the real overlayfs shows.
+//! Tests `build_delta` with real ostree repos and the real overlayfs.
 
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
@@ -35,7 +35,7 @@ fn write(dir: &Path, meta: u8, entries: &Entries) {
     rustix::fs::setxattr(dir, "trusted.nip", &[meta], XattrFlags::empty()).unwrap();
 }
 
-/// `dir` (as the empty path) and every path below it, with all that is compared.
+/// Describes the content and metadata of `dir` (as the empty path) and all paths below it.
 fn describe(dir: &Path) -> BTreeMap<PathBuf, String> {
     fn walk(top: &Path, path: &Path, all: &mut BTreeMap<PathBuf, String>) {
         let stat = fs::symlink_metadata(path).unwrap();
@@ -97,14 +97,14 @@ struct Machine {
     commit: String,
 }
 
-/// A booted system and a pulled target; the store lacks the content that the booted repo has.
+/// Makes a booted system and a pulled target. The store lacks content that the booted repo has.
 fn machine(scratch: &Path, old: &Entries, new: &Entries) -> Machine {
     write(&scratch.join("booted/usr"), 1, old);
     write(&scratch.join("target/usr"), 2, new);
     pulled(scratch)
 }
 
-/// The same from the trees `booted` and `target`.
+/// Makes a machine from the directories `booted` and `target`.
 fn pulled(scratch: &Path) -> Machine {
     let booted_usr = scratch.join("booted/usr");
     let booted_repo = repo(&scratch.join("booted-repo"), None);
@@ -198,11 +198,11 @@ fn random_trees_show_as_specified() {
                 let expected = before.keys().chain(shown.keys()).any(|other| below(&other));
                 assert_eq!(delta.contains(path).unwrap(), expected, "round {round}: {path:?}");
             }
-            // Again, over the leftover of a build that was killed and a delta that is there.
+            // A second build replaces the delta and the remains of a killed build.
             fs::create_dir_all(scratch.join(".delta.building/junk")).unwrap();
             assert_eq!(machine.build(Booted::Commit(&machine.booted_commit), &keep), delta);
             assert_eq!(machine.show(), shown);
-            // Without a commit to compare with, the same shows.
+            // Without a booted commit, the visible tree is the same.
             machine.build(Booted::Directory(&machine.booted_usr), &keep);
             assert_eq!(machine.show(), shown, "round {round}, commit unknown");
         });
@@ -229,9 +229,9 @@ fn a_moved_file_is_copied_and_a_new_one_linked() {
     });
 }
 
-/// An image with embedded container storage: its own marks for overlayfs have no effect on ours.
+/// Uses an image with embedded container storage, whose marks must not affect the agent's overlay.
 #[test]
-fn marks_for_other_overlays_are_left_out() {
+fn marks_for_other_overlays_are_omitted() {
     private(|scratch| {
         let file = |content| Node::File(content);
         let dir = |entries: &[(&str, u8)]| {
@@ -257,9 +257,9 @@ fn marks_for_other_overlays_are_left_out() {
             below.remove(".ostree-wh.was");
         }
         assert_eq!(machine.show(), with_root(2, &shown));
-        let told = delta.warnings.join("\n");
-        for words in ["2 files and directories", "/usr/s/m for one", "1 whiteouts", "/usr/s/.ostree-wh.was"] {
-            assert!(told.contains(words), "{words}: {told}");
+        let warnings = delta.warnings.join("\n");
+        for words in ["2 files and directories", "example /usr/s/m", "1 whiteouts", "/usr/s/.ostree-wh.was"] {
+            assert!(warnings.contains(words), "{words}: {warnings}");
         }
     });
 }
@@ -281,7 +281,7 @@ fn a_missing_object_is_named_and_nothing_is_left() {
         let error =
             build_delta(&machine.store, booted, &machine.commit, &|_| None, &out, &Keep::nothing()).unwrap_err();
         let error = format!("{error:#}");
-        assert!(error.contains("/usr/new") && error.contains("neither in the node store"), "{error}");
+        assert!(error.contains("/usr/new") && error.contains("cannot find the content object"), "{error}");
         assert!(!out.exists());
     });
 }
