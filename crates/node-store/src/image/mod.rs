@@ -24,7 +24,7 @@ pub(crate) mod tarstream;
 
 pub use blob::LayerStream;
 pub use choice::ImageChoice;
-pub use classify::{Verdict, classify};
+use classify::classify;
 pub use failure::{Class, Endpoint, Failure, Kind};
 pub use layout::{Compression, Layer, Layout, layout, machine_architecture};
 pub use proxy::Reader;
