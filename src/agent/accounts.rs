@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use tracing::info;
 
 use super::StagedRoot;
-use super::prepare::{ETC, USR, USR_SOURCE};
+use super::new_usr::{ETC, USR, USR_SOURCE};
 use crate::host::{AccountPlan, Accounts, plan_accounts};
 use etc_merge::{Origin, Plan};
 use overlay_root::Namespace;

@@ -1,30 +1,24 @@
 //! Refresh and finish: what runs becomes the node image's, then the machine goes where it was going.
 
 use std::path::Path;
-use std::time::Duration;
 
 use anyhow::Context as _;
 use tracing::{info, warn};
 
+use super::new_usr::ChangedPaths;
 use super::{Context, Error, Paths, Switched, accounts, reexec, switch, units, views};
 use crate::host;
 use crate::report::{Phase, State};
 use support::directory::Directory;
 use unit_refresh::{Flow, Manager, Verb};
 
-/// Time limit for the restart of one unit, after which the refresh continues without it. Longer than systemd itself waits by
-/// default (90 s) until it kills a unit that does not stop.
-pub(super) const RESTART: Duration = Duration::from_secs(100);
-
 /// Users, files, caches, PID 1, the bus and the units that run old code. Idempotent: a daemon that
 /// was killed in here does it again.
 pub(super) async fn refresh(context: &Context, mut switched: Switched, flow: Flow) -> Result<Switched, Error> {
     let phase = Phase::Refresh;
     context.tracker.begin(phase);
-    // The delta tree holds just what differs, so looking a path up in it is the comparison. What
-    // cannot be looked up is taken for changed: a needless restart is the smaller mistake.
-    let delta = switched.staged.delta.lookup()?;
-    let differs = |path: &Path| delta.contains(path).unwrap_or(true);
+    let changed = ChangedPaths::of(&switched.staged)?;
+    let differs = |path: &Path| changed.contains(path);
 
     // First: until the kernel knows the labels of the new files, confined programs cannot use them.
     switch::load_policy(context, &switched.staged).await?;
@@ -32,7 +26,7 @@ pub(super) async fn refresh(context: &Context, mut switched: Switched, flow: Flo
     // its libraries.
     let mut trouble = host::refresh_libraries(&differs).await;
     context.guard().await;
-    let mut manager = reexec::renew_manager(context, &differs).await?;
+    let mut manager = reexec::renew_manager(context, &changed).await?;
     context.unguard().await;
     // Before systemd-sysusers, which would give them other ids.
     match accounts::add().await {
@@ -46,19 +40,19 @@ pub(super) async fn refresh(context: &Context, mut switched: Switched, flow: Flo
     if let Err(error) = host::reload_bus().await {
         trouble.push(format!("{error:#}"));
     }
-    switched.units = units::carry_out(context, &mut manager, &differs, flow, &mut trouble).await?;
+    switched.units = units::carry_out(context, &mut manager, &changed, flow, &mut trouble).await?;
     for unit in host::appliers(&differs, flow == Flow::Live) {
         // What had no files at boot is not active.
         let again = async {
-            manager.run(Verb::TryRestart, unit, RESTART).await?;
-            manager.run(Verb::Start, unit, RESTART).await
+            manager.run(Verb::TryRestart, unit, Manager::JOB_TIMEOUT).await?;
+            manager.run(Verb::Start, unit, Manager::JOB_TIMEOUT).await
         };
         if let Err(error) = again.await {
             trouble.push(format!("{error:#}"));
         }
     }
 
-    tell_units(context, &manager, &differs, &switched, &mut trouble).await;
+    tell_units(context, &manager, &changed, &switched, &mut trouble).await;
     for line in trouble {
         context.tracker.warn(line);
     }
@@ -74,11 +68,11 @@ pub(super) async fn refresh(context: &Context, mut switched: Switched, flow: Flo
 async fn tell_units(
     context: &Context,
     manager: &Manager,
-    differs: &(dyn Fn(&Path) -> bool + Sync),
+    changed: &ChangedPaths,
     switched: &Switched,
     trouble: &mut Vec<String>,
 ) {
-    let still_old = units::still_old(manager, differs).await.unwrap_or_else(|error| {
+    let still_old = units::still_old(manager, changed).await.unwrap_or_else(|error| {
         trouble.push(format!("cannot tell what still runs the bootimage's code: {error:#}"));
         Vec::new()
     });
@@ -94,14 +88,13 @@ async fn tell_units(
 pub(super) async fn finish(context: &Context, mut switched: Switched, flow: Flow) -> Result<Switched, Error> {
     context.tracker.begin(Phase::Finish);
     if flow == Flow::Live {
-        let delta = switched.staged.delta.lookup()?;
-        let differs = |path: &Path| delta.contains(path).unwrap_or(true);
+        let changed = ChangedPaths::of(&switched.staged)?;
         let mut manager = Manager::connect().await?;
         let mut trouble = Vec::new();
-        switched.units = units::carry_out(context, &mut manager, &differs, Flow::Bootstrap, &mut trouble)
+        switched.units = units::carry_out(context, &mut manager, &changed, Flow::Bootstrap, &mut trouble)
             .await
             .context("nothing was isolated, everything before that is done; start node-image-finish.service again")?;
-        tell_units(context, &manager, &differs, &switched, &mut trouble).await;
+        tell_units(context, &manager, &changed, &switched, &mut trouble).await;
         for line in trouble {
             context.tracker.warn(line);
         }

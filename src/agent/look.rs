@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::prepare::{USR, USR_SOURCE};
+use super::new_usr::{USR, USR_SOURCE};
 use super::record::{Asked, Record, Source, Step};
 use crate::agent::Probation;
 use crate::config::Settings;

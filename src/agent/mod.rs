@@ -14,6 +14,7 @@ mod fetch;
 mod holder;
 mod hooks;
 mod look;
+mod new_usr;
 mod paths;
 mod plan;
 mod prepare;

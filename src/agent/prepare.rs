@@ -1,7 +1,7 @@
 //! Stage: the delta tree, the `/etc` plan and every check that can refuse, before anything changes.
 
 use std::io::Read;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::sync::atomic::Ordering;
 
@@ -11,6 +11,7 @@ use ostree::glib::{Variant, VariantDict};
 use tracing::{info, warn};
 
 use super::accounts::AddedAccounts;
+use super::new_usr::{ETC, USR, USR_SOURCE, new_etc};
 use super::plan::{EtcPlan, MemoryPlan, SwitchPlan};
 use super::{Context, Error, Paths, StagedRoot, accounts, storage, units};
 use crate::config::{EtcStrategy, Settings};
@@ -23,11 +24,6 @@ use overlay_root::delta::{Booted, Delta, Keep};
 use overlay_root::{DetachedTree, Namespace};
 use support::directory::Directory;
 use unit_refresh::Flow;
-
-/// What mount tables show for the exposed `/usr`.
-pub(super) const USR_SOURCE: &str = "node-image";
-pub(super) const USR: &str = "/usr";
-pub(super) const ETC: &str = "/etc";
 
 /// Objects to a delta tree and plans.
 pub(super) async fn stage(context: &Context, pulled: PulledImage, flow: Flow) -> Result<StagedRoot, Error> {
@@ -243,12 +239,6 @@ fn etc_lines(plan: &Plan) -> Vec<String> {
     let mut lines = vec![counts.join(", ")];
     lines.extend(plan.of(Class::Conflict).map(|conflict| format!("conflict: {} ({})", conflict.path, conflict.reason)));
     lines
-}
-
-/// The node image's defaults: `etc` in its `/usr`.
-pub(super) fn new_etc(usr: BorrowedFd<'_>) -> anyhow::Result<OwnedFd> {
-    etc_merge::open_defaults(usr)?
-        .context("the node image has no /usr/etc: it is no ostree system; use another node image")
 }
 
 /// The metadata that a commit says of itself.

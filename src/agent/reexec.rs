@@ -7,16 +7,16 @@ use anyhow::Result;
 use tracing::info;
 
 use super::Context;
-use super::units::Differs;
+use super::new_usr::ChangedPaths;
 use unit_refresh::Manager;
 
 /// Units that a message names at most.
 const NAMED: usize = 10;
 
 /// Re-executes PID 1 if its files changed, else reloads it: it knows the new unit files in both cases.
-pub(super) async fn renew_manager(context: &Context, differs: Differs<'_>) -> Result<Manager> {
+pub(super) async fn renew_manager(context: &Context, changed: &ChangedPaths) -> Result<Manager> {
     let manager = Manager::connect().await?;
-    if unit_refresh::mapped_files(1).iter().any(|path| differs(Path::new(path))) {
+    if unit_refresh::mapped_files(1).iter().any(|path| changed.contains(Path::new(path))) {
         let mut troubles = Vec::new();
         let manager = reexecute(manager, &mut troubles).await?;
         context.tracker.note("systemd was re-executed: its binary or libraries changed");

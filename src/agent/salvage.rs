@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use tracing::warn;
 
-use super::prepare::{USR, USR_SOURCE, load_etc_plan};
+use super::new_usr::{USR, USR_SOURCE};
+use super::prepare::load_etc_plan;
 use super::record::{Damage, FILE, Record, Step};
 use super::{Paths, Probation, StagedRoot, SwitchPlan, deadline, storage};
 use node_store::image::ResolvedImage;

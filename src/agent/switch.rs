@@ -11,8 +11,8 @@ use anyhow::Context as _;
 use boot_config::mark;
 use tracing::{info, warn};
 
-use super::after::RESTART;
-use super::prepare::{ETC, USR, USR_SOURCE, load_etc_plan, new_etc};
+use super::new_usr::{ChangedPaths, ETC, USR, USR_SOURCE, new_etc};
+use super::prepare::load_etc_plan;
 use super::reexec::reexecute;
 use super::units::UnitsRecord;
 use super::wayback::{self, Below};
@@ -184,11 +184,9 @@ pub(super) async fn plan_units(
     staged: &StagedRoot,
     flow: Flow,
 ) -> anyhow::Result<(Vec<Action>, Vec<String>)> {
-    let mut troubles = Vec::new();
-    let delta =
-        staged.delta.lookup().inspect_err(|error| troubles.push(format!("all files count as changed: {error:#}")));
-    let delta = delta.ok();
-    let differs = |path: &Path| delta.as_ref().is_none_or(|delta| delta.contains(path).unwrap_or(true));
+    let (changed, error) = ChangedPaths::or_all(staged);
+    let mut troubles = Vec::from_iter(error.map(|error| format!("all files count as changed: {error:#}")));
+    let differs = |path: &Path| changed.contains(path);
     let manager = Manager::connect().await?;
     let fragments = unit_refresh::active_fragments(&manager).await?;
     let looked = tokio::task::spawn_blocking(move || leaving(fragments)).await.context("undo panicked")?;
@@ -268,7 +266,7 @@ async fn stop_units(actions: &[Action]) -> Vec<String> {
     let mut troubles = Vec::new();
     for action in actions.iter().filter(|action| action.class == Class::Stop) {
         info!("undo stops {}: {}", action.unit, action.reason);
-        let stopped = async { Manager::connect().await?.stop(&action.unit, RESTART).await };
+        let stopped = async { Manager::connect().await?.stop(&action.unit, Manager::JOB_TIMEOUT).await };
         if let Err(error) = stopped.await {
             troubles.push(format!("{} was not stopped: {error:#}", action.unit));
         }
@@ -286,19 +284,19 @@ async fn undo_units(actions: &[Action], kept: &mut Vec<String>) -> anyhow::Resul
             // Once more, for what could not be stopped before. How it ended concerns nobody any more, and nobody
             // could start it to make that good.
             Class::Stop => {
-                if let Err(error) = manager.run(Verb::Stop, &action.unit, RESTART).await {
+                if let Err(error) = manager.run(Verb::Stop, &action.unit, Manager::JOB_TIMEOUT).await {
                     kept.push(format!("{} was not stopped: {error:#}", action.unit));
                 }
                 manager.reset_failed(&action.unit).await?;
             }
             Class::Start => {
-                if let Err(error) = manager.run(Verb::Start, &action.unit, RESTART).await {
+                if let Err(error) = manager.run(Verb::Start, &action.unit, Manager::JOB_TIMEOUT).await {
                     kept.push(format!("{error:#}"));
                 }
             }
             Class::Restart | Class::Reload => {
                 for (verb, unit) in action.jobs() {
-                    if let Err(error) = manager.run(verb, unit, RESTART).await {
+                    if let Err(error) = manager.run(verb, unit, Manager::JOB_TIMEOUT).await {
                         kept.push(format!("{error:#}"));
                     }
                 }
@@ -312,11 +310,9 @@ async fn undo_units(actions: &[Action], kept: &mut Vec<String>) -> anyhow::Resul
 /// Makes what the refresh made of the node image's files of the old ones again: the loader's cache, and what udev and the
 /// message bus have read. Before units are restarted, which look there. Returns what went wrong: no reason to stop.
 async fn refresh_back(staged: &StagedRoot) -> Vec<String> {
-    let (delta, mut troubles) = match staged.delta.lookup() {
-        Ok(delta) => (Some(delta), Vec::new()),
-        Err(error) => (None, vec![format!("all caches are made anew: {error:#}")]),
-    };
-    let differs = |path: &Path| delta.as_ref().is_none_or(|delta| delta.contains(path).unwrap_or(true));
+    let (changed, error) = ChangedPaths::or_all(staged);
+    let mut troubles = Vec::from_iter(error.map(|error| format!("all caches are rebuilt: {error:#}")));
+    let differs = |path: &Path| changed.contains(path);
     troubles.extend(host::refresh_back(&differs).await);
     if let Err(error) = host::reload_bus().await {
         troubles.push(format!("{error:#}"));

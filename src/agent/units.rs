@@ -12,8 +12,7 @@ use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 use tracing::info;
 
-use super::after::RESTART;
-use super::prepare::{USR, USR_SOURCE, new_etc};
+use super::new_usr::{ChangedPaths, USR, USR_SOURCE, new_etc};
 use super::{Context, Error, Paths, StagedRoot};
 use crate::report::StillOld;
 use etc_merge::Origin;
@@ -24,9 +23,6 @@ use unit_refresh::{
 
 /// A file of the agent's directory.
 const FILE: &str = "units.json";
-
-/// Which paths, relative to `/usr`, differ between the two trees.
-pub(super) type Differs<'a> = &'a (dyn Fn(&Path) -> bool + Sync);
 
 /// One action, and how far it is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -97,8 +93,8 @@ pub(super) async fn preview(
     plan: etc_merge::Plan,
     flow: Flow,
 ) -> Result<(Vec<Action>, Vec<String>)> {
-    let delta = staged.delta.lookup()?;
-    let differs = |path: &Path| delta.contains(path).unwrap_or(true);
+    let changed = ChangedPaths::of(staged)?;
+    let differs = |path: &Path| changed.contains(path);
     let directory = staged.delta.directory.clone();
     let (old, new, systemd) = tokio::task::spawn_blocking(move || -> Result<_> {
         let tree = overlay_root::open_new_usr(&directory, Path::new(USR), USR_SOURCE)?;
@@ -115,7 +111,7 @@ pub(super) async fn preview(
     let target = target(context);
     let (before, after) = (old.pulled_in(&target), new.pulled_in(&target));
     let added = after.difference(&before).cloned().collect();
-    let (version, differs) = (Version::Current, &differs as Differs<'_>);
+    let (version, differs) = (Version::Current, &differs);
     let sides = Sides { version, differs, old: &definitions, new: &new, added: &added, systemd };
     let (states, troubles) = unit_refresh::survey(&manager, &sides).await?;
     let mut actions = unit_refresh::plan(&states, flow, &context.settings.units);
@@ -167,7 +163,7 @@ async fn unit_files() -> Result<UnitFiles> {
 pub(super) async fn carry_out(
     context: &Context,
     manager: &mut Manager,
-    differs: Differs<'_>,
+    changed: &ChangedPaths,
     flow: Flow,
     trouble: &mut Vec<String>,
 ) -> Result<Vec<Action>> {
@@ -179,7 +175,8 @@ pub(super) async fn carry_out(
         let added = |before| new.pulled_in(&target(context)).difference(before).cloned().collect();
         let added = record.sockets.as_ref().map(added).unwrap_or_default();
         let systemd = Root::running().systemd_release();
-        let (version, old) = (Version::Replaced, &record.before);
+        let differs = |path: &Path| changed.contains(path);
+        let (version, old, differs) = (Version::Replaced, &record.before, &differs);
         let sides = Sides { version, differs, old, new: &new, added: &added, systemd };
         let (states, troubles) = match unit_refresh::survey(manager, &sides).await {
             // Somebody re-executed systemd.
@@ -236,7 +233,7 @@ async fn carry_out_one(
         _ => None,
     };
     if run.is_none() || run == act.ending {
-        outcome = manager.run(verb, unit, RESTART).await;
+        outcome = manager.run(verb, unit, Manager::JOB_TIMEOUT).await;
         if act.action.class == Class::Stop && outcome.is_ok() {
             // How it ended concerns nobody: it has no unit file any more.
             outcome = manager.reset_failed(unit).await;
@@ -257,7 +254,7 @@ async fn look_along(manager: &Manager, acts: &[Act], trouble: &mut Vec<String>) 
     if along.is_empty() {
         return Ok(());
     }
-    let deadline = Instant::now() + RESTART;
+    let deadline = Instant::now() + Manager::JOB_TIMEOUT;
     let (pending, failed) = loop {
         let (pending, failed) = manager.pending_and_failed(&along).await?;
         if pending.is_empty() || Instant::now() >= deadline {
@@ -278,9 +275,10 @@ async fn look_along(manager: &Manager, acts: &[Act], trouble: &mut Vec<String>) 
 }
 
 /// What still runs the bootimage's code.
-pub(super) async fn still_old(manager: &Manager, differs: Differs<'_>) -> Result<Vec<StillOld>> {
+pub(super) async fn still_old(manager: &Manager, changed: &ChangedPaths) -> Result<Vec<StillOld>> {
     let (old, new, added) = (Definitions::new(), UnitFiles::default(), BTreeSet::new());
-    let version = Version::Replaced;
+    let differs = |path: &Path| changed.contains(path);
+    let (version, differs) = (Version::Replaced, &differs);
     let sides = Sides { version, differs, old: &old, new: &new, added: &added, systemd: None };
     let (states, _) = unit_refresh::survey(manager, &sides).await?;
     Ok(states.into_iter().map(|state| StillOld { unit: state.name, files: state.changed }).collect())

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use super::prepare::{USR, USR_SOURCE};
+use super::new_usr::{USR, USR_SOURCE};
 use crate::report;
 use overlay_root::{Exposure, Namespace};
 

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::StatVfsMountFlags;
 
-use super::prepare::{ETC, USR, USR_SOURCE};
+use super::new_usr::{ETC, USR, USR_SOURCE};
 use overlay_root::{Exposure, Mount, Namespace};
 
 /// A state of the machine in which an undo must not begin.

@@ -72,6 +72,10 @@ impl Unit {
 type UnitRow = (String, String, String, String, String, String, OwnedObjectPath, u32, String, OwnedObjectPath);
 
 impl Manager {
+    /// Time limit for the job of one unit, after which the caller continues without it. Longer than the 90 s that systemd
+    /// waits by default until it kills a unit that does not stop.
+    pub const JOB_TIMEOUT: Duration = Duration::from_secs(100);
+
     /// Connects to PID 1. If another process re-executes systemd, the private socket is briefly closed; this call waits
     /// for it. If the socket does not return, the system bus is used.
     ///

@@ -1,0 +1,47 @@
+//! The node image's `/usr`: its place, its name in mount tables, its defaults for `/etc`, and the paths that it changes.
+
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use anyhow::{Context as _, Result};
+
+use super::StagedRoot;
+use overlay_root::delta::DeltaLookup;
+
+/// Source that mount tables show for the exposed `/usr`.
+pub(super) const USR_SOURCE: &str = "node-image";
+pub(super) const USR: &str = "/usr";
+pub(super) const ETC: &str = "/etc";
+
+/// Opens the node image's defaults for `/etc`: the directory `etc` of its `usr`.
+///
+/// # Errors
+/// The image is not an ostree system, or the directory cannot be opened.
+pub(super) fn new_etc(usr: BorrowedFd<'_>) -> Result<OwnedFd> {
+    etc_merge::open_defaults(usr)?
+        .context("the node image has no /usr/etc: it is not an ostree system; use another node image")
+}
+
+/// Paths of `/usr` that differ between the bootimage and the node image. A path whose state is unknown counts as changed:
+/// a needless restart is the smaller mistake.
+pub(super) struct ChangedPaths(Option<DeltaLookup>);
+
+impl ChangedPaths {
+    /// Opens the delta tree, which holds exactly the paths that differ.
+    pub(super) fn of(staged: &StagedRoot) -> Result<Self> {
+        Ok(Self(Some(staged.delta.lookup()?)))
+    }
+
+    /// Opens the delta tree. If that fails, all paths count as changed and the error is returned beside.
+    pub(super) fn or_all(staged: &StagedRoot) -> (Self, Option<anyhow::Error>) {
+        match staged.delta.lookup() {
+            Ok(delta) => (Self(Some(delta)), None),
+            Err(error) => (Self(None), Some(error)),
+        }
+    }
+
+    /// Returns true if `path`, relative to `/usr`, differs.
+    pub(super) fn contains(&self, path: &Path) -> bool {
+        self.0.as_ref().is_none_or(|delta| delta.contains(path).unwrap_or(true))
+    }
+}
