@@ -7,28 +7,24 @@
 
 mod accounts;
 mod after;
+mod auto_undo;
+mod cancel;
 mod complete;
-mod deadline;
+mod deviations;
 mod error;
 mod fetch;
 mod holder;
 mod hooks;
-mod look;
 mod new_usr;
-mod paths;
-mod plan;
 mod prepare;
-mod probation;
-mod record;
 mod reexec;
 mod retry;
-mod salvage;
 mod staging;
 mod start;
+mod state;
 mod steps;
 mod storage;
 mod switch;
-mod ticket;
 mod undo;
 mod units;
 mod views;
@@ -45,22 +41,20 @@ use tracing::{error, info, warn};
 
 use crate::config::Settings;
 use crate::report::{Status, Tracker};
+use deviations::Standing;
 use holder::{Held, Holder};
-use look::Standing;
 use node_store::store::{LockError, StoreLock};
-use record::Asked;
+use state::Asked;
 use steps::next;
 use support::directory::Directory;
 use unit_refresh::{Guard, Manager};
 use wayback::Below;
 
 pub use accounts::AddedAccounts;
+pub use auto_undo::Probation;
+pub use cancel::{Ticket, Tickets};
 pub use error::Error;
-pub use paths::Paths;
-pub use plan::{PlanDocument, SwitchPlan};
-pub use probation::Probation;
-pub use record::{Record, StagedRoot, Step, Switched, Undo};
-pub use ticket::{Ticket, Tickets};
+pub use state::{Paths, PlanDocument, Record, StagedRoot, Step, SwitchPlan, Switched, Undo};
 
 /// The target to which the generator redirects a boot.
 const PIVOT_TARGET: &str = "node-image-pivot.target";
@@ -140,9 +134,9 @@ impl Agent {
             LockError::Held { path, holder } => anyhow!("another agent runs, {holder}; it holds {path}"),
             other => other.into(),
         })?;
-        let mut record = salvage::open(&paths);
+        let mut record = state::open(&paths);
         if record.step.is_before_switch() {
-            record.status.notes.extend(salvage::set_aside(&paths));
+            record.status.notes.extend(state::set_aside(&paths));
         }
         // The generator's drop-in goes with the first reload after the switch: the record keeps what it says.
         record.bootstrap |= bootstrap == Some(true);
@@ -153,7 +147,7 @@ impl Agent {
         if let Ok(settings) = Settings::load() {
             record.status.target.get_or_insert_with(|| settings.target.clone());
             if matches!(record.step, Step::Idle) {
-                record.status.image = record::shown(&settings);
+                record.status.image = state::shown(&settings);
             }
         }
         Ok(Arc::new(Self {
@@ -185,10 +179,10 @@ impl Agent {
 
     /// Returns the status document of the record under `paths`, for when no daemon runs.
     pub fn recorded_status(paths: &Paths) -> Status {
-        let mut record = salvage::open(paths);
+        let mut record = state::open(paths);
         let mut deviations = Standing::of(&record).deviations();
         if record.step.is_before_switch() {
-            deviations.extend(salvage::unused(paths));
+            deviations.extend(state::unused(paths));
         } else {
             record.rest();
         }
@@ -229,7 +223,7 @@ impl Agent {
         outcome?;
         // Not a failure of the pivot: the status stays that of the switch.
         let configured = Settings::load().ok().map(|settings| Asked::by(&settings));
-        let other = look::other_image(record.asked.as_ref(), configured.as_ref());
+        let other = deviations::other_image(record.asked.as_ref(), configured.as_ref());
         match other.filter(|_| !record.step.is_before_switch()) {
             Some(line) => Err(Error::refused("other-image", line)),
             None => Ok(()),
@@ -287,7 +281,7 @@ impl Agent {
         if record.step.is_before_switch() && record.asked.as_ref() != Some(&asked) {
             record.step = Step::Idle;
             record.asked = Some(asked);
-            self.tracker.restart(record::shown(&settings));
+            self.tracker.restart(state::shown(&settings));
         }
         let context = Context::new(settings, self.tracker.clone(), self.paths.clone());
         let goal = goal.unwrap_or_else(|| record.last_goal());
@@ -325,7 +319,7 @@ impl Agent {
             // From before the first act: what cuts the network may be part of the switch.
             record.probation = length.map(Probation::begin);
             if let Some(probation) = record.probation
-                && let Err(error) = deadline::arm(probation).await
+                && let Err(error) = auto_undo::arm(probation).await
             {
                 *record = before;
                 return Err(error.into());
@@ -335,7 +329,7 @@ impl Agent {
         if let Err(error) = self.save(record) {
             *record = before;
             if record.probation.is_none() {
-                deadline::disarm().await;
+                auto_undo::disarm().await;
             }
             return Err(error);
         }

@@ -12,7 +12,7 @@ use tracing::{info, warn};
 
 use super::accounts::AddedAccounts;
 use super::new_usr::{ETC, USR, USR_SOURCE, new_etc};
-use super::plan::{EtcPlan, MemoryPlan, SwitchPlan};
+use super::state::{EtcPlan, MemoryPlan, SwitchPlan, load_etc_plan};
 use super::{Context, Error, Paths, StagedRoot, accounts, storage, units};
 use crate::config::{EtcStrategy, Settings};
 use crate::preflight::{self, Free, Need, PackageChanges, Packages, Refusal, Refusals};
@@ -221,16 +221,6 @@ pub(super) fn diff_etc(paths: &Paths, staged: &StagedRoot, secrets: bool) -> any
     let plan = load_etc_plan(paths)?;
     let current = etc_merge::open_dir(Path::new(ETC))?;
     etc_merge::diff(&plan, new_etc(tree.as_fd())?.as_fd(), current.as_fd(), secrets)
-}
-
-/// Returns the plan for `/etc` that was staged.
-pub(super) fn load_etc_plan(paths: &Paths) -> anyhow::Result<Plan> {
-    let run = Directory::ensure(paths.run()).with_context(|| format!("cannot use {}", paths.run().display()))?;
-    let path = paths.run().join(Paths::ETC_PLAN);
-    let text = run.read_optional(Paths::ETC_PLAN).with_context(|| format!("cannot read {}", path.display()))?;
-    let text = text.with_context(|| format!("the plan for /etc, {}, is missing; pull again", path.display()))?;
-    serde_json::from_slice(&text)
-        .with_context(|| format!("the plan for /etc, {}, is damaged; pull again", path.display()))
 }
 
 /// How many entries of each class, and the conflicts by name.

@@ -2,7 +2,7 @@
 
 use tracing::info;
 
-use super::record::{self, Asked};
+use super::state::{self, Asked};
 use super::{Agent, Context, Error, Goal, PlanDocument, Step, SwitchPlan, Ticket, fetch, prepare};
 use crate::config::Settings;
 
@@ -34,7 +34,7 @@ impl Agent {
         let new = new.inspect_err(|error| self.show_failure(error))?;
         if new.digest != old.digest {
             info!("{} stands for another image by now: {}", new.requested, new.pinned);
-            self.tracker.restart(record::shown(&context.settings));
+            self.tracker.restart(state::shown(&context.settings));
             record.step = Step::Idle;
         }
         Ok(())

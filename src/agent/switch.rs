@@ -12,11 +12,11 @@ use boot_config::mark;
 use tracing::{info, warn};
 
 use super::new_usr::{ChangedPaths, ETC, USR, USR_SOURCE, new_etc};
-use super::prepare::load_etc_plan;
 use super::reexec::reexecute;
+use super::state::load_etc_plan;
 use super::units::UnitsRecord;
 use super::wayback::{self, Below};
-use super::{Context, Error, Paths, StagedRoot, Switched, salvage, storage, views};
+use super::{Context, Error, Paths, StagedRoot, Switched, state, storage, views};
 use crate::host;
 use crate::report::{Phase, State};
 use node_store::store::NODE_IMAGE_REF;
@@ -324,7 +324,7 @@ async fn refresh_back(staged: &StagedRoot) -> Vec<String> {
 /// only if we are killed.
 fn undo_files(paths: &Paths, staged: &StagedRoot, to_guard: bool) -> (Undone, Option<unit_refresh::Guard>) {
     let mut undone = Undone::default();
-    salvage::repair_undo_plan(paths);
+    state::repair_undo_plan(paths);
     match etc_merge::open_dir(Path::new(ETC)).and_then(|dir| etc_merge::undo(&paths.etc_undo(), dir.as_fd())) {
         Ok(report) => {
             undone.kept.extend(report.kept.iter().map(|entry| format!("/etc/{} stays: {}", entry.path, entry.reason)));

@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use tracing::{info, warn};
 
-use super::look::Standing;
+use super::deviations::Standing;
 use super::wayback::{self, Below};
-use super::{Agent, Error, Goal, Probation, Record, StagedRoot, Step, Undo, deadline, probation, switch};
+use super::{Agent, Error, Goal, Probation, Record, StagedRoot, Step, Undo, auto_undo, switch};
 use crate::report::{self, Phase, State};
 
 /// Marks, as long as it lives, that the holder of the record undoes.
@@ -54,7 +54,7 @@ impl Agent {
             self.undo_locked(&mut record, Below::Unmount).await.map(drop)
         } else if over {
             record.probation = None;
-            deadline::disarm().await;
+            auto_undo::disarm().await;
             self.save(&mut record)
         } else {
             Ok(())
@@ -110,7 +110,7 @@ impl Agent {
         }
         record.undone = Some(undone.kept.clone());
         self.untouched(record, if undo.salvaged { Step::Idle } else { Step::Staged(undo.staged) })?;
-        deadline::disarm().await;
+        auto_undo::disarm().await;
         info!("undone: /usr and /etc are the bootimage's");
         Ok(undone.kept)
     }
@@ -148,7 +148,7 @@ impl Agent {
             return Error::from(error).at(report::Standing::HalfDone);
         }
         match self.untouched(record, Step::Staged(staged)) {
-            Ok(()) => deadline::disarm().await,
+            Ok(()) => auto_undo::disarm().await,
             Err(trouble) => warn!("{trouble}"),
         }
         error.at(report::Standing::RolledBack)
@@ -182,7 +182,7 @@ impl Agent {
         let switched = matches!(record.step, Step::Switched(_) | Step::Refreshed(_) | Step::Finished(_));
         match record.probation {
             Some(probation) if switched && probation.kept => {
-                deadline::disarm().await;
+                auto_undo::disarm().await;
                 Ok(vec!["kept already".into()])
             }
             Some(probation) if switched && probation.left().is_some_and(|left| left.is_zero()) => {
@@ -195,7 +195,7 @@ impl Agent {
                     *record = before;
                     return Err(error);
                 }
-                deadline::disarm().await;
+                auto_undo::disarm().await;
                 info!("the switch is kept");
                 Ok(vec!["kept: the switch stays".into()])
             }
@@ -212,7 +212,7 @@ impl Agent {
                 warn!("what was interrupted is not finished: {error}");
             }
             agent.disarm_if_over().await;
-            probation::watch(agent).await;
+            auto_undo::watch(agent).await;
         });
     }
 
@@ -221,7 +221,7 @@ impl Agent {
         let record = self.record.lock().await;
         let kept = record.probation.is_none_or(|probation| probation.kept);
         if kept && !matches!(record.step, Step::Undoing(_)) {
-            deadline::disarm().await;
+            auto_undo::disarm().await;
         }
     }
 
@@ -245,7 +245,7 @@ impl Agent {
 mod tests {
     use std::path::Path;
 
-    use super::super::record::tests::switched;
+    use super::super::state::switched;
     use super::super::{Paths, Record};
     use super::*;
 

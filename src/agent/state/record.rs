@@ -5,7 +5,9 @@ use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use super::{Goal, Paths, Probation};
+use super::Paths;
+use crate::agent::Goal;
+use crate::agent::auto_undo::Probation;
 use crate::config::{ImageSource, Settings};
 use crate::report::{LastError, Standing, State, Status};
 use node_store::image::{PullSpec, ResolvedImage};
@@ -18,7 +20,7 @@ use unit_refresh::{Action, Flow};
 
 /// Version of the record's format. A record of another version is refused, not guessed at.
 const SCHEMA: u32 = 1;
-pub(super) const FILE: &str = "state.json";
+pub(in crate::agent) const FILE: &str = "state.json";
 /// Field with the checksum of all others. Records of older agents have none.
 const CHECKSUM: &str = "checksum";
 
@@ -90,7 +92,7 @@ pub enum Damage {
 }
 
 /// The image that the status document shows as asked for.
-pub(super) fn shown(settings: &Settings) -> Option<String> {
+pub(in crate::agent) fn shown(settings: &Settings) -> Option<String> {
     settings.image.as_ref().map(|source| match source {
         ImageSource::Image(spec) | ImageSource::Release(spec) => spec.clone(),
     })
@@ -209,7 +211,7 @@ impl Step {
     }
 
     /// The image that is pulled or staged, before the switch.
-    pub(super) fn pulled_image(&self) -> Option<&ResolvedImage> {
+    pub(in crate::agent) fn pulled_image(&self) -> Option<&ResolvedImage> {
         match self {
             Step::Pulled(pulled) => Some(&pulled.image),
             Step::Staged(staged) => Some(&staged.pulled.image),
@@ -223,7 +225,7 @@ impl Step {
     }
 
     /// Returns the state of the running system at this step.
-    pub(super) fn standing(&self) -> Standing {
+    pub(in crate::agent) fn standing(&self) -> Standing {
         match self {
             Step::Switching(_) | Step::Undoing(_) => Standing::HalfDone,
             _ if self.is_before_switch() => Standing::Unchanged,
@@ -291,12 +293,12 @@ impl Default for Record {
 
 impl Record {
     /// A record at `step`, with nothing else known.
-    pub(super) fn at(step: Step) -> Self {
+    pub(in crate::agent) fn at(step: Step) -> Self {
         Self { step, ..Self::default() }
     }
 
     /// The same with a trial period.
-    pub(super) fn with(self, probation: Option<Probation>) -> Self {
+    pub(in crate::agent) fn with(self, probation: Option<Probation>) -> Self {
         Self { probation, ..self }
     }
 
@@ -402,4 +404,4 @@ fn checksum(value: &Value) -> String {
 
 #[cfg(test)]
 #[path = "record_tests.rs"]
-pub(super) mod tests;
+pub(in crate::agent) mod tests;

@@ -4,10 +4,12 @@ use std::path::{Path, PathBuf};
 
 use tracing::warn;
 
-use super::new_usr::{USR, USR_SOURCE};
-use super::prepare::load_etc_plan;
+use super::etc_plan::load_etc_plan;
 use super::record::{Damage, FILE, Record, Step};
-use super::{Paths, Probation, StagedRoot, SwitchPlan, deadline, storage};
+use super::{Paths, StagedRoot, SwitchPlan};
+use crate::agent::auto_undo::{self, Probation};
+use crate::agent::new_usr::{USR, USR_SOURCE};
+use crate::agent::storage;
 use node_store::image::ResolvedImage;
 use node_store::import::PulledImage;
 use overlay_root::delta::{Delta, DeltaCounts};
@@ -74,13 +76,13 @@ fn judge(loaded: Result<Option<&Record>, &Damage>, traces: Traces, file: &Path) 
 }
 
 /// Returns the record under `paths`, a fresh one, or one that only allows an undo. Nothing is changed.
-pub(super) fn open(paths: &Paths) -> Record {
+pub(in crate::agent) fn open(paths: &Paths) -> Record {
     let loaded = Record::load(paths);
     let verdict = judge(loaded.as_ref().map(Option::as_ref), Traces::on_this_machine(paths), &paths.run().join(FILE));
     match (verdict, loaded) {
         (Verdict::Use, Ok(Some(record))) => record,
         (Verdict::Lost(message), _) => {
-            let probation = deadline::armed().map(|until_boottime_ms| Probation { until_boottime_ms, kept: false });
+            let probation = auto_undo::armed().map(|until_boottime_ms| Probation { until_boottime_ms, kept: false });
             Record::at(Step::Lost { staged: staged(paths), message }).with(probation)
         }
         _ => Record::default(),
@@ -88,14 +90,14 @@ pub(super) fn open(paths: &Paths) -> Record {
 }
 
 /// Returns a line about a record that cannot be used and is not needed, because nothing is switched.
-pub(super) fn unused(paths: &Paths) -> Option<String> {
+pub(in crate::agent) fn unused(paths: &Paths) -> Option<String> {
     let damage = Record::load(paths).err()?;
     let file = paths.run().join(FILE);
     Some(format!("cannot use {}: {damage}; nothing is switched, and the agent begins without it", file.display()))
 }
 
 /// Keeps such a record under another name, for an administrator who looks for the cause, and returns that line.
-pub(super) fn set_aside(paths: &Paths) -> Option<String> {
+pub(in crate::agent) fn set_aside(paths: &Paths) -> Option<String> {
     let line = unused(paths)?;
     warn!("{line}");
     let aside = paths.run().join(ASIDE);
@@ -106,7 +108,7 @@ pub(super) fn set_aside(paths: &Paths) -> Option<String> {
 }
 
 /// Replaces a damaged plan in the undo record of `/etc` by the copy from stage, so that the merge can be undone.
-pub(super) fn repair_undo_plan(paths: &Paths) {
+pub(in crate::agent) fn repair_undo_plan(paths: &Paths) {
     let Ok(own) = std::fs::read(paths.etc_undo().join(UNDO_PLAN)) else { return };
     let Err(damage) = serde_json::from_slice::<etc_merge::Plan>(&own) else { return };
     let repaired = load_etc_plan(paths).and_then(|plan| {

@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use tracing::warn;
 
-use super::Probation;
+use super::trial::Probation;
 use support::directory::Directory;
 use unit_refresh::Manager;
 
@@ -46,7 +46,7 @@ fn timer_name(probation: Probation) -> String {
 }
 
 /// Returns the deadline of the timer that is armed, in milliseconds of the boot-time clock.
-pub(super) fn armed() -> Option<u64> {
+pub(in crate::agent) fn armed() -> Option<u64> {
     let entries = std::fs::read_dir(UNITS).ok()?;
     entries.flatten().filter_map(|entry| deadline_of(entry.file_name().to_str()?)).min()
 }
@@ -81,7 +81,7 @@ Unit={SERVICE}
 ///
 /// # Errors
 /// Its files cannot be written, or systemd does not start it. No timer runs then.
-pub(super) async fn arm(probation: Probation) -> anyhow::Result<()> {
+pub(in crate::agent) async fn arm(probation: Probation) -> anyhow::Result<()> {
     let Some(left) = probation.left() else { return Ok(()) };
     let name = timer_name(probation);
     let start = async {
@@ -100,7 +100,7 @@ pub(super) async fn arm(probation: Probation) -> anyhow::Result<()> {
 }
 
 /// Stops every such timer and removes the files. A file that stays is harmless.
-pub(super) async fn disarm() {
+pub(in crate::agent) async fn disarm() {
     if let Err(error) = try_disarm().await {
         warn!("a timer of the trial period is left over, which is harmless: {error:#}");
     }

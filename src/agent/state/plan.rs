@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
-use super::{AddedAccounts, Paths};
+use super::Paths;
+use crate::agent::accounts::AddedAccounts;
 use crate::preflight::{Need, PackageChanges};
 use etc_merge::Class;
 use node_store::image::ImageChoice;
@@ -97,14 +98,14 @@ impl From<&etc_merge::Plan> for EtcPlan {
 const FILE: &str = Paths::PLAN;
 
 impl SwitchPlan {
-    pub(super) fn save(&self, paths: &Paths) -> Result<()> {
+    pub(in crate::agent) fn save(&self, paths: &Paths) -> Result<()> {
         let text = serde_json::to_vec_pretty(self).context("cannot write the plan")?;
         Directory::ensure(paths.run())
             .and_then(|dir| dir.write_atomic(FILE, 0o600, &text))
             .with_context(|| format!("cannot store {}; nothing was changed", paths.run().join(FILE).display()))
     }
 
-    pub(super) fn load(paths: &Paths) -> Result<Self> {
+    pub(in crate::agent) fn load(paths: &Paths) -> Result<Self> {
         let shown = paths.run().join(FILE);
         let text = Directory::ensure(paths.run()).and_then(|dir| dir.read_optional(FILE));
         let text = text.with_context(|| format!("cannot read {}", shown.display()))?;
@@ -115,12 +116,12 @@ impl SwitchPlan {
 
 impl PlanDocument {
     /// Nothing is planned.
-    pub(super) fn without_plan(state: &str, reason: Option<String>) -> Self {
+    pub(in crate::agent) fn without_plan(state: &str, reason: Option<String>) -> Self {
         Self { schema: 1, state: state.to_owned(), reason, plan: None }
     }
 
     /// What is planned.
-    pub(super) fn staged(plan: SwitchPlan) -> Self {
+    pub(in crate::agent) fn staged(plan: SwitchPlan) -> Self {
         Self { schema: 1, state: "staged".to_owned(), reason: None, plan: Some(plan) }
     }
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
-use super::Agent;
+use crate::agent::Agent;
 
 /// The longest sleep: tokio's clock stands still while the machine sleeps.
 const LOOK: Duration = Duration::from_secs(5);
@@ -42,7 +42,7 @@ impl Probation {
 }
 
 /// Undoes the switch when its time is over, for as long as the daemon lives.
-pub(super) async fn watch(agent: Arc<Agent>) {
+pub(in crate::agent) async fn watch(agent: Arc<Agent>) {
     let mut changes = agent.standing.subscribe();
     loop {
         let probation = changes.borrow_and_update().probation;

@@ -28,7 +28,7 @@ impl Paths {
 
     /// The same below another directory.
     #[cfg(test)]
-    pub(super) fn below(run: &Path) -> Self {
+    pub(in crate::agent) fn below(run: &Path) -> Self {
         Self { run: run.to_owned() }
     }
 

@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
+use super::auto_undo::Probation;
 use super::new_usr::{USR, USR_SOURCE};
-use super::record::{Asked, Record, Source, Step};
-use crate::agent::Probation;
+use super::state::{Asked, Record, Source, Step};
 use crate::config::Settings;
 use overlay_root::{Exposure, Mount, Namespace};
 

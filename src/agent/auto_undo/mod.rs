@@ -1,0 +1,8 @@
+//! Undoes a switch on trial unless an administrator keeps it in time.
+
+mod timer;
+mod trial;
+
+pub(super) use timer::{arm, armed, disarm};
+pub use trial::Probation;
+pub(super) use trial::watch;
