@@ -6,29 +6,24 @@
 //! was. This room may call every other one except `bus` and `cli`.
 
 mod accounts;
-mod after;
 mod auto_undo;
 mod cancel;
-mod complete;
 mod deviations;
 mod error;
-mod fetch;
 mod holder;
 mod hooks;
 mod new_usr;
-mod prepare;
+mod phases;
+mod policy;
 mod reexec;
 mod retry;
 mod staging;
-mod start;
 mod state;
-mod steps;
 mod storage;
-mod switch;
 mod undo;
-mod units;
+mod unit_jobs;
+mod unit_survey;
 mod views;
-mod wayback;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -44,13 +39,12 @@ use crate::report::{Status, Tracker};
 use deviations::Standing;
 use holder::{Held, Holder};
 use node_store::store::{LockError, StoreLock};
+use phases::Below;
+use phases::next;
 use state::Asked;
-use steps::next;
 use support::directory::Directory;
 use unit_refresh::{Guard, Manager};
-use wayback::Below;
 
-pub use accounts::AddedAccounts;
 pub use auto_undo::Probation;
 pub use cancel::{Ticket, Tickets};
 pub use error::Error;

@@ -1,16 +1,66 @@
 //! When a failed attempt of resolve or pull is made again. Pure: times come from the caller.
 
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use tracing::warn;
 
 use super::error::{Cause, Error};
+use super::{Context, Ticket};
 use crate::config::Retry;
-use crate::report::{Attempt, LastError};
+use crate::report::{Attempt, LastError, Phase};
 use node_store::image::{Class, Failure};
 
 /// Attempts that the status document lists at most.
 const LISTED: usize = 16;
 /// Attempts against an answer that is mostly final, and when they are made, as shares of `retry.denied`.
 const DENIED_DELAYS: [f64; 2] = [0.25, 0.75];
+
+/// Runs `attempt` until it succeeds, ends or is cancelled. The status document shows each failure with its class, its
+/// number and the time of the next attempt.
+pub(super) async fn with_retry<T, F>(
+    context: &Context,
+    phase: Phase,
+    ticket: &Ticket,
+    attempt: impl Fn() -> F,
+) -> Result<T, Error>
+where
+    F: Future<Output = Result<T, Failure>>,
+{
+    let mut retries = Retries::new(context.settings.retry);
+    loop {
+        let outcome = tokio::select! {
+            outcome = attempt() => outcome,
+            () = ticket.cancelled() => return Err(Error::cancelled()),
+        };
+        let failure = match outcome {
+            Ok(value) => return Ok(value),
+            Err(_) if ticket.is_cancelled() => return Err(Error::cancelled()),
+            Err(failure) => failure,
+        };
+        let next = retries.after(&failure, Instant::now(), rand::random());
+        let error = retries.told(&failure, unix_now(), next);
+        let delay = match next {
+            Next::Wait { delay, .. } => delay,
+            Next::End(limit) => return Err(retries.end(failure, limit)),
+        };
+        warn!(
+            phase = phase.as_str(),
+            class = failure.kind.as_str(),
+            attempt = error.attempt,
+            next_in_seconds = delay.as_secs(),
+            "{failure}"
+        );
+        context.tracker.fail(error);
+        tokio::select! {
+            () = tokio::time::sleep(delay) => context.tracker.begin(phase),
+            () = ticket.cancelled() => return Err(Error::cancelled()),
+        }
+    }
+}
+
+fn unix_now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
 
 /// The failed attempts of one phase.
 pub(super) struct Retries {

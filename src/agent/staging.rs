@@ -3,7 +3,7 @@
 use tracing::info;
 
 use super::state::{self, Asked};
-use super::{Agent, Context, Error, Goal, PlanDocument, Step, SwitchPlan, Ticket, fetch, prepare};
+use super::{Agent, Context, Error, Goal, PlanDocument, Step, SwitchPlan, Ticket, phases};
 use crate::config::Settings;
 
 impl Agent {
@@ -29,7 +29,7 @@ impl Agent {
         }
         let before = self.tracker.status();
         let context = Context::new(settings, self.tracker.clone(), self.paths.clone());
-        let new = fetch::resolve(&context, ticket).await;
+        let new = phases::resolve(&context, ticket).await;
         self.tracker.update(|status| *status = before);
         let new = new.inspect_err(|error| self.show_failure(error))?;
         if new.digest != old.digest {
@@ -86,7 +86,7 @@ impl Agent {
             }
         };
         let paths = self.paths.clone();
-        let diff = tokio::task::spawn_blocking(move || prepare::diff_etc(&paths, &staged, secrets)).await;
+        let diff = tokio::task::spawn_blocking(move || phases::diff_etc(&paths, &staged, secrets)).await;
         Ok(diff.map_err(anyhow::Error::from)??)
     }
 }

@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tracing::{info, warn};
 
 use super::deviations::Standing;
-use super::wayback::{self, Below};
-use super::{Agent, Error, Goal, Probation, Record, StagedRoot, Step, Undo, auto_undo, switch};
+use super::phases::{self, Below};
+use super::{Agent, Error, Goal, Probation, Record, StagedRoot, Step, Undo, auto_undo};
 use crate::report::{self, Phase, State};
 
 /// Marks, as long as it lives, that the holder of the record undoes.
@@ -79,10 +79,10 @@ impl Agent {
             }
         };
         let begun = if let Step::Undoing(undo) = &record.step { Some(undo.clone()) } else { None };
-        let obstacles = wayback::obstacles(if begun.is_some() { Below::Unmount } else { below });
+        let obstacles = phases::obstacles(if begun.is_some() { Below::Unmount } else { below });
         if !obstacles.is_empty() {
             let begun = if begun.is_some() { "goes no further" } else { "has not begun" };
-            return Err(Error::refused("way-back", format!("undo {begun}: {}", wayback::message(&obstacles))));
+            return Err(Error::refused("way-back", format!("undo {begun}: {}", phases::message(&obstacles))));
         }
         self.end_download().await;
         let undo = match begun {
@@ -97,7 +97,7 @@ impl Agent {
             *record = before;
             return Err(error.at(report::Standing::Switched));
         }
-        let mut undone = switch::undo(&self.paths, &undo.staged, undo.units.as_deref()).await;
+        let mut undone = phases::undo(&self.paths, &undo.staged, undo.units.as_deref()).await;
         undone.kept.splice(..0, undo.troubles);
         if !undone.failed.is_empty() {
             let error = anyhow::anyhow!("undo is not complete: {}", undone.failed.join("; "));
@@ -123,7 +123,7 @@ impl Agent {
     /// When the units cannot be looked at. After the first act nothing can tell which of them run the node image's code,
     /// so nothing is begun, and the next call looks again.
     async fn begin_undo(&self, staged: StagedRoot, salvaged: bool, record: &Record) -> Result<Undo, Error> {
-        let planned = switch::plan_units(&self.paths, &staged, record.flow()).await;
+        let planned = phases::plan_units(&self.paths, &staged, record.flow()).await;
         let (units, troubles) = planned.map_err(|error| {
             let error = error.context("cannot tell which units run the node image's code");
             Error::from(error).at(report::Standing::Switched)
@@ -142,7 +142,7 @@ impl Agent {
         if let Err(error) = self.save(record) {
             warn!("{error}");
         }
-        let undone = switch::undo(&self.paths, &staged, None).await;
+        let undone = phases::undo(&self.paths, &staged, None).await;
         if !undone.failed.is_empty() {
             let error = anyhow::anyhow!("{error}; cannot roll back: {}", undone.failed.join("; "));
             return Error::from(error).at(report::Standing::HalfDone);

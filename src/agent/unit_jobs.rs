@@ -4,7 +4,6 @@
 //! `units.json` in the agent's directory holds what the units were before the switch, and each act with how far it is.
 
 use std::collections::BTreeSet;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -12,14 +11,11 @@ use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 use tracing::info;
 
-use super::new_usr::{ChangedPaths, USR, USR_SOURCE, new_etc};
-use super::{Context, Error, Paths, StagedRoot};
-use crate::report::StillOld;
-use etc_merge::Origin;
+use super::new_usr::ChangedPaths;
+use super::unit_survey::{target, unit_files};
+use super::{Context, Error, Paths};
 use support::directory::Directory;
-use unit_refresh::{
-    Action, Class, Definitions, EtcChanges, Flow, Manager, Policy, Root, Sides, UnitFiles, Verb, Version,
-};
+use unit_refresh::{Action, Class, Definitions, Flow, Manager, Root, Sides, Verb, Version};
 
 /// A file of the agent's directory.
 const FILE: &str = "units.json";
@@ -86,61 +82,6 @@ impl UnitsRecord {
     }
 }
 
-/// What would happen to units, before the switch; with what could not be found out.
-pub(super) async fn preview(
-    context: &Context,
-    staged: &StagedRoot,
-    plan: etc_merge::Plan,
-    flow: Flow,
-) -> Result<(Vec<Action>, Vec<String>)> {
-    let changed = ChangedPaths::of(staged)?;
-    let differs = |path: &Path| changed.contains(path);
-    let directory = staged.delta.directory.clone();
-    let (old, new, systemd) = tokio::task::spawn_blocking(move || -> Result<_> {
-        let tree = overlay_root::open_new_usr(&directory, Path::new(USR), USR_SOURCE)?;
-        let new_etc = new_etc(tree.as_fd())?;
-        let at = |fd: BorrowedFd<'_>| Path::new("/proc/self/fd").join(fd.as_raw_fd().to_string());
-        let new = Root { usr: at(tree.as_fd()), etc: etc_changes(&plan, &at(new_etc.as_fd())) };
-        Ok((Root::running().unit_files()?, new.unit_files()?, new.systemd_release()))
-    })
-    .await
-    .context("reading unit files panicked")?
-    .context("cannot read the unit files")?;
-    let manager = Manager::connect().await?;
-    let definitions = unit_refresh::definitions(&manager, &old).await?;
-    let target = target(context);
-    let (before, after) = (old.pulled_in(&target), new.pulled_in(&target));
-    let added = after.difference(&before).cloned().collect();
-    let (version, differs) = (Version::Current, &differs);
-    let sides = Sides { version, differs, old: &definitions, new: &new, added: &added, systemd };
-    let (states, troubles) = unit_refresh::survey(&manager, &sides).await?;
-    let mut actions = unit_refresh::plan(&states, flow, &context.settings.units);
-    if flow == Flow::Bootstrap {
-        let active = unit_refresh::active(&manager).await?;
-        let starts = unit_refresh::starts(&added, &active, &target);
-        let planned: BTreeSet<_> = actions.iter().map(|action| action.unit.clone()).collect();
-        actions.extend(starts.into_iter().filter(|start| !planned.contains(&start.unit)));
-    }
-    Ok((actions, troubles))
-}
-
-/// The target of the isolate: what the daemon that saw the generator's drop-in was told.
-pub(super) fn target(context: &Context) -> String {
-    context.tracker.status().target.unwrap_or_else(|| context.settings.target.clone())
-}
-
-/// The merge as far as unit files see it.
-fn etc_changes(plan: &etc_merge::Plan, new_etc: &Path) -> EtcChanges {
-    let concerned = plan.changes.iter().filter(|change| change.path.as_path().starts_with("systemd"));
-    let arrives = concerned.filter(|change| change.after.is_none() || change.content == Origin::New);
-    arrives
-        .map(|change| {
-            let path = change.path.as_path();
-            (path.to_owned(), change.after.as_ref().map(|_| new_etc.join(path)))
-        })
-        .collect()
-}
-
 /// Writes down what the units are, before the first act of the switch. Nothing is changed.
 pub(super) async fn remember(context: &Context) -> Result<(), Error> {
     let remembered = async {
@@ -151,11 +92,6 @@ pub(super) async fn remember(context: &Context) -> Result<(), Error> {
         UnitsRecord { before, sockets: Some(sockets), ..UnitsRecord::default() }.save(&context.paths)
     };
     remembered.await.map_err(Error::from)
-}
-
-async fn unit_files() -> Result<UnitFiles> {
-    let read = tokio::task::spawn_blocking(|| Root::running().unit_files()).await.context("reading panicked")?;
-    read.context("cannot read the unit files")
 }
 
 /// Plans for `flow`, once, and carries the plan out, from where a daemon before us was killed. Returns the actions that
@@ -274,37 +210,6 @@ async fn look_along(manager: &Manager, acts: &[Act], trouble: &mut Vec<String>) 
     Ok(())
 }
 
-/// What still runs the bootimage's code.
-pub(super) async fn still_old(manager: &Manager, changed: &ChangedPaths) -> Result<Vec<StillOld>> {
-    let (old, new, added) = (Definitions::new(), UnitFiles::default(), BTreeSet::new());
-    let differs = |path: &Path| changed.contains(path);
-    let (version, differs) = (Version::Replaced, &differs);
-    let sides = Sides { version, differs, old: &old, new: &new, added: &added, systemd: None };
-    let (states, _) = unit_refresh::survey(manager, &sides).await?;
-    Ok(states.into_iter().map(|state| StillOld { unit: state.name, files: state.changed }).collect())
-}
-
-/// What was done and what was left, for the summary.
-pub(super) fn notes(actions: &[Action], old: &[StillOld]) -> Vec<String> {
-    let mut notes = Vec::new();
-    for (class, done) in [(Class::Stop, "stopped"), (Class::Reload, "reloaded"), (Class::Restart, "restarted")] {
-        let units: Vec<_> = actions.iter().filter(|one| one.class == class).map(|one| one.unit.as_str()).collect();
-        if !units.is_empty() {
-            notes.push(format!("{done}: {}", units.join(" ")));
-        }
-    }
-    if !old.is_empty() {
-        let units: Vec<_> = old.iter().map(|one| one.unit.as_str()).collect();
-        notes.push(format!("still runs the bootimage's code: {}", units.join(" ")));
-    }
-    notes
-}
-
-/// The policy of the configuration, for an undo, which has to go on without one that can be read.
-pub(super) fn policy() -> Policy {
-    crate::config::Settings::load().map(|settings| settings.units).unwrap_or_default()
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
@@ -337,49 +242,5 @@ mod tests {
         assert_eq!(record.stopped().collect::<Vec<_>>(), ["a.service"], "what was not stopped is not started");
         std::fs::write(temp.path().join(FILE), "{").unwrap();
         assert!(UnitsRecord::load(&paths).unwrap_err().to_string().contains("units.json is damaged"));
-    }
-
-    #[test]
-    fn what_the_summary_says() {
-        let one = |unit: &str, class| Action::new(unit, class, "r");
-        let actions = [
-            one("a.service", Class::Restart),
-            one("b.service", Class::Never),
-            one("c.service", Class::Restart),
-            one("d.timer", Class::Stop),
-        ];
-        let old = [StillOld { unit: "b.service".into(), files: Vec::new() }];
-        assert_eq!(
-            notes(&actions, &old),
-            ["stopped: d.timer", "restarted: a.service c.service", "still runs the bootimage's code: b.service"]
-        );
-        assert_eq!(notes(&[], &[]), [""; 0]);
-    }
-
-    #[test]
-    fn the_merge_as_unit_files_see_it() {
-        use etc_merge::{Change, Content, Leaf, Meta};
-        let leaf = || Leaf { meta: Meta::default(), content: Content::Other };
-        let change = |path: &str, after: Option<Leaf>, content| Change {
-            path: path.into(),
-            before: None,
-            after,
-            content,
-            label: None,
-        };
-        let plan = etc_merge::Plan {
-            changes: vec![
-                change("systemd/system/a.service", Some(leaf()), Origin::New),
-                change("systemd/system/b.service", None, Origin::New),
-                change("systemd/system/chmod.service", Some(leaf()), Origin::Current),
-                change("passwd", Some(leaf()), Origin::New),
-            ],
-            ..etc_merge::Plan::default()
-        };
-        let expected = [
-            ("systemd/system/a.service".into(), Some("/new/systemd/system/a.service".into())),
-            ("systemd/system/b.service".into(), None),
-        ];
-        assert_eq!(etc_changes(&plan, Path::new("/new")), expected.into());
     }
 }

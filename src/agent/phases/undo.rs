@@ -1,185 +1,37 @@
-//! Switch: one `move_mount`, then the `/etc` plan. Also the way back.
-//!
-//! The record says `switching` before the first act, so a daemon that is killed in here finds it, and
-//! each act can be done again. An act that fails rolls back those before it.
+//! The acts of an undo and of a rollback.
 
 use std::collections::BTreeSet;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
-use boot_config::mark;
 use tracing::{info, warn};
 
-use super::new_usr::{ChangedPaths, ETC, USR, USR_SOURCE, new_etc};
-use super::reexec::reexecute;
-use super::state::load_etc_plan;
-use super::units::UnitsRecord;
-use super::wayback::{self, Below};
-use super::{Context, Error, Paths, StagedRoot, Switched, state, storage, views};
+use super::obstacles::{self, Below};
+use super::switch::{remember_defaults, set_ref};
+use crate::agent::new_usr::{ChangedPaths, ETC, USR, USR_SOURCE};
+use crate::agent::policy::{Way, label_anew, policy_step};
+use crate::agent::reexec::reexecute;
+use crate::agent::unit_jobs::UnitsRecord;
+use crate::agent::{Paths, StagedRoot, state, unit_survey, views};
 use crate::host;
-use crate::report::{Phase, State};
-use node_store::store::NODE_IMAGE_REF;
 use support::directory::Directory;
-use support::failpoint::{self, Point};
 use unit_refresh::{Action, Class, Flow, Manager, Root, Sides, UnitFiles, Verb, Version};
-
-/// Exposes the new `/usr` and merges `/etc`.
-pub(super) async fn switch(context: &Context, staged: StagedRoot) -> Result<Switched, Error> {
-    let phase = Phase::Switch;
-    context.tracker.begin(phase);
-    let paths = context.paths.clone();
-    // Until the refresh has re-executed PID 1.
-    context.guard().await;
-    let (staged, report) = tokio::task::spawn_blocking(move || -> anyhow::Result<_> {
-        let report = blocking(&paths, &staged)?;
-        Ok((staged, report))
-    })
-    .await
-    .context("the switch panicked")??;
-    for line in report.to_string().lines() {
-        info!("{line}");
-    }
-    for skipped in &report.skipped {
-        context.tracker.note(format!("left alone: /etc/{}: {}", skipped.path, skipped.reason));
-    }
-    // Not switched before the refresh: until then the machine is between the two.
-    context.tracker.end(phase, State::Running);
-    Ok(Switched { staged, units: Vec::new() })
-}
-
-/// Refuses, with numbers, a switch for whose files there is no room. Nothing is changed.
-pub(super) fn check(paths: &Paths) -> Result<(), Error> {
-    let plan = load_etc_plan(paths)?;
-    let refusals = etc_merge::check_room(&plan, Path::new(ETC), paths.run())?;
-    if refusals.is_empty() {
-        return Ok(());
-    }
-    Err(Error::refused("too-little", refusals.join("; ")))
-}
-
-/// Gives the kernel the policy that is in `/etc`, if the merge brought another, and what the merge wrote the labels that
-/// only that one knows. Doing it again is harmless.
-pub(super) async fn load_policy(context: &Context, staged: &StagedRoot) -> anyhow::Result<()> {
-    let plan = load_etc_plan(&context.paths)?;
-    let step = policy_step(&plan);
-    if let Some(remark) = host::load_policy(step).await? {
-        context.tracker.remark(&remark);
-    }
-    if step.loads() && selinux_labels::mode() != selinux_labels::Mode::Disabled {
-        let relabelled = etc_merge::relabel(&plan, etc_merge::open_dir(Path::new(ETC))?.as_fd())?;
-        info!("/etc: {relabelled} entries got labels that the policy from before did not know");
-        label_anew(&context.paths, staged, Way::There).await;
-    }
-    Ok(())
-}
-
-/// From the booted policy's labels to the node image's, or back.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Way {
-    There,
-    Back,
-}
-
-/// Gives what is in `/dev`, `/etc` and `/run` the labels of the policy that was loaded. What keeps an old one is worth a
-/// warning, no more. Returns whether there is nothing of that kind.
-async fn label_anew(paths: &Paths, staged: &StagedRoot, way: Way) -> bool {
-    if selinux_labels::mode() == selinux_labels::Mode::Disabled {
-        return true;
-    }
-    let (delta, scratch) = (staged.delta.directory.join("etc/selinux"), paths.run().to_owned());
-    let act = move || -> anyhow::Result<selinux_labels::Relabelled> {
-        let booted = Path::new("/usr/etc/selinux");
-        let (old, new) = overlay_root::Namespace::init().run_without(Path::new(USR), USR_SOURCE, || {
-            Ok((selinux_labels::FileContexts::read(&[booted])?, selinux_labels::FileContexts::read(&[&delta, booted])?))
-        })?;
-        let directories = selinux_labels::LABELLED.map(Path::new);
-        match way {
-            Way::There => old.relabel(&new, &directories, overlay_root::tmpfs_label()?.as_deref(), &scratch),
-            Way::Back => new.relabel(&old, &directories, None, &scratch),
-        }
-    };
-    match tokio::task::spawn_blocking(act).await.map_err(anyhow::Error::from).and_then(|done| done) {
-        Ok(selinux_labels::Relabelled { changed, failed }) => {
-            info!("/dev, /etc and /run: {changed} entries got the labels of the policy that was loaded");
-            for line in &failed {
-                warn!("this keeps the label of the policy from before: {line}");
-            }
-            failed.is_empty()
-        }
-        Err(error) => {
-            warn!("/dev, /etc and /run keep the labels of the policy from before: {error:#}");
-            true
-        }
-    }
-}
-
-/// The old policy again, when `/etc` and `/usr` are the old ones again.
-async fn load_old_policy(paths: &Paths, staged: &StagedRoot, undone: &mut Undone) {
-    match load_etc_plan(paths).map(|plan| policy_step(&plan)) {
-        Ok(step) if step.loads() => {
-            // Before: the new policy knows nearly all old labels, the old one hardly any that are new.
-            let complete = label_anew(paths, staged, Way::Back).await;
-            match host::load_policy(step).await {
-                Ok(remark) => remark.iter().for_each(|remark| remark.log("undo: ")),
-                Err(error) => undone.failed.push(format!("{error:#}")),
-            }
-            if !complete {
-                label_anew(paths, staged, Way::Back).await;
-            }
-        }
-        Ok(_) => {}
-        Err(error) => undone.kept.push(format!("the SELinux policy stays as it is loaded: {error:#}")),
-    }
-}
-
-/// What the merge of `/etc` means for the SELinux policy, before and after an undo alike.
-fn policy_step(plan: &etc_merge::Plan) -> host::PolicyStep {
-    host::policy_step(
-        // On a disk an earlier boot's merge may have brought it already, and this boot have loaded another.
-        plan.changes
-            .iter()
-            .map(|change| change.path.0.as_slice())
-            .chain(plan.of(etc_merge::Class::Converged).map(|decision| decision.path.0.as_slice()))
-            .chain(plan.earlier.paths().map(|path| path.0.as_slice())),
-        plan.of(etc_merge::Class::Conflict).map(|decision| decision.path.0.as_slice()),
-    )
-}
-
-fn blocking(paths: &Paths, staged: &StagedRoot) -> anyhow::Result<etc_merge::Report> {
-    let usr = Path::new(USR);
-    let plan = load_etc_plan(paths)?;
-    let run = Directory::ensure(paths.run()).with_context(|| format!("cannot use {}", paths.run().display()))?;
-    set_ref(paths, staged, true)?;
-    // Before /usr changes: a generator that runs from here on must not arm the pivot again.
-    mark::pivoted_text(Path::new("/"))
-        .and_then(|text| run.write_atomic(Paths::PIVOTED, 0o644, text.as_bytes()))
-        .with_context(|| format!("cannot write {}", paths.pivoted().display()))?;
-
-    if !overlay_root::exposed(usr, USR_SOURCE)? {
-        overlay_root::open_new_usr(&staged.delta.directory, usr, USR_SOURCE)?.expose(usr)?;
-    }
-    let new = new_etc(etc_merge::open_dir(usr)?.as_fd())?;
-    let current = etc_merge::open_dir(Path::new(ETC))?;
-    // Before the merge: an entry counts for the next one only where /etc has what it says.
-    remember_defaults(paths, staged, &plan.later())?;
-    etc_merge::apply(&plan, new.as_fd(), current.as_fd(), &paths.etc_undo())
-}
 
 /// How an undo went.
 #[derive(Debug, Default)]
-pub(super) struct Undone {
+pub(in crate::agent) struct Undone {
     /// What stays on purpose, such as files that somebody changed since.
-    pub(super) kept: Vec<String>,
+    pub(in crate::agent) kept: Vec<String>,
     /// What could not be put back.
-    pub(super) failed: Vec<String>,
+    pub(in crate::agent) failed: Vec<String>,
 }
 
 /// What runs the node image's code, and what to do about it. It is looked at, not taken from what the
 /// switch recorded: a refresh that failed half-way has no complete record.
 ///
 /// The second list names what could not be found out, a line each.
-pub(super) async fn plan_units(
+pub(in crate::agent) async fn plan_units(
     paths: &Paths,
     staged: &StagedRoot,
     flow: Flow,
@@ -204,7 +56,7 @@ pub(super) async fn plan_units(
     });
     let record = record.unwrap_or_default();
     let flow = record.flow.unwrap_or(flow);
-    let mut actions = unit_refresh::undo_plan(&states, &leaving, flow, &super::units::policy());
+    let mut actions = unit_refresh::undo_plan(&states, &leaving, flow, &unit_survey::policy());
     actions.extend(record.stopped().map(|unit| Action::new(unit, Class::Start, "the switch stopped it")));
     Ok((actions, troubles))
 }
@@ -223,10 +75,10 @@ fn leaving(fragments: Vec<(String, PathBuf)>) -> anyhow::Result<(Vec<String>, Un
 /// fails; what is done already is not done again.
 ///
 /// Nothing is begun where something already known would keep it from its end.
-pub(super) async fn undo(paths: &Paths, staged: &StagedRoot, units: Option<&[Action]>) -> Undone {
-    let obstacles = wayback::obstacles(Below::Unmount);
+pub(in crate::agent) async fn undo(paths: &Paths, staged: &StagedRoot, units: Option<&[Action]>) -> Undone {
+    let obstacles = obstacles::obstacles(Below::Unmount);
     if !obstacles.is_empty() {
-        return Undone { failed: vec![wayback::message(&obstacles)], ..Undone::default() };
+        return Undone { failed: vec![obstacles::message(&obstacles)], ..Undone::default() };
     }
     let stopped = stop_units(units.unwrap_or_default()).await;
     let (for_files, of, to_guard) = (paths.clone(), staged.clone(), units.is_some());
@@ -346,7 +198,7 @@ fn undo_files(paths: &Paths, staged: &StagedRoot, to_guard: bool) -> (Undone, Op
         Err(error) => undone.failed.push(format!("/etc: {error:#}")),
     }
     if undone.failed.is_empty()
-        && let Ok(plan) = load_etc_plan(paths)
+        && let Ok(plan) = state::load_etc_plan(paths)
         && let Err(error) = remember_defaults(paths, staged, &plan.earlier)
     {
         undone.failed.push(format!("{error:#}"));
@@ -369,20 +221,21 @@ fn undo_files(paths: &Paths, staged: &StagedRoot, to_guard: bool) -> (Undone, Op
     (undone, guard)
 }
 
-/// Tells the next boot's merge which defaults in `/etc` came from node images.
-fn remember_defaults(paths: &Paths, staged: &StagedRoot, list: &etc_merge::Defaults) -> anyhow::Result<()> {
-    let text = serde_json::to_vec(list).context("cannot write the list of defaults")?;
-    let text = (!list.is_empty()).then_some(text);
-    storage::of(paths, staged)?
-        .write_etc_defaults(text.as_deref())
-        .context("cannot store the list of the defaults that the merge of /etc takes")
-}
-
-/// The ref says which node image is in use: the switch sets it, undo removes it.
-fn set_ref(paths: &Paths, staged: &StagedRoot, there: bool) -> anyhow::Result<()> {
-    let detail = if there { "set" } else { "remove" };
-    let store = storage::of(paths, staged)?;
-    failpoint::hit(Point::Ref, detail)
-        .and_then(|()| if there { store.set_ref(&staged.pulled.commit) } else { store.remove_ref() })
-        .with_context(|| format!("cannot {detail} the ref {NODE_IMAGE_REF} in {}", store.repo_path().display()))
+/// The old policy again, when `/etc` and `/usr` are the old ones again.
+async fn load_old_policy(paths: &Paths, staged: &StagedRoot, undone: &mut Undone) {
+    match state::load_etc_plan(paths).map(|plan| policy_step(&plan)) {
+        Ok(step) if step.loads() => {
+            // Before: the new policy knows nearly all old labels, the old one hardly any that are new.
+            let complete = label_anew(paths, staged, Way::Back).await;
+            match host::load_policy(step).await {
+                Ok(remark) => remark.iter().for_each(|remark| remark.log("undo: ")),
+                Err(error) => undone.failed.push(format!("{error:#}")),
+            }
+            if !complete {
+                label_anew(paths, staged, Way::Back).await;
+            }
+        }
+        Ok(_) => {}
+        Err(error) => undone.kept.push(format!("the SELinux policy stays as it is loaded: {error:#}")),
+    }
 }

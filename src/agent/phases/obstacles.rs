@@ -4,12 +4,12 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::StatVfsMountFlags;
 
-use super::new_usr::{ETC, USR, USR_SOURCE};
+use crate::agent::new_usr::{ETC, USR, USR_SOURCE};
 use overlay_root::{Exposure, Mount, Namespace};
 
 /// A state of the machine in which an undo must not begin.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub(super) enum Obstacle {
+pub(in crate::agent) enum Obstacle {
     /// Another mount covers the node image's `/usr`.
     #[error("{name} ({fstype}) is mounted over /usr; unmount it (umount /usr; systemd-sysext unmerge for extensions)")]
     Covered {
@@ -31,7 +31,7 @@ pub(super) enum Obstacle {
 
 /// The treatment of mounts below the node image's `/usr`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Below {
+pub(in crate::agent) enum Below {
     /// An administrator asks: refuse, so that none is unmounted by surprise.
     Refuse,
     /// The trial period is over, or an undo has begun: unmount them and report it.
@@ -39,7 +39,7 @@ pub(super) enum Below {
 }
 
 /// Returns all obstacles on this machine. Nothing is changed.
-pub(super) fn obstacles(below: Below) -> Vec<Obstacle> {
+pub(in crate::agent) fn obstacles(below: Below) -> Vec<Obstacle> {
     let mut found = match Namespace::init().mounts() {
         Ok(mounts) => on_mounts(&mounts, below),
         Err(error) => vec![Obstacle::Unknown(format!("{error:#}"))],
@@ -63,7 +63,7 @@ fn on_mounts(mounts: &[Mount], below: Below) -> Vec<Obstacle> {
 }
 
 /// Joins obstacles to one message.
-pub(super) fn message(obstacles: &[Obstacle]) -> String {
+pub(in crate::agent) fn message(obstacles: &[Obstacle]) -> String {
     obstacles.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
 }
 

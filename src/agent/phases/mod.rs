@@ -1,14 +1,30 @@
-//! The order of the phases.
+//! The phases, and their order.
+
+mod complete;
+mod finish;
+mod obstacles;
+mod pull;
+mod refresh;
+mod resolve;
+mod stage;
+mod start;
+mod switch;
+mod undo;
 
 use std::sync::atomic::Ordering;
 
 use anyhow::anyhow;
 use tracing::info;
 
-use super::start::{Start, decide};
-use super::{Context, Error, Goal, Record, Step, Ticket, after, fetch, hooks, prepare, switch, units};
+use super::{Context, Error, Goal, Record, Step, Ticket, hooks, unit_jobs};
 use crate::report::State;
+use start::{Start, decide};
 use unit_refresh::Flow;
+
+pub(super) use obstacles::{Below, message, obstacles};
+pub(super) use resolve::resolve;
+pub(super) use stage::diff_etc;
+pub(super) use undo::{plan_units, undo};
 
 /// The step after the one that stands in the record, or `None` when the goal is reached.
 pub(super) async fn next(
@@ -30,28 +46,28 @@ pub(super) async fn next(
                 Step::NothingToDo { reason, isolated: false }
             }
             Start::Go => {
-                prepare::check_machine().await?;
-                Step::Resolved(fetch::resolve(context, ticket).await?)
+                stage::check_machine().await?;
+                Step::Resolved(resolve(context, ticket).await?)
             }
         },
         Step::NothingToDo { reason, isolated: false } if goal == Goal::Finished && record.flow() == Flow::Bootstrap => {
-            after::isolate(context).await?;
+            finish::isolate(context).await?;
             Step::NothingToDo { reason, isolated: true }
         }
         Step::NothingToDo { .. } => return Ok(None),
-        Step::Resolved(image) => Step::Pulled(fetch::pull(context, image, ticket).await?),
-        Step::Pulled(pulled) => Step::Staged(prepare::stage(context, pulled, record.flow()).await?),
+        Step::Resolved(image) => Step::Pulled(pull::pull(context, image, ticket).await?),
+        Step::Pulled(pulled) => Step::Staged(stage::stage(context, pulled, record.flow()).await?),
         Step::Staged(_) if goal < Goal::Switched => return Ok(None),
         // Written before the first act: a daemon that finds it knows that the switch may be half done
         // and finishes it.
         Step::Staged(staged) => {
-            if !context.staged_now.load(Ordering::Relaxed) && !prepare::is_current(context, &staged).await? {
+            if !context.staged_now.load(Ordering::Relaxed) && !stage::is_current(context, &staged).await? {
                 info!("/etc has changed since it was staged: staging again");
                 return Ok(Some(Step::Pulled(staged.pulled)));
             }
             switch::check(&context.paths)?;
             hooks::pre_switch(context, &staged, record.flow(), ticket).await?;
-            units::remember(context).await?;
+            unit_jobs::remember(context).await?;
             Step::Switching(staged)
         }
         Step::Switching(staged) => Step::Switched(switch::switch(context, staged).await?),
@@ -59,12 +75,12 @@ pub(super) async fn next(
         // Undone to the end before a next step is asked for.
         Step::Undoing(_) => return Err(anyhow!("undo is not complete").into()),
         Step::Switched(switched) => {
-            let refreshed = after::refresh(context, switched, record.flow()).await?;
+            let refreshed = refresh::refresh(context, switched, record.flow()).await?;
             hooks::post_switch(context, &refreshed.staged, record.flow()).await;
             Step::Refreshed(refreshed)
         }
         Step::Refreshed(_) if goal < Goal::Finished => return Ok(None),
-        Step::Refreshed(switched) => Step::Finished(after::finish(context, switched, record.flow()).await?),
+        Step::Refreshed(switched) => Step::Finished(finish::finish(context, switched, record.flow()).await?),
         Step::Finished(_) => return Ok(None),
     };
     Ok(Some(next))

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use tracing::{info, warn};
 
-use super::{Agent, Context, Error, Goal, Step, Ticket, fetch};
+use super::pull;
+use crate::agent::{Agent, Context, Error, Goal, Step, Ticket};
 use crate::config::Settings;
 use node_store::import::PulledImage;
 use support::human_bytes;
@@ -50,7 +51,7 @@ impl Agent {
         let context = Context::new(settings, beside.tracker().clone(), self.paths.clone());
         let download_ticket = self.download_tickets.draw("complete");
         download_ticket.end_with(ticket.token());
-        let outcome = fetch::rest(&context, &pulled, &download_ticket).await;
+        let outcome = pull::rest(&context, &pulled, &download_ticket).await;
         drop((beside, download));
         let rest = outcome.inspect_err(|error| warn!("the node store is not complete: {error}"))?;
         let line = format!(
@@ -72,7 +73,7 @@ impl Agent {
 
     /// Ends a download beside the pivot, so that nothing is written to the store during an undo. One that does not end
     /// in time writes objects only, which an undo leaves in place.
-    pub(super) async fn end_download(&self) {
+    pub(in crate::agent) async fn end_download(&self) {
         const LIMIT: Duration = Duration::from_secs(10);
         self.download_tickets.cancel_all();
         if tokio::time::timeout(LIMIT, self.download.lock()).await.is_err() {

@@ -10,10 +10,10 @@ use ostree::gio::Cancellable;
 use ostree::glib::{Variant, VariantDict};
 use tracing::{info, warn};
 
-use super::accounts::AddedAccounts;
-use super::new_usr::{ETC, USR, USR_SOURCE, new_etc};
-use super::state::{EtcPlan, MemoryPlan, SwitchPlan, load_etc_plan};
-use super::{Context, Error, Paths, StagedRoot, accounts, storage, units};
+use crate::agent::accounts::AddedAccounts;
+use crate::agent::new_usr::{ETC, USR, USR_SOURCE, new_etc};
+use crate::agent::state::{EtcPlan, MemoryPlan, SwitchPlan, load_etc_plan};
+use crate::agent::{Context, Error, Paths, StagedRoot, accounts, storage, unit_survey};
 use crate::config::{EtcStrategy, Settings};
 use crate::preflight::{self, Free, Need, PackageChanges, Packages, Refusal, Refusals};
 use crate::report::{Phase, State};
@@ -47,7 +47,7 @@ pub(super) async fn stage(context: &Context, pulled: PulledImage, flow: Flow) ->
         }
         Err(error) => document.warnings.push(format!("cannot tell which accounts the node image adds: {error:#}")),
     }
-    match units::preview(context, &staged, plan, flow).await {
+    match unit_survey::preview(context, &staged, plan, flow).await {
         Ok((actions, troubles)) => {
             document.units = actions;
             document.warnings.extend(troubles);
@@ -216,7 +216,7 @@ fn earlier_defaults(store: &NodeStore) -> anyhow::Result<etc_merge::Defaults> {
 }
 
 /// What the staged plan would do to `/etc`, as a unified diff. Nothing is changed.
-pub(super) fn diff_etc(paths: &Paths, staged: &StagedRoot, secrets: bool) -> anyhow::Result<Vec<u8>> {
+pub(in crate::agent) fn diff_etc(paths: &Paths, staged: &StagedRoot, secrets: bool) -> anyhow::Result<Vec<u8>> {
     let tree = overlay_root::open_new_usr(&staged.delta.directory, Path::new(USR), USR_SOURCE)?;
     let plan = load_etc_plan(paths)?;
     let current = etc_merge::open_dir(Path::new(ETC))?;

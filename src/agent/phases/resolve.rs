@@ -1,0 +1,77 @@
+//! Resolve: the configured pull spec becomes a digest. Nothing is changed.
+
+use std::path::Path;
+
+use tracing::info;
+
+use crate::agent::retry::with_retry;
+use crate::agent::{Context, Error, Ticket};
+use crate::config::{ImageSource, Settings};
+use crate::host::{self, SCRIPT};
+use crate::report::{Phase, State};
+use node_store::image::{self, Failure, ImageSettings, Kind, PULL_SCRIPT, ResolvedImage, Source, TagHints};
+
+/// Pull spec to digest.
+pub(in crate::agent) async fn resolve(context: &Context, ticket: &Ticket) -> Result<ResolvedImage, Error> {
+    let phase = Phase::Resolve;
+    context.tracker.begin(phase);
+    let (image, choice) = with_retry(context, phase, ticket, || async {
+        let configured = wanted(&context.settings).await?;
+        let source = Source::open(&image_settings(&context.settings)).await?;
+        let (spec, choice) = match &configured {
+            ImageSource::Image(text) => (text.parse()?, None),
+            // The payload names the node image by digest: nothing else is accepted from here on.
+            ImageSource::Release(text) => {
+                let hints = tag_hints(&context.settings);
+                let (spec, choice) = image::resolve_release(&source, &text.parse()?, &hints).await?;
+                (spec, Some(choice))
+            }
+        };
+        Ok((source.resolve(&spec).await?, choice))
+    })
+    .await?;
+    if let Some(choice) = &choice {
+        info!("{choice}");
+    }
+    context.tracker.update(|status| {
+        status.image.get_or_insert_with(|| image.requested.clone());
+        status.image_choice = choice;
+        status.digest = Some(image.digest.clone());
+    });
+    context.tracker.end(phase, State::Running);
+    Ok(image)
+}
+
+/// Returns what decides about the tag of a release payload.
+fn tag_hints(settings: &Settings) -> TagHints {
+    let read = |path: &str| std::fs::read_to_string(path).ok();
+    TagHints {
+        configured: settings.image_tags.clone(),
+        script: read(PULL_SCRIPT),
+        os_release: read("/etc/os-release").or_else(|| read("/usr/lib/os-release")),
+    }
+}
+
+/// What is configured; where nothing is, what the installer's own script names.
+async fn wanted(settings: &Settings) -> Result<ImageSource, Failure> {
+    if let Some(configured) = &settings.image {
+        return Ok(configured.clone());
+    }
+    let script = Path::new(SCRIPT);
+    match host::release_image(script).await {
+        Ok(Some(spec)) => {
+            info!("no node image is configured; {SCRIPT} names the release payload {spec}");
+            Ok(ImageSource::Release(spec))
+        }
+        Ok(None) => Err(Failure::new(
+            Kind::BadPullSpec,
+            "no node image is configured: set `image` or `release_image` in /etc/node-image-pivot.conf.d/*.toml, \
+             or node-image-pivot.image= on the kernel command line",
+        )),
+        Err(error) => Err(Failure::new(Kind::Local, format!("{error:#}"))),
+    }
+}
+
+pub(super) fn image_settings(settings: &Settings) -> ImageSettings {
+    ImageSettings { authfile: settings.auth_file.clone(), ..ImageSettings::default() }
+}
