@@ -39,6 +39,14 @@ pub(super) fn show(plan: &Plan, sides: &Sides<'_>) -> Result<(Vec<u8>, BTreeSet<
     }
     let mut hidden: BTreeSet<Bytes> =
         entries.iter().filter(|(_, shown)| shown.is_hidden).map(|(path, _)| (*path).clone()).collect();
+    // git removes a directory with its last file. It keeps one without files, which blocks a file with that name.
+    let has_patch_below = |path: &Bytes| {
+        let is_below = |other: &Bytes| other.0.len() > path.0.len() && is_nested(other, path);
+        entries.iter().any(|(other, shown)| is_below(other) && !shown.patch.is_empty())
+    };
+    let removed = plan.changes.iter().filter(|change| change.after.is_none());
+    let removed = removed.filter(|change| change.before.as_ref().is_some_and(Leaf::is_directory));
+    hidden.extend(removed.map(|change| &change.path).filter(|path| !has_patch_below(path)).cloned());
     // A file that replaces a directory, or the reverse, needs the changes of all entries in that directory.
     for (path, shown) in &mut entries {
         if !shown.patch.is_empty() && hidden.iter().any(|other| is_nested(other, path)) {

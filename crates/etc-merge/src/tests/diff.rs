@@ -86,6 +86,19 @@ fn secret_and_binary_files_are_shown_by_name_only() {
     });
 }
 
+#[test]
+fn a_file_in_place_of_a_directory_without_files_is_shown_by_name_only() {
+    private(|scratch| {
+        let base = etc([("d", dir(0, [("empty", dir(0, []))]))]);
+        let trees = [base.clone(), etc([("d", file(1, 0))]), base].map(|tree| Snapshot { root: world(tree.root) });
+        for (name, tree) in ["base", "new", "etc"].into_iter().zip(&trees) {
+            write_tree(&scratch.join(name), tree);
+        }
+        let text = diff_of(scratch, false);
+        assert!(text.contains("# /etc/d: not shown") && !text.contains("diff --git"), "{text}");
+    });
+}
+
 /// A tree with unusual names and contents.
 #[derive(Debug, Clone)]
 enum Node {
