@@ -26,14 +26,19 @@ impl Defaults {
         self.0.keys()
     }
 
-    /// Replaces defaults in `base` by those of this list, if the entry in `current` still has the content of the default.
+    /// Replaces defaults in `base` by those of this list.
+    ///
+    /// An entry that a merge wrote and an administrator edited since is a local change of the listed default. An entry
+    /// that is absent or still the booted system's counts as not merged: a power cut may have ended the merge before it.
     pub(super) fn rebase(&self, base: &mut Snapshot, current: &Snapshot) {
         for (path, default) in &self.0 {
             let now = find(&current.root, path).map(|entry| &entry.leaf);
+            let is_booted = |now: &Leaf| find(&base.root, path).is_some_and(|old| old.leaf.content == now.content);
             match (default, now) {
                 (None, None) => remove(&mut base.root, path),
-                // Only the content must be equal: with a changed mode, the entry is still this default, with a local change.
-                (Some(default), Some(now)) if default.content == now.content => put(&mut base.root, path, default),
+                (Some(default), Some(now)) if default.content == now.content || !is_booted(now) => {
+                    put(&mut base.root, path, default);
+                }
                 _ => {}
             }
         }

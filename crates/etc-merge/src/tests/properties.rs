@@ -77,6 +77,21 @@ proptest! {
         prop_assert_eq!(plan.count(Class::Updated), plan.decisions.len());
     }
 
+    /// Each image is merged in a boot of the same base, as on a disk.
+    #[test]
+    fn an_untouched_etc_follows_a_chain_of_node_images([base, one, two] in families()) {
+        prop_assume!(![&base, &one, &two].into_iter().any(has_special));
+        let (mut current, mut list) = (base.clone(), Defaults::default());
+        for new in [&one, &two, &one, &base, &two] {
+            let mut rebased = base.clone();
+            list.rebase(&mut rebased, &current);
+            let plan = Plan { earlier: list, ..decide(&rebased, new, &current) };
+            current = outcome(&plan, &current);
+            prop_assert_eq!(&current, new);
+            list = plan.later();
+        }
+    }
+
     #[test]
     fn local_changes_are_never_lost([base, new, current] in families()) {
         let after = flat(&outcome(&decide(&base, &new, &current), &current));
