@@ -59,7 +59,7 @@ pub async fn survey(manager: &Manager, sides: &Sides<'_>) -> Result<(Vec<UnitSta
         }
     }
     for (socket, service) in new_sockets(sides, &active) {
-        match new_socket(manager, sides, &present, &socket, service).await {
+        match new_socket(manager, sides, &present, &socket, service, &mut warnings).await {
             Ok(state) => states.push(state),
             Err(error) if Manager::is_lost(&error) => return Err(error),
             Err(error) => warnings.push(format!("cannot inspect the service of {socket}: {error:#}")),
@@ -84,6 +84,7 @@ async fn new_socket(
     present: &BTreeSet<&str>,
     socket: &str,
     service: String,
+    warnings: &mut Vec<String>,
 ) -> Result<UnitState> {
     let links = manager.links_of(&service).await?;
     let others: Vec<_> = links.triggered_by.into_iter().filter(|unit| unit.ends_with(".socket")).collect();
@@ -93,7 +94,7 @@ async fn new_socket(
         name: socket.to_owned(),
         added: true,
         wanted: !links.wanted_by.is_empty(),
-        wish: definition.value("Unit", KEY).and_then(|word| word.parse().ok()),
+        wish: wish(socket, definition.value("Unit", KEY), warnings),
         netlink: others.iter().any(|socket| is_netlink(sides, socket)),
         others,
         dependents: dependents(manager, [service.as_str()], present).await?,
@@ -119,6 +120,11 @@ async fn dependents<'a>(
         }
     }
     Ok(seen.into_iter().filter(|name| !own.contains(name)).collect())
+}
+
+/// Parses the action that a unit file requests. An unknown one is ignored with a warning.
+fn wish(unit: &str, word: Option<&str>, warnings: &mut Vec<String>) -> Option<Wish> {
+    word?.parse().inspect_err(|error| warnings.push(format!("{unit}: {KEY}: {error}"))).ok()
 }
 
 /// Returns the job that the unit file refuses if it is requested manually.
@@ -182,9 +188,7 @@ async fn inspect(
     }
     let links = manager.links(unit).await?;
     let of = |section: &str, key: &str| new.as_ref().or(old).and_then(|definition| definition.value(section, key));
-    let wish = of("Unit", KEY).and_then(|word| {
-        word.parse::<Wish>().inspect_err(|error| warnings.push(format!("{name}: {KEY}={error}"))).ok()
-    });
+    let wish = wish(name, of("Unit", KEY), warnings);
     let running = |unit: &&String| active.contains(unit.as_str());
     let serves = links.triggers.iter().find(|unit| unit.ends_with(".service")).filter(running);
     let serves = serves.filter(|_| name.ends_with(".socket")).cloned();
@@ -265,6 +269,18 @@ pub async fn active_fragments(manager: &Manager) -> Result<Vec<(String, PathBuf)
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_unknown_requested_action_is_a_warning() {
+        let mut warnings = Vec::new();
+        assert_eq!(wish("a.socket", None, &mut warnings), None);
+        assert_eq!(wish("a.socket", Some("never"), &mut warnings), Some(Wish::Never));
+        assert_eq!(wish("a.socket", Some("restrat"), &mut warnings), None);
+        assert_eq!(
+            warnings,
+            ["a.socket: X-NodeImagePivot: unknown action \"restrat\": expected reload, restart, never or stop"]
+        );
+    }
 
     #[test]
     fn another_release_of_systemd_is_recognised() {
