@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result};
 
 use super::new_usr::{ChangedPaths, USR, USR_SOURCE, new_etc};
 use super::{Context, StagedRoot};
-use crate::report::StillOld;
+use crate::report::StaleUnit;
 use etc_merge::Origin;
 use unit_refresh::{Action, Class, Definitions, EtcChanges, Flow, Manager, Policy, Root, Sides, UnitFiles, Version};
 
@@ -73,17 +73,17 @@ pub(super) async fn unit_files() -> Result<UnitFiles> {
 }
 
 /// What still runs the bootimage's code.
-pub(super) async fn still_old(manager: &Manager, changed: &ChangedPaths) -> Result<Vec<StillOld>> {
+pub(super) async fn still_old(manager: &Manager, changed: &ChangedPaths) -> Result<Vec<StaleUnit>> {
     let (old, new, added) = (Definitions::new(), UnitFiles::default(), BTreeSet::new());
     let differs = |path: &Path| changed.contains(path);
     let (version, differs) = (Version::Replaced, &differs);
     let sides = Sides { version, differs, old: &old, new: &new, added: &added, systemd: None };
     let (states, _) = unit_refresh::survey(manager, &sides).await?;
-    Ok(states.into_iter().map(|state| StillOld { unit: state.name, files: state.changed }).collect())
+    Ok(states.into_iter().map(|state| StaleUnit { unit: state.name, files: state.changed }).collect())
 }
 
 /// What was done and what was left, for the summary.
-pub(super) fn notes(actions: &[Action], old: &[StillOld]) -> Vec<String> {
+pub(super) fn notes(actions: &[Action], old: &[StaleUnit]) -> Vec<String> {
     let mut notes = Vec::new();
     for (class, done) in [(Class::Stop, "stopped"), (Class::Reload, "reloaded"), (Class::Restart, "restarted")] {
         let units: Vec<_> = actions.iter().filter(|one| one.class == class).map(|one| one.unit.as_str()).collect();
@@ -116,7 +116,7 @@ mod tests {
             one("c.service", Class::Restart),
             one("d.timer", Class::Stop),
         ];
-        let old = [StillOld { unit: "b.service".into(), files: Vec::new() }];
+        let old = [StaleUnit { unit: "b.service".into(), files: Vec::new() }];
         assert_eq!(
             notes(&actions, &old),
             ["stopped: d.timer", "restarted: a.service c.service", "still runs the bootimage's code: b.service"]

@@ -39,7 +39,7 @@ pub(super) async fn apply_files(root: &Path) -> Vec<String> {
     }
     let line = |(file, error): (&String, Error)| {
         format!(
-            "cannot create the accounts of {file}: {error:#}; correct what it names, then run systemd-sysusers {file}"
+            "cannot create the accounts of {file}: {error:#}; correct the account that it names, then run systemd-sysusers {file}"
         )
     };
     failed.into_iter().map(line).collect()

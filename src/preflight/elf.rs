@@ -73,7 +73,7 @@ mod tests {
     }
 
     #[test]
-    fn machines() {
+    fn the_machine_is_read_from_the_header() {
         let word = |class, data, machine| machine_of(&header(class, data, machine)).unwrap().to_string();
         assert_eq!(word(2, 1, [62, 0]), "x86_64");
         assert_eq!(word(2, 1, [183, 0]), "aarch64");

@@ -11,6 +11,6 @@ mod tracker;
 
 pub use outcome::{Outcome, Reason, Standing};
 pub use service_record::{ServiceRecord, unit_of};
-pub use status::{Attempt, LastError, Phase, State, Status, StillOld, TimelineEntry};
+pub use status::{Attempt, LastError, Phase, StaleUnit, State, Status, TimelineEntry};
 pub use text::{old_lines, one_line, state_line, summary, waiting_line};
 pub use tracker::{Remark, Tracker};

@@ -122,7 +122,7 @@ pub struct Cost {
 
 /// A unit whose processes run files that the node image has replaced.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct StillOld {
+pub struct StaleUnit {
     /// Name of the unit.
     pub unit: String,
     /// The replaced files, relative to `/usr`.
@@ -169,7 +169,7 @@ pub struct Status {
     pub undo_unix: Option<u64>,
     /// Units that still ran the bootimage's code when the last phase ended.
     #[serde(default)]
-    pub still_old: Vec<StillOld>,
+    pub still_old: Vec<StaleUnit>,
     /// Changes and warnings for the summary, a line each.
     pub notes: Vec<String>,
     /// Differences from the state that the switch left, a line each: a mount covers `/usr`, or another image is

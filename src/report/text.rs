@@ -163,7 +163,7 @@ pub fn summary(status: &Status, now_unix: u64) -> String {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use super::super::{LastError, Phase, StillOld};
+    use super::super::{LastError, Phase, StaleUnit};
     use super::*;
 
     #[test]
@@ -239,7 +239,7 @@ mod tests {
 
     #[test]
     fn stale_units_are_listed_with_a_file() {
-        let old = |unit: &str, files: &[&str]| StillOld {
+        let old = |unit: &str, files: &[&str]| StaleUnit {
             unit: unit.into(),
             files: files.iter().map(|&file| file.into()).collect(),
         };

@@ -91,9 +91,9 @@ fn a_tree_that_cannot_boot_is_refused() {
         let unmerged = |_: std::os::fd::BorrowedFd<'_>, _: &Path| Ok(());
         let report = check_runs(&tree, &unmerged).unwrap();
         assert!(report.refusals.is_empty() && report.warnings.is_empty(), "{report:?}");
-        let report = check_runs(&tree, &|_, _| anyhow::bail!("no room")).unwrap();
+        let report = check_runs(&tree, &|_, _| anyhow::bail!("disk full")).unwrap();
         assert!(report.refusals.is_empty(), "the running /etc is used: {report:?}");
-        assert!(report.warnings[0].contains("no room"));
+        assert!(report.warnings[0].contains("disk full"));
 
         // A program without its loader, and a loader that is not a program, so that nothing runs.
         let usr = Path::new("/usr");
