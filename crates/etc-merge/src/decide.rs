@@ -120,7 +120,10 @@ impl Walk {
             self.record(path, class, reason, new);
         }
         let present = result.is_some();
-        if result.as_ref() != leaf(current) || class.is_some_and(|(class, _)| class == Class::Converged) {
+        let is_new = result.as_ref().map(|leaf| &leaf.content) == leaf(new).map(|leaf| &leaf.content);
+        let is_converged = class.is_some_and(|(class, _)| class == Class::Converged);
+        // Local content with only the node image's metadata is not a default of the node image.
+        if is_new && (result.as_ref() != leaf(current) || is_converged) {
             self.plan.taken.0.insert(path.clone(), leaf(new).cloned());
         }
         if result.as_ref() != leaf(current) {

@@ -219,16 +219,23 @@ fn a_second_node_image_replaces_the_defaults_of_the_first() {
 /// The same node image at the next boot conflicts with nothing, also where `strategy = "fail"`.
 #[test]
 fn an_edited_default_of_the_first_node_image_is_a_local_change() {
-    let base = etc([("changed", file(1, 0)), ("not-merged", file(1, 0))]);
-    let image = etc([("changed", file(2, 0)), ("added", file(2, 0)), ("not-merged", file(2, 0))]);
-    let later = decide(&base, &image, &base).later();
-    // The last one is as a power cut in the merge leaves it.
-    let current = etc([("changed", file(3, 0)), ("added", file(3, 0)), ("not-merged", file(1, 0))]);
+    let base = etc([("changed", file(1, 0)), ("mode", file(1, 0)), ("not-merged", file(1, 0))]);
+    let image = etc([("added", file(2, 0)), ("changed", file(2, 0)), ("mode", file(1, 2)), ("not-merged", file(2, 0))]);
+    let before = etc([("changed", file(1, 0)), ("mode", file(3, 0)), ("not-merged", file(1, 0))]);
+    let later = decide(&base, &image, &before).later();
+    // The last two are as a power cut in the merge leaves them.
+    let current =
+        etc([("added", file(3, 0)), ("changed", file(3, 0)), ("mode", file(3, 0)), ("not-merged", file(1, 0))]);
     let mut rebased = base;
     later.rebase(&mut rebased, &current);
     let plan = decide(&rebased, &image, &current);
     let class = |path: &str, class| (path.to_owned(), class);
-    let expected = [class("added", Class::Local), class("changed", Class::Local), class("not-merged", Class::Updated)];
+    let expected = [
+        class("added", Class::Local),
+        class("changed", Class::Local),
+        class("mode", Class::Updated),
+        class("not-merged", Class::Updated),
+    ];
     assert_eq!(classes(&plan), expected);
 }
 
