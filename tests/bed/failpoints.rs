@@ -1,4 +1,4 @@
-//! The agent with failpoints, see `src/failpoint.rs`. `--failpoints` lists them.
+//! The agent with failpoints, see `crates/support/src/failpoint.rs`. `--failpoints` lists them.
 
 fn main() -> std::process::ExitCode {
     if std::env::args().nth(1).as_deref() == Some("--failpoints") {

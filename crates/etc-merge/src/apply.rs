@@ -26,8 +26,8 @@ use support::failpoint::{self, Point};
 /// When the function returns, all changes are on the disk. A repeated call with the same plan completes a call that was
 /// killed or failed; after a complete call it changes nothing.
 ///
-/// A written entry gets the label in the plan, or the label of the file in `new_dir`. Labels that the kernel refuses are
-/// counted in the report, see [`relabel`](super::relabel()).
+/// A written entry gets the label in the plan, or the label of the file in `new_dir`. Labels that the kernel refuses
+/// are counted in the report, see [`relabel`](super::relabel()).
 ///
 /// # Errors
 /// A file system is full or fails. The changes so far are in the journal: the caller repeats the call or calls

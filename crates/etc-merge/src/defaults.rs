@@ -29,7 +29,8 @@ impl Defaults {
     /// Replaces defaults in `base` by those of this list.
     ///
     /// An entry that a merge wrote and an administrator edited since is a local change of the listed default. An entry
-    /// that is absent or still the booted system's counts as not merged: a power cut may have ended the merge before it.
+    /// that is absent or still the booted system's counts as not merged: a power cut may have ended the merge before
+    /// it.
     pub(super) fn rebase(&self, base: &mut Snapshot, current: &Snapshot) {
         for (path, default) in &self.0 {
             let now = find(&current.root, path).map(|entry| &entry.leaf);

@@ -21,8 +21,8 @@ const MAX_DIFF_SIZE: u64 = 4 << 20;
 /// Lines that begin with `#` describe changes that git cannot express: directories, owners, exact modes and attributes.
 /// Conflicts follow as such lines, with the diff from the current version to the node image's.
 ///
-/// Binary files are shown by name only. Unless `secrets` is true, the same applies to files that not all users may read,
-/// because of the mode of either version or of a directory above.
+/// Binary files are shown by name only. Unless `secrets` is true, the same applies to files that not all users may
+/// read, because of the mode of either version or of a directory above.
 ///
 /// # Errors
 /// A file cannot be read. A file that changed since the plan was made is shown with its current content.

@@ -1,9 +1,9 @@
 //! The undo journal: the plan, the started changes and the content that they replace.
 //!
-//! It is a directory of mode 0700 with three parts: `plan.json` (written first), `journal` (one JSON line, written before
-//! each change) and `saved/NUMBER` (the file content that change NUMBER replaces). The order of the writes ensures that
-//! every change to `/etc` can be undone from the journal, wherever the agent is killed. The journal is synced before the
-//! first change; on the tmpfs where it normally is, that takes no time.
+//! It is a directory of mode 0700 with three parts: `plan.json` (written first), `journal` (one JSON line, written
+//! before each change) and `saved/NUMBER` (the file content that change NUMBER replaces). The order of the writes
+//! ensures that every change to `/etc` can be undone from the journal, wherever the agent is killed. The journal is
+//! synced before the first change; on the tmpfs where it normally is, that takes no time.
 
 use std::collections::BTreeMap;
 use std::fs::{DirBuilder, File, OpenOptions};
@@ -53,7 +53,8 @@ impl UndoJournal {
     /// Opens the journal of `plan` in `directory`. Creates it if it is missing.
     ///
     /// # Errors
-    /// The directory has the journal of another plan, or a damaged journal. That merge must be completed or undone first.
+    /// The directory has the journal of another plan, or a damaged journal. That merge must be completed or undone
+    /// first.
     pub fn create(directory: &Path, plan: &Plan) -> Result<Self> {
         if let Some(existing) = Self::load(directory)? {
             if existing.plan != *plan {
@@ -109,9 +110,9 @@ impl UndoJournal {
         Ok(Some(Self { directory: directory.to_owned(), plan, started, damaged, lines: file }))
     }
 
-    /// Adds the changes that damaged or missing lines can belong to: those whose old content is saved, and those without
-    /// content to save. Their labels and times are lost. If such a change was not started, its entry is still the old one,
-    /// and the undo does not change it.
+    /// Adds the changes that damaged or missing lines can belong to: those whose old content is saved, and those
+    /// without content to save. Their labels and times are lost. If such a change was not started, its entry is still
+    /// the old one, and the undo does not change it.
     pub fn add_possibly_started(&mut self) {
         let was_file = |change: &Change| matches!(&change.before, Some(Leaf { content: Content::File { .. }, .. }));
         let changes = self.plan.changes.iter().enumerate().filter(|(number, _)| !self.started.contains_key(number));
@@ -119,7 +120,8 @@ impl UndoJournal {
             .filter(|(number, change)| !was_file(change) || self.saved_path(*number).exists())
             .map(|(number, change)| (number, was_file(change)))
             .partition(|(_, was_file)| *was_file);
-        // One saved file without a line is normal: the agent was killed before it wrote the line and started the change.
+        // One saved file without a line is normal: the agent was killed before it wrote the line and started the
+        // change.
         self.damaged = self.damaged.max(saved.len().saturating_sub(1));
         if self.damaged == 0 {
             return;

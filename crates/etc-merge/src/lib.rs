@@ -1,10 +1,11 @@
-//! A three-way merge of `/etc`: the defaults of the booted system, the defaults of the node image, and the current state.
+//! A three-way merge of `/etc`: the defaults of the booted system, the defaults of the node image, and the current
+//! state.
 //!
-//! [`plan()`] compares the three trees and decides on each path, [`diff()`] shows the plan, [`apply()`] carries it out with
-//! an undo journal, and [`undo()`] restores the old state. `docs/etc-merge.md` has the table of decisions.
+//! [`plan()`] compares the three trees and decides on each path, [`diff()`] shows the plan, [`apply()`] carries it out
+//! with an undo journal, and [`undo()`] restores the old state. `docs/etc-merge.md` has the table of decisions.
 //!
-//! The crate writes only below the given `/etc` and beside the undo journal. It does not follow symbolic links and does not
-//! enter mounts below `/etc`. It does not mount anything and does not start programs.
+//! The crate writes only below the given `/etc` and beside the undo journal. It does not follow symbolic links and does
+//! not enter mounts below `/etc`. It does not mount anything and does not start programs.
 //!
 //! ```no_run
 //! use std::os::fd::AsFd;

@@ -43,8 +43,8 @@ pub(super) struct Source<'a> {
 }
 
 impl Place {
-    /// Finds `path` below `root`. Returns `None` if the parent directory is missing, is behind a symbolic link, or is in
-    /// another mount.
+    /// Finds `path` below `root`. Returns `None` if the parent directory is missing, is behind a symbolic link, or is
+    /// in another mount.
     pub fn find(root: BorrowedFd<'_>, path: &Bytes) -> Result<Option<Self>> {
         let (parent, name) = match path.0.iter().rposition(|byte| *byte == b'/') {
             Some(slash) => (&path.0[..slash], &path.0[slash + 1..]),

@@ -88,8 +88,8 @@ pub struct Plan {
     pub changes: Vec<Change>,
     /// Decisions on all paths that are not equal on the three sides, in order of path.
     pub decisions: Vec<Decision>,
-    /// Conflicts for which the node image has a file or link, with its size in bytes. [`apply`](super::apply()) saves these
-    /// versions beside the undo journal.
+    /// Conflicts for which the node image has a file or link, with its size in bytes. [`apply`](super::apply()) saves
+    /// these versions beside the undo journal.
     #[serde(deserialize_with = "aside")]
     pub aside: BTreeMap<Bytes, u64>,
     /// Defaults that this merge takes from the node image.
@@ -115,8 +115,8 @@ fn aside<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<Bytes, u
 }
 
 impl Plan {
-    /// Returns the number of bytes that the merge writes: new content, content saved for an undo, and saved versions of the
-    /// node image.
+    /// Returns the number of bytes that the merge writes: new content, content saved for an undo, and saved versions of
+    /// the node image.
     pub fn bytes(&self) -> u64 {
         let size = |leaf: &Option<Leaf>| match leaf.as_ref().map(|leaf| &leaf.content) {
             Some(Content::File { size, .. }) => *size,

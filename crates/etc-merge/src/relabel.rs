@@ -1,8 +1,8 @@
 //! Sets SELinux labels that the kernel refused when the merge wrote its entries.
 //!
-//! The kernel can refuse a label that the loaded policy does not know even to a process that may write it. On live media
-//! `/etc` is an overlay, and the kernel also checks the process that mounted the overlay. After the new policy is loaded,
-//! the label can be set like any other.
+//! The kernel can refuse a label that the loaded policy does not know even to a process that may write it. On live
+//! media `/etc` is an overlay, and the kernel also checks the process that mounted the overlay. After the new policy is
+//! loaded, the label can be set like any other.
 
 use std::os::fd::BorrowedFd;
 
@@ -11,8 +11,8 @@ use anyhow::{Context, Result};
 use super::place::Place;
 use super::plan::Plan;
 
-/// Sets the labels in `plan` on entries that still equal the plan's version. Returns the number of changed labels. Entries
-/// that have their label are not changed, so a second call does nothing.
+/// Sets the labels in `plan` on entries that still equal the plan's version. Returns the number of changed labels.
+/// Entries that have their label are not changed, so a second call does nothing.
 ///
 /// # Errors
 /// A label cannot be set; the message has the path. The labels of earlier entries are set.

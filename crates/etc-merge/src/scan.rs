@@ -27,8 +27,8 @@ pub(super) const STAGING: &[u8] = b".node-image-pivot-new";
 /// directories without bound.
 pub const MAX_DEPTH: usize = 100;
 
-/// Reads everything below `dir`. Does not follow symbolic links. Does not enter mount points and directories of other file
-/// systems; their entry is [`Content::Other`]. Skips entries that vanish during the scan.
+/// Reads everything below `dir`. Does not follow symbolic links. Does not enter mount points and directories of other
+/// file systems; their entry is [`Content::Other`]. Skips entries that vanish during the scan.
 ///
 /// # Errors
 /// An entry cannot be read; the message has its path.

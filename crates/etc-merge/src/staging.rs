@@ -74,8 +74,8 @@ impl Staging {
         sync(self.etc.as_fd()).context("cannot sync the file system of /etc")
     }
 
-    /// Creates version `number` from `leaf` and `source`, with owner, mode, attributes and label. Returns true if the label
-    /// could be set.
+    /// Creates version `number` from `leaf` and `source`, with owner, mode, attributes and label. Returns true if the
+    /// label could be set.
     pub fn make(&self, number: usize, leaf: &Leaf, source: &mut Source<'_>) -> Result<bool> {
         failpoint::hit(Point::EtcMake, "").context("cannot create the new version")?;
         let name = name(number);
@@ -100,8 +100,8 @@ impl Staging {
         set_metadata(self.dir.as_fd(), &name, leaf, source)
     }
 
-    /// Renames version `number` to `place`, if the entry there is still `current`. Keeps a change that another process makes
-    /// at the same moment. If `current` is a directory, the name does not exist for a moment.
+    /// Renames version `number` to `place`, if the entry there is still `current`. Keeps a change that another process
+    /// makes at the same moment. If `current` is a directory, the name does not exist for a moment.
     pub fn put(&self, number: usize, place: &Place, current: Option<&Leaf>) -> Result<Outcome> {
         match current {
             Some(current) if current.is_directory() => match place.remove_directory()? {
@@ -162,8 +162,8 @@ impl Staging {
         }
     }
 
-    /// Removes the entry at `place`, if it is still `current`, which is not a directory. Keeps a change that another process
-    /// makes at the same moment.
+    /// Removes the entry at `place`, if it is still `current`, which is not a directory. Keeps a change that another
+    /// process makes at the same moment.
     pub fn remove_entry(&self, number: usize, place: &Place, current: &Leaf) -> Result<Outcome> {
         failpoint::hit(Point::EtcUnlink, "").context("cannot remove it")?;
         let old = [&name(number)[..], b"-old"].concat();

@@ -14,8 +14,8 @@ use super::plan::Plan;
 use super::scan::{STAGING, scan};
 use super::snapshot::{Entry, Obstacle};
 
-/// Creates the plan for a merge of the three trees. Scans them in parallel. Defaults that earlier merges took (`earlier`)
-/// count as defaults of `base` if their content is unchanged.
+/// Creates the plan for a merge of the three trees. Scans them in parallel. Defaults that earlier merges took
+/// (`earlier`) count as defaults of `base` if their content is unchanged.
 ///
 /// Changes nothing, except that it creates an unnamed file on the file system of `current`, to find out which extended
 /// attributes that file system supports.

@@ -15,10 +15,10 @@ use super::snapshot::{Content, Leaf};
 use super::staging::Staging;
 use support::failpoint::{self, Point};
 
-/// Undoes the merge whose journal is in `undo_dir`, last change first. Restores content, owner, mode, attributes, labels
-/// and modification times. Keeps and reports entries that another process has changed since. Continues after the failure
-/// of an entry, so that as many entries as possible are restored. A power cut at any time leaves each file with its old or
-/// its new content. When the function returns, all changes are on the disk.
+/// Undoes the merge whose journal is in `undo_dir`, last change first. Restores content, owner, mode, attributes,
+/// labels and modification times. Keeps and reports entries that another process has changed since. Continues after the
+/// failure of an entry, so that as many entries as possible are restored. A power cut at any time leaves each file with
+/// its old or its new content. When the function returns, all changes are on the disk.
 ///
 /// Finally removes the journal and the saved versions of conflicting entries, unless an entry failed. Without a journal
 /// the function changes nothing.

@@ -2,11 +2,11 @@
 //!
 //! The format is described in selabel_file(5), the order is that of libselinux 3.4. A line has an expression for whole
 //! paths, an optional file type and a label. The last matching line decides, and a line without metacharacters precedes
-//! all lines with metacharacters. `.homedirs` and `.local` follow the policy's own file. `.subs` and `.subs_dist` rewrite
-//! a path first.
+//! all lines with metacharacters. `.homedirs` and `.local` follow the policy's own file. `.subs` and `.subs_dist`
+//! rewrite a path first.
 //!
-//! Since libselinux 3.8, the line with the longest literal text decides among those with metacharacters, and their order
-//! decides only between equals. If the two rules disagree about a path, the caller must ask libselinux.
+//! Since libselinux 3.8, the line with the longest literal text decides among those with metacharacters, and their
+//! order decides only between equals. If the two rules disagree about a path, the caller must ask libselinux.
 //!
 //! libselinux tries thousands of expressions for each path. This module tries a line only for paths that begin with the
 //! line's literal text, and most lines need no expression at all. It leaves paths that an unusual line may match to
@@ -289,8 +289,8 @@ impl Spec {
     }
 }
 
-/// Returns the fields of a line, and `Some(None)` for a comment or an empty line. Returns `None` if the line is not ASCII;
-/// libselinux refuses such a line.
+/// Returns the fields of a line, and `Some(None)` for a comment or an empty line. Returns `None` if the line is not
+/// ASCII; libselinux refuses such a line.
 fn fields(line: &str) -> Option<Option<Vec<&str>>> {
     let fields: Vec<&str> = line.split_ascii_whitespace().collect();
     match fields.first() {

@@ -1,5 +1,5 @@
-//! SELinux labels: the kernel's SELinux state, the labels that a policy assigns to paths ([`contexts`]), and relabelling
-//! entries of a running system for another policy ([`FileContexts::relabel`]).
+//! SELinux labels: the kernel's SELinux state, the labels that a policy assigns to paths ([`contexts`]), and
+//! relabelling entries of a running system for another policy ([`FileContexts::relabel`]).
 //!
 //! The crate does not load policies, and has no code that is specific to images or the pivot.
 //!

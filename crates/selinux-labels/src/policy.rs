@@ -20,8 +20,8 @@ pub fn open_policy(root: &Path) -> Result<ostree::SePolicy, ostree::glib::Error>
     ostree::SePolicy::new(&gio::File::for_path(root), gio::Cancellable::NONE)
 }
 
-/// Opens a policy with the file contexts `texts`. During the call, the directory `file-contexts` in `scratch` holds them
-/// as files, because libostree reads only files.
+/// Opens a policy with the file contexts `texts`. During the call, the directory `file-contexts` in `scratch` holds
+/// them as files, because libostree reads only files.
 ///
 /// # Errors
 /// The files cannot be written or removed, or libselinux cannot read them.

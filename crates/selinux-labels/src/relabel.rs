@@ -1,14 +1,14 @@
 //! Relabels existing entries after another SELinux policy was loaded.
 //!
-//! systemd relabels all of `/dev` and `/run` after it has loaded the policy at boot (`mount_setup` in its src/core). After
-//! a later load of a policy, no program does that. By then the entries are in use. This module therefore relabels only
-//! entries whose label is the one that the old policy assigns to their path. Entries with other labels keep them, for
-//! example the files of containers. The same applies to entries of `/etc` that the merge does not write.
+//! systemd relabels all of `/dev` and `/run` after it has loaded the policy at boot (`mount_setup` in its src/core).
+//! After a later load of a policy, no program does that. By then the entries are in use. This module therefore relabels
+//! only entries whose label is the one that the old policy assigns to their path. Entries with other labels keep them,
+//! for example the files of containers. The same applies to entries of `/etc` that the merge does not write.
 //!
 //! On an installed disk, `/etc` is already the node image's at the next boot, but the loaded policy can be the
-//! bootimage's, because the booted system may not support the newer format. The kernel then refuses the labels that only
-//! the node image's policy knows, and the entries that systemd creates keep the default label of their file system or
-//! directory.
+//! bootimage's, because the booted system may not support the newer format. The kernel then refuses the labels that
+//! only the node image's policy knows, and the entries that systemd creates keep the default label of their file system
+//! or directory.
 
 use std::cell::OnceCell;
 use std::collections::HashSet;
@@ -27,8 +27,8 @@ use crate::open_contexts;
 use crate::{policy_type, type_of};
 use support::xattr;
 
-/// The directories to relabel, without mounts below them. `/var` is missing because no update of an ostree system labels
-/// it.
+/// The directories to relabel, without mounts below them. `/var` is missing because no update of an ostree system
+/// labels it.
 pub const LABELLED: [&str; 3] = ["/dev", "/etc", "/run"];
 
 /// Levels of directories to enter. An unprivileged user could nest directories without bound.
@@ -48,8 +48,8 @@ pub struct Relabelled {
 }
 
 impl FileContexts {
-    /// Reads the file contexts from `layers`, directories like `/usr/etc/selinux`. As in an overlay, an earlier layer hides
-    /// the files of later ones. The result is empty if the layers have no policy.
+    /// Reads the file contexts from `layers`, directories like `/usr/etc/selinux`. As in an overlay, an earlier layer
+    /// hides the files of later ones. The result is empty if the layers have no policy.
     ///
     /// # Errors
     /// A file cannot be read.
@@ -64,16 +64,16 @@ impl FileContexts {
         Ok(Self(Texts { contexts, substitutions: [text(".subs")?, text(".subs_dist")?] }))
     }
 
-    /// Relabels the entries in `directories` (absolute paths): an entry with the type that this policy assigns to its path
-    /// gets the type that `to` assigns. User, role and level stay.
+    /// Relabels the entries in `directories` (absolute paths): an entry with the type that this policy assigns to its
+    /// path gets the type that `to` assigns. User, role and level stay.
     ///
     /// `unlabelled` is the default label of a tmpfs. If it is given, an entry with that type or with the type of its
     /// directory is relabelled too, if no line of this policy assigns the new type: no program could set it before.
     /// libselinux reads file contexts from files below `scratch`, an existing directory.
     ///
     /// # Errors
-    /// libselinux cannot read file contexts that only it can interpret. No entry was relabelled. An entry that cannot be
-    /// relabelled is not an error, see [`Relabelled::failed`].
+    /// libselinux cannot read file contexts that only it can interpret. No entry was relabelled. An entry that cannot
+    /// be relabelled is not an error, see [`Relabelled::failed`].
     pub fn relabel(
         &self,
         to: &Self,
@@ -159,8 +159,8 @@ struct Walk<'a> {
     unlabelled: Option<&'a str>,
 }
 
-/// Opens the entry `name` in `fd`, unless it is a mount point (`XDEV`). Callers open devices with `O_PATH` only, because
-/// opening a device can have side effects.
+/// Opens the entry `name` in `fd`, unless it is a mount point (`XDEV`). Callers open devices with `O_PATH` only,
+/// because opening a device can have side effects.
 fn open_beneath(fd: BorrowedFd<'_>, name: &str, flags: OFlags) -> rustix::io::Result<OwnedFd> {
     // Device numbers do not reveal a mount: files of an overlay have those of its layers.
     let resolve =
@@ -219,7 +219,8 @@ impl Walk<'_> {
         }
     }
 
-    /// Returns true if `current` is a default type of `path`, and no program could set the type `to` under the old policy.
+    /// Returns true if `current` is a default type of `path`, and no program could set the type `to` under the old
+    /// policy.
     fn is_default(&self, current: &str, path: &str, to: &str) -> bool {
         let Some(unlabelled) = self.unlabelled.filter(|_| !self.assigned.contains(to)) else { return false };
         let is_of_directory = |side: &Side<'_>| {

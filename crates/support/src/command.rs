@@ -18,8 +18,8 @@ const QUOTED_STDERR: usize = 800;
 /// The stderr of a program that succeeds is logged line by line at level info.
 ///
 /// # Errors
-/// The program cannot be started, ends with a nonzero status or by a signal (the error quotes the end of its stderr), or
-/// is still running after `limit` (the program is killed).
+/// The program cannot be started, ends with a nonzero status or by a signal (the error quotes the end of its stderr),
+/// or is still running after `limit` (the program is killed).
 pub async fn run(command: &[&str], limit: Duration) -> Result<Vec<u8>> {
     run_with_input(command, b"", limit).await
 }

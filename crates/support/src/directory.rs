@@ -1,7 +1,7 @@
 //! Small files and trees relative to a directory handle.
 //!
-//! Only this module uses `openat-ext`, which is no longer developed (its authors moved to `cap-std-ext`). Replacing that
-//! crate changes this file only.
+//! Only this module uses `openat-ext`, which is no longer developed (its authors moved to `cap-std-ext`). Replacing
+//! that crate changes this file only.
 
 use std::io;
 use std::io::Write;
@@ -21,8 +21,8 @@ impl Directory {
         openat::Dir::open(path).map(Self)
     }
 
-    /// Replaces the file `name` in one step: a reader sees the old content or all of the new content. On failure the old
-    /// file is unchanged.
+    /// Replaces the file `name` in one step: a reader sees the old content or all of the new content. On failure the
+    /// old file is unchanged.
     ///
     /// Nothing is synced. After a power cut the file may be empty or missing; see [`Directory::write_durable`].
     pub fn write_atomic(&self, name: &str, mode: u32, content: &[u8]) -> io::Result<()> {
@@ -30,8 +30,8 @@ impl Directory {
         self.0.write_file_with(name, mode, |file| file.write_all(content))
     }
 
-    /// Like [`Directory::write_atomic`], and syncs the file and its name. A power cut at any time leaves the old content
-    /// or all of the new content.
+    /// Like [`Directory::write_atomic`], and syncs the file and its name. A power cut at any time leaves the old
+    /// content or all of the new content.
     pub fn write_durable(&self, name: &str, mode: u32, content: &[u8]) -> io::Result<()> {
         failpoint::hit(Point::Write, name)?;
         self.0.write_file_with(name, mode, |file| {

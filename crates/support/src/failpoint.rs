@@ -1,9 +1,9 @@
 //! Failpoints: named places, each directly before an act, where a test kills the agent or makes the act fail.
 //!
-//! They exist in unit tests and with the cargo feature `failpoints`. Without it, [`hit`] does nothing, and a test checks
-//! that the shipped binary contains none. The calls of [`hit`] are in the functions that perform acts (write a file,
-//! mount, change an entry of `/etc`, start a program, call systemd), not beside the callers. A new act that uses such a
-//! function has a failpoint without further code.
+//! They exist in unit tests and with the cargo feature `failpoints`. Without it, [`hit`] does nothing, and a test
+//! checks that the shipped binary contains none. The calls of [`hit`] are in the functions that perform acts (write a
+//! file, mount, change an entry of `/etc`, start a program, call systemd), not beside the callers. A new act that uses
+//! such a function has a failpoint without further code.
 //!
 //! # Use from another process
 //!
@@ -123,8 +123,8 @@ pub fn hit(_: Point, _: impl Display) -> io::Result<()> {
     Ok(())
 }
 
-/// Reports that the agent has reached `point`, and does what the point is armed with. The name of the hit is the point's
-/// name, followed by a space and `detail` if that is not empty.
+/// Reports that the agent has reached `point`, and does what the point is armed with. The name of the hit is the
+/// point's name, followed by a space and `detail` if that is not empty.
 ///
 /// # Errors
 /// The error that the point is armed with, or an invalid line in the file `armed`.

@@ -12,8 +12,8 @@ pub const LABEL: &[u8] = b"security.selinux";
 /// Attribute values by name.
 pub type Xattrs = BTreeMap<Vec<u8>, Vec<u8>>;
 
-/// Returns all attributes of the entry at `path`, including [`LABEL`] if the kernel lists it. The map is empty if the file
-/// system does not support attributes.
+/// Returns all attributes of the entry at `path`, including [`LABEL`] if the kernel lists it. The map is empty if the
+/// file system does not support attributes.
 pub fn read(path: &Path) -> Result<Xattrs> {
     let names = match grow(|buffer| rustix::fs::llistxattr(path, buffer)) {
         Err(Errno::NOTSUP) => return Ok(Xattrs::new()),

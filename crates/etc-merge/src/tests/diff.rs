@@ -1,4 +1,5 @@
-//! Tests of the diff: `git apply` accepts it and produces the content of the plan, and the diff does not reveal secrets.
+//! Tests of the diff: `git apply` accepts it and produces the content of the plan, and the diff does not reveal
+//! secrets.
 
 use std::fs;
 use std::os::fd::AsFd;

@@ -126,8 +126,8 @@ impl Sides {
         undo(&self.undo, self.etc.as_fd())
     }
 
-    /// Syncs a file of another process. This writes the log of the file system with the renames so far, but no content of
-    /// the merge.
+    /// Syncs a file of another process. This writes the log of the file system with the renames so far, but no content
+    /// of the merge.
     fn sync_from_another_process(&self) {
         let mut other = fs::File::options().append(true).open(&self.other).unwrap();
         other.write_all(b"x").unwrap();

@@ -1,5 +1,5 @@
-//! Each failpoint of a merge and of an undo fails once with each error, and kills the process once. Afterwards, a repeated
-//! call completes the merge, and an undo restores the old state. The killed process is this test program.
+//! Each failpoint of a merge and of an undo fails once with each error, and kills the process once. Afterwards, a
+//! repeated call completes the merge, and an undo restores the old state. The killed process is this test program.
 
 use std::fs;
 use std::os::fd::AsFd;

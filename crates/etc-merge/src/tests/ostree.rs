@@ -1,6 +1,6 @@
-//! Compares the merge with that of `ostree admin deploy` on the same trees. [`EXCEPTIONS`] lists the intended differences,
-//! and `docs/etc-merge.md` gives their reasons. The test fails if another difference occurs, or if a listed difference no
-//! longer occurs.
+//! Compares the merge with that of `ostree admin deploy` on the same trees. [`EXCEPTIONS`] lists the intended
+//! differences, and `docs/etc-merge.md` gives their reasons. The test fails if another difference occurs, or if a
+//! listed difference no longer occurs.
 
 use std::collections::BTreeSet;
 use std::fs;
