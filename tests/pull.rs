@@ -7,6 +7,8 @@
 mod booted;
 #[path = "pull/completing.rs"]
 mod completing;
+#[path = "pull/contended.rs"]
+mod contended;
 #[path = "pull/derived.rs"]
 mod derived;
 #[path = "pull/disk.rs"]
@@ -57,6 +59,8 @@ mod sparse;
 mod stalled;
 #[path = "pull/tree.rs"]
 mod tree;
+#[path = "pull/waits.rs"]
+mod waits;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -214,7 +218,7 @@ async fn only_what_the_booted_system_lacks_is_stored() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_damaged_registry_is_told_and_resumed_from() {
+async fn a_damaged_registry_is_reported_and_the_pull_resumed() {
     let bench = Bench::new();
     let image = image(&bench, 1, 1);
     let layout = bench.path("layout");
@@ -390,38 +394,6 @@ async fn registries_that_refuse_or_fail() {
     );
     let source = Source::open(&ImageSettings { authfile: Some(authfile), ..settings() }).await.unwrap();
     source.resolve(&spec.parse().unwrap()).await.unwrap();
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn cancelled_and_contended() {
-    let bench = Bench::new();
-    let store = bench.store("store", None);
-    let spec = bench.push(&image(&bench, 1, 1), "os:1");
-    let source = Source::open(&settings()).await.unwrap();
-    let image = source.resolve(&spec.parse().unwrap()).await.unwrap();
-    let (options, cancel) = (PullOptions::default(), CancellationToken::new());
-    cancel.cancel();
-    let told = pull(&source, &image, &store, None, &options, Arc::default(), &cancel).await.unwrap_err();
-    assert_eq!(told.kind, Kind::Cancelled);
-    // Two at once: the second waits for the first and takes its result.
-    let cancel = CancellationToken::new();
-    let other = Source::open(&settings()).await.unwrap();
-    let (one, two) = tokio::join!(
-        pull(&source, &image, &store, None, &options, Arc::default(), &cancel),
-        pull(&other, &image, &store, None, &options, Arc::default(), &cancel),
-    );
-    assert_eq!(one.unwrap(), two.unwrap());
-    let held = store.lock().unwrap();
-    let other_image =
-        node_store::image::ResolvedImage { digest: format!("sha256:{}", "1".repeat(64)), ..image.clone() };
-    let waiting = CancellationToken::new();
-    let (told, ()) =
-        tokio::join!(pull(&source, &other_image, &store, None, &options, Arc::default(), &waiting), async {
-            tokio::time::sleep(Duration::from_millis(300)).await;
-            waiting.cancel();
-        });
-    assert!(told.unwrap_err().message.contains("pid"), "says who holds the lock");
-    drop(held);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -5,10 +5,11 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use super::waits::{files_below, holder_of_the_lock, wait_for_files};
 use super::*;
 use ostree::gio::Cancellable;
 
-/// A small disk of its own with a file system, mounted; and what a power cut does to it.
+/// A small disk with a mounted file system, whose power can be cut.
 struct Disk {
     image: PathBuf,
     dir: PathBuf,
@@ -28,7 +29,7 @@ impl Disk {
         run("mount", &["-o", "loop", self.image.to_str().unwrap(), self.dir.to_str().unwrap()]);
     }
 
-    /// What was not on the disk by now is lost, as far as the file system says so by itself.
+    /// Cuts the power: the file system loses all that it has not written to the disk.
     fn power_cut(&self) {
         run("xfs_io", &["-x", "-c", "shutdown", self.dir.to_str().unwrap()]);
     }
@@ -76,7 +77,7 @@ impl System {
         NodeStore::on_disk(&self.disk.repo(), None).unwrap()
     }
 
-    /// Whether the repo is as a system's repo has to be: everything that is visible is whole.
+    /// Checks that all visible objects of the repo are complete.
     fn is_sound(&self) {
         let repo = self.disk.repo();
         run("ostree", &["fsck", "-q", &repo_option(&repo)]);
@@ -89,7 +90,7 @@ impl System {
         let objects = BootedRepo { path: repo.clone(), commit: None };
         if let Some(commit) = self.store().resolve_ref().unwrap() {
             assert!(objects.has(&commit.parse().unwrap(), ObjectType::Commit), "the ref names a commit that is there");
-            // The rest of it is the kernel's modules, which nobody wants.
+            // The rest of it is the kernel's modules, which the pull leaves out.
             run(
                 "ostree",
                 &["ls", "-R", &repo_option(&repo), "coreos/node-image", "/usr/bin", "/usr/etc", "/usr/share"],
@@ -102,7 +103,7 @@ fn repo_option(repo: &Path) -> String {
     format!("--repo={}", repo.display())
 }
 
-/// The agent's pull as a process of its own.
+/// Starts the agent's pull as a separate process.
 fn spawn_pull(spec: &str, system: &System) -> Child {
     let (repo, commit) = (system.disk.repo(), system.booted.commit.clone().unwrap());
     Command::new(std::env::current_exe().unwrap())
@@ -124,7 +125,7 @@ async fn child_pull() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_systems_repo_holds_the_node_image_and_stays_a_systems_repo() {
+async fn the_repo_of_the_system_stores_the_node_image_and_stays_sound() {
     let bench = Bench::new();
     let (old, new) = (image(&bench, 1, 1), image(&bench, 2, 1));
     let system = System::install(&bench, "ext4", 64, &old.commit);
@@ -171,7 +172,7 @@ async fn the_systems_repo_holds_the_node_image_and_stays_a_systems_repo() {
     run("ostree", &["checkout", "-H", &option, "coreos/node-image", system.disk.dir.join("out").to_str().unwrap()]);
     run("ostree", &["checkout", "-U", &option, "coreos/node-image", out.to_str().unwrap()]);
 
-    // Forgotten: ostree removes what only we had.
+    // Forgotten: ostree removes the objects that only the node image had.
     fs::remove_dir_all(system.disk.dir.join("out")).unwrap();
     store.forget().unwrap();
     clean();
@@ -182,19 +183,20 @@ async fn the_systems_repo_holds_the_node_image_and_stays_a_systems_repo() {
 
 /// `kill -9` at any moment: what others see stays sound, and the next attempt goes on.
 #[tokio::test(flavor = "multi_thread")]
-async fn killed_and_resumed() {
+async fn a_killed_pull_leaves_a_sound_repo_and_is_resumed() {
     let bench = Bench::new();
     let (old, new) = (image(&bench, 1, 1), image(&bench, 2, 1));
     let system = System::install(&bench, "xfs", 320, &old.commit);
     let spec = bench.push(&new, "os:2");
-    for delay in [60, 120, 180, 240, 300, 400] {
+    for more in [0, 1, 2, 4, 8, 16] {
+        let before = files_below(&system.disk.repo());
         let mut child = spawn_pull(&spec, &system);
-        tokio::time::sleep(Duration::from_millis(delay)).await;
+        wait_for_files(&mut child, &system.disk.repo(), before, more);
         child.kill().unwrap();
         child.wait().unwrap();
         let (all, named) =
             (system.store().content_objects().unwrap().len(), system.booted.content_objects().unwrap().len());
-        println!("killed after {delay} ms: {named} objects, {} more wait", all - named);
+        println!("killed after {more} files: {named} objects, {} more wait", all - named);
         system.is_sound();
     }
     let pulled = try_pull(&spec, &system.store(), Some(&system.booted)).await.unwrap();
@@ -202,8 +204,8 @@ async fn killed_and_resumed() {
     system.is_sound();
 }
 
-/// In a mount namespace of its own: a copy of these mounts in somebody else's would keep a file system alive that
-/// is to be mounted anew.
+/// Runs in a separate mount namespace: a copy of these mounts in another one would keep a file system alive that
+/// the test mounts again.
 #[test]
 fn a_power_cut_leaves_a_sound_repo() {
     let program = std::env::current_exe().unwrap();
@@ -231,10 +233,11 @@ async fn power_cuts() {
     for fstype in ["ext4", "xfs"] {
         let system = System::install(&bench, fstype, 320, &old.commit);
         let before = system.booted.content_objects().unwrap();
-        let moments = [100, 200, 300].map(|delay| (delay, None)).into_iter();
-        for (delay, path) in moments.chain(seen.iter().map(|path| (0, Some(path)))) {
+        let moments = [1, 4, 16].map(|files| (files, None)).into_iter();
+        for (files, path) in moments.chain(seen.iter().map(|path| (0, Some(path)))) {
+            let already = files_below(&system.disk.repo());
             let mut child = spawn_pull(&spec, &system);
-            std::thread::sleep(Duration::from_millis(delay));
+            wait_for_files(&mut child, &system.disk.repo(), already, files);
             while let Some(path) = path
                 && !system.disk.repo().join(path).exists()
                 && child.try_wait().unwrap().is_none()
@@ -247,7 +250,7 @@ async fn power_cuts() {
             let found = BootedRepo { path: system.disk.repo(), commit: None }.content_objects().unwrap();
             let there = seen.iter().map(|path| u8::from(system.disk.repo().join(path).exists()));
             println!(
-                "{fstype}, {delay} ms, {path:?}: {} new objects; {:?}; {ended}",
+                "{fstype}, {files} files, {path:?}: {} new objects; {:?}; {ended}",
                 found.len() - before.len(),
                 there.collect::<Vec<_>>()
             );
@@ -266,9 +269,9 @@ async fn power_cuts() {
     }
 }
 
-/// Somebody prunes all the time: nothing that was just written is taken for garbage.
+/// Another process prunes all the time, and removes no object that the pull has just written.
 #[tokio::test(flavor = "multi_thread")]
-async fn ostree_prunes_at_the_same_time() {
+async fn a_prune_during_a_pull_removes_nothing_of_it() {
     let bench = Bench::new();
     let (old, new) = (image(&bench, 1, 1), image(&bench, 2, 1));
     let system = System::install(&bench, "ext4", 64, &old.commit);
@@ -300,9 +303,9 @@ async fn ostree_prunes_at_the_same_time() {
     println!("{} prunes meanwhile", pruner.join().unwrap());
 }
 
-/// While somebody prunes, the pull waits and says for whom; and it can be cancelled.
+/// While another process prunes, the pull waits and reports for which one; and it can be cancelled.
 #[tokio::test(flavor = "multi_thread")]
-async fn it_waits_for_the_lock_and_says_who_holds_it() {
+async fn a_pull_waits_for_the_lock_and_reports_its_holder() {
     let bench = Bench::new();
     let (old, new) = (image(&bench, 1, 1), image(&bench, 2, 1));
     let system = System::install(&bench, "ext4", 64, &old.commit);
@@ -329,16 +332,8 @@ async fn it_waits_for_the_lock_and_says_who_holds_it() {
     let (progress, cancel) = (Arc::new(PullProgress::default()), CancellationToken::new());
     let options = PullOptions::default();
     let pulling = pull(&source, &resolved, &store, Some(&system.booted), &options, progress.clone(), &cancel);
-    let watching = async {
-        loop {
-            if let Some(what) = progress.waiting_for() {
-                break what;
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    };
     let (pulled, what) = tokio::join!(pulling, async {
-        let what = watching.await;
+        let what = holder_of_the_lock(&progress).await;
         drop(holder.stdin.take());
         what
     });
@@ -352,7 +347,7 @@ async fn it_waits_for_the_lock_and_says_who_holds_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_full_disk_says_how_full() {
+async fn a_full_disk_is_reported_with_numbers() {
     let bench = Bench::new();
     let (old, new) = (image(&bench, 1, 1), image(&bench, 2, 1));
     let system = System::install(&bench, "ext4", 64, &old.commit);

@@ -1,4 +1,4 @@
-//! A registry behind a proxy that misbehaves, once or always, on the requests that it is told to.
+//! A registry behind a proxy that misbehaves, once or always, on the requests that a test plans.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-/// What happens to a response.
+/// Fault of a response.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
     /// Half of the body, then silence.
@@ -51,7 +51,7 @@ impl Faults {
             for client in listener.incoming().flatten() {
                 let (plan, served, hits, upstream) = (plan.clone(), served.clone(), hits.clone(), upstream.clone());
                 std::thread::spawn(move || {
-                    // A client that goes away in the middle is no concern of the proxy.
+                    // A client may go away in the middle.
                     let _ = serve(client, &upstream, &plan, &served, &hits);
                 });
             }
@@ -71,7 +71,7 @@ impl Faults {
     }
 }
 
-/// One request per connection: both sides are told to close.
+/// One request per connection: both sides get `Connection: close`.
 fn serve(
     mut client: TcpStream,
     upstream: &str,
@@ -135,8 +135,9 @@ fn serve(
         }
         Some(Fault::Stall | Fault::Late | Fault::Answer(..)) | None => {
             client.write_all(&response[..middle])?;
-            std::thread::sleep(Duration::from_secs(30));
-            Ok(())
+            // The client is the one that gives up.
+            client.set_read_timeout(Some(Duration::from_secs(30)))?;
+            client.read(&mut [0]).map(drop)
         }
     }
 }
