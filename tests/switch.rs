@@ -253,7 +253,7 @@ fn a_system_is_switched_and_switched_back() {
 
 /// A file that is opened again and again across the switch is never missing.
 #[test]
-fn there_is_no_moment_without_usr() {
+fn usr_is_never_missing_during_a_switch() {
     private(|scratch| {
         let path = |name: &str| scratch.join(name);
         for (tree, word) in [("usr", "old"), ("delta", "new")] {

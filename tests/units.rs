@@ -178,7 +178,7 @@ fn the_rpm_packages_what_make_installs() {
 }
 
 #[test]
-fn what_is_installed_outlives_the_switch() {
+fn installed_files_outlive_the_switch() {
     let keep = Keep::default();
     for path in SHIPPED {
         assert!(keep.is_spared(Path::new(path)), "/usr/{path} would be hidden by a node image that lacks it");
@@ -186,7 +186,7 @@ fn what_is_installed_outlives_the_switch() {
 }
 
 #[test]
-fn systemd_finds_nothing_wrong() {
+fn systemd_analyze_accepts_the_units() {
     let root = installed();
     let units = root.path().join("usr/lib/systemd/system");
     // verify looks for the program of ExecStart= on this machine; point it to the installed one.
@@ -211,7 +211,7 @@ fn systemd_finds_nothing_wrong() {
 
 /// Settings that other units rely on, and settings that protect the agent from the switch and the isolate.
 #[test]
-fn what_the_units_promise() {
+fn units_have_the_settings_that_others_rely_on() {
     let unit = |name: &str| fs::read_to_string(project().join("units").join(name)).unwrap();
     let has = |name: &str, line: &str| unit(name).lines().any(|l| l == line);
     let oneshots = ["node-image-pull.service", "node-image-overlay.service", "node-image-finish.service"];

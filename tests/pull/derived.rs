@@ -35,7 +35,7 @@ pub fn policy(dir: &Path, contexts: &str) {
     fs::write(base.join("test/active/large"), noise(5000, 9)).unwrap();
 }
 
-/// The fixture's image with its tree labelled by a policy of its own, without one, or with one that the
+/// The fixture's image with its tree labelled by its own policy, without one, or with one that the
 /// tree was not labelled by.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Labels {
@@ -82,7 +82,7 @@ pub fn with(mut image: Image, layers: &[Vec<Item>]) -> Image {
     image
 }
 
-/// Pulls with both importers, into `store` and into a repo beside it, and compares. What we made of it.
+/// Pulls with both importers, into `store` and into a repo beside it, and compares. Returns the result of the agent's importer.
 pub async fn compared(bench: &Bench, oracle: &str, image: &Image, name: &str) -> PulledImage {
     let spec = bench.push(image, &format!("derived:{name}"));
     let store = bench.store(name, None);
@@ -156,7 +156,7 @@ fn layers() -> Vec<Vec<Item>> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn derived_images_are_what_ostree_ext_makes_of_them() {
+async fn derived_images_equal_those_of_ostree_ext() {
     let bench = Bench::new();
     let oracle = oracle();
     for labels in [Labels::None, Labels::Own, Labels::Missing] {
@@ -309,7 +309,7 @@ async fn whiteouts_in_all_positions() {
         file("usr/share/a/.wh..wh..opq", ""),
         file("usr/share/b/.wh..wh..opq", ""),
         file("usr/share/b/three", "3"),
-        // A directory removed and made again, with an entry of its own.
+        // A directory removed and made again, with a new entry.
         file("usr/share/.wh.c", ""),
         item("usr/share/c", What::Dir(0o700)),
         dir("usr/share/c/x"),
@@ -360,7 +360,7 @@ async fn devices_are_left_out_with_a_warning() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn derived_layers_that_must_be_refused() {
+async fn hostile_derived_layers_are_refused() {
     let bench = Bench::new();
     for (name, item, words) in [
         ("up", file("usr/x", ""), "escapes"),

@@ -1,4 +1,4 @@
-//! Failures through real pulls: what is told, and that the next attempt goes on where the last one was.
+//! Failures through real pulls: the reported errors, and the next attempt, which goes on where the last one was.
 
 use std::fs;
 use std::sync::atomic::Ordering;
@@ -114,7 +114,7 @@ impl Drop for Small {
 
 /// A commit that says how large its objects are, as `ostree commit --generate-sizes` makes it.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_cannot_fit_is_refused_before_it_is_fetched() {
+async fn an_image_that_cannot_fit_is_refused_before_it_is_fetched() {
     let bench = Bench::new();
     let archive = bench.path("archive");
     let (tree, archive) = (bench.path("tree1"), archive.to_str().unwrap());
@@ -157,7 +157,7 @@ async fn what_cannot_fit_is_refused_before_it_is_fetched() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_full_store_says_how_full() {
+async fn a_full_store_is_reported_with_numbers() {
     let bench = Bench::new();
     let image = image(&bench, 1, 1);
     let spec = bench.push(&image, "os:1");

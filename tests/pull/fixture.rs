@@ -47,7 +47,7 @@ impl Repo {
 /// Which layer a path's content belongs to; `None` for the first layer.
 pub type Chunker = dyn Fn(&str) -> Option<&'static str>;
 
-/// How a layer's blob is made.
+/// Compression of a layer's blob.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Compress {
     Gzip,
@@ -343,7 +343,7 @@ fn blob(dir: &Path, data: &[u8], media_type: &str) -> Value {
     json!({ "mediaType": media_type, "digest": format!("sha256:{digest}"), "size": data.len() })
 }
 
-/// What `ostree ls` would show, as one line per path: kind, mode, owner, checksum, xattrs.
+/// Lists a commit as `ostree ls` does, one line for each path: kind, mode, owner, checksum, xattrs.
 pub fn listing(repo: &Path, commit: &str) -> String {
     run("ostree", &["ls", "-R", "-C", "-X", "--repo", repo.to_str().unwrap(), commit])
 }

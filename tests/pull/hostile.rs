@@ -17,7 +17,7 @@ fn symlink(path: &[u8], target: &[u8]) -> Vec<u8> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn plain_layers_that_are_refused() {
+async fn hostile_plain_layers_are_refused() {
     let bench = Bench::new();
     let bottom = base(&bench, Labels::None);
     let long = |bytes: usize| vec![b'n'; bytes];
@@ -75,9 +75,9 @@ async fn plain_layers_that_are_refused() {
     assert!(told.kind == Kind::BadFormat && told.message.contains("32 MiB"), "{told}");
 }
 
-/// What looks bad and is not: it stays inside, and the last of equal entries counts.
+/// Layers that look bad and are not: paths stay inside, and the last of equal entries counts.
 #[tokio::test(flavor = "multi_thread")]
-async fn plain_layers_that_do_no_harm() {
+async fn odd_plain_layers_are_imported_safely() {
     let bench = Bench::new();
     let mut image = base(&bench, Labels::None);
     image.layers.push(raw_layer(&[
@@ -107,7 +107,7 @@ async fn plain_layers_that_do_no_harm() {
     assert!(all.contains("/usr/turned -> twice") && all.contains("/usr/renamed") && !all.contains("/short"), "{all}");
 }
 
-/// Where the header starts of the first entry of this type with content whose name, cut at 100 bytes, ends so.
+/// Returns the offset of the header of the first entry of this type with content whose name, cut at 100 bytes, ends so.
 fn find(tar: &[u8], kind: u8, suffix: &str, with_content: bool) -> usize {
     let mut at = 0;
     while at < tar.len() {
@@ -122,7 +122,7 @@ fn find(tar: &[u8], kind: u8, suffix: &str, with_content: bool) -> usize {
     panic!("no {suffix}");
 }
 
-/// How many bytes of content, with padding, the header says.
+/// Returns the bytes of content, with padding, that the header has.
 fn size(tar: &[u8], at: usize) -> usize {
     let size = tar::Header::from_byte_slice(&tar[at..at + 512]).entry_size().unwrap();
     (size as usize).next_multiple_of(512)
@@ -144,7 +144,7 @@ fn remove(tar: &mut Vec<u8>, at: usize, names: usize) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn commit_layers_that_are_refused() {
+async fn hostile_commit_layers_are_refused() {
     let bench = Bench::new();
     type Spoil = fn(&mut Vec<u8>);
     let object = |kind: &str| format!("sysroot/ostree/repo/objects/ab/{}.{kind}", "cd".repeat(31));

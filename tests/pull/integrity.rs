@@ -16,7 +16,7 @@ fn inspect(spec: &str) -> Value {
     serde_json::from_str(&run("skopeo", &["inspect", "--raw", "--tls-verify=false", &spec])).unwrap()
 }
 
-/// A registry, or whoever sits in between, that answers with other bytes than those asked for.
+/// A registry, or a proxy before it, that answers with other bytes than those asked for.
 #[tokio::test(flavor = "multi_thread")]
 async fn altered_answers_are_found() {
     let bench = Bench::new();

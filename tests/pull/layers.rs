@@ -142,7 +142,7 @@ pub fn oracle() -> String {
     told.lines().last().unwrap().to_owned()
 }
 
-/// What ostree-ext makes of an image: the listing of its merge commit, or what it says.
+/// Imports an image with ostree-ext. Returns the listing of its merge commit, or its error.
 pub fn by_ostree_ext(oracle: &str, spec: &str, repo: &Path) -> Result<String, String> {
     let path = repo.to_str().unwrap();
     if !repo.exists() {

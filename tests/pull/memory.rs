@@ -34,7 +34,7 @@ fn chunks(path: &str) -> Option<&'static str> {
 }
 
 /// A commit with four large files, `mib` altogether, and `small` small ones; well compressible. With a policy and
-/// no labels, an import of plain layers on top writes all of it anew.
+/// no labels, an import of plain layers on top writes all of it again.
 fn encapsulated(bench: &Bench, mib: u64, small: usize, unlabelled: bool) -> Image {
     let dir = bench.path("tree");
     fs::create_dir_all(dir.join("usr/share/many")).unwrap();

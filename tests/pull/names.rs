@@ -53,7 +53,7 @@ fn ostree_mistakes_one_such_target_for_another() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn names_that_do_not_stay_do_no_harm() {
+async fn names_that_do_not_stay_are_accepted() {
     let bench = Bench::new();
     let mut image = base(&bench, Labels::Own);
     image.layers.push(raw_layer(&[

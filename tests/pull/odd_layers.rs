@@ -119,7 +119,7 @@ async fn the_policys_config_may_be_a_symlink() {
     }
 }
 
-/// Where the root will be an overlay, content at the top is part of the tree, and an opaque root hides all below.
+/// If the root will be an overlay, content at the top is part of the tree, and an opaque root hides all below.
 #[tokio::test(flavor = "multi_thread")]
 async fn content_at_the_top_of_a_composefs_base() {
     let bench = Bench::new();

@@ -91,7 +91,7 @@ impl Drop for Registry {
     }
 }
 
-/// An address that nobody listens on right now.
+/// Returns an address without a listener.
 pub fn free_address() -> String {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string()
 }

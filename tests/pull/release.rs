@@ -74,7 +74,7 @@ async fn a_payload_names_the_node_image() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_altered_payload_is_not_believed() {
+async fn an_altered_payload_is_refused() {
     let bench = Bench::new();
     let os = |byte: &str| format!("q.io/os@sha256:{}", byte.repeat(32));
     let mut image = payload(&[vec![file(FILE, &references(&[("rhel-coreos", &os("aa"))]))]]);

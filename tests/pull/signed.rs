@@ -28,7 +28,7 @@ fn new_skopeo() -> PathBuf {
     PathBuf::from(run("bash", &[script.to_str().unwrap(), "skopeo"]).trim())
 }
 
-/// What a child is given in place of `/etc/containers`, and the keys.
+/// Directory that a child gets in place of `/etc/containers`, and the keys.
 struct Trust<'a> {
     bench: &'a Bench,
     skopeo: PathBuf,
@@ -119,7 +119,7 @@ impl<'a> Trust<'a> {
         serde_json::from_str(answer).unwrap()
     }
 
-    /// Refused for good, by the policy, in words that help; and nothing came into the store.
+    /// Checks that the policy has refused the image permanently, with a helpful error, and that the store is empty.
     fn refused(&self, what: &str, spec: &str, skopeo: Option<&Path>) {
         let store = format!("refused {what}").replace(' ', "-");
         let answer = self.pull(spec, &store, skopeo);
@@ -203,7 +203,7 @@ fn signatures_decide() {
 
 /// The policy is about the name that was asked for, wherever the bytes come from, with both kinds of skopeo.
 #[test]
-fn mirrors_are_no_way_around() {
+fn a_mirror_does_not_evade_the_policy() {
     const NAME: &str = "registry.example.test";
     let bench = Bench::new();
     let image = image(&bench, 1, 1);
@@ -269,9 +269,9 @@ fn a_signed_index_covers_its_manifests() {
     trust.refused("the manifest alone", &alone, Some(&trust.skopeo));
 }
 
-/// A server for signatures that does not answer is no verdict: another attempt may get them.
+/// A signature server that does not answer is a transient failure: another attempt may get the signatures.
 #[test]
-fn signatures_that_cannot_be_had_are_tried_again() {
+fn unavailable_signatures_are_retried() {
     let bench = Bench::new();
     let spec = bench.push(&image(&bench, 1, 1), "os:1");
     let trust = Trust::new(&bench);

@@ -54,7 +54,7 @@ fn archive(tree: &Path, options: &[&str], mark: &[u8]) -> RawLayer {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn sparse_files_are_what_they_were_and_stay_sparse() {
+async fn sparse_files_keep_content_and_holes() {
     let bench = Bench::new();
     let (tree, oracle) = (bench.path("holes"), oracle());
     holes(&tree);
@@ -96,7 +96,7 @@ async fn sparse_files_are_what_they_were_and_stay_sparse() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn sparse_files_that_have_no_room_are_refused() {
+async fn sparse_files_without_room_are_refused() {
     let bench = Bench::new();
     let small = bench.path("small");
     fs::create_dir_all(&small).unwrap();

@@ -34,7 +34,7 @@ async fn attempt(spec: &str, store: &NodeStore, authfile: Option<&Path>) -> Resu
     pull(&source, &image, store, None, &options, Default::default(), &CancellationToken::new()).await
 }
 
-/// Whether a program runs that was given this argument.
+/// Returns true if a program with this argument runs.
 fn runs_with(argument: &Path) -> bool {
     let argument = argument.to_str().unwrap();
     let lines = fs::read_dir("/proc").unwrap().flatten().map(|entry| fs::read(entry.path().join("cmdline")));
