@@ -90,7 +90,7 @@ impl DetachedTree {
 
     /// Builds a second tree of the same layers, because kernels before 6.15 cannot clone a detached tree. The paths of the
     /// layers must still lead to the same directories.
-    pub fn twin(&self) -> Result<Self> {
+    pub(crate) fn duplicate(&self) -> Result<Self> {
         Self::overlay(&self.lowers.iter().map(PathBuf::as_path).collect::<Vec<_>>(), &self.source)
     }
 
@@ -263,12 +263,12 @@ mod tests {
             assert_eq!(openat(tree.as_fd(), "gone", OFlags::RDONLY, Mode::empty()).unwrap_err(), Errno::NOENT);
             assert_eq!(names(&target), ["before"]);
 
-            let twin = tree.twin().unwrap();
+            let duplicate = tree.duplicate().unwrap();
             tree.expose_in(&here(), &target).unwrap();
             assert_eq!(names(&target), ["new", "old"]);
             assert_eq!(here().exposure(&target, "nip:test").unwrap(), Exposure::OnTop);
             assert!(fs::write(target.join("x"), "").is_err(), "read-only");
-            assert!(twin.expose_in(&here(), &target).is_err(), "mounted already");
+            assert!(duplicate.expose_in(&here(), &target).is_err(), "mounted already");
 
             assert!(!here().withdraw(&target, "other").unwrap());
             assert!(here().withdraw(&target, "nip:test").unwrap());

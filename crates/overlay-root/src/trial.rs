@@ -58,10 +58,11 @@ pub fn trial<T: Send>(
     act: impl FnOnce(&Trial) -> T + Send,
 ) -> Result<T> {
     failpoint::hit(Point::Trial, "").context("cannot start the trial run")?;
-    let twin = tree.twin().context("cannot build a second tree for the trial run")?;
+    let duplicate = tree.duplicate().context("cannot build a second tree for the trial run")?;
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
-            let trial = isolate(&twin, merge_etc).context("cannot make a private mount namespace for the trial run")?;
+            let trial =
+                isolate(&duplicate, merge_etc).context("cannot make a private mount namespace for the trial run")?;
             Ok(act(&trial))
         });
         thread.join().map_err(|_| anyhow!("internal error: the thread of the trial run panicked"))?

@@ -114,8 +114,8 @@ fn pulled(scratch: &Path) -> Machine {
     for bucket in fs::read_dir(scratch.join("store/objects")).unwrap() {
         for object in fs::read_dir(bucket.unwrap().path()).unwrap() {
             let object = object.unwrap().path();
-            let twin = scratch.join("booted-repo").join(object.strip_prefix(scratch.join("store")).unwrap());
-            if object.extension().is_some_and(|kind| kind.as_bytes() == b"file") && twin.symlink_metadata().is_ok() {
+            let booted = scratch.join("booted-repo").join(object.strip_prefix(scratch.join("store")).unwrap());
+            if object.extension().is_some_and(|kind| kind.as_bytes() == b"file") && booted.symlink_metadata().is_ok() {
                 fs::remove_file(object).unwrap();
             }
         }
