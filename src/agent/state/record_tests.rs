@@ -149,6 +149,39 @@ fn every_kind_of_damage_is_recognised() {
     assert!(matches!(Record::load(&paths), Err(Damage::Unreadable(_))));
 }
 
+/// As the agent of November 2026 wrote it. The names of fields may not change.
+#[test]
+fn a_record_of_an_older_agent_is_read() {
+    const TEXT: &str = r#"{"schema": 1, "step": {"finished": {"staged": {
+        "pulled": {"image": {"requested": "r/n:t", "pinned": "r/n@sha256:x", "digest": "sha256:x"}, "commit": "c",
+            "booted_commit": "b", "complete": false, "layers_fetched": 1, "layers_skipped": 2, "bytes_fetched": 3,
+            "objects_written": 4, "warnings": []},
+        "delta": {"directory": "/x", "counts": {"added": 1, "changed": 2, "removed": 3, "directories": 4,
+            "added_bytes": 5, "changed_bytes": 6, "replaced_bytes": 7, "removed_bytes": 8, "copied": 9,
+            "copied_bytes": 10}},
+        "etc": ["1 updated"]},
+        "units": [{"unit": "a.service", "class": "restart", "reason": "r", "how": {"socket-of": {"service": "a.service",
+            "others": [], "start": true}}, "along": ["b.service"]}]}},
+        "bootstrap": true, "arrived": true, "asked": "Auto Keep Auto image r/n:t",
+        "probation": {"until_boottime_ms": 7, "kept": true}, "undone": ["/etc/x stays"],
+        "status": {"schema": 1, "state": "failed", "phase": "finish", "image": "r/n:t", "digest": "sha256:x",
+            "commit": "c", "target": "multi-user.target", "progress": {"layers_total": 1, "layers_done": 1,
+            "bytes_total": 1, "bytes_fetched": 1, "objects_wanted": 1, "objects_done": 1, "bytes_written": 1},
+            "error": {"class": "network", "message": "m", "attempt": 2, "next_retry_unix": null},
+            "timeline": [{"phase": "resolve", "start_unix_ms": 1, "duration_ms": 2}],
+            "cost": {"bytes_fetched": 1, "ram_store_bytes": 2}, "undo_unix": null,
+            "still_old": [{"unit": "c.service", "files": ["bin/c"]}], "notes": ["n"]}}"#;
+    let temp = tempfile::tempdir().unwrap();
+    let paths = Paths::below(temp.path());
+    std::fs::write(temp.path().join(FILE), TEXT).unwrap();
+    let record = Record::load(&paths).unwrap().unwrap();
+    let Step::Finished(switched) = &record.step else { panic!("{record:?}") };
+    assert_eq!(switched.units[0].dependents, ["b.service"]);
+    assert_eq!((record.asked.is_none(), record.flow()), (true, Flow::Live));
+    record.save(&paths).unwrap();
+    assert_eq!(format!("{:?}", Record::load(&paths).unwrap().unwrap()), format!("{record:?}"));
+}
+
 /// As agents before the checksum wrote it, with the request as one string.
 #[test]
 fn a_record_without_a_checksum_is_read() {
