@@ -41,22 +41,23 @@ impl From<&AccountPlan> for AddedAccounts {
     }
 }
 
-/// Plans for the staged `/usr` and the planned merge of `/etc`. Nothing is changed.
+/// Plans the accounts for the staged `/usr` and the planned merge of `/etc`. Changes nothing.
 pub(super) async fn preview(staged: &StagedRoot, merge: &Plan) -> Result<AccountPlan> {
     let mut changes = merge.changes.iter();
-    let arrives = changes.any(|change| change.path.as_path() == Path::new(NSSWITCH) && change.content == Origin::New);
+    let replaced = changes.any(|change| change.path.as_path() == Path::new(NSSWITCH) && change.content == Origin::New);
     let delta = staged.delta.directory.clone();
     let plan = tokio::task::spawn_blocking(move || {
         let usr = Path::new(USR);
         let tree = overlay_root::open_new_usr(&delta, usr, USR_SOURCE)?;
         let new = Path::new("/proc/self/fd").join(tree.as_fd().as_raw_fd().to_string());
-        let nsswitch = nsswitch(&if arrives { new.join("etc") } else { ETC.into() });
+        let nsswitch = nsswitch(&if replaced { new.join("etc") } else { ETC.into() });
         plan_accounts(&Accounts::read(&[&usr.join("etc")])?, &new, Path::new(ETC), &nsswitch)
     });
     plan.await.context("reading accounts panicked")?
 }
 
-/// Adds what the node image in place has. Returns what was added, and a line for each account that could not be.
+/// Adds the accounts that only the node image in place has. Returns them, and a line for each account that it could not
+/// add.
 pub(super) async fn add() -> Result<(AddedAccounts, Vec<String>)> {
     let plan = tokio::task::spawn_blocking(|| {
         let usr = Path::new(USR);

@@ -1,37 +1,37 @@
-//! Cancelling calls: every call holds a ticket, and cancel ends all that are out.
+//! Cancellation of calls: every call holds a handle, and a cancel ends all calls with handles.
 
 use std::sync::Mutex;
 
 use tokio_util::sync::CancellationToken;
 
-/// Where tickets come from.
+/// The handles of all running calls.
 #[derive(Debug, Default)]
-pub struct Tickets {
-    /// The parent of all tickets that are out, and those tickets.
+pub struct CancelHandles {
+    /// The parent token of all handles, and for each handle the token that is cancelled when its call ends.
     state: Mutex<(CancellationToken, Vec<CancellationToken>)>,
 }
 
-/// The right of one call to go on. Dropping it hands it back.
+/// The cancellation of one call. Dropping it ends the call's registration.
 #[derive(Debug)]
-pub struct Ticket {
+pub struct CancelHandle {
     call: &'static str,
     token: CancellationToken,
-    /// Cancelled when the call is over: whoever watches on its behalf ends with it.
+    /// Cancelled when the call ends, so that tasks that watch on its behalf end, too.
     over: CancellationToken,
 }
 
-impl Tickets {
-    /// A ticket for `call`, which a cancel from before does not end.
-    pub fn draw(&self, call: &'static str) -> Ticket {
+impl CancelHandles {
+    /// Returns a handle for `call`, which earlier cancels do not affect.
+    pub fn register(&self, call: &'static str) -> CancelHandle {
         let over = CancellationToken::new();
-        // A poisoned lock means a panic while swapping two values; they are whole either way.
+        // A poisoned lock means a panic while two values were swapped; both are valid either way.
         let mut state = self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        state.1.retain(|ticket| !ticket.is_cancelled());
+        state.1.retain(|over| !over.is_cancelled());
         state.1.push(over.clone());
-        Ticket { call, token: state.0.child_token(), over }
+        CancelHandle { call, token: state.0.child_token(), over }
     }
 
-    /// Ends all tickets that are out; returns whether there was any.
+    /// Cancels all running calls; returns true if there was one.
     pub fn cancel_all(&self) -> bool {
         let mut state = self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let any = state.1.drain(..).any(|over| !over.is_cancelled());
@@ -40,28 +40,28 @@ impl Tickets {
     }
 }
 
-impl Ticket {
-    /// Name of the call.
+impl CancelHandle {
+    /// Returns the name of the call.
     pub fn call(&self) -> &'static str {
         self.call
     }
 
-    /// Whether the call is to end.
+    /// Returns true if the call must end.
     pub fn is_cancelled(&self) -> bool {
         self.token.is_cancelled()
     }
 
-    /// Waits until the call is to end.
+    /// Waits until the call must end.
     pub async fn cancelled(&self) {
         self.token.cancelled().await;
     }
 
-    /// The token, for those who take one.
+    /// Returns the token, for functions that expect one.
     pub fn token(&self) -> &CancellationToken {
         &self.token
     }
 
-    /// Ends this call when `gone` is cancelled: nobody waits for it any more.
+    /// Cancels this call when `gone` is cancelled, because its caller has disconnected.
     pub fn end_with(&self, gone: &CancellationToken) {
         let (token, over, gone) = (self.token.clone(), self.over.clone(), gone.clone());
         tokio::spawn(async move {
@@ -73,7 +73,7 @@ impl Ticket {
     }
 }
 
-impl Drop for Ticket {
+impl Drop for CancelHandle {
     fn drop(&mut self) {
         self.over.cancel();
     }
@@ -84,22 +84,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn cancel_ends_what_is_out_and_nothing_later() {
-        let tickets = Tickets::default();
-        assert!(!tickets.cancel_all(), "nothing to cancel");
-        let (first, second) = (tickets.draw("pull"), tickets.draw("pull"));
-        assert!(tickets.cancel_all());
+    fn a_cancel_ends_running_calls_and_not_later_ones() {
+        let handles = CancelHandles::default();
+        assert!(!handles.cancel_all(), "nothing to cancel");
+        let (first, second) = (handles.register("pull"), handles.register("pull"));
+        assert!(handles.cancel_all());
         assert!(first.is_cancelled() && second.is_cancelled());
-        let third = tickets.draw("pull");
+        let third = handles.register("pull");
         assert!(!third.is_cancelled());
         drop(third);
-        assert!(!tickets.cancel_all(), "a call that is over cannot be cancelled");
+        assert!(!handles.cancel_all(), "a call that has ended cannot be cancelled");
     }
 
     #[tokio::test]
-    async fn a_caller_who_goes_away_ends_only_his_own_call() {
-        let tickets = Tickets::default();
-        let (mine, other) = (tickets.draw("pull"), tickets.draw("pull"));
+    async fn a_caller_that_disconnects_ends_only_its_own_call() {
+        let handles = CancelHandles::default();
+        let (mine, other) = (handles.register("pull"), handles.register("pull"));
         let gone = CancellationToken::new();
         mine.end_with(&gone);
         gone.cancel();

@@ -1,8 +1,8 @@
-//! Compares the running system with what the switch left, each time the status is read.
+//! Compares the running system with the result of the switch, each time the status is read.
 
 use std::path::Path;
 
-use super::auto_undo::Probation;
+use super::auto_undo::TrialPeriod;
 use super::new_usr::{USR, USR_SOURCE};
 use super::state::{Asked, Record, Source, Step};
 use crate::config::Settings;
@@ -12,7 +12,7 @@ use overlay_root::{Exposure, Mount, Namespace};
 #[derive(Debug, Clone, Default)]
 pub(super) struct Standing {
     /// Trial period of the switch.
-    pub(super) probation: Option<Probation>,
+    pub(super) trial: Option<TrialPeriod>,
     /// Request that the switch followed; `None` when nothing is switched or a phase is under way.
     switched: Option<Option<Asked>>,
 }
@@ -20,10 +20,10 @@ pub(super) struct Standing {
 impl Standing {
     pub(super) fn of(record: &Record) -> Self {
         let at_rest = matches!(record.step, Step::Refreshed(_) | Step::Finished(_));
-        Self { probation: record.probation, switched: at_rest.then(|| record.asked.clone()) }
+        Self { trial: record.trial, switched: at_rest.then(|| record.asked.clone()) }
     }
 
-    /// Returns what differs by now from a finished switch, a line each.
+    /// Returns the present deviations from a finished switch, one per line.
     pub(super) fn deviations(&self) -> Vec<String> {
         let Some(asked) = &self.switched else { return Vec::new() };
         let mut lines: Vec<String> = Namespace::init().mounts().iter().filter_map(|mounts| of_usr(mounts)).collect();
@@ -34,7 +34,7 @@ impl Standing {
     }
 }
 
-/// Says so if programs do not see the node image's `/usr`.
+/// Returns a line if programs do not see the node image's `/usr`.
 fn of_usr(mounts: &[Mount]) -> Option<String> {
     let usr = Path::new(USR);
     match overlay_root::exposure(mounts, usr, USR_SOURCE) {
@@ -47,7 +47,7 @@ fn of_usr(mounts: &[Mount]) -> Option<String> {
     }
 }
 
-/// Says so if the configuration asks for another image than the one that was switched to.
+/// Returns a line if the configuration asks for another image than the one that was switched to.
 pub(super) fn other_image(switched: Option<&Asked>, configured: Option<&Asked>) -> Option<String> {
     let (old, new) = (switched?.source.as_ref()?, configured?.source.as_ref()?);
     (old != new).then(|| {
@@ -95,7 +95,7 @@ mod tests {
         ] {
             assert_eq!(other_image(Some(&image), Some(&asked(text))).is_some(), reported, "{text}");
         }
-        assert_eq!(other_image(None, Some(&image)), None, "of an older agent");
+        assert_eq!(other_image(None, Some(&image)), None, "a record of an older agent has no request");
         let line = other_image(Some(&image), Some(&asked("image = \"quay.io/a/b:2\""))).unwrap_or_default();
         assert!(
             line.contains("quay.io/a/b:1") && line.contains("quay.io/a/b:2") && line.contains("run undo"),

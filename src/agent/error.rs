@@ -38,7 +38,7 @@ pub enum Cause {
     },
     /// A caller asked to stop.
     Cancelled,
-    /// Anything of this machine's own.
+    /// Any other failure, caused by this machine.
     Internal(anyhow::Error),
 }
 
@@ -186,20 +186,23 @@ mod tests {
             let error = error.at(Standing::Unchanged);
             assert_eq!((error.outcome(), error.class()), (outcome, class));
             assert!(error.to_string().contains(words), "{error}");
-            let told = error.last_error();
-            assert_eq!((told.outcome, told.class.as_str(), told.standing), (outcome, class, Some(Standing::Unchanged)));
+            let entry = error.last_error();
+            assert_eq!(
+                (entry.outcome, entry.class.as_str(), entry.standing),
+                (outcome, class, Some(Standing::Unchanged))
+            );
         }
     }
 
     #[test]
     fn refusals_keep_the_names_of_their_checks() {
-        let told = Error::from(Refusals(vec![Refusal::EtcReadOnly, Refusal::NoOverlay])).last_error();
-        let ids: Vec<&str> = told.refusals.iter().map(|reason| reason.id.as_str()).collect();
+        let entry = Error::from(Refusals(vec![Refusal::EtcReadOnly, Refusal::NoOverlay])).last_error();
+        let ids: Vec<&str> = entry.refusals.iter().map(|reason| reason.id.as_str()).collect();
         assert_eq!(ids, ["etc-read-only", "no-overlay"]);
     }
 
     #[test]
-    fn the_first_word_about_the_running_system_stays() {
+    fn the_first_state_of_the_running_system_is_kept() {
         let error = Error::from(anyhow::anyhow!("x")).at(Standing::RolledBack).at(Standing::Unchanged);
         assert_eq!(error.to_string(), "x; rolled back: /usr and /etc are unchanged");
         let refused = Error::refused("no-switch", "nothing was switched").at(Standing::Switched);

@@ -1,11 +1,11 @@
-//! Hooks in the order of things: a failing one before the switch refuses it, one after it is a warning.
+//! Runs hooks: a failure before the switch refuses it, a failure after the switch becomes a warning.
 
 use std::ffi::OsString;
 use std::path::Path;
 
 use tracing::{info, warn};
 
-use super::{Context, Error, Paths, StagedRoot, Ticket};
+use super::{CancelHandle, Context, Error, Paths, StagedRoot};
 use crate::host::{self, Hook, Moment};
 use crate::report::{Phase, State, one_line};
 use support::directory::Directory;
@@ -13,17 +13,20 @@ use unit_refresh::Flow;
 
 const ROOT: &str = "/";
 
-/// Runs the hooks before the switch; none of them has changed anything when this returns an error.
+/// Runs the hooks before the switch.
+///
+/// # Errors
+/// A hook fails, or the call is cancelled. The agent has changed nothing then.
 pub(super) async fn pre_switch(
     context: &Context,
     staged: &StagedRoot,
     flow: Flow,
-    ticket: &Ticket,
+    cancel: &CancelHandle,
 ) -> Result<(), Error> {
     let moment = Moment::PreSwitch;
     let hooks =
         host::find_hooks(Path::new(ROOT), moment).map_err(|error| Error::refused("hook", format!("{error:#}")))?;
-    // A switch that is made anew has its hooks afterwards anew, too.
+    // Another switch runs the hooks after it again.
     Directory::ensure(context.paths.run()).and_then(|run| run.remove_all(Paths::HOOKS_DONE)).map_err(|error| {
         let path = context.paths.run().join(Paths::HOOKS_DONE);
         anyhow::anyhow!("cannot remove {}: {error}", path.display())
@@ -44,7 +47,7 @@ pub(super) async fn pre_switch(
             let remedy = format!("disable the hook with a link to /dev/null in /etc/node-image-pivot/{name}.d");
             Error::refused("hook", format!("{error:#}; fix the cause, or {remedy}"))
         }),
-        () = ticket.cancelled() => Err(Error::cancelled()),
+        () = cancel.cancelled() => Err(Error::cancelled()),
     };
     context.tracker.update(|status| {
         status.waiting_for = None;
@@ -55,7 +58,7 @@ pub(super) async fn pre_switch(
     outcome
 }
 
-/// Runs the hooks after the switch that have not run since. What goes wrong becomes a warning.
+/// Runs those hooks after the switch that have not run since. A failure becomes a warning.
 pub(super) async fn post_switch(context: &Context, staged: &StagedRoot, flow: Flow) {
     let moment = Moment::PostSwitch;
     let hooks = host::find_hooks(Path::new(ROOT), moment).unwrap_or_else(|error| {
@@ -63,7 +66,7 @@ pub(super) async fn post_switch(context: &Context, staged: &StagedRoot, flow: Fl
         Vec::new()
     });
     let mut done = done(&context.paths);
-    // What an agent that was killed since has not kept.
+    // An agent that was killed meanwhile has lost these warnings.
     for failure in done.iter().filter_map(|(_, failure)| failure.as_ref()) {
         warning(context, failure);
     }
@@ -82,14 +85,14 @@ pub(super) async fn post_switch(context: &Context, staged: &StagedRoot, flow: Fl
         if let Err(error) = Directory::ensure(context.paths.run())
             .and_then(|run| run.write_atomic(Paths::HOOKS_DONE, 0o644, written(&done).as_bytes()))
         {
-            warn!("cannot note which hooks have run, an agent that is restarted now runs them again: {error}");
+            warn!("cannot record the hooks that have run: {error}; an agent that is restarted now runs them again");
         }
     }
     context.tracker.update(|status| status.waiting_for = None);
     context.tracker.end(Phase::Refresh, State::Switched);
 }
 
-/// A hook that ran after this switch, and how it failed.
+/// Name of a hook that ran after this switch, and its failure.
 type Done = (String, Option<String>);
 
 fn done(paths: &Paths) -> Vec<Done> {
@@ -97,7 +100,7 @@ fn done(paths: &Paths) -> Vec<Done> {
     read(&String::from_utf8_lossy(&text.unwrap_or_default().unwrap_or_default()))
 }
 
-/// One a line: its name, and after a tab how it failed.
+/// Reads lines with the name of a hook and, after a tab, its failure.
 fn read(text: &str) -> Vec<Done> {
     let parts = |line: &str| match line.split_once('\t') {
         Some((name, failure)) => (name.to_owned(), Some(failure.to_owned())),
@@ -152,7 +155,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_ran_is_noted_with_how_it_failed() {
+    fn the_note_of_hooks_keeps_names_and_failures() {
         let done = vec![("10-a".to_owned(), None), ("20-b".to_owned(), Some("the hook failed: x; y".to_owned()))];
         assert_eq!(read(&written(&done)), done);
         assert_eq!(read(""), []);

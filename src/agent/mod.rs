@@ -1,9 +1,8 @@
-//! The phase machine: the only place that knows the order of the phases, what is persisted between
-//! them, and when to try again.
+//! The phase machine: the only module that knows the order of the phases, the record between them, and the retries.
 //!
-//! Each phase is a function from the previous phase's value to its own, so that a wrong order does
-//! not compile; after each, the record is written, so that a daemon that was killed goes on where it
-//! was. This room may call every other one except `bus` and `cli`.
+//! Each phase is a function from the previous phase's value to its own, so a wrong order does not compile. The agent writes
+//! the record after each phase, so a daemon that was killed continues from the last completed one. This module may use all
+//! others except `bus` and `cli`.
 
 mod accounts;
 mod auto_undo;
@@ -45,8 +44,8 @@ use state::Asked;
 use support::directory::Directory;
 use unit_refresh::{Guard, Manager};
 
-pub use auto_undo::Probation;
-pub use cancel::{Ticket, Tickets};
+pub use auto_undo::TrialPeriod;
+pub use cancel::{CancelHandle, CancelHandles};
 pub use error::Error;
 pub use state::{Paths, PlanDocument, Record, StagedRoot, Step, SwitchPlan, Switched, Undo};
 
@@ -56,7 +55,7 @@ const PIVOT_TARGET: &str = "node-image-pivot.target";
 /// The end of a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Goal {
-    /// Resolve, pull, stage: everything that leaves the running system untouched.
+    /// Resolve, pull, stage: everything that leaves the running system unchanged.
     Staged,
     /// Switch and refresh.
     Switched,
@@ -69,9 +68,9 @@ pub(crate) struct Context {
     pub(crate) settings: Settings,
     pub(crate) tracker: Tracker,
     pub(crate) paths: Paths,
-    /// Watches over us while `/usr` is not the one that PID 1 comes from.
+    /// Watches over the agent while PID 1 has the files of another `/usr` than the one in place.
     guard: Mutex<Option<Guard>>,
-    /// True once this call has staged: what it has just checked is not checked again.
+    /// True once this call has staged, so that the switch does not repeat the checks.
     staged_now: AtomicBool,
 }
 
@@ -80,7 +79,8 @@ impl Context {
         Self { settings, tracker, paths, guard: Mutex::default(), staged_now: AtomicBool::new(false) }
     }
 
-    /// From here on PID 1 is re-executed should we die. Without a guard we go on: it is needed only if we are killed.
+    /// Starts a process that re-executes PID 1 if the agent dies. A failure to start it is logged and not fatal, because it
+    /// is needed only if the agent is killed.
     async fn guard(&self) {
         let mut guard = self.guard.lock().await;
         if guard.is_none() {
@@ -89,39 +89,39 @@ impl Context {
         }
     }
 
-    /// Ends that.
+    /// Ends the process that [`Context::guard`] started.
     async fn unguard(&self) {
         drop(self.guard.lock().await.take());
     }
 }
 
-/// The agent: one per machine, which a lock in its directory sees to.
+/// The agent. A lock in its directory ensures that a machine has only one.
 pub struct Agent {
     tracker: Tracker,
     paths: Paths,
     record: Mutex<Record>,
     holder: Holder,
-    /// True while the holder of the record undoes.
+    /// True while the call that holds the record undoes the switch.
     undoing: AtomicBool,
-    /// As in the record, for those who do not wait for its lock.
+    /// Copy of the record's main facts, for readers that do not wait for its lock.
     standing: watch::Sender<Standing>,
-    /// False until it is known which way this boot goes; see [`is_bootstrap`].
+    /// False until systemd has said which target this boot leads to; see [`is_bootstrap`].
     boot_known: AtomicBool,
-    tickets: Tickets,
+    cancel_handles: CancelHandles,
     /// Held by a download beside the pivot, which does not hold the record.
     download: Mutex<()>,
-    /// Those of that download, which an undo cancels.
-    download_tickets: Tickets,
+    /// Handles of that download, which an undo cancels.
+    download_cancel: CancelHandles,
     _lock: StoreLock,
 }
 
 impl Agent {
-    /// Takes up what an earlier run left under `paths`, or starts afresh. `bootstrap`: true if this boot goes to the pivot
-    /// target, `None` if that is not known yet; see [`is_bootstrap`].
+    /// Loads the record that an earlier agent left under `paths`, or begins without one. `bootstrap` is true if this boot
+    /// leads to the pivot target, `None` if that is unknown; see [`is_bootstrap`].
     ///
     /// # Errors
-    /// Another agent runs, or the agent's directory cannot be used. A record that cannot be used is not an error: the agent
-    /// then says what is left, and allows an undo.
+    /// Another agent runs, or the agent's directory cannot be used. An unusable record is not an error: the agent reports the
+    /// traces of the switch and allows an undo.
     pub fn open(paths: Paths, bootstrap: Option<bool>) -> anyhow::Result<Arc<Self>> {
         Directory::ensure(paths.run()).with_context(|| format!("cannot use {}", paths.run().display()))?;
         let lock = StoreLock::try_acquire(&paths.lock()).map_err(|error| match error {
@@ -132,12 +132,11 @@ impl Agent {
         if record.step.is_before_switch() {
             record.status.notes.extend(state::set_aside(&paths));
         }
-        // The generator's drop-in goes with the first reload after the switch: the record keeps what it says.
+        // The first reload after the switch removes the generator's drop-in, so the record keeps its content.
         record.bootstrap |= bootstrap == Some(true);
         record.rest();
-        record.status.undo_unix = record.probation.and_then(undo_unix);
-        // The configuration is read again at each call; here it only fills in what status shows. What
-        // is wrong with it is the answer to the call.
+        record.status.undo_unix = record.trial.and_then(undo_unix);
+        // Only for the status document. Each call reads the configuration again and reports its errors.
         if let Ok(settings) = Settings::load() {
             record.status.target.get_or_insert_with(|| settings.target.clone());
             if matches!(record.step, Step::Idle) {
@@ -152,19 +151,19 @@ impl Agent {
             boot_known: AtomicBool::new(bootstrap.is_some() || record.bootstrap),
             record: Mutex::new(record),
             holder: Holder::default(),
-            tickets: Tickets::default(),
+            cancel_handles: CancelHandles::default(),
             download: Mutex::default(),
-            download_tickets: Tickets::default(),
+            download_cancel: CancelHandles::default(),
             _lock: lock,
         }))
     }
 
-    /// The live status document.
+    /// Returns the tracker of the live status document.
     pub fn tracker(&self) -> &Tracker {
         &self.tracker
     }
 
-    /// Returns the status document together with what differs by now from a finished switch. Looks at the mount table
+    /// Returns the status document with the present deviations from a finished switch, which it finds in the mount table
     /// and the configuration.
     pub fn status(&self) -> Status {
         let deviations = self.standing.borrow().deviations();
@@ -183,31 +182,35 @@ impl Agent {
         Status { deviations, ..record.status }
     }
 
-    /// A ticket for `call`, which may be cancelled.
-    pub fn ticket(&self, call: &'static str) -> Ticket {
-        self.tickets.draw(call)
+    /// Returns a handle that makes `call` cancellable.
+    pub fn cancel_handle(&self, call: &'static str) -> CancelHandle {
+        self.cancel_handles.register(call)
     }
 
-    /// Goes as far as `goal`, from wherever the record stands; what is done already is not done
-    /// again. Calls run one after the other. A cancelled ticket ends the call as long as the
-    /// running system is untouched; a switch that has begun is finished.
+    /// Runs the remaining phases up to `goal`. Calls run one after the other. A cancel ends the call as long as the
+    /// running system is unchanged; a switch that has begun is finished.
     ///
     /// # Errors
-    /// See [`Error`]: it says whether the running system was changed.
-    pub async fn advance(&self, goal: Goal, ticket: &Ticket) -> Result<(), Error> {
-        self.advance_for(Some(goal), None, ticket).await
+    /// See [`Error`], which also names the state of the running system.
+    pub async fn advance(&self, goal: Goal, cancel: &CancelHandle) -> Result<(), Error> {
+        self.advance_for(Some(goal), None, cancel).await
     }
 
-    /// `goal`: the flow's own, unless there is one.
-    async fn advance_for(&self, goal: Option<Goal>, length: Option<Duration>, ticket: &Ticket) -> Result<(), Error> {
-        let mut record = self.lock_for_phases(ticket).await?;
-        let outcome = self.advance_locked(&mut record, goal, length, ticket).await;
+    /// Runs up to `goal`, or up to the last goal of the flow if there is none.
+    async fn advance_for(
+        &self,
+        goal: Option<Goal>,
+        length: Option<Duration>,
+        cancel: &CancelHandle,
+    ) -> Result<(), Error> {
+        let mut record = self.lock_for_phases(cancel).await?;
+        let outcome = self.advance_locked(&mut record, goal, length, cancel).await;
         let outcome = outcome.map_err(|error| error.at(record.step.standing()));
         if let Err(error) = &outcome {
-            self.tell(error);
+            self.report_failure(error);
             if record.step.is_before_switch() {
-                // The next call asks again: the cause may have been the image itself, or a tag that
-                // moved. What was stored is found again and not fetched twice.
+                // The next call resolves again: the image itself, or a tag that moved, may be the cause. Stored layers
+                // are not fetched again.
                 record.step = Step::Idle;
             }
             if let Err(error) = self.save(&mut record) {
@@ -215,7 +218,7 @@ impl Agent {
             }
         }
         outcome?;
-        // Not a failure of the pivot: the status stays that of the switch.
+        // Not a failure of the pivot, so the status stays unchanged.
         let configured = Settings::load().ok().map(|settings| Asked::by(&settings));
         let other = deviations::other_image(record.asked.as_ref(), configured.as_ref());
         match other.filter(|_| !record.step.is_before_switch()) {
@@ -224,26 +227,26 @@ impl Agent {
         }
     }
 
-    /// Waits for the record, and for a download that writes to the store which the phases before the switch need.
-    async fn lock_for_phases(&self, ticket: &Ticket) -> Result<Held<'_>, Error> {
+    /// Waits for the record. Before the switch, also waits for a download, because the phases need its store.
+    async fn lock_for_phases(&self, cancel: &CancelHandle) -> Result<Held<'_>, Error> {
         loop {
-            let record = self.lock(ticket).await?;
+            let record = self.lock(cancel).await?;
             if !record.step.is_before_switch() || self.download.try_lock().is_ok() {
                 return Ok(record);
             }
             drop(record);
             tokio::select! {
                 _ = self.download.lock() => {}
-                () = ticket.cancelled() => return Err(Error::cancelled()),
+                () = cancel.cancelled() => return Err(Error::cancelled()),
             }
         }
     }
 
     /// Waits for the record.
-    async fn lock(&self, ticket: &Ticket) -> Result<Held<'_>, Error> {
+    async fn lock(&self, cancel: &CancelHandle) -> Result<Held<'_>, Error> {
         tokio::select! {
-            record = self.record.lock() => Ok(self.holder.hold(record, ticket.call())),
-            () = ticket.cancelled() => Err(Error::cancelled()),
+            record = self.record.lock() => Ok(self.holder.hold(record, cancel.call())),
+            () = cancel.cancelled() => Err(Error::cancelled()),
         }
     }
 
@@ -252,7 +255,7 @@ impl Agent {
         record: &mut Record,
         goal: Option<Goal>,
         length: Option<Duration>,
-        ticket: &Ticket,
+        cancel: &CancelHandle,
     ) -> Result<(), Error> {
         if let Step::Undoing(_) = record.step {
             self.undo_locked(record, Below::Unmount).await?;
@@ -266,7 +269,7 @@ impl Agent {
             self.boot_known.store(true, Ordering::Release);
             record.bootstrap |= bootstrap;
         }
-        if length.is_some() && !record.step.is_before_switch() && record.probation.is_none_or(|until| until.kept) {
+        if length.is_some() && !record.step.is_before_switch() && record.trial.is_none_or(|until| until.kept) {
             return Err(Error::refused("switched", "this system is switched already; run undo before a try"));
         }
         // Read at each call, so that a corrected configuration needs no restart.
@@ -281,10 +284,10 @@ impl Agent {
         let goal = goal.unwrap_or_else(|| record.last_goal());
         loop {
             let touches_nothing_yet = record.step.is_before_switch() || matches!(record.step, Step::Refreshed(_));
-            if touches_nothing_yet && ticket.is_cancelled() {
+            if touches_nothing_yet && cancel.is_cancelled() {
                 return Err(Error::cancelled());
             }
-            match self.step(&context, record, goal, length, ticket).await {
+            match self.step(&context, record, goal, length, cancel).await {
                 Ok(true) => info!("step reached: {}", record.step.name()),
                 Ok(false) => return Ok(()),
                 Err(error) => {
@@ -297,23 +300,23 @@ impl Agent {
         }
     }
 
-    /// One step on, which is in the record when this returns. Whether there was one.
+    /// Runs the next step and writes it to the record. Returns false if the goal is reached.
     async fn step(
         &self,
         context: &Context,
         record: &mut Record,
         goal: Goal,
         length: Option<Duration>,
-        ticket: &Ticket,
+        cancel: &CancelHandle,
     ) -> Result<bool, Error> {
-        let Some(next) = next(context, record, goal, ticket).await? else { return Ok(false) };
+        let Some(next) = next(context, record, goal, cancel).await? else { return Ok(false) };
         let before = record.clone();
         if let (Step::Staged(_), Step::Switching(_)) = (&record.step, &next) {
             record.undone = None;
-            // From before the first act: what cuts the network may be part of the switch.
-            record.probation = length.map(Probation::begin);
-            if let Some(probation) = record.probation
-                && let Err(error) = auto_undo::arm(probation).await
+            // Armed before the first act, because the switch itself may cut the network.
+            record.trial = length.map(TrialPeriod::begin);
+            if let Some(trial) = record.trial
+                && let Err(error) = auto_undo::arm(trial).await
             {
                 *record = before;
                 return Err(error.into());
@@ -322,7 +325,7 @@ impl Agent {
         record.reach(next);
         if let Err(error) = self.save(record) {
             *record = before;
-            if record.probation.is_none() {
+            if record.trial.is_none() {
                 auto_undo::disarm().await;
             }
             return Err(error);
@@ -330,38 +333,38 @@ impl Agent {
         Ok(true)
     }
 
-    /// All phases of the flow; see [`Record::last_goal`].
+    /// Runs all phases of the flow; see [`Record::last_goal`].
     ///
     /// # Errors
     /// As [`Agent::advance`].
-    pub async fn run(&self, ticket: &Ticket) -> Result<(), Error> {
-        self.advance_for(None, None, ticket).await
+    pub async fn run(&self, cancel: &CancelHandle) -> Result<(), Error> {
+        self.advance_for(None, None, cancel).await
     }
 
-    /// The same on probation: the switch is undone `length` after it began, unless [`Agent::keep`] is
-    /// called before.
+    /// Runs all phases of the flow with a trial period: the switch is undone `length` after it began, unless
+    /// [`Agent::keep`] is called in time.
     ///
     /// # Errors
     /// As [`Agent::advance`]; refused on a system that is switched permanently.
-    pub async fn run_for(&self, length: Duration, ticket: &Ticket) -> Result<(), Error> {
-        self.advance_for(None, Some(length), ticket).await
+    pub async fn run_for(&self, length: Duration, cancel: &CancelHandle) -> Result<(), Error> {
+        self.advance_for(None, Some(length), cancel).await
     }
 
-    /// Ends every call that has not begun to switch, running or waiting; what the store already
-    /// holds stays there for the next one. Returns whether there was any.
+    /// Cancels every call that has not begun to switch, running or waiting. Stored content stays for the next call.
+    /// Returns true if there was such a call.
     pub fn cancel(&self) -> bool {
-        self.tickets.cancel_all()
+        self.cancel_handles.cancel_all()
     }
 
-    /// Cancels all calls that may be cancelled, waits for a switch or an undo that is under way, and keeps every other
-    /// call from beginning for as long as the returned value lives.
+    /// Cancels all cancellable calls and waits for a running switch or undo. No call begins as long as the returned value
+    /// lives.
     pub async fn stop(&self) -> Stopped<'_> {
-        self.tickets.cancel_all();
+        self.cancel_handles.cancel_all();
         Stopped(self.record.lock().await)
     }
 
     /// Logs a failure and shows it in the status document.
-    fn tell(&self, error: &Error) {
+    fn report_failure(&self, error: &Error) {
         error!("{error}");
         self.show_failure(error);
     }
@@ -378,30 +381,30 @@ impl Agent {
         Ok(())
     }
 
-    /// Brings the status document into the record and what follows from the record into the document.
+    /// Copies the end of the trial period to the status document, and the document to the record.
     fn show(&self, record: &mut Record) {
-        let undo_unix = record.probation.and_then(undo_unix);
+        let undo_unix = record.trial.and_then(undo_unix);
         self.tracker.update(|status| status.undo_unix = undo_unix);
         record.status = self.tracker.pivot_status();
     }
 }
 
-/// An agent that begins nothing any more.
+/// An agent that begins no more calls.
 pub struct Stopped<'a>(MutexGuard<'a, Record>);
 
 impl Stopped<'_> {
-    /// Returns true if a switch or an undo is left unfinished, which the next daemon goes on with.
+    /// Returns true if a switch or an undo is unfinished; the next daemon continues it.
     pub fn is_unfinished(&self) -> bool {
         matches!(self.0.step, Step::Switching(_) | Step::Undoing(_) | Step::Switched(_))
     }
 }
 
-/// Returns true if the generator redirected this boot, `None` if systemd cannot be asked. The generator's variable alone
-/// does not tell: an administrator who configures an image on a system that has long booted, and then lets systemd
-/// reload, makes the generator set it, too. Nothing may be isolated there.
+/// Returns true if the generator redirected this boot, `None` if systemd does not answer. The generator's variable alone
+/// proves nothing: it is also set if an administrator configures an image on a booted system and systemd reloads. The
+/// agent must not isolate there.
 ///
-/// A boot that is not known counts as live, which stops nothing; the next phase asks again, and the one that isolates
-/// cannot do so before systemd answers.
+/// An unknown boot counts as live, in which the agent stops nothing. The next phase asks again, and the isolation itself
+/// needs systemd's answer.
 pub async fn is_bootstrap() -> Option<bool> {
     if std::env::var_os(TARGET_VARIABLE).is_none() {
         return Some(false);
@@ -409,12 +412,14 @@ pub async fn is_bootstrap() -> Option<bool> {
     let asked = async { Manager::connect().await?.is_active_or_queued(PIVOT_TARGET).await };
     asked
         .await
-        .inspect_err(|error| warn!("cannot tell if this boot goes to {PIVOT_TARGET}, asking again later: {error:#}"))
+        .inspect_err(|error| {
+            warn!("cannot determine if this boot leads to {PIVOT_TARGET}, asking again later: {error:#}");
+        })
         .ok()
 }
 
-/// When the probation ends, in seconds since the epoch; `None` for a switch that is kept.
-fn undo_unix(probation: Probation) -> Option<u64> {
-    let at = std::time::SystemTime::now() + probation.left()?;
+/// Returns the end of the trial period in seconds since the epoch, or `None` for a switch that is kept.
+fn undo_unix(trial: TrialPeriod) -> Option<u64> {
+    let at = std::time::SystemTime::now() + trial.left()?;
     at.duration_since(std::time::UNIX_EPOCH).ok().map(|since| since.as_secs())
 }

@@ -10,7 +10,9 @@ use overlay_root::delta::DeltaLookup;
 
 /// Source that mount tables show for the exposed `/usr`.
 pub(super) const USR_SOURCE: &str = "node-image";
+/// Mount point of the node image's tree.
 pub(super) const USR: &str = "/usr";
+/// Directory that the switch merges.
 pub(super) const ETC: &str = "/etc";
 
 /// Opens the node image's defaults for `/etc`: the directory `etc` of its `usr`.

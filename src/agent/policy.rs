@@ -10,8 +10,8 @@ use super::state::load_etc_plan;
 use super::{Context, Paths, StagedRoot};
 use crate::host;
 
-/// Gives the kernel the policy that is in `/etc`, if the merge brought another, and what the merge wrote the labels that
-/// only that one knows. Doing it again is harmless.
+/// Loads the policy in `/etc` if the merge replaced it, and sets the labels that only the new policy knows on merged
+/// entries. Idempotent.
 pub(super) async fn load_policy(context: &Context, staged: &StagedRoot) -> anyhow::Result<()> {
     let plan = load_etc_plan(&context.paths)?;
     let step = policy_step(&plan);
@@ -20,22 +20,22 @@ pub(super) async fn load_policy(context: &Context, staged: &StagedRoot) -> anyho
     }
     if step.loads() && selinux_labels::mode() != selinux_labels::Mode::Disabled {
         let relabelled = etc_merge::relabel(&plan, etc_merge::open_dir(Path::new(ETC))?.as_fd())?;
-        info!("/etc: {relabelled} entries got labels that the policy from before did not know");
-        label_anew(&context.paths, staged, Way::There).await;
+        info!("relabelled {relabelled} entries of /etc with labels that the previous policy did not know");
+        relabel(&context.paths, staged, Way::There).await;
     }
     Ok(())
 }
 
-/// From the booted policy's labels to the node image's, or back.
+/// Direction of a relabelling: from the booted policy's labels to the node image's, or back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Way {
     There,
     Back,
 }
 
-/// Gives what is in `/dev`, `/etc` and `/run` the labels of the policy that was loaded. What keeps an old one is worth a
-/// warning, no more. Returns whether there is nothing of that kind.
-pub(super) async fn label_anew(paths: &Paths, staged: &StagedRoot, way: Way) -> bool {
+/// Sets the labels of the loaded policy on the entries of `/dev`, `/etc` and `/run`. Logs a warning for each entry that
+/// keeps an old label, and returns true if there is none.
+pub(super) async fn relabel(paths: &Paths, staged: &StagedRoot, way: Way) -> bool {
     if selinux_labels::mode() == selinux_labels::Mode::Disabled {
         return true;
     }
@@ -53,23 +53,24 @@ pub(super) async fn label_anew(paths: &Paths, staged: &StagedRoot, way: Way) -> 
     };
     match tokio::task::spawn_blocking(act).await.map_err(anyhow::Error::from).and_then(|done| done) {
         Ok(selinux_labels::Relabelled { changed, failed }) => {
-            info!("/dev, /etc and /run: {changed} entries got the labels of the policy that was loaded");
+            info!("relabelled {changed} entries of /dev, /etc and /run for the loaded policy");
             for line in &failed {
-                warn!("this keeps the label of the policy from before: {line}");
+                warn!("an entry keeps the label of the previous policy: {line}");
             }
             failed.is_empty()
         }
         Err(error) => {
-            warn!("/dev, /etc and /run keep the labels of the policy from before: {error:#}");
+            warn!("/dev, /etc and /run keep the labels of the previous policy: {error:#}");
             true
         }
     }
 }
 
-/// What the merge of `/etc` means for the SELinux policy, before and after an undo alike.
+/// Returns the step for the SELinux policy that the merge of `/etc` requires, for switch and undo.
 pub(super) fn policy_step(plan: &etc_merge::Plan) -> host::PolicyStep {
     host::policy_step(
-        // On a disk an earlier boot's merge may have brought it already, and this boot have loaded another.
+        // On a disk, the merge of an earlier boot may have replaced the policy files already, while this boot loaded
+        // another policy.
         plan.changes
             .iter()
             .map(|change| change.path.0.as_slice())

@@ -10,10 +10,10 @@ use super::Context;
 use super::new_usr::ChangedPaths;
 use unit_refresh::Manager;
 
-/// Units that a message names at most.
+/// Largest number of units that a message names.
 const NAMED: usize = 10;
 
-/// Re-executes PID 1 if its files changed, else reloads it: it knows the new unit files in both cases.
+/// Re-executes PID 1 if its files changed, else reloads it. It has read the new unit files in both cases.
 pub(super) async fn renew_manager(context: &Context, changed: &ChangedPaths) -> Result<Manager> {
     let manager = Manager::connect().await?;
     if unit_refresh::mapped_files(1).iter().any(|path| changed.contains(Path::new(path))) {
@@ -30,17 +30,17 @@ pub(super) async fn renew_manager(context: &Context, changed: &ChangedPaths) -> 
     }
 }
 
-/// Re-executes PID 1 and the managers of users from the `/usr` in place. All keep the units that they have started. From
-/// version 255 on a manager starts services through a program of the `/usr` that it comes from: one that is not
-/// re-executed cannot start anything any more.
+/// Re-executes PID 1 and the managers of users from the `/usr` in place. All keep their running units. Since version 255 a
+/// manager starts services through a program of its release's `/usr`, so a manager that is not re-executed cannot start
+/// services.
 pub(super) async fn reexecute(manager: Manager, troubles: &mut Vec<String>) -> Result<Manager> {
     let release = manager.version().await.ok().and_then(|version| unit_refresh::release(&version));
     let before = states(&manager).await?;
     let manager = manager.reexecute().await?;
     if let Err(error) = check(&manager, &before, troubles).await {
-        troubles.push(format!("cannot tell if systemd still knows its units: {error:#}"));
+        troubles.push(format!("cannot check that systemd still knows its units: {error:#}"));
     }
-    // Older ones do not know the signal, and end.
+    // Older managers of users do not know the signal, and end.
     if release.is_some_and(|release| release >= 250)
         && let Err(error) = reexecute_users(&manager, troubles).await
     {
@@ -54,7 +54,7 @@ async fn reexecute_users(manager: &Manager, troubles: &mut Vec<String>) -> Resul
         match manager.reexecute_user(unit).await {
             Ok(()) => info!("{unit}: asked to re-execute itself"),
             Err(error) => troubles.push(format!(
-                "cannot re-execute {unit}: {error:#}; it may be unable to start anything until its user has logged out"
+                "cannot re-execute {unit}: {error:#}; it may be unable to start services until its user has logged out"
             )),
         }
     }
@@ -69,8 +69,8 @@ async fn states(manager: &Manager) -> Result<States> {
 }
 
 /// Checks that PID 1 still knows the units that were active. systemd can lose its state when it re-executes itself
-/// (systemd#28184): it then takes what runs for inactive. A reload reads the unit files again; what is still missing
-/// is reported.
+/// (systemd#28184): running units then count as inactive. A reload reads the unit files again; units that are still
+/// missing are reported.
 async fn check(manager: &Manager, before: &States, troubles: &mut Vec<String>) -> Result<()> {
     if forgotten(before, &states(manager).await?).is_empty() {
         return Ok(());
@@ -90,8 +90,8 @@ async fn check(manager: &Manager, before: &States, troubles: &mut Vec<String>) -
     Ok(())
 }
 
-/// Returns the units that were active and are unknown or inactive now. Scopes, devices and units that their own work ends
-/// (oneshots are never active while they work) come and go without anyone asking.
+/// Returns the units that were active and are unknown or inactive now. Ignores scopes and devices, which appear and
+/// disappear by themselves, and units that were not active, such as running oneshots.
 fn forgotten<'a>(before: &'a States, after: &States) -> BTreeSet<&'a str> {
     const KINDS: &[&str] = &[".service", ".socket", ".timer", ".path", ".mount", ".target", ".slice"];
     let concerned = |name: &str| KINDS.iter().any(|kind| name.ends_with(kind));
@@ -105,7 +105,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn units_that_a_manager_forgot() {
+    fn only_lasting_units_count_as_forgotten() {
         let states = |rows: &[(&str, &str)]| -> States {
             rows.iter().map(|&(name, state)| (name.to_owned(), state.to_owned())).collect()
         };

@@ -1,18 +1,18 @@
-//! When a failed attempt of resolve or pull is made again. Pure: times come from the caller.
+//! Retries of resolve and pull. The schedule is pure: times come from the caller.
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tracing::warn;
 
 use super::error::{Cause, Error};
-use super::{Context, Ticket};
+use super::{CancelHandle, Context};
 use crate::config::Retry;
 use crate::report::{Attempt, LastError, Phase};
 use node_store::image::{Class, Failure};
 
-/// Attempts that the status document lists at most.
+/// Largest number of attempts that the status document lists.
 const LISTED: usize = 16;
-/// Attempts against an answer that is mostly final, and when they are made, as shares of `retry.denied`.
+/// Pauses before further attempts after an answer that is usually final, as shares of `retry.denied`.
 const DENIED_DELAYS: [f64; 2] = [0.25, 0.75];
 
 /// Runs `attempt` until it succeeds, ends or is cancelled. The status document shows each failure with its class, its
@@ -20,7 +20,7 @@ const DENIED_DELAYS: [f64; 2] = [0.25, 0.75];
 pub(super) async fn with_retry<T, F>(
     context: &Context,
     phase: Phase,
-    ticket: &Ticket,
+    cancel: &CancelHandle,
     attempt: impl Fn() -> F,
 ) -> Result<T, Error>
 where
@@ -30,15 +30,15 @@ where
     loop {
         let outcome = tokio::select! {
             outcome = attempt() => outcome,
-            () = ticket.cancelled() => return Err(Error::cancelled()),
+            () = cancel.cancelled() => return Err(Error::cancelled()),
         };
         let failure = match outcome {
             Ok(value) => return Ok(value),
-            Err(_) if ticket.is_cancelled() => return Err(Error::cancelled()),
+            Err(_) if cancel.is_cancelled() => return Err(Error::cancelled()),
             Err(failure) => failure,
         };
         let next = retries.after(&failure, Instant::now(), rand::random());
-        let error = retries.told(&failure, unix_now(), next);
+        let error = retries.record(&failure, unix_now(), next);
         let delay = match next {
             Next::Wait { delay, .. } => delay,
             Next::End(limit) => return Err(retries.end(failure, limit)),
@@ -53,7 +53,7 @@ where
         context.tracker.fail(error);
         tokio::select! {
             () = tokio::time::sleep(delay) => context.tracker.begin(phase),
-            () = ticket.cancelled() => return Err(Error::cancelled()),
+            () = cancel.cancelled() => return Err(Error::cancelled()),
         }
     }
 }
@@ -127,8 +127,8 @@ impl Retries {
         }
     }
 
-    /// Returns the entry for the status document, and remembers the attempt.
-    pub(super) fn told(&mut self, failure: &Failure, unix: u64, next: Next) -> LastError {
+    /// Adds the attempt to the list, and returns the entry for the status document.
+    pub(super) fn record(&mut self, failure: &Failure, unix: u64, next: Next) -> LastError {
         let class = failure.kind.as_str().to_owned();
         self.attempts.push(Attempt { unix, class: class.clone(), message: failure.message.clone() });
         let excess = self.attempts.len().saturating_sub(LISTED);
@@ -172,7 +172,7 @@ mod tests {
         Retry { initial: seconds(2), maximum: seconds(60), attempts: 0, denied: seconds(120), unknown: seconds(1800) }
     }
 
-    /// Fails with `kind` again and again; returns the seconds of each attempt and the end.
+    /// Fails with `kind` at each attempt; returns the seconds of the attempts and the outcome.
     fn run(policy: Retry, kind: Kind, limit: usize) -> (Vec<u64>, Option<Outcome>) {
         let mut retries = Retries::new(policy);
         let start = Instant::now();
@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn another_class_in_between_begins_a_new_streak() {
+    fn a_failure_of_another_class_restarts_the_schedule() {
         let mut retries = Retries::new(policy());
         let now = Instant::now();
         for kind in [Kind::NotFound, Kind::NotFound, Kind::Network, Kind::NotFound, Kind::NotFound] {
@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn a_registry_that_asks_for_time_gets_it() {
+    fn the_delay_that_a_registry_asks_for_is_a_lower_bound() {
         let failure = Failure { retry_after: Some(Duration::from_secs(300)), ..Failure::new(Kind::Network, "m") };
         let next = Retries::new(policy()).after(&failure, Instant::now(), 0.0);
         assert_eq!(next, Next::Wait { delay: Duration::from_secs(300), left: None });
@@ -227,13 +227,13 @@ mod tests {
         let mut retries = Retries::new(policy());
         let failure = Failure::new(Kind::Unknown, "an odd page");
         let now = Instant::now();
-        let mut told = LastError::default();
+        let mut entry = LastError::default();
         for unix in 0..20 {
             let next = retries.after(&failure, now, 0.0);
-            told = retries.told(&failure, unix, next);
+            entry = retries.record(&failure, unix, next);
         }
-        assert_eq!((told.attempt, told.attempts.len(), told.attempts[0].unix), (20, LISTED, 4));
-        assert_eq!((told.next_retry_unix, told.give_up_unix), (Some(19 + 60), Some(19 + 1800)));
+        assert_eq!((entry.attempt, entry.attempts.len(), entry.attempts[0].unix), (20, LISTED, 4));
+        assert_eq!((entry.next_retry_unix, entry.give_up_unix), (Some(19 + 60), Some(19 + 1800)));
         let ended = retries.end(failure, "unknown").last_error();
         assert_eq!((ended.attempt, ended.attempts.len(), ended.outcome), (20, LISTED, Outcome::GaveUp));
         assert!(ended.message.contains("gave up after 20 attempts in 0 s (retry.unknown)"), "{}", ended.message);

@@ -3,25 +3,25 @@
 use tracing::info;
 
 use super::state::{self, Asked};
-use super::{Agent, Context, Error, Goal, PlanDocument, Step, SwitchPlan, Ticket, phases};
+use super::{Agent, CancelHandle, Context, Error, Goal, PlanDocument, Step, SwitchPlan, phases};
 use crate::config::Settings;
 
 impl Agent {
-    /// Resolves, pulls and stages. What an earlier call has staged is used again as long as the pull spec stands for the
-    /// same image; a tag is resolved at each call.
+    /// Resolves, pulls and stages. Reuses the result of an earlier call as long as the pull spec names the same image; a tag
+    /// is resolved at each call.
     ///
     /// # Errors
     /// As [`Agent::advance`].
-    pub async fn pull(&self, ticket: &Ticket) -> Result<(), Error> {
-        self.resolve_again(ticket).await?;
-        self.advance(Goal::Staged, ticket).await
+    pub async fn pull(&self, cancel: &CancelHandle) -> Result<(), Error> {
+        self.resolve_again(cancel).await?;
+        self.advance(Goal::Staged, cancel).await
     }
 
-    /// Goes back to the pull if a tag stands for another image by now. A failure leaves everything in place.
-    async fn resolve_again(&self, ticket: &Ticket) -> Result<(), Error> {
-        let mut record = self.lock_for_phases(ticket).await?;
+    /// Resets the step if a tag now names another image. A failure changes nothing.
+    async fn resolve_again(&self, cancel: &CancelHandle) -> Result<(), Error> {
+        let mut record = self.lock_for_phases(cancel).await?;
         let Some(old) = record.step.pulled_image().cloned() else { return Ok(()) };
-        // A configuration that is broken or asks for something else is the business of the call that follows.
+        // The call that follows handles an invalid or changed configuration.
         let Ok(settings) = Settings::load() else { return Ok(()) };
         let asked = Asked::by(&settings);
         if record.asked.as_ref() != Some(&asked) || asked.source.as_ref().is_some_and(|source| source.is_pinned()) {
@@ -29,24 +29,23 @@ impl Agent {
         }
         let before = self.tracker.status();
         let context = Context::new(settings, self.tracker.clone(), self.paths.clone());
-        let new = phases::resolve(&context, ticket).await;
+        let new = phases::resolve(&context, cancel).await;
         self.tracker.update(|status| *status = before);
         let new = new.inspect_err(|error| self.show_failure(error))?;
         if new.digest != old.digest {
-            info!("{} stands for another image by now: {}", new.requested, new.pinned);
+            info!("{} now names another image: {}", new.requested, new.pinned);
             self.tracker.restart(state::shown(&context.settings));
             record.step = Step::Idle;
         }
         Ok(())
     }
 
-    /// Returns the changes that the switch would make; pulls and stages first if that was not done yet, which leaves the
-    /// running system untouched.
+    /// Returns the changes that the switch would make; pulls and stages first if needed. The running system is unchanged.
     ///
     /// # Errors
     /// As [`Agent::advance`].
-    pub async fn plan(&self, ticket: &Ticket) -> Result<PlanDocument, Error> {
-        self.stage_again(ticket).await?;
+    pub async fn plan(&self, cancel: &CancelHandle) -> Result<PlanDocument, Error> {
+        self.stage_again(cancel).await?;
         let record = self.record.lock().await;
         Ok(match &record.step {
             Step::Staged(_) => PlanDocument::staged(SwitchPlan::load(&self.paths)?),
@@ -55,25 +54,25 @@ impl Agent {
         })
     }
 
-    /// Stages, again if that was done: `/etc`, the mounts and free memory may be others by now.
-    async fn stage_again(&self, ticket: &Ticket) -> Result<(), Error> {
+    /// Stages, also if that was done before, because `/etc`, the mounts or free memory may have changed.
+    async fn stage_again(&self, cancel: &CancelHandle) -> Result<(), Error> {
         {
             let mut record = self.record.lock().await;
             if let Step::Staged(staged) = &record.step {
                 record.step = Step::Pulled(staged.pulled.clone());
             }
         }
-        self.advance(Goal::Staged, ticket).await
+        self.advance(Goal::Staged, cancel).await
     }
 
     /// Returns the changes to `/etc` as a unified diff; pulls and stages first, like [`Agent::plan`].
-    /// Files that are not world-readable are only named, unless `secrets`. Empty when nothing is to be done.
+    /// Files that are not world-readable are only named, unless `secrets`. Empty if there is nothing to do.
     ///
     /// # Errors
     /// As [`Agent::advance`]; refused after the switch.
-    pub async fn diff_etc(&self, secrets: bool, ticket: &Ticket) -> Result<Vec<u8>, Error> {
-        self.stage_again(ticket).await?;
-        // Held until the end, so that no switch begins meanwhile.
+    pub async fn diff_etc(&self, secrets: bool, cancel: &CancelHandle) -> Result<Vec<u8>, Error> {
+        self.stage_again(cancel).await?;
+        // Locked until the end, so that no switch begins meanwhile.
         let record = self.record.lock().await;
         let staged = match &record.step {
             Step::Staged(staged) => staged.clone(),

@@ -1,4 +1,4 @@
-//! Which node store this machine has, and opening it.
+//! Chooses and opens the node store of this machine.
 
 use std::path::{Path, PathBuf};
 
@@ -13,14 +13,14 @@ use overlay_root::Namespace;
 
 /// The source that mount tables show for the node store's tmpfs.
 const STORE_SOURCE: &str = "node-image-store";
-/// There on every live medium, be it an ISO or PXE.
+/// Exists on live systems, booted from an ISO or over PXE.
 const LIVE_MARKER: &str = "/run/ostree-live";
 
-/// Opens the node store, making it where there is none, and the booted repo. The answer is the same for
-/// all of a boot, as long as the configuration is; a RAM store's limit follows free memory.
+/// Opens the node store, creating it if it is missing, and the booted repo. The choice depends on the boot and the
+/// configuration only; the limit of a RAM store follows free memory.
 ///
 /// # Errors
-/// [`preflight::Refusal`] where there is no memory to store anything in; whatever keeps it from being opened.
+/// [`preflight::Refusal`] if there is too little memory for a RAM store; another error if the store cannot be opened.
 pub(super) fn open(paths: &Paths, settings: &Settings) -> anyhow::Result<(NodeStore, Option<BootedRepo>)> {
     let booted = BootedRepo::discover()?;
     let mounts = Namespace::init().mounts()?;
@@ -47,7 +47,7 @@ pub(super) fn open(paths: &Paths, settings: &Settings) -> anyhow::Result<(NodeSt
     Ok((store, booted))
 }
 
-/// Returns where the delta tree of this machine's node store is. No store is made.
+/// Returns the path of the delta tree in this machine's node store. Creates no store.
 pub(super) fn delta_path(paths: &Paths) -> anyhow::Result<PathBuf> {
     if let Ok(store) = NodeStore::open(&paths.store()) {
         return Ok(store.delta_path());
@@ -57,7 +57,7 @@ pub(super) fn delta_path(paths: &Paths) -> anyhow::Result<PathBuf> {
     Ok(on_disk(&repo, &Namespace::init().mounts()?)?.delta_path())
 }
 
-/// Opens the node store that `staged` was staged in, whatever the configuration says by now.
+/// Opens the node store that holds `staged`, independent of the present configuration.
 pub(super) fn of(paths: &Paths, staged: &StagedRoot) -> anyhow::Result<NodeStore> {
     if staged.delta.directory.starts_with(paths.store()) {
         return NodeStore::open(&paths.store());

@@ -1,5 +1,4 @@
-//! The way back: undo when an administrator asks, roll back when a switch fails, both when a start finds one that
-//! was interrupted; and what keeps a switch that is on probation.
+//! Undoes a switch on request, rolls back a failed one, resumes interrupted ones at start, and keeps a switch on trial.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,10 +7,10 @@ use tracing::{info, warn};
 
 use super::deviations::Standing;
 use super::phases::{self, Below};
-use super::{Agent, Error, Goal, Probation, Record, StagedRoot, Step, Undo, auto_undo};
+use super::{Agent, Error, Goal, Record, StagedRoot, Step, TrialPeriod, Undo, auto_undo};
 use crate::report::{self, Phase, State};
 
-/// Marks, as long as it lives, that the holder of the record undoes.
+/// Sets a flag as long as it lives.
 struct Flag<'a>(&'a AtomicBool);
 
 impl<'a> Flag<'a> {
@@ -28,17 +27,16 @@ impl Drop for Flag<'_> {
 }
 
 impl Agent {
-    /// Puts `/usr`, `/etc` and the ref back as they were before the switch, and restarts what runs the node
-    /// image's code; units that only the node image has are stopped first. Returns what stays on purpose, a
-    /// line each. Called again, it answers the same.
+    /// Restores `/usr`, `/etc` and the ref. Stops the units that only the node image has first, and restarts those that run
+    /// its code afterwards. Returns the deliberately kept entries, one per line, also when called again.
     ///
     /// # Errors
-    /// Refused when nothing was switched, or another phase is under way; internal with everything that could not be
-    /// put back: undo can be called again.
+    /// A refusal if nothing was switched or another phase is running; an internal error with all entries that could not be
+    /// restored. The caller can call undo again.
     pub async fn undo(&self) -> Result<Vec<String>, Error> {
         let record = match self.record.try_lock() {
             Ok(record) => record,
-            // A caller from before the daemon was killed asks again.
+            // A caller repeats its call after the daemon was killed.
             Err(_) if self.undoing.load(Ordering::Acquire) => self.record.lock().await,
             Err(_) => return Err(Error::refused("busy", "a phase is under way: wait for it, or cancel it first")),
         };
@@ -46,14 +44,14 @@ impl Agent {
         self.undo_locked(&mut record, Below::Refuse).await
     }
 
-    /// Undoes a switch whose probation is over, or goes on with that.
+    /// Undoes a switch whose trial is over, or goes on with that.
     pub(super) async fn undo_expired(&self) -> Result<(), Error> {
         let mut record = self.record.lock().await;
-        let over = record.probation.and_then(Probation::left).is_some_and(|left| left.is_zero());
+        let over = record.trial.and_then(TrialPeriod::left).is_some_and(|left| left.is_zero());
         if !record.step.is_before_switch() && (over || matches!(record.step, Step::Undoing(_))) {
             self.undo_locked(&mut record, Below::Unmount).await.map(drop)
         } else if over {
-            record.probation = None;
+            record.trial = None;
             auto_undo::disarm().await;
             self.save(&mut record)
         } else {
@@ -64,7 +62,7 @@ impl Agent {
     pub(super) async fn undo_locked(&self, record: &mut Record, below: Below) -> Result<Vec<String>, Error> {
         let _flag = Flag::raise(&self.undoing);
         let (staged, salvaged) = match &record.step {
-            // Mounts below /usr were looked at when it began.
+            // Mounts below /usr were checked when the undo began.
             Step::Undoing(undo) => (undo.staged.clone(), undo.salvaged),
             Step::Lost { staged, .. } => (staged.clone(), true),
             Step::Switching(staged) => (staged.clone(), false),
@@ -89,10 +87,10 @@ impl Agent {
             Some(undo) => undo,
             None => self.begin_undo(staged, salvaged, record).await?,
         };
-        // What has begun is not on probation any more: half of an undo is finished, never kept.
+        // The trial period ends here, because a begun undo must be finished and cannot be kept.
         let before = record.clone();
         record.step = Step::Undoing(undo.clone());
-        record.probation = None;
+        record.trial = None;
         if let Err(error) = self.save(record) {
             *record = before;
             return Err(error.at(report::Standing::Switched));
@@ -102,7 +100,7 @@ impl Agent {
         if !undone.failed.is_empty() {
             let error = anyhow::anyhow!("undo is not complete: {}", undone.failed.join("; "));
             let error = Error::from(error).at(report::Standing::HalfDone);
-            self.tell(&error);
+            self.report_failure(&error);
             if let Err(error) = self.save(record) {
                 warn!("{error}");
             }
@@ -117,7 +115,7 @@ impl Agent {
 
     /// Plans the undo of units. It follows the flow that the switch planned for, which its record of units says, also on
     /// a machine that is in use since: what the switch restarted runs the node image's code, and may be what is wrong
-    /// with it (a network that is gone is what a probation is for). Where that is not known, less is touched.
+    /// with it (a network that is gone is what a trial period is for). Where that is not known, less is touched.
     ///
     /// # Errors
     /// When the units cannot be looked at. After the first act nothing can tell which of them run the node image's code,
@@ -125,20 +123,19 @@ impl Agent {
     async fn begin_undo(&self, staged: StagedRoot, salvaged: bool, record: &Record) -> Result<Undo, Error> {
         let planned = phases::plan_units(&self.paths, &staged, record.flow()).await;
         let (units, troubles) = planned.map_err(|error| {
-            let error = error.context("cannot tell which units run the node image's code");
+            let error = error.context("cannot determine which units run the node image's code");
             Error::from(error).at(report::Standing::Switched)
         })?;
         Ok(Undo { staged, units: Some(units), troubles, salvaged })
     }
 
-    /// All of it, or none of it: takes back what a switch did that failed with `error`, and says how the
-    /// system stands.
+    /// Rolls back a switch that failed with `error`. Returns the error with the resulting state of the system.
     pub(super) async fn roll_back(&self, record: &mut Record, staged: StagedRoot, error: Error) -> Error {
         warn!("{error}; rolling back");
         let undo = Undo { staged: staged.clone(), units: None, troubles: Vec::new(), salvaged: false };
         record.step = Step::Undoing(undo);
-        record.probation = None;
-        // Without room for it the old record stands: a start that finds it switches first.
+        record.trial = None;
+        // If this fails for lack of space, the old record stays, and the next agent finishes the switch first.
         if let Err(error) = self.save(record) {
             warn!("{error}");
         }
@@ -171,26 +168,26 @@ impl Agent {
         Ok(())
     }
 
-    /// Ends the probation: the switch stays. Returns a line for a person. Called again, it does nothing.
+    /// Ends the trial period: the switch stays. Returns one line. Another call changes nothing.
     ///
     /// # Errors
-    /// Refused when nothing is on probation, its time is over, or a phase is under way.
+    /// A refusal if no switch is on trial, the period is over, or a phase is running.
     pub async fn keep(&self) -> Result<Vec<String>, Error> {
         let Ok(mut record) = self.record.try_lock() else {
             return Err(Error::refused("busy", "a phase is under way: keep the switch when it has ended"));
         };
         let switched = matches!(record.step, Step::Switched(_) | Step::Refreshed(_) | Step::Finished(_));
-        match record.probation {
-            Some(probation) if switched && probation.kept => {
+        match record.trial {
+            Some(trial) if switched && trial.kept => {
                 auto_undo::disarm().await;
                 Ok(vec!["kept already".into()])
             }
-            Some(probation) if switched && probation.left().is_some_and(|left| left.is_zero()) => {
-                Err(Error::refused("expired", "the time of the probation is over: the switch is being undone"))
+            Some(trial) if switched && trial.left().is_some_and(|left| left.is_zero()) => {
+                Err(Error::refused("expired", "the trial period is over: the switch is being undone"))
             }
-            Some(probation) if switched => {
+            Some(trial) if switched => {
                 let before = record.clone();
-                record.probation = Some(Probation { kept: true, ..probation });
+                record.trial = Some(TrialPeriod { kept: true, ..trial });
                 if let Err(error) = self.save(&mut record) {
                     *record = before;
                     return Err(error);
@@ -199,27 +196,26 @@ impl Agent {
                 info!("the switch is kept");
                 Ok(vec!["kept: the switch stays".into()])
             }
-            _ => Err(Error::refused("no-trial", "there is nothing to keep: no switch is on probation (run --try)")),
+            _ => Err(Error::refused("no-trial", "there is nothing to keep: no switch is on trial (run --try)")),
         }
     }
 
-    /// Begins the work that a daemon does by itself: first it finishes what the record says was
-    /// interrupted, a switch or an undo; then it watches over a probation.
+    /// Starts the daemon's background work: finishes an interrupted switch or undo, then watches over a trial period.
     pub fn attend(self: &Arc<Self>) {
         let agent = self.clone();
         tokio::spawn(async move {
             if let Err(error) = agent.resume().await {
-                warn!("what was interrupted is not finished: {error}");
+                warn!("cannot finish the interrupted switch or undo: {error}");
             }
             agent.disarm_if_over().await;
             auto_undo::watch(agent).await;
         });
     }
 
-    /// Removes a left-over timer. One that brought the agent back to finish an undo stays until that is done.
+    /// Removes a left-over timer. During an undo it stays, because it restarts an agent that dies.
     async fn disarm_if_over(&self) {
         let record = self.record.lock().await;
-        let kept = record.probation.is_none_or(|probation| probation.kept);
+        let kept = record.trial.is_none_or(|trial| trial.kept);
         if kept && !matches!(record.step, Step::Undoing(_)) {
             auto_undo::disarm().await;
         }
@@ -229,11 +225,11 @@ impl Agent {
         let step = self.record.lock().await.step.clone();
         match step {
             Step::Undoing(_) => self.undo().await.map(drop),
-            // Nothing is undone that was not asked for.
+            // Only an administrator may start this undo.
             Step::Lost { message, .. } => Err(Error::refused("lost-record", message)),
             Step::Switching(_) | Step::Switched(_) => {
                 info!("the switch was interrupted: finishing it");
-                self.advance(Goal::Switched, &self.ticket("resume")).await
+                self.advance(Goal::Switched, &self.cancel_handle("resume")).await
             }
             _ => Ok(()),
         }
@@ -249,7 +245,7 @@ mod tests {
     use super::super::{Paths, Record};
     use super::*;
 
-    /// Without systemd there is nothing to ask; with it, the look succeeds.
+    /// Runs only without systemd, where the units cannot be inspected.
     #[tokio::test]
     async fn an_undo_does_not_begin_before_the_units_are_known() {
         if Path::new("/run/systemd/system").exists() {

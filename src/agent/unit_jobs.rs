@@ -1,7 +1,6 @@
-//! The units' part of stage, refresh, finish and undo: what is planned for them, and carrying it out so that a daemon
-//! that is killed in between does nothing twice.
+//! Carries out the unit plan, with a journal, so that the next agent after a kill repeats no completed job.
 //!
-//! `units.json` in the agent's directory holds what the units were before the switch, and each act with how far it is.
+//! `units.json` in the agent's directory holds the units before the switch, and each action with its completed jobs.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -20,18 +19,18 @@ use unit_refresh::{Action, Class, Definitions, Flow, Manager, Root, Sides, Verb,
 /// A file of the agent's directory.
 const FILE: &str = "units.json";
 
-/// One action, and how far it is.
+/// One action and its progress.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Act {
     action: Action,
-    /// How many of its jobs are done, well or not.
+    /// Number of its jobs that have ended, with or without success.
     #[serde(default)]
     done: usize,
-    /// Whether one of them went wrong.
+    /// True if one of them failed.
     #[serde(default)]
     failed: bool,
-    /// The run of the unit that a restart ends, in hexadecimal: another one says that it was done, by a daemon before us or
-    /// along with another unit.
+    /// Invocation of the unit that the restart must end, in hexadecimal. Another invocation means that it was restarted
+    /// already, by an earlier agent or as a dependent of another unit.
     #[serde(default)]
     ending: Option<String>,
 }
@@ -42,10 +41,10 @@ impl From<Action> for Act {
     }
 }
 
-/// What is remembered of the units, from before the switch until the next one.
+/// The record of the units, from before the switch until the next one.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct UnitsRecord {
-    /// What was active, as it was defined. What is restarted or stopped is taken out.
+    /// Definitions of the units that were active. Restarted and stopped units are removed.
     before: Definitions,
     /// The sockets that the final target pulled in; absent where an older agent switched.
     #[serde(default)]
@@ -58,31 +57,31 @@ pub(super) struct UnitsRecord {
 }
 
 impl UnitsRecord {
-    /// `None` where no switch has begun.
+    /// Loads the record, or returns `None` if no switch has begun.
     pub(super) fn load(paths: &Paths) -> Result<Option<Self>> {
         let shown = paths.run().join(FILE);
         let text = Directory::ensure(paths.run()).and_then(|dir| dir.read_optional(FILE));
         let text = text.with_context(|| format!("cannot read {}", shown.display()))?;
         let damaged =
-            || format!("{} is damaged; remove it, then units are known by the code they run alone", shown.display());
+            || format!("{} is damaged; remove it, then only the running code of units is compared", shown.display());
         text.map(|text| serde_json::from_slice(&text).with_context(damaged)).transpose()
     }
 
     fn save(&self, paths: &Paths) -> Result<()> {
-        let text = serde_json::to_vec(self).context("cannot write down what happens to units")?;
+        let text = serde_json::to_vec(self).context("cannot serialize the record of units")?;
         Directory::ensure(paths.run())
             .and_then(|dir| dir.write_atomic(FILE, 0o600, &text))
             .with_context(|| format!("cannot write {}", paths.run().join(FILE).display()))
     }
 
-    /// Units that the switch stopped: an undo starts them again.
+    /// Returns the units that the switch stopped; an undo starts them again.
     pub(super) fn stopped(&self) -> impl Iterator<Item = &str> {
         let done = self.acts.iter().filter(|act| act.action.class == Class::Stop && act.done > 0);
         done.map(|act| act.action.unit.as_str())
     }
 }
 
-/// Writes down what the units are, before the first act of the switch. Nothing is changed.
+/// Records the units before the first act of the switch.
 pub(super) async fn remember(context: &Context) -> Result<(), Error> {
     let remembered = async {
         let files = unit_files().await?;
@@ -94,8 +93,11 @@ pub(super) async fn remember(context: &Context) -> Result<(), Error> {
     remembered.await.map_err(Error::from)
 }
 
-/// Plans for `flow`, once, and carries the plan out, from where a daemon before us was killed. Returns the actions that
-/// were carried out; what went wrong is added to `trouble`.
+/// Plans for `flow` once and carries the plan out; after a kill, continues after the last completed job. Returns the
+/// actions that succeeded. Adds a line to `trouble` for each failure of a unit.
+///
+/// # Errors
+/// The record cannot be read or written, or systemd does not answer.
 pub(super) async fn carry_out(
     context: &Context,
     manager: &mut Manager,
@@ -104,7 +106,7 @@ pub(super) async fn carry_out(
     trouble: &mut Vec<String>,
 ) -> Result<Vec<Action>> {
     let paths = &context.paths;
-    // Without one an older agent switched: then units are known by what they run only.
+    // An older agent wrote none. Then only the running code of units is compared.
     let mut record = UnitsRecord::load(paths)?.unwrap_or_default();
     if record.flow != Some(flow) {
         let new = unit_files().await?;
@@ -115,7 +117,7 @@ pub(super) async fn carry_out(
         let (version, old, differs) = (Version::Replaced, &record.before, &differs);
         let sides = Sides { version, differs, old, new: &new, added: &added, systemd };
         let (states, troubles) = match unit_refresh::survey(manager, &sides).await {
-            // Somebody re-executed systemd.
+            // Another process re-executed systemd.
             Err(error) if Manager::is_lost(&error) => {
                 *manager = Manager::connect().await?;
                 unit_refresh::survey(manager, &sides).await?
@@ -123,7 +125,7 @@ pub(super) async fn carry_out(
             surveyed => surveyed?,
         };
         trouble.extend(troubles);
-        // What was done for the flow before is still what happened.
+        // Actions for the earlier flow that have begun stay in the report.
         record.acts.retain(|act| act.done > 0);
         for action in unit_refresh::plan(&states, flow, &context.settings.units) {
             let mut act = Act::from(action);
@@ -147,8 +149,8 @@ pub(super) async fn carry_out(
             }
         }
     }
-    if let Err(error) = look_along(manager, &record.acts, trouble).await {
-        trouble.push(format!("cannot tell what became of units that were restarted along: {error:#}"));
+    if let Err(error) = check_dependents(manager, &record.acts, trouble).await {
+        trouble.push(format!("cannot check the dependents of restarted units: {error:#}"));
     }
     Ok(record.acts.into_iter().filter(|act| !act.failed).map(|act| act.action).collect())
 }
@@ -171,7 +173,7 @@ async fn carry_out_one(
     if run.is_none() || run == act.ending {
         outcome = manager.run(verb, unit, Manager::JOB_TIMEOUT).await;
         if act.action.class == Class::Stop && outcome.is_ok() {
-            // How it ended concerns nobody: it has no unit file any more.
+            // Its unit file is gone, so a failed state would stay forever.
             outcome = manager.reset_failed(unit).await;
         }
     }
@@ -182,17 +184,18 @@ async fn carry_out_one(
     Ok(outcome)
 }
 
-/// Of units that systemd restarts along with others nobody waits for the jobs: what fails among them is told here.
-async fn look_along(manager: &Manager, acts: &[Act], trouble: &mut Vec<String>) -> Result<()> {
-    // Targets are up when all is that they want, which may be long after us.
-    let along = acts.iter().flat_map(|act| &act.action.dependents).map(String::as_str);
-    let along: BTreeSet<_> = along.filter(|name| !name.ends_with(".target")).collect();
-    if along.is_empty() {
+/// Waits for the dependents that systemd restarted together with a unit, and reports those that failed. The agent does not
+/// wait for their jobs otherwise.
+async fn check_dependents(manager: &Manager, acts: &[Act], trouble: &mut Vec<String>) -> Result<()> {
+    // A target is active only after all units that it wants, which may take longer than the agent runs.
+    let dependents = acts.iter().flat_map(|act| &act.action.dependents).map(String::as_str);
+    let dependents: BTreeSet<_> = dependents.filter(|name| !name.ends_with(".target")).collect();
+    if dependents.is_empty() {
         return Ok(());
     }
     let deadline = Instant::now() + Manager::JOB_TIMEOUT;
     let (pending, failed) = loop {
-        let (pending, failed) = manager.pending_and_failed(&along).await?;
+        let (pending, failed) = manager.pending_and_failed(&dependents).await?;
         if pending.is_empty() || Instant::now() >= deadline {
             break (pending, failed);
         }
@@ -201,10 +204,10 @@ async fn look_along(manager: &Manager, acts: &[Act], trouble: &mut Vec<String>) 
     let of = |unit: &String| {
         acts.iter().find(|act| act.action.dependents.contains(unit)).map(|act| act.action.unit.as_str())
     };
-    for (units, how) in [(&pending, "is still not up"), (&failed, "has failed")] {
+    for (units, how) in [(&pending, "has not started yet"), (&failed, "has failed")] {
         trouble.extend(units.iter().map(|unit| {
             let because = of(unit).unwrap_or_default();
-            format!("{unit} {how}: it was restarted along with {because}; see systemctl status {unit}")
+            format!("{unit} {how}: it was restarted as a dependent of {because}; see systemctl status {unit}")
         }));
     }
     Ok(())
@@ -217,7 +220,7 @@ mod tests {
     use unit_refresh::{Definition, How};
 
     #[test]
-    fn kept_and_read_again() {
+    fn the_record_survives_the_file_and_names_stopped_units() {
         let temp = tempfile::tempdir().unwrap();
         let paths = Paths::below(temp.path());
         assert_eq!(UnitsRecord::load(&paths).unwrap(), None);
@@ -239,7 +242,7 @@ mod tests {
         };
         record.save(&paths).unwrap();
         assert_eq!(UnitsRecord::load(&paths).unwrap(), Some(record.clone()));
-        assert_eq!(record.stopped().collect::<Vec<_>>(), ["a.service"], "what was not stopped is not started");
+        assert_eq!(record.stopped().collect::<Vec<_>>(), ["a.service"], "a unit that was not stopped is not listed");
         std::fs::write(temp.path().join(FILE), "{").unwrap();
         assert!(UnitsRecord::load(&paths).unwrap_err().to_string().contains("units.json is damaged"));
     }

@@ -1,4 +1,4 @@
-//! What the switch means for units: the preview before it, and the code that runs after it.
+//! Inspects units: a preview of the unit plan before the switch, and the units that run old code after it.
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -12,7 +12,8 @@ use crate::report::StaleUnit;
 use etc_merge::Origin;
 use unit_refresh::{Action, Class, Definitions, EtcChanges, Flow, Manager, Policy, Root, Sides, UnitFiles, Version};
 
-/// What would happen to units, before the switch; with what could not be found out.
+/// Plans the actions for units before the switch, as a preview. The second list has a line for each fact that could not be
+/// determined.
 pub(super) async fn preview(
     context: &Context,
     staged: &StagedRoot,
@@ -50,16 +51,17 @@ pub(super) async fn preview(
     Ok((actions, troubles))
 }
 
-/// The target of the isolate: what the daemon that saw the generator's drop-in was told.
+/// Returns the target of the isolation: the one in the status document, which comes from the generator's drop-in, else the
+/// configured one.
 pub(super) fn target(context: &Context) -> String {
     context.tracker.status().target.unwrap_or_else(|| context.settings.target.clone())
 }
 
-/// The merge as far as unit files see it.
+/// Returns the changes of the merge below `/etc/systemd`.
 fn etc_changes(plan: &etc_merge::Plan, new_etc: &Path) -> EtcChanges {
     let concerned = plan.changes.iter().filter(|change| change.path.as_path().starts_with("systemd"));
-    let arrives = concerned.filter(|change| change.after.is_none() || change.content == Origin::New);
-    arrives
+    let applied = concerned.filter(|change| change.after.is_none() || change.content == Origin::New);
+    applied
         .map(|change| {
             let path = change.path.as_path();
             (path.to_owned(), change.after.as_ref().map(|_| new_etc.join(path)))
@@ -72,7 +74,7 @@ pub(super) async fn unit_files() -> Result<UnitFiles> {
     read.context("cannot read the unit files")
 }
 
-/// What still runs the bootimage's code.
+/// Returns the units that still run the bootimage's code.
 pub(super) async fn still_old(manager: &Manager, changed: &ChangedPaths) -> Result<Vec<StaleUnit>> {
     let (old, new, added) = (Definitions::new(), UnitFiles::default(), BTreeSet::new());
     let differs = |path: &Path| changed.contains(path);
@@ -82,7 +84,7 @@ pub(super) async fn still_old(manager: &Manager, changed: &ChangedPaths) -> Resu
     Ok(states.into_iter().map(|state| StaleUnit { unit: state.name, files: state.changed }).collect())
 }
 
-/// What was done and what was left, for the summary.
+/// Returns lines for the summary: the actions, and the units that still run old code.
 pub(super) fn notes(actions: &[Action], old: &[StaleUnit]) -> Vec<String> {
     let mut notes = Vec::new();
     for (class, done) in [(Class::Stop, "stopped"), (Class::Reload, "reloaded"), (Class::Restart, "restarted")] {
@@ -98,7 +100,7 @@ pub(super) fn notes(actions: &[Action], old: &[StaleUnit]) -> Vec<String> {
     notes
 }
 
-/// The policy of the configuration, for an undo, which has to go on without one that can be read.
+/// Returns the configured policy for units, or the default if the configuration is invalid, because an undo must continue.
 pub(super) fn policy() -> Policy {
     crate::config::Settings::load().map(|settings| settings.units).unwrap_or_default()
 }
@@ -108,7 +110,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_the_summary_says() {
+    fn the_summary_names_units_by_action() {
         let one = |unit: &str, class| Action::new(unit, class, "r");
         let actions = [
             one("a.service", Class::Restart),
@@ -125,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn the_merge_as_unit_files_see_it() {
+    fn only_new_content_below_systemd_counts() {
         use etc_merge::{Change, Content, Leaf, Meta};
         let leaf = || Leaf { meta: Meta::default(), content: Content::Other };
         let change = |path: &str, after: Option<Leaf>, content| Change {

@@ -47,7 +47,7 @@ fn stale_units(expected: Expected) -> BTreeSet<String> {
     let mut known: BTreeMap<PathBuf, bool> = BTreeMap::from([(here, false)]);
     let mut units = BTreeSet::new();
     for (pid, process) in processes() {
-        // A process that ended meanwhile has no view.
+        // The process may have ended meanwhile.
         let Some(its) = namespace(&process) else { continue };
         let look = || {
             let exposure = Namespace::of(pid).exposure(Path::new(USR), USR_SOURCE);

@@ -1,4 +1,4 @@
-//! Talking to the daemon: over its private socket as root, over the system bus otherwise.
+//! The client of the daemon: over its private socket as root, over the system bus otherwise.
 
 use std::io;
 use std::path::Path;
@@ -28,7 +28,7 @@ pub enum CallError {
     /// The call ended, with this outcome and message.
     #[error("{1}")]
     Ended(Outcome, String),
-    /// The daemon went away in the middle; it goes on where it was when it is started again.
+    /// The daemon ended during the call. It continues from its record when it is started again.
     #[error("the connection to the daemon broke: {0}")]
     Disconnected(String),
 }
@@ -42,14 +42,17 @@ impl CallError {
         }
     }
 
-    /// Returns the error of a call that could not be made.
+    /// Returns the error of a call that the daemon did not answer with a D-Bus error.
     fn failed(message: String) -> Self {
         Self::Ended(Outcome::Internal, message)
     }
 }
 
 impl Client {
-    /// Connects to read the status: to `socket` when it may be opened, else over the system bus.
+    /// Connects to read the status: to `socket` if the caller may open it, else over the system bus.
+    ///
+    /// # Errors
+    /// Neither answers.
     pub async fn connect(socket: &Path) -> Result<Self> {
         match UnixStream::connect(socket).await {
             Ok(stream) => Self::private(stream).await.with_context(|| format!("no answer on {}", socket.display())),
@@ -67,11 +70,10 @@ impl Client {
         Ok(Self { connection, destination: None })
     }
 
-    /// Connects to call a method, which only root may; `None` when no daemon runs.
+    /// Connects as root to call a method. Returns `None` if no daemon runs.
     ///
     /// # Errors
-    /// [`CallError::Ended`] for others than root, [`CallError::Disconnected`] when the daemon went
-    /// away before it answered.
+    /// [`CallError::Ended`] for other users than root, [`CallError::Disconnected`] if the daemon ended before it answered.
     pub async fn running(socket: &Path) -> Result<Option<Self>, CallError> {
         match UnixStream::connect(socket).await {
             Ok(stream) => {
@@ -81,15 +83,15 @@ impl Client {
         }
     }
 
-    /// Connects to call a method; starts the daemon's unit first, once, when it does not run.
+    /// Connects to call a method. If no daemon runs, starts its unit once.
     ///
     /// # Errors
-    /// As [`Client::running`]; [`CallError::Ended`] when the unit cannot be started.
+    /// As [`Client::running`]; [`CallError::Ended`] if the unit cannot be started.
     pub async fn connect_or_start(socket: &Path) -> Result<Self, CallError> {
         if let Some(client) = Self::running(socket).await? {
             return Ok(client);
         }
-        // systemd would say so, in words that do not tell what to do.
+        // systemd's own error does not name the remedy.
         if !rustix::process::geteuid().is_root() {
             return Err(CallError::failed(format!("must be root to start {DAEMON_UNIT}")));
         }
@@ -104,8 +106,8 @@ impl Client {
         })
     }
 
-    /// Waits at most `limit` for a daemon that went away. Its unit has `Restart=`, so starting it again
-    /// is not ours, and would use up its start limit; only in the end is that tried, once.
+    /// Waits at most `limit` for a daemon that ended. systemd restarts it (`Restart=`), and another start would count
+    /// against its start limit, so the client starts the unit only after `limit`, once.
     ///
     /// # Errors
     /// As [`Client::connect_or_start`].
@@ -122,7 +124,7 @@ impl Client {
         Self::connect_or_start(socket).await
     }
 
-    /// Calls a method and waits for its end, however long it takes; returns the lines it answers.
+    /// Calls a method and waits for its end without a time limit. Returns the lines of the answer.
     ///
     /// # Errors
     /// See [`CallError`].
@@ -130,7 +132,7 @@ impl Client {
         self.call_with(method, &()).await
     }
 
-    /// The same with arguments.
+    /// Calls a method with arguments. See [`Client::call`].
     ///
     /// # Errors
     /// See [`CallError`].
@@ -142,13 +144,13 @@ impl Client {
         Ok(self.reply(method, body).await?.body().deserialize().unwrap_or_default())
     }
 
-    /// The plan as a JSON document. See [`Client::call`].
+    /// Returns the plan as a JSON document. See [`Client::call`].
     pub async fn plan_document(&self) -> Result<String, CallError> {
         let reply = self.reply("PlanDocument", &()).await?;
         reply.body().deserialize().map_err(|error| CallError::failed(format!("the daemon's answer: {error}")))
     }
 
-    /// The plan for `/etc` as a unified diff. See [`Client::call`].
+    /// Returns the plan for `/etc` as a unified diff, of unreadable files too if `secrets`. See [`Client::call`].
     pub async fn diff_etc(&self, secrets: bool) -> Result<Vec<u8>, CallError> {
         let reply = self.reply("DiffEtc", &secrets).await?;
         reply.body().deserialize().map_err(|error| CallError::failed(format!("the daemon's answer: {error}")))
@@ -162,7 +164,11 @@ impl Client {
         call.await.map_err(classify)
     }
 
-    /// The status document. The daemon has it at hand, so one that does not answer hangs, and is not waited for.
+    /// Returns the status document.
+    ///
+    /// # Errors
+    /// The daemon does not answer within [`ANSWER`]: it needs no time for the document, so it hangs. Also fails if the
+    /// daemon is of another version.
     pub async fn status(&self) -> Result<Status> {
         let (properties, wanted) = (Some("org.freedesktop.DBus.Properties"), (INTERFACE, "Status"));
         let reply = within(self.connection.call_method(self.destination, PATH, properties, "Get", &wanted))
@@ -179,12 +185,11 @@ async fn start() -> Result<()> {
     let manager = Manager::connect().await?;
     match manager.start(DAEMON_UNIT, limit).await {
         Ok(()) => Ok(()),
-        // A PID 1 of another /usr than the one in place may be unable to start anything: what was left
-        // by a daemon that was killed in the middle of a switch or an undo.
+        // A daemon that was killed during a switch or an undo may leave PID 1 with the files of another /usr, from
+        // which it cannot start services.
         Err(_) if !unit_refresh::mapped_files(1).is_empty() => {
             let manager = manager.reexecute().await?;
-            // From 254 on systemd remembers how often a unit was started: a daemon that was refused for that is
-            // refused by the new one, too.
+            // Since version 254 systemd keeps the start counters over its re-execution, so the limit still applies.
             manager.reset_failed(DAEMON_UNIT).await?;
             manager.start(DAEMON_UNIT, limit).await
         }
@@ -192,7 +197,7 @@ async fn start() -> Result<()> {
     }
 }
 
-/// Whether the socket that could not be connected to means that no daemon runs.
+/// Returns `Ok` if `error`, from connecting to the socket, means that no daemon runs.
 fn absent(socket: &Path, error: &io::Error) -> Result<(), CallError> {
     match error.kind() {
         io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Ok(()),
@@ -230,7 +235,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_dead_daemons_socket_is_no_daemon() {
+    async fn a_socket_left_by_a_dead_daemon_counts_as_absent() {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("socket");
         assert!(Client::running(&socket).await.unwrap().is_none());
@@ -238,7 +243,7 @@ mod tests {
         assert!(Client::running(&socket).await.unwrap().is_none());
     }
 
-    /// As a daemon, or whoever holds its socket, that hangs.
+    /// The socket is held by a daemon, or by systemd for it, that hangs.
     #[tokio::test]
     async fn a_daemon_that_never_answers_is_not_waited_for() {
         let dir = tempfile::tempdir().unwrap();
@@ -252,7 +257,7 @@ mod tests {
         assert!(text.contains("no answer within") && text.contains(&*socket.to_string_lossy()), "{text}");
     }
 
-    /// As a daemon that is stopped, or stuck, after it took the connection.
+    /// The daemon is stopped or hangs after it has accepted the connection.
     #[tokio::test]
     async fn a_status_that_never_comes_is_not_waited_for() {
         let (ours, its) = UnixStream::pair().unwrap();

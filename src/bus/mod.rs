@@ -1,8 +1,8 @@
-//! `org.nodeimage.Pivot1`: the daemon's interface and the client of it.
+//! `org.nodeimage.Pivot1`: the daemon's D-Bus interface and its client.
 //!
-//! The same interface is served twice: on the system bus (methods for root, properties for all, as
-//! the bus policy says) and, without any bus, on a socket that only root can open. A dead bus costs
-//! the public status API, never the pivot. This room calls `agent` and nothing below it.
+//! The daemon serves the same interface twice: on the system bus, where the bus policy allows methods to root and
+//! properties to all users, and on a private socket that only root can open. Without a bus only the public status is
+//! unavailable; the pivot continues.
 
 mod announced;
 mod client;
@@ -20,20 +20,20 @@ pub use server::serve;
 
 /// The well-known name on the system bus.
 pub const NAME: &str = "org.nodeimage.Pivot1";
-/// Where the object is.
+/// Path of the object.
 pub const PATH: &str = "/org/nodeimage/Pivot1";
-/// The interface; the same word as the name.
+/// Name of the interface, the same as the well-known name.
 pub const INTERFACE: &str = "org.nodeimage.Pivot1";
 
-/// How long connecting may take, the handshake included, and how long reading the status. A socket of systemd's takes
-/// connections for a bus, or a daemon, that hangs or is not there.
+/// Time limit for connecting, including the handshake, and for reading the status. A socket that systemd listens on
+/// accepts connections even if the bus or the daemon behind it hangs or does not run.
 const ANSWER: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 25 });
 
 async fn build(builder: Builder<'_>) -> Result<Connection> {
     within(builder.build()).await
 }
 
-/// What is answered within [`ANSWER`], or an error that says how long was waited.
+/// Returns the answer if it arrives within [`ANSWER`], else an error that names the limit.
 async fn within<T>(answer: impl Future<Output = zbus::Result<T>>) -> Result<T> {
     let answer = tokio::time::timeout(ANSWER, answer).await;
     Ok(answer.with_context(|| format!("no answer within {} s", ANSWER.as_secs()))??)

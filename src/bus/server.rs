@@ -1,4 +1,4 @@
-//! Serving the interface on the private socket and on the system bus.
+//! The server of the interface on the private socket and on the system bus.
 
 use std::borrow::Cow;
 use std::os::unix::fs::PermissionsExt;
@@ -25,17 +25,16 @@ use crate::report::Status;
 /// Time between attempts to reach a bus that is down or restarting.
 const BUS_RETRY: Duration = Duration::from_secs(5);
 
-/// Opens the private socket and starts serving both ways in the background. When this returns, a
-/// client can connect.
+/// Opens the private socket and serves it and the system bus in the background. When this returns, a client can connect.
 ///
 /// # Errors
-/// The socket cannot be made: the message names it.
+/// The socket cannot be created; the message names it.
 pub async fn serve(agent: Arc<Agent>, socket: &Path) -> Result<()> {
-    // The agent holds the lock of the one daemon: a socket that is there is a dead one's.
+    // The agent holds the daemon's lock, so an existing socket belongs to a daemon that has ended.
     let _ = std::fs::remove_file(socket);
     let listener = UnixListener::bind(socket).with_context(|| format!("cannot listen on {}", socket.display()))?;
     std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))
-        .with_context(|| format!("cannot close {} to others", socket.display()))?;
+        .with_context(|| format!("cannot restrict {} to root", socket.display()))?;
     tokio::spawn(accept(listener, agent.clone()));
     tokio::spawn(system_bus(agent));
     Ok(())
@@ -55,12 +54,12 @@ async fn accept(listener: UnixListener, agent: Arc<Agent>) {
         tokio::spawn(async move {
             let gone = CancellationToken::new();
             match private_connection(stream, Pivot { agent, gone: gone.clone() }).await {
-                // The connection ends when it is dropped.
+                // Dropping the connection closes it.
                 Ok(connection) => {
                     connection.closed().await;
                     gone.cancel();
                 }
-                Err(error) => debug!("a client of the private socket went away: {error:#}"),
+                Err(error) => debug!("a client of the private socket disconnected: {error:#}"),
             }
         });
     }
@@ -71,25 +70,25 @@ async fn private_connection(stream: tokio::net::UnixStream, pivot: Pivot) -> Res
     build(Builder::unix_stream(stream).server(Guid::generate()).p2p().serve_at(PATH, pivot)).await
 }
 
-/// Keeps the name on the system bus, for as long as there is one.
+/// Owns the name on the system bus, and connects again after the bus has ended.
 async fn system_bus(agent: Arc<Agent>) {
-    let mut told = false;
+    let mut reported = false;
     loop {
-        // Before clients can read a value there: no change after that is missed.
+        // Subscribed before clients can read a value, so that no later change is missed.
         let watch = agent.tracker().watch();
         match bus_connection(agent.clone()).await {
             Ok(connection) => {
-                told = false;
+                reported = false;
                 info!("{NAME} is on the system bus");
                 tokio::select! {
-                    () = connection.closed() => warn!("the system bus went away; the pivot goes on without it"),
+                    () = connection.closed() => warn!("the system bus closed the connection; the pivot continues without it"),
                     ended = announce(&connection, watch) => {
                         let _ = ended.inspect_err(|error| debug!("cannot announce a change: {error:#}"));
                     }
                 }
             }
-            Err(error) if !told => {
-                told = true;
+            Err(error) if !reported => {
+                reported = true;
                 warn!("no system bus: {error:#}; status stays available to root on the private socket");
             }
             Err(_) => {}
@@ -103,8 +102,8 @@ async fn bus_connection(agent: Arc<Agent>) -> Result<Connection> {
     build(Builder::system().serve_at(PATH, pivot).name(NAME)).await
 }
 
-/// Emits one PropertiesChanged for each change of the status document that changes a property, with the properties that
-/// changed. Ends when the bus refuses.
+/// Emits one PropertiesChanged, with the changed properties, for each change of the status document that changes a
+/// property. Returns when the bus rejects a signal.
 async fn announce(connection: &Connection, mut watch: watch::Receiver<Status>) -> Result<()> {
     let emitter = SignalEmitter::new(connection, PATH)?;
     let mut last = Announced::from(&*watch.borrow_and_update());

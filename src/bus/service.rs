@@ -11,15 +11,15 @@ use zbus::{Message, interface};
 
 use super::INTERFACE;
 use super::announced::{Announced, LastErrorTuple, TimelineTuple};
-use crate::agent::{Agent, Error, Goal, Ticket};
+use crate::agent::{Agent, CancelHandle, Error, Goal};
 use crate::report::Outcome;
 use node_store::ProgressSnapshot;
 
 /// The object behind [`super::PATH`].
 pub(super) struct Pivot {
     pub(super) agent: Arc<Agent>,
-    /// Cancelled when the peer of this connection is gone. A call that nobody waits for must not act
-    /// hours later. On the bus, where connections outlive callers, it never is.
+    /// Cancelled when the peer of a private connection disconnects, so that a call without a waiting caller does not act
+    /// hours later. Never cancelled on the bus, where connections outlive callers.
     pub(super) gone: CancellationToken,
 }
 
@@ -28,15 +28,15 @@ impl Pivot {
         Announced::from(&self.agent.tracker().status())
     }
 
-    fn ticket(&self, call: &'static str) -> Ticket {
-        let ticket = self.agent.ticket(call);
-        ticket.end_with(&self.gone);
-        ticket
+    fn cancel_handle(&self, call: &'static str) -> CancelHandle {
+        let handle = self.agent.cancel_handle(call);
+        handle.end_with(&self.gone);
+        handle
     }
 }
 
-/// The error of a method: the name, `org.nodeimage.Pivot1.Error.` and that of the outcome, is for programs, the message
-/// for people.
+/// The error of a method. Its name, `org.nodeimage.Pivot1.Error.` with the name of the outcome, is for programs; its
+/// message is for people.
 #[derive(Debug)]
 pub(super) struct MethodError {
     outcome: Outcome,
@@ -66,72 +66,73 @@ impl zbus::DBusError for MethodError {
 
 #[interface(interface = "org.nodeimage.Pivot1")]
 impl Pivot {
-    /// Resolve, pull and stage; returns when staged. The running system is untouched.
+    /// Resolves, pulls and stages; returns when staged. The running system is unchanged.
     async fn pull(&self) -> Result<(), MethodError> {
-        Ok(self.agent.pull(&self.ticket("pull")).await?)
+        Ok(self.agent.pull(&self.cancel_handle("pull")).await?)
     }
 
-    /// Fetches what the pull left out of the node image; pulls and stages first if needed. Possible at any
-    /// time, also after the pivot: the running system is untouched. Returns what was done, a line each.
+    /// Fetches the content of the node image that the pull left out; pulls and stages first if needed. Possible at any
+    /// time, also after the pivot: the running system is unchanged. Returns a report in lines.
     async fn complete(&self) -> Result<Vec<String>, MethodError> {
-        Ok(self.agent.complete(&self.ticket("complete")).await?)
+        Ok(self.agent.complete(&self.cancel_handle("complete")).await?)
     }
 
-    /// Switch and refresh; pulls first if needed.
+    /// Switches and refreshes; pulls and stages first if needed.
     async fn overlay(&self) -> Result<(), MethodError> {
-        Ok(self.agent.advance(Goal::Switched, &self.ticket("overlay")).await?)
+        Ok(self.agent.advance(Goal::Switched, &self.cancel_handle("overlay")).await?)
     }
 
-    /// Isolates to the original default target; does everything before it if needed.
+    /// Isolates to the original default target; runs the earlier phases first if needed.
     async fn finish(&self) -> Result<(), MethodError> {
-        Ok(self.agent.advance(Goal::Finished, &self.ticket("finish")).await?)
+        Ok(self.agent.advance(Goal::Finished, &self.cancel_handle("finish")).await?)
     }
 
-    /// All phases that belong to the flow.
+    /// Runs all phases of the flow.
     async fn run(&self) -> Result<(), MethodError> {
-        Ok(self.agent.run(&self.ticket("run")).await?)
+        Ok(self.agent.run(&self.cancel_handle("run")).await?)
     }
 
-    /// The same on probation: undone this many seconds after the switch began, unless Keep is called.
+    /// Runs all phases of the flow with a trial period: the switch is undone this many seconds after it began, unless Keep
+    /// is called.
     #[zbus(name = "Try")]
     async fn try_for(&self, seconds: u64) -> Result<(), MethodError> {
-        Ok(self.agent.run_for(Duration::from_secs(seconds), &self.ticket("run --try")).await?)
+        Ok(self.agent.run_for(Duration::from_secs(seconds), &self.cancel_handle("run --try")).await?)
     }
 
-    /// Ends the probation: the switch stays. Answers a line.
+    /// Ends the trial period: the switch stays. Returns one line.
     async fn keep(&self) -> Result<Vec<String>, MethodError> {
         Ok(self.agent.keep().await?)
     }
 
-    /// Puts `/usr` and `/etc` back; returns what stays on purpose.
+    /// Restores `/usr` and `/etc`; returns the entries that the undo kept deliberately.
     async fn undo(&self) -> Result<Vec<String>, MethodError> {
         Ok(self.agent.undo().await?)
     }
 
-    /// What the switch would change, a line each.
+    /// Returns the changes that the switch would make, one per line.
     async fn plan(&self) -> Result<Vec<String>, MethodError> {
-        Ok(self.agent.plan(&self.ticket("plan")).await?.lines())
+        Ok(self.agent.plan(&self.cancel_handle("plan")).await?.lines())
     }
 
-    /// The same as a JSON document.
+    /// Returns the changes that the switch would make, as a JSON document.
     async fn plan_document(&self) -> Result<String, MethodError> {
-        let plan = self.agent.plan(&self.ticket("plan")).await?;
+        let plan = self.agent.plan(&self.cancel_handle("plan")).await?;
         serde_json::to_string_pretty(&plan)
             .map_err(|error| MethodError { outcome: Outcome::Internal, message: error.to_string() })
     }
 
-    /// What the switch would change in `/etc`, as a unified diff. `secrets`: also of files that not everybody may
-    /// read.
+    /// Returns the changes that the switch would make in `/etc`, as a unified diff. The content of files that are not
+    /// world-readable is included only if `secrets`.
     async fn diff_etc(&self, secrets: bool) -> Result<Vec<u8>, MethodError> {
-        Ok(self.agent.diff_etc(secrets, &self.ticket("diff-etc")).await?)
+        Ok(self.agent.diff_etc(secrets, &self.cancel_handle("diff-etc")).await?)
     }
 
-    /// Ends every call that has not begun to switch; answers a line if there was one.
+    /// Cancels every call that has not begun to switch; returns one line if there was one.
     fn cancel(&self) -> Vec<String> {
         if self.agent.cancel() { vec!["cancelled".to_owned()] } else { Vec::new() }
     }
 
-    /// The whole status document, JSON.
+    /// The whole status document, as JSON.
     #[zbus(property(emits_changed_signal = "false"))]
     fn status(&self) -> String {
         serde_json::to_string(&self.agent.status()).unwrap_or_default()
@@ -143,13 +144,13 @@ impl Pivot {
         self.announced().state
     }
 
-    /// The phase that runs or failed; empty before the first.
+    /// The phase that runs or has failed; empty before the first.
     #[zbus(property)]
     fn phase(&self) -> String {
         self.announced().phase
     }
 
-    /// When the switch will be undone unless Keep is called, in seconds since the epoch; 0 for never.
+    /// Time at which the switch is undone unless Keep is called, in seconds since the epoch; 0 for never.
     #[zbus(property)]
     fn undo_at(&self) -> u64 {
         self.announced().undo_at
@@ -161,7 +162,7 @@ impl Pivot {
         counters(&self.agent.tracker().status().progress)
     }
 
-    /// The last failure; all empty when there is none.
+    /// The last failure; all fields are empty if there is none.
     #[zbus(property)]
     fn last_error(&self) -> LastErrorTuple {
         self.announced().last_error

@@ -4,5 +4,5 @@ mod timer;
 mod trial;
 
 pub(super) use timer::{arm, armed, disarm};
-pub use trial::Probation;
+pub use trial::TrialPeriod;
 pub(super) use trial::watch;

@@ -1,10 +1,9 @@
-//! A systemd timer that brings the agent back at the end of a trial period, should it be dead by then.
+//! A systemd timer that starts the agent at the end of a trial period if the agent has died.
 //!
-//! The timer undoes nothing. It starts the agent, and again every half minute, until the agent takes the timer
-//! away; whether there is something to undo is in the agent's record. So a timer that was left over does no
-//! harm, and one that comes a moment after `keep` does none either.
+//! The timer only starts the agent, every 30 s until the agent removes the timer. The agent undoes the switch if its record
+//! says so. A left-over timer, or one that elapses just after `keep`, is therefore harmless.
 //!
-//! Its files are below `/run`, which neither the new `/usr` nor a reload touches.
+//! Its files are below `/run`, which neither the new `/usr` nor a reload changes.
 
 use std::path::Path;
 use std::time::Duration;
@@ -12,23 +11,24 @@ use std::time::Duration;
 use anyhow::Context as _;
 use tracing::warn;
 
-use super::trial::Probation;
+use super::trial::TrialPeriod;
 use support::directory::Directory;
 use unit_refresh::Manager;
 
 /// Directory of the files; systemd.unit(5).
 const UNITS: &str = "/run/systemd/system";
 const SERVICE: &str = "node-image-pivot-try.service";
-/// Each timer has its own name: systemd would not look at the file of one that it still knows.
+/// Prefix and suffix of a timer's name. Each timer has a different name, because systemd does not read the file of a
+/// loaded timer again.
 const TIMER: (&str, &str) = ("node-image-pivot-try-", ".timer");
-/// A hundred years in seconds: systemd counts microseconds.
+/// A hundred years in seconds, within the range of systemd's microseconds.
 const LONGEST: u64 = 100 * 365 * 86400;
-/// The longest that a job of systemd may take.
+/// Time limit for a job of systemd.
 const JOB: Duration = Duration::from_secs(30);
 
-/// An agent that died too often is not started by systemd until that is forgotten.
+/// Resets the start limit first, because systemd does not start an agent that has died too often.
 const SERVICE_FILE: &str = "[Unit]
-Description=Bring Back the Agent of a Switch on Probation
+Description=Bring Back the Agent of a Switch on Trial
 Documentation=man:node-image-pivot(1)
 IgnoreOnIsolate=yes
 
@@ -41,8 +41,8 @@ ExecStart=/usr/bin/systemctl start node-image-pivotd.service
 TimeoutStartSec=90s
 ";
 
-fn timer_name(probation: Probation) -> String {
-    format!("{}{}{}", TIMER.0, probation.until_boottime_ms, TIMER.1)
+fn timer_name(trial: TrialPeriod) -> String {
+    format!("{}{}{}", TIMER.0, trial.until_boottime_ms, TIMER.1)
 }
 
 /// Returns the deadline of the timer that is armed, in milliseconds of the boot-time clock.
@@ -59,12 +59,12 @@ fn is_timer(name: &str) -> bool {
     name.starts_with(TIMER.0) && name.ends_with(TIMER.1)
 }
 
-/// `left`: how long from the timer's start on, rounded up to seconds.
+/// Returns the text of a timer that elapses `left` after its start, rounded up to seconds.
 fn timer_file(left: Duration) -> String {
     let seconds = left.as_secs().saturating_add(u64::from(left.subsec_nanos() > 0)).min(LONGEST);
     format!(
         "[Unit]
-Description=End of a Switch on Probation
+Description=End of a Switch on Trial
 Documentation=man:node-image-pivot(1)
 IgnoreOnIsolate=yes
 
@@ -77,13 +77,13 @@ Unit={SERVICE}
     )
 }
 
-/// Starts the timer for `probation`.
+/// Starts the timer for `trial`.
 ///
 /// # Errors
 /// Its files cannot be written, or systemd does not start it. No timer runs then.
-pub(in crate::agent) async fn arm(probation: Probation) -> anyhow::Result<()> {
-    let Some(left) = probation.left() else { return Ok(()) };
-    let name = timer_name(probation);
+pub(in crate::agent) async fn arm(trial: TrialPeriod) -> anyhow::Result<()> {
+    let Some(left) = trial.left() else { return Ok(()) };
+    let name = timer_name(trial);
     let start = async {
         let dir = Directory::ensure(Path::new(UNITS))?;
         dir.write_atomic(SERVICE, 0o644, SERVICE_FILE.as_bytes())
@@ -92,14 +92,14 @@ pub(in crate::agent) async fn arm(probation: Probation) -> anyhow::Result<()> {
             .with_context(|| format!("cannot write {UNITS}/{name}"))?;
         Manager::connect().await?.start(&name, JOB).await
     };
-    let started = start.await.context("cannot see to it that the switch is undone in time");
+    let started = start.await.context("cannot start the timer that ends the trial period");
     if started.is_err() {
         disarm().await;
     }
     started
 }
 
-/// Stops every such timer and removes the files. A file that stays is harmless.
+/// Stops every timer of a trial period and removes the files. Logs a failure: a left-over file is harmless.
 pub(in crate::agent) async fn disarm() {
     if let Err(error) = try_disarm().await {
         warn!("a timer of the trial period is left over, which is harmless: {error:#}");
@@ -128,8 +128,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_and_times() {
-        let name = timer_name(Probation { until_boottime_ms: 4711, kept: false });
+    fn timers_have_distinct_names_and_round_up() {
+        let name = timer_name(TrialPeriod { until_boottime_ms: 4711, kept: false });
         assert_eq!(name, "node-image-pivot-try-4711.timer");
         assert!(is_timer(&name));
         assert_eq!(deadline_of(&name), Some(4711));
@@ -137,7 +137,7 @@ mod tests {
         for other in [SERVICE, "node-image-pivot.target", "node-image-pivot-try-4711.service", "try.timer"] {
             assert!(!is_timer(other), "{other}");
         }
-        // Never before the deadline: the agent would find nothing to undo.
+        // Never before the deadline, when the agent would not undo yet.
         assert!(timer_file(Duration::from_millis(8001)).contains("OnActiveSec=9s\n"));
         assert!(timer_file(Duration::from_secs(8)).contains("OnActiveSec=8s\n"));
         assert!(timer_file(Duration::MAX).contains(&format!("OnActiveSec={LONGEST}s\n")));

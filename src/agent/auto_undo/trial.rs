@@ -1,7 +1,7 @@
-//! A switch on probation: it is undone at its deadline unless an administrator keeps it before.
+//! The trial period of a switch: at its end the agent undoes the switch, unless an administrator has kept it.
 //!
-//! The deadline is a time of the boot-time clock, which cannot be set and which goes on while the
-//! machine sleeps; like the record, it ends with the boot.
+//! The deadline is a time of the boot-time clock, which cannot be set and which runs while the machine is suspended. Like
+//! the record, it ends with the boot.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,42 +11,42 @@ use tracing::{info, warn};
 
 use crate::agent::Agent;
 
-/// The longest sleep: tokio's clock stands still while the machine sleeps.
+/// The longest sleep, because tokio's clock stops while the machine is suspended.
 const LOOK: Duration = Duration::from_secs(5);
 /// Pause after the first attempt of an undo that cannot begin or is not complete; doubled after each further one.
 const FIRST_PAUSE: Duration = Duration::from_secs(30);
 /// The longest such pause.
 const LONGEST_PAUSE: Duration = Duration::from_secs(300);
 
-/// Until when, and whether it still counts.
+/// A deadline, and the decision of an administrator about it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Probation {
+pub struct TrialPeriod {
     /// Milliseconds of the boot-time clock.
     pub until_boottime_ms: u64,
     /// True once an administrator has kept the switch.
     pub kept: bool,
 }
 
-impl Probation {
-    /// One that begins now.
+impl TrialPeriod {
+    /// Returns a trial period that begins now.
     pub fn begin(length: Duration) -> Self {
         let length = u64::try_from(length.as_millis()).unwrap_or(u64::MAX);
         Self { until_boottime_ms: boottime_ms().saturating_add(length), kept: false }
     }
 
-    /// The time that the switch still has; `None` once it is kept.
+    /// Returns the time until the undo, or `None` once the switch is kept.
     pub fn left(self) -> Option<Duration> {
         let left = Duration::from_millis(self.until_boottime_ms.saturating_sub(boottime_ms()));
         (!self.kept).then_some(left)
     }
 }
 
-/// Undoes the switch when its time is over, for as long as the daemon lives.
+/// Undoes the switch at the end of its trial period. Returns when the agent ends.
 pub(in crate::agent) async fn watch(agent: Arc<Agent>) {
     let mut changes = agent.standing.subscribe();
     loop {
-        let probation = changes.borrow_and_update().probation;
-        let Some(left) = probation.and_then(Probation::left) else {
+        let trial = changes.borrow_and_update().trial;
+        let Some(left) = trial.and_then(TrialPeriod::left) else {
             if changes.changed().await.is_err() {
                 return;
             }
@@ -104,13 +104,13 @@ mod tests {
 
     #[test]
     fn time_runs_out_unless_it_is_kept() {
-        let long = Probation::begin(Duration::from_secs(600));
+        let long = TrialPeriod::begin(Duration::from_secs(600));
         let left = long.left().unwrap();
         assert!(left > Duration::from_secs(590) && left <= Duration::from_secs(600), "{left:?}");
-        assert_eq!(Probation { kept: true, ..long }.left(), None);
-        let over = Probation { until_boottime_ms: 1, kept: false };
+        assert_eq!(TrialPeriod { kept: true, ..long }.left(), None);
+        let over = TrialPeriod { until_boottime_ms: 1, kept: false };
         assert_eq!(over.left(), Some(Duration::ZERO));
-        assert_eq!(Probation { kept: true, ..over }.left(), None);
-        assert_eq!(Probation::begin(Duration::MAX).until_boottime_ms, u64::MAX);
+        assert_eq!(TrialPeriod { kept: true, ..over }.left(), None);
+        assert_eq!(TrialPeriod::begin(Duration::MAX).until_boottime_ms, u64::MAX);
     }
 }

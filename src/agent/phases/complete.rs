@@ -1,30 +1,29 @@
-//! Completing the node store, at any time after staging: what a deployment to a disk needs.
+//! Completes the node store after staging, which a deployment to a disk requires.
 
 use std::time::Duration;
 
 use tracing::{info, warn};
 
 use super::pull;
-use crate::agent::{Agent, Context, Error, Goal, Step, Ticket};
+use crate::agent::{Agent, CancelHandle, Context, Error, Goal, Step};
 use crate::config::Settings;
 use node_store::import::PulledImage;
 use support::human_bytes;
 
 impl Agent {
-    /// Fetches what the pull left out of the node image (what only `/usr/lib/modules` has), so that the node
-    /// store and the booted repo together hold all of its commit. Pulls and stages first if needed. The running
-    /// system is untouched, also after the pivot, and where the pivot stands stays as it is: a failure here is the
-    /// call's, not the pivot's. Answers with lines for a person.
+    /// Fetches the content that the pull left out (objects that only `/usr/lib/modules` uses), so that the node store and
+    /// the booted repo together hold the whole commit. Pulls and stages first if needed. Changes neither the running system
+    /// nor the step of the pivot, also after the switch. Returns a report in lines.
     ///
     /// # Errors
-    /// As [`Agent::advance`]. What was stored stays, and the next call goes on there.
-    pub async fn complete(&self, ticket: &Ticket) -> Result<Vec<String>, Error> {
+    /// As [`Agent::advance`]. Stored objects stay, and the next call continues with the missing ones.
+    pub async fn complete(&self, cancel: &CancelHandle) -> Result<Vec<String>, Error> {
         let (pulled, download) = loop {
-            let mut record = self.lock(ticket).await?;
+            let mut record = self.lock(cancel).await?;
             match &record.step {
                 Step::Idle | Step::Resolved(_) | Step::Pulled(_) => {
                     drop(record);
-                    self.advance(Goal::Staged, ticket).await?;
+                    self.advance(Goal::Staged, cancel).await?;
                 }
                 Step::NothingToDo { reason, .. } => return Ok(vec![format!("nothing to do: {reason}")]),
                 _ => {
@@ -40,18 +39,18 @@ impl Agent {
                     drop(record);
                     tokio::select! {
                         _ = self.download.lock() => {}
-                        () = ticket.cancelled() => return Err(Error::cancelled()),
+                        () = cancel.cancelled() => return Err(Error::cancelled()),
                     }
                 }
             }
         };
         let settings = Settings::load().map_err(|error| Error::refused("configuration", format!("{error:#}")))?;
-        // The record is not held: an undo, `keep` and the end of a trial period do not wait for a registry.
+        // The record is not locked, so undo, `keep` and the end of a trial period do not wait for a registry.
         let beside = self.tracker.beside();
         let context = Context::new(settings, beside.tracker().clone(), self.paths.clone());
-        let download_ticket = self.download_tickets.draw("complete");
-        download_ticket.end_with(ticket.token());
-        let outcome = pull::rest(&context, &pulled, &download_ticket).await;
+        let download_handle = self.download_cancel.register("complete");
+        download_handle.end_with(cancel.token());
+        let outcome = pull::rest(&context, &pulled, &download_handle).await;
         drop((beside, download));
         let rest = outcome.inspect_err(|error| warn!("the node store is not complete: {error}"))?;
         let line = format!(
@@ -71,13 +70,13 @@ impl Agent {
         Ok(vec![line])
     }
 
-    /// Ends a download beside the pivot, so that nothing is written to the store during an undo. One that does not end
-    /// in time writes objects only, which an undo leaves in place.
+    /// Cancels a download beside the pivot, so that it does not write to the store during an undo. A download that does not
+    /// end within 10 s writes only objects, which an undo keeps.
     pub(in crate::agent) async fn end_download(&self) {
         const LIMIT: Duration = Duration::from_secs(10);
-        self.download_tickets.cancel_all();
+        self.download_cancel.cancel_all();
         if tokio::time::timeout(LIMIT, self.download.lock()).await.is_err() {
-            warn!("a download does not end; the undo begins without waiting any longer");
+            warn!("a download did not end within 10 s; starting the undo");
         }
     }
 }
@@ -86,7 +85,7 @@ fn shown(pulled: &PulledImage) -> String {
     format!("{} (commit {})", pulled.image.pinned, pulled.commit)
 }
 
-/// The pulled image, at steps that do not depend on its being incomplete.
+/// Returns the pulled image at the steps at which it may be completed.
 fn pulled(step: &mut Step) -> Option<&mut PulledImage> {
     match step {
         Step::Staged(staged) => Some(&mut staged.pulled),

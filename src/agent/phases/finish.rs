@@ -1,18 +1,18 @@
-//! Finish: the machine goes on to the target that it was booting to.
+//! Finish: isolates to the target that the machine was booting to.
 
 use anyhow::Context as _;
 use tracing::{info, warn};
 
-use super::refresh::tell_units;
+use super::refresh::report_units;
 use crate::agent::new_usr::ChangedPaths;
 use crate::agent::{Context, Error, Paths, Switched, unit_jobs, unit_survey};
 use crate::report::{Phase, State};
 use support::directory::Directory;
 use unit_refresh::{Flow, Manager};
 
-/// Isolates to the target that the machine would have booted to. On a live system that is more than was asked for
-/// until now: units may be restarted, and what the target pulls in of the node image expects that of others (networkd's
-/// helpers, for one, that networkd is their own).
+/// Isolates to the target that the machine would have booted to. On a live system, first carries out the unit plan of the
+/// bootstrap flow, because units of the node image that the target starts expect new versions of others: networkd's
+/// helpers, for example, expect the networkd of their release.
 pub(super) async fn finish(context: &Context, mut switched: Switched, flow: Flow) -> Result<Switched, Error> {
     context.tracker.begin(Phase::Finish);
     if flow == Flow::Live {
@@ -22,7 +22,7 @@ pub(super) async fn finish(context: &Context, mut switched: Switched, flow: Flow
         switched.units = unit_jobs::carry_out(context, &mut manager, &changed, Flow::Bootstrap, &mut trouble)
             .await
             .context("nothing was isolated, everything before that is done; start node-image-finish.service again")?;
-        tell_units(context, &manager, &changed, &switched, &mut trouble).await;
+        report_units(context, &manager, &changed, &switched, &mut trouble).await;
         for line in trouble {
             context.tracker.warn(line);
         }
@@ -32,14 +32,13 @@ pub(super) async fn finish(context: &Context, mut switched: Switched, flow: Flow
     Ok(switched)
 }
 
-/// Queues the isolation and returns: waiting for it would be waiting for our own caller, which is
-/// part of what is rearranged.
+/// Queues the isolation and returns. Waiting would block forever, because the isolation stops the agent's caller.
 pub(super) async fn isolate(context: &Context) -> Result<(), Error> {
     let target = unit_survey::target(context);
     let not =
         || format!("{target} was not isolated, everything before that is done; start node-image-finish.service again");
     let manager = Manager::connect().await.with_context(not)?;
-    // An administrator who went there in the meantime is fixing something, and must not be interrupted.
+    // An administrator who entered one of these targets is repairing the machine and must not be interrupted.
     for refuge in ["rescue.target", "emergency.target"].into_iter().filter(|refuge| *refuge != target) {
         if manager.is_active_or_queued(refuge).await.with_context(not)? {
             return Err(anyhow::anyhow!(
@@ -52,10 +51,10 @@ pub(super) async fn isolate(context: &Context) -> Result<(), Error> {
     if manager.isolate_or_start(&target).await.with_context(not)? {
         info!(target, "isolating");
     } else {
-        // As systemd itself does with such a default target at boot.
-        warn!("{target} cannot be isolated, it has no AllowIsolate=yes: started instead, what runs goes on running");
+        // systemd starts such a default target at boot in the same way.
+        warn!("{target} cannot be isolated, it has no AllowIsolate=yes: started instead, and running units continue");
     }
-    // The boot is over: should the switch be undone, a reload must not send `systemctl default` to the pivot.
+    // The boot has ended. After an undo, a reload must not redirect `systemctl default` to the pivot.
     if let Err(error) = Directory::ensure(context.paths.run()).and_then(|run| run.remove_all(Paths::REDIRECTED)) {
         warn!("cannot remove {}: {error}", context.paths.run().join(Paths::REDIRECTED).display());
     }

@@ -16,7 +16,7 @@ use std::sync::atomic::Ordering;
 use anyhow::anyhow;
 use tracing::info;
 
-use super::{Context, Error, Goal, Record, Step, Ticket, hooks, unit_jobs};
+use super::{CancelHandle, Context, Error, Goal, Record, Step, hooks, unit_jobs};
 use crate::report::State;
 use start::{Start, decide};
 use unit_refresh::Flow;
@@ -31,7 +31,7 @@ pub(super) async fn next(
     context: &Context,
     record: &Record,
     goal: Goal,
-    ticket: &Ticket,
+    cancel: &CancelHandle,
 ) -> Result<Option<Step>, Error> {
     let next = match record.step.clone() {
         Step::Idle => match decide(&context.settings, &|path| path.exists()) {
@@ -47,7 +47,7 @@ pub(super) async fn next(
             }
             Start::Go => {
                 stage::check_machine().await?;
-                Step::Resolved(resolve(context, ticket).await?)
+                Step::Resolved(resolve(context, cancel).await?)
             }
         },
         Step::NothingToDo { reason, isolated: false } if goal == Goal::Finished && record.flow() == Flow::Bootstrap => {
@@ -55,24 +55,23 @@ pub(super) async fn next(
             Step::NothingToDo { reason, isolated: true }
         }
         Step::NothingToDo { .. } => return Ok(None),
-        Step::Resolved(image) => Step::Pulled(pull::pull(context, image, ticket).await?),
+        Step::Resolved(image) => Step::Pulled(pull::pull(context, image, cancel).await?),
         Step::Pulled(pulled) => Step::Staged(stage::stage(context, pulled, record.flow()).await?),
         Step::Staged(_) if goal < Goal::Switched => return Ok(None),
-        // Written before the first act: a daemon that finds it knows that the switch may be half done
-        // and finishes it.
+        // Recorded before the first act, so that an agent started after a kill finishes the switch.
         Step::Staged(staged) => {
             if !context.staged_now.load(Ordering::Relaxed) && !stage::is_current(context, &staged).await? {
                 info!("/etc has changed since it was staged: staging again");
                 return Ok(Some(Step::Pulled(staged.pulled)));
             }
             switch::check(&context.paths)?;
-            hooks::pre_switch(context, &staged, record.flow(), ticket).await?;
+            hooks::pre_switch(context, &staged, record.flow(), cancel).await?;
             unit_jobs::remember(context).await?;
             Step::Switching(staged)
         }
         Step::Switching(staged) => Step::Switched(switch::switch(context, staged).await?),
         Step::Lost { message, .. } => return Err(Error::refused("lost-record", message)),
-        // Undone to the end before a next step is asked for.
+        // The caller completes an undo before it asks for the next step.
         Step::Undoing(_) => return Err(anyhow!("undo is not complete").into()),
         Step::Switched(switched) => {
             let refreshed = refresh::refresh(context, switched, record.flow()).await?;
@@ -94,12 +93,12 @@ mod tests {
     use rustix::mount::{MountFlags, mount_bind, mount_remount};
 
     use super::*;
-    use crate::agent::{Paths, Tickets};
+    use crate::agent::{CancelHandles, Paths};
     use crate::config::Settings;
     use crate::report::{Status, Tracker};
     use support::testing::private;
 
-    /// The registry does not exist: asking it would be retried without end.
+    /// The registry does not exist, so a request to it would be retried forever.
     #[test]
     fn the_machine_is_checked_before_the_registry_is_asked() {
         private(|scratch| {
@@ -108,9 +107,9 @@ mod tests {
             let line = "node-image-pivot=force node-image-pivot.image=127.0.0.1:1/none:1";
             let settings = Settings::load_from(Path::new("/nonexistent"), line).unwrap();
             let context = Context::new(settings, Tracker::new(Status::default()), Paths::below(scratch));
-            let (record, ticket) = (Record::default(), Tickets::default().draw("test"));
+            let (record, cancel) = (Record::default(), CancelHandles::default().register("test"));
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            let refused = runtime.block_on(next(&context, &record, Goal::Staged, &ticket)).unwrap_err();
+            let refused = runtime.block_on(next(&context, &record, Goal::Staged, &cancel)).unwrap_err();
             let reasons = refused.last_error().refusals;
             assert!(reasons.iter().any(|reason| reason.id == "etc-read-only"), "{refused}");
         });

@@ -1,4 +1,4 @@
-//! Checks what the way back needs, before its first act.
+//! Checks the preconditions of an undo before its first act.
 
 use std::path::{Path, PathBuf};
 
@@ -18,10 +18,10 @@ pub(in crate::agent) enum Obstacle {
         /// Its file system.
         fstype: String,
     },
-    /// Mounts that would disappear together with the node image's `/usr`.
+    /// Mounts that the removal of the node image's `/usr` would remove, too.
     #[error("{} mounted below /usr since the switch; unmount first", list(.0))]
     MountedBelow(Vec<PathBuf>),
-    /// No file of `/etc` can be put back.
+    /// `/etc` is read-only, so no file can be restored.
     #[error("/etc is mounted read-only; make it writable")]
     EtcReadOnly,
     /// The mount table cannot be read.
@@ -32,13 +32,13 @@ pub(in crate::agent) enum Obstacle {
 /// The treatment of mounts below the node image's `/usr`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::agent) enum Below {
-    /// An administrator asks: refuse, so that none is unmounted by surprise.
+    /// Refuse, so that the undo of an administrator does not unmount them unexpectedly.
     Refuse,
     /// The trial period is over, or an undo has begun: unmount them and report it.
     Unmount,
 }
 
-/// Returns all obstacles on this machine. Nothing is changed.
+/// Returns all obstacles on this machine. Changes nothing.
 pub(in crate::agent) fn obstacles(below: Below) -> Vec<Obstacle> {
     let mut found = match Namespace::init().mounts() {
         Ok(mounts) => on_mounts(&mounts, below),
@@ -77,7 +77,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_undo_begins_only_where_it_can_end() {
+    fn an_undo_begins_only_without_obstacles() {
         const BASE: &str = "22 1 7:0 / / ro - squashfs x ro\n23 22 7:0 /usr /usr ro - squashfs x ro\n";
         const OURS: &str = "60 23 0:60 / /usr ro - overlay node-image ro\n";
         const SYSEXT: &str = "61 60 0:61 / /usr ro - overlay sysext ro\n";

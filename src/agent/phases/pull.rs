@@ -7,18 +7,18 @@ use tracing::warn;
 
 use super::resolve::image_settings;
 use crate::agent::retry::with_retry;
-use crate::agent::{Context, Error, Ticket, storage};
+use crate::agent::{CancelHandle, Context, Error, storage};
 use crate::preflight::Refusal;
 use crate::report::{Phase, State};
 use node_store::image::{Failure, Kind, ResolvedImage, Source};
 use node_store::import::{self, PullOptions, PulledImage};
 use node_store::store::{LockError, NodeStore};
 
-/// Layers to objects in the node store.
-pub(super) async fn pull(context: &Context, image: ResolvedImage, ticket: &Ticket) -> Result<PulledImage, Error> {
+/// Imports the layers of the image as objects into the node store.
+pub(super) async fn pull(context: &Context, image: ResolvedImage, cancel: &CancelHandle) -> Result<PulledImage, Error> {
     let phase = Phase::Pull;
     let options = PullOptions { complete: context.settings.complete, ..PullOptions::default() };
-    let pulled = store(context, &image, options, ticket).await?;
+    let pulled = store(context, &image, options, cancel).await?;
     context.tracker.update(|status| {
         status.commit = Some(pulled.commit.clone());
         status.cost.bytes_fetched = pulled.bytes_fetched;
@@ -30,22 +30,22 @@ pub(super) async fn pull(context: &Context, image: ResolvedImage, ticket: &Ticke
     Ok(pulled)
 }
 
-/// What a pull that was not complete left out, into the same store.
-pub(super) async fn rest(context: &Context, pulled: &PulledImage, ticket: &Ticket) -> Result<PulledImage, Error> {
+/// Pulls the content that an incomplete pull left out, into the same store.
+pub(super) async fn rest(context: &Context, pulled: &PulledImage, cancel: &CancelHandle) -> Result<PulledImage, Error> {
     let options = PullOptions { complete: true, expected: Some(pulled.commit.clone()), ..PullOptions::default() };
-    store(context, &pulled.image, options, ticket).await
+    store(context, &pulled.image, options, cancel).await
 }
 
-/// The objects of `image`, all or what a pivot needs, into the node store.
+/// Pulls the objects of `image`, all or those that a pivot needs, into the node store, with retries.
 async fn store(
     context: &Context,
     image: &ResolvedImage,
     options: PullOptions,
-    ticket: &Ticket,
+    cancel: &CancelHandle,
 ) -> Result<PulledImage, Error> {
     let phase = Phase::Pull;
     context.tracker.begin(phase);
-    with_retry(context, phase, ticket, || async {
+    with_retry(context, phase, cancel, || async {
         let (store, booted) =
             storage::open(&context.paths, &context.settings).map_err(|error| cannot_open(image, &error))?;
         if let Some(line) = wrong_domain(store.root()) {
@@ -54,9 +54,9 @@ async fn store(
         let source = Source::open(&image_settings(&context.settings)).await?;
         context.tracker.progress.reset();
         let progress = context.tracker.progress.clone();
-        let pulled = import::pull(&source, image, &store, booted.as_ref(), &options, progress, ticket.token()).await;
+        let pulled = import::pull(&source, image, &store, booted.as_ref(), &options, progress, cancel.token()).await;
         if matches!(&pulled, Err(failure) if failure.kind == Kind::NoSpace) {
-            give_back(&store).await;
+            discard_unpublished(&store).await;
         }
         pulled
     })
@@ -71,8 +71,8 @@ fn cannot_open(image: &ResolvedImage, error: &anyhow::Error) -> Failure {
     Failure::new(Kind::Local, format!("{error:#}"))
 }
 
-/// Whether an image whose policy has types that the running one lacks cannot be stored. Most images have none,
-/// so it is a warning; the first label that needs it is the error.
+/// Returns a warning if the agent's domain may not write labels that the running policy lacks. Most images have no such
+/// labels, so only the first one that needs the permission is an error.
 fn wrong_domain(store: &Path) -> Option<String> {
     if selinux_labels::mode() == selinux_labels::Mode::Disabled
         || selinux_labels::may_write_unknown(store).unwrap_or(true)
@@ -82,15 +82,15 @@ fn wrong_domain(store: &Path) -> Option<String> {
     Some(selinux_labels::advice(selinux_labels::context().as_deref()))
 }
 
-/// On a disk that is full, everybody suffers: what was written for nothing goes at once.
-async fn give_back(store: &NodeStore) {
+/// Removes the unpublished objects at once, because a full disk affects all services.
+async fn discard_unpublished(store: &NodeStore) {
     for _ in 0..50 {
         match store.discard_unpublished() {
             Ok(()) => return,
-            // Threads of the pull that failed are still ending.
+            // Threads of the failed pull still hold the lock for a moment.
             Err(LockError::Held { .. }) => tokio::time::sleep(Duration::from_millis(100)).await,
-            Err(error) => return warn!("what was pulled so far stays on the disk until the next boot: {error}"),
+            Err(error) => return warn!("unpublished objects stay on the disk until the next boot: {error}"),
         }
     }
-    warn!("what was pulled so far stays on the disk until the next boot: somebody has its lock");
+    warn!("unpublished objects stay on the disk until the next boot: another process holds the lock of the store");
 }

@@ -1,4 +1,4 @@
-//! Refresh: what runs becomes the node image's.
+//! Refresh: the running system adopts the node image's files.
 
 use std::path::Path;
 
@@ -10,23 +10,23 @@ use crate::host;
 use crate::report::{Phase, State};
 use unit_refresh::{Flow, Manager, Verb};
 
-/// Users, files, caches, PID 1, the bus and the units that run old code. Idempotent: a daemon that
-/// was killed in here does it again.
+/// Refreshes the policy, PID 1, accounts, files, caches, the message bus and the units that run old code. Idempotent: after
+/// a kill, the next agent runs it again.
 pub(super) async fn refresh(context: &Context, mut switched: Switched, flow: Flow) -> Result<Switched, Error> {
     let phase = Phase::Refresh;
     context.tracker.begin(phase);
     let changed = ChangedPaths::of(&switched.staged)?;
     let differs = |path: &Path| changed.contains(path);
 
-    // First: until the kernel knows the labels of the new files, confined programs cannot use them.
+    // First, because confined programs cannot use the new files until the kernel knows their labels.
     policy::load_policy(context, &switched.staged).await?;
-    // Then PID 1, which may be unable to start anything until it is the one of this /usr, and needs nothing but
-    // its libraries.
+    // Then PID 1, which may be unable to start services until it is re-executed from this /usr. It needs only its
+    // libraries.
     let mut trouble = host::refresh_libraries(&differs).await;
     context.guard().await;
     let mut manager = reexec::renew_manager(context, &changed).await?;
     context.unguard().await;
-    // Before systemd-sysusers, which would give them other ids.
+    // Before systemd-sysusers, which would allocate other IDs.
     match accounts::add().await {
         Ok((added, left)) => {
             added.line().into_iter().for_each(|line| context.tracker.note(line));
@@ -40,7 +40,7 @@ pub(super) async fn refresh(context: &Context, mut switched: Switched, flow: Flo
     }
     switched.units = unit_jobs::carry_out(context, &mut manager, &changed, flow, &mut trouble).await?;
     for unit in host::appliers(&differs, flow == Flow::Live) {
-        // What had no files at boot is not active.
+        // A unit without files at boot is inactive, so the restart does not start it.
         let again = async {
             manager.run(Verb::TryRestart, unit, Manager::JOB_TIMEOUT).await?;
             manager.run(Verb::Start, unit, Manager::JOB_TIMEOUT).await
@@ -50,7 +50,7 @@ pub(super) async fn refresh(context: &Context, mut switched: Switched, flow: Flo
         }
     }
 
-    tell_units(context, &manager, &changed, &switched, &mut trouble).await;
+    report_units(context, &manager, &changed, &switched, &mut trouble).await;
     for line in trouble {
         context.tracker.warn(line);
     }
@@ -62,8 +62,8 @@ pub(super) async fn refresh(context: &Context, mut switched: Switched, flow: Flo
     Ok(switched)
 }
 
-/// Says in the status document and the summary what happened to units, and what still runs old code.
-pub(super) async fn tell_units(
+/// Reports the changed units, and those that still run old code, in the status document and the summary.
+pub(super) async fn report_units(
     context: &Context,
     manager: &Manager,
     changed: &ChangedPaths,
@@ -71,7 +71,7 @@ pub(super) async fn tell_units(
     trouble: &mut Vec<String>,
 ) {
     let still_old = unit_survey::still_old(manager, changed).await.unwrap_or_else(|error| {
-        trouble.push(format!("cannot tell what still runs the bootimage's code: {error:#}"));
+        trouble.push(format!("cannot list the units that still run the bootimage's code: {error:#}"));
         Vec::new()
     });
     for line in

@@ -5,22 +5,22 @@ use std::path::Path;
 use tracing::info;
 
 use crate::agent::retry::with_retry;
-use crate::agent::{Context, Error, Ticket};
+use crate::agent::{CancelHandle, Context, Error};
 use crate::config::{ImageSource, Settings};
 use crate::host::{self, SCRIPT};
 use crate::report::{Phase, State};
 use node_store::image::{self, Failure, ImageSettings, Kind, PULL_SCRIPT, ResolvedImage, Source, TagHints};
 
-/// Pull spec to digest.
-pub(in crate::agent) async fn resolve(context: &Context, ticket: &Ticket) -> Result<ResolvedImage, Error> {
+/// Resolves the configured pull spec to a digest, with retries.
+pub(in crate::agent) async fn resolve(context: &Context, cancel: &CancelHandle) -> Result<ResolvedImage, Error> {
     let phase = Phase::Resolve;
     context.tracker.begin(phase);
-    let (image, choice) = with_retry(context, phase, ticket, || async {
+    let (image, choice) = with_retry(context, phase, cancel, || async {
         let configured = wanted(&context.settings).await?;
         let source = Source::open(&image_settings(&context.settings)).await?;
         let (spec, choice) = match &configured {
             ImageSource::Image(text) => (text.parse()?, None),
-            // The payload names the node image by digest: nothing else is accepted from here on.
+            // The payload names the node image by digest, so no other image is accepted.
             ImageSource::Release(text) => {
                 let hints = tag_hints(&context.settings);
                 let (spec, choice) = image::resolve_release(&source, &text.parse()?, &hints).await?;
@@ -42,7 +42,7 @@ pub(in crate::agent) async fn resolve(context: &Context, ticket: &Ticket) -> Res
     Ok(image)
 }
 
-/// Returns what decides about the tag of a release payload.
+/// Returns the sources for the name of the node image in a release payload.
 fn tag_hints(settings: &Settings) -> TagHints {
     let read = |path: &str| std::fs::read_to_string(path).ok();
     TagHints {
@@ -52,7 +52,7 @@ fn tag_hints(settings: &Settings) -> TagHints {
     }
 }
 
-/// What is configured; where nothing is, what the installer's own script names.
+/// Returns the configured source. If none is configured, returns the one in the installer's script.
 async fn wanted(settings: &Settings) -> Result<ImageSource, Failure> {
     if let Some(configured) = &settings.image {
         return Ok(configured.clone());

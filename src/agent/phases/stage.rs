@@ -25,7 +25,7 @@ use overlay_root::{DetachedTree, Namespace};
 use support::directory::Directory;
 use unit_refresh::Flow;
 
-/// Objects to a delta tree and plans.
+/// Builds the delta tree and the plans from the pulled objects, and runs all checks.
 pub(super) async fn stage(context: &Context, pulled: PulledImage, flow: Flow) -> Result<StagedRoot, Error> {
     let phase = Phase::Stage;
     context.tracker.begin(phase);
@@ -45,15 +45,17 @@ pub(super) async fn stage(context: &Context, pulled: PulledImage, flow: Flow) ->
             document.accounts = (&plan).into();
             document.warnings.extend(plan.left);
         }
-        Err(error) => document.warnings.push(format!("cannot tell which accounts the node image adds: {error:#}")),
+        Err(error) => {
+            document.warnings.push(format!("cannot preview the accounts that the node image adds: {error:#}"));
+        }
     }
     match unit_survey::preview(context, &staged, plan, flow).await {
         Ok((actions, troubles)) => {
             document.units = actions;
             document.warnings.extend(troubles);
         }
-        // What is planned for real is looked at after the switch.
-        Err(error) => document.warnings.push(format!("cannot tell what happens to units: {error:#}")),
+        // Only a preview: the refresh plans again after the switch.
+        Err(error) => document.warnings.push(format!("cannot preview the changes of units: {error:#}")),
     }
     document.save(&context.paths)?;
     for line in document.warnings.iter().filter(|&line| !staged.pulled.warnings.contains(line)) {
@@ -64,20 +66,20 @@ pub(super) async fn stage(context: &Context, pulled: PulledImage, flow: Flow) ->
     Ok(staged)
 }
 
-/// Checks, before the first byte is fetched, everything that needs nothing of the image. Staging checks it again.
+/// Runs the checks that do not need the image, before the first byte is fetched. Staging runs them again. Changes nothing.
 ///
 /// # Errors
-/// [`Error::Refused`] with everything that would keep the switch from beginning. Nothing is changed in any case.
+/// A refusal with all reasons that prevent the switch.
 pub(super) async fn check_machine() -> Result<(), Error> {
     let look = || refuse(preflight::check_system(&Namespace::init().mounts()?, Path::new(USR), Path::new(ETC)));
     tokio::task::spawn_blocking(look).await.context("looking at the machine panicked")?
 }
 
-/// Repeats, when a switch begins that an earlier call has staged, the checks whose result may have changed meanwhile.
-/// Returns false if `/etc` must be planned again.
+/// Repeats the checks whose result may have changed since an earlier call staged. Returns false if `/etc` must be planned
+/// again. Changes nothing.
 ///
 /// # Errors
-/// [`Error::Refused`] with everything that keeps the switch from beginning. Nothing is changed in any case.
+/// A refusal with all reasons that prevent the switch.
 pub(super) async fn is_current(context: &Context, staged: &StagedRoot) -> Result<bool, Error> {
     let (paths, staged) = (context.paths.clone(), staged.clone());
     let looked = tokio::task::spawn_blocking(move || look_again(&paths, &staged)).await;
@@ -94,7 +96,7 @@ fn look_again(paths: &Paths, staged: &StagedRoot) -> Result<(bool, Vec<String>),
     refuse(preflight::check_system(&mounts, usr, Path::new(ETC)))?;
     let tree = overlay_root::open_new_usr(&staged.delta.directory, usr, USR_SOURCE)?;
     let plan = plan_etc(&tree, &storage::of(paths, staged)?)?;
-    // A plan that is gone or damaged is made again, too.
+    // A missing or damaged plan must be made again, too.
     let current = load_etc_plan(paths).is_ok_and(|old| same_acts(&old, &plan));
     refuse(too_little(Free::at(&staged.delta.directory)?.needs(&staged.delta.directory, 0, plan.bytes())))?;
     Ok((current, preflight::warnings(&mounts, usr)))
@@ -109,8 +111,8 @@ fn same_acts(one: &Plan, other: &Plan) -> bool {
     one.aside == other.aside && conflicts(one) == conflicts(other) && bare(one) == bare(other)
 }
 
-/// Everything that can refuse does so in here, cheapest first. Returned are what the switch needs, what it would do but
-/// for the units, and the plan for `/etc`, which is written down, too.
+/// Runs every check that can refuse, cheapest first. Returns the input of the switch, the document about it without the
+/// units, and the plan for `/etc`, which is also stored.
 fn blocking(paths: &Paths, pulled: PulledImage, settings: &Settings) -> Result<(StagedRoot, SwitchPlan, Plan), Error> {
     let usr = Path::new(USR);
     let mounts = Namespace::init().mounts()?;
@@ -137,7 +139,7 @@ fn blocking(paths: &Paths, pulled: PulledImage, settings: &Settings) -> Result<(
     let difference = overlay_root::delta::compare(&repo, booted, &pulled.commit, &own_object, &Keep::default())?;
     refuse(too_little(Free::at(&store_dir)?.needs(&store_dir, difference.bytes_to_copy()?, 0)))?;
     let built = difference.build(&store.delta_build_path())?;
-    // Where it was built may be a name that only this process has.
+    // The build path may be a name that only this process has.
     let delta = Delta { directory: store.delta_path(), ..built };
     warnings.extend(delta.warnings.iter().cloned());
     warnings.extend(overlay_root::delta::outside_usr(&repo, booted, &pulled.commit)?);
@@ -148,8 +150,8 @@ fn blocking(paths: &Paths, pulled: PulledImage, settings: &Settings) -> Result<(
     let mut plan = plan_etc(&tree, &store)?;
     match preflight::label_plan(&mut plan, tree.as_fd(), paths.run()) {
         Ok(labelled) => info!("/etc: {labelled} of {} changes are labelled by the policy", plan.changes.len()),
-        // The image's own files have labels, too.
-        Err(error) => warnings.push(format!("{error:#}; what is written to /etc gets the labels of the image's files")),
+        // The files of the image have labels, too.
+        Err(error) => warnings.push(format!("{error:#}; new entries of /etc get the labels of the image's files")),
     }
     let selinux = preflight::check_selinux(tree.as_fd()).context("looking at SELinux")?;
     refuse(selinux.refusals)?;
@@ -178,7 +180,7 @@ fn blocking(paths: &Paths, pulled: PulledImage, settings: &Settings) -> Result<(
     let text = serde_json::to_vec(&plan).context("cannot write the plan for /etc")?;
     Directory::ensure(paths.run())
         .and_then(|dir| dir.write_atomic(Paths::ETC_PLAN, 0o600, &text))
-        .context("cannot store the plan for /etc; nothing was changed")?;
+        .context("cannot store the plan for /etc")?;
     let document = SwitchPlan {
         image: pulled.image.pinned.clone(),
         image_choice: None,
@@ -195,7 +197,7 @@ fn blocking(paths: &Paths, pulled: PulledImage, settings: &Settings) -> Result<(
     Ok((StagedRoot { pulled, delta, etc: etc_lines(&plan) }, document, plan))
 }
 
-/// The plan for `/etc` as it is now, against a new `/usr` that is not exposed yet.
+/// Plans the merge of the present `/etc` with the defaults of a `/usr` that is not exposed yet.
 fn plan_etc(tree: &DetachedTree, store: &NodeStore) -> anyhow::Result<Plan> {
     let base = etc_merge::open_dir(Path::new("/usr/etc"))?;
     let current = etc_merge::open_dir(Path::new(ETC))?;
@@ -206,7 +208,7 @@ fn plan_etc(tree: &DetachedTree, store: &NodeStore) -> anyhow::Result<Plan> {
     etc_merge::plan(base.as_fd(), new_etc(tree.as_fd())?.as_fd(), current.as_fd(), &earlier)
 }
 
-/// The defaults that merges of earlier boots took from node images.
+/// Returns the defaults that merges of earlier boots took from node images.
 fn earlier_defaults(store: &NodeStore) -> anyhow::Result<etc_merge::Defaults> {
     let list = store.read_etc_defaults().context("cannot read the list of earlier defaults")?;
     list.map_or_else(
@@ -215,7 +217,7 @@ fn earlier_defaults(store: &NodeStore) -> anyhow::Result<etc_merge::Defaults> {
     )
 }
 
-/// What the staged plan would do to `/etc`, as a unified diff. Nothing is changed.
+/// Returns the changes of the staged plan to `/etc`, as a unified diff. Changes nothing.
 pub(in crate::agent) fn diff_etc(paths: &Paths, staged: &StagedRoot, secrets: bool) -> anyhow::Result<Vec<u8>> {
     let tree = overlay_root::open_new_usr(&staged.delta.directory, Path::new(USR), USR_SOURCE)?;
     let plan = load_etc_plan(paths)?;
@@ -223,7 +225,7 @@ pub(in crate::agent) fn diff_etc(paths: &Paths, staged: &StagedRoot, secrets: bo
     etc_merge::diff(&plan, new_etc(tree.as_fd())?.as_fd(), current.as_fd(), secrets)
 }
 
-/// How many entries of each class, and the conflicts by name.
+/// Returns the number of entries of each class, then the conflicts by name.
 fn etc_lines(plan: &Plan) -> Vec<String> {
     let counts: Vec<_> = Class::ALL.iter().map(|&class| format!("{} {class}", plan.count(class))).collect();
     let mut lines = vec![counts.join(", ")];
@@ -231,7 +233,7 @@ fn etc_lines(plan: &Plan) -> Vec<String> {
     lines
 }
 
-/// The metadata that a commit says of itself.
+/// Returns the metadata of a commit.
 fn metadata_of(repo: &ostree::Repo, commit: &str) -> anyhow::Result<VariantDict> {
     let (variant, _) = repo.load_commit(commit).with_context(|| format!("reading the commit {commit}"))?;
     let metadata: Variant = variant.try_child_value(0).with_context(|| format!("the commit {commit} is malformed"))?;
@@ -246,8 +248,8 @@ fn check_metadata(metadata: &VariantDict) -> Vec<Refusal> {
     )
 }
 
-/// What changes in packages: by dpkg's database in both trees, or rpm-ostree's list in both commits. An image
-/// that was built upon another has the list of that one, or none: then nothing is said.
+/// Compares the packages by dpkg's database in both trees, or by rpm-ostree's list in both commits. Returns `None` if one
+/// is missing. A derived image may have the list of its base.
 fn packages(
     repo: &ostree::Repo,
     tree: &DetachedTree,

@@ -1,10 +1,10 @@
-//! Whether there is anything to do.
+//! The decision to start the pivot.
 
 use std::path::Path;
 
 use crate::config::{Mode, Settings};
 
-/// What a pivot that has not begun should do.
+/// The decision about a pivot that has not begun.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Start {
     Go,
@@ -12,7 +12,7 @@ pub(super) enum Start {
     Refuse,
 }
 
-/// By the configuration, and by what the system has already.
+/// Decides by the configured mode and by the probe paths that exist.
 pub(super) fn decide(settings: &Settings, exists: &dyn Fn(&Path) -> bool) -> Start {
     match settings.mode {
         Mode::Off => Start::Refuse,
@@ -30,7 +30,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn whether_to_start() {
+    fn the_mode_and_the_probe_paths_decide_about_the_start() {
         let settings = |line: &str| Settings::load_from(Path::new("/nonexistent"), line).unwrap();
         let has_oc = |path: &Path| path == Path::new("/usr/bin/oc");
         let base_only = |_: &Path| false;

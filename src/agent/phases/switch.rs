@@ -1,7 +1,7 @@
-//! Switch: one `move_mount`, then the `/etc` plan. Also the way back.
+//! Switch: sets the ref, exposes `/usr` with one `move_mount`, and applies the plan for `/etc`.
 //!
-//! The record says `switching` before the first act, so a daemon that is killed in here finds it, and
-//! each act can be done again. An act that fails rolls back those before it.
+//! The record says `switching` before the first act, so an agent that is started after a kill finds it. Each act can be
+//! repeated. If an act fails, the agent rolls back the earlier ones.
 
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -37,12 +37,15 @@ pub(super) async fn switch(context: &Context, staged: StagedRoot) -> Result<Swit
     for skipped in &report.skipped {
         context.tracker.note(format!("left alone: /etc/{}: {}", skipped.path, skipped.reason));
     }
-    // Not switched before the refresh: until then the machine is between the two.
+    // Not yet in the state `switched`: until the refresh, running programs are the bootimage's.
     context.tracker.end(phase, State::Running);
     Ok(Switched { staged, units: Vec::new() })
 }
 
-/// Refuses, with numbers, a switch for whose files there is no room. Nothing is changed.
+/// Checks the disk space for the files of the merge. Changes nothing.
+///
+/// # Errors
+/// A refusal with the missing bytes.
 pub(super) fn check(paths: &Paths) -> Result<(), Error> {
     let plan = load_etc_plan(paths)?;
     let refusals = etc_merge::check_room(&plan, Path::new(ETC), paths.run())?;
@@ -57,7 +60,7 @@ fn blocking(paths: &Paths, staged: &StagedRoot) -> anyhow::Result<etc_merge::Rep
     let plan = load_etc_plan(paths)?;
     let run = Directory::ensure(paths.run()).with_context(|| format!("cannot use {}", paths.run().display()))?;
     set_ref(paths, staged, true)?;
-    // Before /usr changes: a generator that runs from here on must not arm the pivot again.
+    // Before /usr changes, so that a generator that runs afterwards does not arm the pivot again.
     mark::pivoted_text(Path::new("/"))
         .and_then(|text| run.write_atomic(Paths::PIVOTED, 0o644, text.as_bytes()))
         .with_context(|| format!("cannot write {}", paths.pivoted().display()))?;
@@ -67,12 +70,12 @@ fn blocking(paths: &Paths, staged: &StagedRoot) -> anyhow::Result<etc_merge::Rep
     }
     let new = new_etc(etc_merge::open_dir(usr)?.as_fd())?;
     let current = etc_merge::open_dir(Path::new(ETC))?;
-    // Before the merge: an entry counts for the next one only where /etc has what it says.
+    // Before the merge. A listed entry counts for a later merge only if /etc still has its content.
     remember_defaults(paths, staged, &plan.later())?;
     etc_merge::apply(&plan, new.as_fd(), current.as_fd(), &paths.etc_undo())
 }
 
-/// Tells the next boot's merge which defaults in `/etc` came from node images.
+/// Stores the list of the defaults in `/etc` that came from node images, for the merge of the next boot.
 pub(super) fn remember_defaults(paths: &Paths, staged: &StagedRoot, list: &etc_merge::Defaults) -> anyhow::Result<()> {
     let text = serde_json::to_vec(list).context("cannot write the list of defaults")?;
     let text = (!list.is_empty()).then_some(text);
@@ -81,7 +84,7 @@ pub(super) fn remember_defaults(paths: &Paths, staged: &StagedRoot, list: &etc_m
         .context("cannot store the list of the defaults that the merge of /etc takes")
 }
 
-/// The ref says which node image is in use: the switch sets it, undo removes it.
+/// Sets the ref of the node image in use, or removes it for an undo (`there` is false).
 pub(super) fn set_ref(paths: &Paths, staged: &StagedRoot, there: bool) -> anyhow::Result<()> {
     let detail = if there { "set" } else { "remove" };
     let store = storage::of(paths, staged)?;

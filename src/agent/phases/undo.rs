@@ -10,7 +10,7 @@ use tracing::{info, warn};
 use super::obstacles::{self, Below};
 use super::switch::{remember_defaults, set_ref};
 use crate::agent::new_usr::{ChangedPaths, ETC, USR, USR_SOURCE};
-use crate::agent::policy::{Way, label_anew, policy_step};
+use crate::agent::policy::{Way, policy_step, relabel};
 use crate::agent::reexec::reexecute;
 use crate::agent::unit_jobs::UnitsRecord;
 use crate::agent::{Paths, StagedRoot, state, unit_survey, views};
@@ -18,19 +18,22 @@ use crate::host;
 use support::directory::Directory;
 use unit_refresh::{Action, Class, Flow, Manager, Root, Sides, UnitFiles, Verb, Version};
 
-/// How an undo went.
+/// The result of an undo.
 #[derive(Debug, Default)]
 pub(in crate::agent) struct Undone {
-    /// What stays on purpose, such as files that somebody changed since.
+    /// Entries kept deliberately, such as files changed since the switch, one line each.
     pub(in crate::agent) kept: Vec<String>,
-    /// What could not be put back.
+    /// Failures to restore, one line each. The undo is incomplete if there are any.
     pub(in crate::agent) failed: Vec<String>,
 }
 
-/// What runs the node image's code, and what to do about it. It is looked at, not taken from what the
-/// switch recorded: a refresh that failed half-way has no complete record.
+/// Plans the undo for the units that run the node image's code. Inspects the running units, because the record of a
+/// refresh that failed is incomplete.
 ///
-/// The second list names what could not be found out, a line each.
+/// The second list has a line for each fact that could not be determined.
+///
+/// # Errors
+/// systemd or the unit files cannot be read.
 pub(in crate::agent) async fn plan_units(
     paths: &Paths,
     staged: &StagedRoot,
@@ -41,29 +44,29 @@ pub(in crate::agent) async fn plan_units(
     let differs = |path: &Path| changed.contains(path);
     let manager = Manager::connect().await?;
     let fragments = unit_refresh::active_fragments(&manager).await?;
-    let looked = tokio::task::spawn_blocking(move || leaving(fragments)).await.context("undo panicked")?;
-    let (leaving, new, systemd) = looked.context("cannot tell which units only the node image has")?;
+    let looked = tokio::task::spawn_blocking(move || removed_units(fragments)).await.context("undo panicked")?;
+    let (removed, new, systemd) = looked.context("cannot list the units that only the node image has")?;
     let current = Root::running().unit_files().context("cannot read the unit files")?;
     let old = unit_refresh::definitions(&manager, &current).await?;
     let (version, differs, added) = (Version::Current, &differs, BTreeSet::new());
     let sides = Sides { version, differs, old: &old, new: &new, added: &added, systemd };
     let (states, unseen) = unit_refresh::survey(&manager, &sides).await?;
     troubles.extend(unseen);
-    // What was stopped and restarted there is, on the way back, too.
+    // The units that the switch stopped are started again.
     let record = UnitsRecord::load(paths).unwrap_or_else(|error| {
         troubles.push(format!("units that the switch stopped stay stopped: {error:#}"));
         None
     });
     let record = record.unwrap_or_default();
     let flow = record.flow.unwrap_or(flow);
-    let mut actions = unit_refresh::undo_plan(&states, &leaving, flow, &unit_survey::policy());
+    let mut actions = unit_refresh::undo_plan(&states, &removed, flow, &unit_survey::policy());
     actions.extend(record.stopped().map(|unit| Action::new(unit, Class::Start, "the switch stopped it")));
     Ok((actions, troubles))
 }
 
-/// The units whose files are not there without the node image's `/usr`, all unit files that are, and the release of the
-/// systemd that is.
-fn leaving(fragments: Vec<(String, PathBuf)>) -> anyhow::Result<(Vec<String>, UnitFiles, Option<u32>)> {
+/// Returns the units whose files only the node image has, and the unit files and the release of systemd in the
+/// bootimage's `/usr`.
+fn removed_units(fragments: Vec<(String, PathBuf)>) -> anyhow::Result<(Vec<String>, UnitFiles, Option<u32>)> {
     overlay_root::Namespace::init().run_without(Path::new(USR), USR_SOURCE, || {
         let gone = |(name, fragment): (String, PathBuf)| (!fragment.exists()).then_some(name);
         let files = Root::running().unit_files().context("cannot read the unit files")?;
@@ -71,10 +74,8 @@ fn leaving(fragments: Vec<(String, PathBuf)>) -> anyhow::Result<(Vec<String>, Un
     })
 }
 
-/// Puts `/etc`, `/usr`, the ref and, where units saw the switch, those back. Everything is tried, whatever
-/// fails; what is done already is not done again.
-///
-/// Nothing is begun where something already known would keep it from its end.
+/// Restores `/etc`, the ref, `/usr` and, if there is a plan for `units`, the policy, the caches and the units. Continues
+/// after failures and skips completed acts. Begins nothing if there are obstacles.
 pub(in crate::agent) async fn undo(paths: &Paths, staged: &StagedRoot, units: Option<&[Action]>) -> Undone {
     let obstacles = obstacles::obstacles(Below::Unmount);
     if !obstacles.is_empty() {
@@ -87,7 +88,7 @@ pub(in crate::agent) async fn undo(paths: &Paths, staged: &StagedRoot, units: Op
         Err(error) => (Undone { failed: vec![format!("undo panicked: {error}")], ..Undone::default() }, None),
     };
     undone.kept.extend(stopped);
-    // Before PID 1 is the old one again: it looks labels up in what is loaded.
+    // Before PID 1 is re-executed, because it looks labels up in the loaded policy.
     if units.is_some() {
         load_old_policy(paths, staged, &mut undone).await;
         undone.kept.extend(refresh_back(staged).await);
@@ -100,7 +101,7 @@ pub(in crate::agent) async fn undo(paths: &Paths, staged: &StagedRoot, units: Op
     if units.is_some() {
         undone.kept.extend(views::stale(views::Expected::Bootimage));
     }
-    // Last: a generator that runs before must not arm the pivot again.
+    // Last, so that a generator that runs before does not arm the pivot again.
     if undone.failed.is_empty()
         && let Err(error) = Directory::ensure(paths.run()).and_then(|run| run.remove_all(Paths::PIVOTED))
     {
@@ -112,8 +113,8 @@ pub(in crate::agent) async fn undo(paths: &Paths, staged: &StagedRoot, units: Op
     undone
 }
 
-/// Stops what only the node image has, as long as its own programs can do it. Returns what went wrong: a unit
-/// that does not stop is no reason to stay half-way.
+/// Stops the units that only the node image has, while their programs still exist. Returns failures as lines, because a
+/// unit that does not stop must not prevent the undo.
 async fn stop_units(actions: &[Action]) -> Vec<String> {
     let mut troubles = Vec::new();
     for action in actions.iter().filter(|action| action.class == Class::Stop) {
@@ -126,15 +127,15 @@ async fn stop_units(actions: &[Action]) -> Vec<String> {
     troubles
 }
 
-/// PID 1 must be the old program again, with the old unit files, and so must be what ran the node
-/// image's code: sshd's helpers, for one, are the old ones again.
+/// Re-executes PID 1 from the bootimage's `/usr` and carries out the plan for the units that run the node image's code:
+/// sshd's helpers, for example, are the bootimage's again.
 async fn undo_units(actions: &[Action], kept: &mut Vec<String>) -> anyhow::Result<()> {
     let mut manager = reexecute(Manager::connect().await?, kept).await?;
     for action in actions {
         match action.class {
             Class::None => {}
-            // Once more, for what could not be stopped before. How it ended concerns nobody any more, and nobody
-            // could start it to make that good.
+            // Again, for units that did not stop before. Their failed state is reset, because no file is left to start
+            // them with.
             Class::Stop => {
                 if let Err(error) = manager.run(Verb::Stop, &action.unit, Manager::JOB_TIMEOUT).await {
                     kept.push(format!("{} was not stopped: {error:#}", action.unit));
@@ -159,8 +160,8 @@ async fn undo_units(actions: &[Action], kept: &mut Vec<String>) -> anyhow::Resul
     Ok(())
 }
 
-/// Makes what the refresh made of the node image's files of the old ones again: the loader's cache, and what udev and the
-/// message bus have read. Before units are restarted, which look there. Returns what went wrong: no reason to stop.
+/// Rebuilds the loader's cache and makes udev and the message bus read the bootimage's files again, before the restart of
+/// the units that use them. Returns failures as lines.
 async fn refresh_back(staged: &StagedRoot) -> Vec<String> {
     let (changed, error) = ChangedPaths::or_all(staged);
     let mut troubles = Vec::from_iter(error.map(|error| format!("all caches are rebuilt: {error:#}")));
@@ -172,8 +173,8 @@ async fn refresh_back(staged: &StagedRoot) -> Vec<String> {
     troubles
 }
 
-/// The second value watches over us until PID 1 is the old one again. Without one we go on: it is needed
-/// only if we are killed.
+/// Restores `/etc`, the ref and `/usr`. The second value re-executes PID 1 if the agent dies. A failure to start it is
+/// logged and not fatal, because it is needed only if the agent is killed.
 fn undo_files(paths: &Paths, staged: &StagedRoot, to_guard: bool) -> (Undone, Option<unit_refresh::Guard>) {
     let mut undone = Undone::default();
     state::repair_undo_plan(paths);
@@ -206,36 +207,38 @@ fn undo_files(paths: &Paths, staged: &StagedRoot, to_guard: bool) -> (Undone, Op
     if let Err(error) = set_ref(paths, staged, false) {
         undone.failed.push(format!("{error:#}"));
     }
-    // Last: between this and its re-execution PID 1 may be unable to start anything.
+    // Last, because PID 1 may be unable to start services from here until its re-execution.
     let start = || unit_refresh::Guard::start().inspect_err(|error| warn!("{error:#}")).ok();
     let guard = to_guard.then(start).flatten();
     let usr = Path::new(USR);
     let lost =
         overlay_root::Namespace::init().mounts().map(|mounts| overlay_root::mounted_on(&mounts, usr, USR_SOURCE));
     match overlay_root::withdraw(usr, USR_SOURCE) {
-        Ok(_) => undone.kept.extend(lost.into_iter().flatten().map(|place| {
-            format!("{} was unmounted with the node image's /usr, on which it had been mounted since", place.display())
-        })),
+        Ok(_) => undone.kept.extend(
+            lost.into_iter()
+                .flatten()
+                .map(|place| format!("{} was unmounted together with the node image's /usr below it", place.display())),
+        ),
         Err(error) => undone.failed.push(format!("/usr: {error:#}")),
     }
     (undone, guard)
 }
 
-/// The old policy again, when `/etc` and `/usr` are the old ones again.
+/// Loads the bootimage's policy again after `/etc` and `/usr` are restored.
 async fn load_old_policy(paths: &Paths, staged: &StagedRoot, undone: &mut Undone) {
     match state::load_etc_plan(paths).map(|plan| policy_step(&plan)) {
         Ok(step) if step.loads() => {
-            // Before: the new policy knows nearly all old labels, the old one hardly any that are new.
-            let complete = label_anew(paths, staged, Way::Back).await;
+            // Relabel first: the new policy knows nearly all old labels, but the old one few of the new.
+            let complete = relabel(paths, staged, Way::Back).await;
             match host::load_policy(step).await {
                 Ok(remark) => remark.iter().for_each(|remark| remark.log("undo: ")),
                 Err(error) => undone.failed.push(format!("{error:#}")),
             }
             if !complete {
-                label_anew(paths, staged, Way::Back).await;
+                relabel(paths, staged, Way::Back).await;
             }
         }
         Ok(_) => {}
-        Err(error) => undone.kept.push(format!("the SELinux policy stays as it is loaded: {error:#}")),
+        Err(error) => undone.kept.push(format!("the loaded SELinux policy was not replaced: {error:#}")),
     }
 }

@@ -6,7 +6,10 @@ use etc_merge::Plan;
 use super::Paths;
 use support::directory::Directory;
 
-/// Returns the plan for `/etc` that was staged.
+/// Loads the staged plan for `/etc`.
+///
+/// # Errors
+/// The file cannot be read, is missing or is damaged.
 pub(in crate::agent) fn load_etc_plan(paths: &Paths) -> anyhow::Result<Plan> {
     let run = Directory::ensure(paths.run()).with_context(|| format!("cannot use {}", paths.run().display()))?;
     let path = paths.run().join(Paths::ETC_PLAN);

@@ -1,4 +1,4 @@
-//! What the agent remembers of a switch, and where.
+//! The agent's state files: the record, the plans, and their paths.
 
 mod etc_plan;
 mod paths;

@@ -1,8 +1,8 @@
-//! Where the agent keeps what it must remember.
+//! Paths of the agent's state.
 
 use std::path::{Path, PathBuf};
 
-/// Everything is below one directory on `/run`: volatile, so that a reboot forgets the pivot.
+/// Paths below one directory on `/run`, so that a reboot discards the state.
 #[derive(Debug, Clone)]
 pub struct Paths {
     run: PathBuf,
@@ -15,49 +15,50 @@ impl Default for Paths {
 }
 
 impl Paths {
-    /// The plan for `/etc`, written before the first act; a file of the directory.
+    /// File with the plan for `/etc`, written before the first act.
     pub const ETC_PLAN: &str = "etc-plan.json";
-    /// The plan of the switch for a person, likewise.
+    /// File with the plan of the switch, as `plan --json` prints it.
     pub const PLAN: &str = "plan.json";
-    /// Which hooks ran after the switch, one name a line.
+    /// File with the hooks that ran after the switch, one per line.
     pub const HOOKS_DONE: &str = "hooks-done";
     /// See [`Paths::pivoted`].
     pub const PIVOTED: &str = "pivoted";
-    /// Made by the generator when it redirects a boot. As long as it exists, the generator does so at every reload.
+    /// File that the generator creates when it redirects a boot. As long as it exists, the generator redirects at every
+    /// reload.
     pub const REDIRECTED: &str = "redirected";
 
-    /// The same below another directory.
+    /// Returns the paths below another directory.
     #[cfg(test)]
     pub(in crate::agent) fn below(run: &Path) -> Self {
         Self { run: run.to_owned() }
     }
 
-    /// The directory itself.
+    /// Returns the directory.
     pub fn run(&self) -> &Path {
         &self.run
     }
 
-    /// The RAM store's tmpfs: objects, and the delta tree that is hardlinked to them.
+    /// Returns the mount point of the RAM store, which holds objects and the delta tree hard linked to them.
     pub fn store(&self) -> PathBuf {
         self.run.join("store")
     }
 
-    /// The undo record of `/etc`.
+    /// Returns the directory of the undo record of `/etc`.
     pub fn etc_undo(&self) -> PathBuf {
         self.run.join("etc-undo")
     }
 
-    /// Exists from the switch on: the generator sees it at every reload and never re-arms.
+    /// Returns the mark of a switch, which keeps the generator from arming the pivot again at a reload.
     pub fn pivoted(&self) -> PathBuf {
         self.run.join(Self::PIVOTED)
     }
 
-    /// Held by the daemon as long as it lives: two would switch twice.
+    /// Returns the lock that the daemon holds as long as it lives, because two daemons would switch twice.
     pub fn lock(&self) -> PathBuf {
         self.run.join("daemon.lock")
     }
 
-    /// The private socket of the daemon.
+    /// Returns the private socket of the daemon.
     pub fn socket(&self) -> PathBuf {
         self.run.join("socket")
     }

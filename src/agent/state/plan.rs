@@ -1,4 +1,4 @@
-//! What the switch would do, as a document: what `plan --json` prints, kept beside the record.
+//! The plan of the switch as a document, which `plan --json` prints. It is stored beside the record.
 
 use std::collections::BTreeMap;
 
@@ -15,52 +15,52 @@ use support::directory::Directory;
 use support::human_bytes;
 use unit_refresh::Action;
 
-/// The answer to a call of `plan`. `schema` changes only when a field changes its meaning or goes.
+/// The answer to a call of `plan`. `schema` changes only if a field is removed or changes its meaning.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PlanDocument {
     /// Version of this document: 1.
     pub schema: u32,
-    /// `staged`: the rest says what the switch would do. `nothing-to-do`, or `switched`: there is no rest.
+    /// `staged`, with a plan, or `nothing-to-do` or `switched`, without one.
     pub state: String,
-    /// Why there is nothing to do.
+    /// Reason for `nothing-to-do`.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub reason: Option<String>,
-    /// What the switch would do.
+    /// Changes that the switch would make.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub plan: Option<SwitchPlan>,
 }
 
-/// What the switch would do.
+/// Changes that the switch would make.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SwitchPlan {
     /// The image, by digest.
     pub image: String,
-    /// Image of the release payload, where one is asked for.
+    /// Choice of the image in the release payload, if one is configured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image_choice: Option<ImageChoice>,
     /// Its ostree commit.
     pub commit: String,
     /// The booted commit, if it is known.
     pub booted_commit: Option<String>,
-    /// What `/usr` gains, loses and changes.
+    /// Files that `/usr` gains, loses and changes.
     pub usr: DeltaCounts,
-    /// The same in packages, if both sides have a package database that can be read.
+    /// Changed packages, if both sides have a readable package database.
     pub packages: Option<PackageChanges>,
-    /// What happens to `/etc`.
+    /// Changes of `/etc`.
     pub etc: EtcPlan,
     /// Users and groups that only the node image's passwd and group files have.
     #[serde(default)]
     pub accounts: AddedAccounts,
-    /// What happens to units that change, and what the isolate in the end newly starts.
+    /// Actions for changed units, and the units that the isolation starts in addition.
     #[serde(default)]
     pub units: Vec<Action>,
     /// Memory that the switch and the refresh still need.
     pub memory: MemoryPlan,
-    /// What to know of.
+    /// Warnings of pull and stage.
     pub warnings: Vec<String>,
 }
 
-/// What happens to `/etc`.
+/// Changes of `/etc`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EtcPlan {
     /// Decisions by class.
@@ -72,11 +72,11 @@ pub struct EtcPlan {
 /// Bytes of memory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryPlan {
-    /// What the switch and the refresh still need, by purpose.
+    /// Bytes that the switch and the refresh still need, by purpose.
     pub needed: BTreeMap<String, u64>,
-    /// All of it.
+    /// Sum of the bytes needed.
     pub needed_bytes: u64,
-    /// What was free when this was planned.
+    /// Bytes available at the time of the plan.
     pub available_bytes: u64,
 }
 
@@ -102,7 +102,7 @@ impl SwitchPlan {
         let text = serde_json::to_vec_pretty(self).context("cannot write the plan")?;
         Directory::ensure(paths.run())
             .and_then(|dir| dir.write_atomic(FILE, 0o600, &text))
-            .with_context(|| format!("cannot store {}; nothing was changed", paths.run().join(FILE).display()))
+            .with_context(|| format!("cannot store {}", paths.run().join(FILE).display()))
     }
 
     pub(in crate::agent) fn load(paths: &Paths) -> Result<Self> {
@@ -115,17 +115,17 @@ impl SwitchPlan {
 }
 
 impl PlanDocument {
-    /// Nothing is planned.
+    /// Returns a document without a plan.
     pub(in crate::agent) fn without_plan(state: &str, reason: Option<String>) -> Self {
         Self { schema: 1, state: state.to_owned(), reason, plan: None }
     }
 
-    /// What is planned.
+    /// Returns the document of a staged plan.
     pub(in crate::agent) fn staged(plan: SwitchPlan) -> Self {
         Self { schema: 1, state: "staged".to_owned(), reason: None, plan: Some(plan) }
     }
 
-    /// For a person, a line each.
+    /// Returns the document as lines of text.
     pub fn lines(&self) -> Vec<String> {
         match (&self.plan, self.state.as_str(), &self.reason) {
             (Some(plan), ..) => plan.lines(),
@@ -230,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn in_words() {
+    fn the_plan_is_readable_as_lines() {
         let lines = PlanDocument::staged(plan()).lines();
         assert_eq!(
             lines[1..],
@@ -281,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn kept_and_read_again() {
+    fn the_plan_survives_the_file() {
         let temp = tempfile::tempdir().unwrap();
         let paths = Paths::below(temp.path());
         assert!(SwitchPlan::load(&paths).unwrap_err().to_string().contains("run pull again"));

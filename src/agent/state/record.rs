@@ -7,7 +7,7 @@ use sha2::{Digest, Sha256};
 
 use super::Paths;
 use crate::agent::Goal;
-use crate::agent::auto_undo::Probation;
+use crate::agent::auto_undo::TrialPeriod;
 use crate::config::{ImageSource, Settings};
 use crate::report::{LastError, Standing, State, Status};
 use node_store::image::{PullSpec, ResolvedImage};
@@ -35,7 +35,7 @@ pub enum Source {
 }
 
 impl Source {
-    /// The pull spec as configured.
+    /// Returns the pull spec as configured.
     pub fn spec(&self) -> &str {
         match self {
             Source::Image(spec) | Source::Release(spec, _) => spec,
@@ -48,17 +48,17 @@ impl Source {
     }
 }
 
-/// Request of the configuration, to be compared: another one makes everything before the switch stale.
+/// Request of the configuration. If it changes, the results of the phases before the switch are invalid.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Asked {
     /// Image; `None` when the configuration names none.
     pub source: Option<Source>,
-    /// Every other setting that decides how it is staged.
+    /// All other settings that decide how the image is staged.
     how: String,
 }
 
 impl Asked {
-    /// The request of these settings.
+    /// Returns the request of `settings`.
     pub fn by(settings: &Settings) -> Self {
         let source = settings.image.clone().map(|source| match source {
             ImageSource::Image(spec) => Source::Image(spec),
@@ -98,7 +98,7 @@ pub(in crate::agent) fn shown(settings: &Settings) -> Option<String> {
     })
 }
 
-/// Everything that the switch needs, decided and checked.
+/// The input of the switch, after all decisions and checks.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct StagedRoot {
     /// The pulled image.
@@ -110,7 +110,7 @@ pub struct StagedRoot {
 }
 
 impl StagedRoot {
-    /// The plan for a person.
+    /// Returns the plan as lines of text.
     pub fn plan_lines(&self) -> Vec<String> {
         let mut lines = vec![
             format!("node image {} (commit {})", self.pulled.image.pinned, self.pulled.commit),
@@ -137,13 +137,13 @@ pub struct Switched {
     pub units: Vec<Action>,
 }
 
-/// An undo that has begun. Its acts are written down before the first one: afterwards nothing
-/// can tell what ran the node image's code.
+/// An undo that has begun. Its actions are recorded before the first one, because afterwards the units that ran the node
+/// image's code cannot be found.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Undo {
     /// The tree that was switched to.
     pub staged: StagedRoot,
-    /// Decisions about running units; absent when a failed switch is rolled back, before any unit saw it.
+    /// Decisions about running units; absent if a failed switch is rolled back before the refresh of units.
     pub units: Option<Vec<Action>>,
     /// Parts of the plan that could not be made, a line each.
     #[serde(default)]
@@ -160,22 +160,22 @@ pub enum Step {
     /// Nothing done.
     #[default]
     Idle,
-    /// The system already is what it should become.
+    /// The system already has the node image's content.
     NothingToDo {
-        /// The sign of that.
+        /// The reason, such as a probe path that exists.
         reason: String,
-        /// True once the machine was sent on to its default target.
+        /// True once the agent has isolated to the default target.
         isolated: bool,
     },
     /// The digest is known.
     Resolved(ResolvedImage),
     /// The objects are stored.
     Pulled(PulledImage),
-    /// The delta tree and the plans are made; the running system is untouched.
+    /// The delta tree and the plans are made; the running system is unchanged.
     Staged(StagedRoot),
     /// The switch has begun and may be half done.
     Switching(StagedRoot),
-    /// It is being taken back, and that may be half done.
+    /// An undo has begun and may be half done.
     Undoing(Undo),
     /// The record of a switch is lost. Only an undo is possible.
     Lost {
@@ -186,14 +186,14 @@ pub enum Step {
     },
     /// `/usr` and `/etc` are the node image's.
     Switched(Switched),
-    /// The running units are, too.
+    /// The running units use the node image's files.
     Refreshed(Switched),
-    /// Isolated.
+    /// The machine is isolated to its default target.
     Finished(Switched),
 }
 
 impl Step {
-    /// For the journal.
+    /// Returns the name for the journal.
     pub fn name(&self) -> &'static str {
         match self {
             Step::Idle => "idle",
@@ -210,7 +210,7 @@ impl Step {
         }
     }
 
-    /// The image that is pulled or staged, before the switch.
+    /// Returns the image that is pulled or staged, before the switch.
     pub(in crate::agent) fn pulled_image(&self) -> Option<&ResolvedImage> {
         match self {
             Step::Pulled(pulled) => Some(&pulled.image),
@@ -233,12 +233,12 @@ impl Step {
         }
     }
 
-    /// Returns true if the machine was sent on to its target.
+    /// Returns true if the agent has isolated to the default target.
     fn is_arrival(&self) -> bool {
         matches!(self, Step::Finished(_) | Step::NothingToDo { isolated: true, .. })
     }
 
-    /// The state in which nothing runs.
+    /// Returns the state of the status document while no phase runs.
     fn resting_state(&self) -> State {
         match self {
             Step::Idle | Step::Resolved(_) | Step::Pulled(_) => State::Idle,
@@ -260,16 +260,16 @@ pub struct Record {
     /// True if the generator redirected this boot.
     #[serde(default)]
     pub bootstrap: bool,
-    /// True once the machine has gone on to its target: it is in use from then on, whatever is undone and done again.
+    /// True once the agent has isolated to the default target. The machine is in use from then on, also after an undo.
     #[serde(default)]
     arrived: bool,
     /// The request of the configuration when the step was reached.
     #[serde(default, deserialize_with = "asked")]
     pub asked: Option<Asked>,
     /// The trial period after which the switch is undone unless an administrator keeps it.
-    #[serde(default)]
-    pub probation: Option<Probation>,
-    /// The entries that the last undo left on purpose, for a caller who asks again before the next switch.
+    #[serde(default, rename = "probation")]
+    pub trial: Option<TrialPeriod>,
+    /// Entries that the last undo kept deliberately, for a caller that asks again before the next switch.
     #[serde(default)]
     pub undone: Option<Vec<String>>,
     /// The status document as it was last saved.
@@ -284,7 +284,7 @@ impl Default for Record {
             bootstrap: false,
             arrived: false,
             asked: None,
-            probation: None,
+            trial: None,
             undone: None,
             status: Status::default(),
         }
@@ -292,14 +292,14 @@ impl Default for Record {
 }
 
 impl Record {
-    /// A record at `step`, with nothing else known.
+    /// Returns a record at `step` without further facts.
     pub(in crate::agent) fn at(step: Step) -> Self {
         Self { step, ..Self::default() }
     }
 
-    /// The same with a trial period.
-    pub(in crate::agent) fn with(self, probation: Option<Probation>) -> Self {
-        Self { probation, ..self }
+    /// Sets the trial period.
+    pub(in crate::agent) fn with(self, trial: Option<TrialPeriod>) -> Self {
+        Self { trial, ..self }
     }
 
     /// Returns the record under `paths`, or `None` if there is no file.
@@ -323,12 +323,12 @@ impl Record {
             _ => {}
         }
         let mut record: Self = serde_json::from_value(value).map_err(malformed)?;
-        // An older agent did not say so.
+        // Older agents did not record this.
         record.arrived |= record.step.is_arrival();
         Ok(Some(record))
     }
 
-    /// Replaces the file in one step.
+    /// Replaces the file atomically.
     pub fn save(&self, paths: &Paths) -> Result<()> {
         let mut value = serde_json::to_value(self).context("cannot write the record")?;
         value[CHECKSUM] = checksum(&value).into();
@@ -339,8 +339,8 @@ impl Record {
             .with_context(|| format!("cannot write {}", paths.run().join(FILE).display()))
     }
 
-    /// The same, for a record that says that the running system is untouched. Where there is no room for
-    /// it, the old one is removed first: without a record an agent begins again, with the old one it would not.
+    /// Replaces the file with a record that says that the running system is unchanged. If the disk is full, removes the old
+    /// file first: without a record an agent begins again, with the old one it would not.
     pub fn save_over(&self, paths: &Paths) -> Result<()> {
         self.save(paths).or_else(|_| {
             Directory::ensure(paths.run())
@@ -350,9 +350,9 @@ impl Record {
         })
     }
 
-    /// Sets the status that is true when no phase runs: for a daemon that was just started.
+    /// Sets the status of a daemon that has just started and runs no phase.
     pub fn rest(&mut self) {
-        // A failure stays until the next attempt; a planned attempt went with the daemon.
+        // A failure stays until the next attempt. A planned attempt ended with the daemon.
         let failed = self.status.error.as_ref().is_some_and(|error| error.next_retry_unix.is_none());
         let interrupted = match &self.step {
             Step::Switching(_) => {
@@ -376,19 +376,19 @@ impl Record {
         self.status.state = if failed { State::Failed } else { self.step.resting_state() };
     }
 
-    /// Goes on to `step`.
+    /// Sets the step.
     pub fn reach(&mut self, step: Step) {
         self.arrived |= step.is_arrival();
         self.step = step;
     }
 
-    /// In which flow the pivot runs: the bootstrap flow ends where the machine goes on to its target.
+    /// Returns the flow of the pivot. The bootstrap flow ends with the isolation to the default target.
     pub fn flow(&self) -> Flow {
         if self.bootstrap && !self.arrived { Flow::Bootstrap } else { Flow::Live }
     }
 
-    /// The end of a run. The isolate belongs to the bootstrap flow only: on a system in use, nothing that runs may
-    /// be stopped.
+    /// Returns the goal of a run. Only the bootstrap flow isolates, because running units of a system in use must not be
+    /// stopped.
     pub fn last_goal(&self) -> Goal {
         match self.flow() {
             Flow::Bootstrap => Goal::Finished,
@@ -397,7 +397,7 @@ impl Record {
     }
 }
 
-/// Returns the checksum of a record, whatever its white space and the order of its fields.
+/// Returns the checksum of a record, independent of white space and the order of its fields.
 fn checksum(value: &Value) -> String {
     hex::encode(Sha256::digest(value.to_string()))
 }

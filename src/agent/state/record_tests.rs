@@ -89,7 +89,7 @@ fn an_interrupted_switch_says_what_to_do() {
 }
 
 #[test]
-fn a_record_that_says_untouched_replaces_one_that_does_not_whatever_happens() {
+fn a_record_of_an_unchanged_system_is_saved_on_a_full_disk() {
     let temp = tempfile::tempdir().unwrap();
     let paths = Paths::below(temp.path());
     Record { step: Step::Switching(staged()), ..Record::default() }.save(&paths).unwrap();
@@ -101,7 +101,7 @@ fn a_record_that_says_untouched_replaces_one_that_does_not_whatever_happens() {
 }
 
 #[test]
-fn what_comes_before_the_switch() {
+fn the_steps_before_the_switch_are_known() {
     let before: Vec<_> = steps().iter().map(Step::is_before_switch).collect();
     assert_eq!(before, [true, true, true, true, true, false, false, false, false, false, false]);
 }
@@ -118,13 +118,13 @@ fn the_bootstrap_flow_ends_at_the_target() {
         let mut record = Record { bootstrap: true, ..Record::default() };
         record.reach(step.clone());
         assert_eq!((record.flow(), record.last_goal()), expected, "{name}");
-        // Undone, or asked for another image; over a restart of the agent that sees the generator's variable again.
+        // After an undo or a changed request, and a restart of the agent with the generator's variable.
         record.reach(Step::Staged(staged()));
         record.save(&paths).unwrap();
         let mut record = Record::load(&paths).unwrap().unwrap();
         record.bootstrap |= true;
         assert_eq!((record.flow(), record.last_goal()), expected, "{name}, then staged");
-        // As an agent leaves it that does not know better.
+        // As an older agent saves it.
         Record { step, bootstrap: true, ..Record::default() }.save(&paths).unwrap();
         assert_eq!(Record::load(&paths).unwrap().unwrap().flow(), expected.0, "{name}, of an older agent");
     }
@@ -149,7 +149,7 @@ fn every_kind_of_damage_is_recognised() {
     assert!(matches!(Record::load(&paths), Err(Damage::Unreadable(_))));
 }
 
-/// As the agent of November 2026 wrote it. The names of fields may not change.
+/// The agent of November 2026 wrote it. The names of fields may not change.
 #[test]
 fn a_record_of_an_older_agent_is_read() {
     const TEXT: &str = r#"{"schema": 1, "step": {"finished": {"staged": {
@@ -178,11 +178,12 @@ fn a_record_of_an_older_agent_is_read() {
     let Step::Finished(switched) = &record.step else { panic!("{record:?}") };
     assert_eq!(switched.units[0].dependents, ["b.service"]);
     assert_eq!((record.asked.is_none(), record.flow()), (true, Flow::Live));
+    assert!(record.trial.is_some_and(|trial| trial.kept));
     record.save(&paths).unwrap();
     assert_eq!(format!("{:?}", Record::load(&paths).unwrap().unwrap()), format!("{record:?}"));
 }
 
-/// As agents before the checksum wrote it, with the request as one string.
+/// Agents before the checksum wrote the request as one string.
 #[test]
 fn a_record_without_a_checksum_is_read() {
     let temp = tempfile::tempdir().unwrap();
@@ -197,9 +198,9 @@ fn a_record_without_a_checksum_is_read() {
     assert_eq!((record.step.name(), record.asked), ("undoing", None));
 }
 
-/// Every record is either the one that was saved or recognised as damaged.
+/// A file loads as the saved record or counts as damaged.
 #[test]
-fn no_damage_goes_unnoticed() {
+fn every_changed_byte_is_noticed_or_harmless() {
     let temp = tempfile::tempdir().unwrap();
     let paths = Paths::below(temp.path());
     let path = temp.path().join(FILE);

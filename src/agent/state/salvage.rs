@@ -1,4 +1,4 @@
-//! Opens the record, and pieces together what an undo needs when the record of a switch is lost or damaged.
+//! Opens the record, and rebuilds the input of an undo if the record of a switch is lost or damaged.
 
 use std::path::{Path, PathBuf};
 
@@ -7,7 +7,7 @@ use tracing::warn;
 use super::etc_plan::load_etc_plan;
 use super::record::{Damage, FILE, Record, Step};
 use super::{Paths, StagedRoot, SwitchPlan};
-use crate::agent::auto_undo::{self, Probation};
+use crate::agent::auto_undo::{self, TrialPeriod};
 use crate::agent::new_usr::{USR, USR_SOURCE};
 use crate::agent::storage;
 use node_store::image::ResolvedImage;
@@ -33,7 +33,7 @@ struct Traces {
 impl Traces {
     fn on_this_machine(paths: &Paths) -> Self {
         Self {
-            // A mount table that cannot be read proves nothing; the switch looks again.
+            // An unreadable mount table proves nothing; the switch reads it again.
             usr: overlay_root::exposed(Path::new(USR), USR_SOURCE).unwrap_or(false),
             etc: paths.etc_undo().join(UNDO_PLAN).exists(),
         }
@@ -44,7 +44,7 @@ impl Traces {
     }
 }
 
-/// The way to go on.
+/// The decision about the record.
 #[derive(Debug, PartialEq, Eq)]
 enum Verdict {
     /// With the record.
@@ -55,7 +55,7 @@ enum Verdict {
     Lost(String),
 }
 
-/// Decides by the record and by what is on the machine.
+/// Decides by the record and by the traces of a switch on the machine.
 fn judge(loaded: Result<Option<&Record>, &Damage>, traces: Traces, file: &Path) -> Verdict {
     let cause = match loaded {
         Ok(Some(record)) if !(traces.usr && record.step.is_before_switch()) => return Verdict::Use,
@@ -70,20 +70,20 @@ fn judge(loaded: Result<Option<&Record>, &Damage>, traces: Traces, file: &Path) 
         _ => "changes of a node image are merged in /etc",
     };
     Verdict::Lost(format!(
-        "cannot use the record of the switch, {}: {cause}; {left}; run undo to put the bootimage's back, or reboot",
+        "cannot use the record of the switch, {}: {cause}; {left}; run undo to restore the bootimage's, or reboot",
         file.display()
     ))
 }
 
-/// Returns the record under `paths`, a fresh one, or one that only allows an undo. Nothing is changed.
+/// Returns the record under `paths`, a new one, or one that only allows an undo. Changes nothing.
 pub(in crate::agent) fn open(paths: &Paths) -> Record {
     let loaded = Record::load(paths);
     let verdict = judge(loaded.as_ref().map(Option::as_ref), Traces::on_this_machine(paths), &paths.run().join(FILE));
     match (verdict, loaded) {
         (Verdict::Use, Ok(Some(record))) => record,
         (Verdict::Lost(message), _) => {
-            let probation = auto_undo::armed().map(|until_boottime_ms| Probation { until_boottime_ms, kept: false });
-            Record::at(Step::Lost { staged: staged(paths), message }).with(probation)
+            let trial = auto_undo::armed().map(|until_boottime_ms| TrialPeriod { until_boottime_ms, kept: false });
+            Record::at(Step::Lost { staged: staged(paths), message }).with(trial)
         }
         _ => Record::default(),
     }
@@ -96,7 +96,7 @@ pub(in crate::agent) fn unused(paths: &Paths) -> Option<String> {
     Some(format!("cannot use {}: {damage}; nothing is switched, and the agent begins without it", file.display()))
 }
 
-/// Keeps such a record under another name, for an administrator who looks for the cause, and returns that line.
+/// Renames an unusable record, for an administrator who looks for the cause, and returns the line of [`unused`].
 pub(in crate::agent) fn set_aside(paths: &Paths) -> Option<String> {
     let line = unused(paths)?;
     warn!("{line}");
@@ -121,7 +121,7 @@ pub(in crate::agent) fn repair_undo_plan(paths: &Paths) {
     }
 }
 
-/// Returns what the other files say about the switch; what they do not say stays empty, and undo does without it.
+/// Returns the facts about the switch in the other files. Unknown fields stay empty; an undo does not need them.
 fn staged(paths: &Paths) -> StagedRoot {
     let plan = SwitchPlan::load(paths).ok();
     let pinned = plan.as_ref().map(|plan| plan.image.clone()).unwrap_or_default();
@@ -154,7 +154,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_switched_system_is_never_said_to_be_untouched() {
+    fn a_switched_system_never_counts_as_unchanged() {
         let idle = Record::default();
         let undoing = Record::at(Step::Lost { staged: staged(&Paths::default()), message: String::new() });
         let damage = Damage::Checksum;
@@ -173,7 +173,10 @@ mod tests {
         for traces in [traces(false, false), traces(false, true)] {
             assert_eq!(judge(Ok(Some(&idle)), traces), Verdict::Use);
         }
-        assert!(matches!(judge(Ok(Some(&idle)), traces(true, false)), Verdict::Lost(_)), "a record from before");
+        assert!(
+            matches!(judge(Ok(Some(&idle)), traces(true, false)), Verdict::Lost(_)),
+            "a record older than the switch"
+        );
         for traces in lost {
             assert_eq!(judge(Ok(Some(&undoing)), traces), Verdict::Use);
         }
@@ -197,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn a_damaged_record_is_kept_aside() {
+    fn a_damaged_record_is_renamed() {
         let temp = tempfile::tempdir().unwrap();
         let paths = Paths::below(temp.path());
         std::fs::write(temp.path().join(FILE), "{").unwrap();
@@ -206,6 +209,6 @@ mod tests {
         assert!(Record::load(&paths).unwrap().is_none());
         Record::default().save(&paths).unwrap();
         assert_eq!(set_aside(&paths), None);
-        assert!(Record::load(&paths).unwrap().is_some(), "a good one stays");
+        assert!(Record::load(&paths).unwrap().is_some(), "a usable record stays");
     }
 }
