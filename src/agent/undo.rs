@@ -44,7 +44,7 @@ impl Agent {
         self.undo_locked(&mut record, Below::Refuse).await
     }
 
-    /// Undoes a switch whose trial is over, or goes on with that.
+    /// Undoes a switch whose trial period is over, or continues that undo.
     pub(super) async fn undo_expired(&self) -> Result<(), Error> {
         let mut record = self.record.lock().await;
         let over = record.trial.and_then(TrialPeriod::left).is_some_and(|left| left.is_zero());
@@ -113,13 +113,13 @@ impl Agent {
         Ok(undone.kept)
     }
 
-    /// Plans the undo of units. It follows the flow that the switch planned for, which its record of units says, also on
-    /// a machine that is in use since: what the switch restarted runs the node image's code, and may be what is wrong
-    /// with it (a network that is gone is what a trial period is for). Where that is not known, less is touched.
+    /// Plans the undo of units for the flow of the switch, also on a machine that is in use by now: a unit that the switch
+    /// restarted runs the node image's code and may be the reason for the undo, such as a lost network. If that flow is
+    /// unknown, the flow of the record applies.
     ///
     /// # Errors
-    /// When the units cannot be looked at. After the first act nothing can tell which of them run the node image's code,
-    /// so nothing is begun, and the next call looks again.
+    /// The units cannot be inspected. Nothing has begun then, because after the first act the units that run the node
+    /// image's code cannot be found.
     async fn begin_undo(&self, staged: StagedRoot, salvaged: bool, record: &Record) -> Result<Undo, Error> {
         let planned = phases::plan_units(&self.paths, &staged, record.flow()).await;
         let (units, troubles) = planned.map_err(|error| {
