@@ -117,7 +117,7 @@ fn not_begun(trial: &mut Trial, point: &&str) -> Result<()> {
     let answer = trial.bed.guest.run("node-image-pivot run --try 10m")?;
     same(trial.bed.acted()?, true)?;
     same(answer.status, 1)?;
-    contains(&answer.text, "cannot see to it that the switch is undone in time")?;
+    contains(&answer.text, "cannot start the timer that ends the trial period")?;
     contains(&answer.text, "the running system is unchanged")?;
     same(timers(&trial.bed.guest)?, "0".into())?;
     trial.bed.is_as_before(&trial.before)
