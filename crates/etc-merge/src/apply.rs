@@ -157,7 +157,7 @@ impl Merge<'_> {
                 place.set_metadata(after, &Source { label: label.as_deref(), ..Source::default() })
             }
             (Staged::InPlace, None, None) => Ok(done),
-            (Staged::InPlace, None, Some(current)) => place.remove(staging, number, current),
+            (Staged::InPlace, None, Some(current)) => staging.remove(number, &place, current),
         }
     }
 

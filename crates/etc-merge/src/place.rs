@@ -12,9 +12,10 @@ use sha2::{Digest, Sha256};
 use super::name::Bytes;
 use super::scan::{look, open, proc_path, resolve};
 use super::snapshot::{Content, Leaf, Meta};
-use super::staging::{MOUNTED, Staging};
 use support::failpoint::{self, Point};
 use support::xattr::{self, LABEL};
+
+pub(super) const MOUNTED: &str = "a file system is mounted there";
 
 /// A name in an open directory. Another process cannot replace the directory meanwhile.
 pub(super) struct Place {
@@ -90,11 +91,6 @@ impl Place {
             Err(Errno::BUSY) => Ok(Outcome::Skipped(MOUNTED)),
             Err(error) => Err(error).context("cannot remove it"),
         }
-    }
-
-    /// Removes the entry, if it is still `current`.
-    pub fn remove(&self, staging: &Staging, number: usize, current: &Leaf) -> Result<Outcome> {
-        if current.is_directory() { self.remove_directory() } else { staging.remove_entry(number, self, current) }
     }
 
     /// Sets the owner, mode, attributes and label of an existing directory to those of `leaf`.

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::fs::{AtFlags, Dir, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
-use super::place::{Outcome, Place, Source, copy, set_metadata};
+use super::place::{MOUNTED, Outcome, Place, Source, copy, set_metadata};
 use super::scan::{STAGING, look, resolve};
 use super::snapshot::{Content, Leaf};
 use support::failpoint::{self, Point};
@@ -162,9 +162,14 @@ impl Staging {
         }
     }
 
+    /// Removes the entry at `place`, if it is still `current`.
+    pub fn remove(&self, number: usize, place: &Place, current: &Leaf) -> Result<Outcome> {
+        if current.is_directory() { place.remove_directory() } else { self.remove_entry(number, place, current) }
+    }
+
     /// Removes the entry at `place`, if it is still `current`, which is not a directory. Keeps a change that another
     /// process makes at the same moment.
-    pub fn remove_entry(&self, number: usize, place: &Place, current: &Leaf) -> Result<Outcome> {
+    fn remove_entry(&self, number: usize, place: &Place, current: &Leaf) -> Result<Outcome> {
         failpoint::hit(Point::EtcUnlink, "").context("cannot remove it")?;
         let old = [&name(number)[..], b"-old"].concat();
         match rustix::fs::renameat_with(&place.dir, &place.name, &self.dir, &old, RenameFlags::NOREPLACE) {
@@ -186,7 +191,6 @@ impl Staging {
 const DONE: Outcome = Outcome::Done { labelled: true };
 pub(super) const CHANGED: &str = "changed since the plan was made";
 const RESTORING: &str = "cannot restore the version of another process";
-pub(super) const MOUNTED: &str = "a file system is mounted there";
 
 fn name(number: usize) -> Vec<u8> {
     number.to_string().into_bytes()

@@ -139,7 +139,7 @@ fn revert(
     }
     match (&change.before, staged, &current) {
         (None, _, None) => Ok(done),
-        (None, _, Some(current)) => place.remove(staging, number, current),
+        (None, _, Some(current)) => staging.remove(number, &place, current),
         (Some(_), Some(labelled), _) => Ok(match staging.put(number, &place, current.as_ref())? {
             Outcome::Done { .. } => Outcome::Done { labelled },
             skipped @ Outcome::Skipped(_) => skipped,

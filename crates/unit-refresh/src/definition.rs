@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 
 use super::names::{dependency, folders, template, with_instance};
-use super::syntax::{is_true, parse};
+use super::syntax::{Settings, is_true, parse};
 
 /// An entry of a unit directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,9 +37,6 @@ pub(super) struct UnitDirectory {
 /// All unit files of a system, by directory in descending priority.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct UnitFiles(pub(super) Vec<UnitDirectory>);
-
-/// Values by section and key, in order. Values that a later empty assignment resets are left out.
-pub(super) type Settings = BTreeMap<String, BTreeMap<String, Vec<String>>>;
 
 /// The definition of a unit by its files.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

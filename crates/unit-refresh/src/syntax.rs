@@ -1,6 +1,9 @@
 //! Parses the text of unit files by the rules of systemd.syntax(7). Pure.
 
-use super::definition::Settings;
+use std::collections::BTreeMap;
+
+/// Values by section and key, in order. Values that a later empty assignment resets are left out.
+pub(super) type Settings = BTreeMap<String, BTreeMap<String, Vec<String>>>;
 
 /// The byte order mark, which systemd accepts once, at the beginning of a line.
 const BOM: char = '\u{feff}';

@@ -47,7 +47,7 @@ fn a_save_between_the_comparison_and_the_rename_is_kept() {
             staging.close().unwrap();
         }
         let staging = Staging::open(etc.as_fd()).unwrap();
-        assert!(matches!(staging.remove_entry(0, &place, &current).unwrap(), Outcome::Skipped(_)));
+        assert!(matches!(staging.remove(0, &place, &current).unwrap(), Outcome::Skipped(_)));
         assert!(fs::read_to_string(scratch.join("etc/f")).unwrap().starts_with("saved"));
         staging.close().unwrap();
         assert_eq!(fs::read_dir(scratch.join("etc")).unwrap().count(), 2, "a temporary file is left");
