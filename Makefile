@@ -97,7 +97,7 @@ check: deps
 check-quick:
 	$(CARGO) fmt --all --check
 	shellcheck dracut/98node-image-pivot/*.sh dracut/test.sh fuzz/run.sh tests/docs.sh
-	sh tests/docs.sh
+	sh tests/docs.sh --rust
 	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
 	$(CARGO) test --release --no-fail-fast --workspace --exclude testbed
 	sh dracut/test.sh
