@@ -285,7 +285,7 @@ async fn bad_images_are_refused_before_they_are_used() {
                     image.final_layer -= 1;
                 },
                 Kind::BadFormat,
-                "lacks",
+                "is incomplete",
             ),
         ),
         (

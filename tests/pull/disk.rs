@@ -361,7 +361,7 @@ async fn a_full_disk_is_reported_with_numbers() {
     println!("{told}");
     assert_eq!(told.kind, Kind::NoSpace);
     for words in [
-        "MiB are free, of which 3 % are left to the system, and",
+        "MiB are free, of which 3 % are reserved for the system, and",
         store.repo_path().to_str().unwrap(),
         "free some space on that disk",
     ] {
