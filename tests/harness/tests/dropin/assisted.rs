@@ -70,6 +70,8 @@ impl Assisted {
         let guest = boot("dropin-live", &images.boot_runtime()?, |files| {
             node_files(files, "", vm::HOST, registry.port)?;
             std::fs::remove_dir_all(files.root().join("etc/node-image-pivot.conf.d"))?;
+            // A missing tag is confirmed by two further attempts; two minutes of waiting would show nothing more.
+            files.put("/etc/node-image-pivot.conf.d/60-retry.toml", 0o644, "[retry]\ndenied = 2\n")?;
             files.put("/etc/no-var-tmpfs", 0o644, "")?;
             files.put("/var/log/openshift/bootkube.json", 0o644, "[]\n")?;
             files.put(SCRIPT, 0o755, &release_image_script("registry.example.test/cluster/release:no-such-tag"))
