@@ -59,6 +59,14 @@ impl Error {
         self
     }
 
+    /// Adds a context to an internal error.
+    pub(super) fn context(self, context: &'static str) -> Self {
+        match self.cause {
+            Cause::Internal(error) => Self { cause: Cause::Internal(error.context(context)), ..self },
+            _ => self,
+        }
+    }
+
     /// Adds the number of attempts that failed, and the latest of them.
     pub(super) fn with_attempts(self, failed: u32, attempts: Vec<Attempt>) -> Self {
         Self { failed, attempts, ..self }

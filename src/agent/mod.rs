@@ -328,7 +328,12 @@ impl Agent {
             if record.trial.is_none() {
                 auto_undo::disarm().await;
             }
-            return Err(error);
+            return Err(match record.step {
+                Step::Refreshed(_) => {
+                    error.context("the isolation is already requested; start node-image-finish.service again")
+                }
+                _ => error,
+            });
         }
         Ok(true)
     }
