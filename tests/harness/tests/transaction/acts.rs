@@ -89,12 +89,16 @@ impl Acts {
         forget(&bed)?;
         bed.guest.ask(": >/run/failpoints/hits")?;
         bed.agent("run")?;
-        let switch = hits(&bed, "switch")?;
+        let mut switch = hits(&bed, "switch")?;
         let after = bed.etc()?;
         bed.agent("finish")?;
         let finish = hits(&bed, "finish")?;
         bed.agent("undo")?;
-        let undo = hits(&bed, "undo")?;
+        let mut undo = hits(&bed, "undo")?;
+        for points in [&mut switch, &mut undo] {
+            // Only reached if PID 1 has forgotten units at its re-execution, which is not the same in every run.
+            points.retain(|point| point != "systemd Reload");
+        }
         bed.guest.ask("systemctl stop node-image-pivotd.service; rm /run/failpoints/hits")?;
         Ok(Acts { bed, before, after, switch, finish, undo })
     }

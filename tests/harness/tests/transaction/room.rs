@@ -129,7 +129,7 @@ fn an_undo_on_a_full_etc_is_reported_and_completed_later(small: &mut Small) -> R
     small.bed.guest.ask("mount -o remount,size=64m /run/small")?;
     same(answer.status, 1)?;
     contains(&answer.text, "No space left on device")?;
-    contains(&answer.text, "run it again")?;
+    contains(&answer.text, "run undo, again if it fails")?;
     small.bed.agent("undo")?;
     same(small.bed.guest.ask("base-tool")?, "base-tool 1.0".into())?;
     same(small.bed.guest.ask("cat /etc/base-tool/removed-default.conf")?, "goes away".into())?;

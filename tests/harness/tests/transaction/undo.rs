@@ -47,7 +47,7 @@ fn an_undo_names_what_it_cannot_do_and_goes_on_later(bed: &mut Bed) -> Result<()
     let answer = guest.run("node-image-pivot undo")?;
     same(answer.status, 1)?;
     contains(&answer.text, "Input/output error")?;
-    contains(&answer.text, "run it again")?;
+    contains(&answer.text, "run undo, again if it fails")?;
     bed.agent("undo")?;
     same(guest.ask("base-tool")?, "base-tool 1.0".into())?;
     bed.nothing_failed()
