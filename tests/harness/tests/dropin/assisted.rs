@@ -70,8 +70,8 @@ impl Assisted {
         let guest = boot("dropin-live", &images.boot_runtime()?, |files| {
             node_files(files, "", vm::HOST, registry.port)?;
             std::fs::remove_dir_all(files.root().join("etc/node-image-pivot.conf.d"))?;
-            // A missing tag is confirmed by two further attempts; two minutes of waiting would show nothing more.
-            files.put("/etc/node-image-pivot.conf.d/60-retry.toml", 0o644, "[retry]\ndenied = 2\n")?;
+            // Without the two further attempts that confirm a missing tag, the service record has one.
+            files.put("/etc/node-image-pivot.conf.d/60-retry.toml", 0o644, "[retry]\ndenied = 0\n")?;
             // By its own address: a source that cannot be reached beside a mirror that lacks the tag is tried again.
             let address = format!("{}:{}", vm::HOST, registry.port);
             let insecure = format!("[[registry]]\nlocation = \"{address}\"\ninsecure = true\n");
