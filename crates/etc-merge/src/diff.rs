@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use anyhow::{Context, Result};
 use rustix::fs::AtFlags;
+use rustix::io::Errno;
 use similar::{DiffOp, DiffTag};
 
 use super::name::Bytes;
@@ -47,6 +48,10 @@ pub(super) fn show(plan: &Plan, sides: &Sides<'_>) -> Result<(Vec<u8>, BTreeSet<
     let removed = plan.changes.iter().filter(|change| change.after.is_none());
     let removed = removed.filter(|change| change.before.as_ref().is_some_and(Leaf::is_directory));
     hidden.extend(removed.map(|change| &change.path).filter(|path| !has_patch_below(path)).cloned());
+    // git looks up a new file before it removes the link above it, and accepts only that the lookup finds nothing. A link
+    // that leads to itself gives another error.
+    let created = plan.changes.iter().filter(|change| change.before.is_none()).map(|change| &change.path);
+    hidden.extend(created.filter(|path| is_behind_a_link_loop(path, sides.etc)).cloned());
     // A file that replaces a directory, or the reverse, needs the changes of all entries in that directory.
     for (path, shown) in &mut entries {
         if !shown.patch.is_empty() && hidden.iter().any(|other| is_nested(other, path)) {
@@ -232,6 +237,10 @@ fn note(path: &Bytes, before: Option<&Leaf>, after: Option<&Leaf>, out: &mut Vec
         writeln!(out, "# extended attributes of /etc/{path} change")?;
     }
     Ok(())
+}
+
+fn is_behind_a_link_loop(path: &Bytes, etc_dir: BorrowedFd<'_>) -> bool {
+    rustix::fs::statat(etc_dir, path.as_path(), AtFlags::SYMLINK_NOFOLLOW).is_err_and(|error| error == Errno::LOOP)
 }
 
 fn is_link(leaf: &Leaf) -> bool {

@@ -100,6 +100,25 @@ fn a_file_in_place_of_a_directory_without_files_is_shown_by_name_only() {
     });
 }
 
+#[test]
+fn a_file_below_a_link_to_itself_is_shown_by_name_only() {
+    private(|scratch| {
+        let looped = || {
+            let mut entry = link(1);
+            entry.leaf.content = Content::Symlink(Bytes(b"d/x".to_vec()));
+            entry
+        };
+        let base = etc([("d", looped())]);
+        let new = etc([("d", dir(0, [("a", file(1, 0))]))]);
+        let trees = [base.clone(), new, base].map(|tree| Snapshot { root: world(tree.root) });
+        for (name, tree) in ["base", "new", "etc"].into_iter().zip(&trees) {
+            write_tree(&scratch.join(name), tree);
+        }
+        let text = diff_of(scratch, false);
+        assert!(text.contains("# /etc/d/a: not shown") && !text.contains("diff --git"), "{text}");
+    });
+}
+
 /// A tree with unusual names and contents.
 #[derive(Debug, Clone)]
 enum Node {
@@ -124,7 +143,7 @@ const CONTENTS: [&[u8]; 12] = [
     b"1\n2\n3\n4\n5\n6\n7\n8\n9\n10\n11\n12\n13\n14\n15\n16\n17\n18\n19\n20\n",
     b"one\n2\n3\n4\n5\n6\n7\n8\n9\n10\n11\n12\n13\n14\n15\n16\n17\n18\n19\ntwenty",
 ];
-const TARGETS: [&[u8]; 4] = [b"x", b"a b/c", b"two\nlines", b"\xff"];
+const TARGETS: [&[u8]; 6] = [b"x", b"a", b"a b/c", b"./a b", b"two\nlines", b"\xff"];
 
 fn node() -> impl Strategy<Value = Node> {
     let mode = || prop::sample::select(&[0o644, 0o644, 0o644, 0o600, 0o755, 0o4755, 0o640][..]);
