@@ -6,6 +6,7 @@
 
 mod accounts;
 mod auto_undo;
+mod boot;
 mod cancel;
 mod deviations;
 mod error;
@@ -29,7 +30,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
-use boot_config::TARGET_VARIABLE;
 use tokio::sync::{Mutex, MutexGuard, watch};
 use tracing::{error, info, warn};
 
@@ -42,15 +42,13 @@ use phases::Below;
 use phases::next;
 use state::Asked;
 use support::directory::Directory;
-use unit_refresh::{Guard, Manager};
+use unit_refresh::Guard;
 
 pub use auto_undo::TrialPeriod;
+pub use boot::Boot;
 pub use cancel::{CancelHandle, CancelHandles};
 pub use error::Error;
 pub use state::{Paths, PlanDocument, Record, StagedRoot, Step, SwitchPlan, Switched, Undo};
-
-/// The target to which the generator redirects a boot.
-const PIVOT_TARGET: &str = "node-image-pivot.target";
 
 /// The end of a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -105,7 +103,7 @@ pub struct Agent {
     undoing: AtomicBool,
     /// Copy of the record's main facts, for readers that do not wait for its lock.
     standing: watch::Sender<Standing>,
-    /// False until systemd has said which target this boot leads to; see [`is_bootstrap`].
+    /// False as long as the kind of this boot is unknown; see [`Boot::Unknown`].
     boot_known: AtomicBool,
     cancel_handles: CancelHandles,
     /// Held by a download beside the pivot, which does not hold the record.
@@ -116,13 +114,12 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Loads the record that an earlier agent left under `paths`, or begins without one. `bootstrap` is true if this boot
-    /// leads to the pivot target, `None` if that is unknown; see [`is_bootstrap`].
+    /// Loads the record that an earlier agent left under `paths`, or begins without one.
     ///
     /// # Errors
     /// Another agent runs, or the agent's directory cannot be used. An unusable record is not an error: the agent reports the
     /// traces of the switch and allows an undo.
-    pub fn open(paths: Paths, bootstrap: Option<bool>) -> anyhow::Result<Arc<Self>> {
+    pub fn open(paths: Paths, boot: Boot) -> anyhow::Result<Arc<Self>> {
         Directory::ensure(paths.run()).with_context(|| format!("cannot use {}", paths.run().display()))?;
         let lock = StoreLock::try_acquire(&paths.lock()).map_err(|error| match error {
             LockError::Held { path, holder } => anyhow!("another agent runs, {holder}; it holds {path}"),
@@ -133,7 +130,7 @@ impl Agent {
             record.status.notes.extend(state::set_aside(&paths));
         }
         // The first reload after the switch removes the generator's drop-in, so the record keeps its content.
-        record.bootstrap |= bootstrap == Some(true);
+        let boot_known = record.learn(boot);
         record.rest();
         record.status.undo_unix = record.trial.and_then(undo_unix);
         // Only for the status document. Each call reads the configuration again and reports its errors.
@@ -148,7 +145,7 @@ impl Agent {
             paths,
             undoing: AtomicBool::new(false),
             standing: watch::Sender::new(Standing::of(&record)),
-            boot_known: AtomicBool::new(bootstrap.is_some() || record.bootstrap),
+            boot_known: AtomicBool::new(boot_known),
             record: Mutex::new(record),
             holder: Holder::default(),
             cancel_handles: CancelHandles::default(),
@@ -263,11 +260,8 @@ impl Agent {
         if let Step::Lost { message, .. } = &record.step {
             return Err(Error::refused("lost-record", message.clone()));
         }
-        if !self.boot_known.load(Ordering::Acquire)
-            && let Some(bootstrap) = is_bootstrap().await
-        {
-            self.boot_known.store(true, Ordering::Release);
-            record.bootstrap |= bootstrap;
+        if !self.boot_known.load(Ordering::Acquire) {
+            self.boot_known.store(record.learn(Boot::look().await), Ordering::Release);
         }
         if length.is_some() && !record.step.is_before_switch() && record.trial.is_none_or(|until| until.kept) {
             return Err(Error::refused("switched", "this system is switched already; run undo before a try"));
@@ -402,25 +396,6 @@ impl Stopped<'_> {
     pub fn is_unfinished(&self) -> bool {
         matches!(self.0.step, Step::Switching(_) | Step::Undoing(_) | Step::Switched(_))
     }
-}
-
-/// Returns true if the generator redirected this boot, `None` if systemd does not answer. The generator's variable alone
-/// proves nothing: it is also set if an administrator configures an image on a booted system and systemd reloads. The
-/// agent must not isolate there.
-///
-/// An unknown boot counts as live, in which the agent stops nothing. The next phase asks again, and the isolation itself
-/// needs systemd's answer.
-pub async fn is_bootstrap() -> Option<bool> {
-    if std::env::var_os(TARGET_VARIABLE).is_none() {
-        return Some(false);
-    }
-    let asked = async { Manager::connect().await?.is_active_or_queued(PIVOT_TARGET).await };
-    asked
-        .await
-        .inspect_err(|error| {
-            warn!("cannot determine if this boot leads to {PIVOT_TARGET}, asking again later: {error:#}");
-        })
-        .ok()
 }
 
 /// Returns the end of the trial period in seconds since the epoch, or `None` for a switch that is kept.

@@ -242,7 +242,7 @@ mod tests {
     use std::path::Path;
 
     use super::super::state::switched;
-    use super::super::{Paths, Record};
+    use super::super::{Boot, Paths, Record};
     use super::*;
 
     /// Runs only without systemd, where the units cannot be inspected.
@@ -255,7 +255,7 @@ mod tests {
         let temp = tempfile::tempdir().unwrap();
         let paths = Paths::below(temp.path());
         Record::at(Step::Finished(switched())).save(&paths).unwrap();
-        let agent = Agent::open(paths.clone(), Some(false)).unwrap();
+        let agent = Agent::open(paths.clone(), Boot::Live).unwrap();
         for _ in 0..2 {
             let error = agent.undo().await.unwrap_err().to_string();
             assert!(error.contains("which units run the node image's code"), "{error}");

@@ -7,14 +7,14 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
 use super::drive::unix_now;
-use crate::agent::{self, Agent, Paths};
+use crate::agent::{Agent, Boot, Paths};
 use crate::bus;
 use crate::report::{self, Outcome};
 
 pub(super) async fn daemon(paths: Paths) -> Result<Outcome> {
     start_log();
     let socket = paths.socket();
-    let agent = Agent::open(paths, agent::is_bootstrap().await)?;
+    let agent = Agent::open(paths, Boot::look().await)?;
     bus::serve(agent.clone(), &socket).await?;
     agent.attend();
     let mut terminate = signal(SignalKind::terminate())?;

@@ -8,6 +8,7 @@ use sha2::{Digest, Sha256};
 use super::Paths;
 use crate::agent::Goal;
 use crate::agent::auto_undo::TrialPeriod;
+use crate::agent::boot::Boot;
 use crate::config::{ImageSource, Settings};
 use crate::report::{LastError, Standing, State, Status};
 use node_store::image::{PullSpec, ResolvedImage};
@@ -374,6 +375,12 @@ impl Record {
             self.status.error = None;
         }
         self.status.state = if failed { State::Failed } else { self.step.resting_state() };
+    }
+
+    /// Takes note of the kind of this boot. Returns false if systemd must be asked again.
+    pub fn learn(&mut self, boot: Boot) -> bool {
+        self.bootstrap |= boot == Boot::Bootstrap;
+        self.bootstrap || boot != Boot::Unknown
     }
 
     /// Sets the step.

@@ -132,6 +132,26 @@ fn the_bootstrap_flow_ends_at_the_target() {
 }
 
 #[test]
+fn an_unknown_boot_counts_as_live_and_is_asked_again() {
+    for (recorded, boot, known, goal) in [
+        (false, Boot::Unknown, false, Goal::Switched),
+        (false, Boot::Live, true, Goal::Switched),
+        (false, Boot::Bootstrap, true, Goal::Finished),
+        // An earlier daemon had the answer. A reload after the switch removes the generator's variable.
+        (true, Boot::Unknown, true, Goal::Finished),
+        (true, Boot::Live, true, Goal::Finished),
+        (true, Boot::Bootstrap, true, Goal::Finished),
+    ] {
+        let mut record = Record { bootstrap: recorded, ..Record::default() };
+        assert_eq!(record.learn(boot), known, "{recorded} {boot:?}");
+        assert_eq!(record.last_goal(), goal, "{recorded} {boot:?}");
+        // The answer that comes later decides.
+        assert!(record.learn(Boot::Bootstrap), "{recorded} {boot:?}");
+        assert_eq!(record.last_goal(), Goal::Finished, "{recorded} {boot:?}");
+    }
+}
+
+#[test]
 fn every_kind_of_damage_is_recognised() {
     let temp = tempfile::tempdir().unwrap();
     let paths = Paths::below(temp.path());
