@@ -298,7 +298,7 @@ mod tests {
         }
     }
 
-    const LONG: Duration = Duration::from_secs(20);
+    const LONG: Duration = Duration::from_secs(60);
 
     #[tokio::test]
     async fn a_failure_has_the_last_lines_of_output() {
@@ -320,8 +320,15 @@ mod tests {
             "#!/bin/sh\n(trap '' TERM; exec sleep 300) & echo $! >{}\ntrap 'echo asked; exit 1' TERM\necho waiting\nwait\n",
             file.display()
         );
-        let error = script(&text, Duration::from_millis(500)).await.unwrap_err().to_string();
-        assert!(error.ends_with("stopped after 0.5 s (hooks.timeout): waiting; asked"), "{error}");
+        // On a slow machine, the limit may end before the hook handles SIGTERM.
+        let mut limit = Duration::from_millis(500);
+        let mut error = script(&text, limit).await.unwrap_err().to_string();
+        while !error.contains("waiting") && limit < LONG {
+            limit *= 4;
+            error = script(&text, limit).await.unwrap_err().to_string();
+        }
+        let seconds = limit.as_secs_f64();
+        assert!(error.ends_with(&format!("stopped after {seconds} s (hooks.timeout): waiting; asked")), "{error}");
         gone(&file).await;
     }
 
@@ -329,7 +336,7 @@ mod tests {
     async fn gone(file: &Path) {
         let process = fs::read_to_string(file).unwrap();
         let mut state = String::new();
-        for _ in 0..200 {
+        for _ in 0..4800 {
             state = fs::read_to_string(format!("/proc/{}/stat", process.trim())).unwrap_or_default();
             if state.is_empty() || state.contains(") Z ") {
                 return;
@@ -358,8 +365,6 @@ mod tests {
 
     #[tokio::test]
     async fn processes_that_a_hook_leaves_running_are_not_waited_for() {
-        let start = std::time::Instant::now();
-        script("#!/bin/sh\nsleep 5 &\nexit 0\n", LONG).await.unwrap();
-        assert!(start.elapsed() < Duration::from_secs(4));
+        script("#!/bin/sh\nsleep 120 &\nexit 0\n", LONG).await.unwrap();
     }
 }

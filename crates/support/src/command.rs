@@ -76,14 +76,14 @@ mod tests {
 
     #[tokio::test]
     async fn output_and_each_kind_of_failure_are_reported() {
-        let limit = Duration::from_secs(10);
+        let limit = Duration::from_secs(120);
         assert_eq!(run(&["echo", "hello"], limit).await.unwrap(), b"hello\n");
         assert_eq!(run_with_input(&["cat"], b"fed", limit).await.unwrap(), b"fed");
         let error = run(&["sh", "-c", "echo the reason >&2; exit 3"], limit).await.unwrap_err().to_string();
         assert!(error.contains("exit status: 3") && error.contains("the reason"), "{error}");
         let error = run(&["/nonexistent/program"], limit).await.unwrap_err().to_string();
         assert!(error.contains("cannot start /nonexistent/program"), "{error}");
-        let error = run(&["sleep", "60"], Duration::from_millis(50)).await.unwrap_err().to_string();
+        let error = run(&["sleep", "600"], Duration::from_millis(50)).await.unwrap_err().to_string();
         assert!(error.contains("killed, because it was still running after 0 s"), "{error}");
     }
 }

@@ -87,7 +87,7 @@ mod tests {
         let state = format!("/proc/{}/stat", guard.child.id());
         drop(guard);
         let runs = || std::fs::read_to_string(&state).is_ok_and(|state| !state.contains(") Z "));
-        for _ in (0..400).take_while(|_| runs()) {
+        for _ in (0..12_000).take_while(|_| runs()) {
             std::thread::sleep(std::time::Duration::from_millis(5));
         }
         assert!(!runs() && !acted.exists());

@@ -240,6 +240,17 @@ nonsense
         fs::rename(&new, path).unwrap();
     }
 
+    /// Starts a program that was just written. A process that another test's thread forked may briefly have the file open
+    /// for writing.
+    fn spawn(command: &mut std::process::Command) -> std::process::Child {
+        loop {
+            match command.spawn() {
+                Err(error) if error.kind() == io::ErrorKind::ExecutableFileBusy => std::thread::yield_now(),
+                child => return child.unwrap(),
+            }
+        }
+    }
+
     fn wait_for(mut condition: impl FnMut() -> bool) {
         while !condition() {
             std::thread::sleep(std::time::Duration::from_millis(5));
@@ -257,7 +268,7 @@ nonsense
         };
         let start = || {
             let mut command = std::process::Command::new(&script);
-            let child = command.arg("argument").stdin(std::process::Stdio::piped()).spawn().unwrap();
+            let child = spawn(command.arg("argument").stdin(std::process::Stdio::piped()));
             let cmdline = format!("/proc/{}/cmdline", child.id());
             wait_for(|| fs::read(&cmdline).is_ok_and(|text| text.starts_with(shell.as_os_str().as_encoded_bytes())));
             child
@@ -301,7 +312,7 @@ nonsense
         let mut command = std::process::Command::new(&program);
         let locales = [("LC_ALL", "C.UTF-8".as_ref()), ("LOCPATH", root.join("locale").as_os_str())]
             .map(|(k, v): (&str, &std::ffi::OsStr)| (k, v.to_owned()));
-        let mut child = command.arg("60").envs(locales).spawn().unwrap();
+        let mut child = spawn(command.arg("600").envs(locales));
         let maps = format!("/proc/{}/maps", child.id());
         wait_for(|| fs::read_to_string(&maps).unwrap().contains("/LC_CTYPE"));
         let code = code_of(child.id(), &root, Version::Current, &|_| true);
@@ -320,7 +331,7 @@ nonsense
         let root = dir.path().canonicalize().unwrap();
         let program = root.join("sleep");
         let start = || {
-            let child = std::process::Command::new(&program).arg("60").spawn().unwrap();
+            let child = spawn(std::process::Command::new(&program).arg("600"));
             // spawn() returns before the kernel has mapped the program.
             let maps = format!("/proc/{}/maps", child.id());
             while !fs::read_to_string(&maps).unwrap().contains("/sleep") {

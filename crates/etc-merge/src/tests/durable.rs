@@ -87,7 +87,7 @@ impl Bench {
         run("mount", &["-o", "loop", self.image(name).to_str().unwrap(), self.disk().to_str().unwrap()]);
         let done = act();
         // A child process of another test can have the directories open, between its fork and its exec.
-        let end = Instant::now() + Duration::from_secs(20);
+        let end = Instant::now() + Duration::from_secs(120);
         while !Command::new("umount").arg(self.disk()).output().unwrap().status.success() {
             assert!(Instant::now() < end, "{} is still busy", self.disk().display());
             std::thread::sleep(Duration::from_millis(20));
