@@ -79,7 +79,7 @@ use tokio_util::sync::CancellationToken;
 use tree::{chunker, noise, tree};
 
 fn settings() -> ImageSettings {
-    ImageSettings { insecure: true, idle_timeout: Some(Duration::from_secs(10)), ..ImageSettings::default() }
+    ImageSettings { insecure: true, ..ImageSettings::default() }
 }
 
 /// A registry, a repo with a tree, and places for stores.

@@ -36,7 +36,7 @@ impl Disk {
 
     /// Mounts it again: the file system replays its log.
     fn power_on(&self) {
-        let gone = Instant::now() + Duration::from_secs(20);
+        let gone = Instant::now() + Duration::from_secs(120);
         while !Command::new("umount").arg(&self.dir).stderr(Stdio::null()).status().unwrap().success() {
             assert!(Instant::now() < gone, "{} stays busy", self.dir.display());
             std::thread::sleep(Duration::from_millis(50));

@@ -5,6 +5,7 @@ use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use super::fixture::run;
@@ -46,7 +47,7 @@ impl Registry {
             .spawn()
             .unwrap();
         let registry = Self { address, storage, child, credentials };
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(120);
         while TcpStream::connect(&registry.address).is_err() {
             assert!(Instant::now() < deadline, "docker-registry does not start");
             std::thread::sleep(Duration::from_millis(20));
@@ -91,9 +92,13 @@ impl Drop for Registry {
     }
 }
 
-/// Returns an address without a listener.
+/// Returns an address without a listener. Its port is below those that the kernel gives to connections and to listeners
+/// without a port, so that no other test gets it.
 pub fn free_address() -> String {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string()
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let of = |number: u32| 10_000 + (std::process::id() * 61 + number) % 20_000;
+    let mut addresses = std::iter::repeat_with(|| format!("127.0.0.1:{}", of(NEXT.fetch_add(1, Ordering::Relaxed))));
+    addresses.find(|address| TcpListener::bind(address).is_ok()).unwrap()
 }
 
 /// Answers every request with `response` and closes; its address. Lives as long as the test program.
