@@ -47,7 +47,7 @@ impl Console {
     /// Connect to the emulator's socket (it appears a moment after the emulator's start).
     pub fn connect(socket: &Path) -> Result<Self> {
         let mut stream = None;
-        wait_for("the console's socket", Duration::from_secs(20), || {
+        wait_for("the console's socket", Duration::from_secs(180), || {
             stream = UnixStream::connect(socket).ok();
             Ok(stream.is_some())
         })?;

@@ -150,7 +150,7 @@ impl Container {
         log_to(&mut command, &work.join("console.log"))?;
         let mut child = command.spawn().context("starting systemd-nspawn")?;
         let mut leader = None;
-        let found = wait_for("PID 1 of the container", Duration::from_secs(20), || {
+        let found = wait_for("PID 1 of the container", Duration::from_secs(180), || {
             leader = leader_of(child.id());
             Ok(leader.is_some() || child.try_wait()?.is_some())
         });
@@ -161,7 +161,7 @@ impl Container {
         }
         let leader = leader.context("systemd-nspawn ended").with_context(console)?;
         let container = Container { key: images.tools.ssh_key.clone(), network: network.pid(), child, leader, work };
-        wait_for("systemd's answer", Duration::from_secs(20), || {
+        wait_for("systemd's answer", Duration::from_secs(180), || {
             Ok(container.run("systemctl show-environment")?.status == 0)
         })
         .with_context(|| container.console())?;
@@ -187,7 +187,7 @@ impl Container {
     /// Power off in the orderly way.
     pub fn power_off(mut self) -> Result<()> {
         succeed(Command::new("kill").args(["-s", "RTMIN+4", &self.leader.to_string()]))?;
-        wait_for("power off", Duration::from_secs(30), || Ok(self.child.try_wait()?.is_some()))
+        wait_for("power off", Duration::from_secs(180), || Ok(self.child.try_wait()?.is_some()))
     }
 }
 

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -60,7 +61,11 @@ pub fn end(child: &mut Child) {
     let _ = child.wait();
 }
 
-/// A TCP port of the loopback interface that was free a moment ago.
+/// Returns a TCP port of the loopback interface without a listener. It is below those that the kernel gives to connections
+/// and to listeners without a port, so that no other process gets it.
 pub fn free_port() -> Result<u16> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let first = (std::process::id() % 313) as u16 * 64;
+    let mut ports = (0..20_000).map(|_| 10_000 + first.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed)) % 20_000);
+    ports.find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok()).context("all ports have listeners")
 }

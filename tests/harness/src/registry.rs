@@ -56,7 +56,7 @@ impl Registry {
         command.arg("serve").arg(self.work.join("config.yml"));
         log_to(&mut command, &self.work.join("log"))?;
         self.child = Some(command.spawn().context("starting docker-registry")?);
-        wait_for("the registry's answer", Duration::from_secs(20), || Ok(self.answers()))
+        wait_for("the registry's answer", Duration::from_secs(180), || Ok(self.answers()))
     }
 
     /// Stop it: connections are refused from now on.

@@ -374,7 +374,7 @@ pub fn left_alone(suite: &mut Suite, mut guest: &dyn Guest) -> bool {
 }
 
 fn a_system_that_is_left_alone_reaches_multi_user(guest: &mut AnyGuest<'_>) -> Result<()> {
-    guest.wait_unit("multi-user.target", "active", Duration::from_secs(120))
+    guest.wait_unit("multi-user.target", "active", Duration::from_secs(180))
 }
 
 fn a_system_that_is_left_alone_runs_no_unit_of_the_pivot(guest: &mut AnyGuest<'_>) -> Result<()> {
@@ -408,7 +408,7 @@ pub fn waits_and_says_why(suite: &mut Suite, earlier: Option<&str>, mut guest: &
 }
 
 fn status_has_the_reason_and_the_next_attempt_while_the_registry_is_down(guest: &mut AnyGuest<'_>) -> Result<()> {
-    wait_for("state waiting", Duration::from_secs(120), || Ok(guest.status()?["error"]["message"].is_string()))?;
+    wait_for("state waiting", Duration::from_secs(180), || Ok(guest.status()?["error"]["message"].is_string()))?;
     let status = guest.status()?;
     contains_any(status["error"]["message"].as_str().unwrap_or_default(), &UNREACHABLE)?;
     if status["error"]["next_retry_unix"].as_f64().is_none() && status["state"] == "waiting" {
@@ -427,14 +427,14 @@ fn the_machine_stays_in_the_pivot_target_while_the_registry_is_down(guest: &mut 
 
 fn systemctl_status_has_the_reason_while_the_registry_is_down(guest: &mut AnyGuest<'_>) -> Result<()> {
     // The unit polls the agent twice a second, so its text is a moment older than the agent's status.
-    wait_for("the reason in systemctl status", Duration::from_secs(60), || {
+    wait_for("the reason in systemctl status", Duration::from_secs(180), || {
         let answer = guest.run("systemctl status --no-pager -l node-image-pull.service")?;
         contains_any(&answer.text, &UNREACHABLE).map(|()| true)
     })
 }
 
 fn the_console_has_the_reason_while_the_registry_is_down(guest: &mut AnyGuest<'_>) -> Result<()> {
-    wait_for("the reason on the console", Duration::from_secs(60), || {
+    wait_for("the reason on the console", Duration::from_secs(180), || {
         contains_any(&guest.console(), &UNREACHABLE).map(|()| true)
     })
 }

@@ -16,7 +16,7 @@ use testbed::scenario::{
 use testbed::scenarios;
 use testbed::suite::Suite;
 
-const PIVOT: Duration = Duration::from_secs(180);
+const PIVOT: Duration = Duration::from_secs(400);
 
 fn setup<'a>(name: &'a str, images: &'a Images) -> Setup<'a> {
     Setup { name, boot: &images.boot, kargs: &[], live: true }
@@ -114,7 +114,7 @@ fn a_target_on_the_kernel_command_line_is_reached_without_a_pivot() -> Result<()
         setup.kargs = &kargs;
         let mut guest = without_a_registry(&setup, images, &network)?;
         suite.each("the_target_is_reached", None, &mut guest, [(target, target)], |guest, target| {
-            guest.wait_unit(target, "active", Duration::from_secs(60))
+            guest.wait_unit(target, "active", Duration::from_secs(180))
         });
         suite.run(&mut guest, &scenarios![no_unit_of_the_pivot_ran]);
         suite.finish()?;
@@ -147,7 +147,7 @@ fn units_that_an_installer_starts_isolate_nothing() -> Result<()> {
         node_files(files, &images.image("node-a")?.by_digest(), "127.0.0.1", registry.port)?;
         configured_later(files)
     })?;
-    guest.wait_unit("multi-user.target", "active", Duration::from_secs(60))?;
+    guest.wait_unit("multi-user.target", "active", Duration::from_secs(180))?;
     // Installers write units, too, and let systemd reload. That runs the generator with the image configured.
     guest.ask("mv /etc/later /etc/node-image-pivot.conf.d && systemctl daemon-reload")?;
     let legacy = guest.unit("base-legacy.service", "MainPID")?;

@@ -88,7 +88,7 @@ fn unchanged_fingerprint() -> Result<String> {
     let (images, network) = (Images::ensure()?, Network::new()?);
     let setup = Setup { name: "error-none", boot: &images.boot, kargs: &["node-image-pivot=off"], live: true };
     let guest = Container::start(images, &network, &setup, |files| node_files(files, "x", "127.0.0.1", 5000))?;
-    guest.wait_unit("ssh.service", "active", Duration::from_secs(30))?;
+    guest.wait_unit("ssh.service", "active", Duration::from_secs(180))?;
     let unchanged = fingerprint(&guest)?;
     guest.power_off()?;
     Ok(unchanged)
@@ -112,7 +112,7 @@ impl<'a> Refusing<'a> {
         let setup = Setup { name: &folder, boot: &images.boot, kargs: &[], live: true };
         let guest =
             Container::start(images, &network, &setup, |files| node_files(files, &image, "127.0.0.1", registry.port))?;
-        guest.wait_unit("ssh.service", "active", Duration::from_secs(30))?;
+        guest.wait_unit("ssh.service", "active", Duration::from_secs(180))?;
         Ok(Refusing { case, unchanged, bed: Bed { guest, registry, network } })
     }
 }
@@ -144,7 +144,7 @@ fn bad_input_is_refused() -> Result<()> {
 
 fn status_has_a_clear_error(refusing: &mut Refusing<'_>) -> Result<()> {
     let guest = &refusing.bed.guest;
-    wait_for("an error", Duration::from_secs(60), || Ok(guest.status()?["error"]["message"].is_string()))?;
+    wait_for("an error", Duration::from_secs(180), || Ok(guest.status()?["error"]["message"].is_string()))?;
     let status = guest.status()?;
     let message = status["error"]["message"].as_str().unwrap_or_default();
     println!("       {}: {message}", status["error"]["class"].as_str().unwrap_or("no class"));
@@ -153,7 +153,7 @@ fn status_has_a_clear_error(refusing: &mut Refusing<'_>) -> Result<()> {
 
 fn systemctl_status_has_the_error(refusing: &mut Refusing<'_>) -> Result<()> {
     let guest = &refusing.bed.guest;
-    wait_for("the reason in systemctl status", Duration::from_secs(30), || {
+    wait_for("the reason in systemctl status", Duration::from_secs(180), || {
         let answer = guest.run("systemctl status --no-pager -l node-image-pull.service")?;
         contains_any(&answer.text, refusing.case.words).map(|()| true)
     })

@@ -12,7 +12,7 @@ use testbed::scenario::configured_later;
 use testbed::scenarios;
 use testbed::suite::Suite;
 
-const SOON: Duration = Duration::from_secs(60);
+const SOON: Duration = Duration::from_secs(150);
 
 fn document(guest: &dyn Guest) -> Result<Value> {
     let text = guest.ask("node-image-pivot plan --json")?;

@@ -16,8 +16,8 @@ use testbed::scenario::{configured_later, node_files};
 use testbed::scenarios;
 use testbed::suite::{Scenario, Suite};
 
-const PIVOT: Duration = Duration::from_secs(180);
-const SOON: Duration = Duration::from_secs(60);
+const PIVOT: Duration = Duration::from_secs(400);
+const SOON: Duration = Duration::from_secs(150);
 const UNITS: &str = "node-image-pull.service node-image-overlay.service";
 const STORAGE: &str = "/var/lib/containers/storage";
 

@@ -80,7 +80,7 @@ fn a_container_boots() -> Result<()> {
 
 fn a_container_reaches_multi_user(guest: &mut Option<Container>) -> Result<()> {
     let guest = guest.as_ref().context("the container is off")?;
-    guest.wait_unit("multi-user.target", "active", Duration::from_secs(60))
+    guest.wait_unit("multi-user.target", "active", Duration::from_secs(180))
 }
 
 fn a_container_powers_off(guest: &mut Option<Container>) -> Result<()> {
@@ -99,7 +99,7 @@ fn a_virtual_machine_boots() -> Result<()> {
         kargs: &["node-image-pivot=off"],
         memory_mib: 3072,
         cpu: vm::CPU,
-        limit: Duration::from_secs(240),
+        limit: Duration::from_secs(600),
     };
     let mut guest =
         Vm::start(images, &setup, |files| files.put(MIRROR, 0o644, &registries_conf(vm::HOST, registry.port)))?;
@@ -110,9 +110,9 @@ fn a_virtual_machine_boots() -> Result<()> {
 }
 
 fn ssh_answers(guest: &mut Vm) -> Result<()> {
-    guest.wait_ssh(Duration::from_secs(150))
+    guest.wait_ssh(Duration::from_secs(180))
 }
 
 fn the_console_takes_a_login(guest: &mut Vm) -> Result<()> {
-    contains(&guest.console_run("uname -r", Duration::from_secs(60))?, "-cloud-amd64")
+    contains(&guest.console_run("uname -r", Duration::from_secs(180))?, "-cloud-amd64")
 }

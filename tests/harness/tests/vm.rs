@@ -14,8 +14,8 @@ use testbed::scenarios;
 use testbed::suite::Suite;
 use testbed::vm::{self, Vm};
 
-const BOOT: Duration = Duration::from_secs(180);
-const PIVOT: Duration = Duration::from_secs(420);
+const BOOT: Duration = Duration::from_secs(300);
+const PIVOT: Duration = Duration::from_secs(600);
 
 /// A machine, the registry that it pulls from, and what is expected of it.
 struct Bed<'a> {
@@ -26,7 +26,7 @@ struct Bed<'a> {
 }
 
 fn setup<'a>(name: &'a str, images: &'a Images) -> vm::Setup<'a> {
-    let limit = Duration::from_secs(900);
+    let limit = Duration::from_secs(1500);
     vm::Setup { name, boot: &images.boot, disk: None, kargs: &[], memory_mib: 3072, cpu: vm::CPU, limit }
 }
 
@@ -74,7 +74,7 @@ fn the_base_system_runs(bed: &mut Bed<'_>) -> Result<()> {
 }
 
 fn the_console_takes_a_login_while_the_registry_is_down(bed: &mut Bed<'_>) -> Result<()> {
-    contains(&bed.guest.console_run("base-tool", Duration::from_secs(90))?, "base-tool 1.0")
+    contains(&bed.guest.console_run("base-tool", Duration::from_secs(180))?, "base-tool 1.0")
 }
 
 fn a_new_ssh_login_works_while_the_registry_is_down(bed: &mut Bed<'_>) -> Result<()> {
@@ -83,7 +83,7 @@ fn a_new_ssh_login_works_while_the_registry_is_down(bed: &mut Bed<'_>) -> Result
 
 fn the_pull_begins_by_itself_once_the_registry_is_back(bed: &mut Bed<'_>) -> Result<()> {
     bed.registry.resume()?;
-    wait_for("the pull", Duration::from_secs(120), || {
+    wait_for("the pull", Duration::from_secs(180), || {
         Ok(bed.guest.status()?["progress"]["bytes_fetched"].as_u64().unwrap_or(0) > 0)
     })
 }
@@ -94,7 +94,7 @@ fn logins_work_during_the_pull(bed: &mut Bed<'_>) -> Result<()> {
     if state != "activating" {
         bail!("the pull was over ({state}) before the login: nothing shown");
     }
-    contains(&bed.guest.console_run("base-tool", Duration::from_secs(60))?, "base-tool ")
+    contains(&bed.guest.console_run("base-tool", Duration::from_secs(180))?, "base-tool ")
 }
 
 fn the_machine_becomes_its_node_image(bed: &mut Bed<'_>) -> Result<()> {
@@ -102,7 +102,7 @@ fn the_machine_becomes_its_node_image(bed: &mut Bed<'_>) -> Result<()> {
 }
 
 fn the_console_takes_a_login_afterwards(bed: &mut Bed<'_>) -> Result<()> {
-    contains(&bed.guest.console_run("base-tool", Duration::from_secs(90))?, "base-tool 2.0")
+    contains(&bed.guest.console_run("base-tool", Duration::from_secs(180))?, "base-tool 2.0")
 }
 
 /// The same release with packages newer, added and removed; by tag. Configured at first is an image that needs another

@@ -15,8 +15,8 @@ use testbed::scenario::{configured_later, unit_is, wait_pivoted};
 use testbed::scenarios;
 use testbed::suite::Suite;
 
-const PIVOT: Duration = Duration::from_secs(180);
-const SOON: Duration = Duration::from_secs(60);
+const PIVOT: Duration = Duration::from_secs(400);
+const SOON: Duration = Duration::from_secs(150);
 
 fn state(guest: &dyn Guest) -> Result<String> {
     Ok(guest.status()?["state"].as_str().unwrap_or_default().to_owned())

@@ -39,7 +39,7 @@ const CONTAINERS: &str = r#"
     # Below systemd's cgroups: a shell that was brought in from outside is in none of them.
     systemd-run --quiet --unit=container-one --working-directory=$PWD runc run one
     systemd-run --quiet --unit=starts-two --wait --working-directory=$PWD runc run --detach two
-    for i in $(seq 50); do [ "$(runc state one 2>/dev/null | jq -r .status)" = running ] && exit 0; sleep 0.1; done
+    for i in $(seq 600); do [ "$(runc state one 2>/dev/null | jq -r .status)" = running ] && exit 0; sleep 0.1; done
     exit 1
 "#;
 

@@ -54,7 +54,7 @@ fn attached_units(files: &Files) -> Result<()> {
 }
 
 fn hooks(files: &Files) -> Result<()> {
-    files.put("/etc/node-image-pivot.conf.d/60-hooks.toml", 0o644, "[hooks]\ntimeout = 4\n")?;
+    files.put("/etc/node-image-pivot.conf.d/60-hooks.toml", 0o644, "[hooks]\ntimeout = 12\n")?;
     let hook = |path: &str, text: &str| {
         files.put(&format!("/etc/node-image-pivot/{path}"), 0o755, &format!("#!/bin/sh\n{text}\n"))
     };
@@ -171,7 +171,7 @@ fn a_hook_gets_flow_target_plan_and_digest(attached: &mut Attached<'_>) -> Resul
 fn a_hook_that_takes_too_long_is_stopped_and_refuses_the_switch(attached: &mut Attached<'_>) -> Result<()> {
     attached.guest.ask("touch /run/open /run/slow")?;
     attached.guest.run("systemctl start node-image-finish.service")?;
-    attached.is_refused("stopped after 4 s (hooks.timeout): takes too long")?;
+    attached.is_refused("stopped after 12 s (hooks.timeout): takes too long")?;
     attached.guest.ask("! pgrep -x sleep").map(drop)
 }
 

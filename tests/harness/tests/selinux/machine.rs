@@ -10,7 +10,7 @@ use testbed::registry::Registry;
 use testbed::scenario::node_files;
 use testbed::vm::{self, Vm};
 
-const BOOT: Duration = Duration::from_secs(240);
+const BOOT: Duration = Duration::from_secs(300);
 const KARGS: [&str; 4] = ["security=selinux", "selinux=1", "enforcing=1", "audit=1"];
 
 /// Runs the agent in the domain of any script. That domain has all rights of root except to write labels that the loaded
@@ -64,7 +64,7 @@ impl Machine {
             kargs: &KARGS,
             memory_mib: 3072,
             cpu: vm::CPU,
-            limit: Duration::from_secs(1200),
+            limit: Duration::from_secs(1500),
         };
         let guest = Vm::start(&self.images, &setup, |files| {
             files.put(DROP_IN, 0o644, OTHER_DOMAIN)?;
@@ -83,7 +83,7 @@ impl Machine {
             kargs: &[&KARGS[..], &[installed.deployment.trim(), more]].concat(),
             memory_mib: 2048,
             cpu: vm::CPU,
-            limit: Duration::from_secs(1200),
+            limit: Duration::from_secs(1500),
         };
         let guest = Vm::start(&self.images, &setup, |files| {
             files.put("/etc/systemd/system/testbed-relabel.service.d/50-new.conf", 0o644, LABEL_NEW)?;

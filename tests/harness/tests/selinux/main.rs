@@ -192,7 +192,7 @@ fn the_agent_in_its_own_domain_becomes_the_node_image(machine: &mut Machine) -> 
     let guest = machine.guest()?;
     guest.ask(&format!("rm {DROP_IN} && systemctl daemon-reload && systemctl restart node-image-pivotd.service"))?;
     guest.ask("systemctl start --no-block node-image-finish.service")?;
-    wait_for("another attempt", Duration::from_secs(30), || Ok(guest.status()?["state"] != "failed"))?;
+    wait_for("another attempt", Duration::from_secs(180), || Ok(guest.status()?["state"] != "failed"))?;
     wait_pivoted(guest, PIVOT)
 }
 
@@ -276,7 +276,7 @@ fn written_and_kept_files_have_the_labels_of_the_new_policy(machine: &mut Machin
 
 fn a_service_runs_in_a_domain_that_only_the_node_image_has(machine: &mut Machine) -> Result<()> {
     let guest = machine.guest()?;
-    guest.wait_unit("nodeapp.service", "active", Duration::from_secs(60))?;
+    guest.wait_unit("nodeapp.service", "active", Duration::from_secs(180))?;
     same(domains(guest, "nodeapp.service")?, "nodeapp_t".into())?;
     contains(&guest.ask("journalctl -b -o cat -u nodeapp.service")?, "nodeapp's data\nnodeapp=yes")
 }

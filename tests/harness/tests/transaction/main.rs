@@ -25,7 +25,7 @@ use testbed::suite::Suite;
 
 use bed::{Bed, agent_with_failpoints};
 
-const SOON: Duration = Duration::from_secs(60);
+const SOON: Duration = Duration::from_secs(120);
 /// Drop-in in which a test limits the starts of the agent.
 const LIMIT: &str = "/run/systemd/system/node-image-pivotd.service.d/limit.conf";
 /// Shell function that kills the agent and waits until systemd has noticed.

@@ -16,8 +16,8 @@ use testbed::guest::Guest;
 use testbed::images::{Images, work_dir};
 use testbed::proc::succeed;
 
-const PIVOT: Duration = Duration::from_secs(180);
-const SOON: Duration = Duration::from_secs(60);
+const PIVOT: Duration = Duration::from_secs(400);
+const SOON: Duration = Duration::from_secs(150);
 
 /// Services of the administrator. The node image changes each by a drop-in in its /usr.
 const SERVICES: [&str; 12] = [
