@@ -1,5 +1,5 @@
-//! A system that is installed to a disk pivots, through power cuts, and stays a system that ostree can clean, check and
-//! deploy to. On a virtual machine.
+//! A system that is installed to a disk pivots, through power cuts and to two node images, and stays a system that ostree
+//! can clean, check and deploy to. On a virtual machine.
 //! `make check-one NAME=disk`
 
 use std::path::{Path, PathBuf};
@@ -8,8 +8,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use testbed::check::{contains, nothing_failed, same};
+use testbed::derived::derive;
 use testbed::guest::Guest;
-use testbed::images::{Images, work_dir};
+use testbed::images::{Image, Images, work_dir};
 use testbed::proc::{succeed, wait_for};
 use testbed::registry::Registry;
 use testbed::scenario::{Before, Expected, node_files, wait_pivoted};
@@ -17,22 +18,40 @@ use testbed::scenarios;
 use testbed::suite::{Scenario, Suite};
 use testbed::vm::{self, Vm};
 
-const BOOT: Duration = Duration::from_secs(240);
-const PIVOT: Duration = Duration::from_secs(420);
+const BOOT: Duration = Duration::from_secs(300);
+const PIVOT: Duration = Duration::from_secs(600);
 /// Directory of the agent in the repo.
 const EXTENSION: &str = "/sysroot/ostree/repo/extensions/node-image-pivot";
 const REF: &str = "refs/heads/coreos/node-image";
+/// The list of defaults in /etc that came from node images.
+const LIST: &str = "/sysroot/ostree/repo/extensions/node-image-pivot/etc-defaults.json";
+/// A default that both node images changed.
+const CHANGED: &str = "/etc/base-tool/changed-default.conf";
+/// A default that only the first node image has.
+const DROPPED: &str = "/etc/base-tool/new-default.conf";
+/// A default that only the node images have, and that an administrator edits after the first pivot.
+const EDITED: &str = "/etc/kubernetes/kubelet.conf";
+/// The layer that makes node image b the next node image.
+const NEXT: &[(&str, &str)] = &[
+    ("etc/base-tool/changed-default.conf", "default of 3.0\n"),
+    ("etc/base-tool/.wh.new-default.conf", ""),
+    ("etc/kubernetes/kubelet.conf", "healthz=127.0.0.1:10248\n# of the next node image\n"),
+];
 
 /// A machine with a disk, which is on or off.
 struct Machine<'a> {
     images: &'a Images,
     expected: Expected<'a>,
+    /// The configured node image.
+    image: Image,
     registry: Registry,
     /// Directory with kernel and initramfs of the installed system.
     installed: PathBuf,
     disk: PathBuf,
     /// Kernel arguments that name the deployment.
     kargs: String,
+    /// The list of defaults that the first pivot left on the disk.
+    defaults: String,
     on: Option<Vm>,
 }
 
@@ -44,7 +63,8 @@ impl<'a> Machine<'a> {
         let disk = work.join("disk.img");
         succeed(Command::new("cp").arg("--sparse=always").arg(installed.join("disk.img")).arg(&disk))?;
         let kargs = std::fs::read_to_string(installed.join("kargs"))?;
-        Ok(Machine { images, expected, registry, installed, disk, kargs, on: None })
+        let image = expected.image.clone();
+        Ok(Machine { images, expected, image, registry, installed, disk, kargs, defaults: String::new(), on: None })
     }
 
     fn boot(&mut self) -> Result<()> {
@@ -55,9 +75,9 @@ impl<'a> Machine<'a> {
             kargs: &[self.kargs.trim()],
             memory_mib: 2048,
             cpu: vm::CPU,
-            limit: Duration::from_secs(700),
+            limit: Duration::from_secs(1500),
         };
-        let (image, port) = (self.expected.image.by_digest(), self.registry.port);
+        let (image, port) = (self.image.by_digest(), self.registry.port);
         let guest = Vm::start(self.images, &setup, |files| node_files(files, &image, vm::HOST, port))?;
         self.on.insert(guest).wait_ssh(BOOT)
     }
@@ -104,17 +124,20 @@ fn an_installed_system_pivots_and_stays_an_ostree_system() -> Result<()> {
     suite.run(&mut machine, &scenarios![the_machine_boots, it_is_the_base_system_again after the_machine_boots]);
     becomes_the_node_image(&mut suite, &mut machine);
     suite.run_after("the_machine_becomes_its_node_image", &mut machine, &on_the_disk());
-    suite.part("third boot");
+    suite.part("third boot, with the next node image");
     suite.run(
         &mut machine,
         &scenarios![
             the_repo_passes_fsck_after_a_power_cut_of_the_pivoted_system,
-            the_machine_boots after a_new_deployment_can_be_made,
+            the_list_of_defaults_is_on_the_disk after an_administrator_edits_a_default_of_the_node_image,
+            the_next_node_image_is_configured after a_new_deployment_can_be_made,
+            the_machine_boots after the_next_node_image_is_configured,
             the_booted_deployment_is_the_new_one after the_machine_boots,
         ],
     );
     becomes_the_node_image(&mut suite, &mut machine);
     suite.run_after("the_machine_becomes_its_node_image", &mut machine, &from_the_disk());
+    suite.run_after("the_list_of_defaults_is_on_the_disk", &mut machine, &with_the_list());
     suite.finish()
 }
 
@@ -131,7 +154,7 @@ fn becomes_the_node_image(suite: &mut Suite, machine: &mut Machine<'_>) {
 }
 
 /// Returns the scenarios about a pivot that the disk stores.
-fn on_the_disk<'a>() -> [Scenario<Machine<'a>>; 7] {
+fn on_the_disk<'a>() -> [Scenario<Machine<'a>>; 8] {
     scenarios![
         the_image_is_stored_in_the_repo_of_the_system_and_not_in_ram,
         the_interrupted_pull_is_removed,
@@ -140,16 +163,29 @@ fn on_the_disk<'a>() -> [Scenario<Machine<'a>>; 7] {
         ostree_lists_the_booted_deployment,
         ostree_cleanup_keeps_the_node_image,
         a_new_deployment_can_be_made,
+        an_administrator_edits_a_default_of_the_node_image,
     ]
 }
 
-/// Returns the scenarios about a pivot to an image that the disk has from an earlier boot.
+/// Returns the scenarios about a pivot to an image whose base the disk has from an earlier boot.
 fn from_the_disk<'a>() -> [Scenario<Machine<'a>>; 4] {
     scenarios![
-        layers_are_not_fetched_again,
+        only_the_layer_that_the_disk_lacks_is_fetched,
         the_directory_of_the_last_boot_is_removed,
         the_ref_is_where_an_installer_to_the_existing_root_looks_for_it,
         usr_stays_readable_when_an_installer_deletes_the_ref_and_lets_ostree_clean,
+    ]
+}
+
+/// Returns the scenarios about the defaults in /etc that the last pivot took.
+fn with_the_list<'a>() -> [Scenario<Machine<'a>>; 5] {
+    scenarios![
+        an_untouched_default_of_the_last_node_image_is_replaced,
+        a_default_that_the_next_node_image_lacks_is_removed,
+        an_edited_default_of_the_last_node_image_is_kept,
+        the_list_has_the_defaults_of_the_next_node_image,
+        undo_restores_the_list_and_the_defaults_of_the_last_node_image
+            after the_list_has_the_defaults_of_the_next_node_image,
     ]
 }
 
@@ -246,11 +282,39 @@ fn a_new_deployment_can_be_made(machine: &mut Machine<'_>) -> Result<()> {
     contains(&guest.ask("ostree admin status")?, "(pending)")
 }
 
+fn an_administrator_edits_a_default_of_the_node_image(machine: &mut Machine<'_>) -> Result<()> {
+    let guest = machine.guest()?;
+    same(guest.ask(&format!("cat {CHANGED} {DROPPED}"))?, "default of 2.0\narrives".into())?;
+    // An editor syncs. The merge must not need that.
+    guest.ask(&format!("echo '# edited here' >>{EDITED} && sync {EDITED}")).map(drop)
+}
+
 fn the_repo_passes_fsck_after_a_power_cut_of_the_pivoted_system(machine: &mut Machine<'_>) -> Result<()> {
     machine.power_cut();
     fsck(&machine.disk)?;
     machine.kargs = on_disk(&machine.disk, "grep -ho 'ostree=[^ ]*' boot/loader/entries/*.conf | sort | head -n 1")?;
     Ok(())
+}
+
+fn the_list_of_defaults_is_on_the_disk(machine: &mut Machine<'_>) -> Result<()> {
+    machine.defaults = on_disk(&machine.disk, &format!("cat {}", LIST.trim_start_matches("/sysroot/")))?;
+    [CHANGED, DROPPED, EDITED].iter().try_for_each(|path| contains(&machine.defaults, path.trim_start_matches("/etc/")))
+}
+
+/// Acts as `ostree admin deploy` with a merge of /etc does: both deployments have the same defaults, so the new one gets
+/// all of the old one's /etc.
+fn the_next_node_image_is_configured(machine: &mut Machine<'_>) -> Result<()> {
+    let work = work_dir("vm-disk-next")?;
+    let (storage, image) = derive(machine.images, "node-b", &work, NEXT)?;
+    machine.registry = Registry::start(&storage, &work, None, None)?;
+    machine.image = image;
+    let old = std::fs::read_to_string(machine.installed.join("commit"))?;
+    let copy = format!(
+        "cd ostree/deploy/testbed/deploy; old={}.0; new=$(ls -d *.0 | grep -vx $old)
+         find $new/etc -mindepth 1 -delete; cp -a $old/etc/. $new/etc/",
+        old.trim()
+    );
+    on_disk(&machine.disk, &copy).map(drop)
 }
 
 fn the_booted_deployment_is_the_new_one(machine: &mut Machine<'_>) -> Result<()> {
@@ -259,8 +323,42 @@ fn the_booted_deployment_is_the_new_one(machine: &mut Machine<'_>) -> Result<()>
     contains(&guest.ask("ostree admin status")?, &format!("* testbed {later}"))
 }
 
-fn layers_are_not_fetched_again(machine: &mut Machine<'_>) -> Result<()> {
-    same(machine.guest()?.status()?["cost"]["bytes_fetched"].as_u64(), Some(0))
+fn only_the_layer_that_the_disk_lacks_is_fetched(machine: &mut Machine<'_>) -> Result<()> {
+    let fetched = machine.guest()?.status()?["cost"]["bytes_fetched"].as_u64().context("no bytes_fetched")?;
+    if !(1..4096).contains(&fetched) {
+        bail!("{fetched} bytes were fetched");
+    }
+    Ok(())
+}
+
+fn an_untouched_default_of_the_last_node_image_is_replaced(machine: &mut Machine<'_>) -> Result<()> {
+    same(machine.guest()?.ask(&format!("cat {CHANGED}"))?, "default of 3.0".into())
+}
+
+fn a_default_that_the_next_node_image_lacks_is_removed(machine: &mut Machine<'_>) -> Result<()> {
+    machine.guest()?.ask(&format!("test ! -e {DROPPED}")).map(drop)
+}
+
+fn an_edited_default_of_the_last_node_image_is_kept(machine: &mut Machine<'_>) -> Result<()> {
+    same(machine.guest()?.ask(&format!("cat {EDITED}"))?, "healthz=127.0.0.1:10248\n# edited here".into())
+}
+
+fn the_list_has_the_defaults_of_the_next_node_image(machine: &mut Machine<'_>) -> Result<()> {
+    let text = machine.guest()?.ask(&format!("cat {LIST}"))?;
+    let list = |text: &str| serde_json::from_str::<serde_json::Value>(text);
+    let (name, first, next) = (&CHANGED["/etc/".len()..], list(&machine.defaults)?, list(&text)?);
+    if first[name] == next[name] || next[name].is_null() {
+        bail!("{name}: {} was followed by {}", first[name], next[name]);
+    }
+    Ok(())
+}
+
+fn undo_restores_the_list_and_the_defaults_of_the_last_node_image(machine: &mut Machine<'_>) -> Result<()> {
+    let guest = machine.guest()?;
+    guest.ask("node-image-pivot undo")?;
+    same(guest.ask("base-tool")?, "base-tool 1.0".into())?;
+    same(guest.ask(&format!("cat {CHANGED} {DROPPED}"))?, "default of 2.0\narrives".into())?;
+    same(guest.ask(&format!("cat {LIST}"))?, machine.defaults.clone())
 }
 
 fn the_directory_of_the_last_boot_is_removed(machine: &mut Machine<'_>) -> Result<()> {
