@@ -97,6 +97,29 @@ fn hard_links_of_a_file_are_merged_separately() {
     });
 }
 
+/// The second merge gets the list of the first as the next boot reads it.
+#[test]
+fn a_plan_treats_listed_defaults_as_defaults() {
+    private(|scratch| {
+        let base = etc([("changed", file(1, 0))]);
+        let first = etc([("changed", file(2, 0)), ("added", file(1, 0)), ("edited", file(1, 0))]);
+        let second = etc([("changed", file(3, 0)), ("edited", file(2, 0))]);
+        let place = stage(scratch, "twice", &[base.clone(), first, base]);
+        let plan_one = plan_in(&place);
+        apply_in(&place, &plan_one);
+        fs::write(place.join("etc/edited"), "edited here").unwrap();
+        let list: Defaults = serde_json::from_str(&serde_json::to_string(&plan_one.later()).unwrap()).unwrap();
+        write_tree(&place.join("second"), &second);
+        let [base, second, etc] = ["base", "second", "etc"].map(|name| open_dir(&place.join(name)).unwrap());
+        let plan_with = |list: &Defaults| plan(base.as_fd(), second.as_fd(), etc.as_fd(), list).unwrap();
+        assert_eq!(changed(&plan_with(&Defaults::default())), [""; 0], "without a list, all are local changes");
+        let plan_two = plan_with(&list);
+        assert_eq!(changed(&plan_two), ["added", "changed"]);
+        assert_eq!(reason(&plan_two, "edited").0, Class::Conflict);
+        assert_eq!(plan_two.earlier, list, "an undo restores this list");
+    });
+}
+
 fn changed(plan: &Plan) -> Vec<String> {
     plan.changes.iter().map(|change| change.path.to_string()).collect()
 }
@@ -164,19 +187,22 @@ fn a_default_whose_attributes_etc_cannot_hold_is_kept() {
     });
 }
 
+/// The kernel refuses every access to another user's mount, also that of its metadata.
 #[test]
-fn a_mount_without_a_server_is_not_read() {
+fn a_mount_without_a_server_or_of_another_user_is_not_read() {
     private(|scratch| {
-        let tree = |content| etc([("a", file(content, 0)), ("dead", dir(0, []))]);
-        let place = stage(scratch, "dead", &[tree(1), tree(2), tree(1)]);
-        let server = fs::File::options().read(true).write(true).open("/dev/fuse").unwrap();
-        let options = format!("fd={},rootmode=40000,user_id=0,group_id=0", server.as_raw_fd());
-        let options = std::ffi::CString::new(options).unwrap();
-        rustix::mount::mount("dead", place.join("etc/dead"), "fuse", NONE, options.as_c_str()).unwrap();
-        drop(server);
-        assert!(fs::read_dir(place.join("etc/dead")).is_err());
-        let plan = plan_in(&place);
-        assert_eq!((changed(&plan), reason(&plan, "dead").0), (vec!["a".to_owned()], Class::Local));
+        for user in [0, 1234] {
+            let tree = |content| etc([("a", file(content, 0)), ("dead", dir(0, []))]);
+            let place = stage(scratch, &format!("dead-{user}"), &[tree(1), tree(2), tree(1)]);
+            let server = fs::File::options().read(true).write(true).open("/dev/fuse").unwrap();
+            let options = format!("fd={},rootmode=40000,user_id={user},group_id=0", server.as_raw_fd());
+            let options = std::ffi::CString::new(options).unwrap();
+            rustix::mount::mount("dead", place.join("etc/dead"), "fuse", NONE, options.as_c_str()).unwrap();
+            drop(server);
+            assert!(fs::read_dir(place.join("etc/dead")).is_err());
+            let plan = plan_in(&place);
+            assert_eq!((changed(&plan), reason(&plan, "dead").0), (vec!["a".to_owned()], Class::Local), "{user}");
+        }
     });
 }
 
