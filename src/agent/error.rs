@@ -5,6 +5,7 @@
 use std::fmt;
 use std::time::Duration;
 
+use super::state::Unusable;
 use crate::preflight::Refusals;
 use crate::report::{Attempt, LastError, Outcome, Reason, Standing};
 use node_store::image::{Failure, Kind};
@@ -152,6 +153,12 @@ impl From<Cause> for Error {
 impl From<anyhow::Error> for Error {
     fn from(error: anyhow::Error) -> Self {
         Cause::Internal(error).into()
+    }
+}
+
+impl From<Unusable> for Error {
+    fn from(unusable: Unusable) -> Self {
+        Self::refused("state-file", unusable.to_string())
     }
 }
 

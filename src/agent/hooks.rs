@@ -1,14 +1,16 @@
 //! Runs hooks: a failure before the switch refuses it, a failure after the switch becomes a warning.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::Path;
 
+use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
-use super::{CancelHandle, Context, Error, Paths, StagedRoot};
+use super::state::{StateFile, if_present};
+use super::{CancelHandle, Context, Error, StagedRoot, SwitchPlan};
 use crate::host::{self, Hook, Moment};
 use crate::report::{Phase, State, one_line};
-use support::directory::Directory;
 use unit_refresh::Flow;
 
 const ROOT: &str = "/";
@@ -27,10 +29,7 @@ pub(super) async fn pre_switch(
     let hooks =
         host::find_hooks(Path::new(ROOT), moment).map_err(|error| Error::refused("hook", format!("{error:#}")))?;
     // Another switch runs the hooks after it again.
-    Directory::ensure(context.paths.run()).and_then(|run| run.remove_all(Paths::HOOKS_DONE)).map_err(|error| {
-        let path = context.paths.run().join(Paths::HOOKS_DONE);
-        anyhow::anyhow!("cannot remove {}: {error}", path.display())
-    })?;
+    context.paths.remove(Done::NAME)?;
     if hooks.is_empty() {
         return Ok(());
     }
@@ -65,12 +64,16 @@ pub(super) async fn post_switch(context: &Context, staged: &StagedRoot, flow: Fl
         warning(context, &format!("{error:#}"));
         Vec::new()
     });
-    let mut done = done(&context.paths);
+    let done = if_present(staged.load::<Done>(&context.paths)).unwrap_or_else(|error| {
+        warning(context, &error.to_string());
+        None
+    });
+    let mut done = done.unwrap_or_default();
     // An agent that was killed meanwhile has lost these warnings.
-    for failure in done.iter().filter_map(|(_, failure)| failure.as_ref()) {
+    for failure in done.hooks.values().flatten() {
         warning(context, failure);
     }
-    let hooks: Vec<_> = hooks.into_iter().filter(|hook| !done.iter().any(|(name, _)| *name == hook.name)).collect();
+    let hooks: Vec<_> = hooks.into_iter().filter(|hook| !done.hooks.contains_key(&hook.name)).collect();
     if hooks.is_empty() {
         return;
     }
@@ -81,40 +84,35 @@ pub(super) async fn post_switch(context: &Context, staged: &StagedRoot, flow: Fl
         if let Some(failure) = &failure {
             warning(context, failure);
         }
-        done.push((hook.name, failure));
-        if let Err(error) = Directory::ensure(context.paths.run())
-            .and_then(|run| run.write_atomic(Paths::HOOKS_DONE, 0o644, written(&done).as_bytes()))
-        {
-            warn!("cannot record the hooks that have run: {error}; an agent that is restarted now runs them again");
+        done.hooks.insert(hook.name, failure);
+        if let Err(error) = staged.save(&done, &context.paths) {
+            warn!("{error:#}; an agent that is restarted now runs the hooks again");
         }
     }
     context.tracker.update(|status| status.waiting_for = None);
     context.tracker.end(Phase::Refresh, State::Switched);
 }
 
-/// Name of a hook that ran after this switch, and its failure.
-type Done = (String, Option<String>);
-
-fn done(paths: &Paths) -> Vec<Done> {
-    let text = Directory::ensure(paths.run()).and_then(|run| run.read_optional(Paths::HOOKS_DONE));
-    read(&String::from_utf8_lossy(&text.unwrap_or_default().unwrap_or_default()))
+/// The hooks that ran after this switch, and their failures.
+#[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Done {
+    hooks: BTreeMap<String, Option<String>>,
 }
 
-/// Reads lines with the name of a hook and, after a tab, its failure.
-fn read(text: &str) -> Vec<Done> {
-    let parts = |line: &str| match line.split_once('\t') {
-        Some((name, failure)) => (name.to_owned(), Some(failure.to_owned())),
-        None => (line.to_owned(), None),
-    };
-    text.lines().map(parts).collect()
-}
+impl StateFile for Done {
+    const NAME: &'static str = "hooks-done";
+    const SUBJECT: &'static str = "the list of hooks that have run";
+    const REMEDY: &'static str = "the hooks after the switch run again";
 
-fn written(done: &[Done]) -> String {
-    let line = |(name, failure): &Done| match failure {
-        Some(failure) => format!("{name}\t{failure}\n"),
-        None => format!("{name}\n"),
-    };
-    done.iter().map(line).collect()
+    /// Reads lines with the name of a hook and, after a tab, its failure.
+    fn of_older_agent(text: &[u8]) -> Option<Self> {
+        let text = std::str::from_utf8(text).ok().filter(|text| !text.starts_with('{'))?;
+        let parts = |line: &str| match line.split_once('\t') {
+            Some((name, failure)) => (name.to_owned(), Some(failure.to_owned())),
+            None => (line.to_owned(), None),
+        };
+        Some(Self { hooks: text.lines().map(parts).collect() })
+    }
 }
 
 async fn run(context: &Context, hook: &Hook, moment: Moment, staged: &StagedRoot, flow: Flow) -> anyhow::Result<()> {
@@ -141,7 +139,7 @@ fn environment(context: &Context, staged: &StagedRoot, moment: Moment, flow: Flo
         ("NODE_IMAGE_PIVOT_COMMIT", (&staged.pulled.commit).into()),
         ("NODE_IMAGE_PIVOT_TARGET", target.into()),
         ("NODE_IMAGE_PIVOT_STATE_DIR", context.paths.run().into()),
-        ("NODE_IMAGE_PIVOT_PLAN", context.paths.run().join(Paths::PLAN).into()),
+        ("NODE_IMAGE_PIVOT_PLAN", context.paths.run().join(SwitchPlan::NAME).into()),
         ("NODE_IMAGE_PIVOT_DELTA", (&staged.delta.directory).into()),
     ]
 }
@@ -152,12 +150,15 @@ fn warning(context: &Context, line: &str) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::state::survives_every_damage;
     use super::*;
 
     #[test]
-    fn the_note_of_hooks_keeps_names_and_failures() {
-        let done = vec![("10-a".to_owned(), None), ("20-b".to_owned(), Some("the hook failed: x; y".to_owned()))];
-        assert_eq!(read(&written(&done)), done);
-        assert_eq!(read(""), []);
+    fn the_list_of_an_older_agent_is_read() {
+        let failure = Some("the hook failed: x; y".to_owned());
+        let hooks = BTreeMap::from([("10-a".to_owned(), None), ("20-b".to_owned(), failure)]);
+        let done = Done { hooks };
+        survives_every_damage(&done);
+        assert_eq!(Done::of_older_agent(b"10-a\n20-b\tthe hook failed: x; y\n"), Some(done));
     }
 }

@@ -48,7 +48,7 @@ pub use auto_undo::TrialPeriod;
 pub use boot::Boot;
 pub use cancel::{CancelHandle, CancelHandles};
 pub use error::Error;
-pub use state::{Paths, PlanDocument, Record, StagedRoot, Step, SwitchPlan, Switched, Undo};
+pub use state::{PlanDocument, Record, StagedRoot, StateDir, Step, SwitchPlan, Switched, Undo};
 
 /// The end of a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -65,7 +65,7 @@ pub enum Goal {
 pub(crate) struct Context {
     pub(crate) settings: Settings,
     pub(crate) tracker: Tracker,
-    pub(crate) paths: Paths,
+    pub(crate) paths: StateDir,
     /// Watches over the agent while PID 1 has the files of another `/usr` than the one in place.
     guard: Mutex<Option<Guard>>,
     /// True once this call has staged, so that the switch does not repeat the checks.
@@ -73,7 +73,7 @@ pub(crate) struct Context {
 }
 
 impl Context {
-    pub(crate) fn new(settings: Settings, tracker: Tracker, paths: Paths) -> Self {
+    pub(crate) fn new(settings: Settings, tracker: Tracker, paths: StateDir) -> Self {
         Self { settings, tracker, paths, guard: Mutex::default(), staged_now: AtomicBool::new(false) }
     }
 
@@ -96,7 +96,7 @@ impl Context {
 /// The agent. A lock in its directory ensures that a machine has only one.
 pub struct Agent {
     tracker: Tracker,
-    paths: Paths,
+    paths: StateDir,
     record: Mutex<Record>,
     holder: Holder,
     /// True while the call that holds the record undoes the switch.
@@ -119,7 +119,7 @@ impl Agent {
     /// # Errors
     /// Another agent runs, or the agent's directory cannot be used. An unusable record is not an error: the agent reports the
     /// traces of the switch and allows an undo.
-    pub fn open(paths: Paths, boot: Boot) -> anyhow::Result<Arc<Self>> {
+    pub fn open(paths: StateDir, boot: Boot) -> anyhow::Result<Arc<Self>> {
         Directory::ensure(paths.run()).with_context(|| format!("cannot use {}", paths.run().display()))?;
         let lock = StoreLock::try_acquire(&paths.lock()).map_err(|error| match error {
             LockError::Held { path, holder } => anyhow!("another agent runs, {holder}; it holds {path}"),
@@ -168,7 +168,7 @@ impl Agent {
     }
 
     /// Returns the status document of the record under `paths`, for when no daemon runs.
-    pub fn recorded_status(paths: &Paths) -> Status {
+    pub fn recorded_status(paths: &StateDir) -> Status {
         let mut record = state::open(paths);
         let mut deviations = Standing::of(&record).deviations();
         if record.step.is_before_switch() {

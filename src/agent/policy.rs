@@ -6,14 +6,13 @@ use std::path::Path;
 use tracing::{info, warn};
 
 use super::new_usr::{ETC, USR, USR_SOURCE};
-use super::state::load_etc_plan;
-use super::{Context, Paths, StagedRoot};
+use super::{Context, StagedRoot, StateDir};
 use crate::host;
 
 /// Loads the policy in `/etc` if the merge replaced it, and sets the labels that only the new policy knows on merged
 /// entries. Idempotent.
 pub(super) async fn load_policy(context: &Context, staged: &StagedRoot) -> anyhow::Result<()> {
-    let plan = load_etc_plan(&context.paths)?;
+    let plan = staged.load(&context.paths)?;
     let step = policy_step(&plan);
     if let Some(remark) = host::load_policy(step).await? {
         context.tracker.remark(&remark);
@@ -35,7 +34,7 @@ pub(super) enum Way {
 
 /// Sets the labels of the loaded policy on the entries of `/dev`, `/etc` and `/run`. Logs a warning for each entry that
 /// keeps an old label, and returns true if there is none.
-pub(super) async fn relabel(paths: &Paths, staged: &StagedRoot, way: Way) -> bool {
+pub(super) async fn relabel(paths: &StateDir, staged: &StagedRoot, way: Way) -> bool {
     if selinux_labels::mode() == selinux_labels::Mode::Disabled {
         return true;
     }

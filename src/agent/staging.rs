@@ -3,7 +3,7 @@
 use tracing::info;
 
 use super::state::{self, Asked};
-use super::{Agent, CancelHandle, Context, Error, Goal, PlanDocument, Step, SwitchPlan, phases};
+use super::{Agent, CancelHandle, Context, Error, Goal, PlanDocument, Step, phases};
 use crate::config::Settings;
 
 impl Agent {
@@ -20,7 +20,9 @@ impl Agent {
     /// Resets the step if a tag now names another image. A failure changes nothing.
     async fn resolve_again(&self, cancel: &CancelHandle) -> Result<(), Error> {
         let mut record = self.lock_for_phases(cancel).await?;
-        let Some(old) = record.step.pulled_image().cloned() else { return Ok(()) };
+        let (Step::Pulled(_) | Step::Staged(_), Some(old)) = (&record.step, record.step.image().cloned()) else {
+            return Ok(());
+        };
         // The call that follows handles an invalid or changed configuration.
         let Ok(settings) = Settings::load() else { return Ok(()) };
         let asked = Asked::by(&settings);
@@ -48,7 +50,7 @@ impl Agent {
         self.stage_again(cancel).await?;
         let record = self.record.lock().await;
         Ok(match &record.step {
-            Step::Staged(_) => PlanDocument::staged(SwitchPlan::load(&self.paths)?),
+            Step::Staged(staged) => PlanDocument::staged(staged.load(&self.paths)?),
             Step::NothingToDo { reason, .. } => PlanDocument::without_plan("nothing-to-do", Some(reason.clone())),
             _ => PlanDocument::without_plan("switched", None),
         })
@@ -86,6 +88,6 @@ impl Agent {
         };
         let paths = self.paths.clone();
         let diff = tokio::task::spawn_blocking(move || phases::diff_etc(&paths, &staged, secrets)).await;
-        Ok(diff.map_err(anyhow::Error::from)??)
+        diff.map_err(anyhow::Error::from)?
     }
 }

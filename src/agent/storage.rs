@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use tracing::info;
 
-use super::{Paths, StagedRoot};
+use super::{StagedRoot, StateDir};
 use crate::config::Settings;
 use crate::preflight::{self, Memory};
 use node_store::store::{self, BootedRepo, Kind, NodeStore, SystemRepo};
@@ -21,7 +21,7 @@ const LIVE_MARKER: &str = "/run/ostree-live";
 ///
 /// # Errors
 /// [`preflight::Refusal`] if there is too little memory for a RAM store; another error if the store cannot be opened.
-pub(super) fn open(paths: &Paths, settings: &Settings) -> anyhow::Result<(NodeStore, Option<BootedRepo>)> {
+pub(super) fn open(paths: &StateDir, settings: &Settings) -> anyhow::Result<(NodeStore, Option<BootedRepo>)> {
     let booted = BootedRepo::discover()?;
     let mounts = Namespace::init().mounts()?;
     let system = booted.as_ref().map(|booted| look(&booted.path, &mounts)).transpose()?;
@@ -48,7 +48,7 @@ pub(super) fn open(paths: &Paths, settings: &Settings) -> anyhow::Result<(NodeSt
 }
 
 /// Returns the path of the delta tree in this machine's node store. Creates no store.
-pub(super) fn delta_path(paths: &Paths) -> anyhow::Result<PathBuf> {
+pub(super) fn delta_path(paths: &StateDir) -> anyhow::Result<PathBuf> {
     if let Ok(store) = NodeStore::open(&paths.store()) {
         return Ok(store.delta_path());
     }
@@ -58,7 +58,7 @@ pub(super) fn delta_path(paths: &Paths) -> anyhow::Result<PathBuf> {
 }
 
 /// Opens the node store that holds `staged`, independent of the present configuration.
-pub(super) fn of(paths: &Paths, staged: &StagedRoot) -> anyhow::Result<NodeStore> {
+pub(super) fn of(paths: &StateDir, staged: &StagedRoot) -> anyhow::Result<NodeStore> {
     if staged.delta.directory.starts_with(paths.store()) {
         return NodeStore::open(&paths.store());
     }

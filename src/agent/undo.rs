@@ -61,21 +61,11 @@ impl Agent {
 
     pub(super) async fn undo_locked(&self, record: &mut Record, below: Below) -> Result<Vec<String>, Error> {
         let _flag = Flag::raise(&self.undoing);
-        let (staged, salvaged) = match &record.step {
-            // Mounts below /usr were checked when the undo began.
-            Step::Undoing(undo) => (undo.staged.clone(), undo.salvaged),
-            Step::Lost { staged, .. } => (staged.clone(), true),
-            Step::Switching(staged) => (staged.clone(), false),
-            Step::Switched(switched) | Step::Refreshed(switched) | Step::Finished(switched) => {
-                (switched.staged.clone(), false)
-            }
-            _ => {
-                return record
-                    .undone
-                    .clone()
-                    .ok_or_else(|| Error::refused("no-switch", "nothing was switched, so there is nothing to undo"));
-            }
+        let Some(staged) = record.step.staged().filter(|_| !record.step.is_before_switch()).cloned() else {
+            let nothing = || Error::refused("no-switch", "nothing was switched, so there is nothing to undo");
+            return record.undone.clone().ok_or_else(nothing);
         };
+        // Mounts below /usr were checked when an undo began.
         let begun = if let Step::Undoing(undo) = &record.step { Some(undo.clone()) } else { None };
         let obstacles = phases::obstacles(if begun.is_some() { Below::Unmount } else { below });
         if !obstacles.is_empty() {
@@ -85,7 +75,7 @@ impl Agent {
         self.end_download().await;
         let undo = match begun {
             Some(undo) => undo,
-            None => self.begin_undo(staged, salvaged, record).await?,
+            None => self.begin_undo(staged, record).await?,
         };
         // The trial period ends here, because a begun undo must be finished and cannot be kept.
         let before = record.clone();
@@ -120,13 +110,13 @@ impl Agent {
     /// # Errors
     /// The units cannot be inspected. Nothing has begun then, because after the first act the units that run the node
     /// image's code cannot be found.
-    async fn begin_undo(&self, staged: StagedRoot, salvaged: bool, record: &Record) -> Result<Undo, Error> {
+    async fn begin_undo(&self, staged: StagedRoot, record: &Record) -> Result<Undo, Error> {
         let planned = phases::plan_units(&self.paths, &staged, record.flow()).await;
         let (units, troubles) = planned.map_err(|error| {
             let error = error.context("cannot determine which units run the node image's code");
             Error::from(error).at(report::Standing::Switched)
         })?;
-        Ok(Undo { staged, units: Some(units), troubles, salvaged })
+        Ok(Undo { staged, units: Some(units), troubles, salvaged: matches!(record.step, Step::Lost { .. }) })
     }
 
     /// Rolls back a switch that failed with `error`. Returns the error with the resulting state of the system.
@@ -242,7 +232,7 @@ mod tests {
     use std::path::Path;
 
     use super::super::state::switched;
-    use super::super::{Boot, Paths, Record};
+    use super::super::{Boot, Record, StateDir};
     use super::*;
 
     /// Runs only without systemd, where the units cannot be inspected.
@@ -253,13 +243,13 @@ mod tests {
             return;
         }
         let temp = tempfile::tempdir().unwrap();
-        let paths = Paths::below(temp.path());
+        let paths = StateDir::below(temp.path());
         Record::at(Step::Finished(switched())).save(&paths).unwrap();
         let agent = Agent::open(paths.clone(), Boot::Live).unwrap();
         for _ in 0..2 {
             let error = agent.undo().await.unwrap_err().to_string();
             assert!(error.contains("which units run the node image's code"), "{error}");
-            assert_eq!(Record::load(&paths).unwrap().unwrap().step.name(), "finished", "it can be asked again");
+            assert_eq!(Record::load(&paths).unwrap().step.name(), "finished", "it can be asked again");
         }
     }
 }

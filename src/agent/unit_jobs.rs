@@ -6,18 +6,15 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use serde::{Deserialize, Serialize};
 use tracing::info;
 
 use super::new_usr::ChangedPaths;
+use super::state::{StateFile, if_present};
 use super::unit_survey::{target, unit_files};
-use super::{Context, Error, Paths};
-use support::directory::Directory;
+use super::{Context, Error, StagedRoot};
 use unit_refresh::{Action, Class, Definitions, Flow, Manager, Root, Sides, Verb, Version};
-
-/// A file of the agent's directory.
-const FILE: &str = "units.json";
 
 /// One action and its progress.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,24 +53,13 @@ pub(super) struct UnitsRecord {
     acts: Vec<Act>,
 }
 
+impl StateFile for UnitsRecord {
+    const NAME: &'static str = "units.json";
+    const SUBJECT: &'static str = "the journal of the unit plan";
+    const REMEDY: &'static str = "remove it, then only the running code of units is compared";
+}
+
 impl UnitsRecord {
-    /// Loads the record, or returns `None` if no switch has begun.
-    pub(super) fn load(paths: &Paths) -> Result<Option<Self>> {
-        let shown = paths.run().join(FILE);
-        let text = Directory::ensure(paths.run()).and_then(|dir| dir.read_optional(FILE));
-        let text = text.with_context(|| format!("cannot read {}", shown.display()))?;
-        let damaged =
-            || format!("{} is damaged; remove it, then only the running code of units is compared", shown.display());
-        text.map(|text| serde_json::from_slice(&text).with_context(damaged)).transpose()
-    }
-
-    fn save(&self, paths: &Paths) -> Result<()> {
-        let text = serde_json::to_vec(self).context("cannot serialize the record of units")?;
-        Directory::ensure(paths.run())
-            .and_then(|dir| dir.write_atomic(FILE, 0o600, &text))
-            .with_context(|| format!("cannot write {}", paths.run().join(FILE).display()))
-    }
-
     /// Returns the units that the switch stopped; an undo starts them again.
     pub(super) fn stopped(&self) -> impl Iterator<Item = &str> {
         let done = self.acts.iter().filter(|act| act.action.class == Class::Stop && act.done > 0);
@@ -82,15 +68,15 @@ impl UnitsRecord {
 }
 
 /// Records the units before the first act of the switch.
-pub(super) async fn remember(context: &Context) -> Result<(), Error> {
+pub(super) async fn remember(context: &Context, staged: &StagedRoot) -> Result<(), Error> {
     let remembered = async {
         let files = unit_files().await?;
         let before = unit_refresh::definitions(&Manager::connect().await?, &files).await?;
         let mut sockets = files.pulled_in(&target(context));
         sockets.retain(|name| name.ends_with(".socket"));
-        UnitsRecord { before, sockets: Some(sockets), ..UnitsRecord::default() }.save(&context.paths)
+        staged.save(&UnitsRecord { before, sockets: Some(sockets), ..UnitsRecord::default() }, &context.paths)
     };
-    remembered.await.map_err(Error::from)
+    remembered.await.map(drop).map_err(Error::from)
 }
 
 /// Plans for `flow` once and carries the plan out; after a kill, continues after the last completed job. Returns the
@@ -101,13 +87,14 @@ pub(super) async fn remember(context: &Context) -> Result<(), Error> {
 pub(super) async fn carry_out(
     context: &Context,
     manager: &mut Manager,
+    staged: &StagedRoot,
     changed: &ChangedPaths,
     flow: Flow,
     trouble: &mut Vec<String>,
 ) -> Result<Vec<Action>> {
-    let paths = &context.paths;
     // An older agent wrote none. Then only the running code of units is compared.
-    let mut record = UnitsRecord::load(paths)?.unwrap_or_default();
+    let mut record = if_present(staged.load::<UnitsRecord>(&context.paths))?.unwrap_or_default();
+    let save = |record: &UnitsRecord| staged.save(record, &context.paths).map(drop);
     if record.flow != Some(flow) {
         let new = unit_files().await?;
         let added = |before| new.pulled_in(&target(context)).difference(before).cloned().collect();
@@ -135,7 +122,7 @@ pub(super) async fn carry_out(
             record.acts.push(act);
         }
         record.flow = Some(flow);
-        record.save(paths)?;
+        save(&record)?;
     }
     for index in 0..record.acts.len() {
         let action = record.acts[index].action.clone();
@@ -144,9 +131,10 @@ pub(super) async fn carry_out(
             info!("{}: {}: {}", action.unit, action.class.as_str(), action.reason);
         }
         while let Some(&(verb, unit)) = jobs.get(record.acts[index].done) {
-            if let Err(error) = carry_out_one(paths, manager, &mut record, index, verb, unit).await? {
+            if let Err(error) = carry_out_one(manager, &mut record, index, verb, unit).await {
                 trouble.push(format!("{error:#}"));
             }
+            save(&record)?;
         }
     }
     if let Err(error) = check_dependents(manager, &record.acts, trouble).await {
@@ -155,15 +143,13 @@ pub(super) async fn carry_out(
     Ok(record.acts.into_iter().filter(|act| !act.failed).map(|act| act.action).collect())
 }
 
-/// The outer error is about the record, the inner one about the unit.
 async fn carry_out_one(
-    paths: &Paths,
     manager: &mut Manager,
     record: &mut UnitsRecord,
     index: usize,
     verb: Verb,
     unit: &str,
-) -> Result<Result<()>> {
+) -> Result<()> {
     let mut outcome = Ok(());
     let act = &record.acts[index];
     let run = match verb {
@@ -180,8 +166,7 @@ async fn carry_out_one(
     record.acts[index].done += 1;
     record.acts[index].failed |= outcome.is_err();
     record.before.remove(unit);
-    record.save(paths)?;
-    Ok(outcome)
+    outcome
 }
 
 /// Waits for the dependents that systemd restarted together with a unit, and reports those that failed. The agent does not
@@ -216,14 +201,12 @@ async fn check_dependents(manager: &Manager, acts: &[Act], trouble: &mut Vec<Str
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use super::super::state::survives_every_damage;
     use super::*;
     use unit_refresh::{Definition, How};
 
     #[test]
     fn the_record_survives_the_file_and_names_stopped_units() {
-        let temp = tempfile::tempdir().unwrap();
-        let paths = Paths::below(temp.path());
-        assert_eq!(UnitsRecord::load(&paths).unwrap(), None);
         let act = |unit: &str, class, done| Act {
             action: Action { how: How::LeftToSocket("s.socket".into()), ..Action::new(unit, class, "r") },
             done,
@@ -240,10 +223,7 @@ mod tests {
                 act("c.service", Class::Restart, 1),
             ],
         };
-        record.save(&paths).unwrap();
-        assert_eq!(UnitsRecord::load(&paths).unwrap(), Some(record.clone()));
+        survives_every_damage(&record);
         assert_eq!(record.stopped().collect::<Vec<_>>(), ["a.service"], "a unit that was not stopped is not listed");
-        std::fs::write(temp.path().join(FILE), "{").unwrap();
-        assert!(UnitsRecord::load(&paths).unwrap_err().to_string().contains("units.json is damaged"));
     }
 }

@@ -7,11 +7,11 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
 use super::drive::unix_now;
-use crate::agent::{Agent, Boot, Paths};
+use crate::agent::{Agent, Boot, StateDir};
 use crate::bus;
 use crate::report::{self, Outcome};
 
-pub(super) async fn daemon(paths: Paths) -> Result<Outcome> {
+pub(super) async fn daemon(paths: StateDir) -> Result<Outcome> {
     start_log();
     let socket = paths.socket();
     let agent = Agent::open(paths, Boot::look().await)?;

@@ -7,7 +7,7 @@ use anyhow::Result;
 use libsystemd::daemon::{NotifyState, notify};
 
 use super::say;
-use crate::agent::Paths;
+use crate::agent::StateDir;
 use crate::bus::{CallError, Client};
 use crate::report::{self, Outcome, Phase, ServiceRecord, State, Status};
 
@@ -52,7 +52,7 @@ pub(super) fn seconds(text: &str) -> Result<u64, String> {
 }
 
 /// Makes `call` and waits for its end. If the daemon dies, its unit restarts it with its record, and the call is repeated.
-pub(super) async fn drive(paths: &Paths, call: Call) -> Result<Outcome> {
+pub(super) async fn drive(paths: &StateDir, call: Call) -> Result<Outcome> {
     let mut reporter = Reporter { record: record(), ..Reporter::default() };
     let outcome = drive_to_end(paths, call, &mut reporter).await;
     reporter.end_record(outcome.as_ref().err());
@@ -62,7 +62,7 @@ pub(super) async fn drive(paths: &Paths, call: Call) -> Result<Outcome> {
     })
 }
 
-async fn drive_to_end(paths: &Paths, call: Call, reporter: &mut Reporter) -> Result<(), CallError> {
+async fn drive_to_end(paths: &StateDir, call: Call, reporter: &mut Reporter) -> Result<(), CallError> {
     let socket = paths.socket();
     let mut broken_since = None;
     let mut client = Client::connect_or_start(&socket).await?;
@@ -124,7 +124,7 @@ async fn follow(
 }
 
 /// Cancels a running or waiting pull. Does not start a daemon that is not running: it has no pull.
-pub(super) async fn cancel(paths: &Paths) -> Result<Outcome> {
+pub(super) async fn cancel(paths: &StateDir) -> Result<Outcome> {
     let outcome = match Client::running(&paths.socket()).await {
         Ok(Some(client)) => client.call("Cancel").await,
         Ok(None) => Ok(Vec::new()),

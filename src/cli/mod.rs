@@ -14,7 +14,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
-use crate::agent::Paths;
+use crate::agent::StateDir;
 use crate::report::Outcome;
 use drive::Call;
 
@@ -123,7 +123,7 @@ pub fn main() -> ExitCode {
 }
 
 async fn dispatch(command: Command) -> anyhow::Result<Outcome> {
-    let paths = Paths::default();
+    let paths = StateDir::default();
     match command {
         Command::Status { json, watch: false } => show::status(&paths, json).await,
         Command::Status { json, watch: true } => show::watch(&paths, json).await,

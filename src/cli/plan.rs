@@ -6,11 +6,11 @@ use anyhow::Result;
 
 use super::drive::{POLL, failed, unix_now};
 use super::say;
-use crate::agent::Paths;
+use crate::agent::StateDir;
 use crate::bus::{CallError, Client};
 use crate::report::{self, Outcome, Phase, State, Status};
 
-pub(super) async fn json(paths: &Paths) -> Result<Outcome> {
+pub(super) async fn json(paths: &StateDir) -> Result<Outcome> {
     Ok(match ask(paths, "plan", async |client| client.plan_document().await).await {
         Ok(document) => {
             say::out(document);
@@ -20,7 +20,7 @@ pub(super) async fn json(paths: &Paths) -> Result<Outcome> {
     })
 }
 
-pub(super) async fn diff_etc(paths: &Paths, secrets: bool) -> Result<Outcome> {
+pub(super) async fn diff_etc(paths: &StateDir, secrets: bool) -> Result<Outcome> {
     Ok(match ask(paths, "diff-etc", async |client| client.diff_etc(secrets).await).await {
         Ok(diff) if std::io::stdout().is_terminal() => {
             // Files may contain control sequences of terminals.
@@ -38,7 +38,7 @@ pub(super) async fn diff_etc(paths: &Paths, secrets: bool) -> Result<Outcome> {
 /// Makes one call and shows on stderr which other call it waits for. Returns an error if the daemon dies; the call can be
 /// repeated once the unit has restarted it.
 async fn ask<T>(
-    paths: &Paths,
+    paths: &StateDir,
     own: &str,
     call: impl AsyncFnOnce(Client) -> Result<T, CallError>,
 ) -> Result<T, CallError> {

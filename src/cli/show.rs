@@ -7,7 +7,7 @@ use anyhow::Result;
 
 use super::drive::unix_now;
 use super::say;
-use crate::agent::{Agent, Paths};
+use crate::agent::{Agent, StateDir};
 use crate::bus::Client;
 use crate::report::{self, Outcome, State, Status};
 
@@ -16,7 +16,7 @@ const LOOK: Duration = Duration::from_secs(1);
 /// Time to wait for a daemon that does not answer.
 const ABSENT: Duration = Duration::from_secs(60);
 
-async fn current(paths: &Paths) -> Result<Status> {
+async fn current(paths: &StateDir) -> Result<Status> {
     match asked(paths).await {
         Ok(status) => Ok(status),
         // Only root can read the record; other users get the daemon's error.
@@ -25,25 +25,25 @@ async fn current(paths: &Paths) -> Result<Status> {
 }
 
 /// Asks the daemon for its status.
-async fn asked(paths: &Paths) -> Result<Status> {
+async fn asked(paths: &StateDir) -> Result<Status> {
     Client::connect(&paths.socket()).await?.status().await
 }
 
-fn recorded(paths: &Paths) -> Option<Status> {
+fn recorded(paths: &StateDir) -> Option<Status> {
     rustix::process::geteuid().is_root().then(|| Agent::recorded_status(paths))
 }
 
-pub(super) async fn status(paths: &Paths, json: bool) -> Result<Outcome> {
+pub(super) async fn status(paths: &StateDir, json: bool) -> Result<Outcome> {
     print(&current(paths).await?, json)?;
     Ok(Outcome::Done)
 }
 
-pub(super) async fn report(paths: &Paths) -> Result<Outcome> {
+pub(super) async fn report(paths: &StateDir) -> Result<Outcome> {
     say::raw(report::summary(&current(paths).await?, unix_now()).as_bytes());
     Ok(Outcome::Done)
 }
 
-pub(super) async fn watch(paths: &Paths, json: bool) -> Result<Outcome> {
+pub(super) async fn watch(paths: &StateDir, json: bool) -> Result<Outcome> {
     let mut last = None;
     let mut absent_since = None;
     loop {

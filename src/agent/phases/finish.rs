@@ -5,9 +5,8 @@ use tracing::{info, warn};
 
 use super::refresh::report_units;
 use crate::agent::new_usr::ChangedPaths;
-use crate::agent::{Context, Error, Paths, Switched, unit_jobs, unit_survey};
+use crate::agent::{Context, Error, StateDir, Switched, unit_jobs, unit_survey};
 use crate::report::{Phase, State};
-use support::directory::Directory;
 use unit_refresh::{Flow, Manager};
 
 /// Isolates to the target that the machine would have booted to. On a live system, first carries out the unit plan of the
@@ -19,7 +18,9 @@ pub(super) async fn finish(context: &Context, mut switched: Switched, flow: Flow
         let changed = ChangedPaths::of(&switched.staged)?;
         let mut manager = Manager::connect().await?;
         let mut trouble = Vec::new();
-        switched.units = unit_jobs::carry_out(context, &mut manager, &changed, Flow::Bootstrap, &mut trouble)
+        let staged = &switched.staged;
+        let acts = unit_jobs::carry_out(context, &mut manager, staged, &changed, Flow::Bootstrap, &mut trouble);
+        switched.units = acts
             .await
             .context("nothing was isolated, everything before that is done; start node-image-finish.service again")?;
         report_units(context, &manager, &changed, &switched, &mut trouble).await;
@@ -55,8 +56,8 @@ pub(super) async fn isolate(context: &Context) -> Result<(), Error> {
         warn!("{target} cannot be isolated, it has no AllowIsolate=yes: started instead, and running units continue");
     }
     // The boot has ended. After an undo, a reload must not redirect `systemctl default` to the pivot.
-    if let Err(error) = Directory::ensure(context.paths.run()).and_then(|run| run.remove_all(Paths::REDIRECTED)) {
-        warn!("cannot remove {}: {error}", context.paths.run().join(Paths::REDIRECTED).display());
+    if let Err(error) = context.paths.remove(StateDir::REDIRECTED) {
+        warn!("{error:#}");
     }
     Ok(())
 }

@@ -64,9 +64,9 @@ pub(super) async fn next(
                 info!("/etc has changed since it was staged: staging again");
                 return Ok(Some(Step::Pulled(staged.pulled)));
             }
-            switch::check(&context.paths)?;
+            switch::check(&context.paths, &staged)?;
             hooks::pre_switch(context, &staged, record.flow(), cancel).await?;
-            unit_jobs::remember(context).await?;
+            unit_jobs::remember(context, &staged).await?;
             Step::Switching(staged)
         }
         Step::Switching(staged) => Step::Switched(switch::switch(context, staged).await?),
@@ -93,7 +93,7 @@ mod tests {
     use rustix::mount::{MountFlags, mount_bind, mount_remount};
 
     use super::*;
-    use crate::agent::{CancelHandles, Paths};
+    use crate::agent::{CancelHandles, StateDir};
     use crate::config::Settings;
     use crate::report::{Status, Tracker};
     use support::testing::private;
@@ -106,7 +106,7 @@ mod tests {
             mount_remount("/etc", MountFlags::BIND | MountFlags::RDONLY, "").unwrap();
             let line = "node-image-pivot=force node-image-pivot.image=127.0.0.1:1/none:1";
             let settings = Settings::load_from(Path::new("/nonexistent"), line).unwrap();
-            let context = Context::new(settings, Tracker::new(Status::default()), Paths::below(scratch));
+            let context = Context::new(settings, Tracker::new(Status::default()), StateDir::below(scratch));
             let (record, cancel) = (Record::default(), CancelHandles::default().register("test"));
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             let refused = runtime.block_on(next(&context, &record, Goal::Staged, &cancel)).unwrap_err();

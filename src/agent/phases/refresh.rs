@@ -38,7 +38,8 @@ pub(super) async fn refresh(context: &Context, mut switched: Switched, flow: Flo
     if let Err(error) = host::reload_bus().await {
         trouble.push(format!("{error:#}"));
     }
-    switched.units = unit_jobs::carry_out(context, &mut manager, &changed, flow, &mut trouble).await?;
+    switched.units =
+        unit_jobs::carry_out(context, &mut manager, &switched.staged, &changed, flow, &mut trouble).await?;
     for unit in host::appliers(&differs, flow == Flow::Live) {
         // A unit without files at boot is inactive, so the restart does not start it.
         let again = async {

@@ -1,5 +1,6 @@
 //! Stage: the delta tree, the `/etc` plan and every check that can refuse, before anything changes.
 
+use std::collections::BTreeMap;
 use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
@@ -12,8 +13,8 @@ use tracing::{info, warn};
 
 use crate::agent::accounts::AddedAccounts;
 use crate::agent::new_usr::{ETC, USR, USR_SOURCE, new_etc};
-use crate::agent::state::{EtcPlan, MemoryPlan, SwitchPlan, load_etc_plan};
-use crate::agent::{Context, Error, Paths, StagedRoot, accounts, storage, unit_survey};
+use crate::agent::state::{EtcPlan, MemoryPlan, StateFile, SwitchPlan};
+use crate::agent::{Context, Error, StagedRoot, StateDir, accounts, storage, unit_survey};
 use crate::config::{EtcStrategy, Settings};
 use crate::preflight::{self, Free, Need, PackageChanges, Packages, Refusal, Refusals};
 use crate::report::{Phase, State};
@@ -22,7 +23,6 @@ use node_store::import::PulledImage;
 use node_store::store::{NodeStore, ObjectType};
 use overlay_root::delta::{Booted, Delta, Keep};
 use overlay_root::{DetachedTree, Namespace};
-use support::directory::Directory;
 use unit_refresh::Flow;
 
 /// Builds the delta tree and the plans from the pulled objects, and runs all checks.
@@ -32,7 +32,7 @@ pub(super) async fn stage(context: &Context, pulled: PulledImage, flow: Flow) ->
     let paths = context.paths.clone();
     let settings = context.settings.clone();
     // libostree's objects must stay on one thread.
-    let (staged, mut document, plan) = tokio::task::spawn_blocking(move || blocking(&paths, pulled, &settings))
+    let (mut staged, mut document, plan) = tokio::task::spawn_blocking(move || blocking(&paths, pulled, &settings))
         .await
         .context("staging panicked")??;
     for line in staged.plan_lines() {
@@ -57,7 +57,8 @@ pub(super) async fn stage(context: &Context, pulled: PulledImage, flow: Flow) ->
         // Only a preview: the refresh plans again after the switch.
         Err(error) => document.warnings.push(format!("cannot preview the changes of units: {error:#}")),
     }
-    document.save(&context.paths)?;
+    let checksum = staged.save(&document, &context.paths)?;
+    staged.plans.insert(SwitchPlan::NAME.to_owned(), checksum);
     for line in document.warnings.iter().filter(|&line| !staged.pulled.warnings.contains(line)) {
         context.tracker.warn(line);
     }
@@ -90,14 +91,15 @@ pub(super) async fn is_current(context: &Context, staged: &StagedRoot) -> Result
     Ok(current)
 }
 
-fn look_again(paths: &Paths, staged: &StagedRoot) -> Result<(bool, Vec<String>), Error> {
+fn look_again(paths: &StateDir, staged: &StagedRoot) -> Result<(bool, Vec<String>), Error> {
     let usr = Path::new(USR);
     let mounts = Namespace::init().mounts()?;
     refuse(preflight::check_system(&mounts, usr, Path::new(ETC)))?;
     let tree = overlay_root::open_new_usr(&staged.delta.directory, usr, USR_SOURCE)?;
     let plan = plan_etc(&tree, &storage::of(paths, staged)?)?;
-    // A missing or damaged plan must be made again, too.
-    let current = load_etc_plan(paths).is_ok_and(|old| same_acts(&old, &plan));
+    // A plan that is missing, damaged or not the staged one must be made again, too.
+    let current =
+        staged.load::<Plan>(paths).is_ok_and(|old| same_acts(&old, &plan)) && staged.load::<SwitchPlan>(paths).is_ok();
     refuse(too_little(Free::at(&staged.delta.directory)?.needs(&staged.delta.directory, 0, plan.bytes())))?;
     Ok((current, preflight::warnings(&mounts, usr)))
 }
@@ -113,7 +115,11 @@ fn same_acts(one: &Plan, other: &Plan) -> bool {
 
 /// Runs every check that can refuse, cheapest first. Returns the input of the switch, the document about it without the
 /// units, and the plan for `/etc`, which is also stored.
-fn blocking(paths: &Paths, pulled: PulledImage, settings: &Settings) -> Result<(StagedRoot, SwitchPlan, Plan), Error> {
+fn blocking(
+    paths: &StateDir,
+    pulled: PulledImage,
+    settings: &Settings,
+) -> Result<(StagedRoot, SwitchPlan, Plan), Error> {
     let usr = Path::new(USR);
     let mounts = Namespace::init().mounts()?;
     refuse(preflight::check_system(&mounts, usr, Path::new(ETC)))?;
@@ -177,10 +183,6 @@ fn blocking(paths: &Paths, pulled: PulledImage, settings: &Settings) -> Result<(
     refuse(trial.refusals)?;
     warnings.extend(trial.warnings);
 
-    let text = serde_json::to_vec(&plan).context("cannot write the plan for /etc")?;
-    Directory::ensure(paths.run())
-        .and_then(|dir| dir.write_atomic(Paths::ETC_PLAN, 0o600, &text))
-        .context("cannot store the plan for /etc")?;
     let document = SwitchPlan {
         image: pulled.image.pinned.clone(),
         image_choice: None,
@@ -194,7 +196,10 @@ fn blocking(paths: &Paths, pulled: PulledImage, settings: &Settings) -> Result<(
         memory,
         warnings: pulled.warnings.iter().chain(&warnings).cloned().collect(),
     };
-    Ok((StagedRoot { pulled, delta, etc: etc_lines(&plan) }, document, plan))
+    let mut staged = StagedRoot { pulled, delta, etc: etc_lines(&plan), plans: BTreeMap::new() };
+    let checksum = staged.save(&plan, paths)?;
+    staged.plans.insert(Plan::NAME.to_owned(), checksum);
+    Ok((staged, document, plan))
 }
 
 /// Plans the merge of the present `/etc` with the defaults of a `/usr` that is not exposed yet.
@@ -218,11 +223,11 @@ fn earlier_defaults(store: &NodeStore) -> anyhow::Result<etc_merge::Defaults> {
 }
 
 /// Returns the changes of the staged plan to `/etc`, as a unified diff. Changes nothing.
-pub(in crate::agent) fn diff_etc(paths: &Paths, staged: &StagedRoot, secrets: bool) -> anyhow::Result<Vec<u8>> {
+pub(in crate::agent) fn diff_etc(paths: &StateDir, staged: &StagedRoot, secrets: bool) -> Result<Vec<u8>, Error> {
     let tree = overlay_root::open_new_usr(&staged.delta.directory, Path::new(USR), USR_SOURCE)?;
-    let plan = load_etc_plan(paths)?;
+    let plan = staged.load::<Plan>(paths)?;
     let current = etc_merge::open_dir(Path::new(ETC))?;
-    etc_merge::diff(&plan, new_etc(tree.as_fd())?.as_fd(), current.as_fd(), secrets)
+    Ok(etc_merge::diff(&plan, new_etc(tree.as_fd())?.as_fd(), current.as_fd(), secrets)?)
 }
 
 /// Returns the number of entries of each class, then the conflicts by name.

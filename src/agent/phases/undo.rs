@@ -12,10 +12,10 @@ use super::switch::{remember_defaults, set_ref};
 use crate::agent::new_usr::{ChangedPaths, ETC, USR, USR_SOURCE};
 use crate::agent::policy::{Way, policy_step, relabel};
 use crate::agent::reexec::reexecute;
+use crate::agent::state::{self, if_present};
 use crate::agent::unit_jobs::UnitsRecord;
-use crate::agent::{Paths, StagedRoot, state, unit_survey, views};
+use crate::agent::{StagedRoot, StateDir, unit_survey, views};
 use crate::host;
-use support::directory::Directory;
 use unit_refresh::{Action, Class, Flow, Manager, Root, Sides, UnitFiles, Verb, Version};
 
 /// The result of an undo.
@@ -35,7 +35,7 @@ pub(in crate::agent) struct Undone {
 /// # Errors
 /// systemd or the unit files cannot be read.
 pub(in crate::agent) async fn plan_units(
-    paths: &Paths,
+    paths: &StateDir,
     staged: &StagedRoot,
     flow: Flow,
 ) -> anyhow::Result<(Vec<Action>, Vec<String>)> {
@@ -53,7 +53,7 @@ pub(in crate::agent) async fn plan_units(
     let (states, unseen) = unit_refresh::survey(&manager, &sides).await?;
     troubles.extend(unseen);
     // The units that the switch stopped are started again.
-    let record = UnitsRecord::load(paths).unwrap_or_else(|error| {
+    let record = if_present(staged.load::<UnitsRecord>(paths)).unwrap_or_else(|error| {
         troubles.push(format!("units that the switch stopped stay stopped: {error:#}"));
         None
     });
@@ -76,7 +76,7 @@ fn removed_units(fragments: Vec<(String, PathBuf)>) -> anyhow::Result<(Vec<Strin
 
 /// Restores `/etc`, the ref, `/usr` and, if there is a plan for `units`, the policy, the caches and the units. Continues
 /// after failures and skips completed acts. Begins nothing if there are obstacles.
-pub(in crate::agent) async fn undo(paths: &Paths, staged: &StagedRoot, units: Option<&[Action]>) -> Undone {
+pub(in crate::agent) async fn undo(paths: &StateDir, staged: &StagedRoot, units: Option<&[Action]>) -> Undone {
     let obstacles = obstacles::obstacles(Below::Unmount);
     if !obstacles.is_empty() {
         return Undone { failed: vec![obstacles::message(&obstacles)], ..Undone::default() };
@@ -103,9 +103,9 @@ pub(in crate::agent) async fn undo(paths: &Paths, staged: &StagedRoot, units: Op
     }
     // Last, so that a generator that runs before does not arm the pivot again.
     if undone.failed.is_empty()
-        && let Err(error) = Directory::ensure(paths.run()).and_then(|run| run.remove_all(Paths::PIVOTED))
+        && let Err(error) = paths.remove(StateDir::PIVOTED)
     {
-        undone.failed.push(format!("{}: {error}", paths.pivoted().display()));
+        undone.failed.push(format!("{error:#}"));
     }
     for line in undone.kept.iter().chain(&undone.failed) {
         warn!("undo: {line}");
@@ -175,7 +175,7 @@ async fn refresh_back(staged: &StagedRoot) -> Vec<String> {
 
 /// Restores `/etc`, the ref and `/usr`. The second value re-executes PID 1 if the agent dies. A failure to start it is
 /// logged and not fatal, because it is needed only if the agent is killed.
-fn undo_files(paths: &Paths, staged: &StagedRoot, to_guard: bool) -> (Undone, Option<unit_refresh::Guard>) {
+fn undo_files(paths: &StateDir, staged: &StagedRoot, to_guard: bool) -> (Undone, Option<unit_refresh::Guard>) {
     let mut undone = Undone::default();
     state::repair_undo_plan(paths);
     match etc_merge::open_dir(Path::new(ETC)).and_then(|dir| etc_merge::undo(&paths.etc_undo(), dir.as_fd())) {
@@ -199,7 +199,7 @@ fn undo_files(paths: &Paths, staged: &StagedRoot, to_guard: bool) -> (Undone, Op
         Err(error) => undone.failed.push(format!("/etc: {error:#}")),
     }
     if undone.failed.is_empty()
-        && let Ok(plan) = state::load_etc_plan(paths)
+        && let Ok(plan) = staged.load::<etc_merge::Plan>(paths)
         && let Err(error) = remember_defaults(paths, staged, &plan.earlier)
     {
         undone.failed.push(format!("{error:#}"));
@@ -225,8 +225,8 @@ fn undo_files(paths: &Paths, staged: &StagedRoot, to_guard: bool) -> (Undone, Op
 }
 
 /// Loads the bootimage's policy again after `/etc` and `/usr` are restored.
-async fn load_old_policy(paths: &Paths, staged: &StagedRoot, undone: &mut Undone) {
-    match state::load_etc_plan(paths).map(|plan| policy_step(&plan)) {
+async fn load_old_policy(paths: &StateDir, staged: &StagedRoot, undone: &mut Undone) {
+    match staged.load::<etc_merge::Plan>(paths).map(|plan| policy_step(&plan)) {
         Ok(step) if step.loads() => {
             // Relabel first: the new policy knows nearly all old labels, but the old one few of the new.
             let complete = relabel(paths, staged, Way::Back).await;
@@ -239,6 +239,6 @@ async fn load_old_policy(paths: &Paths, staged: &StagedRoot, undone: &mut Undone
             }
         }
         Ok(_) => {}
-        Err(error) => undone.kept.push(format!("the loaded SELinux policy was not replaced: {error:#}")),
+        Err(error) => undone.kept.push(format!("the loaded SELinux policy was not replaced: {error}")),
     }
 }

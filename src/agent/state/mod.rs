@@ -1,13 +1,15 @@
-//! The agent's state files: the record, the plans, and their paths.
+//! The agent's state files: their directory, the envelope that they share, the record and the plans.
 
-mod etc_plan;
-mod paths;
+mod dir;
+mod file;
 mod plan;
 mod record;
 mod salvage;
 
-pub(super) use etc_plan::load_etc_plan;
-pub use paths::Paths;
+pub use dir::StateDir;
+#[cfg(test)]
+pub(super) use file::tests::survives_every_damage;
+pub use file::{Checksum, StateFile, Unusable, if_present};
 pub(super) use plan::{EtcPlan, MemoryPlan};
 pub use plan::{PlanDocument, SwitchPlan};
 #[cfg(test)]

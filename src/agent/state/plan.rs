@@ -2,16 +2,14 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
-use super::Paths;
+use super::StateFile;
 use crate::agent::accounts::AddedAccounts;
 use crate::preflight::{Need, PackageChanges};
 use etc_merge::Class;
 use node_store::image::ImageChoice;
 use overlay_root::delta::DeltaCounts;
-use support::directory::Directory;
 use support::human_bytes;
 use unit_refresh::Action;
 
@@ -94,24 +92,16 @@ impl From<&etc_merge::Plan> for EtcPlan {
     }
 }
 
-/// A file of the agent's directory.
-const FILE: &str = Paths::PLAN;
+impl StateFile for SwitchPlan {
+    const NAME: &'static str = "plan.json";
+    const SUBJECT: &'static str = "the plan of the switch";
+    const REMEDY: &'static str = "run pull again";
+}
 
-impl SwitchPlan {
-    pub(in crate::agent) fn save(&self, paths: &Paths) -> Result<()> {
-        let text = serde_json::to_vec_pretty(self).context("cannot write the plan")?;
-        Directory::ensure(paths.run())
-            .and_then(|dir| dir.write_atomic(FILE, 0o600, &text))
-            .with_context(|| format!("cannot store {}", paths.run().join(FILE).display()))
-    }
-
-    pub(in crate::agent) fn load(paths: &Paths) -> Result<Self> {
-        let shown = paths.run().join(FILE);
-        let text = Directory::ensure(paths.run()).and_then(|dir| dir.read_optional(FILE));
-        let text = text.with_context(|| format!("cannot read {}", shown.display()))?;
-        let text = text.with_context(|| format!("{} is gone; run pull again", shown.display()))?;
-        serde_json::from_slice(&text).with_context(|| format!("{} is damaged; run pull again", shown.display()))
-    }
+impl StateFile for etc_merge::Plan {
+    const NAME: &'static str = "etc-plan.json";
+    const SUBJECT: &'static str = "the plan for /etc";
+    const REMEDY: &'static str = "run pull again, or undo after a switch";
 }
 
 impl PlanDocument {
@@ -203,6 +193,7 @@ fn is_kernel(name: &str) -> bool {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use super::super::survives_every_damage;
     use super::*;
     use crate::preflight::{Package, PackageChange};
 
@@ -282,11 +273,7 @@ mod tests {
 
     #[test]
     fn the_plan_survives_the_file() {
-        let temp = tempfile::tempdir().unwrap();
-        let paths = Paths::below(temp.path());
-        assert!(SwitchPlan::load(&paths).unwrap_err().to_string().contains("run pull again"));
-        plan().save(&paths).unwrap();
-        assert_eq!(SwitchPlan::load(&paths).unwrap(), plan());
+        survives_every_damage(&SwitchPlan { image: "r/n@sha256:1".into(), ..plan() });
         let json = serde_json::to_value(PlanDocument::staged(plan())).unwrap();
         assert_eq!(json["plan"]["etc"]["counts"]["conflict"], 1);
         assert_eq!(json["plan"]["units"][0]["class"], "restart");

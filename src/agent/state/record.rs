@@ -1,11 +1,12 @@
 //! The record that is kept between phases, in `/run/node-image-pivot/state.json`.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Context, Result};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
-use sha2::{Digest, Sha256};
 
-use super::Paths;
+use super::{Checksum, StateDir, StateFile, Unusable};
 use crate::agent::Goal;
 use crate::agent::auto_undo::TrialPeriod;
 use crate::agent::boot::Boot;
@@ -14,16 +15,9 @@ use crate::report::{LastError, Standing, State, Status};
 use node_store::image::{PullSpec, ResolvedImage};
 use node_store::import::PulledImage;
 use overlay_root::delta::Delta;
-use support::directory::Directory;
 use support::failpoint::{self, Point};
 use support::human_bytes;
 use unit_refresh::{Action, Flow};
-
-/// Version of the record's format. A record of another version is refused, not guessed at.
-const SCHEMA: u32 = 1;
-pub(in crate::agent) const FILE: &str = "state.json";
-/// Field with the checksum of all others. Records of older agents have none.
-const CHECKSUM: &str = "checksum";
 
 /// Image that the configuration names.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -75,23 +69,6 @@ fn asked<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Asked>, D:
     Ok(serde_json::from_value(Value::deserialize(deserializer)?).ok())
 }
 
-/// A record that cannot be used.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Damage {
-    /// The file cannot be read.
-    #[error("it cannot be read: {0}")]
-    Unreadable(String),
-    /// The file does not hold a record.
-    #[error("it is damaged: {0}")]
-    Malformed(String),
-    /// The content is not what was written.
-    #[error("it is damaged: its checksum does not match")]
-    Checksum,
-    /// An agent of another version wrote it.
-    #[error("it has format {0}, and this agent knows {SCHEMA}")]
-    Foreign(u64),
-}
-
 /// The image that the status document shows as asked for.
 pub(in crate::agent) fn shown(settings: &Settings) -> Option<String> {
     settings.image.as_ref().map(|source| match source {
@@ -108,9 +85,28 @@ pub struct StagedRoot {
     pub delta: Delta,
     /// One line per class of the `/etc` plan, conflicts by name.
     pub etc: Vec<String>,
+    /// Checksums of the plans by file name. Records of older agents have none.
+    #[serde(default)]
+    pub plans: BTreeMap<String, Checksum>,
 }
 
 impl StagedRoot {
+    /// Loads a state file that belongs to this tree: of the same image and, for a plan, unchanged since it was staged.
+    ///
+    /// # Errors
+    /// The file cannot be used.
+    pub fn load<T: StateFile>(&self, dir: &StateDir) -> Result<T, Unusable> {
+        dir.load_of(Some(&self.pulled.image.pinned), self.plans.get(T::NAME))
+    }
+
+    /// Saves a state file that belongs to this tree.
+    ///
+    /// # Errors
+    /// The old file is unchanged.
+    pub fn save<T: StateFile>(&self, content: &T, dir: &StateDir) -> Result<Checksum> {
+        dir.save(content, Some(&self.pulled.image.pinned))
+    }
+
     /// Returns the plan as lines of text.
     pub fn plan_lines(&self) -> Vec<String> {
         let mut lines = vec![
@@ -211,12 +207,22 @@ impl Step {
         }
     }
 
-    /// Returns the image that is pulled or staged, before the switch.
-    pub(in crate::agent) fn pulled_image(&self) -> Option<&ResolvedImage> {
+    /// Returns the image, if it is known.
+    pub(in crate::agent) fn image(&self) -> Option<&ResolvedImage> {
         match self {
+            Step::Resolved(image) => Some(image),
             Step::Pulled(pulled) => Some(&pulled.image),
-            Step::Staged(staged) => Some(&staged.pulled.image),
-            _ => None,
+            _ => self.staged().map(|staged| &staged.pulled.image),
+        }
+    }
+
+    /// Returns the staged tree, also after the switch.
+    pub(in crate::agent) fn staged(&self) -> Option<&StagedRoot> {
+        match self {
+            Step::Idle | Step::NothingToDo { .. } | Step::Resolved(_) | Step::Pulled(_) => None,
+            Step::Staged(staged) | Step::Switching(staged) | Step::Lost { staged, .. } => Some(staged),
+            Step::Undoing(undo) => Some(&undo.staged),
+            Step::Switched(switched) | Step::Refreshed(switched) | Step::Finished(switched) => Some(&switched.staged),
         }
     }
 
@@ -255,7 +261,6 @@ impl Step {
 /// The record.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Record {
-    schema: u32,
     /// The last completed step.
     pub step: Step,
     /// True if the generator redirected this boot.
@@ -280,7 +285,6 @@ pub struct Record {
 impl Default for Record {
     fn default() -> Self {
         Self {
-            schema: SCHEMA,
             step: Step::Idle,
             bootstrap: false,
             arrived: false,
@@ -290,6 +294,12 @@ impl Default for Record {
             status: Status::default(),
         }
     }
+}
+
+impl StateFile for Record {
+    const NAME: &'static str = "state.json";
+    const SUBJECT: &'static str = "the record";
+    const REMEDY: &'static str = "nothing is switched, and the agent begins without it";
 }
 
 impl Record {
@@ -303,51 +313,30 @@ impl Record {
         Self { trial, ..self }
     }
 
-    /// Returns the record under `paths`, or `None` if there is no file.
+    /// Loads the record.
     ///
     /// # Errors
-    /// See [`Damage`]. The file is left unchanged.
-    pub fn load(paths: &Paths) -> Result<Option<Self>, Damage> {
-        let text = match std::fs::read(paths.run().join(FILE)) {
-            Ok(text) => text,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(Damage::Unreadable(error.to_string())),
-        };
-        let malformed = |error: serde_json::Error| Damage::Malformed(error.to_string());
-        let mut value: Value = serde_json::from_slice(&text).map_err(malformed)?;
-        let written = value.as_object_mut().and_then(|fields| fields.remove(CHECKSUM));
-        if written.is_some_and(|written| written != checksum(&value)) {
-            return Err(Damage::Checksum);
-        }
-        match value.get("schema").and_then(Value::as_u64) {
-            Some(schema) if schema != u64::from(SCHEMA) => return Err(Damage::Foreign(schema)),
-            _ => {}
-        }
-        let mut record: Self = serde_json::from_value(value).map_err(malformed)?;
+    /// It is missing or cannot be used. The file is left unchanged.
+    pub fn load(dir: &StateDir) -> Result<Self, Unusable> {
+        let mut record: Self = dir.load()?;
         // Older agents did not record this.
         record.arrived |= record.step.is_arrival();
-        Ok(Some(record))
+        Ok(record)
     }
 
     /// Replaces the file atomically.
-    pub fn save(&self, paths: &Paths) -> Result<()> {
-        let mut value = serde_json::to_value(self).context("cannot write the record")?;
-        value[CHECKSUM] = checksum(&value).into();
-        let text = serde_json::to_vec_pretty(&value).context("cannot write the record")?;
+    pub fn save(&self, dir: &StateDir) -> Result<()> {
         failpoint::hit(Point::Record, self.step.name())
-            .and_then(|()| Directory::ensure(paths.run()))
-            .and_then(|dir| dir.write_atomic(FILE, 0o600, &text))
-            .with_context(|| format!("cannot write {}", paths.run().join(FILE).display()))
+            .with_context(|| format!("cannot write {}", dir.run().join(Self::NAME).display()))?;
+        dir.save(self, self.step.image().map(|image| image.pinned.as_str())).map(drop)
     }
 
     /// Replaces the file with a record that says that the running system is unchanged. If the disk is full, removes the old
     /// file first: without a record an agent begins again, with the old one it would not.
-    pub fn save_over(&self, paths: &Paths) -> Result<()> {
-        self.save(paths).or_else(|_| {
-            Directory::ensure(paths.run())
-                .and_then(|dir| dir.remove_all(FILE))
-                .with_context(|| format!("cannot remove {}", paths.run().join(FILE).display()))?;
-            self.save(paths)
+    pub fn save_over(&self, dir: &StateDir) -> Result<()> {
+        self.save(dir).or_else(|_| {
+            dir.remove(Self::NAME)?;
+            self.save(dir)
         })
     }
 
@@ -402,11 +391,6 @@ impl Record {
             Flow::Live => Goal::Switched,
         }
     }
-}
-
-/// Returns the checksum of a record, independent of white space and the order of its fields.
-fn checksum(value: &Value) -> String {
-    hex::encode(Sha256::digest(value.to_string()))
 }
 
 #[cfg(test)]

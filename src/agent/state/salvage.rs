@@ -1,12 +1,11 @@
 //! Opens the record, and rebuilds the input of an undo if the record of a switch is lost or damaged.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use tracing::warn;
 
-use super::etc_plan::load_etc_plan;
-use super::record::{Damage, FILE, Record, Step};
-use super::{Paths, StagedRoot, SwitchPlan};
+use super::{Record, StagedRoot, StateDir, StateFile, Step, SwitchPlan, Unusable, if_present};
 use crate::agent::auto_undo::{self, TrialPeriod};
 use crate::agent::new_usr::{USR, USR_SOURCE};
 use crate::agent::storage;
@@ -31,7 +30,7 @@ struct Traces {
 }
 
 impl Traces {
-    fn on_this_machine(paths: &Paths) -> Self {
+    fn on_this_machine(paths: &StateDir) -> Self {
         Self {
             // An unreadable mount table proves nothing; the switch reads it again.
             usr: overlay_root::exposed(Path::new(USR), USR_SOURCE).unwrap_or(false),
@@ -56,13 +55,12 @@ enum Verdict {
 }
 
 /// Decides by the record and by the traces of a switch on the machine.
-fn judge(loaded: Result<Option<&Record>, &Damage>, traces: Traces, file: &Path) -> Verdict {
+fn judge(loaded: Result<&Record, &Unusable>, traces: Traces, file: &Path) -> Verdict {
     let cause = match loaded {
-        Ok(Some(record)) if !(traces.usr && record.step.is_before_switch()) => return Verdict::Use,
+        Ok(record) if !(traces.usr && record.step.is_before_switch()) => return Verdict::Use,
         _ if !traces.any() => return Verdict::Begin,
-        Ok(Some(record)) => format!("it says {:?}", record.step.name()),
-        Ok(None) => "the file is gone".to_owned(),
-        Err(damage) => damage.to_string(),
+        Ok(record) => format!("it says {:?}", record.step.name()),
+        Err(unusable) => unusable.damage.to_string(),
     };
     let left = match (traces.usr, traces.etc) {
         (true, true) => "/usr is the node image's, and changes in /etc are merged",
@@ -76,11 +74,11 @@ fn judge(loaded: Result<Option<&Record>, &Damage>, traces: Traces, file: &Path) 
 }
 
 /// Returns the record under `paths`, a new one, or one that only allows an undo. Changes nothing.
-pub(in crate::agent) fn open(paths: &Paths) -> Record {
+pub(in crate::agent) fn open(paths: &StateDir) -> Record {
     let loaded = Record::load(paths);
-    let verdict = judge(loaded.as_ref().map(Option::as_ref), Traces::on_this_machine(paths), &paths.run().join(FILE));
+    let verdict = judge(loaded.as_ref(), Traces::on_this_machine(paths), &paths.run().join(Record::NAME));
     match (verdict, loaded) {
-        (Verdict::Use, Ok(Some(record))) => record,
+        (Verdict::Use, Ok(record)) => record,
         (Verdict::Lost(message), _) => {
             let trial = auto_undo::armed().map(|until_boottime_ms| TrialPeriod { until_boottime_ms, kept: false });
             Record::at(Step::Lost { staged: staged(paths), message }).with(trial)
@@ -90,28 +88,26 @@ pub(in crate::agent) fn open(paths: &Paths) -> Record {
 }
 
 /// Returns a line about a record that cannot be used and is not needed, because nothing is switched.
-pub(in crate::agent) fn unused(paths: &Paths) -> Option<String> {
-    let damage = Record::load(paths).err()?;
-    let file = paths.run().join(FILE);
-    Some(format!("cannot use {}: {damage}; nothing is switched, and the agent begins without it", file.display()))
+pub(in crate::agent) fn unused(paths: &StateDir) -> Option<String> {
+    if_present(Record::load(paths)).err().map(|unusable| unusable.to_string())
 }
 
 /// Renames an unusable record, for an administrator who looks for the cause, and returns the line of [`unused`].
-pub(in crate::agent) fn set_aside(paths: &Paths) -> Option<String> {
+pub(in crate::agent) fn set_aside(paths: &StateDir) -> Option<String> {
     let line = unused(paths)?;
     warn!("{line}");
     let aside = paths.run().join(ASIDE);
-    if let Err(error) = std::fs::rename(paths.run().join(FILE), &aside) {
+    if let Err(error) = std::fs::rename(paths.run().join(Record::NAME), &aside) {
         warn!("cannot keep the record as {}: {error}", aside.display());
     }
     Some(line)
 }
 
 /// Replaces a damaged plan in the undo record of `/etc` by the copy from stage, so that the merge can be undone.
-pub(in crate::agent) fn repair_undo_plan(paths: &Paths) {
+pub(in crate::agent) fn repair_undo_plan(paths: &StateDir) {
     let Ok(own) = std::fs::read(paths.etc_undo().join(UNDO_PLAN)) else { return };
     let Err(damage) = serde_json::from_slice::<etc_merge::Plan>(&own) else { return };
-    let repaired = load_etc_plan(paths).and_then(|plan| {
+    let repaired = paths.load::<etc_merge::Plan>().map_err(anyhow::Error::from).and_then(|plan| {
         let text = serde_json::to_vec(&plan)?;
         Ok(Directory::ensure(&paths.etc_undo())?.write_atomic(UNDO_PLAN, 0o600, &text)?)
     });
@@ -122,8 +118,8 @@ pub(in crate::agent) fn repair_undo_plan(paths: &Paths) {
 }
 
 /// Returns the facts about the switch in the other files. Unknown fields stay empty; an undo does not need them.
-fn staged(paths: &Paths) -> StagedRoot {
-    let plan = SwitchPlan::load(paths).ok();
+fn staged(paths: &StateDir) -> StagedRoot {
+    let plan = paths.load::<SwitchPlan>().ok();
     let pinned = plan.as_ref().map(|plan| plan.image.clone()).unwrap_or_default();
     let digest = pinned.split_once('@').map(|(_, digest)| digest.to_owned()).unwrap_or_default();
     let pulled = PulledImage {
@@ -138,10 +134,11 @@ fn staged(paths: &Paths) -> StagedRoot {
         warnings: Vec::new(),
     };
     let counts = plan.map_or_else(DeltaCounts::default, |plan| plan.usr);
-    StagedRoot { pulled, delta: Delta { directory: delta(paths), counts, warnings: Vec::new() }, etc: Vec::new() }
+    let delta = Delta { directory: delta(paths), counts, warnings: Vec::new() };
+    StagedRoot { pulled, delta, etc: Vec::new(), plans: BTreeMap::new() }
 }
 
-fn delta(paths: &Paths) -> PathBuf {
+fn delta(paths: &StateDir) -> PathBuf {
     storage::delta_path(paths).unwrap_or_else(|error| {
         warn!("cannot find the node store: {error:#}");
         paths.store().join("delta")
@@ -156,12 +153,16 @@ mod tests {
     #[test]
     fn a_switched_system_never_counts_as_unchanged() {
         let idle = Record::default();
-        let undoing = Record::at(Step::Lost { staged: staged(&Paths::default()), message: String::new() });
-        let damage = Damage::Checksum;
+        let undoing = Record::at(Step::Lost { staged: staged(&StateDir::default()), message: String::new() });
+        let [missing, malformed] = [None, Some("{")].map(|text| {
+            let temp = tempfile::tempdir().unwrap();
+            text.into_iter().for_each(|text| std::fs::write(temp.path().join(Record::NAME), text).unwrap());
+            Record::load(&StateDir::below(temp.path())).unwrap_err()
+        });
         let traces = |usr, etc| Traces { usr, etc };
         let lost = [traces(true, true), traces(true, false), traces(false, true)];
         let judge = |loaded, traces| judge(loaded, traces, Path::new("/x/state.json"));
-        for loaded in [Ok(None), Err(&damage)] {
+        for loaded in [Err(&missing), Err(&malformed)] {
             assert_eq!(judge(loaded, traces(false, false)), Verdict::Begin);
             for traces in lost {
                 let Verdict::Lost(message) = judge(loaded, traces) else { panic!("{loaded:?} {traces:?}") };
@@ -171,21 +172,18 @@ mod tests {
             }
         }
         for traces in [traces(false, false), traces(false, true)] {
-            assert_eq!(judge(Ok(Some(&idle)), traces), Verdict::Use);
+            assert_eq!(judge(Ok(&idle), traces), Verdict::Use);
         }
-        assert!(
-            matches!(judge(Ok(Some(&idle)), traces(true, false)), Verdict::Lost(_)),
-            "a record older than the switch"
-        );
+        assert!(matches!(judge(Ok(&idle), traces(true, false)), Verdict::Lost(_)), "a record older than the switch");
         for traces in lost {
-            assert_eq!(judge(Ok(Some(&undoing)), traces), Verdict::Use);
+            assert_eq!(judge(Ok(&undoing), traces), Verdict::Use);
         }
     }
 
     #[test]
     fn a_damaged_undo_plan_is_replaced_by_its_copy() {
         let temp = tempfile::tempdir().unwrap();
-        let paths = Paths::below(temp.path());
+        let paths = StateDir::below(temp.path());
         let plan = serde_json::to_string(&etc_merge::Plan::default()).unwrap();
         let own = paths.etc_undo().join(UNDO_PLAN);
         repair_undo_plan(&paths);
@@ -194,7 +192,7 @@ mod tests {
         std::fs::write(&own, &plan[..20]).unwrap();
         repair_undo_plan(&paths);
         assert_eq!(std::fs::read_to_string(&own).unwrap(), plan[..20], "the copy is missing");
-        std::fs::write(temp.path().join(Paths::ETC_PLAN), &plan).unwrap();
+        std::fs::write(temp.path().join(etc_merge::Plan::NAME), &plan).unwrap();
         repair_undo_plan(&paths);
         assert_eq!(std::fs::read_to_string(&own).unwrap(), plan);
     }
@@ -202,13 +200,13 @@ mod tests {
     #[test]
     fn a_damaged_record_is_renamed() {
         let temp = tempfile::tempdir().unwrap();
-        let paths = Paths::below(temp.path());
-        std::fs::write(temp.path().join(FILE), "{").unwrap();
+        let paths = StateDir::below(temp.path());
+        std::fs::write(temp.path().join(Record::NAME), "{").unwrap();
         assert!(set_aside(&paths).unwrap().contains("damaged"));
         assert_eq!(std::fs::read_to_string(temp.path().join(ASIDE)).unwrap(), "{");
-        assert!(Record::load(&paths).unwrap().is_none());
+        assert_eq!(if_present(Record::load(&paths)).unwrap().map(|record| record.step.name()), None);
         Record::default().save(&paths).unwrap();
         assert_eq!(set_aside(&paths), None);
-        assert!(Record::load(&paths).unwrap().is_some(), "a usable record stays");
+        assert!(Record::load(&paths).is_ok(), "a usable record stays");
     }
 }

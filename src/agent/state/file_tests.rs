@@ -1,0 +1,83 @@
+#![allow(clippy::unwrap_used)]
+
+use std::fmt::Debug;
+use std::fs;
+
+use serde_json::json;
+
+use super::*;
+
+/// Checks that `content` survives its file, also when an older agent wrote it, and that each kind of damage is recognised.
+pub(crate) fn survives_every_damage<T: StateFile + Debug>(content: &T) {
+    let temp = tempfile::tempdir().unwrap();
+    let dir = StateDir::below(temp.path());
+    let path = temp.path().join(T::NAME);
+    let (shown, image) = (format!("{content:?}"), "r/n@sha256:1");
+    let checksum = dir.save(content, Some(image)).unwrap();
+    let load = || dir.load_of::<T>(Some(image), Some(&checksum)).map(|loaded| format!("{loaded:?}"));
+    assert_eq!(load().unwrap(), shown);
+    let whole: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let without = |fields: &[&str]| {
+        let mut value = whole.clone();
+        fields.iter().for_each(|field| drop(value.as_object_mut().unwrap().remove(*field)));
+        value
+    };
+    let with = |field: &str, other: Value| {
+        let mut value = without(&[CHECKSUM]);
+        value[field] = other;
+        value.to_string().into_bytes()
+    };
+    // As an older agent wrote it.
+    fs::write(&path, without(&[CHECKSUM, "schema", "boot_id"]).to_string()).unwrap();
+    assert_eq!(format!("{:?}", dir.load::<T>().unwrap()), shown);
+
+    let malformed = |damage: &Damage| matches!(damage, Damage::Malformed(_));
+    let mut changed = whole.clone();
+    changed["added"] = true.into();
+    let changed = changed.to_string().into_bytes();
+    let mut swapped = whole.clone();
+    swapped[CHECKSUM] = Checksum::of(&without(&[CHECKSUM, "boot_id"])).0.into();
+    swapped.as_object_mut().unwrap().remove("boot_id");
+    let swapped = swapped.to_string().into_bytes();
+    type Case<'a> = (&'a str, Vec<u8>, &'a dyn Fn(&Damage) -> bool);
+    let cases: [Case<'_>; 11] = [
+        ("cut", fs::read(&path).unwrap()[..20].to_vec(), &malformed),
+        ("not text", b"{\xff\x00".to_vec(), &malformed),
+        ("not an object", b"{}[]".to_vec(), &malformed),
+        ("another shape", b"{\"schema\": 1}".to_vec(), &malformed),
+        ("deep", "{\"a\":".repeat(9000).into_bytes(), &malformed),
+        ("changed", changed, &|damage| *damage == Damage::Checksum),
+        ("another version", with("schema", json!(7)), &|damage| *damage == Damage::Foreign("7".into())),
+        ("a version as text", with("schema", json!("1")), &|damage| matches!(damage, Damage::Foreign(_))),
+        ("another boot", with("boot_id", json!("x")), &|damage| *damage == Damage::OtherBoot),
+        ("another image", with("image", json!("x")), &|damage| *damage == Damage::OtherImage("x".into())),
+        ("another plan", swapped, &|damage| *damage == Damage::OtherPlan),
+    ];
+    let recognised = |name: &str, expected: &dyn Fn(&Damage) -> bool| {
+        let unusable = load().unwrap_err();
+        assert!(expected(&unusable.damage), "{name}: {unusable}");
+        let text = unusable.to_string();
+        assert!(text.starts_with("cannot use ") && text.contains(T::NAME) && text.ends_with(T::REMEDY), "{text}");
+    };
+    for (name, text, expected) in cases {
+        fs::write(&path, text).unwrap();
+        recognised(name, expected);
+    }
+    fs::remove_file(&path).unwrap();
+    recognised("missing", &|damage| *damage == Damage::Missing);
+    assert!(if_present(load()).unwrap().is_none());
+    fs::create_dir(&path).unwrap();
+    recognised("a directory", &|damage| matches!(damage, Damage::Unreadable(_)));
+    assert!(dir.save(content, None).is_err());
+}
+
+#[test]
+fn a_file_of_an_unknown_image_belongs_to_each() {
+    let temp = tempfile::tempdir().unwrap();
+    let dir = StateDir::below(temp.path());
+    dir.save(&etc_merge::Plan::default(), Some("")).unwrap();
+    for image in [None, Some(""), Some("r/n@sha256:1")] {
+        assert!(dir.load_of::<etc_merge::Plan>(image, None).is_ok(), "{image:?}");
+    }
+    survives_every_damage(&etc_merge::Plan::default());
+}
