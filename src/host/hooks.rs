@@ -365,6 +365,6 @@ mod tests {
 
     #[tokio::test]
     async fn processes_that_a_hook_leaves_running_are_not_waited_for() {
-        script("#!/bin/sh\nsleep 120 &\nexit 0\n", LONG).await.unwrap();
+        script("#!/bin/sh\nsleep 70 &\nexit 0\n", LONG).await.unwrap();
     }
 }

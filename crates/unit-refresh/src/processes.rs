@@ -312,7 +312,7 @@ nonsense
         let mut command = std::process::Command::new(&program);
         let locales = [("LC_ALL", "C.UTF-8".as_ref()), ("LOCPATH", root.join("locale").as_os_str())]
             .map(|(k, v): (&str, &std::ffi::OsStr)| (k, v.to_owned()));
-        let mut child = spawn(command.arg("600").envs(locales));
+        let mut child = spawn(command.arg("120").envs(locales));
         let maps = format!("/proc/{}/maps", child.id());
         wait_for(|| fs::read_to_string(&maps).unwrap().contains("/LC_CTYPE"));
         let code = code_of(child.id(), &root, Version::Current, &|_| true);
@@ -331,7 +331,7 @@ nonsense
         let root = dir.path().canonicalize().unwrap();
         let program = root.join("sleep");
         let start = || {
-            let child = spawn(std::process::Command::new(&program).arg("600"));
+            let child = spawn(std::process::Command::new(&program).arg("120"));
             // spawn() returns before the kernel has mapped the program.
             let maps = format!("/proc/{}/maps", child.id());
             while !fs::read_to_string(&maps).unwrap().contains("/sleep") {

@@ -37,7 +37,7 @@ fn attached_units(files: &Files) -> Result<()> {
     let slow = |name: &str, unit: &str| {
         let waiting = "systemctl list-jobs --no-legend node-image-pull.service | grep -q waiting";
         let text = format!(
-            "[Unit]\nDefaultDependencies=no\n{unit}\n[Service]\nType=oneshot\nRemainAfterExit=yes\nTimeoutStartSec=90\n\
+            "[Unit]\nDefaultDependencies=no\n{unit}\n[Service]\nType=oneshot\nRemainAfterExit=yes\nTimeoutStartSec=300\n\
              ExecStart=/bin/sh -c 'until {waiting}; do sleep 0.2; done; test ! -e /run/pull-began && touch /run/{name}'\n"
         );
         files.put(&format!("/etc/systemd/system/{name}.service"), 0o644, &text)
