@@ -78,10 +78,7 @@ tree_selinux_node() {
 selinux() {
     local node
     oracle >/dev/null
-    debs >/dev/null
-    tree_base12 >/dev/null &
-    tree_node_a >/dev/null
-    wait $!
+    base_and_node_a
     # Compiling a policy is one core's work: both at once.
     tree_selinux_node >/dev/null &
     tree_selinux_base >/dev/null
@@ -94,10 +91,7 @@ selinux() {
 demo() {
     local node
     oracle >/dev/null
-    debs >/dev/null
-    tree_base12 >/dev/null &
-    tree_node_a >/dev/null
-    wait $!
+    base_and_node_a
     node=$(tree_node_a)
     pair boot "" node-a "$node"
 }
@@ -143,13 +137,16 @@ ssh_key() {
     printf '%s\n' "$CACHE/ssh/key"
 }
 
-trees() {
-    # Two at a time: half of the work is waiting for dpkg.
+# Two trees at a time: half of the work is waiting for dpkg.
+base_and_node_a() {
     debs >/dev/null
     tree_base12 >/dev/null &
     local base=$!
     tree_node_a >/dev/null
     wait "$base"
+}
+trees() {
+    base_and_node_a
     tree_node_b >/dev/null
 }
 
