@@ -36,7 +36,7 @@ key() {
 # stage NAME KEY COMMAND...: run COMMAND with OUT=directory unless $CACHE/NAME/KEY is there; prints that directory.
 # The directory appears by rename when COMMAND is through: a killed build leaves nothing that looks finished.
 stage() {
-    local name=$1 key=$2 dir tmp start
+    local name=$1 key=$2 dir tmp wall user system TIMEFORMAT='%1R %1U %1S'
     shift 2
     dir=$CACHE/$name/$key
     mkdir -p "$CACHE/$name"
@@ -47,15 +47,14 @@ stage() {
             tmp=$CACHE/$name/tmp
             rm -rf --one-file-system "$tmp"
             mkdir "$tmp"
-            start=$(date +%s.%N)
             say "$name: building (log: $CACHE/$name/log)"
-            if ! OUT=$tmp "$@" >"$CACHE/$name/log" 2>&1; then
+            if ! { time OUT=$tmp "$@" >"$CACHE/$name/log" 2>&1; } 2>"$CACHE/$name/time"; then
                 tail -n 30 "$CACHE/$name/log" >&2
                 die "$name failed; see $CACHE/$name/log"
             fi
             mv "$tmp" "$dir"
-            printf '%s\t%.1f\n' "$name" "$(echo "$(date +%s.%N) $start" | awk '{print $1 - $2}')" >>"$CACHE/timings"
-            say "$name: done in $(tail -n1 "$CACHE/timings" | cut -f2) s, $(du -sm "$dir" | cut -f1) MiB"
+            read -r wall user system <"$CACHE/$name/time"
+            say "$name: done in $wall s, CPU $(echo "$user $system" | awk '{print $1 + $2}') s, $(du -sm "$dir" | cut -f1) MiB"
             # What no checkout has used for long is only weight: keep the three newest.
             find "$CACHE/$name" -mindepth 1 -maxdepth 1 -type d -printf '%T@ %p\n' | sort -rn | tail -n +4 | cut -d' ' -f2- |
                 while read -r old; do rm -rf --one-file-system "$old"; done
