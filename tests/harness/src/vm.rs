@@ -162,9 +162,11 @@ impl Vm {
         self.console.expect(mark, "# ", limit)?;
         let mark = self.console.mark();
         // The end mark is spelled so that the echo of the line does not contain it.
-        self.console.send(&format!("{command}; echo end-of''-command; exit\n"))?;
+        self.console.send(&format!("{command}; echo end-of''-command\n"))?;
         self.console.expect(mark, "end-of-command", limit)?;
         let text = self.console.since(mark);
+        // Not in the same line: the end of the session discards the output that the terminal has not sent yet.
+        self.console.send("exit\n")?;
         Ok(text.split("end-of-command").next().unwrap_or_default().to_string())
     }
 
