@@ -5,7 +5,6 @@
 
 use std::io::{self, Read};
 
-use oci_spec::image::ImageConfiguration;
 use sha2::{Digest, Sha256};
 use tar::EntryType;
 use tokio::sync::mpsc;
@@ -14,9 +13,9 @@ use super::decompress::decoder;
 use super::incoming::Incoming;
 use super::layout::layers;
 use super::references::node_image;
+use super::source::Source;
 use super::tarstream::{Chunks, TarError, TarStream};
-use super::{Failure, Kind, Layer, PullSpec, ResolvedImage, Source, TagHints};
-use crate::image::ImageChoice;
+use super::{Failure, ImageChoice, Kind, Layer, PullSpec, ResolvedImage, TagHints};
 
 const DIRECTORY: &[u8] = b"release-manifests";
 const FILE: &[u8] = b"image-references";
@@ -24,9 +23,6 @@ const FILE: &[u8] = b"image-references";
 const LARGEST: u64 = 8 << 20;
 /// Limit of the pieces of 128 KiB between the registry and the reader.
 const QUEUED: usize = 8;
-
-/// Label with the version of a release payload.
-const RELEASE_LABEL: &str = "io.openshift.release";
 
 const ADVICE: &str = "give the pull spec of a release payload whose references have the node image, or the node \
                       image itself";
@@ -62,17 +58,6 @@ pub async fn resolve_release(
         }
     }
     Err(bad(format!("{name} is not a release payload: it has no file release-manifests/image-references")))
-}
-
-/// Refuses a release payload that is configured as the node image.
-pub(super) fn refuse_payload(name: &str, config: &ImageConfiguration) -> Result<(), Failure> {
-    let labels = config.config().as_ref().and_then(|config| config.labels().as_ref());
-    if labels.is_some_and(|labels| labels.contains_key(RELEASE_LABEL)) {
-        let message = format!("{name} is a release payload, which only names the node image");
-        let advice = "set release_image instead of image";
-        return Err(Failure { advice, ..Failure::new(Kind::BadFormat, message) });
-    }
-    Ok(())
 }
 
 fn bad(message: String) -> Failure {
@@ -209,20 +194,6 @@ mod tests {
             tar.append_data(&mut header, path, content.as_bytes()).unwrap();
         }
         search(Whole(Some(tar.into_inner().unwrap()))).unwrap()
-    }
-
-    #[test]
-    fn a_payload_as_node_image_is_refused_with_a_remedy() {
-        let config = |labels: &str| {
-            let text = format!(
-                r#"{{"architecture":"amd64","os":"linux","config":{{"Labels":{labels}}},"rootfs":{{"type":"layers","diff_ids":[]}}}}"#
-            );
-            serde_json::from_str::<ImageConfiguration>(&text).unwrap()
-        };
-        let failure = refuse_payload("q.io/r@sha256:0", &config(r#"{"io.openshift.release":"4.22.0"}"#)).unwrap_err();
-        assert!(failure.to_string().contains("set release_image"), "{failure}");
-        assert_eq!(failure.class, super::super::Class::Permanent);
-        assert!(refuse_payload("q.io/n@sha256:0", &config(r#"{"io.openshift.build.version":"1"}"#)).is_ok());
     }
 
     #[test]

@@ -1,41 +1,16 @@
-//! The source of images: skopeo processes with the host's registry configuration.
+//! The source of images: verified manifests, configs and layers, through skopeo.
 
-use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
-
-use containers_image_proxy::ImageProxyConfig;
 use oci_spec::image::{ImageConfiguration, ImageManifest};
 
-use super::policy::Enforcement;
-use super::proxy::{Proxy, Reader};
+use super::pool::{ImageSettings, Pool};
+use super::reader::Reader;
 use super::{Failure, Kind, PullSpec, ResolvedImage};
 
-/// Default auth file. The installer writes the pull secret to it.
-const DEFAULT_AUTHFILE: &str = "/root/.docker/config.json";
-
-/// Settings of skopeo. It reads all others (mirrors, insecure or blocked registries, trust, signature policy) from the
-/// host's configuration, and proxies from the environment.
-#[derive(Debug, Clone, Default)]
-pub struct ImageSettings {
-    /// File with credentials. If unset, `/root/.docker/config.json` if it exists, otherwise skopeo's defaults.
-    pub authfile: Option<PathBuf>,
-    /// True to accept registries without verified TLS, for tests and labs. The host's `registries.conf` can do this for
-    /// a single registry.
-    pub insecure: bool,
-    /// Directory with additional CA certificates, as for `skopeo --cert-dir`.
-    pub certificate_directory: Option<PathBuf>,
-    /// Time without data from the registry after which an attempt fails, during a request or in a layer. If unset, one
-    /// minute.
-    pub idle_timeout: Option<Duration>,
-}
+/// Label with the version of a release payload.
+const RELEASE_LABEL: &str = "io.openshift.release";
 
 /// The source of images. Each reader uses a separate skopeo process, and the next reader reuses it.
-pub struct Source {
-    settings: ImageSettings,
-    policy: Enforcement,
-    idle: Mutex<Vec<Proxy>>,
-}
+pub struct Source(Pool);
 
 /// The manifest, the config and the layout of an image, all verified by the image's digest.
 #[derive(Debug, Clone)]
@@ -54,15 +29,7 @@ impl Source {
     /// # Errors
     /// skopeo is missing or too old, or the configured auth file does not exist.
     pub async fn open(settings: &ImageSettings) -> Result<Self, Failure> {
-        if let Some(missing) = settings.authfile.as_deref().filter(|path| !path.exists()) {
-            let message = format!("cannot use the configured auth file {}: it does not exist", missing.display());
-            return Err(Failure::new(Kind::Unauthorized, message));
-        }
-        let first = Proxy::start(config(settings)).await?;
-        let version = tokio::process::Command::new("skopeo").arg("--version").output().await;
-        let version = version.map_err(|error| Failure::new(Kind::Local, format!("cannot run skopeo: {error}")))?;
-        let policy = Enforcement::of_version(&String::from_utf8_lossy(&version.stdout));
-        Ok(Self { settings: settings.clone(), policy, idle: Mutex::new(vec![first]) })
+        Pool::open(settings).await.map(Self)
     }
 
     /// Pins an image by digest. For a multi-architecture index, this is the digest of this machine's manifest. skopeo
@@ -77,7 +44,7 @@ impl Source {
     /// Returns the manifest, config and layout of a node image, after a check of digests, architecture and ostree labels.
     pub async fn manifest(&self, image: &ResolvedImage) -> Result<ImageDescription, Failure> {
         let (manifest, config) = self.any_manifest(image).await?;
-        super::release::refuse_payload(&image.pinned, &config)?;
+        refuse_payload(&image.pinned, &config)?;
         let layout = super::layout(&image.pinned, &manifest, &config, super::machine_architecture())?;
         Ok(ImageDescription { manifest, config, layout })
     }
@@ -95,45 +62,19 @@ impl Source {
 
     /// Returns a reader with an idle skopeo process, or with a new one.
     pub async fn reader(&self) -> Result<Reader<'_>, Failure> {
-        let idle = self.idle().pop();
-        let proxy = match idle {
-            Some(proxy) => proxy,
-            None => Proxy::start(config(&self.settings)).await?,
-        };
-        Ok(Reader { source: self, proxy })
-    }
-
-    /// Keeps a skopeo process for the next reader.
-    pub(super) fn keep(&self, proxy: Proxy) {
-        self.idle().push(proxy);
-    }
-
-    /// Refuses an image that the signature policy does not accept, if skopeo is too old to do so.
-    pub(super) fn check_policy(&self, name: &str) -> Result<(), Failure> {
-        self.policy.check(name)
-    }
-
-    /// Returns the limit of the time without data from the registry.
-    pub(super) fn idle_timeout(&self) -> Duration {
-        self.settings.idle_timeout.unwrap_or(Duration::from_secs(60))
-    }
-
-    fn idle(&self) -> std::sync::MutexGuard<'_, Vec<Proxy>> {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+        Reader::of(&self.0).await
     }
 }
 
-fn config(settings: &ImageSettings) -> ImageProxyConfig {
-    let mut config = ImageProxyConfig::default();
-    config.authfile = choose_authfile(settings.authfile.as_deref(), Path::new(DEFAULT_AUTHFILE));
-    config.certificate_directory = settings.certificate_directory.clone();
-    config.insecure_skip_tls_verification = settings.insecure.then_some(true);
-    config
-}
-
-fn choose_authfile(configured: Option<&Path>, default: &Path) -> Option<PathBuf> {
-    let default = || (std::env::var_os("REGISTRY_AUTH_FILE").is_none() && default.exists()).then(|| default.to_owned());
-    configured.map(Path::to_owned).or_else(default)
+/// Refuses a release payload that is configured as the node image.
+fn refuse_payload(name: &str, config: &ImageConfiguration) -> Result<(), Failure> {
+    let labels = config.config().as_ref().and_then(|config| config.labels().as_ref());
+    if labels.is_some_and(|labels| labels.contains_key(RELEASE_LABEL)) {
+        let message = format!("{name} is a release payload, which only names the node image");
+        let advice = "set release_image instead of image";
+        return Err(Failure { advice, ..Failure::new(Kind::BadFormat, message) });
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -142,20 +83,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_default_auth_file_is_used_when_it_exists() {
-        let temp = tempfile::tempdir().unwrap();
-        let default = temp.path().join("config.json");
-        assert_eq!(choose_authfile(None, &default), None);
-        std::fs::write(&default, "{}").unwrap();
-        assert_eq!(choose_authfile(None, &default), Some(default.clone()));
-        assert_eq!(choose_authfile(Some(Path::new("/x")), &default), Some("/x".into()));
-    }
-
-    #[tokio::test]
-    async fn a_missing_configured_auth_file_is_reported() {
-        let settings = ImageSettings { authfile: Some("/nonexistent/auth".into()), ..ImageSettings::default() };
-        let failure = Source::open(&settings).await.err().unwrap();
-        assert_eq!(failure.kind, Kind::Unauthorized);
-        assert!(failure.message.contains("/nonexistent/auth"));
+    fn a_payload_as_node_image_is_refused_with_a_remedy() {
+        let config = |labels: &str| {
+            let text = format!(
+                r#"{{"architecture":"amd64","os":"linux","config":{{"Labels":{labels}}},"rootfs":{{"type":"layers","diff_ids":[]}}}}"#
+            );
+            serde_json::from_str::<ImageConfiguration>(&text).unwrap()
+        };
+        let failure = refuse_payload("q.io/r@sha256:0", &config(r#"{"io.openshift.release":"4.22.0"}"#)).unwrap_err();
+        assert!(failure.to_string().contains("set release_image"), "{failure}");
+        assert_eq!(failure.class, crate::image::Class::Permanent);
+        assert!(refuse_payload("q.io/n@sha256:0", &config(r#"{"io.openshift.build.version":"1"}"#)).is_ok());
     }
 }

@@ -1,60 +1,32 @@
-//! A skopeo process in proxy mode, used by one reader through its socket.
-//!
-//! After a request to finish a layer, the proxy answers no other request before the last byte of that layer has arrived.
-//! Each reader has a separate process, so a registry that stalls one layer delays only the reader of that layer.
+//! Reads manifests, configs and layers of images through one skopeo process.
 
 use std::sync::Arc;
-use std::sync::mpsc;
 
-use containers_image_proxy::{Error as ProxyError, ImageProxy, ImageProxyConfig, OpenedImage};
+use containers_image_proxy::{Error as ProxyError, OpenedImage};
 use futures_util::FutureExt;
 use oci_spec::image::{ImageConfiguration, ImageManifest};
 use sha2::{Digest, Sha256};
 use tokio::io::AsyncReadExt;
 
 use super::policy::policy_path;
-use super::{Failure, Kind, Layer, LayerStream, PullSpec, ResolvedImage, Source, classify};
-
-/// A running skopeo process and the image that it has open.
-pub(super) struct Proxy {
-    skopeo: ImageProxy,
-    opened: Option<(String, Arc<OpenedImage>)>,
-    _parent: Parent,
-}
-
-/// Keeps the thread that started skopeo. The kernel ends skopeo together with that thread (PR_SET_PDEATHSIG in prctl(2)).
-/// Without this, a skopeo that waits for a silent registry would not notice that its reader has ended.
-struct Parent(#[allow(dead_code)] mpsc::Sender<()>);
-
-impl Proxy {
-    pub(super) async fn start(config: ImageProxyConfig) -> Result<Self, Failure> {
-        let cannot = |why: &dyn std::fmt::Display| Failure::new(Kind::Local, format!("cannot start skopeo: {why}"));
-        let (sender, started) = tokio::sync::oneshot::channel();
-        let (parent, dropped) = mpsc::channel();
-        let runtime = tokio::runtime::Handle::current();
-        let body = move || {
-            if sender.send(runtime.block_on(ImageProxy::new_with_config(config))).is_ok() {
-                // Ends with an error as soon as the other end is dropped.
-                let _ = dropped.recv();
-            }
-        };
-        std::thread::Builder::new().name("image-proxy".to_owned()).spawn(body).map_err(|error| cannot(&error))?;
-        let skopeo = started.await.map_err(|error| cannot(&error))?.map_err(|error| cannot(&error))?;
-        Ok(Self { skopeo, opened: None, _parent: Parent(parent) })
-    }
-}
+use super::pool::{Pool, Proxy};
+use super::{Failure, Kind, Layer, LayerStream, PullSpec, ResolvedImage, classify};
 
 /// A reader with its skopeo process. Dropping it, for example after a failure, ends the process.
 pub struct Reader<'a> {
-    pub(super) source: &'a Source,
-    pub(super) proxy: Proxy,
+    pool: &'a Pool,
+    proxy: Proxy,
 }
 
-impl Reader<'_> {
+impl<'a> Reader<'a> {
+    pub(super) async fn of(pool: &'a Pool) -> Result<Self, Failure> {
+        Ok(Self { proxy: pool.proxy().await?, pool })
+    }
+
     /// Keeps the process for the next reader. Call this only after success, because after a failure the process may be in
     /// any state.
     pub fn give_back(self) {
-        self.source.keep(self.proxy);
+        self.pool.keep(self.proxy);
     }
 
     /// Starts to fetch a layer.
@@ -72,7 +44,7 @@ impl Reader<'_> {
             reader: Box::new(reader),
             verdict,
             size: layer.size(),
-            idle: self.source.idle_timeout(),
+            idle: self.pool.idle_timeout(),
             total: 0,
             asked: false,
             answered: false,
@@ -141,7 +113,7 @@ impl Reader<'_> {
     }
 
     async fn open(&self, name: &str) -> Result<Arc<OpenedImage>, Failure> {
-        self.source.check_policy(name)?;
+        self.pool.check_policy(name)?;
         let reference = format!("docker://{name}");
         self.request(name, self.proxy.skopeo.open_image(&reference)).await.map(Arc::new)
     }
@@ -198,7 +170,7 @@ impl Reader<'_> {
     }
 
     async fn request<T>(&self, subject: &str, call: impl Future<Output = Result<T, ProxyError>>) -> Result<T, Failure> {
-        let timeout = self.source.idle_timeout();
+        let timeout = self.pool.idle_timeout();
         match tokio::time::timeout(timeout, call).await {
             Ok(result) => result.map_err(|error| failure(subject, &error)),
             Err(_) => {
