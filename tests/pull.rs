@@ -27,6 +27,8 @@ mod integrity;
 mod killed;
 #[path = "pull/layers.rs"]
 mod layers;
+#[path = "pull/local.rs"]
+mod local;
 #[path = "pull/measure.rs"]
 mod measure;
 #[path = "pull/media.rs"]

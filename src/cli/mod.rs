@@ -58,7 +58,8 @@ enum Command {
     },
     /// Resolve, pull and stage the node image
     ///
-    /// Does not touch the running system.
+    /// Does not touch the running system. The configuration names the image: in a registry, or on this machine as
+    /// oci:DIR[:TAG], oci-archive:FILE[:TAG], dir:DIR or containers-storage:NAME.
     Pull {
         /// Also fetch what only a deployment to a disk needs
         ///

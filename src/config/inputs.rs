@@ -12,6 +12,7 @@ use boot_config::target::{DefaultTarget, FALLBACK_TARGET, Origin, default_target
 
 use super::fragment::{Fragment, RamLimitText};
 use super::{AUTH_CREDENTIAL, Environment};
+use node_store::image::PullSpec;
 
 /// The auth file that cluster installers write. Used only if it exists.
 const INSTALLER_AUTH_FILE: &str = "/root/.docker/config.json";
@@ -52,19 +53,28 @@ pub(super) struct Sourced<T> {
     pub source: Source,
 }
 
-/// The source of the node image: a pull spec that is not parsed yet.
+/// The source of the node image.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum ImageSource {
+pub enum ImageSource<T = PullSpec> {
     /// The node image itself.
-    Image(String),
+    Image(T),
     /// A release payload that names it.
-    Release(String),
+    Release(T),
+}
+
+impl<T> ImageSource<T> {
+    /// Returns the pull spec of the image or the payload.
+    pub fn spec(&self) -> &T {
+        match self {
+            Self::Image(spec) | Self::Release(spec) => spec,
+        }
+    }
 }
 
 /// The merged configuration, unchecked. `None` if no source has a value.
 #[derive(Debug, Default, Clone, PartialEq)]
 pub(super) struct Inputs {
-    pub image: Option<Sourced<ImageSource>>,
+    pub image: Option<Sourced<ImageSource<String>>>,
     pub image_tags: Option<Sourced<Vec<String>>>,
     pub mode: Option<Sourced<String>>,
     pub target: Option<Sourced<String>>,

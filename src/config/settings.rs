@@ -152,7 +152,7 @@ impl Settings {
     /// The first invalid value, with its source, its key and the expected values.
     pub(super) fn validate(inputs: Inputs) -> Result<Self> {
         Ok(Settings {
-            image: inputs.image.map(|image| image.value),
+            image: inputs.image.map(image).transpose()?,
             image_tags: checked("image_tags", inputs.image_tags, || None, |names| tags(names).map(Some))?,
             mode: checked("mode", inputs.mode, || Mode::Auto, |word| Ok(word.parse()?))?,
             target: checked(
@@ -198,6 +198,14 @@ impl Settings {
             units: units(&inputs.units)?,
         })
     }
+}
+
+fn image(Sourced { value, source }: Sourced<ImageSource<String>>) -> Result<ImageSource> {
+    let parse = |key: &str, text: &str| text.parse().with_context(|| format!("{source}: {key}"));
+    Ok(match &value {
+        ImageSource::Image(text) => ImageSource::Image(parse("image", text)?),
+        ImageSource::Release(text) => ImageSource::Release(parse("release_image", text)?),
+    })
 }
 
 fn units(rules: &BTreeMap<String, Sourced<String>>) -> Result<Policy> {

@@ -30,11 +30,11 @@ fn etc(text: &str) -> Result<Settings> {
 }
 
 fn image(name: &str) -> Option<ImageSource> {
-    Some(ImageSource::Image(name.to_owned()))
+    Some(ImageSource::Image(name.parse().unwrap()))
 }
 
 fn release(name: &str) -> Option<ImageSource> {
-    Some(ImageSource::Release(name.to_owned()))
+    Some(ImageSource::Release(name.parse().unwrap()))
 }
 
 #[test]
@@ -65,13 +65,13 @@ fn nothing_configured_gives_the_documented_defaults() {
 
 #[test]
 fn every_key_is_read() {
-    let settings = etc("image = \"r/n:1\"\nimage_tags = [\"a\"]\nmode = \"force\"\ntarget = \"a.target\"\n\
+    let settings = etc("image = \"r.io/n:1\"\nimage_tags = [\"a\"]\nmode = \"force\"\ntarget = \"a.target\"\n\
          probe_paths = [\"/usr/bin/crio\"]\nauth_file = \"/etc/auth.json\"\nram_limit = \"3GiB\"\nstore = \"disk\"\n\
          complete = true\n[retry]\ninitial = 0.5\nmaximum = 8\nattempts = 3\ndenied = 0\nunknown = 60\n[etc]\nstrategy = \"fail\"\n\
          [hooks]\ntimeout = 5\n[units]\n\"crio*\" = \"never\"\n")
     .unwrap();
     let expected = Settings {
-        image: image("r/n:1"),
+        image: image("r.io/n:1"),
         image_tags: Some(vec!["a".to_owned()]),
         mode: Mode::Force,
         target: "a.target".to_owned(),
@@ -96,16 +96,16 @@ fn every_key_is_read() {
 
 #[test]
 fn the_last_source_with_an_image_wins() {
-    let vendor = ("usr/lib", "10.toml", "image = \"vendor\"");
+    let vendor = ("usr/lib", "10.toml", "image = \"r.io/vendor:1\"");
     for (files, cmdline, expected) in [
-        (vec![vendor], "", image("vendor")),
-        (vec![vendor, ("etc", "20.toml", "release_image = \"etc\"")], "", release("etc")),
-        (vec![vendor, ("etc", "05.toml", "release_image = \"etc\"")], "", image("vendor")),
+        (vec![vendor], "", image("r.io/vendor:1")),
+        (vec![vendor, ("etc", "20.toml", "release_image = \"r.io/etc:1\"")], "", release("r.io/etc:1")),
+        (vec![vendor, ("etc", "05.toml", "release_image = \"r.io/etc:1\"")], "", image("r.io/vendor:1")),
         (vec![vendor, ("run", "10.toml", "mode = \"auto\"")], "", None),
         (vec![vendor, ("etc", "20.toml", "image = \"\"")], "", None),
-        (vec![vendor, ("etc", "20.toml", "image = \"\"\nrelease_image = \"etc\"")], "", release("etc")),
-        (vec![vendor], "node-image-pivot.release-image=line", release("line")),
-        (vec![vendor], "node-image-pivot.image=", image("vendor")),
+        (vec![vendor, ("etc", "20.toml", "image = \"\"\nrelease_image = \"r.io/etc:1\"")], "", release("r.io/etc:1")),
+        (vec![vendor], "node-image-pivot.release-image=r.io/line:1", release("r.io/line:1")),
+        (vec![vendor], "node-image-pivot.image=", image("r.io/vendor:1")),
     ] {
         assert_eq!(load(&files, cmdline).unwrap().image, expected, "{files:?} {cmdline}");
     }
@@ -116,6 +116,9 @@ fn invalid_values_name_source_key_and_expected_values() {
     for (text, expected) in [
         ("mode = \"on\"", "/etc/node-image-pivot.conf.d/50.toml: mode: unknown mode \"on\": expected auto"),
         ("image = \"a\"\nrelease_image = \"b\"", "50.toml: both image and release_image are set; remove one"),
+        ("image = \"fedora\"", "50.toml: image: invalid pull spec \"fedora\": it has no registry"),
+        ("image = \"oci:x\"", "its path is not absolute; write registry/name:tag"),
+        ("release_image = \"q.io/x\"", "50.toml: release_image: invalid pull spec"),
         ("imgae = \"a\"", "unknown field `imgae`"),
         ("image_tags = []", "image_tags: the list is empty"),
         ("target = \"multi-user\"", "target: invalid target \"multi-user\": expected the name of a target"),

@@ -29,13 +29,13 @@ fn new_skopeo() -> PathBuf {
 }
 
 /// Directory that a child gets in place of `/etc/containers`, and the keys.
-struct Trust<'a> {
+pub struct Trust<'a> {
     bench: &'a Bench,
-    skopeo: PathBuf,
+    pub skopeo: PathBuf,
 }
 
 impl<'a> Trust<'a> {
-    fn new(bench: &'a Bench) -> Self {
+    pub fn new(bench: &'a Bench) -> Self {
         let trust = Self { bench, skopeo: new_skopeo() };
         for dir in ["containers/registries.d", "gnupg", "lookaside"] {
             fs::create_dir_all(bench.path(dir)).unwrap();
@@ -50,11 +50,11 @@ impl<'a> Trust<'a> {
         trust
     }
 
-    fn text(&self, name: &str) -> String {
+    pub fn text(&self, name: &str) -> String {
         self.bench.path(name).to_str().unwrap().to_owned()
     }
 
-    fn put(&self, name: &str, content: &str) {
+    pub fn put(&self, name: &str, content: &str) {
         fs::write(self.bench.path("containers").join(name), content).unwrap();
     }
 
@@ -73,7 +73,7 @@ impl<'a> Trust<'a> {
         command
     }
 
-    fn skopeo(&self, args: &[&str]) {
+    pub fn skopeo(&self, args: &[&str]) {
         let output = self.command(Path::new("skopeo"), Some(&self.skopeo)).args(args).output().unwrap();
         assert!(output.status.success(), "skopeo {args:?}: {}", String::from_utf8_lossy(&output.stderr));
     }
@@ -103,7 +103,7 @@ impl<'a> Trust<'a> {
     }
 
     /// Pulls in the namespace, in two steps with a proxy each, as the agent does.
-    fn pull(&self, spec: &str, store: &str, skopeo: Option<&Path>) -> Value {
+    pub fn pull(&self, spec: &str, store: &str, skopeo: Option<&Path>) -> Value {
         let root = self.bench.path(store);
         fs::create_dir_all(&root).unwrap();
         let output = self
@@ -120,7 +120,7 @@ impl<'a> Trust<'a> {
     }
 
     /// Checks that the policy has refused the image permanently, with a helpful error, and that the store is empty.
-    fn refused(&self, what: &str, spec: &str, skopeo: Option<&Path>) {
+    pub fn refused(&self, what: &str, spec: &str, skopeo: Option<&Path>) {
         let store = format!("refused {what}").replace(' ', "-");
         let answer = self.pull(spec, &store, skopeo);
         println!("{what}: {answer}");
@@ -145,7 +145,7 @@ impl<'a> Trust<'a> {
     }
 }
 
-fn accept() -> Value {
+pub fn accept() -> Value {
     json!([{ "type": "insecureAcceptAnything" }])
 }
 
@@ -298,10 +298,11 @@ async fn child_pull() {
         pull(&source, &image, &store, None, &complete(), progress, &CancellationToken::new()).await
     };
     let answer = match outcome.await {
-        Ok(pulled) => json!({ "commit": pulled.commit }),
+        Ok(pulled) => json!({ "commit": pulled.commit, "pinned": pulled.image.pinned }),
         Err(told) => json!({
             "kind": told.kind.as_str(),
-            "permanent": told.kind.class() == Class::Permanent,
+            "permanent": told.class == Class::Permanent,
+            "class": format!("{:?}", told.class),
             "told": told.to_string(),
         }),
     };

@@ -19,11 +19,11 @@ pub(in crate::agent) async fn resolve(context: &Context, cancel: &CancelHandle) 
         let configured = wanted(&context.settings).await?;
         let source = Source::open(&image_settings(&context.settings)).await?;
         let (spec, choice) = match &configured {
-            ImageSource::Image(text) => (text.parse()?, None),
+            ImageSource::Image(spec) => (spec.clone(), None),
             // The payload names the node image by digest, so no other image is accepted.
-            ImageSource::Release(text) => {
+            ImageSource::Release(payload) => {
                 let hints = tag_hints(&context.settings);
-                let (spec, choice) = image::resolve_release(&source, &text.parse()?, &hints).await?;
+                let (spec, choice) = image::resolve_release(&source, payload, &hints).await?;
                 (spec, Some(choice))
             }
         };
@@ -61,7 +61,7 @@ async fn wanted(settings: &Settings) -> Result<ImageSource, Failure> {
     match host::release_image(script).await {
         Ok(Some(spec)) => {
             info!("no node image is configured; {SCRIPT} names the release payload {spec}");
-            Ok(ImageSource::Release(spec))
+            Ok(ImageSource::Release(spec.parse()?))
         }
         Ok(None) => Err(Failure::new(
             Kind::BadPullSpec,

@@ -56,8 +56,10 @@ impl Asked {
     /// Returns the request of `settings`.
     pub fn by(settings: &Settings) -> Self {
         let source = settings.image.clone().map(|source| match source {
-            ImageSource::Image(spec) => Source::Image(spec),
-            ImageSource::Release(spec) => Source::Release(spec, settings.image_tags.clone().unwrap_or_default()),
+            ImageSource::Image(spec) => Source::Image(spec.to_string()),
+            ImageSource::Release(spec) => {
+                Source::Release(spec.to_string(), settings.image_tags.clone().unwrap_or_default())
+            }
         });
         let how = (settings.mode, settings.etc_strategy, settings.store, settings.complete);
         Self { source, how: format!("{how:?}") }
@@ -71,9 +73,7 @@ fn asked<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Asked>, D:
 
 /// The image that the status document shows as asked for.
 pub(in crate::agent) fn shown(settings: &Settings) -> Option<String> {
-    settings.image.as_ref().map(|source| match source {
-        ImageSource::Image(spec) | ImageSource::Release(spec) => spec.clone(),
-    })
+    settings.image.as_ref().map(|source| source.spec().to_string())
 }
 
 /// The input of the switch, after all decisions and checks.

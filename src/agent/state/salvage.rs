@@ -121,7 +121,7 @@ pub(in crate::agent) fn repair_undo_plan(paths: &StateDir) {
 fn staged(paths: &StateDir) -> StagedRoot {
     let plan = paths.load::<SwitchPlan>().ok();
     let pinned = plan.as_ref().map(|plan| plan.image.clone()).unwrap_or_default();
-    let digest = pinned.split_once('@').map(|(_, digest)| digest.to_owned()).unwrap_or_default();
+    let digest = pinned.rsplit_once('@').map(|(_, digest)| digest.to_owned()).unwrap_or_default();
     let pulled = PulledImage {
         image: ResolvedImage { requested: pinned.clone(), pinned, digest },
         commit: plan.as_ref().map(|plan| plan.commit.clone()).unwrap_or_default(),

@@ -10,7 +10,7 @@ use futures_util::future::BoxFuture;
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::time::{Instant, sleep, sleep_until};
 
-use super::{Failure, Kind};
+use super::{Failure, Kind, PullSpec};
 
 /// Bytes in one read.
 const READ: usize = 128 * 1024;
@@ -20,6 +20,7 @@ const ASK_AFTER: Duration = Duration::from_secs(3);
 /// The bytes of a layer, and at the end the proxy's verdict about size and digest.
 pub struct LayerStream<'a> {
     pub(super) name: String,
+    pub(super) spec: PullSpec,
     pub(super) reader: Box<dyn AsyncRead + Send + Unpin + 'a>,
     pub(super) verdict: BoxFuture<'a, Result<(), Failure>>,
     pub(super) size: u64,
@@ -36,6 +37,11 @@ impl LayerStream<'_> {
     /// # Errors
     /// No bytes for longer than the idle timeout, a failed transfer, or a size or digest that differs from the manifest.
     pub async fn next(&mut self) -> Result<Option<Vec<u8>>, Failure> {
+        let piece = self.read().await;
+        piece.map_err(|failure| self.spec.adapt(failure))
+    }
+
+    async fn read(&mut self) -> Result<Option<Vec<u8>>, Failure> {
         if self.total >= self.size {
             return self.finish().await.map(|()| None);
         }

@@ -98,7 +98,10 @@ impl Kind {
             }
             Kind::Unauthorized => "check the auth file (/root/.docker/config.json by default) for this registry",
             Kind::NotFound => "check the image name, tag or digest",
-            Kind::BadPullSpec => "write registry/name:tag or registry/name@sha256:digest",
+            Kind::BadPullSpec => {
+                "write registry/name:tag, registry/name@sha256:digest, oci:DIR[:TAG], oci-archive:FILE[:TAG], dir:DIR or \
+                 containers-storage:NAME, with absolute paths"
+            }
             Kind::BadDigest => "the registry or a mirror serves altered content; nothing of it was used",
             Kind::BadFormat => "the node image must be an ostree-encapsulated container image",
             Kind::WrongArchitecture => "use an image or an index for this machine's architecture",

@@ -155,7 +155,7 @@ pub(super) fn layers(
 }
 
 /// Returns the compression of an OCI or docker media type, or `None` if it is not that of a layer.
-fn compression(media_type: &MediaType) -> Option<Compression> {
+pub(super) fn compression(media_type: &MediaType) -> Option<Compression> {
     let name = media_type.to_string();
     let name = name.replace(".nondistributable", "").replace(".foreign", "");
     Some(match name.as_str() {

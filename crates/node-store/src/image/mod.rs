@@ -1,4 +1,4 @@
-//! Images in registries: pull specs, manifests, layer streams, release payloads, and the classes of failures.
+//! Images in registries and on this machine: pull specs, manifests, layer streams, release payloads, and the classes of failures.
 //!
 //! This module turns a pull spec into a verified manifest, config and layer streams. It uses `containers-image-proxy`:
 //! skopeo handles registries.conf, mirrors, policy.json, proxies and auth files. The module also finds the node image that
@@ -32,7 +32,7 @@ pub use pool::ImageSettings;
 pub use reader::Reader;
 pub use release::resolve_release;
 pub use source::{ImageDescription, Source};
-pub use spec::PullSpec;
+pub use spec::{LocalSpec, PullSpec, RegistrySpec, Transport};
 pub use stream::{PULL_SCRIPT, TagHints};
 
 use serde::{Deserialize, Serialize};

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 
 use serde_json::Value;
 
-use super::{Failure, Kind};
+use super::{Failure, Kind, LocalSpec, PullSpec};
 
 /// The first skopeo whose proxy enforces the policy.
 const ENFORCES: (u32, u32) = (1, 13);
@@ -35,9 +35,9 @@ impl Enforcement {
         }
     }
 
-    /// Refuses an image (`registry/name:tag` or `…@digest`) that the policy does not accept without a signature, if skopeo
+    /// Refuses an image that the policy does not accept without a signature, if skopeo
     /// does not enforce the policy.
-    pub(super) fn check(&self, image: &str) -> Result<(), Failure> {
+    pub(super) fn check(&self, image: &PullSpec) -> Result<(), Failure> {
         let Self::ByAgent(version) = self else { return Ok(()) };
         let refuse = |cause: String| Err(Failure::new(Kind::Policy, format!("cannot use {image}: {cause}")));
         let Some(path) = policy_path() else {
@@ -49,7 +49,11 @@ impl Enforcement {
             Err(error) => return refuse(format!("cannot read {shown}: {error}")),
         };
         let requirements = serde_json::from_slice(&text).map_err(|error| error.to_string());
-        match requirements.and_then(|policy: Value| verdict(&policy, image)) {
+        let verdict = |policy: Value| match image {
+            PullSpec::Registry(spec) => verdict(&policy, &spec.to_string()),
+            PullSpec::Local(spec) => strictest(&policy, spec),
+        };
+        match requirements.and_then(verdict) {
             Ok(Verdict::Accepted) => Ok(()),
             Ok(Verdict::Rejected) => refuse(format!("{shown} rejects the image")),
             Ok(Verdict::Needs(kind)) => refuse(format!(
@@ -86,6 +90,10 @@ fn verdict(policy: &Value, image: &str) -> Result<Verdict, String> {
         .find_map(|scope| docker.and_then(|docker| docker.get(scope)))
         .or_else(|| policy.get("default"))
         .ok_or("default is missing")?;
+    judge(requirements)
+}
+
+fn judge(requirements: &Value) -> Result<Verdict, String> {
     let requirements =
         requirements.as_array().filter(|all| !all.is_empty()).ok_or("the list of requirements is missing or empty")?;
     let mut verdict = Verdict::Accepted;
@@ -100,7 +108,25 @@ fn verdict(policy: &Value, image: &str) -> Result<Verdict, String> {
     Ok(verdict)
 }
 
-/// Returns the scopes that contain an image, the narrowest first.
+/// Returns the strictest verdict of all scopes for the image's transport. The scope that applies depends on links in the
+/// path and on the configuration of image stores, which skopeo 1.13 and later resolve.
+fn strictest(policy: &Value, image: &LocalSpec) -> Result<Verdict, String> {
+    let scopes = policy.get("transports").and_then(|transports| transports.get(image.transport().as_str()));
+    let scopes = scopes.and_then(Value::as_object);
+    let default = policy.get("default").ok_or("default is missing")?;
+    let default = Some(default).filter(|_| !scopes.is_some_and(|scopes| scopes.contains_key("")));
+    let mut strictest = Verdict::Accepted;
+    for requirements in scopes.into_iter().flat_map(|scopes| scopes.values()).chain(default) {
+        match judge(requirements)? {
+            Verdict::Accepted => {}
+            Verdict::Rejected => return Ok(Verdict::Rejected),
+            needs @ Verdict::Needs(_) => strictest = needs,
+        }
+    }
+    Ok(strictest)
+}
+
+/// Returns the scopes that contain an image in a registry, the narrowest first.
 fn scopes(image: &str) -> Vec<String> {
     let mut scopes = vec![image.to_owned()];
     let repository = match image.split_once('@') {
@@ -178,6 +204,22 @@ mod tests {
         ] {
             assert_eq!(verdict(&policy, image), Ok(expected), "{image}");
         }
+        let local = |policy: &Value, image: &str| match image.parse().unwrap() {
+            PullSpec::Local(spec) => strictest(policy, &spec),
+            PullSpec::Registry(_) => panic!("{image} is in a registry"),
+        };
+        for (scopes, expected) in [
+            (json!({ "": accept }), Verdict::Accepted),
+            (json!({ "": accept, "/elsewhere": reject }), Verdict::Rejected),
+            (json!({ "/x": accept }), Verdict::Rejected),
+            (json!({ "": signed }), needs()),
+        ] {
+            let policy = json!({ "default": reject, "transports": { "oci": scopes } });
+            assert_eq!(local(&policy, "oci:/x:1"), Ok(expected), "{policy}");
+            assert_eq!(local(&policy, "dir:/x"), Ok(Verdict::Rejected), "{policy}");
+        }
+        assert_eq!(local(&json!({ "default": accept }), "containers-storage:localhost/x:1"), Ok(Verdict::Accepted));
+        assert!(local(&json!({}), "dir:/x").is_err());
         let with_default = json!({ "default": reject, "transports": { "docker": { "": accept } } });
         assert_eq!(verdict(&with_default, "q.io/x:1"), Ok(Verdict::Accepted));
         for bad in [json!({}), json!({ "default": [] }), json!({ "default": "?" }), json!({ "default": [{}] })] {

@@ -11,7 +11,7 @@ use std::time::Duration;
 use containers_image_proxy::{ImageProxy, ImageProxyConfig, OpenedImage};
 
 use super::policy::Enforcement;
-use super::{Failure, Kind};
+use super::{Failure, Kind, PullSpec};
 
 /// Default auth file. The installer writes the pull secret to it.
 const DEFAULT_AUTHFILE: &str = "/root/.docker/config.json";
@@ -100,8 +100,8 @@ impl Pool {
     }
 
     /// Refuses an image that the signature policy does not accept, if skopeo is too old to do so.
-    pub(super) fn check_policy(&self, name: &str) -> Result<(), Failure> {
-        self.policy.check(name)
+    pub(super) fn check_policy(&self, image: &PullSpec) -> Result<(), Failure> {
+        self.policy.check(image)
     }
 
     /// Returns the limit of the time without data from the registry.

@@ -4,13 +4,14 @@ use std::sync::Arc;
 
 use containers_image_proxy::{Error as ProxyError, OpenedImage};
 use futures_util::FutureExt;
-use oci_spec::image::{ImageConfiguration, ImageManifest};
+use oci_spec::image::{Descriptor, ImageConfiguration, ImageManifest};
 use sha2::{Digest, Sha256};
 use tokio::io::AsyncReadExt;
 
+use super::layout::compression;
 use super::policy::policy_path;
 use super::pool::{Pool, Proxy};
-use super::{Failure, Kind, Layer, LayerStream, PullSpec, ResolvedImage, classify};
+use super::{Compression, Failure, Kind, Layer, LayerStream, PullSpec, ResolvedImage, classify};
 
 /// A reader with its skopeo process. Dropping it, for example after a failure, ends the process.
 pub struct Reader<'a> {
@@ -32,15 +33,17 @@ impl<'a> Reader<'a> {
     /// Starts to fetch a layer.
     pub async fn layer(&mut self, image: &ResolvedImage, layer: &Layer) -> Result<LayerStream<'_>, Failure> {
         let name = format!("{} layer {} ({})", image.pinned, layer.index, layer.digest());
+        let spec: PullSpec = image.pinned.parse()?;
         let opened = self.opened(image).await?;
         // With the raw variant of newer proxies the agent would have to compute the digest. In skopeo, another core
         // computes it.
         let blob = self.proxy.skopeo.get_blob(&opened, layer.descriptor.digest(), layer.size());
-        let (reader, verdict) = self.request(&name, blob).await?;
+        let (reader, verdict) = self.request(&name, blob).await.map_err(|failure| spec.adapt(failure))?;
         let stream_name = name.clone();
         let verdict = verdict.map(move |result| result.map_err(|error| failure(&name, &error))).boxed();
         Ok(LayerStream {
             name: stream_name,
+            spec,
             reader: Box::new(reader),
             verdict,
             size: layer.size(),
@@ -55,9 +58,13 @@ impl<'a> Reader<'a> {
     /// Opens the image that `spec` names, and pins it by digest.
     pub(super) async fn resolve(&mut self, spec: &PullSpec) -> Result<ResolvedImage, Failure> {
         let requested = spec.to_string();
-        let opened = self.open(&requested).await?;
-        let (digest, _) = self.raw_manifest(&requested, &opened).await?;
-        let pinned = spec.pinned(&digest);
+        let opened = self.open(spec).await?;
+        let (digest, _) = self.raw_manifest(spec, &opened).await?;
+        if let (PullSpec::Local(_), Some(expected)) = (spec, spec.digest().filter(|expected| *expected != digest)) {
+            let message = format!("the manifest of {} has the digest {digest}: expected {expected}", spec.reference());
+            return Err(spec.adapt(Failure::new(Kind::BadDigest, message)));
+        }
+        let pinned = spec.pinned(&digest).to_string();
         self.proxy.opened = Some((pinned.clone(), opened));
         Ok(ResolvedImage { requested, pinned, digest })
     }
@@ -68,16 +75,17 @@ impl<'a> Reader<'a> {
         image: &ResolvedImage,
     ) -> Result<(ImageManifest, ImageConfiguration), Failure> {
         let name = &image.pinned;
+        let spec: PullSpec = name.parse()?;
         let opened = self.opened(image).await?;
-        let (digest, raw) = self.raw_manifest(name, &opened).await?;
+        let (digest, raw) = self.raw_manifest(&spec, &opened).await?;
         if digest != image.digest {
-            let message = format!("the registry sent the manifest {digest} instead of {name}");
-            return Err(Failure::new(Kind::BadDigest, message));
+            let message = format!("the source has the manifest {digest} instead of {name}");
+            return Err(spec.adapt(Failure::new(Kind::BadDigest, message)));
         }
         let manifest: ImageManifest = serde_json::from_slice(&raw)
             .map_err(|error| Failure::new(Kind::BadFormat, format!("the manifest of {name} is malformed: {error}")))?;
         let converted = sha256(&raw) != digest;
-        let raw = self.config(name, &opened, &manifest, converted).await?;
+        let raw = self.config(name, &opened, &manifest, converted).await.map_err(|failure| spec.adapt(failure))?;
         let config: ImageConfiguration = serde_json::from_slice(&raw)
             .map_err(|error| Failure::new(Kind::BadFormat, format!("the config of {name} is malformed: {error}")))?;
         Ok((manifest, config))
@@ -89,7 +97,7 @@ impl<'a> Reader<'a> {
         {
             return Ok(opened.clone());
         }
-        let opened = match self.open(&image.pinned).await {
+        let opened = match self.open(&image.pinned.parse()?).await {
             Err(refused) if refused.kind == Kind::Policy && image.requested != image.pinned => {
                 self.open_as_requested(image, refused).await?
             }
@@ -103,19 +111,54 @@ impl<'a> Reader<'a> {
     /// of the policy may be for a tag or an index, and not for one manifest. If the name no longer leads to the pinned
     /// manifest, returns the refusal.
     async fn open_as_requested(&self, image: &ResolvedImage, refused: Failure) -> Result<Arc<OpenedImage>, Failure> {
-        let opened = match self.open(&image.requested).await {
+        let requested: PullSpec = image.requested.parse()?;
+        let opened = match self.open(&requested).await {
             Ok(opened) => opened,
             Err(failure) if failure.class.may_pass() => return Err(failure),
             Err(_) => return Err(refused),
         };
-        let (digest, _) = self.raw_manifest(&image.requested, &opened).await?;
+        let (digest, _) = self.raw_manifest(&requested, &opened).await?;
         if digest == image.digest { Ok(opened) } else { Err(refused) }
     }
 
-    async fn open(&self, name: &str) -> Result<Arc<OpenedImage>, Failure> {
-        self.pool.check_policy(name)?;
-        let reference = format!("docker://{name}");
-        self.request(name, self.proxy.skopeo.open_image(&reference)).await.map(Arc::new)
+    async fn open(&self, spec: &PullSpec) -> Result<Arc<OpenedImage>, Failure> {
+        spec.check_path()?;
+        self.pool.check_policy(spec)?;
+        let opened = self.request(&spec.to_string(), self.proxy.skopeo.open_image(&spec.reference())).await;
+        opened.map(Arc::new).map_err(|failure| spec.adapt(failure))
+    }
+
+    /// Returns the manifest with the layers as the source provides them. An image store keeps layers uncompressed, and has
+    /// no blobs with the digests in the manifest.
+    pub(super) async fn provided(
+        &mut self,
+        image: &ResolvedImage,
+        manifest: &ImageManifest,
+    ) -> Result<ImageManifest, Failure> {
+        let mut provided = manifest.clone();
+        let spec: PullSpec = image.pinned.parse()?;
+        let uncompressed = |layer: &Descriptor| compression(layer.media_type()) == Some(Compression::None);
+        if !spec.is_store() || manifest.layers().iter().all(uncompressed) {
+            return Ok(provided);
+        }
+        let opened = self.opened(image).await?;
+        let subject = format!("the layers of {spec}");
+        let layers = self.request(&subject, self.proxy.skopeo.get_layer_info(&opened)).await;
+        let layers = layers.map_err(|failure| spec.adapt(failure))?.ok_or_else(|| Failure {
+            advice: "install skopeo 1.13 or later, or copy the image to a directory (skopeo copy … oci:DIR:TAG)",
+            ..Failure::new(Kind::Local, format!("cannot read {subject}: this skopeo does not list them"))
+        })?;
+        if layers.len() != provided.layers().len() {
+            let (found, expected) = (layers.len(), provided.layers().len());
+            let message = format!("{subject} are incomplete: the store has {found} of {expected}");
+            return Err(spec.adapt(Failure::new(Kind::BadFormat, message)));
+        }
+        for (descriptor, layer) in provided.layers_mut().iter_mut().zip(layers) {
+            descriptor.set_digest(layer.digest);
+            descriptor.set_size(layer.size);
+            descriptor.set_media_type(layer.media_type);
+        }
+        Ok(provided)
     }
 
     /// Returns the bytes of the config with the digest in the manifest.
@@ -164,9 +207,10 @@ impl<'a> Reader<'a> {
     /// Returns the manifest in OCI's form, and the digest of the manifest that the registry sent. skopeo computes that
     /// digest and compares it with a digest in the name or in an index. It may then convert the manifest, so the returned
     /// bytes can have another digest.
-    async fn raw_manifest(&self, name: &str, opened: &OpenedImage) -> Result<(String, Vec<u8>), Failure> {
-        let subject = format!("the manifest of {name}");
-        self.request(&subject, self.proxy.skopeo.fetch_manifest_raw_oci(opened)).await
+    async fn raw_manifest(&self, spec: &PullSpec, opened: &OpenedImage) -> Result<(String, Vec<u8>), Failure> {
+        let subject = format!("the manifest of {spec}");
+        let answer = self.request(&subject, self.proxy.skopeo.fetch_manifest_raw_oci(opened)).await;
+        answer.map_err(|failure| spec.adapt(failure))
     }
 
     async fn request<T>(&self, subject: &str, call: impl Future<Output = Result<T, ProxyError>>) -> Result<T, Failure> {

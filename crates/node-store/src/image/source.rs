@@ -19,7 +19,7 @@ pub struct ImageDescription {
     pub manifest: ImageManifest,
     /// Config of the image.
     pub config: ImageConfiguration,
-    /// Layers by purpose.
+    /// Layers by purpose, as the source provides them.
     pub layout: super::Layout,
 }
 
@@ -43,21 +43,31 @@ impl Source {
 
     /// Returns the manifest, config and layout of a node image, after a check of digests, architecture and ostree labels.
     pub async fn manifest(&self, image: &ResolvedImage) -> Result<ImageDescription, Failure> {
-        let (manifest, config) = self.any_manifest(image).await?;
+        let (manifest, provided, config) = self.described(image).await?;
         refuse_payload(&image.pinned, &config)?;
-        let layout = super::layout(&image.pinned, &manifest, &config, super::machine_architecture())?;
+        let layout = super::layout(&image.pinned, &provided, &config, super::machine_architecture())?;
         Ok(ImageDescription { manifest, config, layout })
     }
 
-    /// Returns the manifest and config of any image, after a check of its digest.
+    /// Returns the manifest, with the layers as the source provides them, and the config of any image, after a check of its
+    /// digest.
     pub(super) async fn any_manifest(
         &self,
         image: &ResolvedImage,
     ) -> Result<(ImageManifest, ImageConfiguration), Failure> {
+        let (_, provided, config) = self.described(image).await?;
+        Ok((provided, config))
+    }
+
+    async fn described(
+        &self,
+        image: &ResolvedImage,
+    ) -> Result<(ImageManifest, ImageManifest, ImageConfiguration), Failure> {
         let mut reader = self.reader().await?;
-        let described = reader.manifest(image).await?;
+        let (manifest, config) = reader.manifest(image).await?;
+        let provided = reader.provided(image, &manifest).await?;
         reader.give_back();
-        Ok(described)
+        Ok((manifest, provided, config))
     }
 
     /// Returns a reader with an idle skopeo process, or with a new one.
