@@ -21,6 +21,8 @@ mod faults;
 mod fixture;
 #[path = "pull/hostile.rs"]
 mod hostile;
+#[path = "pull/indexes.rs"]
+mod indexes;
 #[path = "pull/integrity.rs"]
 mod integrity;
 #[path = "pull/killed.rs"]

@@ -112,7 +112,8 @@ pub struct Image {
     pub labels: BTreeMap<String, String>,
 }
 
-/// Encapsulates a commit in format 1 (or 0: `./` in front and file types in modes).
+/// Encapsulates a commit in format 1, 0 (`./` in front and file types in modes) or 2 (with the parent directories of each
+/// path in every layer).
 pub fn encapsulate(repo: &Repo, commit: &str, chunker: &Chunker, format: u8) -> Image {
     let mut exporter =
         Exporter { repo: repo.open(), format, objects: BTreeMap::new(), metadata: Vec::new(), seen: BTreeSet::new() };
@@ -200,7 +201,14 @@ impl Exporter {
             }
         }
         let mut written = BTreeSet::new();
+        let mut parents = BTreeSet::new();
         for object in objects {
+            for path in self.objects[object].iter().filter(|_| self.format == 2) {
+                let path = mapped(path);
+                for (at, _) in path.match_indices('/').filter(|(at, _)| parents.insert(path[..*at].to_owned())) {
+                    directory(&mut tar, &path[..at]);
+                }
+            }
             self.content(&mut tar, object, &mut written);
         }
         tar.into_inner().unwrap()
@@ -248,7 +256,7 @@ impl Exporter {
             }
         }
         for name in &self.objects[object] {
-            let name = name.strip_prefix("usr/etc").map_or(name.clone(), |rest| format!("etc{rest}"));
+            let name = mapped(name);
             header.set_size(0);
             if is_file && content.is_empty() {
                 tar.append_data(&mut header, self.path(&name), std::io::empty()).unwrap();
@@ -258,6 +266,11 @@ impl Exporter {
             }
         }
     }
+}
+
+/// Returns the path in the archive of a path in the commit.
+fn mapped(path: &str) -> String {
+    path.strip_prefix("usr/etc").map_or(path.to_owned(), |rest| format!("etc{rest}"))
 }
 
 fn header(kind: tar::EntryType, size: u64, mode: u32) -> tar::Header {
@@ -324,20 +337,28 @@ impl Image {
         run("cp", &["-r", dir.join("other/blobs").to_str().unwrap(), dir.to_str().unwrap()]);
         fs::remove_dir_all(dir.join("other")).unwrap();
         let own = manifests[1]["digest"].as_str().unwrap().to_owned();
-        let media_type = "application/vnd.oci.image.index.v1+json";
-        let index = json!({ "schemaVersion": 2, "mediaType": media_type, "manifests": manifests });
-        write_index(dir, &blob(dir, index.to_string().as_bytes(), media_type));
+        let index = index(dir, &manifests);
+        write_index(dir, &index);
         own
     }
 }
 
-fn write_index(dir: &Path, manifest: &Value) {
+/// Writes an index of manifests or of other indexes; its descriptor.
+pub fn index(dir: &Path, manifests: &[Value]) -> Value {
+    let media_type = "application/vnd.oci.image.index.v1+json";
+    let index = json!({ "schemaVersion": 2, "mediaType": media_type, "manifests": manifests });
+    blob(dir, index.to_string().as_bytes(), media_type)
+}
+
+/// Writes the `index.json` of a layout with one image or index.
+pub fn write_index(dir: &Path, manifest: &Value) {
     fs::write(dir.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
     let index = json!({ "schemaVersion": 2, "manifests": [manifest] });
     fs::write(dir.join("index.json"), index.to_string()).unwrap();
 }
 
-fn blob(dir: &Path, data: &[u8], media_type: &str) -> Value {
+/// Writes a blob; its descriptor.
+pub fn blob(dir: &Path, data: &[u8], media_type: &str) -> Value {
     let digest = hex::encode(Sha256::digest(data));
     fs::write(dir.join("blobs/sha256").join(&digest), data).unwrap();
     json!({ "mediaType": media_type, "digest": format!("sha256:{digest}"), "size": data.len() })

@@ -60,6 +60,8 @@ const CERTIFICATE: &str = "check the registry's certificate, /etc/containers/cer
 const SCHEMA_1: &str =
     "the registry has the image in docker's schema 1: push it again with an OCI or docker schema 2 manifest";
 
+const NESTED: &str = "the index names another index: name the manifest for this machine by its digest";
+
 /// Broken configuration of this machine, and other causes with special advice. They are compared first, because the
 /// words of parsers resemble those of a broken transfer.
 const CONFIGURED: &[(Words, Kind, &str)] = &[
@@ -70,6 +72,7 @@ const CONFIGURED: &[(Words, Kind, &str)] = &[
     (Begins("reading json file"), Kind::Unauthorized, AUTH_FILE),
     (Begins("unmarshaling json at"), Kind::Unauthorized, AUTH_FILE),
     (Begins("unsupported legacy manifest mime type"), Kind::BadFormat, SCHEMA_1),
+    (Is("application/vnd.oci.image.index.v1+json"), Kind::BadFormat, NESTED),
 ];
 
 /// Causes that are more precise than `getting username and password` in the same message.
@@ -154,6 +157,9 @@ const FINAL: &[(Words, Kind)] = &[
     (Is("name unknown"), Kind::NotFound),
     (Is("blob unknown"), Kind::NotFound),
     (Is("not found"), Kind::NotFound),
+    (Begins("no descriptor found for reference"), Kind::NotFound),
+    (Around("reference ", "does not resolve to an image id"), Kind::NotFound),
+    (Begins("more than one image in oci"), Kind::BadPullSpec),
 ];
 
 /// Returns the cause of one endpoint's error.
