@@ -121,6 +121,20 @@ async fn random_layer_stacks_are_imported_alike() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn parent_directories_in_the_archive_change_nothing() {
+    let bench = Bench::new();
+    let image = super::image(&bench, 1, 2);
+    let spec = bench.push(&image, "format:2");
+    let store = bench.store("ours", None);
+    try_pull_with(&spec, &store, None, complete()).await.unwrap();
+    fsck(store.repo_path());
+    let repo = bench.path("theirs");
+    by_ostree_ext(&oracle(), &spec, &repo).unwrap();
+    let (ours, theirs) = (listing(store.repo_path(), "coreos/node-image"), listing(&repo, &image.commit));
+    assert!(ours == theirs, "{}", difference(&ours, &theirs));
+}
+
 /// `storage` of the test bed's registry, built when it is not. `PIVOT_TESTBED_REGISTRY` names another
 /// directory. Without optimisation, hashing gigabytes takes minutes: then only when it is named.
 fn testbed_storage() -> Option<PathBuf> {

@@ -74,6 +74,37 @@ async fn a_payload_names_the_node_image() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_stream_of_the_booted_system_is_chosen() {
+    let bench = Bench::new();
+    let os = |byte: &str| format!("q.io/os@sha256:{}", byte.repeat(32));
+    let tag = |name: &str, class: &str, from: &str| {
+        let annotations = json!({ "io.openshift.os.streamclass": class });
+        json!({ "name": name, "annotations": annotations, "from": { "kind": "DockerImage", "name": from } })
+    };
+    let tags = json!([
+        tag("rhel-coreos-10", "rhel-10", &os("10")),
+        tag("rhel-coreos", "rhel-9", &os("09")),
+        tag("rhel-coreos-extensions", "rhel-9", &os("ee")),
+    ]);
+    let stream = json!({ "kind": "ImageStream", "spec": { "tags": tags } }).to_string();
+    let spec: PullSpec = bench.push(&payload(&[vec![file(FILE, &stream)]]), "release:1").parse().unwrap();
+    let source = Source::open(&settings()).await.unwrap();
+    let el9 = Some("ID=rhel\nVERSION_ID=9.6\n".to_owned());
+    for (hints, expected, reason) in [
+        (TagHints { os_release: el9.clone(), ..TagHints::default() }, "09", "the booted system is el9"),
+        (
+            TagHints { script: Some("coreos_img=rhel-coreos-10".into()), os_release: el9, ..TagHints::default() },
+            "10",
+            "node-image-pull.sh names it",
+        ),
+    ] {
+        let (found, choice) = resolve_release(&source, &spec, &hints).await.unwrap();
+        assert_eq!(found.to_string(), os(expected), "{choice}");
+        assert!(choice.to_string().contains(reason), "{choice}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_altered_payload_is_refused() {
     let bench = Bench::new();
     let os = |byte: &str| format!("q.io/os@sha256:{}", byte.repeat(32));
