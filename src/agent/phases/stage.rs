@@ -113,6 +113,15 @@ fn same_acts(one: &Plan, other: &Plan) -> bool {
     one.aside == other.aside && conflicts(one) == conflicts(other) && bare(one) == bare(other)
 }
 
+/// The delta tree, built from a commit that passed the checks.
+struct CheckedTree {
+    store: NodeStore,
+    delta: Delta,
+    /// The new `/usr`, not exposed yet.
+    tree: DetachedTree,
+    packages: Option<PackageChanges>,
+}
+
 /// Runs every check that can refuse, cheapest first. Returns the input of the switch, the document about it without the
 /// units, and the plan for `/etc`, which is also stored.
 fn blocking(
@@ -120,16 +129,45 @@ fn blocking(
     pulled: PulledImage,
     settings: &Settings,
 ) -> Result<(StagedRoot, SwitchPlan, Plan), Error> {
+    let mut warnings = pulled.warnings.clone();
+    let CheckedTree { store, delta, tree, packages } = check_tree(paths, &pulled, settings, &mut warnings)?;
+    let (plan, memory) = plan_merge(&tree, &store, settings.etc_strategy, paths.run(), &mut warnings)?;
+    try_out(&tree, &plan, &mut warnings)?;
+    let document = SwitchPlan {
+        image: pulled.image.pinned.clone(),
+        image_choice: None,
+        commit: pulled.commit.clone(),
+        booted_commit: pulled.booted_commit.clone(),
+        usr: delta.counts,
+        packages,
+        etc: EtcPlan::from(&plan),
+        accounts: AddedAccounts::default(),
+        units: Vec::new(),
+        memory,
+        warnings,
+    };
+    let mut staged = StagedRoot { pulled, delta, etc: etc_lines(&plan), plans: BTreeMap::new() };
+    let checksum = staged.save(&plan, paths)?;
+    staged.plans.insert(Plan::NAME.to_owned(), checksum);
+    Ok((staged, document, plan))
+}
+
+/// Checks the machine and the commit, builds the delta tree, and checks the new `/usr`.
+fn check_tree(
+    paths: &StateDir,
+    pulled: &PulledImage,
+    settings: &Settings,
+    warnings: &mut Vec<String>,
+) -> Result<CheckedTree, Error> {
     let usr = Path::new(USR);
     let mounts = Namespace::init().mounts()?;
     refuse(preflight::check_system(&mounts, usr, Path::new(ETC)))?;
-    let mut warnings = preflight::warnings(&mounts, usr);
+    warnings.extend(preflight::warnings(&mounts, usr));
 
     let (store, _) = storage::open(paths, settings).map_err(|error| match error.downcast::<Refusal>() {
         Ok(refusal) => Error::from(Refusals(vec![refusal])),
         Err(error) => error.into(),
     })?;
-    let store_dir = store.root().to_owned();
     let repo = ostree::Repo::new_for_path(store.repo_path());
     repo.open(Cancellable::NONE).context("cannot open the node store")?;
     let metadata = metadata_of(&repo, &pulled.commit)?;
@@ -143,7 +181,7 @@ fn blocking(
         path.symlink_metadata().is_ok().then_some(path)
     };
     let difference = overlay_root::delta::compare(&repo, booted, &pulled.commit, &own_object, &Keep::default())?;
-    refuse(too_little(Free::at(&store_dir)?.needs(&store_dir, difference.bytes_to_copy()?, 0)))?;
+    refuse(too_little(Free::at(store.root())?.needs(store.root(), difference.bytes_to_copy()?, 0)))?;
     let built = difference.build(&store.delta_build_path())?;
     // The build path may be a name that only this process has.
     let delta = Delta { directory: store.delta_path(), ..built };
@@ -152,9 +190,20 @@ fn blocking(
 
     let tree = overlay_root::open_new_usr(&delta.directory, usr, USR_SOURCE)?;
     refuse(preflight::check_content(tree.as_fd(), preflight::Machine::here().context("looking at this program")?))?;
+    let packages = packages(&repo, &tree, pulled, &metadata);
+    Ok(CheckedTree { store, delta, tree, packages })
+}
 
-    let mut plan = plan_etc(&tree, &store)?;
-    match preflight::label_plan(&mut plan, tree.as_fd(), paths.run()) {
+/// Plans the merge of `/etc` with its labels, and checks SELinux, conflicts and the free memory that the switch needs.
+fn plan_merge(
+    tree: &DetachedTree,
+    store: &NodeStore,
+    strategy: EtcStrategy,
+    scratch: &Path,
+    warnings: &mut Vec<String>,
+) -> Result<(Plan, MemoryPlan), Error> {
+    let mut plan = plan_etc(tree, store)?;
+    match preflight::label_plan(&mut plan, tree.as_fd(), scratch) {
         Ok(labelled) => info!("/etc: {labelled} of {} changes are labelled by the policy", plan.changes.len()),
         // The files of the image have labels, too.
         Err(error) => warnings.push(format!("{error:#}; new entries of /etc get the labels of the image's files")),
@@ -162,44 +211,26 @@ fn blocking(
     let selinux = preflight::check_selinux(tree.as_fd()).context("looking at SELinux")?;
     refuse(selinux.refusals)?;
     warnings.extend(selinux.warnings);
-    if settings.etc_strategy == EtcStrategy::Fail {
-        refuse(
-            etc_merge::refuse_conflicts(&plan)
-                .err()
-                .map(|error| Refusal::Conflicts(format!("{error:#}")))
-                .into_iter()
-                .collect(),
-        )?;
+    if strategy == EtcStrategy::Fail
+        && let Err(error) = etc_merge::refuse_conflicts(&plan)
+    {
+        refuse(vec![Refusal::Conflicts(format!("{error:#}"))])?;
     }
-    let needs = Free::at(&store_dir)?.needs(&store_dir, 0, plan.bytes());
+    let needs = Free::at(store.root())?.needs(store.root(), 0, plan.bytes());
     let memory = MemoryPlan::from(&needs[0]);
     refuse(too_little(needs))?;
+    Ok((plan, memory))
+}
 
+/// Runs programs of the new tree with a merged copy of `/etc`.
+fn try_out(tree: &DetachedTree, plan: &Plan, warnings: &mut Vec<String>) -> Result<(), Error> {
     let new = new_etc(tree.as_fd())?;
-    let merge = |etc: BorrowedFd<'_>, records: &Path| {
-        etc_merge::apply(&plan, new.as_fd(), etc, &records.join("undo")).map(drop)
-    };
-    let trial = preflight::check_runs(&tree, &merge)?;
+    let merge =
+        |etc: BorrowedFd<'_>, records: &Path| etc_merge::apply(plan, new.as_fd(), etc, &records.join("undo")).map(drop);
+    let trial = preflight::check_runs(tree, &merge)?;
     refuse(trial.refusals)?;
     warnings.extend(trial.warnings);
-
-    let document = SwitchPlan {
-        image: pulled.image.pinned.clone(),
-        image_choice: None,
-        commit: pulled.commit.clone(),
-        booted_commit: pulled.booted_commit.clone(),
-        usr: delta.counts,
-        packages: packages(&repo, &tree, &pulled, &metadata),
-        etc: EtcPlan::from(&plan),
-        accounts: AddedAccounts::default(),
-        units: Vec::new(),
-        memory,
-        warnings: pulled.warnings.iter().chain(&warnings).cloned().collect(),
-    };
-    let mut staged = StagedRoot { pulled, delta, etc: etc_lines(&plan), plans: BTreeMap::new() };
-    let checksum = staged.save(&plan, paths)?;
-    staged.plans.insert(Plan::NAME.to_owned(), checksum);
-    Ok((staged, document, plan))
+    Ok(())
 }
 
 /// Plans the merge of the present `/etc` with the defaults of a `/usr` that is not exposed yet.
