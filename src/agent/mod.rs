@@ -29,7 +29,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context as _, anyhow};
+use anyhow::anyhow;
 use tokio::sync::{Mutex, MutexGuard, watch};
 use tracing::{error, info, warn};
 
@@ -41,7 +41,6 @@ use node_store::store::{LockError, StoreLock};
 use phases::Below;
 use phases::next;
 use state::Asked;
-use support::directory::Directory;
 use unit_refresh::Guard;
 
 pub use auto_undo::TrialPeriod;
@@ -77,13 +76,11 @@ impl Context {
         Self { settings, tracker, paths, guard: Mutex::default(), staged_now: AtomicBool::new(false) }
     }
 
-    /// Starts a process that re-executes PID 1 if the agent dies. A failure to start it is logged and not fatal, because it
-    /// is needed only if the agent is killed.
+    /// Starts a process that re-executes PID 1 if the agent dies.
     async fn guard(&self) {
         let mut guard = self.guard.lock().await;
         if guard.is_none() {
-            let started = tokio::task::spawn_blocking(Guard::start).await.map_err(anyhow::Error::from);
-            *guard = started.and_then(|started| started).inspect_err(|error| warn!("{error:#}")).ok();
+            *guard = reexec::guard().await;
         }
     }
 
@@ -120,7 +117,7 @@ impl Agent {
     /// Another agent runs, or the agent's directory cannot be used. An unusable record is not an error: the agent reports the
     /// traces of the switch and allows an undo.
     pub fn open(paths: StateDir, boot: Boot) -> anyhow::Result<Arc<Self>> {
-        Directory::ensure(paths.run()).with_context(|| format!("cannot use {}", paths.run().display()))?;
+        paths.open()?;
         let lock = StoreLock::try_acquire(&paths.lock()).map_err(|error| match error {
             LockError::Held { path, holder } => anyhow!("another agent runs, {holder}; it holds {path}"),
             other => other.into(),
@@ -307,6 +304,7 @@ impl Agent {
         let before = record.clone();
         if let (Step::Staged(_), Step::Switching(_)) = (&record.step, &next) {
             record.undone = None;
+            record.begun.clear();
             // Armed before the first act, because the switch itself may cut the network.
             record.trial = length.map(TrialPeriod::begin);
             if let Some(trial) = record.trial

@@ -4,30 +4,35 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use anyhow::Result;
-use tracing::info;
+use tracing::{info, warn};
 
 use super::Context;
 use super::new_usr::ChangedPaths;
-use unit_refresh::Manager;
+use unit_refresh::{Guard, Manager};
 
 /// Largest number of units that a message names.
 const NAMED: usize = 10;
 
+/// Starts a process that re-executes PID 1 if the agent dies. A failure to start it is logged and not fatal, because it is
+/// needed only if the agent is killed.
+pub(super) async fn guard() -> Option<Guard> {
+    let started = tokio::task::spawn_blocking(Guard::start).await.map_err(anyhow::Error::from);
+    started.and_then(|started| started).inspect_err(|error| warn!("{error:#}")).ok()
+}
+
 /// Re-executes PID 1 if its files changed, else reloads it. It has read the new unit files in both cases.
-pub(super) async fn renew_manager(context: &Context, changed: &ChangedPaths) -> Result<Manager> {
+pub(super) async fn renew_manager(context: &Context, changed: &ChangedPaths) -> Result<()> {
     let manager = Manager::connect().await?;
-    if unit_refresh::mapped_files(1).iter().any(|path| changed.contains(Path::new(path))) {
-        let mut troubles = Vec::new();
-        let manager = reexecute(manager, &mut troubles).await?;
-        context.tracker.note("systemd was re-executed: its binary or libraries changed");
-        for line in troubles {
-            context.tracker.warn(line);
-        }
-        Ok(manager)
-    } else {
-        manager.reload().await?;
-        Ok(manager)
+    if !unit_refresh::mapped_files(1).iter().any(|path| changed.contains(Path::new(path))) {
+        return manager.reload().await;
     }
+    let mut troubles = Vec::new();
+    reexecute(manager, &mut troubles).await?;
+    context.tracker.note("systemd was re-executed: its binary or libraries changed");
+    for line in troubles {
+        context.tracker.warn(line);
+    }
+    Ok(())
 }
 
 /// Re-executes PID 1 and the managers of users from the `/usr` in place. All keep their running units. Since version 255 a

@@ -79,13 +79,14 @@ impl Agent {
         };
         // The trial period ends here, because a begun undo must be finished and cannot be kept.
         let before = record.clone();
+        record.begun.clear();
         record.step = Step::Undoing(undo.clone());
         record.trial = None;
         if let Err(error) = self.save(record) {
             *record = before;
             return Err(error.at(report::Standing::Switched));
         }
-        let mut undone = phases::undo(&self.paths, &undo.staged, undo.units.as_deref()).await;
+        let mut undone = phases::undo(&self.paths, record, &undo.staged, undo.units.as_deref()).await;
         undone.kept.splice(..0, undo.troubles);
         if !undone.failed.is_empty() {
             let error = anyhow::anyhow!("undo is not complete: {}", undone.failed.join("; "));
@@ -124,12 +125,13 @@ impl Agent {
         warn!("{error}; rolling back");
         let undo = Undo { staged: staged.clone(), units: None, troubles: Vec::new(), salvaged: false };
         record.step = Step::Undoing(undo);
+        record.begun.clear();
         record.trial = None;
         // If this fails for lack of space, the old record stays, and the next agent finishes the switch first.
         if let Err(error) = self.save(record) {
             warn!("{error}");
         }
-        let undone = phases::undo(&self.paths, &staged, None).await;
+        let undone = phases::undo(&self.paths, record, &staged, None).await;
         if !undone.failed.is_empty() {
             let error = anyhow::anyhow!("{error}; cannot roll back: {}", undone.failed.join("; "));
             return Error::from(error).at(report::Standing::HalfDone);
@@ -145,6 +147,7 @@ impl Agent {
     fn untouched(&self, record: &mut Record, step: Step) -> Result<(), Error> {
         let staged = matches!(step, Step::Staged(_));
         record.step = step;
+        record.begun.clear();
         self.tracker.update(|status| {
             (status.state, status.phase) =
                 if staged { (State::Pulled, Some(Phase::Stage)) } else { (State::Idle, None) };

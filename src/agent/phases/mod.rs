@@ -1,7 +1,9 @@
 //! The phases, and their order.
 
 mod complete;
+mod file_steps;
 mod finish;
+mod live_steps;
 mod obstacles;
 mod pull;
 mod refresh;
@@ -29,10 +31,11 @@ pub(super) use undo::{plan_units, undo};
 /// The step after the one that stands in the record, or `None` when the goal is reached.
 pub(super) async fn next(
     context: &Context,
-    record: &Record,
+    record: &mut Record,
     goal: Goal,
     cancel: &CancelHandle,
 ) -> Result<Option<Step>, Error> {
+    let flow = record.flow();
     let next = match record.step.clone() {
         Step::Idle => match decide(&context.settings, &|path| path.exists()) {
             Start::Refuse => {
@@ -50,13 +53,13 @@ pub(super) async fn next(
                 Step::Resolved(resolve(context, cancel).await?)
             }
         },
-        Step::NothingToDo { reason, isolated: false } if goal == Goal::Finished && record.flow() == Flow::Bootstrap => {
+        Step::NothingToDo { reason, isolated: false } if goal == Goal::Finished && flow == Flow::Bootstrap => {
             finish::isolate(context).await?;
             Step::NothingToDo { reason, isolated: true }
         }
         Step::NothingToDo { .. } => return Ok(None),
         Step::Resolved(image) => Step::Pulled(pull::pull(context, image, cancel).await?),
-        Step::Pulled(pulled) => Step::Staged(stage::stage(context, pulled, record.flow()).await?),
+        Step::Pulled(pulled) => Step::Staged(stage::stage(context, pulled, flow).await?),
         Step::Staged(_) if goal < Goal::Switched => return Ok(None),
         // Recorded before the first act, so that an agent started after a kill finishes the switch.
         Step::Staged(staged) => {
@@ -65,21 +68,21 @@ pub(super) async fn next(
                 return Ok(Some(Step::Pulled(staged.pulled)));
             }
             switch::check(&context.paths, &staged)?;
-            hooks::pre_switch(context, &staged, record.flow(), cancel).await?;
+            hooks::pre_switch(context, &staged, flow, cancel).await?;
             unit_jobs::remember(context, &staged).await?;
             Step::Switching(staged)
         }
-        Step::Switching(staged) => Step::Switched(switch::switch(context, staged).await?),
+        Step::Switching(staged) => Step::Switched(switch::switch(context, record, staged).await?),
         Step::Lost { message, .. } => return Err(Error::refused("lost-record", message)),
         // The caller completes an undo before it asks for the next step.
         Step::Undoing(_) => return Err(anyhow!("undo is not complete").into()),
         Step::Switched(switched) => {
-            let refreshed = refresh::refresh(context, switched, record.flow()).await?;
-            hooks::post_switch(context, &refreshed.staged, record.flow()).await;
+            let refreshed = refresh::refresh(context, record, switched, flow).await?;
+            hooks::post_switch(context, &refreshed.staged, flow).await;
             Step::Refreshed(refreshed)
         }
         Step::Refreshed(_) if goal < Goal::Finished => return Ok(None),
-        Step::Refreshed(switched) => Step::Finished(finish::finish(context, switched, record.flow()).await?),
+        Step::Refreshed(switched) => Step::Finished(finish::finish(context, switched, flow).await?),
         Step::Finished(_) => return Ok(None),
     };
     Ok(Some(next))
@@ -107,9 +110,9 @@ mod tests {
             let line = "node-image-pivot=force node-image-pivot.image=127.0.0.1:1/none:1";
             let settings = Settings::load_from(Path::new("/nonexistent"), line).unwrap();
             let context = Context::new(settings, Tracker::new(Status::default()), StateDir::below(scratch));
-            let (record, cancel) = (Record::default(), CancelHandles::default().register("test"));
+            let (mut record, cancel) = (Record::default(), CancelHandles::default().register("test"));
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            let refused = runtime.block_on(next(&context, &record, Goal::Staged, &cancel)).unwrap_err();
+            let refused = runtime.block_on(next(&context, &mut record, Goal::Staged, &cancel)).unwrap_err();
             let reasons = refused.last_error().refusals;
             assert!(reasons.iter().any(|reason| reason.id == "etc-read-only"), "{refused}");
         });

@@ -1,57 +1,34 @@
 //! Refresh: the running system adopts the node image's files.
 
-use std::path::Path;
-
 use tracing::info;
 
+use super::live_steps::LiveSteps;
 use crate::agent::new_usr::ChangedPaths;
-use crate::agent::{Context, Error, Switched, accounts, policy, reexec, unit_jobs, unit_survey, views};
-use crate::host;
+use crate::agent::state::{LiveStep, SwitchStep};
+use crate::agent::{Context, Error, Record, Switched, unit_survey, views};
 use crate::report::{Phase, State};
-use unit_refresh::{Flow, Manager, Verb};
+use unit_refresh::{Flow, Manager};
 
-/// Refreshes the policy, PID 1, accounts, files, caches, the message bus and the units that run old code. Idempotent: after
-/// a kill, the next agent runs it again.
-pub(super) async fn refresh(context: &Context, mut switched: Switched, flow: Flow) -> Result<Switched, Error> {
+/// Applies the steps in which the running system adopts the files. Idempotent: after a kill, the next agent runs them
+/// again.
+pub(super) async fn refresh(
+    context: &Context,
+    record: &mut Record,
+    mut switched: Switched,
+    flow: Flow,
+) -> Result<Switched, Error> {
     let phase = Phase::Refresh;
     context.tracker.begin(phase);
     let changed = ChangedPaths::of(&switched.staged)?;
-    let differs = |path: &Path| changed.contains(path);
-
-    // First, because confined programs cannot use the new files until the kernel knows their labels.
-    policy::load_policy(context, &switched.staged).await?;
-    // Then PID 1, which may be unable to start services until it is re-executed from this /usr. It needs only its
-    // libraries.
-    let mut trouble = host::refresh_libraries(&differs).await;
-    context.guard().await;
-    let mut manager = reexec::renew_manager(context, &changed).await?;
-    context.unguard().await;
-    // Before systemd-sysusers, which would allocate other IDs.
-    match accounts::add().await {
-        Ok((added, left)) => {
-            added.line().into_iter().for_each(|line| context.tracker.note(line));
-            trouble.extend(left);
-        }
-        Err(error) => trouble.push(format!("cannot add the accounts that only the node image has: {error:#}")),
+    let (staged, trouble, units) = (&switched.staged, Vec::new(), Vec::new());
+    let mut steps = LiveSteps { context, staged, changed: &changed, flow, trouble, units };
+    for step in LiveStep::ALL {
+        record.begin(SwitchStep::Live(step), &context.paths)?;
+        steps.apply(step).await?;
     }
-    trouble.extend(host::refresh(&differs).await);
-    if let Err(error) = host::reload_bus().await {
-        trouble.push(format!("{error:#}"));
-    }
-    switched.units =
-        unit_jobs::carry_out(context, &mut manager, &switched.staged, &changed, flow, &mut trouble).await?;
-    for unit in host::appliers(&differs, flow == Flow::Live) {
-        // A unit without files at boot is inactive, so the restart does not start it.
-        let again = async {
-            manager.run(Verb::TryRestart, unit, Manager::JOB_TIMEOUT).await?;
-            manager.run(Verb::Start, unit, Manager::JOB_TIMEOUT).await
-        };
-        if let Err(error) = again.await {
-            trouble.push(format!("{error:#}"));
-        }
-    }
-
-    report_units(context, &manager, &changed, &switched, &mut trouble).await;
+    let LiveSteps { mut trouble, units, .. } = steps;
+    switched.units = units;
+    report_units(context, &Manager::connect().await?, &changed, &switched, &mut trouble).await;
     for line in trouble {
         context.tracker.warn(line);
     }

@@ -5,6 +5,7 @@ mod file;
 mod plan;
 mod record;
 mod salvage;
+mod switch_step;
 
 pub use dir::StateDir;
 #[cfg(test)]
@@ -17,3 +18,4 @@ pub(super) use record::tests::switched;
 pub(super) use record::{Asked, Source, shown};
 pub use record::{Record, StagedRoot, Step, Switched, Undo};
 pub(super) use salvage::{open, repair_undo_plan, set_aside, unused};
+pub use switch_step::{FileStep, LiveStep, SwitchStep};

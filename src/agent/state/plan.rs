@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::StateFile;
+use super::{FileStep, LiveStep, StateFile, SwitchStep};
 use crate::agent::accounts::AddedAccounts;
 use crate::preflight::{Need, PackageChanges};
 use etc_merge::Class;
@@ -127,42 +127,61 @@ impl PlanDocument {
 
 impl SwitchPlan {
     fn lines(&self) -> Vec<String> {
-        let usr = &self.usr;
-        let mut lines = vec![
-            format!("node image {} (commit {})", self.image, self.commit),
-            format!(
-                "/usr: {} files added ({}), {} changed ({}, before {}), {} removed ({})",
-                usr.added,
-                human_bytes(usr.added_bytes),
-                usr.changed,
-                human_bytes(usr.changed_bytes),
-                human_bytes(usr.replaced_bytes),
-                usr.removed,
-                human_bytes(usr.removed_bytes)
-            ),
-        ];
-        lines.extend(self.image_choice.iter().map(ToString::to_string));
-        match &self.packages {
-            Some(packages) => lines.extend(package_lines(packages)),
-            None => lines.push("packages: unknown, there is no package database that can be read".to_owned()),
-        }
-        let counts: Vec<_> = Class::ALL
-            .iter()
-            .map(|class| format!("{} {class}", self.etc.counts.get(class).copied().unwrap_or_default()))
-            .collect();
-        lines.push(format!("/etc: {}; diff-etc shows what changes", counts.join(", ")));
-        let conflicts = self.etc.decisions.iter().filter(|decision| decision.class == Class::Conflict);
-        lines
-            .extend(conflicts.map(|one| format!("/etc: conflict: {} ({}); the local one stays", one.path, one.reason)));
-        lines.extend(self.accounts.line());
-        let unit = |one: &Action| format!("unit: {} {} ({})", one.class.as_str(), one.unit, one.reason);
-        lines.extend(self.units.iter().filter(|one| one.class != unit_refresh::Class::None).map(unit));
+        let mut lines: Vec<_> = SwitchStep::all().flat_map(|step| self.lines_of(step)).collect();
         lines.push(format!(
             "memory: {} needed, {} available",
             human_bytes(self.memory.needed_bytes),
             human_bytes(self.memory.available_bytes)
         ));
         lines.extend(self.warnings.iter().map(|line| format!("warning: {line}")));
+        lines
+    }
+
+    /// Returns the changes that a step makes.
+    fn lines_of(&self, step: SwitchStep) -> Vec<String> {
+        match step {
+            SwitchStep::File(FileStep::Ref) => {
+                let image = format!("node image {} (commit {})", self.image, self.commit);
+                std::iter::once(image).chain(self.image_choice.iter().map(ToString::to_string)).collect()
+            }
+            SwitchStep::File(FileStep::Usr) => self.usr_lines(),
+            SwitchStep::File(FileStep::Etc) => self.etc_lines(),
+            SwitchStep::Live(LiveStep::Files) => self.accounts.line().into_iter().collect(),
+            SwitchStep::Live(LiveStep::Units) => {
+                let changes = self.units.iter().filter(|one| one.class != unit_refresh::Class::None);
+                changes.map(|one| format!("unit: {} {} ({})", one.class.as_str(), one.unit, one.reason)).collect()
+            }
+            // The merge of /etc decides about the policy, and the files of /usr about systemd.
+            SwitchStep::File(FileStep::Marker) | SwitchStep::Live(LiveStep::Policy | LiveStep::Manager) => Vec::new(),
+        }
+    }
+
+    fn usr_lines(&self) -> Vec<String> {
+        let usr = &self.usr;
+        let mut lines = vec![format!(
+            "/usr: {} files added ({}), {} changed ({}, before {}), {} removed ({})",
+            usr.added,
+            human_bytes(usr.added_bytes),
+            usr.changed,
+            human_bytes(usr.changed_bytes),
+            human_bytes(usr.replaced_bytes),
+            usr.removed,
+            human_bytes(usr.removed_bytes)
+        )];
+        match &self.packages {
+            Some(packages) => lines.extend(package_lines(packages)),
+            None => lines.push("packages: unknown, there is no package database that can be read".to_owned()),
+        }
+        lines
+    }
+
+    fn etc_lines(&self) -> Vec<String> {
+        let count = |class: &Class| format!("{} {class}", self.etc.counts.get(class).copied().unwrap_or_default());
+        let counts: Vec<_> = Class::ALL.iter().map(count).collect();
+        let mut lines = vec![format!("/etc: {}; diff-etc shows what changes", counts.join(", "))];
+        let conflicts = self.etc.decisions.iter().filter(|decision| decision.class == Class::Conflict);
+        lines
+            .extend(conflicts.map(|one| format!("/etc: conflict: {} ({}); the local one stays", one.path, one.reason)));
         lines
     }
 }

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
-use super::{Checksum, StateDir, StateFile, Unusable};
+use super::{Checksum, StateDir, StateFile, SwitchStep, Unusable};
 use crate::agent::Goal;
 use crate::agent::auto_undo::TrialPeriod;
 use crate::agent::boot::Boot;
@@ -263,6 +263,9 @@ impl Step {
 pub struct Record {
     /// The last completed step.
     pub step: Step,
+    /// Steps of the switch, or of the undo, that have begun, in their order. Older agents did not list them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(in crate::agent) begun: Vec<SwitchStep>,
     /// True if the generator redirected this boot.
     #[serde(default)]
     pub bootstrap: bool,
@@ -286,6 +289,7 @@ impl Default for Record {
     fn default() -> Self {
         Self {
             step: Step::Idle,
+            begun: Vec::new(),
             bootstrap: false,
             arrived: false,
             asked: None,
@@ -340,22 +344,33 @@ impl Record {
         })
     }
 
+    /// Lists a step of the switch or the undo before its first act.
+    ///
+    /// # Errors
+    /// The file is unchanged.
+    pub(in crate::agent) fn begin(&mut self, step: SwitchStep, dir: &StateDir) -> Result<()> {
+        self.begun.retain(|begun| *begun != step);
+        self.begun.push(step);
+        self.save(dir)
+    }
+
     /// Sets the status of a daemon that has just started and runs no phase.
     pub fn rest(&mut self) {
         // A failure stays until the next attempt. A planned attempt ended with the daemon.
         let failed = self.status.error.as_ref().is_some_and(|error| error.next_retry_unix.is_none());
+        let at = self.begun.last().map_or_else(String::new, |step| format!(" at {}", step.describe()));
         let interrupted = match &self.step {
-            Step::Switching(_) => {
-                Some("the switch was interrupted: start node-image-overlay.service again to finish it, or run undo")
-            }
-            Step::Undoing(_) => Some("undo was interrupted: run it again"),
-            Step::Lost { message, .. } => Some(message.as_str()),
+            Step::Switching(_) => Some(format!(
+                "the switch was interrupted{at}: start node-image-overlay.service again to finish it, or run undo"
+            )),
+            Step::Undoing(_) => Some(format!("undo was interrupted{at}: run it again")),
+            Step::Lost { message, .. } => Some(message.clone()),
             _ => None,
         };
         if let Some(message) = interrupted {
             self.status.error.get_or_insert_with(|| LastError {
                 class: "interrupted".into(),
-                message: message.into(),
+                message,
                 attempt: 1,
                 standing: Some(Standing::HalfDone),
                 ..LastError::default()

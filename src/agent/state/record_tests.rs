@@ -1,6 +1,6 @@
 #![allow(clippy::unwrap_used)]
 
-use super::super::survives_every_damage;
+use super::super::{FileStep, survives_every_damage};
 use super::*;
 use node_store::image::ResolvedImage;
 use overlay_root::delta::DeltaCounts;
@@ -83,10 +83,26 @@ fn an_interrupted_switch_says_what_to_do() {
     for (step, way_out) in
         [(Step::Switching(staged()), "start node-image-overlay.service again"), (Step::Undoing(undo()), "run it again")]
     {
-        let mut record = Record { step, ..Record::default() };
+        let begun = vec![SwitchStep::File(FileStep::Ref), SwitchStep::File(FileStep::Etc)];
+        let mut record = Record { step, begun, ..Record::default() };
         record.rest();
-        assert!(record.status.error.unwrap().message.contains(way_out));
+        let message = record.status.error.unwrap().message;
+        assert!(message.contains("interrupted at the merge of /etc") && message.contains(way_out), "{message}");
     }
+}
+
+#[test]
+fn a_step_is_listed_before_it_begins() {
+    let temp = tempfile::tempdir().unwrap();
+    let dir = StateDir::below(temp.path());
+    let mut record = Record { step: Step::Switching(staged()), ..Record::default() };
+    for step in SwitchStep::all() {
+        record.begin(step, &dir).unwrap();
+        assert_eq!(Record::load(&dir).unwrap().begun.last(), Some(&step));
+    }
+    // As an agent that continues after a kill.
+    record.begin(SwitchStep::File(FileStep::Usr), &dir).unwrap();
+    assert_eq!(Record::load(&dir).unwrap().begun.len(), SwitchStep::all().count());
 }
 
 #[test]
