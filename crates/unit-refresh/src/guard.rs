@@ -15,6 +15,10 @@ use anyhow::{Context, Result};
 /// re-executes itself on SIGTERM (systemd(1)).
 const SCRIPT: &str = "trap '' TERM HUP INT; echo; read -r _ || kill -TERM 1";
 
+/// The control group of PID 1. systemd kills the processes of a service whose main process died (`KillMode=mixed`), and the
+/// watchdog with them if it is in the group of the agent.
+const GROUP: &str = "/sys/fs/cgroup/init.scope/cgroup.procs";
+
 /// A running watchdog process. Dropping it ends the process without a re-execution.
 pub struct Guard {
     child: Child,
@@ -39,6 +43,8 @@ impl Guard {
             .stderr(Stdio::null())
             .spawn()
             .context("cannot start the PID 1 watchdog shell")?;
+        // Without such a group, the watchdog may still be faster than systemd.
+        let _ = std::fs::write(GROUP, child.id().to_string());
         let ready = child.stdout.take().map(|mut output| output.read_exact(&mut [0]));
         let guard = Self { child };
         match ready {
