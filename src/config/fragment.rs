@@ -13,6 +13,7 @@ pub(super) struct Fragment {
     pub image: Option<String>,
     pub release_image: Option<String>,
     pub image_tags: Option<Vec<String>>,
+    pub os_mismatch: Option<String>,
     pub mode: Option<String>,
     pub target: Option<String>,
     pub probe_paths: Option<Vec<PathBuf>>,

@@ -76,6 +76,7 @@ impl<T> ImageSource<T> {
 pub(super) struct Inputs {
     pub image: Option<Sourced<ImageSource<String>>>,
     pub image_tags: Option<Sourced<Vec<String>>>,
+    pub os_mismatch: Option<Sourced<String>>,
     pub mode: Option<Sourced<String>>,
     pub target: Option<Sourced<String>>,
     pub probe_paths: Option<Sourced<Vec<PathBuf>>>,
@@ -106,6 +107,7 @@ impl Inputs {
         let source = &Source::File(path.to_owned());
         self.apply_image(fragment.image, fragment.release_image, source)?;
         set(&mut self.image_tags, fragment.image_tags, source);
+        set(&mut self.os_mismatch, fragment.os_mismatch, source);
         set(&mut self.mode, fragment.mode, source);
         set(&mut self.target, fragment.target, source);
         set(&mut self.probe_paths, fragment.probe_paths, source);

@@ -34,6 +34,8 @@ pub struct Settings {
     /// Names of the node image in a release payload, in order of preference. `None` leaves the choice to the installer's
     /// script and the booted system.
     pub image_tags: Option<Vec<String>>,
+    /// Reaction to a node image of another system.
+    pub os_mismatch: OsMismatch,
     /// Condition for the pivot.
     pub mode: Mode,
     /// Target to isolate to in the finish phase: a valid name, and not the agent's own target.
@@ -124,6 +126,16 @@ impl Retry {
     }
 }
 
+/// Reaction to a node image of another distribution or major release than the booted system.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub enum OsMismatch {
+    /// The switch is refused, unless the configuration names the node image itself.
+    #[default]
+    Refuse,
+    /// A warning is reported.
+    Warn,
+}
+
 /// Treatment of a conflict in `/etc`: an entry that the machine and the node image changed differently.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub enum EtcStrategy {
@@ -146,6 +158,12 @@ fn checked<I, T>(
 }
 
 impl Settings {
+    /// Returns true if the configuration permits a node image of another system: by `os_mismatch`, or because it names the
+    /// image itself.
+    pub fn permits_another_system(&self) -> bool {
+        self.os_mismatch == OsMismatch::Warn || matches!(self.image, Some(ImageSource::Image(_)))
+    }
+
     /// Checks the merged inputs.
     ///
     /// # Errors
@@ -154,6 +172,11 @@ impl Settings {
         Ok(Settings {
             image: inputs.image.map(image).transpose()?,
             image_tags: checked("image_tags", inputs.image_tags, || None, |names| tags(names).map(Some))?,
+            os_mismatch: checked("os_mismatch", inputs.os_mismatch, OsMismatch::default, |word| match word.as_str() {
+                "refuse" => Ok(OsMismatch::Refuse),
+                "warn" => Ok(OsMismatch::Warn),
+                _ => Err(anyhow!("unknown reaction \"{word}\": expected refuse or warn")),
+            })?,
             mode: checked("mode", inputs.mode, || Mode::Auto, |word| Ok(word.parse()?))?,
             target: checked(
                 "target",

@@ -5,7 +5,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::settings::RamLimit;
+use super::settings::{OsMismatch, RamLimit};
 use super::*;
 use node_store::store::Wish;
 use unit_refresh::Policy;
@@ -42,6 +42,7 @@ fn nothing_configured_gives_the_documented_defaults() {
     let expected = Settings {
         image: None,
         image_tags: None,
+        os_mismatch: OsMismatch::Refuse,
         mode: Mode::Auto,
         target: "multi-user.target".to_owned(),
         probe_paths: ["/usr/bin/oc", "/usr/bin/kubelet"].map(PathBuf::from).to_vec(),
@@ -65,7 +66,7 @@ fn nothing_configured_gives_the_documented_defaults() {
 
 #[test]
 fn every_key_is_read() {
-    let settings = etc("image = \"r.io/n:1\"\nimage_tags = [\"a\"]\nmode = \"force\"\ntarget = \"a.target\"\n\
+    let settings = etc("image = \"r.io/n:1\"\nimage_tags = [\"a\"]\nos_mismatch = \"warn\"\nmode = \"force\"\ntarget = \"a.target\"\n\
          probe_paths = [\"/usr/bin/crio\"]\nauth_file = \"/etc/auth.json\"\nram_limit = \"3GiB\"\nstore = \"disk\"\n\
          complete = true\n[retry]\ninitial = 0.5\nmaximum = 8\nattempts = 3\ndenied = 0\nunknown = 60\n[etc]\nstrategy = \"fail\"\n\
          [hooks]\ntimeout = 5\n[units]\n\"crio*\" = \"never\"\n")
@@ -73,6 +74,7 @@ fn every_key_is_read() {
     let expected = Settings {
         image: image("r.io/n:1"),
         image_tags: Some(vec!["a".to_owned()]),
+        os_mismatch: OsMismatch::Warn,
         mode: Mode::Force,
         target: "a.target".to_owned(),
         probe_paths: vec![PathBuf::from("/usr/bin/crio")],
@@ -112,6 +114,18 @@ fn the_last_source_with_an_image_wins() {
 }
 
 #[test]
+fn another_system_is_permitted_by_the_key_or_by_a_named_image() {
+    for (text, permitted) in [
+        ("", false),
+        ("release_image = \"r.io/n:1\"", false),
+        ("image = \"r.io/n:1\"", true),
+        ("release_image = \"r.io/n:1\"\nos_mismatch = \"warn\"", true),
+    ] {
+        assert_eq!(etc(text).unwrap().permits_another_system(), permitted, "{text}");
+    }
+}
+
+#[test]
 fn invalid_values_name_source_key_and_expected_values() {
     for (text, expected) in [
         ("mode = \"on\"", "/etc/node-image-pivot.conf.d/50.toml: mode: unknown mode \"on\": expected auto"),
@@ -121,6 +135,7 @@ fn invalid_values_name_source_key_and_expected_values() {
         ("release_image = \"q.io/x\"", "50.toml: release_image: invalid pull spec"),
         ("imgae = \"a\"", "unknown field `imgae`"),
         ("image_tags = []", "image_tags: the list is empty"),
+        ("os_mismatch = \"ignore\"", "os_mismatch: unknown reaction \"ignore\": expected refuse or warn"),
         ("target = \"multi-user\"", "target: invalid target \"multi-user\": expected the name of a target"),
         ("target = \"node-image-pivot.target\"", "expected the target to isolate after the pivot"),
         ("probe_paths = [\"bin/oc\"]", "probe_paths: invalid path \"bin/oc\": expected an absolute path"),

@@ -9,7 +9,8 @@ use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, StatVfsMountFlags, St
 use rustix::io::Errno;
 
 use super::elf::{Machine, machine_of};
-use super::refusal::Refusal;
+use super::refusal::{Findings, Refusal};
+use node_store::image::System;
 use overlay_root::Mount;
 
 /// Paths, relative to `/usr`, that every bootable node image has.
@@ -119,6 +120,23 @@ pub fn check_content(usr: BorrowedFd<'_>, here: Machine) -> Vec<Refusal> {
         refusals.push(Refusal::Architecture { image, here });
     }
     refusals
+}
+
+/// Compares the systems that the booted and the new tree's os-release name. Another distribution or major release is a
+/// warning if it is `permitted`, otherwise a refusal. Both arguments are `/usr` directories.
+pub fn check_same_system(booted: BorrowedFd<'_>, usr: BorrowedFd<'_>, permitted: bool) -> Findings {
+    let system = |usr| System::parse(&String::from_utf8_lossy(&read_start(usr, "lib/os-release").ok()?));
+    let mut findings = Findings::default();
+    if let (Some(booted), Some(image)) = (system(booted), system(usr))
+        && image.differs_from(&booted)
+    {
+        if permitted {
+            findings.warnings.push(format!("the node image is {image} and the booted system is {booted}"));
+        } else {
+            findings.refusals.push(Refusal::OsMismatch { image, booted });
+        }
+    }
+    findings
 }
 
 /// Checks the commit's metadata against `machine`, as uname(2) names it. `text` and `flag` look up a metadata key; a

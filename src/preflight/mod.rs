@@ -19,7 +19,7 @@ mod trial;
 #[path = "tests/tree.rs"]
 mod tests;
 
-pub use checks::{check_content, check_metadata, check_system, warnings};
+pub use checks::{check_content, check_metadata, check_same_system, check_system, warnings};
 pub use elf::Machine;
 pub use labels::label_plan;
 pub use memory::{Free, Memory, store_limit};

@@ -1,6 +1,7 @@
 //! The reasons not to switch, with their messages and stable names.
 
 use super::elf::Machine;
+use node_store::image::System;
 use support::human_bytes;
 
 /// A reason not to switch. The message names the cause and the remedy.
@@ -54,6 +55,17 @@ pub enum Refusal {
     /// The node image's os-release lacks `ID=`.
     #[error("the node image's /usr/lib/os-release does not name a system (no ID=); use another node image")]
     OsRelease,
+    /// The node image is another distribution or major release, and the configuration does not permit that.
+    #[error(
+        "the node image is {image} and the booted system is {booted}; configure the node image of this system, for example \
+         by image_tags, or set os_mismatch = \"warn\""
+    )]
+    OsMismatch {
+        /// The node image's system.
+        image: System,
+        /// The booted system.
+        booted: System,
+    },
     /// The node image's programs are for another machine.
     #[error("the node image is built for {image} and this machine is {here}; use the node image for {here}")]
     Architecture {
@@ -118,6 +130,7 @@ impl Refusal {
             Self::ModulesMounted(_) => "modules-mounted",
             Self::Missing { .. } => "missing",
             Self::OsRelease => "os-release",
+            Self::OsMismatch { .. } => "os-mismatch",
             Self::Architecture { .. } => "architecture",
             Self::Metadata(_) => "metadata",
             Self::TooLittle { .. } => "too-little",

@@ -190,6 +190,10 @@ fn check_tree(
 
     let tree = overlay_root::open_new_usr(&delta.directory, usr, USR_SOURCE)?;
     refuse(preflight::check_content(tree.as_fd(), preflight::Machine::here().context("looking at this program")?))?;
+    let booted_usr = etc_merge::open_dir(usr)?;
+    let same = preflight::check_same_system(booted_usr.as_fd(), tree.as_fd(), settings.permits_another_system());
+    refuse(same.refusals)?;
+    warnings.extend(same.warnings);
     let packages = packages(&repo, &tree, pulled, &metadata);
     Ok(CheckedTree { store, delta, tree, packages })
 }

@@ -61,7 +61,7 @@ impl Asked {
                 Source::Release(spec.to_string(), settings.image_tags.clone().unwrap_or_default())
             }
         });
-        let how = (settings.mode, settings.etc_strategy, settings.store, settings.complete);
+        let how = (settings.mode, settings.etc_strategy, settings.os_mismatch, settings.store, settings.complete);
         Self { source, how: format!("{how:?}") }
     }
 }

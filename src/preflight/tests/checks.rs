@@ -98,6 +98,30 @@ fn a_commit_for_another_machine_or_that_cannot_boot_is_refused() {
 }
 
 #[test]
+fn another_distribution_or_major_release_is_refused_or_reported() {
+    let usr = |os_release: &str| {
+        let directory = tempfile::tempdir().expect("a directory");
+        std::fs::create_dir(directory.path().join("lib")).expect("a directory");
+        std::fs::write(directory.path().join("lib/os-release"), os_release).expect("a file");
+        (std::fs::File::open(directory.path()).expect("a directory"), directory)
+    };
+    let el9 = usr("ID=rhel\nVERSION_ID=9.6\n");
+    let look = |image: &str, permitted| check_same_system(el9.0.as_fd(), usr(image).0.as_fd(), permitted);
+    for image in ["ID=rhel\nVERSION_ID=9.8\n", "NAME=x\n"] {
+        assert_eq!(look(image, false), Findings::default(), "{image}");
+    }
+    for (image, name) in [("ID=rhel\nVERSION_ID=10.0\n", "rhel 10"), ("ID=centos\nVERSION_ID=9\n", "centos 9")] {
+        let refused = look(image, false);
+        let message = refused.refusals[0].to_string();
+        assert!(message.contains(&format!("the node image is {name} and the booted system is rhel 9")), "{message}");
+        assert!(message.contains("os_mismatch") && refused.warnings.is_empty(), "{message}");
+        let permitted = look(image, true);
+        assert_eq!(permitted.refusals, []);
+        assert_eq!(permitted.warnings, [format!("the node image is {name} and the booted system is rhel 9")]);
+    }
+}
+
+#[test]
 fn an_os_release_needs_an_id() {
     for (text, expected) in [
         ("NAME=x\nID=rhel\n", true),

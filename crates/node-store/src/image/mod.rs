@@ -21,6 +21,7 @@ mod source;
 mod sparse;
 mod spec;
 mod stream;
+mod system;
 pub(crate) mod tarstream;
 
 pub use blob::LayerStream;
@@ -34,6 +35,7 @@ pub use release::resolve_release;
 pub use source::{ImageDescription, Source};
 pub use spec::{LocalSpec, PullSpec, RegistrySpec, Transport};
 pub use stream::{PULL_SCRIPT, TagHints};
+pub use system::System;
 
 use serde::{Deserialize, Serialize};
 

@@ -3,7 +3,8 @@
 //! A payload may name images of several streams, such as `rhel-coreos` (RHEL 9) and `rhel-coreos-10`. Without a
 //! configured name, the installer's script decides, then the booted system, then the payload if it has only one.
 
-use crate::image::ImageChoice;
+use super::ImageChoice;
+use super::system::{System, major_of};
 
 /// The installer's script that pulls the node image. Its text contains the tag as `coreos_img=NAME`.
 pub const PULL_SCRIPT: &str = "/usr/local/bin/node-image-pull.sh";
@@ -139,32 +140,16 @@ fn tag_stream(tag: &Tag<'_>) -> Option<Stream> {
     Some(Stream { family, major: annotated.unwrap_or(major) })
 }
 
-/// Returns the major version in a word such as `rhel-10`, `rhel-10.1` or `platform:el9`.
-fn major_of(word: &str) -> Option<u32> {
-    let start = word.find(|c: char| c.is_ascii_digit())?;
-    let digits = word[start..].split(|c: char| !c.is_ascii_digit()).next()?;
-    digits.parse().ok()
-}
-
 fn booted_stream(os_release: &str) -> Option<Stream> {
-    let field = |name: &str| {
-        let line = os_release.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='))?;
-        Some(line.trim().trim_matches(['"', '\'']))
+    let system = System::parse(os_release)?;
+    let family = match system.distribution.as_str() {
+        "fedora" => return Some(Stream { family: Family::Fedora, major: 0 }),
+        "centos" => Family::CentosStream,
+        "rhel" => Family::Rhel,
+        _ if system.is_el => Family::Rhel,
+        _ => return None,
     };
-    let id = field("ID")?;
-    if id == "fedora" {
-        return Some(Stream { family: Family::Fedora, major: 0 });
-    }
-    let platform = field("PLATFORM_ID").filter(|id| id.starts_with("platform:el"));
-    // With ID=rhcos, VERSION_ID is the version of the cluster.
-    let version = field("RHEL_VERSION").or_else(|| field("VERSION_ID").filter(|_| id != "rhcos"));
-    let family = match id {
-        "centos" | "scos" => Family::CentosStream,
-        "rhel" | "rhcos" => Family::Rhel,
-        _ => platform.map(|_| Family::Rhel)?,
-    };
-    let major = platform.or(version).and_then(major_of)?;
-    Some(Stream { family, major })
+    Some(Stream { family, major: system.major? })
 }
 
 #[cfg(test)]

@@ -71,7 +71,9 @@ impl Assisted {
             node_files(files, "", vm::HOST, registry.port)?;
             std::fs::remove_dir_all(files.root().join("etc/node-image-pivot.conf.d"))?;
             // Without the two further attempts that confirm a missing tag, the service record has one.
-            files.put("/etc/node-image-pivot.conf.d/60-retry.toml", 0o644, "[retry]\ndenied = 0\n")?;
+            // The payload names a node image of the next Debian.
+            let keys = "os_mismatch = \"warn\"\n[retry]\ndenied = 0\n";
+            files.put("/etc/node-image-pivot.conf.d/60-keys.toml", 0o644, keys)?;
             // By its own address: a source that cannot be reached beside a mirror that lacks the tag is tried again.
             let address = format!("{}:{}", vm::HOST, registry.port);
             let insecure = format!("[[registry]]\nlocation = \"{address}\"\ninsecure = true\n");
