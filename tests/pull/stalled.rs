@@ -74,6 +74,18 @@ async fn the_other_layers_are_read_and_the_stalled_one_alone_is_fetched_again() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_layer_that_fails_at_once_does_not_stop_the_others() {
+    let bench = Bench::new();
+    let (spec, faults, layers) = behind(&bench);
+    faults.plan(&layers[0], Fault::Answer(503, ""), 50);
+    faults.served();
+    let told = attempt(&spec, &bench.store("store", None), false, None).await.unwrap_err();
+    assert!(told.kind.class() == Class::Transient && told.message.contains(&layers[0]), "{told}");
+    let served = faults.served();
+    assert!(layers[1..].iter().all(|layer| served.contains(layer)), "all others: {served:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_registry_that_serves_no_layer_is_not_asked_for_all_of_them() {
     let bench = Bench::new();
     let (spec, faults, layers) = behind(&bench);
