@@ -140,7 +140,7 @@ impl StateDir {
     }
 }
 
-fn parse<T: StateFile>(text: &[u8], image: Option<&str>, tied: Option<&Checksum>) -> Result<T, Damage> {
+pub(super) fn parse<T: StateFile>(text: &[u8], image: Option<&str>, tied: Option<&Checksum>) -> Result<T, Damage> {
     if let Some(content) = T::of_older_agent(text) {
         return Ok(content);
     }
