@@ -1,7 +1,6 @@
 //! Decides, as a pure function of facts, if this boot is redirected.
 
 use boot_config::Mode;
-use std::fmt;
 use std::path::PathBuf;
 
 use crate::kmsg::Level;
@@ -74,33 +73,48 @@ pub enum Decision {
 }
 
 /// The reason for leaving the boot unchanged.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Reason {
     /// The generator runs in the initramfs.
+    #[error("this is the initramfs")]
     InInitrd,
     /// The switch was already made.
+    #[error("the pivot was already made")]
     AlreadyPivoted,
     /// The boot is over.
+    #[error("the boot is over")]
     Booted,
     /// The configuration is invalid or unreadable.
+    #[error("{0}")]
     Unclear(String),
     /// The mode is `off`.
+    #[error("node-image-pivot=off")]
     Off,
     /// The kernel command line names this unit.
+    #[error("the kernel command line requests {0}")]
     ExplicitUnit(String),
     /// This argument makes another generator redirect the boot.
+    #[error("{0} on the kernel command line makes another generator redirect it")]
     OtherGenerator(&'static str),
     /// An offline update is pending.
+    #[error("an offline system update is pending")]
     UpdatePending,
     /// `default.target` is masked.
+    #[error("default.target is masked")]
     DefaultMasked,
     /// This unit is masked.
+    #[error("{0} is masked")]
     Masked(String),
     /// The pivot target is missing or masked.
+    #[error("node-image-pivot.target is missing or masked")]
     NoPivotTarget,
     /// The system is not base-only: this path exists.
+    #[error("{0} exists")]
     HasBinary(PathBuf),
     /// No image is configured.
+    #[error(
+        "no node image is configured (image, release_image, or node-image-pivot.image= on the kernel command line)"
+    )]
     NoImage,
 }
 
@@ -113,30 +127,6 @@ impl Reason {
             Reason::HasBinary(_) | Reason::Booted => Some(Level::Debug),
             Reason::Unclear(_) => Some(Level::Warning),
             _ => Some(Level::Info),
-        }
-    }
-}
-
-impl fmt::Display for Reason {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Reason::InInitrd => f.write_str("this is the initramfs"),
-            Reason::AlreadyPivoted => f.write_str("the pivot was already made"),
-            Reason::Unclear(what) => f.write_str(what),
-            Reason::Booted => f.write_str("the boot is over"),
-            Reason::Off => f.write_str("node-image-pivot=off"),
-            Reason::ExplicitUnit(unit) => write!(f, "the kernel command line requests {unit}"),
-            Reason::OtherGenerator(argument) => {
-                write!(f, "{argument} on the kernel command line makes another generator redirect it")
-            }
-            Reason::UpdatePending => f.write_str("an offline system update is pending"),
-            Reason::DefaultMasked => f.write_str("default.target is masked"),
-            Reason::Masked(unit) => write!(f, "{unit} is masked"),
-            Reason::NoPivotTarget => f.write_str("node-image-pivot.target is missing or masked"),
-            Reason::HasBinary(path) => write!(f, "{} exists", path.display()),
-            Reason::NoImage => f.write_str(
-                "no node image is configured (image, release_image, or node-image-pivot.image= on the kernel command line)",
-            ),
         }
     }
 }

@@ -1,7 +1,6 @@
 //! Merges all sources of the configuration. Later sources win; each value has its source, for messages.
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
@@ -18,30 +17,23 @@ use node_store::image::PullSpec;
 const INSTALLER_AUTH_FILE: &str = "/root/.docker/config.json";
 
 /// The source of a value.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Source {
     /// A drop-in file.
+    #[error("{0}")]
     File(PathBuf),
     /// The kernel command line.
+    #[error("kernel command line")]
     CommandLine,
     /// A systemd credential.
+    #[error("credential {AUTH_CREDENTIAL}")]
     Credential,
     /// The environment that the generator set.
+    #[error("environment variable {TARGET_VARIABLE}")]
     Environment,
     /// A file or link of this machine, used because no other source has a value.
+    #[error("this machine")]
     Machine,
-}
-
-impl fmt::Display for Source {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Source::File(path) => write!(f, "{}", path.display()),
-            Source::CommandLine => f.write_str("kernel command line"),
-            Source::Credential => write!(f, "credential {AUTH_CREDENTIAL}"),
-            Source::Environment => write!(f, "environment variable {TARGET_VARIABLE}"),
-            Source::Machine => f.write_str("this machine"),
-        }
-    }
 }
 
 /// A value and its source.

@@ -3,12 +3,14 @@
 use node_store::ProgressSnapshot;
 use node_store::image::ImageChoice;
 use serde::{Deserialize, Serialize};
+use strum::IntoStaticStr;
 
 use super::{Outcome, Reason, Standing};
 
 /// The six phases, in order.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, IntoStaticStr)]
 #[serde(rename_all = "kebab-case")]
+#[strum(serialize_all = "kebab-case")]
 pub enum Phase {
     /// Resolves the pull spec to a digest.
     Resolve,
@@ -27,14 +29,7 @@ pub enum Phase {
 impl Phase {
     /// Returns its name in status document, journal and console.
     pub fn as_str(self) -> &'static str {
-        match self {
-            Phase::Resolve => "resolve",
-            Phase::Pull => "pull",
-            Phase::Stage => "stage",
-            Phase::Switch => "switch",
-            Phase::Refresh => "refresh",
-            Phase::Finish => "finish",
-        }
+        self.into()
     }
 }
 

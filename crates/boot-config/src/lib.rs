@@ -27,16 +27,9 @@ pub use mode::{DEFAULT_PROBE_PATHS, Mode};
 pub const TARGET_VARIABLE: &str = "NODE_IMAGE_PIVOT_TARGET";
 
 /// Error for an input that cannot be read or parsed. The text names the input, the cause and the remedy.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
 pub struct Problem(pub String);
-
-impl std::fmt::Display for Problem {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for Problem {}
 
 /// Joins an absolute path of the machine to `root`, which is `/` except in tests.
 pub fn under(root: &std::path::Path, path: impl AsRef<std::path::Path>) -> std::path::PathBuf {

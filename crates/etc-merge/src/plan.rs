@@ -1,7 +1,6 @@
 //! The plan of a merge, as data. It is stored before the first change.
 
 use std::collections::BTreeMap;
-use std::fmt;
 
 use serde::{Deserialize, Deserializer, Serialize};
 
@@ -10,8 +9,9 @@ use super::name::Bytes;
 use super::snapshot::{Content, Leaf};
 
 /// Outcome of the merge for one entry.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, strum::Display)]
 #[serde(rename_all = "kebab-case")]
+#[strum(serialize_all = "kebab-case")]
 pub enum Class {
     /// The node image's version is taken, or those parts of it that have no local change.
     Updated,
@@ -26,22 +26,6 @@ pub enum Class {
 impl Class {
     /// All classes, in the order of reports.
     pub const ALL: [Class; 4] = [Class::Updated, Class::Converged, Class::Local, Class::Conflict];
-
-    /// Returns the word in reports.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Class::Updated => "updated",
-            Class::Local => "local",
-            Class::Converged => "converged",
-            Class::Conflict => "conflict",
-        }
-    }
-}
-
-impl fmt::Display for Class {
-    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        out.write_str(self.as_str())
-    }
 }
 
 /// The decision on one path. Paths that are equal on all three sides have none.

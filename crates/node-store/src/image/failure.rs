@@ -24,7 +24,8 @@ impl Class {
 }
 
 /// The kind of a failure, in the field's terms. Stable: it is shown in the status document as `error.class`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, strum::IntoStaticStr)]
+#[strum(serialize_all = "kebab-case")]
 pub enum Kind {
     /// Failed name resolution, connection refused or reset, time-out, 5xx, 429.
     Network,
@@ -59,22 +60,7 @@ pub enum Kind {
 impl Kind {
     /// Returns the name in the status document and in the journal field.
     pub fn as_str(self) -> &'static str {
-        match self {
-            Kind::Network => "network",
-            Kind::Truncated => "truncated",
-            Kind::Unknown => "unknown",
-            Kind::Unauthorized => "unauthorized",
-            Kind::NotFound => "not-found",
-            Kind::BadPullSpec => "bad-pull-spec",
-            Kind::BadDigest => "bad-digest",
-            Kind::BadFormat => "bad-format",
-            Kind::WrongArchitecture => "wrong-architecture",
-            Kind::Policy => "policy",
-            Kind::Clock => "clock",
-            Kind::NoSpace => "no-space",
-            Kind::Cancelled => "cancelled",
-            Kind::Local => "local",
-        }
+        self.into()
     }
 
     /// Returns the default class of this kind.

@@ -1,10 +1,10 @@
 //! The choice between the RAM store and the disk store. Pure.
 
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 
 /// Store that the configuration asks for (`store`).
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, strum::EnumString)]
+#[strum(serialize_all = "kebab-case", parse_err_ty = String, parse_err_fn = unknown)]
 pub enum Wish {
     /// The disk if the system is installed on one, RAM otherwise.
     #[default]
@@ -15,17 +15,8 @@ pub enum Wish {
     Disk,
 }
 
-impl FromStr for Wish {
-    type Err = String;
-
-    fn from_str(word: &str) -> Result<Self, String> {
-        match word {
-            "auto" => Ok(Wish::Auto),
-            "ram" => Ok(Wish::Ram),
-            "disk" => Ok(Wish::Disk),
-            _ => Err(format!("unknown store \"{word}\": expected auto, ram or disk")),
-        }
-    }
+fn unknown(word: &str) -> String {
+    format!("unknown store \"{word}\": expected auto, ram or disk")
 }
 
 /// The kinds of node store.
