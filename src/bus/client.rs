@@ -11,7 +11,7 @@ use zbus::{Connection, OwnedVariant};
 
 use super::{INTERFACE, NAME, PATH, build, within};
 use crate::report::{Outcome, Status};
-use unit_refresh::Manager;
+use unit_refresh::{Manager, Verb};
 
 const DAEMON_UNIT: &str = "node-image-pivotd.service";
 
@@ -182,16 +182,16 @@ impl Client {
 
 async fn start() -> Result<()> {
     let limit = Duration::from_secs(60);
-    let manager = Manager::connect().await?;
-    match manager.start(DAEMON_UNIT, limit).await {
+    let mut manager = Manager::connect().await?;
+    match manager.run(Verb::Start, DAEMON_UNIT, limit).await {
         Ok(()) => Ok(()),
         // A daemon that was killed during a switch or an undo may leave PID 1 with the files of another /usr, from
         // which it cannot start services.
         Err(_) if !unit_refresh::mapped_files(1).is_empty() => {
-            let manager = manager.reexecute().await?;
+            let mut manager = manager.reexecute().await?;
             // Since version 254 systemd keeps the start counters over its re-execution, so the limit still applies.
             manager.reset_failed(DAEMON_UNIT).await?;
-            manager.start(DAEMON_UNIT, limit).await
+            manager.run(Verb::Start, DAEMON_UNIT, limit).await
         }
         Err(error) => Err(error),
     }

@@ -1,12 +1,14 @@
 //! The decision about one unit, as text and as systemd jobs. Pure.
 
 use serde::{Deserialize, Serialize};
+use strum::IntoStaticStr;
 
 use super::policy::KINDS;
 
 /// The action for a unit; `docs/units.md` has the table.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, IntoStaticStr)]
 #[serde(rename_all = "kebab-case")]
+#[strum(serialize_all = "kebab-case")]
 pub enum Class {
     /// The unit changed, but needs no action.
     None,
@@ -25,14 +27,7 @@ pub enum Class {
 impl Class {
     /// Returns the word that the journal and the plan use.
     pub fn as_str(self) -> &'static str {
-        match self {
-            Class::None => "none",
-            Class::Reload => "reload",
-            Class::Restart => "restart",
-            Class::Never => "never",
-            Class::Stop => "stop",
-            Class::Start => "start",
-        }
+        self.into()
     }
 }
 
@@ -48,15 +43,19 @@ pub enum How {
     /// The jobs of this socket include the unit.
     WithSocket(String),
     /// The socket's service is stopped first, because systemd does not start a socket while its service runs.
-    SocketOf {
-        /// The service that the socket starts.
-        service: String,
-        /// The other active sockets of the service. They are stopped too, because they would start it in between.
-        #[serde(default)]
-        others: Vec<String>,
-        /// True if the service is started again at once, because a unit other than its sockets wants it.
-        start: bool,
-    },
+    SocketOf(SocketOf),
+}
+
+/// The active service of a socket, and the units that stop and start with it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SocketOf {
+    /// The service that the socket starts.
+    pub service: String,
+    /// The other active sockets of the service. They are stopped too, because they would start it in between.
+    #[serde(default)]
+    pub others: Vec<String>,
+    /// True if the service is started again at once, because a unit other than its sockets wants it.
+    pub start: bool,
 }
 
 /// The decision about one unit, with its reason.
@@ -95,6 +94,18 @@ pub enum Verb {
     Stop,
 }
 
+impl Verb {
+    /// Returns the method of PID 1 that queues the job.
+    pub(super) fn method(self) -> &'static str {
+        match self {
+            Verb::Reload => "ReloadUnit",
+            Verb::TryRestart => "TryRestartUnit",
+            Verb::Start => "StartUnit",
+            Verb::Stop => "StopUnit",
+        }
+    }
+}
+
 impl Action {
     /// Creates an action without related sockets or dependents.
     pub fn new(unit: impl Into<String>, class: Class, reason: impl Into<String>) -> Self {
@@ -106,7 +117,7 @@ impl Action {
         let unit = self.unit.as_str();
         match (self.class, &self.how) {
             (Class::None | Class::Never, _) | (_, How::WithSocket(_)) => Vec::new(),
-            (Class::Restart | Class::Start, How::SocketOf { service, others, start }) => {
+            (Class::Restart | Class::Start, How::SocketOf(SocketOf { service, others, start })) => {
                 // Sockets are stopped first: a listening socket would start the service again. They are also
                 // started first: systemd does not start a socket while its service runs.
                 let others = || others.iter().map(String::as_str);

@@ -6,7 +6,8 @@ use anyhow::{Context, Result};
 use zbus::OwnedVariant;
 
 use super::Manager;
-use super::manager::{PROPERTIES, UNIT, Unit};
+use super::manager::{PROPERTIES, UNIT};
+use super::units::Unit;
 
 /// The relations of a unit with others.
 #[derive(Debug, Default)]

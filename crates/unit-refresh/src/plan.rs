@@ -5,9 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
-use super::action::{Action, Class, How};
+use super::action::{Action, Class, How, SocketOf};
 use super::difference::{Difference, KEY};
 use super::policy::{KINDS, OWN, Policy, Wish};
+use super::unit::{Kind, Listens, Refusal, Reload, Role, UnitState};
 
 /// The flow in which the pivot runs. It limits the units that the agent may restart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -18,56 +19,6 @@ pub enum Flow {
     /// On a system in use. Nothing that runs may be stopped, except units that new logins need and whose restart ends no
     /// session.
     Live,
-}
-
-/// An active unit, with all facts that the plan depends on.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct UnitState {
-    /// Name of the unit, for example `sshd.service`.
-    pub name: String,
-    /// Files that its processes execute or map and that differ in the other tree, relative to `/usr`. Empty if it runs
-    /// only current code.
-    pub changed: Vec<String>,
-    /// Difference of its definition.
-    pub difference: Difference,
-    /// Action that its unit file in the other tree requests.
-    pub wish: Option<Wish>,
-    /// True for a service of `Type=oneshot`.
-    pub oneshot: bool,
-    /// True for a service that can be reloaded by its unit file in the other tree.
-    pub reloadable: bool,
-    /// True for a service that serves one connection of a socket.
-    pub connection: bool,
-    /// True for a netlink socket, or a socket whose service also has a netlink socket. The kernel's messages are lost while
-    /// no process listens.
-    pub netlink: bool,
-    /// For a service: the active sockets that start it.
-    pub sockets: Vec<String>,
-    /// For a socket: the active service that it started.
-    pub serves: Option<String>,
-    /// For a socket: the other active sockets of that service.
-    pub others: Vec<String>,
-    /// True if a unit other than its sockets wants the service. For a socket: the service in `serves`.
-    pub wanted: bool,
-    /// True for a new socket of the node image whose service is already active. systemd does not start a socket while its
-    /// service runs.
-    pub added: bool,
-    /// Job that its unit file in the other tree refuses, by `RefuseManualStop=` or `RefuseManualStart=`.
-    pub refuses: Option<Refusal>,
-    /// Active units that systemd stops and restarts with it: the units that require it, are bound to it or are part of it,
-    /// and their dependents.
-    pub dependents: Vec<String>,
-    /// For logind: true if systemd, and with it the PAM module, has another release in the other tree.
-    pub other_release: bool,
-}
-
-/// A job that systemd accepts only as the dependency of another job.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Refusal {
-    /// `RefuseManualStop=` refuses stops and restarts.
-    Stop,
-    /// `RefuseManualStart=` refuses starts and restarts.
-    Start,
 }
 
 /// Prefixes of the built-in list: units whose restart would end sessions or stop the agent. They are reported instead.
@@ -163,7 +114,8 @@ fn protect(action: &mut Action, unit: &UnitState, must_stay: impl Fn(&str) -> bo
     if !matches!(action.class, Class::Stop | Class::Restart | Class::Start) {
         return;
     }
-    let why = match (unit.dependents.iter().chain(&unit.others).find(|name| must_stay(name)), unit.refuses) {
+    let others = unit.serves().into_iter().flat_map(|serves| &serves.others);
+    let why = match (unit.dependents.iter().chain(others).find(|name| must_stay(name)), unit.refuses) {
         (Some(name), _) => format!("this would also stop {name}, which must keep running"),
         (None, Some(Refusal::Stop)) => "systemd refuses to stop it manually (RefuseManualStop=)".to_owned(),
         (None, Some(Refusal::Start)) if action.class != Class::Stop => {
@@ -183,7 +135,7 @@ fn pair_sockets(actions: &mut [Action]) {
     let class_of: BTreeMap<String, Class> = actions.iter().map(|action| (action.unit.clone(), action.class)).collect();
     let mut with: BTreeMap<String, String> = BTreeMap::new();
     for action in actions.iter_mut() {
-        let How::SocketOf { service, start, .. } = &mut action.how else { continue };
+        let How::SocketOf(SocketOf { service, start, .. }) = &mut action.how else { continue };
         if class_of.get(service) == Some(&Class::Never) {
             let reason = format!("{}; {service}, which it starts, is not restarted", action.reason);
             *action = Action::new(&action.unit, Class::Never, reason);
@@ -230,8 +182,8 @@ fn is_listed(name: &str) -> bool {
 }
 
 fn decide(unit: &UnitState, flow: Flow, policy: &Policy) -> Option<Action> {
-    if unit.added {
-        return decide_added_socket(unit, flow, policy);
+    if let Kind::AddedSocket { listens, serves } = &unit.kind {
+        return decide_added_socket(unit, *listens, serves, flow, policy);
     }
     let change = change(unit)?;
     let name = unit.name.as_str();
@@ -242,41 +194,43 @@ fn decide(unit: &UnitState, flow: Flow, policy: &Policy) -> Option<Action> {
     if name.starts_with(OWN) {
         return act(Class::Never, "the agent's own units are never touched");
     }
+    let service = unit.service();
+    let serves = unit.serves().map(|serves| serves.service.as_str());
     let removed = matches!(unit.difference, Difference::Gone | Difference::Masked);
     let wished = |wish, whose: &str| match wish {
         Wish::Never => act(Class::Never, whose),
         Wish::Stop => act(Class::Stop, whose),
         // A unit without a unit file cannot be reloaded or restarted.
         _ if removed => None,
-        Wish::Reload if unit.reloadable => act(Class::Reload, whose),
+        Wish::Reload if service.reload == Reload::Supported => act(Class::Reload, whose),
         Wish::Reload => act(Class::Never, &format!("{whose}, but it has no ExecReload=")),
         Wish::Restart => restart(unit, act(Class::Restart, whose)),
     };
-    let listed = is_listed(name) && !(name == LOGIND && unit.other_release);
+    let listed = is_listed(name) && service.role != Role::OutdatedLogind;
     // Only an exact name overrides the built-in list: a pattern may match more units than its author intended.
     if let Some((pattern, wish)) = policy.of(name).filter(|(pattern, _)| !listed || *pattern == name)
-        && let Some(action) = wished(wish, &format!("the configuration requests {} for \"{pattern}\"", wish.as_str()))
+        && let Some(action) = wished(wish, &format!("the configuration requests {wish} for \"{pattern}\""))
     {
         return Some(action);
     }
     let is_never = |service: &str| matches!(policy.of(service), Some((_, Wish::Never)));
-    if unit.serves.as_deref().is_some_and(is_never) {
+    if serves.is_some_and(is_never) {
         return act(Class::Never, "the configuration requests never for its service");
     }
-    if listed || unit.serves.as_deref().is_some_and(is_listed) {
+    if listed || serves.is_some_and(is_listed) {
         return act(Class::Never, "a restart would end sessions or the system's own services");
     }
     // On a live system an image alone cannot cause a unit to be stopped.
     if let Some(wish) = unit.wish.filter(|wish| flow == Flow::Bootstrap || matches!(wish, Wish::Reload | Wish::Never))
-        && let Some(action) = wished(wish, &format!("its {KEY}= requests {}", wish.as_str()))
+        && let Some(action) = wished(wish, &format!("its {KEY}= requests {wish}"))
     {
         return Some(action);
     }
     // Also without a unit file: it has no processes, and a stop would also stop its dependents.
-    if unit.oneshot && unit.changed.is_empty() {
+    if service.role == Role::Oneshot && unit.changed.is_empty() {
         return act(Class::None, "oneshot already completed; not run again");
     }
-    if name.ends_with(".mount") {
+    if unit.kind == Kind::Mount {
         return act(Class::None, "mounts are kept");
     }
     if flow == Flow::Live {
@@ -288,13 +242,13 @@ fn decide(unit: &UnitState, flow: Flow, policy: &Policy) -> Option<Action> {
     if removed {
         return act(Class::Stop, "");
     }
-    if unit.connection {
+    if service.role == Role::Connection {
         return act(Class::Never, "it serves one connection; new connections get the new code");
     }
-    if unit.netlink {
+    if matches!(unit.kind, Kind::Socket { listens: Listens::Netlink, .. }) {
         return act(Class::Never, "the kernel's netlink messages would be lost during the restart");
     }
-    if unit.difference == Difference::Reload && unit.changed.is_empty() && unit.reloadable {
+    if unit.difference == Difference::Reload && unit.changed.is_empty() && service.reload == Reload::Supported {
         return act(Class::Reload, "");
     }
     restart(unit, act(Class::Restart, ""))
@@ -303,30 +257,33 @@ fn decide(unit: &UnitState, flow: Flow, policy: &Policy) -> Option<Action> {
 /// Plans a new socket of a running service: the service is stopped and started after the socket. If the service must keep
 /// running, the socket is left alone; the isolate then fails to start it, without further effect. On a live system no
 /// socket is started.
-fn decide_added_socket(unit: &UnitState, flow: Flow, policy: &Policy) -> Option<Action> {
-    let service = unit.serves.clone().filter(|_| flow == Flow::Bootstrap)?;
+fn decide_added_socket(
+    unit: &UnitState,
+    listens: Listens,
+    serves: &SocketOf,
+    flow: Flow,
+    policy: &Policy,
+) -> Option<Action> {
+    if flow == Flow::Live {
+        return None;
+    }
     let is_kept = |name: &str| matches!(policy.of(name), Some((_, Wish::Never))) || is_listed(name);
-    let stays = is_kept(&unit.name) || is_kept(&service) || unit.wish == Some(Wish::Never) || unit.netlink;
-    let change = format!("new in the node image, and {service} runs without it");
-    if stays {
+    let requested = unit.wish == Some(Wish::Never) || is_kept(&unit.name) || is_kept(&serves.service);
+    let change = format!("new in the node image, and {} runs without it", serves.service);
+    if requested || listens == Listens::Netlink {
         return Some(Action::new(&unit.name, Class::Never, format!("{change}; its service is left alone")));
     }
-    Some(Action { how: via_socket(unit, service), ..Action::new(&unit.name, Class::Start, change) })
-}
-
-/// Returns the order of jobs for a socket and its `service`.
-fn via_socket(unit: &UnitState, service: String) -> How {
-    How::SocketOf { service, others: unit.others.clone(), start: unit.wanted }
+    Some(Action { how: How::SocketOf(serves.clone()), ..Action::new(&unit.name, Class::Start, change) })
 }
 
 /// Adds the order of jobs for sockets to a restart.
 fn restart(unit: &UnitState, action: Option<Action>) -> Option<Action> {
     let mut action = action?;
-    if let Some(service) = &unit.serves {
-        action.how = via_socket(unit, service.clone());
-    } else if let Some(socket) = unit.sockets.first().filter(|_| !unit.wanted && unit.dependents.is_empty()) {
-        action.how = How::LeftToSocket(socket.clone());
+    if let Some(serves) = unit.serves() {
+        action.how = How::SocketOf(serves.clone());
+    } else if let Some(socket) = unit.service().left_to.filter(|_| unit.dependents.is_empty()) {
         action.reason = format!("{}; {socket} starts it at the next connection", action.reason);
+        action.how = How::LeftToSocket(socket);
     }
     Some(action)
 }

@@ -3,13 +3,39 @@
 use proptest::prelude::*;
 
 use super::super::action::Verb;
+use super::super::unit::Service;
 use super::*;
 
 const FLOWS: [Flow; 2] = [Flow::Bootstrap, Flow::Live];
 
 fn unit(name: &str, changed: &[&str]) -> UnitState {
     let changed = changed.iter().map(|&path| path.into()).collect();
-    UnitState { name: name.into(), changed, ..UnitState::default() }
+    let kind = match name.rsplit_once('.') {
+        Some((_, "service")) => Kind::Service(Service::default()),
+        Some((_, "socket")) => Kind::Socket { listens: Listens::Others, serves: None },
+        Some((_, "mount")) => Kind::Mount,
+        _ => Kind::Trigger,
+    };
+    UnitState { name: name.into(), changed, kind, ..UnitState::default() }
+}
+
+fn with_role(role: Role, unit: UnitState) -> UnitState {
+    UnitState { kind: Kind::Service(Service { role, ..unit.service() }), ..unit }
+}
+
+fn reloadable(unit: UnitState) -> UnitState {
+    UnitState { kind: Kind::Service(Service { reload: Reload::Supported, ..unit.service() }), ..unit }
+}
+
+/// Returns a service that the socket starts at the next connection.
+fn left_to(socket: &str, unit: UnitState) -> UnitState {
+    UnitState { kind: Kind::Service(Service { left_to: Some(socket.into()), ..unit.service() }), ..unit }
+}
+
+/// Returns a socket that has started `service`.
+fn serving(service: &str, unit: UnitState) -> UnitState {
+    let serves = Some(SocketOf { service: service.into(), ..SocketOf::default() });
+    UnitState { kind: Kind::Socket { listens: Listens::Others, serves }, ..unit }
 }
 
 /// Returns a unit whose definition changed.
@@ -50,14 +76,14 @@ fn units_with_changed_code() {
 /// A logind that kept running would refuse the PAM module of the next login.
 #[test]
 fn logind_is_restarted_for_another_systemd_release() {
-    let of = |other_release, name: &str| UnitState { other_release, ..unit(name, &["lib/systemd/systemd-logind"]) };
+    let of = |role, name: &str| with_role(role, unit(name, &["lib/systemd/systemd-logind"]));
     for flow in FLOWS {
         let class_of = |unit| class(unit, flow, &Policy::default());
-        assert_eq!(class_of(of(true, "systemd-logind.service")), Some(Class::Restart));
-        assert_eq!(class_of(of(false, "systemd-logind.service")), Some(Class::Never));
-        assert_eq!(class_of(of(true, "dbus.service")), Some(Class::Never), "only logind");
+        assert_eq!(class_of(of(Role::OutdatedLogind, "systemd-logind.service")), Some(Class::Restart));
+        assert_eq!(class_of(of(Role::Daemon, "systemd-logind.service")), Some(Class::Never));
+        assert_eq!(class_of(of(Role::Daemon, "dbus.service")), Some(Class::Never), "only logind");
         let policy = Policy::new([("systemd-logind.service", "never")]).unwrap();
-        assert_eq!(class(of(true, "systemd-logind.service"), flow, &policy), Some(Class::Never));
+        assert_eq!(class(of(Role::OutdatedLogind, "systemd-logind.service"), flow, &policy), Some(Class::Never));
     }
 }
 
@@ -67,7 +93,7 @@ fn jobs_that_systemd_refuses_are_not_planned() {
     use Class::{Never, Reload, Restart, Stop};
     let of = |refuses, state| UnitState { refuses, ..state };
     let gone = || UnitState { difference: Difference::Gone, ..unit("a.service", &[]) };
-    let reload = || UnitState { difference: Difference::Reload, reloadable: true, ..unit("a.service", &[]) };
+    let reload = || reloadable(UnitState { difference: Difference::Reload, ..unit("a.service", &[]) });
     for (refuses, restart, stop) in
         [(None, Restart, Stop), (Some(Refusal::Stop), Never, Never), (Some(Refusal::Start), Never, Stop)]
     {
@@ -124,8 +150,8 @@ fn dependents_that_must_keep_running_protect_a_unit() {
     assert_eq!(of(&[a.clone(), b(Some(Wish::Never))]), [named("a.service", Never), named("b.service", Never)]);
     assert_eq!(of(&[a.clone(), b(None)]), [named("a.service", Restart), named("b.service", Restart)]);
     // A socket whose service must keep running because of its dependents.
-    let service = UnitState { sockets: vec!["a.socket".into()], ..with_dependents("a.service", &["dbus.service"]) };
-    let socket = UnitState { serves: Some("a.service".into()), ..edited("a.socket") };
+    let service = left_to("a.socket", with_dependents("a.service", &["dbus.service"]));
+    let socket = serving("a.service", edited("a.socket"));
     assert_eq!(of(&[service, socket]), [named("a.socket", Never), named("a.service", Never)]);
     assert!(
         plan(&[with_dependents("a.service", &["dbus.service"])], Flow::Bootstrap, &policy)[0]
@@ -137,7 +163,11 @@ fn dependents_that_must_keep_running_protect_a_unit() {
 /// A new socket of the node image whose service is active.
 #[test]
 fn a_new_socket_of_a_running_service() {
-    let socket = |wanted| UnitState { added: true, serves: Some("a.service".into()), wanted, ..unit("a.socket", &[]) };
+    let new = |service: &str, start, listens| {
+        let serves = SocketOf { service: service.into(), others: Vec::new(), start };
+        UnitState { kind: Kind::AddedSocket { listens, serves }, ..unit("a.socket", &[]) }
+    };
+    let socket = |start| new("a.service", start, Listens::Others);
     let jobs = |units: &[UnitState], flow, policy: &Policy| -> Vec<(Verb, String)> {
         let actions = plan(units, flow, policy);
         actions.iter().flat_map(Action::jobs).map(|(verb, name)| (verb, name.to_owned())).collect()
@@ -155,10 +185,10 @@ fn a_new_socket_of_a_running_service() {
     for (state, policy) in [
         (socket(true), never("a.service")),
         (socket(true), never("a.socket")),
-        (UnitState { serves: Some("dbus.service".into()), ..socket(true) }, default.clone()),
+        (new("dbus.service", true, Listens::Others), default.clone()),
         (UnitState { wish: Some(Wish::Never), ..socket(true) }, default.clone()),
         (UnitState { refuses: Some(Refusal::Stop), ..socket(true) }, default.clone()),
-        (UnitState { netlink: true, ..socket(true) }, default.clone()),
+        (new("a.service", true, Listens::Netlink), default.clone()),
         (UnitState { dependents: vec!["dbus.service".into()], ..socket(true) }, default.clone()),
     ] {
         let actions = plan(&[state], Flow::Bootstrap, &policy);
@@ -177,8 +207,9 @@ fn units_with_a_changed_definition() {
     use Class::{Never, None as Nothing, Reload, Restart, Stop};
     let of = |difference, name| UnitState { difference, ..unit(name, &[]) };
     let gone = of(Difference::Gone, "a.service");
-    let reload = UnitState { reloadable: true, ..of(Difference::Reload, "a.service") };
-    let oneshot = UnitState { oneshot: true, ..edited("a.service") };
+    let reload = reloadable(of(Difference::Reload, "a.service"));
+    let oneshot = with_role(Role::Oneshot, edited("a.service"));
+    let netlink = Kind::Socket { listens: Listens::Netlink, serves: None };
     for (state, bootstrap, live) in [
         (of(Difference::Same, "a.service"), None, None),
         (edited("a.service"), Some(Restart), Some(Never)),
@@ -188,7 +219,7 @@ fn units_with_a_changed_definition() {
         (edited("ssh.service"), Some(Restart), Some(Restart)),
         (edited("dbus.service"), Some(Never), Some(Never)),
         (reload.clone(), Some(Reload), Some(Never)),
-        (UnitState { reloadable: true, ..edited("a.service") }, Some(Restart), Some(Never)),
+        (reloadable(edited("a.service")), Some(Restart), Some(Never)),
         // ExecReload= was removed.
         (of(Difference::Reload, "a.service"), Some(Restart), Some(Never)),
         // A reload does not load new code.
@@ -200,8 +231,8 @@ fn units_with_a_changed_definition() {
         (of(Difference::Masked, "a.timer"), Some(Stop), Some(Never)),
         (of(Difference::Gone, "ssh.service"), Some(Stop), Some(Never)),
         (of(Difference::Gone, "user@0.service"), Some(Never), Some(Never)),
-        (UnitState { connection: true, ..edited("a@1.service") }, Some(Never), Some(Never)),
-        (UnitState { netlink: true, ..edited("a.socket") }, Some(Never), Some(Never)),
+        (with_role(Role::Connection, edited("a@1.service")), Some(Never), Some(Never)),
+        (UnitState { kind: netlink, ..edited("a.socket") }, Some(Never), Some(Never)),
     ] {
         for (flow, expected) in FLOWS.into_iter().zip([bootstrap, live]) {
             assert_eq!(class(state.clone(), flow, &Policy::default()), expected, "{state:?} {flow:?}");
@@ -225,7 +256,7 @@ fn reasons_name_the_change_and_actions_are_serialized() {
     let and_code = UnitState { changed: vec!["bin/a".into()], ..edited("a.service") };
     let keys = vec!["[Service] User=".to_owned(), "[Service] Group=".to_owned()];
     let of = |difference| UnitState { difference, ..unit("a.service", &[]) };
-    let left = UnitState { sockets: vec!["a.socket".into()], ..of(Difference::Reload) };
+    let left = left_to("a.socket", of(Difference::Reload));
     for (state, expected) in [
         (left, "its ExecReload= changed; a.socket starts it at the next connection"),
         (unit("a.service", &["bin/a"]), "/usr/bin/a changed"),
@@ -239,9 +270,28 @@ fn reasons_name_the_change_and_actions_are_serialized() {
         assert_eq!(action.reason, expected);
         let written = serde_json::to_value(&action).unwrap();
         assert_eq!(written["class"], action.class.as_str());
-        assert_eq!(written.get("how").is_some(), !state.sockets.is_empty(), "only for sockets");
+        assert_eq!(written.get("how").is_some(), state.service().left_to.is_some(), "only for sockets");
         assert_eq!(serde_json::from_value::<Action>(written).unwrap(), action);
     }
+}
+
+#[test]
+fn actions_in_journals_of_earlier_agents_are_read() {
+    let text = r#"[{"unit":"a.socket","class":"restart","reason":"r","along":["b.service"],
+        "how":{"socket-of":{"service":"a.service","others":["c.socket"],"start":true}}},
+        {"unit":"d.socket","class":"start","reason":"r","how":{"socket-of":{"service":"d.service","start":false}}},
+        {"unit":"a.service","class":"restart","reason":"r","how":{"with-socket":"a.socket"}}]"#;
+    let socket_of = |service: &str, others, start| How::SocketOf(SocketOf { service: service.into(), others, start });
+    let of = |unit: &str, class, how| Action { how, ..Action::new(unit, class, "r") };
+    let first = of("a.socket", Class::Restart, socket_of("a.service", vec!["c.socket".into()], true));
+    assert_eq!(
+        serde_json::from_str::<Vec<Action>>(text).unwrap(),
+        [
+            Action { dependents: vec!["b.service".into()], ..first },
+            of("d.socket", Class::Start, socket_of("d.service", Vec::new(), false)),
+            of("a.service", Class::Restart, How::WithSocket("a.socket".into())),
+        ]
+    );
 }
 
 #[test]
@@ -249,15 +299,15 @@ fn configuration_wins_over_the_built_in_list_and_the_image() {
     use Class::{Never, Reload, Restart, Stop};
     let policy =
         |word| Policy::new([("a.service", word), ("node*", word), ("d*", word), ("dbus.service", word)]).unwrap();
-    let key = |wish| UnitState { wish: Some(wish), reloadable: true, ..edited("b.service") };
-    let a = || UnitState { wish: Some(Wish::Never), reloadable: true, ..edited("a.service") };
+    let key = |wish| reloadable(UnitState { wish: Some(wish), ..edited("b.service") });
+    let a = || reloadable(UnitState { wish: Some(Wish::Never), ..edited("a.service") });
     for (state, policy, bootstrap, live) in [
         // The key in the unit file alone.
         (key(Wish::Reload), Policy::default(), Reload, Reload),
         (key(Wish::Never), Policy::default(), Never, Never),
         (key(Wish::Stop), Policy::default(), Stop, Never),
         (key(Wish::Restart), Policy::default(), Restart, Never),
-        (UnitState { reloadable: false, ..key(Wish::Reload) }, Policy::default(), Never, Never),
+        (UnitState { wish: Some(Wish::Reload), ..edited("b.service") }, Policy::default(), Never, Never),
         // The configuration wins over the key, in both flows.
         (a(), policy("restart"), Restart, Restart),
         (a(), policy("reload"), Reload, Reload),
@@ -290,22 +340,25 @@ fn sockets_and_services_are_restarted_together() {
             .collect()
     };
     let job = |verb, name: &str| (verb, name.to_owned());
-    let service = |wanted| UnitState { sockets: vec!["a.socket".into()], wanted, ..unit("a.service", &["bin/a"]) };
-    let socket = |wanted| UnitState { serves: Some("a.service".into()), wanted, ..edited("a.socket") };
+    let changed = || unit("a.service", &["bin/a"]);
+    let service = || left_to("a.socket", changed());
+    let with_others = |name: &str, others: &[&str], start| {
+        let others = others.iter().map(|&name| name.into()).collect();
+        let serves = Some(SocketOf { service: "a.service".into(), others, start });
+        UnitState { kind: Kind::Socket { listens: Listens::Others, serves }, ..edited(name) }
+    };
+    let socket = |start| with_others("a.socket", &[], start);
     // The socket keeps listening.
-    assert_eq!(jobs(&[service(false)]), [job(Verb::Stop, "a.service")]);
-    assert_eq!(jobs(&[service(true)]), [job(Verb::TryRestart, "a.service")]);
+    assert_eq!(jobs(&[service()]), [job(Verb::Stop, "a.service")]);
+    assert_eq!(jobs(&[changed()]), [job(Verb::TryRestart, "a.service")]);
     let both = [job(Verb::Stop, "a.socket"), job(Verb::Stop, "a.service"), job(Verb::Start, "a.socket")];
-    assert_eq!(jobs(&[service(false), socket(false)]), both);
+    assert_eq!(jobs(&[service(), socket(false)]), both);
     assert_eq!(jobs(&[socket(false)]), both, "the service is unchanged");
     let and_start = [both.as_slice(), &[job(Verb::Start, "a.service")]].concat();
-    assert_eq!(jobs(&[service(true), socket(true)]), and_start);
+    assert_eq!(jobs(&[changed(), socket(true)]), and_start);
     // Other sockets of the service would start it in between. Two changed sockets are one action.
-    let two = |name: &str, other: &str| UnitState {
-        others: vec![other.into()],
-        ..UnitState { name: name.into(), ..socket(false) }
-    };
-    let (one, other) = (two("a.socket", "b.socket"), two("b.socket", "a.socket"));
+    let one = with_others("a.socket", &["b.socket"], false);
+    let other = with_others("b.socket", &["a.socket"], false);
     let all = [
         job(Verb::Stop, "a.socket"),
         job(Verb::Stop, "b.socket"),
@@ -320,20 +373,20 @@ fn sockets_and_services_are_restarted_together() {
     // Dependents that stop with the service are started with it. The start is then not left to a connection.
     let with_dependents =
         |unit: UnitState| UnitState { dependents: vec!["x.service".into(), "y.target".into()], ..unit };
-    assert_eq!(jobs(&[with_dependents(service(false))]), [job(Verb::TryRestart, "a.service")]);
+    assert_eq!(jobs(&[with_dependents(service())]), [job(Verb::TryRestart, "a.service")]);
     let again = [both.as_slice(), &[job(Verb::Start, "a.service"), job(Verb::Start, "x.service")]].concat();
     assert_eq!(jobs(&[with_dependents(socket(false))]), again);
     // The socket of a service that must keep running is left alone.
-    let never = UnitState { wish: Some(Wish::Never), ..service(false) };
+    let never = UnitState { wish: Some(Wish::Never), ..service() };
     assert_eq!(jobs(&[never, socket(false)]), []);
-    let listed = UnitState { serves: Some("dbus.service".into()), ..edited("x.socket") };
+    let listed = serving("dbus.service", edited("x.socket"));
     assert_eq!(jobs(&[listed]), []);
     let policy = Policy::new([("a.service", "never")]).unwrap();
     assert_eq!(class(socket(false), Flow::Bootstrap, &policy), Some(Class::Never), "its service must keep running");
     // A stopped service is not reloaded, and a service without a unit file is not started.
-    let reload = UnitState { wish: Some(Wish::Reload), reloadable: true, ..service(false) };
+    let reload = reloadable(UnitState { wish: Some(Wish::Reload), ..service() });
     assert_eq!(jobs(&[reload, socket(false)]), both);
-    let gone = UnitState { difference: Difference::Gone, ..service(true) };
+    let gone = UnitState { difference: Difference::Gone, ..changed() };
     assert_eq!(jobs(&[gone, socket(true)]), [[job(Verb::Stop, "a.service")].as_slice(), &both].concat());
     // A socket that has not started its service yet.
     assert_eq!(jobs(&[edited("a.socket")]), [job(Verb::TryRestart, "a.socket")]);
@@ -379,27 +432,24 @@ fn states() -> impl Strategy<Value = Vec<UnitState>> {
     ];
     let wish = prop_oneof![Just(None), Just(Some(Wish::Restart)), Just(Some(Wish::Stop)), Just(Some(Wish::Reload))];
     let name = "(dbus|ssh|node-image-x|[a-c]{1,2})\\.(service|socket|timer|mount)";
-    let one = (name, difference, wish, any::<[bool; 6]>());
-    let state = one.prop_map(|(name, difference, wish, [code, oneshot, reloadable, connection, netlink, wanted])| {
-        let socket = name.ends_with(".socket");
-        UnitState {
-            changed: if code { vec!["bin/x".into()] } else { Vec::new() },
-            difference,
-            wish,
-            oneshot,
-            reloadable,
-            connection,
-            netlink,
-            sockets: if socket { Vec::new() } else { vec![name.replace(".service", ".socket")] },
-            serves: socket.then(|| name.replace(".socket", ".service")),
-            others: Vec::new(),
-            wanted,
-            added: false,
-            refuses: None,
-            dependents: Vec::new(),
-            other_release: false,
-            name,
-        }
+    let role = prop_oneof![Just(Role::Daemon), Just(Role::Oneshot), Just(Role::Connection)];
+    let one = (name, difference, wish, role, any::<[bool; 4]>());
+    let state = one.prop_map(|(name, difference, wish, role, [code, reloads, netlink, start])| {
+        let state = UnitState { difference, wish, ..unit(&name, if code { &["bin/x"] } else { &[] }) };
+        let kind = match state.kind {
+            Kind::Service(_) => Kind::Service(Service {
+                role,
+                reload: if reloads { Reload::Supported } else { Reload::Unsupported },
+                left_to: (!start).then(|| name.replace(".service", ".socket")),
+            }),
+            Kind::Socket { .. } => {
+                let service = name.replace(".socket", ".service");
+                let listens = if netlink { Listens::Netlink } else { Listens::Others };
+                Kind::Socket { listens, serves: Some(SocketOf { service, others: Vec::new(), start }) }
+            }
+            other => other,
+        };
+        UnitState { kind, ..state }
     });
     proptest::collection::vec(state, 0..8)
 }

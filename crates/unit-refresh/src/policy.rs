@@ -1,15 +1,14 @@
 //! Actions that administrators and images request: the `[units]` table of the configuration, and a key in unit files.
 
 use std::collections::BTreeMap;
-use std::fmt;
-use std::str::FromStr;
 
 use anyhow::{Result, ensure};
 
 use support::pattern;
 
 /// The action that an administrator or an image requests for a changed unit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, strum::Display, strum::EnumString)]
+#[strum(serialize_all = "kebab-case", parse_err_ty = NoWish, parse_err_fn = unknown)]
 pub enum Wish {
     /// Reload it.
     Reload,
@@ -22,35 +21,12 @@ pub enum Wish {
 }
 
 /// Error returned when a string is not a valid [`Wish`].
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("unknown action \"{0}\": expected reload, restart, never or stop")]
 pub struct NoWish(String);
 
-impl fmt::Display for NoWish {
-    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(out, "unknown action \"{}\": expected reload, restart, never or stop", self.0)
-    }
-}
-
-impl std::error::Error for NoWish {}
-
-impl Wish {
-    pub(super) fn as_str(self) -> &'static str {
-        match self {
-            Wish::Reload => "reload",
-            Wish::Restart => "restart",
-            Wish::Never => "never",
-            Wish::Stop => "stop",
-        }
-    }
-}
-
-impl FromStr for Wish {
-    type Err = NoWish;
-
-    fn from_str(word: &str) -> Result<Self, NoWish> {
-        let all = [Wish::Reload, Wish::Restart, Wish::Never, Wish::Stop];
-        all.into_iter().find(|wish| wish.as_str() == word).ok_or_else(|| NoWish(word.to_owned()))
-    }
+fn unknown(word: &str) -> NoWish {
+    NoWish(word.to_owned())
 }
 
 /// Requested actions by pattern of unit names.

@@ -5,16 +5,19 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
+use super::Manager;
+use super::action::SocketOf;
 use super::definition::{Definition, UnitFiles};
 use super::difference::{Difference, KEY, compare};
 use super::files::release_of;
-use super::manager::Unit;
+use super::links::Links;
 use super::plan::LOGIND;
 use super::policy::Wish;
 use super::processes::{Differs, Version, code_of, processes};
 use super::scripts;
 use super::syntax::is_true;
-use super::{Manager, Refusal, UnitState};
+use super::unit::{Kind, Listens, Refusal, Reload, Role, Service, UnitState};
+use super::units::Unit;
 
 /// Definitions by name of the unit.
 pub type Definitions = BTreeMap<String, Definition>;
@@ -86,22 +89,31 @@ async fn new_socket(
     service: String,
     warnings: &mut Vec<String>,
 ) -> Result<UnitState> {
-    let links = manager.links_of(&service).await?;
-    let others: Vec<_> = links.triggered_by.into_iter().filter(|unit| unit.ends_with(".socket")).collect();
-    let others: Vec<_> = others.into_iter().filter(|unit| present.contains(unit.as_str())).collect();
+    let dependents = dependents(manager, [service.as_str()], present).await?;
+    let refuses = sides.new.definition(&service).and_then(refusal);
+    let serves = socket_of(manager, socket, service, present).await?;
     let definition = sides.new.definition(socket).unwrap_or_default();
     Ok(UnitState {
         name: socket.to_owned(),
-        added: true,
-        wanted: !links.wanted_by.is_empty(),
         wish: wish(socket, definition.value("Unit", KEY), warnings),
-        netlink: others.iter().any(|socket| is_netlink(sides, socket)),
-        others,
-        dependents: dependents(manager, [service.as_str()], present).await?,
-        refuses: sides.new.definition(&service).and_then(refusal),
-        serves: Some(service),
+        dependents,
+        refuses,
+        kind: Kind::AddedSocket { listens: listens(sides, serves.others.iter().map(String::as_str)), serves },
         ..UnitState::default()
     })
+}
+
+/// Returns the `service` of `socket` with its other sockets in `running`.
+async fn socket_of(manager: &Manager, socket: &str, service: String, running: &BTreeSet<&str>) -> Result<SocketOf> {
+    let links = manager.links_of(&service).await?;
+    let others = sockets(&links, running).filter(|name| *name != socket).cloned().collect();
+    // A target that is not reached yet counts too.
+    Ok(SocketOf { service, others, start: !links.wanted_by.is_empty() })
+}
+
+/// Returns the sockets in `running` that start a unit.
+fn sockets<'a>(links: &'a Links, running: &BTreeSet<&str>) -> impl Iterator<Item = &'a String> {
+    links.triggered_by.iter().filter(|name| name.ends_with(".socket") && running.contains(name.as_str()))
 }
 
 /// Returns the active units that systemd stops and restarts with `units`, without `units` themselves.
@@ -175,11 +187,8 @@ async fn inspect(
     warnings: &mut Vec<String>,
 ) -> Result<Option<UnitState>> {
     let name = unit.name.as_str();
-    let is_service = name.ends_with(".service");
-    let mut changed = BTreeSet::new();
-    if is_service {
-        changed = code_of_service(manager, unit, sides).await?;
-    }
+    let suffix = name.rsplit_once('.').map_or("", |(_, suffix)| suffix);
+    let changed = if suffix == "service" { code_of_service(manager, unit, sides).await? } else { BTreeSet::new() };
     let old = sides.old.get(name);
     let new = sides.new.definition(name);
     let difference = old.map_or(Difference::Same, |old| compare(Some(old), new.as_ref()));
@@ -187,60 +196,71 @@ async fn inspect(
         return Ok(None);
     }
     let links = manager.links(unit).await?;
-    let of = |section: &str, key: &str| new.as_ref().or(old).and_then(|definition| definition.value(section, key));
-    let wish = wish(name, of("Unit", KEY), warnings);
-    let running = |unit: &&String| active.contains(unit.as_str());
-    let serves = links.triggers.iter().find(|unit| unit.ends_with(".service")).filter(running);
-    let serves = serves.filter(|_| name.ends_with(".socket")).cloned();
-    // The service of a socket is started at once if a unit other than its sockets wants it. A target that is not reached
-    // yet counts too.
-    let of_service = match &serves {
-        Some(service) => Some(manager.links_of(service).await?),
-        None => None,
+    let none = Definition::default();
+    let definition = new.as_ref().or(old).unwrap_or(&none);
+    let mut kind = match suffix {
+        "service" => Kind::Service(service(manager, definition, &links, active).await?),
+        "socket" => {
+            let triggers = links.triggers.iter().find(|unit| unit.ends_with(".service"));
+            let serves = match triggers.filter(|service| active.contains(service.as_str())) {
+                Some(service) => Some(socket_of(manager, name, service.clone(), active).await?),
+                None => None,
+            };
+            let others = serves.iter().flat_map(|serves| &serves.others).map(String::as_str);
+            Kind::Socket { listens: listens(sides, others.chain([name])), serves }
+        }
+        "mount" => Kind::Mount,
+        _ => Kind::Trigger,
     };
-    let (wanted_by, triggered_by) = match &of_service {
-        Some(service) => (&service.wanted_by, &service.triggered_by),
-        None => (&links.wanted_by, &links.triggered_by),
-    };
-    let sockets: Vec<_> =
-        triggered_by.iter().filter(|unit| unit.ends_with(".socket")).filter(running).cloned().collect();
-    let others = if serves.is_some() { without(&sockets, name) } else { Vec::new() };
-    let mut connection = false;
-    for socket in sockets.iter().filter(|_| is_service) {
-        connection |= manager.accepts(socket).await?;
+    if let Kind::Service(service) = &mut kind
+        && name == LOGIND
+        && is_other_release(&changed, sides.systemd)
+    {
+        service.role = Role::OutdatedLogind;
     }
-    let dependents = dependents(manager, [name].into_iter().chain(serves.as_deref()), present).await?;
-    let other_release = name == LOGIND && is_other_release(&changed, sides.systemd);
-    let both = [Some(name), serves.as_deref()].into_iter().flatten();
-    let refuses = both.filter_map(|name| refusal(sides.new.definition(name)?)).next();
-    Ok(Some(UnitState {
+    let mut state = UnitState {
         name: name.to_owned(),
         changed: changed.into_iter().collect(),
         difference,
-        wish,
-        oneshot: of("Service", "Type") == Some("oneshot"),
-        reloadable: of("Service", "ExecReload").is_some() || of("Service", "Type") == Some("notify-reload"),
-        connection,
-        netlink: of("Socket", "ListenNetlink").is_some() || others.iter().any(|socket| is_netlink(sides, socket)),
-        refuses,
-        sockets: if is_service { sockets } else { Vec::new() },
-        serves,
-        others,
-        wanted: !wanted_by.is_empty(),
-        added: false,
-        dependents,
-        other_release,
-    }))
+        wish: wish(name, definition.value("Unit", KEY), warnings),
+        kind,
+        ..UnitState::default()
+    };
+    let both = || [Some(name), state.serves().map(|serves| serves.service.as_str())].into_iter().flatten();
+    let refuses = both().filter_map(|name| refusal(sides.new.definition(name)?)).next();
+    let dependents = dependents(manager, both(), present).await?;
+    (state.refuses, state.dependents) = (refuses, dependents);
+    Ok(Some(state))
 }
 
-fn without(names: &[String], name: &str) -> Vec<String> {
-    names.iter().filter(|one| *one != name).cloned().collect()
+/// Returns the facts about an active service.
+async fn service(
+    manager: &Manager,
+    definition: &Definition,
+    links: &Links,
+    active: &BTreeSet<&str>,
+) -> Result<Service> {
+    let of = |key| definition.value("Service", key);
+    let mut role = if of("Type") == Some("oneshot") { Role::Oneshot } else { Role::Daemon };
+    for socket in sockets(links, active) {
+        if manager.accepts(socket).await? {
+            role = Role::Connection;
+        }
+    }
+    let reloads = of("ExecReload").is_some() || of("Type") == Some("notify-reload");
+    let reload = if reloads { Reload::Supported } else { Reload::Unsupported };
+    let left_to = sockets(links, active).next().filter(|_| links.wanted_by.is_empty()).cloned();
+    Ok(Service { role, reload, left_to })
 }
 
-/// Returns true for a netlink socket, by its unit file.
-fn is_netlink(sides: &Sides<'_>, socket: &str) -> bool {
-    let definition = sides.new.definition(socket).or_else(|| sides.old.get(socket).cloned());
-    definition.is_some_and(|socket| socket.value("Socket", "ListenNetlink").is_some())
+/// Returns the messages that `sockets` receive, by their unit files.
+fn listens<'a>(sides: &Sides<'_>, sockets: impl IntoIterator<Item = &'a str>) -> Listens {
+    let definition = |name| sides.new.definition(name).or_else(|| sides.old.get(name).cloned());
+    let mut definitions = sockets.into_iter().filter_map(definition);
+    match definitions.any(|socket| socket.value("Socket", "ListenNetlink").is_some()) {
+        true => Listens::Netlink,
+        false => Listens::Others,
+    }
 }
 
 /// Returns true if a changed library of systemd has another release than `new`. Another build of the same release does

@@ -13,7 +13,7 @@ use tracing::warn;
 
 use super::trial::TrialPeriod;
 use support::directory::Directory;
-use unit_refresh::Manager;
+use unit_refresh::{Manager, Verb};
 
 /// Directory of the files; systemd.unit(5).
 const UNITS: &str = "/run/systemd/system";
@@ -90,7 +90,7 @@ pub(in crate::agent) async fn arm(trial: TrialPeriod) -> anyhow::Result<()> {
             .with_context(|| format!("cannot write {UNITS}/{SERVICE}"))?;
         dir.write_atomic(&name, 0o644, timer_file(left).as_bytes())
             .with_context(|| format!("cannot write {UNITS}/{name}"))?;
-        Manager::connect().await?.start(&name, JOB).await
+        Manager::connect().await?.run(Verb::Start, &name, JOB).await
     };
     let started = start.await.context("cannot start the timer that ends the trial period");
     if started.is_err() {
@@ -114,7 +114,7 @@ async fn try_disarm() -> anyhow::Result<()> {
     };
     let dir = Directory::ensure(Path::new(UNITS))?;
     for name in names.iter().filter(|name| is_timer(name)) {
-        Manager::connect().await?.stop(name, JOB).await?;
+        Manager::connect().await?.run(Verb::Stop, name, JOB).await?;
         dir.remove_all(name).with_context(|| format!("cannot remove {UNITS}/{name}"))?;
     }
     if names.iter().any(|name| name == SERVICE) {

@@ -123,7 +123,7 @@ pub(super) async fn stop_units(actions: &[Action]) -> Vec<String> {
     let mut troubles = Vec::new();
     for action in actions.iter().filter(|action| action.class == Class::Stop) {
         info!("undo stops {}: {}", action.unit, action.reason);
-        let stopped = async { Manager::connect().await?.stop(&action.unit, Manager::JOB_TIMEOUT).await };
+        let stopped = async { Manager::connect().await?.run(Verb::Stop, &action.unit, Manager::JOB_TIMEOUT).await };
         if let Err(error) = stopped.await {
             troubles.push(format!("{} was not stopped: {error:#}", action.unit));
         }
