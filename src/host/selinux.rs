@@ -116,7 +116,7 @@ mod tests {
             (Enforcing, Load, "true", Some((false, "differs and was loaded"))),
             (Permissive, Load, "true", Some((false, "differs and was loaded"))),
             (Enforcing, LoadBesideLocal, "true", Some((true, "was loaded, without the local changes"))),
-            (Permissive, Load, "false", Some((true, "SELinux is permissive): false: exit status: 1"))),
+            (Permissive, Load, "false", Some((true, "SELinux is permissive): false failed (exit status: 1)"))),
         ] {
             let remark = load_with(&[command], mode, step).await.unwrap();
             let (warns, line) = match &remark {

@@ -11,7 +11,8 @@ use std::time::Duration;
 use anyhow::Result;
 
 use super::refusal::{Findings, Refusal};
-use overlay_root::{Ended, Trial};
+use overlay_root::Trial;
+use support::command::Ended;
 
 /// Paths of sshd, in the order in which they are tried.
 const PROGRAMS: [&str; 2] = ["/usr/sbin/sshd", "/usr/bin/sshd"];

@@ -36,7 +36,7 @@ pub use table::{
 };
 pub use tmpfs::{TmpfsUse, tmpfs, tmpfs_label, tmpfs_used};
 pub use tree::{DetachedTree, overlay_fits, overlay_support};
-pub use trial::{Ended, Trial, run, trial};
+pub use trial::{Trial, run, trial};
 pub use view::writable_view;
 
 use std::path::Path;

@@ -1,18 +1,12 @@
 //! Runs programs of a tree that is not exposed yet.
 
-use std::fs::File;
-use std::io::{Read, Seek};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Command, ExitStatus, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, anyhow};
 use nix::sched::CloneFlags;
-use nix::sys::signal::{Signal, killpg};
-use nix::unistd::Pid;
-use rustix::fs::{CWD, MemfdFlags, Mode, OFlags, XattrFlags};
+use rustix::fs::{CWD, Mode, OFlags, XattrFlags};
 use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags, fsconfig_create,
@@ -20,21 +14,11 @@ use rustix::mount::{
 };
 
 use super::DetachedTree;
+use support::command::{Ended, Program};
 use support::failpoint::{self, Point};
 
 /// Time limit of a copy of `/etc`.
 const COPY_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// Result of a program that ended.
-#[derive(Debug)]
-pub struct Ended {
-    /// Exit status.
-    pub status: ExitStatus,
-    /// Standard output, at most its first 4 MiB.
-    pub stdout: String,
-    /// Standard error, at most its first 4 MiB.
-    pub stderr: String,
-}
 
 /// A private view of the machine: the new tree is `/usr`, `/etc` is a writable copy, `/var` is empty.
 /// Programs in it cannot change the running system's `/usr`, `/etc` and `/var`.
@@ -124,8 +108,7 @@ fn copy_of_etc() -> Result<OwnedFd> {
     rustix::mount::move_mount(&view, "", CWD, to, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
         .context("cannot mount the tmpfs")?;
     // `-a` copies all attributes, including labels, and does not read sockets and device nodes.
-    let ended = run(&["/usr/bin/cp", "-a", "-x", from, "/var/copy/"], COPY_TIMEOUT)?;
-    ensure!(ended.status.success(), "cp: {}: {}", ended.status, ended.stderr.trim());
+    run(&["/usr/bin/cp", "-a", "-x", from, "/var/copy/"], COPY_TIMEOUT)?.success()?;
     Ok(view)
 }
 
@@ -159,9 +142,11 @@ impl Trial {
     /// Runs `argv`, which begins with an absolute path, and returns its result with any exit status.
     ///
     /// # Errors
-    /// The program cannot be started (missing, a broken loader, a foreign architecture), or was killed after `timeout`.
-    pub fn run(&self, argv: &[&str], timeout: Duration) -> Result<Ended> {
-        run(argv, timeout).with_context(|| format!("cannot run {} in the new /usr", argv.join(" ")))
+    /// The program cannot be started (missing, a broken loader, a foreign architecture), or was killed after `limit`.
+    pub fn run(&self, argv: &[&str], limit: Duration) -> Result<Ended> {
+        let mut program = prepared(argv, limit);
+        program.shown += " in the new /usr";
+        program.end_blocking()
     }
 }
 
@@ -169,60 +154,25 @@ impl Trial {
 ///
 /// # Errors
 /// Those of [`Trial::run`].
-pub fn run(argv: &[&str], timeout: Duration) -> Result<Ended> {
-    let (program, arguments) = argv.split_first().context("internal error: the program is missing")?;
-    ensure!(program.starts_with('/'), "internal error: expected an absolute path, found {program}");
-    // Files instead of pipes: a descendant that keeps a pipe open would block the reader.
-    let (mut stdout, mut stderr) = (memory_file("stdout")?, memory_file("stderr")?);
-    let mut child = Command::new(program)
-        .args(arguments)
-        .env_clear()
-        .env("PATH", "/usr/sbin:/usr/bin")
-        .env("LC_ALL", "C")
-        .current_dir("/")
-        .stdin(Stdio::null())
-        .stdout(stdout.try_clone()?)
-        .stderr(stderr.try_clone()?)
-        .process_group(0)
-        .spawn()
-        .context("cannot start the program")?;
-    let end = Instant::now() + timeout;
-    let status = loop {
-        if let Some(status) = child.try_wait().context("cannot wait for the program")? {
-            break status;
-        }
-        if Instant::now() >= end {
-            // The child leads a separate process group. It is not reaped yet, so the id is still valid.
-            if let Ok(group) = i32::try_from(child.id()) {
-                let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
-            }
-            let _ = child.wait();
-            bail!("the program did not end within {} s and was killed", timeout.as_secs_f32());
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    };
-    Ok(Ended { status, stdout: text_of(&mut stdout)?, stderr: text_of(&mut stderr)? })
+pub fn run(argv: &[&str], limit: Duration) -> Result<Ended> {
+    prepared(argv, limit).end_blocking()
 }
 
-fn memory_file(name: &str) -> Result<File> {
-    let fd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC).context("memfd_create")?;
-    Ok(File::from(fd))
-}
-
-fn text_of(file: &mut File) -> Result<String> {
-    const LONGEST: u64 = 4 << 20;
-    let mut bytes = Vec::new();
-    file.rewind()?;
-    file.take(LONGEST).read_to_end(&mut bytes)?;
-    Ok(String::from_utf8_lossy(&bytes).into_owned())
+fn prepared(argv: &[&str], limit: Duration) -> Program<'static> {
+    let mut program = Program::new(argv, limit);
+    program.command.env_clear().env("PATH", "/usr/sbin:/usr/bin").env("LC_ALL", "C");
+    program
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use std::fs;
+    use std::fs::{self, File};
     use std::io::Write;
     use std::os::unix::fs::PermissionsExt;
+    use std::time::Instant;
+
+    use anyhow::bail;
 
     use super::*;
     use crate::testing::here;
@@ -251,18 +201,21 @@ mod tests {
                 assert_eq!(trial.etc_unmerged, None);
                 let ended = trial.run(&["/usr/bin/only-in-the-new-tree", "hello"], limit).unwrap();
                 assert!(ended.status.success());
-                assert_eq!(ended.stdout, "hello\n");
+                assert_eq!(ended.stdout, b"hello\n");
                 assert!(!trial.run(&["/usr/bin/false"], limit).unwrap().status.success());
                 let error = trial.run(&["/usr/bin/not-a-program"], limit).unwrap_err();
-                assert!(format!("{error:#}").contains("cannot start the program"), "{error:#}");
+                assert!(
+                    format!("{error:#}").contains("cannot start /usr/bin/not-a-program in the new /usr"),
+                    "{error:#}"
+                );
                 let started = Instant::now();
                 let error = trial.run(&["/usr/bin/sleep", "600"], Duration::from_millis(100)).unwrap_err();
-                assert!(format!("{error:#}").contains("killed"), "{error:#}");
+                assert!(format!("{error:#}").contains("stopped after"), "{error:#}");
                 assert!(started.elapsed() < limit);
                 // Files that a program writes stay in the private namespace.
                 let script = "cat /etc/trial; ls /etc/passwd /var/lib; echo x >/etc/x; echo x >/var/x";
                 let ended = trial.run(&["/usr/bin/sh", "-c", script], limit).unwrap();
-                assert!(ended.status.success() && ended.stdout == "merged", "{ended:?}");
+                assert!(ended.status.success() && ended.stdout == b"merged", "{ended:?}");
             })
             .unwrap();
             for path in ["/etc/trial", "/etc/x", "/var/x"] {
@@ -274,7 +227,7 @@ mod tests {
             trial(&tree, &fails, |trial| {
                 assert!(trial.etc_unmerged.as_ref().unwrap().contains("no room"));
                 let ended = trial.run(&["/usr/bin/sh", "-c", "cat /etc/passwd; ! echo x >/etc/x"], limit).unwrap();
-                assert!(ended.status.success() && ended.stdout.contains("root:"), "{ended:?}");
+                assert!(ended.status.success() && ended.stdout.starts_with(b"root:"), "{ended:?}");
             })
             .unwrap();
 
@@ -316,7 +269,7 @@ mod tests {
                 let mode = fs::metadata("/etc/shadow").unwrap().permissions().mode() & 0o7777;
                 assert_eq!(
                     (ended.status.success(), ended.stdout),
-                    (true, format!("merged{mode:o}\n")),
+                    (true, format!("merged{mode:o}\n").into_bytes()),
                     "{}",
                     ended.stderr
                 );
