@@ -264,20 +264,6 @@ async fn a_damaged_registry_is_reported_and_the_pull_resumed() {
 async fn bad_images_are_refused_before_they_are_used() {
     let bench = Bench::new();
     type Spoil = fn(&mut Image);
-    let layer = |image: &mut Image, path: &str, kind: tar::EntryType, link: &str| {
-        let mut tar = tar::Builder::new(Vec::new());
-        let mut header = tar::Header::new_gnu();
-        header.set_entry_type(kind);
-        header.set_mode(0o644);
-        header.set_size(0);
-        // The tar crate refuses to write such paths; an attacker would not.
-        header.as_old_mut().name[..path.len()].copy_from_slice(path.as_bytes());
-        header.set_link_name_literal(link).unwrap();
-        header.set_cksum();
-        tar.append(&header, std::io::empty()).unwrap();
-        let spoiled = tar.into_inner().unwrap();
-        image.layers[1].tar = [&spoiled[..512], &image.layers[1].tar].concat();
-    };
     let cases: BTreeMap<&str, (Spoil, Kind, &str)> = BTreeMap::from([
         ("arch", ((|image| image.architecture = "m68k".into()) as Spoil, Kind::WrongArchitecture, "m68k")),
         ("plain", (|image| image.labels.clear(), Kind::BadFormat, "ostree.final-diffid")),
@@ -335,6 +321,25 @@ async fn bad_images_are_refused_before_they_are_used() {
         assert_eq!(told.kind, kind, "{name}: {told}");
         assert!(told.message.contains(words) && told.message.contains("/bad@sha256:"), "{name}: {told}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn entries_outside_of_the_tree_are_refused() {
+    let bench = Bench::new();
+    let layer = |image: &mut Image, path: &str, kind: tar::EntryType, link: &str| {
+        let mut tar = tar::Builder::new(Vec::new());
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(kind);
+        header.set_mode(0o644);
+        header.set_size(0);
+        // The tar crate refuses to write such paths; an attacker would not.
+        header.as_old_mut().name[..path.len()].copy_from_slice(path.as_bytes());
+        header.set_link_name_literal(link).unwrap();
+        header.set_cksum();
+        tar.append(&header, std::io::empty()).unwrap();
+        let spoiled = tar.into_inner().unwrap();
+        image.layers[1].tar = [&spoiled[..512], &image.layers[1].tar].concat();
+    };
     for (name, path, kind, link) in [
         ("dotdot", "usr/../../etc/passwd", tar::EntryType::Regular, ""),
         ("absolute", "/etc/passwd", tar::EntryType::Regular, ""),

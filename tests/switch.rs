@@ -105,8 +105,8 @@ fn build(store: &ostree::Repo, root: &Path, booted: &str, target: &str, keep: &K
         let path = root.join("repo/objects").join(&hex[..2]).join(format!("{}.file", &hex[2..]));
         path.symlink_metadata().is_ok().then_some(path)
     };
-    overlay_root::delta::build_delta(store, Booted::Commit(booted), target, &objects, &root.join("delta"), keep)
-        .unwrap()
+    let difference = overlay_root::delta::compare(store, Booted::Commit(booted), target, &objects, keep).unwrap();
+    difference.build(&root.join("delta")).unwrap()
 }
 
 const BOOTED: &[(&str, &str)] = &[
@@ -156,9 +156,21 @@ const TARGET: &[(&str, &str)] = &[
     ("etc/passwd", "root\nkubelet"),
 ];
 
-#[test]
-fn a_system_is_switched_and_switched_back() {
-    private(|scratch| {
+/// A booted system and the tree of a node image, in ostree repos below a scratch directory.
+struct Machine<'a> {
+    scratch: &'a Path,
+    delta: Delta,
+    target: String,
+    usr: PathBuf,
+    etc: PathBuf,
+    /// `/usr` before the switch.
+    booted_usr: BTreeMap<PathBuf, String>,
+    /// `/etc` before the switch, with an administrator's changes.
+    local_etc: BTreeMap<PathBuf, String>,
+}
+
+impl<'a> Machine<'a> {
+    fn new(scratch: &'a Path) -> Self {
         let path = |name: &str| scratch.join(name);
         write(&path("booted/usr"), BOOTED);
         write(&path("target/usr"), TARGET);
@@ -170,62 +182,79 @@ fn a_system_is_switched_and_switched_back() {
         assert!(overlay_root::tmpfs(&here(), &path("store"), 16 << 20, "node-image:store").unwrap());
         let store = repo(&path("store/repo"), Some(&path("booted-repo")));
         let target = commit(&path("store/repo"), &path("target"));
-
         let delta = build(&store, &path("store"), &booted, &target, &Keep::default());
+        let (usr, etc) = (path("usr"), path("etc"));
+        checkout(&path("booted-repo"), &booted, &usr);
+        write(&etc, &[("default", "default 1"), ("edited", "by the administrator"), ("both", "by the administrator")]);
+        write(&etc, &[("dropped", "default 1"), ("passwd", "root\ncore"), ("own", "local")]);
+        let (booted_usr, local_etc) = (describe(&usr), describe(&etc));
+        Self { scratch, delta, target, usr, etc, booted_usr, local_etc }
+    }
+
+    /// Plans the merge of `/etc`, exposes the new `/usr`, and carries the plan out.
+    fn switch(&self) -> etc_merge::Report {
+        let tree = overlay_root::open_new_usr(&self.delta.directory, &self.usr, SOURCE).unwrap();
+        let new = etc_merge::open_defaults(tree.as_fd()).unwrap().unwrap();
+        let old = etc_merge::open_dir(&self.usr.join("etc")).unwrap();
+        let etc = etc_merge::open_dir(&self.etc).unwrap();
+        let plan = etc_merge::plan(old.as_fd(), new.as_fd(), etc.as_fd(), &etc_merge::Defaults::default()).unwrap();
+        assert_eq!(describe(&self.usr), self.booted_usr, "nothing is switched yet");
+        tree.expose_in(&here(), &self.usr).unwrap();
+        etc_merge::apply(&plan, new.as_fd(), etc.as_fd(), &self.scratch.join("state/undo")).unwrap()
+    }
+
+    fn undo(&self) {
+        let etc = etc_merge::open_dir(&self.etc).unwrap();
+        let undone = etc_merge::undo(&self.scratch.join("state/undo"), etc.as_fd()).unwrap();
+        assert!(undone.kept.is_empty() && undone.failed.is_empty(), "{undone}");
+        assert!(here().withdraw(&self.usr, SOURCE).unwrap());
+    }
+}
+
+/// Checks out `/usr` of a commit, as ostree deploys it.
+fn checkout(repo: &Path, commit: &str, to: &Path) {
+    let option = format!("--repo={}", repo.display());
+    ostree(&["checkout", &option, "--subpath=/usr", commit, to.to_str().unwrap()]);
+}
+
+#[test]
+fn only_changed_paths_are_in_the_delta() {
+    private(|scratch| {
+        let delta = Machine::new(scratch).delta;
         for (name, differs) in
             [("bin/bash", true), ("bin/sudo", false), ("lib/gone.d/a/b", true), ("share/same", false)]
         {
             assert_eq!(delta.contains(Path::new(name)).unwrap(), differs, "{name}");
         }
-        // /usr as it was deployed, and /etc as its administrator left it.
-        let (usr, etc_path) = (path("usr"), path("etc"));
-        ostree(&[
-            "checkout",
-            &format!("--repo={}", path("booted-repo").display()),
-            "--subpath=/usr",
-            &booted,
-            usr.to_str().unwrap(),
-        ]);
-        let booted_usr = describe(&usr);
-        write(
-            &etc_path,
-            &[("default", "default 1"), ("edited", "by the administrator"), ("both", "by the administrator")],
-        );
-        write(&etc_path, &[("dropped", "default 1"), ("passwd", "root\ncore"), ("own", "local")]);
-        let local_etc = describe(&etc_path);
+    });
+}
 
-        let tree = overlay_root::open_new_usr(&delta.directory, &usr, SOURCE).unwrap();
-        let new_etc = etc_merge::open_defaults(tree.as_fd()).unwrap().unwrap();
-        let old_etc = etc_merge::open_dir(&usr.join("etc")).unwrap();
-        let etc_dir = etc_merge::open_dir(&etc_path).unwrap();
-        let plan = etc_merge::plan(old_etc.as_fd(), new_etc.as_fd(), etc_dir.as_fd(), &etc_merge::Defaults::default())
-            .unwrap();
-        assert_eq!(describe(&usr), booted_usr, "nothing is switched yet");
-
-        tree.expose_in(&here(), &usr).unwrap();
-        let report = etc_merge::apply(&plan, new_etc.as_fd(), etc_dir.as_fd(), &path("state/undo")).unwrap();
-
-        let checkout = path("checkout");
-        ostree(&[
-            "checkout",
-            &format!("--repo={}", path("store/repo").display()),
-            "--subpath=/usr",
-            &target,
-            checkout.to_str().unwrap(),
-        ]);
+#[test]
+fn usr_is_the_node_images_except_for_kernel_modules_and_the_agent() {
+    private(|scratch| {
+        let machine = Machine::new(scratch);
+        machine.switch();
+        checkout(&scratch.join("store/repo"), &machine.target, &scratch.join("checkout"));
         let modules = |all: BTreeMap<PathBuf, String>| {
             all.into_iter().partition::<BTreeMap<_, _>, _>(|(path, _)| path.starts_with("lib/modules"))
         };
-        let (shown_modules, mut shown) = modules(describe(&usr));
-        let (booted_modules, _) = modules(booted_usr.clone());
-        let (_, expected) = modules(describe(&checkout));
+        let (shown_modules, mut shown) = modules(describe(&machine.usr));
+        let (booted_modules, booted) = modules(machine.booted_usr.clone());
+        let (_, expected) = modules(describe(&scratch.join("checkout")));
         assert_eq!(shown_modules, booted_modules);
         for kept in ["bin/node-image-pivot", "lib/systemd/system/node-image-pull.service"] {
-            assert_eq!(shown.remove(Path::new(kept)).as_ref(), booted_usr.get(Path::new(kept)));
+            assert_eq!(shown.remove(Path::new(kept)).as_ref(), booted.get(Path::new(kept)));
         }
         assert_eq!(shown, expected);
+    });
+}
 
-        let etc_now: BTreeMap<String, String> = fs::read_dir(&etc_path)
+#[test]
+fn etc_is_merged_and_a_conflict_keeps_the_local_file() {
+    private(|scratch| {
+        let machine = Machine::new(scratch);
+        let report = machine.switch();
+        let merged: BTreeMap<String, String> = fs::read_dir(&machine.etc)
             .unwrap()
             .map(|entry| entry.unwrap())
             .map(|entry| (entry.file_name().into_string().unwrap(), fs::read_to_string(entry.path()).unwrap()))
@@ -238,16 +267,21 @@ fn a_system_is_switched_and_switched_back() {
             ("own", "local"),
             ("passwd", "root\ncore"),
         ];
-        assert_eq!(etc_now, expected.map(|(name, content)| (name.to_owned(), content.to_owned())).into());
+        assert_eq!(merged, expected.map(|(name, content)| (name.to_owned(), content.to_owned())).into());
         assert_eq!(report.counts[&Class::Conflict], 1, "{report}");
-        assert_eq!(fs::read_to_string(path("state/etc-new/both")).unwrap(), "default 2");
+        assert_eq!(fs::read_to_string(scratch.join("state/etc-new/both")).unwrap(), "default 2");
+    });
+}
 
-        let undone = etc_merge::undo(&path("state/undo"), etc_dir.as_fd()).unwrap();
-        assert!(undone.kept.is_empty() && undone.failed.is_empty(), "{undone}");
-        assert!(here().withdraw(&usr, SOURCE).unwrap());
-        assert_eq!(describe(&usr), booted_usr);
-        assert_eq!(describe(&etc_path), local_etc);
-        assert!(here().withdraw(&path("store"), "node-image:store").unwrap());
+#[test]
+fn an_undo_restores_usr_and_etc() {
+    private(|scratch| {
+        let machine = Machine::new(scratch);
+        machine.switch();
+        machine.undo();
+        assert_eq!(describe(&machine.usr), machine.booted_usr);
+        assert_eq!(describe(&machine.etc), machine.local_etc);
+        assert!(here().withdraw(&scratch.join("store"), "node-image:store").unwrap());
     });
 }
 
@@ -308,14 +342,9 @@ fn how_long_it_takes() {
         let delta = build(&store, &path("store"), &booted, &target, &Keep::default());
         println!("delta, half of 50,000 files changed: {:?} {:?}", start.elapsed(), delta.counts);
         let start = Instant::now();
-        let delta = overlay_root::delta::build_delta(
-            &store,
-            Booted::Commit(&booted),
-            &booted,
-            &|_| None,
-            &path("store/none"),
-            &Keep::default(),
-        );
+        let same = Booted::Commit(&booted);
+        let difference = overlay_root::delta::compare(&store, same, &booted, &|_| None, &Keep::default()).unwrap();
+        let delta = difference.build(&path("store/none"));
         println!("delta, nothing changed: {:?} {:?}", start.elapsed(), delta.unwrap().counts);
         let empty = path("empty/usr");
         fs::create_dir_all(&empty).unwrap();

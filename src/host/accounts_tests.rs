@@ -18,18 +18,27 @@ fn accounts(users: &[&str], groups: &[&str]) -> Accounts {
     Accounts::parse(&passwd.join("\n"), &group.join("\n"))
 }
 
+const USER: &str = "u new 300:300 \"comment\" \"/home\" \"/bin/sh\"";
+
+fn assert_plan(image: &Accounts, booted: &Accounts, machine: Accounts, lines: &[&str], left: &str) {
+    let plan = decide(booted, image, machine);
+    let left = Vec::from_iter((!left.is_empty()).then(|| left.to_owned()));
+    assert_eq!((plan.lines, plan.left), (owned(lines), left), "{image:?}");
+}
+
+fn owned(lines: &[&str]) -> Vec<String> {
+    lines.iter().map(|&line| line.to_owned()).collect()
+}
+
 #[test]
-fn accounts_that_only_the_image_has() {
-    let root = (["root:x:0:0"], ["root:x:0"]);
-    let line = |line: &str| vec![line.to_owned()];
-    let user = "u new 300:300 \"comment\" \"/home\" \"/bin/sh\"";
+fn accounts_that_only_the_image_has_are_added() {
     for (image, booted, machine, lines, left) in [
         // Added with its group.
         (
             accounts(&["new:x:300:300"], &["new:x:300"]),
             accounts(&[], &[]),
-            accounts(&root.0, &root.1),
-            vec!["g new 300", user],
+            accounts(&["root:x:0:0"], &["root:x:0"]),
+            vec!["g new 300", USER],
             "",
         ),
         // The machine has it already.
@@ -44,7 +53,7 @@ fn accounts_that_only_the_image_has() {
         (
             accounts(&["new:x:300:300"], &["new:x:300"]),
             accounts(&["new:x:300:300"], &["new:x:300"]),
-            accounts(&root.0, &root.1),
+            accounts(&["root:x:0:0"], &["root:x:0"]),
             vec![],
             "",
         ),
@@ -53,7 +62,7 @@ fn accounts_that_only_the_image_has() {
             accounts(&["new:x:300:300"], &["new:x:300", "wheel:x:10:new,core", "other:x:11:new"]),
             accounts(&[], &[]),
             accounts(&["core:x:1000:1000"], &["new:x:300", "wheel:x:10", "other:x:12"]),
-            vec![user, "m new wheel"],
+            vec![USER, "m new wheel"],
             "group other of the node image is not added: the machine has it with the id 12, the node image with 11",
         ),
         // Members of a new group that exist here.
@@ -64,6 +73,14 @@ fn accounts_that_only_the_image_has() {
             vec!["g docker 400", "m core docker"],
             "",
         ),
+    ] {
+        assert_plan(&image, &booted, machine, &lines, left);
+    }
+}
+
+#[test]
+fn accounts_that_cannot_be_added_are_named() {
+    for (image, booted, machine, lines, left) in [
         // Another user has the id.
         (
             accounts(&["new:x:300:300"], &["new:x:300"]),
@@ -83,14 +100,14 @@ fn accounts_that_only_the_image_has() {
         (
             accounts(&["toor:x:0:0"], &[]),
             accounts(&[], &[]),
-            accounts(&root.0, &root.1),
+            accounts(&["root:x:0:0"], &["root:x:0"]),
             vec![],
             "user toor of the node image is not added: 0 is not the id of a system account",
         ),
         (
             accounts(&["new:x:300:300"], &[]),
             accounts(&[], &[]),
-            accounts(&root.0, &root.1),
+            accounts(&["root:x:0:0"], &["root:x:0"]),
             vec![],
             "user new of the node image is not added: its group id 300 has no name in the node image",
         ),
@@ -102,9 +119,7 @@ fn accounts_that_only_the_image_has() {
             "group a b of the node image is not added: its name is not valid",
         ),
     ] {
-        let plan = decide(&booted, &image, machine);
-        assert_eq!(plan.lines, lines, "{image:?}");
-        assert_eq!(plan.left, if left.is_empty() { Vec::new() } else { line(left) }, "{image:?}");
+        assert_plan(&image, &booted, machine, &lines, left);
     }
 }
 

@@ -149,8 +149,8 @@ async fn the_repo_of_the_system_stores_the_node_image_and_stays_sound() {
     let own = |name: &str| Some(store.object_path(&name.parse().ok()?, ObjectType::File));
     let booted = overlay_root::delta::Booted::Commit(&old.commit);
     let keep = overlay_root::delta::Keep::default();
-    let delta =
-        overlay_root::delta::build_delta(&repo, booted, &new.commit, &own, &store.delta_build_path(), &keep).unwrap();
+    let difference = overlay_root::delta::compare(&repo, booted, &new.commit, &own, &keep).unwrap();
+    let delta = difference.build(&store.delta_build_path()).unwrap();
     assert_eq!((delta.counts.copied, delta.counts.changed + delta.counts.added), (0, 4), "{delta:?}");
     assert_eq!(fs::metadata(store.delta_path().join("bin/kubelet")).unwrap().nlink(), 2);
 

@@ -144,14 +144,9 @@ fn remove(tar: &mut Vec<u8>, at: usize, names: usize) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn hostile_commit_layers_are_refused() {
+async fn altered_objects_of_commit_layers_are_refused() {
     let bench = Bench::new();
     type Spoil = fn(&mut Vec<u8>);
-    let object = |kind: &str| format!("sysroot/ostree/repo/objects/ab/{}.{kind}", "cd".repeat(31));
-    let entry = |kind: &str, link: &[u8]| {
-        let path = object(kind);
-        raw(b"x", if link.is_empty() { b'0' } else { b'1' }, link, b"", &[(b"path", path.as_bytes())])
-    };
     let spoiled: [(&str, usize, Spoil, Kind, &str); 7] = [
         ("mode", 1, |tar| rewrite(tar, |header| header.set_mode(0o4711)), Kind::BadFormat, "has the checksum"),
         ("owner", 1, |tar| rewrite(tar, |header| header.set_uid(7)), Kind::BadFormat, "has the checksum"),
@@ -212,6 +207,16 @@ async fn hostile_commit_layers_are_refused() {
         let told = failure(&bench.push(&image, &format!("hostile:{name}")), &bench.store(name, None)).await;
         assert!(told.kind == kind && told.message.contains(words), "{name}: {told}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn odd_entries_of_commit_layers_are_refused() {
+    let bench = Bench::new();
+    let object = |kind: &str| format!("sysroot/ostree/repo/objects/ab/{}.{kind}", "cd".repeat(31));
+    let entry = |kind: &str, link: &[u8]| {
+        let path = object(kind);
+        raw(b"x", if link.is_empty() { b'0' } else { b'1' }, link, b"", &[(b"path", path.as_bytes())])
+    };
     for (name, entries, words) in [
         ("late", vec![entry("dirtree", b"")], "belongs in the first layer"),
         ("link-out", vec![entry("file-xattrs-link", b"etc/passwd")], "to etc/passwd"),
