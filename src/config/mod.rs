@@ -55,16 +55,6 @@ impl Settings {
         Self::load_with(root, &CommandLine::read(root)?, &Environment::of_this_process())
     }
 
-    /// Returns the settings of the system below `root` with this kernel command line and an empty environment. Paths in
-    /// the result do not include `root`.
-    ///
-    /// # Errors
-    /// As for [`Settings::load`].
-    #[cfg(test)]
-    pub fn load_from(root: &Path, cmdline: &str) -> Result<Self> {
-        Self::load_with(root, &CommandLine::parse(cmdline), &Environment::default())
-    }
-
     fn load_with(root: &Path, line: &CommandLine, environment: &Environment) -> Result<Self> {
         let mut inputs = Inputs::default();
         for file in dropin::fragments(root)? {

@@ -10,6 +10,14 @@ use super::*;
 use node_store::store::Wish;
 use unit_refresh::Policy;
 
+impl Settings {
+    /// Returns the settings of the system below `root` with this kernel command line and an empty environment. Paths in
+    /// the result do not include `root`.
+    pub(crate) fn load_from(root: &Path, cmdline: &str) -> Result<Self> {
+        Self::load_with(root, &CommandLine::parse(cmdline), &Environment::default())
+    }
+}
+
 /// Creates a root with drop-in files: (directory, name, text).
 fn root(files: &[(&str, &str, &str)]) -> tempfile::TempDir {
     let root = tempfile::tempdir().unwrap();

@@ -80,7 +80,8 @@ pub fn pull(task: &PullTask) -> Result<Pulled> {
         path.symlink_metadata().is_ok().then_some(path)
     };
     let (booted, out) = (Booted::Commit(&task.commit), task.root.join(DELTA));
-    let delta = overlay_root::delta::build_delta(&repo, booted, &pulled.commit, &own_object, &out, &Keep::default())?;
+    let delta =
+        overlay_root::delta::compare(&repo, booted, &pulled.commit, &own_object, &Keep::default())?.build(&out)?;
     Ok(Pulled {
         commit: pulled.commit,
         pull_seconds,

@@ -115,18 +115,6 @@ impl Difference<'_> {
     }
 }
 
-/// Calls [`compare`], then [`Difference::build`].
-pub fn build_delta(
-    repo: &ostree::Repo,
-    booted: Booted<'_>,
-    commit: &str,
-    object_path: &ObjectPath<'_>,
-    out: &Path,
-    keep: &Keep,
-) -> Result<Delta> {
-    compare(repo, booted, commit, object_path, keep)?.build(out)
-}
-
 fn beside(out: &Path, word: &str) -> Result<PathBuf> {
     let name = out.file_name().with_context(|| format!("internal error: {} has no file name", out.display()))?;
     let mut hidden = std::ffi::OsString::from(".");

@@ -14,7 +14,7 @@ mod source;
 #[cfg(test)]
 mod tests;
 
-pub use build::{Booted, Difference, ObjectPath, build_delta, compare};
+pub use build::{Booted, Difference, ObjectPath, compare};
 pub use keep::Keep;
 pub use lookup::{Delta, DeltaCounts, DeltaLookup};
 pub use outside::outside_usr;

@@ -1,4 +1,4 @@
-//! Tests `build_delta` with real ostree repos and the real overlayfs.
+//! Tests delta trees with real ostree repos and the real overlayfs.
 
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
@@ -11,7 +11,7 @@ use rand::{Rng, SeedableRng};
 use rustix::fs::XattrFlags;
 
 use super::*;
-use crate::delta::{Booted, Delta, build_delta};
+use crate::delta::{Booted, Delta, compare};
 use crate::open_new_usr;
 use crate::testing::here;
 use support::testing::private;
@@ -127,7 +127,8 @@ impl Machine {
     fn build(&self, booted: Booted<'_>, keep: &Keep) -> Delta {
         let objects =
             |hex: &str| Some(loose(&self.scratch.join("store"), hex)).filter(|path| path.symlink_metadata().is_ok());
-        build_delta(&self.store, booted, &self.commit, &objects, &self.scratch.join("delta"), keep).unwrap()
+        let difference = compare(&self.store, booted, &self.commit, &objects, keep).unwrap();
+        difference.build(&self.scratch.join("delta")).unwrap()
     }
 
     fn show(&self) -> BTreeMap<PathBuf, String> {
@@ -278,8 +279,8 @@ fn a_missing_object_is_named_and_nothing_is_left() {
         }
         let booted = Booted::Commit(&machine.booted_commit);
         let out = scratch.join("delta");
-        let error =
-            build_delta(&machine.store, booted, &machine.commit, &|_| None, &out, &Keep::nothing()).unwrap_err();
+        let difference = compare(&machine.store, booted, &machine.commit, &|_| None, &Keep::nothing()).unwrap();
+        let error = difference.build(&out).unwrap_err();
         let error = format!("{error:#}");
         assert!(error.contains("/usr/new") && error.contains("cannot find the content object"), "{error}");
         assert!(!out.exists());
