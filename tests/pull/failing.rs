@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::derived::complete;
 use super::faults::{Fault, Faults};
-use super::fixture::{listing, run};
+use super::fixture::{Image, listing, run};
 use super::{Bench, Failure, fsck, image, settings};
 
 async fn attempt(spec: &str, store: &NodeStore) -> Result<PulledImage, Failure> {
@@ -27,23 +27,82 @@ async fn attempt_within(idle_timeout: Option<Duration>, spec: &str, store: &Node
     pull(&source, &image, store, None, &options, Default::default(), &CancellationToken::new()).await
 }
 
+/// An image behind a proxy that injects faults.
+struct Interrupted {
+    bench: Bench,
+    image: Image,
+    faults: Faults,
+    spec: String,
+    /// Digests of the layers, in the manifest's order.
+    layers: Vec<String>,
+}
+
+impl Interrupted {
+    fn new() -> Self {
+        let bench = Bench::new();
+        let image = image(&bench, 1, 1);
+        let direct = bench.push(&image, "os:1");
+        let faults = Faults::before(&bench.registry.address);
+        let spec = direct.replace(&bench.registry.address, &faults.address);
+        let layout = format!("oci:{}", bench.path("layout").display());
+        let manifest: serde_json::Value = serde_json::from_str(&run("skopeo", &["inspect", "--raw", &layout])).unwrap();
+        let digest = |layer: &serde_json::Value| layer["digest"].as_str().unwrap().to_owned();
+        let layers = manifest["layers"].as_array().unwrap().iter().map(digest).collect();
+        Self { bench, image, faults, spec, layers }
+    }
+
+    /// Returns the smallest of the layers that are not the kernel's, which comes after the larger ones.
+    fn late(&self) -> &str {
+        &self.layers[1]
+    }
+
+    /// Pulls with a fault at `path`, then without it. The second attempt fetches no layer again.
+    async fn meets(&self, name: &str, path: &str, fault: Fault, kind: Kind) {
+        let store = self.bench.store(&name.replace(' ', "-"), None);
+        // skopeo tries some things again by itself.
+        self.faults.plan(path, fault, 50);
+        self.faults.served();
+        let start = Instant::now();
+        let idle_timeout = (fault == Fault::Stall).then_some(Duration::from_secs(5));
+        let told = attempt_within(idle_timeout, &self.spec, &store).await.unwrap_err();
+        println!(
+            "{name}: {:.1} s, {} hits: {:?}: {told}",
+            start.elapsed().as_secs_f64(),
+            self.faults.hits.load(Ordering::SeqCst),
+            told.kind
+        );
+        // Whether a broken transfer shows as an early end or as an error is a race inside skopeo; that it
+        // is worth another attempt is not. All other kinds are exact.
+        let transient = matches!(kind, Kind::Network | Kind::Truncated);
+        assert_eq!(told.kind.class() == Class::Transient, transient, "{name}: {:?} {told}", told.kind);
+        assert!(transient || told.kind == kind, "{name}: {:?} {told}", told.kind);
+        // skopeo itself waits as long as Retry-After says, and tries again some times.
+        assert!(!name.ends_with("429") || self.faults.hits.load(Ordering::SeqCst) >= 2, "{name}");
+        assert!(path != self.late() || told.message.contains(self.late()), "{name} names the layer: {told}");
+        assert_eq!(store.resolve_ref().unwrap(), None);
+        let before = self.faults.served();
+        self.faults.plan("", fault, 0);
+        let start = Instant::now();
+        let pulled = attempt(&self.spec, &store).await.unwrap();
+        println!("{name}: then {:.1} s", start.elapsed().as_secs_f64());
+        let after = self.faults.served();
+        for digest in &self.layers {
+            let twice = before.iter().any(|served| served == digest) && after.iter().any(|served| served == digest);
+            assert!(!twice, "{name}: {digest} was fetched again");
+        }
+        assert!(pulled.complete && (path != self.late() || pulled.layers_fetched <= 2), "{name}: {pulled:?}");
+        assert_eq!(
+            listing(store.repo_path(), "coreos/node-image"),
+            listing(&self.bench.repo.path, &self.image.commit),
+            "{name}"
+        );
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
-async fn faults_are_told_apart_and_the_next_attempt_goes_on() {
-    let bench = Bench::new();
-    let image = image(&bench, 1, 1);
-    let direct = bench.push(&image, "os:1");
-    let faults = Faults::before(&bench.registry.address);
-    let spec = direct.replace(&bench.registry.address, &faults.address);
-    let layout = format!("oci:{}", bench.path("layout").display());
-    let manifest: serde_json::Value = serde_json::from_str(&run("skopeo", &["inspect", "--raw", &layout])).unwrap();
-    let layers: Vec<(&str, u64)> = manifest["layers"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|layer| (layer["digest"].as_str().unwrap(), layer["size"].as_u64().unwrap()))
-        .collect();
-    // The smallest of the layers that are not the kernel's comes after the larger ones.
-    let late = layers[1].0;
+async fn faults_of_layers_are_told_apart_and_the_next_attempt_goes_on() {
+    let pull = Interrupted::new();
+    let late = pull.late();
     for (name, path, fault, kind) in [
         ("stall", late, Fault::Stall, Kind::Network),
         // skopeo mostly says of a reset only that the blob ended.
@@ -56,45 +115,21 @@ async fn faults_are_told_apart_and_the_next_attempt_goes_on() {
         ("429", late, Fault::Answer(429, "Retry-After: 1\r\n"), Kind::Network),
         ("500", late, Fault::Answer(500, ""), Kind::Network),
         ("503", late, Fault::Answer(503, ""), Kind::Network),
+    ] {
+        pull.meets(name, path, fault, kind).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn faults_of_manifests_are_told_apart_and_the_next_attempt_goes_on() {
+    let pull = Interrupted::new();
+    for (name, path, fault, kind) in [
         ("manifest 404", "/manifests/", Fault::Answer(404, ""), Kind::NotFound),
         ("manifest 429", "/manifests/", Fault::Answer(429, "Retry-After: 1\r\n"), Kind::Network),
         ("manifest 503", "/manifests/", Fault::Answer(503, ""), Kind::Network),
         ("manifest cut", "/manifests/", Fault::Cut, Kind::Truncated),
     ] {
-        let store = bench.store(&name.replace(' ', "-"), None);
-        // skopeo tries some things again by itself.
-        faults.plan(path, fault, 50);
-        faults.served();
-        let start = Instant::now();
-        let idle_timeout = (fault == Fault::Stall).then_some(Duration::from_secs(5));
-        let told = attempt_within(idle_timeout, &spec, &store).await.unwrap_err();
-        println!(
-            "{name}: {:.1} s, {} hits: {:?}: {told}",
-            start.elapsed().as_secs_f64(),
-            faults.hits.load(Ordering::SeqCst),
-            told.kind
-        );
-        // Whether a broken transfer shows as an early end or as an error is a race inside skopeo; that it
-        // is worth another attempt is not. All other kinds are exact.
-        let transient = matches!(kind, Kind::Network | Kind::Truncated);
-        assert_eq!(told.kind.class() == Class::Transient, transient, "{name}: {:?} {told}", told.kind);
-        assert!(transient || told.kind == kind, "{name}: {:?} {told}", told.kind);
-        // skopeo itself waits as long as Retry-After says, and tries again some times.
-        assert!(!name.ends_with("429") || faults.hits.load(Ordering::SeqCst) >= 2, "{name}");
-        assert!(path != late || told.message.contains(late), "{name} names the layer: {told}");
-        assert_eq!(store.resolve_ref().unwrap(), None);
-        let before = faults.served();
-        faults.plan("", fault, 0);
-        let start = Instant::now();
-        let pulled = attempt(&spec, &store).await.unwrap();
-        println!("{name}: then {:.1} s", start.elapsed().as_secs_f64());
-        let after = faults.served();
-        for (digest, _) in &layers {
-            let twice = before.iter().any(|served| served == digest) && after.iter().any(|served| served == digest);
-            assert!(!twice, "{name}: {digest} was fetched again");
-        }
-        assert!(pulled.complete && (path != late || pulled.layers_fetched <= 2), "{name}: {pulled:?}");
-        assert_eq!(listing(store.repo_path(), "coreos/node-image"), listing(&bench.repo.path, &image.commit), "{name}");
+        pull.meets(name, path, fault, kind).await;
     }
 }
 
