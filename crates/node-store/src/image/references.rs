@@ -173,6 +173,7 @@ mod tests {
         );
     }
 
+    /// The names alone would be ambiguous.
     #[test]
     fn the_annotation_decides_about_the_stream() {
         let spec = |byte: &str| format!("q.io/release/art@sha256:{}", byte.repeat(32));
@@ -182,14 +183,14 @@ mod tests {
             tag
         };
         let json = stream(json!([
-            annotated("rhel-coreos", json!({ "io.openshift.os.streamclass": "rhel-9" }), &spec("09")),
+            annotated("rhel-coreos", json!({ "io.openshift.os.streamclass": "rhel-10" }), &spec("10")),
             annotated("rhel-coreos-extensions", json!(null), &spec("08")),
-            annotated("rhel-coreos-10", json!({ "io.openshift.os.streamclass": "rhel-10" }), &spec("10")),
+            annotated("rhel-coreos-9", json!({ "io.openshift.os.streamclass": "rhel-9" }), &spec("09")),
         ]));
         let hints = TagHints { os_release: Some("ID=rhel\nVERSION_ID=9.6\n".into()), ..TagHints::default() };
         assert_eq!(node_image(&json, &hints).unwrap().0.to_string(), spec("09"));
         let error = node_image(&json, &TagHints::default()).unwrap_err().to_string();
-        assert!(error.contains("rhel-coreos, rhel-coreos-10") && error.contains("image_tags"), "{error}");
+        assert!(error.contains("rhel-coreos, rhel-coreos-9") && error.contains("image_tags"), "{error}");
     }
 
     #[test]
