@@ -95,10 +95,13 @@ impl LiveUndo<'_> {
         match step {
             LiveStep::Policy => load_old_policy(self.dir, self.staged, undone).await,
             LiveStep::Files => undone.kept.extend(refresh_back(self.staged).await),
-            LiveStep::Manager => match self.reexecute(&mut undone.kept).await {
-                Ok(manager) => self.manager = Some(manager),
-                Err(error) => undone.failed.push(format!("systemd: {error:#}")),
-            },
+            LiveStep::Manager => {
+                let renewed = async { reexec::reexecute(Manager::connect().await?, &mut undone.kept).await };
+                match renewed.await {
+                    Ok(manager) => self.manager = Some(manager),
+                    Err(error) => undone.failed.push(format!("systemd: {error:#}")),
+                }
+            }
             LiveStep::Units => {
                 // A PID 1 that could not be re-executed may be unable to start services.
                 if let Some(manager) = &mut self.manager
@@ -109,11 +112,6 @@ impl LiveUndo<'_> {
                 undone.kept.extend(views::stale(views::Expected::Bootimage));
             }
         }
-    }
-
-    /// Re-executes PID 1 from the bootimage's `/usr`.
-    async fn reexecute(&self, troubles: &mut Vec<String>) -> anyhow::Result<Manager> {
-        reexec::reexecute(Manager::connect().await?, troubles).await
     }
 }
 
