@@ -208,6 +208,7 @@ fn killed(suite: &mut Suite, acts: &mut Acts) {
         &scenarios![
             an_undo_that_was_killed_at_every_act_is_completed,
             a_switch_that_is_killed_at_the_re_execution_only_is_completed_and_undone,
+            each_step_is_listed_before_it_begins,
         ],
     );
 }
@@ -246,6 +247,19 @@ fn a_switch_that_is_killed_at_the_re_execution_only_is_completed_and_undone(acts
     acts.bed.agent("run")?;
     acts.bed.is_switched(&acts.after)?;
     acts.bed.agent("undo").map(drop)
+}
+
+/// The first hit of a new switch is the record without a step. An agent that goes on lists the steps again.
+fn each_step_is_listed_before_it_begins(acts: &mut Acts) -> Result<()> {
+    let (bed, guest) = (&acts.bed, &acts.bed.guest);
+    for (skip, begun) in [(1, ""), (1, "ref"), (2, "ref marker"), (3, "ref marker usr")] {
+        guest.ask(&format!("echo 'record switching {skip} kill' >/run/failpoints/armed"))?;
+        same(bed.killed_in("run")?, true)?;
+        same(guest.ask("jq -r '.begun // [] | join(\" \")' /run/node-image-pivot/state.json")?, begun.into())?;
+    }
+    bed.agent("run")?;
+    bed.is_switched(&acts.after)?;
+    bed.agent("undo").map(drop)
 }
 
 /// Makes each act fail. Before the switch and in it, the system is unchanged; after it, the system is switched.
