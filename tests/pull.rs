@@ -45,6 +45,8 @@ mod names;
 mod odd_layers;
 #[path = "pull/oracle.rs"]
 mod oracle;
+#[path = "pull/plain.rs"]
+mod plain;
 #[path = "pull/policy.rs"]
 mod policy;
 #[path = "pull/refs.rs"]
@@ -266,7 +268,7 @@ async fn bad_images_are_refused_before_they_are_used() {
     type Spoil = fn(&mut Image);
     let cases: BTreeMap<&str, (Spoil, Kind, &str)> = BTreeMap::from([
         ("arch", ((|image| image.architecture = "m68k".into()) as Spoil, Kind::WrongArchitecture, "m68k")),
-        ("plain", (|image| image.labels.clear(), Kind::BadFormat, "ostree.final-diffid")),
+        ("unlabelled", (|image| image.labels.clear(), Kind::BadFormat, "is not an operating system")),
         (
             "short",
             (

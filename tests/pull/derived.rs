@@ -100,7 +100,7 @@ pub fn capability() -> Vec<(String, Vec<u8>)> {
 }
 
 /// Everything at once that both importers take.
-fn layers() -> Vec<Vec<Item>> {
+pub fn layers() -> Vec<Vec<Item>> {
     let long = format!("usr/share/{}", "deep/".repeat(30));
     vec![
         vec![

@@ -10,8 +10,9 @@ use rand::seq::{IndexedRandom, SliceRandom};
 use rand::{Rng, SeedableRng};
 
 use super::derived::{Labels, base, capability, complete};
-use super::fixture::{Compress, encapsulate, listing, run};
+use super::fixture::{Compress, Image, encapsulate, listing, run};
 use super::layers::{Item, What, by_ostree_ext, difference, item, layer, oracle};
+use super::plain::{almost_empty, labelled_system, plain};
 use super::registry::Registry;
 use super::tree::chunker;
 use super::{Bench, NodeStore, fsck, try_pull_with};
@@ -93,27 +94,39 @@ fn random_layer(rng: &mut StdRng, last: bool) -> Vec<Item> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn random_layer_stacks_are_imported_alike() {
-    const CASES: u64 = 30;
+    const CASES: u64 = 36;
     let bench = Bench::new();
     let oracle = oracle();
     let first: u64 = std::env::var("PIVOT_SEED").ok().map_or(1, |seed| seed.parse().unwrap());
-    for labels in [Labels::None, Labels::Own] {
+    // Two encapsulated bases, and a plain system, which ostree-ext imports over an encapsulated commit.
+    let same = |image: Image| (image.clone(), image);
+    let system = layer(&labelled_system());
+    let mut over_empty = almost_empty(&bench);
+    over_empty.layers.push(system.clone());
+    for (labels, (mut bottom, mut theirs)) in [
+        ("unlabelled", same(base(&bench, Labels::None))),
+        ("labelled", same(base(&bench, Labels::Own))),
+        ("plain", (plain(vec![system]), over_empty)),
+    ] {
         // The base is read once by each; only the layers on top are new.
-        let (name, repo) = (format!("ours-{labels:?}"), bench.path(&format!("theirs-{labels:?}")));
+        let (name, repo) = (format!("ours-{labels}"), bench.path(&format!("theirs-{labels}")));
         let store = bench.store(&name, None);
-        let mut bottom = base(&bench, labels);
         // Compressing is most of what a debug build would do here.
-        bottom.layers.iter_mut().for_each(|layer| layer.compress = Compress::None);
-        for seed in first..first + CASES / 2 {
+        bottom.layers.iter_mut().chain(&mut theirs.layers).for_each(|layer| layer.compress = Compress::None);
+        for seed in first..first + CASES / 3 {
             let mut rng = StdRng::seed_from_u64(seed);
             let count = rng.random_range(1..4);
             let stack: Vec<Vec<Item>> = (0..count).map(|at| random_layer(&mut rng, at + 1 == count)).collect();
-            let mut image = bottom.clone();
-            image.layers.extend(stack.iter().map(|items| layer(items)));
-            let spec = bench.push(&image, &format!("random:{}-{seed}", labels as u8));
-            let told = || format!("PIVOT_SEED={seed} {labels:?}: {stack:#?}").replace(&"0,\n".repeat(3), "");
+            let push = |image: &Image, name: &str| {
+                let mut image = image.clone();
+                image.layers.extend(stack.iter().map(|items| layer(items)));
+                bench.push(&image, &format!("random:{name}-{labels}-{seed}"))
+            };
+            let spec = push(&bottom, "ours");
+            let told = || format!("PIVOT_SEED={seed} {labels}: {stack:#?}").replace(&"0,\n".repeat(3), "");
             try_pull_with(&spec, &store, None, complete()).await.unwrap_or_else(|error| panic!("{error} {}", told()));
-            let theirs = by_ostree_ext(&oracle, &spec, &repo).unwrap_or_else(|error| panic!("{error} {}", told()));
+            let theirs = by_ostree_ext(&oracle, &push(&theirs, "theirs"), &repo)
+                .unwrap_or_else(|error| panic!("{error} {}", told()));
             let ours = listing(store.repo_path(), "coreos/node-image");
             assert!(ours == theirs, "{}\n{}", difference(&ours, &theirs), told());
         }

@@ -50,7 +50,7 @@ const CASES: &[Case] = &[
         words: &["unauthorized", "authentication", "credentials", "401"],
         login: true,
     },
-    Case { name: "not-encapsulated", image: "plain", words: &["ostree", "encapsulated"], login: false },
+    Case { name: "not-a-system", image: "plain", words: &["is not an operating system"], login: false },
     Case {
         name: "other-architecture",
         image: "other-arch",

@@ -41,7 +41,7 @@ pub enum Kind {
     BadPullSpec,
     /// Content whose digest differs from its name.
     BadDigest,
-    /// Not an ostree-encapsulated image, or a malformed one.
+    /// Not the image of an operating system, or a malformed one.
     BadFormat,
     /// An image for another architecture.
     WrongArchitecture,
@@ -89,7 +89,9 @@ impl Kind {
                  containers-storage:NAME, with absolute paths"
             }
             Kind::BadDigest => "the registry or a mirror serves altered content; nothing of it was used",
-            Kind::BadFormat => "the node image must be an ostree-encapsulated container image",
+            Kind::BadFormat => {
+                "the node image must be a bootable container image: an encapsulated commit, plain layers, or both"
+            }
             Kind::WrongArchitecture => "use an image or an index for this machine's architecture",
             Kind::Policy => "check /etc/containers/policy.json and the image's signature",
             Kind::Clock => {

@@ -6,6 +6,7 @@
 use oci_spec::image::{Descriptor, ImageConfiguration, ImageManifest, MediaType};
 
 use super::{Failure, Kind};
+use crate::store::ObjectId;
 
 /// Compression of a layer according to its media type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,36 +46,43 @@ impl Layer {
     }
 }
 
-/// The layers of an encapsulated image by purpose, and its commit.
+/// The layers of an image by purpose.
 #[derive(Debug, Clone)]
 pub struct Layout {
+    /// The encapsulated commit and its layers. `None` for a plain image.
+    pub encapsulated: Option<Encapsulated>,
+    /// Plain layers: those above the commit, or all layers of a plain image.
+    pub plain: Vec<Layer>,
+}
+
+/// An encapsulated commit and its layers.
+#[derive(Debug, Clone)]
+pub struct Encapsulated {
     /// Commit from the label `ostree.commit`.
-    pub commit: String,
+    pub commit: ObjectId,
     /// First layer: commit, dirtrees, dirmetas and the content that is in no chunk.
     pub commit_layer: Layer,
     /// Other layers with content of the commit.
     pub chunks: Vec<Layer>,
-    /// Plain layers above the commit.
-    pub derived: Vec<Layer>,
 }
 
 impl Layout {
     /// Iterates over all layers in the manifest's order.
     pub fn layers(&self) -> impl Iterator<Item = &Layer> {
-        self.encapsulated().chain(&self.derived)
+        self.encapsulated().chain(&self.plain)
     }
 
     /// Iterates over the layers with the commit, without plain layers.
     pub fn encapsulated(&self) -> impl Iterator<Item = &Layer> {
-        std::iter::once(&self.commit_layer).chain(&self.chunks)
+        self.encapsulated.iter().flat_map(|base| std::iter::once(&base.commit_layer).chain(&base.chunks))
     }
 }
 
-/// Returns the layout of an encapsulated image. `image` is its name for messages; `architecture` is in Go's terms
-/// (`amd64`, `arm64`, `ppc64le`, `s390x`).
+/// Returns the layout of an image. An image without the label `ostree.final-diffid` is a plain image. `image` is its name
+/// for messages; `architecture` is in Go's terms (`amd64`, `arm64`, `ppc64le`, `s390x`).
 ///
 /// # Errors
-/// The image is not encapsulated, is malformed, or is for another architecture.
+/// The image is malformed, or is for another architecture.
 pub fn layout(
     image: &str,
     manifest: &ImageManifest,
@@ -87,27 +95,26 @@ pub fn layout(
         let message = format!("image {image} is for {actual}, but this machine is {architecture}");
         return Err(Failure::new(Kind::WrongArchitecture, message));
     }
+    let mut all = layers(image, manifest, config)?;
     let label = |name: &str| config.labels_of_config().and_then(|labels| labels.get(name)).cloned();
     let Some(final_diff_id) = label("ostree.final-diffid") else {
-        return Err(bad("is not ostree-encapsulated: its config has no label ostree.final-diffid".into()));
+        return Ok(Layout { encapsulated: None, plain: all });
     };
     let Some(commit) = label("ostree.commit") else {
-        return Err(bad("is not ostree-encapsulated: its config has no label ostree.commit".into()));
+        return Err(bad("has the label ostree.final-diffid, but not the label ostree.commit".into()));
     };
-    if commit.parse::<crate::store::ObjectId>().is_err() {
+    let Ok(commit) = commit.parse::<ObjectId>() else {
         return Err(bad(format!("has an invalid label ostree.commit: expected a checksum, found {commit:?}")));
-    }
-    let mut all = layers(image, manifest, config)?;
+    };
     let diff_ids = config.rootfs().diff_ids();
     let mut positions = diff_ids.iter().enumerate().filter(|(_, id)| **id == final_diff_id).map(|(index, _)| index);
     // If the layer occurs several times (empty layers are equal), the last one ends the commit.
     let Some(last) = positions.next_back() else {
         return Err(bad(format!("has no layer {final_diff_id}, which its label ostree.final-diffid names")));
     };
-    let derived = all.split_off(last + 1);
-    let mut encapsulated = all.into_iter();
-    let Some(commit_layer) = encapsulated.next() else { return Err(bad("has no layers".into())) };
-    Ok(Layout { commit, commit_layer, chunks: encapsulated.collect(), derived })
+    let plain = all.split_off(last + 1);
+    let commit_layer = all.remove(0);
+    Ok(Layout { encapsulated: Some(Encapsulated { commit, commit_layer, chunks: all }), plain })
 }
 
 /// Limit of the layers of an image. Container storage supports 500; a manifest of 4 MiB can list 20,000.
@@ -123,6 +130,9 @@ pub(super) fn layers(
     let (layers, diff_ids) = (manifest.layers(), config.rootfs().diff_ids());
     if layers.len() != diff_ids.len() {
         return Err(bad(format!("has {} layers but {} diff ids", layers.len(), diff_ids.len())));
+    }
+    if layers.is_empty() {
+        return Err(bad("has no layers".into()));
     }
     // Later code adds these sizes without checks.
     if layers.iter().try_fold(0_u64, |sum, layer| sum.checked_add(layer.size())).is_none() {
@@ -222,14 +232,24 @@ mod tests {
         let types =
             [GZIP, "application/vnd.oci.image.layer.v1.tar+zstd", "application/vnd.docker.image.rootfs.diff.tar.gzip"];
         let layout = layout("img", &manifest(&types), &config(3, labels(1)), "amd64").unwrap();
-        assert_eq!(layout.commit, "ab".repeat(32));
-        assert_eq!((layout.commit_layer.index, layout.commit_layer.compression), (0, Compression::Gzip));
-        assert_eq!(layout.chunks.len(), 1);
-        assert_eq!(layout.chunks[0].compression, Compression::Zstd);
-        assert_eq!(layout.chunks[0].components, ["kernel", "pkg1"]);
-        assert_eq!(layout.chunks[0].diff_id, digest(101));
-        assert_eq!(layout.derived.len(), 1);
         assert_eq!(layout.layers().map(|layer| layer.index).collect::<Vec<_>>(), [0, 1, 2]);
+        assert_eq!(layout.plain.len(), 1);
+        let base = layout.encapsulated.unwrap();
+        assert_eq!(base.commit.to_string(), "ab".repeat(32));
+        assert_eq!((base.commit_layer.index, base.commit_layer.compression), (0, Compression::Gzip));
+        assert_eq!(base.chunks.len(), 1);
+        assert_eq!(base.chunks[0].compression, Compression::Zstd);
+        assert_eq!(base.chunks[0].components, ["kernel", "pkg1"]);
+        assert_eq!(base.chunks[0].diff_id, digest(101));
+    }
+
+    #[test]
+    fn an_image_without_a_final_diff_id_is_plain() {
+        for labels in [json!({}), json!(null), json!({"containers.bootc": "1"})] {
+            let layout = layout("img", &manifest(&[GZIP; 2]), &config(2, labels), "amd64").unwrap();
+            assert!(layout.encapsulated.is_none() && layout.encapsulated().next().is_none());
+            assert_eq!(layout.plain.len(), 2);
+        }
     }
 
     #[test]
@@ -237,7 +257,8 @@ mod tests {
         let good = manifest(&[GZIP]);
         for (manifest, config, machine, kind, words) in [
             (good.clone(), config(1, labels(0)), "arm64", Kind::WrongArchitecture, vec!["amd64", "arm64"]),
-            (good.clone(), config(1, json!({})), "amd64", Kind::BadFormat, vec!["ostree.final-diffid"]),
+            (manifest(&[]), config(0, json!({})), "amd64", Kind::BadFormat, vec!["has no layers"]),
+            (good.clone(), config(0, json!({})), "amd64", Kind::BadFormat, vec!["1 layers but 0 diff ids"]),
             (
                 good.clone(),
                 config(1, json!({"ostree.final-diffid": digest(100)})),

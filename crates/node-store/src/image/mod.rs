@@ -28,7 +28,7 @@ pub use blob::LayerStream;
 pub use choice::ImageChoice;
 use classify::classify;
 pub use failure::{Class, Endpoint, Failure, Kind};
-pub use layout::{Compression, Layer, Layout, layout, machine_architecture};
+pub use layout::{Compression, Encapsulated, Layer, Layout, layout, machine_architecture};
 pub use pool::ImageSettings;
 pub use reader::Reader;
 pub use release::resolve_release;

@@ -50,8 +50,8 @@ pub(super) async fn fetch_encapsulated(
     match fetch_layer(source, image, layer, import, cancel, Some(contributed), work).await? {
         None => Ok(false),
         Some(Consumed { commit_meta }) => {
-            if let Some(content) = commit_meta {
-                let stored = import.writer.metadata(&import.commit, ObjectType::CommitMeta, &content);
+            if let Some((commit, content)) = commit_meta {
+                let stored = import.writer.metadata(&commit, ObjectType::CommitMeta, &content);
                 stored.map_err(|error| import.write_failure(&name, &error))?;
             }
             Ok(true)

@@ -1,8 +1,8 @@
 //! Imports the layers of a node image as ostree objects.
 //!
 //! [`encapsulated`] reads the layers of an encapsulated commit: it stores the commit's metadata and the content objects
-//! that the booted repo lacks. [`plain`] reads the plain layers on top, merges them with that commit, labels the tree
-//! with the image's SELinux policy and commits it. [`pull()`] decides which layers are fetched and in which order, and
+//! that the booted repo lacks. [`plain`] reads plain layers, merges them with their [`base`], labels the tree with the
+//! image's SELinux policy and commits it. The base is the encapsulated commit or, for a plain image, the empty tree. [`pull()`] decides which layers are fetched and in which order, and
 //! moves the ref of the node image. The module writes to the node store only, through [`crate::store`]. It does not
 //! touch the running system's `/usr` or `/etc`, and it does not retry: the agent does.
 //!
@@ -10,6 +10,7 @@
 //! plain layers. Resident memory stays below 150 MiB for every image: [`budget`] refuses plain layers that list more
 //! entries than that allows. `tests/pull/memory.rs` and `tests/pull/shapes.rs` check the limit.
 
+mod base;
 mod budget;
 mod encapsulated;
 mod fetch;

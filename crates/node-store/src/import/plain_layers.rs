@@ -28,7 +28,7 @@ pub(super) struct PlainLayers<'a> {
 
 impl<'a> PlainLayers<'a> {
     pub(super) fn new(run: &'a Run<'a>, layout: &'a Layout, parallel: usize) -> Self {
-        let layers = layout.derived.as_slice();
+        let layers = layout.plain.as_slice();
         Self { run, layers, parallel, facts: None, trees: vec![None; layers.len()], counted: HashSet::new() }
     }
 

@@ -12,6 +12,7 @@ use crate::PullProgress;
 use crate::image::{Failure, ImageDescription, Kind, Layer, Layout, ResolvedImage, Source};
 use crate::store::{BootedRepo, LockError, NodeStore, ObjectId, ObjectType, Scope, StoreLock};
 
+use super::base::Base;
 use super::encapsulated::Purpose;
 use super::fetch::{cancelled, fetch_encapsulated};
 use super::plain::Derived;
@@ -82,23 +83,24 @@ pub async fn pull(
         () = cancel.cancelled() => return Err(cancelled(&image.pinned)),
         description = source.manifest(image) => description?,
     };
-    let commit: ObjectId = description.layout.commit.parse().map_err(|error| local(image, error))?;
+    let base = Base::of(&description.layout);
     let booted_commit = booted.and_then(|booted| booted.commit.clone());
     let scope = Scope::new(options.complete, booted_commit.as_deref());
     let journal = store.journal().map_err(|error| local(image, error))?;
     let import = {
         let (store, booted, complete) = (store.clone(), booted.cloned(), options.complete);
         let progress = progress.clone();
-        let list = move || Import::new(commit, &store, booted.as_ref(), complete, progress, lock);
+        let list = move || Import::new(base, &store, booted.as_ref(), complete, progress, lock);
         blocking(image, list).await?.map(Arc::new).map_err(|error| local(image, error))?
     };
     let layers: Vec<&Layer> = description.layout.layers().collect();
     PullProgress::add(&progress.layers_total, layers.len() as u64);
     let run = Run { source, image, import: &import, journal: &journal, scope: &scope, cancel };
     let (fetched, derived) = run.all(&description, booted, options).await?;
-    let (commit, sources, mut warnings) = match derived {
-        Some(derived) => (derived.commit, derived.sources, derived.warnings),
-        None => (commit, HashSet::new(), Vec::new()),
+    let (commit, sources, mut warnings) = match (derived, base) {
+        (Some(derived), _) => (derived.commit, derived.sources, derived.warnings),
+        (None, Base::Commit(commit)) => (commit, HashSet::new(), Vec::new()),
+        (None, Base::Empty) => return Err(local(image, "internal error: a plain image without layers")),
     };
 
     if let Some(expected) = options.expected.as_ref().filter(|expected| **expected != commit.to_string()) {
@@ -112,7 +114,8 @@ pub async fn pull(
     let complete = blocking(image, move || -> std::io::Result<bool> {
         finished.prune_derived(|id| sources.contains(id))?;
         let complete = finished.is_complete();
-        finished.store.publish(&[(finished.commit, finished.base_is_complete()), (commit, complete)])?;
+        let base = base.commit().map(|base| (base, finished.base_is_complete()));
+        finished.store.publish(&base.into_iter().chain([(commit, complete)]).collect::<Vec<_>>())?;
         Ok(complete)
     })
     .await?
@@ -161,14 +164,15 @@ impl Run<'_> {
                 Earlier::Unread
             }
         };
-        let rest = layout.encapsulated().filter(|layer| known || layer.index != layout.commit_layer.index);
+        let first = layout.encapsulated.as_ref().map(|base| &base.commit_layer).filter(|_| !known);
+        let rest = layout.encapsulated().filter(|layer| first.is_none_or(|first| layer.index != first.index));
         let rounds = rounds(rest, earlier, options.complete);
         let expected = rounds.iter().filter(|round| round.expected).flat_map(|round| round.layers.iter().copied());
-        let due = expected.chain(&layout.derived).chain((!known).then_some(&layout.commit_layer));
+        let due = expected.chain(&layout.plain).chain(first);
         PullProgress::add(&progress.bytes_total, due.map(Layer::size).sum());
-        if !known {
-            self.one(&layout.commit_layer, Purpose::Commit).await?;
-            fetched.insert(layout.commit_layer.index);
+        if let Some(layer) = first {
+            self.one(layer, Purpose::Commit).await?;
+            fetched.insert(layer.index);
             if let Some(missing) = self.missing_metadata().await? {
                 let message = format!("{}: the first layer is incomplete: {missing}", self.image.pinned);
                 return Err(Failure::new(Kind::BadFormat, message));
@@ -191,13 +195,13 @@ impl Run<'_> {
             PullProgress::add(&progress.bytes_total, if expected { 0 } else { bytes });
             let mut due = std::mem::take(&mut early);
             for layer in layers {
-                due.push(self.if_needed(layer, layout.commit_layer.index).boxed());
+                due.push(self.if_needed(layer).boxed());
             }
             all_of(due, parallel, |read| fetched.extend(plain.note(read))).await?;
         }
         all_of(early, parallel, |read| fetched.extend(plain.note(read))).await?;
         self.nothing_is_missing()?;
-        let derived = match layout.derived.is_empty() {
+        let derived = match layout.plain.is_empty() {
             true => None,
             false => Some(plain.commit(description, &mut fetched).await?),
         };
@@ -224,7 +228,7 @@ impl Run<'_> {
             }
             let progress = &self.import.progress;
             PullProgress::add(&progress.bytes_total, layers.iter().map(|layer| layer.size()).sum());
-            let due = layers.into_iter().map(|layer| self.if_needed(layer, layout.commit_layer.index).boxed());
+            let due = layers.into_iter().map(|layer| self.if_needed(layer).boxed());
             let note = |read| {
                 if let Read::Encapsulated(index) = read
                     && !fetched.insert(index)
@@ -237,12 +241,13 @@ impl Run<'_> {
         Ok(())
     }
 
-    async fn if_needed(&self, layer: &Layer, commit_layer: usize) -> Result<Read, Failure> {
+    /// Reads a layer of the encapsulated commit, unless no object is wanted any more.
+    async fn if_needed(&self, layer: &Layer) -> Result<Read, Failure> {
         if self.import.done().is_cancelled() {
             PullProgress::sub(&self.import.progress.bytes_total, layer.size());
             return Ok(Read::NotNeeded);
         }
-        let purpose = if layer.index == commit_layer { Purpose::Commit } else { Purpose::Chunk };
+        let purpose = if layer.index == 0 { Purpose::Commit } else { Purpose::Chunk };
         Ok(if self.one(layer, purpose).await? { Read::Encapsulated(layer.index) } else { Read::NotNeeded })
     }
 

@@ -13,7 +13,7 @@ use std::collections::HashSet;
 use ostree::glib::{Variant, VariantDict, VariantTy};
 
 use crate::image::{Failure, Kind};
-use crate::store::{ObjectId, ObjectType};
+use crate::store::ObjectId;
 use crate::{ProgressSnapshot, PullProgress};
 use support::human_bytes;
 
@@ -91,7 +91,7 @@ fn estimate(progress: &ProgressSnapshot, wanted: usize, target: usize) -> u64 {
 impl Import {
     /// Returns the number of objects that are still wanted and the space that they need. Blocks.
     pub(super) fn need(&self) -> (u64, Need) {
-        let commit = self.read_metadata(&self.commit, ObjectType::Commit).ok().flatten();
+        let commit = self.base.commit_bytes(&mut |id, kind| self.read_metadata(id, kind));
         let (wanted, target) = self.open_and_total();
         match commit.and_then(sizes) {
             Some(sizes) => {

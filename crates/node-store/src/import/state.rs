@@ -12,8 +12,9 @@ use crate::PullProgress;
 use crate::image::{Failure, Kind};
 use crate::store::{BootedRepo, NodeStore, ObjectId, ObjectSet, ObjectType, ObjectWriter, StoreLock, WriteError};
 
+use super::base::Base;
 use super::budget::Budget;
-use super::tree::{Target, TreeError, path_of, walk};
+use super::tree::{Target, TreeError};
 use super::wanted::wanted;
 
 /// Limit in bytes for the holes of sparse files in one pull. Holes need no space, but their zeros are hashed: this many
@@ -23,8 +24,7 @@ const MAX_HOLES: u64 = if cfg!(fuzzing) { 1 << 20 } else { 4 << 30 };
 /// One import, with its lock. The threads of all layers share it by `Arc`, so that the lock is held until the last
 /// thread of a failed import has ended.
 pub(super) struct Import {
-    /// The base: the commit that the image's label names.
-    pub commit: ObjectId,
+    pub base: Base,
     pub store: NodeStore,
     pub booted: Option<BootedRepo>,
     pub writer: ObjectWriter,
@@ -49,9 +49,9 @@ pub(super) struct Import {
 }
 
 struct Wants {
-    /// The base commit, or the merged tree.
+    /// The base, or the merged tree.
     target: Target,
-    /// All content objects of the base commit.
+    /// All content objects of the base.
     base: ObjectSet,
     /// Wanted objects that are not stored yet.
     open: ObjectSet,
@@ -62,7 +62,7 @@ struct Wants {
 impl Import {
     /// Lists the content objects of both repos. Blocks.
     pub(super) fn new(
-        commit: ObjectId,
+        base: Base,
         store: &NodeStore,
         booted: Option<&BootedRepo>,
         complete: bool,
@@ -70,7 +70,7 @@ impl Import {
         lock: StoreLock,
     ) -> io::Result<Self> {
         Ok(Self {
-            commit,
+            base,
             store: store.clone(),
             booted: booted.cloned(),
             writer: store.writer()?,
@@ -94,7 +94,7 @@ impl Import {
         if self.wants().is_some() {
             return Ok(());
         }
-        let target = walk(&self.commit, &mut |id, kind| self.read_metadata(id, kind))?;
+        let target = self.base.target(&mut |id, kind| self.read_metadata(id, kind))?;
         // Old formats mix metadata and content, so this run may have stored objects before the target was known.
         let mut open = wanted(&target, &self.booted_content, &self.stored_before, self.complete);
         if self.objects_written.load(Ordering::Relaxed) > 0 {
@@ -313,7 +313,7 @@ impl Import {
     pub(super) fn write_failure(&self, layer: &str, error: &WriteError) -> Failure {
         match error {
             WriteError::Mismatch { id, .. } => {
-                let path = path_of(&self.commit, id, &mut |id, kind| self.read_metadata(id, kind));
+                let path = self.base.path_of(id, &mut |id, kind| self.read_metadata(id, kind));
                 let place = path.map(|path| format!(" ({path})")).unwrap_or_default();
                 Failure::new(Kind::BadDigest, format!("{layer}: {error}{place}"))
             }
@@ -330,15 +330,15 @@ impl Import {
         }
     }
 
-    /// Converts an error of reading the tree into a failure that names the base commit.
+    /// Converts an error of reading the tree into a failure that names the base.
     pub(super) fn tree_failure(&self, error: &TreeError) -> Failure {
         let kind = if matches!(error, TreeError::Malformed(..)) { Kind::BadFormat } else { Kind::Local };
-        Failure::new(kind, format!("commit {}: {error}", self.commit))
+        Failure::new(kind, format!("{}: {error}", self.base))
     }
 
-    /// Returns a failure of this machine that names the base commit.
+    /// Returns a failure of this machine that names the base.
     pub(super) fn local(&self, error: impl std::fmt::Display) -> Failure {
-        Failure::new(Kind::Local, format!("commit {}: {error}", self.commit))
+        Failure::new(Kind::Local, format!("{}: {error}", self.base))
     }
 
     /// Returns true if the content object is wanted and not stored yet.

@@ -58,9 +58,9 @@ fn a_wrong_image_fails_the_pull_permanently(bed: &mut Bed) -> Result<()> {
 }
 
 fn status_has_the_reason_with_and_without_the_daemon(bed: &mut Bed) -> Result<()> {
-    contains(&bed.guest.ask("node-image-pivot status")?, "not ostree-encapsulated")?;
+    contains(&bed.guest.ask("node-image-pivot status")?, "is not an operating system")?;
     bed.guest.ask("systemctl stop node-image-pivotd.service")?;
-    contains(&bed.guest.ask("node-image-pivot status")?, "not ostree-encapsulated")
+    contains(&bed.guest.ask("node-image-pivot status")?, "is not an operating system")
 }
 
 fn a_plan_fails_with_the_documented_exit_code(bed: &mut Bed) -> Result<()> {

@@ -16,6 +16,7 @@ use crate::store::{FileMeta, ObjectId, ObjectType, Xattrs};
 
 use super::entry::{BadPath, Role, inside, role};
 use crate::image::tarstream::{Chunks, Entry, Piece, TarError, TarStream};
+use crate::import::base::Base;
 use crate::import::state::Import;
 use crate::import::tree::TreeError;
 
@@ -41,7 +42,7 @@ pub(in crate::import) enum Purpose {
 #[derive(Debug, Default)]
 pub(in crate::import) struct Consumed {
     /// The commit's detached metadata. Only the digest of the layer protects it.
-    pub commit_meta: Option<Vec<u8>>,
+    pub commit_meta: Option<(ObjectId, Vec<u8>)>,
 }
 
 /// Reads a layer to the end of its archive. `name` is for messages. Sets `contributed` when the first object of this
@@ -143,9 +144,9 @@ impl<C: Chunks> LayerReader<'_, C> {
         if !is_regular(entry.kind) || entry.size > MAX_METADATA || entry.holes > 0 {
             return Err(self.bad(format!("has the object {} as a {:?} of {} bytes", object(), entry.kind, entry.size)));
         }
-        if matches!(kind, ObjectType::Commit | ObjectType::CommitMeta) && *id != self.import.commit {
-            let expected = self.import.commit;
-            return Err(self.bad(format!("has the object {}, but the image's label names commit {expected}", object())));
+        if matches!(kind, ObjectType::Commit | ObjectType::CommitMeta) && Base::Commit(*id) != self.import.base {
+            let expected = self.import.base;
+            return Err(self.bad(format!("has the object {}, but the image's label names {expected}", object())));
         }
         let is_detached = kind == ObjectType::CommitMeta;
         if !is_detached && kind != ObjectType::Commit && !self.import.wants_metadata(id, kind) {
@@ -155,7 +156,7 @@ impl<C: Chunks> LayerReader<'_, C> {
         let mut buffer = std::mem::take(&mut self.buffer);
         self.tar.read_content(&mut buffer).map_err(|error| self.tar_failure(&error))?;
         if is_detached {
-            self.consumed.commit_meta = Some(buffer);
+            self.consumed.commit_meta = Some((*id, buffer));
             return Ok(());
         }
         self.import.writer.metadata(id, kind, &buffer).map_err(|error| self.import.write_failure(self.name, &error))?;

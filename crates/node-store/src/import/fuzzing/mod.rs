@@ -16,6 +16,7 @@ use crate::image::TagHints;
 use crate::image::tarstream::{Chunks, Piece, TarStream};
 use crate::store::{NodeStore, ObjectId, ObjectType};
 
+use super::base::Base;
 use super::encapsulated::{Purpose, consume};
 use super::encapsulated::{Role, role};
 use super::plain::BaseFacts;
@@ -68,7 +69,7 @@ pub fn tar(data: &[u8]) {
 pub fn encapsulated(data: &[u8]) {
     let (option, chunks) = pieces(data);
     let purpose = if option % 4 == 3 { Purpose::Chunk } else { Purpose::Commit };
-    in_store(first_commit(data), |import| {
+    in_store(Base::Commit(first_commit(data)), |import| {
         let done = consume(import, "layer", purpose, &AtomicBool::new(false), chunks);
         if done.is_ok() && purpose == Purpose::Commit {
             let _ = import.fix_wanted();
@@ -80,7 +81,7 @@ pub fn encapsulated(data: &[u8]) {
 pub fn plain(data: &[u8]) {
     let (option, chunks) = pieces(data);
     let placement = Placement { keep_var: option & 1 != 0, any_top_level: option & 2 != 0 };
-    in_store(ObjectId([7; 32]), |import| {
+    in_store(Base::Empty, |import| {
         let Ok(tree) = read_plain(import, "layer", &BaseFacts::without_policy(placement), chunks) else { return };
         let bytes = tree.to_bytes().expect("serialise the tree");
         let restored = LayerTree::from_bytes(&bytes, &import.budget).ok().flatten().expect("deserialise the tree");
@@ -108,7 +109,7 @@ fn first_commit(data: &[u8]) -> ObjectId {
 }
 
 /// Runs an import into an empty store in memory, then checks and removes all objects in it.
-fn in_store(commit: ObjectId, run: impl FnOnce(&Import)) {
+fn in_store(base: Base, run: impl FnOnce(&Import)) {
     thread_local!(static ROOT: Scratch = Scratch::new());
     ROOT.with(|Scratch(root)| {
         let store = NodeStore::on_tmpfs(root, None).expect("a store in memory");
@@ -116,7 +117,7 @@ fn in_store(commit: ObjectId, run: impl FnOnce(&Import)) {
         let lock = (0..500)
             .find_map(|_| store.lock().inspect_err(|_| std::thread::sleep(std::time::Duration::from_millis(10))).ok());
         let lock = lock.expect("the import lock");
-        let import = Import::new(commit, &store, None, true, Arc::default(), lock).expect("an import");
+        let import = Import::new(base, &store, None, true, Arc::default(), lock).expect("an import");
         run(&import);
         for prefix in fs::read_dir(store.repo_path().join("objects")).expect("objects").flatten() {
             for object in fs::read_dir(prefix.path()).expect("a prefix").flatten() {
@@ -198,7 +199,7 @@ mod tests {
                 assert!(found.is_ok(), "{name}: {found:?}");
             }
             if target == "encapsulated" {
-                in_store(first_commit(&bytes), |import| {
+                in_store(Base::Commit(first_commit(&bytes)), |import| {
                     let (option, chunks) = pieces(&bytes);
                     let purpose = if option % 4 == 3 { Purpose::Chunk } else { Purpose::Commit };
                     let done = consume(import, name, purpose, &AtomicBool::new(false), chunks);
@@ -206,7 +207,7 @@ mod tests {
                 });
             }
             if target == "plain" {
-                in_store(ObjectId([7; 32]), |import| {
+                in_store(Base::Empty, |import| {
                     let facts = BaseFacts::without_policy(Placement { keep_var: true, any_top_level: false });
                     let done = read_plain(import, name, &facts, pieces(&bytes).1);
                     assert!(done.is_ok(), "{name}: {done:?}");

@@ -141,7 +141,7 @@ fn encapsulated(format: u8) -> Vec<u8> {
     let commit = commit_bytes(&CommitInfo {
         strings: BTreeMap::new(),
         left_out: BTreeMap::new(),
-        parent: ObjectId([0; 32]),
+        parent: Some(ObjectId([0; 32])),
         timestamp: None,
         tree,
         meta: dirmeta,

@@ -30,7 +30,8 @@ pub(in crate::import) struct CommitInfo {
     pub strings: BTreeMap<&'static str, String>,
     /// Number of entries that were left out, by layer and place.
     pub left_out: BTreeMap<String, BTreeMap<String, u32>>,
-    pub parent: ObjectId,
+    /// The base commit, if there is one.
+    pub parent: Option<ObjectId>,
     /// Seconds since 1970. `None` becomes 0, so that an image always results in the same commit.
     pub timestamp: Option<u64>,
     pub tree: ObjectId,
@@ -46,7 +47,7 @@ pub(in crate::import) fn commit_bytes(info: &CommitInfo) -> Vec<u8> {
     let subject = info.strings.get(IMAGE).map_or("", String::as_str);
     Variant::tuple_from_iter([
         metadata.to_variant(),
-        info.parent.0.to_vec().to_variant(),
+        info.parent.map_or(Vec::new(), |parent| parent.0.to_vec()).to_variant(),
         related.to_variant(),
         subject.to_variant(),
         "".to_variant(),
@@ -126,7 +127,7 @@ mod tests {
         let info = CommitInfo {
             strings: BTreeMap::from([(IMAGE, "q.io/a@sha256:1".to_owned()), (DERIVED_FROM, "ab".to_owned())]),
             left_out: BTreeMap::from([("sha256:2".into(), BTreeMap::from([("/opt".into(), 3)]))]),
-            parent: ObjectId([1; 32]),
+            parent: Some(ObjectId([1; 32])),
             timestamp: Some(1_700_000_000),
             tree: ObjectId([2; 32]),
             meta: ObjectId([3; 32]),

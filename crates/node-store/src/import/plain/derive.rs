@@ -1,4 +1,4 @@
-//! Merges plain layers with the base commit, labels the merged tree, stores it and commits it. Blocks.
+//! Merges plain layers with the base, labels the merged tree, stores it and commits it. Blocks.
 //!
 //! Format source: ostree-ext's import of derived images. It defines the metadata of the merge commit, and that the policy
 //! of the merged tree labels all of it.
@@ -19,6 +19,8 @@ use super::layertree::LayerTree;
 use super::merge::{Content, Dir, MergeError, read_dirtree, tree_of};
 use super::path::{foreign, shown};
 use super::relabel::Relabeller;
+use super::system::{missing_file, no_policy, not_a_system};
+use crate::import::base::Base;
 use crate::import::budget::{self, OverBudget, Share};
 use crate::import::state::Import;
 use crate::import::tree::{Depth, Lookup, Target, TreeError, walk};
@@ -51,7 +53,7 @@ pub(in crate::import) struct Derived {
 }
 
 impl Merged {
-    /// Lays `layers` over the base commit, in order. Each layer has a name for messages.
+    /// Lays `layers` over the base, in order. Each layer has a name for messages.
     pub(in crate::import) fn lay(import: &Import, layers: &[(String, Arc<LayerTree>)]) -> Result<Self, Failure> {
         let mut share = import.budget.share();
         // Every directory that a layer touches is read completely and needs about three times the size of its object.
@@ -61,7 +63,10 @@ impl Merged {
             share.take(cost, 0).map_err(io::Error::other)?;
             Ok(bytes)
         };
-        let mut root = tree_of(&import.commit, lookup).map_err(|error| import.tree_failure(&error))?;
+        let mut root = match import.base {
+            Base::Commit(commit) => tree_of(&commit, lookup).map_err(|error| import.tree_failure(&error))?,
+            Base::Empty => Dir::empty(layers.first().map(|(_, layer)| layer.root.meta.clone()).unwrap_or_default()),
+        };
         let mut warnings = Vec::new();
         for (name, layer) in layers {
             let replaced = root.lay(layer, &|id| import.base_has(id), lookup).map_err(|error| match error {
@@ -123,10 +128,16 @@ impl Merged {
     ) -> Result<Committed, Failure> {
         let fail = |error: TreeError| import.tree_failure(&error);
         let lookup: &mut Lookup<'_> = &mut |id, kind| import.read_metadata(id, kind);
+        if import.base == Base::Empty
+            && let Some(missing) = missing_file(&mut self.root, lookup).map_err(fail)?
+        {
+            return Err(not_a_system(&image.pinned, missing));
+        }
         let mut warnings = left_out(layers);
         warnings.append(&mut self.warnings);
         let policy = policy_objects(&mut self.root, &import.store, lookup).map_err(fail)?;
         let policy = match (policy, &facts.policy) {
+            (None, Some(_)) if import.base == Base::Empty => return Err(no_policy(&image.pinned)),
             (None, _) => None,
             (Some(objects), Some(base)) if base.objects == objects => Some(base.clone()),
             (Some(objects), _) => {
@@ -147,7 +158,7 @@ impl Merged {
         let sources = labels.as_ref().map(Relabeller::sources).unwrap_or_default();
         let left_out: BTreeMap<String, BTreeMap<String, u32>> = description
             .layout
-            .derived
+            .plain
             .iter()
             .zip(layers)
             .filter(|(_, (_, tree))| !tree.left_out.is_empty())
@@ -157,16 +168,17 @@ impl Merged {
         let json = |value: serde_json::Result<serde_json::Value>| {
             value.map(|value| value.to_string()).map_err(|error| import.local(error))
         };
+        let base = import.base.commit();
+        let strings = [
+            ("ostree.manifest-digest", image.digest.clone()),
+            ("ostree.manifest", json(serde_json::to_value(&description.manifest))?),
+            ("ostree.container.image-config", json(serde_json::to_value(&description.config))?),
+            (IMAGE, image.pinned.clone()),
+        ];
         let info = CommitInfo {
-            strings: BTreeMap::from([
-                ("ostree.manifest-digest", image.digest.clone()),
-                ("ostree.manifest", json(serde_json::to_value(&description.manifest))?),
-                ("ostree.container.image-config", json(serde_json::to_value(&description.config))?),
-                (DERIVED_FROM, import.commit.to_string()),
-                (IMAGE, image.pinned.clone()),
-            ]),
+            strings: strings.into_iter().chain(base.map(|base| (DERIVED_FROM, base.to_string()))).collect(),
             left_out,
-            parent: import.commit,
+            parent: base,
             timestamp: created(description),
             tree,
             meta,

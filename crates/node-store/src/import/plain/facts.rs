@@ -1,4 +1,4 @@
-//! Reads the properties of the base commit that decide how plain layers are imported. Blocks.
+//! Reads the properties of the base that decide how plain layers are imported. Blocks.
 
 use std::sync::Arc;
 
@@ -10,21 +10,24 @@ use crate::store::ObjectType;
 use super::label::{PolicyFiles, policy_objects};
 use super::merge::tree_of;
 use super::path::Placement;
+use crate::import::base::Base;
 use crate::import::state::Import;
 use crate::import::tree::{Lookup, TreeError};
 
-/// Properties of the base commit that decide how plain layers are imported.
+/// Properties of the base that decide how plain layers are imported.
 #[derive(Debug, Clone)]
 pub(in crate::import) struct BaseFacts {
     pub(super) placement: Placement,
-    /// The base's SELinux policy, or `None` if it has none.
+    /// The SELinux policy that labels the layers while they are read: that of the base commit, or of the booted system
+    /// for a plain image. Files that the policy of the merged tree labels otherwise are relabelled. `None` if there is
+    /// none.
     pub(super) policy: Option<Arc<PolicyFiles>>,
     /// Identifies these properties: the same layer read with the same key gives the same tree.
     key: String,
 }
 
 impl BaseFacts {
-    /// Returns the facts of a commit without a policy.
+    /// Returns the facts of a base without a policy.
     #[cfg(any(test, fuzzing))]
     pub(in crate::import) fn without_policy(placement: Placement) -> Self {
         Self { placement, policy: None, key: String::new() }
@@ -34,7 +37,8 @@ impl BaseFacts {
     pub(in crate::import) fn read(import: &Import) -> Result<Option<Self>, Failure> {
         let lookup: &mut Lookup<'_> = &mut |id, kind| import.read_metadata(id, kind);
         let fail = |error: TreeError| import.tree_failure(&error);
-        let mut root = tree_of(&import.commit, lookup).map_err(fail)?;
+        let Base::Commit(commit) = import.base else { return Ok(Some(Self::of_empty_tree(import))) };
+        let mut root = tree_of(&commit, lookup).map_err(fail)?;
         let mut placement = Placement { keep_var: ostree::check_version(2024, 3), any_top_level: false };
         for path in ["etc/ostree/prepare-root.conf", "usr/lib/ostree/prepare-root.conf"] {
             let path: Vec<String> = path.split('/').map(str::to_owned).collect();
@@ -44,23 +48,41 @@ impl BaseFacts {
             placement.any_top_level = root_is_overlay(&config);
             break;
         }
-        let mut key = format!("{:?} {}", placement, import.commit);
         let mut policy = None;
         if let Some(objects) = policy_objects(&mut root, &import.store, lookup).map_err(fail)? {
             let Some(files) = objects.show(&import.store).map_err(|error| import.local(error))? else {
                 return Ok(None);
             };
-            key.push_str(&objects.identity());
-            policy = Some(Arc::new(files));
+            policy = Some(files);
         }
-        Ok(Some(Self { placement, policy, key }))
+        Ok(Some(Self::new(import.base, placement, policy)))
+    }
+
+    /// Returns the facts of the empty tree. As in bootc, its layers may have content in any top-level directory.
+    fn of_empty_tree(import: &Import) -> Self {
+        let placement = Placement { keep_var: ostree::check_version(2024, 3), any_top_level: true };
+        // Without the booted system's policy, more files are relabelled.
+        Self::new(Base::Empty, placement, booted_policy(import))
+    }
+
+    fn new(base: Base, placement: Placement, policy: Option<PolicyFiles>) -> Self {
+        let identity = policy.as_ref().map(|policy| policy.objects.identity()).unwrap_or_default();
+        Self { placement, policy: policy.map(Arc::new), key: format!("{placement:?} {base}{identity}") }
     }
 
     /// Returns the name under which the store keeps the tree of a layer.
     pub(in crate::import) fn list_name(&self, diff_id: &str) -> String {
         use sha2::Digest;
-        hex::encode(sha2::Sha256::digest(format!("3 {diff_id} {}", self.key)))
+        hex::encode(sha2::Sha256::digest(format!("4 {diff_id} {}", self.key)))
     }
+}
+
+/// Returns the policy of the booted commit, or `None` if it has none or cannot be read.
+fn booted_policy(import: &Import) -> Option<PolicyFiles> {
+    let commit = import.booted.as_ref()?.commit.as_ref()?.parse().ok()?;
+    let lookup: &mut Lookup<'_> = &mut |id, kind| import.read_metadata(id, kind);
+    let mut root = tree_of(&commit, lookup).ok()?;
+    policy_objects(&mut root, &import.store, lookup).ok()??.show(&import.store).ok()?
 }
 
 /// Returns true if the root directory of the booted system will be an overlay, so that it may have any content.

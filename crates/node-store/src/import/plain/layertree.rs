@@ -85,7 +85,9 @@ const OPAQUE: &str = ".wh..wh..opq";
 
 impl LayerTree {
     pub(super) fn new(budget: &Budget) -> Self {
-        Self { share: budget.share(), ..Self::default() }
+        // The root of an archive without an entry for it.
+        let root = LayerDir { meta: Arc::new(DirMeta { mode: 0o755, ..DirMeta::default() }), ..LayerDir::default() };
+        Self { root, share: budget.share(), ..Self::default() }
     }
 
     /// Adds a directory, or replaces its metadata.
@@ -275,7 +277,7 @@ impl LayerTree {
     }
 
     /// Returns the parent directory of an entry. If a directory on the path is missing, all directories on the path get the
-    /// owner of the entry and mode 0755, as in libostree.
+    /// owner of the entry and mode 0755, as in libostree. The root is unchanged.
     ///
     /// # Errors
     /// If the path leads through a symlink or file of the same layer. libostree refuses such paths too: a reader that
@@ -297,7 +299,6 @@ impl LayerTree {
         };
         self.share.take(missing.iter().map(|part| DIR_COST + part.len()).sum(), missing.len())?;
         let mut dir = &mut self.root;
-        dir.meta = meta.as_ref().unwrap_or(&dir.meta).clone();
         for part in path {
             dir = dir.dirs.or_insert_with(part, LayerDir::default);
             dir.meta = meta.as_ref().unwrap_or(&dir.meta).clone();

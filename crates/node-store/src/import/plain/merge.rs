@@ -1,4 +1,4 @@
-//! Merges plain layers into the tree of the base commit. Pure, except that it reads metadata objects. A directory that no
+//! Merges plain layers into the tree of the base. Pure, except that it reads metadata objects. A directory that no
 //! layer touches is not read and stays the name of its object.
 //!
 //! Format source: the OCI image layer specification, and libostree's union checkout with whiteouts, which ostree-ext uses
@@ -27,7 +27,7 @@ pub(super) struct Dir {
 pub(super) enum Meta {
     /// Those of this dirmeta object.
     Stored(ObjectId),
-    /// Those of a directory that the base commit does not have.
+    /// Those of a directory that the base does not have.
     New(Arc<DirMeta>),
 }
 
@@ -70,6 +70,11 @@ pub(super) fn read_dirtree(tree: &ObjectId, lookup: &mut Lookup<'_>) -> Result<L
 }
 
 impl Dir {
+    /// Returns an empty directory.
+    pub(super) fn empty(meta: Arc<DirMeta>) -> Self {
+        Self { meta: Meta::New(meta), content: Content::empty() }
+    }
+
     /// Returns the content. Reads it from the dirtree object on first use.
     pub(super) fn open(&mut self, lookup: &mut Lookup<'_>) -> Result<OpenDir<'_>, TreeError> {
         if let Content::Stored(tree) = &self.content {
@@ -127,7 +132,7 @@ impl Dir {
         found
     }
 
-    /// Lays a layer over the tree. `in_base` returns true for objects of the base commit. Returns the files and symlinks
+    /// Lays a layer over the tree. `in_base` returns true for objects of the base. Returns the files and symlinks
     /// that a directory of the layer replaced, by path.
     pub(super) fn lay(
         &mut self,
@@ -207,7 +212,7 @@ fn lay(
         if layer.opaque {
             dirs.remove(name);
         }
-        let new = || Dir { meta: Meta::New(layer.meta.clone()), content: Content::empty() };
+        let new = || Dir::empty(layer.meta.clone());
         lay(dirs.or_insert_with(name, new), layer, &at(name), object, replaced, lookup)?;
     }
     Ok(())

@@ -1,4 +1,4 @@
-//! Reads plain layers, archives of paths, merges them with the tree of the base commit and commits the result.
+//! Reads plain layers, archives of paths, merges them with the tree of the base and commits the result.
 
 mod children;
 mod commit;
@@ -12,6 +12,7 @@ mod merge;
 mod path;
 mod reader;
 mod relabel;
+mod system;
 
 #[cfg(any(test, fuzzing))]
 pub(super) use commit::{CommitInfo, commit_bytes};

@@ -10,7 +10,7 @@ pub(in crate::import) struct Placement {
     /// Keep `/var`, instead of moving it to `/usr/share/factory/var`. ostree-ext does so from libostree 2024.3 on, which
     /// populates `/var` itself.
     pub keep_var: bool,
-    /// Accept content in any top-level directory, because the base has a transient root.
+    /// Accept content in any top-level directory: the base has a transient root, or the layers are the whole system.
     pub any_top_level: bool,
 }
 
@@ -95,6 +95,7 @@ impl Placement {
             "var" if self.keep_var => Place::At(below(&[])),
             "var" => Place::At(below(&["usr", "share", "factory"])),
             "run" | "tmp" | "proc" | "sys" | "dev" if parts.len() == 1 => Place::At(below(&[])),
+            "sysroot" if parts.len() == 1 && self.any_top_level => Place::At(below(&[])),
             "sysroot" if parts.len() > 3 && parts[..3].iter().zip(REPO).all(|(a, b)| *a == b.as_bytes()) => {
                 Place::RepoObject(below(&[]).join("/"))
             }
@@ -153,6 +154,7 @@ mod tests {
             (b"opt/puppet", at("opt/puppet")),
             (b"\xff", Ok(Place::At(vec!["/\\xff".into()]))),
             (b"run/x", nowhere("/run")),
+            (b"sysroot", at("sysroot")),
             (b"sysroot/x", nowhere("/sysroot")),
         ] {
             assert_eq!(transient.place(path), expected);

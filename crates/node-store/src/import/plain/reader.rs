@@ -13,7 +13,9 @@ use super::facts::BaseFacts;
 use super::label::Labels;
 use super::layertree::{BadEntry, LayerFile, LayerTree};
 use super::path::{Place, shown};
+use super::system::is_left_by_build;
 use crate::image::tarstream::{Chunks, Entry, Piece, TarError, TarStream};
+use crate::import::base::Base;
 use crate::import::budget;
 use crate::import::encapsulated::tar_failure;
 use crate::import::encapsulated::{Role, role};
@@ -96,6 +98,10 @@ impl<C: Chunks> PlainReader<'_, C> {
             kind if is_regular(kind) || kind == EntryType::Link => {
                 let whiteout = self.tree.whiteout(&path, entry.uid, entry.gid);
                 if whiteout.map_err(|error| self.refused(entry, error))? {
+                    return Ok(());
+                }
+                if self.import.base == Base::Empty && kind != EntryType::Link && is_left_by_build(&named(), entry.size)
+                {
                     return Ok(());
                 }
                 let file = match kind {

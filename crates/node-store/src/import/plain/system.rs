@@ -1,0 +1,43 @@
+//! Rules for the tree of a plain image, which no ostree tool has built before. Pure, except that it reads metadata objects.
+
+use crate::image::{Failure, Kind};
+
+use super::merge::Dir;
+use crate::import::tree::{Lookup, TreeError};
+
+/// Files that every operating system has.
+const REQUIRED: [&str; 2] = ["usr/lib/os-release", "usr/lib/systemd/systemd"];
+
+/// Files that a build of the image mounts over. It leaves an empty file in the layer (buildah issue 4242).
+const MOUNTED: [&str; 2] = ["usr/etc/resolv.conf", "usr/etc/hostname"];
+
+/// Returns true for a regular file that a build of the image left behind. `path` is that of the file in the tree.
+pub(super) fn is_left_by_build(path: &str, size: u64) -> bool {
+    size == 0 && MOUNTED.contains(&path)
+}
+
+/// Returns the first file that an operating system has and the tree lacks.
+pub(super) fn missing_file(root: &mut Dir, lookup: &mut Lookup<'_>) -> Result<Option<&'static str>, TreeError> {
+    for path in REQUIRED {
+        let parts: Vec<String> = path.split('/').map(str::to_owned).collect();
+        if root.file(&parts, lookup)?.is_none() {
+            return Ok(Some(path));
+        }
+    }
+    Ok(None)
+}
+
+/// Returns the failure of an image that is not an operating system.
+pub(super) fn not_a_system(image: &str, missing: &str) -> Failure {
+    const ADVICE: &str = "use the image of an operating system as node image";
+    let message = format!("the image {image} is not an operating system: it has no /{missing}");
+    Failure { advice: ADVICE, ..Failure::new(Kind::BadFormat, message) }
+}
+
+/// Returns the failure of an image without a policy on a system with one.
+pub(super) fn no_policy(image: &str) -> Failure {
+    const ADVICE: &str = "use a node image with an SELinux policy";
+    let message =
+        format!("the image {image} has no SELinux policy (/etc/selinux/config), but the booted system has one");
+    Failure { advice: ADVICE, ..Failure::new(Kind::BadFormat, message) }
+}
