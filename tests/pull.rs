@@ -19,6 +19,8 @@ mod failing;
 mod faults;
 #[path = "pull/fixture.rs"]
 mod fixture;
+#[path = "pull/held.rs"]
+mod held;
 #[path = "pull/hostile.rs"]
 mod hostile;
 #[path = "pull/indexes.rs"]

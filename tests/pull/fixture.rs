@@ -302,7 +302,9 @@ impl Image {
             let (data, suffix) = layer.compress.blob(&layer.tar);
             let mut descriptor = blob(dir, &data, &format!("application/vnd.oci.image.layer.v1.tar{suffix}"));
             if let Some(components) = layer.components {
-                descriptor["annotations"] = json!({ "ostree.components": components });
+                // chunkah writes one name, with the kind of the component.
+                let key = if components.contains('/') { "org.chunkah.component" } else { "ostree.components" };
+                descriptor["annotations"] = json!({ key: components });
             }
             layers.push(descriptor);
         }

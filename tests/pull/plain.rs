@@ -3,8 +3,6 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{Read, Write};
-use std::net::TcpStream;
 use std::path::Path;
 
 use node_store::image::Kind;
@@ -21,7 +19,7 @@ use super::{Bench, failure, try_pull, try_pull_with};
 const PREPARE_ROOT: &str = "[composefs]\nenabled = yes\n";
 
 /// The files of a policy, as a layer has them.
-fn policy(kind: &str, contexts: &str) -> Vec<Item> {
+pub fn policy(kind: &str, contexts: &str) -> Vec<Item> {
     let base = format!("etc/selinux/{kind}");
     vec![
         file("etc/selinux/config", "SELINUX=enforcing\nSELINUXTYPE=test\n"),
@@ -312,52 +310,17 @@ async fn configs_that_do_not_fit_the_layers_are_refused() {
     }
 }
 
-/// Puts a manifest into the registry as it is.
-fn put_manifest(address: &str, name: &str, content: &str) {
-    let mut stream = TcpStream::connect(address).unwrap();
-    let (repository, tag) = name.split_once(':').unwrap();
-    let request = format!(
-        "PUT /v2/{repository}/manifests/{tag} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\nContent-Type: \
-         application/vnd.oci.image.index.v1+json\r\nContent-Length: {}\r\n\r\n{content}",
-        content.len()
-    );
-    stream.write_all(request.as_bytes()).unwrap();
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).unwrap();
-    assert!(answer.starts_with("HTTP/1.1 201"), "{answer}");
-}
-
 #[tokio::test(flavor = "multi_thread")]
-async fn an_index_may_have_attestations_but_no_further_index() {
+async fn a_file_of_a_plain_layer_may_be_a_hardlink_to_a_kernel_module() {
     let bench = Bench::new();
-    let image = of(&[labelled_system()]);
-    let layout = bench.path("indexed");
-    image.write(&layout);
-    let index: Value = serde_json::from_slice(&fs::read(layout.join("index.json")).unwrap()).unwrap();
-    let mut own = index["manifests"][0].clone();
-    own["platform"] = json!({ "architecture": image.architecture, "os": "linux" });
-    let config = blob(&layout, b"{}", "application/vnd.oci.image.config.v1+json");
-    let statement = blob(&layout, b"{\"_type\":\"statement\"}", "application/vnd.in-toto+json");
-    let media_type = "application/vnd.oci.image.manifest.v1+json";
-    let attestation = json!({ "schemaVersion": 2, "mediaType": media_type, "config": config, "layers": [statement] });
-    let mut attestation = blob(&layout, attestation.to_string().as_bytes(), media_type);
-    attestation["platform"] = json!({ "architecture": "unknown", "os": "unknown" });
-    attestation["annotations"] = json!({ "vnd.docker.reference.type": "attestation-manifest" });
-    let media_type = "application/vnd.oci.image.index.v1+json";
-    let index = json!({ "schemaVersion": 2, "mediaType": media_type, "manifests": [attestation, own] });
-    let index = blob(&layout, index.to_string().as_bytes(), media_type);
-    write_index(&layout, &index);
-    let spec = bench.registry.push(&layout, "indexed:1");
-    let store = bench.store("indexed", None);
-    let pulled = try_pull_with(&spec, &store, None, complete()).await.unwrap();
-    assert_eq!(pulled.image.digest, own["digest"].as_str().unwrap());
-
-    let mut inner = index;
-    inner["platform"] = json!({ "architecture": image.architecture, "os": "linux" });
-    let outer = json!({ "schemaVersion": 2, "mediaType": media_type, "manifests": [inner] });
-    put_manifest(&bench.registry.address, "indexed:nested", &outer.to_string());
-    let refused = failure(&spec.replace(":1", ":nested"), &bench.store("nested", None)).await;
-    assert!(refused.message.contains("indexed:nested"), "{:?} {refused}", refused.kind);
+    let stack = [labelled_system(), vec![link("usr/share/kernel", "usr/lib/modules/6.1/vmlinuz")]];
+    let spec = bench.push(&of(&stack), "plain:module");
+    let (store, whole) = (bench.store("module", None), bench.store("module-whole", None));
+    let delta = try_pull(&spec, &store, None).await.unwrap();
+    let repo = format!("--repo={}", store.repo_path().display());
+    assert_eq!(run("ostree", &["cat", &repo, "coreos/node-image", "/usr/share/kernel"]), "kernel");
+    let expected = try_pull_with(&spec, &whole, None, complete()).await.unwrap();
+    assert_eq!(delta.commit, expected.commit);
 }
 
 /// Content of a plain image is in the store under the name of its label at once, if the booted policy is the image's.

@@ -1,7 +1,7 @@
 //! The layers of an image and their purposes, as its manifest and config describe them.
 //!
 //! Format source: the OCI image specification, and ostree-ext's labels and annotations (`ostree.final-diffid`,
-//! `ostree.commit`, `ostree.components`).
+//! `ostree.commit`, `ostree.components`). chunkah names one component in `org.chunkah.component`.
 
 use oci_spec::image::{Descriptor, ImageConfiguration, ImageManifest, MediaType};
 
@@ -156,7 +156,7 @@ pub(super) fn layers(
         let components = descriptor
             .annotations()
             .as_ref()
-            .and_then(|annotations| annotations.get("ostree.components"))
+            .and_then(|annotations| annotations.get("ostree.components").or(annotations.get("org.chunkah.component")))
             .map(|names| names.split(',').filter(|name| !name.is_empty()).map(str::to_owned).collect())
             .unwrap_or_default();
         all.push(Layer { index, descriptor: descriptor.clone(), diff_id: diff_id.clone(), compression, components });

@@ -9,12 +9,12 @@ use crate::PullProgress;
 use crate::image::{Failure, ImageDescription, Kind, Layer, Layout};
 use crate::store::{ObjectId, ObjectSet};
 
+use super::base::Base;
 use super::budget;
 use super::fetch::{fetch_plain, layer_name};
-use super::plain::BaseFacts;
-use super::plain::LayerTree;
-use super::plain::{Committed, Derived, Merged};
+use super::plain::{BadEntry, BaseFacts, Committed, Derived, LayerTree, Merged, held_tree};
 use super::run::{DueRead, Read, Run, all_of, blocking, local};
+use super::wanted::is_kernel_layer;
 
 /// The plain layers of an image, in order.
 pub(super) struct PlainLayers<'a> {
@@ -33,27 +33,50 @@ impl<'a> PlainLayers<'a> {
     }
 
     /// Returns the reads that are due once the objects of the base that they need are stored, and none before.
-    pub(super) async fn when_ready(&mut self) -> Result<Vec<DueRead<'a>>, Failure> {
+    ///
+    /// The layers of a plain image with the SELinux policy are read at once, so that the files of all other layers get
+    /// their final labels while they are read.
+    pub(super) async fn when_ready(&mut self, fetched: &mut HashSet<usize>) -> Result<Vec<DueRead<'a>>, Failure> {
         if self.layers.is_empty() || self.facts.is_some() {
             return Ok(Vec::new());
         }
         let import = self.run.import.clone();
-        let Some(facts) = blocking(self.run.image, move || BaseFacts::read(&import)).await?? else {
+        let Some(mut facts) = blocking(self.run.image, move || BaseFacts::read(&import)).await?? else {
             return Ok(Vec::new());
         };
+        let is_first = |layer: &Layer| self.run.import.base == Base::Empty && has_policy(layer);
+        let (first, mut rest): (Vec<_>, Vec<_>) = (0..self.layers.len()).partition(|at| is_first(&self.layers[*at]));
+        if !first.is_empty() {
+            let reads = self.unknown(&first, &facts).await?;
+            all_of(reads, self.parallel, |read| fetched.extend(self.note(read))).await?;
+            let trees: Vec<_> = first.iter().filter_map(|at| self.trees[*at].clone()).collect();
+            let import = self.run.import.clone();
+            facts = blocking(self.run.image, move || facts.with_policy_of(&import, &trees)).await?;
+        }
         self.facts = Some(facts.clone());
+        rest.sort_by_key(|at| is_kernel_layer(&self.layers[*at]));
+        self.unknown(&rest, &facts).await
+    }
+
+    /// Finds the trees of layers that an earlier run read or that the booted repo holds. Returns the reads of the others.
+    async fn unknown(&mut self, positions: &[usize], facts: &BaseFacts) -> Result<Vec<DueRead<'a>>, Failure> {
         let mut reads = Vec::new();
-        for (at, layer) in self.layers.iter().enumerate() {
+        for at in positions.iter().copied() {
+            let layer = &self.layers[at];
             // An unreadable list only means that the layer is read again.
             let kept = self.run.import.store.read_layer_list(&facts.list_name(&layer.diff_id));
             let kept = kept.map_err(|error| local(self.run.image, error))?;
-            let kept = kept.map(|bytes| LayerTree::from_bytes(&bytes, &self.run.import.budget)).transpose();
-            let kept = kept.map_err(|error| {
+            let (import, facts_here, described) = (self.run.import.clone(), facts.clone(), layer.clone());
+            let known = blocking(self.run.image, move || -> Result<_, BadEntry> {
+                let kept = kept.map(|bytes| LayerTree::from_bytes(&bytes, &import.budget)).transpose()?.flatten();
+                kept.map_or_else(|| held_tree(&import, &facts_here, &described), |tree| Ok(Some(tree)))
+            });
+            let known = known.await?.map_err(|error| {
                 let name = layer_name(self.run.image, layer);
                 let message = format!("{name}: the list of its entries {error}");
                 Failure { advice: budget::ADVICE, ..Failure::new(Kind::BadFormat, message) }
             })?;
-            match kept.flatten() {
+            match known {
                 Some(tree) => {
                     self.trees[at] = Some(Arc::new(tree));
                     PullProgress::sub(&self.run.import.progress.bytes_total, layer.size());
@@ -89,7 +112,7 @@ impl<'a> PlainLayers<'a> {
         fetched: &mut HashSet<usize>,
     ) -> Result<Derived, Failure> {
         let (run, parallel) = (self.run, self.parallel);
-        let late = self.when_ready().await?;
+        let late = self.when_ready(fetched).await?;
         let Some(facts) = self.facts.clone() else {
             let message = format!("{} is incomplete: files of its SELinux policy are missing", run.image.pinned);
             return Err(Failure::new(Kind::BadFormat, message));
@@ -171,4 +194,9 @@ impl<'a> PlainLayers<'a> {
         });
         named.collect()
     }
+}
+
+/// Returns true if a component of the layer is a package with an SELinux policy, as Fedora names them.
+fn has_policy(layer: &Layer) -> bool {
+    layer.components.iter().any(|name| name.rsplit('/').next().is_some_and(|name| name.starts_with("selinux-policy")))
 }

@@ -96,7 +96,7 @@ pub async fn pull(
     let layers: Vec<&Layer> = description.layout.layers().collect();
     PullProgress::add(&progress.layers_total, layers.len() as u64);
     let run = Run { source, image, import: &import, journal: &journal, scope: &scope, cancel };
-    let (fetched, derived) = run.all(&description, booted, options).await?;
+    let (fetched, derived) = run.all(&description, options).await?;
     let (commit, sources, mut warnings) = match (derived, base) {
         (Some(derived), _) => (derived.commit, derived.sources, derived.warnings),
         (None, Base::Commit(commit)) => (commit, HashSet::new(), Vec::new()),
@@ -144,7 +144,6 @@ impl Run<'_> {
     async fn all(
         &self,
         description: &ImageDescription,
-        booted: Option<&BootedRepo>,
         options: &PullOptions,
     ) -> Result<(HashSet<usize>, Option<Derived>), Failure> {
         let layout = &description.layout;
@@ -156,7 +155,7 @@ impl Run<'_> {
         // still wanted then.
         let earlier = |layer: &Layer| {
             let digest = layer.digest();
-            if self.journal.has(&digest, self.scope) || booted.is_some_and(|booted| booted.has_layer(&digest)) {
+            if self.journal.has(&digest, self.scope) || self.import.booted_has_layer(layer) {
                 Earlier::Read
             } else if self.journal.has_most(&digest, self.scope) {
                 Earlier::WithoutModules
@@ -178,14 +177,14 @@ impl Run<'_> {
                 return Err(Failure::new(Kind::BadFormat, message));
             }
         }
-        let (import, pinned) = (self.import.clone(), self.image.pinned.clone());
-        blocking(self.image, move || import.check_space(&pinned)).await??;
         let parallel = options
             .parallel
             .unwrap_or_else(|| std::thread::available_parallelism().map_or(2, std::num::NonZero::get).clamp(2, 4));
         let mut plain = PlainLayers::new(self, layout, parallel);
         // Plain layers are read as soon as the objects of the base that they need are stored.
-        let mut early = plain.when_ready().await?;
+        let mut early = plain.when_ready(&mut fetched).await?;
+        let (import, pinned) = (self.import.clone(), self.image.pinned.clone());
+        blocking(self.image, move || import.check_space(&pinned)).await??;
         for Round { layers, expected } in rounds {
             let bytes = layers.iter().map(|layer| layer.size()).sum();
             if self.import.done().is_cancelled() {

@@ -78,12 +78,14 @@ const EXPANSION: u64 = 3;
 const MIN_SAMPLE: u64 = 16 << 20;
 
 /// Estimates the bytes that the remaining layers add to the store. Extrapolates from the layers read so far, or, below
-/// [`MIN_SAMPLE`] bytes, from the share of the objects that is wanted.
+/// [`MIN_SAMPLE`] bytes, from the share of the objects that is wanted. The objects of a plain image are unknown: all are
+/// assumed to be wanted.
 fn estimate(progress: &ProgressSnapshot, wanted: usize, target: usize) -> u64 {
     let due = u128::from(progress.bytes_total.saturating_sub(progress.bytes_fetched));
     let (written, read) = match progress.bytes_fetched {
         read if read >= MIN_SAMPLE => (u128::from(progress.bytes_written), u128::from(read)),
-        _ => (u128::from(EXPANSION) * wanted as u128, target.max(1) as u128),
+        _ if target == 0 => (u128::from(EXPANSION), 1),
+        _ => (u128::from(EXPANSION) * wanted as u128, target as u128),
     };
     u64::try_from(due * written / read).unwrap_or(u64::MAX)
 }
@@ -118,8 +120,8 @@ impl Import {
             Need::Estimated(bytes) if bytes > free => {
                 let place = self.store.repo_path().display();
                 tracing::warn!(
-                    "the {count} missing objects of {image} may need {need}, but only {} are free in the node store \
-                     {place}",
+                    "the missing objects of {image}{} may need {need}, but only {} are free in the node store {place}",
+                    counted(" (", count, ")"),
                     human_bytes(free)
                 );
                 Ok(())
@@ -140,11 +142,18 @@ impl Import {
         };
         let place = if on_disk { self.store.repo_path() } else { self.store.root() }.display();
         let message = format!(
-            "{what}: no space left in the node store {place}: {space}, and {count} objects of {need} are still to come"
+            "{what}: no space left in the node store {place}: {space}, and {}{need} are still to come",
+            counted("", count, " objects of ")
         );
         let failure = Failure::new(Kind::NoSpace, message);
         if on_disk { Failure { advice: ON_DISK, ..failure } } else { failure }
     }
+}
+
+/// Returns the number of objects between two texts. The number is 0, and not shown, while the objects of a plain image
+/// are unknown.
+fn counted(before: &str, count: u64, after: &str) -> String {
+    if count == 0 { String::new() } else { format!("{before}{count}{after}") }
 }
 
 #[cfg(test)]
@@ -185,6 +194,7 @@ mod tests {
         let table = [
             (progress(410 * MIB, 10 * MIB, 0), (1000, 1000), 1200 * MIB, "all objects are wanted"),
             (progress(410 * MIB, 10 * MIB, 0), (250, 1000), 300 * MIB, "a quarter of the objects"),
+            (progress(410 * MIB, 10 * MIB, 0), (0, 0), 1200 * MIB, "a plain image"),
             (progress(410 * MIB, 210 * MIB, 105 * MIB), (1000, 1000), 100 * MIB, "half of the bytes read were written"),
             (progress(410 * MIB, 410 * MIB, 0), (7, 1000), 0, "no layer remains"),
             (progress(0, 0, 0), (0, 0), 0, "progress is unknown"),

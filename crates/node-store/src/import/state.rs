@@ -1,6 +1,6 @@
 //! State shared by all layers of one import: the wanted set, the writer and the counters.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,8 +9,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio_util::sync::CancellationToken;
 
 use crate::PullProgress;
-use crate::image::{Failure, Kind};
-use crate::store::{BootedRepo, NodeStore, ObjectId, ObjectSet, ObjectType, ObjectWriter, StoreLock, WriteError};
+use crate::image::{Failure, Kind, Layer};
+use crate::store::{
+    BootedRepo, HeldLayer, NodeStore, ObjectId, ObjectSet, ObjectType, ObjectWriter, StoreLock, WriteError,
+};
 
 use super::base::Base;
 use super::budget::Budget;
@@ -29,6 +31,8 @@ pub(super) struct Import {
     pub booted: Option<BootedRepo>,
     pub writer: ObjectWriter,
     pub progress: Arc<PullProgress>,
+    /// Layers of images in the booted repo, by diff id.
+    pub held: HashMap<String, HeldLayer>,
     /// Memory that all plain layers together may use.
     pub budget: Budget,
     /// Cancelled when no object is wanted any more.
@@ -73,6 +77,7 @@ impl Import {
             base,
             store: store.clone(),
             booted: booted.cloned(),
+            held: booted.map(BootedRepo::held_layers).unwrap_or_default(),
             writer: store.writer()?,
             progress,
             budget: Budget::default(),
@@ -164,13 +169,22 @@ impl Import {
         self.wants().as_ref().map(|wants| wants.target.content.keys().copied().collect()).unwrap_or_default()
     }
 
+    /// Returns true if the booted repo holds the layer, or the same layer in another compression.
+    pub(super) fn booted_has_layer(&self, layer: &Layer) -> bool {
+        let has_ref = |booted: &BootedRepo| booted.has_layer(&layer.digest());
+        self.held.contains_key(&layer.diff_id) || self.booted.as_ref().is_some_and(has_ref)
+    }
+
+    /// Returns the file of a content object in the booted repo.
+    pub(super) fn booted_file(&self, id: &ObjectId) -> Option<PathBuf> {
+        let booted = self.booted.as_ref().filter(|_| self.booted_content.contains(id))?;
+        Some(booted.object_path(id, ObjectType::File))
+    }
+
     /// Returns the file of a content object of the target, or `None` if neither repo has it.
     pub(super) fn content_path(&self, id: &ObjectId) -> Option<PathBuf> {
-        match &self.booted {
-            // The booted repo was listed when the import started, so that the store need not be searched.
-            Some(booted) if self.booted_content.contains(id) => Some(booted.object_path(id, ObjectType::File)),
-            _ => self.store.find_object(id, ObjectType::File),
-        }
+        // The booted repo was listed when the import started, so that the store need not be searched.
+        self.booted_file(id).or_else(|| self.store.find_object(id, ObjectType::File))
     }
 
     /// Records that a content object of a plain layer was written.

@@ -80,7 +80,7 @@ pub(super) fn rounds<'a>(
 }
 
 /// Returns true if all components that the layer lists are kernel packages.
-fn is_kernel_layer(layer: &Layer) -> bool {
+pub(super) fn is_kernel_layer(layer: &Layer) -> bool {
     !layer.components.is_empty() && layer.components.iter().all(|name| is_kernel_package(name))
 }
 

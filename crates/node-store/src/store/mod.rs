@@ -9,6 +9,7 @@ mod booted;
 mod dirtree;
 mod disk;
 mod header;
+mod held;
 mod journal;
 mod lock;
 mod node;
@@ -19,6 +20,7 @@ mod write;
 
 pub use booted::BootedRepo;
 pub use dirtree::Dirtree;
+pub use held::HeldLayer;
 pub use journal::{LayerJournal, Scope};
 pub use lock::{LockError, StoreLock};
 pub use node::NodeStore;

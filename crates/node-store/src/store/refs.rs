@@ -1,10 +1,13 @@
-//! Refs of imported layers, named as ostree-ext names them: one ref per layer. A repo with the ref has every object of
-//! that layer.
+//! Refs of imported layers and images, named as ostree-ext names them: one ref for each. A repo with the ref has every
+//! object of that layer or image.
 
 use std::fmt::Write as _;
 
 /// Directory of layer refs, below `refs/heads`.
 const LAYER_REF_PREFIX: &str = "ostree/container/blob";
+
+/// Directory of image refs, below `refs/heads`.
+pub(super) const IMAGE_REF_PREFIX: &str = "ostree/container/image";
 
 /// Escapes a string for use in a ref name. ASCII letters, digits and `-` are unchanged, `_` is doubled, `/` is unchanged
 /// between two names, and any other character becomes `_HEX_`.

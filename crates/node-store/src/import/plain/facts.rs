@@ -8,7 +8,8 @@ use crate::image::Failure;
 use crate::store::ObjectType;
 
 use super::label::{PolicyFiles, policy_objects};
-use super::merge::tree_of;
+use super::layertree::LayerTree;
+use super::merge::{Dir, tree_of};
 use super::path::Placement;
 use crate::import::base::Base;
 use crate::import::state::Import;
@@ -63,6 +64,22 @@ impl BaseFacts {
         let placement = Placement { keep_var: ostree::check_version(2024, 3), any_top_level: true };
         // Without the booted system's policy, more files are relabelled.
         Self::new(Base::Empty, placement, booted_policy(import))
+    }
+
+    /// Returns the facts with the policy that a plain image has in `layers`, if they have a complete one.
+    pub(in crate::import) fn with_policy_of(self, import: &Import, layers: &[Arc<LayerTree>]) -> Self {
+        let lookup: &mut Lookup<'_> = &mut |id, kind| import.read_metadata(id, kind);
+        let mut root = Dir::empty(Arc::default());
+        let laid = layers.iter().try_for_each(|layer| root.lay(layer, &|_| false, lookup).map(drop));
+        let objects = laid.ok().and_then(|()| policy_objects(&mut root, &import.store, lookup).ok().flatten());
+        match objects.filter(|objects| self.policy.as_ref().is_none_or(|policy| policy.objects != *objects)) {
+            // Objects that are not stored are those of a policy that needs other layers.
+            Some(objects) => match objects.show(&import.store) {
+                Ok(Some(policy)) => Self::new(import.base, self.placement, Some(policy)),
+                _ => self,
+            },
+            None => self,
+        }
     }
 
     fn new(base: Base, placement: Placement, policy: Option<PolicyFiles>) -> Self {

@@ -5,6 +5,7 @@ mod commit;
 mod derive;
 mod dirmeta;
 mod facts;
+mod held;
 mod kept;
 mod label;
 mod layertree;
@@ -18,7 +19,8 @@ mod system;
 pub(super) use commit::{CommitInfo, commit_bytes};
 pub(super) use derive::{Committed, Derived, Merged};
 pub(super) use facts::BaseFacts;
-pub(super) use layertree::LayerTree;
+pub(super) use held::held_tree;
+pub(super) use layertree::{BadEntry, LayerTree};
 #[cfg(any(test, fuzzing))]
 pub(super) use path::Placement;
 pub(super) use reader::read_plain;

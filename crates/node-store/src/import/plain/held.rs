@@ -1,0 +1,95 @@
+//! Reads the tree of a plain layer from the commit that the booted repo has of it. Blocks.
+//!
+//! Format source: ostree-ext's commits of plain layers. Whiteouts are files, as in the archive.
+
+use crate::image::Layer;
+use crate::store::{Dirtree, ObjectId, ObjectType};
+
+use super::dirmeta::read_dirmeta;
+use super::facts::BaseFacts;
+use super::layertree::{BadEntry, LayerFile, LayerTree};
+use super::path::Place;
+use super::system::is_left_by_build;
+use crate::import::base::Base;
+use crate::import::state::Import;
+use crate::import::tree::{Lookup, TreeError, commit_root, load};
+
+/// Reasons why the commit cannot replace the layer.
+#[derive(Debug, thiserror::Error)]
+enum Unusable {
+    #[error(transparent)]
+    Tree(#[from] TreeError),
+    #[error(transparent)]
+    Entry(#[from] BadEntry),
+    #[error("/{0} has another place in this image")]
+    Place(String),
+    #[error("the booted repo lacks {0}.file")]
+    Missing(ObjectId),
+}
+
+/// Returns the tree of a layer that the booted repo holds, or `None` if the layer must be fetched.
+///
+/// # Errors
+/// If the tree exceeds the budget.
+pub(in crate::import) fn held_tree(
+    import: &Import,
+    facts: &BaseFacts,
+    layer: &Layer,
+) -> Result<Option<LayerTree>, BadEntry> {
+    let Some(commit) = import.held.get(&layer.diff_id).and_then(|held| held.tree) else { return Ok(None) };
+    match tree_of_layer(import, facts, &commit) {
+        Ok(tree) => Ok(Some(tree)),
+        Err(Unusable::Entry(error @ BadEntry::TooMany(_))) => Err(error),
+        Err(reason) => {
+            tracing::debug!(layer = layer.index, "cannot use the booted system's copy of the layer: {reason}");
+            Ok(None)
+        }
+    }
+}
+
+fn tree_of_layer(import: &Import, facts: &BaseFacts, commit: &ObjectId) -> Result<LayerTree, Unusable> {
+    let lookup: &mut Lookup<'_> = &mut |id, kind| import.read_metadata(id, kind);
+    let mut tree = LayerTree::new(&import.budget);
+    let (root, root_meta) = commit_root(commit, lookup)?;
+    let mut queue = vec![(Vec::new(), root, root_meta)];
+    while let Some((path, dirtree, dirmeta)) = queue.pop() {
+        let meta = read_dirmeta(&dirmeta, lookup)?;
+        let (uid, gid) = (meta.uid, meta.gid);
+        tree.directory(&path, meta)?;
+        let bytes = load(&dirtree, ObjectType::DirTree, lookup)?;
+        let listing = Dirtree::parse(&bytes).map_err(|what| TreeError::Malformed(dirtree, "dirtree", what))?;
+        let at = |name: &str| path.iter().cloned().chain([name.to_owned()]).collect::<Vec<String>>();
+        for (name, id) in &listing.files {
+            let path = at(name);
+            check_place(facts, &path)?;
+            if tree.whiteout(&path, uid, gid)? {
+                continue;
+            }
+            let object = import.booted_file(id).ok_or(Unusable::Missing(*id))?;
+            let is_left = import.base == Base::Empty
+                && object
+                    .symlink_metadata()
+                    .is_ok_and(|stat| stat.is_file() && is_left_by_build(&path.join("/"), stat.len()));
+            if !is_left {
+                tree.file(&path, LayerFile::Object(*id), uid, gid)?;
+            }
+        }
+        for (name, dirtree, dirmeta) in &listing.dirs {
+            let path = at(name);
+            check_place(facts, &path)?;
+            queue.push((path, *dirtree, *dirmeta));
+        }
+    }
+    Ok(tree)
+}
+
+/// Refuses a path of the commit to which this import would not move an entry. The importer of the commit may have had
+/// other rules for `/var` and for top-level directories.
+fn check_place(facts: &BaseFacts, path: &[String]) -> Result<(), Unusable> {
+    let shown = path.join("/");
+    let is_moved_var = facts.placement.keep_var && shown == "usr/share/factory/var";
+    match facts.placement.place(shown.as_bytes()) {
+        Ok(Place::At(place)) if place == path && !is_moved_var => Ok(()),
+        _ => Err(Unusable::Place(shown)),
+    }
+}

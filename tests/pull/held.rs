@@ -1,0 +1,137 @@
+//! Layers that the booted repo holds, and the order of the layers of a plain image.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use node_store::store::BootedRepo;
+
+use super::derived::{CONTEXTS, Labels, base, complete, layers, with};
+use super::fixture::{Compress, Image, fsck, listing};
+use super::layers::{Item, What, by_ostree_ext, file, item, layer, oracle};
+use super::plain::{almost_empty, labelled_system, plain, policy, system};
+use super::tree::noise;
+use super::{Bench, image, try_pull, try_pull_with};
+
+/// Imports an image with ostree-ext. Returns the repo as that of a system that booted this image.
+fn booted_by_ostree_ext(bench: &Bench, oracle: &str, image: &Image, name: &str) -> BootedRepo {
+    let path = bench.path(name);
+    by_ostree_ext(oracle, &bench.push(image, &format!("{name}:1")), &path).unwrap();
+    let mut queue: Vec<PathBuf> = vec![path.join("refs/heads/ostree/container/image")];
+    let commit = loop {
+        let next = queue.pop().unwrap();
+        match fs::read_dir(&next) {
+            Ok(entries) => queue.extend(entries.map(|entry| entry.unwrap().path())),
+            Err(_) => break fs::read_to_string(next).unwrap().trim().to_owned(),
+        }
+    };
+    BootedRepo { path, commit: Some(commit) }
+}
+
+fn recompressed(mut image: Image) -> Image {
+    image.layers.iter_mut().for_each(|layer| layer.compress = Compress::Zstd);
+    image
+}
+
+fn update() -> Vec<Item> {
+    vec![
+        item("usr/bin/kubelet", What::File(noise(600_000, 7), 0o755)),
+        file("usr/share/.wh.stable", ""),
+        file("usr/share/new", "new"),
+    ]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn plain_layers_of_the_booted_system_are_not_fetched() {
+    let bench = Bench::new();
+    let oracle = oracle();
+    let stack = [
+        labelled_system(),
+        vec![file("usr/share/two", "2"), file("usr/bin/.wh.bash", ""), file("etc/app/.wh..wh..opq", "")],
+        vec![file("run/left-out", ""), file("usr/share/three", "3")],
+    ];
+    let below: Vec<_> = stack.iter().map(|items| layer(items)).collect();
+    let over = |mut bottom: Image| {
+        bottom.layers.extend(below.iter().cloned());
+        bottom
+    };
+    for (name, bottom, fetched) in [("plain", plain(Vec::new()), 2), ("derived", base(&bench, Labels::Own), 3)] {
+        let theirs = if name == "plain" { almost_empty(&bench) } else { bottom.clone() };
+        let booted = booted_by_ostree_ext(&bench, &oracle, &over(theirs), &format!("booted-{name}"));
+        let newer = recompressed(with(over(bottom), &[update()]));
+        let spec = bench.push(&newer, &format!("held:{name}"));
+        let store = bench.store(name, Some(&booted));
+        let pulled = try_pull(&spec, &store, Some(&booted)).await.unwrap();
+        // The new layer, and those from which ostree-ext left entries out: of a derived layer, all top-level ones.
+        assert_eq!(pulled.layers_fetched, fetched, "{name}: {pulled:?}");
+        assert!(pulled.complete, "{name}: {pulled:?}");
+        let whole = bench.store(&format!("{name}-whole"), None);
+        let expected = try_pull_with(&spec, &whole, None, complete()).await.unwrap();
+        assert_eq!(pulled.commit, expected.commit, "{name}");
+        let ours = listing(store.repo_path(), "coreos/node-image");
+        assert_eq!(ours, listing(whole.repo_path(), "coreos/node-image"), "{name}");
+        assert!(ours.contains("/usr/share/two") && !ours.contains("/usr/bin/bash"), "{ours}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn layers_of_a_commit_are_matched_by_diff_id() {
+    let bench = Bench::new();
+    let booted = booted_by_ostree_ext(&bench, &oracle(), &image(&bench, 1, 1), "booted");
+    let spec = bench.push(&recompressed(image(&bench, 2, 1)), "held:commit");
+    let store = bench.store("commit", Some(&booted));
+    let pulled = try_pull(&spec, &store, Some(&booted)).await.unwrap();
+    // The commit, kubelet and the tools: the booted system holds the layer "stable", and the kernel is not wanted.
+    assert_eq!(pulled.layers_fetched, 3, "{pulled:?}");
+}
+
+/// A held layer whose objects are gone is fetched.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_layer_with_missing_objects_is_fetched() {
+    let bench = Bench::new();
+    let lost = vec![file("usr/share/lost", "lost")];
+    let mut theirs = almost_empty(&bench);
+    theirs.layers.extend([layer(&labelled_system()), layer(&lost)]);
+    let booted = booted_by_ostree_ext(&bench, &oracle(), &theirs, "booted");
+    let spec = bench.push(&plain(vec![layer(&labelled_system()), layer(&lost)]), "held:lost");
+    let whole = bench.store("whole", None);
+    let expected = try_pull_with(&spec, &whole, None, complete()).await.unwrap();
+    let id = content_at(&booted.path, booted.commit.as_deref().unwrap(), "/usr/share/lost").unwrap();
+    fs::remove_file(booted.path.join(format!("objects/{}/{}.file", &id[..2], &id[2..]))).unwrap();
+    // The commit of the layer has the file with another label.
+    let store = bench.store("lost", Some(&booted));
+    let pulled = try_pull_with(&spec, &store, Some(&booted), complete()).await.unwrap();
+    assert_eq!(pulled.commit, expected.commit);
+    assert!(pulled.complete, "{pulled:?}");
+}
+
+fn content_at(repo: &Path, commit: &str, path: &str) -> Option<String> {
+    let all = listing(repo, commit);
+    let line = all.lines().find(|line| line.ends_with(path))?;
+    line.split_whitespace().nth(4).map(str::to_owned)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_layer_with_the_policy_is_read_first() {
+    let bench = Bench::new();
+    let mut trees = Vec::new();
+    for (name, component) in [("annotated", Some("rpm/selinux-policy-targeted")), ("unknown", None)] {
+        let mut rules = layer(&policy("test", CONTEXTS));
+        rules.components = component;
+        let mut kernel = layer(&[file("usr/lib/modules/6.2/vmlinuz", "kernel")]);
+        kernel.components = component.map(|_| "rpm/kernel-core");
+        let stack = vec![kernel, layer(&system()), layer(&layers()[0]), rules];
+        let store = bench.store(name, None);
+        let spec = bench.push(&plain(stack), &format!("policy:{name}"));
+        try_pull_with(&spec, &store, None, complete()).await.unwrap();
+        fsck(store.repo_path());
+        let tree = listing(store.repo_path(), "coreos/node-image");
+        let files = tree.lines().filter(|line| !line.starts_with('d'));
+        let needed: BTreeSet<&str> = files.filter_map(|line| line.split_whitespace().nth(4)).collect();
+        let copies = store.content_objects().unwrap().len() - needed.len();
+        // Only the files of the policy were read before their labels were known.
+        assert_eq!(copies <= 3, component.is_some(), "{name}: {copies}");
+        trees.push(tree);
+    }
+    assert_eq!(trees[0], trees[1]);
+}
