@@ -51,6 +51,8 @@ pub(super) struct Relabeller<'a> {
     seen: HashSet<Label>,
     metas: HashMap<ObjectId, DirMeta>,
     made: HashMap<(ObjectId, Label), ObjectId>,
+    /// Relabelled copies that were not stored, because no path seen so far needs them in the store.
+    unstored: HashSet<ObjectId>,
     /// Number of base files that got another label.
     relabelled_base: u64,
     /// Base objects that neither repo has; true if the two policies label them differently.
@@ -83,6 +85,7 @@ impl<'a> Relabeller<'a> {
             seen: HashSet::new(),
             metas: HashMap::new(),
             made: HashMap::new(),
+            unstored: HashSet::new(),
             relabelled_base: 0,
             absent: HashMap::new(),
             base_is_mislabelled: false,
@@ -198,10 +201,18 @@ impl<'a> Relabeller<'a> {
                 self.by_base(path, known.mode, Some(&label))?.as_deref() != known.label.as_deref();
         }
         let key = (*id, self.shared(label));
-        if let Some(made) = self.made.get(&key) {
+        let is_kept = |made: &ObjectId| self.import.keeps_at(made, path.trim_start_matches('/'));
+        if let Some(made) = self.made.get(&key)
+            && !(self.unstored.contains(made) && is_kept(made))
+        {
             return Ok(*made);
         }
         let made = self.copy(id, path, &key.1)?;
+        if is_kept(&made) {
+            self.unstored.remove(&made);
+        } else {
+            self.unstored.insert(made);
+        }
         self.made.insert(key, made);
         Ok(made)
     }
