@@ -1,4 +1,5 @@
-//! Images in registries and on this machine: pull specs, manifests, layer streams, release payloads, and the classes of failures.
+//! Images in registries and on this machine: pull specs, manifests, layer streams, release payloads, and the classes of
+//! failures.
 //!
 //! This module turns a pull spec into a verified manifest, config and layer streams. It uses `containers-image-proxy`:
 //! skopeo handles registries.conf, mirrors, policy.json, proxies and auth files. The module also finds the node image that

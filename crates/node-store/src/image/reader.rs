@@ -1,6 +1,7 @@
 //! Reads manifests, configs and layers of images through one skopeo process.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use containers_image_proxy::{Error as ProxyError, OpenedImage};
 use futures_util::FutureExt;
@@ -12,6 +13,9 @@ use super::layout::compression;
 use super::policy::policy_path;
 use super::pool::{Pool, Proxy};
 use super::{Compression, Failure, Kind, Layer, LayerStream, PullSpec, ResolvedImage, classify};
+
+/// Time limit for opening an image on this machine. skopeo unpacks an archive first, perhaps from slow virtual media.
+const UNPACK: Duration = Duration::from_secs(30 * 60);
 
 /// A reader with its skopeo process. Dropping it, for example after a failure, ends the process.
 pub struct Reader<'a> {
@@ -124,7 +128,12 @@ impl<'a> Reader<'a> {
     async fn open(&self, spec: &PullSpec) -> Result<Arc<OpenedImage>, Failure> {
         spec.check_path()?;
         self.pool.check_policy(spec)?;
-        let opened = self.request(&spec.to_string(), self.proxy.skopeo.open_image(&spec.reference())).await;
+        let limit = match spec {
+            PullSpec::Registry(_) => self.pool.idle_timeout(),
+            PullSpec::Local(_) => UNPACK,
+        };
+        let opened =
+            self.request_within(limit, &spec.to_string(), self.proxy.skopeo.open_image(&spec.reference())).await;
         opened.map(Arc::new).map_err(|failure| spec.adapt(failure))
     }
 
@@ -214,7 +223,15 @@ impl<'a> Reader<'a> {
     }
 
     async fn request<T>(&self, subject: &str, call: impl Future<Output = Result<T, ProxyError>>) -> Result<T, Failure> {
-        let timeout = self.pool.idle_timeout();
+        self.request_within(self.pool.idle_timeout(), subject, call).await
+    }
+
+    async fn request_within<T>(
+        &self,
+        timeout: Duration,
+        subject: &str,
+        call: impl Future<Output = Result<T, ProxyError>>,
+    ) -> Result<T, Failure> {
         match tokio::time::timeout(timeout, call).await {
             Ok(result) => result.map_err(|error| failure(subject, &error)),
             Err(_) => {
