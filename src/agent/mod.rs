@@ -65,29 +65,22 @@ pub(crate) struct Context {
     pub(crate) settings: Settings,
     pub(crate) tracker: Tracker,
     pub(crate) paths: StateDir,
-    /// Watches over the agent while PID 1 has the files of another `/usr` than the one in place.
-    guard: Mutex<Option<Guard>>,
-    /// True once this call has staged, so that the switch does not repeat the checks.
-    staged_now: AtomicBool,
 }
 
 impl Context {
     pub(crate) fn new(settings: Settings, tracker: Tracker, paths: StateDir) -> Self {
-        Self { settings, tracker, paths, guard: Mutex::default(), staged_now: AtomicBool::new(false) }
+        Self { settings, tracker, paths }
     }
+}
 
-    /// Starts a process that re-executes PID 1 if the agent dies.
-    async fn guard(&self) {
-        let mut guard = self.guard.lock().await;
-        if guard.is_none() {
-            *guard = reexec::guard().await;
-        }
-    }
-
-    /// Ends the process that [`Context::guard`] started.
-    async fn unguard(&self) {
-        drop(self.guard.lock().await.take());
-    }
+/// A call that runs phases.
+struct Call<'a> {
+    goal: Goal,
+    cancel: &'a CancelHandle,
+    /// True once this call has staged, so that the switch does not repeat the checks.
+    staged_now: bool,
+    /// Watches over the agent while PID 1 has the files of another `/usr` than the one in place.
+    guard: Option<Guard>,
 }
 
 /// The agent. A lock in its directory ensures that a machine has only one.
@@ -273,12 +266,13 @@ impl Agent {
         }
         let context = Context::new(settings, self.tracker.clone(), self.paths.clone());
         let goal = goal.unwrap_or_else(|| record.last_goal());
+        let mut call = Call { goal, cancel, staged_now: false, guard: None };
         loop {
             let touches_nothing_yet = record.step.is_before_switch() || matches!(record.step, Step::Refreshed(_));
             if touches_nothing_yet && cancel.is_cancelled() {
                 return Err(Error::cancelled());
             }
-            match self.step(&context, record, goal, length, cancel).await {
+            match self.step(&context, record, length, &mut call).await {
                 Ok(true) => info!("step reached: {}", record.step.name()),
                 Ok(false) => return Ok(()),
                 Err(error) => {
@@ -296,11 +290,10 @@ impl Agent {
         &self,
         context: &Context,
         record: &mut Record,
-        goal: Goal,
         length: Option<Duration>,
-        cancel: &CancelHandle,
+        call: &mut Call<'_>,
     ) -> Result<bool, Error> {
-        let Some(next) = next(context, record, goal, cancel).await? else { return Ok(false) };
+        let Some(next) = next(context, record, call).await? else { return Ok(false) };
         let before = record.clone();
         if let (Step::Staged(_), Step::Switching(_)) = (&record.step, &next) {
             record.undone = None;

@@ -13,11 +13,13 @@ use unit_refresh::{Guard, Manager};
 /// Largest number of units that a message names.
 const NAMED: usize = 10;
 
-/// Starts a process that re-executes PID 1 if the agent dies. A failure to start it is logged and not fatal, because it is
+/// Starts a process that re-executes PID 1 if the agent dies, unless there is one. A failure to start it is logged and not fatal, because it is
 /// needed only if the agent is killed.
-pub(super) async fn guard() -> Option<Guard> {
-    let started = tokio::task::spawn_blocking(Guard::start).await.map_err(anyhow::Error::from);
-    started.and_then(|started| started).inspect_err(|error| warn!("{error:#}")).ok()
+pub(super) async fn guard(guard: &mut Option<Guard>) {
+    if guard.is_none() {
+        let started = tokio::task::spawn_blocking(Guard::start).await.map_err(anyhow::Error::from);
+        *guard = started.and_then(|started| started).inspect_err(|error| warn!("{error:#}")).ok();
+    }
 }
 
 /// Re-executes PID 1 if its files changed, else reloads it. It has read the new unit files in both cases.

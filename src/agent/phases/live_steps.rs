@@ -10,7 +10,7 @@ use crate::agent::policy::{Way, policy_step, relabel};
 use crate::agent::state::LiveStep;
 use crate::agent::{Context, StagedRoot, StateDir, accounts, policy, reexec, unit_jobs, views};
 use crate::host;
-use unit_refresh::{Action, Class, Flow, Manager, Verb};
+use unit_refresh::{Action, Class, Flow, Guard, Manager, Verb};
 
 /// The input of the steps, and their results.
 pub(super) struct LiveSteps<'a> {
@@ -18,6 +18,7 @@ pub(super) struct LiveSteps<'a> {
     pub(super) staged: &'a StagedRoot,
     pub(super) changed: &'a ChangedPaths,
     pub(super) flow: Flow,
+    pub(super) guard: &'a mut Option<Guard>,
     /// A line for each failure that does not prevent the next step.
     pub(super) trouble: Vec<String>,
     /// Actions for units that succeeded.
@@ -42,9 +43,9 @@ impl LiveSteps<'_> {
     async fn renew_manager(&mut self) -> anyhow::Result<()> {
         let changed = self.changed;
         self.trouble.extend(host::refresh_libraries(&|path: &Path| changed.contains(path)).await);
-        self.context.guard().await;
+        reexec::guard(self.guard).await;
         reexec::renew_manager(self.context, changed).await?;
-        self.context.unguard().await;
+        *self.guard = None;
         Ok(())
     }
 

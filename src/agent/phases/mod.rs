@@ -13,12 +13,10 @@ mod start;
 mod switch;
 mod undo;
 
-use std::sync::atomic::Ordering;
-
 use anyhow::anyhow;
 use tracing::info;
 
-use super::{CancelHandle, Context, Error, Goal, Record, Step, hooks, unit_jobs};
+use super::{Call, Context, Error, Goal, Record, Step, hooks, unit_jobs};
 use crate::report::State;
 use start::{Start, decide};
 use unit_refresh::Flow;
@@ -29,13 +27,8 @@ pub(super) use stage::diff_etc;
 pub(super) use undo::{plan_units, undo};
 
 /// The step after the one that stands in the record, or `None` when the goal is reached.
-pub(super) async fn next(
-    context: &Context,
-    record: &mut Record,
-    goal: Goal,
-    cancel: &CancelHandle,
-) -> Result<Option<Step>, Error> {
-    let flow = record.flow();
+pub(super) async fn next(context: &Context, record: &mut Record, call: &mut Call<'_>) -> Result<Option<Step>, Error> {
+    let (flow, goal, cancel) = (record.flow(), call.goal, call.cancel);
     let next = match record.step.clone() {
         Step::Idle => match decide(&context.settings, &|path| path.exists()) {
             Start::Refuse => {
@@ -59,11 +52,15 @@ pub(super) async fn next(
         }
         Step::NothingToDo { .. } => return Ok(None),
         Step::Resolved(image) => Step::Pulled(pull::pull(context, image, cancel).await?),
-        Step::Pulled(pulled) => Step::Staged(stage::stage(context, pulled, flow).await?),
+        Step::Pulled(pulled) => {
+            let staged = stage::stage(context, pulled, flow).await?;
+            call.staged_now = true;
+            Step::Staged(staged)
+        }
         Step::Staged(_) if goal < Goal::Switched => return Ok(None),
         // Recorded before the first act, so that an agent started after a kill finishes the switch.
         Step::Staged(staged) => {
-            if !context.staged_now.load(Ordering::Relaxed) && !stage::is_current(context, &staged).await? {
+            if !call.staged_now && !stage::is_current(context, &staged).await? {
                 info!("/etc has changed since it was staged: staging again");
                 return Ok(Some(Step::Pulled(staged.pulled)));
             }
@@ -72,12 +69,12 @@ pub(super) async fn next(
             unit_jobs::remember(context, &staged).await?;
             Step::Switching(staged)
         }
-        Step::Switching(staged) => Step::Switched(switch::switch(context, record, staged).await?),
+        Step::Switching(staged) => Step::Switched(switch::switch(context, record, &mut call.guard, staged).await?),
         Step::Lost { message, .. } => return Err(Error::refused("lost-record", message)),
         // The caller completes an undo before it asks for the next step.
         Step::Undoing(_) => return Err(anyhow!("undo is not complete").into()),
         Step::Switched(switched) => {
-            let refreshed = refresh::refresh(context, record, switched, flow).await?;
+            let refreshed = refresh::refresh(context, record, &mut call.guard, switched, flow).await?;
             hooks::post_switch(context, &refreshed.staged, flow).await;
             Step::Refreshed(refreshed)
         }
@@ -112,7 +109,8 @@ mod tests {
             let context = Context::new(settings, Tracker::new(Status::default()), StateDir::below(scratch));
             let (mut record, cancel) = (Record::default(), CancelHandles::default().register("test"));
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            let refused = runtime.block_on(next(&context, &mut record, Goal::Staged, &cancel)).unwrap_err();
+            let mut call = Call { goal: Goal::Staged, cancel: &cancel, staged_now: false, guard: None };
+            let refused = runtime.block_on(next(&context, &mut record, &mut call)).unwrap_err();
             let reasons = refused.last_error().refusals;
             assert!(reasons.iter().any(|reason| reason.id == "etc-read-only"), "{refused}");
         });

@@ -7,13 +7,14 @@ use crate::agent::new_usr::ChangedPaths;
 use crate::agent::state::{LiveStep, SwitchStep};
 use crate::agent::{Context, Error, Record, Switched, unit_survey, views};
 use crate::report::{Phase, State};
-use unit_refresh::{Flow, Manager};
+use unit_refresh::{Flow, Guard, Manager};
 
 /// Applies the steps in which the running system adopts the files. Idempotent: after a kill, the next agent runs them
 /// again.
 pub(super) async fn refresh(
     context: &Context,
     record: &mut Record,
+    guard: &mut Option<Guard>,
     mut switched: Switched,
     flow: Flow,
 ) -> Result<Switched, Error> {
@@ -21,7 +22,7 @@ pub(super) async fn refresh(
     context.tracker.begin(phase);
     let changed = ChangedPaths::of(&switched.staged)?;
     let (staged, trouble, units) = (&switched.staged, Vec::new(), Vec::new());
-    let mut steps = LiveSteps { context, staged, changed: &changed, flow, trouble, units };
+    let mut steps = LiveSteps { context, staged, changed: &changed, flow, guard, trouble, units };
     for step in LiveStep::ALL {
         record.begin(SwitchStep::Live(step), &context.paths)?;
         steps.apply(step).await?;

@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
-use std::sync::atomic::Ordering;
 
 use anyhow::Context as _;
 use ostree::gio::Cancellable;
@@ -63,7 +62,6 @@ pub(super) async fn stage(context: &Context, pulled: PulledImage, flow: Flow) ->
         context.tracker.warn(line);
     }
     context.tracker.end(phase, State::Pulled);
-    context.staged_now.store(true, Ordering::Relaxed);
     Ok(staged)
 }
 

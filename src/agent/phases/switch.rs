@@ -11,17 +11,23 @@ use tracing::info;
 use super::file_steps::FileSteps;
 use crate::agent::new_usr::ETC;
 use crate::agent::state::{FileStep, SwitchStep};
-use crate::agent::{Context, Error, Record, StagedRoot, StateDir, SwitchPlan, Switched};
+use crate::agent::{Context, Error, Record, StagedRoot, StateDir, SwitchPlan, Switched, reexec};
 use crate::report::{Phase, State};
+use unit_refresh::Guard;
 
 /// Exposes the new `/usr` and merges `/etc`.
-pub(super) async fn switch(context: &Context, record: &mut Record, staged: StagedRoot) -> Result<Switched, Error> {
+pub(super) async fn switch(
+    context: &Context,
+    record: &mut Record,
+    guard: &mut Option<Guard>,
+    staged: StagedRoot,
+) -> Result<Switched, Error> {
     let phase = Phase::Switch;
     context.tracker.begin(phase);
     // Before the first act, also after a kill.
     staged.load::<etc_merge::Plan>(&context.paths)?;
     // Until the refresh has re-executed PID 1.
-    context.guard().await;
+    reexec::guard(guard).await;
     let steps = FileSteps { dir: context.paths.clone(), staged };
     for step in FileStep::ALL {
         record.begin(SwitchStep::File(step), &context.paths)?;

@@ -97,7 +97,7 @@ pub(in crate::agent) async fn undo(
             (SwitchStep::File(step), live) => {
                 // From here on PID 1 may be unable to start services until its re-execution.
                 if step == FileStep::Usr && live.is_some() {
-                    _guard = guard().await;
+                    guard(&mut _guard).await;
                 }
                 let files = files.clone();
                 let act = tokio::task::spawn_blocking(move || files.undo(step)).await;
