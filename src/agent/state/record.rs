@@ -151,8 +151,9 @@ pub struct Undo {
 }
 
 /// The progress of the pivot. Each step holds the value that the next phase needs.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize, strum::IntoStaticStr)]
 #[serde(rename_all = "kebab-case")]
+#[strum(serialize_all = "kebab-case")]
 pub enum Step {
     /// Nothing done.
     #[default]
@@ -192,19 +193,7 @@ pub enum Step {
 impl Step {
     /// Returns the name for the journal.
     pub fn name(&self) -> &'static str {
-        match self {
-            Step::Idle => "idle",
-            Step::NothingToDo { .. } => "nothing-to-do",
-            Step::Resolved(_) => "resolved",
-            Step::Pulled(_) => "pulled",
-            Step::Staged(_) => "staged",
-            Step::Switching(_) => "switching",
-            Step::Undoing(_) => "undoing",
-            Step::Lost { .. } => "lost",
-            Step::Switched(_) => "switched",
-            Step::Refreshed(_) => "refreshed",
-            Step::Finished(_) => "finished",
-        }
+        self.into()
     }
 
     /// Returns the image, if it is known.

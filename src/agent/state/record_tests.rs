@@ -57,6 +57,7 @@ fn every_step_survives_the_file_and_rests() {
     for (step, state) in steps().into_iter().zip(states) {
         let name = step.name();
         let text = serde_json::to_vec(&Record { step, ..Record::default() }).unwrap();
+        assert!(String::from_utf8_lossy(&text).contains(&format!("\"step\":{{\"{name}\"")) || name == "idle", "{name}");
         let mut record: Record = serde_json::from_slice(&text).unwrap();
         assert_eq!(record.step.name(), name);
         record.status.state = State::Running;

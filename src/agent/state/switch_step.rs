@@ -3,30 +3,38 @@
 use serde::{Deserialize, Serialize};
 
 /// A step that changes files and mounts; the phase switch applies it, and a failed switch rolls it back.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, strum::IntoStaticStr)]
 #[serde(rename_all = "kebab-case")]
 pub enum FileStep {
     /// The ref of the node image in the store.
+    #[strum(serialize = "the ref of the node image")]
     Ref,
     /// The mark that keeps a generator from arming the pivot again.
+    #[strum(serialize = "the mark for the generator")]
     Marker,
     /// The mount of the node image's `/usr`.
+    #[strum(serialize = "the mount of /usr")]
     Usr,
     /// The merge of `/etc`.
+    #[strum(serialize = "the merge of /etc")]
     Etc,
 }
 
 /// A step in which the running system adopts the files; the phase refresh applies it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, strum::IntoStaticStr)]
 #[serde(rename_all = "kebab-case")]
 pub enum LiveStep {
     /// The loaded SELinux policy, and the labels that only it knows.
+    #[strum(serialize = "the SELinux policy")]
     Policy,
     /// PID 1 and the managers of users.
+    #[strum(serialize = "the re-execution of systemd")]
     Manager,
     /// Accounts, caches and the message bus.
+    #[strum(serialize = "accounts, caches and the message bus")]
     Files,
     /// The units that run old code.
+    #[strum(serialize = "the unit plan")]
     Units,
 }
 
@@ -76,14 +84,8 @@ impl SwitchStep {
     /// Returns a noun phrase for messages.
     pub fn describe(self) -> &'static str {
         match self {
-            Self::File(FileStep::Ref) => "the ref of the node image",
-            Self::File(FileStep::Marker) => "the mark for the generator",
-            Self::File(FileStep::Usr) => "the mount of /usr",
-            Self::File(FileStep::Etc) => "the merge of /etc",
-            Self::Live(LiveStep::Policy) => "the SELinux policy",
-            Self::Live(LiveStep::Manager) => "the re-execution of systemd",
-            Self::Live(LiveStep::Files) => "accounts, caches and the message bus",
-            Self::Live(LiveStep::Units) => "the unit plan",
+            Self::File(step) => step.into(),
+            Self::Live(step) => step.into(),
         }
     }
 }
