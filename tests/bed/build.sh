@@ -1,7 +1,7 @@
 #!/bin/bash
 # Builds what the tests run on: QEMU, trees, bootimages, node images, the registry's storage.
 #
-#   build.sh TARGET...    targets: qemu oracle debs trees boot registry all
+#   build.sh TARGET...    targets: qemu oracle incumbent debs trees boot registry all
 #   build.sh skopeo       prints the directory of a newer skopeo; builds it if it is missing
 #   build.sh runtime      prints the directory of a live bootimage with a container runtime; builds it if it is missing
 #   build.sh podman       prints the directories of one with podman, and of a newer podman as a layer upon node image a,
@@ -31,11 +31,16 @@ skopeo_new() { stage skopeo "$(key "$BED/skopeo.sh")" recipe skopeo.sh; }
 
 debs() { stage debs "$(key "$BED/debs.sh" "$BED/programs")" recipe debs.sh BED="$BED"; }
 
-# The oracle is built by cargo, which knows best what is stale; its target directory lives in the cache.
-oracle() {
+# Built by cargo, which knows best what is stale; its target directory lives in the cache.
+oracle_program=$CACHE/oracle/testbed/oracle
+oracle() { oracle_as testbed; }
+# The other side of the benchmark: the same program, as optimised as the agent.
+incumbent() { oracle_as release; }
+oracle_as() { # PROFILE
     local target=$CACHE/oracle
-    nice -n 5 cargo build --release --locked --quiet --manifest-path "$PROJECT/tests/oracle/Cargo.toml" --target-dir "$target" >&2
-    printf '%s\n' "$target/release/oracle"
+    nice -n 5 cargo build --profile "$1" --locked --quiet --manifest-path "$PROJECT/tests/oracle/Cargo.toml" \
+        --target-dir "$target" >&2
+    printf '%s\n' "$target/$1/oracle"
 }
 
 tree() { # NAME SUITE "LISTS" DEB...
@@ -127,7 +132,7 @@ bench() {
         program=${CARGO_TARGET_DIR:-$PROJECT/target}/release/benchmark
     fi
     stage bench "$(key "$BED/bench.sh" "$PROJECT/tests/bench/src/images" "$PROJECT/tests/oracle/src" "=$base $more $node")" \
-        recipe bench.sh BED="$BED" PROGRAM="$program" ORACLE="$CACHE/oracle/release/oracle" \
+        recipe bench.sh BED="$BED" PROGRAM="$program" ORACLE="$oracle_program" \
         BASE="$base/repo=base12" MORE="$more/repo=node-a" NODE="$node/repo=node-b"
 }
 
@@ -153,7 +158,7 @@ trees() {
 [ $# -gt 0 ] || set -- all
 for target in "$@"; do
     case $target in
-        qemu | oracle | debs | trees | boot | registry | tree_*) "$target" >&2 ;;
+        qemu | oracle | incumbent | debs | trees | boot | registry | tree_*) "$target" >&2 ;;
         # These print where they are, each for its own tests; the bench's images are no part of all.
         skopeo) skopeo_new ;;
         bench) bench ;;
@@ -180,9 +185,8 @@ for target in "$@"; do
             bb=$(boot binaries)
             r=$(registry)
             k=$(ssh_key)
-            o=$CACHE/oracle/release/oracle
-            jq -n --arg q "$q/qemu" --arg b "$b" --arg bb "$bb" --arg r "$r" --arg k "$k" --arg o "$o" \
-                '{qemu: $q, boot: $b, boot_binaries: $bb, registry: $r, ssh_key: $k, oracle: $o}' ;;
+            jq -n --arg q "$q/qemu" --arg b "$b" --arg bb "$bb" --arg r "$r" --arg k "$k" \
+                '{qemu: $q, boot: $b, boot_binaries: $bb, registry: $r, ssh_key: $k}' ;;
         *) die "unknown target: $target" ;;
     esac
 done

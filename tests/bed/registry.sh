@@ -5,11 +5,11 @@
 image() {
     local name=$1 tree=$2
     stage "image-$name" "$(key "$BED/image.sh" "$BED/serve.sh" "$PROJECT/tests/oracle/src" "$PROJECT/tests/oracle/Cargo.lock" "=$tree")" \
-        recipe image.sh BED="$BED" NAME="$name" REPO="$tree/repo" ORACLE="$CACHE/oracle/release/oracle"
+        recipe image.sh BED="$BED" NAME="$name" REPO="$tree/repo" ORACLE="$oracle_program"
 }
 bad_images() {
     stage image-bad "$(key "$BED/bad-images.sh" "$BED/serve.sh")" \
-        recipe bad-images.sh BED="$BED" ORACLE="$CACHE/oracle/release/oracle"
+        recipe bad-images.sh BED="$BED" ORACLE="$oracle_program"
 }
 
 # The base system itself, but for a program that needs a newer CPU: little to store for whoever runs the base system.

@@ -54,7 +54,7 @@ pub fn compare(options: &Options) -> Result<()> {
     let quick = options.quick || std::env::var("BENCH_QUICK").is_ok_and(|value| value == "1");
     let rounds = if quick { 1 } else { options.rounds };
     ensure!(rounds > 0, "BENCH_ROUNDS must be at least 1");
-    let oracle = oracle()?;
+    let oracle = oracle(quick)?;
     let small = tempfile::tempdir_in("/dev/shm")?;
     let dir = match &options.images {
         Some(dir) => dir.clone(),
@@ -187,12 +187,13 @@ fn same_tree(name: &str, ours: &Sample, incumbent: &Sample) -> Result<()> {
     Ok(())
 }
 
-/// The oracle program, built when it is not; `PIVOT_ORACLE` names another one.
-fn oracle() -> Result<PathBuf> {
+/// Returns the oracle program, built if it is missing. `PIVOT_ORACLE` names another one. The quick mode uses that of the
+/// tests, which is compiled faster.
+fn oracle(quick: bool) -> Result<PathBuf> {
     if let Some(path) = std::env::var_os("PIVOT_ORACLE") {
         return Ok(path.into());
     }
-    let told = bed("oracle", Stdio::piped())?;
+    let told = bed(if quick { "oracle" } else { "incumbent" }, Stdio::piped())?;
     Ok(told.lines().last().context("the test bed says not where the oracle is")?.into())
 }
 
