@@ -37,7 +37,8 @@ where
             Err(_) if cancel.is_cancelled() => return Err(Error::cancelled()),
             Err(failure) => failure,
         };
-        let next = retries.after(&failure, Instant::now(), rand::random());
+        let jitter = getrandom::u64().map_or(0.5, |bits| bits as f64 / u64::MAX as f64);
+        let next = retries.after(&failure, Instant::now(), jitter);
         let error = retries.record(&failure, unix_now(), next);
         let delay = match next {
             Next::Wait { delay, .. } => delay,

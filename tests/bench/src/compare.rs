@@ -27,13 +27,13 @@ use crate::table;
 #[derive(Debug, Clone, Args)]
 pub struct Options {
     /// Number of pulls of each image by each side, after a warm-up.
-    #[arg(long, env = "BENCH_ROUNDS", default_value_t = 3)]
+    #[arg(long, default_value_t = 3)]
     pub rounds: usize,
     /// One round without warm-up, on small images: shows that the benchmark works, not how fast anything is.
     #[arg(long)]
     pub quick: bool,
     /// Only cases whose name contains this.
-    #[arg(long, env = "BENCH_CASES")]
+    #[arg(long)]
     pub cases: Option<String>,
     /// A directory that `benchmark images` made, instead of the test bed's.
     #[arg(long, conflicts_with = "quick")]

@@ -20,7 +20,6 @@ fn quick_mode_measures_everything() {
         .args(["compare", "--out"])
         .arg(out.path())
         .env("BENCH_QUICK", "1")
-        .env_remove("BENCH_CASES")
         .output()
         .unwrap();
     let (table, log) = (String::from_utf8(run.stdout).unwrap(), String::from_utf8_lossy(&run.stderr));

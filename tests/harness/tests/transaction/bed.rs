@@ -163,9 +163,11 @@ impl Bed {
 }
 
 /// Builds the agent with failpoints. It is a separate program, so that no installation contains it by mistake.
+///
+/// The packages are those of `make check-quick`: for another set, cargo compiles them again with other features.
 pub fn agent_with_failpoints() -> Result<PathBuf> {
-    let build = ["build", "--release", "--quiet", "-p", "node-image-pivot", "--features", "failpoints", "--example"];
-    succeed(Command::new(env!("CARGO")).args(build).arg("failpoints").current_dir(project()))?;
+    let build = ["build", "--release", "--quiet", "--workspace", "--exclude", "testbed", "--example", "failpoints"];
+    succeed(Command::new(env!("CARGO")).args(build).current_dir(project()))?;
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| project().join("target"), PathBuf::from);
     Ok(target.join("release/examples/failpoints"))
 }
