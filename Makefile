@@ -88,6 +88,11 @@ install-check:
 MACHINES = disk dropin vm selinux
 CONTAINERS = $(filter-out $(MACHINES),$(basename $(notdir $(wildcard tests/harness/tests/*))))
 BED_TEST = $(CARGO) test --release --no-fail-fast -p testbed
+# All other tests. Also for one of them: with the same packages cargo compiles the dependencies once, as their features are
+# the same.
+QUICK_TEST = $(CARGO) test --release --no-fail-fast --workspace --exclude testbed
+# The only one of these that needs images of the test bed.
+NEEDS_IMAGES = the_test_beds_images_are_imported_alike
 
 # The quick tests first; what the test bed needs besides the agent is built meanwhile. Then two of the others at a time.
 check: deps
@@ -99,7 +104,7 @@ check-quick:
 	shellcheck dracut/98node-image-pivot/*.sh dracut/test.sh fuzz/run.sh tests/docs.sh
 	sh tests/docs.sh --rust
 	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
-	$(CARGO) test --release --no-fail-fast --workspace --exclude testbed
+	$(QUICK_TEST) -- --skip $(NEEDS_IMAGES)
 	sh dracut/test.sh
 	$(BED_TEST) --no-run
 	$(BED_TEST) --lib --bins
@@ -108,6 +113,7 @@ check-bed:
 	bash tests/bed/build.sh ahead
 
 check-containers:
+	$(QUICK_TEST) --test pull $(NEEDS_IMAGES)
 	$(BED_TEST) $(addprefix --test ,$(CONTAINERS)) -- --test-threads=1
 
 .PHONY: $(addprefix check-,$(MACHINES))
@@ -118,16 +124,14 @@ $(addprefix check-,$(MACHINES)): check-%:
 # of this name, all of them. TEST=PART: only tests with that in their names.
 .PHONY: check-one
 check-one: deps
-	@suites='$(wildcard $(foreach dir,. tests/harness tests/bench generators crates/*,\
-	  $(dir)/tests/$(NAME).rs $(dir)/tests/$(NAME)/main.rs))'; \
-	[ -n '$(NAME)' ] && [ -n "$$suites" ] || { \
+	@bed='$(wildcard $(addprefix tests/harness/tests/$(NAME),.rs /main.rs))'; \
+	others='$(wildcard $(foreach dir,. tests/bench generators crates/*,\
+	  $(addprefix $(dir)/tests/$(NAME),.rs /main.rs)))'; \
+	[ -n '$(NAME)' ] && [ -n "$$bed$$others" ] || { \
 	  echo 'cannot run the suite "$(NAME)": set NAME= to a suite of tests/harness/tests (such as vm), of tests (such as' \
 	       'pull) or of a crate' >&2; exit 1; }; \
-	for suite in $$suites; do \
-	  case $$suite in tests/harness/*) one='--test-threads=1';; *) one=;; esac; \
-	  $(CARGO) test --release --manifest-path "$${suite%tests/$(NAME)*}Cargo.toml" --test $(NAME) -- \
-	    $$one --nocapture $(TEST) || exit; \
-	done
+	if [ -n "$$bed" ]; then $(BED_TEST) --test $(NAME) -- --test-threads=1 --nocapture $(TEST) || exit; fi; \
+	if [ -n "$$others" ]; then $(QUICK_TEST) --test $(NAME) -- --nocapture $(TEST); fi
 
 demo: deps
 	$(CARGO) run --release -p testbed --bin demo
