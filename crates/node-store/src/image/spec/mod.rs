@@ -135,7 +135,7 @@ mod tests {
         for (text, shown) in [
             ("quay.io/fedora/fedora-coreos:stable".to_owned(), "quay.io/fedora/fedora-coreos:stable".to_owned()),
             ("docker://quay.io/a:1".to_owned(), "quay.io/a:1".to_owned()),
-            ("localhost/a/b-c__d.e:T_1.0-x".to_owned(), "localhost/a/b-c__d.e:T_1.0-x".to_owned()),
+            ("localhost/a/b---c__d.e_f:T_1.0-x".to_owned(), "localhost/a/b---c__d.e_f:T_1.0-x".to_owned()),
             ("127.0.0.1:5000/a:b".to_owned(), "127.0.0.1:5000/a:b".to_owned()),
             ("[::1]:5000/a:b".to_owned(), "[::1]:5000/a:b".to_owned()),
             ("[fd00::2]/a:b".to_owned(), "[fd00::2]/a:b".to_owned()),
@@ -195,6 +195,9 @@ mod tests {
             ("quay.io/A:x", "lower-case"),
             ("quay.io/a//b:x", "invalid characters"),
             ("quay.io/../b:x", "invalid characters"),
+            ("quay.io/a.-b:x", "separators"),
+            ("quay.io/a___b:x", "separators"),
+            ("quay.io/a._b:x", "separators"),
             ("quay.io/a:", "tag"),
             ("quay.io/a:b:c", "tag"),
             ("quay.io/a:-b", "tag"),

@@ -98,10 +98,11 @@ fn check_registry(registry: &str) -> Result<(), &'static str> {
 }
 
 fn check_name(name: &str) -> Result<(), &'static str> {
+    let letter = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
     let component = |part: &str| {
-        let edge = |b: Option<u8>| b.is_some_and(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
-        let inner = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'.' | b'_' | b'-');
-        edge(part.bytes().next()) && edge(part.bytes().last()) && part.bytes().all(inner) && !part.contains("..")
+        let edge = |b: Option<u8>| b.is_some_and(letter);
+        let separator = |run: &[u8]| matches!(run, b"" | b"." | b"_" | b"__") || run.iter().all(|b| *b == b'-');
+        edge(part.bytes().next()) && edge(part.bytes().last()) && part.as_bytes().split(|b| letter(*b)).all(separator)
     };
     match name {
         "" => Err("it has no image name"),
