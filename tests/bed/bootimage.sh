@@ -6,7 +6,7 @@
 set -euo pipefail
 : "${OUT:?}" "${BASE:?}" "${BED:?}" "${MEDIUM:=live}" "${REF:=base12}"
 # The sysroot is put together on a tmpfs: ostree syncs the whole file system after commits and deployments, and on a disk
-# that others write to this takes half a minute. A mount namespace of our own, so that it goes away with us.
+# that others write to this takes half a minute. A separate mount namespace ends with the script.
 [ -n "${IN_NAMESPACE:-}" ] || MEDIUM=$MEDIUM REF=$REF IN_NAMESPACE=1 exec unshare -m --propagation private bash "$0"
 umask 022
 step() { printf '%(%T)T %s\n' -1 "$*"; }

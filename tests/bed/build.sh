@@ -159,7 +159,7 @@ trees() {
 for target in "$@"; do
     case $target in
         qemu | oracle | incumbent | debs | trees | boot | registry | tree_*) "$target" >&2 ;;
-        # These print where they are, each for its own tests; the bench's images are no part of all.
+        # These print the paths of images that only some tests use. "all" does not contain the images of the benchmark.
         skopeo) skopeo_new ;;
         bench) bench ;;
         disk) disk ;;

@@ -1,6 +1,6 @@
 #!/bin/bash
-# Boots the deployment inside BOOT/sysroot.squashfs with systemd-nspawn. The caller puts us into a mount namespace of our
-# own: everything mounted here is gone with us. WORK: folder for mount points; FILES: etc/… and var/… of this boot;
+# Boots the deployment inside BOOT/sysroot.squashfs with systemd-nspawn. The caller runs this script in a separate mount
+# namespace, so its mounts end with it. WORK: folder for mount points; FILES: etc/… and var/… of this boot;
 # NETNS: network namespace file; LIVE: 1 for a live medium; CMDLINE: what /proc/cmdline shall say.
 set -euo pipefail
 : "${BOOT:?}" "${WORK:?}" "${FILES:?}" "${NETNS:?}" "${LIVE:=1}" "${CMDLINE:=}"
@@ -10,7 +10,7 @@ umask 022
 umount -R /sys/fs/cgroup 2>/dev/null || true
 mount -t cgroup2 none /sys/fs/cgroup
 cgroup=/sys/fs/cgroup/testbed-$$
-# Process numbers come again: a killed test may have left one of this name, with nobody in it.
+# The kernel reuses process numbers: a killed test may have left an empty group of this name.
 [ ! -d "$cgroup" ] || find "$cgroup" -depth -type d -exec rmdir {} +
 mkdir "$cgroup"
 echo $$ >"$cgroup/cgroup.procs"

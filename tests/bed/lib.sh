@@ -41,7 +41,7 @@ stage() {
     dir=$CACHE/$name/$key
     mkdir -p "$CACHE/$name"
     (
-        # Two checkouts of the project may share the cache; whoever comes second waits and finds it done.
+        # Two checkouts of the project may share the cache; the second one waits and finds the stage built.
         flock 9
         if [ ! -d "$dir" ]; then
             tmp=$CACHE/$name/tmp

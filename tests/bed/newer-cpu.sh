@@ -1,7 +1,7 @@
 #!/bin/bash
 # The commit base12 in FROM/repo, but for /usr/bin/true, which needs the CPU level x86-64-v3 → ref NAME in OUT/repo.
-# A commit of its own, not a plain layer on top: the tree has a policy and no labels, so an import of plain layers would
-# write all of it anew.
+# A separate commit, not a plain layer on top: the tree has a policy and no labels, so an import of plain layers would
+# write all of it again.
 set -euo pipefail
 : "${OUT:?}" "${FROM:?}" "${NAME:?}"
 umask 022

@@ -1,7 +1,7 @@
 # Node images and bad images, and the storage of a registry that serves them all.
 # shellcheck shell=bash
 
-# image NAME TREE: the tree as a chunked container image, in a storage of its own.
+# image NAME TREE: the tree as a chunked container image, in a separate storage.
 image() {
     local name=$1 tree=$2
     stage "image-$name" "$(key "$BED/image.sh" "$BED/serve.sh" "$PROJECT/tests/oracle/src" "$PROJECT/tests/oracle/Cargo.lock" "=$tree")" \
@@ -12,7 +12,7 @@ bad_images() {
         recipe bad-images.sh BED="$BED" ORACLE="$oracle_program"
 }
 
-# The base system itself, but for a program that needs a newer CPU: little to store for whoever runs the base system.
+# The base system itself, but for a program that needs a newer CPU: a machine that runs the base system stores little.
 newer_cpu() {
     local base
     base=$(tree_base12)

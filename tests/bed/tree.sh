@@ -5,14 +5,14 @@ set -euo pipefail
 : "${OUT:?}" "${BED:?}" "${SUITE:?}" "${TREE:?}" "${PACKAGES:?}"
 umask 022
 export BED
-# The initramfs is made once, by us, with what these machines need: keep the kernel package from making one.
+# The test bed makes the initramfs once, with what these machines need: keep the kernel package from making one.
 export INITRD=No
 root=$OUT/root
 
 include=$(for list in $PACKAGES; do grep -hv '^#' "$BED/packages/$list"; done | tr -s ' \n' ',,' | sed 's/^,//;s/,$//')
 options=(
     --mode=root --variant=minbase --format=directory
-    # Nobody reads manuals in there; every file costs time in a commit, a chunk and an import.
+    # The trees need no manuals; every file costs time in a commit, a chunk and an import.
     --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/doc/*'
     --dpkgopt='path-exclude=/usr/share/locale/*' --dpkgopt='path-exclude=/usr/share/info/*'
     --dpkgopt='path-exclude=/usr/share/lintian/*' --dpkgopt='path-exclude=/usr/share/zoneinfo/*'
@@ -21,7 +21,7 @@ options=(
 )
 # skopeo drags the network plugins in; a bootimage has no container network.
 [ "$TREE" != base12 ] || options+=(--dpkgopt='path-exclude=/usr/lib/cni/*')
-# The bootimage is the release as it was published; the node image has all later updates. A skew nobody had to invent.
+# The bootimage is the release as it was published; the node image has all later updates. The skew is a real one.
 [ "$TREE" != base12 ] || options+=(--setup-hook='sed -i "/security\|updates/d" "$1/etc/apt/sources.list"')
 for deb in ${DEBS:-}; do
     options+=(--customize-hook="copy-in '$deb' /var/tmp" --customize-hook="chroot \"\$1\" dpkg -i '/var/tmp/${deb##*/}'")

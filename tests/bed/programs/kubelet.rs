@@ -13,7 +13,7 @@ const VERSION: &str = match option_env!("CLUSTER_VERSION") {
 };
 
 fn notify(state: &str) {
-    // Without NOTIFY_SOCKET somebody runs us by hand: nobody to tell.
+    // Without NOTIFY_SOCKET, an administrator runs the program by hand, and no service manager waits.
     if let (Some(path), Ok(socket)) = (std::env::var_os("NOTIFY_SOCKET"), UnixDatagram::unbound()) {
         let _ = socket.send_to(state.as_bytes(), path);
     }

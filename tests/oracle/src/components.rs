@@ -13,11 +13,11 @@ use ostree_ext::ostree;
 use ostree_ext::prelude::*;
 use ostree_ext::{gio, glib};
 
-/// Where the tree converter puts dpkg's database.
+/// Directory of dpkg's database after the tree conversion.
 const DPKG_INFO: &str = "usr/lib/sysimage/dpkg/info";
 /// Objects that no package claims: alternatives, caches, generated configuration.
 const UNPACKAGED: &str = "unpackaged";
-/// The initramfs is generated, big, and changes with every build: a component of its own, as in rpm-ostree.
+/// The initramfs is generated, big, and changes with every build: a separate component, as in rpm-ostree.
 const INITRAMFS: &str = "initramfs";
 
 /// Map every content object of `commit` to a component and weigh the components.

@@ -40,7 +40,7 @@ enum Command {
         /// All content in one layer; for trees without a dpkg database.
         #[arg(long)]
         single: bool,
-        /// Where to: `oci:DIR:TAG`, `docker://HOST/NAME:TAG`.
+        /// Destination: `oci:DIR:TAG`, `docker://HOST/NAME:TAG`.
         dest: String,
     },
     /// Import an image into a repository, as the incumbent does; prints the merge commit.

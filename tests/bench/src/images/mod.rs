@@ -1,7 +1,7 @@
 //! Builds what is pulled: one booted repo, and node images that differ from it in known shares.
 //!
 //! The base tree is a real one, made larger by the `/usr` of a second release and by an altered second copy
-//! of its own, both below `/usr/lib/more`, each file with its package's name, so that it is spread over the
+//! of its `/usr`, both below `/usr/lib/more`, each file with its package's name, so that it is spread over the
 //! layers as in a large system. A share is changed by altering all files of packages, chosen in an order that
 //! looks random and is the same each time, until they make up that share of all bytes; what a smaller share
 //! has altered is altered in a larger one too. The booted repo is filled by importing the base's image, so
@@ -42,7 +42,7 @@ impl std::str::FromStr for Commit {
     }
 }
 
-/// What the images are made from: trees with a dpkg database in `/usr/lib/sysimage/dpkg`.
+/// Sources of the images: trees with a dpkg database in `/usr/lib/sysimage/dpkg`.
 #[derive(Debug, Clone)]
 pub struct Inputs {
     /// The base operating system.
@@ -77,13 +77,13 @@ pub struct Case {
     pub name: String,
     /// The share of changed content in percent, for the growth curve; `None` for the three main cases.
     pub growth: Option<u8>,
-    /// What exactly it is.
+    /// Description of the image.
     pub what: String,
     /// Name and tag in the registry.
     pub image: String,
     /// Compressed size of all its layers in bytes.
     pub compressed: u64,
-    /// How many bytes of the base's content are changed.
+    /// Bytes of the base's content that are changed.
     pub changed_bytes: u64,
 }
 
@@ -241,7 +241,7 @@ impl Builder<'_> {
     }
 }
 
-/// A bare repo that is not synced to disk: what is killed while it is built is built anew.
+/// A bare repo that is not synced to disk: a build that is killed starts again.
 fn init(repo: &Path) -> Result<()> {
     run("ostree", ["init", "--mode=bare", &repo_arg(repo)])?;
     run("ostree", ["config", &repo_arg(repo), "set", "core.fsync", "false"]).map(drop)

@@ -12,15 +12,15 @@ use sha2::{Digest, Sha256};
 use super::{Commit, repo_arg};
 use crate::proc::run;
 
-/// Where the trees keep dpkg's lists of files, one per package.
+/// Directory of dpkg's lists of files, one for each package.
 pub const DPKG_INFO: &str = "usr/lib/sysimage/dpkg/info";
 /// The SELinux policy: never altered, because it is read.
 pub const POLICY: &str = "usr/etc/selinux";
 /// The same: it says how the root is put together.
 const PREPARE_ROOT: &str = "usr/lib/ostree/prepare-root.conf";
-/// What generated the kernel's initramfs belongs to no package; it changes with the kernel.
+/// The generated initramfs, which is in no package and changes with the kernel.
 const KERNEL: &str = "kernel";
-/// What is flipped in the first byte of an altered file. Sizes stay the same, and so does the packing of packages
+/// Bits that are flipped in the first byte of an altered file. Sizes stay the same, and so does the packing of packages
 /// into layers, as it does from one release to the next; lists of dpkg stay text.
 const CHANGED: u8 = 1;
 /// The same for the second copy of the base: something else, or altering the original would give the copy.
