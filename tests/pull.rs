@@ -168,7 +168,7 @@ async fn a_complete_import_is_the_tree_that_was_encapsulated() {
         let store = bench.store(&format!("store{format}"), None);
         let options = PullOptions { complete: true, ..PullOptions::default() };
         let pulled = try_pull_with(&spec, &store, None, options.clone()).await.unwrap();
-        assert!(pulled.complete && pulled.commit == image.commit);
+        assert!(pulled.complete && pulled.commit == image.id());
         assert_eq!((pulled.layers_fetched, pulled.layers_skipped), (5, 0));
         fsck(store.repo_path());
         assert_eq!(listing(store.repo_path(), "coreos/node-image"), listing(&bench.repo.path, &image.commit));
@@ -191,7 +191,7 @@ async fn only_what_the_booted_system_lacks_is_stored() {
         "ostree",
         &["pull-local", "--repo", booted_repo.path.to_str().unwrap(), bench.repo.path.to_str().unwrap(), &old.commit],
     );
-    let booted = BootedRepo { path: booted_repo.path.clone(), commit: Some(old.commit.clone()) };
+    let booted = BootedRepo { path: booted_repo.path.clone(), commit: Some(old.id()) };
     let spec = bench.push(&new, "os:2");
     let store = bench.store("store", Some(&booted));
     let pulled = try_pull(&spec, &store, Some(&booted)).await.unwrap();
@@ -420,14 +420,14 @@ async fn an_index_of_several_architectures() {
     let spec = bench.registry.push(&layout, "multi:1");
     let store = bench.store("store", None);
     let pulled = try_pull(&spec, &store, None).await.unwrap();
-    assert_eq!(pulled.commit, own.commit);
+    assert_eq!(pulled.commit, own.id());
     assert_eq!(pulled.image.digest, digest, "pinned to this machine's manifest, not to the index");
     // From the persisted record, with a proxy that has never seen the tag.
     let source = Source::open(&settings()).await.unwrap();
     let (store, cancel) = (bench.store("again", None), CancellationToken::new());
     let again =
         pull(&source, &pulled.image, &store, None, &PullOptions::default(), Arc::default(), &cancel).await.unwrap();
-    assert_eq!(again.commit, own.commit);
+    assert_eq!(again.commit, own.id());
 }
 
 /// Every compression is used by some layer of the fixture; this keeps it so.

@@ -16,6 +16,7 @@ use std::time::Instant;
 
 use etc_merge::Class;
 use nix::sched::CloneFlags;
+use node_store::store::ObjectId;
 use overlay_root::Namespace;
 use overlay_root::delta::{Booted, Delta, Keep};
 use rustix::mount::{MountFlags, MountPropagationFlags};
@@ -66,6 +67,10 @@ fn commit(repo: &Path, tree: &Path) -> String {
     ostree(&["commit", &format!("--repo={}", repo.display()), "--branch=test", &tree])
 }
 
+fn id(commit: &str) -> ObjectId {
+    commit.parse().unwrap()
+}
+
 fn write(root: &Path, files: &[(&str, &str)]) {
     for (path, content) in files {
         let path = root.join(path);
@@ -105,7 +110,8 @@ fn build(store: &ostree::Repo, root: &Path, booted: &str, target: &str, keep: &K
         let path = root.join("repo/objects").join(&hex[..2]).join(format!("{}.file", &hex[2..]));
         path.symlink_metadata().is_ok().then_some(path)
     };
-    let difference = overlay_root::delta::compare(store, Booted::Commit(booted), target, &objects, keep).unwrap();
+    let difference =
+        overlay_root::delta::compare(store, Booted::Commit(id(booted)), id(target), &objects, keep).unwrap();
     difference.build(&root.join("delta")).unwrap()
 }
 
@@ -342,8 +348,8 @@ fn how_long_it_takes() {
         let delta = build(&store, &path("store"), &booted, &target, &Keep::default());
         println!("delta, half of 50,000 files changed: {:?} {:?}", start.elapsed(), delta.counts);
         let start = Instant::now();
-        let same = Booted::Commit(&booted);
-        let difference = overlay_root::delta::compare(&store, same, &booted, &|_| None, &Keep::default()).unwrap();
+        let same = Booted::Commit(id(&booted));
+        let difference = overlay_root::delta::compare(&store, same, id(&booted), &|_| None, &Keep::default()).unwrap();
         let delta = difference.build(&path("store/none"));
         println!("delta, nothing changed: {:?} {:?}", start.elapsed(), delta.unwrap().counts);
         let empty = path("empty/usr");

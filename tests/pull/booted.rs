@@ -39,7 +39,7 @@ async fn damaged_metadata_of_the_booted_repo_are_read_from_the_image() {
     above.layers.push(layer(&[file("usr/share/more", "more")]));
     let above = bench.push(&above, "os:above");
     let whole = bench.store("whole", None);
-    let derived = try_pull_with(&above, &whole, None, complete()).await.unwrap().commit;
+    let derived = try_pull_with(&above, &whole, None, complete()).await.unwrap().commit.to_string();
     for (number, (kind, how)) in
         [("commit", "empty"), ("dirtree", "empty"), ("dirtree", "altered"), ("dirmeta", "truncated")].iter().enumerate()
     {
@@ -48,7 +48,7 @@ async fn damaged_metadata_of_the_booted_repo_are_read_from_the_image() {
             let path = bench.path(&format!("booted{number}-{on_disk}"));
             run("cp", &["-a", bench.repo.path.to_str().unwrap(), path.to_str().unwrap()]);
             spoil(&largest(&path, kind), how);
-            let booted = BootedRepo { path: path.clone(), commit: Some(image.commit.clone()) };
+            let booted = BootedRepo { path: path.clone(), commit: Some(image.id()) };
             let store = match on_disk {
                 false => bench.store(&format!("store{number}"), Some(&booted)),
                 true => NodeStore::on_disk(&path, None).unwrap(),
@@ -56,7 +56,7 @@ async fn damaged_metadata_of_the_booted_repo_are_read_from_the_image() {
             let what = format!("{how} {kind}, on disk: {on_disk}");
             let pulled = try_pull_with(spec, &store, Some(&booted), complete()).await;
             let pulled = pulled.unwrap_or_else(|failure| panic!("{what}: {failure}"));
-            assert_eq!(&pulled.commit, commit, "{what}");
+            assert_eq!(&pulled.commit.to_string(), commit, "{what}");
             assert_eq!(listing(store.repo_path(), commit), listing(whole.repo_path(), commit), "{what}");
             if on_disk {
                 fsck(&path);
@@ -73,17 +73,17 @@ async fn booted_repos_of_other_modes_lead_to_the_same_commit() {
     image.layers.push(layer(&[file("usr/share/more", "more")]));
     let spec = bench.push(&image, "os:1");
     let whole = bench.store("whole", None);
-    let commit = try_pull_with(&spec, &whole, None, complete()).await.unwrap().commit;
+    let commit = try_pull_with(&spec, &whole, None, complete()).await.unwrap().commit.to_string();
     let expected = listing(whole.repo_path(), &commit);
     for mode in ["bare", "bare-user", "archive"] {
         let path = bench.path(mode);
         let (mode_option, repo) = (format!("--mode={mode}"), format!("--repo={}", path.display()));
         run("ostree", &["init", &mode_option, &repo]);
         run("ostree", &["pull-local", &repo, bench.repo.path.to_str().unwrap(), &image.commit]);
-        let booted = BootedRepo { path, commit: Some(image.commit.clone()) };
+        let booted = BootedRepo { path, commit: Some(image.id()) };
         let store = bench.store(&format!("store-{mode}"), Some(&booted));
         let pulled = try_pull_with(&spec, &store, Some(&booted), complete()).await.unwrap();
-        assert_eq!(pulled.commit, commit, "{mode}");
+        assert_eq!(pulled.commit.to_string(), commit, "{mode}");
         assert_eq!(listing(store.repo_path(), &commit), expected, "{mode}");
         assert_eq!(NodeStore::on_disk(&booted.path, None).is_ok(), mode == "bare", "{mode}");
     }

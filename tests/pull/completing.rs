@@ -65,7 +65,7 @@ async fn the_rest_is_fetched_later_and_nothing_twice() {
         assert!(told.to_string().contains(words), "{words}: {told}");
     }
     assert!(store.content_objects().unwrap().is_superset(&objects));
-    assert_eq!(store.resolve_ref().unwrap().as_deref(), Some(image.commit.as_str()));
+    assert_eq!(store.resolve_ref().unwrap(), Some(image.id()));
     let tried = fetched();
     assert!(tried.iter().all(|layer| !first.contains(layer)), "the kernel's layer alone: {tried:?}");
 

@@ -69,7 +69,7 @@ impl System {
         run("ostree", &["pull-local", repo_option(&repo.path).as_str(), bench.repo.path.to_str().unwrap(), commit]);
         run("ostree", &["refs", repo_option(&repo.path).as_str(), "--create=booted", commit]);
         rustix::fs::sync();
-        let booted = BootedRepo { path: disk.repo(), commit: Some(commit.to_owned()) };
+        let booted = BootedRepo { path: disk.repo(), commit: commit.parse().ok() };
         Self { disk, booted }
     }
 
@@ -89,7 +89,7 @@ impl System {
         }
         let objects = BootedRepo { path: repo.clone(), commit: None };
         if let Some(commit) = self.store().resolve_ref().unwrap() {
-            assert!(objects.has(&commit.parse().unwrap(), ObjectType::Commit), "the ref names a commit that is there");
+            assert!(objects.has(&commit, ObjectType::Commit), "the ref names a commit that is there");
             // The rest of it is the kernel's modules, which the pull leaves out.
             run(
                 "ostree",
@@ -105,7 +105,7 @@ fn repo_option(repo: &Path) -> String {
 
 /// Starts the agent's pull as a separate process.
 fn spawn_pull(spec: &str, system: &System) -> Child {
-    let (repo, commit) = (system.disk.repo(), system.booted.commit.clone().unwrap());
+    let (repo, commit) = (system.disk.repo(), system.booted.commit.unwrap());
     Command::new(std::env::current_exe().unwrap())
         .args(["--ignored", "--exact", "disk::child_pull"])
         .env("PIVOT_CHILD", format!("{spec} {} {commit}", repo.display()))
@@ -120,7 +120,7 @@ fn spawn_pull(spec: &str, system: &System) -> Child {
 async fn child_pull() {
     let Ok(arguments) = std::env::var("PIVOT_CHILD") else { return };
     let words: Vec<_> = arguments.split(' ').collect();
-    let booted = BootedRepo { path: words[1].into(), commit: Some(words[2].into()) };
+    let booted = BootedRepo { path: words[1].into(), commit: words[2].parse().ok() };
     try_pull(words[0], &NodeStore::on_disk(&booted.path, None).unwrap(), Some(&booted)).await.unwrap();
 }
 
@@ -147,9 +147,9 @@ async fn the_repo_of_the_system_stores_the_node_image_and_stays_sound() {
     let repo = ostree::Repo::new_for_path(store.repo_path());
     repo.open(Cancellable::NONE).unwrap();
     let own = |name: &str| Some(store.object_path(&name.parse().ok()?, ObjectType::File));
-    let booted = overlay_root::delta::Booted::Commit(&old.commit);
+    let booted = overlay_root::delta::Booted::Commit(old.id());
     let keep = overlay_root::delta::Keep::default();
-    let difference = overlay_root::delta::compare(&repo, booted, &new.commit, &own, &keep).unwrap();
+    let difference = overlay_root::delta::compare(&repo, booted, new.id(), &own, &keep).unwrap();
     let delta = difference.build(&store.delta_build_path()).unwrap();
     assert_eq!((delta.counts.copied, delta.counts.changed + delta.counts.added), (0, 4), "{delta:?}");
     assert_eq!(fs::metadata(store.delta_path().join("bin/kubelet")).unwrap().nlink(), 2);
@@ -200,7 +200,7 @@ async fn a_killed_pull_leaves_a_sound_repo_and_is_resumed() {
         system.is_sound();
     }
     let pulled = try_pull(&spec, &system.store(), Some(&system.booted)).await.unwrap();
-    assert_eq!(pulled.commit, new.commit);
+    assert_eq!(pulled.commit, new.id());
     system.is_sound();
 }
 
@@ -341,7 +341,7 @@ async fn a_pull_waits_for_the_lock_and_reports_its_holder() {
     let lock = system.disk.repo().join(".lock").display().to_string();
     assert!(what.starts_with(&lock) && what.contains(&format!("pid {} (python3)", holder.id())), "{what}");
     assert_eq!(progress.waiting_for(), None);
-    assert_eq!(pulled.unwrap().commit, new.commit);
+    assert_eq!(pulled.unwrap().commit, new.id());
     holder.wait().unwrap();
     system.is_sound();
 }
@@ -376,6 +376,6 @@ async fn a_full_disk_is_reported_with_numbers() {
     fs::remove_file(&filler).unwrap();
     let store = system.store();
     let pulled = try_pull(&spec, &store, Some(&system.booted)).await.unwrap();
-    assert_eq!(pulled.commit, new.commit);
+    assert_eq!(pulled.commit, new.id());
     system.is_sound();
 }

@@ -7,6 +7,7 @@ use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use node_store::store::ObjectId;
 use ostree::gio;
 use ostree::prelude::*;
 use serde_json::{Value, json};
@@ -110,6 +111,12 @@ pub struct Image {
     pub final_layer: usize,
     pub architecture: String,
     pub labels: BTreeMap<String, String>,
+}
+
+impl Image {
+    pub fn id(&self) -> ObjectId {
+        self.commit.parse().unwrap()
+    }
 }
 
 /// Encapsulates a commit in format 1, 0 (`./` in front and file types in modes) or 2 (with the parent directories of each

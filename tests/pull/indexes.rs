@@ -54,7 +54,7 @@ async fn the_image_in_an_index_is_pulled() {
                 let pulled = try_pull(&spec, &store, None).await.unwrap_or_else(|error| panic!("{name}: {error}"));
                 assert_eq!(
                     (pulled.commit, &pulled.image.digest),
-                    (image.commit.clone(), &own["digest"].as_str().unwrap().to_owned()),
+                    (image.id(), &own["digest"].as_str().unwrap().to_owned()),
                     "{name}"
                 );
             }

@@ -65,7 +65,7 @@ async fn a_layer_of_which_nothing_is_kept_is_checked_too() {
     std::fs::create_dir_all(tree.join("usr/bin")).unwrap();
     run("cp", &["-a", bench.path("tree1/usr/bin/kubelet").to_str().unwrap(), tree.join("usr/bin").to_str().unwrap()]);
     let commit = booted_repo.commit(&tree, "part");
-    let booted = BootedRepo { path: booted_repo.path.clone(), commit: Some(commit) };
+    let booted = BootedRepo { path: booted_repo.path.clone(), commit: commit.parse().ok() };
     let faults = Faults::before(&bench.registry.address);
     faults.plan(largest["digest"].as_str().unwrap(), Fault::Corrupt, 50);
     let store = bench.store("store", Some(&booted));

@@ -22,9 +22,10 @@ use super::{Bench, fsck, try_pull_with};
 async fn measure() {
     let temp = tempfile::tempdir().unwrap();
     let registry = Registry::start(temp.path(), None);
-    let booted = std::env::var("PIVOT_BOOTED")
-        .ok()
-        .map(|path| BootedRepo { path: path.into(), commit: std::env::var("PIVOT_BOOTED_COMMIT").ok() });
+    let booted = std::env::var("PIVOT_BOOTED").ok().map(|path| BootedRepo {
+        path: path.into(),
+        commit: std::env::var("PIVOT_BOOTED_COMMIT").ok().and_then(|commit| commit.parse().ok()),
+    });
     for (index, layout) in
         std::env::var("PIVOT_LAYOUTS").unwrap_or_default().split(',').filter(|l| !l.is_empty()).enumerate()
     {

@@ -42,7 +42,7 @@ async fn every_compression_and_media_type_gives_the_same_tree() {
         assert_eq!(raw.contains("manifest.list.v2+json"), name == "docker-list", "{name}: {raw}");
         let store = bench.store(name, None);
         let pulled = try_pull_with(&spec, &store, None, complete()).await.unwrap();
-        assert!(pulled.complete && pulled.commit == image.commit, "{name}: {pulled:?}");
+        assert!(pulled.complete && pulled.commit == image.id(), "{name}: {pulled:?}");
         fsck(store.repo_path());
         assert_eq!(listing(store.repo_path(), "coreos/node-image"), expected, "{name}");
     }

@@ -22,7 +22,7 @@ fn booted(bench: &Bench) -> BootedRepo {
     fs::remove_file(dir.join("usr/share/deep/er").join("long-name-".repeat(20))).unwrap();
     let repo = Repo::create(&bench.path("booted"));
     let commit = repo.commit(&dir, "old");
-    BootedRepo { path: repo.path, commit: Some(commit) }
+    BootedRepo { path: repo.path, commit: commit.parse().ok() }
 }
 
 struct Pulls {
@@ -36,7 +36,7 @@ async fn one_commit(bench: &Bench, image: &Image, name: &str) -> Pulls {
     let spec = bench.push(image, &format!("modules:{name}"));
     let delta = bench.store(&format!("{name}-delta"), Some(&booted));
     let first = try_pull_with(&spec, &delta, Some(&booted), PullOptions::default()).await.unwrap();
-    let expected = PullOptions { expected: Some(first.commit.clone()), ..complete() };
+    let expected = PullOptions { expected: Some(first.commit), ..complete() };
     let rest = try_pull_with(&spec, &delta, Some(&booted), expected).await.unwrap();
     let whole = bench.store(&format!("{name}-whole"), None);
     let all = try_pull_with(&spec, &whole, None, complete()).await.unwrap();
@@ -92,7 +92,7 @@ async fn another_commit_than_expected_leaves_the_ref() {
     let image = with(base(&bench, Labels::None), &[vec![file("usr/share/x", "x")]]);
     let spec = bench.push(&image, "modules:expected");
     let store = bench.store("store", None);
-    let expected = PullOptions { expected: Some("ab".repeat(32)), ..complete() };
+    let expected = PullOptions { expected: "ab".repeat(32).parse().ok(), ..complete() };
     let refused = try_pull_with(&spec, &store, None, expected).await.unwrap_err();
     assert!(refused.kind == Kind::Local && refused.message.contains(&"ab".repeat(32)), "{refused}");
     assert_eq!(store.resolve_ref().unwrap(), None);

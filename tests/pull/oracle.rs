@@ -200,7 +200,7 @@ async fn the_test_beds_images_are_imported_alike() {
         let merged = by_ostree_ext(&oracle, &spec, &repo).unwrap();
         println!("{name}: {ours_took:.1} s, ostree-ext {:.1} s: {pulled:?}", start.elapsed().as_secs_f64());
         let ours = listing(store.repo_path(), "coreos/node-image");
-        let theirs = listing(&repo, &pulled.commit);
+        let theirs = listing(&repo, &pulled.commit.to_string());
         assert!(ours == theirs, "{name}: {}", difference(&ours, &theirs));
         // ostree-ext labels its merge commit by the image's policy even when nothing was laid over the
         // commit. The test bed's trees have no labels, so checksums and attributes differ, and nothing else.

@@ -48,7 +48,7 @@ async fn foreign_refs_change_nothing() {
     let booted_repo = Repo::create(&bench.path("booted"));
     let (booted_path, source) = (booted_repo.path.to_str().unwrap(), bench.repo.path.to_str().unwrap());
     run("ostree", &["pull-local", "--repo", booted_path, source, &old.commit]);
-    let booted = BootedRepo { path: booted_repo.path.clone(), commit: Some(old.commit.clone()) };
+    let booted = BootedRepo { path: booted_repo.path.clone(), commit: Some(old.id()) };
     let expected = listing(&bench.repo.path, &new.commit);
 
     // Without any of it, for comparison.
@@ -58,13 +58,13 @@ async fn foreign_refs_change_nothing() {
     garbage(&booted_repo.path);
     let store = bench.store("foreign", Some(&booted));
     garbage(store.repo_path());
-    store.set_ref(&old.commit).unwrap();
+    store.set_ref(&old.id()).unwrap();
     let pulled = try_pull_with(&spec, &store, Some(&booted), PullOptions::default()).await.unwrap();
     // How much of the last layers comes before nothing is wanted any more is a matter of timing.
     let timing =
         |pulled: &PulledImage| PulledImage { bytes_fetched: 0, layers_fetched: 0, layers_skipped: 0, ..pulled.clone() };
     assert_eq!(timing(&pulled), timing(&clean));
-    assert_eq!(store.resolve_ref().unwrap().as_deref(), Some(new.commit.as_str()), "not where it pointed before");
+    assert_eq!(store.resolve_ref().unwrap(), Some(new.id()), "not where it pointed before");
     run("ostree", &["ls", "-R", "--repo", store.repo_path().to_str().unwrap(), "coreos/node-image", "/usr/bin"]);
 
     // The booted repo claims to have every layer: as a ref to a commit that is missing, as garbage, as a ref to

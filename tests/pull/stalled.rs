@@ -69,7 +69,7 @@ async fn the_other_layers_are_read_and_the_stalled_one_alone_is_fetched_again() 
     assert!(pulled.complete && pulled.layers_fetched == 1, "{pulled:?}");
     let after = faults.served();
     assert!(after.contains(&layers[0]) && !layers[1..].iter().any(|layer| after.contains(layer)), "{after:?}");
-    let commit = &pulled.commit;
+    let commit = &pulled.commit.to_string();
     assert_eq!(listing(store.repo_path(), "coreos/node-image"), listing(&bench.repo.path, commit));
 }
 

@@ -20,7 +20,7 @@ pub(super) async fn pull(context: &Context, image: ResolvedImage, cancel: &Cance
     let options = PullOptions { complete: context.settings.complete, ..PullOptions::default() };
     let pulled = store(context, &image, options, cancel).await?;
     context.tracker.update(|status| {
-        status.commit = Some(pulled.commit.clone());
+        status.commit = Some(pulled.commit.to_string());
         status.cost.bytes_fetched = pulled.bytes_fetched;
     });
     for warning in &pulled.warnings {
@@ -32,7 +32,7 @@ pub(super) async fn pull(context: &Context, image: ResolvedImage, cancel: &Cance
 
 /// Pulls the content that an incomplete pull left out, into the same store.
 pub(super) async fn rest(context: &Context, pulled: &PulledImage, cancel: &CancelHandle) -> Result<PulledImage, Error> {
-    let options = PullOptions { complete: true, expected: Some(pulled.commit.clone()), ..PullOptions::default() };
+    let options = PullOptions { complete: true, expected: Some(pulled.commit), ..PullOptions::default() };
     store(context, &pulled.image, options, cancel).await
 }
 

@@ -19,7 +19,7 @@ use crate::preflight::{self, Free, Need, PackageChanges, Packages, Refusal, Refu
 use crate::report::{Phase, State};
 use etc_merge::{Change, Class, Plan};
 use node_store::import::PulledImage;
-use node_store::store::{NodeStore, ObjectType};
+use node_store::store::{NodeStore, ObjectId, ObjectType};
 use overlay_root::delta::{Booted, Delta, Keep};
 use overlay_root::{DetachedTree, Namespace};
 use unit_refresh::Flow;
@@ -134,8 +134,8 @@ fn blocking(
     let document = SwitchPlan {
         image: pulled.image.pinned.clone(),
         image_choice: None,
-        commit: pulled.commit.clone(),
-        booted_commit: pulled.booted_commit.clone(),
+        commit: pulled.commit.to_string(),
+        booted_commit: pulled.booted_commit.map(|commit| commit.to_string()),
         usr: delta.counts,
         packages,
         etc: EtcPlan::from(&plan),
@@ -168,9 +168,9 @@ fn check_tree(
     })?;
     let repo = ostree::Repo::new_for_path(store.repo_path());
     repo.open(Cancellable::NONE).context("cannot open the node store")?;
-    let metadata = metadata_of(&repo, &pulled.commit)?;
+    let metadata = metadata_of(&repo, pulled.commit)?;
     refuse(check_metadata(&metadata))?;
-    let booted = match &pulled.booted_commit {
+    let booted = match pulled.booted_commit {
         Some(commit) => Booted::Commit(commit),
         None => Booted::Directory(usr),
     };
@@ -178,13 +178,13 @@ fn check_tree(
         let path = store.object_path(&name.parse().ok()?, ObjectType::File);
         path.symlink_metadata().is_ok().then_some(path)
     };
-    let difference = overlay_root::delta::compare(&repo, booted, &pulled.commit, &own_object, &Keep::default())?;
+    let difference = overlay_root::delta::compare(&repo, booted, pulled.commit, &own_object, &Keep::default())?;
     refuse(too_little(Free::at(store.root())?.needs(store.root(), difference.bytes_to_copy()?, 0)))?;
     let built = difference.build(&store.delta_build_path())?;
     // The build path may be a name that only this process has.
     let delta = Delta { directory: store.delta_path(), ..built };
     warnings.extend(delta.warnings.iter().cloned());
-    warnings.extend(overlay_root::delta::outside_usr(&repo, booted, &pulled.commit)?);
+    warnings.extend(overlay_root::delta::outside_usr(&repo, booted, pulled.commit)?);
 
     let tree = overlay_root::open_new_usr(&delta.directory, usr, USR_SOURCE)?;
     refuse(preflight::check_content(tree.as_fd(), preflight::Machine::here().context("looking at this program")?))?;
@@ -272,8 +272,8 @@ fn etc_lines(plan: &Plan) -> Vec<String> {
 }
 
 /// Returns the metadata of a commit.
-fn metadata_of(repo: &ostree::Repo, commit: &str) -> anyhow::Result<VariantDict> {
-    let (variant, _) = repo.load_commit(commit).with_context(|| format!("reading the commit {commit}"))?;
+fn metadata_of(repo: &ostree::Repo, commit: ObjectId) -> anyhow::Result<VariantDict> {
+    let (variant, _) = repo.load_commit(&commit.to_string()).with_context(|| format!("reading the commit {commit}"))?;
     let metadata: Variant = variant.try_child_value(0).with_context(|| format!("the commit {commit} is malformed"))?;
     Ok(VariantDict::new(Some(&metadata)))
 }
@@ -298,7 +298,7 @@ fn packages(
     if let (Some(old), Some(new)) = (dpkg_of(booted_usr.as_fd()), dpkg_of(tree.as_fd())) {
         return Some(PackageChanges::between(&old, &new));
     }
-    let old = metadata_of(repo, pulled.booted_commit.as_ref()?).ok()?;
+    let old = metadata_of(repo, pulled.booted_commit?).ok()?;
     Some(PackageChanges::between(&preflight::rpm(&old)?, &preflight::rpm(new)?))
 }
 

@@ -10,7 +10,7 @@ fn staged() -> StagedRoot {
     let image = ResolvedImage { requested: "r/n:t".into(), pinned: "r/n@sha256:x".into(), digest: "sha256:x".into() };
     let pulled = PulledImage {
         image,
-        commit: "c".into(),
+        commit: Default::default(),
         booted_commit: None,
         complete: false,
         layers_fetched: 1,
@@ -174,9 +174,9 @@ fn an_unknown_boot_counts_as_live_and_is_asked_again() {
 #[test]
 fn a_record_of_an_older_agent_is_read() {
     const TEXT: &str = r#"{"schema": 1, "step": {"finished": {"staged": {
-        "pulled": {"image": {"requested": "r/n:t", "pinned": "r/n@sha256:x", "digest": "sha256:x"}, "commit": "c",
-            "booted_commit": "b", "complete": false, "layers_fetched": 1, "layers_skipped": 2, "bytes_fetched": 3,
-            "objects_written": 4, "warnings": []},
+        "pulled": {"image": {"requested": "r/n:t", "pinned": "r/n@sha256:x", "digest": "sha256:x"},
+            "commit": "COMMIT", "booted_commit": "BOOTED", "complete": false, "layers_fetched": 1,
+            "layers_skipped": 2, "bytes_fetched": 3, "objects_written": 4, "warnings": []},
         "delta": {"directory": "/x", "counts": {"added": 1, "changed": 2, "removed": 3, "directories": 4,
             "added_bytes": 5, "changed_bytes": 6, "replaced_bytes": 7, "removed_bytes": 8, "copied": 9,
             "copied_bytes": 10}},
@@ -194,10 +194,12 @@ fn a_record_of_an_older_agent_is_read() {
             "still_old": [{"unit": "c.service", "files": ["bin/c"]}], "notes": ["n"]}}"#;
     let temp = tempfile::tempdir().unwrap();
     let paths = StateDir::below(temp.path());
-    std::fs::write(temp.path().join(Record::NAME), TEXT).unwrap();
+    let text = TEXT.replace("BOOTED", &"0b".repeat(32)).replace("COMMIT", &"0c".repeat(32));
+    std::fs::write(temp.path().join(Record::NAME), text).unwrap();
     let record = Record::load(&paths).unwrap();
     let Step::Finished(switched) = &record.step else { panic!("{record:?}") };
     assert_eq!(switched.units[0].dependents, ["b.service"]);
+    assert_eq!(switched.staged.pulled.commit.to_string(), "0c".repeat(32));
     assert_eq!((record.asked.is_none(), record.flow()), (true, Flow::Live));
     assert!(record.trial.is_some_and(|trial| trial.kept));
     record.save(&paths).unwrap();

@@ -124,8 +124,8 @@ fn staged(paths: &StateDir) -> StagedRoot {
     let digest = pinned.rsplit_once('@').map(|(_, digest)| digest.to_owned()).unwrap_or_default();
     let pulled = PulledImage {
         image: ResolvedImage { requested: pinned.clone(), pinned, digest },
-        commit: plan.as_ref().map(|plan| plan.commit.clone()).unwrap_or_default(),
-        booted_commit: plan.as_ref().and_then(|plan| plan.booted_commit.clone()),
+        commit: plan.as_ref().and_then(|plan| plan.commit.parse().ok()).unwrap_or_default(),
+        booted_commit: plan.as_ref().and_then(|plan| plan.booted_commit.as_ref()?.parse().ok()),
         complete: false,
         layers_fetched: 0,
         layers_skipped: 0,

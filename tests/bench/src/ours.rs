@@ -63,7 +63,7 @@ pub fn pull(task: &PullTask) -> Result<Pulled> {
     let start = Instant::now();
     let runtime = tokio::runtime::Runtime::new().context("starting the runtime")?;
     let pulled = runtime.block_on(async {
-        let booted = BootedRepo { path: task.booted.clone(), commit: Some(task.commit.clone()) };
+        let booted = BootedRepo { path: task.booted.clone(), commit: Some(task.commit.parse()?) };
         let store = NodeStore::on_tmpfs(&task.root, Some(&booted))?;
         let source = Source::open(&ImageSettings { insecure: true, ..ImageSettings::default() }).await?;
         let image = source.resolve(&task.image.parse::<PullSpec>()?).await?;
@@ -79,11 +79,11 @@ pub fn pull(task: &PullTask) -> Result<Pulled> {
         let path = store.object_path(&name.parse().ok()?, ObjectType::File);
         path.symlink_metadata().is_ok().then_some(path)
     };
-    let (booted, out) = (Booted::Commit(&task.commit), task.root.join(DELTA));
+    let (booted, out) = (Booted::Commit(task.commit.parse()?), task.root.join(DELTA));
     let delta =
-        overlay_root::delta::compare(&repo, booted, &pulled.commit, &own_object, &Keep::default())?.build(&out)?;
+        overlay_root::delta::compare(&repo, booted, pulled.commit, &own_object, &Keep::default())?.build(&out)?;
     Ok(Pulled {
-        commit: pulled.commit,
+        commit: pulled.commit.to_string(),
         pull_seconds,
         stage_seconds: start.elapsed().as_secs_f64(),
         rss: high_water_mark(std::process::id()).unwrap_or(0),

@@ -28,7 +28,7 @@ pub struct PullOptions {
     /// Also fetch the objects that occur only in `/usr/lib/modules`, so that the commit can be deployed elsewhere.
     pub complete: bool,
     /// The commit that the import must result in. If it results in another one, the pull fails before the ref moves.
-    pub expected: Option<String>,
+    pub expected: Option<ObjectId>,
     /// Number of layers to read at once. Default: one for each CPU, at least two and at most four.
     pub parallel: Option<usize>,
 }
@@ -39,9 +39,9 @@ pub struct PulledImage {
     /// The image that was pulled.
     pub image: ResolvedImage,
     /// The ostree commit. All of its metadata objects are in the node store or the booted repo.
-    pub commit: String,
+    pub commit: ObjectId,
     /// The booted commit whose objects were not fetched.
-    pub booted_commit: Option<String>,
+    pub booted_commit: Option<ObjectId>,
     /// True if all content objects, kernel modules included, are in the node store or the booted repo.
     pub complete: bool,
     /// Layers read from the registry by the run that finished the pull.
@@ -84,8 +84,8 @@ pub async fn pull(
         description = source.manifest(image) => description?,
     };
     let base = Base::of(&description.layout);
-    let booted_commit = booted.and_then(|booted| booted.commit.clone());
-    let scope = Scope::new(options.complete, booted_commit.as_deref());
+    let booted_commit = booted.and_then(|booted| booted.commit);
+    let scope = Scope::new(options.complete, booted_commit);
     let journal = store.journal().map_err(|error| local(image, error))?;
     let import = {
         let (store, booted, complete) = (store.clone(), booted.cloned(), options.complete);
@@ -103,7 +103,7 @@ pub async fn pull(
         (None, Base::Empty) => return Err(local(image, "internal error: a plain image without layers")),
     };
 
-    if let Some(expected) = options.expected.as_ref().filter(|expected| **expected != commit.to_string()) {
+    if let Some(expected) = options.expected.filter(|expected| *expected != commit) {
         let message = format!(
             "cannot complete {}: the import resulted in commit {commit} instead of {expected}, which the ref still names",
             image.pinned
@@ -124,7 +124,7 @@ pub async fn pull(
     let (objects_written, bytes_fetched) = import.totals();
     let pulled = PulledImage {
         image: image.clone(),
-        commit: commit.to_string(),
+        commit,
         booted_commit,
         complete,
         layers_fetched: fetched.len() as u64,
@@ -319,12 +319,11 @@ fn pulled_before(
     let Some(record) = store.read_record().map_err(|error| local(image, error))? else { return Ok(None) };
     // An unreadable record costs only a request to the registry.
     let Ok(record) = serde_json::from_slice::<PulledImage>(&record) else { return Ok(None) };
-    let Ok(commit) = record.commit.parse::<ObjectId>() else { return Ok(None) };
     let holds = record.image.digest == image.digest
         && (record.complete || !options.complete)
-        && record.booted_commit == booted.and_then(|booted| booted.commit.clone())
-        && store.has(&commit, ObjectType::Commit)
-        && store.resolve_ref().map_err(|error| local(image, error))?.as_deref() == Some(record.commit.as_str());
+        && record.booted_commit == booted.and_then(|booted| booted.commit)
+        && store.has(&record.commit, ObjectType::Commit)
+        && store.resolve_ref().map_err(|error| local(image, error))? == Some(record.commit);
     Ok(holds.then(|| PulledImage { image: image.clone(), ..record }))
 }
 

@@ -17,7 +17,7 @@ pub struct BootedRepo {
     /// Directory of the repo, normally `/ostree/repo`.
     pub path: PathBuf,
     /// Commit of the booted deployment, or `None` if it is unknown.
-    pub commit: Option<String>,
+    pub commit: Option<ObjectId>,
 }
 
 impl BootedRepo {
@@ -39,7 +39,7 @@ impl BootedRepo {
         {
             let path =
                 usual_repo().context("cannot find the booted system's ostree repo: /ostree/repo does not exist")?;
-            return Ok(Some(Self { path, commit: Some(deployment.csum().to_string()) }));
+            return Ok(Some(Self { path, commit: Some(deployment.csum().parse()?) }));
         }
         let Some(path) = usual_repo() else { return Ok(None) };
         let commit = ["/ostree/deploy", "/sysroot/ostree/deploy"].iter().find_map(|dir| running_commit(Path::new(dir)));
@@ -78,7 +78,7 @@ fn usual_repo() -> Option<PathBuf> {
 
 /// Returns the commit of the deployment below `deploy` whose directory is the root directory. If none is (in a container
 /// the root is a bind mount of another path), returns the commit of the only deployment.
-fn running_commit(deploy: &Path) -> Option<String> {
+fn running_commit(deploy: &Path) -> Option<ObjectId> {
     let root = std::fs::metadata("/").ok()?;
     let mut all = Vec::new();
     for stateroot in std::fs::read_dir(deploy).ok()?.flatten() {
@@ -92,15 +92,15 @@ fn running_commit(deploy: &Path) -> Option<String> {
         }
     }
     match all.as_slice() {
-        [only] => Some(only.clone()),
+        [only] => Some(*only),
         _ => None,
     }
 }
 
 /// Returns the commit of a deployment's directory, `COMMIT.SERIAL`, or `None` for other names, such as the origin file's.
-fn commit_of_deployment(name: &str) -> Option<String> {
+fn commit_of_deployment(name: &str) -> Option<ObjectId> {
     let (commit, serial) = name.split_once('.')?;
-    (commit.parse::<ObjectId>().is_ok() && serial.parse::<u32>().is_ok()).then(|| commit.to_owned())
+    serial.parse::<u32>().ok().and_then(|_| commit.parse().ok())
 }
 
 /// Returns true if the files of content objects have the objects' owner, mode and attributes, as in a repo of mode
@@ -139,7 +139,7 @@ mod tests {
     #[test]
     fn only_a_deployment_directory_names_a_commit() {
         let commit = "ab".repeat(32);
-        assert_eq!(commit_of_deployment(&format!("{commit}.0")), Some(commit.clone()));
+        assert_eq!(commit_of_deployment(&format!("{commit}.0")), Some(ObjectId([0xab; 32])));
         assert_eq!(commit_of_deployment(&format!("{commit}.0.origin")), None);
         assert_eq!(commit_of_deployment(&commit), None);
         assert_eq!(commit_of_deployment("backup.0"), None);

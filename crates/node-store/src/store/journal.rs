@@ -9,6 +9,8 @@ use std::io::{self, Read, Write};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
+use super::object::ObjectId;
+
 /// The wanted set for which a layer was read. An entry for one scope does not count for a wider one.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Scope {
@@ -26,8 +28,8 @@ pub enum Scope {
 
 impl Scope {
     /// Returns the scope of a pull.
-    pub fn new(complete: bool, booted_commit: Option<&str>) -> Self {
-        let booted = booted_commit.unwrap_or("-").to_owned();
+    pub fn new(complete: bool, booted_commit: Option<ObjectId>) -> Self {
+        let booted = booted_commit.map_or("-".to_owned(), |commit| commit.to_string());
         if complete { Scope::Complete { booted } } else { Scope::Delta { booted } }
     }
 
@@ -89,18 +91,19 @@ mod tests {
     fn entries_count_for_their_scope_and_cut_lines_are_ignored() {
         let temp = tempfile::tempdir().unwrap();
         let path = temp.path().join("layers");
-        let (delta, complete) = (Scope::new(false, Some("c1")), Scope::new(true, Some("c1")));
+        let of = |byte, complete| Scope::new(complete, Some(ObjectId([byte; 32])));
+        let (delta, complete) = (of(1, false), of(1, true));
         let journal = LayerJournal::open(&path).unwrap();
         journal.add("sha256:a", &delta).unwrap();
         journal.add("sha256:b", &complete).unwrap();
         let mut file = OpenOptions::new().append(true).open(&path).unwrap();
-        file.write_all(b"sha256:c delta c").unwrap();
+        file.write_all(b"sha256:c delta 020202").unwrap();
         let journal = LayerJournal::open(&path).unwrap();
         assert!(journal.has("sha256:a", &delta) && !journal.has("sha256:a", &complete));
         assert!(journal.has_most("sha256:a", &complete) && !journal.has_most("sha256:c", &complete));
         assert!(journal.has("sha256:b", &delta) && journal.has("sha256:b", &complete));
-        assert!(!journal.has("sha256:a", &Scope::new(false, Some("c2"))));
-        assert!(!journal.has("sha256:c", &Scope::new(false, Some("c"))), "a cut line is ignored");
+        assert!(!journal.has("sha256:a", &of(2, false)));
+        assert!(!journal.has("sha256:c", &of(2, false)), "a cut line is ignored");
         journal.add("sha256:d", &delta).unwrap();
         assert!(LayerJournal::open(&path).unwrap().has("sha256:d", &delta), "a cut line does not damage the next one");
     }

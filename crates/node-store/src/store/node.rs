@@ -214,10 +214,11 @@ impl NodeStore {
         ObjectWriter::new(&self.incoming(), limit)
     }
 
-    /// Returns the commit of the ref `coreos/node-image`, or `None` before the first pull is complete.
-    pub fn resolve_ref(&self) -> io::Result<Option<String>> {
+    /// Returns the commit of the ref `coreos/node-image`, or `None` before the first pull is complete and for a
+    /// damaged ref.
+    pub fn resolve_ref(&self) -> io::Result<Option<ObjectId>> {
         match fs::read_to_string(self.ref_path()) {
-            Ok(text) => Ok(Some(text.trim().to_owned())),
+            Ok(text) => Ok(text.trim().parse().ok()),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
         }
@@ -244,13 +245,13 @@ impl NodeStore {
             self.mark_partial(commit, !complete)?;
         }
         if let Some((commit, _)) = commits.last() {
-            self.set_ref(&commit.to_string())?;
+            self.set_ref(commit)?;
         }
         self.disk.as_ref().map_or(Ok(()), Disk::sync)
     }
 
     /// Sets the ref `coreos/node-image` to a commit, atomically.
-    pub fn set_ref(&self, commit: &str) -> io::Result<()> {
+    pub fn set_ref(&self, commit: &ObjectId) -> io::Result<()> {
         let path = self.ref_path();
         if let Some(dir) = path.parent() {
             fs::create_dir_all(dir)?;

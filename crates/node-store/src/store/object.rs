@@ -9,7 +9,8 @@ use std::str::FromStr;
 use sha2::{Digest, Sha256};
 
 /// The SHA-256 checksum that names an object. Stored as 32 bytes, so that a set of 30,000 takes one megabyte.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+/// The default has only zeros, and stands for an unknown object.
+#[derive(Default, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ObjectId(pub [u8; 32]);
 
 /// A set of object names.

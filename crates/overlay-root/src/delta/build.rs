@@ -17,6 +17,7 @@ use super::compare::{self, Checksum, DeltaOp, Directory, Tree as _};
 use super::keep::Keep;
 use super::lookup::{Delta, DeltaCounts};
 use super::overlay_marks::{self, Marks};
+use node_store::store::ObjectId;
 use support::failpoint::{self, Point};
 
 use super::source::{DirMeta, PlainTree, RepoTree, xattrs_of};
@@ -28,7 +29,7 @@ pub type ObjectPath<'a> = dyn Fn(&str) -> Option<PathBuf> + 'a;
 #[derive(Debug, Clone, Copy)]
 pub enum Booted<'a> {
     /// A commit in the node store or its parent repo.
-    Commit(&'a str),
+    Commit(ObjectId),
     /// A directory, usually `/usr`, whose commit is unknown. The delta then contains all files of the target.
     Directory(&'a Path),
 }
@@ -50,7 +51,7 @@ pub struct Difference<'a> {
 pub fn compare<'a>(
     repo: &'a ostree::Repo,
     booted: Booted<'_>,
-    commit: &str,
+    commit: ObjectId,
     object_path: &'a ObjectPath<'a>,
     keep: &Keep,
 ) -> Result<Difference<'a>> {

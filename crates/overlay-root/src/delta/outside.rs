@@ -7,6 +7,7 @@ use anyhow::Result;
 use super::build::Booted;
 use super::compare::{Directory, Listing, Tree};
 use super::source::RepoTree;
+use node_store::store::ObjectId;
 
 /// Top-level directories that are not compared: they belong to the machine or are mount points. `/usr` is in the delta.
 const NOT_COMPARED: [&str; 11] =
@@ -19,7 +20,7 @@ const SHOWN: usize = 12;
 ///
 /// # Errors
 /// A tree cannot be read.
-pub fn outside_usr(repo: &ostree::Repo, booted: Booted<'_>, commit: &str) -> Result<Option<String>> {
+pub fn outside_usr(repo: &ostree::Repo, booted: Booted<'_>, commit: ObjectId) -> Result<Option<String>> {
     let tree = RepoTree::new(repo);
     let new = tree.root_of(commit)?;
     let found = match booted {

@@ -11,7 +11,7 @@ use ostree::ObjectType;
 use rustix::fs::AtFlags;
 use sha2::{Digest, Sha256};
 
-use node_store::store::Dirtree;
+use node_store::store::{Dirtree, ObjectId};
 
 use super::compare::{Checksum, Directory, Listing, Tree};
 
@@ -53,14 +53,15 @@ impl<'a> RepoTree<'a> {
     }
 
     /// Returns the `/usr` directory of a commit.
-    pub fn usr_of(&self, commit: &str) -> Result<Directory> {
+    pub fn usr_of(&self, commit: ObjectId) -> Result<Directory> {
         let listing = self.root_of(commit)?;
         listing.directories.get("usr").copied().with_context(|| format!("the commit {commit} has no /usr directory"))
     }
 
     /// Returns the entries of a commit's root directory.
-    pub fn root_of(&self, commit: &str) -> Result<Listing> {
-        let (variant, _) = self.repo.load_commit(commit).with_context(|| format!("cannot read the commit {commit}"))?;
+    pub fn root_of(&self, commit: ObjectId) -> Result<Listing> {
+        let (variant, _) =
+            self.repo.load_commit(&commit.to_string()).with_context(|| format!("cannot read the commit {commit}"))?;
         let broken = || anyhow!("the commit object {commit} is malformed");
         let root: Vec<u8> = variant.try_child_get(6).ok().flatten().ok_or_else(broken)?;
         let root = checksum(&root).ok_or_else(broken)?;

@@ -96,7 +96,7 @@ impl BaseFacts {
 
 /// Returns the policy of the booted commit, or `None` if it has none or cannot be read.
 fn booted_policy(import: &Import) -> Option<PolicyFiles> {
-    let commit = import.booted.as_ref()?.commit.as_ref()?.parse().ok()?;
+    let commit = import.booted.as_ref()?.commit?;
     let lookup: &mut Lookup<'_> = &mut |id, kind| import.read_metadata(id, kind);
     let mut root = tree_of(&commit, lookup).ok()?;
     policy_objects(&mut root, &import.store, lookup).ok()??.show(&import.store).ok()?

@@ -9,11 +9,11 @@ fn libostree_opens_the_store_and_reads_its_refs() {
     repo.open(ostree::gio::Cancellable::NONE).unwrap();
     assert_eq!(repo.mode(), ostree::RepoMode::Bare);
     assert_eq!(store.resolve_ref().unwrap(), None);
-    let commit = "ab".repeat(32);
+    let commit = ObjectId([0xab; 32]);
     store.set_ref(&commit).unwrap();
-    assert_eq!(repo.resolve_rev(NODE_IMAGE_REF, false).unwrap().unwrap(), commit);
-    assert_eq!(store.resolve_ref().unwrap(), Some(commit.clone()));
-    let (commit, marked) = (ObjectId([0xab; 32]), store.repo.join(format!("state/{commit}.commitpartial")));
+    assert_eq!(repo.resolve_rev(NODE_IMAGE_REF, false).unwrap().unwrap(), commit.to_string());
+    assert_eq!(store.resolve_ref().unwrap(), Some(commit));
+    let marked = store.repo.join(format!("state/{commit}.commitpartial"));
     for complete in [false, true, true] {
         store.publish(&[(commit, complete)]).unwrap();
         assert_eq!(marked.exists(), !complete);

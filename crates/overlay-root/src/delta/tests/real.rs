@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
+use node_store::store::ObjectId;
 use ostree::gio::Cancellable;
 use ostree::prelude::Cast;
 use rand::rngs::StdRng;
@@ -74,7 +75,7 @@ pub(super) fn repo(path: &Path, parent: Option<&Path>) -> ostree::Repo {
     repo
 }
 
-pub(super) fn commit(repo: &ostree::Repo, tree: &Path) -> String {
+pub(super) fn commit(repo: &ostree::Repo, tree: &Path) -> ObjectId {
     let none = Cancellable::NONE;
     repo.prepare_transaction(none).unwrap();
     let mtree = ostree::MutableTree::new();
@@ -82,7 +83,7 @@ pub(super) fn commit(repo: &ostree::Repo, tree: &Path) -> String {
     let root = repo.write_mtree(&mtree, none).unwrap().downcast::<ostree::RepoFile>().unwrap();
     let commit = repo.write_commit(None, Some("test"), None, None, &root, none).unwrap();
     repo.commit_transaction(none).unwrap();
-    commit.into()
+    commit.parse().unwrap()
 }
 
 pub(super) fn loose(repo: &Path, hex: &str) -> PathBuf {
@@ -92,9 +93,9 @@ pub(super) fn loose(repo: &Path, hex: &str) -> PathBuf {
 struct Machine {
     scratch: PathBuf,
     booted_usr: PathBuf,
-    booted_commit: String,
+    booted_commit: ObjectId,
     store: ostree::Repo,
-    commit: String,
+    commit: ObjectId,
 }
 
 /// Makes a booted system and a pulled target. The store lacks content that the booted repo has.
@@ -127,7 +128,7 @@ impl Machine {
     fn build(&self, booted: Booted<'_>, keep: &Keep) -> Delta {
         let objects =
             |hex: &str| Some(loose(&self.scratch.join("store"), hex)).filter(|path| path.symlink_metadata().is_ok());
-        let difference = compare(&self.store, booted, &self.commit, &objects, keep).unwrap();
+        let difference = compare(&self.store, booted, self.commit, &objects, keep).unwrap();
         difference.build(&self.scratch.join("delta")).unwrap()
     }
 
@@ -188,7 +189,7 @@ fn random_trees_show_as_specified() {
         compared += 1;
         private(|scratch| {
             let machine = machine(scratch, &old, &new);
-            let delta = machine.build(Booted::Commit(&machine.booted_commit), &keep);
+            let delta = machine.build(Booted::Commit(machine.booted_commit), &keep);
             let shown = machine.show();
             assert_eq!(shown, with_root(2, &expected), "round {round}");
 
@@ -201,7 +202,7 @@ fn random_trees_show_as_specified() {
             }
             // A second build replaces the delta and the remains of a killed build.
             fs::create_dir_all(scratch.join(".delta.building/junk")).unwrap();
-            assert_eq!(machine.build(Booted::Commit(&machine.booted_commit), &keep), delta);
+            assert_eq!(machine.build(Booted::Commit(machine.booted_commit), &keep), delta);
             assert_eq!(machine.show(), shown);
             // Without a booted commit, the visible tree is the same.
             machine.build(Booted::Directory(&machine.booted_usr), &keep);
@@ -220,7 +221,7 @@ fn a_moved_file_is_copied_and_a_new_one_linked() {
             ("new".into(), Node::File(3)),
         ]);
         let machine = machine(scratch, &old, &new);
-        let delta = machine.build(Booted::Commit(&machine.booted_commit), &Keep::default());
+        let delta = machine.build(Booted::Commit(machine.booted_commit), &Keep::default());
         let counts = delta.counts;
         assert_eq!((counts.added, counts.changed, counts.removed, counts.copied), (3, 0, 1, 1), "{counts:?}");
         let inode = |path: &str| fs::metadata(scratch.join("delta").join(path)).unwrap().ino();
@@ -252,7 +253,7 @@ fn marks_for_other_overlays_are_omitted() {
         mark("s/m", "trusted.overlay.metacopy", b"");
         mark("s/m", "trusted.overlay.redirect", b"/nowhere");
         let machine = pulled(scratch);
-        let delta = machine.build(Booted::Commit(&machine.booted_commit), &Keep::nothing());
+        let delta = machine.build(Booted::Commit(machine.booted_commit), &Keep::nothing());
         let mut shown = new;
         if let Some(Node::Dir(_, below)) = shown.get_mut("s") {
             below.remove(".ostree-wh.was");
@@ -277,9 +278,9 @@ fn a_missing_object_is_named_and_nothing_is_left() {
                 }
             }
         }
-        let booted = Booted::Commit(&machine.booted_commit);
+        let booted = Booted::Commit(machine.booted_commit);
         let out = scratch.join("delta");
-        let difference = compare(&machine.store, booted, &machine.commit, &|_| None, &Keep::nothing()).unwrap();
+        let difference = compare(&machine.store, booted, machine.commit, &|_| None, &Keep::nothing()).unwrap();
         let error = difference.build(&out).unwrap_err();
         let error = format!("{error:#}");
         assert!(error.contains("/usr/new") && error.contains("cannot find the content object"), "{error}");
