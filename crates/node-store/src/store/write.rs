@@ -11,7 +11,7 @@ use std::fs::File;
 use std::io::{self, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{AtFlags, Gid, Mode, OFlags, Timespec, Timestamps, UTIME_OMIT, Uid, XattrFlags};
 use rustix::io::Errno;
@@ -58,7 +58,16 @@ pub struct ObjectWriter {
     root: bool,
     dropped_xattrs: AtomicU64,
     /// Bytes that may still be written.
-    remaining: AtomicI64,
+    remaining: AtomicU64,
+}
+
+/// A file without a name, and the part of the writer's limit that it uses. Unless the file gets a name, the part is
+/// returned when it is dropped.
+#[derive(Debug)]
+struct UnnamedFile<'a> {
+    writer: &'a ObjectWriter,
+    file: File,
+    reserved: u64,
 }
 
 /// A regular file that is being written. It has no name until [`FileWrite::finish`], and is removed when dropped before.
@@ -67,7 +76,7 @@ pub struct FileWrite<'a> {
     writer: &'a ObjectWriter,
     id: ObjectId,
     meta: FileMeta,
-    file: File,
+    file: UnnamedFile<'a>,
     hasher: Sha256,
 }
 
@@ -81,22 +90,16 @@ impl ObjectWriter {
             serial: AtomicU64::new(0),
             root: rustix::process::geteuid().is_root(),
             dropped_xattrs: AtomicU64::new(0),
-            remaining: AtomicI64::new(i64::try_from(limit).unwrap_or(i64::MAX)),
+            remaining: AtomicU64::new(limit),
         })
     }
 
-    /// Appends to a file within the limit.
-    fn append(&self, file: &mut File, content: &[u8]) -> io::Result<()> {
-        self.reserve(content.len())?;
-        file.write_all(content)
-    }
-
-    fn reserve(&self, bytes: usize) -> io::Result<()> {
-        let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
-        if self.remaining.fetch_sub(bytes, Ordering::Relaxed) < bytes {
-            return Err(io::ErrorKind::StorageFull.into());
-        }
-        Ok(())
+    /// Takes a part of the limit, and returns its size.
+    fn reserve(&self, bytes: usize) -> io::Result<u64> {
+        let bytes = bytes as u64;
+        let less = |remaining: u64| remaining.checked_sub(bytes);
+        let reserved = self.remaining.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
+        reserved.map(|_| bytes).map_err(|_| io::ErrorKind::StorageFull.into())
     }
 
     /// Returns one line for each kind of metadata that the file system does not support.
@@ -139,11 +142,11 @@ impl ObjectWriter {
         }
         let failed = |step: &'static str| fail(id, kind, step);
         let mut file = self.unnamed_file().map_err(failed("create its file"))?;
-        self.append(&mut file, content).map_err(failed("write its file"))?;
-        rustix::fs::fchmod(&file, Mode::from_raw_mode(0o644))
+        file.append(content).map_err(failed("write its file"))?;
+        rustix::fs::fchmod(&file.file, Mode::from_raw_mode(0o644))
             .map_err(io::Error::from)
             .map_err(failed("set its mode"))?;
-        self.name(&file, id, kind)
+        self.name(file, id, kind)
     }
 
     /// Stores a symlink, unless it exists.
@@ -185,8 +188,8 @@ impl ObjectWriter {
         hasher.update(content);
         check(id, ObjectType::File, hasher)?;
         let mut file = self.unnamed_file().map_err(fail(id, ObjectType::File, "create its file"))?;
-        self.append(&mut file, content).map_err(fail(id, ObjectType::File, "write its file"))?;
-        self.seal(&file, id, meta)
+        file.append(content).map_err(fail(id, ObjectType::File, "write its file"))?;
+        self.seal(file, id, meta)
     }
 
     /// Starts a regular file that is too large to be held in memory.
@@ -202,16 +205,17 @@ impl ObjectWriter {
         Ok(UnnamedWrite { writer: self, meta, hasher, held: Vec::new(), file: None })
     }
 
-    fn unnamed_file(&self) -> io::Result<File> {
-        self.reserve(BLOCK)?;
+    fn unnamed_file(&self) -> io::Result<UnnamedFile<'_>> {
         let flags = OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC;
-        Ok(rustix::fs::openat(&self.dir, "tmp", flags, Mode::from_raw_mode(0o600))?.into())
+        let file = rustix::fs::openat(&self.dir, "tmp", flags, Mode::from_raw_mode(0o600))?.into();
+        Ok(UnnamedFile { writer: self, file, reserved: self.reserve(BLOCK)? })
     }
 
     /// Sets the metadata of a file, then its name. The owner precedes the mode (chown clears set-id bits), both precede
     /// xattrs (chown clears capabilities), and the time is last.
-    fn seal(&self, file: &File, id: &ObjectId, meta: &FileMeta) -> Result<(), WriteError> {
+    fn seal(&self, unnamed: UnnamedFile<'_>, id: &ObjectId, meta: &FileMeta) -> Result<(), WriteError> {
         let failed = |step: &'static str| fail(id, ObjectType::File, step);
+        let file = &unnamed.file;
         if !self.root || (meta.uid, meta.gid) != (0, 0) {
             rustix::fs::fchown(file, Some(Uid::from_raw(meta.uid)), Some(Gid::from_raw(meta.gid)))
                 .map_err(io::Error::from)
@@ -227,17 +231,42 @@ impl ObjectWriter {
             last_modification: Timespec { tv_sec: 0, tv_nsec: 0 },
         };
         rustix::fs::futimens(file, &times).map_err(io::Error::from).map_err(failed("set its time"))?;
-        self.name(file, id, ObjectType::File)
+        self.name(unnamed, id, ObjectType::File)
     }
 
-    fn name(&self, file: &File, id: &ObjectId, kind: ObjectType) -> Result<(), WriteError> {
-        let unnamed = format!("/proc/self/fd/{}", file.as_fd().as_raw_fd());
+    fn name(&self, mut file: UnnamedFile<'_>, id: &ObjectId, kind: ObjectType) -> Result<(), WriteError> {
+        let unnamed = format!("/proc/self/fd/{}", file.file.as_fd().as_raw_fd());
         let path = loose_path(id, kind);
         match rustix::fs::linkat(rustix::fs::CWD, unnamed, &self.dir, &path, AtFlags::SYMLINK_FOLLOW) {
+            Ok(()) => {
+                file.reserved = 0;
+                Ok(())
+            }
             // Another layer contained the same object; equal names imply equal content.
-            Ok(()) | Err(Errno::EXIST) => Ok(()),
+            Err(Errno::EXIST) => Ok(()),
             Err(errno) => Err(fail(id, kind, "name it")(errno.into())),
         }
+    }
+}
+
+impl UnnamedFile<'_> {
+    /// Appends content within the limit of the writer.
+    fn append(&mut self, content: &[u8]) -> io::Result<()> {
+        self.reserved += self.writer.reserve(content.len())?;
+        self.file.write_all(content)
+    }
+
+    /// Appends a hole and moves the position behind it.
+    fn hole(&mut self, length: u64) -> io::Result<()> {
+        let too_large = |_| io::Error::from(io::ErrorKind::FileTooLarge);
+        let end = self.file.seek(SeekFrom::Current(i64::try_from(length).map_err(too_large)?))?;
+        self.file.set_len(end)
+    }
+}
+
+impl Drop for UnnamedFile<'_> {
+    fn drop(&mut self) {
+        self.writer.remaining.fetch_add(self.reserved, Ordering::Relaxed);
     }
 }
 
@@ -245,19 +274,19 @@ impl FileWrite<'_> {
     /// Appends content.
     pub fn write(&mut self, content: &[u8]) -> Result<(), WriteError> {
         self.hasher.update(content);
-        self.writer.append(&mut self.file, content).map_err(fail(&self.id, ObjectType::File, "write its file"))
+        self.file.append(content).map_err(fail(&self.id, ObjectType::File, "write its file"))
     }
 
     /// Appends a hole of `length` zero bytes. They are hashed but not stored.
     pub fn hole(&mut self, length: u64) -> Result<(), WriteError> {
         hash_zeros(&mut self.hasher, length);
-        append_hole(&mut self.file, length).map_err(fail(&self.id, ObjectType::File, "write a hole in its file"))
+        self.file.hole(length).map_err(fail(&self.id, ObjectType::File, "write a hole in its file"))
     }
 
     /// Compares the checksum with the name, then makes the object visible.
     pub fn finish(self) -> Result<(), WriteError> {
         check(&self.id, ObjectType::File, self.hasher)?;
-        self.writer.seal(&self.file, &self.id, &self.meta)
+        self.writer.seal(self.file, &self.id, &self.meta)
     }
 }
 
@@ -269,7 +298,7 @@ pub struct UnnamedWrite<'a> {
     meta: FileMeta,
     hasher: Sha256,
     held: Vec<u8>,
-    file: Option<File>,
+    file: Option<UnnamedFile<'a>>,
 }
 
 impl UnnamedWrite<'_> {
@@ -287,8 +316,7 @@ impl UnnamedWrite<'_> {
             return Ok(());
         };
         let held = std::mem::take(&mut self.held);
-        let writer = self.writer;
-        writer.append(file, &held).and_then(|()| writer.append(file, content)).map_err(fail_unnamed("write its file"))
+        file.append(&held).and_then(|()| file.append(content)).map_err(fail_unnamed("write its file"))
     }
 
     /// Appends a hole of `length` zero bytes. They are hashed but not stored.
@@ -304,12 +332,12 @@ impl UnnamedWrite<'_> {
             Some(file) => file,
             none => {
                 let file = none.insert(self.writer.unnamed_file().map_err(fail_unnamed("create its file"))?);
-                file.write_all(&std::mem::take(&mut self.held)).map_err(fail_unnamed("write its file"))?;
+                file.append(&std::mem::take(&mut self.held)).map_err(fail_unnamed("write its file"))?;
                 file
             }
         };
         hash_zeros(&mut self.hasher, length);
-        append_hole(file, length).map_err(fail_unnamed("write a hole in its file"))
+        file.hole(length).map_err(fail_unnamed("write a hole in its file"))
     }
 
     /// Returns the object's name, and true if it was stored. It is stored if `keep` returns true for the name.
@@ -323,20 +351,13 @@ impl UnnamedWrite<'_> {
             Some(file) => file,
             None => {
                 let mut file = self.writer.unnamed_file().map_err(failed("create its file"))?;
-                self.writer.append(&mut file, &self.held).map_err(failed("write its file"))?;
+                file.append(&self.held).map_err(failed("write its file"))?;
                 file
             }
         };
-        self.writer.seal(&file, &id, &self.meta)?;
+        self.writer.seal(file, &id, &self.meta)?;
         Ok((id, true))
     }
-}
-
-/// Appends a hole to the file and moves the position behind it.
-fn append_hole(file: &mut File, length: u64) -> io::Result<()> {
-    let too_large = |_| io::Error::from(io::ErrorKind::FileTooLarge);
-    let end = file.seek(SeekFrom::Current(i64::try_from(length).map_err(too_large)?))?;
-    file.set_len(end)
 }
 
 fn hash_zeros(hasher: &mut Sha256, mut length: u64) {

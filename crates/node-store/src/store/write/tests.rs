@@ -102,3 +102,47 @@ fn an_object_with_a_wrong_checksum_is_never_visible() {
     assert!(store.content_objects().unwrap().is_empty());
     assert!(!store.has(&id, ObjectType::DirTree));
 }
+
+#[test]
+fn files_without_a_name_do_not_use_the_limit() {
+    const MIB: usize = 1 << 20;
+    let temp = tempfile::tempdir().unwrap();
+    let store = NodeStore::on_tmpfs(temp.path(), None).unwrap();
+    let writer = ObjectWriter::new(store.repo_path(), 2 * (MIB + BLOCK) as u64).unwrap();
+    let stream = |content: &[u8]| {
+        let mut file = writer.begin_unnamed(meta(None)).unwrap();
+        file.write(content).map(|()| file)
+    };
+    let content = |byte| vec![byte; MIB];
+    let id = id_of(&meta(None), &content(1));
+    type Unnamed<'a> = &'a dyn Fn();
+    let abandoned: [(&str, Unnamed<'_>); 6] = [
+        ("not kept", &|| assert!(!stream(&content(1)).unwrap().finish(|_| false).unwrap().1)),
+        ("dropped", &|| drop(stream(&content(1)).unwrap())),
+        ("not kept, with a hole", &|| {
+            let mut file = writer.begin_unnamed(meta(None)).unwrap();
+            file.write(&content(1)[..MIB / 3]).unwrap();
+            file.hole(MIB as u64).unwrap();
+            file.finish(|_| false).unwrap();
+        }),
+        ("another checksum", &|| {
+            let mut file = writer.begin(&ObjectId([1; 32]), meta(None)).unwrap();
+            file.write(&content(1)).unwrap();
+            file.finish().unwrap_err();
+        }),
+        ("too large", &|| drop(stream(&vec![1; 3 * MIB]).unwrap_err())),
+        // The first of these gets the name.
+        ("stored before", &|| assert!(stream(&content(1)).unwrap().finish(|_| true).unwrap().1)),
+    ];
+    for (what, write) in abandoned {
+        for _ in 0..3 {
+            write();
+            assert!(writer.remaining.load(Ordering::Relaxed) >= (MIB + BLOCK) as u64, "{what}");
+        }
+    }
+    assert!(store.has(&id, ObjectType::File));
+    assert!(stream(&content(2)).unwrap().finish(|_| true).unwrap().1);
+    let error = writer.metadata(&id_of(&meta(None), b""), ObjectType::CommitMeta, b"x").unwrap_err();
+    let WriteError::Io { source, .. } = error else { panic!("{error}") };
+    assert_eq!(source.kind(), io::ErrorKind::StorageFull, "two objects with names use the limit");
+}
