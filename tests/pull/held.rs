@@ -5,9 +5,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use node_store::store::BootedRepo;
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 
 use super::derived::{CONTEXTS, Labels, base, complete, layers, with};
-use super::fixture::{Compress, Image, fsck, listing};
+use super::fixture::{Compress, Image, RawLayer, fsck, listing, run};
 use super::layers::{Item, What, by_ostree_ext, file, item, layer, oracle};
 use super::plain::{almost_empty, labelled_system, plain, policy, system};
 use super::tree::noise;
@@ -26,6 +28,42 @@ fn booted_by_ostree_ext(bench: &Bench, oracle: &str, image: &Image, name: &str) 
         }
     };
     BootedRepo { path, commit: commit.parse().ok() }
+}
+
+/// Makes `image` the booted one, without an import: the importers of plain images wrote such a commit. `filtered` is its
+/// record of left-out entries, which bootc 1.6 and later do not write. `change` edits its config.
+fn recorded(
+    bench: &Bench,
+    booted: &BootedRepo,
+    image: &Image,
+    filtered: Option<&str>,
+    change: impl FnOnce(&mut Value),
+) -> BootedRepo {
+    let layout = bench.path("recorded");
+    image.write(&layout);
+    let inspect =
+        |what: &[&str]| run("skopeo", &[&["inspect"], what, &[&format!("oci:{}", layout.display())]].concat());
+    let mut config: Value = serde_json::from_str(&inspect(&["--config", "--raw"])).unwrap();
+    change(&mut config);
+    let mut args = vec![
+        "commit".to_owned(),
+        format!("--repo={}", booted.path.display()),
+        "--branch=ostree/container/image/recorded".into(),
+        format!("--tree=ref={}", booted.commit.unwrap()),
+        format!("--add-metadata-string=ostree.manifest={}", inspect(&["--raw"])),
+        format!("--add-metadata-string=ostree.container.image-config={config}"),
+    ];
+    args.extend(filtered.map(|text| format!("--add-metadata=ostree.tar-filtered={text}")));
+    let commit = run("ostree", &args.iter().map(String::as_str).collect::<Vec<_>>());
+    BootedRepo { path: booted.path.clone(), commit: commit.trim().parse().ok() }
+}
+
+/// Removes the images that ostree-ext imported. Their layers stay.
+fn forget_imports(booted: &BootedRepo) {
+    let images = booted.path.join("refs/heads/ostree/container/image");
+    for entry in fs::read_dir(images).unwrap().flatten().filter(|entry| entry.file_name() != "recorded") {
+        fs::remove_dir_all(entry.path()).unwrap();
+    }
 }
 
 fn recompressed(mut image: Image) -> Image {
@@ -55,14 +93,26 @@ async fn plain_layers_of_the_booted_system_are_not_fetched() {
         bottom.layers.extend(below.iter().cloned());
         bottom
     };
-    for (name, bottom, fetched) in [("plain", plain(Vec::new()), 2), ("derived", base(&bench, Labels::Own), 3)] {
-        let theirs = if name == "plain" { almost_empty(&bench) } else { bottom.clone() };
-        let booted = booted_by_ostree_ext(&bench, &oracle, &over(theirs), &format!("booted-{name}"));
+    let no_change = |_: &mut Value| {};
+    for (name, bottom, fetched) in [
+        ("plain", plain(Vec::new()), 2),
+        ("no-record", plain(Vec::new()), 1),
+        ("derived", base(&bench, Labels::Own), 3),
+    ] {
+        let theirs = if name == "derived" { bottom.clone() } else { almost_empty(&bench) };
+        let mut booted = booted_by_ostree_ext(&bench, &oracle, &over(theirs), &format!("booted-{name}"));
+        if name != "derived" {
+            let left_out = format!("{{'{}': {{'/run': uint32 1}}}}", digest(&bench, &over(bottom.clone()), 2));
+            let filtered = (name == "plain").then_some(left_out.as_str());
+            booted = recorded(&bench, &booted, &over(bottom.clone()), filtered, no_change);
+            forget_imports(&booted);
+        }
         let newer = recompressed(with(over(bottom), &[update()]));
         let spec = bench.push(&newer, &format!("held:{name}"));
         let store = bench.store(name, Some(&booted));
         let pulled = try_pull(&spec, &store, Some(&booted)).await.unwrap();
-        // The new layer, and those from which ostree-ext left entries out: of a derived layer, all top-level ones.
+        // The new layer, and those of which the record says that entries were left out: of a derived layer, all
+        // top-level ones.
         assert_eq!(pulled.layers_fetched, fetched, "{name}: {pulled:?}");
         assert!(pulled.complete, "{name}: {pulled:?}");
         let whole = bench.store(&format!("{name}-whole"), None);
@@ -92,8 +142,11 @@ async fn a_layer_with_missing_objects_is_fetched() {
     let lost = vec![file("usr/share/lost", "lost")];
     let mut theirs = almost_empty(&bench);
     theirs.layers.extend([layer(&labelled_system()), layer(&lost)]);
+    let image = plain(vec![layer(&labelled_system()), layer(&lost)]);
     let booted = booted_by_ostree_ext(&bench, &oracle(), &theirs, "booted");
-    let spec = bench.push(&plain(vec![layer(&labelled_system()), layer(&lost)]), "held:lost");
+    let booted = recorded(&bench, &booted, &image, None, |_| {});
+    forget_imports(&booted);
+    let spec = bench.push(&image, "held:lost");
     let whole = bench.store("whole", None);
     let expected = try_pull_with(&spec, &whole, None, complete()).await.unwrap();
     let id = content_at(&booted.path, &booted.commit.unwrap().to_string(), "/usr/share/lost").unwrap();
@@ -103,6 +156,62 @@ async fn a_layer_with_missing_objects_is_fetched() {
     let pulled = try_pull_with(&spec, &store, Some(&booted), complete()).await.unwrap();
     assert_eq!(pulled.commit, expected.commit);
     assert!(pulled.complete, "{pulled:?}");
+}
+
+/// Returns the digest of a layer of the image.
+fn digest(bench: &Bench, image: &Image, at: usize) -> String {
+    let layout = bench.path("digests");
+    image.write(&layout);
+    let manifest = run("skopeo", &["inspect", "--raw", &format!("oci:{}", layout.display())]);
+    let manifest: Value = serde_json::from_str(&manifest).unwrap();
+    manifest["layers"][at]["digest"].as_str().unwrap().to_owned()
+}
+
+/// An image that is not booted claims the diff id of another image's layer. ostree-ext does not verify diff ids.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_diff_id_of_an_image_that_is_not_booted_is_not_trusted() {
+    let bench = Bench::new();
+    let (good, evil) = (layer(&[file("usr/share/a", "good")]), layer(&[file("usr/share/a", "evil")]));
+    let over = |mut bottom: Image, top: &RawLayer| {
+        bottom.layers.extend([layer(&labelled_system()), top.clone()]);
+        bottom
+    };
+    let booted = booted_by_ostree_ext(&bench, &oracle(), &over(almost_empty(&bench), &evil), "booted");
+    let image = over(plain(Vec::new()), &good);
+    let spec = bench.push(&image, "held:signed");
+    let diff_id = format!("sha256:{}", hex::encode(Sha256::digest(&good.tar)));
+    let claim = |config: &mut Value| config["rootfs"]["diff_ids"][1] = json!(diff_id);
+    let other = recorded(&bench, &booted, &over(plain(Vec::new()), &evil), None, claim);
+    forget_imports(&other);
+    let booted = BootedRepo { commit: None, ..other };
+    let store = bench.store("signed", Some(&booted));
+    let pulled = try_pull(&spec, &store, Some(&booted)).await.unwrap();
+    // The layer below has the digest of the other image's layer.
+    assert_eq!(pulled.layers_fetched, 1, "{pulled:?}");
+    let whole = bench.store("whole", None);
+    assert_eq!(pulled.commit, try_pull_with(&spec, &whole, None, complete()).await.unwrap().commit);
+}
+
+/// An image has no record of the layers that an earlier image brought.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_layer_with_left_out_entries_that_nothing_records_is_fetched() {
+    let bench = Bench::new();
+    let stack = [layer(&labelled_system()), layer(&[file("opt/lost", "lost")])];
+    let mut theirs = base(&bench, Labels::Own);
+    theirs.layers.extend(stack.clone());
+    let spec = bench.push(&plain(stack.to_vec()), "held:unrecorded");
+    let whole = bench.store("whole", None);
+    let expected = try_pull_with(&spec, &whole, None, complete()).await.unwrap();
+    let imported = booted_by_ostree_ext(&bench, &oracle(), &theirs, "booted");
+    for (name, filtered) in [("empty", Some("@a{sa{su}} {}")), ("none", None)] {
+        let booted = recorded(&bench, &imported, &theirs, filtered, |_| {});
+        if name == "empty" {
+            forget_imports(&booted);
+        }
+        let store = bench.store(name, Some(&booted));
+        let pulled = try_pull_with(&spec, &store, Some(&booted), complete()).await.unwrap();
+        assert_eq!((pulled.layers_fetched, pulled.commit), (2, expected.commit), "{name}");
+    }
 }
 
 fn content_at(repo: &Path, commit: &str, path: &str) -> Option<String> {

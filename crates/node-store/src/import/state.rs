@@ -1,6 +1,6 @@
 //! State shared by all layers of one import: the wanted set, the writer and the counters.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 use crate::PullProgress;
 use crate::image::{Failure, Kind, Layer};
 use crate::store::{
-    BootedRepo, HeldLayer, NodeStore, ObjectId, ObjectSet, ObjectType, ObjectWriter, StoreLock, WriteError,
+    BootedRepo, HeldLayers, NodeStore, ObjectId, ObjectSet, ObjectType, ObjectWriter, StoreLock, WriteError,
 };
 
 use super::base::Base;
@@ -31,8 +31,8 @@ pub(super) struct Import {
     pub booted: Option<BootedRepo>,
     pub writer: ObjectWriter,
     pub progress: Arc<PullProgress>,
-    /// Layers of images in the booted repo, by diff id.
-    pub held: HashMap<String, HeldLayer>,
+    /// Layers of images in the booted repo.
+    pub held: HeldLayers,
     /// Memory that all plain layers together may use.
     pub budget: Budget,
     /// Cancelled when no object is wanted any more.
@@ -172,7 +172,7 @@ impl Import {
     /// Returns true if the booted repo holds the layer, or the same layer in another compression.
     pub(super) fn booted_has_layer(&self, layer: &Layer) -> bool {
         let has_ref = |booted: &BootedRepo| booted.has_layer(&layer.digest());
-        self.held.contains_key(&layer.diff_id) || self.booted.as_ref().is_some_and(has_ref)
+        self.held.find(&layer.digest(), &layer.diff_id).is_some() || self.booted.as_ref().is_some_and(has_ref)
     }
 
     /// Returns the file of a content object in the booted repo.

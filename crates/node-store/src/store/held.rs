@@ -3,7 +3,7 @@
 //! Format source: ostree-ext's `container/store.rs`. There is a ref for each layer and each image. The commit of an image
 //! has its manifest, its config, and the number of entries that were left out of each plain layer.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -16,29 +16,67 @@ use super::{BootedRepo, ObjectId, ObjectType};
 /// A layer of which the booted repo has all objects.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HeldLayer {
-    /// Commit with all entries of a plain layer. `None` for a layer of an encapsulated commit, and for a plain layer of
-    /// which some entries were left out.
+    /// Commit with the entries of a plain layer. `None` for a layer of an encapsulated commit, and for a plain layer of
+    /// which some entries are known to be left out.
     pub tree: Option<ObjectId>,
+    /// True if all images with the layer are plain images, whose importer accepts content in any top-level directory.
+    pub any_top_level: bool,
+}
+
+/// Layers of the images in the booted repo.
+#[derive(Debug, Default)]
+pub struct HeldLayers {
+    by_digest: HashMap<String, HeldLayer>,
+    /// Digests of the booted image's layers, by diff id. The importers verify digests, but not diff ids. Those of the
+    /// booted image are trusted, because its content is that of the running system.
+    booted: HashMap<String, String>,
+}
+
+impl HeldLayers {
+    /// Returns the layer with this digest, or the booted image's layer with this diff id.
+    pub fn find(&self, digest: &str, diff_id: &str) -> Option<&HeldLayer> {
+        self.by_digest.get(digest).or_else(|| self.by_digest.get(self.booted.get(diff_id)?))
+    }
+
+    fn add(&mut self, digest: String, layer: HeldLayer) {
+        let known = self.by_digest.entry(digest).or_insert(layer);
+        // An image has no record of a layer that an earlier image brought.
+        known.tree = known.tree.and(layer.tree);
+        known.any_top_level &= layer.any_top_level;
+    }
 }
 
 impl BootedRepo {
-    /// Returns the layers of all images in the repo, by diff id. Images with unreadable metadata are skipped, so that
-    /// their layers are fetched.
-    pub fn held_layers(&self) -> HashMap<String, HeldLayer> {
+    /// Returns the layers of all images in the repo. Images with unreadable metadata are skipped, so that their layers are
+    /// fetched.
+    pub fn held_layers(&self) -> HeldLayers {
         let heads = self.path.join("refs/heads");
         let images = refs_below(&heads.join(IMAGE_REF_PREFIX));
-        let commits = images.iter().filter_map(|path| commit_of(path));
-        commits.filter_map(|commit| self.layers_of(&commit, &heads)).flatten().collect()
+        // A later import may have moved the ref of the booted image.
+        let commits: HashSet<ObjectId> = images.iter().filter_map(|path| commit_of(path)).chain(self.commit).collect();
+        let mut held = HeldLayers::default();
+        for image in commits {
+            for (digest, diff_id, layer) in self.layers_of(&image, &heads).unwrap_or_default() {
+                if self.commit == Some(image) {
+                    held.booted.insert(diff_id, digest.clone());
+                }
+                held.add(digest, layer);
+            }
+        }
+        held
     }
 
-    fn layers_of(&self, image: &ObjectId, heads: &Path) -> Option<Vec<(String, HeldLayer)>> {
+    /// Returns the digest, diff id and state of the image's layers.
+    fn layers_of(&self, image: &ObjectId, heads: &Path) -> Option<Vec<(String, String, HeldLayer)>> {
         let bytes = self.read_metadata(image, ObjectType::Commit).ok()??;
         let commit = Variant::from_data_with_type(bytes, VariantTy::new("(a{sv}aya(say)sstayay)").ok()?);
         let metadata = VariantDict::new(Some(&commit.child_value(0)));
         let text = |key| metadata.lookup::<String>(key).ok().flatten();
         let manifest: ImageManifest = serde_json::from_str(&text("ostree.manifest")?).ok()?;
         let config: ImageConfiguration = serde_json::from_str(&text("ostree.container.image-config")?).ok()?;
-        let left_out: HashMap<String, HashMap<String, u32>> = metadata.lookup("ostree.tar-filtered").ok()??;
+        // bootc 1.6 and later do not write this key.
+        let left_out: Option<HashMap<String, HashMap<String, u32>>> = metadata.lookup("ostree.tar-filtered").ok()?;
+        let left_out = left_out.unwrap_or_default();
         let (layers, diff_ids) = (manifest.layers(), config.rootfs().diff_ids());
         if layers.len() != diff_ids.len() {
             return None;
@@ -49,7 +87,8 @@ impl BootedRepo {
             let digest = layer.digest().to_string();
             let commit = commit_of(&heads.join(layer_ref(&digest)))?;
             let is_whole = at >= encapsulated && left_out.get(&digest).is_none_or(HashMap::is_empty);
-            Some((diff_id.clone(), HeldLayer { tree: is_whole.then_some(commit) }))
+            let layer = HeldLayer { tree: is_whole.then_some(commit), any_top_level: last.is_none() };
+            Some((digest, diff_id.clone(), layer))
         });
         Some(held.collect())
     }

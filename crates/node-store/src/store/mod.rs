@@ -20,7 +20,7 @@ mod write;
 
 pub use booted::BootedRepo;
 pub use dirtree::Dirtree;
-pub use held::HeldLayer;
+pub use held::HeldLayers;
 pub use journal::{LayerJournal, Scope};
 pub use lock::{LockError, StoreLock};
 pub use node::NodeStore;

@@ -140,7 +140,6 @@ fn encapsulated(format: u8) -> Vec<u8> {
     }
     let commit = commit_bytes(&CommitInfo {
         strings: BTreeMap::new(),
-        left_out: BTreeMap::new(),
         parent: Some(ObjectId([0; 32])),
         timestamp: None,
         tree,

@@ -1,7 +1,8 @@
 //! Writes the metadata objects of a merged tree: the dirmetas and dirtrees that layers changed, and the commit.
 //!
 //! Format source: libostree's `OSTREE_COMMIT_GVARIANT_FORMAT`, and the metadata of ostree-ext's merge commits
-//! (`ostree.manifest-digest`, `ostree.manifest`, `ostree.container.image-config`, `ostree.tar-filtered`).
+//! (`ostree.manifest-digest`, `ostree.manifest`, `ostree.container.image-config`). Like bootc since 1.6, it does not record
+//! entries that were left out: the commit must not depend on whether a layer was read or its tree held.
 
 use std::collections::BTreeMap;
 
@@ -28,8 +29,6 @@ pub(super) const IMAGE: &str = "node-image-pivot.image";
 pub(in crate::import) struct CommitInfo {
     /// Metadata with string values.
     pub strings: BTreeMap<&'static str, String>,
-    /// Number of entries that were left out, by layer and place.
-    pub left_out: BTreeMap<String, BTreeMap<String, u32>>,
     /// The base commit, if there is one.
     pub parent: Option<ObjectId>,
     /// Seconds since 1970. `None` becomes 0, so that an image always results in the same commit.
@@ -40,9 +39,8 @@ pub(in crate::import) struct CommitInfo {
 
 /// Returns the bytes of the commit object.
 pub(in crate::import) fn commit_bytes(info: &CommitInfo) -> Vec<u8> {
-    let mut metadata: BTreeMap<String, Variant> =
+    let metadata: BTreeMap<String, Variant> =
         info.strings.iter().map(|(name, text)| (name.to_string(), text.to_variant())).collect();
-    metadata.insert("ostree.tar-filtered".to_owned(), info.left_out.to_variant());
     let related: Vec<(String, Vec<u8>)> = Vec::new();
     let subject = info.strings.get(IMAGE).map_or("", String::as_str);
     Variant::tuple_from_iter([
@@ -126,7 +124,6 @@ mod tests {
     fn commits_have_libostrees_type_and_are_reproducible() {
         let info = CommitInfo {
             strings: BTreeMap::from([(IMAGE, "q.io/a@sha256:1".to_owned()), (DERIVED_FROM, "ab".to_owned())]),
-            left_out: BTreeMap::from([("sha256:2".into(), BTreeMap::from([("/opt".into(), 3)]))]),
             parent: Some(ObjectId([1; 32])),
             timestamp: Some(1_700_000_000),
             tree: ObjectId([2; 32]),
@@ -142,7 +139,5 @@ mod tests {
         assert_eq!(ostree::commit_get_timestamp(&variant), 1_700_000_000);
         let metadata = ostree::glib::VariantDict::new(Some(&variant.child_value(0)));
         assert_eq!(metadata.lookup::<String>(IMAGE).unwrap().unwrap(), "q.io/a@sha256:1");
-        let filtered = metadata.lookup_value("ostree.tar-filtered", None).unwrap();
-        assert_eq!(filtered.type_().as_str(), "a{sa{su}}");
     }
 }

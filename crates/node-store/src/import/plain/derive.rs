@@ -3,7 +3,7 @@
 //! Format source: ostree-ext's import of derived images. It defines the metadata of the merge commit, and that the policy
 //! of the merged tree labels all of it.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeSet, HashSet};
 use std::io;
 use std::sync::Arc;
 
@@ -156,14 +156,6 @@ impl Merged {
         }
         warnings.extend(labels.as_ref().and_then(Relabeller::warning));
         let sources = labels.as_ref().map(Relabeller::sources).unwrap_or_default();
-        let left_out: BTreeMap<String, BTreeMap<String, u32>> = description
-            .layout
-            .plain
-            .iter()
-            .zip(layers)
-            .filter(|(_, (_, tree))| !tree.left_out.is_empty())
-            .map(|(layer, (_, tree))| (layer.digest(), tree.left_out.clone()))
-            .collect();
         // `Value` sorts its keys, so that the same image always results in the same commit.
         let json = |value: serde_json::Result<serde_json::Value>| {
             value.map(|value| value.to_string()).map_err(|error| import.local(error))
@@ -177,7 +169,6 @@ impl Merged {
         ];
         let info = CommitInfo {
             strings: strings.into_iter().chain(base.map(|base| (DERIVED_FROM, base.to_string()))).collect(),
-            left_out,
             parent: base,
             timestamp: created(description),
             tree,

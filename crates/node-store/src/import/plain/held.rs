@@ -36,7 +36,12 @@ pub(in crate::import) fn held_tree(
     facts: &BaseFacts,
     layer: &Layer,
 ) -> Result<Option<LayerTree>, BadEntry> {
-    let Some(commit) = import.held.get(&layer.diff_id).and_then(|held| held.tree) else { return Ok(None) };
+    let Some(held) = import.held.find(&layer.digest(), &layer.diff_id) else { return Ok(None) };
+    let Some(commit) = held.tree else { return Ok(None) };
+    // Its importer may have left out content that this import has.
+    if facts.placement.any_top_level && !held.any_top_level {
+        return Ok(None);
+    }
     match tree_of_layer(import, facts, &commit) {
         Ok(tree) => Ok(Some(tree)),
         Err(Unusable::Entry(error @ BadEntry::TooMany(_))) => Err(error),
