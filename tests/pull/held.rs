@@ -214,6 +214,38 @@ async fn a_layer_with_left_out_entries_that_nothing_records_is_fetched() {
     }
 }
 
+/// libostree gives the root the owner of an entry without a parent.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_root_of_a_held_layer_is_that_of_a_fetched_one() {
+    let bench = Bench::new();
+    let root = vec![item("./", What::Dir(0o555))];
+    let orphan = vec![Item { owner: (7, 8), ..file("usr/orphan/file", "") }];
+    let mut rest = labelled_system();
+    rest.retain(|item| item.path != "./");
+    for (name, items, shown) in [
+        ("no-entry", [rest.clone(), orphan], "d00755 7 8 "),
+        ("first", [root.clone(), rest.clone()], "d00755 0 0 "),
+        ("last", [rest, root], "d00555 0 0 "),
+    ] {
+        let items = items.concat();
+        let image = plain(vec![layer(&items)]);
+        let mut theirs = almost_empty(&bench);
+        theirs.layers.extend(image.layers.clone());
+        let booted = booted_by_ostree_ext(&bench, &oracle(), &theirs, name);
+        let booted = recorded(&bench, &booted, &image, None, |_| {});
+        forget_imports(&booted);
+        let spec = bench.push(&image, &format!("root:{name}"));
+        let (store, whole) =
+            (bench.store(&format!("{name}-held"), Some(&booted)), bench.store(&format!("{name}-whole"), None));
+        let pulled = try_pull(&spec, &store, Some(&booted)).await.unwrap();
+        let expected = try_pull_with(&spec, &whole, None, complete()).await.unwrap();
+        assert_eq!((pulled.layers_fetched, pulled.commit), (0, expected.commit), "{name}");
+        let listed = listing(whole.repo_path(), "coreos/node-image");
+        let first: Vec<&str> = listed.split_whitespace().take(5).collect();
+        assert!(first.join(" ").starts_with(shown), "{name}: {first:?}");
+    }
+}
+
 fn content_at(repo: &Path, commit: &str, path: &str) -> Option<String> {
     let all = listing(repo, commit);
     let line = all.lines().find(|line| line.ends_with(path))?;

@@ -90,7 +90,7 @@ impl BaseFacts {
     /// Returns the name under which the store keeps the tree of a layer.
     pub(in crate::import) fn list_name(&self, diff_id: &str) -> String {
         use sha2::Digest;
-        hex::encode(sha2::Sha256::digest(format!("4 {diff_id} {}", self.key)))
+        hex::encode(sha2::Sha256::digest(format!("5 {diff_id} {}", self.key)))
     }
 }
 

@@ -276,8 +276,8 @@ impl LayerTree {
         path.iter().try_fold(&mut self.root, |dir, part| dir.dirs.get_mut(part))
     }
 
-    /// Returns the parent directory of an entry. If a directory on the path is missing, all directories on the path get the
-    /// owner of the entry and mode 0755, as in libostree. The root is unchanged.
+    /// Returns the parent directory of an entry. If a directory on the path is missing, the root and all directories on the
+    /// path get the owner of the entry and mode 0755, as in libostree.
     ///
     /// # Errors
     /// If the path leads through a symlink or file of the same layer. libostree refuses such paths too: a reader that
@@ -299,6 +299,7 @@ impl LayerTree {
         };
         self.share.take(missing.iter().map(|part| DIR_COST + part.len()).sum(), missing.len())?;
         let mut dir = &mut self.root;
+        dir.meta = meta.as_ref().unwrap_or(&dir.meta).clone();
         for part in path {
             dir = dir.dirs.or_insert_with(part, LayerDir::default);
             dir.meta = meta.as_ref().unwrap_or(&dir.meta).clone();

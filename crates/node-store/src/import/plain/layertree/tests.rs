@@ -60,6 +60,7 @@ fn missing_parents_get_the_owner_of_the_entry() {
     let a = tree.root.dirs.get("usr").unwrap().dirs.get("a").unwrap();
     let meta = DirMeta { uid: 5, gid: 6, mode: 0o755, xattrs: Vec::new() };
     assert_eq!((&*a.meta, &*a.dirs.get("b").unwrap().meta), (&meta, &meta), "as in libostree");
+    assert_eq!(*tree.root.meta, meta, "as in libostree");
 }
 
 #[test]
