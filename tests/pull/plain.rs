@@ -233,10 +233,18 @@ async fn plain_images_that_cannot_boot_are_refused() {
         items.retain(|item| item.path != path);
         items
     };
+    let with_config = |state: &str| {
+        let mut items = without("etc/selinux/config");
+        items.push(file("etc/selinux/config", &format!("{state}SELINUXTYPE=test\n")));
+        items
+    };
     let booted_store = bench.store("booted", None);
     let pulled = bench.push(&of(&[labelled_system()]), "plain:booted");
     let pulled = try_pull_with(&pulled, &booted_store, None, complete()).await.unwrap();
     let booted = BootedRepo { path: booted_store.repo_path().to_owned(), commit: Some(pulled.commit) };
+    // Without a booted policy, there is no label to keep.
+    let unlabelled = bench.push(&of(&[with_config("SELINUX=disabled\n")]), "plain:unlabelled");
+    try_pull(&unlabelled, &bench.store("unlabelled", None), None).await.unwrap();
     for (name, layers, booted, words) in [
         ("app", vec![vec![file("usr/bin/app", "app")]], None, "no /usr/lib/os-release"),
         ("no-systemd", vec![without("usr/lib/systemd/systemd")], None, "no /usr/lib/systemd/systemd"),
@@ -247,6 +255,8 @@ async fn plain_images_that_cannot_boot_are_refused() {
             "no /usr/lib/systemd/systemd",
         ),
         ("no-policy", vec![system()], Some(&booted), "no SELinux policy"),
+        ("disabled-policy", vec![with_config("SELINUX=disabled\n")], Some(&booted), "no SELinux policy"),
+        ("config-without-state", vec![system(), with_config("")], Some(&booted), "no SELinux policy"),
         (
             "hidden-policy",
             vec![labelled_system(), vec![file("etc/.wh.selinux", "")]],

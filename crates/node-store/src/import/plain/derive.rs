@@ -137,7 +137,6 @@ impl Merged {
         warnings.append(&mut self.warnings);
         let policy = policy_objects(&mut self.root, &import.store, lookup).map_err(fail)?;
         let policy = match (policy, &facts.policy) {
-            (None, Some(_)) if import.base == Base::Empty => return Err(no_policy(&image.pinned)),
             (None, _) => None,
             (Some(objects), Some(base)) if base.objects == objects => Some(base.clone()),
             (Some(objects), _) => {
@@ -145,6 +144,10 @@ impl Merged {
                 Some(shown.ok_or_else(|| import.local("files of the SELinux policy disappeared during the pull"))?)
             }
         };
+        // Without an active policy, the files keep the labels of the booted system.
+        if import.base == Base::Empty && facts.policy.is_some() && policy.as_ref().is_none_or(|own| !own.is_active()) {
+            return Err(no_policy(&image.pinned));
+        }
         let mut labels = match &policy {
             Some(policy) => Some(Relabeller::new(import, policy, facts.policy.as_deref(), &image.pinned)?),
             None => None,

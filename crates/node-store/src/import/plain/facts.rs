@@ -75,7 +75,7 @@ impl BaseFacts {
         match objects.filter(|objects| self.policy.as_ref().is_none_or(|policy| policy.objects != *objects)) {
             // Objects that are not stored are those of a policy that needs other layers.
             Some(objects) => match objects.show(&import.store) {
-                Ok(Some(policy)) => Self::new(import.base, self.placement, Some(policy)),
+                Ok(Some(policy)) if policy.is_active() => Self::new(import.base, self.placement, Some(policy)),
                 _ => self,
             },
             None => self,
@@ -94,12 +94,13 @@ impl BaseFacts {
     }
 }
 
-/// Returns the policy of the booted commit, or `None` if it has none or cannot be read.
+/// Returns the active policy of the booted commit, or `None` if it has none or cannot be read.
 fn booted_policy(import: &Import) -> Option<PolicyFiles> {
     let commit = import.booted.as_ref()?.commit?;
     let lookup: &mut Lookup<'_> = &mut |id, kind| import.read_metadata(id, kind);
     let mut root = tree_of(&commit, lookup).ok()?;
-    policy_objects(&mut root, &import.store, lookup).ok()??.show(&import.store).ok()?
+    let objects = policy_objects(&mut root, &import.store, lookup).ok()??;
+    objects.show(&import.store).ok()?.filter(PolicyFiles::is_active)
 }
 
 /// Returns true if the root directory of the booted system will be an overlay, so that it may have any content.

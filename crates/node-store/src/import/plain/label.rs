@@ -165,6 +165,12 @@ impl PolicyFiles {
         Ok(Labels { contexts: contexts.clone(), policy })
     }
 
+    /// Returns false if the policy's configuration disables it, so that it labels nothing. A policy that cannot be opened is
+    /// active, so that its first use reports the error.
+    pub(super) fn is_active(&self) -> bool {
+        self.open().map_or(true, |labels| labels.policy.name().is_some())
+    }
+
     /// Parses the file contexts. Returns `None` if they cannot be read or parsed: libselinux then reads them itself and
     /// reports errors.
     fn read_contexts(&self, policy: &ostree::SePolicy) -> Option<Arc<Contexts>> {

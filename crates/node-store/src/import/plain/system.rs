@@ -34,11 +34,12 @@ pub(super) fn not_a_system(image: &str, missing: &str) -> Failure {
     Failure { advice: ADVICE, ..Failure::new(Kind::BadFormat, message) }
 }
 
-/// Returns the failure of an image without a policy if its files were labelled by another one.
+/// Returns the failure of an image without an active policy if its files were labelled by another one.
 pub(super) fn no_policy(image: &str) -> Failure {
-    const ADVICE: &str = "use a node image with an SELinux policy";
+    const ADVICE: &str = "use a node image with an enabled SELinux policy";
     let message = format!(
-        "the image {image} has no SELinux policy (/etc/selinux/config), but the booted system or a layer has one"
+        "the image {image} has no SELinux policy that /etc/selinux/config enables, but the booted system or a \
+         layer has one"
     );
     Failure { advice: ADVICE, ..Failure::new(Kind::BadFormat, message) }
 }
