@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 
 use super::derived::{CONTEXTS, Labels, base, complete, layers, with};
 use super::fixture::{Compress, Image, RawLayer, fsck, listing, run};
-use super::layers::{Item, What, by_ostree_ext, file, item, layer, oracle};
+use super::layers::{Item, What, by_ostree_ext, file, item, layer, link, oracle};
 use super::plain::{almost_empty, labelled_system, plain, policy, system};
 use super::tree::noise;
 use super::{Bench, image, try_pull, try_pull_with};
@@ -214,19 +214,20 @@ async fn a_layer_with_left_out_entries_that_nothing_records_is_fetched() {
     }
 }
 
-/// libostree gives the root the owner of an entry without a parent.
+/// Differences were the root, to which libostree gives the owner of an entry without a parent, and empty files.
 #[tokio::test(flavor = "multi_thread")]
-async fn the_root_of_a_held_layer_is_that_of_a_fetched_one() {
+async fn a_held_first_layer_gives_the_tree_of_a_fetched_one() {
     let bench = Bench::new();
     let root = vec![item("./", What::Dir(0o555))];
     let orphan = vec![Item { owner: (7, 8), ..file("usr/orphan/file", "") }];
     let mut rest = labelled_system();
     rest.retain(|item| item.path != "./");
-    for (name, items, shown) in [
-        ("no-entry", [rest.clone(), orphan], "d00755 7 8 "),
-        ("first", [root.clone(), rest.clone()], "d00755 0 0 "),
-        ("last", [rest, root], "d00555 0 0 "),
-    ] {
+    // An empty file that a build leaves is removed on both ways, but not the other names of that file.
+    rest.extend([file("etc/hostname", ""), link("etc/named", "etc/hostname")]);
+    rest.extend([file("etc/empty", ""), link("etc/resolv.conf", "etc/empty")]);
+    for (name, items, shown) in
+        [("no-entry", [rest.clone(), orphan], "d00755 7 8 "), ("first", [root, rest], "d00755 0 0 ")]
+    {
         let items = items.concat();
         let image = plain(vec![layer(&items)]);
         let mut theirs = almost_empty(&bench);
@@ -241,6 +242,7 @@ async fn the_root_of_a_held_layer_is_that_of_a_fetched_one() {
         let expected = try_pull_with(&spec, &whole, None, complete()).await.unwrap();
         assert_eq!((pulled.layers_fetched, pulled.commit), (0, expected.commit), "{name}");
         let listed = listing(whole.repo_path(), "coreos/node-image");
+        assert!(listed.contains("/usr/etc/named") && !listed.contains("/usr/etc/resolv.conf"), "{name}: {listed}");
         let first: Vec<&str> = listed.split_whitespace().take(5).collect();
         assert!(first.join(" ").starts_with(shown), "{name}: {first:?}");
     }

@@ -148,9 +148,14 @@ async fn files_that_a_build_leaves_are_removed_and_pax_paths_are_moved() {
     image.layers.push(raw_layer(&[
         raw(b"etc/resolv.conf", b'0', b"", b"", &[]),
         raw(b"./etc/hostname", b'0', b"", b"", &[]),
+        raw(b"etc/named", b'1', b"etc/hostname", b"", &[]),
         raw(b"x", b'0', b"", b"by a PAX path", &[(b"path", b"etc/pax.conf")]),
         raw(b"usr/share/linked", b'1', b"x", b"", &[(b"linkpath", b"etc/pax.conf")]),
         raw(b"etc/below", b'1', b"x", b"", &[(b"linkpath", b"./etc/app/app.conf")]),
+    ]));
+    image.layers.push(raw_layer(&[
+        raw(b"etc/empty", b'0', b"", b"", &[]),
+        raw(b"etc/resolv.conf", b'1', b"etc/empty", b"", &[]),
     ]));
     let spec = bench.push(&image, "plain:left");
     let store = bench.store("left", None);
@@ -159,6 +164,10 @@ async fn files_that_a_build_leaves_are_removed_and_pax_paths_are_moved() {
     let all = listing(store.repo_path(), "coreos/node-image");
     assert!(all.contains("/usr/etc/resolv.conf -> ../run/systemd/resolve/stub-resolv.conf"), "{all}");
     assert!(all.contains("/usr/etc/hosts") && !all.contains("/usr/etc/hostname"), "{all}");
+    assert!(
+        all.contains("/usr/etc/named") && all.contains("/usr/etc/empty"),
+        "hardlinks and their targets stay: {all}"
+    );
     let cat = |path: &str| {
         run("ostree", &["cat", &format!("--repo={}", store.repo_path().display()), "coreos/node-image", path])
     };

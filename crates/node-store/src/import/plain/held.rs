@@ -9,7 +9,7 @@ use super::dirmeta::read_dirmeta;
 use super::facts::BaseFacts;
 use super::layertree::{BadEntry, LayerFile, LayerTree};
 use super::path::Place;
-use super::system::is_left_by_build;
+use super::system::remove_left_by_build;
 use crate::import::base::Base;
 use crate::import::state::Import;
 use crate::import::tree::{Lookup, TreeError, commit_root, load};
@@ -70,20 +70,18 @@ fn tree_of_layer(import: &Import, facts: &BaseFacts, commit: &ObjectId) -> Resul
             if tree.whiteout(&path, uid, gid)? {
                 continue;
             }
-            let object = import.booted_file(id).ok_or(Unusable::Missing(*id))?;
-            let is_left = import.base == Base::Empty
-                && object
-                    .symlink_metadata()
-                    .is_ok_and(|stat| stat.is_file() && is_left_by_build(&path.join("/"), stat.len()));
-            if !is_left {
-                tree.file(&path, LayerFile::Object(*id), uid, gid)?;
-            }
+            import.booted_file(id).ok_or(Unusable::Missing(*id))?;
+            tree.file(&path, LayerFile::Object(*id), uid, gid)?;
         }
         for (name, dirtree, dirmeta) in &listing.dirs {
             let path = at(name);
             check_place(facts, &path)?;
             queue.push((path, *dirtree, *dirmeta));
         }
+    }
+    if import.base == Base::Empty {
+        let stat = |id: &ObjectId| import.booted_file(id).and_then(|object| object.symlink_metadata().ok());
+        remove_left_by_build(&mut tree, &|id| stat(id).is_some_and(|stat| stat.is_file() && stat.len() == 0));
     }
     Ok(tree)
 }

@@ -272,7 +272,8 @@ impl LayerTree {
         dir.files.get(name).map(Found::File).or_else(|| dir.dirs.get(name).map(|_| Found::Directory))
     }
 
-    fn existing(&mut self, path: &[String]) -> Option<&mut LayerDir> {
+    /// Returns the directory of the layer at the path.
+    pub(super) fn existing(&mut self, path: &[String]) -> Option<&mut LayerDir> {
         path.iter().try_fold(&mut self.root, |dir, part| dir.dirs.get_mut(part))
     }
 

@@ -3,6 +3,8 @@
 //!
 //! Format source: the OCI image layer specification; PAX headers for extended attributes.
 
+use std::collections::HashSet;
+
 use tar::EntryType;
 
 use crate::image::{Failure, Kind};
@@ -13,7 +15,7 @@ use super::facts::BaseFacts;
 use super::label::Labels;
 use super::layertree::{BadEntry, LayerFile, LayerTree};
 use super::path::{Place, shown};
-use super::system::is_left_by_build;
+use super::system::remove_left_by_build;
 use crate::image::tarstream::{Chunks, Entry, Piece, TarError, TarStream};
 use crate::import::base::Base;
 use crate::import::budget;
@@ -36,13 +38,16 @@ pub(in crate::import) fn read_plain(
 ) -> Result<LayerTree, Failure> {
     let bad = |what: String| Failure::new(Kind::BadFormat, format!("{name}: {what}"));
     let labels = facts.policy.as_ref().map(|policy| policy.open()).transpose().map_err(bad)?;
-    let mut layer =
-        PlainReader { import, name, facts, labels, tar: TarStream::new(chunks), tree: LayerTree::new(&import.budget) };
+    let (tar, tree) = (TarStream::new(chunks), LayerTree::new(&import.budget));
+    let mut layer = PlainReader { import, name, facts, labels, tar, tree, empty: HashSet::new() };
     while let Some(entry) = layer.tar.next_entry().map_err(|error| tar_failure(name, &error))? {
         layer.entry(&entry)?;
     }
-    let PlainReader { mut tree, labels, .. } = layer;
+    let PlainReader { mut tree, labels, empty, .. } = layer;
     tree.resolve_links().map_err(|(path, error)| bad(format!("the entry /{path} {error}")))?;
+    if import.base == Base::Empty {
+        remove_left_by_build(&mut tree, &|id| empty.contains(id));
+    }
     if let Some(labels) = labels {
         tree.label_parents(&|path, mode| labels.of(path, mode).map_err(Unlabelled::Lookup))
             .map_err(|error| bad(error.to_string()))?;
@@ -57,6 +62,8 @@ struct PlainReader<'a, C> {
     labels: Option<Labels>,
     tar: TarStream<C>,
     tree: LayerTree,
+    /// Objects of empty regular files.
+    empty: HashSet<ObjectId>,
 }
 
 /// Reasons why a parent directory without an entry cannot be labelled.
@@ -98,10 +105,6 @@ impl<C: Chunks> PlainReader<'_, C> {
             kind if is_regular(kind) || kind == EntryType::Link => {
                 let whiteout = self.tree.whiteout(&path, entry.uid, entry.gid);
                 if whiteout.map_err(|error| self.refused(entry, error))? {
-                    return Ok(());
-                }
-                if self.import.base == Base::Empty && kind != EntryType::Link && is_left_by_build(&named(), entry.size)
-                {
                     return Ok(());
                 }
                 let file = match kind {
@@ -201,6 +204,9 @@ impl<C: Chunks> PlainReader<'_, C> {
         }
         let keep = |id: &ObjectId| self.import.keeps_derived(id, path);
         let (id, stored) = file.finish(keep).map_err(|error| fail(&error))?;
+        if entry.size == 0 {
+            self.empty.insert(id);
+        }
         if stored {
             self.import.derived_stored(&id, entry.size);
         }

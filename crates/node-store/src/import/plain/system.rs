@@ -2,18 +2,26 @@
 
 use crate::image::{Failure, Kind};
 
+use super::layertree::{LayerFile, LayerTree};
 use super::merge::Dir;
 use crate::import::tree::{Lookup, TreeError};
+use crate::store::ObjectId;
 
 /// Files that every operating system has.
 const REQUIRED: [&str; 2] = ["usr/lib/os-release", "usr/lib/systemd/systemd"];
 
-/// Files that a build of the image mounts over. It leaves an empty file in the layer (buildah issue 4242).
-const MOUNTED: [&str; 2] = ["usr/etc/resolv.conf", "usr/etc/hostname"];
+/// Files of `/etc` that a build of the image mounts over. It leaves an empty file in the layer (buildah issue 4242).
+const MOUNTED: [&str; 2] = ["resolv.conf", "hostname"];
 
-/// Returns true for a regular file that a build of the image left behind. `path` is that of the file in the tree.
-pub(super) fn is_left_by_build(path: &str, size: u64) -> bool {
-    size == 0 && MOUNTED.contains(&path)
+/// Removes the files that a build of the image left behind, after the hardlinks of the layer are resolved. `is_empty`
+/// returns true for the object of an empty regular file.
+pub(super) fn remove_left_by_build(tree: &mut LayerTree, is_empty: &dyn Fn(&ObjectId) -> bool) {
+    let Some(etc) = tree.existing(&["usr", "etc"].map(str::to_owned)) else { return };
+    for name in MOUNTED {
+        if matches!(etc.files.get(name), Some(LayerFile::Object(id)) if is_empty(id)) {
+            etc.files.remove(name);
+        }
+    }
 }
 
 /// Returns the first file that an operating system has and the tree lacks.
