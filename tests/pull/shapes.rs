@@ -8,7 +8,7 @@ use tar::EntryType;
 use super::derived::{Labels, base, complete};
 use super::fixture::{Compress, RawLayer};
 use super::measure::peak_rss_mib;
-use super::{Bench, try_pull_with};
+use super::{Bench, try_pull, try_pull_with};
 
 /// MiB; stated in `src/import/mod.rs`.
 const CAP: u64 = 150;
@@ -95,4 +95,18 @@ async fn child_pull() {
         }
     }
     println!("peak: {}", peak_rss_mib());
+}
+
+/// A delta pull leaves the kernel module out. The list of the layer uses more than half of the limit.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_layer_that_is_read_again_counts_once() {
+    let bench = Bench::new();
+    let mut image = base(&bench, Labels::Own);
+    let module = ("usr/lib/modules/6.1/extra.ko".to_owned(), "module".to_owned());
+    let removed = (0..85_000).map(|at| (format!("usr/share/.wh.{at:06}"), String::new()));
+    image.layers.push(layer(removed.chain([module])));
+    let spec = bench.push(&image, "shape:again");
+    let store = bench.store("again", None);
+    assert!(!try_pull(&spec, &store, None).await.unwrap().complete);
+    assert!(try_pull_with(&spec, &store, None, complete()).await.unwrap().complete);
 }

@@ -119,10 +119,9 @@ impl<'a> PlainLayers<'a> {
         };
         all_of(late, parallel, |read| fetched.extend(self.note(read))).await?;
         loop {
-            let layers = self.named()?;
-            let (import, laid) = (run.import.clone(), layers.clone());
+            let (import, layers) = (run.import.clone(), self.named()?);
             let merged = blocking(run.image, move || -> Result<_, Failure> {
-                let merged = Merged::lay(&import, &laid)?;
+                let merged = Merged::lay(&import, &layers)?;
                 let open = import.retarget(merged.target(&import)?);
                 Ok((merged, open))
             });
@@ -130,7 +129,7 @@ impl<'a> PlainLayers<'a> {
             self.fetch_open(&open, &facts, description, fetched).await?;
             let (import, facts_here, image) = (run.import.clone(), facts.clone(), run.image.clone());
             let described = description.clone();
-            let commit = move || merged.commit(&import, &facts_here, &image, &described, &layers);
+            let commit = move || merged.commit(&import, &facts_here, &image, &described);
             match blocking(run.image, commit).await?? {
                 Committed::Derived(derived) => {
                     let (import, target) = (run.import.clone(), derived.target.clone());
@@ -159,11 +158,15 @@ impl<'a> PlainLayers<'a> {
     ) -> Result<(), Failure> {
         let run = self.run;
         let is_open = |id: &ObjectId| open.contains(id);
-        let trees = self.layers.iter().zip(&self.trees);
-        let again = trees.filter(|(_, tree)| tree.as_ref().is_some_and(|tree| tree.has_object(&is_open)));
-        let again: Vec<&Layer> = again.map(|(layer, _)| layer).collect();
-        PullProgress::add(&run.import.progress.bytes_total, again.iter().map(|layer| layer.size()).sum());
-        let reads = again.into_iter().map(|layer| self.read(layer, facts.clone())).collect();
+        let mut reads = Vec::new();
+        for at in 0..self.layers.len() {
+            // A tree and its successor must not use the budget at the same time.
+            if self.trees[at].take_if(|tree| tree.has_object(&is_open)).is_some() {
+                let layer = &self.layers[at];
+                PullProgress::add(&run.import.progress.bytes_total, layer.size());
+                reads.push(self.read(layer, facts.clone()));
+            }
+        }
         all_of(reads, self.parallel, |read| fetched.extend(self.note(read))).await?;
         run.rest_of_base(&description.layout, self.parallel, fetched).await?;
         run.nothing_is_missing()

@@ -67,7 +67,7 @@ impl Merged {
             Base::Commit(commit) => tree_of(&commit, lookup).map_err(|error| import.tree_failure(&error))?,
             Base::Empty => Dir::empty(layers.first().map(|(_, layer)| layer.root.meta.clone()).unwrap_or_default()),
         };
-        let mut warnings = Vec::new();
+        let mut warnings = left_out(layers);
         for (name, layer) in layers {
             let replaced = root.lay(layer, &|id| import.base_has(id), lookup).map_err(|error| match error {
                 MergeError::Tree(TreeError::Read(_, _, error))
@@ -124,7 +124,6 @@ impl Merged {
         facts: &BaseFacts,
         image: &ResolvedImage,
         description: &ImageDescription,
-        layers: &[(String, Arc<LayerTree>)],
     ) -> Result<Committed, Failure> {
         let fail = |error: TreeError| import.tree_failure(&error);
         let lookup: &mut Lookup<'_> = &mut |id, kind| import.read_metadata(id, kind);
@@ -133,8 +132,6 @@ impl Merged {
         {
             return Err(not_a_system(&image.pinned, missing));
         }
-        let mut warnings = left_out(layers);
-        warnings.append(&mut self.warnings);
         let policy = policy_objects(&mut self.root, &import.store, lookup).map_err(fail)?;
         let policy = match (policy, &facts.policy) {
             (None, _) => None,
@@ -157,7 +154,7 @@ impl Merged {
         if !unknown.is_empty() {
             return Ok(Committed::Needs(unknown));
         }
-        warnings.extend(labels.as_ref().and_then(Relabeller::warning));
+        self.warnings.extend(labels.as_ref().and_then(Relabeller::warning));
         let sources = labels.as_ref().map(Relabeller::sources).unwrap_or_default();
         // `Value` sorts its keys, so that the same image always results in the same commit.
         let json = |value: serde_json::Result<serde_json::Value>| {
@@ -180,7 +177,7 @@ impl Merged {
         let commit = store_commit(import, &commit_bytes(&info))?;
         drop((labels, self.root));
         let target = walk(&commit, lookup).map_err(|error| import.tree_failure(&error))?;
-        Ok(Committed::Derived(Box::new(Derived { commit, target, sources, warnings })))
+        Ok(Committed::Derived(Box::new(Derived { commit, target, sources, warnings: self.warnings })))
     }
 }
 
