@@ -365,3 +365,31 @@ async fn plain_layers_are_labelled_by_the_booted_policy_first() {
     let store = NodeStore::open(store.root()).unwrap();
     assert!(store.has(&id("/usr/bin/kubelet"), ObjectType::File) && store.has(&id("/usr/bin/k"), ObjectType::File));
 }
+
+/// A pull that ends with a lack of space discards its objects, but not the lists of its layers.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_layer_with_the_policy_is_read_again_if_objects_are_gone() {
+    let bench = Bench::new();
+    let tool = item("usr/bin/tool", What::File(b"tool".to_vec(), 0o755));
+    let mut rules = layer(&[policy("test", CONTEXTS), vec![tool]].concat());
+    rules.components = Some("rpm/selinux-policy-targeted");
+    let spec = bench.push(&plain(vec![layer(&system()), rules]), "plain:gone");
+    let whole = bench.store("whole", None);
+    let expected = try_pull_with(&spec, &whole, None, complete()).await.unwrap();
+    for (name, gone) in [("all", None), ("tool", Some(b"tool".to_vec()))] {
+        let store = bench.store(name, None);
+        try_pull_with(&spec, &store, None, complete()).await.unwrap();
+        for id in store.content_objects().unwrap() {
+            let content = fs::read(store.object_path(&id, ObjectType::File)).ok();
+            if gone.is_none() || content == gone {
+                store.remove_content(&id).unwrap();
+            }
+        }
+        store.remove_ref().unwrap();
+        let pulled = try_pull_with(&spec, &store, None, complete()).await.unwrap();
+        assert_eq!((pulled.commit, pulled.complete), (expected.commit, true), "{name}");
+        fsck(store.repo_path());
+        let count = |store: &NodeStore| store.content_objects().unwrap().len();
+        assert_eq!(count(&store), count(&whole), "{name}: no other copies");
+    }
+}

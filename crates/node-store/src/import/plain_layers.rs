@@ -21,6 +21,9 @@ pub(super) struct PlainLayers<'a> {
     run: &'a Run<'a>,
     layers: &'a [Layer],
     parallel: usize,
+    /// Facts by which the layers that are read first are read.
+    first_facts: Option<BaseFacts>,
+    /// Facts by which the other layers are read.
     facts: Option<BaseFacts>,
     trees: Vec<Option<Arc<LayerTree>>>,
     counted: HashSet<usize>,
@@ -29,7 +32,8 @@ pub(super) struct PlainLayers<'a> {
 impl<'a> PlainLayers<'a> {
     pub(super) fn new(run: &'a Run<'a>, layout: &'a Layout, parallel: usize) -> Self {
         let layers = layout.plain.as_slice();
-        Self { run, layers, parallel, facts: None, trees: vec![None; layers.len()], counted: HashSet::new() }
+        let trees = vec![None; layers.len()];
+        Self { run, layers, parallel, first_facts: None, facts: None, trees, counted: HashSet::new() }
     }
 
     /// Returns the reads that are due once the objects of the base that they need are stored, and none before.
@@ -44,18 +48,37 @@ impl<'a> PlainLayers<'a> {
         let Some(mut facts) = blocking(self.run.image, move || BaseFacts::read(&import)).await?? else {
             return Ok(Vec::new());
         };
-        let is_first = |layer: &Layer| self.run.import.base == Base::Empty && has_policy(layer);
-        let (first, mut rest): (Vec<_>, Vec<_>) = (0..self.layers.len()).partition(|at| is_first(&self.layers[*at]));
+        let (first, mut rest): (Vec<_>, Vec<_>) =
+            (0..self.layers.len()).partition(|at| self.is_first(&self.layers[*at]));
         if !first.is_empty() {
+            self.first_facts = Some(facts.clone());
             let reads = self.unknown(&first, &facts).await?;
             all_of(reads, self.parallel, |read| fetched.extend(self.note(read))).await?;
-            let trees: Vec<_> = first.iter().filter_map(|at| self.trees[*at].clone()).collect();
-            let import = self.run.import.clone();
-            facts = blocking(self.run.image, move || facts.with_policy_of(&import, &trees)).await?;
+            facts = match self.with_policy(&facts).await? {
+                Some(facts) => facts,
+                None => {
+                    let import = self.run.import;
+                    self.read_again(&|id| import.content_path(id).is_none(), fetched).await?;
+                    // Objects that are still not stored are those of a policy that needs other layers.
+                    self.with_policy(&facts).await?.unwrap_or(facts)
+                }
+            };
         }
         self.facts = Some(facts.clone());
         rest.sort_by_key(|at| is_kernel_layer(&self.layers[*at]));
         self.unknown(&rest, &facts).await
+    }
+
+    /// Returns true if a layer of a plain image is read before the others, because it has the SELinux policy.
+    fn is_first(&self, layer: &Layer) -> bool {
+        self.run.import.base == Base::Empty && has_policy(layer)
+    }
+
+    /// Returns the facts with the policy of the layers that were read so far, or `None` if objects of it are not stored.
+    async fn with_policy(&self, facts: &BaseFacts) -> Result<Option<BaseFacts>, Failure> {
+        let trees: Vec<_> = self.trees.iter().flatten().cloned().collect();
+        let (import, facts) = (self.run.import.clone(), facts.clone());
+        blocking(self.run.image, move || facts.with_policy_of(&import, &trees)).await
     }
 
     /// Finds the trees of layers that an earlier run read or that the booted repo holds. Returns the reads of the others.
@@ -126,7 +149,7 @@ impl<'a> PlainLayers<'a> {
                 Ok((merged, open))
             });
             let (merged, open) = merged.await??;
-            self.fetch_open(&open, &facts, description, fetched).await?;
+            self.fetch_open(&open, description, fetched).await?;
             let (import, facts_here, image) = (run.import.clone(), facts.clone(), run.image.clone());
             let described = description.clone();
             let commit = move || merged.commit(&import, &facts_here, &image, &described);
@@ -141,35 +164,45 @@ impl<'a> PlainLayers<'a> {
                     let (count, image) = (unknown.len(), &run.image.pinned);
                     tracing::info!(count, image, "fetching kernel modules whose SELinux labels may differ");
                     let open = run.import.want(&unknown);
-                    self.fetch_open(&open, &facts, description, fetched).await?;
+                    self.fetch_open(&open, description, fetched).await?;
                 }
             }
         }
     }
 
-    /// Reads the layers that have objects which the merged tree still needs. The kept list of an earlier run may name
-    /// objects that are not stored, because that run needed fewer. So may a hardlink to a file under /usr/lib/modules.
+    /// Reads the layers that have objects which the merged tree still needs. A hardlink to a file under /usr/lib/modules
+    /// may name objects that are not stored.
     async fn fetch_open(
         &mut self,
         open: &ObjectSet,
-        facts: &BaseFacts,
         description: &ImageDescription,
         fetched: &mut HashSet<usize>,
     ) -> Result<(), Failure> {
         let run = self.run;
-        let is_open = |id: &ObjectId| open.contains(id);
-        let mut reads = Vec::new();
-        for at in 0..self.layers.len() {
-            // A tree and its successor must not use the budget at the same time.
-            if self.trees[at].take_if(|tree| tree.has_object(&is_open)).is_some() {
-                let layer = &self.layers[at];
-                PullProgress::add(&run.import.progress.bytes_total, layer.size());
-                reads.push(self.read(layer, facts.clone()));
-            }
-        }
-        all_of(reads, self.parallel, |read| fetched.extend(self.note(read))).await?;
+        self.read_again(&|id| open.contains(id), fetched).await?;
         run.rest_of_base(&description.layout, self.parallel, fetched).await?;
         run.nothing_is_missing()
+    }
+
+    /// Reads the layers again whose tree has an object for which `is_missing` returns true. The kept list of an earlier run
+    /// may name objects that are not stored, because that run needed fewer or its objects were discarded.
+    async fn read_again(
+        &mut self,
+        is_missing: &(dyn Fn(&ObjectId) -> bool + Sync),
+        fetched: &mut HashSet<usize>,
+    ) -> Result<(), Failure> {
+        let mut reads = Vec::new();
+        for (layer, at) in self.layers.iter().zip(0..) {
+            // With other facts, the files of the layer would be other objects.
+            let facts = if self.is_first(layer) { &self.first_facts } else { &self.facts };
+            let Some(facts) = facts.clone() else { continue };
+            // A tree and its successor must not use the budget at the same time.
+            if self.trees[at].take_if(|tree| tree.has_object(&is_missing)).is_some() {
+                PullProgress::add(&self.run.import.progress.bytes_total, layer.size());
+                reads.push(self.read(layer, facts));
+            }
+        }
+        all_of(reads, self.parallel, |read| fetched.extend(self.note(read))).await
     }
 
     fn read(&self, layer: &'a Layer, facts: BaseFacts) -> DueRead<'a> {

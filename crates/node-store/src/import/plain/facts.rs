@@ -66,19 +66,20 @@ impl BaseFacts {
         Self::new(Base::Empty, placement, booted_policy(import))
     }
 
-    /// Returns the facts with the policy that a plain image has in `layers`, if they have a complete one.
-    pub(in crate::import) fn with_policy_of(self, import: &Import, layers: &[Arc<LayerTree>]) -> Self {
+    /// Returns the facts with the policy that a plain image has in `layers`, if it is a complete and active one. Returns
+    /// `None` if objects of the policy are not stored.
+    pub(in crate::import) fn with_policy_of(&self, import: &Import, layers: &[Arc<LayerTree>]) -> Option<Self> {
         let lookup: &mut Lookup<'_> = &mut |id, kind| import.read_metadata(id, kind);
         let mut root = Dir::empty(Arc::default());
         let laid = layers.iter().try_for_each(|layer| root.lay(layer, &|_| false, lookup).map(drop));
         let objects = laid.ok().and_then(|()| policy_objects(&mut root, &import.store, lookup).ok().flatten());
         match objects.filter(|objects| self.policy.as_ref().is_none_or(|policy| policy.objects != *objects)) {
-            // Objects that are not stored are those of a policy that needs other layers.
             Some(objects) => match objects.show(&import.store) {
-                Ok(Some(policy)) if policy.is_active() => Self::new(import.base, self.placement, Some(policy)),
-                _ => self,
+                Ok(None) => None,
+                Ok(Some(policy)) if policy.is_active() => Some(Self::new(import.base, self.placement, Some(policy))),
+                _ => Some(self.clone()),
             },
-            None => self,
+            None => Some(self.clone()),
         }
     }
 
