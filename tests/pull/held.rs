@@ -181,7 +181,7 @@ async fn a_diff_id_of_an_image_that_is_not_booted_is_not_trusted() {
     let spec = bench.push(&image, "held:signed");
     let diff_id = format!("sha256:{}", hex::encode(Sha256::digest(&good.tar)));
     let claim = |config: &mut Value| config["rootfs"]["diff_ids"][1] = json!(diff_id);
-    let other = recorded(&bench, &booted, &over(plain(Vec::new()), &evil), None, claim);
+    let other = recorded(&bench, &booted, &over(plain(Vec::new()), &evil), Some("@a{sa{su}} {}"), claim);
     forget_imports(&other);
     let booted = BootedRepo { commit: None, ..other };
     let store = bench.store("signed", Some(&booted));
