@@ -56,8 +56,15 @@ pub(super) fn families() -> impl Strategy<Value = [Snapshot; 3]> {
     })
 }
 
-fn has_special(etc: &Snapshot) -> bool {
-    flat(etc).values().any(|leaf| leaf.content == Content::Other)
+/// Generates such trees without devices, sockets and fifos, which a merge leaves alone.
+fn families_without_special() -> impl Strategy<Value = [Snapshot; 3]> {
+    families().prop_map(|family| family.map(|tree| Snapshot { root: without_special(tree.root) }))
+}
+
+fn without_special(mut entry: Entry) -> Entry {
+    entry.children.retain(|_, child| child.leaf.content != Content::Other);
+    entry.children = entry.children.into_iter().map(|(name, child)| (name, without_special(child))).collect();
+    entry
 }
 
 proptest! {
@@ -70,8 +77,7 @@ proptest! {
     }
 
     #[test]
-    fn an_unmodified_etc_becomes_the_new_one([base, new, _] in families()) {
-        prop_assume!(!has_special(&base) && !has_special(&new));
+    fn an_unmodified_etc_becomes_the_new_one([base, new, _] in families_without_special()) {
         let plan = decide(&base, &new, &base);
         prop_assert_eq!(outcome(&plan, &base), new);
         prop_assert_eq!(plan.count(Class::Updated), plan.decisions.len());
@@ -79,8 +85,7 @@ proptest! {
 
     /// Each image is merged in a boot of the same base, as on a disk.
     #[test]
-    fn an_untouched_etc_follows_a_chain_of_node_images([base, one, two] in families()) {
-        prop_assume!(![&base, &one, &two].into_iter().any(has_special));
+    fn an_untouched_etc_follows_a_chain_of_node_images([base, one, two] in families_without_special()) {
         let (mut current, mut list) = (base.clone(), Defaults::default());
         for new in [&one, &two, &one, &base, &two] {
             let mut rebased = base.clone();
