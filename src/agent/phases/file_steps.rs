@@ -126,10 +126,12 @@ impl FileSteps {
                 report.unlabelled
             ));
         }
-        if undone.failed.is_empty()
-            && let Ok(plan) = self.staged.load::<etc_merge::Plan>(&self.dir)
-        {
-            undone.extend(self.remember_defaults(&plan.earlier).into());
+        if undone.failed.is_empty() {
+            match self.staged.load::<etc_merge::Plan>(&self.dir) {
+                Ok(plan) => undone.extend(self.remember_defaults(&plan.earlier).into()),
+                // A listed entry counts for the next merge only if /etc has its content, so the list is harmless.
+                Err(error) => undone.kept.push(format!("the list of defaults in /etc was not restored: {error}")),
+            }
         }
         undone
     }
