@@ -8,9 +8,10 @@ use node_store::import::PullOptions;
 use node_store::store::NodeStore;
 
 use super::derived::complete;
-use super::faults::{Fault, Faults};
+use super::failing::FaultyImage;
+use super::faults::Fault;
 use super::fixture::{listing, run};
-use super::{Bench, fsck, image, try_pull_with};
+use super::{fsck, try_pull_with};
 
 /// A tmpfs, unmounted when dropped.
 struct Tmpfs(String);
@@ -23,15 +24,7 @@ impl Drop for Tmpfs {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_rest_is_fetched_later_and_nothing_twice() {
-    let bench = Bench::new();
-    let image = image(&bench, 1, 1);
-    let direct = bench.push(&image, "os:1");
-    let faults = Faults::before(&bench.registry.address);
-    let spec = direct.replace(&bench.registry.address, &faults.address);
-    let layout = format!("oci:{}", bench.path("layout").display());
-    let manifest: serde_json::Value = serde_json::from_str(&run("skopeo", &["inspect", "--raw", &layout])).unwrap();
-    let mut layers: Vec<String> =
-        manifest["layers"].as_array().unwrap().iter().map(|layer| layer["digest"].as_str().unwrap().into()).collect();
+    let FaultyImage { bench, image, faults, spec, mut layers } = FaultyImage::new();
     let tools = layers[1].clone();
     layers.sort();
     let fetched = || {

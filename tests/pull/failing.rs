@@ -28,17 +28,17 @@ async fn attempt_within(idle_timeout: Option<Duration>, spec: &str, store: &Node
 }
 
 /// An image behind a proxy that injects faults.
-struct Interrupted {
-    bench: Bench,
-    image: Image,
-    faults: Faults,
-    spec: String,
+pub(super) struct FaultyImage {
+    pub(super) bench: Bench,
+    pub(super) image: Image,
+    pub(super) faults: Faults,
+    pub(super) spec: String,
     /// Digests of the layers, in the manifest's order.
-    layers: Vec<String>,
+    pub(super) layers: Vec<String>,
 }
 
-impl Interrupted {
-    fn new() -> Self {
+impl FaultyImage {
+    pub(super) fn new() -> Self {
         let bench = Bench::new();
         let image = image(&bench, 1, 1);
         let direct = bench.push(&image, "os:1");
@@ -101,7 +101,7 @@ impl Interrupted {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn faults_of_layers_are_told_apart_and_the_next_attempt_goes_on() {
-    let pull = Interrupted::new();
+    let pull = FaultyImage::new();
     let late = pull.late();
     for (name, path, fault, kind) in [
         ("stall", late, Fault::Stall, Kind::Network),
@@ -122,7 +122,7 @@ async fn faults_of_layers_are_told_apart_and_the_next_attempt_goes_on() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn faults_of_manifests_are_told_apart_and_the_next_attempt_goes_on() {
-    let pull = Interrupted::new();
+    let pull = FaultyImage::new();
     for (name, path, fault, kind) in [
         ("manifest 404", "/manifests/", Fault::Answer(404, ""), Kind::NotFound),
         ("manifest 429", "/manifests/", Fault::Answer(429, "Retry-After: 1\r\n"), Kind::Network),
