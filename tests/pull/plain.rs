@@ -251,7 +251,7 @@ async fn plain_images_that_cannot_boot_are_refused() {
     let pulled = bench.push(&of(&[labelled_system()]), "plain:booted");
     let pulled = try_pull_with(&pulled, &booted_store, None, complete()).await.unwrap();
     let booted = BootedRepo { path: booted_store.repo_path().to_owned(), commit: Some(pulled.commit) };
-    // Without a booted policy, there is no label to keep.
+    // Not refused if the booted system has no policy: no file got a label of it.
     let unlabelled = bench.push(&of(&[with_config("SELINUX=disabled\n")]), "plain:unlabelled");
     try_pull(&unlabelled, &bench.store("unlabelled", None), None).await.unwrap();
     for (name, layers, booted, words) in [

@@ -1,7 +1,7 @@
 //! Small files and trees relative to a directory handle.
 //!
-//! Only this module uses `openat-ext`, which is no longer developed (its authors moved to `cap-std-ext`). Replacing
-//! that crate changes this file only.
+//! Only this module uses `openat-ext`, whose authors moved on to `cap-std-ext`. Replacing that crate changes this file
+//! only.
 
 use std::io;
 use std::io::Write;

@@ -57,7 +57,7 @@ pub struct Unusable {
 /// The reason why a state file cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Damage {
-    /// There is no such file.
+    /// The file does not exist.
     #[error("it is missing")]
     Missing,
     /// The file cannot be read.
