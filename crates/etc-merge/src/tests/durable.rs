@@ -11,6 +11,7 @@ use rustix::io::Errno;
 
 use super::real::{rescan, write_tree};
 use super::*;
+use support::directory::Directory;
 use support::failpoint::{arm_thread, disarm_thread};
 use support::testing::private;
 
@@ -207,4 +208,20 @@ fn a_power_cut_on_ext4_leaves_old_or_new_content() {
 #[test]
 fn a_power_cut_on_btrfs_leaves_old_or_new_content() {
     check_power_cuts("btrfs", 120);
+}
+
+#[test]
+fn a_record_survives_a_power_cut_directly_after_it_is_written() {
+    private(|scratch| {
+        for (fstype, mib) in [("xfs", 300), ("ext4", 32), ("btrfs", 120)] {
+            let bench = Bench::new(scratch, fstype, mib, &trees());
+            let content = vec![b'r'; 3 * 4096];
+            bench.after(|_| {
+                let records = Directory::ensure(&bench.disk().join("etc")).unwrap();
+                records.write_durable("record", 0o600, &content).unwrap();
+            });
+            let found = bench.mounted("cut", || fs::read(bench.disk().join("etc/record")).unwrap());
+            assert!(found == content, "{fstype}: the record is incomplete");
+        }
+    });
 }
