@@ -269,8 +269,9 @@ nonsense
         let start = || {
             let mut command = std::process::Command::new(&script);
             let child = spawn(command.arg("argument").stdin(std::process::Stdio::piped()));
-            let cmdline = format!("/proc/{}/cmdline", child.id());
-            wait_for(|| fs::read(&cmdline).is_ok_and(|text| text.starts_with(shell.as_os_str().as_encoded_bytes())));
+            // The shell opens the script some time after the kernel started the shell.
+            let process = PathBuf::from(format!("/proc/{}", child.id()));
+            wait_for(|| open_file(&process, &script).is_some());
             child
         };
         // Only the script differs: the interpreter has the same content on both sides.
