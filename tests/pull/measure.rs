@@ -2,17 +2,21 @@
 
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
-use node_store::import::PullOptions;
+use node_store::image::Source;
+use node_store::import::{PullOptions, pull};
 use node_store::store::{BootedRepo, NodeStore};
+use node_store::{LayerResult, PullProgress};
+use tokio_util::sync::CancellationToken;
 
 use super::derived::{Labels, base};
 use super::fixture::{Compress, run};
 use super::layers::{raw, raw_layer};
 use super::registry::Registry;
 use super::tree::noise;
-use super::{Bench, fsck, try_pull_with};
+use super::{Bench, fsck, image, settings, try_pull_with};
 
 /// Not a test but a measurement: pulls OCI layouts named in `PIVOT_LAYOUTS` (`DIR:TAG`, comma-separated)
 /// against the repo `PIVOT_BOOTED` (with the commit `PIVOT_BOOTED_COMMIT`) and against nothing, to
@@ -118,4 +122,31 @@ pub fn peak_rss_mib() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find(|line| line.starts_with("VmHWM")).unwrap();
     line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() / 1024
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_read_of_a_layer_has_its_times_and_bytes() {
+    let bench = Bench::new();
+    let store = bench.store("store", None);
+    let spec = bench.push(&image(&bench, 1, 1), "timed:1");
+    let source = Source::open(&settings()).await.unwrap();
+    let image = source.resolve(&spec.parse().unwrap()).await.unwrap();
+    let progress = Arc::<PullProgress>::default();
+    let (options, cancel) = (PullOptions { complete: true, ..PullOptions::default() }, CancellationToken::new());
+    let pulled = pull(&source, &image, &store, None, &options, progress.clone(), &cancel).await.unwrap();
+    let reads = progress.take_reads();
+    assert_eq!(reads.len() as u64, pulled.layers_fetched);
+    assert_eq!(reads.iter().map(|read| read.fetch.bytes).sum::<u64>(), pulled.bytes_fetched);
+    let (mut written, mut seen) = (0, std::collections::BTreeSet::new());
+    for read in reads {
+        assert_eq!((read.result, read.fetch.bytes), (Some(LayerResult::Done), read.size), "{read:?}");
+        let (decompress, write) = (read.decompress.unwrap(), read.write.unwrap());
+        assert!(decompress.bytes > 0, "{decompress:?}");
+        for part in [read.fetch, decompress, write] {
+            assert!(part.start_ms >= read.fetch.start_ms && part.end_ms >= part.start_ms, "{part:?}");
+        }
+        assert!(seen.insert(read.index));
+        written += write.bytes;
+    }
+    assert_eq!(written, progress.snapshot().bytes_written);
 }

@@ -31,7 +31,9 @@
 
 pub mod image;
 pub mod import;
+mod layer_read;
 mod progress;
 pub mod store;
 
+pub use layer_read::{LayerRead, LayerResult, Work};
 pub use progress::{ProgressSnapshot, PullProgress};

@@ -1,9 +1,11 @@
 //! Counters that a pull updates from any thread, and a plain snapshot of them.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
+
+use crate::layer_read::{LayerRead, Reading};
 
 /// Live counters of a pull. Within one attempt no field decreases, except `bytes_total`.
 #[derive(Debug, Default)]
@@ -27,6 +29,7 @@ pub struct PullProgress {
     /// and 0 until the first layer is read.
     pub bytes_needed: AtomicU64,
     waiting_for: Mutex<Option<String>>,
+    reads: Mutex<Vec<Arc<Mutex<LayerRead>>>>,
 }
 
 /// [`PullProgress`] at one instant.
@@ -70,6 +73,26 @@ impl PullProgress {
         self.waiting_for.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Begins the read of a layer.
+    pub(crate) fn begin_read(&self, index: usize, digest: String, size: u64) -> Reading {
+        let reading = Reading::begin(index, digest, size);
+        self.reads.lock().unwrap_or_else(PoisonError::into_inner).push(reading.shared());
+        reading
+    }
+
+    /// Returns the reads of layers since the last [`PullProgress::take_reads`], in the order in which they began.
+    pub fn reads(&self) -> Vec<LayerRead> {
+        let reads = self.reads.lock().unwrap_or_else(PoisonError::into_inner);
+        reads.iter().map(|read| read.lock().unwrap_or_else(PoisonError::into_inner).clone()).collect()
+    }
+
+    /// Returns the reads and forgets them. Reads that have not ended are not updated any more.
+    pub fn take_reads(&self) -> Vec<LayerRead> {
+        let reads = self.reads();
+        self.reads.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        reads
+    }
+
     /// Adds to one counter.
     pub fn add(counter: &AtomicU64, amount: u64) {
         counter.fetch_add(amount, Ordering::Relaxed);
@@ -81,7 +104,7 @@ impl PullProgress {
         let _ = counter.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |value| Some(value.saturating_sub(amount)));
     }
 
-    /// Sets all counters to 0, before another attempt.
+    /// Sets all counters to 0, before another attempt. The reads of layers stay.
     pub fn reset(&self) {
         for counter in [
             &self.layers_total,

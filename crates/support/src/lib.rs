@@ -1,5 +1,5 @@
 //! Small tools that every crate of this workspace uses: [`failpoint`]s for tests, atomic writes in a [`directory`],
-//! child processes ([`command`]), extended attributes ([`xattr`]), name [`pattern`]s and [`human_bytes`].
+//! child processes ([`command`]), extended attributes ([`xattr`]), [`clock`]s, name [`pattern`]s and [`human_bytes`].
 //!
 //! The crate depends on no other crate of the workspace, and has no code that is specific to images, ostree, systemd or
 //! the pivot.
@@ -18,6 +18,7 @@
 //! # }
 //! ```
 
+pub mod clock;
 pub mod command;
 pub mod directory;
 pub mod failpoint;

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
 use crate::agent::{Agent, Error};
+use support::clock::boottime_ms;
 
 /// The longest sleep, because tokio's clock stops while the machine is suspended.
 const LOOK: Duration = Duration::from_secs(5);
@@ -92,12 +93,6 @@ async fn until_done<F: Future<Output = Result<(), Error>>>(
 /// Returns the pause after a failed attempt, which `failed` others came before.
 fn pause_after(failed: u32) -> Duration {
     FIRST_PAUSE.saturating_mul(2_u32.saturating_pow(failed)).min(LONGEST_PAUSE)
-}
-
-fn boottime_ms() -> u64 {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
-    // Neither part is negative: the clock starts at 0.
-    now.tv_sec.unsigned_abs() * 1000 + now.tv_nsec.unsigned_abs() / 1_000_000
 }
 
 #[cfg(test)]

@@ -13,13 +13,14 @@ use crate::PullProgress;
 use crate::image::decompress::decompress;
 use crate::image::incoming::Incoming;
 use crate::image::{Failure, Kind, Layer, ResolvedImage, Source};
+use crate::layer_read::{LayerResult, Part, Reading};
 use crate::store::ObjectType;
 
 use super::encapsulated::{Consumed, Purpose, consume};
 use super::plain::BaseFacts;
 use super::plain::LayerTree;
 use super::plain::read_plain;
-use super::state::Import;
+use super::state::{Import, stored_by_this_thread};
 
 /// Capacity of the channel of compressed pieces (128 KiB each): 1 MiB for each layer.
 const WAITING_READS: usize = 8;
@@ -91,6 +92,29 @@ async fn fetch_layer<T: Send + 'static>(
     contributed: Option<Arc<AtomicBool>>,
     work: impl FnOnce(&mut Archive<'_>) -> Result<T, Failure> + Send + 'static,
 ) -> Result<Option<T>, Failure> {
+    let reading = import.progress.begin_read(layer.index, layer.digest(), layer.size());
+    let outcome = read_parts(source, image, layer, import, cancel, &reading, contributed, work).await;
+    reading.end(match &outcome {
+        Ok(Some(_)) => LayerResult::Done,
+        Ok(None) => LayerResult::NotNeeded,
+        Err(failure) if failure.kind == Kind::Cancelled => LayerResult::Interrupted,
+        Err(_) => LayerResult::Failed,
+    });
+    outcome
+}
+
+/// Reads the layer with a thread for each part that needs the CPU.
+#[allow(clippy::too_many_arguments)] // those of its only caller, and the times
+async fn read_parts<T: Send + 'static>(
+    source: &Source,
+    image: &ResolvedImage,
+    layer: &Layer,
+    import: &Arc<Import>,
+    cancel: &CancellationToken,
+    reading: &Reading,
+    contributed: Option<Arc<AtomicBool>>,
+    work: impl FnOnce(&mut Archive<'_>) -> Result<T, Failure> + Send + 'static,
+) -> Result<Option<T>, Failure> {
     let name = layer_name(image, layer);
     let mut reader = tokio::select! {
         () = cancel.cancelled() => return Err(cancelled(&image.pinned)),
@@ -103,19 +127,29 @@ async fn fetch_layer<T: Send + 'static>(
     let (compressed, incoming) = mpsc::channel::<Vec<u8>>(WAITING_READS);
     let (pieces, archive) = blocking::sync_channel::<io::Result<Vec<u8>>>(WAITING_PIECES);
     let compression = layer.compression;
+    let timer = reading.timer(Part::Decompress);
     let decompressor = tokio::task::spawn_blocking(move || {
-        let result = decompress(compression, Incoming::new(incoming), &mut |piece| pieces.send(Ok(piece)).is_ok());
+        let (timer, mut bytes) = (timer.begin(), 0);
+        let result = decompress(compression, Incoming::new(incoming), &mut |piece| {
+            bytes += piece.len() as u64;
+            pieces.send(Ok(piece)).is_ok()
+        });
+        timer.end(bytes);
         if let Err(error) = &result {
             // The parser may have failed already, for its own, earlier reason.
             let _ = pieces.send(Err(io::Error::new(error.kind(), error.to_string())));
         }
         result
     });
+    let timer = reading.timer(Part::Write);
     let parser = tokio::task::spawn_blocking(move || {
-        work(&mut || match archive.recv() {
+        let (timer, before) = (timer.begin(), stored_by_this_thread());
+        let result = work(&mut || match archive.recv() {
             Ok(piece) => piece,
             Err(blocking::RecvError) => Ok(Vec::new()),
-        })
+        });
+        timer.end(stored_by_this_thread() - before);
+        result
     });
 
     let (mut compressed, mut arrived) = (Some(compressed), 0);
@@ -142,6 +176,7 @@ async fn fetch_layer<T: Send + 'static>(
             Err(failure) => break Err(failure),
         };
         arrived += piece.len() as u64;
+        reading.fetched(arrived);
         import.fetched(piece.len() as u64);
         if let Some(channel) = &compressed {
             let sent = tokio::select! {

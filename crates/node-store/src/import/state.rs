@@ -1,5 +1,6 @@
 //! State shared by all layers of one import: the wanted set, the writer and the counters.
 
+use std::cell::Cell;
 use std::collections::HashSet;
 use std::io;
 use std::path::PathBuf;
@@ -22,6 +23,15 @@ use super::wanted::wanted;
 /// Limit in bytes for the holes of sparse files in one pull. Holes need no space, but their zeros are hashed: this many
 /// take three to ten seconds.
 const MAX_HOLES: u64 = if cfg!(fuzzing) { 1 << 20 } else { 4 << 30 };
+
+thread_local! {
+    static STORED: Cell<u64> = const { Cell::new(0) };
+}
+
+/// Returns the bytes of content objects that this thread has stored. One thread writes all objects of a layer.
+pub(super) fn stored_by_this_thread() -> u64 {
+    STORED.get()
+}
 
 /// One import, with its lock. The threads of all layers share it by `Arc`, so that the lock is held until the last
 /// thread of a failed import has ended.
@@ -197,9 +207,7 @@ impl Import {
         }
         if self.derived.lock().unwrap_or_else(PoisonError::into_inner).insert(*id) {
             PullProgress::add(&self.progress.objects_wanted, 1);
-            self.objects_written.fetch_add(1, Ordering::Relaxed);
-            PullProgress::add(&self.progress.objects_done, 1);
-            PullProgress::add(&self.progress.bytes_written, size);
+            self.written(size);
         }
     }
 
@@ -256,10 +264,15 @@ impl Import {
         };
         drop(wants);
         if is_new {
-            self.objects_written.fetch_add(1, Ordering::Relaxed);
-            PullProgress::add(&self.progress.objects_done, 1);
-            PullProgress::add(&self.progress.bytes_written, size);
+            self.written(size);
         }
+    }
+
+    fn written(&self, size: u64) {
+        STORED.set(STORED.get() + size);
+        self.objects_written.fetch_add(1, Ordering::Relaxed);
+        PullProgress::add(&self.progress.objects_done, 1);
+        PullProgress::add(&self.progress.bytes_written, size);
     }
 
     /// Checks a sparse file of `size` bytes, of which `holes` are in holes, before its holes are hashed.
