@@ -120,6 +120,15 @@ check-containers:
 $(addprefix check-,$(MACHINES)): check-%:
 	$(BED_TEST) --test $* -- --test-threads=1
 
+# Draws pictures of `report --svg` in a browser, which is too large for `make deps` (60 MB to fetch). PIVOT_PICTURES=DIRECTORY
+# keeps the pictures.
+.PHONY: check-browser
+check-browser: deps-build
+	@command -v chromium-headless-shell >/dev/null || { \
+	  apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends \
+	    chromium-headless-shell fonts-dejavu-core; }
+	$(QUICK_TEST) --lib a_browser_draws -- --ignored
+
 # Runs one suite and shows its output: NAME=vm, of the test bed or of any other package. Where several packages have a suite
 # of this name, all of them. TEST=PART: only tests with that in their names.
 .PHONY: check-one

@@ -10,7 +10,7 @@ use tracing::{info, warn};
 use super::state::{StateFile, if_present};
 use super::{CancelHandle, Context, Error, StagedRoot, SwitchPlan};
 use crate::host::{self, Hook, Moment};
-use crate::report::{Phase, State, one_line};
+use crate::report::{Phase, State, Subject, one_line};
 use unit_refresh::Flow;
 
 const ROOT: &str = "/";
@@ -121,7 +121,8 @@ async fn run(context: &Context, hook: &Hook, moment: Moment, staged: &StagedRoot
         status.waiting_for = Some(format!("the {} hook {}", moment.as_str(), hook.name));
     });
     let environment = environment(context, staged, moment, flow);
-    host::run_hook(hook, moment, &environment, context.settings.hooks_timeout).await
+    let run = host::run_hook(hook, moment, &environment, context.settings.hooks_timeout);
+    context.tracker.timed(Subject::Hook, &hook.name, run).await
 }
 
 fn environment(context: &Context, staged: &StagedRoot, moment: Moment, flow: Flow) -> [(&'static str, OsString); 9] {

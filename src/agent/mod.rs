@@ -34,13 +34,14 @@ use tokio::sync::{Mutex, MutexGuard, watch};
 use tracing::{error, info, warn};
 
 use crate::config::Settings;
-use crate::report::{Status, Tracker};
+use crate::report::{Report, Status, Tracker};
 use deviations::Standing;
 use holder::{Held, Holder};
 use node_store::store::{LockError, StoreLock};
 use phases::Below;
 use phases::next;
 use state::Asked;
+use support::clock::boottime_ms;
 use unit_refresh::Guard;
 
 pub use auto_undo::TrialPeriod;
@@ -122,7 +123,7 @@ impl Agent {
         // The first reload after the switch removes the generator's drop-in, so the record keeps its content.
         let boot_known = record.learn(boot);
         record.rest();
-        record.status.undo_unix = record.trial.and_then(undo_unix);
+        (record.status.undo_unix, record.status.flow) = (record.trial.and_then(undo_unix), Some(record.flow()));
         // Only for the status document. Each call reads the configuration again and reports its errors.
         if let Ok(settings) = Settings::load() {
             record.status.target.get_or_insert_with(|| settings.target.clone());
@@ -131,7 +132,7 @@ impl Agent {
             }
         }
         Ok(Arc::new(Self {
-            tracker: Tracker::new(record.status.clone()),
+            tracker: Tracker::new(record.status.clone()).with_timeline(state::load_timeline(&paths)),
             paths,
             undoing: AtomicBool::new(false),
             standing: watch::Sender::new(Standing::of(&record)),
@@ -155,6 +156,18 @@ impl Agent {
     pub fn status(&self) -> Status {
         let deviations = self.standing.borrow().deviations();
         Status { deviations, call: self.holder.call(), ..self.tracker.status() }
+    }
+
+    /// Returns the report.
+    pub fn report(&self) -> Report {
+        Report::new(self.status(), self.tracker.timeline())
+    }
+
+    /// Returns the report of the record under `paths`, for when no daemon runs.
+    pub fn recorded_report(paths: &StateDir) -> Report {
+        let mut timeline = state::load_timeline(paths);
+        timeline.interrupt(boottime_ms());
+        Report::new(Self::recorded_status(paths), timeline)
     }
 
     /// Returns the status document of the record under `paths`, for when no daemon runs.
@@ -367,6 +380,7 @@ impl Agent {
     fn save(&self, record: &mut Record) -> Result<(), Error> {
         self.show(record);
         record.save(&self.paths)?;
+        state::save_timeline(&self.paths, &self.tracker);
         self.standing.send_replace(Standing::of(record));
         Ok(())
     }
@@ -374,7 +388,8 @@ impl Agent {
     /// Copies the end of the trial period to the status document, and the document to the record.
     fn show(&self, record: &mut Record) {
         let undo_unix = record.trial.and_then(undo_unix);
-        self.tracker.update(|status| status.undo_unix = undo_unix);
+        let flow = Some(record.flow());
+        self.tracker.update(|status| (status.undo_unix, status.flow) = (undo_unix, flow));
         record.status = self.tracker.pivot_status();
     }
 }

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tracing::warn;
 
 use super::error::{Cause, Error};
+use super::state::save_timeline;
 use super::{CancelHandle, Context};
 use crate::config::Retry;
 use crate::report::{Attempt, LastError, Phase};
@@ -52,6 +53,7 @@ where
             "{failure}"
         );
         context.tracker.fail(error);
+        save_timeline(&context.paths, &context.tracker);
         tokio::select! {
             () = tokio::time::sleep(delay) => context.tracker.begin(phase),
             () = cancel.cancelled() => return Err(Error::cancelled()),
@@ -142,6 +144,10 @@ impl Retries {
             class,
             message: failure.to_string(),
             attempt: self.failed,
+            since_unix: self
+                .first
+                .zip(self.latest)
+                .map(|(first, latest)| unix.saturating_sub((latest - first).as_secs())),
             next_retry_unix: delay.map(|delay| unix + delay.as_secs()),
             give_up_unix: left.map(|left| unix + left.as_secs()),
             attempts: self.attempts.clone(),

@@ -8,7 +8,7 @@ use tracing::{info, warn};
 use super::deviations::Standing;
 use super::phases::{self, Below};
 use super::{Agent, Error, Goal, Record, StagedRoot, Step, TrialPeriod, Undo, auto_undo};
-use crate::report::{self, Phase, State};
+use crate::report::{self, Phase, State, Subject};
 
 /// Sets a flag as long as it lives.
 struct Flag<'a>(&'a AtomicBool);
@@ -86,17 +86,20 @@ impl Agent {
             *record = before;
             return Err(error.at(report::Standing::Switched));
         }
-        let mut undone = phases::undo(&self.paths, record, &undo.staged, undo.units.as_deref()).await;
+        let span = self.tracker.span(Subject::Undo, "undo");
+        let mut undone = phases::undo(&self.paths, &self.tracker, record, &undo.staged, undo.units.as_deref()).await;
         undone.kept.splice(..0, undo.troubles);
         if !undone.failed.is_empty() {
             let error = anyhow::anyhow!("undo is not complete: {}", undone.failed.join("; "));
             let error = Error::from(error).at(report::Standing::HalfDone);
+            span.end(Some(&error));
             self.report_failure(&error);
             if let Err(error) = self.save(record) {
                 warn!("{error}");
             }
             return Err(error);
         }
+        span.end(None);
         record.undone = Some(undone.kept.clone());
         self.untouched(record, if undo.salvaged { Step::Idle } else { Step::Staged(undo.staged) })?;
         auto_undo::disarm().await;
@@ -131,11 +134,14 @@ impl Agent {
         if let Err(error) = self.save(record) {
             warn!("{error}");
         }
-        let undone = phases::undo(&self.paths, record, &staged, None).await;
+        let span = self.tracker.span(Subject::Undo, "rollback");
+        let undone = phases::undo(&self.paths, &self.tracker, record, &staged, None).await;
         if !undone.failed.is_empty() {
             let error = anyhow::anyhow!("{error}; cannot roll back: {}", undone.failed.join("; "));
+            span.end(Some(&error));
             return Error::from(error).at(report::Standing::HalfDone);
         }
+        span.end(None);
         match self.untouched(record, Step::Staged(staged)) {
             Ok(()) => auto_undo::disarm().await,
             Err(trouble) => warn!("{trouble}"),
@@ -157,6 +163,7 @@ impl Agent {
         });
         self.show(record);
         record.save_over(&self.paths)?;
+        super::state::save_timeline(&self.paths, &self.tracker);
         self.standing.send_replace(Standing::of(record));
         Ok(())
     }

@@ -14,6 +14,7 @@ use super::new_usr::ChangedPaths;
 use super::state::{StateFile, if_present};
 use super::unit_survey::{target, unit_files};
 use super::{Context, Error, StagedRoot};
+use crate::report::{Subject, Tracker};
 use unit_refresh::{Action, Class, Definitions, Flow, Manager, Root, Sides, Verb, Version};
 
 /// One action and its progress.
@@ -131,7 +132,7 @@ pub(super) async fn carry_out(
             info!("{}: {}: {}", action.unit, action.class.as_str(), action.reason);
         }
         while let Some(&(verb, unit)) = jobs.get(record.acts[index].done) {
-            if let Err(error) = carry_out_one(manager, &mut record, index, verb, unit).await {
+            if let Err(error) = carry_out_one(&context.tracker, manager, &mut record, index, verb, unit).await {
                 trouble.push(format!("{error:#}"));
             }
             save(&record)?;
@@ -143,7 +144,14 @@ pub(super) async fn carry_out(
     Ok(record.acts.into_iter().filter(|act| !act.failed).map(|act| act.action).collect())
 }
 
+/// Runs one job of systemd, as a span of the timeline.
+pub(super) async fn run_job(tracker: &Tracker, manager: &mut Manager, verb: Verb, unit: &str) -> Result<()> {
+    let name = format!("{} {unit}", verb.as_str());
+    tracker.timed(Subject::Job, name, manager.run(verb, unit, Manager::JOB_TIMEOUT)).await
+}
+
 async fn carry_out_one(
+    tracker: &Tracker,
     manager: &mut Manager,
     record: &mut UnitsRecord,
     index: usize,
@@ -157,7 +165,7 @@ async fn carry_out_one(
         _ => None,
     };
     if run.is_none() || run == act.ending {
-        outcome = manager.run(verb, unit, Manager::JOB_TIMEOUT).await;
+        outcome = run_job(tracker, manager, verb, unit).await;
         if act.action.class == Class::Stop && outcome.is_ok() {
             // Its unit file is gone, so a failed state would stay forever.
             outcome = manager.reset_failed(unit).await;

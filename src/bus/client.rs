@@ -164,6 +164,16 @@ impl Client {
         call.await.map_err(classify)
     }
 
+    /// Returns the report as a JSON document.
+    ///
+    /// # Errors
+    /// As [`Client::status`].
+    pub async fn report(&self) -> Result<String> {
+        let reply = within(self.connection.call_method(self.destination, PATH, Some(INTERFACE), "Report", &())).await;
+        let reply = reply.context("the daemon does not answer; see systemctl status node-image-pivotd.service")?;
+        reply.body().deserialize().context("cannot read the daemon's answer")
+    }
+
     /// Returns the status document.
     ///
     /// # Errors

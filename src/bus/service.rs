@@ -132,6 +132,11 @@ impl Pivot {
         if self.agent.cancel() { vec!["cancelled".to_owned()] } else { Vec::new() }
     }
 
+    /// Returns the report, as a JSON document: the status document and the timeline. All users may call it.
+    fn report(&self) -> String {
+        serde_json::to_string(&self.agent.report()).unwrap_or_default()
+    }
+
     /// The whole status document, as JSON.
     #[zbus(property(emits_changed_signal = "false"))]
     fn status(&self) -> String {

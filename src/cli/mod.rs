@@ -9,6 +9,7 @@ mod plan;
 mod say;
 mod show;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
@@ -37,8 +38,17 @@ enum Command {
         #[arg(long)]
         watch: bool,
     },
-    /// Show phases, durations, traffic and memory use
-    Report,
+    /// Show the timeline: phases, layers, restarts and their cost
+    ///
+    /// The report of a failed pivot begins with the cause, the state of the system and the next step.
+    Report {
+        /// Print the report as a JSON document
+        #[arg(long)]
+        json: bool,
+        /// Draw the timeline to this SVG file, or to - for stdout
+        #[arg(long, value_name = "FILE", conflicts_with = "json")]
+        svg: Option<PathBuf>,
+    },
     /// Show what the switch would change
     ///
     /// Pulls and stages first, which does not touch the running system.
@@ -128,7 +138,7 @@ async fn dispatch(command: Command) -> anyhow::Result<Outcome> {
     match command {
         Command::Status { json, watch: false } => show::status(&paths, json).await,
         Command::Status { json, watch: true } => show::watch(&paths, json).await,
-        Command::Report => show::report(&paths).await,
+        Command::Report { json, svg } => show::report(&paths, json, svg.as_deref()).await,
         Command::Plan { json: false } => drive::drive(&paths, Call::of("Plan")).await,
         Command::Plan { json: true } => plan::json(&paths).await,
         Command::DiffEtc { secrets } => plan::diff_etc(&paths, secrets).await,

@@ -1,15 +1,16 @@
 //! `status` and `report`: show the status document of the daemon, or of the record if no daemon answers on the socket or the
 //! system bus.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 
 use super::drive::unix_now;
 use super::say;
 use crate::agent::{Agent, StateDir};
 use crate::bus::Client;
-use crate::report::{self, Outcome, State, Status};
+use crate::report::{self, Outcome, Report, State, Status};
 
 /// Interval at which a watch reads the status.
 const LOOK: Duration = Duration::from_secs(1);
@@ -30,7 +31,11 @@ async fn asked(paths: &StateDir) -> Result<Status> {
 }
 
 fn recorded(paths: &StateDir) -> Option<Status> {
-    rustix::process::geteuid().is_root().then(|| Agent::recorded_status(paths))
+    is_root().then(|| Agent::recorded_status(paths))
+}
+
+fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
 }
 
 pub(super) async fn status(paths: &StateDir, json: bool) -> Result<Outcome> {
@@ -38,9 +43,31 @@ pub(super) async fn status(paths: &StateDir, json: bool) -> Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-pub(super) async fn report(paths: &StateDir) -> Result<Outcome> {
-    say::raw(report::summary(&current(paths).await?, unix_now()).as_bytes());
+pub(super) async fn report(paths: &StateDir, json: bool, svg: Option<&Path>) -> Result<Outcome> {
+    let text = match reported(paths).await {
+        Ok(text) => text,
+        Err(error) if !is_root() => return Err(error),
+        Err(_) => serde_json::to_string(&Agent::recorded_report(paths))?,
+    };
+    if json {
+        // A field of a newer agent is printed, too.
+        say::out(text);
+        return Ok(Outcome::Done);
+    }
+    let report: Report = serde_json::from_str(&text).context("cannot read the agent's report")?;
+    match svg {
+        Some(file) if file == Path::new("-") => say::raw(report::plot(&report).as_bytes()),
+        Some(file) => {
+            std::fs::write(file, report::plot(&report)).with_context(|| format!("cannot write {}", file.display()))?;
+        }
+        None => say::raw(report::summary(&report).as_bytes()),
+    }
     Ok(Outcome::Done)
+}
+
+/// Asks the daemon for its report.
+async fn reported(paths: &StateDir) -> Result<String> {
+    Client::connect(&paths.socket()).await?.report().await
 }
 
 pub(super) async fn watch(paths: &StateDir, json: bool) -> Result<Outcome> {

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 /// The end of a call.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum Outcome {
     /// The goal is reached, or there is nothing to do.
@@ -56,6 +57,7 @@ impl Outcome {
 
 /// The state of the running system after a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum Standing {
     /// Nothing of the running system was changed.
@@ -84,6 +86,7 @@ impl Standing {
 
 /// A reason for a refused call.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Reason {
     /// Stable name of the check that refused.
     pub id: String,

@@ -190,7 +190,7 @@ fn now_ms() -> u64 {
 
 /// Formats milliseconds since the epoch as UTC, to the second. The date is computed with years that begin in March, so that
 /// a leap day is the last day of its year.
-fn timestamp(unix_ms: u64) -> String {
+pub(super) fn timestamp(unix_ms: u64) -> String {
     let seconds = unix_ms / 1000;
     let (days, second) = (seconds / 86_400, seconds % 86_400);
     let days = days + 719_468;

@@ -6,9 +6,11 @@ use serde::{Deserialize, Serialize};
 use strum::IntoStaticStr;
 
 use super::{Outcome, Reason, Standing};
+use unit_refresh::Flow;
 
 /// The six phases, in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, IntoStaticStr)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 #[strum(serialize_all = "kebab-case")]
 pub enum Phase {
@@ -35,6 +37,7 @@ impl Phase {
 
 /// State of the whole pivot.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum State {
     /// No pivot was requested yet.
@@ -58,6 +61,7 @@ pub enum State {
 
 /// The last failure, kept until the next success.
 #[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct LastError {
     /// Class of the failure, a stable word (`network`, `unauthorized`, …).
     pub class: String,
@@ -67,6 +71,9 @@ pub struct LastError {
     pub attempt: u32,
     /// Start of the next attempt, in seconds since the epoch; absent if none is scheduled.
     pub next_retry_unix: Option<u64>,
+    /// Time of the first failure, in seconds since the epoch; absent if unknown.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub since_unix: Option<u64>,
     /// End of the retries, in seconds since the epoch; absent if they have no time limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub give_up_unix: Option<u64>,
@@ -86,6 +93,7 @@ pub struct LastError {
 
 /// A failed attempt.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Attempt {
     /// Time of the failure, in seconds since the epoch.
     pub unix: u64,
@@ -97,6 +105,7 @@ pub struct Attempt {
 
 /// A phase in the timeline.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct TimelineEntry {
     /// The phase.
     pub phase: Phase,
@@ -108,6 +117,7 @@ pub struct TimelineEntry {
 
 /// Cost of the pivot for this machine.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Cost {
     /// Compressed bytes fetched from the registry.
     pub bytes_fetched: u64,
@@ -117,6 +127,7 @@ pub struct Cost {
 
 /// A unit whose processes run files that the node image has replaced.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct StaleUnit {
     /// Name of the unit.
     pub unit: String,
@@ -126,6 +137,7 @@ pub struct StaleUnit {
 
 /// The status document. `schema` changes only if a field changes its meaning or is removed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Status {
     /// Version of this document: 1.
     pub schema: u32,
@@ -136,6 +148,7 @@ pub struct Status {
     /// The requested pull spec.
     pub image: Option<String>,
     /// Image that was chosen from the release payload, if one is configured.
+    #[cfg_attr(test, schemars(with = "Option<serde_json::Value>"))]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image_choice: Option<ImageChoice>,
     /// The manifest's digest, after resolve.
@@ -144,7 +157,12 @@ pub struct Status {
     pub commit: Option<String>,
     /// The target to isolate to in finish.
     pub target: Option<String>,
+    /// The flow of this machine; absent until the agent knows it.
+    #[cfg_attr(test, schemars(with = "Option<String>"))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub flow: Option<Flow>,
     /// Counters of the pull.
+    #[cfg_attr(test, schemars(with = "std::collections::BTreeMap<String, u64>"))]
     pub progress: ProgressSnapshot,
     /// The object that the running phase waits for, such as a lock and its holder.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -184,6 +202,7 @@ impl Default for Status {
             digest: None,
             commit: None,
             target: None,
+            flow: None,
             progress: ProgressSnapshot::default(),
             waiting_for: None,
             call: None,

@@ -1,13 +1,12 @@
-//! Renders the status document as text: a line for `systemctl status`, a bar for the console, and a summary.
+//! Renders the status document as text: a line for `systemctl status`, and a bar for the console.
 
 use node_store::ProgressSnapshot;
-use std::fmt::Write;
 use support::human_bytes;
 
 use super::{State, Status};
 
 /// Formats milliseconds: `85 ms`, `4.2 s`, `3 min 05 s`.
-fn human_ms(ms: u64) -> String {
+pub(super) fn human_ms(ms: u64) -> String {
     match ms {
         0..1_000 => format!("{ms} ms"),
         1_000..120_000 => format!("{:.1} s", ms as f64 / 1_000.0),
@@ -111,55 +110,6 @@ pub fn old_lines(status: &Status) -> impl Iterator<Item = String> {
     })
 }
 
-/// Returns the report: state, image, duration of each phase, fetched bytes, RAM, and notes.
-pub fn summary(status: &Status, now_unix: u64) -> String {
-    let mut out = String::new();
-    // Writing to a String cannot fail.
-    let mut line = |name: &str, value: &str| {
-        let _ = writeln!(out, "{name:<12}{}", one_line(value));
-    };
-    line("state", &state_line(status, now_unix));
-    for deviation in &status.deviations {
-        line("but", deviation);
-    }
-    if let Some(image) = &status.image {
-        line("image", image);
-    }
-    if let Some(choice) = &status.image_choice {
-        line("", &choice.to_string());
-    }
-    if let Some(digest) = &status.digest {
-        line("digest", digest);
-    }
-    if let Some(commit) = &status.commit {
-        line("commit", commit);
-    }
-    if let Some(target) = &status.target {
-        line("target", target);
-    }
-    for entry in &status.timeline {
-        let took = entry.duration_ms.map_or_else(|| "running".to_owned(), human_ms);
-        line(entry.phase.as_str(), &took);
-    }
-    if status.progress.layers_total > 0 {
-        line(
-            "fetched",
-            &format!(
-                "{} of an image of {} layers; {} objects, {} written",
-                human_bytes(status.cost.bytes_fetched),
-                status.progress.layers_total,
-                status.progress.objects_done,
-                human_bytes(status.progress.bytes_written),
-            ),
-        );
-        line("RAM", &format!("{} in the node store", human_bytes(status.cost.ram_store_bytes)));
-    }
-    for note in &status.notes {
-        line("", note);
-    }
-    out
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
@@ -193,15 +143,9 @@ mod tests {
             ("x\r\n\x1b[2J\0y\n", "stage failed (refused): x ;  [2J y"),
         ] {
             let error = LastError { class: "refused".into(), message: message.into(), ..LastError::default() };
-            let status = Status {
-                state: State::Failed,
-                phase: Some(Phase::Stage),
-                error: Some(error),
-                notes: vec![message.into()],
-                ..Status::default()
-            };
+            let status =
+                Status { state: State::Failed, phase: Some(Phase::Stage), error: Some(error), ..Status::default() };
             assert_eq!(state_line(&status, 0), expected);
-            assert_eq!(summary(&status, 0).lines().count(), 2, "the state and one note");
         }
     }
 
@@ -223,7 +167,6 @@ mod tests {
             state_line(&status, 100),
             "resolve: attempt 3 failed (network): connection refused; next attempt in 10 s"
         );
-        assert!(summary(&status, 100).contains("connection refused"));
     }
 
     #[test]

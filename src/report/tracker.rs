@@ -1,13 +1,19 @@
 //! Holds the live [`Status`]: phases change it, all other code watches it.
 
 use node_store::PullProgress;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::fmt::Display;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use tokio::sync::watch;
 use tracing::{info, warn};
 
-use super::{LastError, Phase, State, Status, TimelineEntry};
+use super::usage::Usage;
+use super::{LastError, Phase, SpanResult, State, Status, Subject, Timeline, TimelineEntry, one_line};
+use support::clock::boottime_ms;
+
+/// Largest number of letters of a message in the timeline.
+const DETAIL: usize = 300;
 
 /// A line for the log and the status document.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,6 +44,46 @@ pub struct Tracker {
     beside: Arc<Mutex<Option<Tracker>>>,
     /// For a tracker of work beside the pivot: the pivot's status, whose watchers are notified too.
     main: Option<watch::Sender<Status>>,
+    live: Arc<Mutex<Live>>,
+}
+
+/// The timeline, and the measurement of the phase that is under way.
+#[derive(Debug, Default)]
+struct Live {
+    timeline: Timeline,
+    usage: Option<Usage>,
+}
+
+/// A span that is under way. If it is dropped without an end, it was interrupted.
+pub struct OpenSpan<'a> {
+    tracker: &'a Tracker,
+    subject: Subject,
+    name: String,
+    result: SpanResult,
+    detail: Option<String>,
+}
+
+impl OpenSpan<'_> {
+    /// Ends the span, as failed if there is an error.
+    pub fn end(mut self, error: Option<&dyn Display>) {
+        self.result = if error.is_some() { SpanResult::Failed } else { SpanResult::Done };
+        self.detail = error.map(|error| short(&format!("{error:#}")));
+    }
+}
+
+impl Drop for OpenSpan<'_> {
+    fn drop(&mut self) {
+        let mut live = self.tracker.live();
+        if let Some(span) = live.timeline.open(self.subject, Some(&self.name)) {
+            span.detail = self.detail.take();
+        }
+        live.timeline.end(self.subject, Some(&self.name), boottime_ms(), self.result);
+    }
+}
+
+/// Returns the begin of a message as one line.
+fn short(message: &str) -> String {
+    one_line(message).chars().take(DETAIL).collect()
 }
 
 /// Work beside the pivot. When this value is dropped, the work disappears from the document.
@@ -62,13 +108,54 @@ impl Drop for Beside<'_> {
 impl Tracker {
     /// Creates a tracker with this document, normally the one that the last run recorded.
     pub fn new(status: Status) -> Self {
-        Self { status: watch::Sender::new(status), progress: Arc::default(), beside: Arc::default(), main: None }
+        let (progress, beside, live) = (Arc::default(), Arc::default(), Arc::default());
+        Self { status: watch::Sender::new(status), progress, beside, main: None, live }
+    }
+
+    /// Continues the timeline of the last run, whose spans have ended by now.
+    pub fn with_timeline(self, mut timeline: Timeline) -> Self {
+        timeline.interrupt(boottime_ms());
+        self.live().timeline = timeline;
+        self
+    }
+
+    /// Returns the timeline up to now.
+    pub fn timeline(&self) -> Timeline {
+        let mut timeline = self.live().timeline.clone();
+        timeline.add_layers(self.progress.reads());
+        timeline
+    }
+
+    fn live(&self) -> MutexGuard<'_, Live> {
+        // A poisoned lock means a panic while a span was added.
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Begins a span of the timeline.
+    pub fn span(&self, subject: Subject, name: impl Into<String>) -> OpenSpan<'_> {
+        let name = name.into();
+        self.live().timeline.begin(subject, name.clone(), boottime_ms());
+        OpenSpan { tracker: self, subject, name, result: SpanResult::Interrupted, detail: None }
+    }
+
+    /// Does `work` as a span of the timeline.
+    pub async fn timed<T, E: Display>(
+        &self,
+        subject: Subject,
+        name: impl Into<String>,
+        work: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, E> {
+        let span = self.span(subject, name);
+        let outcome = work.await;
+        span.end(outcome.as_ref().err().map(|error| error as &dyn Display));
+        outcome
     }
 
     /// Begins work beside the pivot, such as a download after the switch. Until the returned value is dropped, the
     /// document shows its phase, its counters and its failures, unless a phase of the pivot runs.
     pub fn beside(&self) -> Beside<'_> {
-        let own = Self { main: Some(self.status.clone()), ..Self::new(Status::default()) };
+        let (main, live) = (Some(self.status.clone()), self.live.clone());
+        let own = Self { main, live, ..Self::new(Status::default()) };
         self.set_beside(Some(own.clone()));
         Beside { main: self, own }
     }
@@ -123,6 +210,7 @@ impl Tracker {
     /// see why a retry is in progress. A phase that has not ended (a retry, a restart of the daemon) keeps its first
     /// start, so that the timeline shows the whole wait. A phase that has ended gets a new start.
     pub fn begin(&self, phase: Phase) {
+        self.begin_span(phase);
         let now = unix_ms();
         self.update(|status| {
             status.state = State::Running;
@@ -141,6 +229,7 @@ impl Tracker {
 
     /// Ends a phase that succeeded and left the system in `state`.
     pub fn end(&self, phase: Phase, state: State) {
+        self.end_span(phase);
         let now = unix_ms();
         self.update(|status| {
             status.state = state;
@@ -154,8 +243,10 @@ impl Tracker {
         });
     }
 
-    /// Records a failure. The state becomes `Waiting` if another attempt is scheduled, `Failed` otherwise.
-    pub fn fail(&self, error: LastError) {
+    /// Records a failure, by default as the first one now. The state becomes `Waiting` if another attempt is scheduled, `Failed` otherwise.
+    pub fn fail(&self, mut error: LastError) {
+        error.since_unix.get_or_insert(unix_ms() / 1000);
+        self.fail_span(&error);
         self.update(|status| {
             status.state = if error.next_retry_unix.is_some() { State::Waiting } else { State::Failed };
             status.error = Some(error);
@@ -166,9 +257,62 @@ impl Tracker {
     /// once.
     pub fn restart(&self, image: Option<String>) {
         self.progress.reset();
+        self.progress.take_reads();
+        *self.live() = Live::default();
         self.update(|status| {
-            *status = Status { schema: status.schema, target: status.target.take(), image, ..Status::default() };
+            *status = Status {
+                schema: status.schema,
+                target: status.target.take(),
+                flow: status.flow,
+                image,
+                ..Status::default()
+            };
         });
+    }
+
+    /// A phase that is under way continues: another attempt of it begins.
+    fn begin_span(&self, phase: Phase) {
+        let (mut live, now) = (self.live(), boottime_ms());
+        live.timeline.end(Subject::Wait, None, now, SpanResult::Done);
+        if live.timeline.open(Subject::Phase, Some(phase.as_str())).is_none() {
+            live.timeline.begin(Subject::Phase, phase.as_str(), now);
+            live.usage = Some(Usage::begin());
+        }
+    }
+
+    fn end_span(&self, phase: Phase) {
+        let mut live = self.live();
+        live.timeline.add_layers(self.progress.take_reads());
+        let usage = live.usage.take();
+        let ended = live.timeline.extend(Subject::Phase, phase.as_str(), boottime_ms(), SpanResult::Done);
+        let Some(span) = ended else { return };
+        if let Some(usage) = usage {
+            let (cpu_ms, peak) = usage.end();
+            (span.cpu_ms, span.peak_memory_bytes) = (Some(cpu_ms), peak);
+        }
+        if phase == Phase::Pull {
+            span.bytes = Some(self.progress.snapshot().bytes_fetched);
+        }
+    }
+
+    fn fail_span(&self, error: &LastError) {
+        let (mut live, now) = (self.live(), boottime_ms());
+        live.timeline.add_layers(self.progress.take_reads());
+        live.timeline.end(Subject::Wait, None, now, SpanResult::Interrupted);
+        let detail = Some(short(&error.message));
+        if error.next_retry_unix.is_some() {
+            live.timeline.begin(Subject::Wait, error.class.clone(), now);
+            if let Some(wait) = live.timeline.open(Subject::Wait, None) {
+                wait.detail = detail;
+            }
+            return;
+        }
+        let usage = live.usage.take().map(Usage::end);
+        if let Some(phase) = live.timeline.open(Subject::Phase, None) {
+            phase.end(now, SpanResult::Failed);
+            phase.detail = detail;
+            (phase.cpu_ms, phase.peak_memory_bytes) = (usage.map(|usage| usage.0), usage.and_then(|usage| usage.1));
+        }
     }
 
     /// Logs a line and adds it to the notes. Notes have no levels, so a warning gets a prefix there.
@@ -202,93 +346,5 @@ fn unix_ms() -> u64 {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_retried_phase_keeps_its_first_start() {
-        let tracker = Tracker::new(Status::default());
-        tracker.begin(Phase::Resolve);
-        let start = tracker.status().timeline[0].start_unix_ms;
-        tracker.fail(LastError {
-            class: "network".into(),
-            message: "refused".into(),
-            attempt: 1,
-            next_retry_unix: Some(1),
-            ..LastError::default()
-        });
-        assert_eq!(tracker.status().state, State::Waiting);
-        std::thread::sleep(std::time::Duration::from_millis(5));
-        tracker.begin(Phase::Resolve);
-        tracker.end(Phase::Resolve, State::Running);
-        let status = tracker.status();
-        assert_eq!(status.timeline.len(), 1);
-        assert_eq!(status.timeline[0].start_unix_ms, start);
-        assert!(status.timeline[0].duration_ms.unwrap() >= 5);
-        assert_eq!(status.error, None, "a success clears the failure");
-    }
-
-    #[test]
-    fn a_phase_that_runs_again_gets_a_new_start_and_the_failure_stays() {
-        let tracker = Tracker::new(Status::default());
-        tracker.begin(Phase::Switch);
-        tracker.end(Phase::Switch, State::Running);
-        let first = tracker.status().timeline[0].start_unix_ms;
-        tracker.fail(LastError { class: "local".into(), ..LastError::default() });
-        std::thread::sleep(std::time::Duration::from_millis(5));
-        tracker.begin(Phase::Switch);
-        let status = tracker.status();
-        assert!(status.timeline[0].start_unix_ms > first);
-        assert_eq!(status.timeline[0].duration_ms, None);
-        assert!(status.error.is_some(), "the failure stays until a success");
-    }
-
-    #[test]
-    fn a_restart_keeps_the_target_only() {
-        let tracker = Tracker::new(Status { target: Some("multi-user.target".into()), ..Status::default() });
-        tracker.begin(Phase::Pull);
-        PullProgress::add(&tracker.progress.bytes_fetched, 7);
-        tracker.note("a note");
-        tracker.update(|status| {
-            status.digest = Some("sha256:0".into());
-            status.commit = Some("0".into());
-            status.cost.bytes_fetched = 7;
-        });
-        tracker.end(Phase::Pull, State::Pulled);
-        tracker.restart(Some("quay.io/x/y".into()));
-        let expected =
-            Status { target: Some("multi-user.target".into()), image: Some("quay.io/x/y".into()), ..Status::default() };
-        assert_eq!(tracker.status(), expected);
-        assert_eq!(tracker.progress.snapshot().bytes_fetched, 0);
-    }
-
-    #[test]
-    fn work_beside_the_pivot_is_shown_and_leaves_nothing() {
-        let tracker = Tracker::new(Status { state: State::Switched, phase: Some(Phase::Refresh), ..Status::default() });
-        let before = tracker.status();
-        let mut watch = tracker.watch();
-        let beside = tracker.beside();
-        beside.tracker().begin(Phase::Pull);
-        PullProgress::add(&beside.tracker().progress.bytes_fetched, 7);
-        let shown = tracker.status();
-        assert_eq!((shown.state, shown.phase, shown.progress.bytes_fetched), (State::Running, Some(Phase::Pull), 7));
-        assert!(watch.has_changed().unwrap(), "watchers of the document wake up");
-        watch.mark_unchanged();
-        assert_eq!(tracker.pivot_status(), before, "the recorded document is unchanged");
-        tracker.begin(Phase::Finish);
-        assert_eq!(tracker.status().phase, Some(Phase::Finish), "a running phase of the pivot hides other work");
-        tracker.end(Phase::Finish, State::Done);
-        drop(beside);
-        assert_eq!((tracker.status().state, tracker.status().progress.bytes_fetched), (State::Done, 0));
-    }
-
-    #[test]
-    fn without_another_attempt_the_state_is_failed() {
-        let tracker = Tracker::new(Status::default());
-        tracker.begin(Phase::Pull);
-        tracker.fail(LastError { class: "not-found".into(), message: "no such tag".into(), ..LastError::default() });
-        assert_eq!(tracker.status().state, State::Failed);
-        assert_eq!(tracker.status().phase, Some(Phase::Pull), "the failed phase stays in the document");
-    }
-}
+#[path = "tracker_tests.rs"]
+mod tests;

@@ -82,7 +82,8 @@ impl How {
 }
 
 /// The type of a systemd job.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, IntoStaticStr)]
+#[strum(serialize_all = "kebab-case")]
 pub enum Verb {
     /// Reload an active unit.
     Reload,
@@ -95,6 +96,11 @@ pub enum Verb {
 }
 
 impl Verb {
+    /// Returns the command of systemctl.
+    pub fn as_str(self) -> &'static str {
+        self.into()
+    }
+
     /// Returns the method of PID 1 that queues the job.
     pub(super) fn method(self) -> &'static str {
         match self {

@@ -8,8 +8,10 @@ use super::file_steps::Undone;
 use crate::agent::new_usr::ChangedPaths;
 use crate::agent::policy::{Way, policy_step, relabel};
 use crate::agent::state::LiveStep;
+use crate::agent::unit_jobs::run_job;
 use crate::agent::{Context, StagedRoot, StateDir, accounts, policy, reexec, unit_jobs, views};
 use crate::host;
+use crate::report::Tracker;
 use unit_refresh::{Action, Class, Flow, Guard, Manager, Verb};
 
 /// The input of the steps, and their results.
@@ -67,13 +69,14 @@ impl LiveSteps<'_> {
 
     async fn refresh_units(&mut self) -> anyhow::Result<()> {
         let (changed, flow, trouble) = (self.changed, self.flow, &mut self.trouble);
+        let tracker = &self.context.tracker;
         let mut manager = Manager::connect().await?;
         self.units = unit_jobs::carry_out(self.context, &mut manager, self.staged, changed, flow, trouble).await?;
         for unit in host::appliers(&|path: &Path| changed.contains(path), flow == Flow::Live) {
             // A unit without files at boot is inactive, so the restart does not start it.
             let again = async {
-                manager.run(Verb::TryRestart, unit, Manager::JOB_TIMEOUT).await?;
-                manager.run(Verb::Start, unit, Manager::JOB_TIMEOUT).await
+                run_job(tracker, &mut manager, Verb::TryRestart, unit).await?;
+                run_job(tracker, &mut manager, Verb::Start, unit).await
             };
             trouble.extend(again.await.err().map(|error| format!("{error:#}")));
         }
@@ -84,6 +87,7 @@ impl LiveSteps<'_> {
 /// Undoes the steps, with the plan for units that was made before the first one.
 pub(super) struct LiveUndo<'a> {
     pub(super) dir: &'a StateDir,
+    pub(super) tracker: &'a Tracker,
     pub(super) staged: &'a StagedRoot,
     pub(super) units: &'a [Action],
     /// Connection to the re-executed systemd.
@@ -106,7 +110,7 @@ impl LiveUndo<'_> {
             LiveStep::Units => {
                 // A PID 1 that could not be re-executed may be unable to start services.
                 if let Some(manager) = &mut self.manager
-                    && let Err(error) = undo_units(manager, self.units, &mut undone.kept).await
+                    && let Err(error) = undo_units(self.tracker, manager, self.units, &mut undone.kept).await
                 {
                     undone.failed.push(format!("systemd: {error:#}"));
                 }
@@ -118,11 +122,11 @@ impl LiveUndo<'_> {
 
 /// Stops the units that only the node image has, while their programs still exist. Returns failures as lines, because a
 /// unit that does not stop must not prevent the undo.
-pub(super) async fn stop_units(actions: &[Action]) -> Vec<String> {
+pub(super) async fn stop_units(tracker: &Tracker, actions: &[Action]) -> Vec<String> {
     let mut troubles = Vec::new();
     for action in actions.iter().filter(|action| action.class == Class::Stop) {
         info!("undo stops {}: {}", action.unit, action.reason);
-        let stopped = async { Manager::connect().await?.run(Verb::Stop, &action.unit, Manager::JOB_TIMEOUT).await };
+        let stopped = async { run_job(tracker, &mut Manager::connect().await?, Verb::Stop, &action.unit).await };
         if let Err(error) = stopped.await {
             troubles.push(format!("{} was not stopped: {error:#}", action.unit));
         }
@@ -132,26 +136,31 @@ pub(super) async fn stop_units(actions: &[Action]) -> Vec<String> {
 
 /// Carries out the plan for the units that run the node image's code: sshd's helpers, for example, are the bootimage's
 /// again.
-async fn undo_units(manager: &mut Manager, actions: &[Action], kept: &mut Vec<String>) -> anyhow::Result<()> {
+async fn undo_units(
+    tracker: &Tracker,
+    manager: &mut Manager,
+    actions: &[Action],
+    kept: &mut Vec<String>,
+) -> anyhow::Result<()> {
     for action in actions {
         match action.class {
             Class::None => {}
             // Again, for units that did not stop before. Their failed state is reset, because no file is left to start
             // them with.
             Class::Stop => {
-                if let Err(error) = manager.run(Verb::Stop, &action.unit, Manager::JOB_TIMEOUT).await {
+                if let Err(error) = run_job(tracker, manager, Verb::Stop, &action.unit).await {
                     kept.push(format!("{} was not stopped: {error:#}", action.unit));
                 }
                 manager.reset_failed(&action.unit).await?;
             }
             Class::Start => {
-                if let Err(error) = manager.run(Verb::Start, &action.unit, Manager::JOB_TIMEOUT).await {
+                if let Err(error) = run_job(tracker, manager, Verb::Start, &action.unit).await {
                     kept.push(format!("{error:#}"));
                 }
             }
             Class::Restart | Class::Reload => {
                 for (verb, unit) in action.jobs() {
-                    if let Err(error) = manager.run(verb, unit, Manager::JOB_TIMEOUT).await {
+                    if let Err(error) = run_job(tracker, manager, verb, unit).await {
                         kept.push(format!("{error:#}"));
                     }
                 }

@@ -6,7 +6,7 @@ use super::live_steps::LiveSteps;
 use crate::agent::new_usr::ChangedPaths;
 use crate::agent::state::{LiveStep, SwitchStep};
 use crate::agent::{Context, Error, Record, Switched, unit_survey, views};
-use crate::report::{Phase, State};
+use crate::report::{Phase, State, Subject};
 use unit_refresh::{Flow, Guard, Manager};
 
 /// Applies the steps in which the running system adopts the files. Idempotent: after a kill, the next agent runs them
@@ -25,7 +25,7 @@ pub(super) async fn refresh(
     let mut steps = LiveSteps { context, staged, changed: &changed, flow, guard, trouble, units };
     for step in LiveStep::ALL {
         record.begin(SwitchStep::Live(step), &context.paths)?;
-        steps.apply(step).await?;
+        context.tracker.timed(Subject::Step, SwitchStep::Live(step).describe(), steps.apply(step)).await?;
     }
     let LiveSteps { mut trouble, units, .. } = steps;
     switched.units = units;

@@ -12,7 +12,7 @@ use super::file_steps::FileSteps;
 use crate::agent::new_usr::ETC;
 use crate::agent::state::{FileStep, SwitchStep};
 use crate::agent::{Context, Error, Record, StagedRoot, StateDir, SwitchPlan, Switched, reexec};
-use crate::report::{Phase, State};
+use crate::report::{Phase, State, Subject};
 use unit_refresh::Guard;
 
 /// Exposes the new `/usr` and merges `/etc`.
@@ -32,7 +32,11 @@ pub(super) async fn switch(
     for step in FileStep::ALL {
         record.begin(SwitchStep::File(step), &context.paths)?;
         let steps = steps.clone();
-        let applied = tokio::task::spawn_blocking(move || steps.apply(step)).await.context("the switch panicked")??;
+        let apply = async {
+            tokio::task::spawn_blocking(move || steps.apply(step)).await.context("the switch panicked").flatten()
+        };
+        let subject = if step == FileStep::Usr { Subject::Mount } else { Subject::Step };
+        let applied = context.tracker.timed(subject, SwitchStep::File(step).describe(), apply).await?;
         if let Some(report) = applied {
             for line in report.to_string().lines() {
                 info!("{line}");

@@ -1,6 +1,7 @@
 //! Undo and rollback: walk the steps of the switch back.
 
 use std::collections::BTreeSet;
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
@@ -14,6 +15,7 @@ use crate::agent::reexec::guard;
 use crate::agent::state::{FileStep, SwitchStep, if_present};
 use crate::agent::unit_jobs::UnitsRecord;
 use crate::agent::{Record, StagedRoot, StateDir, unit_survey};
+use crate::report::{Subject, Tracker};
 use unit_refresh::{Action, Class, Flow, Manager, Root, Sides, UnitFiles, Version};
 
 /// Plans the undo for the units that run the node image's code. Inspects the running units, because the record of a
@@ -67,6 +69,7 @@ fn removed_units(fragments: Vec<(String, PathBuf)>) -> anyhow::Result<(Vec<Strin
 /// a step that was not applied is not changed. Begins nothing if there are obstacles.
 pub(in crate::agent) async fn undo(
     paths: &StateDir,
+    tracker: &Tracker,
     record: &mut Record,
     staged: &StagedRoot,
     units: Option<&[Action]>,
@@ -75,9 +78,9 @@ pub(in crate::agent) async fn undo(
     if !obstacles.is_empty() {
         return Undone { failed: vec![obstacles::message(&obstacles)], ..Undone::default() };
     }
-    let mut undone = Undone { kept: stop_units(units.unwrap_or_default()).await, ..Undone::default() };
+    let mut undone = Undone { kept: stop_units(tracker, units.unwrap_or_default()).await, ..Undone::default() };
     let files = FileSteps { dir: paths.clone(), staged: staged.clone() };
-    let mut live = units.map(|units| LiveUndo { dir: paths, staged, units, manager: None });
+    let mut live = units.map(|units| LiveUndo { dir: paths, tracker, staged, units, manager: None });
     let mut _guard = None;
     for step in SwitchStep::UNDO {
         let is_skipped = match step {
@@ -93,6 +96,7 @@ pub(in crate::agent) async fn undo(
         if let Err(error) = record.begin(step, paths) {
             warn!("{error:#}");
         }
+        let (span, failures) = (tracker.span(Subject::UndoStep, step.describe()), undone.failed.len());
         match (step, &mut live) {
             (SwitchStep::File(step), live) => {
                 // From here on PID 1 may be unable to start services until its re-execution.
@@ -106,6 +110,7 @@ pub(in crate::agent) async fn undo(
             (SwitchStep::Live(step), Some(live)) => live.undo(step, &mut undone).await,
             (SwitchStep::Live(_), None) => {}
         }
+        span.end(undone.failed.get(failures).map(|failure| failure as &dyn Display));
     }
     for line in undone.kept.iter().chain(&undone.failed) {
         warn!("undo: {line}");

@@ -6,6 +6,7 @@ mod plan;
 mod record;
 mod salvage;
 mod switch_step;
+mod timeline;
 
 pub use dir::StateDir;
 #[cfg(test)]
@@ -19,3 +20,4 @@ pub(super) use record::{Asked, Source, shown};
 pub use record::{Record, StagedRoot, Step, Switched, Undo};
 pub(super) use salvage::{open, repair_undo_plan, set_aside, unused};
 pub use switch_step::{FileStep, LiveStep, SwitchStep};
+pub(super) use timeline::{load_timeline, save_timeline};

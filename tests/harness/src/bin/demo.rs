@@ -76,11 +76,15 @@ fn main() -> Result<()> {
     );
     println!("{}", vm.ask("node-image-pivot status")?);
     println!("{}", vm.ask("node-image-pivot report")?);
+    let picture = work_dir("demo-picture")?.join("pivot.svg");
+    std::fs::write(&picture, vm.ask("node-image-pivot report --svg -")?)
+        .with_context(|| format!("cannot write {}", picture.display()))?;
     for command in
         ["base-tool", "oc version", "curl -sS http://127.0.0.1:8080/", "uptime -p", "systemctl is-system-running"]
     {
         println!("# {command}\n{}", vm.run(command).context("asking the pivoted system")?.text.trim_end());
     }
+    println!("\nThe timeline as a picture: {}", picture.display());
     Ok(())
 }
 

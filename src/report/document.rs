@@ -1,0 +1,78 @@
+//! The report: `report --json`, from which the table and the picture are made.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+
+use super::{Status, Timeline};
+use support::clock::boottime_ms;
+
+/// The state of the pivot and all that the agent did. `docs/schema/report.json` is its schema.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(default)]
+pub struct Report {
+    /// Version of this document: 1. It changes only if a field changes its meaning or is removed.
+    pub schema: u32,
+    /// Version of the agent.
+    pub version: String,
+    /// Wall-clock time at which the clock of the timeline was 0, in milliseconds since the epoch.
+    pub boot_unix_ms: u64,
+    /// Time of this document, on the clock of the timeline.
+    pub now_ms: u64,
+    /// The status document.
+    pub status: Status,
+    /// The timeline.
+    pub timeline: Timeline,
+}
+
+impl Report {
+    /// Returns the report of this moment.
+    pub fn new(status: Status, timeline: Timeline) -> Self {
+        let now_ms = boottime_ms();
+        let unix_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
+        let version = env!("CARGO_PKG_VERSION").to_owned();
+        Self { schema: 1, version, boot_unix_ms: unix_ms.saturating_sub(now_ms), now_ms, status, timeline }
+    }
+
+    /// Returns the wall-clock time of the document, in seconds since the epoch.
+    pub fn now_unix(&self) -> u64 {
+        (self.boot_unix_ms + self.now_ms) / 1000
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::report::timeline::tests::pivot;
+
+    /// `UPDATE_SCHEMA=1` writes the file again.
+    #[test]
+    fn the_schema_is_that_of_the_types() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/schema/report.json");
+        let schema = serde_json::to_string_pretty(&schemars::schema_for!(Report)).unwrap() + "\n";
+        if std::env::var_os("UPDATE_SCHEMA").is_some() {
+            std::fs::write(path, &schema).unwrap();
+        }
+        assert_eq!(std::fs::read_to_string(path).unwrap(), schema, "run this test with UPDATE_SCHEMA=1");
+    }
+
+    #[test]
+    fn a_report_of_another_version_is_read() {
+        let report = Report::new(Status::default(), pivot(3));
+        let mut value = serde_json::to_value(&report).unwrap();
+        assert_eq!(serde_json::from_value::<Report>(value.clone()).unwrap(), report);
+        value["added"] = true.into();
+        value["timeline"]["layers"][0]["added"] = true.into();
+        assert_eq!(serde_json::from_value::<Report>(value).unwrap(), report);
+    }
+
+    /// The state directory is in RAM.
+    #[test]
+    fn the_timeline_of_many_layers_is_small() {
+        let bytes = |layers| serde_json::to_vec_pretty(&pivot(layers)).unwrap().len();
+        assert!(bytes(500) < 320 << 10, "{} bytes", bytes(500));
+        println!("{} bytes with 10 layers, {} with 500", bytes(10), bytes(500));
+    }
+}

@@ -1,0 +1,340 @@
+//! The timeline: phases, their steps, hooks, unit jobs, waits and reads of layers, each with begin, end and result.
+//!
+//! Plain data. Times are milliseconds of the boot-time clock, which cannot be set: a machine without a battery gets its
+//! time while it pulls.
+
+use node_store::{LayerRead, LayerResult};
+use serde::{Deserialize, Serialize};
+
+/// Largest number of waits; the earliest are merged.
+const WAITS: usize = 64;
+/// Largest number of other spans; the earliest that have ended are dropped.
+const SPANS: usize = 1000;
+/// Largest number of reads of layers; the earliest are dropped.
+const LAYERS: usize = 2000;
+/// Letters of a digest that the timeline keeps, `sha256:` included.
+const DIGEST: usize = 19;
+
+/// All that the agent did for one image.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct Timeline {
+    /// Everything but layers, in the order of the begins.
+    pub spans: Vec<Span>,
+    /// The reads of layers. A layer whose read failed is read again by the next attempt.
+    pub layers: Vec<Layer>,
+    /// Number of entries that are not listed, because there were too many.
+    pub dropped: u64,
+}
+
+/// The subject of a span.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, strum::IntoStaticStr)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(rename_all = "kebab-case")]
+#[strum(serialize_all = "kebab-case")]
+pub enum Subject {
+    /// A phase, by its name.
+    Phase,
+    /// A pause before another attempt, by the class of the failure.
+    Wait,
+    /// A step of the switch, by its name.
+    Step,
+    /// The step that mounts the new `/usr`. Its end is the moment of the switch.
+    Mount,
+    /// A hook, by its name.
+    Hook,
+    /// A job of systemd: its type and its unit.
+    Job,
+    /// An undo or a rollback.
+    Undo,
+    /// A step of an undo, by its name.
+    UndoStep,
+}
+
+/// The end of a span.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(rename_all = "kebab-case")]
+pub enum SpanResult {
+    /// It reached its goal.
+    Done,
+    /// It failed.
+    Failed,
+    /// A cancel, the failure of another part or the end of the agent stopped it.
+    Interrupted,
+    /// Nothing of it was needed any more.
+    NotNeeded,
+}
+
+/// One activity.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct Span {
+    /// Its kind.
+    pub subject: Subject,
+    /// Its name within the kind.
+    pub name: String,
+    /// Begin.
+    pub start_ms: u64,
+    /// End; absent while it is under way.
+    pub end_ms: Option<u64>,
+    /// Result; absent while it is under way.
+    pub result: Option<SpanResult>,
+    /// Message of the failure, or the reason of a wait.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub detail: Option<String>,
+    /// Compressed bytes fetched; of a pull.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes: Option<u64>,
+    /// CPU time of the agent and the programs that it ran; of a phase.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_ms: Option<u64>,
+    /// Largest resident memory of the agent itself; of a phase.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peak_memory_bytes: Option<u64>,
+    /// Number of waits that this one stands for, if more than one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub merged: Option<u32>,
+}
+
+/// One read of a layer. Its parts run at the same time.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct Layer {
+    /// Position in the manifest.
+    pub index: usize,
+    /// First letters of the digest.
+    pub digest: String,
+    /// Compressed size in bytes.
+    pub size: u64,
+    /// The transfer.
+    pub fetch: Part,
+    /// The decompression.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub decompress: Option<Part>,
+    /// The parsing, hashing and writing of objects.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub write: Option<Part>,
+    /// Result; absent while it is under way.
+    pub result: Option<SpanResult>,
+}
+
+/// A part of the read of a layer.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct Part {
+    /// Begin.
+    pub start_ms: u64,
+    /// End, or the last progress of a transfer.
+    pub end_ms: u64,
+    /// Bytes that it received (fetch) or returned (decompress, write).
+    pub bytes: u64,
+    /// CPU time of its thread; absent for a transfer, which skopeo does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_ms: Option<u64>,
+}
+
+impl From<node_store::Work> for Part {
+    fn from(work: node_store::Work) -> Self {
+        Self { start_ms: work.start_ms, end_ms: work.end_ms, bytes: work.bytes, cpu_ms: Some(work.cpu_ms) }
+    }
+}
+
+impl From<LayerRead> for Layer {
+    fn from(read: LayerRead) -> Self {
+        let result = read.result.map(|result| match result {
+            LayerResult::Done => SpanResult::Done,
+            LayerResult::NotNeeded => SpanResult::NotNeeded,
+            LayerResult::Failed => SpanResult::Failed,
+            LayerResult::Interrupted => SpanResult::Interrupted,
+        });
+        let digest = read.digest.chars().take(DIGEST).collect();
+        let fetch = Part { cpu_ms: None, ..read.fetch.into() };
+        let (decompress, write) = (read.decompress.map(Part::from), read.write.map(Part::from));
+        Self { index: read.index, digest, size: read.size, fetch, decompress, write, result }
+    }
+}
+
+impl Layer {
+    /// Returns the end of the last part.
+    pub fn end_ms(&self) -> u64 {
+        [self.decompress, self.write].into_iter().flatten().fold(self.fetch.end_ms, |end, part| end.max(part.end_ms))
+    }
+
+    /// Returns the time from the begin to the end of the last part.
+    pub fn duration_ms(&self) -> u64 {
+        self.end_ms().saturating_sub(self.fetch.start_ms)
+    }
+}
+
+impl Span {
+    fn begin(subject: Subject, name: String, start_ms: u64) -> Self {
+        let (end_ms, result, detail, bytes) = (None, None, None, None);
+        let (cpu_ms, peak_memory_bytes, merged) = (None, None, None);
+        Self { subject, name, start_ms, end_ms, result, detail, bytes, cpu_ms, peak_memory_bytes, merged }
+    }
+
+    pub(super) fn end(&mut self, now_ms: u64, result: SpanResult) {
+        self.end_ms = Some(now_ms.max(self.start_ms));
+        self.result = Some(result);
+    }
+
+    /// Returns its duration, up to `now_ms` if it is under way.
+    pub fn duration_ms(&self, now_ms: u64) -> u64 {
+        self.end_ms.unwrap_or(now_ms).saturating_sub(self.start_ms)
+    }
+}
+
+impl Timeline {
+    /// Begins a span.
+    pub fn begin(&mut self, subject: Subject, name: impl Into<String>, now_ms: u64) {
+        self.spans.push(Span::begin(subject, name.into(), now_ms));
+        self.limit();
+    }
+
+    /// Returns the latest span of this kind that is under way; with any name if `name` is `None`.
+    pub fn open(&mut self, subject: Subject, name: Option<&str>) -> Option<&mut Span> {
+        let matches = |span: &&mut Span| {
+            span.subject == subject && span.end_ms.is_none() && name.is_none_or(|name| span.name == name)
+        };
+        self.spans.iter_mut().rev().find(matches)
+    }
+
+    /// Returns the latest span of this kind and name.
+    pub fn latest(&mut self, subject: Subject, name: &str) -> Option<&mut Span> {
+        self.spans.iter_mut().rev().find(|span| span.subject == subject && span.name == name)
+    }
+
+    /// Ends the latest span of this kind that is under way, if there is one.
+    pub fn end(&mut self, subject: Subject, name: Option<&str>, now_ms: u64, result: SpanResult) {
+        if let Some(span) = self.open(subject, name) {
+            span.end(now_ms, result);
+        }
+    }
+
+    /// Ends the latest span of this kind and name, also one that has ended before.
+    pub fn extend(&mut self, subject: Subject, name: &str, now_ms: u64, result: SpanResult) -> Option<&mut Span> {
+        let span = self.latest(subject, name)?;
+        span.end(now_ms, result);
+        Some(span)
+    }
+
+    /// Ends all spans, because the agent that began them has ended.
+    pub fn interrupt(&mut self, now_ms: u64) {
+        self.spans
+            .iter_mut()
+            .filter(|span| span.end_ms.is_none())
+            .for_each(|span| span.end(now_ms, SpanResult::Interrupted));
+    }
+
+    /// Adds reads of layers.
+    pub fn add_layers(&mut self, reads: Vec<LayerRead>) {
+        self.layers.extend(reads.into_iter().map(Layer::from));
+        let excess = self.layers.len().saturating_sub(LAYERS);
+        self.layers.drain(..excess);
+        self.dropped += excess as u64;
+    }
+
+    /// Merges and drops entries of a pivot that waits or repeats for days.
+    fn limit(&mut self) {
+        let waits: Vec<usize> = (0..self.spans.len()).filter(|&at| self.spans[at].subject == Subject::Wait).collect();
+        if waits.len() > WAITS {
+            let second = self.spans.remove(waits[1]);
+            let first = &mut self.spans[waits[0]];
+            let count = |span: &Span| span.merged.unwrap_or(1);
+            first.merged = Some(count(first) + count(&second));
+            (first.end_ms, first.detail, first.name) = (second.end_ms, second.detail, second.name);
+        }
+        if self.spans.len() > SPANS + WAITS {
+            let ended = self.spans.iter().position(|span| span.end_ms.is_some() && span.subject != Subject::Wait);
+            if let Some(at) = ended {
+                self.spans.remove(at);
+                self.dropped += 1;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+pub(super) mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Returns a timeline with a pull of so many layers, four at a time, a wait and a switch.
+    pub(in crate::report) fn pivot(layers: usize) -> Timeline {
+        let mut timeline = Timeline::default();
+        let span = |subject, name: &str, start: u64, end: u64, timeline: &mut Timeline| {
+            timeline.begin(subject, name, start);
+            timeline.end(subject, Some(name), end, SpanResult::Done);
+        };
+        span(Subject::Phase, "resolve", 10_000, 11_200, &mut timeline);
+        timeline.begin(Subject::Phase, "pull", 11_200);
+        span(Subject::Wait, "network", 12_000, 42_000, &mut timeline);
+        let begin = |index: usize| 42_000 + (index as u64 / 4) * 800;
+        timeline.layers = (0..layers)
+            .map(|index| {
+                let (start_ms, bytes) = (begin(index) + index as u64 % 4 * 37, 1_000_000 * (index as u64 % 9 + 1));
+                let part = |late, cpu| Part { start_ms, end_ms: start_ms + 500 + late, bytes, cpu_ms: Some(cpu) };
+                Layer {
+                    index,
+                    digest: format!("sha256:{index:012x}"),
+                    size: bytes,
+                    fetch: Part { cpu_ms: None, ..part(0, 0) },
+                    decompress: Some(part(60, 300)),
+                    write: Some(part(90, 200)),
+                    result: Some(SpanResult::Done),
+                }
+            })
+            .collect();
+        let pulled = begin(layers) + 1_000;
+        timeline.end(Subject::Phase, Some("pull"), pulled, SpanResult::Done);
+        let pull = timeline.latest(Subject::Phase, "pull").unwrap();
+        (pull.bytes, pull.cpu_ms, pull.peak_memory_bytes) = (Some(250_000_000), Some(9_000), Some(90 << 20));
+        span(Subject::Phase, "stage", pulled, pulled + 3_000, &mut timeline);
+        timeline.begin(Subject::Phase, "switch", pulled + 3_000);
+        span(Subject::Hook, "50-drain", pulled + 3_000, pulled + 3_900, &mut timeline);
+        span(Subject::Mount, "the mount of /usr", pulled + 3_900, pulled + 3_950, &mut timeline);
+        span(Subject::Step, "the merge of /etc", pulled + 3_950, pulled + 4_100, &mut timeline);
+        timeline.end(Subject::Phase, Some("switch"), pulled + 4_100, SpanResult::Done);
+        timeline.begin(Subject::Phase, "refresh", pulled + 4_100);
+        span(Subject::Job, "try-restart sshd.service", pulled + 4_200, pulled + 4_500, &mut timeline);
+        timeline.begin(Subject::Job, "try-restart chronyd.service", pulled + 4_500);
+        timeline.end(Subject::Job, None, pulled + 6_000, SpanResult::Failed);
+        timeline.end(Subject::Phase, Some("refresh"), pulled + 6_000, SpanResult::Done);
+        timeline
+    }
+
+    #[test]
+    fn a_span_that_is_under_way_ends_with_its_agent() {
+        let mut timeline = Timeline::default();
+        timeline.begin(Subject::Phase, "pull", 5);
+        timeline.begin(Subject::Wait, "network", 7);
+        timeline.end(Subject::Wait, None, 9, SpanResult::Done);
+        timeline.interrupt(20);
+        let ends: Vec<_> = timeline.spans.iter().map(|span| (span.end_ms, span.result)).collect();
+        assert_eq!(ends, [(Some(20), Some(SpanResult::Interrupted)), (Some(9), Some(SpanResult::Done))]);
+        assert_eq!(timeline.extend(Subject::Phase, "pull", 30, SpanResult::Done).unwrap().end_ms, Some(30));
+    }
+
+    proptest! {
+        #[test]
+        fn a_timeline_stays_small_and_counts_every_wait(waits in 0usize..300, others in 0usize..1500) {
+            let mut timeline = Timeline::default();
+            for at in 0..waits.max(others) as u64 {
+                for (subject, count) in [(Subject::Wait, waits), (Subject::Job, others)] {
+                    if at < count as u64 {
+                        timeline.begin(subject, "x", 10 * at);
+                        timeline.end(subject, None, 10 * at + 5, SpanResult::Done);
+                    }
+                }
+            }
+            prop_assert!(timeline.spans.len() <= SPANS + WAITS);
+            let of = |subject| timeline.spans.iter().filter(move |span| span.subject == subject);
+            let counted: u32 = of(Subject::Wait).map(|span| span.merged.unwrap_or(1)).sum();
+            prop_assert_eq!(counted as usize, waits);
+            prop_assert_eq!(of(Subject::Job).count() + timeline.dropped as usize, others);
+            prop_assert!(timeline.spans.is_sorted_by_key(|span| span.start_ms));
+        }
+    }
+}
