@@ -34,7 +34,7 @@ use tokio::sync::{Mutex, MutexGuard, watch};
 use tracing::{error, info, warn};
 
 use crate::config::Settings;
-use crate::report::{Report, Status, Tracker};
+use crate::report::{AgentState, LastError, Report, Status, Timeline, Tracker};
 use deviations::Standing;
 use holder::{Held, Holder};
 use node_store::store::{LockError, StoreLock};
@@ -124,6 +124,8 @@ impl Agent {
         let boot_known = record.learn(boot);
         record.rest();
         (record.status.undo_unix, record.status.flow) = (record.trial.and_then(undo_unix), Some(record.flow()));
+        let timeline = state::load_timeline(&paths);
+        restore_failure(&mut record, &timeline);
         // Only for the status document. Each call reads the configuration again and reports its errors.
         if let Ok(settings) = Settings::load() {
             record.status.target.get_or_insert_with(|| settings.target.clone());
@@ -132,7 +134,7 @@ impl Agent {
             }
         }
         Ok(Arc::new(Self {
-            tracker: Tracker::new(record.status.clone()).with_timeline(state::load_timeline(&paths)),
+            tracker: Tracker::new(record.status.clone()).with_timeline(timeline),
             paths,
             undoing: AtomicBool::new(false),
             standing: watch::Sender::new(Standing::of(&record)),
@@ -155,7 +157,9 @@ impl Agent {
     /// and the configuration.
     pub fn status(&self) -> Status {
         let deviations = self.standing.borrow().deviations();
-        Status { deviations, call: self.holder.call(), ..self.tracker.status() }
+        let status = self.tracker.status();
+        let (diagnosis, agent) = (status.diagnose(), Some(AgentState { running: true, ..AgentState::default() }));
+        Status { deviations, diagnosis, agent, call: self.holder.call(), ..status }
     }
 
     /// Returns the report.
@@ -179,7 +183,8 @@ impl Agent {
         } else {
             record.rest();
         }
-        Status { deviations, ..record.status }
+        restore_failure(&mut record, &state::load_timeline(paths));
+        Status { deviations, diagnosis: record.status.diagnose(), ..record.status }
     }
 
     /// Returns a handle that makes `call` cancellable.
@@ -258,7 +263,7 @@ impl Agent {
         cancel: &CancelHandle,
     ) -> Result<(), Error> {
         if let Step::Undoing(_) = record.step {
-            self.undo_locked(record, Below::Unmount).await?;
+            self.undo_locked(record, Below::Unmount, "undo that was interrupted").await?;
         }
         if let Step::Lost { message, .. } = &record.step {
             return Err(Error::refused("lost-record", message.clone()));
@@ -368,8 +373,11 @@ impl Agent {
 
     /// Logs a failure and shows it in the status document.
     fn report_failure(&self, error: &Error) {
-        error!("{error}");
         self.show_failure(error);
+        let diagnosis = self.tracker.pivot_status().diagnose();
+        let (class, outcome) = (error.class(), error.outcome().error_name());
+        let command = diagnosis.map(|diagnosis| diagnosis.command).unwrap_or_default();
+        error!(class, outcome, command, "{error}");
     }
 
     /// Shows a failure in the status document, with the attempts of a phase that counted them.
@@ -401,6 +409,22 @@ impl Stopped<'_> {
     /// Returns true if a switch or an undo is unfinished; the next daemon continues it.
     pub fn is_unfinished(&self) -> bool {
         matches!(self.0.step, Step::Switching(_) | Step::Undoing(_) | Step::Switched(_))
+    }
+}
+
+/// Shows the failure of an attempt after which the agent died while it waited for the next one. The record is not written
+/// between attempts.
+fn restore_failure(record: &mut Record, timeline: &Timeline) {
+    if record.status.error.is_none()
+        && record.step.is_before_switch()
+        && let Some(wait) = timeline.last_wait()
+    {
+        record.status.error = Some(LastError {
+            class: wait.name.clone(),
+            message: wait.detail.clone().unwrap_or_default(),
+            attempt: timeline.waits(),
+            ..LastError::default()
+        });
     }
 }
 

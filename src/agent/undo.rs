@@ -41,7 +41,7 @@ impl Agent {
             Err(_) => return Err(Error::refused("busy", "a phase is under way: wait for it, or cancel it first")),
         };
         let mut record = self.holder.hold(record, "undo");
-        self.undo_locked(&mut record, Below::Refuse).await
+        self.undo_locked(&mut record, Below::Refuse, "undo").await
     }
 
     /// Undoes a switch whose trial period is over, or continues that undo.
@@ -49,7 +49,7 @@ impl Agent {
         let mut record = self.record.lock().await;
         let over = record.trial.and_then(TrialPeriod::left).is_some_and(|left| left.is_zero());
         if !record.step.is_before_switch() && (over || matches!(record.step, Step::Undoing(_))) {
-            self.undo_locked(&mut record, Below::Unmount).await.map(drop)
+            self.undo_locked(&mut record, Below::Unmount, "undo at the end of the trial period").await.map(drop)
         } else if over {
             record.trial = None;
             auto_undo::disarm().await;
@@ -59,7 +59,13 @@ impl Agent {
         }
     }
 
-    pub(super) async fn undo_locked(&self, record: &mut Record, below: Below) -> Result<Vec<String>, Error> {
+    /// `event` is the name of the undo in the timeline.
+    pub(super) async fn undo_locked(
+        &self,
+        record: &mut Record,
+        below: Below,
+        event: &str,
+    ) -> Result<Vec<String>, Error> {
         let _flag = Flag::raise(&self.undoing);
         let Some(staged) = record.step.staged().filter(|_| !record.step.is_before_switch()).cloned() else {
             let nothing = || Error::refused("no-switch", "nothing was switched, so there is nothing to undo");
@@ -86,7 +92,7 @@ impl Agent {
             *record = before;
             return Err(error.at(report::Standing::Switched));
         }
-        let span = self.tracker.span(Subject::Undo, "undo");
+        let span = self.tracker.span(Subject::Undo, event);
         let mut undone = phases::undo(&self.paths, &self.tracker, record, &undo.staged, undo.units.as_deref()).await;
         undone.kept.splice(..0, undo.troubles);
         if !undone.failed.is_empty() {
@@ -159,6 +165,8 @@ impl Agent {
                 if staged { (State::Pulled, Some(Phase::Stage)) } else { (State::Idle, None) };
             status.error = None;
             status.still_old.clear();
+            // They are about the switch, which is not in place any more.
+            status.notes.clear();
             status.timeline.retain(|entry| entry.phase <= Phase::Stage);
         });
         self.show(record);
@@ -241,9 +249,33 @@ impl Agent {
 mod tests {
     use std::path::Path;
 
-    use super::super::state::switched;
+    use super::super::state::{self, switched};
     use super::super::{Boot, Record, StateDir};
     use super::*;
+    use crate::report::{LastError, Status, Tracker};
+
+    #[test]
+    fn a_failure_survives_an_agent_that_dies_while_it_waits() {
+        let temp = tempfile::tempdir().unwrap();
+        let paths = StateDir::below(temp.path());
+        Record::default().save(&paths).unwrap();
+        let tracker = Tracker::new(Status::default());
+        tracker.begin(Phase::Resolve);
+        for _ in 0..3 {
+            let (class, message) = ("network".to_owned(), "connection refused".to_owned());
+            tracker.fail(LastError { class, message, next_retry_unix: Some(1), ..LastError::default() });
+        }
+        state::save_timeline(&paths, &tracker);
+        let read = || [Agent::recorded_status(&paths), Agent::open(paths.clone(), Boot::Live).unwrap().status()];
+        for status in read() {
+            let error = status.error.unwrap();
+            assert_eq!((error.message.as_str(), error.attempt, error.next_retry_unix), ("connection refused", 3, None));
+        }
+        tracker.begin(Phase::Resolve);
+        tracker.end(Phase::Resolve, State::Running);
+        state::save_timeline(&paths, &tracker);
+        assert!(read().into_iter().all(|status| status.error.is_none()), "the attempt after it succeeded");
+    }
 
     /// Runs only without systemd, where the units cannot be inspected.
     #[tokio::test]

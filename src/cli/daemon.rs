@@ -1,15 +1,19 @@
 //! `daemon`: opens the agent with its record and serves calls until SIGTERM or SIGINT.
 
+use std::path::Path;
+
 use anyhow::Result;
 use libsystemd::daemon::{NotifyState, notify};
 use tokio::signal::unix::{SignalKind, signal};
+use tracing::warn;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
 use super::drive::unix_now;
 use crate::agent::{Agent, Boot, StateDir};
 use crate::bus;
-use crate::report::{self, Outcome};
+use crate::host;
+use crate::report::{self, Diagnosis, Outcome, Phase, State, Status};
 
 pub(super) async fn daemon(paths: StateDir) -> Result<Outcome> {
     start_log();
@@ -22,6 +26,8 @@ pub(super) async fn daemon(paths: StateDir) -> Result<Outcome> {
     let _ = notify(false, &[NotifyState::Ready]);
 
     let mut watch = agent.tracker().watch();
+    watch.mark_changed();
+    let mut logins = Logins::default();
     loop {
         tokio::select! {
             _ = terminate.recv() => break,
@@ -30,8 +36,9 @@ pub(super) async fn daemon(paths: StateDir) -> Result<Outcome> {
                 if changed.is_err() {
                     break;
                 }
-                let line = report::state_line(&watch.borrow_and_update(), unix_now());
-                let _ = notify(false, &[NotifyState::Status(line)]);
+                let status = watch.borrow_and_update().clone();
+                let _ = notify(false, &[NotifyState::Status(report::status_line(&status, unix_now()))]);
+                logins.show(&status);
             }
         }
     }
@@ -42,6 +49,31 @@ pub(super) async fn daemon(paths: StateDir) -> Result<Outcome> {
     Ok(if stopped.is_unfinished() { Outcome::Internal } else { Outcome::Done })
 }
 
+/// The diagnosis that login prompts show. It changes only with its class, because each change shows the prompts again.
+#[derive(Default)]
+struct Logins(Option<(String, Option<Phase>, Option<Outcome>)>);
+
+impl Logins {
+    fn show(&mut self, status: &Status) {
+        let Some(diagnosis) = self.next(status) else { return };
+        let text = diagnosis.map(|diagnosis| diagnosis.banner());
+        if let Err(error) = host::show_at_logins(Path::new("/"), text.as_deref()) {
+            warn!("{error:#}");
+        }
+    }
+
+    /// Returns the diagnosis to show, `None` within for nothing, or `None` if it is shown already.
+    fn next(&mut self, status: &Status) -> Option<Option<Diagnosis>> {
+        let diagnosis = status.diagnose();
+        // While another attempt runs, the cause of the last one stays.
+        if diagnosis.is_none() && status.error.is_some() && status.state == State::Running {
+            return None;
+        }
+        let key = diagnosis.as_ref().map(|shown| (shown.class.clone(), shown.phase, shown.outcome));
+        (std::mem::replace(&mut self.0, key.clone()) != key).then_some(diagnosis)
+    }
+}
+
 /// Starts logging to the journal, or to stderr if there is no journal.
 fn start_log() {
     let filter = tracing_subscriber::EnvFilter::try_from_env("NODE_IMAGE_PIVOT_LOG")
@@ -50,5 +82,28 @@ fn start_log() {
     match tracing_journald::layer() {
         Ok(journal) => registry.with(journal.with_syslog_identifier("node-image-pivot".into())).init(),
         Err(_) => registry.with(tracing_subscriber::fmt::layer().with_writer(std::io::stderr)).init(),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::report::LastError;
+
+    #[test]
+    fn login_prompts_change_only_with_the_diagnosis() {
+        let of = |state, message: &str, next_retry_unix| {
+            let error =
+                LastError { class: "network".into(), message: message.into(), next_retry_unix, ..LastError::default() };
+            Status { state, phase: Some(Phase::Pull), error: Some(error), ..Status::default() }
+        };
+        let mut logins = Logins::default();
+        assert_eq!(logins.next(&Status::default()), None, "nothing to show");
+        assert!(logins.next(&of(State::Waiting, "a", Some(1))).unwrap().is_some());
+        assert_eq!(logins.next(&of(State::Running, "a", Some(1))), None, "another attempt");
+        assert_eq!(logins.next(&of(State::Waiting, "b", Some(9))), None, "the same class");
+        assert!(logins.next(&of(State::Failed, "b", None)).unwrap().is_some());
+        assert_eq!(logins.next(&Status { state: State::Running, ..Status::default() }), Some(None), "a success");
     }
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::Result;
 use libsystemd::daemon::{NotifyState, notify};
 
+use super::pauses::Pauses;
 use super::say;
 use crate::agent::StateDir;
 use crate::bus::{CallError, Client};
@@ -54,12 +55,27 @@ pub(super) fn seconds(text: &str) -> Result<u64, String> {
 /// Makes `call` and waits for its end. If the daemon dies, its unit restarts it with its record, and the call is repeated.
 pub(super) async fn drive(paths: &StateDir, call: Call) -> Result<Outcome> {
     let mut reporter = Reporter { record: record(), ..Reporter::default() };
-    let outcome = drive_to_end(paths, call, &mut reporter).await;
-    reporter.end_record(outcome.as_ref().err());
-    Ok(match outcome {
-        Ok(()) => Outcome::Done,
-        Err(error) => failed(&error),
-    })
+    let Err(error) = drive_to_end(paths, call, &mut reporter).await else {
+        reporter.end_record(None);
+        return Ok(Outcome::Done);
+    };
+    let status = client_status(paths).await;
+    // The status is about another call if this one was refused.
+    let diagnosis = status.as_ref().and_then(Status::diagnose).filter(|known| known.outcome == Some(error.outcome()));
+    let Some(diagnosis) = diagnosis else {
+        reporter.end_record(Some(&error.to_string()));
+        return Ok(failed(&error));
+    };
+    let line = diagnosis.line(unix_now());
+    // Only stdout of a unit goes to the console. The journal also gets the whole message.
+    if say::is_journal() {
+        say::progress(&diagnosis.rows(unix_now()));
+    }
+    reporter.end_record(Some(&line));
+    let outcome = failed(&error);
+    say::error(&diagnosis.advice());
+    let _ = notify(false, &[NotifyState::Status(line)]);
+    Ok(outcome)
 }
 
 async fn drive_to_end(paths: &StateDir, call: Call, reporter: &mut Reporter) -> Result<(), CallError> {
@@ -83,6 +99,11 @@ async fn drive_to_end(paths: &StateDir, call: Call, reporter: &mut Reporter) -> 
             Err(error) => return Err(error),
         }
     }
+}
+
+/// Asks the daemon for its status after a call.
+async fn client_status(paths: &StateDir) -> Option<Status> {
+    Client::running(&paths.socket()).await.ok()??.status().await.ok()
 }
 
 /// Begins the service record if this process runs in a unit of the agent.
@@ -155,6 +176,7 @@ struct Reporter {
     last: Option<(Option<Phase>, State, u32)>,
     /// Tenths of the pull in the last line.
     tenths: u64,
+    pauses: Pauses,
     /// Service record for the installer's log gathering.
     record: Option<ServiceRecord>,
 }
@@ -175,36 +197,41 @@ impl Reporter {
         }
     }
 
-    fn end_record(&mut self, failure: Option<&CallError>) {
-        let failure = failure.map(ToString::to_string);
-        if let Some(Err(error)) = self.record.take().map(|record| record.end(failure.as_deref())) {
+    fn end_record(&mut self, failure: Option<&str>) {
+        if let Some(Err(error)) = self.record.take().map(|record| record.end(failure)) {
             say::error(&format!("cannot complete the service record: {error:#}"));
         }
     }
 
     fn update(&mut self, status: &Status) {
         self.update_record(status);
-        let line = report::state_line(status, unix_now());
+        let now = unix_now();
         // For `systemctl status`.
-        let _ = notify(false, &[NotifyState::Status(line.clone())]);
-        if let Some(line) = self.changed(status, &line) {
+        let _ = notify(false, &[NotifyState::Status(report::status_line(status, now))]);
+        if let Some(line) = self.changed(status, now) {
             say::progress(&line);
         }
     }
 
-    /// Returns the line to print if phase, state, attempt or a tenth of the pull changed.
-    fn changed(&mut self, status: &Status, line: &str) -> Option<String> {
+    /// Returns the line to print if phase, state, attempt or a tenth of the pull changed, and no pause prevents it.
+    fn changed(&mut self, status: &Status, now: u64) -> Option<String> {
+        let line = report::state_line(status, now);
         let attempt = status.error.as_ref().map_or(0, |error| error.attempt);
         let key = (status.phase, status.state, attempt);
         if self.last != Some(key) {
             self.last = Some(key);
-            return Some(line.to_owned());
+            return match status.diagnose() {
+                Some(waits) => self.pauses.failure_is_due(&waits.class, now).then(|| waits.rows(now)),
+                // Another attempt of a failure that was reported.
+                None if attempt > 0 => None,
+                None => Some(line),
+            };
         }
-        if status.phase == Some(Phase::Pull) && status.progress.bytes_total > 0 {
+        if (status.phase, status.state) == (Some(Phase::Pull), State::Running) && status.progress.bytes_total > 0 {
             let tenths = status.progress.bytes_fetched * 10 / status.progress.bytes_total;
-            if tenths != self.tenths {
+            if tenths != self.tenths && self.pauses.progress_is_due(now) {
                 self.tenths = tenths;
-                return Some(line.to_owned());
+                return Some(line);
             }
         }
         None
@@ -270,20 +297,27 @@ mod tests {
     fn each_change_is_shown_once() {
         let mut reporter = Reporter::default();
         let mut status = Status { state: State::Running, phase: Some(Phase::Pull), ..Status::default() };
-        assert!(reporter.changed(&status, "x").is_some());
-        assert!(reporter.changed(&status, "x").is_none());
+        assert!(reporter.changed(&status, 0).is_some());
+        assert!(reporter.changed(&status, 0).is_none());
         status.progress.layers_done = 1;
         status.progress.bytes_total = 100;
         status.progress.bytes_fetched = 5;
-        assert!(reporter.changed(&status, "x").is_none(), "not yet a tenth");
+        assert!(reporter.changed(&status, 1).is_none(), "not yet a tenth");
         status.progress.bytes_fetched = 10;
-        assert!(reporter.changed(&status, "x").is_some());
+        assert!(reporter.changed(&status, 2).is_some());
+        status.progress.bytes_fetched = 20;
+        assert!(reporter.changed(&status, 3).is_none(), "too early");
         status.state = State::Waiting;
         status.error =
             Some(LastError { class: "network".into(), attempt: 1, next_retry_unix: Some(1), ..LastError::default() });
-        assert!(reporter.changed(&status, "x").is_some());
-        assert!(reporter.changed(&status, "x").is_none(), "a countdown is not a change");
+        let line = reporter.changed(&status, 10).unwrap();
+        assert!(line.ends_with("attempt 1 failed, next in 0 s"), "{line}");
+        assert!(reporter.changed(&status, 11).is_none(), "a countdown is not a change");
         status.error.as_mut().unwrap().attempt = 2;
-        assert!(reporter.changed(&status, "x").is_some(), "the next failure is a change");
+        assert!(reporter.changed(&status, 12).is_none(), "the next failure comes within the pause");
+        status.state = State::Running;
+        assert!(reporter.changed(&status, 40).is_none(), "another attempt begins");
+        (status.state, status.error.as_mut().unwrap().attempt) = (State::Waiting, 3);
+        assert!(reporter.changed(&status, 41).is_some(), "the pause is over");
     }
 }

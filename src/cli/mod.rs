@@ -5,6 +5,7 @@
 
 mod daemon;
 mod drive;
+mod pauses;
 mod plan;
 mod say;
 mod show;
@@ -37,6 +38,11 @@ enum Command {
         /// Show each change, until the pivot is done or has failed
         #[arg(long)]
         watch: bool,
+        /// Exit with 0 only if the pivot has succeeded
+        ///
+        /// Exits like the call that failed, and with 14 while the pivot has not ended.
+        #[arg(long)]
+        exit_code: bool,
     },
     /// Show the timeline: phases, layers, restarts and their cost
     ///
@@ -136,8 +142,8 @@ pub fn main() -> ExitCode {
 async fn dispatch(command: Command) -> anyhow::Result<Outcome> {
     let paths = StateDir::default();
     match command {
-        Command::Status { json, watch: false } => show::status(&paths, json).await,
-        Command::Status { json, watch: true } => show::watch(&paths, json).await,
+        Command::Status { json, watch: true, .. } => show::watch(&paths, json).await,
+        Command::Status { json, exit_code, .. } => show::status(&paths, json, exit_code).await,
         Command::Report { json, svg } => show::report(&paths, json, svg.as_deref()).await,
         Command::Plan { json: false } => drive::drive(&paths, Call::of("Plan")).await,
         Command::Plan { json: true } => plan::json(&paths).await,

@@ -21,6 +21,11 @@ pub(super) fn progress(line: &str) {
     out(format_args!("{}{line}", prefix(&std::io::stdout())));
 }
 
+/// Returns true if stdout goes to the journal.
+pub(super) fn is_journal() -> bool {
+    std::env::var_os("JOURNAL_STREAM").is_some() && !std::io::stdout().is_terminal()
+}
+
 /// Returns the program's name as a prefix, or an empty text for the journal, which adds the name itself.
 fn prefix(stream: &impl IsTerminal) -> &'static str {
     let journal = std::env::var_os("JOURNAL_STREAM").is_some() && !stream.is_terminal();

@@ -10,18 +10,49 @@ use super::drive::unix_now;
 use super::say;
 use crate::agent::{Agent, StateDir};
 use crate::bus::Client;
-use crate::report::{self, Outcome, Report, State, Status};
+use crate::report::{self, AgentState, Outcome, Report, State, Status, Timeline};
 
 /// Interval at which a watch reads the status.
 const LOOK: Duration = Duration::from_secs(1);
 /// Time to wait for a daemon that does not answer.
 const ABSENT: Duration = Duration::from_secs(60);
 
-async fn current(paths: &StateDir) -> Result<Status> {
-    match asked(paths).await {
-        Ok(status) => Ok(status),
-        // Only root can read the record; other users get the daemon's error.
-        Err(error) => recorded(paths).ok_or(error),
+/// Largest number of units that still run old code, and of events, that `status` lists.
+const LISTED: usize = 12;
+const EVENTS: usize = 5;
+/// Time limit for systemd's answer about the agent's unit.
+const SYSTEMD: Duration = Duration::from_secs(10);
+
+/// Returns the report as a JSON document: the daemon's, or that of the record.
+async fn current(paths: &StateDir) -> Result<String> {
+    let error = match reported(paths).await {
+        Ok(text) => return Ok(text),
+        Err(error) => error,
+    };
+    // An older agent has no report.
+    if let Ok(status) = asked(paths).await {
+        return Ok(serde_json::to_string(&Report::new(status, Timeline::default()))?);
+    }
+    let agent = stopped().await;
+    // Only root can read the record; other users get the daemon's error.
+    if !rustix::process::geteuid().is_root() {
+        return Err(error.context(format!("the agent is {}", agent.line())));
+    }
+    let mut report = Agent::recorded_report(paths);
+    report.status.agent = Some(agent);
+    Ok(serde_json::to_string(&report)?)
+}
+
+/// Asks systemd about the unit of an agent that does not answer.
+async fn stopped() -> AgentState {
+    let command = ["systemctl", "show", "--property=ActiveState,Result", "node-image-pivotd.service"];
+    let shown = support::command::run(&command, SYSTEMD).await.unwrap_or_default();
+    let text = String::from_utf8_lossy(&shown);
+    let value = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)).map(str::to_owned);
+    AgentState {
+        running: false,
+        unit: value("ActiveState="),
+        result: value("Result=").filter(|word| word != "success"),
     }
 }
 
@@ -30,31 +61,71 @@ async fn asked(paths: &StateDir) -> Result<Status> {
     Client::connect(&paths.socket()).await?.status().await
 }
 
+/// Asks the daemon for its report.
+async fn reported(paths: &StateDir) -> Result<String> {
+    Client::connect(&paths.socket()).await?.report().await
+}
+
 fn recorded(paths: &StateDir) -> Option<Status> {
-    is_root().then(|| Agent::recorded_status(paths))
+    rustix::process::geteuid().is_root().then(|| Agent::recorded_status(paths))
 }
 
-fn is_root() -> bool {
-    rustix::process::geteuid().is_root()
+fn parse(text: &str) -> Result<Report> {
+    serde_json::from_str(text).context("cannot read the agent's report")
 }
 
-pub(super) async fn status(paths: &StateDir, json: bool) -> Result<Outcome> {
-    print(&current(paths).await?, json)?;
-    Ok(Outcome::Done)
+pub(super) async fn status(paths: &StateDir, json: bool, exit_code: bool) -> Result<Outcome> {
+    let text = current(paths).await?;
+    if json {
+        // As the agent wrote it: it may have fields that this program does not know.
+        let document: serde_json::Value = serde_json::from_str(&text)?;
+        say::out(&document["status"]);
+    }
+    let report = parse(&text)?;
+    if !json {
+        page(&report).iter().for_each(say::out);
+    }
+    Ok(if exit_code { exit_of(&report.status).unwrap_or(unfinished(&report.status)) } else { Outcome::Done })
+}
+
+/// Returns the outcome of a pivot that has not ended. Without an agent it will not end.
+fn unfinished(status: &Status) -> Outcome {
+    match &status.agent {
+        Some(agent) if agent.unit.as_deref() == Some("failed") => Outcome::Internal,
+        _ => Outcome::Pending,
+    }
+}
+
+/// Returns the lines of `status`, which fit one screen.
+fn page(report: &Report) -> Vec<String> {
+    let (status, now) = (&report.status, report.now_unix());
+    let mut lines = Vec::new();
+    if let Some(agent) = &status.agent {
+        lines.push(format!("agent: {}", agent.line()));
+    }
+    lines.push(report::state_line(status, now));
+    if let Some(diagnosis) = &status.diagnosis {
+        lines.push(diagnosis.advice());
+    }
+    lines.extend(status.deviations.iter().map(|line| format!("but: {}", report::one_line(line))));
+    let old = report::old_lines(status);
+    lines.extend(old.take(LISTED));
+    if status.still_old.len() > LISTED {
+        lines.push(format!("and {} more; see status --json", status.still_old.len() - LISTED));
+    }
+    let events = report.events();
+    lines.extend(events[events.len().saturating_sub(EVENTS)..].iter().cloned());
+    lines
 }
 
 pub(super) async fn report(paths: &StateDir, json: bool, svg: Option<&Path>) -> Result<Outcome> {
-    let text = match reported(paths).await {
-        Ok(text) => text,
-        Err(error) if !is_root() => return Err(error),
-        Err(_) => serde_json::to_string(&Agent::recorded_report(paths))?,
-    };
+    let text = current(paths).await?;
     if json {
         // A field of a newer agent is printed, too.
         say::out(text);
         return Ok(Outcome::Done);
     }
-    let report: Report = serde_json::from_str(&text).context("cannot read the agent's report")?;
+    let report = parse(&text)?;
     match svg {
         Some(file) if file == Path::new("-") => say::raw(report::plot(&report).as_bytes()),
         Some(file) => {
@@ -63,11 +134,6 @@ pub(super) async fn report(paths: &StateDir, json: bool, svg: Option<&Path>) -> 
         None => say::raw(report::summary(&report).as_bytes()),
     }
     Ok(Outcome::Done)
-}
-
-/// Asks the daemon for its report.
-async fn reported(paths: &StateDir) -> Result<String> {
-    Client::connect(&paths.socket()).await?.report().await
 }
 
 pub(super) async fn watch(paths: &StateDir, json: bool) -> Result<Outcome> {
@@ -100,7 +166,7 @@ fn exit_of(status: &Status) -> Option<Outcome> {
         // While a phase after the switch runs, the state is `running`.
         State::Done | State::NothingToDo | State::Switched => Some(Outcome::Done),
         State::Failed => Some(status.error.as_ref().map(|error| error.outcome).unwrap_or_default()),
-        State::Idle | State::Running | State::Waiting | State::Pulled => None,
+        State::Idle | State::Running | State::Waiting | State::Pulled | State::Other => None,
     }
 }
 
@@ -118,7 +184,36 @@ fn print(status: &Status, json: bool) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::LastError;
+    use crate::report::{LastError, SpanResult, Subject};
+
+    #[test]
+    fn the_first_line_is_about_the_agent_and_events_are_listed() {
+        let agent = AgentState { running: false, unit: Some("failed".into()), result: Some("start-limit-hit".into()) };
+        let error =
+            LastError { class: "network".into(), message: "refused".into(), attempt: 6, ..LastError::default() };
+        let status = Status { agent: Some(agent), error: Some(error), ..Status::default() };
+        assert_eq!(unfinished(&status), Outcome::Internal);
+        let mut timeline = Timeline::default();
+        for (subject, name) in [(Subject::Mount, "the mount"), (Subject::Undo, "undo at the end of the trial period")] {
+            timeline.begin(subject, name, 5_000);
+            timeline.end(subject, None, 6_000, SpanResult::Done);
+        }
+        let report = Report { boot_unix_ms: 1_795_000_000_000, ..Report::new(status, timeline) };
+        let lines = page(&report);
+        assert!(
+            lines[0].starts_with("agent: not running: node-image-pivotd.service failed (start-limit-hit)"),
+            "{lines:?}"
+        );
+        assert_eq!(
+            lines[1..],
+            [
+                "no call runs; the last attempt failed (network): refused",
+                "2026-11-18T11:06:45Z switch",
+                "2026-11-18T11:06:45Z undo at the end of the trial period",
+            ]
+        );
+        assert_eq!(unfinished(&Status::default()), Outcome::Pending);
+    }
 
     #[test]
     fn a_watch_ends_in_a_final_state() {

@@ -1,6 +1,6 @@
 //! Runs the system's tools for policy, users, files and caches after the switch: load_policy, systemd-sysusers,
 //! systemd-tmpfiles, ldconfig, systemd-hwdb, udevadm, and the message bus's reload. Also runs hooks and the installer's
-//! script.
+//! script, and shows a text at logins.
 //!
 //! Only this module starts programs of the node image on the running system. It does not mount, does not write `/etc`
 //! itself, and does not call PID 1. `docs/refresh.md` lists the tools and the differences that make each of them run.
@@ -8,6 +8,7 @@
 mod accounts;
 mod hooks;
 mod installer;
+mod screens;
 mod selinux;
 mod skeleton;
 mod sysusers;
@@ -24,6 +25,7 @@ use support::failpoint::{self, Point};
 pub use accounts::{AccountPlan, Accounts, plan_accounts};
 pub use hooks::{Hook, Moment, find as find_hooks, run_hook};
 pub use installer::{SCRIPT, release_image};
+pub use screens::show_at_logins;
 pub use selinux::{PolicyStep, load_policy, policy_step};
 pub use support::command::run;
 

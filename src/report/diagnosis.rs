@@ -2,12 +2,11 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Outcome, Phase, Standing, State, Status, one_line};
-use unit_refresh::Flow;
+use super::words::timestamp;
+use super::{Outcome, Phase, Standing};
 
-/// Letters of a digest that people compare.
-const DIGEST: usize = 12;
-
+/// Letters of a message on a console: two rows of 80, less the time stamp and the name that journald writes before it.
+const ROWS: usize = 122;
 /// The cause, what the agent does about it, and what a person can do.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
@@ -33,62 +32,133 @@ pub struct Diagnosis {
 }
 
 impl Diagnosis {
-    /// Returns the diagnosis of a pivot that waits or has failed.
-    pub fn of(status: &Status) -> Option<Self> {
-        let error = status.error.as_ref()?;
-        let ended = match status.state {
-            State::Waiting => false,
-            State::Failed => true,
-            _ => return None,
-        };
-        let command = match (ended, error.standing, status.flow) {
-            (false, ..) => "node-image-pivot status --watch",
-            (_, Some(Standing::HalfDone), _) => "node-image-pivot undo",
-            (_, _, Some(Flow::Bootstrap)) => "systemctl start node-image-finish.service",
-            (_, _, Some(Flow::Live)) => "systemctl start node-image-overlay.service",
-            (_, _, None) => "node-image-pivot run",
-        };
-        Some(Self {
-            class: error.class.clone(),
-            phase: status.phase,
-            cause: short_digests(&one_line(&error.message)),
-            since_unix: error.since_unix,
-            attempts: error.attempt,
-            next_unix: error.next_retry_unix,
-            outcome: ended.then_some(error.outcome),
-            standing: error.standing,
-            command: command.to_owned(),
-        })
-    }
-}
-
-/// Shortens digests, which take most of a line and of which people compare the begin.
-pub(super) fn short_digests(text: &str) -> String {
-    let mut short = String::with_capacity(text.len());
-    let mut digits = 0;
-    for letter in text.chars() {
-        digits = if letter.is_ascii_hexdigit() { digits + 1 } else { 0 };
-        // A digest is known only at its end, so the letters after the begin are removed then.
-        short.push(letter);
-        if digits == 64 {
-            short.truncate(short.len() - (64 - DIGEST));
+    /// Returns the words before the cause.
+    fn verdict(&self) -> &'static str {
+        match self.outcome {
+            Some(Outcome::Permanent) => "failed permanently: ",
+            Some(Outcome::Refused) => "refused: ",
+            Some(Outcome::GaveUp) => "gave up: ",
+            Some(Outcome::Cancelled) => "cancelled: ",
+            Some(_) => "failed: ",
+            None => "",
         }
     }
-    short
+
+    /// Returns the words after the cause: the next attempt, or the command that continues.
+    fn next(&self, now_unix: u64) -> String {
+        match self.next_unix {
+            Some(at) => format!("attempt {} failed, next in {} s", self.attempts, at.saturating_sub(now_unix)),
+            None => format!("run {}", self.command),
+        }
+    }
+
+    /// Returns the diagnosis as one line, for `STATUS=` and the service record.
+    pub fn line(&self, now_unix: u64) -> String {
+        format!("{}{}; {}", self.verdict(), self.cause, self.next(now_unix))
+    }
+
+    /// Returns the diagnosis as a message that needs at most two rows of a console. Of a long cause, the middle is left out:
+    /// its begin names the image, its end the error of the system.
+    pub fn rows(&self, now_unix: u64) -> String {
+        let (verdict, next) = (self.verdict(), self.next(now_unix));
+        let room = ROWS.saturating_sub(verdict.len() + next.len() + 2);
+        let cause: Vec<char> = self.cause.split("; ").next().unwrap_or_default().chars().collect();
+        if cause.len() <= room {
+            return format!("{verdict}{}; {next}", cause.into_iter().collect::<String>());
+        }
+        let begin = room / 3;
+        let end = cause.len() - room.saturating_sub(begin + 2);
+        let (begin, end): (String, String) = (cause[..begin].iter().collect(), cause[end..].iter().collect());
+        format!("{verdict}{begin}..{end}; {next}")
+    }
+
+    /// Returns the line of `status` below the cause.
+    pub fn advice(&self) -> String {
+        let since = self.since_unix.map(|since| format!("since {}, ", timestamp(since * 1000))).unwrap_or_default();
+        let attempts = if self.attempts == 1 { "1 attempt" } else { &format!("{} attempts", self.attempts) };
+        let next = match self.outcome {
+            None => "the agent tries again by itself".to_owned(),
+            Some(Outcome::Permanent) => format!("permanent: fix the cause, then run {}", self.command),
+            Some(_) => format!("the agent does not try again: fix the cause, then run {}", self.command),
+        };
+        format!("{since}{attempts}; {next}")
+    }
+
+    /// Returns the text for login prompts and logins. It does not change from attempt to attempt.
+    pub fn banner(&self) -> String {
+        let waits = if self.outcome.is_none() { "waiting for another attempt: " } else { "" };
+        let run = if self.outcome.is_none() { "See" } else { "Fix the cause, then run" };
+        format!("Node image pivot: {waits}{}{}\n{run}: {}\n", self.verdict(), self.cause, self.command)
+    }
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::report::LastError;
+    use crate::report::{LastError, State, Status};
+    use unit_refresh::Flow;
+
+    fn diagnosis(message: &str, next_unix: Option<u64>, outcome: Outcome) -> Diagnosis {
+        let error = LastError {
+            message: message.into(),
+            attempt: 3,
+            next_retry_unix: next_unix,
+            outcome,
+            ..LastError::default()
+        };
+        let state = if next_unix.is_some() { State::Waiting } else { State::Failed };
+        let (error, flow) = (Some(error), Some(Flow::Bootstrap));
+        (Status { state, phase: Some(Phase::Pull), error, flow, ..Status::default() }).diagnose().unwrap()
+    }
 
     #[test]
-    fn digests_are_shortened_and_other_words_stay() {
-        let digest = "0123456789abcdef".repeat(4);
-        let text = format!("q.io/x@sha256:{digest}: cannot read {digest}; feed {}", "a".repeat(63));
-        let expected = format!("q.io/x@sha256:0123456789ab: cannot read 0123456789ab; feed {}", "a".repeat(63));
-        assert_eq!(short_digests(&text), expected);
+    fn a_message_needs_two_rows_and_has_cause_and_next_step() {
+        let image = format!("registry.example.com:5000/openshift/node@sha256:{}", "0a".repeat(32));
+        let long = format!(
+            "{image}: pinging container registry registry.example.com:5000: Get \"https://registry.example.com:5000/v2/\": \
+             dial tcp 192.0.2.1:5000: connect: connection refused; check name resolution, the proxy and the registry; the \
+             pull is retried"
+        );
+        for (diagnosis, begin, end) in [
+            (
+                diagnosis(&long, Some(130), Outcome::Internal),
+                "registry.example.com:5000/open..",
+                "192.0.2.1:5000: connect: connection refused; attempt 3 failed, next in 30 s",
+            ),
+            (
+                diagnosis(&format!("{image}: manifest unknown; check the tag"), None, Outcome::Permanent),
+                "failed permanently: registry.example.c..",
+                ": manifest unknown; run systemctl start node-image-finish.service",
+            ),
+            (
+                diagnosis("too little RAM", None, Outcome::Refused),
+                "refused: too little RAM; run systemctl",
+                "finish.service",
+            ),
+        ] {
+            let rows = diagnosis.rows(100);
+            assert!(rows.len() <= ROWS && rows.starts_with(begin) && rows.ends_with(end), "{rows}");
+            assert!(!diagnosis.line(100).contains(&"0a".repeat(7)));
+        }
+    }
+
+    #[test]
+    fn the_text_at_logins_is_the_same_for_each_attempt() {
+        let waiting = diagnosis("x: refused", Some(130), Outcome::Internal).banner();
+        let expected =
+            "Node image pivot: waiting for another attempt: x: refused\nSee: node-image-pivot status --watch\n";
+        assert_eq!(waiting, expected);
+        let failed = diagnosis("x: denied", None, Outcome::Permanent).banner();
+        assert!(failed.contains("failed permanently: x: denied\nFix the cause, then run: systemctl"), "{failed}");
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn every_message_fits_two_rows(message in ".{0,400}", next in proptest::option::of(0u64..1 << 40)) {
+            let rows = diagnosis(&message, next, Outcome::Permanent).rows(0);
+            proptest::prop_assert!(rows.chars().count() <= ROWS, "{rows}");
+        }
     }
 
     #[test]
@@ -96,7 +166,7 @@ mod tests {
         let of = |state, flow, standing| {
             let error = LastError { class: "network".into(), standing, ..LastError::default() };
             let status = Status { state, flow, error: Some(error), ..Status::default() };
-            Diagnosis::of(&status).map(|diagnosis| diagnosis.command)
+            status.diagnose().map(|diagnosis| diagnosis.command)
         };
         for (state, flow, standing, command) in [
             (State::Waiting, Some(Flow::Live), None, "node-image-pivot status --watch"),

@@ -4,7 +4,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Status, Timeline};
+use super::timeline::Span;
+use super::words::timestamp;
+use super::{SpanResult, Status, Subject, Timeline};
 use support::clock::boottime_ms;
 
 /// The state of the pivot and all that the agent did. `docs/schema/report.json` is its schema.
@@ -33,6 +35,24 @@ impl Report {
         let unix_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
         let version = env!("CARGO_PKG_VERSION").to_owned();
         Self { schema: 1, version, boot_unix_ms: unix_ms.saturating_sub(now_ms), now_ms, status, timeline }
+    }
+
+    /// Returns a line for each switch and undo, in their order: its time, its result and its failure.
+    pub fn events(&self) -> Vec<String> {
+        let line = |span: &Span| {
+            let what = match span.subject {
+                Subject::Mount => "switch",
+                Subject::Undo => span.name.as_str(),
+                _ => return None,
+            };
+            let failure = match span.result {
+                Some(SpanResult::Done) => String::new(),
+                Some(_) => format!(" failed: {}", span.detail.as_deref().unwrap_or("interrupted")),
+                None => " is under way".to_owned(),
+            };
+            Some(format!("{} {what}{failure}", timestamp(self.boot_unix_ms + span.start_ms)))
+        };
+        self.timeline.spans.iter().filter_map(line).collect()
     }
 
     /// Returns the wall-clock time of the document, in seconds since the epoch.

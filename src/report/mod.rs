@@ -6,6 +6,7 @@
 mod diagnosis;
 mod document;
 mod outcome;
+mod phase;
 mod plot;
 mod service_record;
 mod status;
@@ -14,13 +15,17 @@ mod text;
 mod timeline;
 mod tracker;
 mod usage;
+mod words;
 
+pub use diagnosis::Diagnosis;
 pub use document::Report;
 pub use outcome::{Outcome, Reason, Standing};
+pub use phase::Phase;
 pub use plot::plot;
 pub use service_record::{ServiceRecord, unit_of};
-pub use status::{Attempt, LastError, Phase, StaleUnit, State, Status, TimelineEntry};
+pub use status::{AgentState, Attempt, LastError, StaleUnit, State, Status, TimelineEntry};
 pub use table::summary;
-pub use text::{old_lines, one_line, state_line, waiting_line};
+pub use text::{old_lines, state_line, status_line, waiting_line};
 pub use timeline::{SpanResult, Subject, Timeline};
 pub use tracker::{Remark, Tracker};
+pub use words::one_line;

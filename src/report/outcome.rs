@@ -17,19 +17,23 @@ pub enum Outcome {
     GaveUp,
     /// A caller asked to stop.
     Cancelled,
+    /// The pivot has not ended; only `status --exit-code` reports it.
+    Pending,
     /// Any other failure; the message has the cause.
     #[default]
+    #[serde(other)]
     Internal,
 }
 
 /// Names of each outcome: exit code, and the last part of the D-Bus error's name.
-const TABLE: [(Outcome, u8, &str); 6] = [
+const TABLE: [(Outcome, u8, &str); 7] = [
     (Outcome::Done, 0, ""),
     (Outcome::Internal, 1, "Failed"),
     (Outcome::Refused, 10, "Refused"),
     (Outcome::Permanent, 11, "Permanent"),
     (Outcome::Cancelled, 12, "Cancelled"),
     (Outcome::GaveUp, 13, "GaveUp"),
+    (Outcome::Pending, 14, ""),
 ];
 
 impl Outcome {
@@ -108,6 +112,7 @@ mod tests {
             (Outcome::Permanent, 11, "Permanent", "permanent"),
             (Outcome::Cancelled, 12, "Cancelled", "cancelled"),
             (Outcome::GaveUp, 13, "GaveUp", "gave-up"),
+            (Outcome::Pending, 14, "", "pending"),
         ] {
             assert_eq!((outcome.exit_code(), outcome.error_name()), (exit, error), "{outcome:?}");
             assert_eq!(serde_json::to_value(outcome).unwrap(), word);

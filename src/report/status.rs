@@ -3,37 +3,11 @@
 use node_store::ProgressSnapshot;
 use node_store::image::ImageChoice;
 use serde::{Deserialize, Serialize};
-use strum::IntoStaticStr;
 
-use super::{Outcome, Reason, Standing};
+use super::diagnosis::Diagnosis;
+use super::words::{one_line, short_digests};
+use super::{Outcome, Phase, Reason, Standing};
 use unit_refresh::Flow;
-
-/// The six phases, in order.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, IntoStaticStr)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-#[serde(rename_all = "kebab-case")]
-#[strum(serialize_all = "kebab-case")]
-pub enum Phase {
-    /// Resolves the pull spec to a digest.
-    Resolve,
-    /// Imports the layers as ostree objects.
-    Pull,
-    /// Builds the delta tree and the /etc plan, and runs the checks.
-    Stage,
-    /// Switches `/usr` by one `move_mount`, then `/etc`.
-    Switch,
-    /// Updates users, files and caches, and restarts PID 1 and units.
-    Refresh,
-    /// Isolates to the original default target.
-    Finish,
-}
-
-impl Phase {
-    /// Returns its name in status document, journal and console.
-    pub fn as_str(self) -> &'static str {
-        self.into()
-    }
-}
 
 /// State of the whole pivot.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,6 +31,9 @@ pub enum State {
     Failed,
     /// The system already has the cluster's programs.
     NothingToDo,
+    /// A state of another version of the agent.
+    #[serde(other)]
+    Other,
 }
 
 /// The last failure, kept until the next success.
@@ -135,9 +112,40 @@ pub struct StaleUnit {
     pub files: Vec<String>,
 }
 
+/// The agent's process.
+#[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct AgentState {
+    /// True if it answers.
+    pub running: bool,
+    /// `ActiveState` of its unit, if systemd answers; absent for a running agent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unit: Option<String>,
+    /// `Result` of its unit, such as `start-limit-hit`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub result: Option<String>,
+}
+
+impl AgentState {
+    /// Returns the state as one line.
+    pub fn line(&self) -> String {
+        const UNIT: &str = "node-image-pivotd.service";
+        match (self.running, self.unit.as_deref(), self.result.as_deref()) {
+            (true, ..) => "running".to_owned(),
+            (_, Some("failed"), result) => format!(
+                "not running: {UNIT} failed ({}); see journalctl -b -u {UNIT}, then run systemctl reset-failed {UNIT}",
+                result.unwrap_or("unknown")
+            ),
+            (_, Some(state), _) => format!("not running: {UNIT} is {state}; the next command starts it"),
+            (_, None, _) => "not running, and systemd does not answer".to_owned(),
+        }
+    }
+}
+
 /// The status document. `schema` changes only if a field changes its meaning or is removed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(default)]
 pub struct Status {
     /// Version of this document: 1.
     pub schema: u32,
@@ -170,6 +178,12 @@ pub struct Status {
     /// The running call; another call waits for its end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub call: Option<String>,
+    /// The diagnosis of a pivot that waits or has failed. Determined when the document is read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub diagnosis: Option<Diagnosis>,
+    /// The agent itself; absent in documents of older agents. Determined when the document is read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub agent: Option<AgentState>,
     /// The last failure.
     pub error: Option<LastError>,
     /// The phases that have begun.
@@ -206,6 +220,8 @@ impl Default for Status {
             progress: ProgressSnapshot::default(),
             waiting_for: None,
             call: None,
+            diagnosis: None,
+            agent: None,
             error: None,
             timeline: Vec::new(),
             cost: Cost::default(),
@@ -214,5 +230,35 @@ impl Default for Status {
             notes: Vec::new(),
             deviations: Vec::new(),
         }
+    }
+}
+
+impl Status {
+    /// Returns the diagnosis of a pivot that waits or has failed.
+    pub fn diagnose(&self) -> Option<Diagnosis> {
+        let error = self.error.as_ref()?;
+        let ended = match self.state {
+            State::Waiting => false,
+            State::Failed => true,
+            _ => return None,
+        };
+        let command = match (ended, error.standing, self.flow) {
+            (false, ..) => "node-image-pivot status --watch",
+            (_, Some(Standing::HalfDone), _) => "node-image-pivot undo",
+            (_, _, Some(Flow::Bootstrap)) => "systemctl start node-image-finish.service",
+            (_, _, Some(Flow::Live)) => "systemctl start node-image-overlay.service",
+            (_, _, None) => "node-image-pivot run",
+        };
+        Some(Diagnosis {
+            class: error.class.clone(),
+            phase: self.phase,
+            cause: short_digests(&one_line(&error.message)),
+            since_unix: error.since_unix,
+            attempts: error.attempt,
+            next_unix: error.next_retry_unix,
+            outcome: ended.then_some(error.outcome),
+            standing: error.standing,
+            command: command.to_owned(),
+        })
     }
 }

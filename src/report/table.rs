@@ -2,11 +2,10 @@
 
 use std::fmt::Write;
 
-use super::diagnosis::Diagnosis;
-use super::service_record::timestamp;
-use super::text::{human_ms, state_line};
+use super::text::state_line;
 use super::timeline::{Layer, Span};
-use super::{Report, SpanResult, Subject, one_line};
+use super::words::{human_ms, one_line, timestamp};
+use super::{Report, SpanResult, Subject};
 use support::human_bytes;
 
 /// Number of layers that are listed, the slowest first.
@@ -20,7 +19,7 @@ pub fn summary(report: &Report) -> String {
     let mut line = |name: &str, value: &str| {
         let _ = writeln!(out, "{name:<12}{}", one_line(value));
     };
-    if let Some(diagnosis) = Diagnosis::of(status) {
+    if let Some(diagnosis) = status.diagnose() {
         line("cause", &diagnosis.cause);
         if let Some(standing) = diagnosis.standing {
             line("system", standing.sentence());

@@ -3,16 +3,8 @@
 use node_store::ProgressSnapshot;
 use support::human_bytes;
 
+use super::words::{one_line, short_digests};
 use super::{State, Status};
-
-/// Formats milliseconds: `85 ms`, `4.2 s`, `3 min 05 s`.
-pub(super) fn human_ms(ms: u64) -> String {
-    match ms {
-        0..1_000 => format!("{ms} ms"),
-        1_000..120_000 => format!("{:.1} s", ms as f64 / 1_000.0),
-        _ => format!("{} min {:02} s", ms / 60_000, ms / 1_000 % 60),
-    }
-}
 
 /// Renders the progress of a pull as a bar of `width` cells, followed by numbers.
 fn progress_line(progress: &ProgressSnapshot, width: usize) -> String {
@@ -35,25 +27,18 @@ fn progress_line(progress: &ProgressSnapshot, width: usize) -> String {
     )
 }
 
-/// Returns `text` as one line without control characters. Messages quote registries and tools: a line break would begin
-/// another field of the notification to systemd (`MAINPID=`, `STOPPING=1`), and an escape sequence would reach the
-/// console.
-pub fn one_line(text: &str) -> String {
-    let mut line = String::with_capacity(text.len());
-    for character in text.trim().chars() {
-        match character {
-            '\n' => line.push_str("; "),
-            control if control.is_control() => line.push(' '),
-            other => line.push(other),
-        }
-    }
-    line
-}
-
 /// Returns the state of the pivot as one line, for the unit's `Status:` and the console. `now_unix` is the time in seconds
 /// since the epoch.
 pub fn state_line(status: &Status, now_unix: u64) -> String {
-    one_line(&state_text(status, now_unix))
+    short_digests(&one_line(&state_text(status, now_unix)))
+}
+
+/// Returns a line for `STATUS=`: the diagnosis, or else the state.
+pub fn status_line(status: &Status, now_unix: u64) -> String {
+    match status.diagnose() {
+        Some(diagnosis) => diagnosis.line(now_unix),
+        None => state_line(status, now_unix),
+    }
 }
 
 /// Returns a line about the running call, for a call that waits for its end, or `None` if no call is running.
@@ -81,7 +66,11 @@ fn state_text(status: &Status, now_unix: u64) -> String {
             format!("pull: {}", progress_line(&status.progress, 20))
         }
         (State::Running, _) => format!("{phase} is running"),
-        (State::Idle, _) => "no pivot was requested yet".to_owned(),
+        (State::Idle, Some(error)) => {
+            format!("no call runs; the last attempt failed ({}): {}", error.class, error.message)
+        }
+        (State::Idle, None) => "no pivot was requested yet".to_owned(),
+        (State::Other, _) => "the agent is of another version; see status --json".to_owned(),
         (State::Pulled, _) => "the node image is pulled and staged; the running system is unchanged".to_owned(),
         (State::Switched, _) => format!("/usr and /etc are the node image's{}", trial_period(status, now_unix)),
         (State::Done, _) => format!("the pivot is done{}", trial_period(status, now_unix)),
@@ -147,6 +136,18 @@ mod tests {
                 Status { state: State::Failed, phase: Some(Phase::Stage), error: Some(error), ..Status::default() };
             assert_eq!(state_line(&status, 0), expected);
         }
+    }
+
+    #[test]
+    fn a_document_of_another_version_is_shown() {
+        let text = r#"{"state": "paused", "added": 1, "error": {"class": "x", "message": "m", "attempt": 1, "outcome": "new"}}"#;
+        let status: Status = serde_json::from_str(text).unwrap();
+        assert_eq!(
+            (status.state, status.error.as_ref().unwrap().outcome),
+            (State::Other, crate::report::Outcome::Internal)
+        );
+        assert!(state_line(&status, 0).contains("another version"));
+        assert_eq!(serde_json::from_str::<Status>("{}").unwrap(), Status::default());
     }
 
     #[test]

@@ -219,6 +219,25 @@ impl Timeline {
         Some(span)
     }
 
+    /// Returns the wait in which the last agent ended, if nothing began after it.
+    pub fn last_wait(&self) -> Option<&Span> {
+        let counts = |span: &&Span| matches!(span.subject, Subject::Phase | Subject::Wait | Subject::Undo);
+        let last = self.spans.iter().rev().find(counts)?;
+        (last.subject == Subject::Wait && last.result != Some(SpanResult::Done)).then_some(last)
+    }
+
+    /// Returns the number of waits since the last phase began.
+    pub fn waits(&self) -> u32 {
+        let since = self.spans.iter().rev().take_while(|span| span.subject != Subject::Phase);
+        since.filter(|span| span.subject == Subject::Wait).map(|span| span.merged.unwrap_or(1)).sum()
+    }
+
+    /// Begins again for another image. Switches and undos stay, as the history of the machine.
+    pub fn restart(&mut self) {
+        self.spans.retain(|span| matches!(span.subject, Subject::Mount | Subject::Undo));
+        self.layers.clear();
+    }
+
     /// Ends all spans, because the agent that began them has ended.
     pub fn interrupt(&mut self, now_ms: u64) {
         self.spans

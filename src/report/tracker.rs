@@ -258,7 +258,10 @@ impl Tracker {
     pub fn restart(&self, image: Option<String>) {
         self.progress.reset();
         self.progress.take_reads();
-        *self.live() = Live::default();
+        let mut live = self.live();
+        live.timeline.restart();
+        live.usage = None;
+        drop(live);
         self.update(|status| {
             *status = Status {
                 schema: status.schema,

@@ -2,9 +2,8 @@
 
 use super::axis::Axis;
 use super::svg::{Anchor, LETTER, Picture, Shape, fit};
-use crate::report::service_record::timestamp;
-use crate::report::text::human_ms;
 use crate::report::timeline::{Layer, Part, Span};
+use crate::report::words::{human_ms, timestamp};
 use crate::report::{Report, SpanResult, Subject, state_line};
 use support::human_bytes;
 

@@ -1,0 +1,71 @@
+//! The text of the agent at login prompts (issue.d of agetty) and at logins (motd.d of pam_motd).
+
+use std::fs::File;
+use std::path::Path;
+use std::time::SystemTime;
+
+use anyhow::{Context, Result};
+use support::directory::Directory;
+
+/// Directories and names of the two files, relative to the root. A reboot removes them.
+const FILES: [(&str, &str); 2] =
+    [("run/issue.d", "80-node-image-pivot.issue"), ("run/motd.d", "80-node-image-pivot.motd")];
+/// agetty shows its prompt again, with the issue, when this file changes (`agetty --reload`).
+const RELOAD: &str = "run/agetty.reload";
+
+/// Shows `text` on the system below `root`, or nothing.
+///
+/// # Errors
+/// A file cannot be written or removed.
+pub fn show_at_logins(root: &Path, text: Option<&str>) -> Result<()> {
+    let mut changed = false;
+    for (directory, name) in FILES {
+        let path = root.join(directory);
+        let shown = || format!("cannot write {}", path.join(name).display());
+        match text {
+            Some(text) => {
+                // agetty(8) gives a backslash a meaning.
+                let text = text.replace('\\', "/");
+                Directory::ensure(&path)
+                    .and_then(|dir| dir.write_atomic(name, 0o644, text.as_bytes()))
+                    .with_context(shown)?;
+            }
+            None if path.join(name).exists() => Directory::ensure(&path)?.remove_all(name).with_context(shown)?,
+            None => continue,
+        }
+        changed = true;
+    }
+    if !changed {
+        return Ok(());
+    }
+    // Only a running agetty creates the file, so without one there is no prompt to show again.
+    if let Ok(reload) = File::options().write(true).open(root.join(RELOAD)) {
+        reload.set_modified(SystemTime::now()).context("cannot reload the login prompts")?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_text_appears_at_logins_and_is_removed() {
+        let temp = tempfile::tempdir().unwrap();
+        show_at_logins(temp.path(), None).unwrap();
+        assert!(!temp.path().join("run").exists(), "nothing to remove");
+        std::fs::create_dir(temp.path().join("run")).unwrap();
+        std::fs::write(temp.path().join(RELOAD), "").unwrap();
+        let old = File::options().write(true).open(temp.path().join(RELOAD)).unwrap();
+        old.set_modified(SystemTime::UNIX_EPOCH).unwrap();
+        show_at_logins(temp.path(), Some("a\\nb\n")).unwrap();
+        for (directory, name) in FILES {
+            assert_eq!(std::fs::read_to_string(temp.path().join(directory).join(name)).unwrap(), "a/nb\n");
+        }
+        let reloaded = std::fs::metadata(temp.path().join(RELOAD)).unwrap().modified().unwrap();
+        assert!(reloaded > SystemTime::UNIX_EPOCH);
+        show_at_logins(temp.path(), None).unwrap();
+        assert!(FILES.iter().all(|(directory, name)| !temp.path().join(directory).join(name).exists()));
+    }
+}
