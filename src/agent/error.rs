@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::state::Unusable;
 use crate::preflight::Refusals;
-use crate::report::{Attempt, LastError, Outcome, Reason, Standing};
+use crate::report::{Attempt, LastError, Outcome, Reason, RefusalId, Standing};
 use node_store::image::{Failure, Kind};
 
 /// The end of a call that did not reach its goal.
@@ -45,8 +45,8 @@ pub enum Cause {
 
 impl Error {
     /// Returns a refusal for one reason; `id` is stable and shown as `error.refusals[].id`.
-    pub fn refused(id: &'static str, message: impl Into<String>) -> Self {
-        Cause::Refused(vec![Reason { id: id.to_owned(), message: message.into() }]).into()
+    pub fn refused(id: RefusalId, message: impl Into<String>) -> Self {
+        Cause::Refused(vec![Reason { id: id.as_str().to_owned(), message: message.into() }]).into()
     }
 
     /// Returns the error of a call that was cancelled.
@@ -158,14 +158,16 @@ impl From<anyhow::Error> for Error {
 
 impl From<Unusable> for Error {
     fn from(unusable: Unusable) -> Self {
-        Self::refused("state-file", unusable.to_string())
+        Self::refused(RefusalId::StateFile, unusable.to_string())
     }
 }
 
 impl From<Refusals> for Error {
     fn from(refusals: Refusals) -> Self {
-        let reason =
-            |refusal: &crate::preflight::Refusal| Reason { id: refusal.id().into(), message: refusal.to_string() };
+        let reason = |refusal: &crate::preflight::Refusal| Reason {
+            id: refusal.id().as_str().into(),
+            message: refusal.to_string(),
+        };
         Cause::Refused(refusals.0.iter().map(reason).collect()).into()
     }
 }
@@ -181,7 +183,12 @@ mod tests {
         let (after, limit) = (Duration::from_secs(90), "attempts");
         let gave_up = Cause::GaveUp { failure: failure(Kind::Clock), attempts: 7, after, limit };
         [
-            (Error::refused("mode-off", "no"), Outcome::Refused, "refused", "no; the running system is unchanged"),
+            (
+                Error::refused(RefusalId::ModeOff, "no"),
+                Outcome::Refused,
+                "refused",
+                "no; the running system is unchanged",
+            ),
             (
                 Refusals(vec![Refusal::EtcReadOnly, Refusal::NoOverlay]).into(),
                 Outcome::Refused,
@@ -220,7 +227,7 @@ mod tests {
     fn the_first_state_of_the_running_system_is_kept() {
         let error = Error::from(anyhow::anyhow!("x")).at(Standing::RolledBack).at(Standing::Unchanged);
         assert_eq!(error.to_string(), "x; rolled back: /usr and /etc are unchanged");
-        let refused = Error::refused("no-switch", "nothing was switched").at(Standing::Switched);
+        let refused = Error::refused(RefusalId::NoSwitch, "nothing was switched").at(Standing::Switched);
         assert_eq!(refused.to_string(), "nothing was switched; nothing was changed");
     }
 }

@@ -10,7 +10,7 @@ use tracing::{info, warn};
 use super::state::{StateFile, if_present};
 use super::{CancelHandle, Context, Error, StagedRoot, SwitchPlan};
 use crate::host::{self, Hook, Moment};
-use crate::report::{Phase, State, Subject, one_line};
+use crate::report::{Phase, RefusalId, State, Subject, one_line};
 use unit_refresh::Flow;
 
 const ROOT: &str = "/";
@@ -26,8 +26,8 @@ pub(super) async fn pre_switch(
     cancel: &CancelHandle,
 ) -> Result<(), Error> {
     let moment = Moment::PreSwitch;
-    let hooks =
-        host::find_hooks(Path::new(ROOT), moment).map_err(|error| Error::refused("hook", format!("{error:#}")))?;
+    let hooks = host::find_hooks(Path::new(ROOT), moment)
+        .map_err(|error| Error::refused(RefusalId::Hook, format!("{error:#}")))?;
     // Another switch runs the hooks after it again.
     context.paths.remove(Done::NAME)?;
     if hooks.is_empty() {
@@ -44,7 +44,7 @@ pub(super) async fn pre_switch(
         outcome = all => outcome.map_err(|error| {
             let name = moment.as_str();
             let remedy = format!("disable the hook with a link to /dev/null in /etc/node-image-pivot/{name}.d");
-            Error::refused("hook", format!("{error:#}; fix the cause, or {remedy}"))
+            Error::refused(RefusalId::Hook, format!("{error:#}; fix the cause, or {remedy}"))
         }),
         () = cancel.cancelled() => Err(Error::cancelled()),
     };

@@ -34,7 +34,7 @@ use tokio::sync::{Mutex, MutexGuard, watch};
 use tracing::{error, info, warn};
 
 use crate::config::Settings;
-use crate::report::{AgentState, LastError, Report, Status, Timeline, Tracker};
+use crate::report::{AgentState, LastError, RefusalId, Report, Status, Timeline, Tracker};
 use deviations::Standing;
 use holder::{Held, Holder};
 use node_store::store::{LockError, StoreLock};
@@ -227,7 +227,7 @@ impl Agent {
         let configured = Settings::load().ok().map(|settings| Asked::by(&settings));
         let other = deviations::other_image(record.asked.as_ref(), configured.as_ref());
         match other.filter(|_| !record.step.is_before_switch()) {
-            Some(line) => Err(Error::refused("other-image", line)),
+            Some(line) => Err(Error::refused(RefusalId::OtherImage, line)),
             None => Ok(()),
         }
     }
@@ -266,16 +266,17 @@ impl Agent {
             self.undo_locked(record, Below::Unmount, "undo that was interrupted").await?;
         }
         if let Step::Lost { message, .. } = &record.step {
-            return Err(Error::refused("lost-record", message.clone()));
+            return Err(Error::refused(RefusalId::LostRecord, message.clone()));
         }
         if !self.boot_known.load(Ordering::Acquire) {
             self.boot_known.store(record.learn(Boot::look().await), Ordering::Release);
         }
         if length.is_some() && !record.step.is_before_switch() && record.trial.is_none_or(|until| until.kept) {
-            return Err(Error::refused("switched", "this system is switched already; run undo before a try"));
+            return Err(Error::refused(RefusalId::Switched, "this system is switched already; run undo before a try"));
         }
         // Read at each call, so that a corrected configuration needs no restart.
-        let settings = Settings::load().map_err(|error| Error::refused("configuration", format!("{error:#}")))?;
+        let settings =
+            Settings::load().map_err(|error| Error::refused(RefusalId::Configuration, format!("{error:#}")))?;
         let asked = Asked::by(&settings);
         if record.step.is_before_switch() && record.asked.as_ref() != Some(&asked) {
             record.step = Step::Idle;

@@ -5,6 +5,7 @@ use tracing::info;
 use super::state::{self, Asked};
 use super::{Agent, CancelHandle, Context, Error, Goal, PlanDocument, Step, phases};
 use crate::config::Settings;
+use crate::report::RefusalId;
 
 impl Agent {
     /// Resolves, pulls and stages. Reuses the result of an earlier call as long as the pull spec names the same image; a tag
@@ -81,7 +82,7 @@ impl Agent {
             Step::NothingToDo { .. } => return Ok(Vec::new()),
             _ => {
                 return Err(Error::refused(
-                    "switched",
+                    RefusalId::Switched,
                     "already switched: /etc is merged; see the report of the switch",
                 ));
             }

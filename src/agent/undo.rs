@@ -8,7 +8,7 @@ use tracing::{info, warn};
 use super::deviations::Standing;
 use super::phases::{self, Below};
 use super::{Agent, Error, Goal, Record, StagedRoot, Step, TrialPeriod, Undo, auto_undo};
-use crate::report::{self, Phase, State, Subject};
+use crate::report::{self, Phase, RefusalId, State, Subject};
 
 /// Sets a flag as long as it lives.
 struct Flag<'a>(&'a AtomicBool);
@@ -38,7 +38,9 @@ impl Agent {
             Ok(record) => record,
             // A caller repeats its call after the daemon was killed.
             Err(_) if self.undoing.load(Ordering::Acquire) => self.record.lock().await,
-            Err(_) => return Err(Error::refused("busy", "a phase is under way: wait for it, or cancel it first")),
+            Err(_) => {
+                return Err(Error::refused(RefusalId::Busy, "a phase is under way: wait for it, or cancel it first"));
+            }
         };
         let mut record = self.holder.hold(record, "undo");
         self.undo_locked(&mut record, Below::Refuse, "undo").await
@@ -68,7 +70,7 @@ impl Agent {
     ) -> Result<Vec<String>, Error> {
         let _flag = Flag::raise(&self.undoing);
         let Some(staged) = record.step.staged().filter(|_| !record.step.is_before_switch()).cloned() else {
-            let nothing = || Error::refused("no-switch", "nothing was switched, so there is nothing to undo");
+            let nothing = || Error::refused(RefusalId::NoSwitch, "nothing was switched, so there is nothing to undo");
             return record.undone.clone().ok_or_else(nothing);
         };
         // Mounts below /usr were checked when an undo began.
@@ -76,7 +78,7 @@ impl Agent {
         let obstacles = phases::obstacles(if begun.is_some() { Below::Unmount } else { below });
         if !obstacles.is_empty() {
             let begun = if begun.is_some() { "goes no further" } else { "has not begun" };
-            return Err(Error::refused("way-back", format!("undo {begun}: {}", phases::message(&obstacles))));
+            return Err(Error::refused(RefusalId::WayBack, format!("undo {begun}: {}", phases::message(&obstacles))));
         }
         self.end_download().await;
         let undo = match begun {
@@ -182,7 +184,7 @@ impl Agent {
     /// A refusal if no switch is on trial, the period is over, or a phase is running.
     pub async fn keep(&self) -> Result<Vec<String>, Error> {
         let Ok(mut record) = self.record.try_lock() else {
-            return Err(Error::refused("busy", "a phase is under way: keep the switch when it has ended"));
+            return Err(Error::refused(RefusalId::Busy, "a phase is under way: keep the switch when it has ended"));
         };
         let switched = matches!(record.step, Step::Switched(_) | Step::Refreshed(_) | Step::Finished(_));
         match record.trial {
@@ -191,7 +193,7 @@ impl Agent {
                 Ok(vec!["kept already".into()])
             }
             Some(trial) if switched && trial.left().is_some_and(|left| left.is_zero()) => {
-                Err(Error::refused("expired", "the trial period is over: the switch is being undone"))
+                Err(Error::refused(RefusalId::Expired, "the trial period is over: the switch is being undone"))
             }
             Some(trial) if switched => {
                 let before = record.clone();
@@ -204,7 +206,7 @@ impl Agent {
                 info!("the switch is kept");
                 Ok(vec!["kept: the switch stays".into()])
             }
-            _ => Err(Error::refused("no-trial", "there is nothing to keep: no switch is on trial (run --try)")),
+            _ => Err(Error::refused(RefusalId::NoTrial, "there is nothing to keep: no switch is on trial (run --try)")),
         }
     }
 
@@ -234,7 +236,7 @@ impl Agent {
         match step {
             Step::Undoing(_) => self.undo().await.map(drop),
             // Only an administrator may start this undo.
-            Step::Lost { message, .. } => Err(Error::refused("lost-record", message)),
+            Step::Lost { message, .. } => Err(Error::refused(RefusalId::LostRecord, message)),
             Step::Switching(_) | Step::Switched(_) => {
                 info!("the switch was interrupted: finishing it");
                 self.advance(Goal::Switched, &self.cancel_handle("resume")).await

@@ -1,6 +1,6 @@
 //! The command line, one file for each group of subcommands.
 //!
-//! Every command except `daemon`, `completions` and `man` is a client of the daemon. [`Outcome`] defines the exit codes,
+//! Every command except `daemon`, `explain`, `completions` and `man` is a client of the daemon. [`Outcome`] defines the exit codes,
 //! which are stable.
 
 mod daemon;
@@ -102,6 +102,13 @@ enum Command {
         #[arg(long = "try", value_name = "TIME", value_parser = drive::seconds)]
         try_for: Option<u64>,
     },
+    /// Explain a refusal or a class of failures
+    ///
+    /// `status` and `status --json` show these names. Without a name, lists all.
+    Explain {
+        /// Name of the refusal or the class, such as too-little or network
+        name: Option<String>,
+    },
     /// Keep a switch that was made with `run --try`
     Keep,
     /// Restore /usr and /etc from before the switch
@@ -159,6 +166,7 @@ async fn dispatch(command: Command) -> anyhow::Result<Outcome> {
                 exit => Ok(exit),
             }
         }
+        Command::Explain { name } => Ok(show::explain(name.as_deref())),
         Command::Keep => drive::drive(&paths, Call::of("Keep")).await,
         Command::Undo => drive::drive(&paths, Call::of("Undo")).await,
         Command::Cancel => drive::cancel(&paths).await,

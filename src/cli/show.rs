@@ -136,6 +136,23 @@ pub(super) async fn report(paths: &StateDir, json: bool, svg: Option<&Path>) -> 
     Ok(Outcome::Done)
 }
 
+pub(super) fn explain(name: Option<&str>) -> Outcome {
+    let Some(name) = name else {
+        report::explanations().for_each(|(name, text)| say::out(format_args!("{name}: {text}")));
+        return Outcome::Done;
+    };
+    match report::explain(name) {
+        Some(text) => {
+            say::out(format_args!("{name}: {text}"));
+            Outcome::Done
+        }
+        None => {
+            say::error(&format!("unknown name \"{name}\": node-image-pivot explain lists all"));
+            Outcome::Internal
+        }
+    }
+}
+
 pub(super) async fn watch(paths: &StateDir, json: bool) -> Result<Outcome> {
     let mut last = None;
     let mut absent_since = None;

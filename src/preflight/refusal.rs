@@ -1,6 +1,7 @@
 //! The reasons not to switch, with their messages and stable names.
 
 use super::elf::Machine;
+use crate::report::RefusalId;
 use node_store::image::System;
 use support::human_bytes;
 
@@ -119,27 +120,27 @@ pub enum Refusal {
 
 impl Refusal {
     /// Returns the stable name of the check, for `error.refusals[].id` in the status document.
-    pub fn id(&self) -> &'static str {
+    pub fn id(&self) -> RefusalId {
         match self {
-            Self::OldKernel { .. } => "old-kernel",
-            Self::NoOverlay => "no-overlay",
-            Self::NotAllowed => "not-allowed",
-            Self::TooDeep { .. } => "too-deep",
-            Self::NotStackable(_) => "not-stackable",
-            Self::Unlocked { .. } => "unlocked",
-            Self::ModulesMounted(_) => "modules-mounted",
-            Self::Missing { .. } => "missing",
-            Self::OsRelease => "os-release",
-            Self::OsMismatch { .. } => "os-mismatch",
-            Self::Architecture { .. } => "architecture",
-            Self::Metadata(_) => "metadata",
-            Self::TooLittle { .. } => "too-little",
-            Self::Trial(_) => "trial",
-            Self::Sshd(_) => "sshd",
-            Self::EtcReadOnly => "etc-read-only",
-            Self::EtcLocked => "etc-locked",
-            Self::Domain { .. } => "domain",
-            Self::Conflicts(_) => "conflicts",
+            Self::OldKernel { .. } => RefusalId::OldKernel,
+            Self::NoOverlay => RefusalId::NoOverlay,
+            Self::NotAllowed => RefusalId::NotAllowed,
+            Self::TooDeep { .. } => RefusalId::TooDeep,
+            Self::NotStackable(_) => RefusalId::NotStackable,
+            Self::Unlocked { .. } => RefusalId::Unlocked,
+            Self::ModulesMounted(_) => RefusalId::ModulesMounted,
+            Self::Missing { .. } => RefusalId::Missing,
+            Self::OsRelease => RefusalId::OsRelease,
+            Self::OsMismatch { .. } => RefusalId::OsMismatch,
+            Self::Architecture { .. } => RefusalId::Architecture,
+            Self::Metadata(_) => RefusalId::Metadata,
+            Self::TooLittle { .. } => RefusalId::TooLittle,
+            Self::Trial(_) => RefusalId::Trial,
+            Self::Sshd(_) => RefusalId::Sshd,
+            Self::EtcReadOnly => RefusalId::EtcReadOnly,
+            Self::EtcLocked => RefusalId::EtcLocked,
+            Self::Domain { .. } => RefusalId::Domain,
+            Self::Conflicts(_) => RefusalId::Conflicts,
         }
     }
 }

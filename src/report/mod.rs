@@ -1,13 +1,14 @@
 //! The status document, and its forms as text: progress, timeline and summary.
 //!
-//! D-Bus, command line, console and `systemctl status` show views of one [`Status`]. The module writes only one file, the
-//! service record, and does not act on the system otherwise.
+//! D-Bus, command line, console and `systemctl status` show views of one [`Status`]. The module also names and explains the
+//! refusals. It writes only one file, the service record, and does not act on the system otherwise.
 
 mod diagnosis;
 mod document;
 mod outcome;
 mod phase;
 mod plot;
+mod refusal_id;
 mod service_record;
 mod status;
 mod table;
@@ -22,6 +23,7 @@ pub use document::Report;
 pub use outcome::{Outcome, Reason, Standing};
 pub use phase::Phase;
 pub use plot::plot;
+pub use refusal_id::{RefusalId, explain, explanations};
 pub use service_record::{ServiceRecord, unit_of};
 pub use status::{AgentState, Attempt, LastError, StaleUnit, State, Status, TimelineEntry};
 pub use table::summary;

@@ -101,6 +101,7 @@ mod tests {
     use std::cell::RefCell;
 
     use super::*;
+    use crate::report::RefusalId;
 
     #[test]
     fn pauses_between_attempts_grow_to_a_limit() {
@@ -113,14 +114,14 @@ mod tests {
         let mut failures = ["a", "a", "b", "b", "b", "a"].into_iter();
         let (reported, pauses) = (RefCell::new(Vec::new()), RefCell::new(Vec::new()));
         let attempt =
-            || std::future::ready(failures.next().map_or(Ok(()), |text| Err(Error::refused("way-back", text))));
+            || std::future::ready(failures.next().map_or(Ok(()), |text| Err(Error::refused(RefusalId::WayBack, text))));
         let report = |error: &Error| reported.borrow_mut().push(error.to_string());
         let pause = |failed| {
             pauses.borrow_mut().push(failed);
             Duration::ZERO
         };
         until_done(attempt, report, pause).await;
-        let [a, b] = ["a", "b"].map(|text| Error::refused("way-back", text).to_string());
+        let [a, b] = ["a", "b"].map(|text| Error::refused(RefusalId::WayBack, text).to_string());
         assert_eq!(*reported.borrow(), [a.clone(), b, a]);
         assert_eq!(*pauses.borrow(), [0, 1, 2, 3, 4, 5]);
     }

@@ -7,6 +7,7 @@ use tracing::{info, warn};
 use super::pull;
 use crate::agent::{Agent, CancelHandle, Context, Error, Goal, Step};
 use crate::config::Settings;
+use crate::report::RefusalId;
 use node_store::import::PulledImage;
 use support::human_bytes;
 
@@ -28,7 +29,10 @@ impl Agent {
                 Step::NothingToDo { reason, .. } => return Ok(vec![format!("nothing to do: {reason}")]),
                 _ => {
                     let Some(pulled) = pulled(&mut record.step).cloned() else {
-                        return Err(Error::refused("half-done", "the switch is half done: finish or undo it first"));
+                        return Err(Error::refused(
+                            RefusalId::HalfDone,
+                            "the switch is half done: finish or undo it first",
+                        ));
                     };
                     if pulled.complete {
                         return Ok(vec![format!("the node store has all of {}", shown(&pulled))]);
@@ -44,7 +48,8 @@ impl Agent {
                 }
             }
         };
-        let settings = Settings::load().map_err(|error| Error::refused("configuration", format!("{error:#}")))?;
+        let settings =
+            Settings::load().map_err(|error| Error::refused(RefusalId::Configuration, format!("{error:#}")))?;
         // The record is not locked, so undo, `keep` and the end of a trial period do not wait for a registry.
         let beside = self.tracker.beside();
         let context = Context::new(settings, beside.tracker().clone(), self.paths.clone());

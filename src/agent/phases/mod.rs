@@ -17,7 +17,7 @@ use anyhow::anyhow;
 use tracing::info;
 
 use super::{Call, Context, Error, Goal, Record, Step, hooks, unit_jobs};
-use crate::report::State;
+use crate::report::{RefusalId, State};
 use start::{Start, decide};
 use unit_refresh::Flow;
 
@@ -33,7 +33,7 @@ pub(super) async fn next(context: &Context, record: &mut Record, call: &mut Call
         Step::Idle => match decide(&context.settings, &|path| path.exists()) {
             Start::Refuse => {
                 return Err(Error::refused(
-                    "mode-off",
+                    RefusalId::ModeOff,
                     "the mode is \"off\": node-image-pivot= on the kernel command line, or `mode` in a drop-in file",
                 ));
             }
@@ -70,7 +70,7 @@ pub(super) async fn next(context: &Context, record: &mut Record, call: &mut Call
             Step::Switching(staged)
         }
         Step::Switching(staged) => Step::Switched(switch::switch(context, record, &mut call.guard, staged).await?),
-        Step::Lost { message, .. } => return Err(Error::refused("lost-record", message)),
+        Step::Lost { message, .. } => return Err(Error::refused(RefusalId::LostRecord, message)),
         // The caller completes an undo before it asks for the next step.
         Step::Undoing(_) => return Err(anyhow!("undo is not complete").into()),
         Step::Switched(switched) => {

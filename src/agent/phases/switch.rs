@@ -12,7 +12,7 @@ use super::file_steps::FileSteps;
 use crate::agent::new_usr::ETC;
 use crate::agent::state::{FileStep, SwitchStep};
 use crate::agent::{Context, Error, Record, StagedRoot, StateDir, SwitchPlan, Switched, reexec};
-use crate::report::{Phase, State, Subject};
+use crate::report::{Phase, RefusalId, State, Subject};
 use unit_refresh::Guard;
 
 /// Exposes the new `/usr` and merges `/etc`.
@@ -62,7 +62,7 @@ pub(super) fn check(paths: &StateDir, staged: &StagedRoot) -> Result<(), Error> 
     if refusals.is_empty() {
         return Ok(());
     }
-    Err(Error::refused("too-little", refusals.join("; ")))
+    Err(Error::refused(RefusalId::TooLittle, refusals.join("; ")))
 }
 
 #[cfg(test)]

@@ -24,7 +24,7 @@ impl Class {
 }
 
 /// The kind of a failure, in the field's terms. Stable: it is shown in the status document as `error.class`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, strum::IntoStaticStr)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, strum::EnumIter, strum::EnumMessage, strum::IntoStaticStr)]
 #[strum(serialize_all = "kebab-case")]
 pub enum Kind {
     /// Failed name resolution, connection refused or reset, time-out, 5xx, 429.

@@ -1,0 +1,158 @@
+//! The stable names of refusals, and the classes of failures, with their explanations.
+//!
+//! `explain` prints the documentation of these values, so that none can be without one.
+
+use node_store::image::Kind;
+use strum::{EnumIter, EnumMessage, IntoEnumIterator, IntoStaticStr};
+
+/// The stable name of a reason for a refusal, `error.refusals[].id` in the status document.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, EnumIter, EnumMessage, IntoStaticStr)]
+#[strum(serialize_all = "kebab-case")]
+pub enum RefusalId {
+    /// The node image's programs are for another machine. Use the node image for this architecture.
+    Architecture,
+    /// A phase is under way. Wait for its end (`node-image-pivot status --watch`), or end a pull with `node-image-pivot
+    /// cancel`.
+    Busy,
+    /// The configuration is invalid. The message names the file, the key and the accepted values.
+    Configuration,
+    /// `/etc` and the node image changed the same files, and `etc.strategy` is `fail`. Compare them with
+    /// `node-image-pivot diff-etc`, then set `etc.strategy = "keep"` or change the files.
+    Conflicts,
+    /// The node image's SELinux policy lacks the domain of the agent. Run the agent in a domain that both policies have, or
+    /// add the domain to the node image.
+    Domain,
+    /// The directory `/etc` is immutable or append-only. Run `chattr -i -a /etc`.
+    EtcLocked,
+    /// `/etc` is mounted read-only. Make it writable first.
+    EtcReadOnly,
+    /// The trial period is over, so the switch is being undone and cannot be kept. Switch again after the undo.
+    Expired,
+    /// A switch or an undo has begun and is not complete. Run `node-image-pivot undo`, or start the unit of the switch again.
+    HalfDone,
+    /// A `pre-switch` hook failed. The message has its last lines. Fix the cause, or disable the hook with a link to
+    /// `/dev/null`.
+    Hook,
+    /// The record of a switch is lost or damaged, and the system is switched. Run `node-image-pivot undo`, or reboot.
+    LostRecord,
+    /// The metadata of the node image's commit exclude this machine, or any boot. Use another node image.
+    Metadata,
+    /// The node image lacks a file that every bootable system has. Use another node image.
+    Missing,
+    /// The mode is `off`: on the kernel command line (`node-image-pivot=off`) or in a drop-in file (`mode`).
+    ModeOff,
+    /// The modules of the running kernel are on a mount that the new `/usr` would hide. Unmount it.
+    ModulesMounted,
+    /// The kernel has no overlay file system. Load the module `overlay`, or boot another bootimage.
+    NoOverlay,
+    /// Nothing was switched, so there is nothing to undo.
+    NoSwitch,
+    /// No switch is in its trial period, so there is nothing to keep. `node-image-pivot run --try` begins one.
+    NoTrial,
+    /// The agent lacks the capability to mount. Start it through `node-image-pivotd.service`.
+    NotAllowed,
+    /// The kernel refuses an overlay on `/usr`. Use a bootimage with `/usr` on another file system.
+    NotStackable,
+    /// The kernel lacks a system call that the switch needs. Boot a bootimage with Linux 5.6 or later.
+    OldKernel,
+    /// The node image is another distribution or major release than the booted system. Configure the image of this system
+    /// (`image_tags`), or set `os_mismatch = "warn"`.
+    OsMismatch,
+    /// The node image's os-release does not name a system. Use another node image.
+    OsRelease,
+    /// The system is switched to another image than the configured one. Run `node-image-pivot undo`, then
+    /// `node-image-pivot run`.
+    OtherImage,
+    /// The node image's sshd rejects this machine's configuration or host keys. Correct `/etc/ssh` so that `sshd -t` of both
+    /// systems passes, or disable and stop sshd.
+    Sshd,
+    /// A file in `/run/node-image-pivot` is missing, damaged, or of another version, boot or image. The message names the
+    /// file and the remedy.
+    StateFile,
+    /// The system is switched already. Run `node-image-pivot undo` first.
+    Switched,
+    /// Overlays are already stacked on `/usr`, and the kernel accepts no other one. Run `systemd-sysext unmerge` if system
+    /// extensions are merged.
+    TooDeep,
+    /// Memory or disk space is too small. The message has the needed and the free bytes. Add some, or stop something that
+    /// uses it.
+    TooLittle,
+    /// A program of the node image does not run on this machine. The image may need another CPU, or its C library may be
+    /// broken. Use another node image.
+    Trial,
+    /// `/usr` is writable through an overlay, so it may differ from the booted commit. Reboot without `ostree admin unlock`
+    /// and without `transient = true` in prepare-root.conf.
+    Unlocked,
+    /// A mount would prevent the undo: over `/usr`, below it since the switch, or a read-only `/etc`. The message names it.
+    /// Unmount it, then run `node-image-pivot undo` again.
+    WayBack,
+}
+
+impl RefusalId {
+    /// Returns the stable name.
+    pub fn as_str(self) -> &'static str {
+        self.into()
+    }
+}
+
+/// Classes that are not of a pull.
+const OTHER_CLASSES: [(&str, &str); 2] = [
+    (
+        "refused",
+        "A check refused before anything changed. `error.refusals[].id` names it: node-image-pivot explain ID.",
+    ),
+    (
+        "interrupted",
+        "The agent was killed during a switch or an undo. Start the unit of the switch again to complete it, or run \
+         `node-image-pivot undo`.",
+    ),
+];
+
+/// Returns the explanation of a refusal or a class, or `None` for an unknown name.
+pub fn explain(name: &str) -> Option<String> {
+    explanations().find(|(known, _)| *known == name).map(|(_, text)| text)
+}
+
+/// Returns all refusals and classes with their explanations, as one line each.
+pub fn explanations() -> impl Iterator<Item = (&'static str, String)> {
+    let one_line = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+    let refusals = RefusalId::iter()
+        .map(move |id| (id.as_str(), format!("Refusal. {}", one_line(id.get_documentation().unwrap_or_default()))));
+    let kinds = Kind::iter().map(move |kind| {
+        let meaning = one_line(kind.get_documentation().unwrap_or_default());
+        (kind.as_str(), format!("Class of failures. {meaning} Remedy: {}.", one_line(kind.advice())))
+    });
+    let others = OTHER_CLASSES.into_iter().map(|(name, text)| (name, format!("Class of failures. {text}")));
+    refusals.chain(kinds).chain(others)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_refusal_and_class_is_explained_and_documented() {
+        let page =
+            |name: &str| std::fs::read_to_string(format!("{}/docs/{name}.md", env!("CARGO_MANIFEST_DIR"))).unwrap();
+        let (commands, troubleshooting) = (page("commands"), page("troubleshooting"));
+        for (name, text) in explanations() {
+            let page = if text.starts_with("Refusal") { &commands } else { &troubleshooting };
+            assert!(page.contains(&format!("`{name}`")), "{name} is missing in the documentation");
+            let said = text.split_once(". ").unwrap().1;
+            assert!(said.len() > 20 && said.ends_with('.'), "{name}: {text}");
+        }
+        assert!(explain("too-little").unwrap().contains("Memory or disk space"));
+        assert!(explain("network").unwrap().contains("check name resolution"));
+        assert_eq!(explain("bogus"), None);
+    }
+
+    #[test]
+    fn names_are_unique() {
+        let mut names: Vec<_> = explanations().map(|(name, _)| name).collect();
+        let count = names.len();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), count);
+    }
+}
