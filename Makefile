@@ -61,6 +61,7 @@ install: install-check
 	install -m 0644 $(addprefix units/,$(UNITS)) "$(unitdir)"
 	ln -sfn node-image-pivot.target "$(unitdir)/node-image-overlay.target"
 	install -D -m 0644 packaging/dbus/org.nodeimage.Pivot1.conf "$(usr)/share/dbus-1/system.d/org.nodeimage.Pivot1.conf"
+	install -D -m 0644 packaging/catalog/node-image-pivot.catalog "$(usr)/lib/systemd/catalog/node-image-pivot.catalog"
 	install -d "$(usr)/share/selinux/packages"
 	install -m 0644 packaging/selinux/*.cil "$(usr)/share/selinux/packages"
 	install -m 0755 dracut/98node-image-pivot/module-setup.sh dracut/98node-image-pivot/carry.sh "$(dracutdir)"

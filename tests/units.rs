@@ -15,6 +15,7 @@ const SHIPPED: &[&str] = &[
     "lib/dracut/modules.d/98node-image-pivot/carry.sh",
     "lib/dracut/modules.d/98node-image-pivot/module-setup.sh",
     "lib/dracut/modules.d/98node-image-pivot/node-image-pivot-carry.service",
+    "lib/systemd/catalog/node-image-pivot.catalog",
     "lib/systemd/system-generators/node-image-pivot-generator",
     "lib/systemd/system/node-image-finish.service",
     "lib/systemd/system/node-image-overlay.service",

@@ -1,6 +1,7 @@
 //! `daemon`: opens the agent with its record and serves calls until SIGTERM or SIGINT.
 
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::Result;
 use libsystemd::daemon::{NotifyState, notify};
@@ -15,6 +16,9 @@ use crate::bus;
 use crate::host;
 use crate::report::{self, Diagnosis, Outcome, Phase, State, Status};
 
+/// Interval of the signs of life, which `WatchdogSec=` of the unit expects, and of the progress in `systemctl status`.
+const BEAT: Duration = Duration::from_secs(5);
+
 pub(super) async fn daemon(paths: StateDir) -> Result<Outcome> {
     start_log();
     let socket = paths.socket();
@@ -28,6 +32,7 @@ pub(super) async fn daemon(paths: StateDir) -> Result<Outcome> {
     let mut watch = agent.tracker().watch();
     watch.mark_changed();
     let mut logins = Logins::default();
+    let mut beat = tokio::time::interval(BEAT);
     loop {
         tokio::select! {
             _ = terminate.recv() => break,
@@ -39,6 +44,14 @@ pub(super) async fn daemon(paths: StateDir) -> Result<Outcome> {
                 let status = watch.borrow_and_update().clone();
                 let _ = notify(false, &[NotifyState::Status(report::status_line(&status, unix_now()))]);
                 logins.show(&status);
+            }
+            _ = beat.tick() => {
+                let _ = notify(false, &[NotifyState::Watchdog]);
+                // The counters of a pull change without a change of the document.
+                let status = agent.tracker().status();
+                if (status.phase, status.state) == (Some(Phase::Pull), State::Running) {
+                    let _ = notify(false, &[NotifyState::Status(report::status_line(&status, unix_now()))]);
+                }
             }
         }
     }
@@ -80,7 +93,9 @@ fn start_log() {
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
     let registry = tracing_subscriber::registry().with(filter);
     match tracing_journald::layer() {
-        Ok(journal) => registry.with(journal.with_syslog_identifier("node-image-pivot".into())).init(),
+        Ok(journal) => {
+            registry.with(journal.with_syslog_identifier("node-image-pivot".into()).with_field_prefix(None)).init();
+        }
         Err(_) => registry.with(tracing_subscriber::fmt::layer().with_writer(std::io::stderr)).init(),
     }
 }

@@ -7,15 +7,19 @@ use anyhow::Result;
 use libsystemd::daemon::{NotifyState, notify};
 
 use super::pauses::Pauses;
-use super::say;
+use super::{case, say};
 use crate::agent::StateDir;
 use crate::bus::{CallError, Client};
-use crate::report::{self, Outcome, Phase, ServiceRecord, State, Status};
+use crate::report::{self, Outcome, Phase, Report, ServiceRecord, State, Status};
+use node_store::ProgressSnapshot;
 
 /// Interval at which the status is read.
 pub(super) const POLL: Duration = Duration::from_millis(500);
 /// Time to wait for a daemon that disconnected; its unit restarts it.
 const RECONNECT: Duration = Duration::from_secs(60);
+
+/// Time that progress adds to a limit of the unit, so that a configured `TimeoutStartSec=` ends only a pull that stands still.
+const PROGRESS: Duration = Duration::from_secs(120);
 
 /// A method of the daemon, and its argument if it has one.
 #[derive(Debug, Clone, Copy)]
@@ -54,17 +58,30 @@ pub(super) fn seconds(text: &str) -> Result<u64, String> {
 
 /// Makes `call` and waits for its end. If the daemon dies, its unit restarts it with its record, and the call is repeated.
 pub(super) async fn drive(paths: &StateDir, call: Call) -> Result<Outcome> {
-    let mut reporter = Reporter { record: record(), ..Reporter::default() };
+    let unit = own_unit();
+    let reporter = Reporter { record: unit.as_deref().and_then(record), ..Reporter::default() };
+    if let Some(unit) = &unit {
+        let flow = client_status(paths).await.and_then(|status| status.flow);
+        case::begin(unit, flow).await;
+    }
+    let outcome = drive_reported(paths, call, reporter).await;
+    if let Some(unit) = &unit {
+        case::end(unit, outcome, client_report(paths).await.as_ref());
+    }
+    Ok(outcome)
+}
+
+async fn drive_reported(paths: &StateDir, call: Call, mut reporter: Reporter) -> Outcome {
     let Err(error) = drive_to_end(paths, call, &mut reporter).await else {
         reporter.end_record(None);
-        return Ok(Outcome::Done);
+        return Outcome::Done;
     };
     let status = client_status(paths).await;
     // The status is about another call if this one was refused.
     let diagnosis = status.as_ref().and_then(Status::diagnose).filter(|known| known.outcome == Some(error.outcome()));
     let Some(diagnosis) = diagnosis else {
         reporter.end_record(Some(&error.to_string()));
-        return Ok(failed(&error));
+        return failed(&error);
     };
     let line = diagnosis.line(unix_now());
     // Only stdout of a unit goes to the console. The journal also gets the whole message.
@@ -75,7 +92,7 @@ pub(super) async fn drive(paths: &StateDir, call: Call) -> Result<Outcome> {
     let outcome = failed(&error);
     say::error(&diagnosis.advice());
     let _ = notify(false, &[NotifyState::Status(line)]);
-    Ok(outcome)
+    outcome
 }
 
 async fn drive_to_end(paths: &StateDir, call: Call, reporter: &mut Reporter) -> Result<(), CallError> {
@@ -106,10 +123,20 @@ async fn client_status(paths: &StateDir) -> Option<Status> {
     Client::running(&paths.socket()).await.ok()??.status().await.ok()
 }
 
-/// Begins the service record if this process runs in a unit of the agent.
-fn record() -> Option<ServiceRecord> {
+/// Asks the daemon for its report after a call.
+async fn client_report(paths: &StateDir) -> Option<Report> {
+    let text = Client::running(&paths.socket()).await.ok()??.report().await.ok()?;
+    serde_json::from_str(&text).ok()
+}
+
+/// Returns the unit of the agent in which this process runs.
+fn own_unit() -> Option<String> {
     let cgroup = std::fs::read_to_string("/proc/self/cgroup").ok()?;
-    let unit = report::unit_of(&cgroup).filter(|unit| unit.starts_with("node-image-"))?;
+    report::unit_of(&cgroup).filter(|unit| unit.starts_with("node-image-")).map(str::to_owned)
+}
+
+/// Begins the service record of a unit.
+fn record(unit: &str) -> Option<ServiceRecord> {
     ServiceRecord::begin(Path::new("/"), unit).unwrap_or_else(|error| {
         say::error(&format!("cannot begin the service record: {error:#}"));
         None
@@ -174,6 +201,8 @@ struct Reporter {
     before: Option<Status>,
     /// Phase, state and attempt of the last line.
     last: Option<(Option<Phase>, State, u32)>,
+    /// Phase, state and counters of the last document.
+    seen: Option<(Option<Phase>, State, ProgressSnapshot)>,
     /// Tenths of the pull in the last line.
     tenths: u64,
     pauses: Pauses,
@@ -207,10 +236,20 @@ impl Reporter {
         self.update_record(status);
         let now = unix_now();
         // For `systemctl status`.
-        let _ = notify(false, &[NotifyState::Status(report::status_line(status, now))]);
+        let mut states = vec![NotifyState::Status(report::status_line(status, now))];
+        if self.advances(status) {
+            states.push(NotifyState::Other(format!("EXTEND_TIMEOUT_USEC={}", PROGRESS.as_micros())));
+        }
+        let _ = notify(false, &states);
         if let Some(line) = self.changed(status, now) {
             say::progress(&line);
         }
+    }
+
+    /// Returns true if the phase or a counter of the pull has changed.
+    fn advances(&mut self, status: &Status) -> bool {
+        let seen = Some((status.phase, status.state, status.progress));
+        std::mem::replace(&mut self.seen, seen) != seen
     }
 
     /// Returns the line to print if phase, state, attempt or a tenth of the pull changed, and no pause prevents it.
@@ -291,6 +330,18 @@ mod tests {
         for text in ["", "0", "0m", "m", "-1", "10 m", "1d", "1m30s", "99999999999999999999", "18446744073709551615h"] {
             assert!(seconds(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn only_progress_extends_the_limit_of_the_unit() {
+        let mut reporter = Reporter::default();
+        let mut status = Status { state: State::Running, phase: Some(Phase::Pull), ..Status::default() };
+        assert!(reporter.advances(&status));
+        assert!(!reporter.advances(&status));
+        status.progress.bytes_fetched = 1;
+        assert!(reporter.advances(&status));
+        status.notes.push("a note".into());
+        assert!(!reporter.advances(&status));
     }
 
     #[test]

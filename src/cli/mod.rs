@@ -3,6 +3,7 @@
 //! Every command except `daemon`, `explain`, `completions` and `man` is a client of the daemon. [`Outcome`] defines the exit codes,
 //! which are stable.
 
+mod case;
 mod daemon;
 mod drive;
 mod pauses;

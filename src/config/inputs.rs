@@ -12,6 +12,8 @@ use boot_config::target::{DefaultTarget, FALLBACK_TARGET, Origin, default_target
 use super::fragment::{Fragment, RamLimitText};
 use super::{AUTH_CREDENTIAL, Environment};
 use node_store::image::PullSpec;
+use serde::{Serialize, Serializer};
+use serde_json::Value;
 
 /// The auth file that cluster installers write. Used only if it exists.
 const INSTALLER_AUTH_FILE: &str = "/root/.docker/config.json";
@@ -37,16 +39,18 @@ pub(super) enum Source {
 }
 
 /// A value and its source.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub(super) struct Sourced<T> {
     /// The value.
     pub value: T,
     /// Its source.
+    #[serde(serialize_with = "shown")]
     pub source: Source,
 }
 
 /// The source of the node image.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum ImageSource<T = PullSpec> {
     /// The node image itself.
     Image(T),
@@ -64,7 +68,7 @@ impl<T> ImageSource<T> {
 }
 
 /// The merged configuration, unchecked. `None` if no source has a value.
-#[derive(Debug, Default, Clone, PartialEq)]
+#[derive(Debug, Default, Clone, PartialEq, Serialize)]
 pub(super) struct Inputs {
     pub image: Option<Sourced<ImageSource<String>>>,
     pub image_tags: Option<Sourced<Vec<String>>>,
@@ -86,6 +90,10 @@ pub(super) struct Inputs {
     pub units: BTreeMap<String, Sourced<String>>,
 }
 
+fn shown<S: Serializer>(source: &Source, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(source)
+}
+
 /// Replaces the value in `place` by `value` if that is given.
 fn set<T>(place: &mut Option<Sourced<T>>, value: Option<T>, source: &Source) {
     if let Some(value) = value {
@@ -94,6 +102,26 @@ fn set<T>(place: &mut Option<Sourced<T>>, value: Option<T>, source: &Source) {
 }
 
 impl Inputs {
+    /// Returns a line for each value, with its source.
+    pub(super) fn lines(&self) -> Vec<String> {
+        let line = |name: &str, sourced: &Value| {
+            let source = sourced["source"].as_str().unwrap_or_default();
+            format!("{name} = {} ({source})", sourced["value"])
+        };
+        let Ok(Value::Object(fields)) = serde_json::to_value(self) else { return Vec::new() };
+        let mut lines = Vec::new();
+        for (name, field) in &fields {
+            match (name.as_str(), field) {
+                ("units", Value::Object(units)) => {
+                    lines.extend(units.iter().map(|(unit, sourced)| line(&format!("units.{unit:?}"), sourced)));
+                }
+                (_, Value::Null) => {}
+                _ => lines.push(line(name, field)),
+            }
+        }
+        lines
+    }
+
     /// Applies a drop-in file. Its values replace earlier ones.
     pub(super) fn apply_fragment(&mut self, path: &Path, fragment: Fragment) -> Result<()> {
         let source = &Source::File(path.to_owned());

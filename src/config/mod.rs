@@ -55,7 +55,20 @@ impl Settings {
         Self::load_with(root, &CommandLine::read(root)?, &Environment::of_this_process())
     }
 
+    /// Returns a line for each value that a source of this machine sets, with the source. All others have their defaults.
+    ///
+    /// # Errors
+    /// As [`Settings::load`], except for invalid values.
+    pub fn configured() -> Result<Vec<String>> {
+        let root = Path::new("/");
+        Ok(Self::inputs(root, &CommandLine::read(root)?, &Environment::of_this_process())?.lines())
+    }
+
     fn load_with(root: &Path, line: &CommandLine, environment: &Environment) -> Result<Self> {
+        Settings::validate(Self::inputs(root, line, environment)?)
+    }
+
+    fn inputs(root: &Path, line: &CommandLine, environment: &Environment) -> Result<Inputs> {
         let mut inputs = Inputs::default();
         for file in dropin::fragments(root)? {
             let fragment = fragment::Fragment::parse(&file.path, &file.text)?;
@@ -70,6 +83,6 @@ impl Settings {
         inputs.apply_command_line(line)?;
         inputs.apply_environment(environment, &|path| under(root, path).exists());
         inputs.apply_default_target(environment, root);
-        Settings::validate(inputs)
+        Ok(inputs)
     }
 }

@@ -256,3 +256,20 @@ fn the_delay_doubles_up_to_the_maximum() {
     assert_eq!(seconds(&retry("maximum = 1"), 1), Some(1.0), "a maximum below the default initial delay");
     assert_eq!(seconds(&retry("initial = 90"), 5), Some(90.0), "an initial delay above the default maximum");
 }
+
+#[test]
+fn each_configured_value_is_listed_with_its_source() {
+    let text = "image = \"q.io/x:1\"\n[retry]\nattempts = 3\n[units]\n\"a.service\" = \"never\"\n";
+    let root = root(&[("etc", "50-x.toml", text)]);
+    let line = CommandLine::parse("node-image-pivot=force");
+    let lines = Settings::inputs(root.path(), &line, &Environment::default()).unwrap().lines();
+    let file = "/etc/node-image-pivot.conf.d/50-x.toml";
+    for expected in [
+        format!("image = {{\"image\":\"q.io/x:1\"}} ({file})"),
+        "mode = \"force\" (kernel command line)".to_owned(),
+        format!("retry_attempts = 3 ({file})"),
+        format!("units.\"a.service\" = \"never\" ({file})"),
+    ] {
+        assert!(lines.contains(&expected), "{expected}: {lines:?}");
+    }
+}

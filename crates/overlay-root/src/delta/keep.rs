@@ -33,6 +33,7 @@ impl Default for Keep {
             ["lib/modules"],
             [
                 "bin/node-image-pivot",
+                "lib/systemd/catalog/node-image-pivot.catalog",
                 "lib/systemd/system/node-image-*",
                 "lib/systemd/system/*.wants/node-image-*",
                 "lib/systemd/system/*.d/*node-image-pivot*",
