@@ -66,7 +66,9 @@ install: install-check
 	install -m 0644 packaging/selinux/*.cil "$(usr)/share/selinux/packages"
 	install -m 0755 dracut/98node-image-pivot/module-setup.sh dracut/98node-image-pivot/carry.sh "$(dracutdir)"
 	install -m 0644 dracut/98node-image-pivot/node-image-pivot-carry.service "$(dracutdir)"
-	$(call generate,man,man/man1/node-image-pivot.1)
+	$(call generate,man 1,man/man1/node-image-pivot.1)
+	$(call generate,man 5,man/man5/node-image-pivot.conf.5)
+	$(call generate,man 8,man/man8/node-image-pivotd.8)
 	$(call generate,completions bash,bash-completion/completions/node-image-pivot)
 	$(call generate,completions zsh,zsh/site-functions/_node-image-pivot)
 	$(call generate,completions fish,fish/vendor_completions.d/node-image-pivot.fish)

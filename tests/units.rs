@@ -27,6 +27,8 @@ const SHIPPED: &[&str] = &[
     "share/dbus-1/system.d/org.nodeimage.Pivot1.conf",
     "share/fish/vendor_completions.d/node-image-pivot.fish",
     "share/man/man1/node-image-pivot.1",
+    "share/man/man5/node-image-pivot.conf.5",
+    "share/man/man8/node-image-pivotd.8",
     "share/selinux/packages/node-image-pivot-domain.cil",
     "share/selinux/packages/node-image-pivot.cil",
     "share/zsh/site-functions/_node-image-pivot",

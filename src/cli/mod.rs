@@ -6,6 +6,7 @@
 mod case;
 mod daemon;
 mod drive;
+mod man;
 mod pauses;
 mod plan;
 mod say;
@@ -14,6 +15,7 @@ mod show;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use anyhow::Context as _;
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
@@ -123,8 +125,12 @@ enum Command {
         /// The shell
         shell: Shell,
     },
-    /// Print the manual page
-    Man,
+    /// Print a manual page
+    Man {
+        /// Section: 1 (commands), 5 (configuration) or 8 (daemon)
+        #[arg(default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8))]
+        section: u8,
+    },
 }
 
 /// Runs the command line and returns its exit code.
@@ -176,10 +182,9 @@ async fn dispatch(command: Command) -> anyhow::Result<Outcome> {
             say::raw(completions(shell).as_bytes());
             Ok(Outcome::Done)
         }
-        Command::Man => {
-            let mut page = Vec::new();
-            clap_mangen::Man::new(Arguments::command()).render(&mut page)?;
-            say::raw(&page);
+        Command::Man { section } => {
+            let page = man::page(section, Arguments::command()).context("the sections are 1, 5 and 8")?;
+            say::raw(page.as_bytes());
             Ok(Outcome::Done)
         }
     }

@@ -91,7 +91,7 @@ pub(super) async fn status(paths: &StateDir, json: bool, exit_code: bool) -> Res
 /// Returns the outcome of a pivot that has not ended. Without an agent it will not end.
 fn unfinished(status: &Status) -> Outcome {
     match &status.agent {
-        Some(agent) if agent.unit.as_deref() == Some("failed") => Outcome::Internal,
+        Some(agent) if !agent.running && agent.unit.as_deref().is_none_or(|unit| unit == "failed") => Outcome::Internal,
         _ => Outcome::Pending,
     }
 }

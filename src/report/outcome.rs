@@ -1,9 +1,10 @@
 //! Classifies the end of a call. Exit code, D-Bus error name and the words of the status document derive from it.
 
 use serde::{Deserialize, Serialize};
+use strum::{EnumIter, EnumMessage};
 
 /// The end of a call.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, EnumIter, EnumMessage, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum Outcome {
