@@ -421,7 +421,7 @@ async fn an_index_of_several_architectures() {
     let store = bench.store("store", None);
     let pulled = try_pull(&spec, &store, None).await.unwrap();
     assert_eq!(pulled.commit, own.id());
-    assert_eq!(pulled.image.digest, digest, "pinned to this machine's manifest, not to the index");
+    assert_eq!(pulled.image.digest.to_string(), digest, "pinned to this machine's manifest, not to the index");
     // From the persisted record, with a proxy that has never seen the tag.
     let source = Source::open(&settings()).await.unwrap();
     let (store, cancel) = (bench.store("again", None), CancellationToken::new());

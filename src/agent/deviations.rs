@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::auto_undo::TrialPeriod;
 use super::new_usr::{USR, USR_SOURCE};
-use super::state::{Asked, Record, Source, Step};
+use super::state::{Asked, Record, Step};
 use crate::config::Settings;
 use overlay_root::{Exposure, Mount, Namespace};
 
@@ -51,11 +51,10 @@ fn of_usr(mounts: &[Mount]) -> Option<String> {
 pub(super) fn other_image(switched: Option<&Asked>, configured: Option<&Asked>) -> Option<String> {
     let (old, new) = (switched?.source.as_ref()?, configured?.source.as_ref()?);
     (old != new).then(|| {
-        let name = |source: &Source| source.spec().to_owned();
         format!(
             "this system is switched to {}, and the configuration asks for {}; run undo, then run again",
-            name(old),
-            name(new)
+            old.spec(),
+            new.spec()
         )
     })
 }

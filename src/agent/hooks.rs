@@ -135,8 +135,8 @@ fn environment(context: &Context, staged: &StagedRoot, moment: Moment, flow: Flo
     [
         ("NODE_IMAGE_PIVOT_HOOK", moment.as_str().into()),
         ("NODE_IMAGE_PIVOT_FLOW", flow.into()),
-        ("NODE_IMAGE_PIVOT_IMAGE", (&image.pinned).into()),
-        ("NODE_IMAGE_PIVOT_DIGEST", (&image.digest).into()),
+        ("NODE_IMAGE_PIVOT_IMAGE", image.pinned.to_string().into()),
+        ("NODE_IMAGE_PIVOT_DIGEST", image.digest.to_string().into()),
         ("NODE_IMAGE_PIVOT_COMMIT", staged.pulled.commit.to_string().into()),
         ("NODE_IMAGE_PIVOT_TARGET", target.into()),
         ("NODE_IMAGE_PIVOT_STATE_DIR", context.paths.run().into()),

@@ -48,7 +48,9 @@ pub use auto_undo::TrialPeriod;
 pub use boot::Boot;
 pub use cancel::{CancelHandle, CancelHandles};
 pub use error::Error;
-pub use state::{PlanDocument, Record, StagedRoot, StateDir, Step, SwitchPlan, Switched, Undo};
+pub use state::{
+    Finished, PlanDocument, Record, Refreshed, StagedRoot, StateDir, Step, SwitchPlan, Switched, Undo, UndoTree,
+};
 
 /// The end of a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

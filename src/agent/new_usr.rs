@@ -5,8 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result};
 
-use super::StagedRoot;
-use overlay_root::delta::DeltaLookup;
+use overlay_root::delta::{Delta, DeltaLookup};
 
 /// Source that mount tables show for the exposed `/usr`.
 pub(super) const USR_SOURCE: &str = "node-image";
@@ -30,14 +29,14 @@ pub(super) struct ChangedPaths(Option<DeltaLookup>);
 
 impl ChangedPaths {
     /// Opens the delta tree, which holds exactly the paths that differ.
-    pub(super) fn of(staged: &StagedRoot) -> Result<Self> {
-        Ok(Self(Some(staged.delta.lookup()?)))
+    pub(super) fn of(delta: &Delta) -> Result<Self> {
+        Ok(Self(Some(delta.lookup()?)))
     }
 
     /// Opens the delta tree. If that fails, all paths count as changed and the error is returned beside.
-    pub(super) fn or_all(staged: &StagedRoot) -> (Self, Option<anyhow::Error>) {
-        match staged.delta.lookup() {
-            Ok(delta) => (Self(Some(delta)), None),
+    pub(super) fn or_all(delta: &Delta) -> (Self, Option<anyhow::Error>) {
+        match delta.lookup() {
+            Ok(lookup) => (Self(Some(lookup)), None),
             Err(error) => (Self(None), Some(error)),
         }
     }

@@ -8,6 +8,7 @@ use tracing::{info, warn};
 use super::new_usr::{ETC, USR, USR_SOURCE};
 use super::{Context, StagedRoot, StateDir};
 use crate::host;
+use overlay_root::delta::Delta;
 
 /// Loads the policy in `/etc` if the merge replaced it, and sets the labels that only the new policy knows on merged
 /// entries. Idempotent.
@@ -20,7 +21,7 @@ pub(super) async fn load_policy(context: &Context, staged: &StagedRoot) -> anyho
     if step.loads() && selinux_labels::mode() != selinux_labels::Mode::Disabled {
         let relabelled = etc_merge::relabel(&plan, etc_merge::open_dir(Path::new(ETC))?.as_fd())?;
         info!("relabelled {relabelled} entries of /etc with labels that the previous policy did not know");
-        relabel(&context.paths, staged, Way::There).await;
+        relabel(&context.paths, &staged.delta, Way::There).await;
     }
     Ok(())
 }
@@ -34,11 +35,11 @@ pub(super) enum Way {
 
 /// Sets the labels of the loaded policy on the entries of `/dev`, `/etc` and `/run`. Logs a warning for each entry that
 /// keeps an old label, and returns true if there is none.
-pub(super) async fn relabel(paths: &StateDir, staged: &StagedRoot, way: Way) -> bool {
+pub(super) async fn relabel(paths: &StateDir, delta: &Delta, way: Way) -> bool {
     if selinux_labels::mode() == selinux_labels::Mode::Disabled {
         return true;
     }
-    let (delta, scratch) = (staged.delta.directory.join("etc/selinux"), paths.run().to_owned());
+    let (delta, scratch) = (delta.directory.join("etc/selinux"), paths.run().to_owned());
     let act = move || -> anyhow::Result<selinux_labels::Relabelled> {
         let booted = Path::new("/usr/etc/selinux");
         let (old, new) = overlay_root::Namespace::init().run_without(Path::new(USR), USR_SOURCE, || {

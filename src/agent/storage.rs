@@ -5,11 +5,12 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use tracing::info;
 
-use super::{StagedRoot, StateDir};
+use super::StateDir;
 use crate::config::Settings;
 use crate::preflight::{self, Memory};
 use node_store::store::{self, BootedRepo, Kind, NodeStore, SystemRepo};
 use overlay_root::Namespace;
+use overlay_root::delta::Delta;
 
 /// The source that mount tables show for the node store's tmpfs.
 const STORE_SOURCE: &str = "node-image-store";
@@ -57,9 +58,9 @@ pub(super) fn delta_path(paths: &StateDir) -> anyhow::Result<PathBuf> {
     Ok(on_disk(&repo, &Namespace::init().mounts()?)?.delta_path())
 }
 
-/// Opens the node store that holds `staged`, independent of the present configuration.
-pub(super) fn of(paths: &StateDir, staged: &StagedRoot) -> anyhow::Result<NodeStore> {
-    if staged.delta.directory.starts_with(paths.store()) {
+/// Opens the node store that holds `delta`, independent of the present configuration.
+pub(super) fn of(paths: &StateDir, delta: &Delta) -> anyhow::Result<NodeStore> {
+    if delta.directory.starts_with(paths.store()) {
         return NodeStore::open(&paths.store());
     }
     let booted =

@@ -7,7 +7,7 @@ use tracing::{info, warn};
 
 use super::deviations::Standing;
 use super::phases::{self, Below};
-use super::{Agent, Error, Goal, Record, StagedRoot, Step, TrialPeriod, Undo, auto_undo};
+use super::{Agent, Error, Goal, Record, StagedRoot, Step, TrialPeriod, Undo, UndoTree, auto_undo};
 use crate::report::{self, Phase, RefusalId, State, Subject};
 
 /// Sets a flag as long as it lives.
@@ -69,7 +69,7 @@ impl Agent {
         event: &str,
     ) -> Result<Vec<String>, Error> {
         let _flag = Flag::raise(&self.undoing);
-        let Some(staged) = record.step.staged().filter(|_| !record.step.is_before_switch()).cloned() else {
+        let Some(tree) = record.step.undo_tree() else {
             let nothing = || Error::refused(RefusalId::NoSwitch, "nothing was switched, so there is nothing to undo");
             return record.undone.clone().ok_or_else(nothing);
         };
@@ -83,7 +83,7 @@ impl Agent {
         self.end_download().await;
         let undo = match begun {
             Some(undo) => undo,
-            None => self.begin_undo(staged, record).await?,
+            None => self.begin_undo(tree, record).await?,
         };
         // The trial period ends here, because a begun undo must be finished and cannot be kept.
         let before = record.clone();
@@ -95,7 +95,7 @@ impl Agent {
             return Err(error.at(report::Standing::Switched));
         }
         let span = self.tracker.span(Subject::Undo, event);
-        let mut undone = phases::undo(&self.paths, &self.tracker, record, &undo.staged, undo.units.as_deref()).await;
+        let mut undone = phases::undo(&self.paths, &self.tracker, record, &undo.tree, undo.units.as_deref()).await;
         undone.kept.splice(..0, undo.troubles);
         if !undone.failed.is_empty() {
             let error = anyhow::anyhow!("undo is not complete: {}", undone.failed.join("; "));
@@ -109,7 +109,8 @@ impl Agent {
         }
         span.end(None);
         record.undone = Some(undone.kept.clone());
-        self.untouched(record, if undo.salvaged { Step::Idle } else { Step::Staged(undo.staged) })?;
+        let staged = if undo.salvaged { None } else { undo.tree.staged() };
+        self.untouched(record, staged.map_or(Step::Idle, Step::Staged))?;
         auto_undo::disarm().await;
         info!("undone: /usr and /etc are the bootimage's");
         Ok(undone.kept)
@@ -122,19 +123,20 @@ impl Agent {
     /// # Errors
     /// The units cannot be inspected. Nothing has begun then, because after the first act the units that run the node
     /// image's code cannot be found.
-    async fn begin_undo(&self, staged: StagedRoot, record: &Record) -> Result<Undo, Error> {
-        let planned = phases::plan_units(&self.paths, &staged, record.flow()).await;
+    async fn begin_undo(&self, tree: UndoTree, record: &Record) -> Result<Undo, Error> {
+        let planned = phases::plan_units(&self.paths, &tree, record.flow()).await;
         let (units, troubles) = planned.map_err(|error| {
             let error = error.context("cannot determine which units run the node image's code");
             Error::from(error).at(report::Standing::Switched)
         })?;
-        Ok(Undo { staged, units: Some(units), troubles, salvaged: matches!(record.step, Step::Lost { .. }) })
+        Ok(Undo { tree, units: Some(units), troubles, salvaged: matches!(record.step, Step::Lost { .. }) })
     }
 
     /// Rolls back a switch that failed with `error`. Returns the error with the resulting state of the system.
     pub(super) async fn roll_back(&self, record: &mut Record, staged: StagedRoot, error: Error) -> Error {
         warn!("{error}; rolling back");
-        let undo = Undo { staged: staged.clone(), units: None, troubles: Vec::new(), salvaged: false };
+        let tree = UndoTree::from(staged.clone());
+        let undo = Undo { tree: tree.clone(), units: None, troubles: Vec::new(), salvaged: false };
         record.step = Step::Undoing(undo);
         record.begun.clear();
         record.trial = None;
@@ -143,7 +145,7 @@ impl Agent {
             warn!("{error}");
         }
         let span = self.tracker.span(Subject::Undo, "rollback");
-        let undone = phases::undo(&self.paths, &self.tracker, record, &staged, None).await;
+        let undone = phases::undo(&self.paths, &self.tracker, record, &tree, None).await;
         if !undone.failed.is_empty() {
             let error = anyhow::anyhow!("{error}; cannot roll back: {}", undone.failed.join("; "));
             span.end(Some(&error));
@@ -251,7 +253,8 @@ impl Agent {
 mod tests {
     use std::path::Path;
 
-    use super::super::state::{self, switched};
+    use super::super::Finished;
+    use super::super::state::{self, refreshed};
     use super::super::{Boot, Record, StateDir};
     use super::*;
     use crate::report::{LastError, Status, Tracker};
@@ -288,7 +291,7 @@ mod tests {
         }
         let temp = tempfile::tempdir().unwrap();
         let paths = StateDir::below(temp.path());
-        Record::at(Step::Finished(switched())).save(&paths).unwrap();
+        Record::at(Step::Finished(Finished(refreshed()))).save(&paths).unwrap();
         let agent = Agent::open(paths.clone(), Boot::Live).unwrap();
         for _ in 0..2 {
             let error = agent.undo().await.unwrap_err().to_string();

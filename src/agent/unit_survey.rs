@@ -20,7 +20,7 @@ pub(super) async fn preview(
     plan: etc_merge::Plan,
     flow: Flow,
 ) -> Result<(Vec<Action>, Vec<String>)> {
-    let changed = ChangedPaths::of(staged)?;
+    let changed = ChangedPaths::of(&staged.delta)?;
     let differs = |path: &Path| changed.contains(path);
     let directory = staged.delta.directory.clone();
     let (old, new, systemd) = tokio::task::spawn_blocking(move || -> Result<_> {

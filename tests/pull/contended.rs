@@ -29,8 +29,10 @@ async fn a_pull_waits_for_another_one_and_can_be_cancelled() {
             held => break held.unwrap(),
         }
     };
-    let other_image =
-        node_store::image::ResolvedImage { digest: format!("sha256:{}", "1".repeat(64)), ..image.clone() };
+    let other_image = node_store::image::ResolvedImage {
+        digest: format!("sha256:{}", "1".repeat(64)).parse().unwrap(),
+        ..image.clone()
+    };
     let (progress, waiting) = (Arc::<PullProgress>::default(), CancellationToken::new());
     let pulling = pull(&source, &other_image, &store, None, &options, progress.clone(), &waiting);
     let (told, ()) = tokio::join!(pulling, async {

@@ -173,7 +173,7 @@ async fn derived_images_equal_those_of_ostree_ext() {
         let repo = bench.path(&format!("{labels:?}").to_lowercase()).join("repo");
         let repo = format!("--repo={}", repo.display());
         let show = |key: &str| run("ostree", &["show", &repo, "--print-metadata-key", key, &pulled.commit.to_string()]);
-        assert!(show("ostree.manifest-digest").contains(&pulled.image.digest));
+        assert!(show("ostree.manifest-digest").contains(&pulled.image.digest.to_string()));
         assert!(show("node-image-pivot.base-commit").contains(&base_commit));
         assert!(show("ostree.manifest").contains("schemaVersion"));
         let diff = run("ostree", &["diff", &repo, &base_commit, "coreos/node-image"]);
@@ -202,7 +202,7 @@ async fn a_layer_may_bring_its_own_policy() {
     // Pulled again after the store forgot about it: the same commit, of what is there.
     fs::remove_file(bench.path("policy").join("pulled.json")).unwrap();
     let store = NodeStore::open(&bench.path("policy")).unwrap();
-    let again = try_pull_with(&pulled.image.pinned, &store, None, complete()).await.unwrap();
+    let again = try_pull_with(&pulled.image.pinned.to_string(), &store, None, complete()).await.unwrap();
     assert_eq!((again.commit, again.bytes_fetched, again.objects_written), (pulled.commit, 0, 0));
 }
 

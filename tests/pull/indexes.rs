@@ -53,8 +53,8 @@ async fn the_image_in_an_index_is_pulled() {
             Ok(()) => {
                 let pulled = try_pull(&spec, &store, None).await.unwrap_or_else(|error| panic!("{name}: {error}"));
                 assert_eq!(
-                    (pulled.commit, &pulled.image.digest),
-                    (image.id(), &own["digest"].as_str().unwrap().to_owned()),
+                    (pulled.commit, pulled.image.digest),
+                    (image.id(), own["digest"].as_str().unwrap().parse().unwrap()),
                     "{name}"
                 );
             }

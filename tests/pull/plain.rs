@@ -121,7 +121,7 @@ async fn plain_images_equal_those_of_ostree_ext() {
         assert!(pulled.complete, "{pulled:?}");
         let repo = format!("--repo={}", bench.path(name).join("repo").display());
         let show = |key: &str| run("ostree", &["show", &repo, "--print-metadata-key", key, &pulled.commit.to_string()]);
-        assert!(show("ostree.manifest-digest").contains(&pulled.image.digest));
+        assert!(show("ostree.manifest-digest").contains(&pulled.image.digest.to_string()));
         assert!(show("ostree.manifest").contains("schemaVersion"));
         assert!(show("ostree.container.image-config").contains("containers.bootc"));
         let log = run("ostree", &["log", &repo, "coreos/node-image"]);

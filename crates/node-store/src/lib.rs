@@ -29,6 +29,9 @@
 //! # }
 //! ```
 
+#[macro_use]
+mod text;
+
 pub mod image;
 pub mod import;
 mod layer_read;

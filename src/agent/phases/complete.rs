@@ -5,7 +5,7 @@ use std::time::Duration;
 use tracing::{info, warn};
 
 use super::pull;
-use crate::agent::{Agent, CancelHandle, Context, Error, Goal, Step};
+use crate::agent::{Agent, CancelHandle, Context, Error, Finished, Goal, Step};
 use crate::config::Settings;
 use crate::report::RefusalId;
 use node_store::import::PulledImage;
@@ -94,9 +94,8 @@ fn shown(pulled: &PulledImage) -> String {
 fn pulled(step: &mut Step) -> Option<&mut PulledImage> {
     match step {
         Step::Staged(staged) => Some(&mut staged.pulled),
-        Step::Switched(switched) | Step::Refreshed(switched) | Step::Finished(switched) => {
-            Some(&mut switched.staged.pulled)
-        }
+        Step::Switched(switched) => Some(&mut switched.staged.pulled),
+        Step::Refreshed(refreshed) | Step::Finished(Finished(refreshed)) => Some(&mut refreshed.staged.pulled),
         _ => None,
     }
 }

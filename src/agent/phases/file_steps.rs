@@ -8,8 +8,8 @@ use boot_config::mark;
 
 use crate::agent::new_usr::{ETC, USR, USR_SOURCE, new_etc};
 use crate::agent::state::{self, FileStep};
-use crate::agent::{StagedRoot, StateDir, storage};
-use node_store::store::NODE_IMAGE_REF;
+use crate::agent::{StateDir, UndoTree, storage};
+use node_store::store::{NODE_IMAGE_REF, ObjectId};
 use support::failpoint::{self, Point};
 
 /// The result of an undo.
@@ -39,14 +39,21 @@ impl From<anyhow::Result<()>> for Undone {
 #[derive(Clone)]
 pub(super) struct FileSteps {
     pub(super) dir: StateDir,
-    pub(super) staged: StagedRoot,
+    pub(super) tree: UndoTree,
+}
+
+/// A change of the ref of the node image in use.
+#[derive(Clone, Copy)]
+enum RefChange {
+    Set(ObjectId),
+    Remove,
 }
 
 impl FileSteps {
-    /// Applies a step. Returns the report of the merge of `/etc`.
-    pub(super) fn apply(&self, step: FileStep) -> anyhow::Result<Option<etc_merge::Report>> {
+    /// Applies a step of the switch to `commit`. Returns the report of the merge of `/etc`.
+    pub(super) fn apply(&self, step: FileStep, commit: ObjectId) -> anyhow::Result<Option<etc_merge::Report>> {
         match step {
-            FileStep::Ref => self.set_ref(true)?,
+            FileStep::Ref => self.change_ref(RefChange::Set(commit))?,
             FileStep::Marker => {
                 self.dir.write(StateDir::PIVOTED, 0o644, mark::pivoted_text(Path::new("/"))?.as_bytes())?;
             }
@@ -59,20 +66,20 @@ impl FileSteps {
     /// Undoes a step, and nothing if it was not applied.
     pub(super) fn undo(&self, step: FileStep) -> Undone {
         match step {
-            FileStep::Ref => self.set_ref(false).into(),
+            FileStep::Ref => self.change_ref(RefChange::Remove).into(),
             FileStep::Marker => self.dir.remove(StateDir::PIVOTED).into(),
             FileStep::Usr => withdraw(),
             FileStep::Etc => self.restore(),
         }
     }
 
-    /// Sets the ref of the node image in use, or removes it (`there` is false).
-    fn set_ref(&self, there: bool) -> anyhow::Result<()> {
-        let detail = if there { "set" } else { "remove" };
-        let store = storage::of(&self.dir, &self.staged)?;
-        failpoint::hit(Point::Ref, detail)
-            .and_then(|()| if there { store.set_ref(&self.staged.pulled.commit) } else { store.remove_ref() })
-            .with_context(|| format!("cannot {detail} the ref {NODE_IMAGE_REF} in {}", store.repo_path().display()))
+    fn change_ref(&self, change: RefChange) -> anyhow::Result<()> {
+        let store = storage::of(&self.dir, &self.tree.delta)?;
+        let (detail, changed) = match change {
+            RefChange::Set(commit) => ("set", failpoint::hit(Point::Ref, "set").and_then(|()| store.set_ref(&commit))),
+            RefChange::Remove => ("remove", failpoint::hit(Point::Ref, "remove").and_then(|()| store.remove_ref())),
+        };
+        changed.with_context(|| format!("cannot {detail} the ref {NODE_IMAGE_REF} in {}", store.repo_path().display()))
     }
 
     fn expose(&self) -> anyhow::Result<()> {
@@ -80,11 +87,11 @@ impl FileSteps {
         if overlay_root::exposed(usr, USR_SOURCE)? {
             return Ok(());
         }
-        overlay_root::open_new_usr(&self.staged.delta.directory, usr, USR_SOURCE)?.expose(usr)
+        overlay_root::open_new_usr(&self.tree.delta.directory, usr, USR_SOURCE)?.expose(usr)
     }
 
     fn merge(&self) -> anyhow::Result<etc_merge::Report> {
-        let plan = self.staged.load::<etc_merge::Plan>(&self.dir)?;
+        let plan = self.tree.load::<etc_merge::Plan>(&self.dir)?;
         let new = new_etc(etc_merge::open_dir(Path::new(USR))?.as_fd())?;
         let current = etc_merge::open_dir(Path::new(ETC))?;
         // Before the merge. A listed entry counts for a later merge only if /etc still has its content.
@@ -96,7 +103,7 @@ impl FileSteps {
     fn remember_defaults(&self, list: &etc_merge::Defaults) -> anyhow::Result<()> {
         let text = serde_json::to_vec(list).context("cannot write the list of defaults")?;
         let text = (!list.is_empty()).then_some(text);
-        storage::of(&self.dir, &self.staged)?
+        storage::of(&self.dir, &self.tree.delta)?
             .write_etc_defaults(text.as_deref())
             .context("cannot store the list of the defaults that the merge of /etc takes")
     }
@@ -127,7 +134,7 @@ impl FileSteps {
             ));
         }
         if undone.failed.is_empty() {
-            match self.staged.load::<etc_merge::Plan>(&self.dir) {
+            match self.tree.load::<etc_merge::Plan>(&self.dir) {
                 Ok(plan) => undone.extend(self.remember_defaults(&plan.earlier).into()),
                 // A listed entry counts for the next merge only if /etc has its content, so the list is harmless.
                 Err(error) => undone.kept.push(format!("the list of defaults in /etc was not restored: {error}")),

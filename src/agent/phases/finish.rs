@@ -5,32 +5,32 @@ use tracing::{info, warn};
 
 use super::refresh::report_units;
 use crate::agent::new_usr::ChangedPaths;
-use crate::agent::{Context, Error, StateDir, Switched, unit_jobs, unit_survey};
+use crate::agent::{Context, Error, Finished, Refreshed, StateDir, unit_jobs, unit_survey};
 use crate::report::{Phase, State};
 use unit_refresh::{Flow, Manager};
 
 /// Isolates to the target that the machine would have booted to. On a live system, first carries out the unit plan of the
 /// bootstrap flow, because units of the node image that the target starts expect new versions of others: networkd's
 /// helpers, for example, expect the networkd of their release.
-pub(super) async fn finish(context: &Context, mut switched: Switched, flow: Flow) -> Result<Switched, Error> {
+pub(super) async fn finish(context: &Context, mut refreshed: Refreshed, flow: Flow) -> Result<Finished, Error> {
     context.tracker.begin(Phase::Finish);
     if flow == Flow::Live {
-        let changed = ChangedPaths::of(&switched.staged)?;
+        let changed = ChangedPaths::of(&refreshed.staged.delta)?;
         let mut manager = Manager::connect().await?;
         let mut trouble = Vec::new();
-        let staged = &switched.staged;
+        let staged = &refreshed.staged;
         let acts = unit_jobs::carry_out(context, &mut manager, staged, &changed, Flow::Bootstrap, &mut trouble);
-        switched.units = acts
+        refreshed.units = acts
             .await
             .context("nothing was isolated, everything before that is done; start node-image-finish.service again")?;
-        report_units(context, &manager, &changed, &switched, &mut trouble).await;
+        report_units(context, &manager, &changed, &refreshed.units, &mut trouble).await;
         for line in trouble {
             context.tracker.warn(line);
         }
     }
     isolate(context).await?;
     context.tracker.end(Phase::Finish, State::Done);
-    Ok(switched)
+    Ok(Finished(refreshed))
 }
 
 /// Queues the isolation and returns. Waiting would block forever, because the isolation stops the agent's caller.

@@ -9,9 +9,10 @@ use crate::agent::new_usr::ChangedPaths;
 use crate::agent::policy::{Way, policy_step, relabel};
 use crate::agent::state::LiveStep;
 use crate::agent::unit_jobs::run_job;
-use crate::agent::{Context, StagedRoot, StateDir, accounts, policy, reexec, unit_jobs, views};
+use crate::agent::{Context, StagedRoot, StateDir, UndoTree, accounts, policy, reexec, unit_jobs, views};
 use crate::host;
 use crate::report::Tracker;
+use overlay_root::delta::Delta;
 use unit_refresh::{Action, Class, Flow, Guard, Manager, Verb};
 
 /// The input of the steps, and their results.
@@ -88,7 +89,7 @@ impl LiveSteps<'_> {
 pub(super) struct LiveUndo<'a> {
     pub(super) dir: &'a StateDir,
     pub(super) tracker: &'a Tracker,
-    pub(super) staged: &'a StagedRoot,
+    pub(super) tree: &'a UndoTree,
     pub(super) units: &'a [Action],
     /// Connection to the re-executed systemd.
     pub(super) manager: Option<Manager>,
@@ -98,8 +99,8 @@ impl LiveUndo<'_> {
     /// Lets the running system adopt the restored files.
     pub(super) async fn undo(&mut self, step: LiveStep, undone: &mut Undone) {
         match step {
-            LiveStep::Policy => load_old_policy(self.dir, self.staged, undone).await,
-            LiveStep::Files => undone.kept.extend(refresh_back(self.staged).await),
+            LiveStep::Policy => load_old_policy(self.dir, self.tree, undone).await,
+            LiveStep::Files => undone.kept.extend(refresh_back(&self.tree.delta).await),
             LiveStep::Manager => {
                 let renewed = async { reexec::reexecute(Manager::connect().await?, &mut undone.kept).await };
                 match renewed.await {
@@ -173,8 +174,8 @@ async fn undo_units(
 
 /// Rebuilds the loader's cache and makes udev and the message bus read the bootimage's files again, before the restart of
 /// the units that use them. Returns failures as lines.
-async fn refresh_back(staged: &StagedRoot) -> Vec<String> {
-    let (changed, error) = ChangedPaths::or_all(staged);
+async fn refresh_back(delta: &Delta) -> Vec<String> {
+    let (changed, error) = ChangedPaths::or_all(delta);
     let mut troubles = Vec::from_iter(error.map(|error| format!("all caches are rebuilt: {error:#}")));
     let differs = |path: &Path| changed.contains(path);
     troubles.extend(host::refresh_back(&differs).await);
@@ -185,17 +186,17 @@ async fn refresh_back(staged: &StagedRoot) -> Vec<String> {
 }
 
 /// Loads the bootimage's policy again after `/etc` and `/usr` are restored.
-async fn load_old_policy(paths: &StateDir, staged: &StagedRoot, undone: &mut Undone) {
-    match staged.load::<etc_merge::Plan>(paths).map(|plan| policy_step(&plan)) {
+async fn load_old_policy(paths: &StateDir, tree: &UndoTree, undone: &mut Undone) {
+    match tree.load::<etc_merge::Plan>(paths).map(|plan| policy_step(&plan)) {
         Ok(step) if step.loads() => {
             // Relabel first: the new policy knows nearly all old labels, but the old one few of the new.
-            let complete = relabel(paths, staged, Way::Back).await;
+            let complete = relabel(paths, &tree.delta, Way::Back).await;
             match host::load_policy(step).await {
                 Ok(remark) => remark.iter().for_each(|remark| remark.log("undo: ")),
                 Err(error) => undone.failed.push(format!("{error:#}")),
             }
             if !complete {
-                relabel(paths, staged, Way::Back).await;
+                relabel(paths, &tree.delta, Way::Back).await;
             }
         }
         Ok(_) => {}

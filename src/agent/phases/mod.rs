@@ -79,7 +79,7 @@ pub(super) async fn next(context: &Context, record: &mut Record, call: &mut Call
             Step::Refreshed(refreshed)
         }
         Step::Refreshed(_) if goal < Goal::Finished => return Ok(None),
-        Step::Refreshed(switched) => Step::Finished(finish::finish(context, switched, flow).await?),
+        Step::Refreshed(refreshed) => Step::Finished(finish::finish(context, refreshed, flow).await?),
         Step::Finished(_) => return Ok(None),
     };
     Ok(Some(next))

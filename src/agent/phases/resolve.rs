@@ -34,9 +34,9 @@ pub(in crate::agent) async fn resolve(context: &Context, cancel: &CancelHandle) 
         info!("{choice}");
     }
     context.tracker.update(|status| {
-        status.image.get_or_insert_with(|| image.requested.clone());
+        status.image.get_or_insert_with(|| image.requested.to_string());
         status.image_choice = choice;
-        status.digest = Some(image.digest.clone());
+        status.digest = Some(image.digest.to_string());
     });
     context.tracker.end(phase, State::Running);
     Ok(image)

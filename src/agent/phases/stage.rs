@@ -94,7 +94,7 @@ fn look_again(paths: &StateDir, staged: &StagedRoot) -> Result<(bool, Vec<String
     let mounts = Namespace::init().mounts()?;
     refuse(preflight::check_system(&mounts, usr, Path::new(ETC)))?;
     let tree = overlay_root::open_new_usr(&staged.delta.directory, usr, USR_SOURCE)?;
-    let plan = plan_etc(&tree, &storage::of(paths, staged)?)?;
+    let plan = plan_etc(&tree, &storage::of(paths, &staged.delta)?)?;
     // A plan that is missing, damaged or not the staged one must be made again, too.
     let current =
         staged.load::<Plan>(paths).is_ok_and(|old| same_acts(&old, &plan)) && staged.load::<SwitchPlan>(paths).is_ok();
@@ -134,8 +134,8 @@ fn blocking(
     let document = SwitchPlan {
         image: pulled.image.pinned.clone(),
         image_choice: None,
-        commit: pulled.commit.to_string(),
-        booted_commit: pulled.booted_commit.map(|commit| commit.to_string()),
+        commit: pulled.commit,
+        booted_commit: pulled.booted_commit,
         usr: delta.counts,
         packages,
         etc: EtcPlan::from(&plan),

@@ -28,12 +28,13 @@ pub(super) async fn switch(
     staged.load::<etc_merge::Plan>(&context.paths)?;
     // Until the refresh has re-executed PID 1.
     reexec::guard(guard).await;
-    let steps = FileSteps { dir: context.paths.clone(), staged };
+    let (commit, tree) = (staged.pulled.commit, staged.clone().into());
+    let steps = FileSteps { dir: context.paths.clone(), tree };
     for step in FileStep::ALL {
         record.begin(SwitchStep::File(step), &context.paths)?;
         let steps = steps.clone();
         let apply = async {
-            tokio::task::spawn_blocking(move || steps.apply(step)).await.context("the switch panicked").flatten()
+            tokio::task::spawn_blocking(move || steps.apply(step, commit)).await.context("the switch panicked").flatten()
         };
         let subject = if step == FileStep::Usr { Subject::Mount } else { Subject::Step };
         let applied = context.tracker.timed(subject, SwitchStep::File(step).describe(), apply).await?;
@@ -48,7 +49,7 @@ pub(super) async fn switch(
     }
     // Not yet in the state `switched`: until the refresh, running programs are the bootimage's.
     context.tracker.end(phase, State::Running);
-    Ok(Switched { staged: steps.staged, units: Vec::new() })
+    Ok(Switched { staged })
 }
 
 /// Checks the plans, and the disk space for the files of the merge. Changes nothing.
@@ -69,13 +70,13 @@ pub(super) fn check(paths: &StateDir, staged: &StagedRoot) -> Result<(), Error> 
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::agent::state::{StateFile, switched};
+    use crate::agent::state::{StateFile, staged};
 
     #[test]
     fn a_plan_that_is_not_the_records_is_refused() {
         let temp = tempfile::tempdir().unwrap();
         let dir = StateDir::below(temp.path());
-        let mut staged = switched().staged;
+        let mut staged = staged();
         let plan = etc_merge::Plan::default();
         let checksum = staged.save(&plan, &dir).unwrap();
         staged.plans.insert(etc_merge::Plan::NAME.to_owned(), checksum);

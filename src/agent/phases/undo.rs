@@ -14,7 +14,7 @@ use crate::agent::new_usr::{ChangedPaths, USR, USR_SOURCE};
 use crate::agent::reexec::guard;
 use crate::agent::state::{FileStep, SwitchStep, if_present};
 use crate::agent::unit_jobs::UnitsRecord;
-use crate::agent::{Record, StagedRoot, StateDir, unit_survey};
+use crate::agent::{Record, StateDir, UndoTree, unit_survey};
 use crate::report::{Subject, Tracker};
 use unit_refresh::{Action, Class, Flow, Manager, Root, Sides, UnitFiles, Version};
 
@@ -27,10 +27,10 @@ use unit_refresh::{Action, Class, Flow, Manager, Root, Sides, UnitFiles, Version
 /// systemd or the unit files cannot be read.
 pub(in crate::agent) async fn plan_units(
     paths: &StateDir,
-    staged: &StagedRoot,
+    tree: &UndoTree,
     flow: Flow,
 ) -> anyhow::Result<(Vec<Action>, Vec<String>)> {
-    let (changed, error) = ChangedPaths::or_all(staged);
+    let (changed, error) = ChangedPaths::or_all(&tree.delta);
     let mut troubles = Vec::from_iter(error.map(|error| format!("all files count as changed: {error:#}")));
     let differs = |path: &Path| changed.contains(path);
     let manager = Manager::connect().await?;
@@ -44,7 +44,7 @@ pub(in crate::agent) async fn plan_units(
     let (states, unseen) = unit_refresh::survey(&manager, &sides).await?;
     troubles.extend(unseen);
     // The units that the switch stopped are started again.
-    let record = if_present(staged.load::<UnitsRecord>(paths)).unwrap_or_else(|error| {
+    let record = if_present(tree.load::<UnitsRecord>(paths)).unwrap_or_else(|error| {
         troubles.push(format!("units that the switch stopped stay stopped: {error:#}"));
         None
     });
@@ -71,7 +71,7 @@ pub(in crate::agent) async fn undo(
     paths: &StateDir,
     tracker: &Tracker,
     record: &mut Record,
-    staged: &StagedRoot,
+    tree: &UndoTree,
     units: Option<&[Action]>,
 ) -> Undone {
     let obstacles = obstacles::obstacles(Below::Unmount);
@@ -79,8 +79,8 @@ pub(in crate::agent) async fn undo(
         return Undone { failed: vec![obstacles::message(&obstacles)], ..Undone::default() };
     }
     let mut undone = Undone { kept: stop_units(tracker, units.unwrap_or_default()).await, ..Undone::default() };
-    let files = FileSteps { dir: paths.clone(), staged: staged.clone() };
-    let mut live = units.map(|units| LiveUndo { dir: paths, tracker, staged, units, manager: None });
+    let files = FileSteps { dir: paths.clone(), tree: tree.clone() };
+    let mut live = units.map(|units| LiveUndo { dir: paths, tracker, tree, units, manager: None });
     let mut _guard = None;
     for step in SwitchStep::UNDO {
         let is_skipped = match step {

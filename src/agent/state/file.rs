@@ -12,6 +12,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use super::StateDir;
+use node_store::image::ResolvedImage;
 
 /// Version of the format of all state files. A file of another version is refused, not guessed at.
 const SCHEMA: u64 = 1;
@@ -103,11 +104,11 @@ impl StateDir {
         self.load_of(None, None)
     }
 
-    /// Loads a state file that belongs to `image`, unless that is empty, and, if `tied` is known, is the one with this checksum.
+    /// Loads a state file that belongs to `image`, if that is known, and, if `tied` is known, is the one with this checksum.
     ///
     /// # Errors
     /// See [`Damage`].
-    pub fn load_of<T: StateFile>(&self, image: Option<&str>, tied: Option<&Checksum>) -> Result<T, Unusable> {
+    pub fn load_of<T: StateFile>(&self, image: Option<&ResolvedImage>, tied: Option<&Checksum>) -> Result<T, Unusable> {
         let path = self.run().join(T::NAME);
         let text = std::fs::read(&path).map_err(|error| match error.kind() {
             std::io::ErrorKind::NotFound => Damage::Missing,
@@ -121,17 +122,17 @@ impl StateDir {
         })
     }
 
-    /// Replaces a state file atomically. `image` is the pull spec by digest of the image that it is about.
+    /// Replaces a state file atomically. `image` is the one that it is about.
     ///
     /// # Errors
     /// The old file is unchanged.
-    pub fn save<T: StateFile>(&self, content: &T, image: Option<&str>) -> Result<Checksum> {
+    pub fn save<T: StateFile>(&self, content: &T, image: Option<&ResolvedImage>) -> Result<Checksum> {
         let writing = || format!("cannot serialize {}", T::SUBJECT);
         let mut value = serde_json::to_value(content).with_context(writing)?;
         value["schema"] = SCHEMA.into();
         value["boot_id"] = boot_id().into();
-        if let Some(image) = image.filter(|image| !image.is_empty()) {
-            value["image"] = image.into();
+        if let Some(image) = image {
+            value["image"] = image.pinned.to_string().into();
         }
         let checksum = Checksum::of(&value);
         value[CHECKSUM] = checksum.0.clone().into();
@@ -140,7 +141,11 @@ impl StateDir {
     }
 }
 
-pub(super) fn parse<T: StateFile>(text: &[u8], image: Option<&str>, tied: Option<&Checksum>) -> Result<T, Damage> {
+pub(super) fn parse<T: StateFile>(
+    text: &[u8],
+    image: Option<&ResolvedImage>,
+    tied: Option<&Checksum>,
+) -> Result<T, Damage> {
     if let Some(content) = T::of_older_agent(text) {
         return Ok(content);
     }
@@ -161,8 +166,8 @@ pub(super) fn parse<T: StateFile>(text: &[u8], image: Option<&str>, tied: Option
     {
         return Err(Damage::OtherBoot);
     }
-    if let (Some(written), Some(image)) = (field("image"), image.filter(|image| !image.is_empty()))
-        && written != image
+    if let (Some(written), Some(image)) = (field("image"), image)
+        && written != image.pinned.to_string()
     {
         return Err(Damage::OtherImage(written.to_owned()));
     }

@@ -5,6 +5,7 @@ use std::fs;
 
 use serde_json::json;
 
+use super::super::record::tests::staged;
 use super::*;
 
 /// Checks that `content` survives its file, also when an older agent wrote it, and that each kind of damage is recognised.
@@ -12,9 +13,9 @@ pub(crate) fn survives_every_damage<T: StateFile + Debug>(content: &T) {
     let temp = tempfile::tempdir().unwrap();
     let dir = StateDir::below(temp.path());
     let path = temp.path().join(T::NAME);
-    let (shown, image) = (format!("{content:?}"), "r/n@sha256:1");
-    let checksum = dir.save(content, Some(image)).unwrap();
-    let load = || dir.load_of::<T>(Some(image), Some(&checksum)).map(|loaded| format!("{loaded:?}"));
+    let (shown, image) = (format!("{content:?}"), staged().pulled.image);
+    let checksum = dir.save(content, Some(&image)).unwrap();
+    let load = || dir.load_of::<T>(Some(&image), Some(&checksum)).map(|loaded| format!("{loaded:?}"));
     assert_eq!(load().unwrap(), shown);
     let whole: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
     let without = |fields: &[&str]| {
@@ -75,8 +76,8 @@ pub(crate) fn survives_every_damage<T: StateFile + Debug>(content: &T) {
 fn a_file_of_an_unknown_image_belongs_to_each() {
     let temp = tempfile::tempdir().unwrap();
     let dir = StateDir::below(temp.path());
-    dir.save(&etc_merge::Plan::default(), Some("")).unwrap();
-    for image in [None, Some(""), Some("r/n@sha256:1")] {
+    dir.save(&etc_merge::Plan::default(), None).unwrap();
+    for image in [None, Some(&staged().pulled.image)] {
         assert!(dir.load_of::<etc_merge::Plan>(image, None).is_ok(), "{image:?}");
     }
     survives_every_damage(&etc_merge::Plan::default());

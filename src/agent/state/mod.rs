@@ -15,9 +15,9 @@ pub use file::{Checksum, StateFile, Unusable, if_present};
 pub(super) use plan::{EtcPlan, MemoryPlan};
 pub use plan::{PlanDocument, SwitchPlan};
 #[cfg(test)]
-pub(super) use record::tests::switched;
-pub(super) use record::{Asked, Source, shown};
-pub use record::{Record, StagedRoot, Step, Switched, Undo};
+pub(super) use record::tests::{refreshed, staged};
+pub(super) use record::{Asked, shown};
+pub use record::{Finished, Record, Refreshed, StagedRoot, Step, Switched, Undo, UndoTree};
 pub(super) use salvage::{open, repair_undo_plan, set_aside, unused};
 pub use switch_step::{FileStep, LiveStep, SwitchStep};
 pub(super) use timeline::{load_timeline, save_timeline};

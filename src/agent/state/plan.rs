@@ -8,7 +8,8 @@ use super::{FileStep, LiveStep, StateFile, SwitchStep};
 use crate::agent::accounts::AddedAccounts;
 use crate::preflight::{Need, PackageChanges};
 use etc_merge::Class;
-use node_store::image::ImageChoice;
+use node_store::image::{ImageChoice, PullSpec};
+use node_store::store::ObjectId;
 use overlay_root::delta::DeltaCounts;
 use support::human_bytes;
 use unit_refresh::Action;
@@ -32,14 +33,14 @@ pub struct PlanDocument {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SwitchPlan {
     /// The image, by digest.
-    pub image: String,
+    pub image: PullSpec,
     /// Choice of the image in the release payload, if one is configured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image_choice: Option<ImageChoice>,
     /// Its ostree commit.
-    pub commit: String,
+    pub commit: ObjectId,
     /// The booted commit, if it is known.
-    pub booted_commit: Option<String>,
+    pub booted_commit: Option<ObjectId>,
     /// Files that `/usr` gains, loses and changes.
     pub usr: DeltaCounts,
     /// Changed packages, if both sides have a readable package database.
@@ -212,7 +213,7 @@ fn is_kernel(name: &str) -> bool {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use super::super::survives_every_damage;
+    use super::super::{staged, survives_every_damage};
     use super::*;
     use crate::preflight::{Package, PackageChange};
 
@@ -221,9 +222,9 @@ mod tests {
         let decision =
             etc_merge::Decision { path: "x".into(), class: Class::Conflict, reason: "changed on both sides".into() };
         SwitchPlan {
-            image: "r/n@sha256:1".into(),
+            image: staged().pulled.image.pinned,
             image_choice: None,
-            commit: "c".into(),
+            commit: ObjectId::default(),
             booted_commit: None,
             usr: DeltaCounts { added: 2, added_bytes: 2048, ..DeltaCounts::default() },
             packages: Some(PackageChanges {
@@ -292,7 +293,7 @@ mod tests {
 
     #[test]
     fn the_plan_survives_the_file() {
-        survives_every_damage(&SwitchPlan { image: "r/n@sha256:1".into(), ..plan() });
+        survives_every_damage(&plan());
         let json = serde_json::to_value(PlanDocument::staged(plan())).unwrap();
         assert_eq!(json["plan"]["etc"]["counts"]["conflict"], 1);
         assert_eq!(json["plan"]["units"][0]["class"], "restart");

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
@@ -10,10 +11,11 @@ use super::{Checksum, StateDir, StateFile, SwitchStep, Unusable};
 use crate::agent::Goal;
 use crate::agent::auto_undo::TrialPeriod;
 use crate::agent::boot::Boot;
-use crate::config::{ImageSource, Settings};
+use crate::config::{EtcStrategy, ImageSource, Mode, OsMismatch, Settings};
 use crate::report::{LastError, Standing, State, Status};
 use node_store::image::{PullSpec, ResolvedImage};
 use node_store::import::PulledImage;
+use node_store::store::Wish;
 use overlay_root::delta::Delta;
 use support::failpoint::{self, Point};
 use support::human_bytes;
@@ -24,14 +26,14 @@ use unit_refresh::{Action, Flow};
 #[serde(rename_all = "kebab-case")]
 pub enum Source {
     /// The node image itself.
-    Image(String),
+    Image(PullSpec),
     /// A release payload, and the names under which it may list the node image.
-    Release(String, Vec<String>),
+    Release(PullSpec, Vec<String>),
 }
 
 impl Source {
     /// Returns the pull spec as configured.
-    pub fn spec(&self) -> &str {
+    pub fn spec(&self) -> &PullSpec {
         match self {
             Source::Image(spec) | Source::Release(spec, _) => spec,
         }
@@ -39,7 +41,7 @@ impl Source {
 
     /// Returns true if the spec names a digest, which always stands for the same image.
     pub fn is_pinned(&self) -> bool {
-        self.spec().parse::<PullSpec>().is_ok_and(|spec| spec.digest().is_some())
+        self.spec().digest().is_some()
     }
 }
 
@@ -56,18 +58,38 @@ impl Asked {
     /// Returns the request of `settings`.
     pub fn by(settings: &Settings) -> Self {
         let source = settings.image.clone().map(|source| match source {
-            ImageSource::Image(spec) => Source::Image(spec.to_string()),
-            ImageSource::Release(spec) => {
-                Source::Release(spec.to_string(), settings.image_tags.clone().unwrap_or_default())
-            }
+            ImageSource::Image(spec) => Source::Image(spec),
+            ImageSource::Release(spec) => Source::Release(spec, settings.image_tags.clone().unwrap_or_default()),
         });
-        let how = (settings.mode, settings.etc_strategy, settings.os_mismatch, settings.store, settings.complete);
-        Self { source, how: format!("{how:?}") }
+        Self { source, how: how(settings) }
     }
 }
 
-/// Reads a request; one that an older agent wrote in another form counts as unknown.
-fn asked<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Asked>, D::Error> {
+/// Returns the other settings in the spelling of older records.
+fn how(settings: &Settings) -> String {
+    let mode = match settings.mode {
+        Mode::Auto => "Auto",
+        Mode::Off => "Off",
+        Mode::Force => "Force",
+    };
+    let etc = match settings.etc_strategy {
+        EtcStrategy::Keep => "Keep",
+        EtcStrategy::Fail => "Fail",
+    };
+    let mismatch = match settings.os_mismatch {
+        OsMismatch::Refuse => "Refuse",
+        OsMismatch::Warn => "Warn",
+    };
+    let store = match settings.store {
+        Wish::Auto => "Auto",
+        Wish::Ram => "Ram",
+        Wish::Disk => "Disk",
+    };
+    format!("({mode}, {etc}, {mismatch}, {store}, {})", settings.complete)
+}
+
+/// Reads a value; one that an older agent wrote in another form counts as unknown.
+fn if_known<'de, T: DeserializeOwned, D: Deserializer<'de>>(deserializer: D) -> Result<Option<T>, D::Error> {
     Ok(serde_json::from_value(Value::deserialize(deserializer)?).ok())
 }
 
@@ -96,7 +118,7 @@ impl StagedRoot {
     /// # Errors
     /// The file cannot be used.
     pub fn load<T: StateFile>(&self, dir: &StateDir) -> Result<T, Unusable> {
-        dir.load_of(Some(&self.pulled.image.pinned), self.plans.get(T::NAME))
+        dir.load_of(Some(&self.pulled.image), self.plans.get(T::NAME))
     }
 
     /// Saves a state file that belongs to this tree.
@@ -104,7 +126,7 @@ impl StagedRoot {
     /// # Errors
     /// The old file is unchanged.
     pub fn save<T: StateFile>(&self, content: &T, dir: &StateDir) -> Result<Checksum> {
-        dir.save(content, Some(&self.pulled.image.pinned))
+        dir.save(content, Some(&self.pulled.image))
     }
 
     /// Returns the plan as lines of text.
@@ -124,14 +146,63 @@ impl StagedRoot {
     }
 }
 
-/// A switch, and the decisions about the units that ran then.
+/// The result of the phase switch.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Switched {
-    /// The staged tree.
+    /// The tree in place.
     pub staged: StagedRoot,
-    /// Decisions about running units; filled by refresh.
+}
+
+/// The result of the phase refresh.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Refreshed {
+    /// The tree in place.
+    pub staged: StagedRoot,
+    /// Decisions about the units that ran during the switch.
     #[serde(default)]
     pub units: Vec<Action>,
+}
+
+/// The result of the phase finish.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Finished(pub Refreshed);
+
+/// The tree of a switch, as an undo needs it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct UndoTree {
+    /// The pulled image; unknown if the record and the plan of the switch are lost.
+    #[serde(deserialize_with = "if_known")]
+    pub pulled: Option<PulledImage>,
+    /// The delta tree.
+    pub delta: Delta,
+    /// As in [`StagedRoot`].
+    pub etc: Vec<String>,
+    /// As in [`StagedRoot`].
+    #[serde(default)]
+    pub plans: BTreeMap<String, Checksum>,
+}
+
+impl From<StagedRoot> for UndoTree {
+    fn from(StagedRoot { pulled, delta, etc, plans }: StagedRoot) -> Self {
+        Self { pulled: Some(pulled), delta, etc, plans }
+    }
+}
+
+impl UndoTree {
+    /// Loads a state file that belongs to this tree, like [`StagedRoot::load`].
+    ///
+    /// # Errors
+    /// The file cannot be used.
+    pub fn load<T: StateFile>(&self, dir: &StateDir) -> Result<T, Unusable> {
+        dir.load_of(self.pulled.as_ref().map(|pulled| &pulled.image), self.plans.get(T::NAME))
+    }
+
+    /// Returns the staged tree, if the image is known.
+    pub fn staged(self) -> Option<StagedRoot> {
+        let Self { pulled, delta, etc, plans } = self;
+        pulled.map(|pulled| StagedRoot { pulled, delta, etc, plans })
+    }
 }
 
 /// An undo that has begun. Its actions are recorded before the first one, because afterwards the units that ran the node
@@ -139,13 +210,14 @@ pub struct Switched {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Undo {
     /// The tree that was switched to.
-    pub staged: StagedRoot,
+    #[serde(rename = "staged")]
+    pub tree: UndoTree,
     /// Decisions about running units; absent if a failed switch is rolled back before the refresh of units.
     pub units: Option<Vec<Action>>,
     /// Parts of the plan that could not be made, a line each.
     #[serde(default)]
     pub troubles: Vec<String>,
-    /// True if `staged` was pieced together after the record was lost: nothing can be switched to it again.
+    /// True if `tree` was pieced together after the record was lost: nothing can be switched to it again.
     #[serde(default)]
     pub salvaged: bool,
 }
@@ -178,16 +250,17 @@ pub enum Step {
     /// The record of a switch is lost. Only an undo is possible.
     Lost {
         /// The parts of it that are known.
-        staged: StagedRoot,
+        #[serde(rename = "staged")]
+        tree: UndoTree,
         /// Message for a person: what was lost, what is left, the way out.
         message: String,
     },
     /// `/usr` and `/etc` are the node image's.
     Switched(Switched),
     /// The running units use the node image's files.
-    Refreshed(Switched),
+    Refreshed(Refreshed),
     /// The machine is isolated to its default target.
-    Finished(Switched),
+    Finished(Finished),
 }
 
 impl Step {
@@ -198,20 +271,26 @@ impl Step {
 
     /// Returns the image, if it is known.
     pub(in crate::agent) fn image(&self) -> Option<&ResolvedImage> {
-        match self {
-            Step::Resolved(image) => Some(image),
-            Step::Pulled(pulled) => Some(&pulled.image),
-            _ => self.staged().map(|staged| &staged.pulled.image),
-        }
+        let pulled = match self {
+            Step::Idle | Step::NothingToDo { .. } => None,
+            Step::Resolved(image) => return Some(image),
+            Step::Pulled(pulled) => Some(pulled),
+            Step::Staged(staged) | Step::Switching(staged) | Step::Switched(Switched { staged }) => {
+                Some(&staged.pulled)
+            }
+            Step::Refreshed(refreshed) | Step::Finished(Finished(refreshed)) => Some(&refreshed.staged.pulled),
+            Step::Undoing(Undo { tree, .. }) | Step::Lost { tree, .. } => tree.pulled.as_ref(),
+        };
+        pulled.map(|pulled| &pulled.image)
     }
 
-    /// Returns the staged tree, also after the switch.
-    pub(in crate::agent) fn staged(&self) -> Option<&StagedRoot> {
+    /// Returns the input of an undo, or `None` if the running system is unchanged.
+    pub(in crate::agent) fn undo_tree(&self) -> Option<UndoTree> {
         match self {
-            Step::Idle | Step::NothingToDo { .. } | Step::Resolved(_) | Step::Pulled(_) => None,
-            Step::Staged(staged) | Step::Switching(staged) | Step::Lost { staged, .. } => Some(staged),
-            Step::Undoing(undo) => Some(&undo.staged),
-            Step::Switched(switched) | Step::Refreshed(switched) | Step::Finished(switched) => Some(&switched.staged),
+            Step::Switching(staged) | Step::Switched(Switched { staged }) => Some(staged.clone().into()),
+            Step::Refreshed(refreshed) | Step::Finished(Finished(refreshed)) => Some(refreshed.staged.clone().into()),
+            Step::Undoing(Undo { tree, .. }) | Step::Lost { tree, .. } => Some(tree.clone()),
+            _ => None,
         }
     }
 
@@ -262,7 +341,7 @@ pub struct Record {
     #[serde(default)]
     arrived: bool,
     /// The request of the configuration when the step was reached.
-    #[serde(default, deserialize_with = "asked")]
+    #[serde(default, deserialize_with = "if_known")]
     pub asked: Option<Asked>,
     /// The trial period after which the switch is undone unless an administrator keeps it.
     #[serde(default, rename = "probation")]
@@ -321,7 +400,7 @@ impl Record {
     pub fn save(&self, dir: &StateDir) -> Result<()> {
         failpoint::hit(Point::Record, self.step.name())
             .with_context(|| format!("cannot write {}", dir.run().join(Self::NAME).display()))?;
-        dir.save(self, self.step.image().map(|image| image.pinned.as_str())).map(drop)
+        dir.save(self, self.step.image()).map(drop)
     }
 
     /// Replaces the file with a record that says that the running system is unchanged. If the disk is full, removes the old

@@ -6,8 +6,10 @@ use super::*;
 use node_store::image::ResolvedImage;
 use overlay_root::delta::DeltaCounts;
 
-fn staged() -> StagedRoot {
-    let image = ResolvedImage { requested: "r/n:t".into(), pinned: "r/n@sha256:x".into(), digest: "sha256:x".into() };
+pub(crate) fn staged() -> StagedRoot {
+    let requested: PullSpec = "r.io/n:t".parse().unwrap();
+    let digest = format!("sha256:{}", "0d".repeat(32)).parse().unwrap();
+    let image = ResolvedImage { pinned: requested.pinned(digest), requested, digest };
     let pulled = PulledImage {
         image,
         commit: Default::default(),
@@ -23,18 +25,17 @@ fn staged() -> StagedRoot {
     StagedRoot { pulled, delta, etc: Vec::new(), plans: BTreeMap::new() }
 }
 
-pub(crate) fn switched() -> Switched {
-    Switched { staged: staged(), units: Vec::new() }
+pub(crate) fn refreshed() -> Refreshed {
+    Refreshed { staged: staged(), units: Vec::new() }
 }
 
 fn undo() -> Undo {
-    Undo { staged: staged(), units: None, troubles: Vec::new(), salvaged: false }
+    Undo { tree: staged().into(), units: None, troubles: Vec::new(), salvaged: false }
 }
 
 /// Every step, in order.
 fn steps() -> Vec<Step> {
     let staged = staged();
-    let switched = switched();
     vec![
         Step::Idle,
         Step::NothingToDo { reason: "x".into(), isolated: false },
@@ -43,10 +44,10 @@ fn steps() -> Vec<Step> {
         Step::Staged(staged.clone()),
         Step::Switching(staged.clone()),
         Step::Undoing(undo()),
-        Step::Lost { staged: staged.clone(), message: "lost".into() },
-        Step::Switched(switched.clone()),
-        Step::Refreshed(switched.clone()),
-        Step::Finished(switched),
+        Step::Lost { tree: staged.clone().into(), message: "lost".into() },
+        Step::Switched(Switched { staged }),
+        Step::Refreshed(refreshed()),
+        Step::Finished(Finished(refreshed())),
     ]
 }
 
@@ -174,7 +175,7 @@ fn an_unknown_boot_counts_as_live_and_is_asked_again() {
 #[test]
 fn a_record_of_an_older_agent_is_read() {
     const TEXT: &str = r#"{"schema": 1, "step": {"finished": {"staged": {
-        "pulled": {"image": {"requested": "r/n:t", "pinned": "r/n@sha256:x", "digest": "sha256:x"},
+        "pulled": {"image": {"requested": "r.io/n:t", "pinned": "r.io/n@sha256:DIGEST", "digest": "sha256:DIGEST"},
             "commit": "COMMIT", "booted_commit": "BOOTED", "complete": false, "layers_fetched": 1,
             "layers_skipped": 2, "bytes_fetched": 3, "objects_written": 4, "warnings": []},
         "delta": {"directory": "/x", "counts": {"added": 1, "changed": 2, "removed": 3, "directories": 4,
@@ -194,12 +195,15 @@ fn a_record_of_an_older_agent_is_read() {
             "still_old": [{"unit": "c.service", "files": ["bin/c"]}], "notes": ["n"]}}"#;
     let temp = tempfile::tempdir().unwrap();
     let paths = StateDir::below(temp.path());
-    let text = TEXT.replace("BOOTED", &"0b".repeat(32)).replace("COMMIT", &"0c".repeat(32));
+    let text = TEXT
+        .replace("DIGEST", &"0d".repeat(32))
+        .replace("BOOTED", &"0b".repeat(32))
+        .replace("COMMIT", &"0c".repeat(32));
     std::fs::write(temp.path().join(Record::NAME), text).unwrap();
     let record = Record::load(&paths).unwrap();
-    let Step::Finished(switched) = &record.step else { panic!("{record:?}") };
-    assert_eq!(switched.units[0].dependents, ["b.service"]);
-    assert_eq!(switched.staged.pulled.commit.to_string(), "0c".repeat(32));
+    let Step::Finished(Finished(refreshed)) = &record.step else { panic!("{record:?}") };
+    assert_eq!(refreshed.units[0].dependents, ["b.service"]);
+    assert_eq!(refreshed.staged.pulled.commit.to_string(), "0c".repeat(32));
     assert_eq!((record.asked.is_none(), record.flow()), (true, Flow::Live));
     assert!(record.trial.is_some_and(|trial| trial.kept));
     record.save(&paths).unwrap();
@@ -222,6 +226,35 @@ fn a_record_without_a_checksum_is_read() {
 }
 
 #[test]
+fn an_undo_of_an_unknown_image_is_read() {
+    let temp = tempfile::tempdir().unwrap();
+    let paths = StateDir::below(temp.path());
+    let mut value = serde_json::to_value(Record::at(Step::Undoing(undo()))).unwrap();
+    // As agents of November 2026 wrote it after the record and the plan were lost.
+    let unknown = serde_json::json!({"requested": "", "pinned": "", "digest": ""});
+    value["step"]["undoing"]["staged"]["pulled"]["image"] = unknown;
+    std::fs::write(temp.path().join(Record::NAME), value.to_string()).unwrap();
+    for _ in 0..2 {
+        let record = Record::load(&paths).unwrap();
+        let tree = record.step.undo_tree().unwrap();
+        assert_eq!((tree.pulled.is_none(), record.step.image()), (true, None));
+        assert_eq!(tree.delta.directory, std::path::Path::new("/x"));
+        record.save(&paths).unwrap();
+    }
+}
+
+#[test]
+fn settings_are_spelled_as_in_older_records() {
+    let line = "node-image-pivot=force node-image-pivot.image=r.io/n:1@sha256:DIGEST";
+    let line = line.replace("DIGEST", &"0d".repeat(32));
+    let asked = Asked::by(&Settings::load_from(std::path::Path::new("/nonexistent"), &line).unwrap());
+    let text = serde_json::to_value(&asked).unwrap();
+    assert_eq!(text["how"], "(Force, Keep, Refuse, Auto, false)");
+    assert_eq!(text["source"]["image"], format!("r.io/n@sha256:{}", "0d".repeat(32)));
+    assert_eq!(serde_json::from_value::<Asked>(text).unwrap(), asked);
+}
+
+#[test]
 fn every_step_survives_every_damage() {
     for step in steps() {
         survives_every_damage(&Record { step, ..Record::default() });
@@ -233,7 +266,7 @@ fn every_step_survives_every_damage() {
 fn every_changed_byte_is_noticed_or_harmless() {
     let temp = tempfile::tempdir().unwrap();
     let paths = StateDir::below(temp.path());
-    Record { step: Step::Finished(switched()), bootstrap: true, ..Record::default() }.save(&paths).unwrap();
+    Record { step: Step::Finished(Finished(refreshed())), bootstrap: true, ..Record::default() }.save(&paths).unwrap();
     let whole = std::fs::read(temp.path().join(Record::NAME)).unwrap();
     let load = |text: &[u8]| parse::<Record>(text, None, None).map(|record| format!("{record:?}"));
     let saved = load(&whole).unwrap();

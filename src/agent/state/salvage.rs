@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use tracing::warn;
 
-use super::{Record, StagedRoot, StateDir, StateFile, Step, SwitchPlan, Unusable, if_present};
+use super::{Record, StateDir, StateFile, Step, SwitchPlan, UndoTree, Unusable, if_present};
 use crate::agent::auto_undo::{self, TrialPeriod};
 use crate::agent::new_usr::{USR, USR_SOURCE};
 use crate::agent::storage;
@@ -81,7 +81,7 @@ pub(in crate::agent) fn open(paths: &StateDir) -> Record {
         (Verdict::Use, Ok(record)) => record,
         (Verdict::Lost(message), _) => {
             let trial = auto_undo::armed().map(|until_boottime_ms| TrialPeriod { until_boottime_ms, kept: false });
-            Record::at(Step::Lost { staged: staged(paths), message }).with(trial)
+            Record::at(Step::Lost { tree: undo_tree(paths), message }).with(trial)
         }
         _ => Record::default(),
     }
@@ -117,25 +117,27 @@ pub(in crate::agent) fn repair_undo_plan(paths: &StateDir) {
     }
 }
 
-/// Returns the facts about the switch in the other files. Unknown fields stay empty; an undo does not need them.
-fn staged(paths: &StateDir) -> StagedRoot {
+/// Returns the facts about the switch in the other files. Unknown ones stay empty; an undo does not need them.
+fn undo_tree(paths: &StateDir) -> UndoTree {
     let plan = paths.load::<SwitchPlan>().ok();
-    let pinned = plan.as_ref().map(|plan| plan.image.clone()).unwrap_or_default();
-    let digest = pinned.rsplit_once('@').map(|(_, digest)| digest.to_owned()).unwrap_or_default();
-    let pulled = PulledImage {
-        image: ResolvedImage { requested: pinned.clone(), pinned, digest },
-        commit: plan.as_ref().and_then(|plan| plan.commit.parse().ok()).unwrap_or_default(),
-        booted_commit: plan.as_ref().and_then(|plan| plan.booted_commit.as_ref()?.parse().ok()),
+    let counts = plan.as_ref().map_or_else(DeltaCounts::default, |plan| plan.usr);
+    let delta = Delta { directory: delta(paths), counts, warnings: Vec::new() };
+    UndoTree { pulled: plan.and_then(pulled), delta, etc: Vec::new(), plans: BTreeMap::new() }
+}
+
+fn pulled(plan: SwitchPlan) -> Option<PulledImage> {
+    let digest = plan.image.digest()?;
+    Some(PulledImage {
+        image: ResolvedImage { requested: plan.image.clone(), pinned: plan.image, digest },
+        commit: plan.commit,
+        booted_commit: plan.booted_commit,
         complete: false,
         layers_fetched: 0,
         layers_skipped: 0,
         bytes_fetched: 0,
         objects_written: 0,
         warnings: Vec::new(),
-    };
-    let counts = plan.map_or_else(DeltaCounts::default, |plan| plan.usr);
-    let delta = Delta { directory: delta(paths), counts, warnings: Vec::new() };
-    StagedRoot { pulled, delta, etc: Vec::new(), plans: BTreeMap::new() }
+    })
 }
 
 fn delta(paths: &StateDir) -> PathBuf {
@@ -153,7 +155,7 @@ mod tests {
     #[test]
     fn a_switched_system_never_counts_as_unchanged() {
         let idle = Record::default();
-        let undoing = Record::at(Step::Lost { staged: staged(&StateDir::default()), message: String::new() });
+        let undoing = Record::at(Step::Lost { tree: undo_tree(&StateDir::default()), message: String::new() });
         let [missing, malformed] = [None, Some("{")].map(|text| {
             let temp = tempfile::tempdir().unwrap();
             text.into_iter().for_each(|text| std::fs::write(temp.path().join(Record::NAME), text).unwrap());

@@ -3,6 +3,8 @@
 //! Format source: the OCI image specification, and ostree-ext's labels and annotations (`ostree.final-diffid`,
 //! `ostree.commit`, `ostree.components`). chunkah names one component in `org.chunkah.component`.
 
+use std::fmt;
+
 use oci_spec::image::{Descriptor, ImageConfiguration, ImageManifest, MediaType};
 
 use super::{Failure, Kind};
@@ -84,7 +86,7 @@ impl Layout {
 /// # Errors
 /// The image is malformed, or is for another architecture.
 pub fn layout(
-    image: &str,
+    image: impl fmt::Display + Copy,
     manifest: &ImageManifest,
     config: &ImageConfiguration,
     architecture: &str,
@@ -122,7 +124,7 @@ const MOST_LAYERS: usize = 1024;
 
 /// Returns the layers of any image in the manifest's order.
 pub(super) fn layers(
-    image: &str,
+    image: impl fmt::Display + Copy,
     manifest: &ImageManifest,
     config: &ImageConfiguration,
 ) -> Result<Vec<Layer>, Failure> {

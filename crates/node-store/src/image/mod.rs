@@ -34,7 +34,7 @@ pub use pool::ImageSettings;
 pub use reader::Reader;
 pub use release::resolve_release;
 pub use source::{ImageDescription, Source};
-pub use spec::{LocalSpec, PullSpec, RegistrySpec, Transport};
+pub use spec::{Digest, LocalSpec, PullSpec, RegistrySpec, Transport};
 pub use stream::{PULL_SCRIPT, TagHints};
 pub use system::System;
 
@@ -44,9 +44,9 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ResolvedImage {
     /// Pull spec as the operator wrote it.
-    pub requested: String,
+    pub requested: PullSpec,
     /// Pull spec of the same image by digest: `registry/name@sha256:…`.
-    pub pinned: String,
-    /// Digest of the manifest for this machine's architecture: `sha256:…`.
-    pub digest: String,
+    pub pinned: PullSpec,
+    /// Digest of the manifest for this machine's architecture.
+    pub digest: Digest,
 }

@@ -35,7 +35,7 @@ pub struct ImageSettings {
 /// A running skopeo process and the image that it has open.
 pub(super) struct Proxy {
     pub(super) skopeo: ImageProxy,
-    pub(super) opened: Option<(String, Arc<OpenedImage>)>,
+    pub(super) opened: Option<(PullSpec, Arc<OpenedImage>)>,
     _parent: Parent,
 }
 

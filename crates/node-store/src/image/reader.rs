@@ -6,13 +6,12 @@ use std::time::Duration;
 use containers_image_proxy::{Error as ProxyError, OpenedImage};
 use futures_util::FutureExt;
 use oci_spec::image::{Descriptor, ImageConfiguration, ImageManifest};
-use sha2::{Digest, Sha256};
 use tokio::io::AsyncReadExt;
 
 use super::layout::compression;
 use super::policy::policy_path;
 use super::pool::{Pool, Proxy};
-use super::{Compression, Failure, Kind, Layer, LayerStream, PullSpec, ResolvedImage, classify};
+use super::{Compression, Digest, Failure, Kind, Layer, LayerStream, PullSpec, ResolvedImage, classify};
 
 /// Time limit for opening an image on this machine. skopeo unpacks an archive first, perhaps from slow virtual media.
 const UNPACK: Duration = Duration::from_secs(30 * 60);
@@ -37,17 +36,16 @@ impl<'a> Reader<'a> {
     /// Starts to fetch a layer.
     pub async fn layer(&mut self, image: &ResolvedImage, layer: &Layer) -> Result<LayerStream<'_>, Failure> {
         let name = format!("{} layer {} ({})", image.pinned, layer.index, layer.digest());
-        let spec: PullSpec = image.pinned.parse()?;
         let opened = self.opened(image).await?;
         // With the raw variant of newer proxies the agent would have to compute the digest. In skopeo, another core
         // computes it.
         let blob = self.proxy.skopeo.get_blob(&opened, layer.descriptor.digest(), layer.size());
-        let (reader, verdict) = self.request(&name, blob).await.map_err(|failure| spec.adapt(failure))?;
+        let (reader, verdict) = self.request(&name, blob).await.map_err(|failure| image.pinned.adapt(failure))?;
         let stream_name = name.clone();
         let verdict = verdict.map(move |result| result.map_err(|error| failure(&name, &error))).boxed();
         Ok(LayerStream {
             name: stream_name,
-            spec,
+            spec: image.pinned.clone(),
             reader: Box::new(reader),
             verdict,
             size: layer.size(),
@@ -61,16 +59,15 @@ impl<'a> Reader<'a> {
 
     /// Opens the image that `spec` names, and pins it by digest.
     pub(super) async fn resolve(&mut self, spec: &PullSpec) -> Result<ResolvedImage, Failure> {
-        let requested = spec.to_string();
         let opened = self.open(spec).await?;
         let (digest, _) = self.raw_manifest(spec, &opened).await?;
         if let (PullSpec::Local(_), Some(expected)) = (spec, spec.digest().filter(|expected| *expected != digest)) {
             let message = format!("the manifest of {} has the digest {digest}: expected {expected}", spec.reference());
             return Err(spec.adapt(Failure::new(Kind::BadDigest, message)));
         }
-        let pinned = spec.pinned(&digest).to_string();
+        let pinned = spec.pinned(digest);
         self.proxy.opened = Some((pinned.clone(), opened));
-        Ok(ResolvedImage { requested, pinned, digest })
+        Ok(ResolvedImage { requested: spec.clone(), pinned, digest })
     }
 
     /// Returns the manifest and config of an image, compared with its digest.
@@ -78,20 +75,19 @@ impl<'a> Reader<'a> {
         &mut self,
         image: &ResolvedImage,
     ) -> Result<(ImageManifest, ImageConfiguration), Failure> {
-        let name = &image.pinned;
-        let spec: PullSpec = name.parse()?;
+        let spec = &image.pinned;
         let opened = self.opened(image).await?;
-        let (digest, raw) = self.raw_manifest(&spec, &opened).await?;
+        let (digest, raw) = self.raw_manifest(spec, &opened).await?;
         if digest != image.digest {
-            let message = format!("the source has the manifest {digest} instead of {name}");
+            let message = format!("the source has the manifest {digest} instead of {spec}");
             return Err(spec.adapt(Failure::new(Kind::BadDigest, message)));
         }
         let manifest: ImageManifest = serde_json::from_slice(&raw)
-            .map_err(|error| Failure::new(Kind::BadFormat, format!("the manifest of {name} is malformed: {error}")))?;
-        let converted = sha256(&raw) != digest;
-        let raw = self.config(name, &opened, &manifest, converted).await.map_err(|failure| spec.adapt(failure))?;
+            .map_err(|error| Failure::new(Kind::BadFormat, format!("the manifest of {spec} is malformed: {error}")))?;
+        let converted = Digest::of(&raw) != digest;
+        let raw = self.config(spec, &opened, &manifest, converted).await.map_err(|failure| spec.adapt(failure))?;
         let config: ImageConfiguration = serde_json::from_slice(&raw)
-            .map_err(|error| Failure::new(Kind::BadFormat, format!("the config of {name} is malformed: {error}")))?;
+            .map_err(|error| Failure::new(Kind::BadFormat, format!("the config of {spec} is malformed: {error}")))?;
         Ok((manifest, config))
     }
 
@@ -101,7 +97,7 @@ impl<'a> Reader<'a> {
         {
             return Ok(opened.clone());
         }
-        let opened = match self.open(&image.pinned.parse()?).await {
+        let opened = match self.open(&image.pinned).await {
             Err(refused) if refused.kind == Kind::Policy && image.requested != image.pinned => {
                 self.open_as_requested(image, refused).await?
             }
@@ -115,13 +111,12 @@ impl<'a> Reader<'a> {
     /// of the policy may be for a tag or an index, and not for one manifest. If the name no longer leads to the pinned
     /// manifest, returns the refusal.
     async fn open_as_requested(&self, image: &ResolvedImage, refused: Failure) -> Result<Arc<OpenedImage>, Failure> {
-        let requested: PullSpec = image.requested.parse()?;
-        let opened = match self.open(&requested).await {
+        let opened = match self.open(&image.requested).await {
             Ok(opened) => opened,
             Err(failure) if failure.class.may_pass() => return Err(failure),
             Err(_) => return Err(refused),
         };
-        let (digest, _) = self.raw_manifest(&requested, &opened).await?;
+        let (digest, _) = self.raw_manifest(&image.requested, &opened).await?;
         if digest == image.digest { Ok(opened) } else { Err(refused) }
     }
 
@@ -145,7 +140,7 @@ impl<'a> Reader<'a> {
         manifest: &ImageManifest,
     ) -> Result<ImageManifest, Failure> {
         let mut provided = manifest.clone();
-        let spec: PullSpec = image.pinned.parse()?;
+        let spec = &image.pinned;
         let uncompressed = |layer: &Descriptor| compression(layer.media_type()) == Some(Compression::None);
         if !spec.is_store() || manifest.layers().iter().all(uncompressed) {
             return Ok(provided);
@@ -176,7 +171,7 @@ impl<'a> Reader<'a> {
     /// too: it is in no registry, and only the proxy's "full config" returns it.
     async fn config(
         &self,
-        name: &str,
+        name: &PullSpec,
         opened: &OpenedImage,
         manifest: &ImageManifest,
         converted: bool,
@@ -187,7 +182,7 @@ impl<'a> Reader<'a> {
         let expected = descriptor.digest().to_string();
         if converted {
             let full = self.request(&subject, self.proxy.skopeo.fetch_config_raw(opened)).await?;
-            if sha256(&full) == expected {
+            if Digest::of(&full).to_string() == expected {
                 return Ok(full);
             }
         }
@@ -205,7 +200,7 @@ impl<'a> Reader<'a> {
             verdict.and_then(|()| read.map_err(ProxyError::from))
         };
         self.request(&subject, both).await?;
-        let actual = sha256(&raw);
+        let actual = Digest::of(&raw).to_string();
         if actual != expected {
             let message = format!("{subject} has the digest {actual}: expected {expected}");
             return Err(Failure::new(Kind::BadDigest, message));
@@ -216,10 +211,14 @@ impl<'a> Reader<'a> {
     /// Returns the manifest in OCI's form, and the digest of the manifest that the registry sent. skopeo computes that
     /// digest and compares it with a digest in the name or in an index. It may then convert the manifest, so the returned
     /// bytes can have another digest.
-    async fn raw_manifest(&self, spec: &PullSpec, opened: &OpenedImage) -> Result<(String, Vec<u8>), Failure> {
+    async fn raw_manifest(&self, spec: &PullSpec, opened: &OpenedImage) -> Result<(Digest, Vec<u8>), Failure> {
         let subject = format!("the manifest of {spec}");
         let answer = self.request(&subject, self.proxy.skopeo.fetch_manifest_raw_oci(opened)).await;
-        answer.map_err(|failure| spec.adapt(failure))
+        let (digest, raw) = answer.map_err(|failure| spec.adapt(failure))?;
+        let digest = digest.parse().map_err(|cause| {
+            Failure::new(Kind::BadDigest, format!("cannot use {subject}: {cause}; it is {digest:.80}"))
+        })?;
+        Ok((digest, raw))
     }
 
     async fn request<T>(&self, subject: &str, call: impl Future<Output = Result<T, ProxyError>>) -> Result<T, Failure> {
@@ -240,10 +239,6 @@ impl<'a> Reader<'a> {
             }
         }
     }
-}
-
-fn sha256(bytes: &[u8]) -> String {
-    format!("sha256:{}", hex::encode(Sha256::digest(bytes)))
 }
 
 fn failure(subject: &str, error: &ProxyError) -> Failure {

@@ -77,7 +77,7 @@ impl Source {
 }
 
 /// Refuses a release payload that is configured as the node image.
-fn refuse_payload(name: &str, config: &ImageConfiguration) -> Result<(), Failure> {
+fn refuse_payload(name: impl std::fmt::Display, config: &ImageConfiguration) -> Result<(), Failure> {
     let labels = config.config().as_ref().and_then(|config| config.labels().as_ref());
     if labels.is_some_and(|labels| labels.contains_key(RELEASE_LABEL)) {
         let message = format!("{name} is a release payload, which only names the node image");

@@ -243,6 +243,6 @@ async fn join<T>(task: tokio::task::JoinHandle<T>, name: &str) -> Result<T, Fail
 }
 
 /// Returns the failure of a pull that the caller cancelled.
-pub(super) fn cancelled(image: &str) -> Failure {
+pub(super) fn cancelled(image: impl std::fmt::Display) -> Failure {
     Failure::new(Kind::Cancelled, format!("the pull of {image} was cancelled"))
 }

@@ -162,7 +162,7 @@ impl<'a> PlainLayers<'a> {
                 }
                 Committed::Needs(unknown) => {
                     let (count, image) = (unknown.len(), &run.image.pinned);
-                    tracing::info!(count, image, "fetching kernel modules whose SELinux labels may differ");
+                    tracing::info!(count, %image, "fetching kernel modules whose SELinux labels may differ");
                     let open = run.import.want(&unknown);
                     self.fetch_open(&open, description, fetched).await?;
                 }

@@ -119,7 +119,7 @@ pub async fn pull(
         Ok(complete)
     })
     .await?
-    .map_err(|error| import.store_failure(&image.pinned, &error))?;
+    .map_err(|error| import.store_failure(&image.pinned.to_string(), &error))?;
     warnings.extend(import.writer.warnings());
     let (objects_written, bytes_fetched) = import.totals();
     let pulled = PulledImage {
@@ -293,7 +293,7 @@ async fn lock(
             Err(error @ LockError::Held { .. }) => {
                 let held = error.to_string();
                 if progress.waiting_for().as_ref() != Some(&held) {
-                    tracing::info!(image = image.pinned, "waiting: {held}");
+                    tracing::info!(image = %image.pinned, "waiting: {held}");
                     progress.wait_for(Some(held));
                 }
                 tokio::select! {

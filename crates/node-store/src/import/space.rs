@@ -106,7 +106,7 @@ impl Import {
 
     /// Refuses a pull whose wanted objects cannot fit into the node store, and warns if the estimate does not fit. The
     /// wanted set must be known. Blocks.
-    pub(super) fn check_space(&self, image: &str) -> Result<(), Failure> {
+    pub(super) fn check_space(&self, image: &crate::image::PullSpec) -> Result<(), Failure> {
         let (count, need) = self.need();
         let (Need::Listed(bytes) | Need::Estimated(bytes)) = need;
         PullProgress::add(&self.progress.bytes_needed, bytes);

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::path::Path;
 
-use super::registry::check_digest;
+use super::Digest;
 
 /// The form in which an image lies on this machine, in skopeo's terms.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,15 +40,13 @@ pub struct LocalSpec {
     transport: Transport,
     /// skopeo's name of the image, without the transport.
     name: String,
-    digest: Option<String>,
+    digest: Option<Digest>,
 }
 
 impl LocalSpec {
     pub(super) fn parse(transport: Transport, text: &str) -> Result<Self, &'static str> {
         let (name, digest) = match text.rsplit_once('@') {
-            Some((name, digest)) if digest.contains(':') && !digest.contains('/') => {
-                (name, Some(check_digest(digest)?))
-            }
+            Some((name, digest)) if digest.contains(':') && !digest.contains('/') => (name, Some(digest.parse()?)),
             _ => (text, None),
         };
         let spec = Self { transport, name: name.to_owned(), digest };
@@ -87,19 +85,19 @@ impl LocalSpec {
         Some(Path::new(path))
     }
 
-    pub(super) fn pinned(&self, digest: &str) -> Self {
-        Self { digest: Some(digest.to_owned()), ..self.clone() }
+    pub(super) fn pinned(&self, digest: Digest) -> Self {
+        Self { digest: Some(digest), ..self.clone() }
     }
 
-    pub(super) fn digest(&self) -> Option<&str> {
-        self.digest.as_deref()
+    pub(super) fn digest(&self) -> Option<Digest> {
+        self.digest
     }
 
     /// Returns skopeo's name of the image. An image store finds an image by digest if the name has no tag.
     pub(super) fn reference(&self) -> String {
         let image = self.name.rsplit(['/', ']']).next().unwrap_or_default();
         let by_digest = self.transport == Transport::ContainersStorage && !image.contains([':', '@']);
-        match self.digest.as_ref().filter(|_| by_digest) {
+        match self.digest.filter(|_| by_digest) {
             Some(digest) => format!("{}:{}@{digest}", self.transport.as_str(), self.name),
             None => format!("{}:{}", self.transport.as_str(), self.name),
         }

@@ -1,8 +1,10 @@
 //! Pull specs: the names of images in a registry or on this machine.
 
+mod digest;
 mod local;
 mod registry;
 
+pub use digest::Digest;
 pub use local::{LocalSpec, Transport};
 pub use registry::RegistrySpec;
 
@@ -22,7 +24,7 @@ pub enum PullSpec {
 
 impl PullSpec {
     /// Returns the pull spec of the same image by digest.
-    pub fn pinned(&self, digest: &str) -> Self {
+    pub fn pinned(&self, digest: Digest) -> Self {
         match self {
             Self::Registry(spec) => Self::Registry(spec.pinned(digest)),
             Self::Local(spec) => Self::Local(spec.pinned(digest)),
@@ -30,7 +32,7 @@ impl PullSpec {
     }
 
     /// Returns the digest, if the pull spec has one.
-    pub fn digest(&self) -> Option<&str> {
+    pub fn digest(&self) -> Option<Digest> {
         match self {
             Self::Registry(spec) => spec.digest(),
             Self::Local(spec) => spec.digest(),
@@ -100,6 +102,8 @@ impl FromStr for PullSpec {
     }
 }
 
+serialize_as_text!(PullSpec);
+
 fn parse(text: &str) -> Result<PullSpec, &'static str> {
     const UNSUPPORTED: [&str; 4] = ["docker-archive:", "docker-daemon:", "ostree", "sif:"];
     if text.is_empty() {
@@ -145,13 +149,13 @@ mod tests {
             assert_eq!(text.parse::<PullSpec>().unwrap().to_string(), shown, "{text}");
         }
         let spec: PullSpec = "q.io/a/b:t".parse().unwrap();
-        assert_eq!(spec.pinned(&digest).to_string(), format!("q.io/a/b@{digest}"));
+        assert_eq!(spec.pinned(digest.parse().unwrap()).to_string(), format!("q.io/a/b@{digest}"));
         assert_eq!((spec.digest(), spec.reference().as_str()), (None, "docker://q.io/a/b:t"));
     }
 
     #[test]
     fn images_on_this_machine_have_a_path_a_reference_and_a_digest() {
-        let digest = &format!("sha256:{}", "0a".repeat(32));
+        let digest: Digest = format!("sha256:{}", "0a".repeat(32)).parse().unwrap();
         let store = "containers-storage:[overlay@/s+/r:x=y]localhost/os";
         for (text, path, reference) in [
             ("oci:/a/b:v1", Some("/a/b"), "oci:/a/b:v1"),
@@ -167,7 +171,7 @@ mod tests {
             let spec: PullSpec = text.parse().unwrap();
             assert_eq!((spec.to_string().as_str(), spec.digest()), (text, None));
             let pinned: PullSpec = format!("{text}@{digest}").parse().unwrap();
-            assert_eq!((&pinned, pinned.digest()), (&spec.pinned(digest), Some(digest.as_str())));
+            assert_eq!((&pinned, pinned.digest()), (&spec.pinned(digest), Some(digest)));
             assert_eq!(pinned.to_string(), format!("{text}@{digest}"));
             assert_eq!(pinned.reference(), reference);
             let PullSpec::Local(spec) = spec else { panic!("{text} is not on this machine") };

@@ -2,25 +2,33 @@
 
 use std::fmt;
 
+use super::Digest;
+
 /// An image in a registry: `registry/name:tag`, `registry/name@sha256:…`, or both.
 ///
 /// Short names are rejected, because their registry depends on the host's configuration.
-/// Grammar: the reference grammar of the distribution project. Displayed without the tag if there is a digest, because
-/// tools do not accept both.
+/// Grammar: the reference grammar of the distribution project.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RegistrySpec {
     /// Host and optional port.
     registry: String,
     /// Path in the registry.
     name: String,
-    tag: Option<String>,
-    digest: Option<String>,
+    version: Version,
+}
+
+/// The part of a name that selects one image. A tag beside a digest is checked and dropped, because tools do not accept
+/// both.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Version {
+    Tag(String),
+    Digest(Digest),
 }
 
 impl RegistrySpec {
     pub(super) fn parse(text: &str) -> Result<Self, &'static str> {
         let (text, digest) = match text.split_once('@') {
-            Some((text, digest)) => (text, Some(check_digest(digest)?)),
+            Some((text, digest)) => (text, Some(digest.parse()?)),
             None => (text, None),
         };
         let (registry, path) = text.split_once('/').ok_or("it has no registry (registry/name)")?;
@@ -30,38 +38,29 @@ impl RegistrySpec {
             None => (path, None),
         };
         check_name(name)?;
-        if tag.is_none() && digest.is_none() {
-            return Err("it has neither a tag nor a digest");
+        let version = digest.map(Version::Digest).or(tag.map(Version::Tag));
+        let version = version.ok_or("it has neither a tag nor a digest")?;
+        Ok(Self { registry: registry.to_owned(), name: name.to_owned(), version })
+    }
+
+    pub(super) fn pinned(&self, digest: Digest) -> Self {
+        Self { version: Version::Digest(digest), ..self.clone() }
+    }
+
+    pub(super) fn digest(&self) -> Option<Digest> {
+        match self.version {
+            Version::Digest(digest) => Some(digest),
+            Version::Tag(_) => None,
         }
-        Ok(Self { registry: registry.to_owned(), name: name.to_owned(), tag, digest })
-    }
-
-    pub(super) fn pinned(&self, digest: &str) -> Self {
-        Self { tag: None, digest: Some(digest.to_owned()), ..self.clone() }
-    }
-
-    pub(super) fn digest(&self) -> Option<&str> {
-        self.digest.as_deref()
     }
 }
 
 impl fmt::Display for RegistrySpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match (&self.digest, &self.tag) {
-            (Some(digest), _) => write!(f, "{}/{}@{digest}", self.registry, self.name),
-            (None, Some(tag)) => write!(f, "{}/{}:{tag}", self.registry, self.name),
-            (None, None) => write!(f, "{}/{}", self.registry, self.name),
+        match &self.version {
+            Version::Digest(digest) => write!(f, "{}/{}@{digest}", self.registry, self.name),
+            Version::Tag(tag) => write!(f, "{}/{}:{tag}", self.registry, self.name),
         }
-    }
-}
-
-pub(super) fn check_digest(digest: &str) -> Result<String, &'static str> {
-    let hex = digest.strip_prefix("sha256:").ok_or("its digest is not of the form sha256:…")?;
-    let lower_hex = hex.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
-    if hex.len() == 64 && lower_hex {
-        Ok(digest.to_owned())
-    } else {
-        Err("its digest is not 64 lower-case hexadecimal digits")
     }
 }
 

@@ -162,10 +162,10 @@ impl Merged {
         };
         let base = import.base.commit();
         let strings = [
-            ("ostree.manifest-digest", image.digest.clone()),
+            ("ostree.manifest-digest", image.digest.to_string()),
             ("ostree.manifest", json(serde_json::to_value(&description.manifest))?),
             ("ostree.container.image-config", json(serde_json::to_value(&description.config))?),
-            (IMAGE, image.pinned.clone()),
+            (IMAGE, image.pinned.to_string()),
         ];
         let info = CommitInfo {
             strings: strings.into_iter().chain(base.map(|base| (DERIVED_FROM, base.to_string()))).collect(),

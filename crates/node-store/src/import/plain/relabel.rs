@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use sha2::Digest;
 
-use crate::image::{Failure, Kind};
+use crate::image::{Failure, Kind, PullSpec};
 use crate::store::{FileMeta, ObjectId, ObjectType, Xattrs};
 
 use super::dirmeta::{DirMeta, Pairs, S_IFDIR, label_of, read_dirmeta, set_label};
@@ -44,7 +44,7 @@ enum BaseLabels {
 /// Labels one tree.
 pub(super) struct Relabeller<'a> {
     import: &'a Import,
-    image: &'a str,
+    image: &'a PullSpec,
     labels: Labels,
     base: BaseLabels,
     known: HashMap<ObjectId, Option<Known>>,
@@ -67,7 +67,7 @@ impl<'a> Relabeller<'a> {
         import: &'a Import,
         policy: &PolicyFiles,
         base: Option<&PolicyFiles>,
-        image: &'a str,
+        image: &'a PullSpec,
     ) -> Result<Self, Failure> {
         let open = |policy: &PolicyFiles| {
             policy.open().map_err(|what| Failure::new(Kind::BadFormat, format!("the image {image}: {what}")))
@@ -287,7 +287,7 @@ impl<'a> Relabeller<'a> {
     }
 }
 
-fn lookup(labels: &Labels, image: &str, path: &str, mode: u32) -> Result<Option<Vec<u8>>, Failure> {
+fn lookup(labels: &Labels, image: &PullSpec, path: &str, mode: u32) -> Result<Option<Vec<u8>>, Failure> {
     labels.of(path, mode).map_err(|what| Failure::new(Kind::BadFormat, format!("the image {image}: {what}")))
 }
 

@@ -1,6 +1,6 @@
 //! Rules for the tree of a plain image, which no ostree tool has built before. Pure, except that it reads metadata objects.
 
-use crate::image::{Failure, Kind};
+use crate::image::{Failure, Kind, PullSpec};
 
 use super::layertree::{LayerFile, LayerTree};
 use super::merge::Dir;
@@ -36,14 +36,14 @@ pub(super) fn missing_file(root: &mut Dir, lookup: &mut Lookup<'_>) -> Result<Op
 }
 
 /// Returns the failure of an image that is not an operating system.
-pub(super) fn not_a_system(image: &str, missing: &str) -> Failure {
+pub(super) fn not_a_system(image: &PullSpec, missing: &str) -> Failure {
     const ADVICE: &str = "use the image of an operating system as node image";
     let message = format!("the image {image} is not an operating system: it has no /{missing}");
     Failure { advice: ADVICE, ..Failure::new(Kind::BadFormat, message) }
 }
 
 /// Returns the failure of an image without an active policy if its files were labelled by another one.
-pub(super) fn no_policy(image: &str) -> Failure {
+pub(super) fn no_policy(image: &PullSpec) -> Failure {
     const ADVICE: &str = "use a node image with an enabled SELinux policy";
     let message = format!(
         "the image {image} has no SELinux policy that /etc/selinux/config enables, but the booted system or a \
