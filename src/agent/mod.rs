@@ -63,21 +63,11 @@ pub enum Goal {
     Finished,
 }
 
-/// The surroundings of every phase.
-pub(crate) struct Context {
-    pub(crate) settings: Settings,
-    pub(crate) tracker: Tracker,
-    pub(crate) paths: StateDir,
-}
-
-impl Context {
-    pub(crate) fn new(settings: Settings, tracker: Tracker, paths: StateDir) -> Self {
-        Self { settings, tracker, paths }
-    }
-}
-
 /// A call that runs phases.
 struct Call<'a> {
+    settings: Settings,
+    tracker: &'a Tracker,
+    dir: &'a StateDir,
     goal: Goal,
     cancel: &'a CancelHandle,
     /// True once this call has staged, so that the switch does not repeat the checks.
@@ -285,15 +275,15 @@ impl Agent {
             record.asked = Some(asked);
             self.tracker.restart(state::shown(&settings));
         }
-        let context = Context::new(settings, self.tracker.clone(), self.paths.clone());
         let goal = goal.unwrap_or_else(|| record.last_goal());
-        let mut call = Call { goal, cancel, staged_now: false, guard: None };
+        let (tracker, dir) = (&self.tracker, &self.paths);
+        let mut call = Call { settings, tracker, dir, goal, cancel, staged_now: false, guard: None };
         loop {
             let touches_nothing_yet = record.step.is_before_switch() || matches!(record.step, Step::Refreshed(_));
             if touches_nothing_yet && cancel.is_cancelled() {
                 return Err(Error::cancelled());
             }
-            match self.step(&context, record, length, &mut call).await {
+            match self.step(record, length, &mut call).await {
                 Ok(true) => info!("step reached: {}", record.step.name()),
                 Ok(false) => return Ok(()),
                 Err(error) => {
@@ -307,14 +297,8 @@ impl Agent {
     }
 
     /// Runs the next step and writes it to the record. Returns false if the goal is reached.
-    async fn step(
-        &self,
-        context: &Context,
-        record: &mut Record,
-        length: Option<Duration>,
-        call: &mut Call<'_>,
-    ) -> Result<bool, Error> {
-        let Some(next) = next(context, record, call).await? else { return Ok(false) };
+    async fn step(&self, record: &mut Record, length: Option<Duration>, call: &mut Call<'_>) -> Result<bool, Error> {
+        let Some(next) = next(record, call).await? else { return Ok(false) };
         let before = record.clone();
         if let (Step::Staged(_), Step::Switching(_)) = (&record.step, &next) {
             record.undone = None;

@@ -6,22 +6,23 @@ use std::path::Path;
 use tracing::{info, warn};
 
 use super::new_usr::{ETC, USR, USR_SOURCE};
-use super::{Context, StagedRoot, StateDir};
+use super::{StagedRoot, StateDir};
 use crate::host;
+use crate::report::Tracker;
 use overlay_root::delta::Delta;
 
 /// Loads the policy in `/etc` if the merge replaced it, and sets the labels that only the new policy knows on merged
 /// entries. Idempotent.
-pub(super) async fn load_policy(context: &Context, staged: &StagedRoot) -> anyhow::Result<()> {
-    let plan = staged.load(&context.paths)?;
+pub(super) async fn load_policy(tracker: &Tracker, dir: &StateDir, staged: &StagedRoot) -> anyhow::Result<()> {
+    let plan = staged.load(dir)?;
     let step = policy_step(&plan);
     if let Some(remark) = host::load_policy(step).await? {
-        context.tracker.remark(&remark);
+        tracker.remark(&remark);
     }
     if step.loads() && selinux_labels::mode() != selinux_labels::Mode::Disabled {
         let relabelled = etc_merge::relabel(&plan, etc_merge::open_dir(Path::new(ETC))?.as_fd())?;
         info!("relabelled {relabelled} entries of /etc with labels that the previous policy did not know");
-        relabel(&context.paths, &staged.delta, Way::There).await;
+        relabel(dir, &staged.delta, Way::There).await;
     }
     Ok(())
 }

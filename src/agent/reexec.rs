@@ -6,8 +6,8 @@ use std::path::Path;
 use anyhow::Result;
 use tracing::{info, warn};
 
-use super::Context;
 use super::new_usr::ChangedPaths;
+use crate::report::Tracker;
 use unit_refresh::{Guard, Manager};
 
 /// Largest number of units that a message names.
@@ -23,16 +23,16 @@ pub(super) async fn guard(guard: &mut Option<Guard>) {
 }
 
 /// Re-executes PID 1 if its files changed, else reloads it. It has read the new unit files in both cases.
-pub(super) async fn renew_manager(context: &Context, changed: &ChangedPaths) -> Result<()> {
+pub(super) async fn renew_manager(tracker: &Tracker, changed: &ChangedPaths) -> Result<()> {
     let manager = Manager::connect().await?;
     if !unit_refresh::mapped_files(1).iter().any(|path| changed.contains(Path::new(path))) {
         return manager.reload().await;
     }
     let mut troubles = Vec::new();
     reexecute(manager, &mut troubles).await?;
-    context.tracker.note("systemd was re-executed: its binary or libraries changed");
+    tracker.note("systemd was re-executed: its binary or libraries changed");
     for line in troubles {
-        context.tracker.warn(line);
+        tracker.warn(line);
     }
     Ok(())
 }

@@ -6,9 +6,9 @@ use tracing::warn;
 
 use super::error::{Cause, Error};
 use super::state::save_timeline;
-use super::{CancelHandle, Context};
+use super::{CancelHandle, StateDir};
 use crate::config::Retry;
-use crate::report::{Attempt, LastError, Phase};
+use crate::report::{Attempt, LastError, Phase, Tracker};
 use node_store::image::{Class, Failure};
 
 /// Largest number of attempts that the status document lists.
@@ -19,7 +19,9 @@ const DENIED_DELAYS: [f64; 2] = [0.25, 0.75];
 /// Runs `attempt` until it succeeds, ends or is cancelled. The status document shows each failure with its class, its
 /// number and the time of the next attempt.
 pub(super) async fn with_retry<T, F>(
-    context: &Context,
+    tracker: &Tracker,
+    dir: &StateDir,
+    retry: Retry,
     phase: Phase,
     cancel: &CancelHandle,
     attempt: impl Fn() -> F,
@@ -27,7 +29,7 @@ pub(super) async fn with_retry<T, F>(
 where
     F: Future<Output = Result<T, Failure>>,
 {
-    let mut retries = Retries::new(context.settings.retry);
+    let mut retries = Retries::new(retry);
     loop {
         let outcome = tokio::select! {
             outcome = attempt() => outcome,
@@ -52,10 +54,10 @@ where
             next_in_seconds = delay.as_secs(),
             "{failure}"
         );
-        context.tracker.fail(error);
-        save_timeline(&context.paths, &context.tracker);
+        tracker.fail(error);
+        save_timeline(dir, tracker);
         tokio::select! {
-            () = tokio::time::sleep(delay) => context.tracker.begin(phase),
+            () = tokio::time::sleep(delay) => tracker.begin(phase),
             () = cancel.cancelled() => return Err(Error::cancelled()),
         }
     }

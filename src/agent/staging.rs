@@ -3,7 +3,7 @@
 use tracing::info;
 
 use super::state::{self, Asked};
-use super::{Agent, CancelHandle, Context, Error, Goal, PlanDocument, Step, phases};
+use super::{Agent, CancelHandle, Error, Goal, PlanDocument, Step, phases};
 use crate::config::Settings;
 use crate::report::RefusalId;
 
@@ -31,13 +31,12 @@ impl Agent {
             return Ok(());
         }
         let before = self.tracker.status();
-        let context = Context::new(settings, self.tracker.clone(), self.paths.clone());
-        let new = phases::resolve(&context, cancel).await;
+        let new = phases::resolve(&self.tracker, &self.paths, &settings, cancel).await;
         self.tracker.update(|status| *status = before);
         let new = new.inspect_err(|error| self.show_failure(error))?;
         if new.digest != old.digest {
             info!("{} now names another image: {}", new.requested, new.pinned);
-            self.tracker.restart(state::shown(&context.settings));
+            self.tracker.restart(state::shown(&settings));
             record.step = Step::Idle;
         }
         Ok(())

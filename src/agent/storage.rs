@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use tracing::info;
 
 use super::StateDir;
-use crate::config::Settings;
+use crate::config::StoreSettings;
 use crate::preflight::{self, Memory};
 use node_store::store::{self, BootedRepo, Kind, NodeStore, SystemRepo};
 use overlay_root::Namespace;
@@ -22,11 +22,11 @@ const LIVE_MARKER: &str = "/run/ostree-live";
 ///
 /// # Errors
 /// [`preflight::Refusal`] if there is too little memory for a RAM store; another error if the store cannot be opened.
-pub(super) fn open(paths: &StateDir, settings: &Settings) -> anyhow::Result<(NodeStore, Option<BootedRepo>)> {
+pub(super) fn open(paths: &StateDir, settings: StoreSettings) -> anyhow::Result<(NodeStore, Option<BootedRepo>)> {
     let booted = BootedRepo::discover()?;
     let mounts = Namespace::init().mounts()?;
     let system = booted.as_ref().map(|booted| look(&booted.path, &mounts)).transpose()?;
-    let kind = store::decide(settings.store, system.as_ref()).context("the node store cannot be on the disk")?;
+    let kind = store::decide(settings.place, system.as_ref()).context("the node store cannot be on the disk")?;
     let store = match (&kind, &system) {
         (Kind::Disk, Some(repo)) => {
             info!("the node store is the system's repo {}", repo.path.display());

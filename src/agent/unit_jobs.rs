@@ -12,8 +12,8 @@ use tracing::info;
 
 use super::new_usr::ChangedPaths;
 use super::state::{StateFile, if_present};
-use super::unit_survey::{target, unit_files};
-use super::{Context, Error, StagedRoot};
+use super::unit_survey::{UnitSettings, unit_files};
+use super::{Error, StagedRoot, StateDir};
 use crate::report::{Subject, Tracker};
 use unit_refresh::{Action, Class, Definitions, Flow, Manager, Root, Sides, Verb, Version};
 
@@ -69,36 +69,43 @@ impl UnitsRecord {
 }
 
 /// Records the units before the first act of the switch.
-pub(super) async fn remember(context: &Context, staged: &StagedRoot) -> Result<(), Error> {
+pub(super) async fn remember(dir: &StateDir, target: &str, staged: &StagedRoot) -> Result<(), Error> {
     let remembered = async {
         let files = unit_files().await?;
         let before = unit_refresh::definitions(&Manager::connect().await?, &files).await?;
-        let mut sockets = files.pulled_in(&target(context));
+        let mut sockets = files.pulled_in(target);
         sockets.retain(|name| name.ends_with(".socket"));
-        staged.save(&UnitsRecord { before, sockets: Some(sockets), ..UnitsRecord::default() }, &context.paths)
+        staged.save(&UnitsRecord { before, sockets: Some(sockets), ..UnitsRecord::default() }, dir)
     };
     remembered.await.map(drop).map_err(Error::from)
 }
 
-/// Plans for `flow` once and carries the plan out; after a kill, continues after the last completed job. Returns the
+/// The input of the plan for the units that run.
+pub(super) struct UnitPlan<'a> {
+    pub(super) tracker: &'a Tracker,
+    pub(super) dir: &'a StateDir,
+    pub(super) settings: &'a UnitSettings,
+    pub(super) staged: &'a StagedRoot,
+    pub(super) changed: &'a ChangedPaths,
+    pub(super) flow: Flow,
+}
+
+/// Plans for the flow once and carries the plan out; after a kill, continues after the last completed job. Returns the
 /// actions that succeeded. Adds a line to `trouble` for each failure of a unit.
 ///
 /// # Errors
 /// The record cannot be read or written, or systemd does not answer.
 pub(super) async fn carry_out(
-    context: &Context,
+    &UnitPlan { tracker, dir, settings, staged, changed, flow }: &UnitPlan<'_>,
     manager: &mut Manager,
-    staged: &StagedRoot,
-    changed: &ChangedPaths,
-    flow: Flow,
     trouble: &mut Vec<String>,
 ) -> Result<Vec<Action>> {
     // An older agent wrote none. Then only the running code of units is compared.
-    let mut record = if_present(staged.load::<UnitsRecord>(&context.paths))?.unwrap_or_default();
-    let save = |record: &UnitsRecord| staged.save(record, &context.paths).map(drop);
+    let mut record = if_present(staged.load::<UnitsRecord>(dir))?.unwrap_or_default();
+    let save = |record: &UnitsRecord| staged.save(record, dir).map(drop);
     if record.flow != Some(flow) {
         let new = unit_files().await?;
-        let added = |before| new.pulled_in(&target(context)).difference(before).cloned().collect();
+        let added = |before| new.pulled_in(&settings.target).difference(before).cloned().collect();
         let added = record.sockets.as_ref().map(added).unwrap_or_default();
         let systemd = Root::running().systemd_release();
         let differs = |path: &Path| changed.contains(path);
@@ -115,7 +122,7 @@ pub(super) async fn carry_out(
         trouble.extend(troubles);
         // Actions for the earlier flow that have begun stay in the report.
         record.acts.retain(|act| act.done > 0);
-        for action in unit_refresh::plan(&states, flow, &context.settings.units) {
+        for action in unit_refresh::plan(&states, flow, &settings.policy) {
             let mut act = Act::from(action);
             if act.action.jobs().iter().any(|(verb, _)| *verb == Verb::TryRestart) {
                 act.ending = manager.invocation(&act.action.unit).await.ok().map(hex::encode);
@@ -132,7 +139,7 @@ pub(super) async fn carry_out(
             info!("{}: {}: {}", action.unit, action.class.as_str(), action.reason);
         }
         while let Some(&(verb, unit)) = jobs.get(record.acts[index].done) {
-            if let Err(error) = carry_out_one(&context.tracker, manager, &mut record, index, verb, unit).await {
+            if let Err(error) = carry_out_one(tracker, manager, &mut record, index, verb, unit).await {
                 trouble.push(format!("{error:#}"));
             }
             save(&record)?;

@@ -6,16 +6,34 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result};
 
+use super::StagedRoot;
 use super::new_usr::{ChangedPaths, USR, USR_SOURCE, new_etc};
-use super::{Context, StagedRoot};
-use crate::report::StaleUnit;
+use crate::config::Settings;
+use crate::report::{StaleUnit, Tracker};
 use etc_merge::Origin;
 use unit_refresh::{Action, Class, Definitions, EtcChanges, Flow, Manager, Policy, Root, Sides, UnitFiles, Version};
+
+/// The settings of the unit plan.
+pub(super) struct UnitSettings {
+    /// Requested actions.
+    pub(super) policy: Policy,
+    /// Target of the isolation.
+    pub(super) target: String,
+}
+
+impl UnitSettings {
+    /// Returns the settings. The target in the status document, which comes from the generator's drop-in, precedes the
+    /// configured one.
+    pub(super) fn of(settings: &Settings, tracker: &Tracker) -> Self {
+        let target = tracker.status().target.unwrap_or_else(|| settings.target.clone());
+        Self { policy: settings.units.clone(), target }
+    }
+}
 
 /// Plans the actions for units before the switch, as a preview. The second list has a line for each fact that could not be
 /// determined.
 pub(super) async fn preview(
-    context: &Context,
+    UnitSettings { policy, target }: &UnitSettings,
     staged: &StagedRoot,
     plan: etc_merge::Plan,
     flow: Flow,
@@ -35,26 +53,19 @@ pub(super) async fn preview(
     .context("cannot read the unit files")?;
     let manager = Manager::connect().await?;
     let definitions = unit_refresh::definitions(&manager, &old).await?;
-    let target = target(context);
-    let (before, after) = (old.pulled_in(&target), new.pulled_in(&target));
+    let (before, after) = (old.pulled_in(target), new.pulled_in(target));
     let added = after.difference(&before).cloned().collect();
     let (version, differs) = (Version::Current, &differs);
     let sides = Sides { version, differs, old: &definitions, new: &new, added: &added, systemd };
     let (states, troubles) = unit_refresh::survey(&manager, &sides).await?;
-    let mut actions = unit_refresh::plan(&states, flow, &context.settings.units);
+    let mut actions = unit_refresh::plan(&states, flow, policy);
     if flow == Flow::Bootstrap {
         let active = unit_refresh::active(&manager).await?;
-        let starts = unit_refresh::starts(&added, &active, &target);
+        let starts = unit_refresh::starts(&added, &active, target);
         let planned: BTreeSet<_> = actions.iter().map(|action| action.unit.clone()).collect();
         actions.extend(starts.into_iter().filter(|start| !planned.contains(&start.unit)));
     }
     Ok((actions, troubles))
-}
-
-/// Returns the target of the isolation: the one in the status document, which comes from the generator's drop-in, else the
-/// configured one.
-pub(super) fn target(context: &Context) -> String {
-    context.tracker.status().target.unwrap_or_else(|| context.settings.target.clone())
 }
 
 /// Returns the changes of the merge below `/etc/systemd`.
@@ -102,7 +113,7 @@ pub(super) fn notes(actions: &[Action], old: &[StaleUnit]) -> Vec<String> {
 
 /// Returns the configured policy for units, or the default if the configuration is invalid, because an undo must continue.
 pub(super) fn policy() -> Policy {
-    crate::config::Settings::load().map(|settings| settings.units).unwrap_or_default()
+    Settings::load().map(|settings| settings.units).unwrap_or_default()
 }
 
 #[cfg(test)]

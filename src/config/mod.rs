@@ -12,7 +12,7 @@ mod tests;
 
 pub use boot_config::Mode;
 pub use inputs::ImageSource;
-pub use settings::{EtcStrategy, OsMismatch, Retry, Settings};
+pub use settings::{EtcStrategy, OsMismatch, Registry, Retry, Settings, StoreSettings};
 
 use std::path::{Path, PathBuf};
 

@@ -42,22 +42,36 @@ pub struct Settings {
     pub target: String,
     /// Absolute paths. If one of them exists, the system is not base-only.
     pub probe_paths: Vec<PathBuf>,
-    /// Registry auth file. `None` leaves the search to containers-auth.json(5).
-    pub auth_file: Option<PathBuf>,
-    /// Size limit of the RAM store.
-    pub ram_limit: RamLimit,
+    /// Access to the registry.
+    pub registry: Registry,
     /// True if a pull also fetches the objects that the pivot does not need (kernel modules).
     pub complete: bool,
-    /// Place of the node store.
-    pub store: Wish,
-    /// Retries of transient failures.
-    pub retry: Retry,
+    /// The node store.
+    pub store: StoreSettings,
     /// Treatment of conflicts in `/etc`.
     pub etc_strategy: EtcStrategy,
     /// Time limit for one hook.
     pub hooks_timeout: Duration,
     /// Rules for units that change.
     pub units: Policy,
+}
+
+/// Access to the registry.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Registry {
+    /// Registry auth file. `None` leaves the search to containers-auth.json(5).
+    pub auth_file: Option<PathBuf>,
+    /// Retries of transient failures.
+    pub retry: Retry,
+}
+
+/// Place and size of the node store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StoreSettings {
+    /// Place.
+    pub place: Wish,
+    /// Size limit, if the place is RAM.
+    pub ram_limit: RamLimit,
 }
 
 /// An upper bound for the RAM store.
@@ -190,25 +204,36 @@ impl Settings {
                 || DEFAULT_PROBE_PATHS.map(PathBuf::from).to_vec(),
                 |paths| paths.iter().try_for_each(|path| absolute(path)).map(|()| paths),
             )?,
-            auth_file: checked("auth_file", inputs.auth_file, || None, |path| absolute(&path).map(|()| Some(path)))?,
-            ram_limit: checked(
-                "ram_limit",
-                inputs.ram_limit,
-                || DEFAULT_RAM_LIMIT,
-                |text| {
-                    RamLimit::parse(&text).ok_or_else(|| {
-                        anyhow!(
-                            "invalid limit \"{text}\": expected 1% to 95%, or a size in bytes, KiB, MiB, GiB or TiB"
-                        )
-                    })
+            registry: Registry {
+                auth_file: checked(
+                    "auth_file",
+                    inputs.auth_file,
+                    || None,
+                    |path| absolute(&path).map(|()| Some(path)),
+                )?,
+                retry: Retry {
+                    denied: checked("retry.denied", inputs.retry_denied, || DEFAULT_RETRY.denied, seconds_or_zero)?,
+                    unknown: checked("retry.unknown", inputs.retry_unknown, || DEFAULT_RETRY.unknown, seconds_or_zero)?,
+                    ..retry(inputs.retry_initial, inputs.retry_maximum, inputs.retry_attempts)?
                 },
-            )?,
+            },
             complete: inputs.complete.is_some_and(|complete| complete.value),
-            store: checked("store", inputs.store, Wish::default, |word| word.parse().map_err(|why| anyhow!("{why}")))?,
-            retry: Retry {
-                denied: checked("retry.denied", inputs.retry_denied, || DEFAULT_RETRY.denied, seconds_or_zero)?,
-                unknown: checked("retry.unknown", inputs.retry_unknown, || DEFAULT_RETRY.unknown, seconds_or_zero)?,
-                ..retry(inputs.retry_initial, inputs.retry_maximum, inputs.retry_attempts)?
+            store: StoreSettings {
+                place: checked("store", inputs.store, Wish::default, |word| {
+                    word.parse().map_err(|why| anyhow!("{why}"))
+                })?,
+                ram_limit: checked(
+                    "ram_limit",
+                    inputs.ram_limit,
+                    || DEFAULT_RAM_LIMIT,
+                    |text| {
+                        RamLimit::parse(&text).ok_or_else(|| {
+                            anyhow!(
+                                "invalid limit \"{text}\": expected 1% to 95%, or a size in bytes, KiB, MiB, GiB or TiB"
+                            )
+                        })
+                    },
+                )?,
             },
             etc_strategy: checked("etc.strategy", inputs.etc_strategy, EtcStrategy::default, |word| {
                 match word.as_str() {

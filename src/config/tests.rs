@@ -54,17 +54,18 @@ fn nothing_configured_gives_the_documented_defaults() {
         mode: Mode::Auto,
         target: "multi-user.target".to_owned(),
         probe_paths: ["/usr/bin/oc", "/usr/bin/kubelet"].map(PathBuf::from).to_vec(),
-        auth_file: None,
-        ram_limit: RamLimit::Percent(60),
-        complete: false,
-        retry: Retry {
-            initial: Duration::from_secs(2),
-            maximum: Duration::from_secs(60),
-            attempts: 0,
-            denied: Duration::from_secs(120),
-            unknown: Duration::from_secs(1800),
+        registry: Registry {
+            auth_file: None,
+            retry: Retry {
+                initial: Duration::from_secs(2),
+                maximum: Duration::from_secs(60),
+                attempts: 0,
+                denied: Duration::from_secs(120),
+                unknown: Duration::from_secs(1800),
+            },
         },
-        store: Wish::Auto,
+        complete: false,
+        store: StoreSettings { place: Wish::Auto, ram_limit: RamLimit::Percent(60) },
         etc_strategy: EtcStrategy::Keep,
         hooks_timeout: Duration::from_secs(120),
         units: Policy::default(),
@@ -86,17 +87,18 @@ fn every_key_is_read() {
         mode: Mode::Force,
         target: "a.target".to_owned(),
         probe_paths: vec![PathBuf::from("/usr/bin/crio")],
-        auth_file: Some(PathBuf::from("/etc/auth.json")),
-        ram_limit: RamLimit::Bytes(3 << 30),
-        complete: true,
-        retry: Retry {
-            initial: Duration::from_millis(500),
-            maximum: Duration::from_secs(8),
-            attempts: 3,
-            denied: Duration::ZERO,
-            unknown: Duration::from_secs(60),
+        registry: Registry {
+            auth_file: Some(PathBuf::from("/etc/auth.json")),
+            retry: Retry {
+                initial: Duration::from_millis(500),
+                maximum: Duration::from_secs(8),
+                attempts: 3,
+                denied: Duration::ZERO,
+                unknown: Duration::from_secs(60),
+            },
         },
-        store: Wish::Disk,
+        complete: true,
+        store: StoreSettings { place: Wish::Disk, ram_limit: RamLimit::Bytes(3 << 30) },
         etc_strategy: EtcStrategy::Fail,
         hooks_timeout: Duration::from_secs(5),
         units: Policy::new([("crio*", "never")]).unwrap(),
@@ -214,7 +216,7 @@ fn an_auth_file_that_exists_is_used_by_precedence() {
     };
     let environment =
         Environment { credentials_directory: Some(PathBuf::from("/run/credentials/d")), ..Environment::default() };
-    let auth = || Settings::load_with(root.path(), &CommandLine::default(), &environment).unwrap().auth_file;
+    let auth = || Settings::load_with(root.path(), &CommandLine::default(), &environment).unwrap().registry.auth_file;
     assert_eq!(auth(), None, "a credential that does not exist is not used");
     write("root/.docker/config.json");
     assert_eq!(auth().as_deref(), Some(Path::new("/root/.docker/config.json")));
@@ -235,7 +237,7 @@ fn a_later_file_replaces_single_unit_rules() {
 
 #[test]
 fn limits_are_converted_to_bytes() {
-    let limit = |text: &str| etc(&format!("ram_limit = {text}")).unwrap().ram_limit;
+    let limit = |text: &str| etc(&format!("ram_limit = {text}")).unwrap().store.ram_limit;
     assert_eq!(limit("\"50%\"").bytes(16 << 30), 8 << 30);
     assert_eq!(limit("4096"), RamLimit::Bytes(4096));
     assert_eq!(limit("\"512 MiB\""), RamLimit::Bytes(512 << 20));
@@ -244,7 +246,7 @@ fn limits_are_converted_to_bytes() {
 
 #[test]
 fn the_delay_doubles_up_to_the_maximum() {
-    let retry = |text: &str| etc(&format!("[retry]\n{text}")).unwrap().retry;
+    let retry = |text: &str| etc(&format!("[retry]\n{text}")).unwrap().registry.retry;
     let seconds = |retry: &Retry, failed| retry.delay_after(failed, 0.0).map(|delay| delay.as_secs_f64());
     let standard = retry("");
     let delays: Vec<_> = (1..=7).map(|failed| seconds(&standard, failed).unwrap()).collect();

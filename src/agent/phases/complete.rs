@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use tracing::{info, warn};
 
-use super::pull;
-use crate::agent::{Agent, CancelHandle, Context, Error, Finished, Goal, Step};
+use super::pull::{self, Target};
+use crate::agent::{Agent, CancelHandle, Error, Finished, Goal, Step};
 use crate::config::Settings;
 use crate::report::RefusalId;
 use node_store::import::PulledImage;
@@ -52,10 +52,11 @@ impl Agent {
             Settings::load().map_err(|error| Error::refused(RefusalId::Configuration, format!("{error:#}")))?;
         // The record is not locked, so undo, `keep` and the end of a trial period do not wait for a registry.
         let beside = self.tracker.beside();
-        let context = Context::new(settings, beside.tracker().clone(), self.paths.clone());
+        let Settings { registry, store, .. } = &settings;
+        let target = Target { tracker: beside.tracker(), dir: &self.paths, registry, store: *store };
         let download_handle = self.download_cancel.register("complete");
         download_handle.end_with(cancel.token());
-        let outcome = pull::rest(&context, &pulled, &download_handle).await;
+        let outcome = pull::rest(&target, &pulled, &download_handle).await;
         drop((beside, download));
         let rest = outcome.inspect_err(|error| warn!("the node store is not complete: {error}"))?;
         let line = format!(

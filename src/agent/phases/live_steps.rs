@@ -8,8 +8,9 @@ use super::file_steps::Undone;
 use crate::agent::new_usr::ChangedPaths;
 use crate::agent::policy::{Way, policy_step, relabel};
 use crate::agent::state::LiveStep;
-use crate::agent::unit_jobs::run_job;
-use crate::agent::{Context, StagedRoot, StateDir, UndoTree, accounts, policy, reexec, unit_jobs, views};
+use crate::agent::unit_jobs::{self, UnitPlan, run_job};
+use crate::agent::unit_survey::UnitSettings;
+use crate::agent::{StagedRoot, StateDir, UndoTree, accounts, policy, reexec, views};
 use crate::host;
 use crate::report::Tracker;
 use overlay_root::delta::Delta;
@@ -17,7 +18,9 @@ use unit_refresh::{Action, Class, Flow, Guard, Manager, Verb};
 
 /// The input of the steps, and their results.
 pub(super) struct LiveSteps<'a> {
-    pub(super) context: &'a Context,
+    pub(super) tracker: &'a Tracker,
+    pub(super) dir: &'a StateDir,
+    pub(super) settings: &'a UnitSettings,
     pub(super) staged: &'a StagedRoot,
     pub(super) changed: &'a ChangedPaths,
     pub(super) flow: Flow,
@@ -32,7 +35,7 @@ impl LiveSteps<'_> {
     /// Applies a step.
     pub(super) async fn apply(&mut self, step: LiveStep) -> anyhow::Result<()> {
         match step {
-            LiveStep::Policy => policy::load_policy(self.context, self.staged).await,
+            LiveStep::Policy => policy::load_policy(self.tracker, self.dir, self.staged).await,
             LiveStep::Manager => self.renew_manager().await,
             LiveStep::Files => {
                 self.refresh_files().await;
@@ -47,7 +50,7 @@ impl LiveSteps<'_> {
         let changed = self.changed;
         self.trouble.extend(host::refresh_libraries(&|path: &Path| changed.contains(path)).await);
         reexec::guard(self.guard).await;
-        reexec::renew_manager(self.context, changed).await?;
+        reexec::renew_manager(self.tracker, changed).await?;
         *self.guard = None;
         Ok(())
     }
@@ -56,7 +59,7 @@ impl LiveSteps<'_> {
         // Before systemd-sysusers, which would allocate other IDs.
         match accounts::add().await {
             Ok((added, left)) => {
-                added.line().into_iter().for_each(|line| self.context.tracker.note(line));
+                added.line().into_iter().for_each(|line| self.tracker.note(line));
                 self.trouble.extend(left);
             }
             Err(error) => {
@@ -70,9 +73,10 @@ impl LiveSteps<'_> {
 
     async fn refresh_units(&mut self) -> anyhow::Result<()> {
         let (changed, flow, trouble) = (self.changed, self.flow, &mut self.trouble);
-        let tracker = &self.context.tracker;
+        let tracker = self.tracker;
         let mut manager = Manager::connect().await?;
-        self.units = unit_jobs::carry_out(self.context, &mut manager, self.staged, changed, flow, trouble).await?;
+        let plan = UnitPlan { tracker, dir: self.dir, settings: self.settings, staged: self.staged, changed, flow };
+        self.units = unit_jobs::carry_out(&plan, &mut manager, trouble).await?;
         for unit in host::appliers(&|path: &Path| changed.contains(path), flow == Flow::Live) {
             // A unit without files at boot is inactive, so the restart does not start it.
             let again = async {

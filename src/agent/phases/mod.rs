@@ -16,7 +16,9 @@ mod undo;
 use anyhow::anyhow;
 use tracing::info;
 
-use super::{Call, Context, Error, Goal, Record, Step, hooks, unit_jobs};
+use super::hooks::Hooks;
+use super::unit_survey::UnitSettings;
+use super::{Call, Error, Goal, Record, Step, unit_jobs};
 use crate::report::{RefusalId, State};
 use start::{Start, decide};
 use unit_refresh::Flow;
@@ -27,10 +29,14 @@ pub(super) use stage::diff_etc;
 pub(super) use undo::{plan_units, undo};
 
 /// The step after the one that stands in the record, or `None` when the goal is reached.
-pub(super) async fn next(context: &Context, record: &mut Record, call: &mut Call<'_>) -> Result<Option<Step>, Error> {
-    let (flow, goal, cancel) = (record.flow(), call.goal, call.cancel);
+pub(super) async fn next(record: &mut Record, call: &mut Call<'_>) -> Result<Option<Step>, Error> {
+    let flow = record.flow();
+    let Call { settings, tracker, dir, goal, cancel, staged_now, guard } = call;
+    let (tracker, dir, goal, cancel) = (*tracker, *dir, *goal, *cancel);
+    let units = UnitSettings::of(settings, tracker);
+    let hooks = |staged| Hooks { tracker, dir, timeout: settings.hooks_timeout, target: &units.target, staged, flow };
     let next = match record.step.clone() {
-        Step::Idle => match decide(&context.settings, &|path| path.exists()) {
+        Step::Idle => match decide(settings, &|path| path.exists()) {
             Start::Refuse => {
                 return Err(Error::refused(
                     RefusalId::ModeOff,
@@ -38,48 +44,51 @@ pub(super) async fn next(context: &Context, record: &mut Record, call: &mut Call
                 ));
             }
             Start::NothingToDo(reason) => {
-                context.tracker.update(|status| status.state = State::NothingToDo);
+                tracker.update(|status| status.state = State::NothingToDo);
                 Step::NothingToDo { reason, isolated: false }
             }
             Start::Go => {
                 stage::check_machine().await?;
-                Step::Resolved(resolve(context, cancel).await?)
+                Step::Resolved(resolve(tracker, dir, settings, cancel).await?)
             }
         },
         Step::NothingToDo { reason, isolated: false } if goal == Goal::Finished && flow == Flow::Bootstrap => {
-            finish::isolate(context).await?;
+            finish::isolate(dir, &units.target).await?;
             Step::NothingToDo { reason, isolated: true }
         }
         Step::NothingToDo { .. } => return Ok(None),
-        Step::Resolved(image) => Step::Pulled(pull::pull(context, image, cancel).await?),
+        Step::Resolved(image) => {
+            let target = pull::Target { tracker, dir, registry: &settings.registry, store: settings.store };
+            Step::Pulled(pull::pull(&target, image, settings.complete, cancel).await?)
+        }
         Step::Pulled(pulled) => {
-            let staged = stage::stage(context, pulled, flow).await?;
-            call.staged_now = true;
+            let staged = stage::stage(tracker, dir, (&*settings).into(), &units, pulled, flow).await?;
+            *staged_now = true;
             Step::Staged(staged)
         }
         Step::Staged(_) if goal < Goal::Switched => return Ok(None),
         // Recorded before the first act, so that an agent started after a kill finishes the switch.
         Step::Staged(staged) => {
-            if !call.staged_now && !stage::is_current(context, &staged).await? {
+            if !*staged_now && !stage::is_current(tracker, dir, &staged).await? {
                 info!("/etc has changed since it was staged: staging again");
                 return Ok(Some(Step::Pulled(staged.pulled)));
             }
-            switch::check(&context.paths, &staged)?;
-            hooks::pre_switch(context, &staged, flow, cancel).await?;
-            unit_jobs::remember(context, &staged).await?;
+            switch::check(dir, &staged)?;
+            hooks(&staged).pre_switch(cancel).await?;
+            unit_jobs::remember(dir, &units.target, &staged).await?;
             Step::Switching(staged)
         }
-        Step::Switching(staged) => Step::Switched(switch::switch(context, record, &mut call.guard, staged).await?),
+        Step::Switching(staged) => Step::Switched(switch::switch(tracker, dir, record, guard, staged).await?),
         Step::Lost { message, .. } => return Err(Error::refused(RefusalId::LostRecord, message)),
         // The caller completes an undo before it asks for the next step.
         Step::Undoing(_) => return Err(anyhow!("undo is not complete").into()),
         Step::Switched(switched) => {
-            let refreshed = refresh::refresh(context, record, &mut call.guard, switched, flow).await?;
-            hooks::post_switch(context, &refreshed.staged, flow).await;
+            let refreshed = refresh::refresh(tracker, dir, &units, record, guard, switched, flow).await?;
+            hooks(&refreshed.staged).post_switch().await;
             Step::Refreshed(refreshed)
         }
         Step::Refreshed(_) if goal < Goal::Finished => return Ok(None),
-        Step::Refreshed(refreshed) => Step::Finished(finish::finish(context, refreshed, flow).await?),
+        Step::Refreshed(refreshed) => Step::Finished(finish::finish(tracker, dir, &units, refreshed, flow).await?),
         Step::Finished(_) => return Ok(None),
     };
     Ok(Some(next))
@@ -106,11 +115,12 @@ mod tests {
             mount_remount("/etc", MountFlags::BIND | MountFlags::RDONLY, "").unwrap();
             let line = "node-image-pivot=force node-image-pivot.image=127.0.0.1:1/none:1";
             let settings = Settings::load_from(Path::new("/nonexistent"), line).unwrap();
-            let context = Context::new(settings, Tracker::new(Status::default()), StateDir::below(scratch));
+            let (tracker, dir) = (&Tracker::new(Status::default()), &StateDir::below(scratch));
             let (mut record, cancel) = (Record::default(), CancelHandles::default().register("test"));
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            let mut call = Call { goal: Goal::Staged, cancel: &cancel, staged_now: false, guard: None };
-            let refused = runtime.block_on(next(&context, &mut record, &mut call)).unwrap_err();
+            let (goal, cancel) = (Goal::Staged, &cancel);
+            let mut call = Call { settings, tracker, dir, goal, cancel, staged_now: false, guard: None };
+            let refused = runtime.block_on(next(&mut record, &mut call)).unwrap_err();
             let reasons = refused.last_error().refusals;
             assert!(reasons.iter().any(|reason| reason.id == "etc-read-only"), "{refused}");
         });

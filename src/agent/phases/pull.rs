@@ -7,53 +7,70 @@ use tracing::warn;
 
 use super::resolve::image_settings;
 use crate::agent::retry::with_retry;
-use crate::agent::{CancelHandle, Context, Error, storage};
+use crate::agent::{CancelHandle, Error, StateDir, storage};
+use crate::config::{Registry, StoreSettings};
 use crate::preflight::Refusal;
-use crate::report::{Phase, State};
+use crate::report::{Phase, State, Tracker};
 use node_store::image::{Failure, Kind, ResolvedImage, Source};
 use node_store::import::{self, PullOptions, PulledImage};
 use node_store::store::{LockError, NodeStore};
 
+/// The store of a pull, and the way to it.
+pub(super) struct Target<'a> {
+    pub(super) tracker: &'a Tracker,
+    pub(super) dir: &'a StateDir,
+    pub(super) registry: &'a Registry,
+    pub(super) store: StoreSettings,
+}
+
 /// Imports the layers of the image as objects into the node store.
-pub(super) async fn pull(context: &Context, image: ResolvedImage, cancel: &CancelHandle) -> Result<PulledImage, Error> {
-    let phase = Phase::Pull;
-    let options = PullOptions { complete: context.settings.complete, ..PullOptions::default() };
-    let pulled = store(context, &image, options, cancel).await?;
-    context.tracker.update(|status| {
+pub(super) async fn pull(
+    target: &Target<'_>,
+    image: ResolvedImage,
+    complete: bool,
+    cancel: &CancelHandle,
+) -> Result<PulledImage, Error> {
+    let tracker = target.tracker;
+    let options = PullOptions { complete, ..PullOptions::default() };
+    let pulled = store(target, &image, options, cancel).await?;
+    tracker.update(|status| {
         status.commit = Some(pulled.commit.to_string());
         status.cost.bytes_fetched = pulled.bytes_fetched;
     });
     for warning in &pulled.warnings {
-        context.tracker.warn(warning);
+        tracker.warn(warning);
     }
-    context.tracker.end(phase, State::Running);
+    tracker.end(Phase::Pull, State::Running);
     Ok(pulled)
 }
 
 /// Pulls the content that an incomplete pull left out, into the same store.
-pub(super) async fn rest(context: &Context, pulled: &PulledImage, cancel: &CancelHandle) -> Result<PulledImage, Error> {
+pub(super) async fn rest(
+    target: &Target<'_>,
+    pulled: &PulledImage,
+    cancel: &CancelHandle,
+) -> Result<PulledImage, Error> {
     let options = PullOptions { complete: true, expected: Some(pulled.commit), ..PullOptions::default() };
-    store(context, &pulled.image, options, cancel).await
+    store(target, &pulled.image, options, cancel).await
 }
 
 /// Pulls the objects of `image`, all or those that a pivot needs, into the node store, with retries.
 async fn store(
-    context: &Context,
+    &Target { tracker, dir, registry, store }: &Target<'_>,
     image: &ResolvedImage,
     options: PullOptions,
     cancel: &CancelHandle,
 ) -> Result<PulledImage, Error> {
     let phase = Phase::Pull;
-    context.tracker.begin(phase);
-    with_retry(context, phase, cancel, || async {
-        let (store, booted) =
-            storage::open(&context.paths, &context.settings).map_err(|error| cannot_open(image, &error))?;
+    tracker.begin(phase);
+    with_retry(tracker, dir, registry.retry, phase, cancel, || async {
+        let (store, booted) = storage::open(dir, store).map_err(|error| cannot_open(image, &error))?;
         if let Some(line) = wrong_domain(store.root()) {
-            context.tracker.warn(line);
+            tracker.warn(line);
         }
-        let source = Source::open(&image_settings(&context.settings)).await?;
-        context.tracker.progress.reset();
-        let progress = context.tracker.progress.clone();
+        let source = Source::open(&image_settings(registry)).await?;
+        tracker.progress.reset();
+        let progress = tracker.progress.clone();
         let pulled = import::pull(&source, image, &store, booted.as_ref(), &options, progress, cancel.token()).await;
         if matches!(&pulled, Err(failure) if failure.kind == Kind::NoSpace) {
             discard_unpublished(&store).await;

@@ -5,24 +5,30 @@ use std::path::Path;
 use tracing::info;
 
 use crate::agent::retry::with_retry;
-use crate::agent::{CancelHandle, Context, Error};
-use crate::config::{ImageSource, Settings};
+use crate::agent::{CancelHandle, Error, StateDir};
+use crate::config::{ImageSource, Registry, Settings};
 use crate::host::{self, SCRIPT};
-use crate::report::{Phase, State};
+use crate::report::{Phase, State, Tracker};
 use node_store::image::{self, Failure, ImageSettings, Kind, PULL_SCRIPT, ResolvedImage, Source, TagHints};
 
 /// Resolves the configured pull spec to a digest, with retries.
-pub(in crate::agent) async fn resolve(context: &Context, cancel: &CancelHandle) -> Result<ResolvedImage, Error> {
+pub(in crate::agent) async fn resolve(
+    tracker: &Tracker,
+    dir: &StateDir,
+    settings: &Settings,
+    cancel: &CancelHandle,
+) -> Result<ResolvedImage, Error> {
+    let Settings { image, image_tags, registry, .. } = settings;
     let phase = Phase::Resolve;
-    context.tracker.begin(phase);
-    let (image, choice) = with_retry(context, phase, cancel, || async {
-        let configured = wanted(&context.settings).await?;
-        let source = Source::open(&image_settings(&context.settings)).await?;
+    tracker.begin(phase);
+    let (image, choice) = with_retry(tracker, dir, registry.retry, phase, cancel, || async {
+        let configured = wanted(image.as_ref()).await?;
+        let source = Source::open(&image_settings(registry)).await?;
         let (spec, choice) = match &configured {
             ImageSource::Image(spec) => (spec.clone(), None),
             // The payload names the node image by digest, so no other image is accepted.
             ImageSource::Release(payload) => {
-                let hints = tag_hints(&context.settings);
+                let hints = tag_hints(image_tags.clone());
                 let (spec, choice) = image::resolve_release(&source, payload, &hints).await?;
                 (spec, Some(choice))
             }
@@ -33,28 +39,28 @@ pub(in crate::agent) async fn resolve(context: &Context, cancel: &CancelHandle) 
     if let Some(choice) = &choice {
         info!("{choice}");
     }
-    context.tracker.update(|status| {
+    tracker.update(|status| {
         status.image.get_or_insert_with(|| image.requested.to_string());
         status.image_choice = choice;
         status.digest = Some(image.digest.to_string());
     });
-    context.tracker.end(phase, State::Running);
+    tracker.end(phase, State::Running);
     Ok(image)
 }
 
 /// Returns the sources for the name of the node image in a release payload.
-fn tag_hints(settings: &Settings) -> TagHints {
+fn tag_hints(configured: Option<Vec<String>>) -> TagHints {
     let read = |path: &str| std::fs::read_to_string(path).ok();
     TagHints {
-        configured: settings.image_tags.clone(),
+        configured,
         script: read(PULL_SCRIPT),
         os_release: read("/etc/os-release").or_else(|| read("/usr/lib/os-release")),
     }
 }
 
 /// Returns the configured source. If none is configured, returns the one in the installer's script.
-async fn wanted(settings: &Settings) -> Result<ImageSource, Failure> {
-    if let Some(configured) = &settings.image {
+async fn wanted(configured: Option<&ImageSource>) -> Result<ImageSource, Failure> {
+    if let Some(configured) = configured {
         return Ok(configured.clone());
     }
     let script = Path::new(SCRIPT);
@@ -72,6 +78,6 @@ async fn wanted(settings: &Settings) -> Result<ImageSource, Failure> {
     }
 }
 
-pub(super) fn image_settings(settings: &Settings) -> ImageSettings {
-    ImageSettings { authfile: settings.auth_file.clone(), ..ImageSettings::default() }
+pub(super) fn image_settings(registry: &Registry) -> ImageSettings {
+    ImageSettings { authfile: registry.auth_file.clone(), ..ImageSettings::default() }
 }

@@ -13,10 +13,11 @@ use tracing::{info, warn};
 use crate::agent::accounts::AddedAccounts;
 use crate::agent::new_usr::{ETC, USR, USR_SOURCE, new_etc};
 use crate::agent::state::{EtcPlan, MemoryPlan, StateFile, SwitchPlan};
-use crate::agent::{Context, Error, StagedRoot, StateDir, accounts, storage, unit_survey};
-use crate::config::{EtcStrategy, Settings};
+use crate::agent::unit_survey::{self, UnitSettings};
+use crate::agent::{Error, StagedRoot, StateDir, accounts, storage};
+use crate::config::{EtcStrategy, Settings, StoreSettings};
 use crate::preflight::{self, Free, Need, PackageChanges, Packages, Refusal, Refusals};
-use crate::report::{Phase, State};
+use crate::report::{Phase, State, Tracker};
 use etc_merge::{Change, Class, Plan};
 use node_store::import::PulledImage;
 use node_store::store::{NodeStore, ObjectId, ObjectType};
@@ -24,21 +25,41 @@ use overlay_root::delta::{Booted, Delta, Keep};
 use overlay_root::{DetachedTree, Namespace};
 use unit_refresh::Flow;
 
+/// The settings of the checks.
+#[derive(Clone, Copy)]
+pub(super) struct Checks {
+    store: StoreSettings,
+    etc_strategy: EtcStrategy,
+    permits_another_system: bool,
+}
+
+impl From<&Settings> for Checks {
+    fn from(settings: &Settings) -> Self {
+        let permits_another_system = settings.permits_another_system();
+        Self { store: settings.store, etc_strategy: settings.etc_strategy, permits_another_system }
+    }
+}
+
 /// Builds the delta tree and the plans from the pulled objects, and runs all checks.
-pub(super) async fn stage(context: &Context, pulled: PulledImage, flow: Flow) -> Result<StagedRoot, Error> {
+pub(super) async fn stage(
+    tracker: &Tracker,
+    dir: &StateDir,
+    checks: Checks,
+    units: &UnitSettings,
+    pulled: PulledImage,
+    flow: Flow,
+) -> Result<StagedRoot, Error> {
     let phase = Phase::Stage;
-    context.tracker.begin(phase);
-    let paths = context.paths.clone();
-    let settings = context.settings.clone();
+    tracker.begin(phase);
+    let paths = dir.clone();
     // libostree's objects must stay on one thread.
-    let (mut staged, mut document, plan) = tokio::task::spawn_blocking(move || blocking(&paths, pulled, &settings))
-        .await
-        .context("staging panicked")??;
+    let (mut staged, mut document, plan) =
+        tokio::task::spawn_blocking(move || blocking(&paths, pulled, checks)).await.context("staging panicked")??;
     for line in staged.plan_lines() {
         info!("{line}");
-        context.tracker.note(line);
+        tracker.note(line);
     }
-    document.image_choice = context.tracker.status().image_choice;
+    document.image_choice = tracker.status().image_choice;
     match accounts::preview(&staged, &plan).await {
         Ok(plan) => {
             document.accounts = (&plan).into();
@@ -48,7 +69,7 @@ pub(super) async fn stage(context: &Context, pulled: PulledImage, flow: Flow) ->
             document.warnings.push(format!("cannot preview the accounts that the node image adds: {error:#}"));
         }
     }
-    match unit_survey::preview(context, &staged, plan, flow).await {
+    match unit_survey::preview(units, &staged, plan, flow).await {
         Ok((actions, troubles)) => {
             document.units = actions;
             document.warnings.extend(troubles);
@@ -56,12 +77,12 @@ pub(super) async fn stage(context: &Context, pulled: PulledImage, flow: Flow) ->
         // Only a preview: the refresh plans again after the switch.
         Err(error) => document.warnings.push(format!("cannot preview the changes of units: {error:#}")),
     }
-    let checksum = staged.save(&document, &context.paths)?;
+    let checksum = staged.save(&document, dir)?;
     staged.plans.insert(SwitchPlan::NAME.to_owned(), checksum);
     for line in document.warnings.iter().filter(|&line| !staged.pulled.warnings.contains(line)) {
-        context.tracker.warn(line);
+        tracker.warn(line);
     }
-    context.tracker.end(phase, State::Pulled);
+    tracker.end(phase, State::Pulled);
     Ok(staged)
 }
 
@@ -79,12 +100,12 @@ pub(super) async fn check_machine() -> Result<(), Error> {
 ///
 /// # Errors
 /// A refusal with all reasons that prevent the switch.
-pub(super) async fn is_current(context: &Context, staged: &StagedRoot) -> Result<bool, Error> {
-    let (paths, staged) = (context.paths.clone(), staged.clone());
+pub(super) async fn is_current(tracker: &Tracker, dir: &StateDir, staged: &StagedRoot) -> Result<bool, Error> {
+    let (paths, staged) = (dir.clone(), staged.clone());
     let looked = tokio::task::spawn_blocking(move || look_again(&paths, &staged)).await;
     let (current, warnings) = looked.context("looking at the machine again panicked")??;
     for line in warnings {
-        context.tracker.warn(line);
+        tracker.warn(line);
     }
     Ok(current)
 }
@@ -122,14 +143,10 @@ struct CheckedTree {
 
 /// Runs every check that can refuse, cheapest first. Returns the input of the switch, the document about it without the
 /// units, and the plan for `/etc`, which is also stored.
-fn blocking(
-    paths: &StateDir,
-    pulled: PulledImage,
-    settings: &Settings,
-) -> Result<(StagedRoot, SwitchPlan, Plan), Error> {
+fn blocking(paths: &StateDir, pulled: PulledImage, checks: Checks) -> Result<(StagedRoot, SwitchPlan, Plan), Error> {
     let mut warnings = pulled.warnings.clone();
-    let CheckedTree { store, delta, tree, packages } = check_tree(paths, &pulled, settings, &mut warnings)?;
-    let (plan, memory) = plan_merge(&tree, &store, settings.etc_strategy, paths.run(), &mut warnings)?;
+    let CheckedTree { store, delta, tree, packages } = check_tree(paths, &pulled, checks, &mut warnings)?;
+    let (plan, memory) = plan_merge(&tree, &store, checks.etc_strategy, paths.run(), &mut warnings)?;
     try_out(&tree, &plan, &mut warnings)?;
     let document = SwitchPlan {
         image: pulled.image.pinned.clone(),
@@ -154,7 +171,7 @@ fn blocking(
 fn check_tree(
     paths: &StateDir,
     pulled: &PulledImage,
-    settings: &Settings,
+    checks: Checks,
     warnings: &mut Vec<String>,
 ) -> Result<CheckedTree, Error> {
     let usr = Path::new(USR);
@@ -162,7 +179,7 @@ fn check_tree(
     refuse(preflight::check_system(&mounts, usr, Path::new(ETC)))?;
     warnings.extend(preflight::warnings(&mounts, usr));
 
-    let (store, _) = storage::open(paths, settings).map_err(|error| match error.downcast::<Refusal>() {
+    let (store, _) = storage::open(paths, checks.store).map_err(|error| match error.downcast::<Refusal>() {
         Ok(refusal) => Error::from(Refusals(vec![refusal])),
         Err(error) => error.into(),
     })?;
@@ -189,7 +206,7 @@ fn check_tree(
     let tree = overlay_root::open_new_usr(&delta.directory, usr, USR_SOURCE)?;
     refuse(preflight::check_content(tree.as_fd(), preflight::Machine::here().context("looking at this program")?))?;
     let booted_usr = etc_merge::open_dir(usr)?;
-    let same = preflight::check_same_system(booted_usr.as_fd(), tree.as_fd(), settings.permits_another_system());
+    let same = preflight::check_same_system(booted_usr.as_fd(), tree.as_fd(), checks.permits_another_system);
     refuse(same.refusals)?;
     warnings.extend(same.warnings);
     let packages = packages(&repo, &tree, pulled, &metadata);

@@ -11,44 +11,48 @@ use tracing::info;
 use super::file_steps::FileSteps;
 use crate::agent::new_usr::ETC;
 use crate::agent::state::{FileStep, SwitchStep};
-use crate::agent::{Context, Error, Record, StagedRoot, StateDir, SwitchPlan, Switched, reexec};
-use crate::report::{Phase, RefusalId, State, Subject};
+use crate::agent::{Error, Record, StagedRoot, StateDir, SwitchPlan, Switched, reexec};
+use crate::report::{Phase, RefusalId, State, Subject, Tracker};
 use unit_refresh::Guard;
 
 /// Exposes the new `/usr` and merges `/etc`.
 pub(super) async fn switch(
-    context: &Context,
+    tracker: &Tracker,
+    dir: &StateDir,
     record: &mut Record,
     guard: &mut Option<Guard>,
     staged: StagedRoot,
 ) -> Result<Switched, Error> {
     let phase = Phase::Switch;
-    context.tracker.begin(phase);
+    tracker.begin(phase);
     // Before the first act, also after a kill.
-    staged.load::<etc_merge::Plan>(&context.paths)?;
+    staged.load::<etc_merge::Plan>(dir)?;
     // Until the refresh has re-executed PID 1.
     reexec::guard(guard).await;
     let (commit, tree) = (staged.pulled.commit, staged.clone().into());
-    let steps = FileSteps { dir: context.paths.clone(), tree };
+    let steps = FileSteps { dir: dir.clone(), tree };
     for step in FileStep::ALL {
-        record.begin(SwitchStep::File(step), &context.paths)?;
+        record.begin(SwitchStep::File(step), dir)?;
         let steps = steps.clone();
         let apply = async {
-            tokio::task::spawn_blocking(move || steps.apply(step, commit)).await.context("the switch panicked").flatten()
+            tokio::task::spawn_blocking(move || steps.apply(step, commit))
+                .await
+                .context("the switch panicked")
+                .flatten()
         };
         let subject = if step == FileStep::Usr { Subject::Mount } else { Subject::Step };
-        let applied = context.tracker.timed(subject, SwitchStep::File(step).describe(), apply).await?;
+        let applied = tracker.timed(subject, SwitchStep::File(step).describe(), apply).await?;
         if let Some(report) = applied {
             for line in report.to_string().lines() {
                 info!("{line}");
             }
             for skipped in &report.skipped {
-                context.tracker.note(format!("left alone: /etc/{}: {}", skipped.path, skipped.reason));
+                tracker.note(format!("left alone: /etc/{}: {}", skipped.path, skipped.reason));
             }
         }
     }
     // Not yet in the state `switched`: until the refresh, running programs are the bootimage's.
-    context.tracker.end(phase, State::Running);
+    tracker.end(phase, State::Running);
     Ok(Switched { staged })
 }
 

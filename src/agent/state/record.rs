@@ -80,7 +80,7 @@ fn how(settings: &Settings) -> String {
         OsMismatch::Refuse => "Refuse",
         OsMismatch::Warn => "Warn",
     };
-    let store = match settings.store {
+    let store = match settings.store.place {
         Wish::Auto => "Auto",
         Wish::Ram => "Ram",
         Wish::Disk => "Disk",
