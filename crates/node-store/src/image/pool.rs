@@ -12,6 +12,7 @@ use containers_image_proxy::{ImageProxy, ImageProxyConfig, OpenedImage};
 
 use super::policy::Enforcement;
 use super::{Failure, Kind, PullSpec};
+use support::command::Program;
 
 /// Default auth file. The installer writes the pull secret to it.
 const DEFAULT_AUTHFILE: &str = "/root/.docker/config.json";
@@ -31,6 +32,9 @@ pub struct ImageSettings {
     /// minute.
     pub idle_timeout: Option<Duration>,
 }
+
+/// Time limit for skopeo to print its version.
+const VERSION: Duration = Duration::from_secs(30);
 
 /// A running skopeo process and the image that it has open.
 pub(super) struct Proxy {
@@ -79,8 +83,8 @@ impl Pool {
             return Err(Failure::new(Kind::Unauthorized, message));
         }
         let first = Proxy::start(config(settings)).await?;
-        let version = tokio::process::Command::new("skopeo").arg("--version").output().await;
-        let version = version.map_err(|error| Failure::new(Kind::Local, format!("cannot run skopeo: {error}")))?;
+        let version = Program::new(&["skopeo", "--version"], VERSION).end().await;
+        let version = version.map_err(|error| Failure::new(Kind::Local, format!("{error:#}")))?;
         let policy = Enforcement::of_version(&String::from_utf8_lossy(&version.stdout));
         Ok(Self { settings: settings.clone(), policy, idle: Mutex::new(vec![first]) })
     }
