@@ -35,30 +35,39 @@ const LIMIT: Duration = Duration::from_secs(120);
 const BUS: Duration = Duration::from_secs(25);
 
 /// A tool to run after the switch.
-struct Step {
-    /// Program and arguments.
-    command: &'static [&'static str],
-    /// Paths of the node image, relative to `/usr`: the tool runs if one differs. `etc/…` are the defaults: if they differ,
-    /// the merge may have changed `/etc`.
-    inputs: &'static [&'static str],
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Tool {
+    Ldconfig,
+    /// Runs before tmpfiles, whose lines name users.
+    Sysusers,
+    /// The tool exits with 65 or 73 if it could not apply a line, for example because of an unknown user.
+    Tmpfiles,
+    /// Entries of `/var` and `/opt` that no line of tmpfiles creates.
+    Skeleton,
+    Hwdb,
+    /// The new rules apply to later events. Existing devices are not triggered: that would rename interfaces and start
+    /// units on the running system.
+    Udev,
 }
 
-const LDCONFIG: Step = Step { command: &["ldconfig"], inputs: &["lib64", "etc/ld.so.conf", "etc/ld.so.conf.d"] };
-// Runs before tmpfiles, whose lines name users.
-const SYSUSERS: Step = Step { command: &["systemd-sysusers"], inputs: &["lib/sysusers.d", "etc/sysusers.d"] };
-// udev manages /dev on a running system. The tool exits with 65 or 73 if it could not apply a line, for example because
-// of an unknown user.
-const TMPFILES: Step = Step {
-    command: &["systemd-tmpfiles", "--create", "--exclude-prefix=/dev"],
-    inputs: &["lib/tmpfiles.d", "etc/tmpfiles.d", "share/factory"],
-};
-const SKELETON: Step =
-    Step { command: &["systemd-tmpfiles", "--create", "-"], inputs: &["share/factory/var", "lib/opt"] };
-const HWDB: Step = Step { command: &["systemd-hwdb", "update"], inputs: &["lib/udev/hwdb.d", "etc/udev/hwdb.d"] };
-// The new rules apply to later events. Existing devices are not triggered: that would rename interfaces and start units
-// on the running system.
-const UDEV: Step =
-    Step { command: &["udevadm", "control", "--reload"], inputs: &["lib/udev/rules.d", "etc/udev/rules.d"] };
+impl Tool {
+    /// Returns the program with its arguments, and paths of the node image, relative to `/usr`: the tool runs if one
+    /// differs. `etc/…` are the defaults: if they differ, the merge may have changed `/etc`.
+    fn parts(self) -> (&'static [&'static str], &'static [&'static str]) {
+        match self {
+            Self::Ldconfig => (&["ldconfig"], &["lib64", "etc/ld.so.conf", "etc/ld.so.conf.d"]),
+            Self::Sysusers => (&["systemd-sysusers"], &["lib/sysusers.d", "etc/sysusers.d"]),
+            // udev manages /dev on a running system.
+            Self::Tmpfiles => (
+                &["systemd-tmpfiles", "--create", "--exclude-prefix=/dev"],
+                &["lib/tmpfiles.d", "etc/tmpfiles.d", "share/factory"],
+            ),
+            Self::Skeleton => (&["systemd-tmpfiles", "--create", "-"], &["share/factory/var", "lib/opt"]),
+            Self::Hwdb => (&["systemd-hwdb", "update"], &["lib/udev/hwdb.d", "etc/udev/hwdb.d"]),
+            Self::Udev => (&["udevadm", "control", "--reload"], &["lib/udev/rules.d", "etc/udev/rules.d"]),
+        }
+    }
+}
 
 /// Boot-time units that apply a configuration directory, true if the unit may run again on a live system, and its inputs.
 const APPLIERS: &[(&str, bool, &[&str])] = &[
@@ -91,40 +100,41 @@ pub fn appliers(differs: &dyn Fn(&Path) -> bool, live: bool) -> Vec<&'static str
 /// Updates the loader's cache if libraries differ. Must run before everything else, PID 1's re-execution included, because
 /// programs may not find their libraries without it. Returns a line for each failure.
 pub async fn refresh_libraries(differs: &(dyn Fn(&Path) -> bool + Sync)) -> Vec<String> {
-    run_steps(&[&LDCONFIG], differs).await
+    run_tools(&[Tool::Ldconfig], differs).await
 }
 
 /// Runs the tools whose inputs differ, after PID 1 was re-executed. A failure does not stop the others. Returns a line for
 /// each failure.
 pub async fn refresh(differs: &(dyn Fn(&Path) -> bool + Sync)) -> Vec<String> {
-    run_steps(&[&SYSUSERS, &TMPFILES, &SKELETON, &HWDB, &UDEV], differs).await
+    run_tools(&[Tool::Sysusers, Tool::Tmpfiles, Tool::Skeleton, Tool::Hwdb, Tool::Udev], differs).await
 }
 
 /// Runs the tools for caches and udev rules whose inputs differ, after an undo. Users and files that the refresh created
 /// stay, because processes may use them. Returns a line for each failure.
 pub async fn refresh_back(differs: &(dyn Fn(&Path) -> bool + Sync)) -> Vec<String> {
-    run_steps(&[&LDCONFIG, &HWDB, &UDEV], differs).await
+    run_tools(&[Tool::Ldconfig, Tool::Hwdb, Tool::Udev], differs).await
 }
 
-async fn run_steps(steps: &[&Step], differs: &(dyn Fn(&Path) -> bool + Sync)) -> Vec<String> {
+async fn run_tools(tools: &[Tool], differs: &(dyn Fn(&Path) -> bool + Sync)) -> Vec<String> {
     let root = Path::new("/");
     let mut failures = Vec::new();
-    for step in steps {
-        let shown = step.command.join(" ");
-        let input = match due(step, root, differs) {
+    for &tool in tools {
+        let (command, _) = tool.parts();
+        let shown = command.join(" ");
+        let input = match due(tool, root, differs) {
             Ok(input) => input,
             Err(why) => {
                 info!("{shown} is not run: {why}");
                 continue;
             }
         };
-        let ran = match step.command {
-            command if command == SKELETON.command => skeleton(root).await,
-            command if command == SYSUSERS.command => {
+        let ran = match tool {
+            Tool::Skeleton => skeleton(root).await,
+            Tool::Sysusers => {
                 failures.extend(sysusers::apply_files(root).await);
                 Ok(true)
             }
-            command => run(command, LIMIT).await.map(|_| true),
+            _ => run(command, LIMIT).await.map(|_| true),
         };
         match ran {
             Ok(true) => info!("{shown} was run: {input} differs"),
@@ -135,14 +145,14 @@ async fn run_steps(steps: &[&Step], differs: &(dyn Fn(&Path) -> bool + Sync)) ->
     failures
 }
 
-/// Returns the input that makes `step` necessary, or the reason to skip it.
-fn due(step: &Step, root: &Path, differs: &dyn Fn(&Path) -> bool) -> Result<String, &'static str> {
-    let library = || match step.command {
-        ["ldconfig"] => libraries(root).into_iter().find(|path| differs(Path::new(path))),
+/// Returns the input that makes `tool` necessary, or the reason to skip it.
+fn due(tool: Tool, root: &Path, differs: &dyn Fn(&Path) -> bool) -> Result<String, &'static str> {
+    let library = || match tool {
+        Tool::Ldconfig => libraries(root).into_iter().find(|path| differs(Path::new(path))),
         _ => None,
     };
-    let input = first(step.inputs, differs).or_else(library).ok_or("its inputs are unchanged")?;
-    if step.command == HWDB.command && !hwdb_is_stale(root) {
+    let input = first(tool.parts().1, differs).or_else(library).ok_or("its inputs are unchanged")?;
+    if tool == Tool::Hwdb && !hwdb_is_stale(root) {
         return Err("the node image brings its own database");
     }
     Ok(input)
@@ -175,7 +185,7 @@ async fn skeleton(root: &Path) -> Result<bool> {
             info!("tmpfiles: {line}");
         }
         let text = lines.join("\n") + "\n";
-        created = support::command::run_with_input(SKELETON.command, text.as_bytes(), LIMIT).await;
+        created = support::command::run_with_input(Tool::Skeleton.parts().0, text.as_bytes(), LIMIT).await;
     }
     // After tmpfiles, because a line of the image may have created such a link.
     let removed = skeleton::remove_dangling(root).context("cannot remove dangling links in /opt")?;
@@ -241,12 +251,13 @@ mod tests {
         };
         let rows: std::collections::BTreeMap<_, _> =
             include_str!("../../docs/refresh.md").lines().filter_map(row).collect();
-        for step in [LDCONFIG, SYSUSERS, TMPFILES, HWDB, UDEV] {
-            let command = step.command.join(" ");
+        for tool in [Tool::Ldconfig, Tool::Sysusers, Tool::Tmpfiles, Tool::Hwdb, Tool::Udev] {
+            let (command, expected) = tool.parts();
+            let command = command.join(" ");
             let row = rows.iter().find(|(name, _)| command.starts_with(*name));
-            assert_eq!(row.map(|(_, inputs)| inputs.as_slice()), Some(step.inputs), "{command}");
+            assert_eq!(row.map(|(_, inputs)| inputs.as_slice()), Some(expected), "{command}");
         }
-        assert_eq!(rows["/var` and `/opt`, see below"], SKELETON.inputs);
+        assert_eq!(rows["/var` and `/opt`, see below"], Tool::Skeleton.parts().1);
         for (unit, _, inputs) in APPLIERS {
             assert_eq!(rows[unit], *inputs, "{unit}");
         }
@@ -262,23 +273,23 @@ mod tests {
     fn a_tool_is_due_if_an_input_differs() {
         let temp = tempfile::tempdir().unwrap();
         put(temp.path(), "usr/lib/libx.so.1");
-        let because = |step: &Step, input: &'static str| due(step, temp.path(), &|path| path == Path::new(input));
+        let because = |tool, input: &'static str| due(tool, temp.path(), &|path| path == Path::new(input));
         let unchanged = Err("its inputs are unchanged");
-        for (step, input) in [
-            (&LDCONFIG, "etc/ld.so.conf"),
-            (&LDCONFIG, "lib/libx.so.1"),
-            (&SYSUSERS, "lib/sysusers.d"),
-            (&TMPFILES, "etc/tmpfiles.d"),
-            (&HWDB, "lib/udev/hwdb.d"),
+        for (tool, input) in [
+            (Tool::Ldconfig, "etc/ld.so.conf"),
+            (Tool::Ldconfig, "lib/libx.so.1"),
+            (Tool::Sysusers, "lib/sysusers.d"),
+            (Tool::Tmpfiles, "etc/tmpfiles.d"),
+            (Tool::Hwdb, "lib/udev/hwdb.d"),
         ] {
-            assert_eq!(because(step, input), Ok(input.to_owned()));
+            assert_eq!(because(tool, input), Ok(input.to_owned()));
         }
-        assert_eq!(because(&LDCONFIG, "lib/os-release"), unchanged);
-        assert_eq!(because(&TMPFILES, "lib/libx.so.1"), unchanged);
+        assert_eq!(because(Tool::Ldconfig, "lib/os-release"), unchanged);
+        assert_eq!(because(Tool::Tmpfiles, "lib/libx.so.1"), unchanged);
         put(temp.path(), "usr/lib/udev/hwdb.bin");
-        assert_eq!(because(&HWDB, "lib/udev/hwdb.d"), Err("the node image brings its own database"));
-        assert_eq!(because(&HWDB, "lib/libx.so.1"), unchanged);
-        assert!(because(&UDEV, "lib/udev/rules.d").is_ok());
+        assert_eq!(because(Tool::Hwdb, "lib/udev/hwdb.d"), Err("the node image brings its own database"));
+        assert_eq!(because(Tool::Hwdb, "lib/libx.so.1"), unchanged);
+        assert!(because(Tool::Udev, "lib/udev/rules.d").is_ok());
     }
 
     /// Tests only the part that needs no tool: systemd-tmpfiles would change this system's `/var`.

@@ -11,7 +11,7 @@ use anyhow::{Error, Result};
 use tokio::time::Instant;
 use tracing::info;
 
-use super::{LIMIT, SYSUSERS};
+use super::{LIMIT, Tool};
 use support::command::run_with_input;
 
 /// Directories of sysusers.d(5), by precedence.
@@ -58,7 +58,7 @@ pub(super) async fn apply_lines(root: &Path, lines: &[String]) -> Vec<String> {
 
 /// Runs the tool once.
 async fn sysusers(root: &Path, kind: Items, items: &[String], deadline: Instant) -> Result<()> {
-    let mut command: Vec<&str> = SYSUSERS.command.to_vec();
+    let mut command: Vec<&str> = Tool::Sysusers.parts().0.to_vec();
     let place = format!("--root={}", root.display());
     if root != Path::new("/") {
         command.push(&place);
