@@ -294,15 +294,23 @@ mod tests {
     }
 
     /// Runs on an overlay, like `/etc` on live media. Needs a kernel without SELinux, which stores any label.
-    #[test]
-    fn entries_with_the_label_of_the_old_policy_get_that_of_the_new_one() {
-        if crate::mode() != crate::Mode::Disabled {
-            return;
+    const RUN: &str = "RUN(/.*)? system_u:object_r:run_t:s0\n";
+
+    /// An overlay at `run`, as on live media, with entries of several labels and a mount.
+    struct Bed<'a> {
+        scratch: &'a Path,
+        run: PathBuf,
+    }
+
+    impl Bed<'_> {
+        /// Calls `test` in a private mount namespace. Does nothing under SELinux.
+        fn with(test: impl FnOnce(&Bed<'_>) + Send) {
+            if crate::mode() == crate::Mode::Disabled {
+                support::testing::private(|scratch| test(&Bed::new(scratch)));
+            }
         }
-        support::testing::private(|scratch| {
-            let label = |path: &Path, of: &str| {
-                xattr::set(path, xattr::LABEL, format!("system_u:object_r:{of}:s0\0").as_bytes()).unwrap();
-            };
+
+        fn new(scratch: &Path) -> Bed<'_> {
             let (lower, run) = (scratch.join("lower"), scratch.join("run"));
             for directory in ["lower", "upper", "work", "run"] {
                 fs::create_dir(scratch.join(directory)).unwrap();
@@ -322,50 +330,80 @@ mod tests {
             let options = std::ffi::CString::new(layers.join(",")).unwrap();
             rustix::mount::mount("run", &run, "overlay", MountFlags::empty(), Some(options.as_c_str())).unwrap();
             rustix::mount::mount_bind(scratch.join("elsewhere"), run.join("app/mounted")).unwrap();
+            Bed { scratch, run }
+        }
 
-            let contexts = |lines: &str| {
-                let contexts = [lines.replace("RUN", run.to_str().unwrap()), String::new(), String::new()];
-                FileContexts(Texts { contexts, ..Texts::default() })
-            };
-            let old = contexts("RUN(/.*)? system_u:object_r:run_t:s0\n");
-            let new = contexts("RUN(/.*)? system_u:object_r:run_t:s0\nRUN/app(/.*)? system_u:object_r:app_t:s0\n");
-            let tmpfs = Some("system_u:object_r:tmpfs_t:s0");
-            let is = |path: &str| {
-                let label = xattr::get(&run.join(path), xattr::LABEL).unwrap().unwrap();
+        /// Returns the contexts of these lines, in which `RUN` stands for the overlay.
+        fn contexts(&self, lines: &str) -> FileContexts {
+            let contexts = [lines.replace("RUN", self.run.to_str().unwrap()), String::new(), String::new()];
+            FileContexts(Texts { contexts, ..Texts::default() })
+        }
+
+        /// Returns the number of entries that a relabelling from `old` to `new` changes.
+        fn relabel(&self, old: &FileContexts, new: &FileContexts, with: Option<&str>) -> usize {
+            let directories = [&*self.run, Path::new("/nonexistent")];
+            let Relabelled { changed, failed } = old.relabel(new, &directories, with, self.scratch).unwrap();
+            assert_eq!(failed, [""; 0]);
+            changed
+        }
+
+        fn types(&self) -> [String; 6] {
+            ["app", "app/sock", "app/link", "app/own", "app/mounted", "same"].map(|path| {
+                let label = xattr::get(&self.run.join(path), xattr::LABEL).unwrap().unwrap();
                 type_of(&String::from_utf8(label).unwrap()).unwrap().to_owned()
-            };
-            let all = || ["app", "app/sock", "app/link", "app/own", "app/mounted", "same"].map(is);
-            assert_eq!(old.relabel(&old, &[&run], tmpfs, scratch).unwrap(), Relabelled::default());
-            let three = Relabelled { changed: 3, failed: Vec::new() };
-            assert_eq!(old.relabel(&new, &[&run, Path::new("/nonexistent")], tmpfs, scratch).unwrap(), three);
-            assert_eq!(all(), ["app_t", "app_t", "app_t", "container_file_t", "run_t", "run_t"]);
+            })
+        }
+    }
+
+    fn label(path: &Path, of: &str) {
+        xattr::set(path, xattr::LABEL, format!("system_u:object_r:{of}:s0\0").as_bytes()).unwrap();
+    }
+
+    #[test]
+    fn entries_with_the_label_of_the_old_policy_get_that_of_the_new_one() {
+        Bed::with(|bed| {
+            let old = bed.contexts(RUN);
+            let new = bed.contexts(&format!("{RUN}RUN/app(/.*)? system_u:object_r:app_t:s0\n"));
+            let tmpfs = Some("system_u:object_r:tmpfs_t:s0");
+            assert_eq!(bed.relabel(&old, &old, tmpfs), 0);
+            assert_eq!(bed.relabel(&old, &new, tmpfs), 3);
+            assert_eq!(bed.types(), ["app_t", "app_t", "app_t", "container_file_t", "run_t", "run_t"]);
             // A second run changes nothing, and the reverse restores the old labels.
-            assert_eq!(old.relabel(&new, &[&run], tmpfs, scratch).unwrap(), Relabelled::default());
-            assert_eq!(new.relabel(&old, &[&run], None, scratch).unwrap(), three);
-            assert_eq!(all(), ["run_t", "run_t", "run_t", "container_file_t", "run_t", "run_t"]);
+            assert_eq!(bed.relabel(&old, &new, tmpfs), 0);
+            assert_eq!(bed.relabel(&new, &old, None), 3);
+            assert_eq!(bed.types(), ["run_t", "run_t", "run_t", "container_file_t", "run_t", "run_t"]);
+        });
+    }
 
-            // An unusual line is left to libselinux.
-            let unusual = contexts(
-                "/ root:object_r:root_t:s0\nRUN(/.*)? system_u:object_r:run_t:s0\n\
-                 RUN/ap[p]|/odd system_u:object_r:odd_t:s0\n",
-            );
-            assert_eq!(old.relabel(&unusual, &[&run], None, scratch).unwrap(), three);
-            assert_eq!(all(), ["odd_t", "odd_t", "odd_t", "container_file_t", "run_t", "run_t"]);
-            assert_eq!(unusual.relabel(&old, &[&run], None, scratch).unwrap(), three);
+    #[test]
+    fn unusual_lines_are_left_to_libselinux() {
+        Bed::with(|bed| {
+            let old = bed.contexts(RUN);
+            let lines = format!("/ root:object_r:root_t:s0\n{RUN}RUN/ap[p]|/odd system_u:object_r:odd_t:s0\n");
+            let unusual = bed.contexts(&lines);
+            assert_eq!(bed.relabel(&old, &unusual, None), 3);
+            assert_eq!(bed.types(), ["odd_t", "odd_t", "odd_t", "container_file_t", "run_t", "run_t"]);
+            assert_eq!(bed.relabel(&unusual, &old, None), 3);
             // If libselinux refuses a line, no entry is relabelled.
-            assert!(old.relabel(&contexts("/é system_u:object_r:x_t:s0\n"), &[&run], None, scratch).is_err());
+            let refused = bed.contexts("/é system_u:object_r:x_t:s0\n");
+            assert!(old.relabel(&refused, &[&*bed.run], None, bed.scratch).is_err());
+        });
+    }
 
-            // Entries with the default type of the file system or of their directory.
-            let old = contexts("RUN(/.*)? system_u:object_r:run_t:s0\nRUN/app/.* system_u:object_r:sock_t:s0\n");
-            let like = |text: &str| contexts(&format!("RUN(/.*)? system_u:object_r:run_t:s0\nRUN/app/.* {text}\n"));
-            label(&run.join("app/sock"), "tmpfs_t");
+    #[test]
+    fn entries_with_the_type_of_their_file_system_or_directory_get_the_new_label() {
+        Bed::with(|bed| {
+            let with_app = |text: &str| bed.contexts(&format!("{RUN}RUN/app/.* {text}\n"));
+            let old = with_app("system_u:object_r:sock_t:s0");
+            let tmpfs = Some("system_u:object_r:tmpfs_t:s0");
+            label(&bed.run.join("app/sock"), "tmpfs_t");
             for (to, with, expected) in [
                 ("system_u:object_r:new_t:s0", None, ["run_t", "tmpfs_t", "run_t", "container_file_t"]),
                 ("system_u:object_r:run_t:s0", tmpfs, ["run_t", "tmpfs_t", "run_t", "container_file_t"]),
                 ("system_u:object_r:new_t:s0", tmpfs, ["run_t", "new_t", "new_t", "container_file_t"]),
             ] {
-                old.relabel(&like(to), &[&run], with, scratch).unwrap();
-                assert_eq!(all()[..4], expected, "{to} {with:?}");
+                bed.relabel(&old, &with_app(to), with);
+                assert_eq!(bed.types()[..4], expected, "{to} {with:?}");
             }
         });
     }
