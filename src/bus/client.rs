@@ -96,7 +96,9 @@ impl Client {
             return Err(CallError::failed(format!("must be root to start {DAEMON_UNIT}")));
         }
         start().await.map_err(|error| {
-            CallError::failed(format!("the daemon cannot be started: {error:#}; see systemctl status {DAEMON_UNIT}"))
+            CallError::failed(format!(
+                "cannot start the daemon: {error:#}; nothing was changed; see systemctl status {DAEMON_UNIT}"
+            ))
         })?;
         Self::running(socket).await?.ok_or_else(|| {
             CallError::failed(format!(

@@ -64,7 +64,7 @@ impl Manager {
             }
             // Without systemd, the socket will not appear.
             if tokio::time::Instant::now() >= deadline || !Path::new(BOOTED).exists() {
-                return Self::system_bus().await.with_context(|| format!("{PRIVATE_SOCKET}: {error}"));
+                return Self::system_bus().await.map_err(|bus| unreachable(&error, &bus));
             }
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
@@ -83,7 +83,7 @@ impl Manager {
             .map_err(|_| {
                 anyhow!("cannot reach systemd on the system bus: no answer within {} s", ATTEMPT_TIMEOUT.as_secs())
             })?
-            .context("cannot reach systemd on the system bus either")?;
+            .context("cannot reach systemd on the system bus")?;
         // A bus delivers only the signals that a client subscribes to. The private socket delivers all of them.
         let ended = format!("type='signal',sender='{DESTINATION}',interface='{MANAGER}',member='JobRemoved'");
         let bus = ("org.freedesktop.DBus", "/org/freedesktop/DBus");
@@ -183,6 +183,15 @@ impl Manager {
     }
 }
 
+/// Returns the error of both ways to systemd. A cause that they share is in it once.
+fn unreachable(private: &io::Error, bus: &anyhow::Error) -> anyhow::Error {
+    let cause = bus.root_cause().to_string();
+    if cause == private.to_string() {
+        return anyhow!("cannot reach systemd, neither on {PRIVATE_SOCKET} nor on the system bus: {cause}");
+    }
+    anyhow!("cannot reach systemd on {PRIVATE_SOCKET}: {private}; {}: {cause}", bus)
+}
+
 /// Returns true if a failure to connect can be caused by a PID 1 that is re-executing itself.
 fn is_transient(kind: io::ErrorKind) -> bool {
     use io::ErrorKind::{BrokenPipe, ConnectionRefused, ConnectionReset, NotFound, TimedOut, UnexpectedEof};
@@ -193,6 +202,16 @@ fn is_transient(kind: io::ErrorKind) -> bool {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cause_of_both_ways_to_systemd_is_named_once() {
+        let missing = || io::Error::from_raw_os_error(rustix::io::Errno::NOENT.raw_os_error());
+        let bus = |error: io::Error| anyhow::Error::from(zbus::Error::from(error)).context("cannot reach the bus");
+        let text = unreachable(&missing(), &bus(missing())).to_string();
+        assert_eq!(text.matches("No such file").count(), 1, "{text}");
+        let text = unreachable(&missing(), &bus(io::Error::other("refused"))).to_string();
+        assert!(text.contains("No such file") && text.ends_with("cannot reach the bus: refused"), "{text}");
+    }
 
     #[test]
     fn only_transient_failures_are_retried() {
