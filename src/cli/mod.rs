@@ -11,6 +11,7 @@ mod pauses;
 mod plan;
 mod say;
 mod show;
+mod watch;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -156,7 +157,7 @@ pub fn main() -> ExitCode {
 async fn dispatch(command: Command) -> anyhow::Result<Outcome> {
     let paths = StateDir::default();
     match command {
-        Command::Status { json, watch: true, .. } => show::watch(&paths, json).await,
+        Command::Status { json, watch: true, .. } => watch::watch(&paths, json).await,
         Command::Status { json, exit_code, .. } => show::status(&paths, json, exit_code).await,
         Command::Report { json, svg } => show::report(&paths, json, svg.as_deref()).await,
         Command::Plan { json: false } => drive::drive(&paths, Call::of("Plan")).await,

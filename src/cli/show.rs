@@ -2,20 +2,14 @@
 //! system bus.
 
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
-use super::drive::unix_now;
 use super::say;
 use crate::agent::{Agent, StateDir};
 use crate::bus::Client;
 use crate::report::{self, AgentState, Outcome, Report, State, Status, Timeline};
-
-/// Interval at which a watch reads the status.
-const LOOK: Duration = Duration::from_secs(1);
-/// Time to wait for a daemon that does not answer.
-const ABSENT: Duration = Duration::from_secs(60);
 
 /// Largest number of units that still run old code, and of events, that `status` lists.
 const LISTED: usize = 12;
@@ -44,7 +38,7 @@ async fn current(paths: &StateDir) -> Result<String> {
 }
 
 /// Asks systemd about the unit of an agent that does not answer.
-async fn stopped() -> AgentState {
+pub(super) async fn stopped() -> AgentState {
     let command = ["systemctl", "show", "--property=ActiveState,Result", "node-image-pivotd.service"];
     let shown = support::command::run(&command, SYSTEMD).await.unwrap_or_default();
     let text = String::from_utf8_lossy(&shown);
@@ -57,7 +51,7 @@ async fn stopped() -> AgentState {
 }
 
 /// Asks the daemon for its status.
-async fn asked(paths: &StateDir) -> Result<Status> {
+pub(super) async fn asked(paths: &StateDir) -> Result<Status> {
     Client::connect(&paths.socket()).await?.status().await
 }
 
@@ -66,7 +60,7 @@ async fn reported(paths: &StateDir) -> Result<String> {
     Client::connect(&paths.socket()).await?.report().await
 }
 
-fn recorded(paths: &StateDir) -> Option<Status> {
+pub(super) fn recorded(paths: &StateDir) -> Option<Status> {
     rustix::process::geteuid().is_root().then(|| Agent::recorded_status(paths))
 }
 
@@ -97,7 +91,7 @@ fn unfinished(status: &Status) -> Outcome {
 }
 
 /// Returns the lines of `status`, which fit one screen.
-fn page(report: &Report) -> Vec<String> {
+pub(super) fn page(report: &Report) -> Vec<String> {
     let (status, now) = (&report.status, report.now_unix());
     let mut lines = Vec::new();
     if let Some(agent) = &status.agent {
@@ -153,49 +147,14 @@ pub(super) fn explain(name: Option<&str>) -> Outcome {
     }
 }
 
-pub(super) async fn watch(paths: &StateDir, json: bool) -> Result<Outcome> {
-    let mut last = None;
-    let mut absent_since = None;
-    loop {
-        let status = match asked(paths).await {
-            Ok(status) => {
-                absent_since = None;
-                status
-            }
-            // The unit restarts a daemon that died. After ABSENT, no further change is expected.
-            Err(error) if absent_since.get_or_insert_with(Instant::now).elapsed() >= ABSENT => return Err(error),
-            Err(error) => recorded(paths).ok_or(error)?,
-        };
-        if last.as_ref() != Some(&status) {
-            print(&status, json)?;
-        }
-        if let Some(exit) = exit_of(&status) {
-            return Ok(exit);
-        }
-        last = Some(status);
-        tokio::time::sleep(LOOK).await;
-    }
-}
-
 /// Returns the outcome that ends a watch, or `None` while the status may still change.
-fn exit_of(status: &Status) -> Option<Outcome> {
+pub(super) fn exit_of(status: &Status) -> Option<Outcome> {
     match status.state {
         // While a phase after the switch runs, the state is `running`.
         State::Done | State::NothingToDo | State::Switched => Some(Outcome::Done),
         State::Failed => Some(status.error.as_ref().map(|error| error.outcome).unwrap_or_default()),
         State::Idle | State::Running | State::Waiting | State::Pulled | State::Other => None,
     }
-}
-
-fn print(status: &Status, json: bool) -> Result<()> {
-    if json {
-        say::out(serde_json::to_string(status)?);
-    } else {
-        say::out(report::state_line(status, unix_now()));
-        status.deviations.iter().for_each(|line| say::out(format_args!("but: {}", report::one_line(line))));
-        report::old_lines(status).for_each(say::out);
-    }
-    Ok(())
 }
 
 #[cfg(test)]

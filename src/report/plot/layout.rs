@@ -10,7 +10,7 @@ use support::human_bytes;
 /// Height of a row.
 const ROW: f64 = 17.0;
 /// Letters of a row's name, left of the bars.
-const NAME: usize = 34;
+const NAME: usize = 40;
 /// Left end of the bars, their width, and the room for the text that follows a bar.
 const LEFT: f64 = 16.0 + NAME as f64 * LETTER + 8.0;
 const WIDTH: f64 = 900.0;
