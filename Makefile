@@ -30,7 +30,7 @@ cargo:
 	       "or set CARGO=" >&2; exit 1; }
 
 # What the agent is built and tested with; the test bed brings its own list.
-DEBIAN_BUILD_DEPS = build-essential pkg-config libostree-dev ostree skopeo systemd dbus shellcheck dracut-core cpio \
+DEBIAN_BUILD_DEPS = build-essential binutils pkg-config libostree-dev ostree skopeo systemd dbus shellcheck dracut-core cpio \
                     python3
 
 deps-build: cargo
@@ -64,8 +64,7 @@ install: install-check
 	install -D -m 0644 packaging/catalog/node-image-pivot.catalog "$(usr)/lib/systemd/catalog/node-image-pivot.catalog"
 	install -d "$(usr)/share/selinux/packages"
 	install -m 0644 packaging/selinux/*.cil "$(usr)/share/selinux/packages"
-	install -m 0755 dracut/98node-image-pivot/module-setup.sh dracut/98node-image-pivot/carry.sh "$(dracutdir)"
-	install -m 0644 dracut/98node-image-pivot/node-image-pivot-carry.service "$(dracutdir)"
+	install -m 0755 dracut/98node-image-pivot/module-setup.sh "$(dracutdir)"
 	$(call generate,man 1,man/man1/node-image-pivot.1)
 	$(call generate,man 5,man/man5/node-image-pivot.conf.5)
 	$(call generate,man 8,man/man8/node-image-pivotd.8)
@@ -104,11 +103,12 @@ check: deps
 
 check-quick:
 	$(CARGO) fmt --all --check
-	shellcheck dracut/98node-image-pivot/*.sh dracut/test.sh fuzz/run.sh tests/docs.sh
+	shellcheck dracut/98node-image-pivot/*.sh initramfs/carry.sh dracut/test.sh fuzz/run.sh tests/docs.sh tests/floor.sh
 	sh tests/docs.sh --rust
 	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
 	$(QUICK_TEST) -- --skip $(NEEDS_IMAGES)
-	sh dracut/test.sh
+	sh tests/floor.sh "$(COMMAND)" "$(BUILD)/node-image-pivot-generator"
+	sh dracut/test.sh "$(BUILD)"
 	$(BED_TEST) --no-run
 	$(BED_TEST) --lib --bins
 

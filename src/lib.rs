@@ -10,5 +10,6 @@ mod bus;
 pub mod cli;
 mod config;
 mod host;
+mod pack;
 mod preflight;
 mod report;

@@ -12,9 +12,7 @@ use overlay_root::delta::Keep;
 /// Files that `make install` installs below `/usr`, sorted; links included.
 const SHIPPED: &[&str] = &[
     "bin/node-image-pivot",
-    "lib/dracut/modules.d/98node-image-pivot/carry.sh",
     "lib/dracut/modules.d/98node-image-pivot/module-setup.sh",
-    "lib/dracut/modules.d/98node-image-pivot/node-image-pivot-carry.service",
     "lib/systemd/catalog/node-image-pivot.catalog",
     "lib/systemd/system-generators/node-image-pivot-generator",
     "lib/systemd/system/node-image-finish.service",
@@ -239,46 +237,4 @@ fn units_have_the_settings_that_others_rely_on() {
     assert!(has("node-image-finish.service", "Requires=node-image-overlay.service"));
     assert!(has("node-image-pivot.target", "AllowIsolate=yes"));
     assert!(has("node-image-pivotd.service", "RestartPreventExitStatus=2"), "wrong usage");
-}
-
-#[test]
-fn the_initramfs_script_puts_a_working_set_under_run() {
-    let root = installed();
-    let carry = root.path().join("usr/lib/node-image-pivot/carry");
-    for (from, to) in [
-        ("bin/node-image-pivot", "bin"),
-        ("lib/systemd/system-generators/node-image-pivot-generator", "system-generators"),
-        ("lib/systemd/system/node-image-pivot.target", "system"),
-        ("lib/systemd/system/node-image-pull.service", "system"),
-        ("lib/systemd/system/node-image-pivotd.service", "system"),
-    ] {
-        let from = root.path().join("usr").join(from);
-        fs::create_dir_all(carry.join(to)).unwrap();
-        fs::copy(&from, carry.join(to).join(from.file_name().unwrap())).unwrap();
-    }
-    let script = root.path().join("usr/lib/dracut/modules.d/98node-image-pivot/carry.sh");
-    for _ in ["once", "and again"] {
-        run(Command::new("sh").arg(&script).arg(root.path()));
-    }
-    let expected = [
-        "node-image-pivot/bin/node-image-pivot",
-        "systemd/system-generators/node-image-pivot-generator",
-        "systemd/system/node-image-overlay.target",
-        "systemd/system/node-image-pivot.target",
-        "systemd/system/node-image-pivotd.service",
-        "systemd/system/node-image-pull.service",
-    ];
-    assert_eq!(files(&root.path().join("run")), expected.iter().map(PathBuf::from).collect());
-    let pull = fs::read_to_string(root.path().join("run/systemd/system/node-image-pull.service")).unwrap();
-    assert!(pull.contains("\nExecStart=/run/node-image-pivot/bin/node-image-pivot pull\n"), "{pull}");
-    // The domain that the daemon runs in comes from its program's label, which nothing but this gives it there.
-    let daemon = fs::read_to_string(root.path().join("run/systemd/system/node-image-pivotd.service")).unwrap();
-    let commands: Vec<_> = daemon.lines().filter(|line| line.starts_with("Exec")).collect();
-    let program = "/run/node-image-pivot/bin/node-image-pivot";
-    let label = format!("chcon -t install_exec_t {program}'");
-    assert!(
-        commands.len() == 2 && commands[0].starts_with("ExecStartPre=-") && commands[0].ends_with(&label),
-        "{daemon}"
-    );
-    assert_eq!(commands[1], format!("ExecStart={program} daemon"));
 }

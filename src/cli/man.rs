@@ -59,9 +59,9 @@ fn commands(roff: &mut Roff, mut command: clap::Command) {
          clients of the agent, node-image-pivotd(8).",
     )]);
     roff.control("SH", ["COMMANDS"]);
-    for sub in command.get_subcommands().filter(|sub| sub.get_name() != "help") {
+    for (name, sub) in leaves(&command) {
         let arguments = sub.get_positionals().map(|argument| format!(" {argument}")).collect::<String>();
-        roff.control("SS", [format!("{}{arguments}", sub.get_name()).as_str()]);
+        roff.control("SS", [format!("{name}{arguments}").as_str()]);
         let about = sub.get_long_about().or_else(|| sub.get_about()).map(ToString::to_string).unwrap_or_default();
         for paragraph in about.split("\n\n") {
             roff.control("PP", []).text([roman(paragraph.replace('\n', " "))]);
@@ -81,6 +81,16 @@ fn commands(roff: &mut Roff, mut command: clap::Command) {
     roff.control("SH", ["FILES"]);
     FILES.iter().for_each(|(file, text)| entry(roff, file, text));
     see_also(roff, &["node-image-pivot.conf(5)", "node-image-pivotd(8)", "journalctl(1)", "systemctl(1)"]);
+}
+
+/// Returns the commands that do something, with their names, such as `pack initrd`.
+fn leaves(command: &clap::Command) -> Vec<(String, &clap::Command)> {
+    let subcommands = command.get_subcommands().filter(|sub| sub.get_name() != "help");
+    let below = subcommands.flat_map(|sub| match sub.has_subcommands() {
+        true => leaves(sub).into_iter().map(|(name, leaf)| (format!("{} {name}", sub.get_name()), leaf)).collect(),
+        false => vec![(sub.get_name().to_owned(), sub)],
+    });
+    below.collect()
 }
 
 /// Returns the rows of the table of keys: key, type, default and meaning.
@@ -177,14 +187,11 @@ mod tests {
         let page = words(1);
         let mut command = super::super::Arguments::command();
         command.build();
-        for sub in command.get_subcommands().filter(|sub| sub.get_name() != "help") {
-            let name = sub.get_name();
-            assert!(
-                [format!(".SS {name}\n"), format!(".SS \"{name} ")].iter().any(|line| page.contains(line)),
-                "{name}"
-            );
+        for (name, sub) in leaves(&command) {
+            let lines = [format!(".SS {name}\n"), format!(".SS \"{name} "), format!(".SS \"{name}\"\n")];
+            assert!(lines.iter().any(|line| page.contains(line)), "{name}");
             for long in sub.get_arguments().filter_map(clap::Arg::get_long).filter(|long| *long != "help") {
-                assert!(page.contains(&format!("--{long}")), "{}: {long}", sub.get_name());
+                assert!(page.contains(&format!("--{long}")), "{name}: {long}");
             }
         }
         for code in ["0", "1", "2", "10", "11", "12", "13", "14"] {

@@ -1,12 +1,13 @@
 //! The command line, one file for each group of subcommands.
 //!
-//! Every command except `daemon`, `explain`, `completions` and `man` is a client of the daemon. [`Outcome`] defines the exit codes,
-//! which are stable.
+//! Every command except `daemon`, `explain`, `pack`, `completions` and `man` is a client of the daemon. [`Outcome`] defines the
+//! exit codes, which are stable.
 
 mod case;
 mod daemon;
 mod drive;
 mod man;
+mod pack;
 mod pauses;
 mod plan;
 mod say;
@@ -119,6 +120,11 @@ enum Command {
     Undo,
     /// Cancel the running or waiting pull
     Cancel,
+    /// Pack the agent for machines whose image lacks it
+    Pack {
+        #[command(subcommand)]
+        form: pack::Form,
+    },
     /// Run the daemon, as node-image-pivotd.service does
     Daemon,
     /// Print a shell completion script
@@ -178,6 +184,7 @@ async fn dispatch(command: Command) -> anyhow::Result<Outcome> {
         Command::Keep => drive::drive(&paths, Call::of("Keep")).await,
         Command::Undo => drive::drive(&paths, Call::of("Undo")).await,
         Command::Cancel => drive::cancel(&paths).await,
+        Command::Pack { form } => pack::pack(&form),
         Command::Daemon => daemon::daemon(paths).await,
         Command::Completions { shell } => {
             say::raw(completions(shell).as_bytes());

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, bail};
 use boot_config::TARGET_VARIABLE;
 use boot_config::cmdline::CommandLine;
+use boot_config::dropin;
 use boot_config::search::Search;
 use boot_config::target::{DefaultTarget, FALLBACK_TARGET, Origin, default_target};
 
@@ -120,6 +121,14 @@ impl Inputs {
             }
         }
         lines
+    }
+
+    /// Merges drop-in files in order of their priority.
+    pub(super) fn of_files(files: &[dropin::Fragment]) -> Result<Self> {
+        files.iter().try_fold(Self::default(), |mut inputs, file| {
+            inputs.apply_fragment(&file.path, Fragment::parse(&file.path, &file.text)?)?;
+            Ok(inputs)
+        })
     }
 
     /// Applies a drop-in file. Its values replace earlier ones.

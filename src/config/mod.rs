@@ -24,7 +24,7 @@ use boot_config::{dropin, under};
 use inputs::Inputs;
 
 /// The credential that holds a registry auth file.
-const AUTH_CREDENTIAL: &str = "node-image-pivot.auth";
+pub const AUTH_CREDENTIAL: &str = "node-image-pivot.auth";
 
 /// Environment variables of the process that are configuration.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
@@ -55,6 +55,14 @@ impl Settings {
         Self::load_with(root, &CommandLine::read(root)?, &Environment::of_this_process())
     }
 
+    /// Returns the settings that drop-in files alone give, in order of their priority.
+    ///
+    /// # Errors
+    /// Fails as [`Settings::load`].
+    pub fn of_files(files: &[dropin::Fragment]) -> Result<Self> {
+        Settings::validate(Inputs::of_files(files)?)
+    }
+
     /// Returns a line for each value that a source of this machine sets, with the source. All others have their defaults.
     ///
     /// # Errors
@@ -69,11 +77,7 @@ impl Settings {
     }
 
     fn inputs(root: &Path, line: &CommandLine, environment: &Environment) -> Result<Inputs> {
-        let mut inputs = Inputs::default();
-        for file in dropin::fragments(root)? {
-            let fragment = fragment::Fragment::parse(&file.path, &file.text)?;
-            inputs.apply_fragment(&file.path, fragment)?;
-        }
+        let mut inputs = Inputs::of_files(&dropin::fragments(root)?)?;
         ensure!(
             line.unknown.is_empty(),
             "kernel command line: unknown key {}: expected node-image-pivot, node-image-pivot.image, \

@@ -20,7 +20,7 @@ mod trial;
 mod tests;
 
 pub use checks::{check_content, check_metadata, check_same_system, check_system, warnings};
-pub use elf::Machine;
+pub use elf::{Machine, machine_of};
 pub use labels::label_plan;
 pub use memory::{Free, Memory, store_limit};
 pub use packages::{DPKG_STATUS, PackageChanges, Packages, dpkg, rpm};

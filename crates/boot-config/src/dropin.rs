@@ -34,9 +34,20 @@ pub struct Fragment {
 /// Fails if a directory cannot be listed or a file cannot be read. The caller must not treat an unreadable file as
 /// missing: it may contain `mode = "off"`.
 pub fn fragments(root: &Path) -> Result<Vec<Fragment>, Problem> {
+    selected(root, &DIRECTORIES.map(Path::new))
+}
+
+/// Returns the drop-in files of a single directory, which has an absolute path, in ascending priority.
+///
+/// # Errors
+/// Fails as [`fragments`].
+pub fn fragments_in(directory: &Path) -> Result<Vec<Fragment>, Problem> {
+    selected(Path::new("/"), &[directory])
+}
+
+fn selected(root: &Path, directories: &[&Path]) -> Result<Vec<Fragment>, Problem> {
     let mut by_name: BTreeMap<OsString, PathBuf> = BTreeMap::new();
-    for directory in DIRECTORIES {
-        let directory = Path::new(directory);
+    for directory in directories {
         let entries = match fs::read_dir(under(root, directory)) {
             Ok(entries) => entries,
             Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => continue,
