@@ -35,6 +35,13 @@ boot() {
         recipe bootimage.sh BED="$BED" BASE="$base" OVERLAYS="${overlays[*]}"
 }
 
+# stock: the live bootimage without any file of the agent, as published media are.
+stock() {
+    local base
+    base=$(tree_base12)
+    stage boot-stock "$(key "$BED/bootimage.sh" "=$base")" recipe bootimage.sh BED="$BED" BASE="$base"
+}
+
 # disk: the same base system installed to a disk: a directory with vmlinuz, initramfs.img, disk.img, kargs.
 disk() {
     local base agent

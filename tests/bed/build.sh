@@ -6,6 +6,7 @@
 #   build.sh runtime      prints the directory of a live bootimage with a container runtime; builds it if it is missing
 #   build.sh podman       prints the directories of one with podman, and of a newer podman as a layer upon node image a,
 #                         as JSON
+#   build.sh stock        prints the directories of a live bootimage without the agent, and of the installed agent, as JSON
 #   build.sh disk         builds an installed system's disk, and prints where it is
 #   build.sh selinux      a live bootimage with an SELinux policy, a node image of the next release with its own; prints
 #                         where they are, as JSON
@@ -162,6 +163,10 @@ for target in "$@"; do
         # These print the paths of images that only some tests use. "all" does not contain the images of the benchmark.
         skopeo) skopeo_new ;;
         bench) bench ;;
+        stock)
+            b=$(stock)
+            a=$(agent)
+            jq -n --arg boot "$b" --arg agent "$a" '{boot: $boot, agent: $agent}' ;;
         disk) disk ;;
         selinux-disk) boot_selinux disk ;;
         runtime) boot runtime ;;
@@ -173,7 +178,7 @@ for target in "$@"; do
         all) trees; boot >&2; registry >&2; qemu >&2; skopeo_new >&2 ;;
         ahead)
             trees
-            for step in registry qemu skopeo_new runtime podman podman_layer tree_selinux_base tree_selinux_node; do
+            for step in registry qemu skopeo_new stock runtime podman podman_layer tree_selinux_base tree_selinux_node; do
                 "$step" >&2
             done ;;
         paths)

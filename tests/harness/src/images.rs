@@ -146,13 +146,14 @@ impl Images {
         build("runtime")
     }
 
+    /// Returns the directories of a live bootimage without any file of the agent, and of an installed agent; likewise.
+    pub fn stock(&self) -> Result<(PathBuf, PathBuf)> {
+        two_paths("stock", ["boot", "agent"])
+    }
+
     /// A live bootimage with podman, and the directory of a newer one, for a layer upon node image a; likewise.
     pub fn podman(&self) -> Result<(PathBuf, PathBuf)> {
-        let answer: Value =
-            serde_json::from_slice(&target("podman")?).context("reading the answer of build.sh podman")?;
-        let path =
-            |key: &str| answer[key].as_str().map(PathBuf::from).with_context(|| format!("build.sh podman: no {key:?}"));
-        Ok((path("boot")?, path("layer")?))
+        two_paths("podman", ["boot", "layer"])
     }
 
     /// An image by name.
@@ -211,6 +212,15 @@ impl AsRef<Tools> for Pair {
 /// Returns the path that a target of build.sh prints.
 fn build(name: &str) -> Result<PathBuf> {
     Ok(String::from_utf8(target(name)?)?.trim().into())
+}
+
+/// Returns two of the paths that a target of build.sh prints as JSON.
+fn two_paths(name: &str, keys: [&str; 2]) -> Result<(PathBuf, PathBuf)> {
+    let answer: Value =
+        serde_json::from_slice(&target(name)?).with_context(|| format!("cannot read the answer of build.sh {name}"))?;
+    let path =
+        |key: &str| answer[key].as_str().map(PathBuf::from).with_context(|| format!("build.sh {name}: no {key:?}"));
+    Ok((path(keys[0])?, path(keys[1])?))
 }
 
 /// Builds a target of build.sh; what it prints.

@@ -1,13 +1,17 @@
 //! Pivots on virtual machines: kernel, initramfs, systemd and registry are real.
 //! `make check-one NAME=vm`
 
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::PathBuf;
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
 use testbed::check::{contains, same};
 use testbed::guest::Guest;
 use testbed::images::{Images, work_dir};
-use testbed::proc::wait_for;
+use testbed::proc::{succeed, wait_for};
 use testbed::registry::Registry;
 use testbed::scenario::{Before, Expected, left_alone, node_files, pivoted, wait_pivoted, waits_and_says_why};
 use testbed::scenarios;
@@ -105,16 +109,41 @@ fn the_console_takes_a_login_afterwards(bed: &mut Bed<'_>) -> Result<()> {
     contains(&bed.guest.console_run("base-tool", Duration::from_secs(180))?, "base-tool 2.0")
 }
 
+/// Returns a bootimage without the agent, with a packed agent that follows the initramfs, as a PXE server delivers both.
+/// The configuration names `image`.
+fn stock_with_packed_agent(images: &Images, image: &str) -> Result<PathBuf> {
+    let (stock, agent) = images.stock()?;
+    let boot = work_dir("vm-b-boot")?;
+    let config = boot.join("config");
+    fs::create_dir(&config)?;
+    fs::write(config.join("50-testbed.toml"), format!("image = \"{image}\"\n"))?;
+    fs::write(boot.join("auth.json"), "{\"auths\": {}}\n")?;
+    let mut pack = Command::new(agent.join("usr/bin/node-image-pivot"));
+    pack.args(["pack", "initrd", "--output", "packed", "--config", "config", "--auth", "auth.json"]);
+    succeed(pack.current_dir(&boot))?;
+    fs::write(
+        boot.join("initramfs.img"),
+        [fs::read(stock.join("initramfs.img"))?, fs::read(boot.join("packed"))?].concat(),
+    )?;
+    ["vmlinuz", "sysroot.squashfs", "kargs"].iter().try_for_each(|name| symlink(stock.join(name), boot.join(name)))?;
+    Ok(boot)
+}
+
 /// The same release with packages newer, added and removed; by tag. Configured at first is an image that needs another
-/// CPU.
+/// CPU. The bootimage does not have the agent: the initramfs carries it, with configuration and credentials.
 #[test]
 fn other_packages_of_the_same_release_replace_an_image_that_is_refused() -> Result<()> {
     let images = Images::ensure()?;
     let expected = Expected::node_b(images.image("node-b")?);
-    let mut suite = Suite::new("machine: Debian 12 becomes node image b (Debian 12, other packages)");
+    let mut suite = Suite::new("machine: stock Debian 12 with a packed agent becomes node image b (other packages)");
     let registry = Registry::start(&images.storage, &work_dir("vm-b-registry")?, None, None)?;
-    let guest = Vm::start(images, &setup("vm-b", images), |files| {
-        node_files(files, &images.image("newer-cpu")?.by_digest(), vm::HOST, registry.port)
+    let image = images.image("newer-cpu")?.by_digest();
+    let boot = stock_with_packed_agent(images, &image)?;
+    let guest = Vm::start(images, &vm::Setup { boot: &boot, ..setup("vm-b", images) }, |files| {
+        node_files(files, &image, vm::HOST, registry.port)?;
+        // The packed agent brings these.
+        fs::remove_dir_all(files.root().join("etc/node-image-pivot.conf.d"))?;
+        Ok(fs::remove_dir_all(files.root().join("var/roothome/.docker"))?)
     })?;
     let mut bed = Bed { guest, registry, expected, before: None };
     suite.run(
@@ -122,6 +151,9 @@ fn other_packages_of_the_same_release_replace_an_image_that_is_refused() -> Resu
         &scenarios![
             ssh_answers,
             the_base_system_runs after ssh_answers,
+            the_initramfs_carried_the_agent after ssh_answers,
+            the_bus_accepts_the_name_of_a_carried_agent after the_initramfs_carried_the_agent,
+            credentials_of_a_carried_agent_are_private after the_bus_accepts_the_name_of_a_carried_agent,
             an_image_for_a_newer_cpu_is_refused_with_the_reason after the_base_system_runs,
             a_refused_image_changes_nothing_and_the_machine_can_be_reached after the_base_system_runs,
             the_waiting_unit_is_started_again_with_another_image after the_base_system_runs,
@@ -130,6 +162,23 @@ fn other_packages_of_the_same_release_replace_an_image_that_is_refused() -> Resu
     );
     pivoted(&mut suite, "the_machine_becomes_its_node_image", &bed.guest, bed.before.as_ref(), &bed.expected);
     suite.finish()
+}
+
+fn the_initramfs_carried_the_agent(bed: &mut Bed<'_>) -> Result<()> {
+    bed.guest.ask("test ! -e /usr/bin/node-image-pivot && test -e /run/node-image-pivot/bin/node-image-pivot")?;
+    contains(&bed.guest.console(), "node-image-pivot: carried the agent into the real root")
+}
+
+fn the_bus_accepts_the_name_of_a_carried_agent(bed: &mut Bed<'_>) -> Result<()> {
+    let get = "busctl get-property org.nodeimage.Pivot1 /org/nodeimage/Pivot1 org.nodeimage.Pivot1 State";
+    wait_for("the agent on the system bus", Duration::from_secs(180), || Ok(bed.guest.run(get)?.status == 0))
+}
+
+fn credentials_of_a_carried_agent_are_private(bed: &mut Bed<'_>) -> Result<()> {
+    let loaded = "/run/credentials/node-image-pivotd.service/node-image-pivot.auth";
+    same(bed.guest.ask(&format!("cat {loaded}"))?, "{\"auths\": {}}".into())?;
+    let modes = bed.guest.ask("stat -c %a /run/credstore /run/credstore/node-image-pivot.auth")?;
+    same(modes, "700\n600".to_owned())
 }
 
 fn an_image_for_a_newer_cpu_is_refused_with_the_reason(bed: &mut Bed<'_>) -> Result<()> {
@@ -153,7 +202,8 @@ fn a_refused_image_changes_nothing_and_the_machine_can_be_reached(bed: &mut Bed<
 fn the_waiting_unit_is_started_again_with_another_image(bed: &mut Bed<'_>) -> Result<()> {
     let image = bed.expected.image.by_tag();
     bed.guest.ask(&format!(
-        "echo 'image = \"{image}\"' >/etc/node-image-pivot.conf.d/50-testbed.toml
+        "mkdir -p /etc/node-image-pivot.conf.d
+         echo 'image = \"{image}\"' >/etc/node-image-pivot.conf.d/50-testbed.toml
          systemctl start --no-block node-image-finish.service"
     ))?;
     wait_for("the next attempt", PIVOT, || Ok(bed.guest.status()?["state"] != "failed"))
