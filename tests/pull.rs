@@ -23,6 +23,8 @@ mod fixture;
 mod held;
 #[path = "pull/hostile.rs"]
 mod hostile;
+#[path = "pull/image_refs.rs"]
+mod image_refs;
 #[path = "pull/indexes.rs"]
 mod indexes;
 #[path = "pull/integrity.rs"]

@@ -10,13 +10,13 @@ use super::*;
 use ostree::gio::Cancellable;
 
 /// A small disk with a mounted file system, whose power can be cut.
-struct Disk {
+pub(super) struct Disk {
     image: PathBuf,
     dir: PathBuf,
 }
 
 impl Disk {
-    fn new(bench: &Bench, fstype: &str, mib: u64) -> Self {
+    pub(super) fn new(bench: &Bench, fstype: &str, mib: u64) -> Self {
         let disk = Self { image: bench.path(&format!("{fstype}.img")), dir: bench.path(&format!("{fstype}-sysroot")) };
         fs::create_dir_all(&disk.dir).unwrap();
         fs::File::create(&disk.image).unwrap().set_len(mib << 20).unwrap();
@@ -30,12 +30,12 @@ impl Disk {
     }
 
     /// Cuts the power: the file system loses all that it has not written to the disk.
-    fn power_cut(&self) {
+    pub(super) fn power_cut(&self) {
         run("xfs_io", &["-x", "-c", "shutdown", self.dir.to_str().unwrap()]);
     }
 
     /// Mounts it again: the file system replays its log.
-    fn power_on(&self) {
+    pub(super) fn power_on(&self) {
         let gone = Instant::now() + Duration::from_secs(120);
         while !Command::new("umount").arg(&self.dir).stderr(Stdio::null()).status().unwrap().success() {
             assert!(Instant::now() < gone, "{} stays busy", self.dir.display());
@@ -175,6 +175,7 @@ async fn the_repo_of_the_system_stores_the_node_image_and_stays_sound() {
     // Forgotten: ostree removes the objects that only the node image had.
     fs::remove_dir_all(system.disk.dir.join("out")).unwrap();
     store.forget().unwrap();
+    run("ostree", &["refs", &option, "--delete", "ostree/container"]);
     clean();
     assert_eq!(system.booted.content_objects().unwrap(), before);
     assert_eq!(fs::read_dir(&ours).unwrap().count(), 1, "only the lock");

@@ -272,8 +272,9 @@ async fn the_layer_with_the_policy_is_read_first() {
         let files = tree.lines().filter(|line| !line.starts_with('d'));
         let needed: BTreeSet<&str> = files.filter_map(|line| line.split_whitespace().nth(4)).collect();
         let copies = store.content_objects().unwrap().len() - needed.len();
-        // Only the files of the policy were read before their labels were known.
-        assert_eq!(copies <= 3, component.is_some(), "{name}: {copies}");
+        // Only the files of the policy were read before their labels were known. A later layer replaces another file, which
+        // the commit of its layer has.
+        assert_eq!(copies <= 4, component.is_some(), "{name}: {copies}");
         trees.push(tree);
     }
     assert_eq!(trees[0], trees[1]);

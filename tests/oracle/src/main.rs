@@ -4,9 +4,11 @@ use std::num::NonZeroU32;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
+use ostree_ext::container::deploy::{deploy, prune, DeployOpts};
 use ostree_ext::container::store::{ImageImporter, PrepareResult};
 use ostree_ext::container::{Config, ExportOpts, ImageReference, OstreeImageReference, SignatureSource};
 use ostree_ext::containers_image_proxy::ImageProxyConfig;
+use ostree_ext::sysroot::SysrootLock;
 use ostree_ext::{gio, ostree};
 
 mod components;
@@ -54,6 +56,23 @@ enum Command {
         /// `ostree-unverified-registry:HOST/NAME:TAG`, `ostree-unverified-image:oci:DIR:TAG`, ….
         image: OstreeImageReference,
     },
+    /// Deploy an image to a sysroot, as `ostree container image deploy` does; prints the merge commit.
+    Deploy {
+        /// Sysroot with the stateroot.
+        #[arg(long)]
+        sysroot: String,
+        /// Name of the stateroot.
+        #[arg(long)]
+        stateroot: String,
+        /// As for `import`.
+        image: OstreeImageReference,
+    },
+    /// Remove images that are not deployed, and their layers; prints the number of images, layers and objects.
+    Prune {
+        /// Sysroot to clean.
+        #[arg(long)]
+        sysroot: String,
+    },
 }
 
 #[tokio::main]
@@ -86,8 +105,27 @@ async fn main() -> Result<()> {
             };
             println!("{}", state.merge_commit);
         }
+        Command::Deploy { sysroot, stateroot, image } => {
+            let mut options = DeployOpts::default();
+            let mut proxy = ImageProxyConfig::default();
+            proxy.insecure_skip_tls_verification = Some(true);
+            options.proxy_cfg = Some(proxy);
+            let state = deploy(&load(&sysroot)?, &stateroot, &image, Some(options)).await?;
+            println!("{}", state.merge_commit);
+        }
+        Command::Prune { sysroot } => {
+            let sysroot = SysrootLock::new_from_sysroot(&load(&sysroot)?).await?;
+            let pruned = prune(&sysroot)?;
+            println!("{} {} {}", pruned.n_images, pruned.n_layers, pruned.n_objects_pruned);
+        }
     }
     Ok(())
+}
+
+fn load(path: &str) -> Result<ostree::Sysroot> {
+    let sysroot = ostree::Sysroot::new(Some(&gio::File::for_path(path)));
+    sysroot.load(gio::Cancellable::NONE).with_context(|| format!("loading the sysroot {path}"))?;
+    Ok(sysroot)
 }
 
 fn open(path: &str) -> Result<ostree::Repo> {

@@ -17,6 +17,7 @@ use crate::layer_read::{LayerResult, Part, Reading};
 use crate::store::ObjectType;
 
 use super::encapsulated::{Consumed, Purpose, consume};
+use super::image_refs;
 use super::plain::BaseFacts;
 use super::plain::LayerTree;
 use super::plain::read_plain;
@@ -50,10 +51,14 @@ pub(super) async fn fetch_encapsulated(
     };
     match fetch_layer(source, image, layer, import, cancel, Some(contributed), work).await? {
         None => Ok(false),
-        Some(Consumed { commit_meta }) => {
+        Some(Consumed { commit_meta, content }) => {
             if let Some((commit, content)) = commit_meta {
                 let stored = import.writer.metadata(&commit, ObjectType::CommitMeta, &content);
                 stored.map_err(|error| import.write_failure(&name, &error))?;
+            }
+            if purpose == Purpose::Chunk {
+                let kept = image_refs::keep_content(&import.store, layer, &content);
+                kept.map_err(|error| import.store_failure(&name, &error))?;
             }
             Ok(true)
         }

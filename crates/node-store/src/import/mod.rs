@@ -16,6 +16,7 @@ mod encapsulated;
 mod fetch;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
+mod image_refs;
 mod plain;
 mod plain_layers;
 mod pull;

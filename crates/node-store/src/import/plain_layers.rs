@@ -1,6 +1,7 @@
 //! Decides when each plain layer of a run is read, and commits the merged tree.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
+use std::ops::Range;
 use std::sync::Arc;
 
 use futures_util::FutureExt;
@@ -12,7 +13,7 @@ use crate::store::{ObjectId, ObjectSet};
 use super::base::Base;
 use super::budget;
 use super::fetch::{fetch_plain, layer_name};
-use super::plain::{BadEntry, BaseFacts, Committed, Derived, LayerTree, Merged, held_tree};
+use super::plain::{BadEntry, BaseFacts, Committed, Derived, LayerTree, Merged, held_tree, store_layer};
 use super::run::{DueRead, Read, Run, all_of, blocking, local};
 use super::wanted::is_kernel_layer;
 
@@ -58,7 +59,7 @@ impl<'a> PlainLayers<'a> {
                 Some(facts) => facts,
                 None => {
                     let import = self.run.import;
-                    self.read_again(&|id| import.content_path(id).is_none(), fetched).await?;
+                    self.read_again(0..self.layers.len(), &|id| import.content_path(id).is_none(), fetched).await?;
                     // Objects that are still not stored are those of a policy that needs other layers.
                     self.with_policy(&facts).await?.unwrap_or(facts)
                 }
@@ -141,6 +142,12 @@ impl<'a> PlainLayers<'a> {
             return Err(Failure::new(Kind::BadFormat, message));
         };
         all_of(late, parallel, |read| fetched.extend(self.note(read))).await?;
+        if run.import.complete && run.import.base == Base::Empty {
+            // An earlier run may have discarded objects that later layers hide. The commit of the first layer needs them,
+            // and ostree-ext accepts no image without it.
+            let import = run.import;
+            self.read_again(0..1, &|id| import.content_path(id).is_none(), fetched).await?;
+        }
         loop {
             let (import, layers) = (run.import.clone(), self.named()?);
             let merged = blocking(run.image, move || -> Result<_, Failure> {
@@ -154,10 +161,11 @@ impl<'a> PlainLayers<'a> {
             let described = description.clone();
             let commit = move || merged.commit(&import, &facts_here, &image, &described);
             match blocking(run.image, commit).await?? {
-                Committed::Derived(derived) => {
+                Committed::Derived(mut derived) => {
                     let (import, target) = (run.import.clone(), derived.target.clone());
                     blocking(run.image, move || import.retarget(target)).await?;
                     run.nothing_is_missing()?;
+                    derived.layers = self.layer_commits().await?;
                     return Ok(*derived);
                 }
                 Committed::Needs(unknown) => {
@@ -170,6 +178,22 @@ impl<'a> PlainLayers<'a> {
         }
     }
 
+    /// Stores the commits of the layers, if the import is complete. Returns them by the digest of the layer.
+    async fn layer_commits(&self) -> Result<HashMap<String, ObjectId>, Failure> {
+        if !self.run.import.is_complete() {
+            return Ok(HashMap::new());
+        }
+        let import = self.run.import.clone();
+        let known = self.layers.iter().map(Layer::digest).zip(&self.trees);
+        let trees: HashMap<_, _> = known.filter_map(|(digest, tree)| Some((digest, tree.clone()?))).collect();
+        let store = move || {
+            let stored =
+                trees.into_iter().map(|(digest, tree)| Ok(store_layer(&import, &tree)?.map(|id| (digest, id))));
+            stored.filter_map(Result::transpose).collect()
+        };
+        blocking(self.run.image, store).await?
+    }
+
     /// Reads the layers that have objects which the merged tree still needs. A hardlink to a file under /usr/lib/modules
     /// may name objects that are not stored.
     async fn fetch_open(
@@ -179,20 +203,21 @@ impl<'a> PlainLayers<'a> {
         fetched: &mut HashSet<usize>,
     ) -> Result<(), Failure> {
         let run = self.run;
-        self.read_again(&|id| open.contains(id), fetched).await?;
+        self.read_again(0..self.layers.len(), &|id| open.contains(id), fetched).await?;
         run.rest_of_base(&description.layout, self.parallel, fetched).await?;
         run.nothing_is_missing()
     }
 
-    /// Reads the layers again whose tree has an object for which `is_missing` returns true. The kept list of an earlier run
+    /// Reads the layers at these positions again whose tree has an object for which `is_missing` returns true. The kept list of an earlier run
     /// may name objects that are not stored, because that run needed fewer or its objects were discarded.
     async fn read_again(
         &mut self,
+        positions: Range<usize>,
         is_missing: &(dyn Fn(&ObjectId) -> bool + Sync),
         fetched: &mut HashSet<usize>,
     ) -> Result<(), Failure> {
         let mut reads = Vec::new();
-        for (layer, at) in self.layers.iter().zip(0..) {
+        for (layer, at) in self.layers[positions.clone()].iter().zip(positions) {
             // With other facts, the files of the layer would be other objects.
             let facts = if self.is_first(layer) { &self.first_facts } else { &self.facts };
             let Some(facts) = facts.clone() else { continue };

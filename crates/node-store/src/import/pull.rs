@@ -1,6 +1,6 @@
 //! Runs an import in order: metadata, the layers that may hold wanted objects, plain layers, the ref.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,6 +15,7 @@ use crate::store::{BootedRepo, LockError, NodeStore, ObjectId, ObjectType, Scope
 use super::base::Base;
 use super::encapsulated::Purpose;
 use super::fetch::{cancelled, fetch_encapsulated};
+use super::image_refs::{ImageRefs, image_refs};
 use super::plain::Derived;
 use super::plain_layers::PlainLayers;
 use super::run::{Read, Run, all_of, blocking, local};
@@ -97,9 +98,9 @@ pub async fn pull(
     PullProgress::add(&progress.layers_total, layers.len() as u64);
     let run = Run { source, image, import: &import, journal: &journal, scope: &scope, cancel };
     let (fetched, derived) = run.all(&description, options).await?;
-    let (commit, sources, mut warnings) = match (derived, base) {
-        (Some(derived), _) => (derived.commit, derived.sources, derived.warnings),
-        (None, Base::Commit(commit)) => (commit, HashSet::new(), Vec::new()),
+    let (commit, sources, layer_commits, mut warnings) = match (derived, base) {
+        (Some(derived), _) => (derived.commit, derived.sources, derived.layers, derived.warnings),
+        (None, Base::Commit(commit)) => (commit, HashSet::new(), HashMap::new(), Vec::new()),
         (None, Base::Empty) => return Err(local(image, "internal error: a plain image without layers")),
     };
 
@@ -110,16 +111,23 @@ pub async fn pull(
         );
         return Err(Failure { advice: "reboot, then pull with --complete", ..Failure::new(Kind::Local, message) });
     }
-    let finished = import.clone();
-    let complete = blocking(image, move || -> std::io::Result<bool> {
-        finished.prune_derived(|id| sources.contains(id))?;
-        let complete = finished.is_complete();
-        let base = base.commit().map(|base| (base, finished.base_is_complete()));
-        finished.store.publish(&base.into_iter().chain([(commit, complete)]).collect::<Vec<_>>())?;
+    let (finished, described, name) = (import.clone(), description.clone(), image.clone());
+    let complete = blocking(image, move || -> Result<bool, Failure> {
+        let fail = |error: std::io::Error| finished.store_failure(&name.pinned.to_string(), &error);
+        let (complete, base_complete) = (finished.is_complete(), finished.base_is_complete());
+        // The commits of the layers have objects that later layers hide.
+        finished.prune_derived(|id| complete || sources.contains(id)).map_err(fail)?;
+        let made = match complete && base_complete {
+            true => image_refs(&finished, &name, &described, commit, &layer_commits)?,
+            false => ImageRefs::default(),
+        };
+        let base = base.commit().map(|base| (base, base_complete));
+        let stored = made.commits.iter().map(|commit| (*commit, true));
+        let commits: Vec<_> = stored.chain(base).chain([(commit, complete)]).collect();
+        finished.store.publish(&commits, &made.refs).map_err(fail)?;
         Ok(complete)
     })
-    .await?
-    .map_err(|error| import.store_failure(&image.pinned.to_string(), &error))?;
+    .await??;
     warnings.extend(import.writer.warnings());
     let (objects_written, bytes_fetched) = import.totals();
     let pulled = PulledImage {

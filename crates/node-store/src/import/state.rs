@@ -48,7 +48,7 @@ pub(super) struct Import {
     /// Cancelled when no object is wanted any more.
     done: Mutex<CancellationToken>,
     /// True if objects that occur only in `/usr/lib/modules` are wanted too.
-    complete: bool,
+    pub complete: bool,
     booted_content: ObjectSet,
     /// Content objects that the store had when this import started.
     stored_before: ObjectSet,

@@ -9,7 +9,7 @@ use ostree::gio;
 
 use super::object::{ObjectId, ObjectSet, ObjectType, loose_path, read_metadata};
 use super::place::is_bare;
-use super::refs::layer_ref;
+use super::refs::{commit_of, layer_ref};
 
 /// The booted system's repo and the booted commit.
 #[derive(Debug, Clone)]
@@ -64,6 +64,12 @@ impl BootedRepo {
     /// Lists the content objects, by reading 256 directories. The set is empty if the repo does not have the mode `bare`.
     pub fn content_objects(&self) -> io::Result<ObjectSet> {
         if has_plain_files(&self.path) { list_content(&self.path) } else { Ok(ObjectSet::new()) }
+    }
+
+    /// Returns the commit of the layer's ref, or `None` if this repo has no such ref or a damaged one. The ref promises all
+    /// objects of the layer.
+    pub fn layer_commit(&self, digest: &str) -> Option<ObjectId> {
+        commit_of(&self.path.join("refs/heads").join(layer_ref(digest)))
     }
 
     /// Returns true if this repo has a ref for the layer, and therefore all its objects.

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use oci_spec::image::{ImageConfiguration, ImageManifest};
 use ostree::glib::{Variant, VariantDict, VariantTy};
 
-use super::refs::{IMAGE_REF_PREFIX, layer_ref};
+use super::refs::{IMAGE_REF_PREFIX, commit_of, layer_ref};
 use super::{BootedRepo, ObjectId, ObjectType};
 
 /// A layer of which the booted repo has all objects.
@@ -92,10 +92,6 @@ impl BootedRepo {
         });
         Some(held.collect())
     }
-}
-
-fn commit_of(path: &Path) -> Option<ObjectId> {
-    fs::read_to_string(path).ok()?.trim().parse().ok()
 }
 
 /// Lists the files below a directory of refs.

@@ -26,7 +26,7 @@ pub use lock::{LockError, StoreLock};
 pub use node::NodeStore;
 pub use object::{BadObjectId, ObjectId, ObjectSet, ObjectType};
 pub use place::{Kind, NoDisk, SystemRepo, Wish, decide};
-pub use refs::layer_ref;
+pub use refs::{image_ref, layer_ref};
 pub use write::{FileMeta, ObjectWriter, UnnamedWrite, WriteError, Xattrs};
 
 /// Ref of the node image's commit in the node store.

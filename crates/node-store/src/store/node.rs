@@ -217,19 +217,31 @@ impl NodeStore {
     /// Returns the commit of the ref `coreos/node-image`, or `None` before the first pull is complete and for a
     /// damaged ref.
     pub fn resolve_ref(&self) -> io::Result<Option<ObjectId>> {
-        match fs::read_to_string(self.ref_path()) {
+        self.resolve(NODE_IMAGE_REF)
+    }
+
+    /// Returns the commit of a ref of this store's repo, or `None` if the ref is missing or damaged.
+    pub fn resolve(&self, name: &str) -> io::Result<Option<ObjectId>> {
+        match fs::read_to_string(self.heads().join(name)) {
             Ok(text) => Ok(text.trim().parse().ok()),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
         }
     }
 
+    /// Returns true if the commit is marked as partial in this store's repo or in the parent.
+    pub fn is_partial(&self, commit: &ObjectId) -> bool {
+        let marked = |repo: &PathBuf| partial_mark(repo, commit).exists();
+        marked(&self.repo) || self.parent.as_ref().is_some_and(marked)
+    }
+
     /// Ends a pull: publishes the pending objects, marks incomplete commits as partial, and sets the ref
-    /// `coreos/node-image` to the last of `commits`. The flag of a commit is true if it is complete.
+    /// `coreos/node-image` to the last of `commits`. The flag of a commit is true if it is complete. `refs` are further
+    /// refs to complete commits, in the order in which they are set.
     ///
     /// In a disk store, each step is on the disk before the next one begins. After an error the repo is consistent, and
     /// the caller may call this again. After a reboot, the pull must be repeated.
-    pub fn publish(&self, commits: &[(ObjectId, bool)]) -> io::Result<()> {
+    pub fn publish(&self, commits: &[(ObjectId, bool)], refs: &[(String, ObjectId)]) -> io::Result<()> {
         if let Some(disk) = &self.disk {
             // Another process must not find an incomplete commit that is not marked as partial.
             for (commit, _) in commits {
@@ -244,6 +256,9 @@ impl NodeStore {
         for (commit, complete) in commits {
             self.mark_partial(commit, !complete)?;
         }
+        for (name, commit) in refs {
+            self.write_ref(name, commit)?;
+        }
         if let Some((commit, _)) = commits.last() {
             self.set_ref(commit)?;
         }
@@ -252,7 +267,12 @@ impl NodeStore {
 
     /// Sets the ref `coreos/node-image` to a commit, atomically.
     pub fn set_ref(&self, commit: &ObjectId) -> io::Result<()> {
-        let path = self.ref_path();
+        self.write_ref(NODE_IMAGE_REF, commit)?;
+        self.sync_refs()
+    }
+
+    fn write_ref(&self, name: &str, commit: &ObjectId) -> io::Result<()> {
+        let path = self.heads().join(name);
         if let Some(dir) = path.parent() {
             fs::create_dir_all(dir)?;
         }
@@ -263,8 +283,7 @@ impl NodeStore {
         if self.disk.is_some() {
             file.sync_all()?;
         }
-        fs::rename(&temp, &path)?;
-        self.sync_refs()
+        fs::rename(&temp, &path)
     }
 
     /// Syncs the directory of the ref in a disk store, after the ref was set or removed.
@@ -312,7 +331,7 @@ impl NodeStore {
 
     /// Adds or removes libostree's mark for a commit without some of its content.
     fn mark_partial(&self, commit: &ObjectId, partial: bool) -> io::Result<()> {
-        let path = self.repo.join("state").join(format!("{commit}.commitpartial"));
+        let path = partial_mark(&self.repo, commit);
         // The file must be empty: 'f' would mean that fsck found missing objects.
         if partial { fs::write(path, b"") } else { ignore_not_found(fs::remove_file(path)) }
     }
@@ -403,13 +422,22 @@ impl NodeStore {
         Ok((stat.f_bavail * stat.f_frsize, stat.f_blocks * stat.f_frsize))
     }
 
+    fn heads(&self) -> PathBuf {
+        self.repo.join("refs/heads")
+    }
+
     fn ref_path(&self) -> PathBuf {
-        self.repo.join("refs/heads").join(NODE_IMAGE_REF)
+        self.heads().join(NODE_IMAGE_REF)
     }
 
     fn record_path(&self) -> PathBuf {
         self.root.join("pulled.json")
     }
+}
+
+/// Returns the path of libostree's mark for a commit without some of its content.
+fn partial_mark(repo: &Path, commit: &ObjectId) -> PathBuf {
+    repo.join("state").join(format!("{commit}.commitpartial"))
 }
 
 fn existing(path: PathBuf) -> Option<PathBuf> {

@@ -2,6 +2,10 @@
 //! object of that layer or image.
 
 use std::fmt::Write as _;
+use std::fs;
+use std::path::Path;
+
+use super::ObjectId;
 
 /// Directory of layer refs, below `refs/heads`.
 const LAYER_REF_PREFIX: &str = "ostree/container/blob";
@@ -34,6 +38,16 @@ fn escape_ref(text: &str) -> String {
 /// Returns the ref of the layer with this digest (`sha256:…`).
 pub fn layer_ref(digest: &str) -> String {
     format!("{LAYER_REF_PREFIX}/{}", escape_ref(digest))
+}
+
+/// Returns the commit in the file of a ref, or `None` if the file is missing or damaged.
+pub(super) fn commit_of(path: &Path) -> Option<ObjectId> {
+    fs::read_to_string(path).ok()?.trim().parse().ok()
+}
+
+/// Returns the ref of the image with this name, which includes the transport (`docker://…`).
+pub fn image_ref(name: &str) -> String {
+    format!("{IMAGE_REF_PREFIX}/{}", escape_ref(name))
 }
 
 #[cfg(test)]

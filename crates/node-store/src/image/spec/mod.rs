@@ -45,7 +45,7 @@ impl PullSpec {
     }
 
     /// Returns the name for skopeo, with its transport.
-    pub(super) fn reference(&self) -> String {
+    pub fn reference(&self) -> String {
         match self {
             Self::Registry(spec) => format!("docker://{spec}"),
             Self::Local(spec) => spec.reference(),

@@ -43,6 +43,8 @@ pub(in crate::import) enum Purpose {
 pub(in crate::import) struct Consumed {
     /// The commit's detached metadata. Only the digest of the layer protects it.
     pub commit_meta: Option<(ObjectId, Vec<u8>)>,
+    /// All content objects of the layer, also those that were not stored.
+    pub content: Vec<ObjectId>,
 }
 
 /// Reads a layer to the end of its archive. `name` is for messages. Sets `contributed` when the first object of this
@@ -208,6 +210,7 @@ impl<C: Chunks> LayerReader<'_, C> {
 
     fn content(&mut self, entry: &Entry, id: &ObjectId) -> Result<(), Failure> {
         let named = self.next.take();
+        self.consumed.content.push(*id);
         if !self.import.wants_content(id) {
             return Ok(());
         }

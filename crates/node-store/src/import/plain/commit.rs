@@ -6,11 +6,11 @@
 
 use std::collections::BTreeMap;
 
-use ostree::glib::Variant;
 use ostree::glib::variant::ToVariant;
+use ostree::glib::{self, Variant};
 use sha2::{Digest, Sha256};
 
-use crate::image::Failure;
+use crate::image::{Failure, ImageDescription, ResolvedImage};
 use crate::store::{Dirtree, ObjectId, ObjectType};
 
 use super::dirmeta::dirmeta_bytes;
@@ -20,12 +20,12 @@ use crate::import::state::Import;
 use crate::import::tree::Lookup;
 
 /// Metadata key of the base commit.
-pub(super) const DERIVED_FROM: &str = "node-image-pivot.base-commit";
+const DERIVED_FROM: &str = "node-image-pivot.base-commit";
 /// Metadata key of the image's pull spec by digest.
-pub(super) const IMAGE: &str = "node-image-pivot.image";
+const IMAGE: &str = "node-image-pivot.image";
 
 /// Content of a commit object.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(in crate::import) struct CommitInfo {
     /// Metadata with string values.
     pub strings: BTreeMap<&'static str, String>,
@@ -58,8 +58,41 @@ pub(in crate::import) fn commit_bytes(info: &CommitInfo) -> Vec<u8> {
 }
 
 /// Stores a commit object and returns its name.
-pub(super) fn store_commit(import: &Import, bytes: &[u8]) -> Result<ObjectId, Failure> {
-    put(import, ObjectType::Commit, bytes)
+pub(in crate::import) fn store_commit(import: &Import, info: &CommitInfo) -> Result<ObjectId, Failure> {
+    put(import, ObjectType::Commit, &commit_bytes(info))
+}
+
+/// Stores the commit of an image with this tree, and returns its name. ostree-ext and bootc read the manifest and the
+/// config from it.
+pub(in crate::import) fn store_image(
+    import: &Import,
+    image: &ResolvedImage,
+    description: &ImageDescription,
+    (tree, meta): (ObjectId, ObjectId),
+) -> Result<ObjectId, Failure> {
+    // `Value` sorts its keys, so that the same image always results in the same commit.
+    let json = |value: serde_json::Result<serde_json::Value>| {
+        value.map(|value| value.to_string()).map_err(|error| import.local(error))
+    };
+    let parent = import.base.commit();
+    let strings = [
+        ("ostree.manifest-digest", image.digest.to_string()),
+        ("ostree.manifest", json(serde_json::to_value(&description.manifest))?),
+        ("ostree.container.image-config", json(serde_json::to_value(&description.config))?),
+        (IMAGE, image.pinned.to_string()),
+    ];
+    let strings = strings.into_iter().chain(parent.map(|base| (DERIVED_FROM, base.to_string()))).collect();
+    store_commit(import, &CommitInfo { strings, parent, timestamp: created(description), tree, meta })
+}
+
+/// Returns the creation time of the image in seconds since 1970, or `None` if it has none.
+fn created(description: &ImageDescription) -> Option<u64> {
+    let annotation = description.manifest.annotations().as_ref();
+    let text = annotation
+        .and_then(|all| all.get("org.opencontainers.image.created"))
+        .or(description.config.created().as_ref())?;
+    let time = glib::DateTime::from_iso8601(text, None).ok()?;
+    u64::try_from(time.to_unix()).ok()
 }
 
 /// Labels a tree if `labels` is set, and stores its new metadata objects, children first. Returns the names of its dirtree
@@ -106,7 +139,8 @@ pub(super) fn store_tree(
     }
 }
 
-fn put(import: &Import, kind: ObjectType, bytes: &[u8]) -> Result<ObjectId, Failure> {
+/// Stores a metadata object, unless a repo has it, and returns its name.
+pub(in crate::import) fn put(import: &Import, kind: ObjectType, bytes: &[u8]) -> Result<ObjectId, Failure> {
     let id = ObjectId(Sha256::digest(bytes).into());
     if import.wants_metadata(&id, kind) {
         let stored = import.writer.metadata(&id, kind, bytes);
@@ -131,13 +165,12 @@ mod tests {
         };
         let bytes = commit_bytes(&info);
         assert_eq!(bytes, commit_bytes(&info));
-        let variant =
-            Variant::from_data_with_type(bytes, ostree::glib::VariantTy::new("(a{sv}aya(say)sstayay)").unwrap());
+        let variant = Variant::from_data_with_type(bytes, glib::VariantTy::new("(a{sv}aya(say)sstayay)").unwrap());
         assert!(variant.is_normal_form());
         ostree::validate_structureof_commit(&variant).unwrap();
         assert_eq!(ostree::commit_get_parent(&variant).unwrap(), "01".repeat(32));
         assert_eq!(ostree::commit_get_timestamp(&variant), 1_700_000_000);
-        let metadata = ostree::glib::VariantDict::new(Some(&variant.child_value(0)));
+        let metadata = glib::VariantDict::new(Some(&variant.child_value(0)));
         assert_eq!(metadata.lookup::<String>(IMAGE).unwrap().unwrap(), "q.io/a@sha256:1");
     }
 }

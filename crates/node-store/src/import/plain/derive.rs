@@ -3,16 +3,14 @@
 //! Format source: ostree-ext's import of derived images. It defines the metadata of the merge commit, and that the policy
 //! of the merged tree labels all of it.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::io;
 use std::sync::Arc;
-
-use ostree::glib;
 
 use crate::image::{Failure, ImageDescription, Kind, ResolvedImage};
 use crate::store::{ObjectId, ObjectType};
 
-use super::commit::{CommitInfo, DERIVED_FROM, IMAGE, commit_bytes, store_commit, store_tree};
+use super::commit::{store_image, store_tree};
 use super::facts::BaseFacts;
 use super::label::policy_objects;
 use super::layertree::LayerTree;
@@ -50,6 +48,8 @@ pub(in crate::import) struct Derived {
     pub sources: HashSet<ObjectId>,
     /// Warnings for the operator, one line each.
     pub warnings: Vec<String>,
+    /// Commits of plain layers by the digest of the layer, if the import is complete.
+    pub layers: HashMap<String, ObjectId>,
 }
 
 impl Merged {
@@ -156,28 +156,16 @@ impl Merged {
         }
         self.warnings.extend(labels.as_ref().and_then(Relabeller::warning));
         let sources = labels.as_ref().map(Relabeller::sources).unwrap_or_default();
-        // `Value` sorts its keys, so that the same image always results in the same commit.
-        let json = |value: serde_json::Result<serde_json::Value>| {
-            value.map(|value| value.to_string()).map_err(|error| import.local(error))
-        };
-        let base = import.base.commit();
-        let strings = [
-            ("ostree.manifest-digest", image.digest.to_string()),
-            ("ostree.manifest", json(serde_json::to_value(&description.manifest))?),
-            ("ostree.container.image-config", json(serde_json::to_value(&description.config))?),
-            (IMAGE, image.pinned.to_string()),
-        ];
-        let info = CommitInfo {
-            strings: strings.into_iter().chain(base.map(|base| (DERIVED_FROM, base.to_string()))).collect(),
-            parent: base,
-            timestamp: created(description),
-            tree,
-            meta,
-        };
-        let commit = store_commit(import, &commit_bytes(&info))?;
+        let commit = store_image(import, image, description, (tree, meta))?;
         drop((labels, self.root));
         let target = walk(&commit, lookup).map_err(|error| import.tree_failure(&error))?;
-        Ok(Committed::Derived(Box::new(Derived { commit, target, sources, warnings: self.warnings })))
+        Ok(Committed::Derived(Box::new(Derived {
+            commit,
+            target,
+            sources,
+            warnings: self.warnings,
+            layers: HashMap::new(),
+        })))
     }
 }
 
@@ -239,16 +227,6 @@ fn left_out(layers: &[(String, Arc<LayerTree>)]) -> Vec<String> {
     // An image may have the same layer twice.
     let unique: BTreeSet<String> = lines.into_iter().collect();
     unique.into_iter().collect()
-}
-
-/// Returns the creation time of the image in seconds since 1970, or `None` if it has none.
-fn created(description: &ImageDescription) -> Option<u64> {
-    let annotation = description.manifest.annotations().as_ref();
-    let text = annotation
-        .and_then(|all| all.get("org.opencontainers.image.created"))
-        .or(description.config.created().as_ref())?;
-    let time = glib::DateTime::from_iso8601(text, None).ok()?;
-    u64::try_from(time.to_unix()).ok()
 }
 
 #[cfg(test)]

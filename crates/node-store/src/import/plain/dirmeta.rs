@@ -11,14 +11,14 @@ use crate::store::{ObjectId, ObjectType, Xattrs};
 pub(super) const S_IFDIR: u32 = 0o040_000;
 
 /// Extended attributes: names without NUL, and values.
-pub(super) type Pairs = Vec<(Vec<u8>, Vec<u8>)>;
+pub(in crate::import) type Pairs = Vec<(Vec<u8>, Vec<u8>)>;
 
 /// Extended attribute that has the label.
-const SELINUX: &[u8] = b"security.selinux";
+pub(super) const SELINUX: &[u8] = b"security.selinux";
 
 /// Metadata of a directory.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-pub(super) struct DirMeta {
+pub(in crate::import) struct DirMeta {
     pub uid: u32,
     pub gid: u32,
     /// Permission bits only (07777).
@@ -42,7 +42,7 @@ pub(super) fn read_dirmeta(meta: &ObjectId, lookup: &mut Lookup<'_>) -> Result<D
 }
 
 /// Returns the bytes of the dirmeta object.
-pub(super) fn dirmeta_bytes(meta: &DirMeta) -> Vec<u8> {
+pub(in crate::import) fn dirmeta_bytes(meta: &DirMeta) -> Vec<u8> {
     let xattrs = Xattrs::from_pairs(meta.xattrs.iter().map(|(name, value)| (name.as_slice(), value.as_slice())));
     let with_nul = |name: &[u8]| name.iter().copied().chain([0]).collect::<Vec<u8>>();
     let pairs: Vec<(Vec<u8>, Vec<u8>)> = xattrs.iter().map(|(name, value)| (with_nul(name), value.to_vec())).collect();

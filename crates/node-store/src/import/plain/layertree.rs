@@ -80,8 +80,8 @@ pub(in crate::import) enum BadEntry {
     LinkCircle(String),
 }
 
-const WHITEOUT: &str = ".wh.";
-const OPAQUE: &str = ".wh..wh..opq";
+pub(super) const WHITEOUT: &str = ".wh.";
+pub(super) const OPAQUE: &str = ".wh..wh..opq";
 
 impl LayerTree {
     pub(super) fn new(budget: &Budget) -> Self {
@@ -254,10 +254,11 @@ impl LayerTree {
         self.lookup(path).is_some()
     }
 
-    /// Returns true if the layer has an object for which `is_one` returns true.
+    /// Returns true if the layer has a storable object for which `is_one` returns true.
     pub(in crate::import) fn has_object(&self, is_one: &dyn Fn(&ObjectId) -> bool) -> bool {
         let mut queue = vec![&self.root];
         while let Some(dir) = queue.pop() {
+            let is_one = |id: &ObjectId| is_one(id) && !self.unstorable.contains_key(id);
             if dir.files.values().any(|file| matches!(file, LayerFile::Object(id) if is_one(id))) {
                 return true;
             }

@@ -8,6 +8,7 @@ mod facts;
 mod held;
 mod kept;
 mod label;
+mod layer_commit;
 mod layertree;
 mod merge;
 mod path;
@@ -16,10 +17,13 @@ mod relabel;
 mod system;
 
 #[cfg(any(test, fuzzing))]
-pub(super) use commit::{CommitInfo, commit_bytes};
+pub(super) use commit::commit_bytes;
+pub(super) use commit::{CommitInfo, put, store_commit, store_image};
 pub(super) use derive::{Committed, Derived, Merged};
+pub(super) use dirmeta::{DirMeta, dirmeta_bytes};
 pub(super) use facts::BaseFacts;
 pub(super) use held::held_tree;
+pub(super) use layer_commit::store_layer;
 pub(super) use layertree::{BadEntry, LayerTree};
 #[cfg(any(test, fuzzing))]
 pub(super) use path::Placement;

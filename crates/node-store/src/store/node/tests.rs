@@ -15,7 +15,7 @@ fn libostree_opens_the_store_and_reads_its_refs() {
     assert_eq!(store.resolve_ref().unwrap(), Some(commit));
     let marked = store.repo.join(format!("state/{commit}.commitpartial"));
     for complete in [false, true, true] {
-        store.publish(&[(commit, complete)]).unwrap();
+        store.publish(&[(commit, complete)], &[]).unwrap();
         assert_eq!(marked.exists(), !complete);
     }
     store.forget().unwrap();

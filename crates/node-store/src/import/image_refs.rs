@@ -1,0 +1,113 @@
+//! Makes an image and its layers known to ostree-ext and bootc, which then fetch neither. Blocks.
+//!
+//! Format source: ostree-ext's `container/store.rs`. An image has a ref to a commit with its manifest and config. A layer
+//! has a ref to a commit with all of its content, which keeps that content from being pruned. The commit of an
+//! encapsulated layer has its content objects in one directory, each under its own checksum.
+
+use std::collections::{BTreeSet, HashMap};
+use std::io;
+
+use crate::image::{Failure, ImageDescription, Layer, ResolvedImage};
+use crate::store::{Dirtree, NodeStore, ObjectId, ObjectType, image_ref, layer_ref};
+
+use super::plain::{CommitInfo, DirMeta, dirmeta_bytes, put, store_commit, store_image};
+use super::state::Import;
+use super::tree::{Lookup, commit_root, walk};
+
+/// Refs of an image and its layers.
+#[derive(Debug, Default)]
+pub(super) struct ImageRefs {
+    /// Refs in the order in which they are set: those of the image are last.
+    pub refs: Vec<(String, ObjectId)>,
+    /// Commits that were stored for the refs.
+    pub commits: BTreeSet<ObjectId>,
+}
+
+/// Keeps the list of a chunk's content objects, for the commit of the layer.
+pub(super) fn keep_content(store: &NodeStore, layer: &Layer, content: &[ObjectId]) -> io::Result<()> {
+    store.write_layer_list(&list_name(layer), content.iter().map(|id| id.0).collect::<Vec<_>>().as_flattened())
+}
+
+fn list_name(layer: &Layer) -> String {
+    format!("content-{}", layer.digest().replace(':', "-"))
+}
+
+/// Stores the commits of a complete image and of its layers, and returns their refs. `commit` is the image's commit, or
+/// the encapsulated commit of an image without plain layers. `plain` has the commits of plain layers by digest.
+pub(super) fn image_refs(
+    import: &Import,
+    image: &ResolvedImage,
+    description: &ImageDescription,
+    commit: ObjectId,
+    plain: &HashMap<String, ObjectId>,
+) -> Result<ImageRefs, Failure> {
+    let layout = &description.layout;
+    let mut found = ImageRefs::default();
+    for layer in layout.layers() {
+        let digest = layer.digest();
+        let is_plain = layout.plain.iter().any(|plain| plain.index == layer.index);
+        let commit = match held_commit(import, &digest) {
+            Some(held) => Some(held),
+            None if is_plain => {
+                let commit = plain.get(&digest).copied();
+                found.commits.extend(commit);
+                commit
+            }
+            None if layer.index == 0 => import.base.commit(),
+            None => {
+                let chunk = chunk_commit(import, layer)?;
+                found.commits.extend(chunk);
+                // The content of a layer that was not fetched is not known. All of it is part of the base.
+                chunk.or(import.base.commit())
+            }
+        };
+        found.refs.extend(commit.map(|commit| (layer_ref(&digest), commit)));
+    }
+    // Without the ref of the first layer, ostree-ext does not accept the image.
+    let first = description.layout.layers().find(|layer| layer.index == 0).map(|layer| layer_ref(&layer.digest()));
+    if !found.refs.iter().any(|(name, _)| Some(name) == first.as_ref()) {
+        return Ok(found);
+    }
+    let merged = match layout.plain.is_empty() {
+        false => commit,
+        true => {
+            let lookup: &mut Lookup<'_> = &mut |id, kind| import.read_metadata(id, kind);
+            let root = commit_root(&commit, lookup).map_err(|error| import.tree_failure(&error))?;
+            store_image(import, image, description, root)?
+        }
+    };
+    found.commits.insert(merged);
+    found.refs.extend(image_ref_names(image).into_iter().map(|name| (name, merged)));
+    Ok(found)
+}
+
+/// Returns the refs of the image: by the pull spec that was asked for, and by digest.
+pub(super) fn image_ref_names(image: &ResolvedImage) -> BTreeSet<String> {
+    [&image.requested, &image.pinned].into_iter().map(|spec| image_ref(&spec.reference())).collect()
+}
+
+/// Returns the commit that a ref of the store or of the booted repo has for the layer, if all of its objects exist.
+fn held_commit(import: &Import, digest: &str) -> Option<ObjectId> {
+    let own = import.store.resolve(&layer_ref(digest)).ok().flatten();
+    let booted = || import.booted.as_ref().and_then(|booted| booted.layer_commit(digest));
+    let lookup: &mut Lookup<'_> = &mut |id, kind| import.read_metadata(id, kind);
+    own.into_iter().chain(booted()).find(|commit| {
+        let is_whole = |id: &ObjectId| import.content_path(id).is_some();
+        !import.store.is_partial(commit) && walk(commit, lookup).is_ok_and(|tree| tree.content.keys().all(is_whole))
+    })
+}
+
+/// Stores the commit of a chunk whose content is known.
+fn chunk_commit(import: &Import, layer: &Layer) -> Result<Option<ObjectId>, Failure> {
+    let list = import.store.read_layer_list(&list_name(layer)).map_err(|error| import.local(error))?;
+    let Some(list) = list.filter(|list| list.len() % 32 == 0) else { return Ok(None) };
+    let content: BTreeSet<ObjectId> = list.chunks(32).filter_map(ObjectId::from_bytes).collect();
+    // An image may have content in a layer that is not part of its commit. It was not stored.
+    let names: Vec<(String, ObjectId)> =
+        content.into_iter().filter(|id| import.base_has(id)).map(|id| (id.to_string(), id)).collect();
+    let tree = Dirtree { files: names.iter().map(|(name, id)| (name.as_str(), *id)).collect(), dirs: Vec::new() };
+    let tree = put(import, ObjectType::DirTree, &tree.to_bytes())?;
+    let meta = dirmeta_bytes(&DirMeta { mode: 0o755, ..DirMeta::default() });
+    let meta = put(import, ObjectType::DirMeta, &meta)?;
+    store_commit(import, &CommitInfo { tree, meta, ..CommitInfo::default() }).map(Some)
+}

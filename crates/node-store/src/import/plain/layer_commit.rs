@@ -1,0 +1,65 @@
+//! Writes the commit of one plain layer, from which other importers take the layer instead of fetching it. Blocks.
+//!
+//! Format source: ostree-ext's commits of plain layers. Whiteouts are empty files, as in the archive.
+
+use std::collections::BTreeMap;
+
+use crate::image::Failure;
+use crate::store::{Dirtree, FileMeta, ObjectId, ObjectType, Xattrs};
+
+use super::commit::{CommitInfo, put, store_commit};
+use super::dirmeta::{DirMeta, SELINUX, dirmeta_bytes, label_of};
+use super::layertree::{LayerDir, LayerFile, LayerTree, OPAQUE, WHITEOUT};
+use super::path::foreign;
+use crate::import::state::Import;
+
+/// Stores the commit of a layer and returns its name. Returns `None` if the commit would lack something of the layer: a
+/// content object that neither repo has, an entry that was left out, a hardlink to a layer below, or a name that is not
+/// UTF-8.
+pub(in crate::import) fn store_layer(import: &Import, layer: &LayerTree) -> Result<Option<ObjectId>, Failure> {
+    if !layer.left_out.is_empty() || !layer.unstorable.is_empty() {
+        return Ok(None);
+    }
+    let Some((tree, meta)) = store_dir(import, &layer.root)? else { return Ok(None) };
+    store_commit(import, &CommitInfo { tree, meta, ..CommitInfo::default() }).map(Some)
+}
+
+/// Stores the dirtree and the dirmeta of a directory, children first.
+fn store_dir(import: &Import, dir: &LayerDir) -> Result<Option<(ObjectId, ObjectId)>, Failure> {
+    let mut files = BTreeMap::new();
+    for (name, file) in dir.files.iter() {
+        let (LayerFile::Object(id) | LayerFile::OfBase(id)) = file else { return Ok(None) };
+        if foreign(name).is_some() || import.content_path(id).is_none() {
+            return Ok(None);
+        }
+        files.insert(name.to_owned(), *id);
+    }
+    let whiteouts = dir.whiteouts.iter().map(|(name, ())| format!("{WHITEOUT}{name}"));
+    for name in whiteouts.chain(dir.opaque.then(|| OPAQUE.to_owned())) {
+        if foreign(&name).is_some() {
+            return Ok(None);
+        }
+        files.insert(name, store_empty_file(import, &dir.meta)?);
+    }
+    let mut dirs = BTreeMap::new();
+    for (name, child) in dir.dirs.iter() {
+        let stored = if foreign(name).is_some() { None } else { store_dir(import, child)? };
+        let Some(stored) = stored else { return Ok(None) };
+        dirs.insert(name, stored);
+    }
+    let tree = Dirtree {
+        files: files.iter().map(|(name, id)| (name.as_str(), *id)).collect(),
+        dirs: dirs.into_iter().map(|(name, (tree, meta))| (name, tree, meta)).collect(),
+    };
+    let tree = put(import, ObjectType::DirTree, &tree.to_bytes())?;
+    Ok(Some((tree, put(import, ObjectType::DirMeta, &dirmeta_bytes(&dir.meta))?)))
+}
+
+/// Stores an empty file with the label of its directory: without a label, the kernel would add one.
+fn store_empty_file(import: &Import, dir: &DirMeta) -> Result<ObjectId, Failure> {
+    let xattrs = Xattrs::from_pairs(label_of(&dir.xattrs).map(|label| (SELINUX, label)));
+    let file = FileMeta { uid: 0, gid: 0, mode: 0o644, target: None, xattrs };
+    let written =
+        import.writer.begin_unnamed(file).and_then(|file| file.finish(|id| import.content_path(id).is_none()));
+    written.map(|(id, _)| id).map_err(|error| import.write_failure("a whiteout", &error))
+}

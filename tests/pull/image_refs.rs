@@ -1,0 +1,187 @@
+//! The refs and commits with which ostree-ext finds an image that the agent pulled.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use node_store::import::PullOptions;
+use node_store::store::{BootedRepo, NodeStore};
+
+use super::derived::{Labels, base, complete, layers, with};
+use super::faults::Faults;
+use super::fixture::{Image, fsck, run};
+use super::layers::{Item, What, dir, file, item, layer, oracle};
+use super::plain::{labelled_system, plain};
+use super::tree::noise;
+use super::{Bench, image, try_pull_with};
+
+/// A registry behind a proxy that counts what it serves.
+pub(super) struct Counted {
+    pub(super) bench: Bench,
+    faults: Faults,
+}
+
+impl Counted {
+    pub(super) fn new() -> Self {
+        let bench = Bench::new();
+        let faults = Faults::before(&bench.registry.address);
+        Self { bench, faults }
+    }
+
+    pub(super) fn push(&self, image: &Image, name: &str) -> String {
+        self.bench.push(image, name).replace(&self.bench.registry.address, &self.faults.address)
+    }
+
+    /// Returns the digests of the layers of the image that was pushed last.
+    fn layers(&self) -> Vec<String> {
+        let layout = format!("oci:{}", self.bench.path("layout").display());
+        let manifest: serde_json::Value = serde_json::from_str(&run("skopeo", &["inspect", "--raw", &layout])).unwrap();
+        let digest = |layer: &serde_json::Value| layer["digest"].as_str().unwrap().to_owned();
+        manifest["layers"].as_array().unwrap().iter().map(digest).collect()
+    }
+
+    /// Returns the layers of that image that were served since the last call.
+    pub(super) fn served(&self) -> Vec<String> {
+        let layers = self.layers();
+        self.faults.served().into_iter().filter(|digest| layers.contains(digest)).collect()
+    }
+}
+
+fn refs(repo: &Path) -> Vec<String> {
+    let listed = run("ostree", &["refs", "--repo", repo.to_str().unwrap(), "--list", "ostree/container"]);
+    listed.lines().map(str::to_owned).collect()
+}
+
+fn resolve(repo: &Path, name: &str) -> String {
+    run("ostree", &["rev-parse", "--repo", repo.to_str().unwrap(), name]).trim().to_owned()
+}
+
+pub(super) fn run_oracle(oracle: &str, args: &[&str]) -> String {
+    let output = Command::new(oracle).args(args).env("OSTREE_SYSROOT_DEBUG", "mutable-deployments").output().unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{args:?}: {errors}");
+    println!("{args:?}: {errors}");
+    String::from_utf8(output.stdout).unwrap().trim().to_owned()
+}
+
+fn import(oracle: &str, repo: &Path, spec: &str) -> String {
+    run_oracle(oracle, &["import", "--repo", repo.to_str().unwrap(), &format!("ostree-unverified-registry:{spec}")])
+}
+
+/// A plain image in which a later layer replaces a file of the first one.
+pub(super) fn plain_image() -> Image {
+    let modules = vec![dir("usr/lib/modules/6.1/"), file("usr/lib/modules/6.1/vmlinuz", "kernel")];
+    let later = vec![item("usr/bin/kubelet", What::File(noise(9000, 4), 0o755)), file("usr/bin/.wh.bash", "")];
+    plain([labelled_system(), modules, later].iter().map(|items: &Vec<Item>| layer(items)).collect())
+}
+
+fn kinds(bench: &Bench) -> [(&'static str, Image); 3] {
+    [
+        ("encapsulated", image(bench, 1, 1)),
+        ("derived", with(base(bench, Labels::Own), &layers())),
+        ("plain", plain_image()),
+    ]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ostree_ext_finds_complete_images_and_fetches_no_layer() {
+    let counted = Counted::new();
+    let oracle = oracle();
+    for (name, image) in kinds(&counted.bench) {
+        let spec = counted.push(&image, &format!("{name}:1"));
+        let store = counted.bench.store(name, None);
+        let pulled = try_pull_with(&spec, &store, None, PullOptions::default()).await.unwrap();
+        assert!(!pulled.complete);
+        assert_eq!(refs(store.repo_path()), [""; 0], "{name}: an incomplete pull sets no ref");
+        try_pull_with(&spec, &store, None, complete()).await.unwrap();
+        fsck(store.repo_path());
+        let found = refs(store.repo_path());
+        let images = found.iter().filter(|name| name.starts_with("ostree/container/image/")).count();
+        assert_eq!(images, 2, "{name}: by tag and by digest: {found:?}");
+        counted.faults.served();
+        for spec in [spec, pulled.image.pinned.to_string()] {
+            let merged = import(&oracle, store.repo_path(), &spec);
+            assert_eq!(counted.served(), [""; 0], "{name}");
+            let root = |commit: &str| {
+                run("ostree", &["ls", "-C", "-d", "--repo", store.repo_path().to_str().unwrap(), commit])
+            };
+            assert_eq!(root(&merged), root("coreos/node-image"), "{name}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn layers_have_the_commits_of_ostree_ext() {
+    let bench = Bench::new();
+    let image = image(&bench, 1, 1);
+    let spec = bench.push(&image, "layers:1");
+    let store = bench.store("ours", None);
+    try_pull_with(&spec, &store, None, PullOptions::default()).await.unwrap();
+    try_pull_with(&spec, &store, None, complete()).await.unwrap();
+    let theirs = bench.path("theirs");
+    run("ostree", &["init", "--mode=bare", "--repo", theirs.to_str().unwrap()]);
+    import(&oracle(), &theirs, &spec);
+    let blobs: Vec<String> = refs(&theirs).into_iter().filter(|name| name.contains("/blob/")).collect();
+    assert_eq!(blobs.len(), 5, "{blobs:?}");
+    for name in blobs {
+        assert_eq!(resolve(store.repo_path(), &name), resolve(&theirs, &name), "{name}");
+    }
+}
+
+/// A directory with an ostree sysroot without a boot loader.
+pub(super) fn sysroot(bench: &Bench, name: &str) -> PathBuf {
+    let path = bench.path(name);
+    fs::create_dir_all(&path).unwrap();
+    let text = path.to_str().unwrap();
+    run("ostree", &["admin", "init-fs", "--modern", text]);
+    run("ostree", &["admin", "os-init", "--sysroot", text, "node"]);
+    run("ostree", &["config", "--repo", &format!("{text}/ostree/repo"), "set", "sysroot.bootloader", "none"]);
+    path
+}
+
+/// The system that the images of [`kinds`] lack to be bootable, as a layer.
+pub(super) fn bootable(mut image: Image) -> Image {
+    image.layers.push(layer(&[
+        file("usr/lib/os-release", "ID=node\n"),
+        file("usr/lib/modules/6.1/vmlinuz", "kernel"),
+        dir("etc/"),
+    ]));
+    image
+}
+
+/// After a pull into the repo of a disk, ostree-ext deploys the image without a download. Its garbage collection and
+/// ostree's keep the deployed system.
+#[tokio::test(flavor = "multi_thread")]
+async fn ostree_ext_deploys_a_pulled_image_without_a_download() {
+    let counted = Counted::new();
+    let oracle = oracle();
+    for (name, image) in kinds(&counted.bench) {
+        let spec = counted.push(&bootable(image), &format!("{name}:1"));
+        let disk = sysroot(&counted.bench, &format!("disk-{name}"));
+        let (text, repo) = (disk.to_str().unwrap(), disk.join("ostree/repo"));
+        let store = NodeStore::on_disk(&repo, None).unwrap();
+        let booted = BootedRepo { path: repo.clone(), commit: None };
+        try_pull_with(&spec, &store, Some(&booted), complete()).await.unwrap();
+        counted.faults.served();
+        let image = format!("ostree-unverified-registry:{spec}");
+        run_oracle(&oracle, &["deploy", "--sysroot", text, "--stateroot", "node", &image]);
+        assert_eq!(counted.served(), [""; 0], "{name}");
+        // The image stays by its deployed name, because that is in the origin; its ref by digest is removed.
+        run("ostree", &["refs", "--repo", repo.to_str().unwrap(), "--delete", "coreos/node-image"]);
+        let pruned = run_oracle(&oracle, &["prune", "--sysroot", text]);
+        assert!(pruned.starts_with("1 0 "), "{name}: {pruned}");
+        fsck(&repo);
+        // Neither does another image's import remove its layers.
+        let other = counted.push(&super::image(&counted.bench, 2, 1), "other:1");
+        counted.faults.served();
+        import(&oracle, &repo, &other);
+        let shared = counted.layers().len() - counted.served().len();
+        assert_eq!(shared, usize::from(name == "encapsulated"), "{name}: the layers of both images are not fetched");
+        fsck(&repo);
+        run_oracle(&oracle, &["prune", "--sysroot", text]);
+        run("ostree", &["admin", "undeploy", "--sysroot", text, "0"]);
+        let pruned = run_oracle(&oracle, &["prune", "--sysroot", text]);
+        assert!(pruned.starts_with("1 "), "{name}: {pruned}");
+        assert_eq!(refs(&repo), [""; 0], "{name}: nothing is left");
+    }
+}
