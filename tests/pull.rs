@@ -9,6 +9,8 @@ mod booted;
 mod completing;
 #[path = "pull/contended.rs"]
 mod contended;
+#[path = "pull/deploying.rs"]
+mod deploying;
 #[path = "pull/derived.rs"]
 mod derived;
 #[path = "pull/disk.rs"]

@@ -8,6 +8,7 @@ mod accounts;
 mod auto_undo;
 mod boot;
 mod cancel;
+mod deploy;
 mod deviations;
 mod error;
 mod holder;

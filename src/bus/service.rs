@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use disk_deploy::{DeployError, Request};
 use tokio_util::sync::CancellationToken;
 use zbus::message::Header;
 use zbus::names::ErrorName;
@@ -75,6 +76,21 @@ impl Pivot {
     /// time, also after the pivot: the running system is unchanged. Returns a report in lines.
     async fn complete(&self) -> Result<Vec<String>, MethodError> {
         Ok(self.agent.complete(&self.cancel_handle("complete")).await?)
+    }
+
+    /// Deploys the node image to the sysroot of a disk; completes the node store first if needed. The running system is
+    /// unchanged. `imgref` is the image that updates of the disk follow; empty for the node image by digest. Returns a
+    /// report in lines.
+    async fn deploy(
+        &self,
+        sysroot: String,
+        stateroot: String,
+        kernel_args: Vec<String>,
+        imgref: String,
+    ) -> Result<Vec<String>, MethodError> {
+        let imgref = (!imgref.is_empty()).then(|| imgref.parse()).transpose().map_err(DeployError::from);
+        let request = Request { sysroot: sysroot.into(), stateroot, kernel_args, imgref: imgref.map_err(Error::from)? };
+        Ok(self.agent.deploy(request, &self.cancel_handle("deploy")).await?)
     }
 
     /// Switches and refreshes; pulls and stages first if needed.

@@ -21,22 +21,25 @@ const RECONNECT: Duration = Duration::from_secs(60);
 /// Time that progress adds to a limit of the unit, so that a configured `TimeoutStartSec=` ends only a pull that stands still.
 const PROGRESS: Duration = Duration::from_secs(120);
 
-/// A method of the daemon, and its argument if it has one.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Call {
-    pub(super) method: &'static str,
-    pub(super) seconds: Option<u64>,
+/// A method of the daemon with its arguments.
+#[derive(Debug, Clone)]
+pub(super) enum Call {
+    /// A method without arguments.
+    Plain(&'static str),
+    /// `Try` with the length of the trial period in seconds.
+    Try(u64),
+    /// `Deploy` with the sysroot, the stateroot, kernel arguments, and the image that updates follow or nothing.
+    Deploy(String, String, Vec<String>, String),
 }
 
 impl Call {
-    pub(super) fn of(method: &'static str) -> Self {
-        Self { method, seconds: None }
-    }
-
-    async fn make(self, client: &Client) -> Result<Vec<String>, CallError> {
-        match self.seconds {
-            Some(seconds) => client.call_with(self.method, &seconds).await,
-            None => client.call(self.method).await,
+    async fn make(&self, client: &Client) -> Result<Vec<String>, CallError> {
+        match self {
+            Self::Plain(method) => client.call(method).await,
+            Self::Try(seconds) => client.call_with("Try", seconds).await,
+            Self::Deploy(sysroot, stateroot, args, imgref) => {
+                client.call_with("Deploy", &(sysroot, stateroot, args, imgref)).await
+            }
         }
     }
 }
@@ -100,7 +103,7 @@ async fn drive_to_end(paths: &StateDir, call: Call, reporter: &mut Reporter) -> 
     let mut broken_since = None;
     let mut client = Client::connect_or_start(&socket).await?;
     loop {
-        match follow(&client, call, reporter, &mut broken_since).await {
+        match follow(&client, &call, reporter, &mut broken_since).await {
             Ok(lines) => {
                 let status = client.status().await.unwrap_or_default();
                 reporter.end(&status, &lines);
@@ -146,7 +149,7 @@ fn record(unit: &str) -> Option<ServiceRecord> {
 /// Makes one call and shows the status until it ends.
 async fn follow(
     client: &Client,
-    call: Call,
+    call: &Call,
     reporter: &mut Reporter,
     broken_since: &mut Option<Instant>,
 ) -> Result<Vec<String>, CallError> {

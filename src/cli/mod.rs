@@ -20,6 +20,7 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
+use disk_deploy::OstreeReference;
 
 use crate::agent::StateDir;
 use crate::report::Outcome;
@@ -114,6 +115,26 @@ enum Command {
         /// Name of the refusal or the class, such as too-little or network
         name: Option<String>,
     },
+    /// Deploy the node image to a disk
+    ///
+    /// Writes it from the node store to the ostree repo of the disk, without a second download, as the system that the
+    /// disk boots next. Pulls first if needed. Does not touch the running system.
+    Deploy {
+        /// Directory with the mounted root file system of the disk
+        #[arg(long, value_name = "PATH")]
+        sysroot: PathBuf,
+        /// Existing stateroot for the deployment
+        #[arg(long, value_name = "NAME")]
+        stateroot: String,
+        /// Add a kernel argument; can be repeated
+        #[arg(long = "karg", value_name = "ARG")]
+        kernel_args: Vec<String>,
+        /// Image that updates of the disk follow
+        ///
+        /// For example ostree-unverified-registry:quay.io/example/node:latest. Default: the node image by digest.
+        #[arg(long, value_name = "REFERENCE")]
+        imgref: Option<OstreeReference>,
+    },
     /// Keep a switch that was made with `run --try`
     Keep,
     /// Restore /usr and /etc from before the switch
@@ -166,23 +187,29 @@ async fn dispatch(command: Command) -> anyhow::Result<Outcome> {
         Command::Status { json, watch: true, .. } => watch::watch(&paths, json).await,
         Command::Status { json, exit_code, .. } => show::status(&paths, json, exit_code).await,
         Command::Report { json, svg } => show::report(&paths, json, svg.as_deref()).await,
-        Command::Plan { json: false } => drive::drive(&paths, Call::of("Plan")).await,
+        Command::Plan { json: false } => drive::drive(&paths, Call::Plain("Plan")).await,
         Command::Plan { json: true } => plan::json(&paths).await,
         Command::DiffEtc { secrets } => plan::diff_etc(&paths, secrets).await,
-        Command::Pull { complete: false } => drive::drive(&paths, Call::of("Pull")).await,
-        Command::Pull { complete: true } => drive::drive(&paths, Call::of("Complete")).await,
-        Command::Overlay => drive::drive(&paths, Call::of("Overlay")).await,
-        Command::Finish => drive::drive(&paths, Call::of("Finish")).await,
+        Command::Pull { complete: false } => drive::drive(&paths, Call::Plain("Pull")).await,
+        Command::Pull { complete: true } => drive::drive(&paths, Call::Plain("Complete")).await,
+        Command::Overlay => drive::drive(&paths, Call::Plain("Overlay")).await,
+        Command::Finish => drive::drive(&paths, Call::Plain("Finish")).await,
         Command::Run { complete, try_for } => {
-            let method = if try_for.is_some() { "Try" } else { "Run" };
-            match drive::drive(&paths, Call { method, seconds: try_for }).await? {
-                Outcome::Done if complete => drive::drive(&paths, Call::of("Complete")).await,
+            let call = try_for.map_or(Call::Plain("Run"), Call::Try);
+            match drive::drive(&paths, call).await? {
+                Outcome::Done if complete => drive::drive(&paths, Call::Plain("Complete")).await,
                 exit => Ok(exit),
             }
         }
         Command::Explain { name } => Ok(show::explain(name.as_deref())),
-        Command::Keep => drive::drive(&paths, Call::of("Keep")).await,
-        Command::Undo => drive::drive(&paths, Call::of("Undo")).await,
+        Command::Deploy { sysroot, stateroot, kernel_args, imgref } => {
+            let sysroot = std::path::absolute(sysroot)?;
+            let sysroot = sysroot.to_str().context("cannot use the sysroot: its path is not UTF-8")?;
+            let imgref = imgref.map(|imgref| imgref.to_string()).unwrap_or_default();
+            drive::drive(&paths, Call::Deploy(sysroot.to_owned(), stateroot, kernel_args, imgref)).await
+        }
+        Command::Keep => drive::drive(&paths, Call::Plain("Keep")).await,
+        Command::Undo => drive::drive(&paths, Call::Plain("Undo")).await,
         Command::Cancel => drive::cancel(&paths).await,
         Command::Pack { form } => pack::pack(&form),
         Command::Daemon => daemon::daemon(paths).await,

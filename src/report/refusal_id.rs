@@ -11,6 +11,8 @@ use strum::{EnumIter, EnumMessage, IntoEnumIterator, IntoStaticStr};
 pub enum RefusalId {
     /// The node image's programs are for another machine. Use the node image for this architecture.
     Architecture,
+    /// The sysroot for a deployment is that of the running system. Use the one of another disk.
+    BootedSysroot,
     /// A phase is under way. Wait for its end (`node-image-pivot status --watch`), or end a pull with `node-image-pivot
     /// cancel`.
     Busy,
@@ -33,6 +35,10 @@ pub enum RefusalId {
     /// A `pre-switch` hook failed. The message has its last lines. Fix the cause, or disable the hook with a link to
     /// `/dev/null`.
     Hook,
+    /// The image that updates of a disk should follow is invalid. Correct `--imgref`.
+    ImageReference,
+    /// The node store lacks content of the image that should be deployed. Run `node-image-pivot pull --complete`.
+    Incomplete,
     /// The record of a switch is lost or damaged, and the system is switched. Run `node-image-pivot undo`, or reboot.
     LostRecord,
     /// The metadata of the node image's commit exclude this machine, or any boot. Use another node image.
@@ -43,10 +49,16 @@ pub enum RefusalId {
     ModeOff,
     /// The modules of the running kernel are on a mount that the new `/usr` would hide. Unmount it.
     ModulesMounted,
+    /// The running system has no node image that could be deployed, because it has the cluster's programs already.
+    NoNodeImage,
     /// The kernel has no overlay file system. Load the module `overlay`, or boot another bootimage.
     NoOverlay,
+    /// The sysroot for a deployment lacks the stateroot. Create it with `ostree admin os-init`.
+    NoStateroot,
     /// Nothing was switched, so there is nothing to undo.
     NoSwitch,
+    /// The directory for a deployment has no ostree sysroot. Mount the disk there, or run `ostree admin init-fs`.
+    NoSysroot,
     /// No switch is in its trial period, so there is nothing to keep. `node-image-pivot run --try` begins one.
     NoTrial,
     /// The agent lacks the capability to mount. Start it through `node-image-pivotd.service`.
@@ -63,6 +75,8 @@ pub enum RefusalId {
     /// The system is switched to another image than the configured one. Run `node-image-pivot undo`, then
     /// `node-image-pivot run`.
     OtherImage,
+    /// The repo of the sysroot for a deployment does not have the mode `bare`. Create it with `ostree admin init-fs`.
+    RepoMode,
     /// The node image's sshd rejects this machine's configuration or host keys. Correct `/etc/ssh` so that `sshd -t` of both
     /// systems passes, or disable and stop sshd.
     Sshd,

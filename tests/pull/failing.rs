@@ -134,10 +134,10 @@ async fn faults_of_manifests_are_told_apart_and_the_next_attempt_goes_on() {
 }
 
 /// A small tmpfs.
-struct Small(String);
+pub(super) struct Small(pub(super) String);
 
 impl Small {
-    fn mount(bench: &Bench, name: &str, size: &str) -> Self {
+    pub(super) fn mount(bench: &Bench, name: &str, size: &str) -> Self {
         let root = bench.path(name);
         fs::create_dir_all(&root).unwrap();
         let root = root.to_str().unwrap().to_owned();

@@ -1,6 +1,5 @@
 //! The refs and commits with which ostree-ext finds an image that the agent pulled.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -8,6 +7,7 @@ use node_store::import::PullOptions;
 use node_store::store::{BootedRepo, NodeStore};
 
 use super::derived::{Labels, base, complete, layers, with};
+use super::failing::Small;
 use super::faults::Faults;
 use super::fixture::{Image, fsck, run};
 use super::layers::{Item, What, dir, file, item, layer, oracle};
@@ -64,7 +64,7 @@ pub(super) fn run_oracle(oracle: &str, args: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap().trim().to_owned()
 }
 
-fn import(oracle: &str, repo: &Path, spec: &str) -> String {
+pub(super) fn import(oracle: &str, repo: &Path, spec: &str) -> String {
     run_oracle(oracle, &["import", "--repo", repo.to_str().unwrap(), &format!("ostree-unverified-registry:{spec}")])
 }
 
@@ -128,15 +128,19 @@ async fn layers_have_the_commits_of_ostree_ext() {
     }
 }
 
-/// A directory with an ostree sysroot without a boot loader.
-pub(super) fn sysroot(bench: &Bench, name: &str) -> PathBuf {
-    let path = bench.path(name);
-    fs::create_dir_all(&path).unwrap();
+/// Creates an ostree sysroot without a boot loader on a small file system, whose free space no other process changes.
+pub(super) fn sysroot(bench: &Bench, name: &str, size: &str) -> (PathBuf, Small) {
+    let mount = Small::mount(bench, name, size);
+    init_sysroot(&bench.path(name));
+    (bench.path(name), mount)
+}
+
+/// Creates an ostree sysroot without a boot loader.
+pub(super) fn init_sysroot(path: &Path) {
     let text = path.to_str().unwrap();
     run("ostree", &["admin", "init-fs", "--modern", text]);
     run("ostree", &["admin", "os-init", "--sysroot", text, "node"]);
     run("ostree", &["config", "--repo", &format!("{text}/ostree/repo"), "set", "sysroot.bootloader", "none"]);
-    path
 }
 
 /// The system that the images of [`kinds`] lack to be bootable, as a layer.
@@ -157,7 +161,7 @@ async fn ostree_ext_deploys_a_pulled_image_without_a_download() {
     let oracle = oracle();
     for (name, image) in kinds(&counted.bench) {
         let spec = counted.push(&bootable(image), &format!("{name}:1"));
-        let disk = sysroot(&counted.bench, &format!("disk-{name}"));
+        let (disk, _mount) = sysroot(&counted.bench, &format!("disk-{name}"), "64m");
         let (text, repo) = (disk.to_str().unwrap(), disk.join("ostree/repo"));
         let store = NodeStore::on_disk(&repo, None).unwrap();
         let booted = BootedRepo { path: repo.clone(), commit: None };

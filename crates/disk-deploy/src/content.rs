@@ -1,0 +1,143 @@
+//! The commits, refs and objects of an image that a disk needs.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+
+use node_store::image::ResolvedImage;
+use node_store::store::{NodeStore, ObjectId, ObjectType, image_ref, layer_ref};
+use ostree::{gio, glib};
+
+use super::error::{DeployError, failed};
+use super::reference::OstreeReference;
+
+/// Space that an object needs besides its content: half a block at its end on average, and an inode.
+const OVERHEAD: u64 = 4096;
+
+/// An image in the node store.
+pub(crate) struct Content<'a> {
+    store: &'a NodeStore,
+    /// The store's repo as libostree opens it, with the booted repo as parent.
+    pub repo: ostree::Repo,
+    /// Commit of the image, with its manifest and config.
+    pub commit: ObjectId,
+    /// Refs of the image and of its layers, with their commits.
+    refs: BTreeMap<String, ObjectId>,
+}
+
+/// The objects of an image, and the share of them that a repo lacks.
+#[derive(Debug, Default)]
+pub(crate) struct Missing {
+    /// All objects of the image and its layers.
+    pub all: HashSet<ostree::ObjectName>,
+    pub count: usize,
+    pub bytes: u64,
+    /// Directories of the commits, those that the repo has included.
+    pub directories: u64,
+}
+
+impl<'a> Content<'a> {
+    /// Finds the image by its digest. The store has a ref for it only if it is complete.
+    pub fn of(store: &'a NodeStore, image: &ResolvedImage) -> Result<Self, DeployError> {
+        let incomplete = || DeployError::Incomplete(image.pinned.to_string());
+        let fail =
+            |cause: std::io::Error| DeployError::Failed { step: "read the node store", cause: cause.to_string() };
+        let name = image_ref(&image.pinned.reference());
+        let commit = store.resolve(&name).map_err(fail)?.filter(|commit| !store.is_partial(commit));
+        let commit = commit.ok_or_else(incomplete)?;
+        let repo = ostree::Repo::new_for_path(store.repo_path());
+        repo.open(gio::Cancellable::NONE).map_err(failed("open the node store"))?;
+        let (variant, _) = repo.load_commit(&commit.to_string()).map_err(failed("read the image's commit"))?;
+        let metadata = glib::VariantDict::new(Some(&variant.child_value(0)));
+        let manifest = metadata.lookup::<String>("ostree.manifest").ok().flatten().ok_or_else(incomplete)?;
+        let mut refs = BTreeMap::from([(name, commit)]);
+        for layer in layers(&manifest).ok_or_else(incomplete)? {
+            let name = layer_ref(&layer);
+            // A layer without a ref is fetched again by an update that has it, too.
+            if let Some(commit) = store.resolve(&name).map_err(fail)? {
+                refs.insert(name, commit);
+            }
+        }
+        Ok(Self { store, repo, commit, refs })
+    }
+
+    /// Lists the objects, and counts those that `target` lacks.
+    pub fn missing_in(&self, target: &ostree::Repo, cancel: &gio::Cancellable) -> Result<Missing, DeployError> {
+        let mut objects = HashSet::new();
+        for commit in self.refs.values() {
+            let reachable = self.repo.traverse_commit(&commit.to_string(), 0, Some(cancel));
+            objects.extend(reachable.map_err(failed("list the image's objects"))?);
+        }
+        let mut missing = Missing::default();
+        for object in &objects {
+            let kind = object.object_type();
+            missing.directories += u64::from(kind == ostree::ObjectType::DirTree);
+            let has = target.has_object(kind, object.checksum(), Some(cancel));
+            if !has.map_err(failed("look up objects of the disk"))? {
+                missing.count += 1;
+                missing.bytes += OVERHEAD + self.size(object);
+            }
+        }
+        Ok(Missing { all: objects, ..missing })
+    }
+
+    fn size(&self, object: &ostree::ObjectName) -> u64 {
+        let path = object.checksum().parse().ok().and_then(|id| self.store.find_object(&id, kind_of(object)));
+        path.and_then(|path| path.symlink_metadata().ok()).map_or(0, |stat| stat.len())
+    }
+
+    /// Writes those of `objects` that `target` lacks, then the refs. libostree checks each object, makes all of them durable
+    /// before the first ref, and finds those that a killed call of this boot has written.
+    pub fn write(
+        &self,
+        objects: &HashSet<ostree::ObjectName>,
+        target: &ostree::Repo,
+        imgref: &OstreeReference,
+        cancel: &gio::Cancellable,
+    ) -> Result<(), DeployError> {
+        let fail = || failed("write the image's objects");
+        let commits: BTreeSet<String> = self.refs.values().map(ToString::to_string).collect();
+        let transaction = target.auto_transaction(Some(cancel)).map_err(fail())?;
+        // A commit may become visible before its objects.
+        let new =
+            |commit: &&String| matches!(target.has_object(ostree::ObjectType::Commit, commit, Some(cancel)), Ok(false));
+        let new: Vec<&String> = commits.iter().filter(new).collect();
+        for commit in &new {
+            target.mark_commit_partial(commit, true).map_err(fail())?;
+        }
+        for object in objects {
+            let (kind, name) = (object.object_type(), object.checksum());
+            if !target.has_object(kind, name, Some(cancel)).map_err(fail())? {
+                let source = self.source(object);
+                target.import_object_from_with_trust(&source, kind, name, false, Some(cancel)).map_err(fail())?;
+            }
+        }
+        for (name, commit) in &self.refs {
+            target.transaction_set_ref(None, name, Some(&commit.to_string()));
+        }
+        target.transaction_set_ref(None, &imgref.ref_name(), Some(&self.commit.to_string()));
+        transaction.commit(Some(cancel)).map_err(fail())?;
+        commits.iter().try_for_each(|commit| target.mark_commit_partial(commit, false)).map_err(fail())
+    }
+
+    /// Returns the repo that has the object: that of the node store, or the booted repo.
+    fn source(&self, object: &ostree::ObjectName) -> ostree::Repo {
+        let is_own = object.checksum().parse().is_ok_and(|id| self.store.has(&id, kind_of(object)));
+        let parent = self.repo.parent().filter(|_| !is_own);
+        parent.unwrap_or_else(|| self.repo.clone())
+    }
+}
+
+fn kind_of(object: &ostree::ObjectName) -> ObjectType {
+    match object.object_type() {
+        ostree::ObjectType::File => ObjectType::File,
+        ostree::ObjectType::DirTree => ObjectType::DirTree,
+        ostree::ObjectType::DirMeta => ObjectType::DirMeta,
+        _ => ObjectType::Commit,
+    }
+}
+
+/// Returns the digests of the layers in a manifest.
+fn layers(manifest: &str) -> Option<Vec<String>> {
+    let manifest: serde_json::Value = serde_json::from_str(manifest).ok()?;
+    let layers = manifest.get("layers")?.as_array()?.iter();
+    layers.map(|layer| layer.get("digest")?.as_str().map(str::to_owned)).collect()
+}

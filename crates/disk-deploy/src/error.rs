@@ -1,0 +1,81 @@
+//! Reasons why a deployment was not made.
+
+use std::path::PathBuf;
+
+use ostree::{gio, glib};
+use support::human_bytes;
+
+use super::reference::BadReference;
+
+/// Reason why a deployment was not made. The disk boots as before.
+#[derive(Debug, thiserror::Error)]
+pub enum DeployError {
+    /// The directory has no ostree sysroot.
+    #[error("cannot use the sysroot {path}: {source}; create it with ostree admin init-fs", path = .path.display())]
+    NoSysroot {
+        /// The directory.
+        path: PathBuf,
+        /// Error of libostree.
+        source: glib::Error,
+    },
+    /// The sysroot is that of the running system.
+    #[error(
+        "cannot deploy to {}, the sysroot of the running system: only other disks are supported; use ostree container \
+         image deploy, which finds the image after pull --complete", .0.display()
+    )]
+    Booted(PathBuf),
+    /// The stateroot does not exist.
+    #[error(
+        "the sysroot {path} has no stateroot {name:?}; create it with ostree admin os-init --sysroot {path} NAME",
+        path = .path.display()
+    )]
+    NoStateroot {
+        /// The sysroot.
+        path: PathBuf,
+        /// The requested name.
+        name: String,
+    },
+    /// The repo of the sysroot cannot have deployments of systems.
+    #[error("the repo of the sysroot {} does not have the mode bare; create it with ostree admin init-fs", .0.display())]
+    Mode(PathBuf),
+    /// The node store lacks content of the image.
+    #[error("the node store does not have all of {0}; run pull --complete")]
+    Incomplete(String),
+    /// The name of the image cannot be in an origin.
+    #[error(transparent)]
+    Reference(#[from] BadReference),
+    /// A file system of the disk is too small.
+    #[error(
+        "too little space on {path}: {} are needed ({}) and {} are free; free some, or use a larger disk",
+        human_bytes(parts.iter().map(|(_, bytes)| bytes).sum()),
+        parts.iter().map(|(name, bytes)| format!("{} {name}", human_bytes(*bytes))).collect::<Vec<_>>().join(", "),
+        human_bytes(*free), path = .path.display()
+    )]
+    TooLittle {
+        /// Directory on the file system.
+        path: PathBuf,
+        /// Needed bytes by purpose.
+        parts: Vec<(&'static str, u64)>,
+        /// Free bytes.
+        free: u64,
+    },
+    /// The caller cancelled the call.
+    #[error("the deployment was cancelled")]
+    Cancelled,
+    /// libostree or the file system failed.
+    #[error("cannot {step}: {cause}; run deploy again, which continues with the missing objects")]
+    Failed {
+        /// The failed step, such as "write the deployment".
+        step: &'static str,
+        /// Cause of the failure.
+        cause: String,
+    },
+}
+
+/// Returns a function that makes the failure of a step of an error of libostree.
+pub(crate) fn failed(step: &'static str) -> impl FnOnce(glib::Error) -> DeployError {
+    move |error| match error.matches(gio::IOErrorEnum::Cancelled) {
+        true => DeployError::Cancelled,
+        false => DeployError::Failed { step, cause: error.message().to_owned() },
+    }
+}

@@ -1,0 +1,215 @@
+//! Deploys an image of the node store to the ostree sysroot of a disk.
+//!
+//! libostree writes the objects, the deployment, its `/etc` and the boot loader entries. This crate checks first that all
+//! of it fits, and decides which objects, refs and kernel arguments the disk gets. It fetches nothing, mounts nothing and
+//! does not know the phases of a pivot.
+//!
+//! ```no_run
+//! use std::path::Path;
+//!
+//! use disk_deploy::{Request, deploy};
+//! use node_store::image::ResolvedImage;
+//! use node_store::store::NodeStore;
+//! use ostree::gio;
+//!
+//! # fn example(store: &NodeStore, image: &ResolvedImage) -> Result<(), disk_deploy::DeployError> {
+//! let request = Request { sysroot: "/mnt".into(), stateroot: "node".into(), ..Request::default() };
+//! let deployed = deploy(store, image, &request, &gio::Cancellable::new())?;
+//! println!("the next boot of that disk is {}", deployed.commit);
+//! # Ok(())
+//! # }
+//! ```
+
+mod content;
+mod error;
+mod reference;
+mod space;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use node_store::image::ResolvedImage;
+use node_store::store::{NodeStore, ObjectId};
+use ostree::prelude::CancellableExtManual;
+use ostree::{gio, glib};
+use tracing::info;
+
+pub use error::DeployError;
+pub use reference::{BadReference, OstreeReference};
+
+use content::Content;
+use error::failed;
+
+/// The key in the origin of a deployment that names its image.
+const ORIGIN_KEY: &str = "container-image-reference";
+/// Pause between two attempts to lock the sysroot.
+const LOCK_PAUSE: Duration = Duration::from_millis(500);
+
+/// A deployment to make.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Request {
+    /// Directory with the sysroot: the root file system of the disk.
+    pub sysroot: PathBuf,
+    /// Name of an existing stateroot.
+    pub stateroot: String,
+    /// Kernel arguments that are added to those of the previous deployment.
+    pub kernel_args: Vec<String>,
+    /// Image that updates of the disk follow. By default, the node image by digest.
+    pub imgref: Option<OstreeReference>,
+}
+
+/// A finished deployment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Deployed {
+    /// Its commit.
+    pub commit: ObjectId,
+    /// Objects that were written.
+    pub objects: usize,
+    /// Size of these objects in bytes.
+    pub bytes: u64,
+    /// True if the disk had the deployment already, so that nothing was written.
+    pub existed: bool,
+}
+
+/// Deploys `image` from `store`. After a success, the next boot of the disk is the image, and all of it is on the disk.
+///
+/// A repeated call changes nothing. A call that was killed is repeated: it continues with the missing objects.
+///
+/// # Errors
+/// [`DeployError::Failed`] and [`DeployError::Cancelled`] can follow writes; all other errors are found before the first one.
+/// After any failure, the disk boots as before.
+pub fn deploy(
+    store: &NodeStore,
+    image: &ResolvedImage,
+    request: &Request,
+    cancel: &gio::Cancellable,
+) -> Result<Deployed, DeployError> {
+    let imgref = match &request.imgref {
+        Some(imgref) => imgref.clone(),
+        None => OstreeReference::of(image),
+    };
+    let content = Content::of(store, image)?;
+    let sysroot = open(request)?;
+    let _lock = Lock::take(&sysroot, cancel)?;
+    // Another process may have deployed meanwhile.
+    sysroot.load_if_changed(Some(cancel)).map_err(failed("read the sysroot"))?;
+    if let Some(found) = existing(&sysroot, &content, request, &imgref) {
+        return Ok(found);
+    }
+    let missing = content.missing_in(&sysroot.repo(), cancel)?;
+    space::check(&sysroot, &content, &missing, cancel)?;
+    info!("writing {} objects to {}", missing.count, request.sysroot.display());
+    content.write(&missing.all, &sysroot.repo(), &imgref, cancel)?;
+    info!("writing the deployment to {}", request.sysroot.display());
+    write_deployment(&sysroot, &content.commit, request, &imgref, cancel)?;
+    Ok(Deployed { commit: content.commit, objects: missing.count, bytes: missing.bytes, existed: false })
+}
+
+/// Opens the sysroot and refuses one that cannot get a deployment.
+fn open(request: &Request) -> Result<ostree::Sysroot, DeployError> {
+    let sysroot = ostree::Sysroot::new(Some(&gio::File::for_path(&request.sysroot)));
+    if let Err(source) = sysroot.load(gio::Cancellable::NONE) {
+        return Err(DeployError::NoSysroot { path: request.sysroot.clone(), source });
+    }
+    if sysroot.booted_deployment().is_some() {
+        return Err(DeployError::Booted(request.sysroot.clone()));
+    }
+    let name = &request.stateroot;
+    // The name becomes part of a path.
+    let is_name = !name.is_empty() && !name.starts_with('.') && !name.contains('/');
+    if !is_name || !request.sysroot.join("ostree/deploy").join(name).is_dir() {
+        return Err(DeployError::NoStateroot { path: request.sysroot.clone(), name: name.clone() });
+    }
+    match sysroot.repo().mode() {
+        ostree::RepoMode::Bare => Ok(sysroot),
+        _ => Err(DeployError::Mode(request.sysroot.clone())),
+    }
+}
+
+/// Returns the deployment that boots next if it is the requested one.
+fn existing(
+    sysroot: &ostree::Sysroot,
+    content: &Content,
+    request: &Request,
+    imgref: &OstreeReference,
+) -> Option<Deployed> {
+    let first = sysroot.deployments().into_iter().next()?;
+    let origin = first.origin().and_then(|origin| origin.string("origin", ORIGIN_KEY).ok());
+    let is_same = first.osname() == request.stateroot.as_str()
+        && first.csum() == content.commit.to_string().as_str()
+        && origin.is_some_and(|origin| origin == imgref.to_string().as_str());
+    let present = kernel_args(Some(&first), &[]);
+    let has_args = request.kernel_args.iter().all(|arg| present.contains(arg));
+    (is_same && has_args).then_some(Deployed { commit: content.commit, objects: 0, bytes: 0, existed: true })
+}
+
+/// Returns the kernel arguments of a deployment without the one that libostree sets itself, and those of `more` that it
+/// lacks.
+fn kernel_args(deployment: Option<&ostree::Deployment>, more: &[String]) -> Vec<String> {
+    let options = deployment.and_then(|deployment| deployment.bootconfig()?.get("options"));
+    let present = ostree::KernelArgs::from_string(options.as_deref().unwrap_or_default()).to_strv();
+    let mut args: Vec<String> =
+        present.iter().map(ToString::to_string).filter(|arg| !arg.starts_with("ostree=")).collect();
+    for arg in more {
+        if !args.contains(arg) {
+            args.push(arg.clone());
+        }
+    }
+    args
+}
+
+/// Writes the deployment and makes it the one that boots next. libostree merges `/etc` of the previous deployment of the
+/// stateroot, which stays for a rollback, and syncs the file systems.
+fn write_deployment(
+    sysroot: &ostree::Sysroot,
+    commit: &ObjectId,
+    request: &Request,
+    imgref: &OstreeReference,
+    cancel: &gio::Cancellable,
+) -> Result<(), DeployError> {
+    let stateroot = Some(request.stateroot.as_str());
+    let previous = sysroot.merge_deployment(stateroot);
+    let origin = glib::KeyFile::new();
+    origin.set_string("origin", ORIGIN_KEY, &imgref.to_string());
+    let args = kernel_args(previous.as_ref(), &request.kernel_args);
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let options = ostree::SysrootDeployTreeOpts { override_kernel_argv: Some(&args), ..Default::default() };
+    let written = sysroot
+        .deploy_tree_with_options(
+            stateroot,
+            &commit.to_string(),
+            Some(&origin),
+            previous.as_ref(),
+            Some(&options),
+            Some(cancel),
+        )
+        .map_err(failed("write the deployment"))?;
+    let flags = ostree::SysrootSimpleWriteDeploymentFlags::NONE;
+    sysroot
+        .simple_write_deployment(stateroot, &written, previous.as_ref(), flags, Some(cancel))
+        .map_err(failed("write the boot loader entries"))
+}
+
+/// The lock of a sysroot, released when dropped.
+struct Lock<'a>(&'a ostree::Sysroot);
+
+impl<'a> Lock<'a> {
+    /// Waits for the lock, until the call is cancelled.
+    fn take(sysroot: &'a ostree::Sysroot, cancel: &gio::Cancellable) -> Result<Self, DeployError> {
+        let mut is_first = true;
+        while !sysroot.try_lock().map_err(failed("lock the sysroot"))? {
+            if std::mem::take(&mut is_first) {
+                info!("waiting for another process that holds the lock of the sysroot");
+            }
+            std::thread::sleep(LOCK_PAUSE);
+            cancel.set_error_if_cancelled().map_err(failed("lock the sysroot"))?;
+        }
+        Ok(Self(sysroot))
+    }
+}
+
+impl Drop for Lock<'_> {
+    fn drop(&mut self) {
+        self.0.unlock();
+    }
+}

@@ -1,0 +1,76 @@
+//! Checks that a deployment fits before anything is written.
+
+use std::path::Path;
+
+use ostree::gio;
+use ostree::prelude::{FileEnumeratorExt, FileExt};
+use rustix::fs::{StatVfs, statvfs};
+
+use super::content::{Content, Missing};
+use super::error::{DeployError, failed};
+
+/// Size of a directory on the disk.
+const DIRECTORY: u64 = 4096;
+const ATTRIBUTES: &str = "standard::name,standard::type,standard::size";
+
+/// Compares the needed space with the free space of the sysroot and of its `/boot`, which may be another file system.
+pub(crate) fn check(
+    sysroot: &ostree::Sysroot,
+    content: &Content<'_>,
+    missing: &Missing,
+    cancel: &gio::Cancellable,
+) -> Result<(), DeployError> {
+    let fail = failed("list the image's files");
+    let (root, _) = content.repo.read_commit(&content.commit.to_string(), Some(cancel)).map_err(fail)?;
+    let etc = size_below(&root.resolve_relative_path("usr/etc"), &|_| true);
+    let is_boot_file = |name: &Path| {
+        let name = name.to_string_lossy();
+        name.starts_with("vmlinuz") || name.starts_with("initramfs") || name.ends_with(".dtb")
+    };
+    let boot = size_below(&root.resolve_relative_path("usr/lib/modules"), &is_boot_file);
+    let reserve = sysroot.repo().min_free_space_bytes().unwrap_or(0);
+    let mut parts = vec![
+        ("for objects", missing.bytes),
+        ("for the deployment", missing.directories * DIRECTORY + etc),
+        ("that ostree keeps free", reserve),
+    ];
+    let path = sysroot.path().path().unwrap_or_default();
+    let boot_path = path.join("boot");
+    let (disk, boot_disk) = (space(&path)?, space(&boot_path).ok());
+    match boot_disk.filter(|boot_disk| boot_disk.f_fsid != disk.f_fsid) {
+        Some(boot_disk) => compare(&boot_path, vec![("for the kernel", boot)], &boot_disk)?,
+        None => parts.push(("for the kernel", boot)),
+    }
+    compare(&path, parts, &disk)
+}
+
+fn space(path: &Path) -> Result<StatVfs, DeployError> {
+    statvfs(path).map_err(|error| DeployError::Failed { step: "read the free space", cause: error.to_string() })
+}
+
+fn compare(path: &Path, parts: Vec<(&'static str, u64)>, disk: &StatVfs) -> Result<(), DeployError> {
+    let free = disk.f_bavail * disk.f_frsize;
+    match parts.iter().map(|(_, bytes)| bytes).sum::<u64>() > free {
+        true => Err(DeployError::TooLittle { path: path.to_owned(), parts, free }),
+        false => Ok(()),
+    }
+}
+
+/// Returns the size of the files below a directory of a commit for whose names `counts` returns true. A missing directory
+/// has none.
+fn size_below(dir: &gio::File, counts: &dyn Fn(&Path) -> bool) -> u64 {
+    let mut sum = 0;
+    let mut queue = vec![dir.clone()];
+    while let Some(dir) = queue.pop() {
+        let flags = gio::FileQueryInfoFlags::NOFOLLOW_SYMLINKS;
+        let Ok(entries) = dir.enumerate_children(ATTRIBUTES, flags, gio::Cancellable::NONE) else { continue };
+        while let Ok(Some(entry)) = entries.next_file(gio::Cancellable::NONE) {
+            match entry.file_type() {
+                gio::FileType::Directory => queue.push(dir.child(entry.name())),
+                _ if counts(&entry.name()) => sum += u64::try_from(entry.size()).unwrap_or(0) + DIRECTORY,
+                _ => {}
+            }
+        }
+    }
+    sum
+}

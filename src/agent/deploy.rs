@@ -1,0 +1,93 @@
+//! Deploys the node image to a disk.
+
+use disk_deploy::{DeployError, Deployed, Request};
+use ostree::gio;
+use ostree::prelude::CancellableExt;
+use tracing::info;
+
+use super::{Agent, CancelHandle, Error, Finished, StagedRoot, Step, Switched, storage};
+use crate::report::RefusalId;
+use support::human_bytes;
+
+impl Agent {
+    /// Writes the node image from the node store to the ostree sysroot of a disk, as the deployment that it boots next.
+    /// First pulls, stages and completes the node store if needed. The running system is unchanged. Returns a report in
+    /// lines.
+    ///
+    /// # Errors
+    /// As [`Agent::complete`]; refused if the disk cannot get the deployment.
+    pub async fn deploy(&self, request: Request, cancel: &CancelHandle) -> Result<Vec<String>, Error> {
+        self.complete(cancel).await?;
+        let staged = {
+            let record = self.record.lock().await;
+            match (&record.step, staged(&record.step)) {
+                (Step::NothingToDo { reason, .. }, _) => {
+                    return Err(Error::refused(
+                        RefusalId::NoNodeImage,
+                        format!("cannot deploy a node image: {reason}"),
+                    ));
+                }
+                (_, Some(staged)) => staged.clone(),
+                (_, None) => {
+                    return Err(Error::refused(RefusalId::NoNodeImage, "the node image was discarded; run pull again"));
+                }
+            }
+        };
+        let (paths, asked) = (self.paths.clone(), request.clone());
+        let cancellable = gio::Cancellable::new();
+        let token = cancellable.clone();
+        let mut writing = tokio::task::spawn_blocking(move || {
+            let store = storage::of(&paths, &staged.delta)?;
+            Ok::<_, Error>(disk_deploy::deploy(&store, &staged.pulled.image, &request, &token)?)
+        });
+        let outcome = tokio::select! {
+            outcome = &mut writing => outcome,
+            () = cancel.cancelled() => {
+                cancellable.cancel();
+                writing.await
+            }
+        };
+        let line = report(&outcome.map_err(anyhow::Error::from)??, &asked);
+        info!("{line}");
+        Ok(vec![line])
+    }
+}
+
+/// Returns the staged tree at the steps at which the node store is complete.
+fn staged(step: &Step) -> Option<&StagedRoot> {
+    match step {
+        Step::Staged(staged) | Step::Switched(Switched { staged }) => Some(staged),
+        Step::Refreshed(refreshed) | Step::Finished(Finished(refreshed)) => Some(&refreshed.staged),
+        _ => None,
+    }
+}
+
+fn report(deployed: &Deployed, request: &Request) -> String {
+    let place = format!("{} in the stateroot {}", request.sysroot.display(), request.stateroot);
+    match deployed.existed {
+        true => format!("nothing to do: {place} boots commit {} next", deployed.commit),
+        false => format!(
+            "{place} boots commit {} next: wrote {} objects, about {}",
+            deployed.commit,
+            deployed.objects,
+            human_bytes(deployed.bytes)
+        ),
+    }
+}
+
+impl From<DeployError> for Error {
+    fn from(error: DeployError) -> Self {
+        let id = match &error {
+            DeployError::NoSysroot { .. } => RefusalId::NoSysroot,
+            DeployError::Booted(_) => RefusalId::BootedSysroot,
+            DeployError::NoStateroot { .. } => RefusalId::NoStateroot,
+            DeployError::Mode(_) => RefusalId::RepoMode,
+            DeployError::Incomplete(_) => RefusalId::Incomplete,
+            DeployError::Reference(_) => RefusalId::ImageReference,
+            DeployError::TooLittle { .. } => RefusalId::TooLittle,
+            DeployError::Cancelled => return Self::cancelled(),
+            DeployError::Failed { .. } => return anyhow::Error::from(error).into(),
+        };
+        Self::refused(id, error.to_string())
+    }
+}
