@@ -5,12 +5,12 @@
 //! not added.
 
 use std::fs;
-use std::io;
 use std::path::Path;
 
 use anyhow::{Context, Result};
 
 use super::sysusers;
+use support::if_found;
 
 /// Ids of system accounts, as in login.defs(5) of the supported systems, without root's 0.
 const SYSTEM: std::ops::RangeInclusive<u32> = 1..=999;
@@ -101,11 +101,9 @@ fn fields<const N: usize>(line: &str) -> Option<[String; N]> {
 
 fn read(path: &Path) -> Result<String> {
     // A symbolic link is not followed: it would be resolved in the running system, not in the given one.
-    match fs::symlink_metadata(path).and_then(|file| if file.is_file() { fs::read(path) } else { Ok(Vec::new()) }) {
-        Ok(text) => Ok(String::from_utf8_lossy(&text).into_owned()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
-        Err(error) => Err(error).with_context(|| format!("cannot read {}", path.display())),
-    }
+    let text = fs::symlink_metadata(path).and_then(|file| if file.is_file() { fs::read(path) } else { Ok(Vec::new()) });
+    let text = if_found(text).with_context(|| format!("cannot read {}", path.display()))?;
+    Ok(String::from_utf8_lossy(&text.unwrap_or_default()).into_owned())
 }
 
 /// Plans the accounts to add. `booted` has the defaults of the booted system: if `/etc` lacks one of them, an administrator

@@ -59,13 +59,8 @@ pub fn find(root: &Path, moment: Moment) -> Result<Vec<Hook>> {
 
 /// Lists the hooks of a directory, each with true if it is an executable file.
 fn list(directory: &Path) -> Result<Vec<(Hook, bool)>> {
-    let entries = match std::fs::read_dir(directory) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(error.into()),
-    };
     let mut found = Vec::new();
-    for entry in entries {
+    for entry in support::if_found(std::fs::read_dir(directory))?.into_iter().flatten() {
         let path = entry?.path();
         let Some(name) = path.file_name().and_then(|name| name.to_str()).filter(|name| is_hook_name(name)) else {
             continue;

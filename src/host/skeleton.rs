@@ -12,6 +12,7 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
+use support::if_found;
 use tracing::warn;
 
 const FACTORY: &str = "usr/share/factory/var";
@@ -106,19 +107,12 @@ fn lexical(directory: &Path, target: &Path) -> PathBuf {
 }
 
 fn absent(path: &Path) -> io::Result<bool> {
-    match fs::symlink_metadata(path) {
-        Ok(_) => Ok(false),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(true),
-        Err(error) => Err(error),
-    }
+    Ok(if_found(fs::symlink_metadata(path))?.is_none())
 }
 
 fn sorted(directory: &Path) -> io::Result<Vec<PathBuf>> {
-    let mut entries = match fs::read_dir(directory) {
-        Ok(entries) => entries.map(|entry| entry.map(|entry| entry.path())).collect::<io::Result<Vec<_>>>()?,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
-        Err(error) => return Err(error),
-    };
+    let entries = if_found(fs::read_dir(directory))?.into_iter().flatten();
+    let mut entries: Vec<_> = entries.map(|entry| entry.map(|entry| entry.path())).collect::<io::Result<_>>()?;
     entries.sort();
     Ok(entries)
 }

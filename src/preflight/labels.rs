@@ -27,10 +27,7 @@ pub fn label_plan(plan: &mut etc_merge::Plan, usr: BorrowedFd<'_>, scratch: &Pat
 
 fn policy_root(scratch: &Path) -> std::io::Result<std::path::PathBuf> {
     let root = scratch.join("policy-root");
-    match std::fs::remove_dir_all(&root) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
+    support::ignore_missing(std::fs::remove_dir_all(&root))?;
     std::fs::create_dir(&root)?;
     Ok(root)
 }

@@ -238,10 +238,7 @@ fn save_one_aside(
     failpoint::hit(Point::EtcAside, "")?;
     let Some(from) = Place::find(new_dir, path)? else { return Ok(()) };
     directories(target.parent().context("bug: the path has no parent")?)?;
-    match std::fs::remove_file(target) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
-        _ => {}
-    }
+    support::ignore_missing(std::fs::remove_file(target))?;
     match from.look()?.map(|leaf| leaf.content) {
         Some(Content::File { .. }) => {
             let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(target)?;

@@ -19,6 +19,7 @@ use super::name::Bytes;
 use super::plan::{Change, Plan};
 use super::snapshot::{Content, Leaf};
 use support::failpoint::{self, Point};
+use support::{if_found, ignore_missing};
 
 /// A line of the journal: the state before a change that is not in the plan.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -72,10 +73,7 @@ impl UndoJournal {
         failpoint::hit(Point::EtcRecord, "").with_context(making)?;
         DirBuilder::new().recursive(true).mode(0o700).create(directory.join(SAVED)).with_context(making)?;
         // An undo that was killed at its end left this file.
-        match std::fs::remove_file(directory.join(JOURNAL)) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error).with_context(making),
-            _ => {}
-        }
+        ignore_missing(std::fs::remove_file(directory.join(JOURNAL))).with_context(making)?;
         let text = serde_json::to_vec(plan).with_context(making)?;
         let home = support::directory::Directory::ensure(directory).with_context(making)?;
         home.write_atomic(PLAN, 0o600, &text).with_context(making)?;
@@ -86,15 +84,9 @@ impl UndoJournal {
     /// [`UndoJournal::add_possibly_started`].
     pub fn load(directory: &Path) -> Result<Option<Self>> {
         let reading = || format!("cannot read the undo journal {}", directory.display());
-        let text = match std::fs::read(directory.join(PLAN)) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            other => other.with_context(reading)?,
-        };
+        let Some(text) = if_found(std::fs::read(directory.join(PLAN))).with_context(reading)? else { return Ok(None) };
         let plan: Plan = serde_json::from_slice(&text).with_context(reading)?;
-        let lines = match std::fs::read(directory.join(JOURNAL)) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
-            other => other.with_context(reading)?,
-        };
+        let lines = if_found(std::fs::read(directory.join(JOURNAL))).with_context(reading)?.unwrap_or_default();
         let whole = lines.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
         let (mut started, mut damaged) = (BTreeMap::new(), 0);
         for line in lines[..whole].split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {

@@ -40,12 +40,8 @@ pub fn undo(undo_dir: &Path, etc_dir: BorrowedFd<'_>) -> Result<UndoReport> {
     if report.failed.is_empty() {
         // Before the journal is removed: a repeated call without a journal would not remove this directory.
         let aside = aside_dir(undo_dir);
-        match std::fs::remove_dir_all(&aside) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(error).with_context(|| format!("cannot remove {} after the undo", aside.display()));
-            }
-            _ => {}
-        }
+        let removed = support::ignore_missing(std::fs::remove_dir_all(&aside));
+        removed.with_context(|| format!("cannot remove {} after the undo", aside.display()))?;
         journal.end()?;
     }
     Ok(report)

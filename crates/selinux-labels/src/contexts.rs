@@ -132,10 +132,7 @@ impl Texts {
         let beside = |suffix: &str| {
             let mut name = file_contexts.as_os_str().to_owned();
             name.push(suffix);
-            match std::fs::read_to_string(&name) {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
-                other => other,
-            }
+            support::if_found(std::fs::read_to_string(&name)).map(Option::unwrap_or_default)
         };
         Ok(Self {
             contexts: [std::fs::read_to_string(file_contexts)?, beside(".homedirs")?, beside(".local")?],

@@ -1,5 +1,5 @@
 //! Small tools that every crate of this workspace uses: [`failpoint`]s for tests, atomic writes in a [`directory`],
-//! child processes ([`command`]), extended attributes ([`xattr`]), [`clock`]s, name [`pattern`]s and [`human_bytes`].
+//! child processes ([`command`]), missing files ([`if_found`]), extended attributes ([`xattr`]), [`clock`]s, name [`pattern`]s and [`human_bytes`].
 //!
 //! The crate depends on no other crate of the workspace, and has no code that is specific to images, ostree, systemd or
 //! the pivot.
@@ -22,10 +22,12 @@ pub mod clock;
 pub mod command;
 pub mod directory;
 pub mod failpoint;
+mod found;
 pub mod pattern;
 mod size;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod xattr;
 
+pub use found::{if_found, ignore_missing};
 pub use size::human_bytes;

@@ -13,6 +13,7 @@ use tracing::warn;
 
 use super::trial::TrialPeriod;
 use support::directory::Directory;
+use support::if_found;
 use unit_refresh::{Manager, Verb};
 
 /// Directory of the files; systemd.unit(5).
@@ -107,11 +108,9 @@ pub(in crate::agent) async fn disarm() {
 }
 
 async fn try_disarm() -> anyhow::Result<()> {
-    let names: Vec<String> = match std::fs::read_dir(UNITS) {
-        Ok(entries) => entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect(),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(error).with_context(|| format!("cannot list {UNITS}")),
-    };
+    let entries = if_found(std::fs::read_dir(UNITS)).with_context(|| format!("cannot list {UNITS}"))?;
+    let Some(entries) = entries else { return Ok(()) };
+    let names: Vec<String> = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect();
     let dir = Directory::ensure(Path::new(UNITS))?;
     for name in names.iter().filter(|name| is_timer(name)) {
         Manager::connect().await?.run(Verb::Stop, name, JOB).await?;

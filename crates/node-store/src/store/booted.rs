@@ -120,12 +120,8 @@ pub(super) fn list_content(repo: &Path) -> io::Result<ObjectSet> {
     let mut found = ObjectSet::with_capacity(32 * 1024);
     for prefix in 0..=255_u8 {
         let prefix = hex::encode([prefix]);
-        let dir = match std::fs::read_dir(repo.join("objects").join(&prefix)) {
-            Ok(dir) => dir,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-            Err(error) => return Err(error),
-        };
-        for entry in dir {
+        let dir = support::if_found(std::fs::read_dir(repo.join("objects").join(&prefix)))?;
+        for entry in dir.into_iter().flatten() {
             let name = entry?.file_name();
             if let Some(rest) = name.as_encoded_bytes().strip_suffix(b".file")
                 && let Some(id) = ObjectId::from_parts(prefix.as_bytes(), rest)

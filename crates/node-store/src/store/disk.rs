@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use rustix::fs::{CWD, RenameFlags};
 use rustix::io::Errno;
+use support::ignore_missing;
 
 /// The agent's directory in the repo. libostree reserves `extensions/` for other programs and never cleans it.
 const AGENT_DIR: &str = "extensions/node-image-pivot";
@@ -46,7 +47,7 @@ impl Disk {
         for entry in fs::read_dir(&agent_dir)? {
             let entry = entry?;
             if entry.file_name().as_encoded_bytes().starts_with(BOOT.as_bytes()) && entry.file_name() != *boot {
-                remove_all(&entry.path())?;
+                ignore_missing(fs::remove_dir_all(entry.path()))?;
             }
         }
         let volatile = Path::new(AGENT_DIR).join(boot);
@@ -108,13 +109,13 @@ impl Disk {
 
     /// Removes the pending objects. The delta tree stays, because it may be in use.
     pub fn discard(&self) -> io::Result<()> {
-        remove_all(&self.incoming())
+        ignore_missing(fs::remove_dir_all(self.incoming()))
     }
 
     /// Removes the agent's files except the lock and the list of defaults of `/etc`.
     pub fn forget(&self) -> io::Result<()> {
-        remove_all(&self.volatile())?;
-        remove_all(&self.kept().join("derived"))
+        ignore_missing(fs::remove_dir_all(self.volatile()))?;
+        ignore_missing(fs::remove_dir_all(self.kept().join("derived")))
     }
 }
 
@@ -128,12 +129,5 @@ fn rename_object(from: &Path, to: &Path, flags: RenameFlags) -> io::Result<()> {
             }
             other => return Ok(other?),
         }
-    }
-}
-
-fn remove_all(path: &Path) -> io::Result<()> {
-    match fs::remove_dir_all(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other,
     }
 }

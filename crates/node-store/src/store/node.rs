@@ -13,6 +13,7 @@ use super::object::{ObjectId, ObjectSet, ObjectType, loose_path, read_metadata};
 use super::place::is_bare;
 use super::{BootedRepo, LayerJournal, LockError, NODE_IMAGE_REF, ObjectWriter, StoreLock};
 use support::directory::Directory;
+use support::{if_found, ignore_missing};
 
 /// File name of the list of defaults in `/etc`, in the agent's directory in the system's repo.
 const ETC_DEFAULTS: &str = "etc-defaults.json";
@@ -222,11 +223,7 @@ impl NodeStore {
 
     /// Returns the commit of a ref of this store's repo, or `None` if the ref is missing or damaged.
     pub fn resolve(&self, name: &str) -> io::Result<Option<ObjectId>> {
-        match fs::read_to_string(self.heads().join(name)) {
-            Ok(text) => Ok(text.trim().parse().ok()),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(error),
-        }
+        Ok(if_found(fs::read_to_string(self.heads().join(name)))?.and_then(|text| text.trim().parse().ok()))
     }
 
     /// Returns true if the commit is marked as partial in this store's repo or in the parent.
@@ -290,14 +287,14 @@ impl NodeStore {
     fn sync_refs(&self) -> io::Result<()> {
         match self.ref_path().parent().map(fs::File::open) {
             Some(Ok(dir)) if self.disk.is_some() => dir.sync_all(),
-            Some(Err(error)) => ignore_not_found(Err(error)),
+            Some(Err(error)) => ignore_missing(Err(error)),
             _ => Ok(()),
         }
     }
 
     /// Removes the ref `coreos/node-image`, if it exists.
     pub fn remove_ref(&self) -> io::Result<()> {
-        ignore_not_found(fs::remove_file(self.ref_path()))?;
+        ignore_missing(fs::remove_file(self.ref_path()))?;
         self.sync_refs()
     }
 
@@ -310,7 +307,7 @@ impl NodeStore {
         let Some(disk) = &self.disk else { return Ok(()) };
         let _lock = self.lock()?;
         let place = disk.volatile_public_path().display().to_string();
-        let discarded = ignore_not_found(fs::remove_file(self.root.join("layers"))).and_then(|()| disk.discard());
+        let discarded = ignore_missing(fs::remove_file(self.root.join("layers"))).and_then(|()| disk.discard());
         discarded.map_err(|source| LockError::Io { path: place, source })
     }
 
@@ -323,17 +320,17 @@ impl NodeStore {
         if let Some(disk) = &self.disk {
             return disk.forget();
         }
-        ignore_not_found(fs::remove_dir_all(self.delta_build_path()))?;
-        ignore_not_found(fs::remove_dir_all(self.root.join("derived")))?;
-        ignore_not_found(fs::remove_file(self.root.join("layers")))?;
-        ignore_not_found(fs::remove_file(self.record_path()))
+        ignore_missing(fs::remove_dir_all(self.delta_build_path()))?;
+        ignore_missing(fs::remove_dir_all(self.root.join("derived")))?;
+        ignore_missing(fs::remove_file(self.root.join("layers")))?;
+        ignore_missing(fs::remove_file(self.record_path()))
     }
 
     /// Adds or removes libostree's mark for a commit without some of its content.
     fn mark_partial(&self, commit: &ObjectId, partial: bool) -> io::Result<()> {
         let path = partial_mark(&self.repo, commit);
         // The file must be empty: 'f' would mean that fsck found missing objects.
-        if partial { fs::write(path, b"") } else { ignore_not_found(fs::remove_file(path)) }
+        if partial { fs::write(path, b"") } else { ignore_missing(fs::remove_file(path)) }
     }
 
     /// Takes the import lock and, in a disk store, libostree's lock of the repo. Then removes the temporary files of a
@@ -365,12 +362,12 @@ impl NodeStore {
     /// Removes a content object that was written since the last [`NodeStore::publish`], if it exists. Published objects
     /// of a disk store are never removed, because other commits may contain them.
     pub fn remove_content(&self, id: &ObjectId) -> io::Result<()> {
-        ignore_not_found(fs::remove_file(self.incoming().join(loose_path(id, ObjectType::File))))
+        ignore_missing(fs::remove_file(self.incoming().join(loose_path(id, ObjectType::File))))
     }
 
     /// Returns the list of a plain layer's content from [`NodeStore::write_layer_list`], or `None` if there is none.
     pub fn read_layer_list(&self, name: &str) -> io::Result<Option<Vec<u8>>> {
-        read_if_exists(&self.lists().join(name))
+        if_found(fs::read(self.lists().join(name)))
     }
 
     /// Stores the list of a plain layer's content, atomically. `name` is a file name without directories.
@@ -391,7 +388,7 @@ impl NodeStore {
 
     /// Returns the record of the last complete pull from [`NodeStore::write_record`], or `None` if there is none.
     pub fn read_record(&self) -> io::Result<Option<Vec<u8>>> {
-        read_if_exists(&self.record_path())
+        if_found(fs::read(self.record_path()))
     }
 
     /// Replaces the record of the last complete pull, atomically.
@@ -402,7 +399,7 @@ impl NodeStore {
     /// Returns the list of defaults in `/etc` from [`NodeStore::write_etc_defaults`] of this or an earlier boot.
     pub fn read_etc_defaults(&self) -> io::Result<Option<Vec<u8>>> {
         let Some(disk) = &self.disk else { return Ok(None) };
-        read_if_exists(&disk.kept().join(ETC_DEFAULTS))
+        if_found(fs::read(disk.kept().join(ETC_DEFAULTS)))
     }
 
     /// Stores or removes the list of the defaults in `/etc` that merges copied from node images. The change is on the disk
@@ -442,21 +439,6 @@ fn partial_mark(repo: &Path, commit: &ObjectId) -> PathBuf {
 
 fn existing(path: PathBuf) -> Option<PathBuf> {
     path.symlink_metadata().is_ok().then_some(path)
-}
-
-fn read_if_exists(path: &Path) -> io::Result<Option<Vec<u8>>> {
-    match fs::read(path) {
-        Ok(content) => Ok(Some(content)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error),
-    }
-}
-
-fn ignore_not_found(result: io::Result<()>) -> io::Result<()> {
-    match result {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other,
-    }
 }
 
 /// Replaces a file atomically: a reader gets the old or the new content.

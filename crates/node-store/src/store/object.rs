@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use sha2::{Digest, Sha256};
+use support::if_found;
 
 /// The SHA-256 checksum that names an object. Stored as 32 bytes, so that a set of 30,000 takes one megabyte.
 /// The default has only zeros, and stands for an unknown object.
@@ -120,10 +121,7 @@ pub(super) fn loose_path(id: &ObjectId, kind: ObjectType) -> PathBuf {
 /// Reads a metadata object of a repo. Returns `None` if it is missing, or if its checksum differs from its name: a power
 /// cut can leave an empty or half-written file under the right name.
 pub(super) fn read_metadata(repo: &Path, id: &ObjectId, kind: ObjectType) -> io::Result<Option<Vec<u8>>> {
-    let bytes = match std::fs::read(repo.join(loose_path(id, kind))) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        other => other?,
-    };
+    let Some(bytes) = if_found(std::fs::read(repo.join(loose_path(id, kind))))? else { return Ok(None) };
     // Detached metadata are named after their commit.
     let is_whole = kind == ObjectType::CommitMeta || ObjectId(Sha256::digest(&bytes).into()) == *id;
     Ok(is_whole.then_some(bytes))

@@ -125,12 +125,8 @@ fn beside(out: &Path, word: &str) -> Result<PathBuf> {
 }
 
 fn remove_tree(path: &Path) -> Result<()> {
-    match std::fs::remove_dir_all(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(error).with_context(|| format!("cannot remove the unfinished {}", path.display()))
-        }
-        _ => Ok(()),
-    }
+    let removed = support::ignore_missing(std::fs::remove_dir_all(path));
+    removed.with_context(|| format!("cannot remove the unfinished {}", path.display()))
 }
 
 /// Renames the finished directory to `out`, atomically.
