@@ -17,7 +17,8 @@ use support::failpoint::{self, Point};
 /// Directories with hooks, relative to the root. A name in an earlier one hides the same name in a later one.
 const DIRECTORIES: [&str; 3] = ["etc", "run", "usr/lib"];
 /// The point of the pivot at which a hook runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, strum::IntoStaticStr)]
+#[strum(serialize_all = "kebab-case")]
 pub enum Moment {
     /// After all checks, before the running system is changed.
     PreSwitch,
@@ -28,10 +29,7 @@ pub enum Moment {
 impl Moment {
     /// Returns its name in paths and in the environment.
     pub fn as_str(self) -> &'static str {
-        match self {
-            Moment::PreSwitch => "pre-switch",
-            Moment::PostSwitch => "post-switch",
-        }
+        self.into()
     }
 }
 

@@ -327,7 +327,7 @@ impl Step {
 }
 
 /// The record.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Record {
     /// The last completed step.
     pub step: Step,
@@ -351,21 +351,6 @@ pub struct Record {
     pub undone: Option<Vec<String>>,
     /// The status document as it was last saved.
     pub status: Status,
-}
-
-impl Default for Record {
-    fn default() -> Self {
-        Self {
-            step: Step::Idle,
-            begun: Vec::new(),
-            bootstrap: false,
-            arrived: false,
-            asked: None,
-            trial: None,
-            undone: None,
-            status: Status::default(),
-        }
-    }
 }
 
 impl StateFile for Record {

@@ -73,7 +73,8 @@ impl fmt::Debug for ObjectId {
 }
 
 /// The types of objects in a bare repo that images contain, a part of libostree's `OstreeObjectType`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, strum::IntoStaticStr, strum::EnumString)]
+#[strum(serialize_all = "lowercase")]
 pub enum ObjectType {
     /// A commit: metadata, root dirtree and root dirmeta.
     Commit,
@@ -90,25 +91,12 @@ pub enum ObjectType {
 impl ObjectType {
     /// Returns the extension of the file name in a bare repo.
     pub fn extension(self) -> &'static str {
-        match self {
-            ObjectType::Commit => "commit",
-            ObjectType::CommitMeta => "commitmeta",
-            ObjectType::DirTree => "dirtree",
-            ObjectType::DirMeta => "dirmeta",
-            ObjectType::File => "file",
-        }
+        self.into()
     }
 
     /// Parses an extension, the reverse of [`ObjectType::extension`].
     pub fn from_extension(extension: &[u8]) -> Option<Self> {
-        Some(match extension {
-            b"commit" => ObjectType::Commit,
-            b"commitmeta" => ObjectType::CommitMeta,
-            b"dirtree" => ObjectType::DirTree,
-            b"dirmeta" => ObjectType::DirMeta,
-            b"file" => ObjectType::File,
-            _ => return None,
-        })
+        std::str::from_utf8(extension).ok()?.parse().ok()
     }
 }
 

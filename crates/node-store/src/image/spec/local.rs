@@ -6,7 +6,8 @@ use std::path::Path;
 use super::Digest;
 
 /// The form in which an image lies on this machine, in skopeo's terms.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, strum::IntoStaticStr)]
+#[strum(serialize_all = "kebab-case")]
 pub enum Transport {
     /// A directory in OCI's layout: `oci:DIR[:TAG]`.
     Oci,
@@ -23,12 +24,7 @@ impl Transport {
 
     /// Returns the name in pull specs and in policy.json.
     pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Oci => "oci",
-            Self::OciArchive => "oci-archive",
-            Self::Dir => "dir",
-            Self::ContainersStorage => "containers-storage",
-        }
+        self.into()
     }
 }
 
