@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 use nix::sched::CloneFlags;
-use rustix::fs::{CWD, Mode, OFlags, XattrFlags};
+use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags, fsconfig_create,
@@ -16,6 +16,7 @@ use rustix::mount::{
 use super::DetachedTree;
 use support::command::{Ended, Program};
 use support::failpoint::{self, Point};
+use support::xattr::{self, LABEL};
 
 /// Time limit of a copy of `/etc`.
 const COPY_TIMEOUT: Duration = Duration::from_secs(60);
@@ -114,16 +115,13 @@ fn copy_of_etc() -> Result<OwnedFd> {
 
 /// Returns the SELinux label of `path`, or `None` if it has none. Confined programs need the same labels in a trial.
 fn label_of(path: &str) -> Option<Vec<u8>> {
-    let mut label = vec![0; 4096];
-    let length = rustix::fs::lgetxattr(path, "security.selinux", &mut label).ok()?;
-    label.truncate(length);
-    Some(label)
+    xattr::get(Path::new(path), LABEL).ok().flatten()
 }
 
 fn set_label(path: &str, label: Option<&[u8]>) {
     if let Some(label) = label {
         // After an error here, a confined program may fail and report the denied access.
-        let _ = rustix::fs::lsetxattr(path, "security.selinux", label, XattrFlags::empty());
+        let _ = xattr::set(Path::new(path), LABEL, label);
     }
 }
 
