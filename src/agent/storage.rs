@@ -39,7 +39,7 @@ pub(super) fn open(paths: &StateDir, settings: StoreSettings) -> anyhow::Result<
             let root = paths.store();
             let memory = Memory::now()?;
             let used = mounts.iter().any(|mount| mount.target == root && mount.source == STORE_SOURCE);
-            let used = if used { overlay_root::tmpfs_used(&root)?.used } else { 0 };
+            let used = if used { overlay_root::tmpfs_used(&root)? } else { 0 };
             let limit = preflight::store_limit(settings.ram_limit.bytes(memory.total), used, memory)?;
             overlay_root::tmpfs(&Namespace::init(), &root, limit, STORE_SOURCE)?;
             NodeStore::on_tmpfs(&root, booted.as_ref())?

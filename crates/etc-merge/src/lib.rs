@@ -18,7 +18,7 @@
 //! let (old, new, etc) = (old?, new?, etc?);
 //! let plan = plan(old.as_fd(), new.as_fd(), etc.as_fd(), &Defaults::default())?;
 //! println!("{}", apply(&plan, new.as_fd(), etc.as_fd(), Path::new("/run/example/etc-undo"))?);
-//! println!("{}", undo(Path::new("/run/example/etc-undo"), etc.as_fd())?);
+//! println!("restored {} entries", undo(Path::new("/run/example/etc-undo"), etc.as_fd())?.restored);
 //! # Ok(())
 //! # }
 //! ```

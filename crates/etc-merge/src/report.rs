@@ -4,13 +4,11 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
-
 use super::name::Bytes;
 use super::plan::{Class, Decision, Plan};
 
 /// An entry that was not changed, with the reason.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NotDone {
     /// Relative to `/etc`.
     pub path: Bytes,
@@ -19,7 +17,7 @@ pub struct NotDone {
 }
 
 /// Result of a merge.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Report {
     /// Number of changes that are complete, by this call or an earlier one.
     pub applied: usize,
@@ -79,7 +77,7 @@ impl fmt::Display for Report {
 }
 
 /// Result of an undo.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct UndoReport {
     /// Number of restored entries.
     pub restored: usize,
@@ -90,25 +88,5 @@ pub struct UndoReport {
     /// Number of entries whose old SELinux label could not be set.
     pub unlabelled: usize,
     /// Number of damaged lines in the journal. Labels and times of that many entries are not restored.
-    #[serde(default)]
     pub damaged: usize,
-}
-
-impl fmt::Display for UndoReport {
-    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(out, "/etc: restored {} entries", self.restored)?;
-        for NotDone { path, reason } in &self.kept {
-            write!(out, "\nkept: /etc/{path}: {reason}")?;
-        }
-        for NotDone { path, reason } in &self.failed {
-            write!(out, "\nnot restored: /etc/{path}: {reason}")?;
-        }
-        if self.unlabelled > 0 {
-            write!(out, "\n{} entries do not have their old SELinux label; run restorecon on /etc", self.unlabelled)?;
-        }
-        if self.damaged > 0 {
-            write!(out, "\n{} lines of the undo journal are damaged or missing", self.damaged)?;
-        }
-        Ok(())
-    }
 }

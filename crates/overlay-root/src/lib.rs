@@ -34,7 +34,7 @@ pub use namespace::Namespace;
 pub use table::{
     Exposure, Mount, exposure, holding, mounted_on, mounts_below, overlay_stack, parse, top, writable_overlay,
 };
-pub use tmpfs::{TmpfsUse, tmpfs, tmpfs_label, tmpfs_used};
+pub use tmpfs::{tmpfs, tmpfs_label, tmpfs_used};
 pub use tree::{DetachedTree, overlay_fits, overlay_support};
 pub use trial::{Trial, run, trial};
 pub use view::writable_view;

@@ -13,15 +13,6 @@ use rustix::mount::{
 use super::Namespace;
 use super::table::{self, Exposure};
 
-/// Usage of a tmpfs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct TmpfsUse {
-    /// Bytes of file content.
-    pub used: u64,
-    /// Limit of the content in bytes.
-    pub limit: u64,
-}
-
 /// Mounts a tmpfs named `source` at `path` in `namespace`, with the mode 0700 and a limit of `limit_bytes` of content.
 /// If it is mounted already, only changes its limit. Returns true if this call mounted it.
 ///
@@ -99,11 +90,10 @@ fn resize(path: &Path, limit: &str) -> Result<()> {
     }
 }
 
-/// Returns the usage of the tmpfs at `path` in the caller's namespace.
-pub fn tmpfs_used(path: &Path) -> Result<TmpfsUse> {
+/// Returns the bytes used in the tmpfs at `path` in the caller's namespace.
+pub fn tmpfs_used(path: &Path) -> Result<u64> {
     let stat = rustix::fs::statfs(path).with_context(|| format!("cannot read the usage of {}", path.display()))?;
-    let size = stat.f_bsize.unsigned_abs();
-    Ok(TmpfsUse { used: (stat.f_blocks - stat.f_bfree) * size, limit: stat.f_blocks * size })
+    Ok((stat.f_blocks - stat.f_bfree) * stat.f_bsize.unsigned_abs())
 }
 
 #[cfg(test)]
@@ -123,13 +113,16 @@ mod tests {
             assert!(tmpfs(&here(), &store, 1 << 20, "nip:store").unwrap());
             assert_eq!(fs::metadata(&store).unwrap().permissions().mode() & 0o7777, 0o700);
             fs::write(store.join("object"), vec![1; 600 << 10]).unwrap();
-            let now = tmpfs_used(&store).unwrap();
-            assert_eq!((now.used, now.limit), (600 << 10, 1 << 20));
+            let limit = || {
+                let stat = rustix::fs::statvfs(&store).unwrap();
+                stat.f_blocks * stat.f_frsize
+            };
+            assert_eq!((tmpfs_used(&store).unwrap(), limit()), (600 << 10, 1 << 20));
             assert!(fs::write(store.join("more"), vec![1; 600 << 10]).is_err());
             fs::remove_file(store.join("more")).unwrap();
 
             assert!(!tmpfs(&here(), &store, 2 << 20, "nip:store").unwrap(), "mounted already");
-            assert_eq!(tmpfs_used(&store).unwrap(), TmpfsUse { used: 600 << 10, limit: 2 << 20 });
+            assert_eq!((tmpfs_used(&store).unwrap(), limit()), (600 << 10, 2 << 20));
             let error = tmpfs(&here(), &store, 4096, "nip:store").unwrap_err();
             assert!(format!("{error:#}").contains("less than the used bytes"), "{error:#}");
             assert!(here().withdraw(&store, "nip:store").unwrap());

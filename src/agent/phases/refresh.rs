@@ -37,7 +37,7 @@ pub(super) async fn refresh(
         tracker.warn(line);
     }
     tracker.update(|status| {
-        status.cost.ram_store_bytes = overlay_root::tmpfs_used(&dir.store()).map_or(0, |usage| usage.used);
+        status.cost.ram_store_bytes = overlay_root::tmpfs_used(&dir.store()).unwrap_or(0);
     });
     tracker.end(phase, State::Switched);
     info!("the running system is the node image's");

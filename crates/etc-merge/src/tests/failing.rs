@@ -256,7 +256,7 @@ fn a_damaged_journal_does_not_keep_content_from_being_undone() {
             fs::write(case.place.join("state/undo/journal"), lines.join("\n") + "\n").unwrap();
             assert!(try_apply(&case.place).is_err(), "a merge continued with a damaged journal");
             let report = try_undo(&case.place).unwrap();
-            assert!(report.failed.is_empty() && report.kept.is_empty(), "line {damaged}: {report}");
+            assert!(report.failed.is_empty() && report.kept.is_empty(), "line {damaged}: {report:?}");
             assert_eq!(report.damaged, 1);
             assert_eq!(rescan(&case.place.join("etc")), case.before.0, "line {damaged}");
         }
@@ -266,7 +266,7 @@ fn a_damaged_journal_does_not_keep_content_from_being_undone() {
             fs::write(case.place.join("state/undo/journal"), cut).unwrap();
             let report = try_undo(&case.place).unwrap();
             assert!(report.damaged > 0, "{name}");
-            assert_eq!(rescan(&case.place.join("etc")), case.before.0, "{name}: {report}");
+            assert_eq!(rescan(&case.place.join("etc")), case.before.0, "{name}: {report:?}");
         }
     });
 }

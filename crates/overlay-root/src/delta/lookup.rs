@@ -48,15 +48,6 @@ pub struct Delta {
 }
 
 impl Delta {
-    /// Returns true if `path`, relative to `/usr`, differs from the booted `/usr`: it is added, changed or removed. A
-    /// directory differs if an entry below it does.
-    ///
-    /// # Errors
-    /// The delta directory cannot be read.
-    pub fn contains(&self, path: &Path) -> Result<bool> {
-        Ok(self.lookup()?.contains(path)?)
-    }
-
     /// Opens the directory for many calls of [`DeltaLookup::contains`], each of which needs one system call.
     pub fn lookup(&self) -> Result<DeltaLookup> {
         let directory = File::open(&self.directory)
@@ -72,7 +63,8 @@ pub struct DeltaLookup {
 }
 
 impl DeltaLookup {
-    /// See [`Delta::contains`].
+    /// Returns true if `path`, relative to `/usr`, differs from the booted `/usr`: it is added, changed or removed. A
+    /// directory differs if an entry below it does.
     pub fn contains(&self, path: &Path) -> rustix::io::Result<bool> {
         let path = path.strip_prefix("/").unwrap_or(path);
         if path.as_os_str().is_empty() {

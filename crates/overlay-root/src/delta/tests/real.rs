@@ -198,7 +198,7 @@ fn random_trees_show_as_specified() {
             for path in before.keys().chain(shown.keys()) {
                 let below = |other: &&PathBuf| other.starts_with(path) && differs(other);
                 let expected = before.keys().chain(shown.keys()).any(|other| below(&other));
-                assert_eq!(delta.contains(path).unwrap(), expected, "round {round}: {path:?}");
+                assert_eq!(delta.lookup().unwrap().contains(path).unwrap(), expected, "round {round}: {path:?}");
             }
             // A second build replaces the delta and the remains of a killed build.
             fs::create_dir_all(scratch.join(".delta.building/junk")).unwrap();
