@@ -13,31 +13,22 @@ use super::object::ObjectId;
 
 /// The wanted set for which a layer was read. An entry for one scope does not count for a wider one.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum Scope {
-    /// The objects that the booted commit lacks, except those below `/usr/lib/modules`.
-    Delta {
-        /// The booted commit, or `-`.
-        booted: String,
-    },
-    /// All objects that the booted repo lacks.
-    Complete {
-        /// The booted commit, or `-`.
-        booted: String,
-    },
+pub struct Scope {
+    /// True for all objects that the booted repo lacks; else for those that the booted commit lacks, except those below
+    /// `/usr/lib/modules`.
+    complete: bool,
+    /// The booted commit, or `-`.
+    booted: String,
 }
 
 impl Scope {
     /// Returns the scope of a pull.
     pub fn new(complete: bool, booted_commit: Option<ObjectId>) -> Self {
-        let booted = booted_commit.map_or("-".to_owned(), |commit| commit.to_string());
-        if complete { Scope::Complete { booted } } else { Scope::Delta { booted } }
+        Self { complete, booted: booted_commit.map_or("-".to_owned(), |commit| commit.to_string()) }
     }
 
     fn line(&self, digest: &str) -> String {
-        match self {
-            Scope::Delta { booted } => format!("{digest} delta {booted}"),
-            Scope::Complete { booted } => format!("{digest} complete {booted}"),
-        }
+        format!("{digest} {} {}", if self.complete { "complete" } else { "delta" }, self.booted)
     }
 }
 
@@ -63,16 +54,13 @@ impl LayerJournal {
 
     /// Returns true if an earlier run read this layer for this scope, or completely.
     pub fn has(&self, digest: &str, scope: &Scope) -> bool {
-        let wider = match scope {
-            Scope::Delta { booted } | Scope::Complete { booted } => Scope::Complete { booted: booted.clone() },
-        };
+        let wider = Scope { complete: true, ..scope.clone() };
         self.known.contains(&scope.line(digest)) || self.known.contains(&wider.line(digest))
     }
 
     /// Returns true if an earlier run read this layer for this scope, or all of it except kernel modules.
     pub fn has_most(&self, digest: &str, scope: &Scope) -> bool {
-        let (Scope::Delta { booted } | Scope::Complete { booted }) = scope;
-        self.has(digest, &Scope::Delta { booted: booted.clone() })
+        self.has(digest, &Scope { complete: false, ..scope.clone() })
     }
 
     /// Records a layer whose wanted objects are all stored, in one write.
