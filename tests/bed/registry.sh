@@ -1,12 +1,15 @@
 # Node images and bad images, and the storage of a registry that serves them all.
 # shellcheck shell=bash
 
-# image NAME TREE: the tree as a chunked container image, in a separate storage.
+# image NAME TREE [KIND REF]: the tree as a container image, in a separate storage. KIND: encapsulate, or plain.
 image() {
-    local name=$1 tree=$2
-    stage "image-$name" "$(key "$BED/image.sh" "$BED/serve.sh" "$PROJECT/tests/oracle/src" "$PROJECT/tests/oracle/Cargo.lock" "=$tree")" \
-        recipe image.sh BED="$BED" NAME="$name" REPO="$tree/repo" ORACLE="$oracle_program"
+    local name=$1 tree=$2 kind=${3:-encapsulate} ref=${4:-$1}
+    stage "image-$name" \
+        "$(key "$BED/image.sh" "$BED/serve.sh" "$PROJECT/tests/oracle/src" "$PROJECT/tests/oracle/Cargo.lock" "=$tree $kind")" \
+        recipe image.sh BED="$BED" NAME="$name" REPO="$tree/repo" REF="$ref" KIND="$kind" ORACLE="$oracle_program"
 }
+# Node image b without an encapsulated commit.
+node_b_plain() { image node-b-plain "$(tree_node_b)" plain node-b; }
 bad_images() {
     stage image-bad "$(key "$BED/bad-images.sh" "$BED/serve.sh")" \
         recipe bad-images.sh BED="$BED" ORACLE="$oracle_program"
@@ -36,20 +39,23 @@ release() {
 # registry: prints a directory with storage/ (for docker-registry's filesystem driver) and images.json.
 registry() {
     oracle >/dev/null
-    local parts a b bad newer small release
-    # Compressing is one core's work per image: both at once.
+    local parts a b plain bad newer small release
+    # Compressing is one core's work per image: all at once.
     image node-a "$(tree_node_a)" >/dev/null &
     a=$!
     image node-b "$(tree_node_b)" >/dev/null &
     b=$!
-    wait "$a" && wait "$b"
+    node_b_plain >/dev/null &
+    plain=$!
+    wait "$a" && wait "$b" && wait "$plain"
     a=$(image node-a "$(tree_node_a)")
     b=$(image node-b "$(tree_node_b)")
+    plain=$(node_b_plain)
     bad=$(bad_images)
     newer=$(image newer-cpu "$(newer_cpu)")
     small=$(image node-small "$(node_small)")
     release=$(release)
-    parts=("$a" "$b" "$bad" "$newer" "$small" "$release")
+    parts=("$a" "$b" "$plain" "$bad" "$newer" "$small" "$release")
     stage registry "$(key "${parts[@]/#/=}" =1)" merge_storages "${parts[@]}"
 }
 # Storages are addressed by content below and by name above: hardlinking them into one directory merges them.

@@ -129,13 +129,14 @@ fn stock_with_packed_agent(images: &Images, image: &str) -> Result<PathBuf> {
     Ok(boot)
 }
 
-/// The same release with packages newer, added and removed; by tag. Configured at first is an image that needs another
-/// CPU. The bootimage does not have the agent: the initramfs carries it, with configuration and credentials.
+/// The same release with packages newer, added and removed, as a plain image; by tag. Configured at first is an image that
+/// needs another CPU. The bootimage does not have the agent: the initramfs carries it, with configuration and credentials.
 #[test]
 fn other_packages_of_the_same_release_replace_an_image_that_is_refused() -> Result<()> {
     let images = Images::ensure()?;
-    let expected = Expected::node_b(images.image("node-b")?);
-    let mut suite = Suite::new("machine: stock Debian 12 with a packed agent becomes node image b (other packages)");
+    let expected = Expected::node_b(images.image("node-b-plain")?);
+    let mut suite =
+        Suite::new("machine: stock Debian 12 with a packed agent becomes node image b (plain, other packages)");
     let registry = Registry::start(&images.storage, &work_dir("vm-b-registry")?, None, None)?;
     let image = images.image("newer-cpu")?.by_digest();
     let boot = stock_with_packed_agent(images, &image)?;

@@ -1,6 +1,6 @@
 //! ostree-ext as a program: what node images are written with, and the importer that ours is compared with.
 
-use std::num::NonZeroU32;
+use std::num::{NonZeroU32, NonZeroUsize};
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
@@ -12,6 +12,7 @@ use ostree_ext::sysroot::SysrootLock;
 use ostree_ext::{gio, ostree};
 
 mod components;
+mod plain;
 
 #[derive(Parser)]
 #[command(about, version)]
@@ -44,6 +45,23 @@ enum Command {
         single: bool,
         /// Destination: `oci:DIR:TAG`, `docker://HOST/NAME:TAG`.
         dest: String,
+    },
+    /// Write the tree of a commit as a plain image with a layer for each package; prints the digest of its manifest.
+    Plain {
+        /// Repository that holds the commit.
+        #[arg(long)]
+        repo: String,
+        /// Ref or checksum of the commit.
+        #[arg(long = "ref")]
+        reference: String,
+        /// Value of the label org.opencontainers.image.title.
+        #[arg(long)]
+        name: String,
+        /// Most layers. The largest packages have one each, the others share the last.
+        #[arg(long, default_value_t = NonZeroUsize::new(64).expect("not zero"))]
+        max_layers: NonZeroUsize,
+        /// Directory of the OCI layout.
+        layout: std::path::PathBuf,
     },
     /// Import an image into a repository, as the incumbent does; prints the merge commit.
     Import {
@@ -83,7 +101,8 @@ async fn main() -> Result<()> {
             let dest = ImageReference::try_from(dest.as_str())?;
             let commit = repo.require_rev(&reference)?;
             let components = if single { None } else { Some(components::of_commit(&repo, &commit)?) };
-            let labels = [("org.opencontainers.image.title".to_string(), name), ("architecture".to_string(), architecture)];
+            let labels =
+                [("org.opencontainers.image.title".to_string(), name), ("architecture".to_string(), architecture)];
             let config = Config { labels: Some(labels.into()), cmd: None };
             let mut opts = ExportOpts::default();
             opts.max_layers = Some(max_layers);
@@ -91,6 +110,14 @@ async fn main() -> Result<()> {
             opts.legacy_version_label = true;
             let digest = ostree_ext::container::encapsulate(&repo, &commit, &config, Some(opts), &dest).await?;
             println!("{digest}");
+        }
+        Command::Plain { repo, reference, name, max_layers, layout } => {
+            let repo = open(&repo)?;
+            let commit = repo.require_rev(&reference)?;
+            let components = components::of_commit(&repo, &commit)?;
+            let labels = [("org.opencontainers.image.title", name.as_str()), ("containers.bootc", "1")];
+            let labels = labels.map(|(key, value)| (key.to_owned(), value.to_owned())).into();
+            println!("{}", plain::write(&repo, &commit, &components, labels, max_layers.get(), (&layout, "latest"))?);
         }
         Command::Import { repo, authfile, mut image } => {
             // Both spellings of "unverified" are fine here; the policy.json of this machine decides.
