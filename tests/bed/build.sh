@@ -1,7 +1,7 @@
 #!/bin/bash
 # Builds what the tests run on: QEMU, trees, bootimages, node images, the registry's storage.
 #
-#   build.sh TARGET...    targets: qemu oracle incumbent debs trees boot registry all
+#   build.sh TARGET...    targets: qemu oracle incumbent composefs debs trees boot registry all
 #   build.sh skopeo       prints the directory of a newer skopeo; builds it if it is missing
 #   build.sh runtime      prints the directory of a live bootimage with a container runtime; builds it if it is missing
 #   build.sh podman       prints the directories of one with podman, and of a newer podman as a layer upon node image a,
@@ -14,7 +14,8 @@
 #   build.sh demo         the live bootimage and node image a; prints where they are, as JSON
 #   build.sh ahead        what the tests will need and needs no agent
 #   build.sh paths        prints where they are, as JSON; builds what is missing
-#   build.sh bench        the benchmark's images (not part of all); prints where they are
+#   build.sh bench        the benchmark's encapsulated images (not part of all); prints where they are
+#   build.sh bench-plain  its plain images, likewise
 #
 # PIVOT_TESTBED_CACHE   where (default /var/cache/node-image-pivot-testbed)
 # PIVOT_TESTBED_AGENT   a directory with the installed agent (as by DESTDIR); "" builds and installs it from this
@@ -42,6 +43,13 @@ oracle_as() { # PROFILE
     nice -n 5 cargo build --profile "$1" --locked --quiet --manifest-path "$PROJECT/tests/oracle/Cargo.toml" \
         --target-dir "$target" >&2
     printf '%s\n' "$target/$1/oracle"
+}
+
+# composefs-rs as a program: another importer of plain images to compare with.
+composefs() {
+    cargo build --locked --quiet --manifest-path "$PROJECT/tests/composefs/Cargo.toml" \
+        --target-dir "$CACHE/composefs" >&2
+    printf '%s\n' "$CACHE/composefs/debug/composefs-unpack"
 }
 
 tree() { # NAME SUITE "LISTS" DEB...
@@ -124,16 +132,18 @@ boot_selinux() {
         recipe bootimage.sh BED="$BED" BASE="$base" REF=selinux-base SELINUX=1 OVERLAYS="$agent" MEDIUM="$1"
 }
 
+# bench SET: encapsulated, or plain.
 bench() {
-    local base more node program=${PIVOT_BENCHMARK:-}
+    local set=$1 name=bench base more node program=${PIVOT_BENCHMARK:-}
     oracle >/dev/null
     base=$(tree_base12) more=$(tree_node_a) node=$(tree_node_b)
     if [ -z "$program" ]; then
         cargo build --release --quiet -p benchmark --manifest-path "$PROJECT/Cargo.toml" >&2
         program=${CARGO_TARGET_DIR:-$PROJECT/target}/release/benchmark
     fi
-    stage bench "$(key "$BED/bench.sh" "$PROJECT/tests/bench/src/images" "$PROJECT/tests/oracle/src" "=$base $more $node")" \
-        recipe bench.sh BED="$BED" PROGRAM="$program" ORACLE="$oracle_program" \
+    [ "$set" = encapsulated ] || name=bench-$set
+    stage "$name" "$(key "$BED/bench.sh" "$PROJECT/tests/bench/src/images" "$PROJECT/tests/oracle/src" "=$base $more $node $set")" \
+        recipe bench.sh BED="$BED" SET="$set" PROGRAM="$program" ORACLE="$oracle_program" \
         BASE="$base/repo=base12" MORE="$more/repo=node-a" NODE="$node/repo=node-b"
 }
 
@@ -159,10 +169,11 @@ trees() {
 [ $# -gt 0 ] || set -- all
 for target in "$@"; do
     case $target in
-        qemu | oracle | incumbent | debs | trees | boot | registry | tree_*) "$target" >&2 ;;
+        qemu | oracle | incumbent | composefs | debs | trees | boot | registry | tree_*) "$target" >&2 ;;
         # These print the paths of images that only some tests use. "all" does not contain the images of the benchmark.
         skopeo) skopeo_new ;;
-        bench) bench ;;
+        bench) bench encapsulated ;;
+        bench-plain) bench plain ;;
         stock)
             b=$(stock)
             a=$(agent)
@@ -178,7 +189,7 @@ for target in "$@"; do
         all) trees; boot >&2; registry >&2; qemu >&2; skopeo_new >&2 ;;
         ahead)
             trees
-            for step in registry qemu skopeo_new stock runtime podman podman_layer tree_selinux_base tree_selinux_node; do
+            for step in registry qemu skopeo_new stock runtime podman podman_layer tree_selinux_base tree_selinux_node composefs; do
                 "$step" >&2
             done ;;
         paths)

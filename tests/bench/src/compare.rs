@@ -1,5 +1,6 @@
 //! The whole run: all cases, both sides in turns, and what came of it.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -12,7 +13,7 @@ use tempfile::TempDir;
 
 use crate::etc;
 use crate::fixture;
-use crate::images::{self, Images};
+use crate::images::{self, Case, Images, Set};
 use crate::limit;
 use crate::listing;
 use crate::proc::{output, run};
@@ -35,9 +36,9 @@ pub struct Options {
     /// Only cases whose name contains this.
     #[arg(long)]
     pub cases: Option<String>,
-    /// A directory that `benchmark images` made, instead of the test bed's.
+    /// A directory that `benchmark images` made, instead of the test bed's. Repeatable.
     #[arg(long, conflicts_with = "quick")]
-    pub images: Option<PathBuf>,
+    pub images: Vec<PathBuf>,
     /// Directory of bench.json, bench.md and bench.svg.
     #[arg(long, default_value = "target")]
     pub out: PathBuf,
@@ -56,58 +57,34 @@ pub fn compare(options: &Options) -> Result<()> {
     ensure!(rounds > 0, "BENCH_ROUNDS must be at least 1");
     let oracle = oracle(quick)?;
     let small = tempfile::tempdir_in("/dev/shm")?;
-    let dir = match &options.images {
-        Some(dir) => dir.clone(),
-        None if quick => {
-            let dir = small.path().join("images");
-            images::build(&fixture::inputs(small.path(), &oracle)?, &dir)?;
-            dir
-        }
-        None => testbed_images()?,
-    };
-    let images = Images::read(&dir)?;
-    let bench = Bench::start(&dir, oracle)?;
-
-    let mut runs = Vec::new();
-    for case in &images.cases {
-        if options.cases.as_ref().is_some_and(|part| !case.name.contains(part)) {
-            continue;
-        }
-        eprintln!("benchmark: {}: {}", case.name, case.what);
-        let mut result = Runs { case: case.clone(), ours: Vec::new(), incumbent: Vec::new(), limit: Vec::new() };
-        // The warm-up fills the page cache, and looks closer at the result than one would between measurements.
-        let (ours, incumbent, fetched) = bench.compared(&case.image)?;
-        let limit = limit::image_of(&bench.registry.address, &case.image, &fetched)?;
-        if quick {
-            result.ours.push(ours);
-            result.incumbent.push(incumbent);
-        }
-        while result.ours.len() < rounds {
-            result.ours.push(bench.side(Side::Ours, &case.image, None)?.0);
-            result.incumbent.push(bench.side(Side::Incumbent, &case.image, None)?.0);
-        }
-        while let Some(image) = limit.as_ref().filter(|_| result.limit.len() < rounds) {
-            result.limit.push(bench.side(Side::Limit, image, None)?.0);
-        }
-        for (ours, incumbent) in result.ours.iter().zip(&result.incumbent) {
-            same_tree(&case.name, ours, incumbent)?;
-        }
-        runs.push(result);
+    let mut sets = Vec::new();
+    for dir in options.sets(quick, small.path(), &oracle)? {
+        let images = Images::read(&dir)?;
+        let bench = Bench::start(&dir, oracle.clone())?;
+        let cases = images.cases.iter().filter(|case| options.selects(&case.name));
+        let runs = cases.map(|case| bench.case(case, rounds, quick)).collect::<Result<Vec<_>>>()?;
+        sets.push((images, runs));
     }
+    let runs: Vec<&Runs> = sets.iter().flat_map(|(_, runs)| runs).collect();
     ensure!(!runs.is_empty(), "no case is called like {}", options.cases.as_deref().unwrap_or_default());
 
     let entries = if quick { ETC_ENTRIES.1 } else { ETC_ENTRIES.0 };
     let etc = etc::measure(tempfile::tempdir_in("/dev/shm")?.path(), entries)?;
-    let text = table::table(&images, &runs, &etc, rounds);
+    let text = table::table(&sets, &etc, rounds);
     println!("{text}");
     fs::create_dir_all(&options.out)?;
     let cases: Vec<_> = runs.iter().map(|run| json!({ "runs": run, "rows": run.rows() })).collect();
+    let base = |images: &Images| {
+        json!({ "bytes": images.base_bytes, "files": images.base_files,
+                                         "compressed": images.base_compressed })
+    };
+    let bases: Vec<_> = sets.iter().map(|(images, _)| base(images)).collect();
     let record = json!({
         "unix_time": SystemTime::UNIX_EPOCH.elapsed()?.as_secs(),
         "cores": std::thread::available_parallelism().map_or(0, std::num::NonZero::get),
         "quick": quick,
         "rounds": rounds,
-        "base": { "bytes": images.base_bytes, "files": images.base_files, "compressed": images.base_compressed },
+        "bases": bases,
         "cases": cases,
         "etc": etc,
     });
@@ -121,7 +98,30 @@ pub fn compare(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// Values that all runs share.
+impl Options {
+    fn selects(&self, case: &str) -> bool {
+        self.cases.as_ref().is_none_or(|part| case.contains(part))
+    }
+
+    /// Directories of the sets that have selected cases, built if they are missing.
+    fn sets(&self, quick: bool, scratch: &Path, oracle: &Path) -> Result<Vec<PathBuf>> {
+        if !self.images.is_empty() {
+            return Ok(self.images.clone());
+        }
+        let selected = Set::ALL.into_iter().filter(|set| set.cases().iter().any(|case| self.selects(case)));
+        if !quick {
+            return selected.map(testbed_images).collect();
+        }
+        let inputs = fixture::inputs(scratch, oracle)?;
+        let build = |set: Set| {
+            let dir = scratch.join(set.stage());
+            images::build(&inputs, set, &dir).map(|_| dir)
+        };
+        selected.map(build).collect()
+    }
+}
+
+/// Values that all runs of a set share.
 struct Bench<'a> {
     images: &'a Path,
     oracle: PathBuf,
@@ -142,13 +142,34 @@ impl<'a> Bench<'a> {
         Ok(Self { images, oracle, proxy, registry, scratch, _storage: storage })
     }
 
+    /// All runs of a case.
+    fn case(&self, case: &Case, rounds: usize, quick: bool) -> Result<Runs> {
+        eprintln!("benchmark: {}: {}", case.name, case.what);
+        let mut result = Runs { case: case.clone(), ours: Vec::new(), incumbent: Vec::new(), limit: Vec::new() };
+        // The warm-up fills the page cache, and looks closer at the result than one would between measurements.
+        let (ours, incumbent, fetched) = self.compared(case)?;
+        let held = case.held.iter().filter(|layer| fetched.contains(*layer)).count();
+        ensure!(held == 0, "{}: fetched {held} layers that the booted repo holds", case.name);
+        let limit = limit::image_of(&self.registry.address, &case.image, &fetched)?;
+        if quick {
+            result.ours.push(ours);
+            result.incumbent.push(incumbent);
+        }
+        while result.ours.len() < rounds {
+            result.ours.push(self.side(Side::Ours, &case.image, None)?.0);
+            result.incumbent.push(self.side(Side::Incumbent, &case.incumbent, None)?.0);
+        }
+        while let Some(image) = limit.as_ref().filter(|_| result.limit.len() < rounds) {
+            result.limit.push(self.side(Side::Limit, image, None)?.0);
+        }
+        for (ours, incumbent) in result.ours.iter().zip(&result.incumbent) {
+            same_tree(&case.name, ours, incumbent)?;
+        }
+        Ok(result)
+    }
+
     /// One run of one side; what it took, and the blobs that it asked for.
-    fn side(
-        &self,
-        side: Side,
-        image: &str,
-        listing: Option<&Path>,
-    ) -> Result<(Sample, std::collections::BTreeSet<String>)> {
+    fn side(&self, side: Side, image: &str, listing: Option<&Path>) -> Result<(Sample, BTreeSet<String>)> {
         let place = tempfile::tempdir_in(self.scratch.path())?;
         let mut command = Command::new(std::env::current_exe()?);
         command.args(["side", side.word(), "--image", &format!("{}/{image}", self.proxy.address)]);
@@ -160,17 +181,18 @@ impl<'a> Bench<'a> {
         let said = output(command.stdin(Stdio::null())).with_context(|| format!("{image}: {}", side.word()))?;
         let (bytes, blobs) = self.proxy.take();
         let mut sample: Sample = serde_json::from_str(&said).context("reading what a run took")?;
-        sample.bytes = bytes;
+        (sample.bytes, sample.blobs) = (bytes, blobs.len() as u64);
         let seconds = sample.wall;
         eprintln!("benchmark:   {:9} {seconds:7.2} s wall {:7.2} s CPU", side.word(), sample.cpu);
         Ok((sample, blobs))
     }
 
     /// One run of each side, whose results are compared file by file.
-    fn compared(&self, image: &str) -> Result<(Sample, Sample, std::collections::BTreeSet<String>)> {
+    fn compared(&self, case: &Case) -> Result<(Sample, Sample, BTreeSet<String>)> {
+        let image = &case.image;
         let [own, other] = ["ours", "incumbent"].map(|name| self.scratch.path().join(name));
         let (ours, fetched) = self.side(Side::Ours, image, Some(&own))?;
-        let (incumbent, _) = self.side(Side::Incumbent, image, Some(&other))?;
+        let (incumbent, _) = self.side(Side::Incumbent, &case.incumbent, Some(&other))?;
         same_tree(image, &ours, &incumbent)?;
         let (own, other) = (fs::read_to_string(own)?, fs::read_to_string(other)?);
         ensure!(!own.is_empty(), "{image}: the new /usr is empty");
@@ -198,8 +220,8 @@ fn oracle(quick: bool) -> Result<PathBuf> {
 }
 
 /// The images, built when they are not.
-fn testbed_images() -> Result<PathBuf> {
-    let told = bed("bench", Stdio::inherit())?;
+fn testbed_images(set: Set) -> Result<PathBuf> {
+    let told = bed(set.stage(), Stdio::inherit())?;
     Ok(Path::new(told.lines().last().context("the test bed says not where the images are")?).join("images"))
 }
 

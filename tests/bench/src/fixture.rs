@@ -54,6 +54,8 @@ fn tree(root: &Path, release: u32, node: bool) -> Result<()> {
     put("usr/lib/modules/6.1.0/vmlinuz", &noise(300_000, "kernel"))?;
     put("usr/lib/modules/6.1.0/initramfs.img", &noise(500_000, "initramfs"))?;
     put("usr/lib/os-release", b"ID=fixture\n")?;
+    put("usr/lib/ostree/prepare-root.conf", b"[composefs]\nenabled = yes\n")?;
+    put("usr/lib/systemd/systemd", b"not a real program")?;
     put("usr/lib/empty", b"")?;
     std::os::unix::fs::symlink("os-release", root.join("usr/lib/release"))?;
     Ok(())

@@ -9,9 +9,14 @@ use std::sync::Mutex;
 use std::sync::PoisonError;
 
 use anyhow::{Context, Result, ensure};
+use flate2::read::MultiGzDecoder;
 use serde_json::Value;
 
 use crate::proc::{output, run};
+
+/// First bytes of compressed files.
+const GZIP: [u8; 2] = [0x1f, 0x8b];
+const ZSTD: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 
 /// Gives the registry at `address` an image that has only those layers of `name` (NAME:TAG) whose digests are in
 /// `fetched`; its NAME:TAG, or `None` if there are none.
@@ -34,23 +39,26 @@ pub fn image_of(address: &str, name: &str, fetched: &BTreeSet<String>) -> Result
     Ok(Some(format!("{repository}:limit-{tag}")))
 }
 
-/// Decompresses all gzip files in `dir` to nowhere, one per core at a time, the largest first.
+/// Decompresses all gzip and zstd files in `dir` to nowhere, one per core at a time, the largest first.
 pub fn decompress(dir: &Path) -> Result<()> {
-    let mut blobs: Vec<(u64, PathBuf)> = Vec::new();
+    let mut blobs: Vec<(u64, bool, PathBuf)> = Vec::new();
     for entry in fs::read_dir(dir)? {
         let entry = entry?;
-        let mut magic = [0; 2];
-        if File::open(entry.path())?.read(&mut magic)? == 2 && magic == [0x1f, 0x8b] {
-            blobs.push((entry.metadata()?.len(), entry.path()));
+        let mut magic = [0; 4];
+        let known = File::open(entry.path())?.read(&mut magic)? == 4 && (magic == ZSTD || magic.starts_with(&GZIP));
+        if known {
+            blobs.push((entry.metadata()?.len(), magic == ZSTD, entry.path()));
         }
     }
-    ensure!(!blobs.is_empty(), "skopeo copied no gzip layer");
+    ensure!(!blobs.is_empty(), "skopeo copied no compressed layer");
     blobs.sort();
     let queue = Mutex::new(blobs);
     let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).pop();
     let work = || -> Result<()> {
-        while let Some((_, path)) = next() {
-            let mut decoder = flate2::read::MultiGzDecoder::new(File::open(&path)?);
+        while let Some((_, is_zstd, path)) = next() {
+            let file = File::open(&path)?;
+            let mut decoder: Box<dyn Read> =
+                if is_zstd { Box::new(zstd::Decoder::new(file)?) } else { Box::new(MultiGzDecoder::new(file)) };
             let mut buffer = vec![0; 256 * 1024];
             while decoder.read(&mut buffer)? > 0 {}
         }

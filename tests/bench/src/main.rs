@@ -49,6 +49,9 @@ enum Command {
         /// ostree-ext as a program.
         #[arg(long)]
         oracle: PathBuf,
+        /// Kind of the images.
+        #[arg(long, value_enum)]
+        set: images::Set,
         /// An empty directory.
         out: PathBuf,
     },
@@ -63,8 +66,8 @@ enum Command {
 fn main() -> Result<()> {
     match Cli::parse().command {
         Command::Compare(options) => compare::compare(&options),
-        Command::Images { base, more, node, oracle, out } => {
-            images::build(&images::Inputs { base, more, node, oracle }, &out).map(drop)
+        Command::Images { base, more, node, oracle, set, out } => {
+            images::build(&images::Inputs { base, more, node, oracle }, set, &out).map(drop)
         }
         Command::Side(task) => print(&side::run(&task)?),
         Command::Pull(task) => print(&ours::pull(&task)?),

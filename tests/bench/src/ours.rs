@@ -94,7 +94,8 @@ pub fn pull(task: &PullTask) -> Result<Pulled> {
     })
 }
 
-fn open(repo: &Path) -> Result<ostree::Repo> {
+/// Opens a repo.
+pub fn open(repo: &Path) -> Result<ostree::Repo> {
     let opened = ostree::Repo::new_for_path(repo);
     opened.open(Cancellable::NONE).with_context(|| format!("opening {}", repo.display()))?;
     Ok(opened)

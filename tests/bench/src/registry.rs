@@ -7,6 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use serde_json::Value;
 
 use crate::proc::run;
 
@@ -45,13 +46,31 @@ impl Registry {
 
     /// Pushes an OCI layout, blobs as they are; the digest of the manifest.
     pub fn push(&self, layout: &Path, name: &str) -> Result<String> {
+        self.copy(layout, name, &["--preserve-digests"])
+    }
+
+    /// The same, all layers compressed with zstd.
+    pub fn push_recompressed(&self, layout: &Path, name: &str) -> Result<String> {
+        self.copy(layout, name, &["--dest-compress-format=zstd"])
+    }
+
+    fn copy(&self, layout: &Path, name: &str, how: &[&str]) -> Result<String> {
         let digest = tempfile::NamedTempFile::new()?;
         let source = format!("oci:{}", layout.display());
         let target = format!("docker://{}/{name}", self.address);
         let file = digest.path().to_str().context("the temporary directory's name is not UTF-8")?;
-        let args = ["copy", "-q", "--insecure-policy", "--preserve-digests", "--dest-tls-verify=false"];
-        run("skopeo", args.into_iter().chain(["--digestfile", file, &source, &target]))?;
+        let args = ["copy", "-q", "--insecure-policy", "--dest-tls-verify=false", "--digestfile", file];
+        run("skopeo", args.iter().chain(how).chain([&source.as_str(), &target.as_str()]))?;
         Ok(fs::read_to_string(digest.path())?.trim().to_owned())
+    }
+
+    /// Digests and sizes of an image's layers.
+    pub fn layers(&self, name: &str) -> Result<Vec<(String, u64)>> {
+        let spec = format!("docker://{}/{name}", self.address);
+        let manifest: Value = serde_json::from_str(&run("skopeo", ["inspect", "--raw", "--tls-verify=false", &spec])?)?;
+        let layers = manifest["layers"].as_array().context("a manifest without layers")?;
+        let layer = |layer: &Value| Some((layer["digest"].as_str()?.to_owned(), layer["size"].as_u64()?));
+        layers.iter().map(layer).collect::<Option<_>>().context("a malformed descriptor of a layer")
     }
 }
 

@@ -77,6 +77,8 @@ pub struct Sample {
     pub cpu: f64,
     /// Bytes that the registry sent, counted by the process that started the run.
     pub bytes: u64,
+    /// Blobs that the registry was asked for, counted likewise.
+    pub blobs: u64,
     /// Peak resident memory of the importing process.
     pub rss: u64,
     /// The same of the largest skopeo.

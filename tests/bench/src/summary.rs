@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use crate::images::Case;
+use crate::images::{Case, Set};
 use crate::side::Sample;
 
 /// A MiB in bytes.
@@ -18,6 +18,8 @@ pub enum Measure {
     Cpu,
     /// Bytes from the registry.
     Fetched,
+    /// Layers and configs that were requested.
+    Blobs,
     /// Bytes.
     Rss,
     /// Bytes.
@@ -32,10 +34,11 @@ pub enum Measure {
 
 impl Measure {
     /// All, in the order of the table.
-    pub const ALL: [Measure; 8] = [
+    pub const ALL: [Measure; 9] = [
         Measure::Wall,
         Measure::Cpu,
         Measure::Fetched,
+        Measure::Blobs,
         Measure::Rss,
         Measure::SkopeoRss,
         Measure::TmpfsPeak,
@@ -49,6 +52,7 @@ impl Measure {
             Self::Wall => "wall, s",
             Self::Cpu => "CPU, s",
             Self::Fetched => "fetched, MiB",
+            Self::Blobs => "blobs fetched (layers, config)",
             Self::Rss => "peak RSS of the importer, MiB",
             Self::SkopeoRss => "peak RSS of skopeo, MiB",
             Self::TmpfsPeak => "tmpfs peak, MiB",
@@ -63,6 +67,7 @@ impl Measure {
             Self::Wall => sample.wall,
             Self::Cpu => sample.cpu,
             Self::Fetched => sample.bytes as f64,
+            Self::Blobs => sample.blobs as f64,
             Self::Rss => sample.rss as f64,
             Self::SkopeoRss => sample.skopeo_rss as f64,
             Self::TmpfsPeak => sample.tmpfs_peak as f64,
@@ -75,6 +80,7 @@ impl Measure {
     pub fn shown(self, value: f64) -> String {
         match self {
             Self::Wall | Self::Cpu => format!("{value:.2}"),
+            Self::Blobs => format!("{value:.0}"),
             _ => format!("{:.1}", value / MIB),
         }
     }
@@ -84,6 +90,8 @@ impl Measure {
         match (self, case) {
             (Self::Wall, "older-base" | "nothing-in-common") => Some(Goal::Ratio(0.25)),
             (Self::TmpfsPeak, "older-base") => Some(Goal::Ratio(0.35)),
+            (Self::Wall, case) if Set::Plain.cases().contains(&case) => Some(Goal::Ratio(0.25)),
+            (Self::TmpfsPeak, case) if Set::Plain.cases().contains(&case) => Some(Goal::Ratio(0.35)),
             (Self::TmpfsResident | Self::TmpfsKept, "older-base") => Some(Goal::Ratio(0.5)),
             (Self::Fetched, _) => Some(Goal::Ratio(1.0)),
             (Self::Rss, _) => Some(Goal::Bytes(150.0 * MIB)),
@@ -203,6 +211,9 @@ mod tests {
             growth: None,
             what: String::new(),
             image: String::new(),
+            incumbent: String::new(),
+            held: Vec::new(),
+            layers: 0,
             compressed: 0,
             changed_bytes: 0,
         };

@@ -17,7 +17,7 @@ const SHOWN: [(Measure, &str); 4] = [
 ];
 
 /// The whole picture: one row per measure, cases at the left, growth at the right.
-pub fn svg(runs: &[Runs]) -> String {
+pub fn svg(runs: &[&Runs]) -> String {
     let (cases, growth): (Vec<&Runs>, Vec<&Runs>) = runs.iter().partition(|run| run.case.growth.is_none());
     let (width, height) = (2.0 * (PLOT.0 + MARGIN.0) + 30.0, SHOWN.len() as f64 * (PLOT.1 + MARGIN.1) + 60.0);
     let mut out = format!(

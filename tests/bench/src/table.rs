@@ -7,20 +7,21 @@ use crate::images::Images;
 use crate::summary::{Measure, Row, Runs, steps};
 
 /// Everything as text.
-pub fn table(images: &Images, runs: &[Runs], etc: &EtcTimes, rounds: usize) -> String {
+pub fn table(sets: &[(Images, Vec<Runs>)], etc: &EtcTimes, rounds: usize) -> String {
     let mut out = String::new();
-    // Writing to a string does not fail.
-    let _ = write(&mut out, images, runs, etc, rounds);
+    for (images, runs) in sets {
+        // Writing to a string does not fail.
+        let _ = write(&mut out, images, runs, rounds);
+    }
+    let _ = writeln!(
+        out,
+        "\n### /etc\n\n{} entries, each changed by the node image: plan {:.3} s, apply {:.3} s, undo {:.3} s.",
+        etc.entries, etc.plan, etc.apply, etc.undo
+    );
     out
 }
 
-fn write(
-    out: &mut String,
-    images: &Images,
-    runs: &[Runs],
-    etc: &EtcTimes,
-    rounds: usize,
-) -> Result<(), std::fmt::Error> {
+fn write(out: &mut String, images: &Images, runs: &[Runs], rounds: usize) -> Result<(), std::fmt::Error> {
     let megabytes = |bytes: u64| bytes as f64 / 1e6;
     writeln!(
         out,
@@ -32,7 +33,8 @@ fn write(
     )?;
     for run in runs.iter().filter(|run| run.case.growth.is_none()) {
         writeln!(out, "\n### {}\n", run.case.name)?;
-        writeln!(out, "Node image: {}. {:.0} MB compressed.\n", run.case.what, megabytes(run.case.compressed))?;
+        let (what, layers, size) = (&run.case.what, run.case.layers, megabytes(run.case.compressed));
+        writeln!(out, "Node image: {what}. {size:.0} MB compressed in {layers} layers.\n")?;
         writeln!(out, "| | incumbent | ours | ratio | goal | |\n|---|---:|---:|---:|---|---|")?;
         for row in run.rows() {
             let shown = |value| row.measure.shown(value);
@@ -48,6 +50,9 @@ fn write(
                 "Limit for the layers that ours fetched: {limit:.2} s ({parts}); ours takes {factor:.2} times that."
             )?;
         }
+    }
+    if runs.iter().all(|run| run.case.growth.is_none()) {
+        return writeln!(out);
     }
     writeln!(out, "\n### Growth with the share of changed content\n")?;
     writeln!(out, "| changed | | incumbent | ours | ratio | goal | |\n|---|---|---:|---:|---:|---|---|")?;
@@ -67,11 +72,7 @@ fn write(
         });
         writeln!(out, "* {}: {}.{factor}", run.case.name, run.case.what)?;
     }
-    writeln!(
-        out,
-        "\n### /etc\n\n{} entries, each changed by the node image: plan {:.3} s, apply {:.3} s, undo {:.3} s.",
-        etc.entries, etc.plan, etc.apply, etc.undo
-    )
+    Ok(())
 }
 
 fn ratio(row: &Row) -> String {

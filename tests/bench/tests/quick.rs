@@ -8,10 +8,20 @@ use std::process::Command;
 
 use serde_json::Value;
 
-const CASES: [&str; 7] =
-    ["same-base", "older-base", "nothing-in-common", "growth-1", "growth-10", "growth-50", "growth-100"];
-const MEASURES: [&str; 8] =
-    ["wall", "cpu", "fetched", "rss", "skopeo_rss", "tmpfs_peak", "tmpfs_resident", "tmpfs_kept"];
+const CASES: [&str; 10] = [
+    "same-base",
+    "older-base",
+    "nothing-in-common",
+    "growth-1",
+    "growth-10",
+    "growth-50",
+    "growth-100",
+    "plain-same-base",
+    "plain-older-base",
+    "recompressed",
+];
+const MEASURES: [&str; 9] =
+    ["wall", "cpu", "fetched", "blobs", "rss", "skopeo_rss", "tmpfs_peak", "tmpfs_resident", "tmpfs_kept"];
 
 #[test]
 fn quick_mode_measures_everything() {
@@ -58,7 +68,7 @@ fn quick_mode_measures_everything() {
     assert!(fetched(0) * 10 < fetched(2) && fetched(3) < fetched(4) && fetched(4) < fetched(5), "{table}");
     assert!(record["etc"]["apply"].as_f64().unwrap() > 0.0);
 
-    assert_eq!(table.matches("\n### ").count(), 5, "three cases, growth, /etc: {table}");
+    assert_eq!(table.matches("\n### ").count(), 8, "six cases, growth, /etc: {table}");
     assert_eq!(table.matches("| peak RSS of the importer, MiB |").count(), CASES.len(), "{table}");
     assert_eq!(table.trim_end(), fs::read_to_string(out.path().join("bench.md")).unwrap().trim_end());
     let svg = fs::read_to_string(out.path().join("bench.svg")).unwrap();

@@ -8,10 +8,11 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use flate2::Compression;
 use flate2::write::GzEncoder;
-use serde_json::{Value, json};
+use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use super::Commit;
+use super::layout::Layout;
 use super::tree::{check_out, for_each_file};
 
 /// A compressed layer.
@@ -77,48 +78,13 @@ fn add<W: Write>(tar: &mut tar::Builder<W>, path: &Path, name: &Path) -> Result<
     Ok(())
 }
 
-/// Appends the layer to the image in an OCI layout with one image.
-pub fn append(layout: &Path, layer: &Layer) -> Result<()> {
-    let blob = |digest: &str| layout.join("blobs/sha256").join(digest.trim_start_matches("sha256:"));
-    let put = |value: &Value| -> Result<(String, usize)> {
-        let text = serde_json::to_vec(value)?;
-        let digest = format!("sha256:{}", hex::encode(Sha256::digest(&text)));
-        fs::write(blob(&digest), &text)?;
-        Ok((digest, text.len()))
-    };
-    let mut index: Value = serde_json::from_slice(&fs::read(layout.join("index.json"))?)?;
-    let mut manifest: Value = read_blob(layout, &index["manifests"][0]["digest"])?;
-    let mut config: Value = read_blob(layout, &manifest["config"]["digest"])?;
-    fs::copy(&layer.path, blob(&layer.digest))?;
-    let array = |value: &mut Value, entry: Value| -> Result<()> {
-        value.as_array_mut().context("the image's manifest or config is malformed")?.push(entry);
-        Ok(())
-    };
-    array(&mut config["rootfs"]["diff_ids"], json!(layer.diff_id))?;
-    array(&mut config["history"], json!({ "created_by": "the benchmark's node layer" }))?;
-    let media_type = "application/vnd.oci.image.layer.v1.tar+gzip";
-    array(&mut manifest["layers"], json!({ "mediaType": media_type, "digest": layer.digest, "size": layer.size }))?;
-    let (digest, size) = put(&config)?;
-    manifest["config"]["digest"] = json!(digest);
-    manifest["config"]["size"] = json!(size);
-    let (digest, size) = put(&manifest)?;
-    index["manifests"][0]["digest"] = json!(digest);
-    index["manifests"][0]["size"] = json!(size);
-    fs::write(layout.join("index.json"), serde_json::to_vec(&index)?)?;
-    Ok(())
-}
-
-/// The size of all layers in bytes.
-pub fn compressed_size(layout: &Path) -> Result<u64> {
-    let index: Value = serde_json::from_slice(&fs::read(layout.join("index.json"))?)?;
-    let manifest: Value = read_blob(layout, &index["manifests"][0]["digest"])?;
-    let layers = manifest["layers"].as_array().context("a manifest without layers")?;
-    Ok(layers.iter().filter_map(|layer| layer["size"].as_u64()).sum())
-}
-
-fn read_blob(layout: &Path, digest: &Value) -> Result<Value> {
-    let digest = digest.as_str().context("a descriptor without digest")?.trim_start_matches("sha256:");
-    Ok(serde_json::from_slice(&fs::read(layout.join("blobs/sha256").join(digest))?)?)
+impl Layer {
+    /// Adds the layer to an image.
+    pub fn append_to(&self, image: &mut Layout) -> Result<()> {
+        let media_type = "application/vnd.oci.image.layer.v1.tar+gzip";
+        let descriptor = json!({ "mediaType": media_type, "digest": self.digest, "size": self.size });
+        image.append(&self.path, descriptor, &self.diff_id)
+    }
 }
 
 /// Hashes what passes through.

@@ -8,6 +8,8 @@
 //! that it has the refs of its layers as on a real system.
 
 mod layer;
+mod layout;
+mod plain;
 mod tree;
 
 use std::fs;
@@ -19,10 +21,43 @@ use serde::{Deserialize, Serialize};
 use crate::ours;
 use crate::proc::{output, run};
 use crate::registry::Registry;
+use layout::Layout;
 use tree::Tree;
 
 /// The file in the directory of the images that says what there is.
 pub const LIST: &str = "cases.json";
+
+/// A booted base with the images that are pulled over it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Set {
+    /// Encapsulated images, some with a plain layer.
+    Encapsulated,
+    /// Plain images with one layer for each package.
+    Plain,
+}
+
+impl Set {
+    /// All, in the order of the table.
+    pub const ALL: [Self; 2] = [Self::Encapsulated, Self::Plain];
+
+    /// Its cases, in the order of the table.
+    pub fn cases(self) -> &'static [&'static str] {
+        match self {
+            Self::Encapsulated => {
+                &["same-base", "older-base", "nothing-in-common", "growth-1", "growth-10", "growth-50", "growth-100"]
+            }
+            Self::Plain => &["plain-same-base", "plain-older-base", "recompressed"],
+        }
+    }
+
+    /// The stage of the test bed that builds it.
+    pub fn stage(self) -> &'static str {
+        match self {
+            Self::Encapsulated => "bench",
+            Self::Plain => "bench-plain",
+        }
+    }
+}
 
 /// A commit in a repo.
 #[derive(Debug, Clone)]
@@ -73,7 +108,7 @@ pub struct Images {
 /// One image to be pulled over the booted base.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Case {
-    /// A word: `same-base`, `older-base`, `nothing-in-common`, `growth-10`.
+    /// A word, see [`Set::cases`].
     pub name: String,
     /// The share of changed content in percent, for the growth curve; `None` for the three main cases.
     pub growth: Option<u8>,
@@ -81,6 +116,12 @@ pub struct Case {
     pub what: String,
     /// Name and tag in the registry.
     pub image: String,
+    /// The same for the incumbent: it cannot import plain images.
+    pub incumbent: String,
+    /// Digests of layers that the booted repo holds, and that must not be fetched. Known for plain images.
+    pub held: Vec<String>,
+    /// Number of its layers.
+    pub layers: usize,
     /// Compressed size of all its layers in bytes.
     pub compressed: u64,
     /// Bytes of the base's content that are changed.
@@ -115,15 +156,19 @@ impl Images {
 /// packages. It is what two bases of this project's first measurements differed by (625 of 1,326 MB).
 const MONTH: u8 = 47;
 
-/// Builds everything in `out`, which must be empty and on one file system.
-pub fn build(inputs: &Inputs, out: &Path) -> Result<Images> {
+/// Builds a set in `out`, which must be empty and on one file system.
+pub fn build(inputs: &Inputs, set: Set, out: &Path) -> Result<Images> {
     let work = out.join("work");
     for dir in [work.as_path(), &Images::storage(out), &out.join("booted")] {
         fs::create_dir_all(dir).with_context(|| format!("making {}", dir.display()))?;
     }
     let registry = Registry::start(&Images::storage(out), &work)?;
     let mut builder = Builder { inputs, out, work: &work, registry: &registry, source: work.join("repo") };
-    let images = builder.all()?;
+    let mut images = match set {
+        Set::Encapsulated => builder.encapsulated()?,
+        Set::Plain => builder.plain()?,
+    };
+    images.cases.sort_by_key(|case| set.cases().iter().position(|name| *name == case.name));
     drop(registry);
     fs::remove_dir_all(&work)?;
     fs::write(out.join(LIST), serde_json::to_vec_pretty(&images)?)?;
@@ -139,22 +184,32 @@ struct Builder<'a> {
 }
 
 impl Builder<'_> {
-    fn all(&mut self) -> Result<Images> {
+    /// The base, which has its own content and that of another release.
+    fn base(&self) -> Result<Tree> {
         init(&self.source)?;
         let mut tree = Tree::check_out(&self.inputs.base, &self.work.join("tree"))?;
         tree.graft(&self.inputs.more, "release", false)?;
         tree.graft(&self.inputs.base, "copy", true)?;
         tree.weigh()?;
+        Ok(tree)
+    }
+
+    fn encapsulated(&mut self) -> Result<Images> {
+        let mut tree = self.base()?;
         let (base_bytes, base_files) = (tree.bytes(), tree.files());
 
-        let layout = self.encapsulate(&tree)?;
+        let mut layout = self.encapsulate(&tree)?;
         let (image, base_compressed) = self.push(&layout, "base")?;
-        let booted_commit = self.boot(&image)?;
-        let node_layer = layer::make(&self.inputs.node, &self.inputs.base, self.work)?;
-        let added = format!("{:.0} MB of node programs in one plain layer", node_layer.bytes as f64 / 1e6);
+        let booted_commit = self.import(&image)?;
+        let same =
+            ours::tree_of(&Images::booted_repo(self.out), &booted_commit)? == ours::tree_of(&self.source, "bench")?;
+        ensure!(same, "ostree-ext's import of the base is not the tree that it was made from");
+        self.check_out_booted(&booted_commit)?;
+        let (node_layer, added) = self.node_layer()?;
 
         let mut cases = Vec::new();
-        layer::append(&layout, &node_layer)?;
+        node_layer.append_to(&mut layout)?;
+        layout.write()?;
         let what = format!("the booted base itself, and {added}");
         cases.push(self.case(&layout, "same-base", None, what, 0)?);
 
@@ -163,27 +218,33 @@ impl Builder<'_> {
         }
         tree.alter_kernel()?;
         let changed = tree.alter_until(MONTH)?;
-        let layout = self.encapsulate(&tree)?;
-        layer::append(&layout, &node_layer)?;
+        let mut layout = self.encapsulate(&tree)?;
+        node_layer.append_to(&mut layout)?;
+        layout.write()?;
         let what =
             format!("{}, kernel, modules and initramfs among them; and {added}", told(changed, base_bytes, &tree));
         cases.push(self.case(&layout, "older-base", None, what, changed)?);
         cases.push(self.growth(&mut tree, 50, base_bytes)?);
 
         let changed = tree.alter_until(100)?;
-        let layout = self.encapsulate(&tree)?;
+        let mut layout = self.encapsulate(&tree)?;
         let what = format!(
             "every file changed that is neither empty nor SELinux policy nor prepare-root.conf ({:.0} MB)",
             changed as f64 / 1e6
         );
         cases.push(self.case(&layout, "growth-100", Some(100), what.clone(), changed)?);
-        layer::append(&layout, &node_layer)?;
+        node_layer.append_to(&mut layout)?;
+        layout.write()?;
         cases.push(self.case(&layout, "nothing-in-common", None, format!("{what}; and {added}"), changed)?);
 
-        let order = ["same-base", "older-base", "nothing-in-common"];
-        cases
-            .sort_by_key(|case| (order.iter().position(|name| *name == case.name).unwrap_or(order.len()), case.growth));
         Ok(Images { booted_commit, base_bytes, base_files, base_compressed, cases })
+    }
+
+    /// The layer with the programs of a node, and words for it.
+    fn node_layer(&self) -> Result<(layer::Layer, String)> {
+        let layer = layer::make(&self.inputs.node, &self.inputs.base, self.work)?;
+        let added = format!("{:.0} MB of node programs in one plain layer", layer.bytes as f64 / 1e6);
+        Ok((layer, added))
     }
 
     /// The base with so many percent of it changed.
@@ -194,7 +255,23 @@ impl Builder<'_> {
     }
 
     /// Commits the tree as it is now and writes it as a chunked image; its OCI layout.
-    fn encapsulate(&self, tree: &Tree) -> Result<PathBuf> {
+    fn encapsulate(&self, tree: &Tree) -> Result<Layout> {
+        self.commit(tree)?;
+        let layout = self.work.join("oci");
+        self.export(&self.source, &["encapsulate"], &layout, &format!("oci:{}:latest", layout.display()))?;
+        Layout::read(&layout)
+    }
+
+    /// Writes the commit in a repo as an image to an OCI layout.
+    fn export(&self, repo: &Path, args: &[&str], layout: &Path, to: &str) -> Result<()> {
+        let _ = fs::remove_dir_all(layout);
+        let mut oracle = std::process::Command::new(&self.inputs.oracle);
+        oracle.args(args).args(["--ref", "bench", "--name", "bench", "--repo"]).arg(repo);
+        output(oracle.arg(to)).map(drop)
+    }
+
+    /// Commits the tree as it is now.
+    fn commit(&self, tree: &Tree) -> Result<()> {
         let repo = repo_arg(&self.source);
         let mut commit = std::process::Command::new("ostree");
         commit.args(["commit", &repo, "--branch=bench", "--no-bindings", "--timestamp=2026-01-01 00:00:00 +0000"]);
@@ -205,39 +282,46 @@ impl Builder<'_> {
         }
         output(&mut commit)?;
         // What only the previous state had: the disk need not hold all of them at once.
-        run("ostree", ["prune", &repo, "--refs-only", "--depth=0"])?;
-        let layout = self.work.join("oci");
-        let _ = fs::remove_dir_all(&layout);
-        let mut oracle = std::process::Command::new(&self.inputs.oracle);
-        oracle.args(["encapsulate", "--ref", "bench", "--name", "bench", "--repo"]).arg(&self.source);
-        output(oracle.arg(format!("oci:{}:latest", layout.display())))?;
-        Ok(layout)
+        run("ostree", ["prune", &repo, "--refs-only", "--depth=0"]).map(drop)
     }
 
     /// Name in the registry and compressed size.
-    fn push(&self, layout: &Path, tag: &str) -> Result<(String, u64)> {
+    fn push(&self, layout: &Layout, tag: &str) -> Result<(String, u64)> {
         let image = format!("bench/node:{tag}");
-        self.registry.push(layout, &image)?;
-        Ok((image, layer::compressed_size(layout)?))
+        self.registry.push(layout.path(), &image)?;
+        Ok((image, layout.compressed_size()?))
     }
 
-    fn case(&self, layout: &Path, name: &str, growth: Option<u8>, what: String, changed_bytes: u64) -> Result<Case> {
+    fn case(&self, layout: &Layout, name: &str, growth: Option<u8>, what: String, changed_bytes: u64) -> Result<Case> {
         let (image, compressed) = self.push(layout, name)?;
         eprintln!("benchmark: {name}: {:.0} MB compressed; {what}", compressed as f64 / 1e6);
-        Ok(Case { name: name.into(), growth, what, image, compressed, changed_bytes })
+        let (incumbent, layers) = (image.clone(), layout.layers()?.len());
+        Ok(Case {
+            name: name.into(),
+            growth,
+            what,
+            image,
+            incumbent,
+            held: Vec::new(),
+            layers,
+            compressed,
+            changed_bytes,
+        })
     }
 
-    /// Imports the base's image to what plays the booted system's disk; the booted commit.
-    fn boot(&self, image: &str) -> Result<String> {
-        let (repo, root) = (Images::booted_repo(self.out), Images::booted_root(self.out));
+    /// Imports the base's image to what plays the booted system's disk; the commit.
+    fn import(&self, image: &str) -> Result<String> {
+        let repo = Images::booted_repo(self.out);
         init(&repo)?;
         let mut oracle = std::process::Command::new(&self.inputs.oracle);
         oracle.arg("import").arg("--repo").arg(&repo);
-        let commit = output(oracle.arg(format!("ostree-unverified-registry:{}/{image}", self.registry.address)))?;
-        let same = ours::tree_of(&repo, &commit)? == ours::tree_of(&self.source, "bench")?;
-        ensure!(same, "ostree-ext's import of the base is not the tree that it was made from");
-        run("ostree", ["checkout", "-H", &repo_arg(&repo), &commit, &root.display().to_string()])?;
-        Ok(commit)
+        output(oracle.arg(format!("ostree-unverified-registry:{}/{image}", self.registry.address)))
+    }
+
+    /// Checks out the root of the booted system.
+    fn check_out_booted(&self, commit: &str) -> Result<()> {
+        let (repo, root) = (Images::booted_repo(self.out), Images::booted_root(self.out));
+        run("ostree", ["checkout", "-H", &repo_arg(&repo), commit, &root.display().to_string()]).map(drop)
     }
 }
 
