@@ -71,6 +71,8 @@ mod sparse;
 mod stalled;
 #[path = "pull/tree.rs"]
 mod tree;
+#[path = "pull/unpacked.rs"]
+mod unpacked;
 #[path = "pull/waits.rs"]
 mod waits;
 

@@ -3,7 +3,9 @@
 use node_store::image::Kind;
 use serde_json::{Value, json};
 
-use super::fixture::{blob, index, write_index};
+use super::fixture::{Image, blob, index, write_index};
+use super::layers::layer;
+use super::plain::{labelled_system, plain};
 use super::{Bench, failure, image, try_pull};
 
 /// A manifest with an attestation about another one, as BuildKit adds it to an index.
@@ -25,9 +27,15 @@ fn attestation(layout: &std::path::Path, subject: &Value) -> Value {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_image_in_an_index_is_pulled() {
     let bench = Bench::new();
-    let image = image(&bench, 1, 1);
-    let layout = bench.path("index");
+    indexed(&bench, "encapsulated", &image(&bench, 1, 1)).await;
+    indexed(&bench, "plain", &plain(vec![layer(&labelled_system())])).await;
+}
+
+async fn indexed(bench: &Bench, kind: &str, image: &Image) {
+    let layout = bench.path(kind);
     image.write(&layout);
+    let spec = format!("oci:{}", layout.display());
+    let expected = try_pull(&spec, &bench.store(&format!("{kind}-bare"), None), None).await.unwrap().commit;
     let written: Value = serde_json::from_slice(&std::fs::read(layout.join("index.json")).unwrap()).unwrap();
     let bare = written["manifests"][0].clone();
     let platform = json!({ "architecture": image.architecture, "os": "linux" });
@@ -47,14 +55,14 @@ async fn the_image_in_an_index_is_pulled() {
     ] {
         let top = index(&layout, &entries);
         write_index(&layout, &top);
-        let spec = format!("oci:{}", layout.display());
-        let store = bench.store(name, None);
+        let name = format!("{kind}-{name}");
+        let store = bench.store(&name, None);
         match pulled {
             Ok(()) => {
                 let pulled = try_pull(&spec, &store, None).await.unwrap_or_else(|error| panic!("{name}: {error}"));
                 assert_eq!(
                     (pulled.commit, pulled.image.digest),
-                    (image.id(), own["digest"].as_str().unwrap().parse().unwrap()),
+                    (expected, own["digest"].as_str().unwrap().parse().unwrap()),
                     "{name}"
                 );
             }
@@ -65,6 +73,6 @@ async fn the_image_in_an_index_is_pulled() {
         }
     }
     write_index(&layout, &attested);
-    let told = failure(&format!("oci:{}", layout.display()), &bench.store("attestation", None)).await;
+    let told = failure(&spec, &bench.store(&format!("{kind}-attestation"), None)).await;
     assert!(told.kind == Kind::WrongArchitecture && told.message.contains("is for unknown"), "{told}");
 }

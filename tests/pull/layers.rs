@@ -135,10 +135,15 @@ pub fn oracle() -> String {
     if let Ok(path) = std::env::var("PIVOT_ORACLE") {
         return path;
     }
+    built("oracle")
+}
+
+/// Builds a stage of the test bed if it is missing. Returns its path.
+pub fn built(stage: &str) -> String {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/bed/build.sh");
-    let output = Command::new("bash").arg(script).arg("oracle").env_remove("CARGO_TARGET_DIR").output().unwrap();
+    let output = Command::new("bash").arg(script).arg(stage).env_remove("CARGO_TARGET_DIR").output().unwrap();
     let told = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.success(), "building the oracle: {told}");
+    assert!(output.status.success(), "building the test bed's {stage}: {told}");
     told.lines().last().unwrap().to_owned()
 }
 

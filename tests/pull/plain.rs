@@ -203,6 +203,7 @@ async fn a_plain_image_is_the_same_commit_on_every_system() {
         assert_eq!(delta.commit, expected.commit, "{name}");
         let rest = try_pull_with(&spec, &store, Some(&booted), complete()).await.unwrap();
         assert!(rest.complete && rest.commit == expected.commit, "{rest:?}");
+        fsck(store.repo_path());
         let listed = listing(store.repo_path(), "coreos/node-image");
         assert_eq!(listed, listing(whole.repo_path(), "coreos/node-image"));
     }

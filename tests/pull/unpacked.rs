@@ -1,0 +1,159 @@
+//! Plain images compared with the trees that umoci and composefs-rs make of their layers and that `ostree commit` labels.
+//! These programs and this project share no code and no rules about whiteouts.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
+
+use rand::Rng;
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+
+use super::derived::{CONTEXTS, complete, layers};
+use super::fixture::{Compress, Image, fsck, listing, run};
+use super::layers::{Item, What, built, difference, dir, layer};
+use super::oracle::random_layer;
+use super::plain::{labelled_system, plain, policy, system};
+use super::{Bench, try_pull_with};
+
+/// Directories that stay empty in a commit.
+const RUNTIME: [&str; 6] = ["dev", "proc", "run", "sys", "sysroot", "tmp"];
+
+/// The program that unpacks with composefs-rs; `PIVOT_COMPOSEFS` names another one.
+static COMPOSEFS: LazyLock<String> =
+    LazyLock::new(|| std::env::var("PIVOT_COMPOSEFS").unwrap_or_else(|_| built("composefs")));
+
+/// Unpacks the image that was pushed last with umoci. Returns the root.
+fn by_umoci(bench: &Bench, bundle: &Path) -> PathBuf {
+    let layout = bench.path("umoci");
+    let _ = fs::remove_dir_all(&layout);
+    let (from, tagged) = (format!("oci:{}", bench.path("layout").display()), format!("{}:it", layout.display()));
+    run("skopeo", &["copy", "-q", "--insecure-policy", &from, &format!("oci:{tagged}")]);
+    run("umoci", &["unpack", "--image", &tagged, bundle.to_str().unwrap()]);
+    bundle.join("rootfs")
+}
+
+/// The same layers with composefs-rs. Version 0.9.4 wants an entry for each directory, and applies a whiteout to the entries
+/// before it in the same layer as well.
+fn by_composefs(bench: &Bench, items: &[Vec<Item>], bundle: &Path) -> PathBuf {
+    let (layout, repo, root) = (bench.path("ordered"), bundle.join("repo"), bundle.join("root"));
+    fs::create_dir_all(&root).unwrap();
+    let ordered: Vec<Vec<Item>> = items.iter().map(|items| ordered(items)).collect();
+    stack(&ordered).write(&layout);
+    run(&COMPOSEFS, &[&format!("oci:{}", layout.display()), repo.to_str().unwrap(), root.to_str().unwrap()]);
+    root
+}
+
+/// Returns the layer with all whiteouts first, and each directory before its content.
+fn ordered(items: &[Item]) -> Vec<Item> {
+    let is_whiteout = |item: &&Item| item.path.rsplit('/').next().is_some_and(|name| name.starts_with(".wh."));
+    let plain = |path: &str| Path::new(path).components().collect::<PathBuf>();
+    let (whiteouts, others): (Vec<&Item>, Vec<&Item>) = items.iter().partition(is_whiteout);
+    let mut all = Vec::new();
+    for part in [whiteouts, others] {
+        let parents =
+            part.iter().flat_map(|item| plain(&item.path).ancestors().skip(1).map(PathBuf::from).collect::<Vec<_>>());
+        let mut dirs: BTreeMap<PathBuf, Item> =
+            parents.map(|path| (path.clone(), dir(path.to_str().unwrap()))).collect();
+        dirs.remove(Path::new(""));
+        dirs.extend(
+            part.iter()
+                .filter(|item| matches!(item.what, What::Dir(_)))
+                .map(|item| (plain(&item.path), (*item).clone())),
+        );
+        dirs.remove(Path::new("."));
+        all.extend(dirs.into_values());
+        let rank = |item: &&&Item| matches!(item.what, What::Hardlink(_));
+        let mut files: Vec<&&Item> = part.iter().filter(|item| !matches!(item.what, What::Dir(_))).collect();
+        files.sort_by_key(rank);
+        all.extend(files.into_iter().map(|item| (*item).clone()));
+    }
+    all
+}
+
+/// Puts the files where an ostree commit has them, and commits them. Returns the listing of the commit.
+fn committed(bench: &Bench, root: &Path, name: &str) -> String {
+    run("find", &[root.to_str().unwrap(), "!", "-type", "f", "!", "-type", "d", "!", "-type", "l", "-delete"]);
+    for dir in RUNTIME {
+        let _ = fs::remove_dir_all(root.join(dir));
+    }
+    fs::rename(root.join("etc"), root.join("usr/etc")).unwrap();
+    if !ostree::check_version(2024, 3) && root.join("var").exists() {
+        fs::create_dir_all(root.join("usr/share/factory")).unwrap();
+        fs::rename(root.join("var"), root.join("usr/share/factory/var")).unwrap();
+    }
+    let repo = bench.repo.path.display();
+    let (repo_arg, tree) = (format!("--repo={repo}"), format!("--tree=dir={}", root.display()));
+    let labels = format!("--selinux-policy={}", root.display());
+    let commit = run("ostree", &["commit", &repo_arg, "-b", name, "-s", name, &tree, &labels]);
+    listing(&bench.repo.path, commit.trim())
+}
+
+/// Returns the lines that must be equal. A directory in several layers has the metadata of the last of them in these
+/// programs, and of the first in ostree-ext and in this importer. The latter also make the directory of a whiteout that
+/// hides nothing, so only a test without such whiteouts compares the paths of directories.
+fn comparable(listing: &str, directories: bool) -> String {
+    let line = |line: &str| match line.strip_prefix('d') {
+        Some(rest) => {
+            let path = &rest[rest.find(" /").unwrap() + 2..];
+            (directories && !RUNTIME.contains(&path)).then(|| format!("directory /{path}\n"))
+        }
+        None => Some(format!("{line}\n")),
+    };
+    let mut lines: Vec<String> = listing.lines().filter_map(line).collect();
+    lines.sort();
+    lines.concat()
+}
+
+async fn compared(bench: &Bench, items: &[Vec<Item>], name: &str, directories: bool, shown: &dyn Fn() -> String) {
+    let spec = bench.push(&stack(items), &format!("unpacked:{name}"));
+    let store = bench.store(name, None);
+    try_pull_with(&spec, &store, None, complete()).await.unwrap_or_else(|error| panic!("{error} {}", shown()));
+    fsck(store.repo_path());
+    let ours = comparable(&listing(store.repo_path(), "coreos/node-image"), directories);
+    for program in ["umoci", "composefs"] {
+        // composefs-rs syncs each file.
+        let memory = tempfile::tempdir_in("/dev/shm").unwrap();
+        let bundle = memory.path().join(program);
+        let root = if program == "umoci" { by_umoci(bench, &bundle) } else { by_composefs(bench, items, &bundle) };
+        let theirs = comparable(&committed(bench, &root, name), directories);
+        assert!(ours == theirs, "{name}, {program}:\n{}\n{}", difference(&ours, &theirs), shown());
+    }
+    fs::remove_dir_all(store.root()).unwrap();
+}
+
+fn stack(items: &[Vec<Item>]) -> Image {
+    let mut image = plain(items.iter().map(|items| layer(items)).collect());
+    image.layers.iter_mut().for_each(|layer| layer.compress = Compress::None);
+    image
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn plain_images_equal_what_others_unpack() {
+    let bench = Bench::new();
+    let changed = policy("test", &CONTEXTS.replace("bin_t", "tool_t"));
+    for (name, mut items) in [
+        ("labelled", vec![labelled_system()]),
+        ("late-policy", vec![system(), policy("test", CONTEXTS)]),
+        ("changed-policy", vec![labelled_system(), changed]),
+    ] {
+        items.extend(layers());
+        compared(&bench, &items, name, true, &String::new).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn random_plain_images_equal_what_others_unpack() {
+    const CASES: u64 = 12;
+    let bench = Bench::new();
+    let first: u64 = std::env::var("PIVOT_SEED").ok().map_or(1, |seed| seed.parse().unwrap());
+    for seed in first..first + CASES {
+        let mut rng = StdRng::seed_from_u64(seed);
+        let count = rng.random_range(1..4);
+        let mut items = vec![labelled_system()];
+        items.extend((0..count).map(|at| random_layer(&mut rng, at + 1 == count)));
+        let shown = || format!("PIVOT_SEED={seed}: {:#?}", &items[1..]).replace(&"0,\n".repeat(3), "");
+        compared(&bench, &items, &format!("seed-{seed}"), false, &shown).await;
+    }
+}
