@@ -1,4 +1,7 @@
 //! Extended attributes by path. The functions do not follow a symbolic link in the last component.
+//!
+//! tmpfs has no `user.*` attributes before Linux 6.6. There, such an attribute has a substitute of another name, which
+//! these functions convert.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -8,6 +11,9 @@ use rustix::io::{Errno, Result};
 
 /// The attribute that holds the SELinux label. Its value ends with a NUL byte.
 pub const LABEL: &[u8] = b"security.selinux";
+
+/// Prefix of the substitute of a `user.*` attribute.
+const SUBSTITUTE: &[u8] = b"trusted.node-image-pivot.";
 
 /// Attribute values by name.
 pub type Xattrs = BTreeMap<Vec<u8>, Vec<u8>>;
@@ -23,6 +29,7 @@ pub fn read(path: &Path) -> Result<Xattrs> {
     for name in names.split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
         // An attribute can be removed after it was listed, and some file systems list names that they cannot read.
         if let Some(value) = get(path, name)? {
+            let name = name.strip_prefix(SUBSTITUTE).filter(|name| name.starts_with(b"user.")).unwrap_or(name);
             all.insert(name.to_vec(), value);
         }
     }
@@ -41,12 +48,28 @@ pub fn get(path: &Path, name: &[u8]) -> Result<Option<Vec<u8>>> {
 
 /// Sets one attribute; replaces its value if the entry has it.
 pub fn set(path: &Path, name: &[u8], value: &[u8]) -> Result<()> {
-    rustix::fs::lsetxattr(path, name, value, XattrFlags::empty())
+    match rustix::fs::lsetxattr(path, name, value, XattrFlags::empty()) {
+        Err(Errno::NOTSUP) if name.starts_with(b"user.") => {
+            rustix::fs::lsetxattr(path, substitute(name), value, XattrFlags::empty())
+        }
+        other => other,
+    }
+}
+
+/// Returns the name of the substitute of a `user.*` attribute.
+pub fn substitute(name: &[u8]) -> Vec<u8> {
+    [SUBSTITUTE, name].concat()
 }
 
 /// Removes one attribute. A missing attribute is not an error.
 pub fn remove(path: &Path, name: &[u8]) -> Result<()> {
     match rustix::fs::lremovexattr(path, name) {
+        Err(Errno::NODATA | Errno::NOTSUP) if name.starts_with(b"user.") => {
+            match rustix::fs::lremovexattr(path, substitute(name)) {
+                Err(Errno::NODATA | Errno::NOTSUP) => Ok(()),
+                other => other,
+            }
+        }
         Err(Errno::NODATA) => Ok(()),
         other => other,
     }

@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rustix::fs::{AtFlags, Gid, Mode, OFlags, Timespec, Timestamps, UTIME_OMIT, Uid, XattrFlags};
 use rustix::io::Errno;
 use sha2::{Digest, Sha256};
+use support::xattr;
 
 pub use super::header::{FileMeta, Xattrs};
 use super::object::{ObjectId, ObjectType, loose_path};
@@ -56,7 +57,7 @@ pub struct ObjectWriter {
     dir: OwnedFd,
     serial: AtomicU64,
     root: bool,
-    dropped_xattrs: AtomicU64,
+    substituted_xattrs: AtomicU64,
     /// Bytes that may still be written.
     remaining: AtomicU64,
 }
@@ -89,7 +90,7 @@ impl ObjectWriter {
             dir,
             serial: AtomicU64::new(0),
             root: rustix::process::geteuid().is_root(),
-            dropped_xattrs: AtomicU64::new(0),
+            substituted_xattrs: AtomicU64::new(0),
             remaining: AtomicU64::new(limit),
         })
     }
@@ -104,16 +105,16 @@ impl ObjectWriter {
 
     /// Returns one line for each kind of metadata that the file system does not support.
     pub fn warnings(&self) -> Vec<String> {
-        match self.dropped_xattrs.load(Ordering::Relaxed) {
+        match self.substituted_xattrs.load(Ordering::Relaxed) {
             0 => Vec::new(),
-            count => {
-                vec![format!("left out {count} user.* attributes: the node store's file system does not support them")]
-            }
+            count => vec![format!(
+                "programs do not see {count} user.* attributes: the node store's file system does not support them"
+            )],
         }
     }
 
-    /// Sets attributes with `set`. tmpfs does not support `user.*` before Linux 6.6. Such attributes are left out with a
-    /// warning, because no program of an operating system depends on them.
+    /// Sets attributes with `set`. tmpfs does not support `user.*` before Linux 6.6. Such attributes get another name and a
+    /// warning, because no program of an operating system depends on them, but copies of the object do.
     fn set_xattrs(
         &self,
         id: &ObjectId,
@@ -124,7 +125,8 @@ impl ObjectWriter {
             match set(name, value) {
                 Ok(()) => {}
                 Err(Errno::OPNOTSUPP) if name.starts_with(b"user.") => {
-                    self.dropped_xattrs.fetch_add(1, Ordering::Relaxed);
+                    set(&xattr::substitute(name), value).map_err(|errno| xattr_failed(id, name, value, errno))?;
+                    self.substituted_xattrs.fetch_add(1, Ordering::Relaxed);
                 }
                 Err(errno) => return Err(xattr_failed(id, name, value, errno)),
             }

@@ -245,7 +245,7 @@ impl<'a> Relabeller<'a> {
             return Err(import.local(format!("the object {id}.file disappeared during the pull")));
         };
         let stat = path.symlink_metadata().map_err(fail)?;
-        let mut xattrs = read_xattrs(&path).map_err(|errno| fail(errno.into()))?;
+        let mut xattrs: Pairs = support::xattr::read(&path).map_err(|errno| fail(errno.into()))?.into_iter().collect();
         set_label(&mut xattrs, label.to_vec());
         let target = match stat.file_type().is_symlink() {
             true => Some(std::fs::read_link(&path).map_err(fail)?.into_os_string().into_vec()),
@@ -320,20 +320,4 @@ fn read_xattr(path: &std::path::Path, name: &std::ffi::CStr) -> Result<Option<Ve
     let length = rustix::fs::lgetxattr(path, name, value.as_mut_slice())?;
     value.truncate(length);
     Ok(Some(value))
-}
-
-fn read_xattrs(path: &std::path::Path) -> Result<Pairs, rustix::io::Errno> {
-    let mut names = vec![0; 65_536];
-    let length = match rustix::fs::llistxattr(path, names.as_mut_slice()) {
-        Err(rustix::io::Errno::OPNOTSUPP) => 0,
-        other => other?,
-    };
-    let mut found = Vec::new();
-    for name in names[..length].split_inclusive(|byte| *byte == 0) {
-        let Ok(name) = std::ffi::CStr::from_bytes_with_nul(name) else { continue };
-        if let Some(value) = read_xattr(path, name)? {
-            found.push((name.to_bytes().to_vec(), value));
-        }
-    }
-    Ok(found)
 }

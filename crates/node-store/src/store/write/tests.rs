@@ -146,3 +146,32 @@ fn files_without_a_name_do_not_use_the_limit() {
     let WriteError::Io { source, .. } = error else { panic!("{error}") };
     assert_eq!(source.kind(), io::ErrorKind::StorageFull, "two objects with names use the limit");
 }
+
+/// As on a tmpfs before Linux 6.6.
+#[test]
+fn attributes_that_the_file_system_refuses_are_read_again() {
+    use rustix::fs::{XattrFlags, lsetxattr};
+    let temp = tempfile::tempdir().unwrap();
+    let store = NodeStore::on_tmpfs(temp.path(), None).unwrap();
+    let writer = store.writer().unwrap();
+    let path = temp.path().join("file");
+    std::fs::write(&path, "").unwrap();
+    let pairs = [(b"trusted.test".as_slice(), b"value".as_slice()), (b"user.test", b"own"), (b"user.other", b"")];
+    let meta = FileMeta { xattrs: Xattrs::from_pairs(pairs), ..meta(None) };
+    let set = |name: &[u8], value: &[u8]| match name.starts_with(b"user.") {
+        true => Err(Errno::OPNOTSUPP),
+        false => lsetxattr(&path, name, value, XattrFlags::empty()),
+    };
+    writer.set_xattrs(&ObjectId([1; 32]), &meta, set).unwrap();
+    let mut found = xattr::read(&path).unwrap();
+    found.remove(xattr::LABEL);
+    let expected = meta.xattrs.iter().map(|(name, value)| (name.to_vec(), value.to_vec())).collect();
+    assert_eq!(found, expected);
+    assert!(writer.warnings()[0].contains("2 user.* attributes"));
+    xattr::remove(&path, b"user.test").unwrap();
+    assert!(!xattr::read(&path).unwrap().contains_key(b"user.test".as_slice()));
+    // A name that is too long for the substitute is refused.
+    let long = [b"user.", [b'n'; 245].as_slice()].concat();
+    let meta = FileMeta { xattrs: Xattrs::from_pairs([(long.as_slice(), b"".as_slice())]), ..meta };
+    writer.set_xattrs(&ObjectId([1; 32]), &meta, set).unwrap_err();
+}
