@@ -261,7 +261,7 @@ impl Reporter {
         let attempt = status.error.as_ref().map_or(0, |error| error.attempt);
         let key = (status.phase, status.state, attempt);
         if self.last != Some(key) {
-            self.last = Some(key);
+            (self.last, self.tenths) = (Some(key), 0);
             return match status.diagnose() {
                 Some(waits) => self.pauses.failure_is_due(&waits.class, now).then(|| waits.rows(now)),
                 // Another attempt of a failure that was reported.
@@ -271,7 +271,8 @@ impl Reporter {
         }
         if (status.phase, status.state) == (Some(Phase::Pull), State::Running) && status.progress.bytes_total > 0 {
             let tenths = status.progress.bytes_fetched * 10 / status.progress.bytes_total;
-            if tenths != self.tenths && self.pauses.progress_is_due(now) {
+            // The total may grow, so that the share becomes smaller.
+            if tenths > self.tenths && self.pauses.progress_is_due(now) {
                 self.tenths = tenths;
                 return Some(line);
             }
@@ -361,6 +362,12 @@ mod tests {
         assert!(reporter.changed(&status, 2).is_some());
         status.progress.bytes_fetched = 20;
         assert!(reporter.changed(&status, 3).is_none(), "too early");
+        // Each of 500 layers changes the total.
+        for layer in 0..500 {
+            status.progress.layers_done = layer;
+            status.progress.bytes_total = 200 + 1_000 * (layer % 2);
+            assert!(reporter.changed(&status, 1_000 + 60 * layer).is_none(), "not a line for each layer");
+        }
         status.state = State::Waiting;
         status.error =
             Some(LastError { class: "network".into(), attempt: 1, next_retry_unix: Some(1), ..LastError::default() });

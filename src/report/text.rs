@@ -14,8 +14,12 @@ fn progress_line(progress: &ProgressSnapshot, width: usize) -> String {
         (progress.bytes_fetched as f64 / progress.bytes_total as f64).min(1.0)
     };
     let full = (share * width as f64) as usize;
+    let rate = match progress.bytes_per_second {
+        0 => String::new(),
+        rate => format!(" ({}/s)", human_bytes(rate)),
+    };
     format!(
-        "[{}{}] {:3.0}%  {} of {}, layer {} of {}, {} objects",
+        "[{}{}] {:3.0}%  {} of {}{rate}, layer {} of {}, {} objects",
         "#".repeat(full),
         ".".repeat(width - full),
         share * 100.0,
@@ -122,6 +126,23 @@ mod tests {
         assert!(progress_line(&progress, 10).starts_with("[..........]   0%"));
         progress = ProgressSnapshot { bytes_total: 100, bytes_fetched: 42, ..Default::default() };
         assert!(progress_line(&progress, 10).starts_with("[####......]  42%"));
+    }
+
+    #[test]
+    fn progress_shows_bytes_rate_and_layers() {
+        let mut progress = ProgressSnapshot {
+            layers_total: 500,
+            layers_done: 120,
+            bytes_total: 1 << 30,
+            bytes_fetched: 1 << 28,
+            bytes_per_second: 12 << 20,
+            objects_done: 34_000,
+            ..Default::default()
+        };
+        let expected = "[##........]  25%  256.0 MiB of 1.0 GiB (12.0 MiB/s), layer 120 of 500, 34000 objects";
+        assert_eq!(progress_line(&progress, 10), expected);
+        progress.bytes_per_second = 0;
+        assert_eq!(progress_line(&progress, 10), expected.replace(" (12.0 MiB/s)", ""));
     }
 
     #[test]

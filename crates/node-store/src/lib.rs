@@ -36,6 +36,7 @@ pub mod image;
 pub mod import;
 mod layer_read;
 mod progress;
+mod rate;
 pub mod store;
 
 pub use layer_read::{LayerRead, LayerResult, Work};

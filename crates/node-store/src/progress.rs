@@ -5,7 +5,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
+use support::clock::boottime_ms;
+
 use crate::layer_read::{LayerRead, Reading};
+use crate::rate::Rate;
 
 /// Live counters of a pull. Within one attempt no field decreases, except `bytes_total`.
 #[derive(Debug, Default)]
@@ -28,6 +31,7 @@ pub struct PullProgress {
     /// Size of the wanted objects in the node store in bytes. It is an estimate if the commit does not list their sizes,
     /// and 0 until the first layer is read.
     pub bytes_needed: AtomicU64,
+    rate: Mutex<Rate>,
     waiting_for: Mutex<Option<String>>,
     reads: Mutex<Vec<Arc<Mutex<LayerRead>>>>,
 }
@@ -45,21 +49,28 @@ pub struct ProgressSnapshot {
     pub bytes_written: u64,
     #[serde(default)]
     pub bytes_needed: u64,
+    /// Compressed bytes fetched per second, in the last ten seconds.
+    #[serde(default)]
+    pub bytes_per_second: u64,
 }
 
 impl PullProgress {
     /// Returns the current values of the counters.
     pub fn snapshot(&self) -> ProgressSnapshot {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let (layers_total, bytes_fetched) = (get(&self.layers_total), get(&self.bytes_fetched));
+        let mut rate = self.rate.lock().unwrap_or_else(PoisonError::into_inner);
         ProgressSnapshot {
-            layers_total: get(&self.layers_total),
-            layers_done: get(&self.layers_done),
+            layers_total,
+            // A layer that counted as not needed may be read nevertheless.
+            layers_done: get(&self.layers_done).min(layers_total),
             bytes_total: get(&self.bytes_total),
-            bytes_fetched: get(&self.bytes_fetched),
+            bytes_fetched,
             objects_wanted: get(&self.objects_wanted),
             objects_done: get(&self.objects_done),
             bytes_written: get(&self.bytes_written),
             bytes_needed: get(&self.bytes_needed),
+            bytes_per_second: rate.record(boottime_ms(), bytes_fetched),
         }
     }
 
@@ -118,6 +129,7 @@ impl PullProgress {
         ] {
             counter.store(0, Ordering::Relaxed);
         }
+        *self.rate.lock().unwrap_or_else(PoisonError::into_inner) = Rate::default();
         self.wait_for(None);
     }
 }
