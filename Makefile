@@ -31,7 +31,7 @@ cargo:
 
 # What the agent is built and tested with; the test bed brings its own list.
 DEBIAN_BUILD_DEPS = build-essential binutils pkg-config libostree-dev ostree skopeo systemd dbus shellcheck dracut-core cpio \
-                    python3
+                    python3 erofs-utils
 
 deps-build: cargo
 	@command -v dpkg-query >/dev/null || { \

@@ -17,9 +17,12 @@ use std::time::Instant;
 use etc_merge::Class;
 use nix::sched::CloneFlags;
 use node_store::store::ObjectId;
-use overlay_root::Namespace;
 use overlay_root::delta::{Booted, Delta, Keep};
+use overlay_root::{Base, Namespace};
 use rustix::mount::{MountFlags, MountPropagationFlags};
+
+#[path = "switch/composefs.rs"]
+mod composefs;
 
 const SOURCE: &str = "node-image:test";
 
@@ -168,6 +171,7 @@ struct Machine<'a> {
     delta: Delta,
     target: String,
     usr: PathBuf,
+    base: Base,
     etc: PathBuf,
     /// `/usr` before the switch.
     booted_usr: BTreeMap<PathBuf, String>,
@@ -176,7 +180,17 @@ struct Machine<'a> {
 }
 
 impl<'a> Machine<'a> {
+    /// Returns a system whose `/usr` is a directory of its deployment.
     fn new(scratch: &'a Path) -> Self {
+        Self::booted(scratch, |repo, commit| {
+            let usr = scratch.join("usr");
+            checkout(repo, commit, &usr);
+            (usr.clone(), Base::Directory(usr))
+        })
+    }
+
+    /// Returns a system that `boot` boots from a repo and a commit: its `/usr`, and the layers of the new one.
+    fn booted(scratch: &'a Path, boot: impl FnOnce(&Path, &str) -> (PathBuf, Base)) -> Self {
         let path = |name: &str| scratch.join(name);
         write(&path("booted/usr"), BOOTED);
         write(&path("target/usr"), TARGET);
@@ -189,17 +203,17 @@ impl<'a> Machine<'a> {
         let store = repo(&path("store/repo"), Some(&path("booted-repo")));
         let target = commit(&path("store/repo"), &path("target"));
         let delta = build(&store, &path("store"), &booted, &target, &Keep::default());
-        let (usr, etc) = (path("usr"), path("etc"));
-        checkout(&path("booted-repo"), &booted, &usr);
+        let (usr, base) = boot(&path("booted-repo"), &booted);
+        let etc = path("etc");
         write(&etc, &[("default", "default 1"), ("edited", "by the administrator"), ("both", "by the administrator")]);
         write(&etc, &[("dropped", "default 1"), ("passwd", "root\ncore"), ("own", "local")]);
         let (booted_usr, local_etc) = (describe(&usr), describe(&etc));
-        Self { scratch, delta, target, usr, etc, booted_usr, local_etc }
+        Self { scratch, delta, target, usr, base, etc, booted_usr, local_etc }
     }
 
     /// Plans the merge of `/etc`, exposes the new `/usr`, and carries the plan out.
     fn switch(&self) -> etc_merge::Report {
-        let tree = overlay_root::open_new_usr(&self.delta.directory, &self.usr, SOURCE).unwrap();
+        let tree = overlay_root::open_new_usr(&self.delta.directory, &self.base, SOURCE).unwrap();
         let new = etc_merge::open_defaults(tree.as_fd()).unwrap().unwrap();
         let old = etc_merge::open_dir(&self.usr.join("etc")).unwrap();
         let etc = etc_merge::open_dir(&self.etc).unwrap();
@@ -207,6 +221,22 @@ impl<'a> Machine<'a> {
         assert_eq!(describe(&self.usr), self.booted_usr, "nothing is switched yet");
         tree.expose_in(&here(), &self.usr).unwrap();
         etc_merge::apply(&plan, new.as_fd(), etc.as_fd(), &self.scratch.join("state/undo")).unwrap()
+    }
+
+    /// Compares the exposed `/usr` with a checkout of the node image.
+    fn compare(&self) {
+        checkout(&self.scratch.join("store/repo"), &self.target, &self.scratch.join("checkout"));
+        let modules = |all: BTreeMap<PathBuf, String>| {
+            all.into_iter().partition::<BTreeMap<_, _>, _>(|(path, _)| path.starts_with("lib/modules"))
+        };
+        let (shown_modules, mut shown) = modules(describe(&self.usr));
+        let (booted_modules, booted) = modules(self.booted_usr.clone());
+        let (_, expected) = modules(describe(&self.scratch.join("checkout")));
+        assert_eq!(shown_modules, booted_modules);
+        for kept in ["bin/node-image-pivot", "lib/systemd/system/node-image-pull.service"] {
+            assert_eq!(shown.remove(Path::new(kept)).as_ref(), booted.get(Path::new(kept)));
+        }
+        assert_eq!(shown, expected);
     }
 
     fn undo(&self) {
@@ -240,18 +270,7 @@ fn usr_is_the_node_images_except_for_kernel_modules_and_the_agent() {
     private(|scratch| {
         let machine = Machine::new(scratch);
         machine.switch();
-        checkout(&scratch.join("store/repo"), &machine.target, &scratch.join("checkout"));
-        let modules = |all: BTreeMap<PathBuf, String>| {
-            all.into_iter().partition::<BTreeMap<_, _>, _>(|(path, _)| path.starts_with("lib/modules"))
-        };
-        let (shown_modules, mut shown) = modules(describe(&machine.usr));
-        let (booted_modules, booted) = modules(machine.booted_usr.clone());
-        let (_, expected) = modules(describe(&scratch.join("checkout")));
-        assert_eq!(shown_modules, booted_modules);
-        for kept in ["bin/node-image-pivot", "lib/systemd/system/node-image-pull.service"] {
-            assert_eq!(shown.remove(Path::new(kept)).as_ref(), booted.get(Path::new(kept)));
-        }
-        assert_eq!(shown, expected);
+        machine.compare();
     });
 }
 
@@ -309,8 +328,9 @@ fn usr_is_never_missing_during_a_switch() {
                 }
                 seen
             });
+            let base = Base::Directory(path("usr"));
             for _ in 0..200 {
-                overlay_root::open_new_usr(&path("delta"), &path("usr"), SOURCE)
+                overlay_root::open_new_usr(&path("delta"), &base, SOURCE)
                     .unwrap()
                     .expose_in(&ns, &path("usr"))
                     .unwrap();

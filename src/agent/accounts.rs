@@ -45,10 +45,10 @@ impl From<&AccountPlan> for AddedAccounts {
 pub(super) async fn preview(staged: &StagedRoot, merge: &Plan) -> Result<AccountPlan> {
     let mut changes = merge.changes.iter();
     let replaced = changes.any(|change| change.path.as_path() == Path::new(NSSWITCH) && change.content == Origin::New);
-    let delta = staged.delta.directory.clone();
+    let delta = staged.delta.clone();
     let plan = tokio::task::spawn_blocking(move || {
         let usr = Path::new(USR);
-        let tree = overlay_root::open_new_usr(&delta, usr, USR_SOURCE)?;
+        let tree = delta.open_usr(USR_SOURCE)?;
         let new = Path::new("/proc/self/fd").join(tree.as_fd().as_raw_fd().to_string());
         let nsswitch = nsswitch(&if replaced { new.join("etc") } else { ETC.into() });
         plan_accounts(&Accounts::read(&[&usr.join("etc")])?, &new, Path::new(ETC), &nsswitch)

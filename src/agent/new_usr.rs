@@ -5,6 +5,8 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result};
 
+use node_store::store::BootedRepo;
+use overlay_root::Composefs;
 use overlay_root::delta::{Delta, DeltaLookup};
 
 /// Source that mount tables show for the exposed `/usr`.
@@ -21,6 +23,18 @@ pub(super) const ETC: &str = "/etc";
 pub(super) fn new_etc(usr: BorrowedFd<'_>) -> Result<OwnedFd> {
     etc_merge::open_defaults(usr)?
         .context("the node image has no /usr/etc: it is not an ostree system; use another node image")
+}
+
+/// Finds the image from which ostree mounted the booted composefs root.
+///
+/// # Errors
+/// The booted commit is unknown, or its deployment has no image.
+pub(super) fn composefs_image() -> Result<Composefs> {
+    let booted = BootedRepo::discover()?.context("this system was not booted from an ostree deployment")?;
+    let repo = booted.path.canonicalize().with_context(|| format!("cannot find {}", booted.path.display()))?;
+    let path = booted.composefs_image().context("the booted deployment has no .ostree.cfs")?;
+    let path = path.canonicalize().with_context(|| format!("cannot find {}", path.display()))?;
+    Ok(Composefs { path, objects: repo.join("objects"), verity: false })
 }
 
 /// Paths of `/usr` that differ between the bootimage and the node image. A path whose state is unknown counts as changed:

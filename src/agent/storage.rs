@@ -79,9 +79,12 @@ fn look(repo: &Path, mounts: &[overlay_root::Mount]) -> anyhow::Result<SystemRep
     let path = repo.canonicalize().with_context(|| format!("looking for {}", repo.display()))?;
     let mount = overlay_root::holding(mounts, &path).with_context(|| format!("{} is on no mount", path.display()))?;
     let config = path.join("config");
+    let config = std::fs::read_to_string(&config).with_context(|| format!("reading {}", config.display()))?;
+    let verified_root = overlay_root::data_overlay(mounts, Path::new("/")).is_some_and(|root| root.verity);
     Ok(SystemRepo {
+        sealed: store::must_seal(&config, verified_root, || store::has_sealed_object(&path)),
         live: Path::new(LIVE_MARKER).exists(),
-        config: std::fs::read_to_string(&config).with_context(|| format!("reading {}", config.display()))?,
+        config,
         fstype: mount.fstype.clone(),
         source: mount.source.clone().into(),
         read_only: mount.super_options.as_encoded_bytes().split(|byte| *byte == b',').any(|option| option == b"ro"),

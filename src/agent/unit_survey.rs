@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{Context as _, Result};
 
 use super::StagedRoot;
-use super::new_usr::{ChangedPaths, USR, USR_SOURCE, new_etc};
+use super::new_usr::{ChangedPaths, USR_SOURCE, new_etc};
 use crate::config::Settings;
 use crate::report::{StaleUnit, Tracker};
 use etc_merge::Origin;
@@ -40,9 +40,9 @@ pub(super) async fn preview(
 ) -> Result<(Vec<Action>, Vec<String>)> {
     let changed = ChangedPaths::of(&staged.delta)?;
     let differs = |path: &Path| changed.contains(path);
-    let directory = staged.delta.directory.clone();
+    let delta = staged.delta.clone();
     let (old, new, systemd) = tokio::task::spawn_blocking(move || -> Result<_> {
-        let tree = overlay_root::open_new_usr(&directory, Path::new(USR), USR_SOURCE)?;
+        let tree = delta.open_usr(USR_SOURCE)?;
         let new_etc = new_etc(tree.as_fd())?;
         let at = |fd: BorrowedFd<'_>| Path::new("/proc/self/fd").join(fd.as_raw_fd().to_string());
         let new = Root { usr: at(tree.as_fd()), etc: etc_changes(&plan, &at(new_etc.as_fd())) };

@@ -8,10 +8,11 @@ use anyhow::{Context, Result};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, StatVfsMountFlags, StatxAttributes, StatxFlags};
 use rustix::io::Errno;
 
+use super::base::{self, BaseChoice, Image};
 use super::elf::{Machine, machine_of};
 use super::refusal::{Findings, Refusal};
 use node_store::image::System;
-use overlay_root::Mount;
+use overlay_root::{Base, Mount};
 
 /// Paths, relative to `/usr`, that every bootable node image has.
 const REQUIRED: [&str; 4] = ["etc", "lib/os-release", "lib/systemd/systemd", "bin/true"];
@@ -19,22 +20,28 @@ const REQUIRED: [&str; 4] = ["etc", "lib/os-release", "lib/systemd/systemd", "bi
 /// A program, relative to `/usr`, that is never a script or a symbolic link.
 const MACHINE_PROGRAM: &str = "lib/systemd/systemd";
 
-/// Runs the checks that need no new tree: the kernel, the mounts of `usr`, and `etc`. `mounts` is the mount table.
-pub fn check_system(mounts: &[Mount], usr: &Path, etc: &Path) -> Vec<Refusal> {
+/// Runs the checks that need no new tree: the kernel, the mounts of `usr`, and `etc`. `mounts` is the mount table, and
+/// `image` finds the image of a composefs root. Returns the layers for the new `/usr`.
+///
+/// # Errors
+/// All reasons not to switch.
+pub fn check_system(mounts: &[Mount], usr: &Path, etc: &Path, image: &Image<'_>) -> Result<BaseChoice, Vec<Refusal>> {
     let mut refusals: Vec<Refusal> =
         check_kernel(overlay_root::overlay_support(), openat2_support()).into_iter().collect();
-    let of_usr = check_stack(mounts, usr);
-    if refusals.is_empty() && of_usr.is_none() {
-        // The mount table does not show every stacked file system: only a trial mount shows if the kernel accepts one more.
-        refusals.extend(overlay_root::overlay_fits(usr).err().map(|error| Refusal::NotStackable(format!("{error:#}"))));
-    }
+    // A kernel without overlays does not refuse one for its layers.
+    let probe = |base: &Base| match refusals.is_empty() {
+        true => base.probe().map_err(|error| format!("{error:#}")),
+        false => Ok(false),
+    };
+    let choice = base::choose(mounts, usr, image, &probe);
+    let (choice, of_usr) = choice.map_or_else(|refusal| (None, Some(refusal)), |choice| (Some(choice), None));
     refusals.extend(of_usr);
     refusals.extend(check_modules(mounts, usr));
     if rustix::fs::statvfs(etc).is_ok_and(|stat| stat.f_flag.contains(StatVfsMountFlags::RDONLY)) {
         refusals.push(Refusal::EtcReadOnly);
     }
     refusals.extend(is_locked(etc).then_some(Refusal::EtcLocked));
-    refusals
+    choice.filter(|_| refusals.is_empty()).ok_or(refusals)
 }
 
 /// Returns true if the directory is immutable or append-only, so that the merge cannot replace its entries.
@@ -60,14 +67,6 @@ fn openat2_support() -> Result<(), Errno> {
     rustix::fs::openat2(CWD, "/", flags, Mode::empty(), ResolveFlags::NO_MAGICLINKS).map(drop)
 }
 
-fn check_stack(mounts: &[Mount], usr: &Path) -> Option<Refusal> {
-    if let Some(source) = overlay_root::writable_overlay(mounts, usr) {
-        return Some(Refusal::Unlocked { source_name: source });
-    }
-    let layers = overlay_root::overlay_stack(mounts, usr);
-    (layers.len() > 1).then_some(Refusal::TooDeep { layers })
-}
-
 /// Refuses a mount at, above or below the directory of the kernel modules: an overlay does not contain the mounts of its
 /// lower directories.
 fn check_modules(mounts: &[Mount], usr: &Path) -> Option<Refusal> {
@@ -75,29 +74,6 @@ fn check_modules(mounts: &[Mount], usr: &Path) -> Option<Refusal> {
     let hides = |target: &&PathBuf| target.starts_with(&modules) || modules.starts_with(target);
     let below = overlay_root::mounts_below(mounts, usr);
     below.iter().find(hides).map(|target| Refusal::ModulesMounted(target.display().to_string()))
-}
-
-/// Returns warnings about mounts that the new `/usr` hides and about the overlays below it, a line each.
-pub fn warnings(mounts: &[Mount], usr: &Path) -> Vec<String> {
-    let mut warnings: Vec<String> = overlay_root::mounts_below(mounts, usr)
-        .iter()
-        .map(|hidden| {
-            format!("{} is a mount point and is hidden by the new {} until an undo", hidden.display(), usr.display())
-        })
-        .collect();
-    let stack = overlay_root::overlay_stack(mounts, usr);
-    if stack.first().is_some_and(|source| source == "sysext") {
-        warnings.push(
-            "system extensions are merged on /usr: their files stay visible where the node image has none".into(),
-        );
-    }
-    if let Some(source) = stack.first() {
-        warnings.push(format!(
-            "the booted /usr is on an overlay ({source}): until an undo, the kernel accepts no further overlay on the node \
-             image's /usr (systemd-sysext merge, bootc usr-overlay, podman -v /usr/…:O)"
-        ));
-    }
-    warnings
 }
 
 /// Checks that the new tree has the required files, names its system in os-release, and is built for `here`, the machine

@@ -5,6 +5,7 @@
 //! /etc plan ([`label_plan`]) and compares package lists ([`PackageChanges`]). It changes nothing of the running system:
 //! the trial run uses a private mount namespace.
 
+mod base;
 mod checks;
 mod elf;
 mod labels;
@@ -19,7 +20,8 @@ mod trial;
 #[path = "tests/tree.rs"]
 mod tests;
 
-pub use checks::{check_content, check_metadata, check_same_system, check_system, warnings};
+pub use base::{BaseChoice, warnings};
+pub use checks::{check_content, check_metadata, check_same_system, check_system};
 pub use elf::{Machine, machine_of};
 pub use labels::label_plan;
 pub use memory::{Free, Memory, store_limit};

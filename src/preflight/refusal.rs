@@ -148,7 +148,8 @@ impl Refusal {
 fn too_deep_remedy(layers: &[String]) -> &'static str {
     match layers.first().map(String::as_str) {
         Some("sysext") => {
-            "run `systemd-sysext unmerge`; the extensions cannot be merged again while the node image's /usr is in place"
+            "run `systemd-sysext unmerge`; after the switch, `systemd-sysext merge` works again where the plan does not warn \
+             that the kernel accepts no further overlay"
         }
         _ => "unmount the topmost one, or use a bootimage without it",
     }

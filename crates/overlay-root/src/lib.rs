@@ -1,6 +1,7 @@
 //! Replaces the running `/usr` by an overlay in one step, and removes the overlay again.
 //!
 //! * [`delta`]: the directory with the differences between the booted tree and the target.
+//! * [`Base`]: the lower layers, which are the booted `/usr`.
 //! * [`DetachedTree`]: a mount tree that no process sees until it is exposed.
 //! * [`Namespace`]: mounts and unmounts in the mount namespace of another process, normally PID 1's. The agent may be
 //!   sandboxed, and mounts in its own namespace would have no effect on the system.
@@ -13,13 +14,16 @@
 //! use std::path::Path;
 //! # fn main() -> anyhow::Result<()> {
 //! let (delta, usr) = (Path::new("/run/node-image-pivot/store/usr"), Path::new("/usr"));
-//! overlay_root::open_new_usr(delta, usr, "node-image:usr")?.expose(usr)?;
+//! let base = overlay_root::Base::Directory(usr.to_owned());
+//! overlay_root::open_new_usr(delta, &base, "node-image:usr")?.expose(usr)?;
 //! assert!(overlay_root::withdraw(usr, "node-image:usr")?);
 //! # Ok(())
 //! # }
 //! ```
 
+mod base;
 pub mod delta;
+mod image;
 mod namespace;
 mod table;
 mod tmpfs;
@@ -30,12 +34,15 @@ mod view;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 
+pub use base::Base;
+pub use image::Composefs;
 pub use namespace::Namespace;
 pub use table::{
-    Exposure, Mount, exposure, holding, mounted_on, mounts_below, overlay_stack, parse, top, writable_overlay,
+    DataOverlay, Exposure, Mount, data_overlay, exposure, holding, mounted_on, mounts_below, overlay_stack, parse, top,
+    writable_overlay,
 };
 pub use tmpfs::{tmpfs, tmpfs_label, tmpfs_used};
-pub use tree::{DetachedTree, overlay_fits, overlay_support};
+pub use tree::{DetachedTree, overlay_support};
 pub use trial::{Trial, run, trial};
 pub use view::writable_view;
 
@@ -55,10 +62,11 @@ pub fn withdraw(target: &Path, source: &str) -> Result<bool> {
 
 /// Builds the new `/usr` as a detached tree: the delta over the booted `/usr`.
 ///
-/// The caller makes sure that no tree is exposed at `booted_usr`. Otherwise the new tree would be stacked on that tree.
+/// The caller makes sure that no tree is exposed at the directory of a [`Base::Directory`]. Otherwise the new tree would be
+/// stacked on that tree.
 ///
 /// # Errors
-/// Those of [`DetachedTree::overlay`].
-pub fn open_new_usr(delta: &Path, booted_usr: &Path, source: &str) -> Result<DetachedTree> {
-    DetachedTree::overlay(&[delta, booted_usr], source).context("cannot build the new /usr")
+/// Those of [`DetachedTree::overlay`]; the image cannot be mounted.
+pub fn open_new_usr(delta: &Path, base: &Base, source: &str) -> Result<DetachedTree> {
+    DetachedTree::of(base.below(delta), source).context("cannot build the new /usr")
 }

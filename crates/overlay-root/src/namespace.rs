@@ -11,6 +11,22 @@ use rustix::thread::LinkNameSpaceType;
 use super::table::{self, Exposure, Mount};
 use support::failpoint::{self, Point};
 
+/// Moves the calling thread to a private copy of its mount namespace: its mounts do not propagate. The thread cannot
+/// return.
+pub(crate) fn make_private() -> Result<()> {
+    nix::sched::unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_FS).context("cannot create a mount namespace")?;
+    rustix::mount::mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
+        .context("cannot make mounts private")
+}
+
+/// Runs `act` on a new thread in a private copy of the caller's mount namespace.
+pub(crate) fn privately<T: Send>(act: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| make_private().and_then(|()| act()));
+        thread.join().map_err(|_| anyhow!("internal error: the thread in a private mount namespace panicked"))?
+    })
+}
+
 /// The mount namespace of a process.
 #[derive(Debug, Clone)]
 pub struct Namespace {
@@ -74,10 +90,7 @@ impl Namespace {
             bail!("cannot look below {source} at {}: another mount covers it", target.display());
         }
         self.run(|| {
-            nix::sched::unshare(CloneFlags::CLONE_NEWNS).context("unshare(CLONE_NEWNS)")?;
-            // First, so that the following unmount does not propagate.
-            rustix::mount::mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
-                .context("cannot make mounts private")?;
+            make_private()?;
             if exposure == Exposure::OnTop {
                 rustix::mount::unmount(target, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW).with_context(|| {
                     format!("cannot unmount {source} from {} in a private namespace", target.display())

@@ -161,6 +161,25 @@ pub fn writable_overlay(mounts: &[Mount], path: &Path) -> Option<String> {
     writable.then(|| mount.source.to_string_lossy().into_owned())
 }
 
+/// A read-only overlay in which the content of files comes from a data-only layer, as composefs mounts it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DataOverlay {
+    /// True if the kernel reads only content with a digest of fs-verity.
+    pub verity: bool,
+}
+
+/// Returns the facts about the overlay with a data-only layer that holds `path`, or `None` if another kind of mount does.
+pub fn data_overlay(mounts: &[Mount], path: &Path) -> Option<DataOverlay> {
+    let options = &holding(mounts, path).filter(|mount| mount.fstype == "overlay")?.super_options;
+    let has = |wanted: &dyn Fn(&[u8]) -> bool| has_option(options.as_bytes(), wanted);
+    let has_data = has(&|option| {
+        option.starts_with(b"datadir+=")
+            || option.starts_with(b"lowerdir=") && option.windows(2).any(|bytes| bytes == b"::")
+    });
+    let has_upper = has(&|option| option.starts_with(b"upperdir="));
+    (has_data && !has_upper).then(|| DataOverlay { verity: has(&|option| option == b"verity=require") })
+}
+
 /// Returns the mount points that would disappear together with the mount named `source` at `target`: those on this mount,
 /// directly or on each other.
 pub fn mounted_on(mounts: &[Mount], target: &Path, source: &str) -> Vec<PathBuf> {
@@ -283,6 +302,22 @@ nonsense\n";
         // A separate mount at /usr, as with a plain ostree root, is not writable through the root.
         let root = "60 1 0:60 / / rw - overlay name rw,lowerdir=l,upperdir=u\n61 60 7:0 /usr /usr ro - squashfs x ro\n";
         assert_eq!(writable_overlay(&parse(root.as_bytes()), Path::new("/usr")), None);
+    }
+
+    #[test]
+    fn an_overlay_with_a_data_layer_is_recognized() {
+        let of = |line: &str| data_overlay(&parse(format!("{line}\n").as_bytes()), Path::new("/usr"));
+        for (options, verity) in [
+            ("ro,lowerdir+=/run/gone,datadir+=/sysroot/objects,redirect_dir=on,metacopy=on", Some(false)),
+            ("ro,lowerdir=/run/gone::/sysroot/objects,metacopy=on", Some(false)),
+            ("ro,lowerdir+=/run/gone,datadir+=/o,metacopy=on,verity=require", Some(true)),
+            ("ro,lowerdir=/a:/b", None),
+            ("rw,lowerdir+=/run/gone,datadir+=/o,upperdir=/u,workdir=/w", None),
+        ] {
+            let expected = verity.map(|verity| DataOverlay { verity });
+            assert_eq!(of(&format!("22 1 0:40 / / ro - overlay composefs {options}")), expected, "{options}");
+        }
+        assert_eq!(of("22 1 0:40 / / ro - ext4 /dev/vda datadir+=/x"), None);
     }
 
     #[test]

@@ -10,6 +10,8 @@ use rustix::io::Errno;
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, fsconfig_create, fsconfig_set_string};
 
 use super::Namespace;
+use super::image::{Composefs, PLACE};
+use super::namespace::privately;
 use super::table::Exposure;
 use support::failpoint::{self, Point};
 
@@ -20,8 +22,17 @@ const LONGEST_VALUE: usize = 255;
 #[derive(Debug)]
 pub struct DetachedTree {
     tree: OwnedFd,
-    lowers: Vec<PathBuf>,
+    layers: Layers,
     source: String,
+}
+
+/// The layers of an overlay.
+#[derive(Debug, Clone)]
+pub(crate) struct Layers {
+    /// Directories, topmost first.
+    pub(crate) directories: Vec<PathBuf>,
+    /// The image whose `/usr` is the lowest layer.
+    pub(crate) image: Option<Composefs>,
 }
 
 /// Syntax in which the kernel gets the layers.
@@ -43,39 +54,41 @@ impl DetachedTree {
     /// A layer cannot be opened, or the kernel refuses (no overlay file system, or too many stacked overlays). The message
     /// contains the kernel's text.
     pub fn overlay(lowers: &[&Path], source: &str) -> Result<Self> {
+        let directories = lowers.iter().map(|path| path.to_path_buf()).collect();
+        Self::of(Layers { directories, image: None }, source)
+    }
+
+    pub(crate) fn of(layers: Layers, source: &str) -> Result<Self> {
         // An old kernel refuses an unknown key, but also writes a warning to its log.
         let appends = rustix::system::uname().release().to_str().is_ok_and(knows_append);
-        match Self::build(lowers, source, if appends { Style::Append } else { Style::Joined }) {
-            // A kernel that lacks the key in spite of its release number.
-            Err(error) if appends && is_invalid(&error) => Self::build(lowers, source, Style::Joined),
+        let (first, second) = if appends { (Style::Append, Style::Joined) } else { (Style::Joined, Style::Append) };
+        // Distributions port features back, so the release number is only a hint.
+        let has_second = appends || layers.image.is_some();
+        match Self::build(&layers, source, first) {
+            Err(error) if has_second && is_invalid(&error) => Self::build(&layers, source, second),
             other => other,
         }
     }
 
-    fn build(lowers: &[&Path], source: &str, style: Style) -> Result<Self> {
+    fn build(layers: &Layers, source: &str, style: Style) -> Result<Self> {
         failpoint::hit(Point::Overlay, "").context("cannot build the overlay")?;
-        ensure!(lowers.len() > 1, "internal error: an overlay without an upper layer needs two lower layers");
-        let layers = lowers.iter().map(|path| Layer::open(path)).collect::<Result<Vec<_>>>()?;
-        let fs = rustix::mount::fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)
-            .context("cannot build the overlay: this kernel has no overlay file system")?;
-        let failed = |step: &str| format!("cannot build the overlay {}: {step}{}", list(lowers), kernel_log(&fs));
-        fsconfig_set_string(&fs, "source", source).with_context(|| failed("setting source"))?;
-        match style {
-            Style::Append => {
-                for layer in &layers {
-                    let name = layer.plain_name(LONGEST_VALUE);
-                    fsconfig_set_string(&fs, "lowerdir+", name).with_context(|| failed("adding a layer"))?;
+        let open = || layers.directories.iter().map(|path| Layer::open(path)).collect::<Result<Vec<_>>>();
+        let tree = match &layers.image {
+            None => create(layers, &open()?, None, source, style)?,
+            // Most kernels accept only directories of the caller's namespace as layers, and no other process needs the image.
+            Some(image) => privately(|| {
+                let mut lowers = open()?;
+                let mut objects = Layer::open(&image.objects)?;
+                let usr = image.open_usr()?;
+                // Their paths lead to the image from here on.
+                for layer in lowers.iter_mut().chain([&mut objects]) {
+                    layer.path.take_if(|path| path.starts_with(PLACE));
                 }
-            }
-            Style::Joined => {
-                fsconfig_set_string(&fs, "lowerdir", joined(&layers)).with_context(|| failed("setting the layers"))?;
-            }
-        }
-        fsconfig_create(&fs).with_context(|| failed("creating the file system"))?;
-        let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY | MountAttrFlags::MOUNT_ATTR_NODEV;
-        let tree = rustix::mount::fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
-            .with_context(|| failed("creating the mount"))?;
-        Ok(Self { tree, lowers: lowers.iter().map(|path| path.to_path_buf()).collect(), source: source.to_owned() })
+                lowers.push(Layer { path: None, directory: usr });
+                create(layers, &lowers, Some((&objects, image.verity)), source, style)
+            })?,
+        };
+        Ok(Self { tree, layers: layers.clone(), source: source.to_owned() })
     }
 
     /// Returns the tree's root directory, for lookups with openat2(2).
@@ -91,7 +104,7 @@ impl DetachedTree {
     /// Builds a second tree of the same layers, because kernels before 6.15 cannot clone a detached tree. The paths of the
     /// layers must still lead to the same directories.
     pub(crate) fn duplicate(&self) -> Result<Self> {
-        Self::overlay(&self.lowers.iter().map(PathBuf::as_path).collect::<Vec<_>>(), &self.source)
+        Self::of(self.layers.clone(), &self.source)
     }
 
     /// Mounts the tree at `target` in PID 1's mount namespace. See [`Self::expose_in`].
@@ -137,18 +150,50 @@ pub fn overlay_support() -> rustix::io::Result<()> {
     rustix::mount::fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).map(drop)
 }
 
-/// Checks that the kernel can stack an overlay on `path`, without mounting one.
-///
-/// # Errors
-/// The kernel refuses: too many stacked overlays, or a file system that cannot be a layer.
-pub fn overlay_fits(path: &Path) -> Result<()> {
-    // The other layer can be any directory of another file system; /run always exists.
-    DetachedTree::overlay(&[path, Path::new("/run")], "probe").map(drop)
+/// Creates an overlay of open layers. `data` is a layer of which only the content of files is used, and true if the kernel
+/// must compare that content with the digests in the other layers.
+fn create(
+    shown: &Layers,
+    lowers: &[Layer],
+    data: Option<(&Layer, bool)>,
+    source: &str,
+    style: Style,
+) -> Result<OwnedFd> {
+    ensure!(lowers.len() > 1, "internal error: an overlay without an upper layer needs two lower layers");
+    let fs = rustix::mount::fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)
+        .context("cannot build the overlay: this kernel has no overlay file system")?;
+    let failed = |step: &str| format!("cannot build the overlay {shown}: {step}{}", kernel_log(&fs));
+    let set = |key: &str, value: &Path, step| fsconfig_set_string(&fs, key, value).with_context(|| failed(step));
+    set("source", Path::new(source), "setting source")?;
+    if let Some((_, verity)) = data {
+        set("redirect_dir", Path::new("on"), "following redirects")?;
+        set("metacopy", Path::new("on"), "separating data from metadata")?;
+        if verity {
+            set("verity", Path::new("require"), "verifying files")?;
+        }
+    }
+    match style {
+        Style::Append => {
+            for layer in lowers {
+                set("lowerdir+", &layer.plain_name(LONGEST_VALUE), "adding a layer")?;
+            }
+            if let Some((objects, _)) = data {
+                set("datadir+", &objects.plain_name(LONGEST_VALUE), "adding the layer with the data")?;
+            }
+        }
+        Style::Joined => {
+            set("lowerdir", joined(lowers, data.map(|(objects, _)| objects)).as_ref(), "setting the layers")?;
+        }
+    }
+    fsconfig_create(&fs).with_context(|| failed("creating the file system"))?;
+    let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY | MountAttrFlags::MOUNT_ATTR_NODEV;
+    rustix::mount::fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attributes).with_context(|| failed("creating the mount"))
 }
 
 /// The open directory of a layer, so that a path in `/proc/self/fd` leads to it.
 struct Layer {
-    path: PathBuf,
+    /// Absent if only the caller's thread sees the directory at its path.
+    path: Option<PathBuf>,
     directory: OwnedFd,
 }
 
@@ -157,24 +202,26 @@ impl Layer {
         ensure!(path.is_absolute(), "cannot use the overlay layer {}: expected an absolute path", path.display());
         let directory = rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
             .with_context(|| format!("cannot open the overlay layer {}", path.display()))?;
-        Ok(Self { path: path.to_owned(), directory })
+        Ok(Self { path: Some(path.to_owned()), directory })
     }
 
     /// Returns a name of at most `longest` bytes. Prefers the path, because mount tables show it.
     fn plain_name(&self, longest: usize) -> PathBuf {
-        if self.path.as_os_str().len() <= longest {
-            return self.path.clone();
-        }
-        PathBuf::from(format!("/proc/self/fd/{}", self.directory.as_raw_fd()))
+        let short = self.path.clone().filter(|path| path.as_os_str().len() <= longest);
+        short.unwrap_or_else(|| PathBuf::from(self.link()))
     }
 
     /// Returns a name without the special characters of a `lowerdir` string. They could be escaped, except the comma,
     /// which old kernels refuse in any form.
     fn lowerdir_name(&self, short: bool) -> String {
-        match self.path.to_str() {
+        match self.path.as_deref().and_then(Path::to_str) {
             Some(path) if !short && !path.contains([':', '\\', ',']) => path.to_owned(),
-            _ => format!("/proc/self/fd/{}", self.directory.as_raw_fd()),
+            _ => self.link(),
         }
+    }
+
+    fn link(&self) -> String {
+        format!("/proc/self/fd/{}", self.directory.as_raw_fd())
     }
 }
 
@@ -184,8 +231,11 @@ fn knows_append(release: &str) -> bool {
     (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= (6, 8)
 }
 
-fn joined(layers: &[Layer]) -> String {
-    let join = |short| layers.iter().map(|layer| layer.lowerdir_name(short)).collect::<Vec<_>>().join(":");
+fn joined(lowers: &[Layer], data: Option<&Layer>) -> String {
+    let join = |short| {
+        let names = lowers.iter().map(|layer| layer.lowerdir_name(short)).collect::<Vec<_>>().join(":");
+        data.map_or_else(|| names.clone(), |data| format!("{names}::{}", data.lowerdir_name(short)))
+    };
     let long = join(false);
     if long.len() <= LONGEST_VALUE { long } else { join(true) }
 }
@@ -194,8 +244,12 @@ fn is_invalid(error: &anyhow::Error) -> bool {
     error.downcast_ref::<Errno>().is_some_and(|errno| *errno == Errno::INVAL)
 }
 
-fn list(paths: &[&Path]) -> String {
-    paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(" over ")
+impl std::fmt::Display for Layers {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut names: Vec<_> = self.directories.iter().map(|path| path.display().to_string()).collect();
+        names.extend(self.image.as_ref().map(|image| format!("/usr of {}", image.path.display())));
+        f.write_str(&names.join(" over "))
+    }
 }
 
 /// Returns the kernel's log of the file system context, for the end of a message.
@@ -334,7 +388,8 @@ mod tests {
                 fs::create_dir_all(&dir).unwrap();
                 let (top, bottom) = layers(&dir);
                 for style in [Style::Joined, Style::Append] {
-                    let tree = DetachedTree::build(&[&top, &bottom], "nip:test", style).unwrap();
+                    let layers = Layers { directories: vec![top.clone(), bottom.clone()], image: None };
+                    let tree = DetachedTree::build(&layers, "nip:test", style).unwrap();
                     assert!(openat(tree.as_fd(), "old", OFlags::RDONLY, Mode::empty()).is_ok(), "{dir:?} {style:?}");
                 }
             }

@@ -5,15 +5,14 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
-use nix::sched::CloneFlags;
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags, fsconfig_create,
-    fsconfig_set_string,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags, fsconfig_create, fsconfig_set_string,
 };
 
 use super::DetachedTree;
+use super::namespace::make_private;
 use support::command::{Ended, Program};
 use support::failpoint::{self, Point};
 use support::xattr::{self, LABEL};
@@ -56,10 +55,7 @@ pub fn trial<T: Send>(
 
 /// Moves the calling thread to a private mount namespace with `tree` at `/usr`. The thread cannot return.
 fn isolate(tree: &DetachedTree, merge_etc: &(dyn Fn(BorrowedFd<'_>, &Path) -> Result<()> + Sync)) -> Result<Trial> {
-    nix::sched::unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_FS).context("unshare")?;
-    // First, so that the following mounts do not propagate.
-    rustix::mount::mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
-        .context("cannot make mounts private")?;
+    make_private()?;
     // /var holds the overlay's upper layer, the records of the merge, and files that programs write, such as ldconfig's
     // second cache.
     let label = label_of("/var");
@@ -171,6 +167,7 @@ mod tests {
     use std::time::Instant;
 
     use anyhow::bail;
+    use nix::sched::CloneFlags;
 
     use super::*;
     use crate::testing::here;

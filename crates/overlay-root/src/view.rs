@@ -4,11 +4,11 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use nix::sched::CloneFlags;
 use rustix::fs::{Mode, OFlags, StatVfsMountFlags};
-use rustix::mount::{MountFlags, MountPropagationFlags};
+use rustix::mount::MountFlags;
 
 use super::Namespace;
+use super::namespace::make_private;
 
 /// Opens `directory`, which is on the mount at `mount_point` in `namespace`, for writing. While the descriptor is open,
 /// files can be written and linked through `/proc/self/fd/N/…`. The mounts of other processes do not change.
@@ -21,10 +21,7 @@ use super::Namespace;
 /// The kernel refuses. A read-only file system is not detected here; the first write to it fails.
 pub fn writable_view(namespace: &Namespace, mount_point: &Path, directory: &Path) -> Result<OwnedFd> {
     namespace.run(|| {
-        nix::sched::unshare(CloneFlags::CLONE_NEWNS).context("cannot create a mount namespace")?;
-        // First, so that the remount does not propagate to `namespace`.
-        rustix::mount::mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
-            .context("cannot make mounts private")?;
+        make_private()?;
         let place = mount_point.display();
         let flags =
             rustix::fs::statvfs(mount_point).with_context(|| format!("cannot read the mount flags of {place}"))?.f_flag;

@@ -87,7 +87,7 @@ impl FileSteps {
         if overlay_root::exposed(usr, USR_SOURCE)? {
             return Ok(());
         }
-        overlay_root::open_new_usr(&self.tree.delta.directory, usr, USR_SOURCE)?.expose(usr)
+        self.tree.delta.open_usr(USR_SOURCE)?.expose(usr)
     }
 
     fn merge(&self) -> anyhow::Result<etc_merge::Report> {

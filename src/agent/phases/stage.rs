@@ -11,18 +11,18 @@ use ostree::glib::{Variant, VariantDict};
 use tracing::{info, warn};
 
 use crate::agent::accounts::AddedAccounts;
-use crate::agent::new_usr::{ETC, USR, USR_SOURCE, new_etc};
+use crate::agent::new_usr::{ETC, USR, USR_SOURCE, composefs_image, new_etc};
 use crate::agent::state::{EtcPlan, MemoryPlan, StateFile, SwitchPlan};
 use crate::agent::unit_survey::{self, UnitSettings};
 use crate::agent::{Error, StagedRoot, StateDir, accounts, storage};
 use crate::config::{EtcStrategy, Settings, StoreSettings};
-use crate::preflight::{self, Free, Need, PackageChanges, Packages, Refusal, Refusals};
+use crate::preflight::{self, BaseChoice, Free, Need, PackageChanges, Packages, Refusal, Refusals};
 use crate::report::{Phase, State, Tracker};
 use etc_merge::{Change, Class, Plan};
 use node_store::import::PulledImage;
 use node_store::store::{NodeStore, ObjectId, ObjectType};
 use overlay_root::delta::{Booted, Delta, Keep};
-use overlay_root::{DetachedTree, Namespace};
+use overlay_root::{DetachedTree, Mount, Namespace};
 use unit_refresh::Flow;
 
 /// The settings of the checks.
@@ -91,7 +91,7 @@ pub(super) async fn stage(
 /// # Errors
 /// A refusal with all reasons that prevent the switch.
 pub(super) async fn check_machine() -> Result<(), Error> {
-    let look = || refuse(preflight::check_system(&Namespace::init().mounts()?, Path::new(USR), Path::new(ETC)));
+    let look = || check_system(&Namespace::init().mounts()?).map(drop);
     tokio::task::spawn_blocking(look).await.context("looking at the machine panicked")?
 }
 
@@ -110,17 +110,21 @@ pub(super) async fn is_current(tracker: &Tracker, dir: &StateDir, staged: &Stage
     Ok(current)
 }
 
+fn check_system(mounts: &[Mount]) -> Result<BaseChoice, Error> {
+    let image = || composefs_image().map_err(|error| format!("{error:#}"));
+    preflight::check_system(mounts, Path::new(USR), Path::new(ETC), &image).map_err(|found| Refusals(found).into())
+}
+
 fn look_again(paths: &StateDir, staged: &StagedRoot) -> Result<(bool, Vec<String>), Error> {
-    let usr = Path::new(USR);
     let mounts = Namespace::init().mounts()?;
-    refuse(preflight::check_system(&mounts, usr, Path::new(ETC)))?;
-    let tree = overlay_root::open_new_usr(&staged.delta.directory, usr, USR_SOURCE)?;
+    let choice = check_system(&mounts)?;
+    let tree = staged.delta.open_usr(USR_SOURCE)?;
     let plan = plan_etc(&tree, &storage::of(paths, &staged.delta)?)?;
     // A plan that is missing, damaged or not the staged one must be made again, too.
     let current =
         staged.load::<Plan>(paths).is_ok_and(|old| same_acts(&old, &plan)) && staged.load::<SwitchPlan>(paths).is_ok();
     refuse(too_little(Free::at(&staged.delta.directory)?.needs(&staged.delta.directory, 0, plan.bytes())))?;
-    Ok((current, preflight::warnings(&mounts, usr)))
+    Ok((current, preflight::warnings(&mounts, Path::new(USR), &choice)))
 }
 
 /// Returns true if both plans do the same. Labels are not compared: a plan that was just made has none yet.
@@ -154,6 +158,7 @@ fn blocking(paths: &StateDir, pulled: PulledImage, checks: Checks) -> Result<(St
         commit: pulled.commit,
         booted_commit: pulled.booted_commit,
         usr: delta.counts,
+        base: delta.base.clone(),
         packages,
         etc: EtcPlan::from(&plan),
         accounts: AddedAccounts::default(),
@@ -176,8 +181,8 @@ fn check_tree(
 ) -> Result<CheckedTree, Error> {
     let usr = Path::new(USR);
     let mounts = Namespace::init().mounts()?;
-    refuse(preflight::check_system(&mounts, usr, Path::new(ETC)))?;
-    warnings.extend(preflight::warnings(&mounts, usr));
+    let choice = check_system(&mounts)?;
+    warnings.extend(preflight::warnings(&mounts, usr, &choice));
 
     let (store, _) = storage::open(paths, checks.store).map_err(|error| match error.downcast::<Refusal>() {
         Ok(refusal) => Error::from(Refusals(vec![refusal])),
@@ -199,11 +204,11 @@ fn check_tree(
     refuse(too_little(Free::at(store.root())?.needs(store.root(), difference.bytes_to_copy()?, 0)))?;
     let built = difference.build(&store.delta_build_path())?;
     // The build path may be a name that only this process has.
-    let delta = Delta { directory: store.delta_path(), ..built };
+    let delta = Delta { directory: store.delta_path(), base: choice.base, ..built };
     warnings.extend(delta.warnings.iter().cloned());
     warnings.extend(overlay_root::delta::outside_usr(&repo, booted, pulled.commit)?);
 
-    let tree = overlay_root::open_new_usr(&delta.directory, usr, USR_SOURCE)?;
+    let tree = delta.open_usr(USR_SOURCE)?;
     refuse(preflight::check_content(tree.as_fd(), preflight::Machine::here().context("looking at this program")?))?;
     let booted_usr = etc_merge::open_dir(usr)?;
     let same = preflight::check_same_system(booted_usr.as_fd(), tree.as_fd(), checks.permits_another_system);
@@ -274,7 +279,7 @@ fn earlier_defaults(store: &NodeStore) -> anyhow::Result<etc_merge::Defaults> {
 
 /// Returns the changes of the staged plan to `/etc`, as a unified diff. Changes nothing.
 pub(in crate::agent) fn diff_etc(paths: &StateDir, staged: &StagedRoot, secrets: bool) -> Result<Vec<u8>, Error> {
-    let tree = overlay_root::open_new_usr(&staged.delta.directory, Path::new(USR), USR_SOURCE)?;
+    let tree = staged.delta.open_usr(USR_SOURCE)?;
     let plan = staged.load::<Plan>(paths)?;
     let current = etc_merge::open_dir(Path::new(ETC))?;
     Ok(etc_merge::diff(&plan, new_etc(tree.as_fd())?.as_fd(), current.as_fd(), secrets)?)

@@ -10,6 +10,7 @@ use crate::preflight::{Need, PackageChanges};
 use etc_merge::Class;
 use node_store::image::{ImageChoice, PullSpec};
 use node_store::store::ObjectId;
+use overlay_root::Base;
 use overlay_root::delta::DeltaCounts;
 use support::human_bytes;
 use unit_refresh::Action;
@@ -43,6 +44,9 @@ pub struct SwitchPlan {
     pub booted_commit: Option<ObjectId>,
     /// Files that `/usr` gains, loses and changes.
     pub usr: DeltaCounts,
+    /// The layers below the changed files.
+    #[serde(default)]
+    pub base: Base,
     /// Changed packages, if both sides have a readable package database.
     pub packages: Option<PackageChanges>,
     /// Changes of `/etc`.
@@ -169,6 +173,7 @@ impl SwitchPlan {
             usr.removed,
             human_bytes(usr.removed_bytes)
         )];
+        lines.push(format!("/usr: {}", self.base));
         match &self.packages {
             Some(packages) => lines.extend(package_lines(packages)),
             None => lines.push("packages: unknown, there is no package database that can be read".to_owned()),
@@ -227,6 +232,7 @@ mod tests {
             commit: ObjectId::default(),
             booted_commit: None,
             usr: DeltaCounts { added: 2, added_bytes: 2048, ..DeltaCounts::default() },
+            base: Base::default(),
             packages: Some(PackageChanges {
                 added: vec![package("new")],
                 removed: vec![package("old")],
@@ -247,6 +253,7 @@ mod tests {
             lines[1..],
             [
                 "/usr: 2 files added (2.0 KiB), 0 changed (0 B, before 0 B), 0 removed (0 B)",
+                "/usr: an overlay over /usr",
                 "packages: 1 added, 1 changed, 1 removed",
                 "  + new 1",
                 "  ! p 1 -> 2",

@@ -141,6 +141,7 @@ impl StagedRoot {
                 human_bytes(self.delta.counts.added_bytes + self.delta.counts.changed_bytes)
             ),
         ];
+        lines.push(format!("/usr: {}", self.delta.base));
         lines.extend(self.etc.iter().map(|line| format!("/etc: {line}")));
         lines
     }

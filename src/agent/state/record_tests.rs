@@ -4,6 +4,7 @@ use super::super::file::parse;
 use super::super::{FileStep, survives_every_damage};
 use super::*;
 use node_store::image::ResolvedImage;
+use overlay_root::Base;
 use overlay_root::delta::DeltaCounts;
 
 pub(crate) fn staged() -> StagedRoot {
@@ -21,7 +22,8 @@ pub(crate) fn staged() -> StagedRoot {
         objects_written: 1,
         warnings: Vec::new(),
     };
-    let delta = Delta { directory: "/x".into(), counts: DeltaCounts::default(), warnings: Vec::new() };
+    let delta =
+        Delta { directory: "/x".into(), counts: DeltaCounts::default(), warnings: Vec::new(), base: Base::default() };
     StagedRoot { pulled, delta, etc: Vec::new(), plans: BTreeMap::new() }
 }
 

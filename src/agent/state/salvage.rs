@@ -11,7 +11,7 @@ use crate::agent::new_usr::{USR, USR_SOURCE};
 use crate::agent::storage;
 use node_store::image::ResolvedImage;
 use node_store::import::PulledImage;
-use overlay_root::delta::{Delta, DeltaCounts};
+use overlay_root::delta::Delta;
 use support::directory::Directory;
 
 /// Name that a damaged record gets when nothing is switched.
@@ -120,8 +120,8 @@ pub(in crate::agent) fn repair_undo_plan(paths: &StateDir) {
 /// Returns the facts about the switch in the other files. Unknown ones stay empty; an undo does not need them.
 fn undo_tree(paths: &StateDir) -> UndoTree {
     let plan = paths.load::<SwitchPlan>().ok();
-    let counts = plan.as_ref().map_or_else(DeltaCounts::default, |plan| plan.usr);
-    let delta = Delta { directory: delta(paths), counts, warnings: Vec::new() };
+    let (counts, base) = plan.as_ref().map(|plan| (plan.usr, plan.base.clone())).unwrap_or_default();
+    let delta = Delta { directory: delta(paths), counts, warnings: Vec::new(), base };
     UndoTree { pulled: plan.and_then(pulled), delta, etc: Vec::new(), plans: BTreeMap::new() }
 }
 

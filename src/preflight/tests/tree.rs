@@ -8,6 +8,8 @@ use std::path::Path;
 
 use support::testing::private;
 
+use overlay_root::Base;
+
 use super::{Machine, Refusal, check_content, check_runs};
 
 #[test]
@@ -26,7 +28,7 @@ fn etc_is_labelled_by_the_policy_of_the_new_tree() {
         fs::write(policy.join("contexts/files/file_contexts"), contexts).unwrap();
         fs::write(over.join("etc/secret"), "").unwrap();
         fs::create_dir_all(scratch.join("etc/old")).unwrap();
-        let tree = overlay_root::open_new_usr(&over, Path::new("/usr"), "nip:usr").unwrap();
+        let tree = overlay_root::open_new_usr(&over, &Base::default(), "nip:usr").unwrap();
         let [base, new] = ["etc", "over/etc"].map(|path| etc_merge::open_dir(&scratch.join(path)).unwrap());
         let mut plan =
             etc_merge::plan(base.as_fd(), new.as_fd(), base.as_fd(), &etc_merge::Defaults::default()).unwrap();
@@ -66,7 +68,7 @@ fn a_tree_that_cannot_boot_is_refused() {
         let delta = scratch.join("delta");
         fs::create_dir_all(delta.join("lib/systemd")).unwrap();
         fs::create_dir_all(scratch.join("empty")).unwrap();
-        let tree = overlay_root::open_new_usr(&delta, &scratch.join("empty"), "nip:usr").unwrap();
+        let tree = overlay_root::open_new_usr(&delta, &Base::Directory(scratch.join("empty")), "nip:usr").unwrap();
         let machine = Machine::here().unwrap();
         let missing = check_content(tree.as_fd(), machine);
         assert!(missing.len() == 4 && missing.iter().all(|one| matches!(one, Refusal::Missing { .. })), "{missing:?}");
@@ -79,14 +81,14 @@ fn a_tree_that_cannot_boot_is_refused() {
         let mut foreign = fs::read("/usr/bin/true").unwrap();
         foreign[18..20].copy_from_slice(&[22, 0]);
         fs::write(over.join("lib/systemd/systemd"), foreign).unwrap();
-        let tree = overlay_root::open_new_usr(&over, Path::new("/usr"), "nip:usr").unwrap();
+        let tree = overlay_root::open_new_usr(&over, &Base::default(), "nip:usr").unwrap();
         let refusals = check_content(tree.as_fd(), machine);
         assert!(matches!(refusals[..], [Refusal::OsRelease, Refusal::Architecture { .. }]), "{refusals:?}");
 
         fs::write(over.join("lib/os-release"), "NAME=x\nID=test\n").unwrap();
         fs::remove_file(over.join("lib/systemd/systemd")).unwrap();
         fs::copy("/usr/bin/true", over.join("lib/systemd/systemd")).unwrap();
-        let tree = overlay_root::open_new_usr(&over, Path::new("/usr"), "nip:usr").unwrap();
+        let tree = overlay_root::open_new_usr(&over, &Base::default(), "nip:usr").unwrap();
         assert_eq!(check_content(tree.as_fd(), machine), []);
         let unmerged = |_: std::os::fd::BorrowedFd<'_>, _: &Path| Ok(());
         let report = check_runs(&tree, &unmerged).unwrap();

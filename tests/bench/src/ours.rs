@@ -12,6 +12,7 @@ use node_store::image::{ImageSettings, PullSpec, Source};
 use node_store::import::{self, PullOptions};
 use node_store::store::{BootedRepo, NODE_IMAGE_REF, NodeStore, ObjectType};
 use ostree::gio::Cancellable;
+use overlay_root::Base;
 use overlay_root::delta::{Booted, Keep};
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
@@ -121,6 +122,6 @@ pub fn tree_of(repo: &Path, commit: &str) -> Result<String> {
 
 /// Shows `act` the new `/usr`: the delta below `root` over the booted one.
 pub fn with_new_usr<T>(root: &Path, booted_usr: &Path, act: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
-    let tree = overlay_root::open_new_usr(&root.join(DELTA), booted_usr, "benchmark")?;
+    let tree = overlay_root::open_new_usr(&root.join(DELTA), &Base::Directory(booted_usr.to_owned()), "benchmark")?;
     act(Path::new(&format!("/proc/self/fd/{}", tree.as_fd().as_raw_fd())))
 }

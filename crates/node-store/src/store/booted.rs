@@ -6,10 +6,14 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use ostree::gio;
+use ostree::glib::{Variant, VariantDict, VariantTy};
 
 use super::object::{ObjectId, ObjectSet, ObjectType, loose_path, read_metadata};
 use super::place::is_bare;
 use super::refs::{commit_of, layer_ref};
+
+/// Exists on systems that ostree booted.
+const BOOTED_MARKER: &str = "/run/ostree-booted";
 
 /// The booted system's repo and the booted commit.
 #[derive(Debug, Clone)]
@@ -30,7 +34,7 @@ impl BootedRepo {
     /// # Errors
     /// libostree reports a booted deployment, but the repo is in none of its usual places.
     pub fn discover() -> anyhow::Result<Option<Self>> {
-        if !Path::new("/run/ostree-booted").exists() {
+        if !Path::new(BOOTED_MARKER).exists() {
             return Ok(None);
         }
         let sysroot = ostree::Sysroot::new_default();
@@ -42,8 +46,17 @@ impl BootedRepo {
             return Ok(Some(Self { path, commit: Some(deployment.csum().parse()?) }));
         }
         let Some(path) = usual_repo() else { return Ok(None) };
-        let commit = ["/ostree/deploy", "/sysroot/ostree/deploy"].iter().find_map(|dir| running_commit(Path::new(dir)));
+        let marker = std::fs::read(BOOTED_MARKER).unwrap_or_default();
+        let places = ["/ostree/deploy", "/sysroot/ostree/deploy"];
+        let commit = places.iter().find_map(|dir| running_commit(Path::new(dir), &marker));
         Ok(Some(Self { path, commit }))
+    }
+
+    /// Returns the composefs image in a deployment of the booted commit. The commit determines its content.
+    pub fn composefs_image(&self) -> Option<PathBuf> {
+        let all = deployments(&self.path.parent()?.join("deploy"));
+        let images = all.into_iter().filter(|(commit, _)| Some(*commit) == self.commit);
+        images.map(|(_, path)| path.join(".ostree.cfs")).find(|image| image.is_file())
     }
 
     /// Returns true if the object exists in this repo. Its content is not checked.
@@ -82,25 +95,34 @@ fn usual_repo() -> Option<PathBuf> {
     ["/ostree/repo", "/sysroot/ostree/repo"].into_iter().map(PathBuf::from).find(|path| path.join("objects").is_dir())
 }
 
-/// Returns the commit of the deployment below `deploy` whose directory is the root directory. If none is (in a container
-/// the root is a bind mount of another path), returns the commit of the only deployment.
-fn running_commit(deploy: &Path) -> Option<ObjectId> {
+/// Returns the commit of the deployment below `deploy` whose directory is the root directory or, with a composefs root,
+/// the one that the root was mounted from. If none is (in a container the root is a bind mount of another path), returns
+/// the commit of the only deployment.
+fn running_commit(deploy: &Path, marker: &[u8]) -> Option<ObjectId> {
     let root = std::fs::metadata("/").ok()?;
-    let mut all = Vec::new();
-    for stateroot in std::fs::read_dir(deploy).ok()?.flatten() {
-        let Ok(deployments) = std::fs::read_dir(stateroot.path().join("deploy")) else { continue };
-        for deployment in deployments.flatten() {
-            let Some(commit) = deployment.file_name().to_str().and_then(commit_of_deployment) else { continue };
-            if deployment.metadata().is_ok_and(|meta| meta.dev() == root.dev() && meta.ino() == root.ino()) {
-                return Some(commit);
-            }
-            all.push(commit);
-        }
-    }
+    let identities = [Some((root.dev(), root.ino())), backing_root(marker)];
+    let all = deployments(deploy);
+    let is_running =
+        |path: &Path| path.metadata().is_ok_and(|meta| identities.contains(&Some((meta.dev(), meta.ino()))));
     match all.as_slice() {
-        [only] => Some(*only),
-        _ => None,
+        [(only, _)] => Some(*only),
+        _ => all.iter().find(|(_, path)| is_running(path)).map(|(commit, _)| *commit),
     }
+}
+
+/// Returns the commits and directories of all deployments below `deploy`.
+fn deployments(deploy: &Path) -> Vec<(ObjectId, PathBuf)> {
+    let stateroots = std::fs::read_dir(deploy).into_iter().flatten().flatten();
+    let entries = stateroots.filter_map(|stateroot| std::fs::read_dir(stateroot.path().join("deploy")).ok());
+    let named = |entry: std::fs::DirEntry| Some((commit_of_deployment(entry.file_name().to_str()?)?, entry.path()));
+    entries.flatten().flatten().filter_map(named).collect()
+}
+
+/// Returns device and inode of the deployment of a composefs root, from the content of `/run/ostree-booted`. That file is
+/// a serialized variant of the type `a{sv}`. It is empty if an old ostree or another program made it.
+fn backing_root(marker: &[u8]) -> Option<(u64, u64)> {
+    let facts = Variant::from_data_with_type(marker, VariantTy::VARDICT);
+    VariantDict::new(Some(&facts)).lookup("backing-root-device-inode").ok().flatten()
 }
 
 /// Returns the commit of a deployment's directory, `COMMIT.SERIAL`, or `None` for other names, such as the origin file's.
@@ -145,6 +167,38 @@ mod tests {
         assert_eq!(commit_of_deployment(&format!("{commit}.0.origin")), None);
         assert_eq!(commit_of_deployment(&commit), None);
         assert_eq!(commit_of_deployment("backup.0"), None);
+    }
+
+    #[test]
+    fn the_running_deployment_is_found_among_several_by_its_inode() {
+        let temp = tempfile::tempdir().unwrap();
+        let (deploy, commit) = (temp.path().join("ostree/deploy"), |byte| ObjectId([byte; 32]));
+        let add = |byte, serial: u32| {
+            let path = deploy.join(format!("os/deploy/{}.{serial}", commit(byte)));
+            std::fs::create_dir_all(&path).unwrap();
+            path
+        };
+        let marker = |path: &Path| {
+            let meta = path.metadata().unwrap();
+            let facts = VariantDict::new(None);
+            facts.insert("composefs", true);
+            facts.insert("backing-root-device-inode", (meta.dev(), meta.ino()));
+            facts.end().data().to_vec()
+        };
+        let first = add(1, 0);
+        assert_eq!(running_commit(&deploy, b""), Some(commit(1)), "the only one");
+        let second = add(2, 1);
+        assert_eq!(running_commit(&deploy, b""), None);
+        assert_eq!(running_commit(&deploy, b"damaged"), None);
+        for (path, byte) in [(&first, 1), (&second, 2)] {
+            assert_eq!(running_commit(&deploy, &marker(path)), Some(commit(byte)));
+        }
+        assert_eq!(running_commit(&deploy, &marker(temp.path())), None, "the root of another system");
+
+        std::fs::write(second.join(".ostree.cfs"), "").unwrap();
+        let image =
+            |byte| BootedRepo { path: temp.path().join("ostree/repo"), commit: Some(commit(byte)) }.composefs_image();
+        assert_eq!((image(1), image(2)), (None, Some(second.join(".ostree.cfs"))));
     }
 
     #[test]

@@ -2,6 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
+use ostree::glib::{KeyFile, KeyFileFlags};
+use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags, statx};
+
 /// Store that the configuration asks for (`store`).
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, strum::EnumString)]
 #[strum(serialize_all = "kebab-case", parse_err_ty = String, parse_err_fn = unknown)]
@@ -43,6 +46,8 @@ pub struct SystemRepo {
     pub source: PathBuf,
     /// True if the file system is read-only, independent of the mount's options.
     pub read_only: bool,
+    /// True if new objects need fs-verity. See [`must_seal`].
+    pub sealed: bool,
 }
 
 /// Reason why the system's repo cannot be the node store.
@@ -57,6 +62,12 @@ pub enum NoDisk {
     /// The repo has another mode than `bare`, so its objects are not the files of a system.
     #[error("the ostree repo {0} does not have the mode bare")]
     Mode(PathBuf),
+    /// The system reads, or will read, only objects with fs-verity, which the agent does not enable.
+    #[error(
+        "objects of the ostree repo {0} must have fs-verity ([ex-integrity] in its configuration, or a root with \
+         verity=require), which the agent does not enable"
+    )]
+    Sealed(PathBuf),
     /// The file system is not writable.
     #[error("the file system of {0} is read-only")]
     ReadOnly(PathBuf),
@@ -98,6 +109,9 @@ fn usable(repo: Option<&SystemRepo>) -> Result<&SystemRepo, NoDisk> {
     if repo.read_only {
         return Err(NoDisk::ReadOnly(repo.path.clone()));
     }
+    if repo.sealed {
+        return Err(NoDisk::Sealed(repo.path.clone()));
+    }
     Ok(repo)
 }
 
@@ -113,6 +127,35 @@ fn installed(repo: &SystemRepo) -> Result<(), NoDisk> {
         });
     }
     Ok(())
+}
+
+/// Returns true if an object that the agent adds to the system's repo needs fs-verity: the configuration of the repo asks
+/// for it, or the mounted root does. `has_sealed` returns true if an existing object has it. That decides if the
+/// configuration leaves the choice to the file system.
+///
+/// Keys: `[ex-integrity]` `fsverity` and `composefs` of ostree.repo-config(5); the second one implies `fsverity=maybe`.
+pub fn must_seal(config: &str, verified_root: bool, has_sealed: impl FnOnce() -> bool) -> bool {
+    let file = KeyFile::new();
+    let loaded = file.load_from_data(config, KeyFileFlags::NONE).is_ok();
+    let word = |key| file.string("ex-integrity", key).ok().filter(|_| loaded);
+    let is = |key, words: &[&str]| word(key).is_some_and(|word| words.contains(&word.as_str()));
+    const YES: [&str; 3] = ["yes", "true", "1"];
+    const NO: [&str; 3] = ["no", "false", "0"];
+    let asks = word("fsverity").is_some() || word("composefs").is_some() && !is("composefs", &NO);
+    verified_root || is("fsverity", &YES) || asks && !is("fsverity", &NO) && has_sealed()
+}
+
+/// Returns true if a regular file among the objects of `repo` has fs-verity. Looks at one file only: libostree seals all
+/// files or none.
+pub fn has_sealed_object(repo: &Path) -> bool {
+    let prefixes = (0..=u8::MAX).map(|prefix| repo.join("objects").join(hex::encode([prefix])));
+    let mut entries = prefixes.filter_map(|prefix| std::fs::read_dir(prefix).ok()).flatten().flatten();
+    let file = entries.find(|entry| {
+        entry.path().extension().is_some_and(|kind| kind == "file")
+            && entry.file_type().is_ok_and(|kind| kind.is_file())
+    });
+    let stat = file.map(|file| statx(CWD, file.path(), AtFlags::SYMLINK_NOFOLLOW, StatxFlags::BASIC_STATS));
+    stat.is_some_and(|stat| stat.is_ok_and(|stat| stat.stx_attributes.contains(StatxAttributes::VERITY)))
 }
 
 /// Returns true if a repo's configuration sets the mode `bare`, the only one whose objects are the files themselves, with
@@ -135,6 +178,7 @@ mod tests {
             fstype: "xfs".into(),
             source: "/dev/vda4".into(),
             read_only: false,
+            sealed: false,
         }
     }
 
@@ -142,7 +186,7 @@ mod tests {
     fn auto_selects_the_disk_only_on_an_installed_system() {
         type Change = fn(&mut SystemRepo);
         // Difference from an installed system, true if auto selects the disk, true if "disk" is accepted.
-        let table: [(&str, Change, bool, bool); 13] = [
+        let table: [(&str, Change, bool, bool); 14] = [
             ("installed", |_| {}, true, true),
             ("ext4", |repo| repo.fstype = "ext4".into(), true, true),
             ("btrfs", |repo| repo.fstype = "btrfs".into(), true, true),
@@ -154,6 +198,7 @@ mod tests {
             ("tmpfs", |repo| (repo.fstype, repo.source) = ("tmpfs".into(), "tmpfs".into()), false, true),
             ("network", |repo| (repo.fstype, repo.source) = ("nfs4".into(), "host:/x".into()), false, true),
             ("no device", |repo| repo.source = "none".into(), false, true),
+            ("sealed", |repo| repo.sealed = true, false, false),
             ("read-only", |repo| repo.read_only = true, false, false),
             ("bare-user", |repo| repo.config = "[core]\nmode=bare-user\n".into(), false, false),
         ];
@@ -166,6 +211,34 @@ mod tests {
         }
         assert_eq!(decide(Wish::Auto, None), Ok(Kind::Ram(Some(NoDisk::NotBooted))));
         assert_eq!(decide(Wish::Disk, None), Err(NoDisk::NotBooted));
+    }
+
+    #[test]
+    fn new_objects_need_fs_verity_where_the_repo_or_the_root_asks_for_it() {
+        // The section, true if existing objects are sealed, and the result.
+        for (keys, has_sealed, expected) in [
+            ("", true, false),
+            ("fsverity=yes\n", false, true),
+            ("fsverity=true\n", false, true),
+            ("fsverity=maybe\n", false, false),
+            ("fsverity=maybe\n", true, true),
+            ("fsverity=no\n", true, false),
+            ("composefs=yes\n", true, true),
+            ("composefs=yes\n", false, false),
+            ("composefs=no\n", true, false),
+            ("composefs=yes\nfsverity=no\n", true, false),
+        ] {
+            let config = format!("[core]\nmode=bare\n[ex-integrity]\n{keys}");
+            assert_eq!(must_seal(&config, false, || has_sealed), expected, "{keys}");
+            assert!(must_seal(&config, true, || has_sealed), "a verified root: {keys}");
+        }
+        assert!(!must_seal("[core]\nfsverity=yes\n", false, || true), "another section");
+        assert!(!must_seal("not a key file", false, || true));
+        let temp = tempfile::tempdir().unwrap();
+        assert!(!has_sealed_object(temp.path()));
+        std::fs::create_dir_all(temp.path().join("objects/ab")).unwrap();
+        std::fs::write(temp.path().join("objects/ab/cd.file"), "x").unwrap();
+        assert!(!has_sealed_object(temp.path()));
     }
 
     #[test]

@@ -17,6 +17,7 @@ use super::compare::{self, Checksum, DeltaOp, Directory, Tree as _};
 use super::keep::Keep;
 use super::lookup::{Delta, DeltaCounts};
 use super::overlay_marks::{self, Marks};
+use crate::Base;
 use node_store::store::ObjectId;
 use support::failpoint::{self, Point};
 
@@ -112,7 +113,7 @@ impl Difference<'_> {
         }
         let (counts, warnings) = (builder.counts, builder.marks.warnings());
         publish(&building, out)?;
-        Ok(Delta { directory: out.to_owned(), counts, warnings })
+        Ok(Delta { directory: out.to_owned(), counts, warnings, base: Base::default() })
     }
 }
 

@@ -9,6 +9,8 @@ use rustix::fs::{Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
+use crate::{Base, DetachedTree};
+
 /// Figures of a delta. A symbolic link counts as a file.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
@@ -45,9 +47,17 @@ pub struct Delta {
     /// Parts of the target that the delta omits, one line each.
     #[serde(default)]
     pub warnings: Vec<String>,
+    /// The layers below it, which are the booted `/usr`.
+    #[serde(default)]
+    pub base: Base,
 }
 
 impl Delta {
+    /// Builds the new `/usr` as a detached tree named `source`. See [`crate::open_new_usr`].
+    pub fn open_usr(&self, source: &str) -> Result<DetachedTree> {
+        crate::open_new_usr(&self.directory, &self.base, source)
+    }
+
     /// Opens the directory for many calls of [`DeltaLookup::contains`], each of which needs one system call.
     pub fn lookup(&self) -> Result<DeltaLookup> {
         let directory = File::open(&self.directory)

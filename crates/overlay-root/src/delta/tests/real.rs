@@ -13,8 +13,8 @@ use rustix::fs::XattrFlags;
 
 use super::*;
 use crate::delta::{Booted, Delta, compare};
-use crate::open_new_usr;
 use crate::testing::here;
+use crate::{Base, open_new_usr};
 use support::testing::private;
 
 fn write(dir: &Path, meta: u8, entries: &Entries) {
@@ -135,7 +135,8 @@ impl Machine {
     fn show(&self) -> BTreeMap<PathBuf, String> {
         let target = self.scratch.join("usr");
         fs::create_dir_all(&target).unwrap();
-        let tree = open_new_usr(&self.scratch.join("delta"), &self.booted_usr, "nip:usr").unwrap();
+        let tree =
+            open_new_usr(&self.scratch.join("delta"), &Base::Directory(self.booted_usr.clone()), "nip:usr").unwrap();
         tree.expose_in(&here(), &target).unwrap();
         let shown = describe(&target);
         assert!(here().withdraw(&target, "nip:usr").unwrap());
