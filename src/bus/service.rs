@@ -207,13 +207,15 @@ fn counters(progress: &ProgressSnapshot) -> HashMap<String, u64> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
     #[test]
-    fn counters_by_name() {
+    fn every_counter_is_in_the_property() {
         let progress = ProgressSnapshot { bytes_total: 7, ..Default::default() };
+        let document = serde_json::to_value(&progress).unwrap();
         assert_eq!(counters(&progress).get("bytes_total"), Some(&7));
-        assert_eq!(counters(&progress).len(), 8);
+        assert_eq!(counters(&progress).len(), document.as_object().unwrap().len());
     }
 }
