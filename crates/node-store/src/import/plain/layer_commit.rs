@@ -34,12 +34,14 @@ fn store_dir(import: &Import, dir: &LayerDir) -> Result<Option<(ObjectId, Object
         }
         files.insert(name.to_owned(), *id);
     }
-    let whiteouts = dir.whiteouts.iter().map(|(name, ())| format!("{WHITEOUT}{name}"));
-    for name in whiteouts.chain(dir.opaque.then(|| OPAQUE.to_owned())) {
-        if foreign(&name).is_some() {
+    for (name, ()) in dir.whiteouts.iter() {
+        if foreign(name).is_some() {
             return Ok(None);
         }
-        files.insert(name, store_empty_file(import, &dir.meta)?);
+        files.insert(format!("{WHITEOUT}{name}"), store_empty_file(import, &dir.meta)?);
+    }
+    if dir.opaque {
+        files.insert(OPAQUE.to_owned(), store_empty_file(import, &dir.meta)?);
     }
     let mut dirs = BTreeMap::new();
     for (name, child) in dir.dirs.iter() {
