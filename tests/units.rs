@@ -238,3 +238,16 @@ fn units_have_the_settings_that_others_rely_on() {
     assert!(has("node-image-pivot.target", "AllowIsolate=yes"));
     assert!(has("node-image-pivotd.service", "RestartPreventExitStatus=2"), "wrong usage");
 }
+
+#[test]
+fn a_program_that_cannot_be_read_fails_the_check_of_symbol_versions() {
+    let floor = |program: &str| {
+        let mut script = Command::new("sh");
+        script.arg(project().join("tests/floor.sh")).arg(program).output().unwrap()
+    };
+    let output = floor("missing-program");
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("cannot read the symbol versions of missing-program"), "{said}");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(floor(env!("CARGO_BIN_EXE_node-image-pivot")).status.success());
+}
