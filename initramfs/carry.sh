@@ -15,19 +15,31 @@ sysroot=$root/sysroot
 
 say() { echo "node-image-pivot: $1"; }
 
+refuse() {
+    say "$1"
+    trap - EXIT
+    exit 1
+}
+
 begin() {
     mkdir -p "$run"
     if [ -d "$from/settings" ]; then cp -RP "$from/settings/." "$run/"; fi
     if [ -e "$sysroot/usr/bin/node-image-pivot" ]; then
-        say "the real root has an agent, which is used; only the configuration was carried"
-        exit 1
+        refuse "the real root has an agent, which is used; only the configuration was carried"
     fi
     if [ ! -e "$sysroot/usr/bin/skopeo" ]; then
-        say "the agent cannot work in the real root: /usr/bin/skopeo is missing; the boot continues without the agent"
-        exit 1
+        refuse "the agent cannot work in the real root: /usr/bin/skopeo is missing; the boot continues without the agent"
     fi
     cp -RP "$from/agent/." "$run/"
+    # Last, so that a failure leaves no mount.
     mount --bind "$run" "$sysroot/run"
+}
+
+# An incomplete file may not stay: an agent would read it.
+uncarried() {
+    if [ $? = 0 ]; then return; fi
+    rm -rf "$run/node-image-pivot" "$run/node-image-pivot.conf.d" "$run/credstore/node-image-pivot.auth"
+    say "cannot copy the agent to /run; the boot continues without the agent"
 }
 
 end() {
@@ -53,7 +65,9 @@ failed() {
 }
 
 case $1 in
-    begin) begin ;;
+    begin)
+        trap uncarried EXIT
+        begin ;;
     end)
         trap failed EXIT
         end ;;

@@ -13,6 +13,8 @@ use sha2::{Digest, Sha256};
 
 /// A program of this machine in place of the two binaries, which are large. `--version` succeeds.
 const STAND_IN: &str = "/usr/bin/true";
+/// Lets writes beyond a number of 512 bytes fail, in a shell.
+const LIMITED: &str = "trap '' XFSZ; ulimit -f";
 const ARCHIVE_SCRIPT: &str = "usr/lib/node-image-pivot/carry.sh";
 
 /// A directory with an installation, a configuration and credentials.
@@ -86,7 +88,8 @@ fn cpio_unpacks_the_archive() {
     let bench = Bench::new();
     let unpacked = bench.unpacked("unpacked");
     let wants = unpacked.join("etc/systemd/system/initrd.target.wants/node-image-pivot-carry.service");
-    assert_eq!(fs::canonicalize(wants).unwrap(), unpacked.join("etc/systemd/system/node-image-pivot-carry.service"));
+    assert_eq!(fs::canonicalize(&wants).unwrap(), unpacked.join("etc/systemd/system/node-image-pivot-carry.service"));
+    assert!(fs::read_to_string(&wants).unwrap().contains("\nTimeoutStartSec="), "the boot does not wait without a limit");
     let carried = unpacked.join("usr/lib/node-image-pivot/carry");
     let agent = carried.join("agent/node-image-pivot/bin/node-image-pivot");
     assert_eq!(fs::read(&agent).unwrap(), fs::read(STAND_IN).unwrap());
@@ -224,6 +227,23 @@ fn the_script_adds_nothing_to_etc_and_var_of_an_installed_disk() {
     fs::remove_file(initramfs.join("run/ostree-live")).unwrap();
     carry(&bench, &initramfs, "0");
     assert!(!initramfs.join("run").join(LIVE).exists());
+}
+
+/// An agent of the real root would read an incomplete configuration.
+#[test]
+fn a_copy_to_run_that_fails_is_reported_and_leaves_nothing() {
+    for (size, incomplete) in [(10, "agent"), (8192, "configuration")] {
+        let bench = Bench::new();
+        bench.put("config/50-image.toml", &"#".repeat(size));
+        let initramfs = bench.unpacked("initramfs");
+        real_root(&initramfs);
+        let carry = format!("exec 2>&1; {LIMITED} 8; sh {ARCHIVE_SCRIPT} begin . || sh {ARCHIVE_SCRIPT} end .");
+        let said = shell(&initramfs, &carry);
+        let (causes, message): (Vec<_>, Vec<_>) = said.lines().partition(|line| line.starts_with("cp: "));
+        assert!(!causes.is_empty(), "{incomplete}");
+        assert_eq!(message, ["node-image-pivot: cannot copy the agent to /run; the boot continues without the agent"]);
+        assert_eq!(files(&initramfs.join("run")), BTreeSet::from(["ostree-live".to_owned()]));
+    }
 }
 
 /// The configuration does not start anything without the generator.
