@@ -89,7 +89,10 @@ fn cpio_unpacks_the_archive() {
     let unpacked = bench.unpacked("unpacked");
     let wants = unpacked.join("etc/systemd/system/initrd.target.wants/node-image-pivot-carry.service");
     assert_eq!(fs::canonicalize(&wants).unwrap(), unpacked.join("etc/systemd/system/node-image-pivot-carry.service"));
-    assert!(fs::read_to_string(&wants).unwrap().contains("\nTimeoutStartSec="), "the boot does not wait without a limit");
+    assert!(
+        fs::read_to_string(&wants).unwrap().contains("\nTimeoutStartSec="),
+        "the boot does not wait without a limit"
+    );
     let carried = unpacked.join("usr/lib/node-image-pivot/carry");
     let agent = carried.join("agent/node-image-pivot/bin/node-image-pivot");
     assert_eq!(fs::read(&agent).unwrap(), fs::read(STAND_IN).unwrap());
@@ -133,6 +136,21 @@ fn only_the_owner_can_read_a_package_with_secrets() {
     let settings = bench.unpacked("unpacked").join("usr/lib/node-image-pivot/carry/settings");
     assert_eq!(mode(&settings.join("credstore/node-image-pivot.auth")), 0o600);
     assert_eq!(mode(&settings.join("credstore")), 0o700);
+}
+
+/// A write that fails leaves the file with the mode that it had during the write.
+#[test]
+fn other_users_can_read_no_secret_in_a_directory_while_it_is_written() {
+    let bench = Bench::new();
+    let credentials = bench.path("tree/usr/lib/node-image-pivot/carry/settings/credstore");
+    fs::create_dir_all(&credentials).unwrap();
+    fs::set_permissions(&credentials, fs::Permissions::from_mode(0o755)).unwrap();
+    bench.put("auth.json", &format!("{{\"auths\": {{}}}}{}", " ".repeat(1 << 20)));
+    let pack = "pack initrd --directory tree --root installed --auth auth.json";
+    let program = env!("CARGO_BIN_EXE_node-image-pivot");
+    shell(bench.0.path(), &format!("umask 022; {LIMITED} 1024; ! {program} {pack}"));
+    assert_eq!(mode(&credentials.join("node-image-pivot.auth")), 0o600);
+    assert_eq!(mode(&credentials), 0o700, "a directory of the initramfs or of an earlier build");
 }
 
 /// The kernel follows a link of the initramfs only if the archive has no entry of that name.

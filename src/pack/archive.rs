@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{self, Write as _};
-use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _, symlink};
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
@@ -50,14 +50,22 @@ pub fn write_tree(tree: &Tree<'_>, directory: &Path) -> Result<()> {
 }
 
 fn write_node(node: &Node<'_>, place: &Path) -> io::Result<()> {
-    let mode = |mode: u32| fs::set_permissions(place, fs::Permissions::from_mode(mode));
+    let permissions = |mode: &u32| fs::Permissions::from_mode(*mode);
     match node {
-        Node::Directory { .. } if place.is_dir() => Ok(()),
-        Node::Directory { mode: bits } => fs::create_dir(place).and_then(|()| mode(*bits)),
-        Node::File { mode: bits, content } => {
+        // A private directory is private also if it exists.
+        Node::Directory { mode } if *mode & 0o077 != 0 && place.is_dir() => Ok(()),
+        Node::Directory { mode } => {
+            if !place.is_dir() {
+                fs::create_dir(place)?;
+            }
+            fs::set_permissions(place, permissions(mode))
+        }
+        Node::File { mode, content } => {
             remove(place)?;
-            fs::write(place, content)?;
-            mode(*bits)
+            // The mode of the first moment: another user could keep a secret open.
+            let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(*mode).open(place)?;
+            file.set_permissions(permissions(mode))?;
+            file.write_all(content)
         }
         Node::Link(target) => remove(place).and_then(|()| symlink(target, place)),
     }
