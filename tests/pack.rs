@@ -117,6 +117,8 @@ fn equal_parts_give_equal_bytes_of_an_aligned_size() {
             fs::read(bench.path(&file)).unwrap()
         });
         assert!(packed[0] == packed[1], "{words}");
+        let printed = bench.pack(&format!("{words} - --root installed --config config --auth auth.json"));
+        assert!(printed.status.success() && printed.stdout == packed[0], "{words} -");
         assert!(form > 0 || packed[0].len() % 4 == 0);
         packed[0].clear();
     }

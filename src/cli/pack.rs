@@ -1,5 +1,6 @@
 //! The command `pack`, which needs neither root nor the daemon.
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
@@ -29,7 +30,7 @@ pub(super) enum Form {
     Ignition {
         #[command(flatten)]
         content: Content,
-        /// The file to write
+        /// The file to write, or - for stdout
         #[arg(long, value_name = "FILE")]
         output: PathBuf,
         /// Let Ignition fetch the two programs from this directory
@@ -61,7 +62,7 @@ pub(super) struct Content {
 #[derive(Debug, Args)]
 #[group(required = true, multiple = false)]
 pub(super) struct Destination {
-    /// The file to write
+    /// The file to write, or - for stdout
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
     /// Write the files of the archive into this directory instead
@@ -100,6 +101,9 @@ impl Content {
 
 /// Writes a package in one step. Only its owner can read it if it contains secrets.
 fn write(path: &Path, content: &[u8], parts: &Parts) -> Result<()> {
+    if path == Path::new("-") {
+        return std::io::stdout().write_all(content).context("cannot write to stdout");
+    }
     let place = std::path::absolute(path)?;
     let failed = || format!("cannot write {}", path.display());
     let (directory, name) = place.parent().zip(place.file_name()).with_context(failed)?;
