@@ -16,7 +16,7 @@ const FILES: [(&str, &str); 7] = [
         "configuration, also below /run and /usr/lib; see node-image-pivot.conf(5)",
     ),
     ("/etc/node-image-pivot/{pre,post}-switch.d", "hooks, also below /run and /usr/lib"),
-    ("/run/node-image-pivot", "state of the agent; a reboot removes it"),
+    ("/run/node-image-pivot", "state of the agent, and a packed agent; a reboot removes both"),
     ("/run/node-image-pivot/state.json, plan.json, timeline.json", "record, plan of the switch, timeline"),
     ("/run/node-image-pivot/socket", "private socket of the agent, for root"),
     ("/run/issue.d, /run/motd.d", "the cause and the command to run, at login prompts and logins"),
@@ -55,8 +55,9 @@ fn commands(roff: &mut Roff, mut command: clap::Command) {
     roff.control("SH", ["SYNOPSIS"]).text([bold(NAME), roman(" COMMAND [OPTIONS]")]);
     roff.control("SH", ["DESCRIPTION"]).text([roman(
         "A base system that has booted becomes its node image without a reboot: the agent pulls the image, checks it, \
-         exposes its /usr over the running one, merges /etc, and restarts what still runs old code. All commands are \
-         clients of the agent, node-image-pivotd(8).",
+         exposes its /usr over the running one, merges /etc, and restarts what still runs old code. Most commands \
+         are clients of the agent, node-image-pivotd(8). explain, pack, completions and man work without it; status and \
+         report read the record if it does not run.",
     )]);
     roff.control("SH", ["COMMANDS"]);
     for (name, sub) in leaves(&command) {

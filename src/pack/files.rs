@@ -46,7 +46,8 @@ pub const RUN: Place = Place {
     modules: "run/node-image-pivot/selinux",
 };
 
-/// Below `/etc` and `/var`, which Ignition may write. Of `/usr/local`, the path that no node image can replace.
+/// Below `/etc` and `/var`, which Ignition may write. Uses `/var/usrlocal`, the target of `/usr/local`, because a node
+/// image cannot replace it.
 pub const ETC: Place = Place {
     programs: "var/usrlocal/bin",
     units: "etc/systemd/system",
