@@ -214,7 +214,7 @@ mod tests {
     #[test]
     fn every_counter_is_in_the_property() {
         let progress = ProgressSnapshot { bytes_total: 7, ..Default::default() };
-        let document = serde_json::to_value(&progress).unwrap();
+        let document = serde_json::to_value(progress).unwrap();
         assert_eq!(counters(&progress).get("bytes_total"), Some(&7));
         assert_eq!(counters(&progress).len(), document.as_object().unwrap().len());
     }
