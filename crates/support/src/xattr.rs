@@ -48,16 +48,20 @@ pub fn get(path: &Path, name: &[u8]) -> Result<Option<Vec<u8>>> {
 
 /// Sets one attribute; replaces its value if the entry has it.
 pub fn set(path: &Path, name: &[u8], value: &[u8]) -> Result<()> {
-    match rustix::fs::lsetxattr(path, name, value, XattrFlags::empty()) {
-        Err(Errno::NOTSUP) if name.starts_with(b"user.") => {
-            rustix::fs::lsetxattr(path, substitute(name), value, XattrFlags::empty())
-        }
-        other => other,
+    set_with(name, value, |name, value| rustix::fs::lsetxattr(path, name, value, XattrFlags::empty())).map(drop)
+}
+
+/// Sets one attribute with `set`, or its substitute if `set` reports that the file system does not support `user.*`
+/// attributes. Returns true if the substitute was set.
+pub fn set_with(name: &[u8], value: &[u8], set: impl Fn(&[u8], &[u8]) -> Result<()>) -> Result<bool> {
+    match set(name, value) {
+        Err(Errno::NOTSUP) if name.starts_with(b"user.") => set(&substitute(name), value).map(|()| true),
+        other => other.map(|()| false),
     }
 }
 
 /// Returns the name of the substitute of a `user.*` attribute.
-pub fn substitute(name: &[u8]) -> Vec<u8> {
+fn substitute(name: &[u8]) -> Vec<u8> {
     [SUBSTITUTE, name].concat()
 }
 

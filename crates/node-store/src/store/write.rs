@@ -122,14 +122,9 @@ impl ObjectWriter {
         set: impl Fn(&[u8], &[u8]) -> Result<(), Errno>,
     ) -> Result<(), WriteError> {
         for (name, value) in meta.xattrs.iter() {
-            match set(name, value) {
-                Ok(()) => {}
-                Err(Errno::OPNOTSUPP) if name.starts_with(b"user.") => {
-                    set(&xattr::substitute(name), value).map_err(|errno| xattr_failed(id, name, value, errno))?;
-                    self.substituted_xattrs.fetch_add(1, Ordering::Relaxed);
-                }
-                Err(errno) => return Err(xattr_failed(id, name, value, errno)),
-            }
+            let substituted = xattr::set_with(name, value, &set);
+            let substituted = substituted.map_err(|errno| xattr_failed(id, name, value, errno))?;
+            self.substituted_xattrs.fetch_add(u64::from(substituted), Ordering::Relaxed);
         }
         Ok(())
     }

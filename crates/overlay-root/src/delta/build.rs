@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use ostree::gio;
 use ostree::prelude::InputStreamExtManual;
 use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, RenameFlags, Timespec, Timestamps, Uid, XattrFlags};
@@ -20,6 +20,7 @@ use super::overlay_marks::{self, Marks};
 use crate::Base;
 use node_store::store::ObjectId;
 use support::failpoint::{self, Point};
+use support::xattr;
 
 use super::source::{DirMeta, PlainTree, RepoTree, xattrs_of};
 
@@ -307,11 +308,7 @@ fn copy(repo: &ostree::Repo, hex: &str, directory: BorrowedFd<'_>, name: &str) -
         rustix::fs::chownat(directory, name, uid, gid, AtFlags::SYMLINK_NOFOLLOW).context("cannot set the owner")?;
         // Attributes of a link cannot be set by descriptor, so this path starts at the directory's.
         let place = PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd())).join(name);
-        for (name, value) in meta.settable() {
-            rustix::fs::lsetxattr(&place, name.as_slice(), value, XattrFlags::empty())
-                .with_context(|| attribute(name))?;
-        }
-        return Ok(());
+        return set_attributes(&meta, |name, value| rustix::fs::lsetxattr(&place, name, value, XattrFlags::empty()));
     };
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
     let mut file =
@@ -341,17 +338,41 @@ fn attribute(name: &[u8]) -> String {
     format!("cannot set {name}{hint}")
 }
 
+/// Sets attributes with `set`. Those that the file system does not support have a substitute, as in the node store.
+fn set_attributes(meta: &DirMeta, set: impl Fn(&[u8], &[u8]) -> rustix::io::Result<()>) -> Result<()> {
+    let mut all = meta.settable();
+    all.try_for_each(|(name, value)| xattr::set_with(name, value, &set).map(drop).with_context(|| attribute(name)))
+}
+
 /// Sets the metadata of a file or directory. The owner is first, because a change of the owner clears setuid bits and
 /// capabilities. The time is 0, as in ostree.
 fn set_metadata(fd: BorrowedFd<'_>, meta: &DirMeta) -> Result<()> {
     rustix::fs::fchown(fd, Some(Uid::from_raw(meta.uid)), Some(Gid::from_raw(meta.gid)))
         .context("cannot set the owner")?;
     rustix::fs::fchmod(fd, Mode::from_raw_mode(meta.mode & 0o7777)).context("cannot set the mode")?;
-    for (name, value) in meta.settable() {
-        if let Err(error) = rustix::fs::fsetxattr(fd, name.as_slice(), value, XattrFlags::empty()) {
-            bail!("{}: {error}", attribute(name));
-        }
-    }
+    set_attributes(meta, |name, value| rustix::fs::fsetxattr(fd, name, value, XattrFlags::empty()))?;
     let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
     rustix::fs::futimens(fd, &Timestamps { last_access: zero, last_modification: zero }).context("cannot set the time")
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    /// As on a tmpfs before Linux 6.6.
+    #[test]
+    fn attributes_that_the_file_system_refuses_get_a_substitute() {
+        let temp = tempfile::tempdir().unwrap();
+        let pair = |name: &str| (name.as_bytes().to_vec(), b"value".to_vec());
+        let meta = DirMeta { uid: 0, gid: 0, mode: 0o755, xattrs: vec![pair("user.test"), pair("trusted.test")] };
+        let set = |name: &[u8], value: &[u8]| match name.starts_with(b"user.") {
+            true => Err(Errno::OPNOTSUPP),
+            false => rustix::fs::lsetxattr(temp.path(), name, value, XattrFlags::empty()),
+        };
+        set_attributes(&meta, set).unwrap();
+        let mut found = xattr::read(temp.path()).unwrap();
+        found.remove(xattr::LABEL);
+        assert_eq!(found, meta.xattrs.into_iter().collect());
+    }
 }
