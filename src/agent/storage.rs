@@ -80,7 +80,7 @@ fn look(repo: &Path, mounts: &[overlay_root::Mount]) -> anyhow::Result<SystemRep
     let mount = overlay_root::holding(mounts, &path).with_context(|| format!("{} is on no mount", path.display()))?;
     let config = path.join("config");
     let config = std::fs::read_to_string(&config).with_context(|| format!("reading {}", config.display()))?;
-    let verified_root = overlay_root::data_overlay(mounts, Path::new("/")).is_some_and(|root| root.verity);
+    let verified_root = overlay_root::requires_verity(mounts, Path::new("/"));
     Ok(SystemRepo {
         sealed: store::must_seal(&config, verified_root, || store::has_sealed_object(&path)),
         live: Path::new(LIVE_MARKER).exists(),

@@ -177,7 +177,14 @@ pub fn data_overlay(mounts: &[Mount], path: &Path) -> Option<DataOverlay> {
             || option.starts_with(b"lowerdir=") && option.windows(2).any(|bytes| bytes == b"::")
     });
     let has_upper = has(&|option| option.starts_with(b"upperdir="));
-    (has_data && !has_upper).then(|| DataOverlay { verity: has(&|option| option == b"verity=require") })
+    (has_data && !has_upper).then(|| DataOverlay { verity: requires_verity(mounts, path) })
+}
+
+/// Returns true if `path` is on an overlay that reads only content with a digest of fs-verity. The overlay may have an upper
+/// layer, as ostree mounts a root with `transient-ro`.
+pub fn requires_verity(mounts: &[Mount], path: &Path) -> bool {
+    let overlay = holding(mounts, path).filter(|mount| mount.fstype == "overlay");
+    overlay.is_some_and(|mount| has_option(mount.super_options.as_bytes(), |option| option == b"verity=require"))
 }
 
 /// Returns the mount points that would disappear together with the mount named `source` at `target`: those on this mount,
@@ -318,6 +325,15 @@ nonsense\n";
             assert_eq!(of(&format!("22 1 0:40 / / ro - overlay composefs {options}")), expected, "{options}");
         }
         assert_eq!(of("22 1 0:40 / / ro - ext4 /dev/vda datadir+=/x"), None);
+    }
+
+    #[test]
+    fn required_digests_are_seen_below_an_upper_layer_too() {
+        let of = |line: &str| requires_verity(&parse(format!("22 1 0:40 / / {line}\n").as_bytes()), Path::new("/"));
+        assert!(of("ro - overlay composefs ro,lowerdir+=/run/gone,datadir+=/o,verity=require"));
+        assert!(of("ro - overlay composefs rw,lowerdir+=/run/gone,datadir+=/o,upperdir=/u,workdir=/w,verity=require"));
+        assert!(!of("ro - overlay composefs ro,lowerdir+=/run/gone,datadir+=/o,verity=on"));
+        assert!(!of("ro - ext4 /dev/vda ro"));
     }
 
     #[test]
