@@ -28,13 +28,13 @@ pub(super) fn new_etc(usr: BorrowedFd<'_>) -> Result<OwnedFd> {
 /// Finds the image from which ostree mounted the booted composefs root.
 ///
 /// # Errors
-/// The booted commit is unknown, or its deployment has no image.
+/// The running deployment is unknown, or has no image.
 pub(super) fn composefs_image() -> Result<Composefs> {
     let booted = BootedRepo::discover()?.context("this system was not booted from an ostree deployment")?;
     let repo = booted.path.canonicalize().with_context(|| format!("cannot find {}", booted.path.display()))?;
-    let path = booted.composefs_image().context("the booted deployment has no .ostree.cfs")?;
+    let path = booted.composefs_image().context("the running deployment is unknown or has no .ostree.cfs")?;
     let path = path.canonicalize().with_context(|| format!("cannot find {}", path.display()))?;
-    Ok(Composefs { path, objects: repo.join("objects"), verity: false })
+    Ok(Composefs { path, objects: repo.join("objects") })
 }
 
 /// Paths of `/usr` that differ between the bootimage and the node image. A path whose state is unknown counts as changed:

@@ -35,12 +35,8 @@ pub fn choose(mounts: &[Mount], usr: &Path, image: &Image<'_>, probe: &Probe<'_>
         return Err(Refusal::TooDeep { layers });
     }
     let mut why_stacked = None;
-    if let Some(root) = overlay_root::data_overlay(mounts, usr) {
-        let flat = image().and_then(|image| {
-            let base = Base::Composefs(Composefs { verity: root.verity, ..image });
-            Ok(BaseChoice { has_room: probe(&base)?, base, why_stacked: None })
-        });
-        match flat {
+    if overlay_root::is_data_overlay(mounts, usr) {
+        match flat(mounts, usr, image, probe) {
             Ok(choice) => return Ok(choice),
             Err(why) => why_stacked = Some(why),
         }
@@ -51,6 +47,15 @@ pub fn choose(mounts: &[Mount], usr: &Path, image: &Image<'_>, probe: &Probe<'_>
         Refusal::NotStackable(error + &flat.unwrap_or_default())
     })?;
     Ok(BaseChoice { base, has_room, why_stacked })
+}
+
+/// Chooses the image of the composefs root, or returns the reason why it cannot be used.
+fn flat(mounts: &[Mount], usr: &Path, image: &Image<'_>, probe: &Probe<'_>) -> Result<BaseChoice, String> {
+    if overlay_root::requires_verity(mounts, usr) {
+        return Err("the root requires fs-verity, and the agent cannot verify the image".to_owned());
+    }
+    let base = Base::Composefs(image()?);
+    Ok(BaseChoice { has_room: probe(&base)?, base, why_stacked: None })
 }
 
 /// Returns warnings about mounts that the new `/usr` hides, and about its layers, a line each.
@@ -77,7 +82,7 @@ pub fn warnings(mounts: &[Mount], usr: &Path, choice: &BaseChoice) -> Vec<String
                 .into(),
         );
     }
-    if matches!(&choice.base, Base::Composefs(image) if image.verity) {
+    if overlay_root::requires_verity(mounts, usr) {
         warnings.push(
             "the booted /usr is verified by fs-verity at each read; files of the node image that differ from it are not: \
              their objects were compared with their checksums once, when they were imported"
@@ -104,7 +109,7 @@ mod tests {
         "22 1 0:60 / / rw - overlay composefs rw,lowerdir+=/run/gone,upperdir=/run/u,workdir=/run/w,datadir+=/o\n";
 
     fn image() -> Composefs {
-        Composefs { path: "/i.cfs".into(), objects: "/o".into(), verity: false }
+        Composefs { path: "/i.cfs".into(), objects: "/o".into() }
     }
 
     /// The kernel's answers for one base: an error, or room for another overlay.
@@ -129,10 +134,8 @@ mod tests {
         let stacked = |has_room, why: Option<&str>| {
             Ok(BaseChoice { base: Base::default(), has_room, why_stacked: why.map(str::to_owned) })
         };
-        let flat = |verity, has_room| {
-            let base = Base::Composefs(Composefs { verity, ..image() });
-            Ok(BaseChoice { base, has_room, why_stacked: None })
-        };
+        let flat = |has_room| Ok(BaseChoice { base: Base::Composefs(image()), has_room, why_stacked: None });
+        let unverified = "the root requires fs-verity, and the agent cannot verify the image";
         let refused = |why: &str| Err(Refusal::NotStackable(why.to_owned()));
         type Row<'a> = (&'a str, &'a str, Result<Composefs, &'a str>, Answer, Answer, Result<BaseChoice, Refusal>);
         let rows: [Row<'_>; 11] = [
@@ -140,9 +143,9 @@ mod tests {
             ("/usr on another overlay", OTHER, Ok(image()), Ok(true), Ok(false), stacked(false, None)),
             ("merged extensions", &format!("{PLAIN}{SYSEXT}"), Ok(image()), Ok(true), Ok(false), stacked(false, None)),
             ("no overlay fits", PLAIN, Ok(image()), Ok(true), Err("s"), refused("s")),
-            ("composefs", COMPOSEFS, Ok(image()), Ok(true), Ok(false), flat(false, true)),
-            ("composefs with fs-verity", VERITY, Ok(image()), Ok(true), Ok(false), flat(true, true)),
-            ("the image counts as a level", COMPOSEFS, Ok(image()), Ok(false), Err("s"), flat(false, false)),
+            ("composefs", COMPOSEFS, Ok(image()), Ok(true), Ok(false), flat(true)),
+            ("composefs with fs-verity", VERITY, Ok(image()), Ok(true), Ok(true), stacked(true, Some(unverified))),
+            ("the image counts as a level", COMPOSEFS, Ok(image()), Ok(false), Err("s"), flat(false)),
             ("no image", COMPOSEFS, Err("gone"), Ok(true), Ok(false), stacked(false, Some("gone"))),
             ("no data layers", COMPOSEFS, Ok(image()), Err("f"), Ok(false), stacked(false, Some("f"))),
             ("neither", COMPOSEFS, Ok(image()), Err("f"), Err("s"), refused("s; over its composefs image: f")),
@@ -184,7 +187,7 @@ mod tests {
         let cases: [(String, Answer, &[&str]); 4] = [
             (COMPOSEFS.to_owned(), Ok(false), &["no further overlay"]),
             (COMPOSEFS.to_owned(), Err("no data layers"), &["over its image: no data layers", "no further overlay"]),
-            (VERITY.to_owned(), Ok(true), &["verified by fs-verity"]),
+            (VERITY.to_owned(), Ok(true), &["over its image: the root requires", "no further overlay", "by fs-verity"]),
             (
                 format!("{PLAIN}{SYSEXT}70 60 8:1 / /usr/share/oem ro - ext4 /dev/sda ro\n"),
                 Ok(true),

@@ -73,7 +73,7 @@ fn mount_root(image: &Composefs, root: &Path) {
 /// Returns a booted system with a composefs root whose image is in `directory`.
 fn machine<'a>(scratch: &'a Path, directory: &Path) -> Machine<'a> {
     Machine::booted(scratch, |repo, commit| {
-        let image = Composefs { path: directory.join("booted.cfs"), objects: repo.join("objects"), verity: false };
+        let image = Composefs { path: directory.join("booted.cfs"), objects: repo.join("objects") };
         write_image(repo, commit, scratch, &image.path);
         mount_root(&image, &scratch.join("root"));
         (scratch.join("root/usr"), Base::Composefs(image))
@@ -99,7 +99,7 @@ fn an_overlay_fits_on_the_new_usr_of_a_composefs_root() {
             fs::create_dir(&scratch).unwrap();
             let machine = machine(&scratch, directory);
             let mounts = here().mounts().unwrap();
-            assert!(overlay_root::data_overlay(&mounts, &machine.usr).is_some());
+            assert!(overlay_root::is_data_overlay(&mounts, &machine.usr));
             assert!(machine.base.probe().unwrap(), "{name}: room for another overlay");
             assert!(!Base::Directory(machine.usr.clone()).probe().unwrap(), "{name}: no room after a stacked one");
 

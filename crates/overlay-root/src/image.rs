@@ -26,8 +26,6 @@ pub struct Composefs {
     pub path: PathBuf,
     /// The directory `objects` of the repo.
     pub objects: PathBuf,
-    /// True if the kernel must refuse content without the fs-verity digest that the image names.
-    pub verity: bool,
 }
 
 impl Composefs {

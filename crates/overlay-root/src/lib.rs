@@ -38,7 +38,7 @@ pub use base::Base;
 pub use image::Composefs;
 pub use namespace::Namespace;
 pub use table::{
-    DataOverlay, Exposure, Mount, data_overlay, exposure, holding, mounted_on, mounts_below, overlay_stack, parse,
+    Exposure, Mount, exposure, holding, is_data_overlay, mounted_on, mounts_below, overlay_stack, parse,
     requires_verity, top, writable_overlay,
 };
 pub use tmpfs::{tmpfs, tmpfs_label, tmpfs_used};

@@ -161,23 +161,18 @@ pub fn writable_overlay(mounts: &[Mount], path: &Path) -> Option<String> {
     writable.then(|| mount.source.to_string_lossy().into_owned())
 }
 
-/// A read-only overlay in which the content of files comes from a data-only layer, as composefs mounts it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct DataOverlay {
-    /// True if the kernel reads only content with a digest of fs-verity.
-    pub verity: bool,
-}
-
-/// Returns the facts about the overlay with a data-only layer that holds `path`, or `None` if another kind of mount does.
-pub fn data_overlay(mounts: &[Mount], path: &Path) -> Option<DataOverlay> {
-    let options = &holding(mounts, path).filter(|mount| mount.fstype == "overlay")?.super_options;
+/// Returns true if `path` is on a read-only overlay in which the content of files comes from a data-only layer, as composefs
+/// mounts it.
+pub fn is_data_overlay(mounts: &[Mount], path: &Path) -> bool {
+    let Some(overlay) = holding(mounts, path).filter(|mount| mount.fstype == "overlay") else { return false };
+    let options = &overlay.super_options;
     let has = |wanted: &dyn Fn(&[u8]) -> bool| has_option(options.as_bytes(), wanted);
     let has_data = has(&|option| {
         option.starts_with(b"datadir+=")
             || option.starts_with(b"lowerdir=") && option.windows(2).any(|bytes| bytes == b"::")
     });
     let has_upper = has(&|option| option.starts_with(b"upperdir="));
-    (has_data && !has_upper).then(|| DataOverlay { verity: requires_verity(mounts, path) })
+    has_data && !has_upper
 }
 
 /// Returns true if `path` is on an overlay that reads only content with a digest of fs-verity. The overlay may have an upper
@@ -313,18 +308,17 @@ nonsense\n";
 
     #[test]
     fn an_overlay_with_a_data_layer_is_recognized() {
-        let of = |line: &str| data_overlay(&parse(format!("{line}\n").as_bytes()), Path::new("/usr"));
-        for (options, verity) in [
-            ("ro,lowerdir+=/run/gone,datadir+=/sysroot/objects,redirect_dir=on,metacopy=on", Some(false)),
-            ("ro,lowerdir=/run/gone::/sysroot/objects,metacopy=on", Some(false)),
-            ("ro,lowerdir+=/run/gone,datadir+=/o,metacopy=on,verity=require", Some(true)),
-            ("ro,lowerdir=/a:/b", None),
-            ("rw,lowerdir+=/run/gone,datadir+=/o,upperdir=/u,workdir=/w", None),
+        let of = |line: &str| is_data_overlay(&parse(format!("{line}\n").as_bytes()), Path::new("/usr"));
+        for (options, expected) in [
+            ("ro,lowerdir+=/run/gone,datadir+=/sysroot/objects,redirect_dir=on,metacopy=on", true),
+            ("ro,lowerdir=/run/gone::/sysroot/objects,metacopy=on", true),
+            ("ro,lowerdir+=/run/gone,datadir+=/o,metacopy=on,verity=require", true),
+            ("ro,lowerdir=/a:/b", false),
+            ("rw,lowerdir+=/run/gone,datadir+=/o,upperdir=/u,workdir=/w", false),
         ] {
-            let expected = verity.map(|verity| DataOverlay { verity });
             assert_eq!(of(&format!("22 1 0:40 / / ro - overlay composefs {options}")), expected, "{options}");
         }
-        assert_eq!(of("22 1 0:40 / / ro - ext4 /dev/vda datadir+=/x"), None);
+        assert!(!of("22 1 0:40 / / ro - ext4 /dev/vda datadir+=/x"));
     }
 
     #[test]

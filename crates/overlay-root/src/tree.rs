@@ -85,7 +85,7 @@ impl DetachedTree {
                     layer.path.take_if(|path| path.starts_with(PLACE));
                 }
                 lowers.push(Layer { path: None, directory: usr });
-                create(layers, &lowers, Some((&objects, image.verity)), source, style)
+                create(layers, &lowers, Some(&objects), source, style)
             })?,
         };
         Ok(Self { tree, layers: layers.clone(), source: source.to_owned() })
@@ -152,37 +152,28 @@ pub fn overlay_support() -> rustix::io::Result<()> {
 
 /// Creates an overlay of open layers. `data` is a layer of which only the content of files is used, and true if the kernel
 /// must compare that content with the digests in the other layers.
-fn create(
-    shown: &Layers,
-    lowers: &[Layer],
-    data: Option<(&Layer, bool)>,
-    source: &str,
-    style: Style,
-) -> Result<OwnedFd> {
+fn create(shown: &Layers, lowers: &[Layer], data: Option<&Layer>, source: &str, style: Style) -> Result<OwnedFd> {
     ensure!(lowers.len() > 1, "internal error: an overlay without an upper layer needs two lower layers");
     let fs = rustix::mount::fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)
         .context("cannot build the overlay: this kernel has no overlay file system")?;
     let failed = |step: &str| format!("cannot build the overlay {shown}: {step}{}", kernel_log(&fs));
     let set = |key: &str, value: &Path, step| fsconfig_set_string(&fs, key, value).with_context(|| failed(step));
     set("source", Path::new(source), "setting source")?;
-    if let Some((_, verity)) = data {
+    if data.is_some() {
         set("redirect_dir", Path::new("on"), "following redirects")?;
         set("metacopy", Path::new("on"), "separating data from metadata")?;
-        if verity {
-            set("verity", Path::new("require"), "verifying files")?;
-        }
     }
     match style {
         Style::Append => {
             for layer in lowers {
                 set("lowerdir+", &layer.plain_name(LONGEST_VALUE), "adding a layer")?;
             }
-            if let Some((objects, _)) = data {
+            if let Some(objects) = data {
                 set("datadir+", &objects.plain_name(LONGEST_VALUE), "adding the layer with the data")?;
             }
         }
         Style::Joined => {
-            set("lowerdir", joined(lowers, data.map(|(objects, _)| objects)).as_ref(), "setting the layers")?;
+            set("lowerdir", joined(lowers, data).as_ref(), "setting the layers")?;
         }
     }
     fsconfig_create(&fs).with_context(|| failed("creating the file system"))?;

@@ -52,11 +52,10 @@ impl BootedRepo {
         Ok(Some(Self { path, commit }))
     }
 
-    /// Returns the composefs image in a deployment of the booted commit. The commit determines its content.
+    /// Returns the composefs image in the directory from which the root was mounted.
     pub fn composefs_image(&self) -> Option<PathBuf> {
-        let all = deployments(&self.path.parent()?.join("deploy"));
-        let images = all.into_iter().filter(|(commit, _)| Some(*commit) == self.commit);
-        images.map(|(_, path)| path.join(".ostree.cfs")).find(|image| image.is_file())
+        let marker = std::fs::read(BOOTED_MARKER).ok()?;
+        running_image(&self.path.parent()?.join("deploy"), &marker)
     }
 
     /// Returns true if the object exists in this repo. Its content is not checked.
@@ -108,6 +107,15 @@ fn running_commit(deploy: &Path, marker: &[u8]) -> Option<ObjectId> {
         [(only, _)] => Some(*only),
         _ => all.iter().find(|(_, path)| is_running(path)).map(|(commit, _)| *commit),
     }
+}
+
+/// Returns the composefs image of the running deployment below `deploy`. Another deployment of the same commit can be
+/// incomplete, changed, or removed before the switch.
+fn running_image(deploy: &Path, marker: &[u8]) -> Option<PathBuf> {
+    let root = backing_root(marker)?;
+    let is_running = |path: &Path| path.metadata().is_ok_and(|meta| (meta.dev(), meta.ino()) == root);
+    let (_, path) = deployments(deploy).into_iter().find(|(_, path)| is_running(path))?;
+    Some(path.join(".ostree.cfs")).filter(|image| image.is_file())
 }
 
 /// Returns the commits and directories of all deployments below `deploy`.
@@ -195,10 +203,13 @@ mod tests {
         }
         assert_eq!(running_commit(&deploy, &marker(temp.path())), None, "the root of another system");
 
-        std::fs::write(second.join(".ostree.cfs"), "").unwrap();
-        let image =
-            |byte| BootedRepo { path: temp.path().join("ostree/repo"), commit: Some(commit(byte)) }.composefs_image();
-        assert_eq!((image(1), image(2)), (None, Some(second.join(".ostree.cfs"))));
+        let same = add(2, 0);
+        for other in [&same, &second] {
+            std::fs::write(other.join(".ostree.cfs"), "").unwrap();
+            assert_eq!(running_image(&deploy, &marker(other)), Some(other.join(".ostree.cfs")));
+        }
+        assert_eq!(running_image(&deploy, &marker(&first)), None, "the image of another deployment");
+        assert_eq!(running_image(&deploy, b""), None);
     }
 
     #[test]
