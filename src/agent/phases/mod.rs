@@ -70,7 +70,7 @@ pub(super) async fn next(record: &mut Record, call: &mut Call<'_>) -> Result<Opt
         // Recorded before the first act, so that an agent started after a kill finishes the switch.
         Step::Staged(staged) => {
             if !*staged_now && !stage::is_current(tracker, dir, &staged).await? {
-                info!("/etc has changed since it was staged: staging again");
+                info!("/etc or the layers of /usr have changed since they were staged: staging again");
                 return Ok(Some(Step::Pulled(staged.pulled)));
             }
             switch::check(dir, &staged)?;

@@ -96,7 +96,7 @@ pub(super) async fn check_machine() -> Result<(), Error> {
 }
 
 /// Repeats the checks whose result may have changed since an earlier call staged. Returns false if `/etc` must be planned
-/// again. Changes nothing.
+/// again, or if the new `/usr` has other layers now. Changes nothing.
 ///
 /// # Errors
 /// A refusal with all reasons that prevent the switch.
@@ -118,6 +118,10 @@ fn check_system(mounts: &[Mount]) -> Result<BaseChoice, Error> {
 fn look_again(paths: &StateDir, staged: &StagedRoot) -> Result<(bool, Vec<String>), Error> {
     let mounts = Namespace::init().mounts()?;
     let choice = check_system(&mounts)?;
+    // The switch mounts the staged base, and its image may be gone.
+    if choice.base != staged.delta.base {
+        return Ok((false, Vec::new()));
+    }
     let tree = staged.delta.open_usr(USR_SOURCE)?;
     let plan = plan_etc(&tree, &storage::of(paths, &staged.delta)?)?;
     // A plan that is missing, damaged or not the staged one must be made again, too.
