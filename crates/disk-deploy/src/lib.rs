@@ -22,6 +22,7 @@
 
 mod content;
 mod error;
+mod guard;
 mod reference;
 mod space;
 
@@ -107,6 +108,10 @@ pub fn deploy(
 
 /// Opens the sysroot and refuses one that cannot get a deployment.
 fn open(request: &Request) -> Result<ostree::Sysroot, DeployError> {
+    // libostree finds a booted deployment only if the path of the sysroot is that of the root directory.
+    if guard::is_same_repo(&request.sysroot, &["/", "/sysroot"]) {
+        return Err(DeployError::Booted(request.sysroot.clone()));
+    }
     let sysroot = ostree::Sysroot::new(Some(&gio::File::for_path(&request.sysroot)));
     if let Err(source) = sysroot.load(gio::Cancellable::NONE) {
         return Err(DeployError::NoSysroot { path: request.sysroot.clone(), source });
