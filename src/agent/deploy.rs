@@ -78,7 +78,7 @@ fn report(deployed: &Deployed, request: &Request) -> String {
 impl From<DeployError> for Error {
     fn from(error: DeployError) -> Self {
         let id = match &error {
-            DeployError::NoSysroot { .. } => RefusalId::NoSysroot,
+            DeployError::NoSysroot { .. } | DeployError::NoBoot { .. } => RefusalId::NoSysroot,
             DeployError::Booted(_) => RefusalId::BootedSysroot,
             DeployError::NoStateroot { .. } => RefusalId::NoStateroot,
             DeployError::Mode(_) => RefusalId::RepoMode,

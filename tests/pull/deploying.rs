@@ -228,6 +228,32 @@ async fn disks_that_cannot_get_the_deployment_are_refused_and_unchanged() {
     setup.is_sound();
 }
 
+/// libostree removes all deployments that it does not find.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_whose_boot_is_not_mounted_is_refused_and_unchanged() {
+    let bench = Bench::new();
+    let spec = bench.push(&encapsulated(&bench, Labels::None, "1"), "os:1");
+    let (disk, _mount) = sysroot(&bench, "disk", "64m");
+    let first = pulled(&bench, &spec, disk, "first").await;
+    assert!(first.deploy("", "").starts_with("Deployed"));
+    let spec = bench.push(&encapsulated(&bench, Labels::None, "2"), "os:2");
+    let second = pulled(&bench, &spec, first.disk.clone(), "second").await;
+    let boot = ["boot", "hidden"].map(|name| first.disk.join(name));
+    fs::rename(&boot[0], &boot[1]).unwrap();
+    fs::create_dir(&boot[0]).unwrap();
+    let before = files_below(&first.disk);
+    for setup in [&second, &first] {
+        let refused = setup.deploy("", "");
+        assert!(refused.starts_with("error NoBoot") && refused.contains("/disk/boot;"), "{refused}");
+    }
+    assert_eq!(files_below(&first.disk), before, "nothing is written");
+    fs::remove_dir(&boot[0]).unwrap();
+    fs::rename(&boot[1], &boot[0]).unwrap();
+    assert!(second.deploy("", "").starts_with("Deployed"));
+    second.is_sound();
+    assert_eq!(second.entries().len(), 2);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_deployment_is_completed_by_the_next_one() {
     let bench = Bench::new();

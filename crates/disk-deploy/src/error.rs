@@ -24,6 +24,18 @@ pub enum DeployError {
          image deploy, which finds the image after pull --complete", .0.display()
     )]
     Booted(PathBuf),
+    /// The disk has a deployment that its boot loader entries do not name: its `/boot` is not mounted.
+    #[error(
+        "{path} has the deployment {deployment}, but no boot loader entry for it: mount the disk's /boot at {path}/boot; if \
+         the deployment is left over, remove it with ostree admin cleanup --sysroot {path}",
+        path = .path.display(), deployment = .deployment.display()
+    )]
+    NoBoot {
+        /// The sysroot.
+        path: PathBuf,
+        /// Directory of the deployment.
+        deployment: PathBuf,
+    },
     /// The stateroot does not exist.
     #[error(
         "the sysroot {path} has no stateroot {name:?}; create it with ostree admin os-init --sysroot {path} NAME",

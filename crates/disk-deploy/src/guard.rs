@@ -1,7 +1,10 @@
-//! Checks that a deployment cannot remove a system.
+//! Checks that a deployment cannot remove a system: libostree removes all deployments that it does not find.
 
+use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+
+use node_store::store::ObjectId;
 
 /// Returns true if the repo of `sysroot` is that of one of the `roots`, through whatever mount or link.
 pub(crate) fn is_same_repo(sysroot: &Path, roots: &[impl AsRef<Path>]) -> bool {
@@ -10,11 +13,31 @@ pub(crate) fn is_same_repo(sysroot: &Path, roots: &[impl AsRef<Path>]) -> bool {
     repo.is_some() && roots.iter().any(|root| id(root.as_ref()) == repo)
 }
 
+/// Returns a deployment that the boot loader entries may name, for a sysroot in which libostree finds no entries.
+/// Deployments of `commit` may be the rest of a killed call. If so, and if `boot.N` names them, `/boot` has their kernel.
+pub(crate) fn unlisted(sysroot: &Path, commit: &ObjectId) -> Option<PathBuf> {
+    let has_links =
+        ["boot.0", "boot.1"].iter().any(|name| sysroot.join("ostree").join(name).symlink_metadata().is_ok());
+    let is_rest = !has_links || sysroot.join("boot/ostree").is_dir();
+    deployments(sysroot).into_iter().find(|(other, _)| other != commit || !is_rest).map(|(_, path)| path)
+}
+
+/// Returns the commits and directories of all deployments.
+fn deployments(sysroot: &Path) -> Vec<(ObjectId, PathBuf)> {
+    let stateroots = fs::read_dir(sysroot.join("ostree/deploy")).into_iter().flatten().flatten();
+    let entries = stateroots.filter_map(|stateroot| fs::read_dir(stateroot.path().join("deploy")).ok());
+    let named = |entry: fs::DirEntry| {
+        let name = entry.file_name();
+        let (commit, serial) = name.to_str()?.split_once('.')?;
+        serial.parse::<u32>().ok()?;
+        Some((commit.parse().ok()?, entry.path()))
+    };
+    entries.flatten().flatten().filter_map(named).collect()
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use std::fs;
-
     use super::*;
 
     #[test]
@@ -30,6 +53,25 @@ mod tests {
             [("running", true), ("alias", true), ("disk", false), ("empty", false), ("no", false)]
         {
             assert_eq!(is_same_repo(&path(sysroot), &roots), expected, "{sysroot}");
+        }
+    }
+
+    #[test]
+    fn a_deployment_without_boot_loader_entries_is_found() {
+        let (commit, other) = (ObjectId([0xab; 32]), ObjectId([0xcd; 32]));
+        let dir = |id: &ObjectId| format!("ostree/deploy/os/deploy/{id}.0");
+        let origin = format!("ostree/deploy/os/deploy/{other}.0.origin");
+        for (paths, expected) in [
+            (vec!["ostree/deploy/os/var".to_owned(), origin], false),
+            (vec![dir(&commit)], false),
+            (vec![dir(&other)], true),
+            (vec![dir(&commit), dir(&other)], true),
+            (vec![dir(&commit), "ostree/boot.1".into()], true),
+            (vec![dir(&commit), "ostree/boot.1".into(), "boot/ostree".into()], false),
+        ] {
+            let temp = tempfile::tempdir().unwrap();
+            paths.iter().for_each(|path| fs::create_dir_all(temp.path().join(path)).unwrap());
+            assert_eq!(unlisted(temp.path(), &commit).is_some(), expected, "{paths:?}");
         }
     }
 }

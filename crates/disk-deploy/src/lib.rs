@@ -97,6 +97,11 @@ pub fn deploy(
     if let Some(found) = existing(&sysroot, &content, request, &imgref) {
         return Ok(found);
     }
+    if sysroot.deployments().is_empty()
+        && let Some(deployment) = guard::unlisted(&request.sysroot, &content.commit)
+    {
+        return Err(DeployError::NoBoot { path: request.sysroot.clone(), deployment });
+    }
     let missing = content.missing_in(&sysroot.repo(), cancel)?;
     space::check(&sysroot, &content, &missing, cancel)?;
     info!("writing {} objects to {}", missing.count, request.sysroot.display());
