@@ -12,6 +12,7 @@ use ostree::gio;
 
 use super::derived::{Labels, changed_base, complete, layers, with};
 use super::disk::Disk;
+use super::failing::Small;
 use super::fixture::{Image, Repo, run};
 use super::image_refs::{Counted, bootable, import, init_sysroot, plain_image, run_oracle, sysroot};
 use super::layers::oracle;
@@ -252,6 +253,24 @@ async fn a_disk_whose_boot_is_not_mounted_is_refused_and_unchanged() {
     assert!(second.deploy("", "").starts_with("Deployed"));
     second.is_sound();
     assert_eq!(second.entries().len(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deployment_that_boots_next_succeeds_even_if_the_cleanup_fails() {
+    let bench = Bench::new();
+    let spec = bench.push(&encapsulated(&bench, Labels::None, "1"), "os:1");
+    let (disk, _mount) = sysroot(&bench, "disk", "64m");
+    let setup = pulled(&bench, &spec, disk, "store").await;
+    assert!(setup.deploy("", "").starts_with("Deployed"));
+    let left_over = format!("disk/ostree/deploy/node/deploy/{}.0", "ab".repeat(32));
+    let busy = Small::mount(&bench, &format!("{left_over}/busy"), "1m");
+    let result = setup.deploy("quiet", "");
+    assert!(result.ends_with("existed: false }"), "{result}");
+    assert!(setup.entries()[0].contains("quiet") && bench.path(&left_over).exists(), "the cleanup failed");
+    drop(busy);
+    assert!(setup.deploy("more", "").ends_with("existed: false }"));
+    assert!(!bench.path(&left_over).exists(), "the next deployment repeats the cleanup");
+    setup.is_sound();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -33,7 +33,7 @@ use node_store::image::ResolvedImage;
 use node_store::store::{NodeStore, ObjectId};
 use ostree::prelude::CancellableExtManual;
 use ostree::{gio, glib};
-use tracing::info;
+use tracing::{info, warn};
 
 pub use error::DeployError;
 pub use reference::{BadReference, OstreeReference};
@@ -169,7 +169,8 @@ fn kernel_args(deployment: Option<&ostree::Deployment>, more: &[String]) -> Vec<
 }
 
 /// Writes the deployment and makes it the one that boots next. libostree merges `/etc` of the previous deployment of the
-/// stateroot, which stays for a rollback, and syncs the file systems.
+/// stateroot, which stays for a rollback, and syncs the file systems. After that, the call succeeds, because the disk boots
+/// the deployment: the boot loader entries are written without a cancellation, and a failure of the cleanup is logged.
 fn write_deployment(
     sysroot: &ostree::Sysroot,
     commit: &ObjectId,
@@ -194,10 +195,14 @@ fn write_deployment(
             Some(cancel),
         )
         .map_err(failed("write the deployment"))?;
-    let flags = ostree::SysrootSimpleWriteDeploymentFlags::NONE;
+    let flags = ostree::SysrootSimpleWriteDeploymentFlags::NO_CLEAN;
     sysroot
-        .simple_write_deployment(stateroot, &written, previous.as_ref(), flags, Some(cancel))
-        .map_err(failed("write the boot loader entries"))
+        .simple_write_deployment(stateroot, &written, previous.as_ref(), flags, gio::Cancellable::NONE)
+        .map_err(failed("write the boot loader entries"))?;
+    if let Err(error) = sysroot.cleanup(gio::Cancellable::NONE) {
+        warn!("cannot remove unused deployments and objects of the disk: {error}; the next deployment repeats it");
+    }
+    Ok(())
 }
 
 /// The lock of a sysroot, released when dropped.
