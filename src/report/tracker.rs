@@ -1,6 +1,7 @@
 //! Holds the live [`Status`]: phases change it, all other code watches it.
 
 use node_store::PullProgress;
+use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -47,11 +48,23 @@ pub struct Tracker {
     live: Arc<Mutex<Live>>,
 }
 
-/// The timeline, and the measurement of the phase that is under way.
+/// The timeline, and the measurements of the phases that are under way.
 #[derive(Debug, Default)]
 struct Live {
     timeline: Timeline,
-    usage: Option<Usage>,
+    usage: BTreeMap<Phase, Usage>,
+}
+
+impl Live {
+    /// Ends a phase that is under way and has not succeeded, if there is one.
+    fn end_unsuccessful(&mut self, phase: Phase, result: SpanResult, detail: Option<String>) {
+        let usage = self.usage.remove(&phase).map(Usage::end);
+        if let Some(span) = self.timeline.open(Subject::Phase, Some(phase.as_str())) {
+            span.end(boottime_ms(), result);
+            span.detail = detail;
+            (span.cpu_ms, span.peak_memory_bytes) = (usage.map(|usage| usage.0), usage.and_then(|usage| usage.1));
+        }
+    }
 }
 
 /// A span that is under way. If it is dropped without an end, it was interrupted.
@@ -86,7 +99,7 @@ fn short(message: &str) -> String {
     one_line(message).chars().take(DETAIL).collect()
 }
 
-/// Work beside the pivot. When this value is dropped, the work disappears from the document.
+/// A pull beside the pivot. When this value is dropped, the pull disappears from the document and ends in the timeline.
 pub struct Beside<'a> {
     main: &'a Tracker,
     own: Tracker,
@@ -97,11 +110,22 @@ impl Beside<'_> {
     pub fn tracker(&self) -> &Tracker {
         &self.own
     }
+
+    /// Ends the pull, as failed if there is an error.
+    pub fn end(self, error: Option<&dyn Display>) {
+        // Before the phase ends, so that the document does not show a state between the two.
+        self.main.set_beside(None);
+        match error {
+            None => self.own.end_span(Phase::Pull),
+            Some(error) => self.own.end_pull(SpanResult::Failed, Some(short(&format!("{error:#}")))),
+        }
+    }
 }
 
 impl Drop for Beside<'_> {
     fn drop(&mut self) {
         self.main.set_beside(None);
+        self.own.end_pull(SpanResult::Interrupted, None);
     }
 }
 
@@ -151,7 +175,7 @@ impl Tracker {
         outcome
     }
 
-    /// Begins work beside the pivot, such as a download after the switch. Until the returned value is dropped, the
+    /// Begins a pull beside the pivot, which completes the node store after staging. Until the returned value is dropped, the
     /// document shows its phase, its counters and its failures, unless a phase of the pivot runs.
     pub fn beside(&self) -> Beside<'_> {
         let (main, live) = (Some(self.status.clone()), self.live.clone());
@@ -260,7 +284,7 @@ impl Tracker {
         self.progress.take_reads();
         let mut live = self.live();
         live.timeline.restart();
-        live.usage = None;
+        live.usage.clear();
         drop(live);
         self.update(|status| {
             *status = Status {
@@ -279,14 +303,14 @@ impl Tracker {
         live.timeline.end(Subject::Wait, None, now, SpanResult::Done);
         if live.timeline.open(Subject::Phase, Some(phase.as_str())).is_none() {
             live.timeline.begin(Subject::Phase, phase.as_str(), now);
-            live.usage = Some(Usage::begin());
+            live.usage.insert(phase, Usage::begin());
         }
     }
 
     fn end_span(&self, phase: Phase) {
         let mut live = self.live();
         live.timeline.add_layers(self.progress.take_reads());
-        let usage = live.usage.take();
+        let usage = live.usage.remove(&phase);
         let ended = live.timeline.extend(Subject::Phase, phase.as_str(), boottime_ms(), SpanResult::Done);
         let Some(span) = ended else { return };
         if let Some(usage) = usage {
@@ -299,6 +323,7 @@ impl Tracker {
     }
 
     fn fail_span(&self, error: &LastError) {
+        let phase = self.status.borrow().phase;
         let (mut live, now) = (self.live(), boottime_ms());
         live.timeline.add_layers(self.progress.take_reads());
         live.timeline.end(Subject::Wait, None, now, SpanResult::Interrupted);
@@ -310,11 +335,18 @@ impl Tracker {
             }
             return;
         }
-        let usage = live.usage.take().map(Usage::end);
-        if let Some(phase) = live.timeline.open(Subject::Phase, None) {
-            phase.end(now, SpanResult::Failed);
-            phase.detail = detail;
-            (phase.cpu_ms, phase.peak_memory_bytes) = (usage.map(|usage| usage.0), usage.and_then(|usage| usage.1));
+        if let Some(phase) = phase {
+            live.end_unsuccessful(phase, SpanResult::Failed, detail);
+        }
+    }
+
+    /// Ends a pull that has not succeeded and its wait, if one is under way.
+    fn end_pull(&self, result: SpanResult, detail: Option<String>) {
+        let mut live = self.live();
+        live.timeline.add_layers(self.progress.take_reads());
+        if live.timeline.open(Subject::Phase, Some(Phase::Pull.as_str())).is_some() {
+            live.timeline.end(Subject::Wait, None, boottime_ms(), SpanResult::Interrupted);
+            live.end_unsuccessful(Phase::Pull, result, detail);
         }
     }
 

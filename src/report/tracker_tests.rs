@@ -105,6 +105,37 @@ fn work_beside_the_pivot_is_shown_and_leaves_nothing() {
 }
 
 #[test]
+fn a_pull_beside_the_pivot_ends_in_the_timeline() {
+    let tracker = Tracker::new(Status::default());
+    tracker.begin(Phase::Refresh);
+    tracker.end(Phase::Refresh, State::Switched);
+    let begin = || {
+        let beside = tracker.beside();
+        beside.tracker().begin(Phase::Pull);
+        beside
+    };
+    begin().end(None);
+    begin().end(Some(&"no such layer"));
+    let beside = begin();
+    tracker.begin(Phase::Finish);
+    tracker.fail(LastError { message: "undo failed".into(), ..LastError::default() });
+    beside.tracker().fail(LastError { class: "network".into(), next_retry_unix: Some(1), ..LastError::default() });
+    drop(beside);
+    let spans = tracker.timeline().spans;
+    let shown: Vec<_> = spans.iter().map(|span| (&*span.name, span.result, span.detail.as_deref())).collect();
+    let expected = [
+        ("refresh", Some(SpanResult::Done), None),
+        ("pull", Some(SpanResult::Done), None),
+        ("pull", Some(SpanResult::Failed), Some("no such layer")),
+        ("pull", Some(SpanResult::Interrupted), None),
+        ("finish", Some(SpanResult::Failed), Some("undo failed")),
+        ("network", Some(SpanResult::Interrupted), Some("")),
+    ];
+    assert_eq!(shown, expected);
+    assert!(spans.iter().all(|span| span.subject == Subject::Wait || span.cpu_ms.is_some()));
+}
+
+#[test]
 fn without_another_attempt_the_state_is_failed() {
     let tracker = Tracker::new(Status::default());
     tracker.begin(Phase::Pull);

@@ -1,5 +1,6 @@
 //! Completes the node store after staging, which a deployment to a disk requires.
 
+use std::fmt::Display;
 use std::time::Duration;
 
 use tracing::{info, warn};
@@ -57,7 +58,8 @@ impl Agent {
         let download_handle = self.download_cancel.register("complete");
         download_handle.end_with(cancel.token());
         let outcome = pull::rest(&target, &pulled, &download_handle).await;
-        drop((beside, download));
+        beside.end(outcome.as_ref().err().map(|error| error as &dyn Display));
+        drop(download);
         let rest = outcome.inspect_err(|error| warn!("the node store is not complete: {error}"))?;
         let line = format!(
             "the node store has all of {}: {} objects more, {} fetched",
