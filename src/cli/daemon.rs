@@ -59,17 +59,39 @@ pub(super) async fn daemon(paths: StateDir) -> Result<Outcome> {
     // Waits for a running switch or undo. If it cannot be completed, the failure makes the unit start another daemon, which
     // completes it.
     let stopped = agent.stop().await;
+    logins.end();
     Ok(if stopped.is_unfinished() { Outcome::Internal } else { Outcome::Done })
 }
 
-/// The diagnosis that login prompts show. It changes only with its class, because each change shows the prompts again.
+/// Class, phase and outcome of a diagnosis.
+type Key = (String, Option<Phase>, Option<Outcome>);
+
+/// The diagnosis that login prompts show, `None` within for nothing, or `None` if that is unknown: an earlier daemon may
+/// have died. It changes only with its class, because each change shows the prompts again.
 #[derive(Default)]
-struct Logins(Option<(String, Option<Phase>, Option<Outcome>)>);
+struct Logins(Option<Option<Key>>);
 
 impl Logins {
     fn show(&mut self, status: &Status) {
-        let Some(diagnosis) = self.next(status) else { return };
-        let text = diagnosis.map(|diagnosis| diagnosis.banner());
+        if let Some(diagnosis) = self.next(status) {
+            Self::write(diagnosis.as_ref());
+        }
+    }
+
+    /// Removes a wait at the end of the daemon, which does not make the next attempt.
+    fn end(&self) {
+        if self.is_wait() {
+            Self::write(None);
+        }
+    }
+
+    /// Returns true if the diagnosis is that of a pivot that waits.
+    fn is_wait(&self) -> bool {
+        matches!(self.0, Some(Some((_, _, None))))
+    }
+
+    fn write(diagnosis: Option<&Diagnosis>) {
+        let text = diagnosis.map(Diagnosis::banner);
         if let Err(error) = host::show_at_logins(Path::new("/"), text.as_deref()) {
             warn!("{error:#}");
         }
@@ -78,12 +100,13 @@ impl Logins {
     /// Returns the diagnosis to show, `None` within for nothing, or `None` if it is shown already.
     fn next(&mut self, status: &Status) -> Option<Option<Diagnosis>> {
         let diagnosis = status.diagnose();
-        // While another attempt runs, the cause of the last one stays.
-        if diagnosis.is_none() && status.error.is_some() && status.state == State::Running {
+        // The cause of the last attempt stays while another one runs, and after a restart of the daemon.
+        let stays = status.state == State::Running || (status.state == State::Idle && self.0.is_none());
+        if diagnosis.is_none() && status.error.is_some() && stays {
             return None;
         }
         let key = diagnosis.as_ref().map(|shown| (shown.class.clone(), shown.phase, shown.outcome));
-        (std::mem::replace(&mut self.0, key.clone()) != key).then_some(diagnosis)
+        (self.0.replace(key.clone()) != Some(key)).then_some(diagnosis)
     }
 }
 
@@ -114,11 +137,27 @@ mod tests {
             Status { state, phase: Some(Phase::Pull), error: Some(error), ..Status::default() }
         };
         let mut logins = Logins::default();
+        assert_eq!(logins.next(&Status::default()), Some(None), "an earlier daemon may have shown a failure");
         assert_eq!(logins.next(&Status::default()), None, "nothing to show");
         assert!(logins.next(&of(State::Waiting, "a", Some(1))).unwrap().is_some());
         assert_eq!(logins.next(&of(State::Running, "a", Some(1))), None, "another attempt");
         assert_eq!(logins.next(&of(State::Waiting, "b", Some(9))), None, "the same class");
         assert!(logins.next(&of(State::Failed, "b", None)).unwrap().is_some());
+        assert!(!logins.is_wait());
         assert_eq!(logins.next(&Status { state: State::Running, ..Status::default() }), Some(None), "a success");
+        assert!(logins.next(&of(State::Waiting, "a", Some(1))).unwrap().is_some());
+        assert!(logins.is_wait());
+    }
+
+    #[test]
+    fn the_failure_that_an_earlier_daemon_showed_stays_until_a_success() {
+        let mut logins = Logins::default();
+        let mut status = Status { error: Some(LastError::default()), ..Status::default() };
+        for state in [State::Idle, State::Running] {
+            status.state = state;
+            assert_eq!(logins.next(&status), None, "{state:?}");
+        }
+        status.error = None;
+        assert_eq!(logins.next(&status), Some(None));
     }
 }
