@@ -12,6 +12,7 @@ use crate::agent::StateDir;
 use crate::bus::{CallError, Client};
 use crate::report::{self, Outcome, Phase, Report, ServiceRecord, State, Status};
 use node_store::ProgressSnapshot;
+use support::clock::boottime_ms;
 
 /// Interval at which the status is read.
 pub(super) const POLL: Duration = Duration::from_millis(500);
@@ -244,7 +245,7 @@ impl Reporter {
             states.push(NotifyState::Other(format!("EXTEND_TIMEOUT_USEC={}", PROGRESS.as_micros())));
         }
         let _ = notify(false, &states);
-        if let Some(line) = self.changed(status, now) {
+        if let Some(line) = self.changed(status, now, uptime()) {
             say::progress(&line);
         }
     }
@@ -256,14 +257,15 @@ impl Reporter {
     }
 
     /// Returns the line to print if phase, state, attempt or a tenth of the pull changed, and no pause prevents it.
-    fn changed(&mut self, status: &Status, now: u64) -> Option<String> {
+    /// `now` is for the text, `uptime` for the pauses.
+    fn changed(&mut self, status: &Status, now: u64, uptime: u64) -> Option<String> {
         let line = report::state_line(status, now);
         let attempt = status.error.as_ref().map_or(0, |error| error.attempt);
         let key = (status.phase, status.state, attempt);
         if self.last != Some(key) {
             (self.last, self.tenths) = (Some(key), 0);
             return match status.diagnose() {
-                Some(waits) => self.pauses.failure_is_due(&waits.class, now).then(|| waits.rows(now)),
+                Some(waits) => self.pauses.failure_is_due(&waits.class, uptime).then(|| waits.rows(now)),
                 // Another attempt of a failure that was reported.
                 None if attempt > 0 => None,
                 None => Some(line),
@@ -272,7 +274,7 @@ impl Reporter {
         if (status.phase, status.state) == (Some(Phase::Pull), State::Running) && status.progress.bytes_total > 0 {
             let tenths = status.progress.bytes_fetched * 10 / status.progress.bytes_total;
             // The total may grow, so that the share becomes smaller.
-            if tenths > self.tenths && self.pauses.progress_is_due(now) {
+            if tenths > self.tenths && self.pauses.progress_is_due(uptime) {
                 self.tenths = tenths;
                 return Some(line);
             }
@@ -303,6 +305,11 @@ impl Reporter {
 /// Returns the time in seconds since the epoch.
 pub(super) fn unix_now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// Returns the seconds since the boot: a clock that cannot be set, for pauses.
+pub(super) fn uptime() -> u64 {
+    boottime_ms() / 1000
 }
 
 #[cfg(test)]
@@ -352,33 +359,43 @@ mod tests {
     fn each_change_is_shown_once() {
         let mut reporter = Reporter::default();
         let mut status = Status { state: State::Running, phase: Some(Phase::Pull), ..Status::default() };
-        assert!(reporter.changed(&status, 0).is_some());
-        assert!(reporter.changed(&status, 0).is_none());
+        assert!(reporter.changed(&status, 0, 0).is_some());
+        assert!(reporter.changed(&status, 0, 0).is_none());
         status.progress.layers_done = 1;
         status.progress.bytes_total = 100;
         status.progress.bytes_fetched = 5;
-        assert!(reporter.changed(&status, 1).is_none(), "not yet a tenth");
+        assert!(reporter.changed(&status, 0, 1).is_none(), "not yet a tenth");
         status.progress.bytes_fetched = 10;
-        assert!(reporter.changed(&status, 2).is_some());
+        assert!(reporter.changed(&status, 0, 2).is_some());
         status.progress.bytes_fetched = 20;
-        assert!(reporter.changed(&status, 3).is_none(), "too early");
+        assert!(reporter.changed(&status, 0, 3).is_none(), "too early");
         // Each of 500 layers changes the total.
         for layer in 0..500 {
             status.progress.layers_done = layer;
             status.progress.bytes_total = 200 + 1_000 * (layer % 2);
-            assert!(reporter.changed(&status, 1_000 + 60 * layer).is_none(), "not a line for each layer");
+            assert!(reporter.changed(&status, 0, 1_000 + 60 * layer).is_none(), "not a line for each layer");
         }
         status.state = State::Waiting;
         status.error =
             Some(LastError { class: "network".into(), attempt: 1, next_retry_unix: Some(1), ..LastError::default() });
-        let line = reporter.changed(&status, 10).unwrap();
+        let line = reporter.changed(&status, 10, 10).unwrap();
         assert!(line.ends_with("attempt 1 failed, next in 0 s"), "{line}");
-        assert!(reporter.changed(&status, 11).is_none(), "a countdown is not a change");
+        assert!(reporter.changed(&status, 0, 11).is_none(), "a countdown is not a change");
         status.error.as_mut().unwrap().attempt = 2;
-        assert!(reporter.changed(&status, 12).is_none(), "the next failure comes within the pause");
+        assert!(reporter.changed(&status, 0, 12).is_none(), "the next failure comes within the pause");
         status.state = State::Running;
-        assert!(reporter.changed(&status, 40).is_none(), "another attempt begins");
+        assert!(reporter.changed(&status, 0, 40).is_none(), "another attempt begins");
         (status.state, status.error.as_mut().unwrap().attempt) = (State::Waiting, 3);
-        assert!(reporter.changed(&status, 41).is_some(), "the pause is over");
+        assert!(reporter.changed(&status, 0, 41).is_some(), "the pause is over");
+    }
+
+    #[test]
+    fn a_clock_that_is_set_back_does_not_make_pauses_longer() {
+        let mut reporter = Reporter::default();
+        let error = LastError { class: "network".into(), attempt: 1, ..LastError::default() };
+        let mut status = Status { state: State::Waiting, error: Some(error), ..Status::default() };
+        assert!(reporter.changed(&status, 9 * 3600, 100).is_some());
+        status.error.as_mut().unwrap().attempt = 2;
+        assert!(reporter.changed(&status, 60, 160).is_some());
     }
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::drive::unix_now;
+use super::drive::{unix_now, uptime};
 use super::pauses::Pauses;
 use super::say;
 use super::show::{asked, exit_of, page, recorded, stopped};
@@ -75,7 +75,7 @@ impl Screen {
             bar.set_position(status.progress.bytes_fetched);
             bar.set_message(line(status, unix_now()));
             bar.tick();
-        } else if let Some(line) = self.lines.next(status, unix_now()) {
+        } else if let Some(line) = self.lines.next(status, unix_now(), uptime()) {
             say::out(line);
         }
         Ok(())
@@ -113,7 +113,8 @@ struct Lines {
 }
 
 impl Lines {
-    fn next(&mut self, status: &Status, now: u64) -> Option<String> {
+    /// Returns the line to print. `now` is for the text, `uptime` for the pauses.
+    fn next(&mut self, status: &Status, now: u64, uptime: u64) -> Option<String> {
         let attempt = status.error.as_ref().map_or(0, |error| error.attempt);
         let is_absent = status.agent.as_ref().is_some_and(|agent| !agent.running);
         let key = Some((status.phase, status.state, attempt, is_absent));
@@ -121,7 +122,7 @@ impl Lines {
         let changed = self.key != key;
         let advanced = is_pull(status) && line != self.last;
         // Also for a new state, so that the next progress comes later.
-        let due = (changed || advanced) && self.pauses.progress_is_due(now);
+        let due = (changed || advanced) && self.pauses.progress_is_due(uptime);
         if !changed && !due {
             return None;
         }
@@ -144,7 +145,7 @@ mod tests {
         for second in 100..120 {
             status.progress.bytes_fetched += 1;
             status.phase = Some(if second < 117 { Phase::Pull } else { Phase::Stage });
-            shown.extend(lines.next(&status, second).map(|_| second));
+            shown.extend(lines.next(&status, 10_000 - 60 * second, second).map(|_| second));
         }
         assert_eq!(shown, [100, 105, 110, 115, 117]);
     }
