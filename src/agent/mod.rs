@@ -363,7 +363,7 @@ impl Agent {
     fn report_failure(&self, error: &Error) {
         self.show_failure(error);
         let diagnosis = self.tracker.pivot_status().diagnose();
-        let (class, outcome) = (error.class(), error.outcome().error_name());
+        let (class, outcome) = (error.class(), error.outcome().as_str());
         let command = diagnosis.map(|diagnosis| diagnosis.command).unwrap_or_default();
         error!(class, outcome, command, "{error}");
     }

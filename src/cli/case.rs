@@ -44,10 +44,17 @@ pub(super) fn end(unit: &str, outcome: Outcome, report: Option<&Report>) {
         _ => (Priority::Error, "has failed"),
     };
     let summary = report.map(report::summary).unwrap_or_default();
-    let image = report.and_then(|report| report.status.digest.as_deref()).unwrap_or_default();
-    let code = outcome.exit_code().to_string();
     let text = format!("{unit} {word}\n{summary}");
-    send(priority, &text, END, &[("OUTCOME", outcome.error_name()), ("EXIT_CODE", &code), ("IMAGE", image)]);
+    let fields = end_fields(outcome, report);
+    let fields: Vec<_> = fields.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    send(priority, &text, END, &fields);
+}
+
+/// Returns the fields of the record of an end; `IMAGE` only if it is known.
+fn end_fields(outcome: Outcome, report: Option<&Report>) -> Vec<(&'static str, String)> {
+    let image = report.and_then(|report| report.status.digest.clone()).map(|digest| ("IMAGE", digest));
+    let fields = [("OUTCOME", outcome.as_str().to_owned()), ("EXIT_CODE", outcome.exit_code().to_string())];
+    fields.into_iter().chain(image).collect()
 }
 
 fn send(priority: Priority, text: &str, id: &str, fields: &[(&str, &str)]) {
@@ -67,6 +74,7 @@ async fn version(command: &[&str]) -> String {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::report::Status;
 
     #[test]
     fn the_catalog_explains_each_record() {
@@ -75,6 +83,17 @@ mod tests {
         let ids: Vec<&str> = catalog.lines().filter_map(|line| line.strip_prefix("-- ")).collect();
         assert_eq!(ids, [BEGIN, END]);
         assert!(ids.iter().all(|id| id.len() == 32 && id.bytes().all(|digit| digit.is_ascii_hexdigit())));
+    }
+
+    #[test]
+    fn the_end_has_the_word_of_the_outcome_and_a_known_image() {
+        let of = |outcome, report: Option<&Report>| {
+            end_fields(outcome, report).iter().map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>()
+        };
+        assert_eq!(of(Outcome::GaveUp, None), ["OUTCOME=gave-up", "EXIT_CODE=13"]);
+        let status = Status { digest: Some("sha256:0".into()), ..Status::default() };
+        let report = Report { status, ..Report::default() };
+        assert_eq!(of(Outcome::Done, Some(&report)), ["OUTCOME=done", "EXIT_CODE=0", "IMAGE=sha256:0"]);
     }
 
     #[tokio::test]

@@ -1,12 +1,13 @@
 //! Classifies the end of a call. Exit code, D-Bus error name and the words of the status document derive from it.
 
 use serde::{Deserialize, Serialize};
-use strum::{EnumIter, EnumMessage};
+use strum::{EnumIter, EnumMessage, IntoStaticStr};
 
 /// The end of a call.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, EnumIter, EnumMessage, Serialize, Deserialize)]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, EnumIter, EnumMessage, IntoStaticStr, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
+#[strum(serialize_all = "kebab-case")]
 pub enum Outcome {
     /// The goal is reached, or there is nothing to do.
     Done,
@@ -46,6 +47,11 @@ impl Outcome {
     /// begin at 10, because `systemctl status` shows 2 to 7 with the LSB's names for init scripts.
     pub fn exit_code(self) -> u8 {
         self.row().0
+    }
+
+    /// Returns its word in the status document and the journal.
+    pub fn as_str(self) -> &'static str {
+        self.into()
     }
 
     /// Returns the last part of the D-Bus error's name; empty for [`Outcome::Done`].
@@ -117,6 +123,7 @@ mod tests {
         ] {
             assert_eq!((outcome.exit_code(), outcome.error_name()), (exit, error), "{outcome:?}");
             assert_eq!(serde_json::to_value(outcome).unwrap(), word);
+            assert_eq!(outcome.as_str(), word);
             let name = format!("org.nodeimage.Pivot1.Error.{error}");
             let expected = if error.is_empty() { Outcome::Internal } else { outcome };
             assert_eq!(Outcome::of_error(&name), expected, "{name}");
