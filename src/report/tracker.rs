@@ -1,6 +1,6 @@
 //! Holds the live [`Status`]: phases change it, all other code watches it.
 
-use node_store::PullProgress;
+use node_store::{ProgressSnapshot, PullProgress};
 use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -259,7 +259,8 @@ impl Tracker {
             status.state = state;
             status.error = None;
             if phase == Phase::Pull {
-                status.progress = self.progress.snapshot();
+                // Nothing is fetched any more.
+                status.progress = ProgressSnapshot { bytes_per_second: 0, ..self.progress.snapshot() };
             }
             if let Some(entry) = status.timeline.iter_mut().find(|entry| entry.phase == phase) {
                 entry.duration_ms = Some(now.saturating_sub(entry.start_unix_ms));

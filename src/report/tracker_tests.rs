@@ -105,6 +105,20 @@ fn work_beside_the_pivot_is_shown_and_leaves_nothing() {
 }
 
 #[test]
+fn a_pull_that_has_ended_has_no_rate() {
+    let tracker = Tracker::new(Status::default());
+    tracker.begin(Phase::Pull);
+    while tracker.status().progress.bytes_per_second == 0 {
+        PullProgress::add(&tracker.progress.bytes_fetched, 1 << 20);
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    tracker.end(Phase::Pull, State::Pulled);
+    let progress = tracker.status().progress;
+    assert!(progress.bytes_fetched > 0);
+    assert_eq!(progress.bytes_per_second, 0);
+}
+
+#[test]
 fn a_pull_beside_the_pivot_ends_in_the_timeline() {
     let tracker = Tracker::new(Status::default());
     tracker.begin(Phase::Refresh);
