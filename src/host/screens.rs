@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::SystemTime;
 
 use anyhow::{Context, Result};
+use selinux_labels::{ATTRIBUTE, FileContexts, Mode};
 use support::directory::Directory;
 
 /// Directories and names of the two files, relative to the root. A reboot removes them.
@@ -26,9 +27,12 @@ pub fn show_at_logins(root: &Path, text: Option<&str>) -> Result<()> {
             Some(text) => {
                 // agetty(8) gives a backslash a meaning.
                 let text = text.replace('\\', "/");
-                Directory::ensure(&path)
-                    .and_then(|dir| dir.write_atomic(name, 0o644, text.as_bytes()))
-                    .with_context(shown)?;
+                let is_new = !path.exists();
+                let dir = Directory::ensure(&path).with_context(shown)?;
+                if is_new && selinux_labels::mode() != Mode::Disabled {
+                    label(&path).with_context(shown)?;
+                }
+                dir.write_atomic(name, 0o644, text.as_bytes()).with_context(shown)?;
             }
             None if path.join(name).exists() => Directory::ensure(&path)?.remove_all(name).with_context(shown)?,
             None => continue,
@@ -41,6 +45,16 @@ pub fn show_at_logins(root: &Path, text: Option<&str>) -> Result<()> {
     // Only a running agetty creates the file, so without one there is no prompt to show again.
     if let Ok(reload) = File::options().write(true).open(root.join(RELOAD)) {
         reload.set_modified(SystemTime::now()).context("cannot reload the login prompts")?;
+    }
+    Ok(())
+}
+
+/// Gives a new directory the label of the policy in `/etc`. The kernel derives its own from the agent's domain, and
+/// programs that show the text may not read that.
+fn label(path: &Path) -> Result<()> {
+    let contexts = FileContexts::read(&[Path::new("/etc/selinux")])?;
+    if let Some(label) = contexts.of_directory(path) {
+        support::xattr::set(path, ATTRIBUTE.as_bytes(), label.as_bytes())?;
     }
     Ok(())
 }

@@ -64,6 +64,13 @@ impl FileContexts {
         Ok(Self(Texts { contexts, substitutions: [text(".subs")?, text(".subs_dist")?] }))
     }
 
+    /// Returns the label of the directory `path`, an absolute path. Returns `None` if the policy assigns none, or if only
+    /// libselinux can interpret its lines.
+    pub fn of_directory(&self, path: &Path) -> Option<String> {
+        let contexts = Contexts::parse(&self.0)?;
+        contexts.find(path.to_str()?, 0o040_755)?.label.map(str::to_owned)
+    }
+
     /// Relabels the entries in `directories` (absolute paths): an entry with the type that this policy assigns to its
     /// path gets the type that `to` assigns. User, role and level stay.
     ///
@@ -271,6 +278,20 @@ mod tests {
         {
             assert_eq!(after(other), None);
         }
+    }
+
+    #[test]
+    fn a_directory_gets_the_label_of_its_line() {
+        let scratch = tempfile::tempdir().unwrap();
+        put(scratch.path(), "config", "SELINUXTYPE=targeted\n");
+        put(
+            scratch.path(),
+            "targeted/contexts/files/file_contexts",
+            "/run/a -- file\n/run/a -d dir\n/run/b <<none>>\n",
+        );
+        let contexts = FileContexts::read(&[scratch.path()]).unwrap();
+        let label = |path: &str| contexts.of_directory(Path::new(path));
+        assert_eq!([label("/run/a"), label("/run/b"), label("/c")], [Some("dir".to_owned()), None, None]);
     }
 
     #[test]
