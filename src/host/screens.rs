@@ -42,7 +42,7 @@ pub fn show_at_logins(root: &Path, text: Option<&str>) -> Result<()> {
     if !changed {
         return Ok(());
     }
-    // Only a running agetty creates the file, so without one there is no prompt to show again.
+    // A running agetty has created this file. If it is missing, no prompt is on a screen.
     if let Ok(reload) = File::options().write(true).open(root.join(RELOAD)) {
         reload.set_modified(SystemTime::now()).context("cannot reload the login prompts")?;
     }
