@@ -80,7 +80,7 @@ pub(super) async fn remember(dir: &StateDir, target: &str, staged: &StagedRoot) 
     remembered.await.map(drop).map_err(Error::from)
 }
 
-/// The input of the plan for the units that run.
+/// The input of the plan for the running units, and of the other steps of the refresh.
 pub(super) struct UnitPlan<'a> {
     pub(super) tracker: &'a Tracker,
     pub(super) dir: &'a StateDir,

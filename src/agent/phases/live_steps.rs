@@ -9,8 +9,7 @@ use crate::agent::new_usr::ChangedPaths;
 use crate::agent::policy::{Way, policy_step, relabel};
 use crate::agent::state::LiveStep;
 use crate::agent::unit_jobs::{self, UnitPlan, run_job};
-use crate::agent::unit_survey::UnitSettings;
-use crate::agent::{StagedRoot, StateDir, UndoTree, accounts, policy, reexec, views};
+use crate::agent::{StateDir, UndoTree, accounts, policy, reexec, views};
 use crate::host;
 use crate::report::Tracker;
 use overlay_root::delta::Delta;
@@ -18,12 +17,7 @@ use unit_refresh::{Action, Class, Flow, Guard, Manager, Verb};
 
 /// The input of the steps, and their results.
 pub(super) struct LiveSteps<'a> {
-    pub(super) tracker: &'a Tracker,
-    pub(super) dir: &'a StateDir,
-    pub(super) settings: &'a UnitSettings,
-    pub(super) staged: &'a StagedRoot,
-    pub(super) changed: &'a ChangedPaths,
-    pub(super) flow: Flow,
+    pub(super) plan: UnitPlan<'a>,
     pub(super) guard: &'a mut Option<Guard>,
     /// A line for each failure that does not prevent the next step.
     pub(super) trouble: Vec<String>,
@@ -35,7 +29,7 @@ impl LiveSteps<'_> {
     /// Applies a step.
     pub(super) async fn apply(&mut self, step: LiveStep) -> anyhow::Result<()> {
         match step {
-            LiveStep::Policy => policy::load_policy(self.tracker, self.dir, self.staged).await,
+            LiveStep::Policy => policy::load_policy(self.plan.tracker, self.plan.dir, self.plan.staged).await,
             LiveStep::Manager => self.renew_manager().await,
             LiveStep::Files => {
                 self.refresh_files().await;
@@ -47,10 +41,10 @@ impl LiveSteps<'_> {
 
     /// Re-executes PID 1. It needs only its libraries.
     async fn renew_manager(&mut self) -> anyhow::Result<()> {
-        let changed = self.changed;
+        let changed = self.plan.changed;
         self.trouble.extend(host::refresh_libraries(&|path: &Path| changed.contains(path)).await);
         reexec::guard(self.guard).await;
-        reexec::renew_manager(self.tracker, changed).await?;
+        reexec::renew_manager(self.plan.tracker, changed).await?;
         *self.guard = None;
         Ok(())
     }
@@ -59,24 +53,23 @@ impl LiveSteps<'_> {
         // Before systemd-sysusers, which would allocate other IDs.
         match accounts::add().await {
             Ok((added, left)) => {
-                added.line().into_iter().for_each(|line| self.tracker.note(line));
+                added.line().into_iter().for_each(|line| self.plan.tracker.note(line));
                 self.trouble.extend(left);
             }
             Err(error) => {
                 self.trouble.push(format!("cannot add the accounts that only the node image has: {error:#}"));
             }
         }
-        let changed = self.changed;
+        let changed = self.plan.changed;
         self.trouble.extend(host::refresh(&|path: &Path| changed.contains(path)).await);
         self.trouble.extend(host::reload_bus().await.err().map(|error| format!("{error:#}")));
     }
 
     async fn refresh_units(&mut self) -> anyhow::Result<()> {
-        let (changed, flow, trouble) = (self.changed, self.flow, &mut self.trouble);
-        let tracker = self.tracker;
+        let &UnitPlan { tracker, changed, flow, .. } = &self.plan;
+        let trouble = &mut self.trouble;
         let mut manager = Manager::connect().await?;
-        let plan = UnitPlan { tracker, dir: self.dir, settings: self.settings, staged: self.staged, changed, flow };
-        self.units = unit_jobs::carry_out(&plan, &mut manager, trouble).await?;
+        self.units = unit_jobs::carry_out(&self.plan, &mut manager, trouble).await?;
         for unit in host::appliers(&|path: &Path| changed.contains(path), flow == Flow::Live) {
             // A unit without files at boot is inactive, so the restart does not start it.
             let again = async {

@@ -5,6 +5,7 @@ use tracing::info;
 use super::live_steps::LiveSteps;
 use crate::agent::new_usr::ChangedPaths;
 use crate::agent::state::{LiveStep, SwitchStep};
+use crate::agent::unit_jobs::UnitPlan;
 use crate::agent::unit_survey::{self, UnitSettings};
 use crate::agent::{Error, Record, Refreshed, StateDir, Switched, views};
 use crate::report::{Phase, State, Subject, Tracker};
@@ -25,8 +26,8 @@ pub(super) async fn refresh(
     tracker.begin(phase);
     let changed = ChangedPaths::of(&staged.delta)?;
     let (trouble, units) = (Vec::new(), Vec::new());
-    let mut steps =
-        LiveSteps { tracker, dir, settings, staged: &staged, changed: &changed, flow, guard, trouble, units };
+    let plan = UnitPlan { tracker, dir, settings, staged: &staged, changed: &changed, flow };
+    let mut steps = LiveSteps { plan, guard, trouble, units };
     for step in LiveStep::ALL {
         record.begin(SwitchStep::Live(step), dir)?;
         tracker.timed(Subject::Step, SwitchStep::Live(step).describe(), steps.apply(step)).await?;
