@@ -3,7 +3,7 @@
 use std::num::{NonZeroU32, NonZeroUsize};
 
 use anyhow::{Context, Result};
-use clap::{Parser, Subcommand};
+use clap::{Args, Parser, Subcommand};
 use ostree_ext::container::deploy::{deploy, prune, DeployOpts};
 use ostree_ext::container::store::{ImageImporter, PrepareResult};
 use ostree_ext::container::{Config, ExportOpts, ImageReference, OstreeImageReference, SignatureSource};
@@ -21,19 +21,26 @@ struct Cli {
     command: Command,
 }
 
+/// The commit to write as an image.
+#[derive(Args)]
+struct Source {
+    /// Repository that holds the commit.
+    #[arg(long)]
+    repo: String,
+    /// Ref or checksum of the commit.
+    #[arg(long = "ref")]
+    reference: String,
+    /// Value of the label org.opencontainers.image.title.
+    #[arg(long)]
+    name: String,
+}
+
 #[derive(Subcommand)]
 enum Command {
     /// Write a commit as a chunked container image; prints the digest of its manifest.
     Encapsulate {
-        /// Repository that holds the commit.
-        #[arg(long)]
-        repo: String,
-        /// Ref or checksum of the commit.
-        #[arg(long = "ref")]
-        reference: String,
-        /// Value of the label org.opencontainers.image.title.
-        #[arg(long)]
-        name: String,
+        #[command(flatten)]
+        source: Source,
         /// Value of the image's `architecture` label (as node images carry it, RPM spelling).
         #[arg(long, default_value = "x86_64")]
         architecture: String,
@@ -48,15 +55,8 @@ enum Command {
     },
     /// Write the tree of a commit as a plain image with a layer for each package; prints the digest of its manifest.
     Plain {
-        /// Repository that holds the commit.
-        #[arg(long)]
-        repo: String,
-        /// Ref or checksum of the commit.
-        #[arg(long = "ref")]
-        reference: String,
-        /// Value of the label org.opencontainers.image.title.
-        #[arg(long)]
-        name: String,
+        #[command(flatten)]
+        source: Source,
         /// Most layers. The largest packages have one each, the others share the last.
         #[arg(long, default_value_t = NonZeroUsize::new(64).expect("not zero"))]
         max_layers: NonZeroUsize,
@@ -96,7 +96,7 @@ enum Command {
 #[tokio::main]
 async fn main() -> Result<()> {
     match Cli::parse().command {
-        Command::Encapsulate { repo, reference, name, architecture, max_layers, single, dest } => {
+        Command::Encapsulate { source: Source { repo, reference, name }, architecture, max_layers, single, dest } => {
             let repo = open(&repo)?;
             let dest = ImageReference::try_from(dest.as_str())?;
             let commit = repo.require_rev(&reference)?;
@@ -111,7 +111,7 @@ async fn main() -> Result<()> {
             let digest = ostree_ext::container::encapsulate(&repo, &commit, &config, Some(opts), &dest).await?;
             println!("{digest}");
         }
-        Command::Plain { repo, reference, name, max_layers, layout } => {
+        Command::Plain { source: Source { repo, reference, name }, max_layers, layout } => {
             let repo = open(&repo)?;
             let commit = repo.require_rev(&reference)?;
             let components = components::of_commit(&repo, &commit)?;
