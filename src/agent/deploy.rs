@@ -83,6 +83,7 @@ impl From<DeployError> for Error {
             DeployError::NoStateroot { .. } => RefusalId::NoStateroot,
             DeployError::Mode(_) => RefusalId::RepoMode,
             DeployError::Incomplete(_) => RefusalId::Incomplete,
+            DeployError::KernelArg(_) => RefusalId::KernelArgument,
             DeployError::Reference(_) => RefusalId::ImageReference,
             DeployError::TooLittle { .. } => RefusalId::TooLittle,
             DeployError::Cancelled => return Self::cancelled(),

@@ -37,8 +37,13 @@ pub enum RefusalId {
     Hook,
     /// The image that updates of a disk should follow is invalid. Correct `--imgref`.
     ImageReference,
-    /// The node store lacks content of the image that should be deployed. Run `node-image-pivot pull --complete`.
+    /// The node store has no complete image to deploy. Run `node-image-pivot pull --complete`. If the first layer of the
+    /// image has entries that ostree does not store, or another program removed the image, use
+    /// `ostree container image deploy`.
     Incomplete,
+    /// A kernel argument for a deployment is empty, has white space or control characters, or is `ostree=`. Correct `--karg`,
+    /// and repeat it for several arguments.
+    KernelArgument,
     /// The record of a switch is lost or damaged, and the system is switched. Run `node-image-pivot undo`, or reboot.
     LostRecord,
     /// The metadata of the node image's commit exclude this machine, or any boot. Use another node image.
@@ -57,7 +62,8 @@ pub enum RefusalId {
     NoStateroot,
     /// Nothing was switched, so there is nothing to undo.
     NoSwitch,
-    /// The directory for a deployment has no ostree sysroot. Mount the disk there, or run `ostree admin init-fs`.
+    /// The directory for a deployment has no ostree sysroot. Mount the disk there, with its `/boot`, or run
+    /// `ostree admin init-fs`.
     NoSysroot,
     /// No switch is in its trial period, so there is nothing to keep. `node-image-pivot run --try` begins one.
     NoTrial,

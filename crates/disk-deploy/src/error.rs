@@ -50,9 +50,20 @@ pub enum DeployError {
     /// The repo of the sysroot cannot have deployments of systems.
     #[error("the repo of the sysroot {} does not have the mode bare; create it with ostree admin init-fs", .0.display())]
     Mode(PathBuf),
-    /// The node store lacks content of the image.
-    #[error("the node store does not have all of {0}; run pull --complete")]
+    /// The node store has no complete image of this digest. A complete pull writes none if the first layer of a plain
+    /// image has entries that ostree does not store.
+    #[error(
+        "the node store has no complete image {0}: the pull was not completed, the first layer has entries that ostree does \
+         not store (such as /run), or another program removed the image; run pull --complete, or deploy it with ostree \
+         container image deploy"
+    )]
     Incomplete(String),
+    /// The argument cannot be in a boot loader entry, or libostree sets it.
+    #[error(
+        "cannot add the kernel argument {0:?}: an argument is not empty, has no white space or control characters, and is \
+         not ostree=; repeat --karg for several"
+    )]
+    KernelArg(String),
     /// The name of the image cannot be in an origin.
     #[error(transparent)]
     Reference(#[from] BadReference),
@@ -75,7 +86,9 @@ pub enum DeployError {
     #[error("the deployment was cancelled")]
     Cancelled,
     /// libostree or the file system failed.
-    #[error("cannot {step}: {cause}; run deploy again, which continues with the missing objects")]
+    #[error(
+        "cannot {step}: {cause}; the disk boots as before; run deploy again, which continues with the missing objects"
+    )]
     Failed {
         /// The failed step, such as "write the deployment".
         step: &'static str,

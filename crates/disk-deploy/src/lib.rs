@@ -89,6 +89,9 @@ pub fn deploy(
         Some(imgref) => imgref.clone(),
         None => OstreeReference::of(image),
     };
+    if let Some(arg) = request.kernel_args.iter().find(|arg| !is_kernel_arg(arg)) {
+        return Err(DeployError::KernelArg(arg.clone()));
+    }
     let content = Content::of(store, image)?;
     let sysroot = open(request)?;
     let _lock = Lock::take(&sysroot, cancel)?;
@@ -109,6 +112,13 @@ pub fn deploy(
     info!("writing the deployment to {}", request.sysroot.display());
     write_deployment(&sysroot, &content.commit, request, &imgref, cancel)?;
     Ok(Deployed { commit: content.commit, objects: missing.count, bytes: missing.bytes, existed: false })
+}
+
+/// Returns true for one argument that can be in a boot loader entry. With white space it would become several, so that a
+/// repeated call would not find it; a line feed would begin another key of the entry.
+fn is_kernel_arg(arg: &str) -> bool {
+    let is_word = !arg.is_empty() && !arg.contains(|letter: char| letter.is_whitespace() || letter.is_control());
+    is_word && !arg.starts_with("ostree=")
 }
 
 /// Opens the sysroot and refuses one that cannot get a deployment.
@@ -226,5 +236,20 @@ impl<'a> Lock<'a> {
 impl Drop for Lock<'_> {
     fn drop(&mut self) {
         self.0.unlock();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_kernel_arg;
+
+    #[test]
+    fn kernel_arguments_are_single_words() {
+        for arg in ["quiet", "root=UUID=1", "a=\"b\"", "ostree.prepare-root.composefs=0"] {
+            assert!(is_kernel_arg(arg), "{arg}");
+        }
+        for arg in ["", "a b", "a\nlinux /evil", "a\tb", "ostree=/ostree/boot.1/x", "a\u{7f}"] {
+            assert!(!is_kernel_arg(arg), "{arg:?}");
+        }
     }
 }
