@@ -1,5 +1,6 @@
 //! Inspects units: a preview of the unit plan before the switch, and the units that run old code after it.
 
+use std::cmp::Ordering;
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::Path;
@@ -85,14 +86,23 @@ pub(super) async fn unit_files() -> Result<UnitFiles> {
     read.context("cannot read the unit files")
 }
 
-/// Returns the units that still run the bootimage's code.
+/// Returns the units that still run the bootimage's code: services first, by name.
 pub(super) async fn still_old(manager: &Manager, changed: &ChangedPaths) -> Result<Vec<StaleUnit>> {
     let (old, new, added) = (Definitions::new(), UnitFiles::default(), BTreeSet::new());
     let differs = |path: &Path| changed.contains(path);
     let (version, differs) = (Version::Replaced, &differs);
     let sides = Sides { version, differs, old: &old, new: &new, added: &added, systemd: None };
     let (states, _) = unit_refresh::survey(manager, &sides).await?;
-    Ok(states.into_iter().map(|state| StaleUnit { unit: state.name, files: state.changed }).collect())
+    let mut units: Vec<_> =
+        states.into_iter().map(|state| StaleUnit { unit: state.name, files: state.changed }).collect();
+    units.sort_by(order);
+    Ok(units)
+}
+
+/// Orders units for an administrator. systemd lists them in an arbitrary order.
+fn order(one: &StaleUnit, other: &StaleUnit) -> Ordering {
+    let key = |unit: &str| (!unit.ends_with(".service"), unit.starts_with("user@"));
+    key(&one.unit).cmp(&key(&other.unit)).then_with(|| one.unit.cmp(&other.unit))
 }
 
 /// Returns lines for the summary: the actions, and the units that still run old code.
@@ -135,6 +145,17 @@ mod tests {
             ["stopped: d.timer", "restarted: a.service c.service", "still runs the bootimage's code: b.service"]
         );
         assert_eq!(notes(&[], &[]), [""; 0]);
+    }
+
+    #[test]
+    fn services_are_listed_before_sessions_by_name() {
+        let unit = |unit: &str| StaleUnit { unit: unit.into(), files: Vec::new() };
+        let expected = ["chronyd.service", "sshd.service", "user@0.service", "init.scope", "session-1.scope"];
+        for first in 0..expected.len() {
+            let mut units: Vec<_> = (0..expected.len()).map(|at| unit(expected[(first + 3 * at) % 5])).collect();
+            units.sort_by(order);
+            assert_eq!(units.iter().map(|unit| unit.unit.as_str()).collect::<Vec<_>>(), expected);
+        }
     }
 
     #[test]
