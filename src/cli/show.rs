@@ -64,8 +64,14 @@ pub(super) fn recorded(paths: &StateDir) -> Option<Status> {
     rustix::process::geteuid().is_root().then(|| Agent::recorded_status(paths))
 }
 
+/// Reads a report. That of an agent of another version is read without its timeline if the timeline has another form.
 fn parse(text: &str) -> Result<Report> {
-    serde_json::from_str(text).context("cannot read the agent's report")
+    let bare = |error: serde_json::Error| {
+        let mut document: serde_json::Map<String, serde_json::Value> = serde_json::from_str(text)?;
+        document.remove("timeline").ok_or(error)?;
+        serde_json::from_value(document.into())
+    };
+    serde_json::from_str(text).or_else(bare).context("cannot read the agent's report")
 }
 
 pub(super) async fn status(paths: &StateDir, json: bool, exit_code: bool) -> Result<Outcome> {
@@ -158,6 +164,7 @@ pub(super) fn exit_of(status: &Status) -> Option<Outcome> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
     use crate::report::{LastError, SpanResult, Subject};
@@ -189,6 +196,15 @@ mod tests {
             ]
         );
         assert_eq!(unfinished(&Status::default()), Outcome::Pending);
+    }
+
+    #[test]
+    fn a_timeline_of_another_form_does_not_hide_the_status() {
+        let text = r#"{"status": {"state": "done"}, "timeline": {"spans": 7}}"#;
+        assert_eq!(parse(text).unwrap().status.state, State::Done);
+        for damaged in ["7", "{", r#"{"status": 7}"#, r#"{"status": 7, "timeline": {"spans": 7}}"#] {
+            assert!(parse(damaged).is_err(), "{damaged}");
+        }
     }
 
     #[test]

@@ -47,6 +47,7 @@ impl Report {
             };
             let failure = match span.result {
                 Some(SpanResult::Done) => String::new(),
+                Some(SpanResult::Other) => " ended".to_owned(),
                 Some(_) => format!(" failed: {}", span.detail.as_deref().unwrap_or("interrupted")),
                 None => " is under way".to_owned(),
             };
@@ -65,6 +66,7 @@ impl Report {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::report::Phase;
     use crate::report::timeline::tests::pivot;
 
     /// `UPDATE_SCHEMA=1` writes the file again.
@@ -85,7 +87,23 @@ mod tests {
         assert_eq!(serde_json::from_value::<Report>(value.clone()).unwrap(), report);
         value["added"] = true.into();
         value["timeline"]["layers"][0]["added"] = true.into();
-        assert_eq!(serde_json::from_value::<Report>(value).unwrap(), report);
+        assert_eq!(serde_json::from_value::<Report>(value.clone()).unwrap(), report);
+        for word in ["subject", "result"] {
+            value["timeline"]["spans"][0][word] = "added".into();
+        }
+        value["timeline"].as_object_mut().unwrap().remove("dropped");
+        value["timeline"]["layers"][0]["result"] = "added".into();
+        for word in ["state", "phase", "flow", "image_choice"] {
+            value["status"][word] = "added".into();
+        }
+        value["status"]["error"] =
+            serde_json::json!({"class": "x", "message": "m", "attempt": 1, "standing": "added", "outcome": "added"});
+        let read: Report = serde_json::from_value(value).unwrap();
+        let span = &read.timeline.spans[0];
+        assert_eq!((span.subject, span.result), (Subject::Other, Some(SpanResult::Other)));
+        assert_eq!((read.status.phase, read.status.flow), (Some(Phase::Other), None));
+        assert_eq!(read.status.error.unwrap().standing, None);
+        assert_eq!(read.timeline.spans[1..], report.timeline.spans[1..]);
     }
 
     /// The state directory is in RAM.

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use strum::IntoStaticStr;
 
-/// The six phases, in order.
+/// The phases, in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, IntoStaticStr)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
@@ -21,6 +21,9 @@ pub enum Phase {
     Refresh,
     /// Isolates to the original default target.
     Finish,
+    /// A phase of another version of the agent.
+    #[serde(other)]
+    Other,
 }
 
 impl Phase {

@@ -5,7 +5,7 @@ use node_store::image::ImageChoice;
 use serde::{Deserialize, Serialize};
 
 use super::diagnosis::Diagnosis;
-use super::words::{one_line, short_digests};
+use super::words::{if_known, one_line, short_digests};
 use super::{Outcome, Phase, Reason, Standing};
 use unit_refresh::Flow;
 
@@ -61,7 +61,7 @@ pub struct LastError {
     #[serde(default)]
     pub outcome: Outcome,
     /// State of the running system, if known.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "if_known", skip_serializing_if = "Option::is_none")]
     pub standing: Option<Standing>,
     /// All checks that refused.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -157,7 +157,7 @@ pub struct Status {
     pub image: Option<String>,
     /// Image that was chosen from the release payload, if one is configured.
     #[cfg_attr(test, schemars(with = "Option<serde_json::Value>"))]
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "if_known", skip_serializing_if = "Option::is_none")]
     pub image_choice: Option<ImageChoice>,
     /// The manifest's digest, after resolve.
     pub digest: Option<String>,
@@ -167,7 +167,7 @@ pub struct Status {
     pub target: Option<String>,
     /// The flow of this machine; absent until the agent knows it.
     #[cfg_attr(test, schemars(with = "Option<String>"))]
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "if_known", skip_serializing_if = "Option::is_none")]
     pub flow: Option<Flow>,
     /// Counters of the pull.
     #[cfg_attr(test, schemars(with = "std::collections::BTreeMap<String, u64>"))]

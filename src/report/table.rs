@@ -126,6 +126,7 @@ fn ending(result: Option<SpanResult>) -> &'static str {
         Some(SpanResult::Failed) => " failed",
         Some(SpanResult::Interrupted) => " interrupted",
         Some(SpanResult::NotNeeded) => " not needed",
+        Some(SpanResult::Other) => " ended",
         None => " is running",
     }
 }

@@ -22,8 +22,10 @@ pub struct Timeline {
     /// Everything but layers, in the order of the begins.
     pub spans: Vec<Span>,
     /// The reads of layers. A layer whose read failed is read again by the next attempt.
+    #[serde(default)]
     pub layers: Vec<Layer>,
     /// Number of entries that are not listed, because there were too many.
+    #[serde(default)]
     pub dropped: u64,
 }
 
@@ -49,6 +51,9 @@ pub enum Subject {
     Undo,
     /// A step of an undo, by its name.
     UndoStep,
+    /// A subject of another version of the agent.
+    #[serde(other)]
+    Other,
 }
 
 /// The end of a span.
@@ -64,6 +69,9 @@ pub enum SpanResult {
     Interrupted,
     /// Nothing of it was needed any more.
     NotNeeded,
+    /// A result of another version of the agent.
+    #[serde(other)]
+    Other,
 }
 
 /// One activity.

@@ -1,4 +1,7 @@
-//! Forms of values in messages.
+//! Forms of values in messages and documents.
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Deserializer};
 
 /// Letters of a digest that people compare.
 const DIGEST: usize = 12;
@@ -25,6 +28,11 @@ pub fn one_line(text: &str) -> String {
         }
     }
     line
+}
+
+/// Reads a value; one that an agent of another version wrote in another form counts as unknown.
+pub fn if_known<'de, T: DeserializeOwned, D: Deserializer<'de>>(deserializer: D) -> Result<Option<T>, D::Error> {
+    Ok(serde_json::from_value(serde_json::Value::deserialize(deserializer)?).ok())
 }
 
 /// Shortens digests, which take most of a line and of which people compare the begin.

@@ -3,16 +3,14 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result};
-use serde::de::DeserializeOwned;
-use serde::{Deserialize, Deserializer, Serialize};
-use serde_json::Value;
+use serde::{Deserialize, Serialize};
 
 use super::{Checksum, StateDir, StateFile, SwitchStep, Unusable};
 use crate::agent::Goal;
 use crate::agent::auto_undo::TrialPeriod;
 use crate::agent::boot::Boot;
 use crate::config::{EtcStrategy, ImageSource, Mode, OsMismatch, Settings};
-use crate::report::{LastError, Standing, State, Status};
+use crate::report::{LastError, Standing, State, Status, if_known};
 use node_store::image::{PullSpec, ResolvedImage};
 use node_store::import::PulledImage;
 use node_store::store::Wish;
@@ -86,11 +84,6 @@ fn how(settings: &Settings) -> String {
         Wish::Disk => "Disk",
     };
     format!("({mode}, {etc}, {mismatch}, {store}, {})", settings.complete)
-}
-
-/// Reads a value; one that an older agent wrote in another form counts as unknown.
-fn if_known<'de, T: DeserializeOwned, D: Deserializer<'de>>(deserializer: D) -> Result<Option<T>, D::Error> {
-    Ok(serde_json::from_value(Value::deserialize(deserializer)?).ok())
 }
 
 /// The image that the status document shows as asked for.

@@ -191,7 +191,7 @@ impl Draw<'_> {
             (Some(SpanResult::Failed), _) => "bad",
             (_, Subject::Phase) => "phase",
             (_, Subject::Wait) => "wait",
-            (_, Subject::Step | Subject::Mount) => "step",
+            (_, Subject::Step | Subject::Mount | Subject::Other) => "step",
             (_, Subject::Hook) => "hook",
             (_, Subject::Job) => "job",
             (_, Subject::Undo | Subject::UndoStep) => "undo",
@@ -233,7 +233,7 @@ impl Draw<'_> {
             Some(SpanResult::Failed) => ", failed",
             Some(SpanResult::Interrupted) => ", interrupted",
             Some(SpanResult::NotNeeded) => ", not needed",
-            Some(SpanResult::Done) => "",
+            Some(SpanResult::Done | SpanResult::Other) => "",
             None => ", running",
         };
         self.after(layer.end_ms(), &format!("{}{end}", human_ms(layer.duration_ms())));
