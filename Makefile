@@ -29,9 +29,11 @@ cargo:
 	  echo "$(CARGO) not found: install a Rust toolchain (1.89 or later, with rustfmt and clippy), see rust-lang.org," \
 	       "or set CARGO=" >&2; exit 1; }
 
+# What packages are built and checked with.
+PACKAGE_DEPS = dpkg-dev debhelper fakeroot lintian rpm rpmlint debugedit elfutils checkpolicy semodule-utils
 # What the agent is built and tested with; the test bed brings its own list.
 DEBIAN_BUILD_DEPS = build-essential binutils pkg-config libostree-dev ostree skopeo systemd dbus shellcheck dracut-core cpio \
-                    python3 erofs-utils
+                    python3 erofs-utils $(PACKAGE_DEPS)
 
 deps-build: cargo
 	@command -v dpkg-query >/dev/null || { \
@@ -78,6 +80,15 @@ install -D -m 0644 /dev/null "$(usr)/share/$(2)"
 "$(COMMAND)" $(1) >"$(usr)/share/$(2)"
 endef
 
+# The policy module in the form that `semodule -X 200 -i` installs without a compiler. Packages have it, a plain install does not.
+.PHONY: install-selinux-module
+install-selinux-module: module = $(usr)/share/selinux/packages/targeted/node-image-pivot
+install-selinux-module:
+	install -d "$(dir $(module))"
+	checkmodule -M -m -o "$(module).mod" packaging/selinux/node-image-pivot.te
+	semodule_package -o "$(module).pp" -m "$(module).mod" -f packaging/selinux/node-image-pivot.fc
+	rm "$(module).mod"
+
 # Units, D-Bus and SELinux policy and dracut look below /usr only, and the agent keeps its own files there over the switch.
 .PHONY: install-check
 install-check:
@@ -99,11 +110,11 @@ NEEDS_IMAGES = the_test_beds_images_are_imported_alike
 # The quick tests first; what the test bed needs besides the agent is built meanwhile. Then two of the others at a time.
 check: deps
 	$(MAKE) -j2 --output-sync=target check-quick check-bed
-	$(MAKE) -j2 -k --output-sync=target check-containers $(addprefix check-,$(MACHINES))
+	$(MAKE) -j2 -k --output-sync=target check-containers check-packages $(addprefix check-,$(MACHINES))
 
 check-quick:
 	$(CARGO) fmt --all --check
-	shellcheck dracut/98node-image-pivot/*.sh initramfs/carry.sh dracut/test.sh fuzz/run.sh tests/docs.sh tests/floor.sh
+	shellcheck packaging/*.sh packaging/rpm/build.sh dracut/98node-image-pivot/*.sh initramfs/carry.sh dracut/test.sh fuzz/run.sh tests/docs.sh tests/floor.sh
 	sh tests/docs.sh --rust
 	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
 	$(QUICK_TEST) -- --skip $(NEEDS_IMAGES)
@@ -144,6 +155,8 @@ check-one: deps
 	       'pull) or of a crate' >&2; exit 1; }; \
 	if [ -n "$$bed" ]; then $(BED_TEST) --test $(NAME) -- --test-threads=1 --nocapture $(TEST) || exit; fi; \
 	if [ -n "$$others" ]; then $(QUICK_TEST) --test $(NAME) -- --nocapture $(TEST); fi
+
+include packaging/packages.mk
 
 demo: deps
 	$(CARGO) run --release -p testbed --bin demo

@@ -144,40 +144,6 @@ fn the_declared_rust_version_covers_all_locked_dependencies() {
     }
 }
 
-/// As glob(7): `*` stops at a slash.
-fn glob(pattern: &str, name: &str) -> bool {
-    let Some((start, rest)) = pattern.split_once('*') else { return pattern == name };
-    let Some(tail) = name.strip_prefix(start) else { return false };
-    let ends = tail.char_indices().map(|(at, _)| at).chain([tail.len()]);
-    ends.take_while(|&at| !tail[..at].contains('/')).any(|at| glob(rest, &tail[at..]))
-}
-
-/// rpmbuild fails on an installed file that no line of %files has, and on a line that has no file.
-#[test]
-fn the_rpm_packages_what_make_installs() {
-    let spec = fs::read_to_string(project().join("packaging/rpm/node-image-pivot.spec")).unwrap();
-    let (_, list) = spec.split_once("\n%files\n").unwrap();
-    // %license and %doc are copied from the sources.
-    let lines = list.lines().take_while(|line| !line.is_empty()).filter(|line| line.starts_with("%{"));
-    let patterns: Vec<String> = lines
-        .map(|line| {
-            let macros =
-                [("bindir", "usr/bin"), ("prefix", "usr"), ("datadir", "usr/share"), ("mandir", "usr/share/man")];
-            macros.iter().fold(line.to_owned(), |line, (name, path)| line.replace(&format!("%{{_{name}}}"), path))
-        })
-        .collect();
-    // A directory stands for all that is in it.
-    let has = |pattern: &str, path: &str| {
-        Path::new("usr").join(path).ancestors().any(|part| glob(pattern, part.to_str().unwrap()))
-    };
-    for path in SHIPPED {
-        assert!(patterns.iter().any(|pattern| has(pattern, path)), "/usr/{path} is not in %files");
-    }
-    for pattern in &patterns {
-        assert!(SHIPPED.iter().any(|path| has(pattern, path)), "%files has {pattern}, which is not installed");
-    }
-}
-
 #[test]
 fn installed_files_outlive_the_switch() {
     let keep = Keep::default();

@@ -12,6 +12,7 @@
 #                         where they are, as JSON
 #   build.sh selinux-disk the same bootimage installed to a disk; prints where it is
 #   build.sh demo         the live bootimage and node image a; prints where they are, as JSON
+#   build.sh packages     prints a directory with Debian 12, its SELinux policy and rpm, for tests of packages
 #   build.sh ahead        what the tests will need and needs no agent
 #   build.sh paths        prints where they are, as JSON; builds what is missing
 #   build.sh bench        the benchmark's encapsulated images (not part of all); prints where they are
@@ -51,6 +52,10 @@ composefs() {
         --target-dir "$CACHE/composefs" >&2
     printf '%s\n' "$CACHE/composefs/debug/composefs-unpack"
 }
+
+package_list=libostree-1-1,skopeo,systemd,systemd-sysv,dbus,rpm,selinux-policy-default,policycoreutils,semodule-utils
+packages() { printf '%s/root\n' "$(stage packages "$(key "=$package_list")" package_root)"; }
+package_root() { mmdebstrap --mode=root --variant=minbase --format=directory --include="$package_list" bookworm "$OUT/root"; }
 
 tree() { # NAME SUITE "LISTS" DEB...
     local name=$1 suite=$2 lists=$3 dir
@@ -172,6 +177,7 @@ for target in "$@"; do
         qemu | oracle | incumbent | composefs | debs | trees | boot | registry | tree_*) "$target" >&2 ;;
         # These print the paths of images that only some tests use. "all" does not contain the images of the benchmark.
         skopeo) skopeo_new ;;
+        packages) packages ;;
         bench) bench encapsulated ;;
         bench-plain) bench plain ;;
         stock)
@@ -189,7 +195,7 @@ for target in "$@"; do
         all) trees; boot >&2; registry >&2; qemu >&2; skopeo_new >&2 ;;
         ahead)
             trees
-            for step in registry qemu skopeo_new stock runtime podman podman_layer tree_selinux_base tree_selinux_node composefs; do
+            for step in registry qemu skopeo_new stock runtime podman podman_layer tree_selinux_base tree_selinux_node composefs packages; do
                 "$step" >&2
             done ;;
         paths)

@@ -1,0 +1,60 @@
+#!/bin/bash
+# The part of test.sh inside the container, as its root.
+set -euo pipefail
+cd /packages
+admin=/etc/node-image-pivot.conf.d/50-image.toml
+agent=/usr/bin/node-image-pivot
+install -D -m 0644 /dev/stdin "$admin" <<<'image = "registry.example.com/node:1"'
+
+die() { echo "error: $*" >&2; exit 1; }
+# snapshot: files that a package may touch, without the databases of the package managers and the policy store, and
+# directories of ours. The others belong to packages of the Fedora family.
+snapshot() {
+    find /usr /etc \( -path /etc/selinux -o -path /etc/.updated \) -prune -o \
+        \( ! -type d -o -name '*node-image-pivot*' \) -printf '%p %y %m %u %l\n' | sort
+}
+# unchanged WHEN BEFORE: the tree is that of the snapshot.
+unchanged() { diff <(echo "$2") <(snapshot) || die "$1 leaves the lines above"; }
+# usable: the agent runs, and nothing was enabled.
+usable() {
+    "$agent" --version | grep -q '^node-image-pivot ' || die "the agent does not run"
+    "$agent" status --exit-code >/dev/null || true
+    [ -z "$(find /etc/systemd/system -name 'node-image-*')" ] || die "a unit is enabled"
+    grep -q registry.example.com "$admin" || die "the administrator's configuration is lost"
+}
+
+before=$(snapshot)
+dpkg -i node-image-pivot_*.deb
+usable
+dpkg --verify node-image-pivot
+dpkg -i next.deb
+usable
+[[ $(dpkg-query -W -f '${Version}' node-image-pivot) = *+next ]] || die "dpkg does not show the next version"
+dpkg --remove node-image-pivot
+unchanged "removing the Debian package" "$before"
+dpkg --purge node-image-pivot
+unchanged "purging the Debian package" "$before"
+echo "dpkg: installed, upgraded, removed"
+
+# A policy store under the name that the Fedora family uses. Debian's policy lacks the domain that the module names.
+cp -a /etc/selinux/default /etc/selinux/targeted
+cp -a /var/lib/selinux/default /var/lib/selinux/targeted
+semodule --noreload --store=targeted --install=domain.cil
+module() { semodule --store=targeted --list-modules=full | awk '$2 == "node-image-pivot" { print $1, $2, $3 }'; }
+label() { grep -c '^/usr/bin/node-image-pivot.*:install_exec_t:' /etc/selinux/targeted/contexts/files/file_contexts || true; }
+
+before=$(snapshot)
+# --nodeps: the libraries are there, but not as RPMs.
+rpm --install --nodeps node-image-pivot-*-1.*.rpm
+usable
+rpm --verify --nodeps node-image-pivot
+[ "$(module)" = "200 node-image-pivot pp" ] || die "after the installation the policy modules have: $(module)"
+[ "$(label)" = 1 ] || die "the installed policy does not label the agent"
+rpm --upgrade --nodeps node-image-pivot-*-2.*.rpm
+usable
+[ "$(rpm -q --queryformat '%{RELEASE}' node-image-pivot)" = 2 ] || die "rpm does not show the next release"
+[ "$(module)" = "200 node-image-pivot pp" ] || die "after the upgrade the policy modules have: $(module)"
+rpm --erase node-image-pivot
+unchanged "removing the RPM" "$before"
+[ "$(module)$(label)" = 0 ] || die "removing the RPM leaves its policy module"
+echo "rpm: installed, upgraded, removed; the policy module with it"
