@@ -5,7 +5,8 @@ use ostree::gio;
 use ostree::prelude::CancellableExt;
 use tracing::info;
 
-use super::{Agent, CancelHandle, Error, Finished, StagedRoot, Step, Switched, storage};
+use super::phases::complete::staged;
+use super::{Agent, CancelHandle, Error, Step, storage};
 use crate::report::RefusalId;
 use support::human_bytes;
 
@@ -19,19 +20,13 @@ impl Agent {
     pub async fn deploy(&self, request: Request, cancel: &CancelHandle) -> Result<Vec<String>, Error> {
         self.complete(cancel).await?;
         let staged = {
-            let record = self.record.lock().await;
-            match (&record.step, staged(&record.step)) {
-                (Step::NothingToDo { reason, .. }, _) => {
-                    return Err(Error::refused(
-                        RefusalId::NoNodeImage,
-                        format!("cannot deploy a node image: {reason}"),
-                    ));
-                }
-                (_, Some(staged)) => staged.clone(),
-                (_, None) => {
-                    return Err(Error::refused(RefusalId::NoNodeImage, "the node image was discarded; run pull again"));
-                }
+            let mut record = self.record.lock().await;
+            if let Step::NothingToDo { reason, .. } = &record.step {
+                let message = format!("cannot deploy a node image: {reason}");
+                return Err(Error::refused(RefusalId::NoNodeImage, message));
             }
+            let discarded = || Error::refused(RefusalId::NoNodeImage, "the node image was discarded; run pull again");
+            staged(&mut record.step).cloned().ok_or_else(discarded)?
         };
         let (paths, asked) = (self.paths.clone(), request.clone());
         let cancellable = gio::Cancellable::new();
@@ -50,15 +45,6 @@ impl Agent {
         let line = report(&outcome.map_err(anyhow::Error::from)??, &asked);
         info!("{line}");
         Ok(vec![line])
-    }
-}
-
-/// Returns the staged tree at the steps at which the node store is complete.
-fn staged(step: &Step) -> Option<&StagedRoot> {
-    match step {
-        Step::Staged(staged) | Step::Switched(Switched { staged }) => Some(staged),
-        Step::Refreshed(refreshed) | Step::Finished(Finished(refreshed)) => Some(&refreshed.staged),
-        _ => None,
     }
 }
 

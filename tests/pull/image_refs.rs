@@ -68,11 +68,15 @@ pub(super) fn import(oracle: &str, repo: &Path, spec: &str) -> String {
     run_oracle(oracle, &["import", "--repo", repo.to_str().unwrap(), &format!("ostree-unverified-registry:{spec}")])
 }
 
-/// A plain image in which a later layer replaces a file of the first one.
+/// A plain image in which a later layer replaces a file of the first one. Some entries of the first one cannot be part of a
+/// commit.
 pub(super) fn plain_image() -> Image {
     let modules = vec![dir("usr/lib/modules/6.1/"), file("usr/lib/modules/6.1/vmlinuz", "kernel")];
     let later = vec![item("usr/bin/kubelet", What::File(noise(9000, 4), 0o755)), file("usr/bin/.wh.bash", "")];
-    plain([labelled_system(), modules, later].iter().map(|items: &Vec<Item>| layer(items)).collect())
+    let left_out = vec![file("run/lock", ""), item("usr/share/fifo", What::Fifo), item("usr/share/null", What::Device)];
+    plain(
+        [[labelled_system(), left_out].concat(), modules, later].iter().map(|items: &Vec<Item>| layer(items)).collect(),
+    )
 }
 
 fn kinds(bench: &Bench) -> [(&'static str, Image); 3] {
@@ -107,6 +111,22 @@ async fn ostree_ext_finds_complete_images_and_fetches_no_layer() {
             };
             assert_eq!(root(&merged), root("coreos/node-image"), "{name}");
         }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn refs_that_another_program_removed_are_set_again() {
+    let counted = Counted::new();
+    for (name, image) in kinds(&counted.bench) {
+        let spec = counted.push(&image, &format!("{name}:1"));
+        let store = counted.bench.store(name, None);
+        try_pull_with(&spec, &store, None, complete()).await.unwrap();
+        let found = refs(store.repo_path());
+        run("ostree", &["refs", "--repo", store.repo_path().to_str().unwrap(), "--delete", "ostree/container"]);
+        counted.served();
+        let pulled = try_pull_with(&spec, &store, None, complete()).await.unwrap();
+        assert_eq!((refs(store.repo_path()), counted.served()), (found, Vec::new()), "{name}");
+        assert!(pulled.complete, "{name}");
     }
 }
 

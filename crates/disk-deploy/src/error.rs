@@ -51,11 +51,10 @@ pub enum DeployError {
     #[error("the repo of the sysroot {} does not have the mode bare; create it with ostree admin init-fs", .0.display())]
     Mode(PathBuf),
     /// The node store has no complete image of this digest. A complete pull writes none if the first layer of a plain
-    /// image has entries that ostree does not store.
+    /// image has a name or a symlink target that is not UTF-8.
     #[error(
-        "the node store has no complete image {0}: the pull was not completed, the first layer has entries that ostree does \
-         not store (such as /run), or another program removed the image; run pull --complete, or deploy it with ostree \
-         container image deploy"
+        "the node store has no complete image {0}; run pull --complete, or if the first layer has a name that is not UTF-8, \
+         which ostree cannot store, rebuild the image without it"
     )]
     Incomplete(String),
     /// The argument cannot be in a boot loader entry, or libostree sets it.

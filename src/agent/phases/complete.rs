@@ -6,10 +6,10 @@ use std::time::Duration;
 use tracing::{info, warn};
 
 use super::pull::{self, Target};
-use crate::agent::{Agent, CancelHandle, Error, Finished, Goal, Step};
+use crate::agent::{Agent, CancelHandle, Error, Finished, Goal, StagedRoot, Step, Switched, storage};
 use crate::config::Settings;
 use crate::report::RefusalId;
-use node_store::import::PulledImage;
+use node_store::import::{PulledImage, has_image_refs};
 use support::human_bytes;
 
 impl Agent {
@@ -29,17 +29,17 @@ impl Agent {
                 }
                 Step::NothingToDo { reason, .. } => return Ok(vec![format!("nothing to do: {reason}")]),
                 _ => {
-                    let Some(pulled) = pulled(&mut record.step).cloned() else {
+                    let Some(staged) = staged(&mut record.step) else {
                         return Err(Error::refused(
                             RefusalId::HalfDone,
                             "the switch is half done: finish or undo it first",
                         ));
                     };
-                    if pulled.complete {
-                        return Ok(vec![format!("the node store has all of {}", shown(&pulled))]);
+                    if self.is_complete(staged)? {
+                        return Ok(vec![format!("the node store has all of {}", shown(&staged.pulled))]);
                     }
                     if let Ok(download) = self.download.try_lock() {
-                        break (pulled, download);
+                        break (staged.pulled.clone(), download);
                     }
                     drop(record);
                     tokio::select! {
@@ -69,13 +69,17 @@ impl Agent {
         );
         info!("{line}");
         let mut record = self.record.lock().await;
-        if let Some(now) = self::pulled(&mut record.step).filter(|now| now.commit == pulled.commit) {
-            now.complete = true;
+        if let Some(now) = staged(&mut record.step).filter(|now| now.pulled.commit == pulled.commit) {
+            now.pulled.complete = true;
             self.tracker.update(|status| status.cost.bytes_fetched += rest.bytes_fetched);
             self.tracker.note(line.clone());
             self.save(&mut record)?;
         }
         Ok(vec![line])
+    }
+
+    fn is_complete(&self, StagedRoot { pulled, delta, .. }: &StagedRoot) -> anyhow::Result<bool> {
+        Ok(pulled.complete && has_image_refs(&storage::of(&self.paths, delta)?, &pulled.image)?)
     }
 
     /// Cancels a download beside the pivot, so that it does not write to the store during an undo. A download that does not
@@ -93,12 +97,11 @@ fn shown(pulled: &PulledImage) -> String {
     format!("{} (commit {})", pulled.image.pinned, pulled.commit)
 }
 
-/// Returns the pulled image at the steps at which it may be completed.
-fn pulled(step: &mut Step) -> Option<&mut PulledImage> {
+/// Returns the staged tree at the steps at which its image may be completed.
+pub(in crate::agent) fn staged(step: &mut Step) -> Option<&mut StagedRoot> {
     match step {
-        Step::Staged(staged) => Some(&mut staged.pulled),
-        Step::Switched(switched) => Some(&mut switched.staged.pulled),
-        Step::Refreshed(refreshed) | Step::Finished(Finished(refreshed)) => Some(&mut refreshed.staged.pulled),
+        Step::Staged(staged) | Step::Switched(Switched { staged }) => Some(staged),
+        Step::Refreshed(refreshed) | Step::Finished(Finished(refreshed)) => Some(&mut refreshed.staged),
         _ => None,
     }
 }

@@ -1,6 +1,6 @@
 //! The phases, and their order.
 
-mod complete;
+pub(super) mod complete;
 mod file_steps;
 mod finish;
 mod live_steps;

@@ -81,6 +81,16 @@ pub(super) fn image_refs(
     Ok(found)
 }
 
+/// Returns true if the store has the refs with which ostree-ext finds the image.
+pub fn has_image_refs(store: &NodeStore, image: &ResolvedImage) -> io::Result<bool> {
+    for name in image_ref_names(image) {
+        if store.resolve(&name)?.is_none() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 /// Returns the refs of the image: by the pull spec that was asked for, and by digest.
 pub(super) fn image_ref_names(image: &ResolvedImage) -> BTreeSet<String> {
     [&image.requested, &image.pinned].into_iter().map(|spec| image_ref(&spec.reference())).collect()

@@ -26,4 +26,5 @@ mod state;
 mod tree;
 mod wanted;
 
+pub use image_refs::has_image_refs;
 pub use pull::{PullOptions, PulledImage, pull};

@@ -15,7 +15,7 @@ use crate::store::{BootedRepo, LockError, NodeStore, ObjectId, ObjectType, Scope
 use super::base::Base;
 use super::encapsulated::Purpose;
 use super::fetch::{cancelled, fetch_encapsulated};
-use super::image_refs::{ImageRefs, image_refs};
+use super::image_refs::{ImageRefs, has_image_refs, image_refs};
 use super::plain::Derived;
 use super::plain_layers::PlainLayers;
 use super::run::{Read, Run, all_of, blocking, local};
@@ -327,8 +327,10 @@ fn pulled_before(
     let Some(record) = store.read_record().map_err(|error| local(image, error))? else { return Ok(None) };
     // An unreadable record costs only a request to the registry.
     let Ok(record) = serde_json::from_slice::<PulledImage>(&record) else { return Ok(None) };
+    // Another program may have removed them, and an older agent did not set them.
+    let refs = || has_image_refs(store, image);
     let holds = record.image.digest == image.digest
-        && (record.complete || !options.complete)
+        && (!options.complete || record.complete && refs().map_err(|error| local(image, error))?)
         && record.booted_commit == booted.and_then(|booted| booted.commit)
         && store.has(&record.commit, ObjectType::Commit)
         && store.resolve_ref().map_err(|error| local(image, error))? == Some(record.commit);

@@ -14,10 +14,10 @@ use super::path::foreign;
 use crate::import::state::Import;
 
 /// Stores the commit of a layer and returns its name. Returns `None` if the commit would lack something of the layer: a
-/// content object that neither repo has, an entry that was left out, a hardlink to a layer below, or a name that is not
-/// UTF-8.
+/// content object that neither repo has, a hardlink to a layer below, or a name or symlink target that is not UTF-8.
+/// Entries that cannot be part of a commit, such as those below `/run`, are left out, as by ostree-ext.
 pub(in crate::import) fn store_layer(import: &Import, layer: &LayerTree) -> Result<Option<ObjectId>, Failure> {
-    if !layer.left_out.is_empty() || !layer.unstorable.is_empty() {
+    if !layer.unstorable.is_empty() {
         return Ok(None);
     }
     let Some((tree, meta)) = store_dir(import, &layer.root)? else { return Ok(None) };
