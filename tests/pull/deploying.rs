@@ -293,6 +293,84 @@ async fn a_killed_deployment_is_completed_by_the_next_one() {
     assert_eq!((setup.entries().len(), setup.deployments().len()), (1, 1), "nothing is left of the others");
 }
 
+/// The objects that a killed call has written use the free space already.
+#[tokio::test(flavor = "multi_thread")]
+async fn objects_of_a_killed_deployment_are_not_counted_again() {
+    let bench = Bench::new();
+    let spec = bench.push(&encapsulated(&bench, Labels::None, "1"), "os:1");
+    let (disk, mount) = sysroot(&bench, "disk", "64m");
+    let setup = pulled(&bench, &spec, disk, "store").await;
+    run("ostree", &["config", "--repo", setup.repo().to_str().unwrap(), "set", "core.min-free-space-percent", "0"]);
+    let leave_free = |bytes: u64| {
+        let used: u64 = run("du", &["-sk", &mount.0]).split_whitespace().next().unwrap().parse().unwrap();
+        run("mount", &["-o", &format!("remount,size={}k", used + bytes / 1024), &mount.0]);
+    };
+    leave_free(65536);
+    let refused = setup.deploy("", "");
+    let (parts, _) = refused.split_once("free: ").unwrap();
+    let numbers = parts.split(')').filter_map(|part| part.rsplit_once(", ")?.1.parse::<u64>().ok());
+    let (needed, objects) = (numbers.clone().sum::<u64>(), numbers.clone().next().unwrap());
+    run("mount", &["-o", "remount,size=64m", &mount.0]);
+
+    // libostree keeps the objects of a transaction that is not committed, for the next one of this boot.
+    let [from, to] = [setup.store.repo_path().to_owned(), setup.repo()].map(|path| {
+        let repo = ostree::Repo::new_for_path(path);
+        repo.open(gio::Cancellable::NONE).unwrap();
+        repo
+    });
+    let commit = from.resolve_rev("coreos/node-image", false).unwrap().unwrap();
+    let transaction = to.auto_transaction(gio::Cancellable::NONE).unwrap();
+    for object in from.traverse_commit(&commit, 0, gio::Cancellable::NONE).unwrap() {
+        let (kind, name) = (object.object_type(), object.checksum());
+        to.import_object_from_with_trust(&from, kind, name, true, gio::Cancellable::NONE).unwrap();
+    }
+    drop(transaction);
+    leave_free(needed - objects / 2);
+    assert!(setup.deploy("", "").starts_with("Deployed"));
+    setup.is_sound();
+}
+
+/// A node store on a tmpfs has other names for `user.*` attributes before Linux 6.6.
+#[tokio::test(flavor = "multi_thread")]
+async fn attributes_that_the_store_substitutes_have_their_names_on_the_disk() {
+    const NAMES: [&str; 2] = ["user.app", "trusted.node-image-pivot.user.app"];
+    let bench = Bench::new();
+    let image = changed_base(&bench, Labels::None, "-attributes", &|path| {
+        fs::write(path.join("usr/lib/os-release"), "ID=node\n").unwrap();
+        for (name, value) in [(NAMES[0], "app"), ("trusted.other", "other")] {
+            support::xattr::set(&path.join("usr/bin/kubelet"), name.as_bytes(), value.as_bytes()).unwrap();
+        }
+    });
+    let spec = bench.push(&image, "os:1");
+    let (disk, _mount) = sysroot(&bench, "disk", "64m");
+    let setup = pulled(&bench, &spec, disk, "store").await;
+    let object = run("find", &[setup.store.repo_path().to_str().unwrap(), "-name", "*.file", "-size", "+1k"]);
+    let object =
+        object.lines().find(|path| support::xattr::get(Path::new(path), NAMES[0].as_bytes()).unwrap().is_some());
+    let object = Path::new(object.unwrap());
+    support::xattr::set(object, NAMES[1].as_bytes(), b"app").unwrap();
+    support::xattr::remove(object, NAMES[0].as_bytes()).unwrap();
+    assert!(setup.deploy("", "").starts_with("Deployed"));
+    setup.is_sound();
+    let found = NAMES
+        .map(|name| support::xattr::get(&setup.deployments()[0].join("usr/bin/kubelet"), name.as_bytes()).unwrap());
+    assert_eq!(found, [Some(b"app".to_vec()), None]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_of_which_objects_are_missing_is_not_written() {
+    let bench = Bench::new();
+    let spec = bench.push(&encapsulated(&bench, Labels::None, "1"), "os:1");
+    let (disk, _mount) = sysroot(&bench, "disk", "64m");
+    let setup = pulled(&bench, &spec, disk, "store").await;
+    let object = run("find", &[setup.store.repo_path().to_str().unwrap(), "-name", "*.file"]);
+    fs::remove_file(object.lines().next().unwrap()).unwrap();
+    let before = files_below(&setup.disk);
+    let failed = setup.deploy("", "");
+    assert!(failed.contains("neither the node store nor the booted repo has it"), "{failed}");
+    assert_eq!(files_below(&setup.disk), before, "nothing is written");
+}
+
 /// Runs in a separate mount namespace, as the power cuts of the disk store.
 #[test]
 fn a_power_cut_during_a_deployment_leaves_a_sound_disk() {

@@ -1,10 +1,15 @@
 //! The commits, refs and objects of an image that a disk needs.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
 
 use node_store::image::ResolvedImage;
 use node_store::store::{NodeStore, ObjectId, ObjectType, image_ref, layer_ref};
+use ostree::glib::variant::ToVariant;
+use ostree::prelude::FileExt;
 use ostree::{gio, glib};
+use support::xattr;
 
 use super::error::{DeployError, failed};
 use super::reference::OstreeReference;
@@ -60,6 +65,9 @@ impl<'a> Content<'a> {
     }
 
     /// Lists the objects, and counts those that `target` lacks.
+    ///
+    /// # Errors
+    /// If an object of the image is neither in the node store nor in the booted repo.
     pub fn missing_in(&self, target: &ostree::Repo, cancel: &gio::Cancellable) -> Result<Missing, DeployError> {
         let mut objects = HashSet::new();
         for commit in self.refs.values() {
@@ -73,19 +81,24 @@ impl<'a> Content<'a> {
             let has = target.has_object(kind, object.checksum(), Some(cancel));
             if !has.map_err(failed("look up objects of the disk"))? {
                 missing.count += 1;
-                missing.bytes += OVERHEAD + self.size(object);
+                missing.bytes += OVERHEAD + self.size(object)?;
             }
         }
         Ok(Missing { all: objects, ..missing })
     }
 
-    fn size(&self, object: &ostree::ObjectName) -> u64 {
+    fn size(&self, object: &ostree::ObjectName) -> Result<u64, DeployError> {
         let path = object.checksum().parse().ok().and_then(|id| self.store.find_object(&id, kind_of(object)));
-        path.and_then(|path| path.symlink_metadata().ok()).map_or(0, |stat| stat.len())
+        let found = path.ok_or_else(|| "neither the node store nor the booted repo has it".to_owned());
+        let size = found.and_then(|path| path.symlink_metadata().map_err(|error| error.to_string()));
+        size.map(|stat| stat.len()).map_err(|cause| DeployError::Failed {
+            step: "read the image's objects",
+            cause: format!("{}: {cause}", object.checksum()),
+        })
     }
 
-    /// Writes those of `objects` that `target` lacks, then the refs. libostree checks each object, makes all of them durable
-    /// before the first ref, and finds those that a killed call of this boot has written.
+    /// Writes those of `objects` that `target` lacks, then the refs. libostree checks each object, and makes all of them
+    /// durable before the first ref.
     pub fn write(
         &self,
         objects: &HashSet<ostree::ObjectName>,
@@ -104,10 +117,8 @@ impl<'a> Content<'a> {
             target.mark_commit_partial(commit, true).map_err(fail())?;
         }
         for object in objects {
-            let (kind, name) = (object.object_type(), object.checksum());
-            if !target.has_object(kind, name, Some(cancel)).map_err(fail())? {
-                let source = self.source(object);
-                target.import_object_from_with_trust(&source, kind, name, false, Some(cancel)).map_err(fail())?;
+            if !target.has_object(object.object_type(), object.checksum(), Some(cancel)).map_err(fail())? {
+                self.write_object(object, target, cancel).map_err(fail())?;
             }
         }
         for (name, commit) in &self.refs {
@@ -118,12 +129,52 @@ impl<'a> Content<'a> {
         commits.iter().try_for_each(|commit| target.mark_commit_partial(commit, false)).map_err(fail())
     }
 
+    fn write_object(
+        &self,
+        object: &ostree::ObjectName,
+        target: &ostree::Repo,
+        cancel: &gio::Cancellable,
+    ) -> Result<(), glib::Error> {
+        let (kind, name, source) = (object.object_type(), object.checksum(), self.source(object));
+        if kind == ostree::ObjectType::File
+            && let (Some(content), info, xattrs) = source.load_file(name, Some(cancel))?
+            && let Some(xattrs) = real_names(&xattrs)
+        {
+            let (object, length) = ostree::raw_file_to_content_stream(&content, &info, Some(&xattrs), Some(cancel))?;
+            return target.write_content(Some(name), &object, length, Some(cancel)).map(drop);
+        }
+        target.import_object_from_with_trust(&source, kind, name, false, Some(cancel))
+    }
+
     /// Returns the repo that has the object: that of the node store, or the booted repo.
     fn source(&self, object: &ostree::ObjectName) -> ostree::Repo {
         let is_own = object.checksum().parse().is_ok_and(|id| self.store.has(&id, kind_of(object)));
         let parent = self.repo.parent().filter(|_| !is_own);
         parent.unwrap_or_else(|| self.repo.clone())
     }
+}
+
+/// Makes the objects visible that a killed call of this boot has written to `target`, and removes those of earlier boots.
+/// libostree finds the former in a transaction only, and both use space.
+pub(crate) fn finish_staged(target: &ostree::Repo, cancel: &gio::Cancellable) -> Result<(), DeployError> {
+    let fail = || failed("keep the objects of a call that was not finished");
+    let dir = target.path().path().unwrap_or_default().join("tmp");
+    let mut entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    if entries.any(|entry| entry.file_name().as_bytes().starts_with(b"staging-")) {
+        target.auto_transaction(Some(cancel)).map_err(fail())?.commit(Some(cancel)).map_err(fail())?;
+    }
+    Ok(())
+}
+
+/// Returns the attributes under their names in the image, or `None` if they have them already: a store on a tmpfs has
+/// substitutes before Linux 6.6.
+fn real_names(xattrs: &glib::Variant) -> Option<glib::Variant> {
+    let stored: Vec<(Vec<u8>, Vec<u8>)> = xattrs.get()?;
+    let mut named = stored.clone();
+    named.iter_mut().for_each(|(name, _)| *name = xattr::real_name(name).to_vec());
+    // The checksum covers the attributes in the order of their names.
+    named.sort();
+    (named != stored).then(|| named.to_variant())
 }
 
 fn kind_of(object: &ostree::ObjectName) -> ObjectType {

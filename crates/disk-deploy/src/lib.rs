@@ -105,6 +105,7 @@ pub fn deploy(
     {
         return Err(DeployError::NoBoot { path: request.sysroot.clone(), deployment });
     }
+    content::finish_staged(&sysroot.repo(), cancel)?;
     let missing = content.missing_in(&sysroot.repo(), cancel)?;
     space::check(&sysroot, &content, &missing, cancel)?;
     info!("writing {} objects to {}", missing.count, request.sysroot.display());

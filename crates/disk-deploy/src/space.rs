@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use ostree::gio;
 use ostree::prelude::{FileEnumeratorExt, FileExt};
+use ostree::{gio, glib};
 use rustix::fs::{StatVfs, statvfs};
 
 use super::content::{Content, Missing};
@@ -11,6 +11,8 @@ use super::error::{DeployError, failed};
 
 /// Size of a directory on the disk.
 const DIRECTORY: u64 = 4096;
+/// Size of a file's or directory's entry in a composefs image.
+const IMAGE_ENTRY: u64 = 256;
 const ATTRIBUTES: &str = "standard::name,standard::type,standard::size";
 
 /// Compares the needed space with the free space of the sysroot and of its `/boot`, which may be another file system.
@@ -20,18 +22,23 @@ pub(crate) fn check(
     missing: &Missing,
     cancel: &gio::Cancellable,
 ) -> Result<(), DeployError> {
-    let fail = failed("list the image's files");
-    let (root, _) = content.repo.read_commit(&content.commit.to_string(), Some(cancel)).map_err(fail)?;
-    let etc = size_below(&root.resolve_relative_path("usr/etc"), &|_| true);
+    let fail = || failed("list the image's files");
+    let (root, _) = content.repo.read_commit(&content.commit.to_string(), Some(cancel)).map_err(fail())?;
+    let etc = size_below(&root.resolve_relative_path("usr/etc"), &|_| true).map_err(fail())?;
     let is_boot_file = |name: &Path| {
         let name = name.to_string_lossy();
         name.starts_with("vmlinuz") || name.starts_with("initramfs") || name.ends_with(".dtb")
     };
-    let boot = size_below(&root.resolve_relative_path("usr/lib/modules"), &is_boot_file);
+    // Deployments of one commit share the kernel in /boot.
+    let has_kernel = sysroot.deployments().iter().any(|other| other.csum() == content.commit.to_string());
+    let boot = match has_kernel {
+        true => 0,
+        false => size_below(&root.resolve_relative_path("usr/lib/modules"), &is_boot_file).map_err(fail())?,
+    };
     let reserve = sysroot.repo().min_free_space_bytes().unwrap_or(0);
     let mut parts = vec![
         ("for objects", missing.bytes),
-        ("for the deployment", missing.directories * DIRECTORY + etc),
+        ("for the deployment", missing.directories * DIRECTORY + missing.all.len() as u64 * IMAGE_ENTRY + etc),
         ("that ostree keeps free", reserve),
     ];
     let path = sysroot.path().path().unwrap_or_default();
@@ -58,13 +65,16 @@ fn compare(path: &Path, parts: Vec<(&'static str, u64)>, disk: &StatVfs) -> Resu
 
 /// Returns the size of the files below a directory of a commit for whose names `counts` returns true. A missing directory
 /// has none.
-fn size_below(dir: &gio::File, counts: &dyn Fn(&Path) -> bool) -> u64 {
+fn size_below(dir: &gio::File, counts: &dyn Fn(&Path) -> bool) -> Result<u64, glib::Error> {
     let mut sum = 0;
     let mut queue = vec![dir.clone()];
     while let Some(dir) = queue.pop() {
         let flags = gio::FileQueryInfoFlags::NOFOLLOW_SYMLINKS;
-        let Ok(entries) = dir.enumerate_children(ATTRIBUTES, flags, gio::Cancellable::NONE) else { continue };
-        while let Ok(Some(entry)) = entries.next_file(gio::Cancellable::NONE) {
+        let entries = match dir.enumerate_children(ATTRIBUTES, flags, gio::Cancellable::NONE) {
+            Err(error) if error.matches(gio::IOErrorEnum::NotFound) => continue,
+            other => other?,
+        };
+        while let Some(entry) = entries.next_file(gio::Cancellable::NONE)? {
             match entry.file_type() {
                 gio::FileType::Directory => queue.push(dir.child(entry.name())),
                 _ if counts(&entry.name()) => sum += u64::try_from(entry.size()).unwrap_or(0) + DIRECTORY,
@@ -72,5 +82,5 @@ fn size_below(dir: &gio::File, counts: &dyn Fn(&Path) -> bool) -> u64 {
             }
         }
     }
-    sum
+    Ok(sum)
 }

@@ -29,8 +29,7 @@ pub fn read(path: &Path) -> Result<Xattrs> {
     for name in names.split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
         // An attribute can be removed after it was listed, and some file systems list names that they cannot read.
         if let Some(value) = get(path, name)? {
-            let name = name.strip_prefix(SUBSTITUTE).filter(|name| name.starts_with(b"user.")).unwrap_or(name);
-            all.insert(name.to_vec(), value);
+            all.insert(real_name(name).to_vec(), value);
         }
     }
     Ok(all)
@@ -63,6 +62,11 @@ pub fn set_with(name: &[u8], value: &[u8], set: impl Fn(&[u8], &[u8]) -> Result<
 /// Returns the name of the substitute of a `user.*` attribute.
 fn substitute(name: &[u8]) -> Vec<u8> {
     [SUBSTITUTE, name].concat()
+}
+
+/// Returns the name of the attribute whose substitute has this name, or the name itself if it is not a substitute.
+pub fn real_name(name: &[u8]) -> &[u8] {
+    name.strip_prefix(SUBSTITUTE).filter(|name| name.starts_with(b"user.")).unwrap_or(name)
 }
 
 /// Removes one attribute. A missing attribute is not an error.
