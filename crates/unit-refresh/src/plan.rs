@@ -55,6 +55,18 @@ pub(super) const LOGIND: &str = "systemd-logind.service";
 /// sshd has a separate process.
 const LIVE: &[&str] = &["ssh.service", "sshd.service", LOGIND];
 
+/// Services whose stop may take interfaces down. A restart would also run the scripts of NetworkManager's dispatcher again,
+/// or kill a script that runs.
+const NETWORK: &[&str] = &[
+    "NetworkManager.service",
+    "NetworkManager-dispatcher.service",
+    "wpa_supplicant.service",
+    "wpa_supplicant@",
+    "iwd.service",
+    "ovsdb-server.service",
+    "ovs-vswitchd.service",
+];
+
 /// Returns an action for every unit that changed, in the order of execution: first units that are stopped, then sockets,
 /// then all others.
 pub fn plan(units: &[UnitState], flow: Flow, policy: &Policy) -> Vec<Action> {
@@ -178,7 +190,16 @@ fn change(unit: &UnitState) -> Option<String> {
 }
 
 fn is_listed(name: &str) -> bool {
-    NEVER.iter().any(|prefix| name.starts_with(prefix))
+    why_listed(name).is_some()
+}
+
+/// Returns the reason why a unit is on the built-in list.
+fn why_listed(name: &str) -> Option<&'static str> {
+    let has_prefix = |list: &[&str]| list.iter().any(|prefix| name.starts_with(prefix));
+    if has_prefix(NETWORK) {
+        return Some("a restart may take interfaces down");
+    }
+    has_prefix(NEVER).then_some("a restart would end sessions or the system's own services")
 }
 
 fn decide(unit: &UnitState, flow: Flow, policy: &Policy) -> Option<Action> {
@@ -206,9 +227,9 @@ fn decide(unit: &UnitState, flow: Flow, policy: &Policy) -> Option<Action> {
         Wish::Reload => act(Class::Never, &format!("{whose}, but it has no ExecReload=")),
         Wish::Restart => restart(unit, act(Class::Restart, whose)),
     };
-    let listed = is_listed(name) && service.role != Role::OutdatedLogind;
+    let listed = why_listed(name).filter(|_| service.role != Role::OutdatedLogind);
     // Only an exact name overrides the built-in list: a pattern may match more units than its author intended.
-    if let Some((pattern, wish)) = policy.of(name).filter(|(pattern, _)| !listed || *pattern == name)
+    if let Some((pattern, wish)) = policy.of(name).filter(|(pattern, _)| listed.is_none() || *pattern == name)
         && let Some(action) = wished(wish, &format!("the configuration requests {wish} for \"{pattern}\""))
     {
         return Some(action);
@@ -217,8 +238,8 @@ fn decide(unit: &UnitState, flow: Flow, policy: &Policy) -> Option<Action> {
     if serves.is_some_and(is_never) {
         return act(Class::Never, "the configuration requests never for its service");
     }
-    if listed || serves.is_some_and(is_listed) {
-        return act(Class::Never, "a restart would end sessions or the system's own services");
+    if let Some(why) = listed.or_else(|| why_listed(serves?)) {
+        return act(Class::Never, why);
     }
     // On a live system an image alone cannot cause a unit to be stopped.
     if let Some(wish) = unit.wish.filter(|wish| flow == Flow::Bootstrap || matches!(wish, Wish::Reload | Wish::Never))

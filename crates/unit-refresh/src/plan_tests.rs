@@ -60,6 +60,13 @@ fn units_with_changed_code() {
         ("systemd-udevd.service", vec!["bin/udevadm"], Bootstrap, Some(Restart)),
         ("systemd-udevd.service", vec!["bin/udevadm"], Live, Some(Never)),
         ("dbus.service", vec!["bin/dbus-daemon"], Bootstrap, Some(Never)),
+        ("dbus-broker.service", vec!["bin/dbus-broker"], Bootstrap, Some(Never)),
+        ("NetworkManager.service", vec!["sbin/NetworkManager"], Bootstrap, Some(Never)),
+        ("NetworkManager.service", vec!["sbin/NetworkManager"], Live, Some(Never)),
+        ("NetworkManager-dispatcher.service", vec!["lib/libc.so.6"], Bootstrap, Some(Never)),
+        ("wpa_supplicant@wlan0.service", vec!["sbin/wpa_supplicant"], Bootstrap, Some(Never)),
+        ("polkit.service", vec!["lib/polkit-1/polkitd"], Bootstrap, Some(Restart)),
+        ("chronyd.service", vec!["sbin/chronyd"], Bootstrap, Some(Restart)),
         ("systemd-journald.service", vec!["lib/systemd/systemd-journald"], Bootstrap, Some(Never)),
         ("user@1000.service", vec!["lib/systemd/systemd"], Bootstrap, Some(Never)),
         ("serial-getty@ttyS0.service", vec!["sbin/agetty"], Bootstrap, Some(Never)),
@@ -71,6 +78,28 @@ fn units_with_changed_code() {
     ] {
         assert_eq!(class(unit(name, &changed), flow, &Policy::default()), expected, "{name} {changed:?} {flow:?}");
     }
+}
+
+/// Also where the node image lacks or masks it, or changes only its definition, and the image requests a restart.
+#[test]
+fn network_manager_keeps_running_unless_the_configuration_names_it() {
+    let removed = [Difference::Gone, Difference::Masked, Difference::Changed(vec!["[Service] ExecStart=".into()])];
+    for difference in removed {
+        let unit = UnitState {
+            difference,
+            wish: Some(Wish::Restart),
+            ..unit("NetworkManager.service", &["sbin/NetworkManager"])
+        };
+        let policy = |pattern| Policy::new([(pattern, "stop")]).unwrap();
+        for flow in FLOWS {
+            assert_eq!(class(unit.clone(), flow, &Policy::default()), Some(Class::Never));
+            assert_eq!(class(unit.clone(), flow, &policy("Network*")), Some(Class::Never), "only by its name");
+            assert_eq!(class(unit.clone(), flow, &policy("NetworkManager.service")), Some(Class::Stop));
+        }
+    }
+    let action =
+        &plan(&[unit("NetworkManager.service", &["sbin/NetworkManager"])], Flow::Bootstrap, &Policy::default())[0];
+    assert_eq!(action.reason, "/usr/sbin/NetworkManager changed; a restart may take interfaces down");
 }
 
 /// A logind that kept running would refuse the PAM module of the next login.
