@@ -68,9 +68,23 @@ unpack_runtime() {
     rm -rf "${OUT:?}/usr/share"
 }
 
-# podman of the bootimage's release, and of node image a's: the second is for a layer upon that image.
-podman() { podman_for base12 "$(tree_base12)"; }
-podman_layer() { podman_for node-a "$(tree_node_a)"; }
-podman_for() { # TREE DIRECTORY
-    stage "podman-$1" "$(key "$BED/podman.sh" "=$2")" recipe podman.sh REPO="$2/repo" REF="$1"
+# podman with runc, conmon and netavark of the bootimage's release, and of node image a's: the second is for a layer upon
+# that image. Not crun: it runs nothing where limits may not be raised, and a machine that runs tests may be such a place.
+# Without a network backend that both releases know, the newer podman would not start on what the older one stored.
+podman() { unpacked podman "$(tree_base12)" base12 "podman runc netavark" ""; }
+podman_layer() { unpacked podman "$(tree_node_a)" node-a "podman runc netavark" ""; }
+
+# Network manager with its dispatcher, message bus, authorisation and clock of CoreOS-like systems, likewise.
+network() { network_for "$(tree_base12)" base12; }
+network_layer() { network_for "$(tree_node_a)" node-a; }
+network_for() { # DIRECTORY REF
+    local packages
+    packages=$(unpacked network "$1" "$2" "network-manager dbus-broker polkitd chrony" "dbus-1 polkit-1")
+    stage "network-enabled-$2" "$(key "=$packages" "$BED/network.sh")" recipe network.sh FROM="$packages"
+}
+
+# unpacked NAME DIRECTORY REF PACKAGES SHARE: packages for a tree; see unpack.sh.
+unpacked() {
+    stage "$1-$3" "$(key "$BED/unpack.sh" "=$2 $4 $5")" \
+        recipe unpack.sh REPO="$2/repo" REF="$3" PACKAGES="$4" SHARE="$5"
 }

@@ -6,6 +6,7 @@
 #   build.sh runtime      prints the directory of a live bootimage with a container runtime; builds it if it is missing
 #   build.sh podman       prints the directories of one with podman, and of a newer podman as a layer upon node image a,
 #                         as JSON
+#   build.sh network      the same for NetworkManager, dbus-broker, polkit and chrony
 #   build.sh stock        prints the directories of a live bootimage without the agent, and of the installed agent, as JSON
 #   build.sh disk         builds an installed system's disk, and prints where it is
 #   build.sh selinux      a live bootimage with an SELinux policy, a node image of the next release with its own; prints
@@ -187,15 +188,15 @@ for target in "$@"; do
         disk) disk ;;
         selinux-disk) boot_selinux disk ;;
         runtime) boot runtime ;;
-        podman)
-            b=$(boot podman)
-            l=$(podman_layer)
+        podman | network)
+            b=$(boot "$target")
+            l=$("${target}_layer")
             jq -n --arg boot "$b" --arg layer "$l" '{boot: $boot, layer: $layer}' ;;
         selinux | demo) "$target" ;;
         all) trees; boot >&2; registry >&2; qemu >&2; skopeo_new >&2 ;;
         ahead)
             trees
-            for step in registry qemu skopeo_new stock runtime podman podman_layer tree_selinux_base tree_selinux_node composefs packages; do
+            for step in registry qemu skopeo_new stock runtime podman podman_layer network network_layer tree_selinux_base tree_selinux_node composefs packages; do
                 "$step" >&2
             done ;;
         paths)

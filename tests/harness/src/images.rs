@@ -156,6 +156,11 @@ impl Images {
         two_paths("podman", ["boot", "layer"])
     }
 
+    /// A live bootimage with NetworkManager, dbus-broker, polkit and chrony, and the directory of newer ones; likewise.
+    pub fn network(&self) -> Result<(PathBuf, PathBuf)> {
+        two_paths("network", ["boot", "layer"])
+    }
+
     /// An image by name.
     pub fn image(&self, name: &str) -> Result<&Image> {
         self.by_name.get(name).with_context(|| format!("the test bed has no image {name:?}"))

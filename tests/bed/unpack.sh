@@ -1,8 +1,9 @@
 #!/bin/bash
-# podman with runc, conmon and netavark of its release, for the tree REF in REPO: OUT has what the tree lacks, unpacked.
+# PACKAGES of the release of the tree REF in REPO, with the dependencies that the tree lacks: OUT has their files. SHARE:
+# what stays of /usr/share.
 # Only extracted, never installed: the host's packages and apt sources stay as they are.
 set -euo pipefail
-: "${OUT:?}" "${REPO:?}" "${REF:?}"
+: "${OUT:?}" "${REPO:?}" "${REF:?}" "${PACKAGES:?}" "${SHARE=}"
 umask 022
 apt=$OUT/apt
 mkdir -p "$apt"/{etc/apt,var/lib/apt/lists/partial,var/cache/apt/archives/partial}
@@ -15,12 +16,16 @@ get() {
         -o Acquire::Languages=none -o Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false "$@"
 }
 get update
-# Not crun: it runs nothing where limits may not be raised, and a machine that runs tests may be such a place. Without a
-# network backend that both releases know, the newer podman would not start on what the older one stored.
-get install --yes --download-only --no-install-recommends podman runc netavark
+# shellcheck disable=SC2086 # names
+get install --yes --download-only --no-install-recommends $PACKAGES
 for deb in "$apt"/var/cache/apt/archives/*.deb; do dpkg-deb -x "$deb" "$OUT"; done
 # Older packages still name directories that are links in the tree.
-[ ! -d "$OUT/lib" ] || { cp -a "$OUT/lib/." "$OUT/usr/lib/" && rm -rf "${OUT:?}/lib"; }
-# Half of it, for users and developers that are not there.
-rm -rf "$apt" "${OUT:?}/usr/share" "$OUT"/usr/lib*/podman/{rootlessport,podman-testing} "$OUT"/usr/lib/*/*.a
+for dir in lib bin sbin; do
+    [ ! -d "$OUT/$dir" ] || { mkdir -p "$OUT/usr/$dir" && cp -a "$OUT/$dir/." "$OUT/usr/$dir/" && rm -rf "${OUT:?}/$dir"; }
+done
+mkdir -p "$OUT/usr/share" "$OUT/share"
+for name in $SHARE; do mv "$OUT/usr/share/$name" "$OUT/share/"; done
+# Half of it, for users and developers that are not there. /var starts empty.
+rm -rf "$apt" "${OUT:?}/usr/share" "${OUT:?}/var" "$OUT"/usr/lib*/podman/{rootlessport,podman-testing} "$OUT"/usr/lib/*/*.a
+mv "$OUT/share" "$OUT/usr/share"
 du -sh "$OUT"
