@@ -30,7 +30,8 @@ cargo:
 	       "or set CARGO=" >&2; exit 1; }
 
 # What packages are built and checked with.
-PACKAGE_DEPS = dpkg-dev debhelper fakeroot lintian rpm rpmlint debugedit elfutils checkpolicy semodule-utils
+PACKAGE_DEPS = dpkg-dev debhelper fakeroot lintian rpm rpmlint debugedit elfutils checkpolicy semodule-utils \
+               python3-venv
 # What the agent is built and tested with; the test bed brings its own list.
 DEBIAN_BUILD_DEPS = build-essential binutils pkg-config libostree-dev ostree skopeo systemd dbus shellcheck dracut-core cpio \
                     python3 erofs-utils $(PACKAGE_DEPS)
@@ -116,6 +117,7 @@ check-quick:
 	$(CARGO) fmt --all --check
 	shellcheck packaging/*.sh packaging/rpm/build.sh dracut/98node-image-pivot/*.sh initramfs/carry.sh dracut/test.sh fuzz/run.sh tests/docs.sh tests/floor.sh
 	sh tests/docs.sh --rust
+	$(MAKE) check-licences
 	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
 	$(QUICK_TEST) -- --skip $(NEEDS_IMAGES)
 	sh tests/floor.sh "$(COMMAND)" "$(BUILD)/node-image-pivot-generator"

@@ -46,6 +46,7 @@ fi
 # The builds write to a copy, never to the checkout.
 tar --create --directory "$project" --exclude=./target --exclude=./.git --exclude=./vendor . |
     tar --extract --no-same-owner --directory "$sources"
+[ ! -d "$project/vendor" ] || ln -s "$project/vendor" "$sources"
 cp -r "$sources/packaging/debian" "$sources/debian"
 cd "$sources"
 

