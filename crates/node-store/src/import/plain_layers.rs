@@ -11,10 +11,10 @@ use crate::image::{Failure, ImageDescription, Kind, Layer, Layout};
 use crate::store::{ObjectId, ObjectSet};
 
 use super::base::Base;
-use super::budget;
 use super::fetch::{fetch_plain, layer_name};
-use super::plain::{BadEntry, BaseFacts, Committed, Derived, LayerTree, Merged, held_tree, store_layer};
-use super::run::{DueRead, Read, Run, all_of, blocking, local};
+use super::plain::{BaseFacts, Committed, Derived, KeptTree, Merged, held_tree, over_budget, store_layer};
+use super::run::{DueRead, Read, Run, all_of, blocking};
+use super::state::Import;
 use super::wanted::is_kernel_layer;
 
 /// The plain layers of an image, in order.
@@ -26,7 +26,7 @@ pub(super) struct PlainLayers<'a> {
     first_facts: Option<BaseFacts>,
     /// Facts by which the other layers are read.
     facts: Option<BaseFacts>,
-    trees: Vec<Option<Arc<LayerTree>>>,
+    trees: Vec<Option<Arc<KeptTree>>>,
     counted: HashSet<usize>,
 }
 
@@ -58,8 +58,8 @@ impl<'a> PlainLayers<'a> {
             facts = match self.with_policy(&facts).await? {
                 Some(facts) => facts,
                 None => {
-                    let import = self.run.import;
-                    self.read_again(0..self.layers.len(), &|id| import.content_path(id).is_none(), fetched).await?;
+                    let all = 0..self.layers.len();
+                    self.read_again(all, |import, id| import.content_path(id).is_none(), fetched).await?;
                     // Objects that are still not stored are those of a policy that needs other layers.
                     self.with_policy(&facts).await?.unwrap_or(facts)
                 }
@@ -79,7 +79,7 @@ impl<'a> PlainLayers<'a> {
     async fn with_policy(&self, facts: &BaseFacts) -> Result<Option<BaseFacts>, Failure> {
         let trees: Vec<_> = self.trees.iter().flatten().cloned().collect();
         let (import, facts) = (self.run.import.clone(), facts.clone());
-        blocking(self.run.image, move || facts.with_policy_of(&import, &trees)).await
+        blocking(self.run.image, move || facts.with_policy_of(&import, &trees)).await?
     }
 
     /// Finds the trees of layers that an earlier run read or that the booted repo holds. Returns the reads of the others.
@@ -87,23 +87,14 @@ impl<'a> PlainLayers<'a> {
         let mut reads = Vec::new();
         for at in positions.iter().copied() {
             let layer = &self.layers[at];
-            // An unreadable list only means that the layer is read again.
-            let kept = self.run.import.store.read_layer_list(&facts.list_name(&layer.diff_id));
-            let kept = kept.map_err(|error| local(self.run.image, error))?;
             let (import, facts_here, described) = (self.run.import.clone(), facts.clone(), layer.clone());
-            let known = blocking(self.run.image, move || -> Result<_, BadEntry> {
-                let kept = kept.map(|bytes| LayerTree::from_bytes(&bytes, &import.budget)).transpose()?.flatten();
-                kept.map_or_else(|| held_tree(&import, &facts_here, &described), |tree| Ok(Some(tree)))
-            });
-            let known = known.await?.map_err(|error| {
-                let name = layer_name(self.run.image, layer);
-                let message = format!("{name}: the list of its entries {error}");
-                Failure { advice: budget::ADVICE, ..Failure::new(Kind::BadFormat, message) }
-            })?;
-            match known {
+            let name = layer_name(self.run.image, layer);
+            let known = blocking(self.run.image, move || known_tree(&import, &facts_here, &described, &name));
+            match known.await?? {
                 Some(tree) => {
                     self.trees[at] = Some(Arc::new(tree));
                     PullProgress::sub(&self.run.import.progress.bytes_total, layer.size());
+                    self.count(layer.index);
                 }
                 None => reads.push(self.read(layer, facts.clone())),
             }
@@ -118,14 +109,18 @@ impl<'a> PlainLayers<'a> {
             Read::Encapsulated(index) => Some(index),
             Read::Plain(index, tree) => {
                 if let Some(at) = self.layers.iter().position(|layer| layer.index == index) {
-                    self.trees[at] = Some(tree);
+                    self.trees[at] = Some(Arc::new(tree));
                 }
-                // A layer that is read twice counts once.
-                if self.counted.insert(index) {
-                    PullProgress::add(&self.run.import.progress.layers_done, 1);
-                }
+                self.count(index);
                 Some(index)
             }
+        }
+    }
+
+    /// Counts a layer as done. A layer that is read twice counts once.
+    fn count(&mut self, index: usize) {
+        if self.counted.insert(index) {
+            PullProgress::add(&self.run.import.progress.layers_done, 1);
         }
     }
 
@@ -145,8 +140,7 @@ impl<'a> PlainLayers<'a> {
         if run.import.complete && run.import.base == Base::Empty {
             // An earlier run may have discarded objects that later layers hide. The commit of the first layer needs them,
             // and ostree-ext accepts no image without it.
-            let import = run.import;
-            self.read_again(0..1, &|id| import.content_path(id).is_none(), fetched).await?;
+            self.read_again(0..1, |import, id| import.content_path(id).is_none(), fetched).await?;
         }
         loop {
             let (import, layers) = (run.import.clone(), self.named()?);
@@ -162,7 +156,7 @@ impl<'a> PlainLayers<'a> {
             let commit = move || merged.commit(&import, &facts_here, &image, &described);
             match blocking(run.image, commit).await?? {
                 Committed::Derived(mut derived) => {
-                    let (import, target) = (run.import.clone(), derived.target.clone());
+                    let (import, target) = (run.import.clone(), std::mem::take(&mut derived.target));
                     blocking(run.image, move || import.retarget(target)).await?;
                     run.nothing_is_missing()?;
                     derived.layers = self.layer_commits().await?;
@@ -187,8 +181,10 @@ impl<'a> PlainLayers<'a> {
         let known = self.layers.iter().map(Layer::digest).zip(&self.trees);
         let trees: HashMap<_, _> = known.filter_map(|(digest, tree)| Some((digest, tree.clone()?))).collect();
         let store = move || {
-            let stored =
-                trees.into_iter().map(|(digest, tree)| Ok(store_layer(&import, &tree)?.map(|id| (digest, id))));
+            let stored = trees.into_iter().map(|(digest, tree)| {
+                let commit = store_layer(&import, &tree.tree(&import)?)?;
+                Ok(commit.map(|commit| (digest, commit)))
+            });
             stored.filter_map(Result::transpose).collect()
         };
         blocking(self.run.image, store).await?
@@ -203,29 +199,43 @@ impl<'a> PlainLayers<'a> {
         fetched: &mut HashSet<usize>,
     ) -> Result<(), Failure> {
         let run = self.run;
-        self.read_again(0..self.layers.len(), &|id| open.contains(id), fetched).await?;
+        if !open.is_empty() {
+            let open = open.clone();
+            self.read_again(0..self.layers.len(), move |_, id| open.contains(id), fetched).await?;
+        }
         run.rest_of_base(&description.layout, self.parallel, fetched).await?;
         run.nothing_is_missing()
     }
 
-    /// Reads the layers at these positions again whose tree has an object for which `is_missing` returns true. The kept list of an earlier run
-    /// may name objects that are not stored, because that run needed fewer or its objects were discarded.
+    /// Reads the layers at these positions again whose tree has an object for which `is_missing` returns true. The kept
+    /// list of an earlier run may name objects that are not stored, because that run needed fewer or its objects were
+    /// discarded.
     async fn read_again(
         &mut self,
         positions: Range<usize>,
-        is_missing: &(dyn Fn(&ObjectId) -> bool + Sync),
+        is_missing: impl Fn(&Import, &ObjectId) -> bool + Send + 'static,
         fetched: &mut HashSet<usize>,
     ) -> Result<(), Failure> {
+        let (import, trees) = (self.run.import.clone(), self.trees.clone());
+        let lacks = move |at: usize| match &trees[at] {
+            Some(tree) => Ok(tree.tree(&import)?.has_object(&|id| is_missing(&import, id))),
+            None => Ok(false),
+        };
+        let lacking = move || -> Result<Vec<usize>, Failure> {
+            let all = positions.map(|at| Ok(lacks(at)?.then_some(at)));
+            all.filter_map(Result::transpose).collect()
+        };
+        let lacking = blocking(self.run.image, lacking).await??;
         let mut reads = Vec::new();
-        for (layer, at) in self.layers[positions.clone()].iter().zip(positions) {
+        for at in lacking {
+            let layer = &self.layers[at];
             // With other facts, the files of the layer would be other objects.
             let facts = if self.is_first(layer) { &self.first_facts } else { &self.facts };
             let Some(facts) = facts.clone() else { continue };
             // A tree and its successor must not use the budget at the same time.
-            if self.trees[at].take_if(|tree| tree.has_object(&is_missing)).is_some() {
-                PullProgress::add(&self.run.import.progress.bytes_total, layer.size());
-                reads.push(self.read(layer, facts));
-            }
+            self.trees[at] = None;
+            PullProgress::add(&self.run.import.progress.bytes_total, layer.size());
+            reads.push(self.read(layer, facts));
         }
         all_of(reads, self.parallel, |read| fetched.extend(self.note(read))).await
     }
@@ -235,18 +245,18 @@ impl<'a> PlainLayers<'a> {
         async move {
             let started = std::time::Instant::now();
             let tree = fetch_plain(run.source, run.image, layer, &facts, run.import, run.cancel).await?;
-            let list = tree.to_bytes().map_err(|error| local(run.image, error))?;
-            let kept = run.import.store.write_layer_list(&facts.list_name(&layer.diff_id), &list);
-            kept.map_err(|error| run.import.store_failure(&layer_name(run.image, layer), &error))?;
+            let (store, list) = (run.import.store.clone(), facts.list_name(&layer.diff_id));
+            let kept = blocking(run.image, move || KeptTree::write(tree, list, &store)).await?;
+            let kept = kept.map_err(|error| run.import.store_failure(&layer_name(run.image, layer), &error))?;
             let (digest, seconds) = (layer.digest(), started.elapsed().as_secs_f64());
             tracing::debug!(layer = layer.index, digest, size = layer.size(), seconds, "plain layer read");
-            Ok(Read::Plain(layer.index, Arc::new(tree)))
+            Ok(Read::Plain(layer.index, kept))
         }
         .boxed()
     }
 
     /// Returns the trees of all layers, with names for messages.
-    fn named(&self) -> Result<Vec<(String, Arc<LayerTree>)>, Failure> {
+    fn named(&self) -> Result<Vec<(String, Arc<KeptTree>)>, Failure> {
         let named = self.layers.iter().zip(&self.trees).map(|(layer, tree)| {
             let name = layer_name(self.run.image, layer);
             let tree = tree.clone();
@@ -255,6 +265,18 @@ impl<'a> PlainLayers<'a> {
         });
         named.collect()
     }
+}
+
+/// Returns the tree of a layer that an earlier run read or that the booted repo holds. `name` is that of the layer.
+fn known_tree(import: &Import, facts: &BaseFacts, layer: &Layer, name: &str) -> Result<Option<KeptTree>, Failure> {
+    let list = facts.list_name(&layer.diff_id);
+    let found = KeptTree::find(&list, import).map_err(|error| import.local(error))?;
+    if let Some(found) = found.map_err(|error| over_budget(name, &error))? {
+        return Ok(Some(found));
+    }
+    let held = held_tree(import, facts, layer).map_err(|error| over_budget(name, &error))?;
+    let kept = held.map(|tree| KeptTree::write(tree, list, &import.store)).transpose();
+    kept.map_err(|error| import.store_failure(name, &error))
 }
 
 /// Returns true if a component of the layer is a package with an SELinux policy, as Fedora names them.

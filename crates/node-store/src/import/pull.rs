@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use futures_util::FutureExt;
@@ -16,7 +17,7 @@ use super::base::Base;
 use super::encapsulated::Purpose;
 use super::fetch::{cancelled, fetch_encapsulated};
 use super::image_refs::{ImageRefs, has_image_refs, image_refs};
-use super::plain::Derived;
+use super::plain::{Derived, remove_left_policies};
 use super::plain_layers::PlainLayers;
 use super::run::{Read, Run, all_of, blocking, local};
 use super::state::Import;
@@ -91,7 +92,10 @@ pub async fn pull(
     let import = {
         let (store, booted, complete) = (store.clone(), booted.cloned(), options.complete);
         let progress = progress.clone();
-        let list = move || Import::new(base, &store, booted.as_ref(), complete, progress, lock);
+        let list = move || {
+            remove_left_policies(&store)?;
+            Import::new(base, &store, booted.as_ref(), complete, progress, lock)
+        };
         blocking(image, list).await?.map(Arc::new).map_err(|error| local(image, error))?
     };
     let layers: Vec<&Layer> = description.layout.layers().collect();
@@ -177,6 +181,8 @@ impl Run<'_> {
         let expected = rounds.iter().filter(|round| round.expected).flat_map(|round| round.layers.iter().copied());
         let due = expected.chain(&layout.plain).chain(first);
         PullProgress::add(&progress.bytes_total, due.map(Layer::size).sum());
+        let unneeded = rounds.iter().filter(|round| !round.expected).map(|round| round.layers.len() as u64).sum();
+        PullProgress::add(&progress.layers_done, unneeded);
         if let Some(layer) = first {
             self.one(layer, Purpose::Commit).await?;
             fetched.insert(layer.index);
@@ -199,7 +205,10 @@ impl Run<'_> {
                 PullProgress::sub(&progress.bytes_total, if expected { bytes } else { 0 });
                 continue;
             }
-            PullProgress::add(&progress.bytes_total, if expected { 0 } else { bytes });
+            if !expected {
+                PullProgress::add(&progress.bytes_total, bytes);
+                PullProgress::sub(&progress.layers_done, layers.len() as u64);
+            }
             let mut due = std::mem::take(&mut early);
             for layer in layers {
                 due.push(self.if_needed(layer).boxed());
@@ -212,8 +221,7 @@ impl Run<'_> {
             true => None,
             false => Some(plain.commit(description, &mut fetched).await?),
         };
-        let total = layout.layers().count();
-        PullProgress::add(&progress.layers_done, (total - fetched.len()) as u64);
+        progress.layers_done.store(layout.layers().count() as u64, Ordering::Relaxed);
         Ok((fetched, derived))
     }
 
@@ -237,9 +245,9 @@ impl Run<'_> {
             PullProgress::add(&progress.bytes_total, layers.iter().map(|layer| layer.size()).sum());
             let due = layers.into_iter().map(|layer| self.if_needed(layer).boxed());
             let note = |read| {
-                if let Read::Encapsulated(index) = read
-                    && !fetched.insert(index)
-                {
+                // Most of these layers were counted already, as read or as unneeded.
+                if let Read::Encapsulated(index) = read {
+                    fetched.insert(index);
                     PullProgress::sub(&progress.layers_done, 1);
                 }
             };

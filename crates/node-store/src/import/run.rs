@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use crate::image::{Failure, Kind, ResolvedImage, Source};
 use crate::store::{LayerJournal, Scope};
 
-use super::plain::LayerTree;
+use super::plain::KeptTree;
 use super::state::Import;
 
 /// One run over the layers of an image.
@@ -49,7 +49,7 @@ pub(super) enum Read {
     /// Layer of the encapsulated commit, by its position in the manifest.
     Encapsulated(usize),
     /// Plain layer, by its position in the manifest, and its content.
-    Plain(usize, Arc<LayerTree>),
+    Plain(usize, KeptTree),
 }
 
 /// Reads several layers at once and passes each to `note`.

@@ -84,7 +84,7 @@ pub fn plain(data: &[u8]) {
     in_store(Base::Empty, |import| {
         let Ok(tree) = read_plain(import, "layer", &BaseFacts::without_policy(placement), chunks) else { return };
         let bytes = tree.to_bytes().expect("serialise the tree");
-        let restored = LayerTree::from_bytes(&bytes, &import.budget).ok().flatten().expect("deserialise the tree");
+        let restored = LayerTree::new(&import.budget).read(&bytes).ok().flatten().expect("deserialise the tree");
         assert_eq!(restored.to_bytes().expect("serialise the tree"), bytes);
     });
 }

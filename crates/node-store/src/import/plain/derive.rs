@@ -3,7 +3,7 @@
 //! Format source: ostree-ext's import of derived images. It defines the metadata of the merge commit, and that the policy
 //! of the merged tree labels all of it.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io;
 use std::sync::Arc;
 
@@ -12,6 +12,7 @@ use crate::store::{ObjectId, ObjectType};
 
 use super::commit::{store_image, store_tree};
 use super::facts::BaseFacts;
+use super::kept::KeptTree;
 use super::label::policy_objects;
 use super::layertree::LayerTree;
 use super::merge::{Content, Dir, MergeError, read_dirtree, tree_of};
@@ -54,7 +55,7 @@ pub(in crate::import) struct Derived {
 
 impl Merged {
     /// Lays `layers` over the base, in order. Each layer has a name for messages.
-    pub(in crate::import) fn lay(import: &Import, layers: &[(String, Arc<LayerTree>)]) -> Result<Self, Failure> {
+    pub(in crate::import) fn lay(import: &Import, layers: &[(String, Arc<KeptTree>)]) -> Result<Self, Failure> {
         let mut share = import.budget.share();
         // Every directory that a layer touches is read completely and needs about three times the size of its object.
         let lookup: &mut Lookup<'_> = &mut |id, kind| {
@@ -64,12 +65,15 @@ impl Merged {
             Ok(bytes)
         };
         let mut root = match import.base {
-            Base::Commit(commit) => tree_of(&commit, lookup).map_err(|error| import.tree_failure(&error))?,
-            Base::Empty => Dir::empty(layers.first().map(|(_, layer)| layer.root.meta.clone()).unwrap_or_default()),
+            Base::Commit(commit) => Some(tree_of(&commit, lookup).map_err(|error| import.tree_failure(&error))?),
+            Base::Empty => None,
         };
-        let mut warnings = left_out(layers);
-        for (name, layer) in layers {
-            let replaced = root.lay(layer, &|id| import.base_has(id), lookup).map_err(|error| match error {
+        let (mut left_outs, mut replacements, mut unstorable) = (BTreeSet::new(), Vec::new(), BTreeMap::new());
+        for (name, kept) in layers {
+            let layer = kept.tree(import)?;
+            left_outs.extend(left_out(name, &layer));
+            let root = root.get_or_insert_with(|| Dir::empty(layer.root.meta.clone()));
+            let replaced = root.lay(&layer, &|id| import.base_has(id), lookup).map_err(|error| match error {
                 MergeError::Tree(TreeError::Read(_, _, error))
                     if error.get_ref().is_some_and(|error| error.is::<OverBudget>()) =>
                 {
@@ -81,23 +85,31 @@ impl Merged {
                 MergeError::Tree(error) => import.tree_failure(&error),
                 error => Failure::new(Kind::BadFormat, format!("{name}: {error}")),
             })?;
-            warnings.extend(replaced_links(import, name, &replaced));
+            replacements.extend(replaced_links(import, name, &replaced));
+            unstorable.extend(layer.unstorable);
         }
-        let merged = Self { root, warnings, _share: share };
-        merged.refuse_uncommittable(layers)?;
+        // An image may have the same layer twice.
+        let warnings = [shortened(left_outs.into_iter().collect()), shortened(replacements)].concat();
+        let merged = Self { root: root.unwrap_or_else(|| Dir::empty(Arc::default())), warnings, _share: share };
+        merged.refuse_uncommittable(import, layers, &unstorable)?;
         Ok(merged)
     }
 
     /// Refuses names and symlink targets that are not UTF-8, unless a later layer removed them. libostree stores both as
     /// GVariant strings. It refuses such names itself, but its checksum ignores such targets, so that it would confuse
     /// symlinks.
-    fn refuse_uncommittable(&self, layers: &[(String, Arc<LayerTree>)]) -> Result<(), Failure> {
+    fn refuse_uncommittable(
+        &self,
+        import: &Import,
+        layers: &[(String, Arc<KeptTree>)],
+        unstorable: &BTreeMap<ObjectId, String>,
+    ) -> Result<(), Failure> {
         const ADVICE: &str =
             "rename or remove it where the image is built: ostree accepts only UTF-8 names and symlink targets";
-        let target = |id: &ObjectId| layers.iter().find_map(|(_, layer)| layer.unstorable.get(id));
-        let all = self.root.uncommittable(&|id| target(id).is_some());
+        let all = self.root.uncommittable(&|id| unstorable.contains_key(id));
         let Some(path) = all.first() else { return Ok(()) };
-        let layer = layers.iter().rev().find(|(_, layer)| layer.has(path)).map_or("the image", |(name, _)| name);
+        let has_path = |kept: &KeptTree| kept.tree(import).is_ok_and(|layer| layer.has(path));
+        let layer = layers.iter().rev().find(|(_, kept)| has_path(kept)).map_or("the image", |(name, _)| name);
         let what = if path.iter().any(|name| foreign(name).is_some()) {
             "a name that is not UTF-8"
         } else {
@@ -171,7 +183,6 @@ impl Merged {
 
 /// Returns a warning for each symlink of the layers below that a directory of the layer `name` replaced.
 fn replaced_links(import: &Import, name: &str, replaced: &[(String, ObjectId)]) -> Vec<String> {
-    const SHOWN: usize = 12;
     let is_link = |id: &ObjectId| {
         let path = import.content_path(id);
         path.and_then(|path| path.symlink_metadata().ok()).is_some_and(|stat| stat.is_symlink())
@@ -183,7 +194,7 @@ fn replaced_links(import: &Import, name: &str, replaced: &[(String, ObjectId)]) 
              to this directory"
         )
     };
-    links.take(SHOWN).map(line).collect()
+    links.map(line).collect()
 }
 
 fn list(
@@ -211,22 +222,31 @@ fn list(
     Ok(())
 }
 
-/// Returns a warning for each layer from which entries were left out.
-fn left_out(layers: &[(String, Arc<LayerTree>)]) -> Vec<String> {
-    const SHOWN: usize = 12;
-    let mut lines = Vec::new();
-    for (name, layer) in layers.iter().filter(|(_, layer)| !layer.left_out.is_empty()) {
-        let total: u64 = layer.left_out.values().map(|count| u64::from(*count)).sum();
-        let mut parts: Vec<String> =
-            layer.left_out.iter().take(SHOWN).map(|(what, count)| format!("{what} ({count})")).collect();
-        if layer.left_out.len() > SHOWN {
-            parts.push(format!("and {} more places", layer.left_out.len() - SHOWN));
-        }
-        lines.push(format!("{name}: {total} entries cannot be part of an ostree commit: {}", parts.join(", ")));
+/// Number of warnings of a kind, and of places in a warning.
+const SHOWN: usize = 12;
+
+/// Returns a warning if entries of the layer were left out.
+fn left_out(name: &str, layer: &LayerTree) -> Option<String> {
+    let total: u64 = layer.left_out.values().map(|count| u64::from(*count)).sum();
+    let mut parts: Vec<String> =
+        layer.left_out.iter().take(SHOWN).map(|(what, count)| format!("{what} ({count})")).collect();
+    if layer.left_out.len() > SHOWN {
+        parts.push(format!("and {} more places", layer.left_out.len() - SHOWN));
     }
-    // An image may have the same layer twice.
-    let unique: BTreeSet<String> = lines.into_iter().collect();
-    unique.into_iter().collect()
+    let line = || format!("{name}: {total} entries cannot be part of an ostree commit: {}", parts.join(", "));
+    (total > 0).then(line)
+}
+
+/// Replaces the warnings after the first ones by their number: an image may have hundreds of such layers.
+fn shortened(mut lines: Vec<String>) -> Vec<String> {
+    let more = lines.len().saturating_sub(SHOWN);
+    if more > 0 {
+        lines.truncate(SHOWN);
+        if let Some(last) = lines.last_mut() {
+            last.push_str(&format!("; and {more} more such warnings"));
+        }
+    }
+    lines
 }
 
 #[cfg(test)]
@@ -240,8 +260,16 @@ mod tests {
         for (place, times) in [("/opt", 3), ("/srv", 1)] {
             (0..times).for_each(|_| layer.leave_out(place.into()));
         }
-        let complete = ("layer 2".to_owned(), Arc::new(LayerTree::default()));
-        let lines = left_out(&[("layer 1".into(), Arc::new(layer)), complete]);
-        assert_eq!(lines, ["layer 1: 4 entries cannot be part of an ostree commit: /opt (3), /srv (1)"]);
+        assert_eq!(left_out("layer 2", &LayerTree::default()), None);
+        let line = left_out("layer 1", &layer).unwrap();
+        assert_eq!(line, "layer 1: 4 entries cannot be part of an ostree commit: /opt (3), /srv (1)");
+    }
+
+    #[test]
+    fn warnings_of_hundreds_of_layers_are_a_few_lines() {
+        let lines = |count: usize| shortened((0..count).map(|at| format!("layer {at}")).collect());
+        assert_eq!(lines(SHOWN).len(), SHOWN);
+        assert_eq!(lines(500).len(), SHOWN);
+        assert_eq!(lines(500).last().unwrap(), "layer 11; and 488 more such warnings");
     }
 }

@@ -7,8 +7,8 @@ use ostree::glib;
 use crate::image::Failure;
 use crate::store::ObjectType;
 
+use super::kept::KeptTree;
 use super::label::{PolicyFiles, policy_objects};
-use super::layertree::LayerTree;
 use super::merge::{Dir, tree_of};
 use super::path::Placement;
 use crate::import::base::Base;
@@ -68,19 +68,24 @@ impl BaseFacts {
 
     /// Returns the facts with the policy that a plain image has in `layers`, if it is a complete and active one. Returns
     /// `None` if objects of the policy are not stored.
-    pub(in crate::import) fn with_policy_of(&self, import: &Import, layers: &[Arc<LayerTree>]) -> Option<Self> {
+    pub(in crate::import) fn with_policy_of(
+        &self,
+        import: &Import,
+        layers: &[Arc<KeptTree>],
+    ) -> Result<Option<Self>, Failure> {
+        let layers = layers.iter().map(|kept| kept.tree(import)).collect::<Result<Vec<_>, _>>()?;
         let lookup: &mut Lookup<'_> = &mut |id, kind| import.read_metadata(id, kind);
         let mut root = Dir::empty(Arc::default());
         let laid = layers.iter().try_for_each(|layer| root.lay(layer, &|_| false, lookup).map(drop));
         let objects = laid.ok().and_then(|()| policy_objects(&mut root, &import.store, lookup).ok().flatten());
-        match objects.filter(|objects| self.policy.as_ref().is_none_or(|policy| policy.objects != *objects)) {
+        Ok(match objects.filter(|objects| self.policy.as_ref().is_none_or(|policy| policy.objects != *objects)) {
             Some(objects) => match objects.show(&import.store) {
                 Ok(None) => None,
                 Ok(Some(policy)) if policy.is_active() => Some(Self::new(import.base, self.placement, Some(policy))),
                 _ => Some(self.clone()),
             },
             None => Some(self.clone()),
-        }
+        })
     }
 
     fn new(base: Base, placement: Placement, policy: Option<PolicyFiles>) -> Self {

@@ -7,6 +7,7 @@
 use std::io;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use ostree::gio;
@@ -40,6 +41,19 @@ pub(super) struct Labels {
     policy: ostree::SePolicy,
     /// Its parsed file contexts; `None` if only libselinux can read them.
     contexts: Option<Arc<Contexts>>,
+}
+
+/// Returns the directory of all policies that are files now.
+fn shown(store: &NodeStore) -> PathBuf {
+    store.root().join("policies")
+}
+
+/// Removes the policies that a killed import left. The caller holds the import lock.
+pub(in crate::import) fn remove_left_policies(store: &NodeStore) -> io::Result<()> {
+    match std::fs::remove_dir_all(shown(store)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
 }
 
 /// Returns the policy of a tree, or `None` if it has none.
@@ -123,11 +137,9 @@ impl PolicyObjects {
 
     /// Creates the files of the policy. Returns `None` while objects of some of them are in neither repo.
     pub(super) fn show(&self, store: &NodeStore) -> io::Result<Option<PolicyFiles>> {
-        let root = store.root().join(format!("policy-{}", &self.identity()[..16]));
-        match std::fs::remove_dir_all(&root) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
+        // Two layers may have the same policy, and each value removes its own directory.
+        static SERIAL: AtomicU64 = AtomicU64::new(0);
+        let root = shown(store).join(SERIAL.fetch_add(1, Ordering::Relaxed).to_string());
         let files = PolicyFiles { root, objects: self.clone(), contexts: OnceLock::new() };
         for (path, id) in &self.0 {
             let at = files.root.join(path);
@@ -210,5 +222,25 @@ impl Labels {
             _ => {}
         }
         Ok(label.as_deref().map(terminated))
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_policy_that_is_shown_twice_stays_until_its_last_user_ends() {
+        let temp = tempfile::tempdir().unwrap();
+        let store = NodeStore::on_tmpfs(temp.path(), None).unwrap();
+        let objects = PolicyObjects(vec![("usr/etc/selinux/test/policy/policy.31".to_owned(), ObjectId([1; 32]))]);
+        let (first, second) = (objects.show(&store).unwrap().unwrap(), objects.show(&store).unwrap().unwrap());
+        let file = |shown: &PolicyFiles| shown.root.join(&objects.0[0].0).exists();
+        assert!(file(&first) && file(&second));
+        drop(second);
+        assert!(file(&first));
+        drop(first);
+        assert_eq!(std::fs::read_dir(shown(&store)).unwrap().count(), 0);
     }
 }

@@ -57,11 +57,21 @@ pub(in crate::import) struct LayerTree {
     /// Distinct metadata, so that equal ones share memory.
     metas: HashSet<Arc<DirMeta>>,
     share: Share,
+    /// Share of the entries in the merged tree and in the sets of objects, which outlives this tree.
+    pub(super) merged: Share,
 }
 
-/// Approximate memory of an entry in bytes: in this tree, in the merged tree, and in the sets of objects.
-const DIR_COST: usize = 330;
-const FILE_COST: usize = 560;
+/// Approximate memory of an entry in bytes.
+#[derive(Debug, Clone, Copy)]
+struct Cost {
+    /// In this tree.
+    here: usize,
+    /// In the merged tree and in the sets of objects.
+    merged: usize,
+}
+
+const DIR: Cost = Cost { here: 165, merged: 165 };
+const FILE: Cost = Cost { here: 160, merged: 400 };
 
 /// Reasons why an entry cannot be part of a tree.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -84,10 +94,21 @@ pub(super) const WHITEOUT: &str = ".wh.";
 pub(super) const OPAQUE: &str = ".wh..wh..opq";
 
 impl LayerTree {
-    pub(super) fn new(budget: &Budget) -> Self {
+    pub(in crate::import) fn new(budget: &Budget) -> Self {
         // The root of an archive without an entry for it.
         let root = LayerDir { meta: Arc::new(DirMeta { mode: 0o755, ..DirMeta::default() }), ..LayerDir::default() };
-        Self { root, share: budget.share(), ..Self::default() }
+        Self { root, share: budget.share(), merged: budget.share(), ..Self::default() }
+    }
+
+    /// Returns an empty tree for the entries of a layer whose share in the merged tree is counted already.
+    pub(super) fn counted(budget: &Budget) -> Self {
+        Self { merged: Share::default(), ..Self::new(budget) }
+    }
+
+    /// Counts the memory of `entries` entries, with `bytes` for each of the two places beside their cost.
+    fn take(&mut self, cost: Cost, entries: usize, bytes: usize) -> Result<(), OverBudget> {
+        self.share.take(cost.here * entries + bytes, 0)?;
+        self.merged.take(cost.merged * entries + bytes, entries)
     }
 
     /// Adds a directory, or replaces its metadata.
@@ -98,7 +119,7 @@ impl LayerTree {
             self.root.meta = meta;
             return Ok(());
         };
-        self.share.take(DIR_COST + name.len(), 1)?;
+        self.take(DIR, 1, name.len())?;
         let parent = self.parent(parents, uid, gid)?;
         parent.files.remove(name);
         parent.dirs.or_insert_with(name, LayerDir::default).meta = meta;
@@ -108,7 +129,7 @@ impl LayerTree {
     /// Adds a file or symlink. Replaces an earlier entry of the layer at this path.
     pub(super) fn file(&mut self, path: &[String], file: LayerFile, uid: u32, gid: u32) -> Result<(), BadEntry> {
         let (name, parents) = path.split_last().ok_or(BadEntry::Root)?;
-        self.share.take(FILE_COST + name.len(), 1)?;
+        self.take(FILE, 1, name.len())?;
         if let LayerFile::Below(target) = &file {
             // A hardlink from a file to itself has no effect.
             if target == path && matches!(self.lookup(path), Some(Found::File(_))) {
@@ -126,7 +147,7 @@ impl LayerTree {
     /// Records an entry in the repo's object directory. `file` is the target of hardlinks to it, or `None` if it cannot be
     /// one.
     pub(super) fn repo_object(&mut self, path: String, file: Option<LayerFile>) -> Result<(), BadEntry> {
-        self.share.take(FILE_COST + path.len(), 1)?;
+        self.take(FILE, 1, path.len())?;
         self.repo_objects.insert(path, file);
         Ok(())
     }
@@ -138,7 +159,7 @@ impl LayerTree {
 
     /// Records a symlink whose target is not UTF-8. `target` is its escaped form, `id` the name of its object.
     pub(super) fn unstorable(&mut self, id: ObjectId, target: String) -> Result<(), BadEntry> {
-        self.share.take(FILE_COST + target.len(), 0)?;
+        self.share.take(FILE.here + target.len(), 0)?;
         self.unstorable.insert(id, target);
         Ok(())
     }
@@ -150,7 +171,7 @@ impl LayerTree {
         if matches!(hidden, "" | "." | "..") {
             return Err(BadEntry::EmptyWhiteout);
         }
-        self.share.take(FILE_COST + name.len(), 1)?;
+        self.take(FILE, 1, name.len())?;
         if name == OPAQUE {
             self.parent(parents, uid, gid)?.opaque = true;
         } else if !hidden.starts_with(WHITEOUT) {
@@ -238,7 +259,8 @@ impl LayerTree {
     pub(super) fn restore(&mut self, path: &[String], dir: LayerDir) -> Result<bool, BadEntry> {
         let entries = dir.files.len() + dir.whiteouts.len();
         let names: usize = dir.files.iter().map(|(name, _)| name.len()).sum();
-        self.share.take(DIR_COST + FILE_COST * entries + names, 1 + entries)?;
+        self.take(DIR, 1, 0)?;
+        self.take(FILE, entries, names)?;
         match path.split_last() {
             None => self.root = dir,
             Some((name, parents)) => match self.existing(parents) {
@@ -299,7 +321,7 @@ impl LayerTree {
             [] => None,
             _ => Some(self.meta(DirMeta { uid, gid, mode: 0o755, xattrs: Vec::new() })?),
         };
-        self.share.take(missing.iter().map(|part| DIR_COST + part.len()).sum(), missing.len())?;
+        self.take(DIR, missing.len(), missing.iter().map(String::len).sum())?;
         let mut dir = &mut self.root;
         dir.meta = meta.as_ref().unwrap_or(&dir.meta).clone();
         for part in path {
@@ -315,7 +337,7 @@ impl LayerTree {
             return Ok(known.clone());
         }
         let xattrs: usize = meta.xattrs.iter().map(|(name, value)| 96 + name.len() + value.len()).sum();
-        self.share.take(DIR_COST + xattrs, 0)?;
+        self.merged.take(DIR.here + DIR.merged + xattrs, 0)?;
         let meta = Arc::new(meta);
         self.metas.insert(meta.clone());
         Ok(meta)

@@ -23,8 +23,10 @@ pub(super) use derive::{Committed, Derived, Merged};
 pub(super) use dirmeta::{DirMeta, dirmeta_bytes};
 pub(super) use facts::BaseFacts;
 pub(super) use held::held_tree;
+pub(super) use kept::{KeptTree, over_budget};
+pub(super) use label::remove_left_policies;
 pub(super) use layer_commit::store_layer;
-pub(super) use layertree::{BadEntry, LayerTree};
+pub(super) use layertree::LayerTree;
 #[cfg(any(test, fuzzing))]
 pub(super) use path::Placement;
 pub(super) use reader::read_plain;

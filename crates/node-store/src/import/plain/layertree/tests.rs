@@ -47,10 +47,10 @@ fn a_tree_survives_serialisation() {
     assert_eq!(tree.left_out["/opt"], 2);
     let budget = Budget::default();
     let kept = tree.to_bytes().unwrap();
-    let again = LayerTree::from_bytes(&kept, &budget).unwrap().unwrap();
+    let again = LayerTree::new(&budget).read(&kept).unwrap().unwrap();
     assert_eq!((again.root, again.left_out, again.unstorable), (tree.root, tree.left_out, tree.unstorable));
-    assert!(LayerTree::from_bytes(b"damaged", &budget).unwrap().is_none());
-    assert!(LayerTree::from_bytes(&kept[..kept.len() / 2], &budget).unwrap().is_none());
+    assert!(LayerTree::new(&budget).read(b"damaged").unwrap().is_none());
+    assert!(LayerTree::new(&budget).read(&kept[..kept.len() / 2]).unwrap().is_none());
 }
 
 #[test]
