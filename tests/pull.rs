@@ -59,6 +59,8 @@ mod policy;
 mod refs;
 #[path = "pull/registry.rs"]
 mod registry;
+#[path = "pull/relabelled.rs"]
+mod relabelled;
 #[path = "pull/release.rs"]
 mod release;
 #[path = "pull/shapes.rs"]

@@ -71,7 +71,7 @@ pub fn plain(layers: Vec<RawLayer>) -> Image {
     }
 }
 
-fn of(layers: &[Vec<Item>]) -> Image {
+pub fn of(layers: &[Vec<Item>]) -> Image {
     plain(layers.iter().map(|items| layer(items)).collect())
 }
 

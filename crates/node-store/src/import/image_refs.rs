@@ -102,7 +102,7 @@ fn held_commit(import: &Import, digest: &str) -> Option<ObjectId> {
     let booted = || import.booted.as_ref().and_then(|booted| booted.layer_commit(digest));
     let lookup: &mut Lookup<'_> = &mut |id, kind| import.read_metadata(id, kind);
     own.into_iter().chain(booted()).find(|commit| {
-        let is_whole = |id: &ObjectId| import.content_path(id).is_some();
+        let is_whole = |id: &ObjectId| import.has_content(id);
         !import.store.is_partial(commit) && walk(commit, lookup).is_ok_and(|tree| tree.content.keys().all(is_whole))
     })
 }

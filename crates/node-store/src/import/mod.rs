@@ -20,6 +20,7 @@ mod image_refs;
 mod plain;
 mod plain_layers;
 mod pull;
+mod replaced;
 mod run;
 mod space;
 mod state;

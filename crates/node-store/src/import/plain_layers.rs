@@ -12,7 +12,7 @@ use crate::store::{ObjectId, ObjectSet};
 
 use super::base::Base;
 use super::fetch::{fetch_plain, layer_name};
-use super::plain::{BaseFacts, Committed, Derived, KeptTree, Merged, held_tree, over_budget, store_layer};
+use super::plain::{BaseFacts, Committed, Derived, KeptTree, Merged, held_tree, over_budget, restore, store_layer};
 use super::run::{DueRead, Read, Run, all_of, blocking};
 use super::state::Import;
 use super::wanted::is_kernel_layer;
@@ -157,7 +157,13 @@ impl<'a> PlainLayers<'a> {
             match blocking(run.image, commit).await?? {
                 Committed::Derived(mut derived) => {
                     let (import, target) = (run.import.clone(), std::mem::take(&mut derived.target));
-                    blocking(run.image, move || import.retarget(target)).await?;
+                    let image = run.image.pinned.clone();
+                    let restored = blocking(run.image, move || -> Result<(), Failure> {
+                        restore(&import, &image, &target)?;
+                        import.retarget(target);
+                        Ok(())
+                    });
+                    restored.await??;
                     run.nothing_is_missing()?;
                     derived.layers = self.layer_commits().await?;
                     return Ok(*derived);

@@ -17,6 +17,7 @@ use crate::store::{
 
 use super::base::Base;
 use super::budget::Budget;
+use super::replaced::{Replaced, Replacement};
 use super::tree::{Target, TreeError};
 use super::wanted::wanted;
 
@@ -59,6 +60,7 @@ pub(super) struct Import {
     holes: AtomicU64,
     /// Content objects of plain layers that this run stored.
     derived: Mutex<ObjectSet>,
+    replaced: Replaced,
     _lock: StoreLock,
 }
 
@@ -100,6 +102,7 @@ impl Import {
             bytes_fetched: AtomicU64::new(0),
             holes: AtomicU64::new(0),
             derived: Mutex::default(),
+            replaced: Replaced::open(store.replaced_list())?,
             _lock: lock,
         })
     }
@@ -129,7 +132,7 @@ impl Import {
         let mut guard = self.wants();
         let base = guard.take().map(|wants| wants.base).unwrap_or_default();
         let mut open = wanted(&target, &self.booted_content, &self.stored_before, self.complete);
-        open.retain(|id| !self.store.has(id, ObjectType::File));
+        open.retain(|id| !self.store.has(id, ObjectType::File) && self.replacement(id).is_none());
         PullProgress::add(&self.progress.objects_wanted, open.len() as u64);
         *guard = Some(Wants { target, base, open: open.clone(), merged: true });
         open
@@ -191,10 +194,35 @@ impl Import {
         Some(booted.object_path(id, ObjectType::File))
     }
 
-    /// Returns the file of a content object of the target, or `None` if neither repo has it.
+    /// Returns the file of a content object of the target, or of the copy that replaces it. Returns `None` if neither repo
+    /// has one.
     pub(super) fn content_path(&self, id: &ObjectId) -> Option<PathBuf> {
         // The booted repo was listed when the import started, so that the store need not be searched.
-        self.booted_file(id).or_else(|| self.store.find_object(id, ObjectType::File))
+        let own = |id: &ObjectId| self.booted_file(id).or_else(|| self.store.find_object(id, ObjectType::File));
+        own(id).or_else(|| own(&self.replacement(id)?.copy))
+    }
+
+    /// Returns the copy that replaces a removed object, if neither repo has the object and one of them has the copy.
+    pub(super) fn replacement(&self, id: &ObjectId) -> Option<Replacement> {
+        let found = self.replaced.find(id)?;
+        (!self.has_content(id) && self.has_content(&found.copy)).then_some(found)
+    }
+
+    /// Returns true if one of the two repos has the content object itself, not only a copy that replaces it.
+    pub(super) fn has_content(&self, id: &ObjectId) -> bool {
+        self.booted_content.contains(id) || self.store.has(id, ObjectType::File)
+    }
+
+    /// Returns true if no commit of an earlier pull can have a content object of the store.
+    pub(super) fn is_unpublished(&self, id: &ObjectId) -> bool {
+        !self.stored_before.contains(id) || self.store.is_pending(id)
+    }
+
+    /// Removes an object of a plain layer after a relabelled copy of it was stored, so that the store has its content once.
+    pub(super) fn replace(&self, id: &ObjectId, replacement: Replacement) -> io::Result<()> {
+        self.replaced.add(*id, replacement)?;
+        self.derived.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
+        self.store.remove_content(id)
     }
 
     /// Records that a content object of a plain layer was written.

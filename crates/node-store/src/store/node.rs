@@ -365,6 +365,15 @@ impl NodeStore {
         ignore_missing(fs::remove_file(self.incoming().join(loose_path(id, ObjectType::File))))
     }
 
+    /// Returns true if no commit can have the content object: in a disk store because it is pending, in a RAM store because
+    /// nothing was ever published.
+    pub(crate) fn is_pending(&self, id: &ObjectId) -> bool {
+        match &self.disk {
+            Some(disk) => existing(disk.incoming().join(loose_path(id, ObjectType::File))).is_some(),
+            None => fs::read_dir(self.heads()).is_ok_and(|mut refs| refs.next().is_none()),
+        }
+    }
+
     /// Returns the list of a plain layer's content from [`NodeStore::write_layer_list`], or `None` if there is none.
     pub fn read_layer_list(&self, name: &str) -> io::Result<Option<Vec<u8>>> {
         if_found(fs::read(self.lists().join(name)))
@@ -375,6 +384,11 @@ impl NodeStore {
         let dir = self.lists();
         fs::create_dir_all(&dir)?;
         replace(&dir.join(name), list)
+    }
+
+    /// Returns the file that lists the objects of plain layers of which only relabelled copies are left.
+    pub(crate) fn replaced_list(&self) -> PathBuf {
+        self.lists().join("replaced")
     }
 
     fn lists(&self) -> PathBuf {

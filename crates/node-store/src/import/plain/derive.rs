@@ -158,7 +158,10 @@ impl Merged {
             return Err(no_policy(&image.pinned));
         }
         let mut labels = match &policy {
-            Some(policy) => Some(Relabeller::new(import, policy, facts.policy.as_deref(), &image.pinned)?),
+            Some(policy) => {
+                let (base, several) = (facts.policy.as_deref(), with_several_names(&self.root));
+                Some(Relabeller::new(import, policy, base, several, &image.pinned)?)
+            }
             None => None,
         };
         let (tree, meta) = store_tree(import, &self.root, "/", &mut labels)?;
@@ -166,6 +169,7 @@ impl Merged {
         if !unknown.is_empty() {
             return Ok(Committed::Needs(unknown));
         }
+        labels.as_ref().map_or(Ok(()), Relabeller::finish)?;
         self.warnings.extend(labels.as_ref().and_then(Relabeller::warning));
         let sources = labels.as_ref().map(Relabeller::sources).unwrap_or_default();
         let commit = store_image(import, image, description, (tree, meta))?;
@@ -195,6 +199,18 @@ fn replaced_links(import: &Import, name: &str, replaced: &[(String, ObjectId)]) 
         )
     };
     links.map(line).collect()
+}
+
+/// Returns the objects that the layers have at more than one path.
+fn with_several_names(root: &Dir) -> HashSet<ObjectId> {
+    let (mut seen, mut several, mut queue) = (HashSet::new(), HashSet::new(), vec![root]);
+    while let Some(dir) = queue.pop() {
+        // Directories that no layer changed have only objects of the base.
+        let Content::Open { files, dirs } = &dir.content else { continue };
+        several.extend(files.values().filter(|id| !seen.insert(**id)));
+        queue.extend(dirs.values());
+    }
+    several
 }
 
 fn list(

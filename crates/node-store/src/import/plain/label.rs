@@ -135,6 +135,11 @@ impl PolicyObjects {
         hex::encode(hasher.finalize())
     }
 
+    /// Returns the objects of the files.
+    pub(super) fn ids(&self) -> impl Iterator<Item = &ObjectId> {
+        self.0.iter().map(|(_, id)| id)
+    }
+
     /// Creates the files of the policy. Returns `None` while objects of some of them are in neither repo.
     pub(super) fn show(&self, store: &NodeStore) -> io::Result<Option<PolicyFiles>> {
         // Two layers may have the same policy, and each value removes its own directory.

@@ -13,9 +13,10 @@ use super::layertree::{LayerDir, LayerFile, LayerTree, OPAQUE, WHITEOUT};
 use super::path::foreign;
 use crate::import::state::Import;
 
-/// Stores the commit of a layer and returns its name. Returns `None` if the commit would lack something of the layer: a
-/// content object that neither repo has, a hardlink to a layer below, or a name or symlink target that is not UTF-8.
-/// Entries that cannot be part of a commit, such as those below `/run`, are left out, as by ostree-ext.
+/// Stores the commit of a layer and returns its name. A file of which only a relabelled copy is left has the label of
+/// that copy: the importer of another image labels the merged tree again. Entries that cannot be part of a commit, such
+/// as those below `/run`, are left out, as by ostree-ext. Returns `None` if the commit would lack something of the layer:
+/// a content object that neither repo has, a hardlink to a layer below, or a name or symlink target that is not UTF-8.
 pub(in crate::import) fn store_layer(import: &Import, layer: &LayerTree) -> Result<Option<ObjectId>, Failure> {
     if !layer.unstorable.is_empty() {
         return Ok(None);
@@ -29,10 +30,11 @@ fn store_dir(import: &Import, dir: &LayerDir) -> Result<Option<(ObjectId, Object
     let mut files = BTreeMap::new();
     for (name, file) in dir.files.iter() {
         let (LayerFile::Object(id) | LayerFile::OfBase(id)) = file else { return Ok(None) };
-        if foreign(name).is_some() || import.content_path(id).is_none() {
+        let id = import.replacement(id).map_or(*id, |replacement| replacement.copy);
+        if foreign(name).is_some() || !import.has_content(&id) {
             return Ok(None);
         }
-        files.insert(name.to_owned(), *id);
+        files.insert(name.to_owned(), id);
     }
     for (name, ()) in dir.whiteouts.iter() {
         if foreign(name).is_some() {
@@ -61,7 +63,6 @@ fn store_dir(import: &Import, dir: &LayerDir) -> Result<Option<(ObjectId, Object
 fn store_empty_file(import: &Import, dir: &DirMeta) -> Result<ObjectId, Failure> {
     let xattrs = Xattrs::from_pairs(label_of(&dir.xattrs).map(|label| (SELINUX, label)));
     let file = FileMeta { uid: 0, gid: 0, mode: 0o644, target: None, xattrs };
-    let written =
-        import.writer.begin_unnamed(file).and_then(|file| file.finish(|id| import.content_path(id).is_none()));
+    let written = import.writer.begin_unnamed(file).and_then(|file| file.finish(|id| !import.has_content(id)));
     written.map(|(id, _)| id).map_err(|error| import.write_failure("a whiteout", &error))
 }

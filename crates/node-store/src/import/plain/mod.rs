@@ -30,3 +30,4 @@ pub(super) use layertree::LayerTree;
 #[cfg(any(test, fuzzing))]
 pub(super) use path::Placement;
 pub(super) use reader::read_plain;
+pub(super) use relabel::restore;

@@ -12,20 +12,25 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use sha2::Digest;
+use support::xattr;
 
 use crate::image::{Failure, Kind, PullSpec};
 use crate::store::{FileMeta, ObjectId, ObjectType, Xattrs};
 
-use super::dirmeta::{DirMeta, Pairs, S_IFDIR, label_of, read_dirmeta, set_label};
+use super::dirmeta::{DirMeta, S_IFDIR, label_of, read_dirmeta, set_label};
 use super::label::{Labels, PolicyFiles};
 use super::merge::Meta;
+use crate::import::replaced::Replacement;
 use crate::import::state::Import;
+use crate::import::tree::Target;
 
 /// Mode and label of a stored object.
 #[derive(Debug, Clone)]
 struct Known {
     mode: u32,
     label: Option<Label>,
+    /// True if a path seen so far has the object without a change.
+    used: bool,
 }
 
 /// Shared label: a tree has only some hundred distinct ones.
@@ -53,6 +58,10 @@ pub(super) struct Relabeller<'a> {
     made: HashMap<(ObjectId, Label), ObjectId>,
     /// Relabelled copies that were not stored, because no path seen so far needs them in the store.
     unstored: HashSet<ObjectId>,
+    /// Objects of the policies, which libselinux reads by their names.
+    policies: HashSet<ObjectId>,
+    /// Objects with several names. Another name may use such an object without a change.
+    several: HashSet<ObjectId>,
     /// Number of base files that got another label.
     relabelled_base: u64,
     /// Base objects that neither repo has; true if the two policies label them differently.
@@ -62,11 +71,13 @@ pub(super) struct Relabeller<'a> {
 }
 
 impl<'a> Relabeller<'a> {
-    /// Opens the tree's policy and reads the labels of all content objects. `base` is the policy of the base commit.
+    /// Opens the tree's policy and reads the labels of all content objects. `base` is the policy of the base commit,
+    /// `several` has the objects with several names.
     pub(super) fn new(
         import: &'a Import,
         policy: &PolicyFiles,
         base: Option<&PolicyFiles>,
+        several: HashSet<ObjectId>,
         image: &'a PullSpec,
     ) -> Result<Self, Failure> {
         let open = |policy: &PolicyFiles| {
@@ -86,6 +97,8 @@ impl<'a> Relabeller<'a> {
             metas: HashMap::new(),
             made: HashMap::new(),
             unstored: HashSet::new(),
+            policies: policy.objects.ids().chain(base.iter().flat_map(|base| base.objects.ids())).copied().collect(),
+            several,
             relabelled_base: 0,
             absent: HashMap::new(),
             base_is_mislabelled: false,
@@ -144,7 +157,8 @@ impl<'a> Relabeller<'a> {
     }
 
     fn note(&mut self, id: ObjectId, known: ModeAndLabel) -> Option<Known> {
-        let known = known.map(|(mode, label)| Known { mode, label: label.map(|label| self.shared(label)) });
+        let known =
+            known.map(|(mode, label)| Known { mode, label: label.map(|label| self.shared(label)), used: false });
         self.known.insert(id, known.clone());
         known
     }
@@ -191,14 +205,22 @@ impl<'a> Relabeller<'a> {
             self.note_absent(id, path)?;
             return Ok(*id);
         };
-        let Some(label) = lookup(&self.labels, self.image, path, known.mode)? else { return Ok(*id) };
-        if known.label.as_deref() == Some(&*label) {
+        let label = lookup(&self.labels, self.image, path, known.mode)?;
+        let Some(label) = label.filter(|label| known.label.as_deref() != Some(label)) else {
+            if let Some(Some(known)) = self.known.get_mut(id) {
+                known.used = true;
+            }
             return Ok(*id);
-        }
+        };
         if self.import.base_has(id) {
             self.relabelled_base += 1;
             self.base_is_mislabelled |=
                 self.by_base(path, known.mode, Some(&label))?.as_deref() != known.label.as_deref();
+        }
+        if let Some(Replacement { copy, .. }) = self.import.replacement(id)
+            && read_label(self.import, &copy)?.and_then(|(_, label)| label).as_ref() == Some(&label)
+        {
+            return Ok(copy);
         }
         let key = (*id, self.shared(label));
         let is_kept = |made: &ObjectId| self.import.keeps_at(made, path.trim_start_matches('/'));
@@ -207,14 +229,40 @@ impl<'a> Relabeller<'a> {
         {
             return Ok(*made);
         }
-        let made = self.copy(id, path, &key.1)?;
+        let made = copy(self.import, self.image, id, path, Some(&key.1), &is_kept)?;
         if is_kept(&made) {
             self.unstored.remove(&made);
         } else {
             self.unstored.insert(made);
         }
-        self.made.insert(key, made);
+        if self.several.contains(id) || !self.replace(id, &made, &known)? {
+            self.made.insert(key, made);
+        }
         Ok(made)
+    }
+
+    /// Removes the first objects of files with several names, if all names got another label.
+    pub(super) fn finish(&self) -> Result<(), Failure> {
+        for ((id, _), made) in &self.made {
+            if let Some(Some(known)) = self.known.get(id) {
+                self.replace(id, made, known)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes an object of a plain layer that only the copy `made` needs, so that the store has its content once. Returns
+    /// false if the object stays.
+    fn replace(&self, id: &ObjectId, made: &ObjectId, known: &Known) -> Result<bool, Failure> {
+        let import = self.import;
+        let is_needed = known.used || self.policies.contains(id) || import.base_has(id);
+        let has = |id: &ObjectId| import.store.has(id, ObjectType::File);
+        if is_needed || !import.is_unpublished(id) || !has(id) || !import.has_content(made) {
+            return Ok(false);
+        }
+        let replaced = import.replace(id, Replacement { copy: *made, label: known.label.clone() });
+        replaced.map_err(|error| import.store_failure(&format!("{}: relabelling its files", self.image), &error))?;
+        Ok(true)
     }
 
     /// Records an object that a delta pull skipped, and whether the two policies label it differently.
@@ -236,55 +284,74 @@ impl<'a> Relabeller<'a> {
             BaseLabels::None => Ok(None),
         }
     }
+}
 
-    /// Returns the name of a copy of the object with another label. Writes it unless the booted repo has it.
-    fn copy(&mut self, id: &ObjectId, at: &str, label: &[u8]) -> Result<ObjectId, Failure> {
-        let import = self.import;
-        let fail = |error: std::io::Error| import.local(format!("cannot read the object {id}.file: {error}"));
-        let Some(path) = import.store.find_object(id, ObjectType::File) else {
-            return Err(import.local(format!("the object {id}.file disappeared during the pull")));
-        };
-        let stat = path.symlink_metadata().map_err(fail)?;
-        let mut xattrs: Pairs = support::xattr::read(&path).map_err(|errno| fail(errno.into()))?.into_iter().collect();
-        set_label(&mut xattrs, label.to_vec());
-        let target = match stat.file_type().is_symlink() {
-            true => Some(std::fs::read_link(&path).map_err(fail)?.into_os_string().into_vec()),
-            false => None,
-        };
-        let is_symlink = target.is_some();
-        let meta = FileMeta {
-            uid: stat.uid(),
-            gid: stat.gid(),
-            mode: stat.mode() & 0o7777,
-            target,
-            xattrs: Xattrs::from_pairs(xattrs.iter().map(|(name, value)| (name.as_slice(), value.as_slice()))),
-        };
-        let write_failed = |error| import.write_failure(&format!("{}: relabelling {at}", self.image), &error);
-        let keep = |id: &ObjectId| import.keeps_at(id, at.trim_start_matches('/'));
-        if is_symlink {
-            let made = ObjectId(meta.hasher().finalize().into());
-            if keep(&made) {
-                import.writer.symlink(&made, &meta).map_err(write_failed)?;
-                import.derived_stored(&made, 0);
-            }
-            return Ok(made);
+/// Stores the objects of `target` again that were removed after they had been copied: an image with the same layer may
+/// need them.
+pub(in crate::import) fn restore(import: &Import, image: &PullSpec, target: &Target) -> Result<(), Failure> {
+    for id in target.content.keys() {
+        if let Some(Replacement { label, .. }) = import.replacement(id) {
+            copy(import, image, id, &format!("the object {id}.file"), label.as_deref(), &|_| true)?;
         }
-        let mut source = File::open(&path).map_err(fail)?;
-        let mut file = import.writer.begin_unnamed(meta).map_err(write_failed)?;
-        let mut piece = vec![0; 256 * 1024];
-        loop {
-            let count = source.read(&mut piece).map_err(fail)?;
-            if count == 0 {
-                break;
-            }
-            file.write(&piece[..count]).map_err(write_failed)?;
-        }
-        let (made, stored) = file.finish(keep).map_err(write_failed)?;
-        if stored {
-            import.derived_stored(&made, stat.len());
-        }
-        Ok(made)
     }
+    Ok(())
+}
+
+/// Returns the name of a copy of the object with another label. Writes it if `keep` returns true for that name.
+fn copy(
+    import: &Import,
+    image: &PullSpec,
+    id: &ObjectId,
+    at: &str,
+    label: Option<&[u8]>,
+    keep: &dyn Fn(&ObjectId) -> bool,
+) -> Result<ObjectId, Failure> {
+    let fail = |error: std::io::Error| import.local(format!("cannot read the object {id}.file: {error}"));
+    let Some(path) = import.content_path(id) else {
+        return Err(import.local(format!("the object {id}.file disappeared during the pull")));
+    };
+    let stat = path.symlink_metadata().map_err(fail)?;
+    let mut xattrs = xattr::read(&path).map_err(|errno| fail(errno.into()))?;
+    match label {
+        Some(label) => xattrs.insert(xattr::LABEL.to_vec(), label.to_vec()),
+        None => xattrs.remove(xattr::LABEL),
+    };
+    let target = match stat.file_type().is_symlink() {
+        true => Some(std::fs::read_link(&path).map_err(fail)?.into_os_string().into_vec()),
+        false => None,
+    };
+    let is_symlink = target.is_some();
+    let meta = FileMeta {
+        uid: stat.uid(),
+        gid: stat.gid(),
+        mode: stat.mode() & 0o7777,
+        target,
+        xattrs: Xattrs::from_pairs(xattrs.iter().map(|(name, value)| (name.as_slice(), value.as_slice()))),
+    };
+    let write_failed = |error| import.write_failure(&format!("{image}: relabelling {at}"), &error);
+    if is_symlink {
+        let made = ObjectId(meta.hasher().finalize().into());
+        if keep(&made) {
+            import.writer.symlink(&made, &meta).map_err(write_failed)?;
+            import.derived_stored(&made, 0);
+        }
+        return Ok(made);
+    }
+    let mut source = File::open(&path).map_err(fail)?;
+    let mut file = import.writer.begin_unnamed(meta).map_err(write_failed)?;
+    let mut piece = vec![0; 256 * 1024];
+    loop {
+        let count = source.read(&mut piece).map_err(fail)?;
+        if count == 0 {
+            break;
+        }
+        file.write(&piece[..count]).map_err(write_failed)?;
+    }
+    let (made, stored) = file.finish(keep).map_err(write_failed)?;
+    if stored {
+        import.derived_stored(&made, stat.len());
+    }
+    Ok(made)
 }
 
 fn lookup(labels: &Labels, image: &PullSpec, path: &str, mode: u32) -> Result<Option<Vec<u8>>, Failure> {
@@ -302,22 +369,9 @@ fn read_label(import: &Import, id: &ObjectId) -> Result<ModeAndLabel, Failure> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         other => other.map_err(fail)?.mode(),
     };
-    let label = read_xattr(&path, c"security.selinux").map_err(|errno| fail(errno.into()))?;
+    let label = match import.replacement(id) {
+        Some(replacement) => replacement.label.as_deref().map(<[u8]>::to_vec),
+        None => xattr::get(&path, xattr::LABEL).map_err(|errno| fail(errno.into()))?,
+    };
     Ok(Some((mode, label)))
-}
-
-fn read_xattr(path: &std::path::Path, name: &std::ffi::CStr) -> Result<Option<Vec<u8>>, rustix::io::Errno> {
-    use rustix::io::Errno;
-    let mut short = [0; 256];
-    match rustix::fs::lgetxattr(path, name, short.as_mut_slice()) {
-        Ok(length) => return Ok(Some(short[..length].to_vec())),
-        Err(Errno::NODATA | Errno::OPNOTSUPP) => return Ok(None),
-        Err(Errno::RANGE) => {}
-        Err(errno) => return Err(errno),
-    }
-    // Maximum size of an attribute (`XATTR_SIZE_MAX`).
-    let mut value = vec![0; 65_536];
-    let length = rustix::fs::lgetxattr(path, name, value.as_mut_slice())?;
-    value.truncate(length);
-    Ok(Some(value))
 }
