@@ -37,6 +37,8 @@ mod killed;
 mod layers;
 #[path = "pull/local.rs"]
 mod local;
+#[path = "pull/many.rs"]
+mod many;
 #[path = "pull/measure.rs"]
 mod measure;
 #[path = "pull/media.rs"]

@@ -60,6 +60,34 @@ impl Registry {
         self.copy(layout, name, &["--preserve-digests"])
     }
 
+    /// Puts an OCI layout of one image into the storage of the registry, because skopeo needs about a second to push one
+    /// layer. Returns the pull spec.
+    pub fn place(&self, layout: &Path, repository: &str) -> String {
+        let root = self.storage.join("docker/registry/v2");
+        let write = |path: PathBuf, content: &str| {
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, content).unwrap();
+        };
+        let link = |dir: &str, hex: &str| {
+            write(root.join("repositories").join(repository).join(dir).join("link"), &format!("sha256:{hex}"));
+        };
+        for blob in fs::read_dir(layout.join("blobs/sha256")).unwrap() {
+            let hex = blob.unwrap().file_name().into_string().unwrap();
+            let data = self.blob(&format!("sha256:{hex}"));
+            fs::create_dir_all(data.parent().unwrap()).unwrap();
+            fs::hard_link(layout.join("blobs/sha256").join(&hex), data).unwrap();
+            link(&format!("_layers/sha256/{hex}"), &hex);
+        }
+        let index: serde_json::Value = serde_json::from_slice(&fs::read(layout.join("index.json")).unwrap()).unwrap();
+        let digest = index["manifests"][0]["digest"].as_str().unwrap();
+        let hex = digest.strip_prefix("sha256:").unwrap();
+        for dir in ["revisions", "tags/1/index"].map(|dir| format!("_manifests/{dir}/sha256/{hex}")) {
+            link(&dir, hex);
+        }
+        link("_manifests/tags/1/current", hex);
+        format!("{}/{repository}:1", self.address)
+    }
+
     /// Pushes an OCI layout in docker's form; the pull spec.
     pub fn push_docker(&self, layout: &Path, name: &str) -> String {
         self.copy(layout, name, &["--format=v2s2"])

@@ -32,6 +32,11 @@ fn wide(count: usize) -> RawLayer {
     layer((0..count).map(|at| (format!("usr/share/wide/{at:06}"), format!("wide {at}"))))
 }
 
+/// So many files of one of several layers.
+fn package(count: usize, number: usize) -> RawLayer {
+    layer((0..count).map(|at| (format!("usr/lib/{number}/{}/{at:05}", at / 100), format!("{number} {at}"))))
+}
+
 /// So many directories with one empty file each.
 fn deep(count: usize, tree: usize) -> RawLayer {
     layer((0..count).map(|at| (format!("usr/share/x{tree}/{at:06x}/f"), String::new())))
@@ -47,6 +52,7 @@ fn layers_of_any_shape_stay_within_the_cap() {
     let mut peaks = Vec::new();
     for (what, layers, fits) in [
         ("wide", vec![wide(100_000)], true),
+        ("packages", (0..16).map(|number| package(10_000, number)).collect(), true),
         ("deep", vec![deep(80_000, 0)], true),
         ("deeper", vec![deep(100_000, 0)], false),
         ("chains", vec![chains(400)], true),
