@@ -11,7 +11,7 @@ use super::Compression;
 const PIECE: usize = 256 * 1024;
 
 /// Largest supported zstd window, as a power of two (32 MiB). zstd allows 2 GiB. With four layers at once, this is most
-/// of the 150 MiB of memory that a pull may use.
+/// of the 170 MiB of memory that a pull may use.
 const ZSTD_WINDOW_BITS: u32 = 25;
 
 /// Reads `input` to its end, passes the decompressed bytes to `sink` in pieces, and returns their SHA-256. After `sink`

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Limit in bytes for the lists of all plain layers and the merged tree. It keeps a pull within the 150 MiB that
+/// Limit in bytes for the lists of all plain layers and the merged tree. It keeps a pull within the 170 MiB that
 /// [`super`] states.
 const LIMIT: usize = 80 << 20;
 

@@ -6,8 +6,8 @@
 //! moves the ref of the node image. The module writes to the node store only, through [`crate::store`]. It does not
 //! touch the running system's `/usr` or `/etc`, and it does not retry: the agent does.
 //!
-//! Memory: about 10 MiB of buffers for each layer in flight, 150 bytes for each object, and 600 bytes for each file in
-//! plain layers. Resident memory stays below 150 MiB for every image: [`budget`] refuses plain layers that list more
+//! Memory: about 10 MiB of buffers for each layer in flight, 150 bytes for each object, and 700 bytes for each file in
+//! plain layers. Resident memory stays below 170 MiB for every image: [`budget`] refuses plain layers that list more
 //! entries than that allows. `tests/pull/memory.rs` and `tests/pull/shapes.rs` check the limit.
 
 mod base;

@@ -71,7 +71,7 @@ struct Cost {
 }
 
 const DIR: Cost = Cost { here: 165, merged: 165 };
-const FILE: Cost = Cost { here: 160, merged: 400 };
+const FILE: Cost = Cost { here: 160, merged: 550 };
 
 /// Reasons why an entry cannot be part of a tree.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

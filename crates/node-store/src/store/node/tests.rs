@@ -1,3 +1,4 @@
+use super::super::NODE_IMAGE_REF;
 use super::*;
 
 #[test]
