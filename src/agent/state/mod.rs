@@ -5,6 +5,7 @@ mod file;
 mod plan;
 mod record;
 mod salvage;
+mod step;
 mod switch_step;
 mod timeline;
 
@@ -14,10 +15,11 @@ pub(super) use file::tests::survives_every_damage;
 pub use file::{Checksum, StateFile, Unusable, if_present};
 pub(super) use plan::{EtcPlan, MemoryPlan};
 pub use plan::{PlanDocument, SwitchPlan};
+pub use record::Record;
 #[cfg(test)]
 pub(super) use record::tests::{refreshed, staged};
 pub(super) use record::{Asked, shown};
-pub use record::{Finished, Record, Refreshed, StagedRoot, Step, Switched, Undo, UndoTree};
 pub(super) use salvage::{open, repair_undo_plan, set_aside, unused};
+pub use step::{Finished, Refreshed, StagedRoot, Step, Switched, Undo, UndoTree};
 pub use switch_step::{FileStep, LiveStep, SwitchStep};
 pub(super) use timeline::{load_timeline, save_timeline};

@@ -1,11 +1,15 @@
 #![allow(clippy::unwrap_used)]
 
+use std::collections::BTreeMap;
+
 use super::super::file::parse;
+use super::super::step::{Finished, Refreshed, StagedRoot, Switched, Undo};
 use super::super::{FileStep, survives_every_damage};
 use super::*;
 use node_store::image::ResolvedImage;
+use node_store::import::PulledImage;
 use overlay_root::Base;
-use overlay_root::delta::DeltaCounts;
+use overlay_root::delta::{Delta, DeltaCounts};
 
 pub(crate) fn staged() -> StagedRoot {
     let requested: PullSpec = "r.io/n:t".parse().unwrap();
