@@ -3,6 +3,7 @@
 use boot_config::Mode;
 use std::path::PathBuf;
 
+use crate::installer::Installer;
 use crate::kmsg::Level;
 use boot_config::target::{DefaultLink, DefaultTarget, Origin};
 
@@ -52,6 +53,8 @@ pub struct Facts {
     pub target: Option<String>,
     /// The enabled services that bring up the network and the time.
     pub services: Vec<&'static str>,
+    /// An installer's own units in `/etc`.
+    pub installer: Option<Installer>,
 }
 
 /// The decision about this boot.
@@ -131,9 +134,20 @@ impl Reason {
     }
 }
 
+/// Returns the agent's unit files that take the place of an installer's.
+///
+/// This does not depend on the redirect: an installer may write its files to a running system, and starts the units
+/// itself. After the switch, the units that have run must stay the agent's.
+pub fn taken_over(facts: &Facts) -> &[PathBuf] {
+    let can_work = facts.pivot_target.is_some() && facts.masked.is_none();
+    let permitted = facts.pivoted || facts.unclear.is_none() && facts.mode != Mode::Off && can_work;
+    facts.installer.as_ref().filter(|_| permitted).map_or(&[], |installer| &installer.hidden)
+}
+
 /// Decides about this boot. The order of the conditions affects only which reason is reported.
 pub fn decide(facts: Facts) -> Decision {
     let mode = facts.mode;
+    let installer_redirects = facts.installer.is_some_and(|installer| installer.redirects);
     let leave = if facts.in_initrd {
         Reason::InInitrd
     } else if facts.pivoted {
@@ -153,7 +167,7 @@ pub fn decide(facts: Facts) -> Decision {
         Reason::UpdatePending
     } else if let Some(path) = facts.binary.filter(|_| mode == Mode::Auto) {
         Reason::HasBinary(path)
-    } else if !facts.image {
+    } else if !facts.image && !installer_redirects {
         // Also with `force`: without an image, the boot would wait in the pivot target indefinitely. In the assisted
         // flow, where the image is known only later, an installer starts the units.
         Reason::NoImage
@@ -165,6 +179,8 @@ pub fn decide(facts: Facts) -> Decision {
             (DefaultTarget::Name(name), Some(pivot_target), None) => {
                 let original = facts.target.unwrap_or(name);
                 let place = match facts.default_target.origin {
+                    // The installer's generator links `default.target` in the normal directory.
+                    _ if installer_redirects => Place::Early,
                     Origin::Administrator => Place::Early,
                     Origin::Vendor | Origin::Generator => Place::Normal,
                 };
@@ -201,7 +217,12 @@ mod tests {
             image: true,
             target: None,
             services: vec!["n.service"],
+            installer: None,
         }
+    }
+
+    fn installer(redirects: bool) -> Option<Installer> {
+        Some(Installer { hidden: vec!["/u/node-image-pull.service".into()], redirects })
     }
 
     #[test]
@@ -248,8 +269,41 @@ mod tests {
             (Facts { image: false, mode: Mode::Force, ..base_only() }, leave(Reason::NoImage)),
             (Facts { default_target: masked, ..base_only() }, leave(Reason::DefaultMasked)),
             (Facts { pivot_target: None, ..base_only() }, leave(Reason::NoPivotTarget)),
+            // The installer's script names the image, and its generator redirects the boot.
+            (
+                Facts { image: false, installer: installer(true), ..base_only() },
+                placed("graphical.target", Place::Early),
+            ),
+            (Facts { image: false, installer: installer(false), ..base_only() }, leave(Reason::NoImage)),
+            (Facts { installer: installer(false), ..base_only() }, redirect("graphical.target")),
+            (Facts { mode: Mode::Off, installer: installer(true), ..base_only() }, leave(Reason::Off)),
+            (
+                Facts { binary: oc(), installer: installer(true), ..base_only() },
+                leave(Reason::HasBinary(oc().unwrap())),
+            ),
         ] {
             assert_eq!(decide(facts.clone()), expected, "{facts:?}");
+        }
+    }
+
+    #[test]
+    fn units_of_an_installer_are_taken_over_unless_the_agent_is_off() {
+        let installers = || Facts { installer: installer(true), ..base_only() };
+        for (facts, expected) in [
+            (base_only(), false),
+            (installers(), true),
+            (Facts { installer: installer(false), image: false, ..installers() }, true),
+            (Facts { booted: true, ..installers() }, true),
+            (Facts { mode: Mode::Off, ..installers() }, false),
+            (Facts { mode: Mode::Off, booted: true, ..installers() }, false),
+            (Facts { unclear: Some("x".into()), ..installers() }, false),
+            (Facts { masked: Some("node-image-pivotd.service".into()), ..installers() }, false),
+            (Facts { pivot_target: None, ..installers() }, false),
+            // The units have run, whatever the configuration says now.
+            (Facts { pivoted: true, pivot_target: None, ..installers() }, true),
+            (Facts { in_initrd: true, ..base_only() }, false),
+        ] {
+            assert_eq!(!taken_over(&facts).is_empty(), expected, "{facts:?}");
         }
     }
 }

@@ -10,8 +10,7 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
-use boot_config::Problem;
-use boot_config::TARGET_VARIABLE;
+use boot_config::{Problem, TARGET_VARIABLE, under};
 
 /// The paths to write.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,7 +40,7 @@ pub enum Outcome {
 /// # Errors
 /// Fails if a file or the link cannot be written. The boot is then not redirected.
 pub fn redirect(output: &Output, pivot_target: &Path, original: &str, services: &[&str]) -> Result<Outcome, Problem> {
-    write(&output.mark, "").map_err(|e| problem(&output.mark, &e))?;
+    write(&output.mark, "").map_err(|e| problem(&output.mark, "write", &e))?;
     let dropin = output.normal.join("node-image-pivotd.service.d/50-default-target.conf");
     // A backslash is the only character of a unit name that must be escaped in Environment=.
     let value = original.replace('\\', r"\\");
@@ -49,7 +48,7 @@ pub fn redirect(output: &Output, pivot_target: &Path, original: &str, services: 
         "# Written by node-image-pivot-generator: the target to isolate after the pivot.\n\
          [Service]\nEnvironment={TARGET_VARIABLE}={value}\n"
     );
-    write(&dropin, &text).map_err(|e| problem(&dropin, &e))?;
+    write(&dropin, &text).map_err(|e| problem(&dropin, "write", &e))?;
     if !services.is_empty() {
         let dropin = output.normal.join("node-image-pull.service.d/50-services.conf");
         let text = format!(
@@ -57,7 +56,7 @@ pub fn redirect(output: &Output, pivot_target: &Path, original: &str, services: 
              [Unit]\nWants={}\n",
             services.join(" ")
         );
-        write(&dropin, &text).map_err(|e| problem(&dropin, &e))?;
+        write(&dropin, &text).map_err(|e| problem(&dropin, "write", &e))?;
     }
     let link = &output.link;
     match symlink(pivot_target, link) {
@@ -65,12 +64,31 @@ pub fn redirect(output: &Output, pivot_target: &Path, original: &str, services: 
             Ok(existing) if existing == pivot_target => Ok(Outcome::Redirected),
             _ => Ok(Outcome::LeftToOther),
         },
-        result => result.map(|()| Outcome::Redirected).map_err(|e| problem(link, &e)),
+        result => result.map(|()| Outcome::Redirected).map_err(|e| problem(link, "write", &e)),
     }
 }
 
-fn problem(path: &Path, error: &io::Error) -> Problem {
-    Problem(format!("cannot write {}: {error}; this boot is not redirected", path.display()))
+/// Copies the agent's unit files to the early directory, whose units have priority over those in `/etc`. A link would be
+/// ignored: systemd takes it for an alias of the unit to itself.
+///
+/// # Errors
+/// Fails if a file cannot be read or written. The installer's units stay those that systemd uses.
+pub fn take_over(early: &Path, root: &Path, units: &[PathBuf]) -> Result<(), Problem> {
+    let copies: Vec<_> = units.iter().filter_map(|unit| Some((unit, early.join(unit.file_name()?)))).collect();
+    let copied = copies.iter().try_for_each(|(unit, copy)| {
+        let text = fs::read_to_string(under(root, unit)).map_err(|e| problem(unit, "read", &e))?;
+        let origin = format!("# Copied by node-image-pivot-generator from {}.\n", unit.display());
+        write(copy, &(origin + &text)).map_err(|e| problem(copy, "write", &e))
+    });
+    if copied.is_err() {
+        // An error means that the copy does not exist.
+        copies.iter().for_each(|(_, copy)| drop(fs::remove_file(copy)));
+    }
+    copied
+}
+
+fn problem(path: &Path, verb: &str, error: &io::Error) -> Problem {
+    Problem(format!("cannot {verb} {}: {error}; this boot is not redirected", path.display()))
 }
 
 /// Writes a file atomically, without fsync: `/run` does not survive a power cut.

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::decide::Facts;
+use crate::installer::Installer;
 use boot_config::cmdline::CommandLine;
 use boot_config::preset::Presets;
 use boot_config::search::{Found, Search};
@@ -56,8 +57,10 @@ pub fn gather(root: &Path, environment: Environment) -> Facts {
         image: false,
         target: None,
         services: Vec::new(),
+        installer: if in_initrd { None } else { Installer::find(root) },
     };
-    if in_initrd || facts.pivoted || facts.booted {
+    // The other facts cannot affect the decision. A reload is quick then.
+    if in_initrd || facts.pivoted || facts.booted && facts.installer.is_none() {
         return facts;
     }
     let (line, keys) = match CommandLine::read(root).and_then(|line| Ok((keys(root, &line)?, line))) {

@@ -9,4 +9,5 @@
 pub mod decide;
 pub mod emit;
 pub mod facts;
+pub mod installer;
 pub mod kmsg;

@@ -5,10 +5,10 @@
 
 use std::env;
 use std::panic;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use boot_config::{Problem, cmdline::CommandLine, mark, under};
-use node_image_pivot_generator::decide::{Decision, Place, decide};
+use node_image_pivot_generator::decide::{Decision, Facts, Place, decide, taken_over};
 use node_image_pivot_generator::emit::{self, Outcome, Output};
 use node_image_pivot_generator::facts;
 use node_image_pivot_generator::kmsg::{Level, Sink};
@@ -25,7 +25,7 @@ fn main() {
     let _ = panic::catch_unwind(|| run(&root.unwrap_or_else(|| PathBuf::from("/")), sink));
 }
 
-fn run(root: &std::path::Path, sink: Sink) {
+fn run(root: &Path, sink: Sink) {
     let mut arguments = env::args_os().skip(1).map(PathBuf::from);
     let Some(normal) = arguments.next() else {
         return sink.log(Level::Warning, "called without an output directory; only systemd calls the generator");
@@ -34,7 +34,13 @@ fn run(root: &std::path::Path, sink: Sink) {
         in_initrd: flag("SYSTEMD_IN_INITRD").unwrap_or(false),
         first_boot: flag("SYSTEMD_FIRST_BOOT"),
     };
-    match decide(facts::gather(root, environment)) {
+    let early = arguments.next().unwrap_or_else(|| normal.clone());
+    let facts = facts::gather(root, environment);
+    if let Err(Problem(what)) = take_over(root, sink, &early, &facts) {
+        mark::forget_redirect(root);
+        return sink.log(Level::Warning, &what);
+    }
+    match decide(facts) {
         Decision::Leave(reason) => {
             mark::forget_redirect(root);
             if let Some(level) = reason.level() {
@@ -46,11 +52,12 @@ fn run(root: &std::path::Path, sink: Sink) {
             for key in CommandLine::read(root).unwrap_or_default().unknown {
                 sink.log(Level::Warning, &format!("unknown key on the kernel command line: {key}"));
             }
-            let link_to = match place {
-                Place::Normal => normal.clone(),
-                Place::Early => arguments.next().unwrap_or_else(|| normal.clone()),
+            let directory = match place {
+                Place::Normal => &normal,
+                Place::Early => &early,
             };
-            let output = Output { normal, link: link_to.join("default.target"), mark: under(root, mark::REDIRECTED) };
+            let link = directory.join("default.target");
+            let output = Output { normal, link, mark: under(root, mark::REDIRECTED) };
             match emit::redirect(&output, &pivot_target, &original, &services) {
                 Ok(Outcome::Redirected) => {
                     sink.log(Level::Notice, &format!("redirecting this boot to the node image, then to {original}"));
@@ -67,6 +74,20 @@ fn run(root: &std::path::Path, sink: Sink) {
             }
         }
     }
+}
+
+/// Takes over the units of an installer, if there are any.
+fn take_over(root: &Path, sink: Sink, early: &Path, facts: &Facts) -> Result<(), Problem> {
+    let units = taken_over(facts);
+    if units.is_empty() {
+        return Ok(());
+    }
+    emit::take_over(early, root, units)?;
+    let names: Vec<_> = units.iter().filter_map(|unit| unit.file_name()?.to_str()).collect();
+    // After the switch, this occurs at every daemon-reload.
+    let level = if facts.pivoted { Level::Debug } else { Level::Notice };
+    sink.log(level, &format!("taking over units of an installer in /etc: {}", names.join(", ")));
+    Ok(())
 }
 
 /// Returns the value of a variable that systemd 251 and later set to 0 or 1.

@@ -53,6 +53,11 @@ impl<'a> Search<'a> {
         Self { root, directories: CONFIGURED, masks }
     }
 
+    /// Searches only the directories of distributions and of the initramfs, which a file in `/etc` hides.
+    pub fn hidden_by_etc(root: &'a Path) -> Self {
+        Self { root, directories: &CONFIGURED[1..], masks: &[] }
+    }
+
     /// Searches all directories, as systemd does after the generators have run.
     pub fn complete(root: &'a Path) -> Self {
         Self { root, directories: ALL, masks: &[] }
