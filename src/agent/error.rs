@@ -94,19 +94,23 @@ impl Error {
         }
     }
 
+    /// Returns the checks that refused.
+    pub(super) fn reasons(&self) -> &[Reason] {
+        match &self.cause {
+            Cause::Refused(reasons) => reasons,
+            _ => &[],
+        }
+    }
+
     /// Returns the entry for the status document.
     pub(super) fn last_error(&self) -> LastError {
-        let refusals = match &self.cause {
-            Cause::Refused(reasons) => reasons.clone(),
-            _ => Vec::new(),
-        };
         LastError {
             class: self.class().into(),
             message: self.to_string(),
             attempt: self.failed,
             outcome: self.outcome(),
             standing: self.standing,
-            refusals,
+            refusals: self.reasons().to_vec(),
             attempts: self.attempts.clone(),
             ..LastError::default()
         }

@@ -8,6 +8,7 @@ mod accounts;
 mod auto_undo;
 mod boot;
 mod cancel;
+mod check;
 mod deploy;
 mod deviations;
 mod error;
@@ -48,6 +49,7 @@ use unit_refresh::Guard;
 pub use auto_undo::TrialPeriod;
 pub use boot::Boot;
 pub use cancel::{CancelHandle, CancelHandles};
+pub use check::{Checks, checks};
 pub use error::Error;
 pub use state::{
     Finished, PlanDocument, Record, Refreshed, StagedRoot, StateDir, Step, SwitchPlan, Switched, Undo, UndoTree,

@@ -5,47 +5,86 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use tracing::info;
 
-use super::StateDir;
+use super::{Error, StateDir};
 use crate::config::StoreSettings;
-use crate::preflight::{self, Memory};
+use crate::preflight::{self, Memory, Refusal, Refusals};
 use node_store::store::{self, BootedRepo, Kind, NodeStore, SystemRepo};
-use overlay_root::Namespace;
 use overlay_root::delta::Delta;
+use overlay_root::{Mount, Namespace};
 
 /// The source that mount tables show for the node store's tmpfs.
 const STORE_SOURCE: &str = "node-image-store";
 /// Exists on live systems, booted from an ISO or over PXE.
 const LIVE_MARKER: &str = "/run/ostree-live";
 
+/// The choice of the node store.
+struct Choice {
+    booted: Option<BootedRepo>,
+    system: Option<SystemRepo>,
+    kind: Kind,
+    mounts: Vec<Mount>,
+}
+
+impl Choice {
+    fn make(settings: StoreSettings) -> anyhow::Result<Self> {
+        let booted = BootedRepo::discover()?;
+        let mounts = Namespace::init().mounts()?;
+        let system = booted.as_ref().map(|booted| look(&booted.path, &mounts)).transpose()?;
+        let kind = store::decide(settings.place, system.as_ref()).context("the node store cannot be on the disk")?;
+        Ok(Self { booted, system, kind, mounts })
+    }
+
+    /// Returns the size limit of a store in RAM, which follows free memory.
+    fn limit(&self, root: &Path, settings: StoreSettings) -> anyhow::Result<u64> {
+        let memory = Memory::now()?;
+        let used = self.mounts.iter().any(|mount| mount.target == root && mount.source == STORE_SOURCE);
+        let used = if used { overlay_root::tmpfs_used(root)? } else { 0 };
+        Ok(preflight::store_limit(settings.ram_limit.bytes(memory.total), used, memory)?)
+    }
+}
+
 /// Opens the node store, creating it if it is missing, and the booted repo. The choice depends on the boot and the
-/// configuration only; the limit of a RAM store follows free memory.
+/// configuration only.
 ///
 /// # Errors
-/// [`preflight::Refusal`] if there is too little memory for a RAM store; another error if the store cannot be opened.
+/// [`Refusal`] if there is too little memory for a RAM store; another error if the store cannot be opened.
 pub(super) fn open(paths: &StateDir, settings: StoreSettings) -> anyhow::Result<(NodeStore, Option<BootedRepo>)> {
-    let booted = BootedRepo::discover()?;
-    let mounts = Namespace::init().mounts()?;
-    let system = booted.as_ref().map(|booted| look(&booted.path, &mounts)).transpose()?;
-    let kind = store::decide(settings.place, system.as_ref()).context("the node store cannot be on the disk")?;
-    let store = match (&kind, &system) {
+    let choice = Choice::make(settings)?;
+    let store = match (&choice.kind, &choice.system) {
         (Kind::Disk, Some(repo)) => {
             info!("the node store is the system's repo {}", repo.path.display());
-            on_disk(&repo.path, &mounts)?
+            on_disk(&repo.path, &choice.mounts)?
         }
         (reason, _) => {
             if let Kind::Ram(Some(why)) = reason {
                 info!("the node store is in RAM: {why}");
             }
             let root = paths.store();
-            let memory = Memory::now()?;
-            let used = mounts.iter().any(|mount| mount.target == root && mount.source == STORE_SOURCE);
-            let used = if used { overlay_root::tmpfs_used(&root)? } else { 0 };
-            let limit = preflight::store_limit(settings.ram_limit.bytes(memory.total), used, memory)?;
-            overlay_root::tmpfs(&Namespace::init(), &root, limit, STORE_SOURCE)?;
-            NodeStore::on_tmpfs(&root, booted.as_ref())?
+            overlay_root::tmpfs(&Namespace::init(), &root, choice.limit(&root, settings)?, STORE_SOURCE)?;
+            NodeStore::on_tmpfs(&root, choice.booted.as_ref())?
         }
     };
-    Ok((store, booted))
+    Ok((store, choice.booted))
+}
+
+/// Checks that there is a place for the node store, and the memory that every pivot needs. Creates no store.
+///
+/// # Errors
+/// As [`open`].
+pub(super) fn check(paths: &StateDir, settings: StoreSettings) -> Result<(), Error> {
+    let choice = Choice::make(settings)?;
+    match choice.kind {
+        Kind::Disk => Ok(()),
+        Kind::Ram(_) => choice.limit(&paths.store(), settings).map(drop).map_err(refused),
+    }
+}
+
+/// Returns the refusal within an error of [`open`].
+pub(super) fn refused(error: anyhow::Error) -> Error {
+    match error.downcast::<Refusal>() {
+        Ok(refusal) => Refusals(vec![refusal]).into(),
+        Err(error) => error.into(),
+    }
 }
 
 /// Returns the path of the delta tree in this machine's node store. Creates no store.
@@ -69,13 +108,13 @@ pub(super) fn of(paths: &StateDir, delta: &Delta) -> anyhow::Result<NodeStore> {
     on_disk(&repo, &Namespace::init().mounts()?)
 }
 
-fn on_disk(repo: &Path, mounts: &[overlay_root::Mount]) -> anyhow::Result<NodeStore> {
+fn on_disk(repo: &Path, mounts: &[Mount]) -> anyhow::Result<NodeStore> {
     let mount = overlay_root::holding(mounts, repo).context("the system's repo is on no mount")?;
     let view = overlay_root::writable_view(&Namespace::init(), &mount.target, repo)?;
     NodeStore::on_disk(repo, Some(view))
 }
 
-fn look(repo: &Path, mounts: &[overlay_root::Mount]) -> anyhow::Result<SystemRepo> {
+fn look(repo: &Path, mounts: &[Mount]) -> anyhow::Result<SystemRepo> {
     let path = repo.canonicalize().with_context(|| format!("looking for {}", repo.display()))?;
     let mount = overlay_root::holding(mounts, &path).with_context(|| format!("{} is on no mount", path.display()))?;
     let config = path.join("config");

@@ -1,9 +1,10 @@
 //! The command line, one file for each group of subcommands.
 //!
-//! Every command except `daemon`, `explain`, `pack`, `completions` and `man` is a client of the daemon. [`Outcome`] defines the
-//! exit codes, which are stable.
+//! Every command except `check`, `daemon`, `explain`, `pack`, `completions` and `man` is a client of the daemon. [`Outcome`]
+//! defines the exit codes, which are stable.
 
 mod case;
+mod check;
 mod daemon;
 mod drive;
 mod man;
@@ -23,7 +24,7 @@ use clap_complete::Shell;
 use disk_deploy::OstreeReference;
 
 use crate::agent::StateDir;
-use crate::report::Outcome;
+use crate::report::{Outcome, RefusalId};
 use drive::Call;
 
 /// Turn the running base system into its node image
@@ -60,6 +61,20 @@ enum Command {
         /// Draw the timeline to this SVG file, or to - for stdout
         #[arg(long, value_name = "FILE", conflicts_with = "json")]
         svg: Option<PathBuf>,
+    },
+    /// Check if this machine can switch, without a node image
+    ///
+    /// Runs the checks of the record, the kernel, the mounts, /etc, the configuration and free memory. Changes nothing and
+    /// fetches nothing. Exits with 10 if a check refuses. `plan` also checks the node image.
+    Check {
+        /// Print the result of each check as a JSON document
+        #[arg(long)]
+        json: bool,
+        /// Accept a refusal of this check; can be repeated
+        ///
+        /// Only the exit code changes: the pivot itself does not ignore a refusal.
+        #[arg(long, value_name = "ID", value_parser = check::id())]
+        ignore: Vec<RefusalId>,
     },
     /// Show what the switch would change
     ///
@@ -187,6 +202,7 @@ async fn dispatch(command: Command) -> anyhow::Result<Outcome> {
         Command::Status { json, watch: true, .. } => watch::watch(&paths, json).await,
         Command::Status { json, exit_code, .. } => show::status(&paths, json, exit_code).await,
         Command::Report { json, svg } => show::report(&paths, json, svg.as_deref()).await,
+        Command::Check { json, ignore } => check::check(&paths, json, &ignore).await,
         Command::Plan { json: false } => drive::drive(&paths, Call::Plain("Plan")).await,
         Command::Plan { json: true } => plan::json(&paths).await,
         Command::DiffEtc { secrets } => plan::diff_etc(&paths, secrets).await,

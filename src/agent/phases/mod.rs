@@ -20,12 +20,12 @@ use super::hooks::Hooks;
 use super::unit_survey::UnitSettings;
 use super::{Call, Error, Goal, Record, Step, unit_jobs};
 use crate::report::{RefusalId, State};
-use start::{Start, decide};
 use unit_refresh::Flow;
 
 pub(super) use obstacles::{Below, message, obstacles};
-pub(super) use resolve::resolve;
-pub(super) use stage::diff_etc;
+pub(super) use resolve::{resolve, wanted};
+pub(super) use stage::{check_system, diff_etc};
+pub(super) use start::{Start, decide};
 pub(super) use undo::{plan_units, undo};
 
 /// The step after the one that stands in the record, or `None` when the goal is reached.
@@ -36,13 +36,7 @@ pub(super) async fn next(record: &mut Record, call: &mut Call<'_>) -> Result<Opt
     let units = UnitSettings::of(settings, tracker);
     let hooks = |staged| Hooks { tracker, dir, timeout: settings.hooks_timeout, target: &units.target, staged, flow };
     let next = match record.step.clone() {
-        Step::Idle => match decide(settings, &|path| path.exists()) {
-            Start::Refuse => {
-                return Err(Error::refused(
-                    RefusalId::ModeOff,
-                    "the mode is \"off\": node-image-pivot= on the kernel command line, or `mode` in a drop-in file",
-                ));
-            }
+        Step::Idle => match decide(settings, &|path| path.exists())? {
             Start::NothingToDo(reason) => {
                 tracker.update(|status| status.state = State::NothingToDo);
                 Step::NothingToDo { reason, isolated: false }

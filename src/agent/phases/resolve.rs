@@ -59,7 +59,10 @@ fn tag_hints(configured: Option<Vec<String>>) -> TagHints {
 }
 
 /// Returns the configured source. If none is configured, returns the one in the installer's script.
-async fn wanted(configured: Option<&ImageSource>) -> Result<ImageSource, Failure> {
+///
+/// # Errors
+/// There is none.
+pub(in crate::agent) async fn wanted(configured: Option<&ImageSource>) -> Result<ImageSource, Failure> {
     if let Some(configured) = configured {
         return Ok(configured.clone());
     }

@@ -110,7 +110,11 @@ pub(super) async fn is_current(tracker: &Tracker, dir: &StateDir, staged: &Stage
     Ok(current)
 }
 
-fn check_system(mounts: &[Mount]) -> Result<BaseChoice, Error> {
+/// Runs the checks of the kernel, the mounts of `/usr`, and `/etc`.
+///
+/// # Errors
+/// A refusal with all reasons that prevent the switch.
+pub(in crate::agent) fn check_system(mounts: &[Mount]) -> Result<BaseChoice, Error> {
     let image = || composefs_image().map_err(|error| format!("{error:#}"));
     preflight::check_system(mounts, Path::new(USR), Path::new(ETC), &image).map_err(|found| Refusals(found).into())
 }
@@ -188,10 +192,7 @@ fn check_tree(
     let choice = check_system(&mounts)?;
     warnings.extend(preflight::warnings(&mounts, usr, &choice));
 
-    let (store, _) = storage::open(paths, checks.store).map_err(|error| match error.downcast::<Refusal>() {
-        Ok(refusal) => Error::from(Refusals(vec![refusal])),
-        Err(error) => error.into(),
-    })?;
+    let (store, _) = storage::open(paths, checks.store).map_err(storage::refused)?;
     let repo = ostree::Repo::new_for_path(store.repo_path());
     repo.open(Cancellable::NONE).context("cannot open the node store")?;
     let metadata = metadata_of(&repo, pulled.commit)?;

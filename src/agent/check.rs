@@ -1,0 +1,299 @@
+//! `check`: the checks that need no node image, without a call of the agent. They change nothing.
+
+use std::path::Path;
+
+use serde::Serialize;
+use strum::IntoStaticStr;
+
+use super::new_usr::USR;
+use super::phases::{Start, check_system, decide, wanted};
+use super::state::{self, StateDir, Step};
+use super::{Error, storage};
+use crate::config::Settings;
+use crate::preflight;
+use crate::report::{RefusalId, one_line};
+use overlay_root::Namespace;
+
+const RECORD: [RefusalId; 3] = [RefusalId::HalfDone, RefusalId::LostRecord, RefusalId::Switched];
+const MACHINE: [RefusalId; 9] = [
+    RefusalId::OldKernel,
+    RefusalId::NoOverlay,
+    RefusalId::NotAllowed,
+    RefusalId::TooDeep,
+    RefusalId::NotStackable,
+    RefusalId::Unlocked,
+    RefusalId::ModulesMounted,
+    RefusalId::EtcReadOnly,
+    RefusalId::EtcLocked,
+];
+const SETTINGS: [RefusalId; 3] = [RefusalId::Configuration, RefusalId::ModeOff, RefusalId::TooLittle];
+
+/// Returns the ids of all checks, in their order.
+pub fn checks() -> impl Iterator<Item = RefusalId> {
+    RECORD.into_iter().chain(MACHINE).chain(SETTINGS)
+}
+
+/// The result of one check.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, IntoStaticStr)]
+#[serde(rename_all = "kebab-case")]
+#[strum(serialize_all = "kebab-case")]
+pub enum CheckResult {
+    /// It permits the switch.
+    Passed,
+    /// It refuses the switch.
+    Refused,
+    /// It refuses the switch, and the caller ignores it.
+    Ignored,
+    /// An earlier refusal prevents it.
+    NotRun,
+}
+
+/// One check.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Check {
+    /// Stable name.
+    pub id: &'static str,
+    /// Its result.
+    pub result: CheckResult,
+    /// Cause and remedy of a refusal.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+}
+
+/// The answer of `check`. `schema` changes only if a field is removed or changes its meaning.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Checks {
+    /// Version of this document: 1.
+    pub schema: u32,
+    /// True if no check refuses that the caller does not ignore.
+    pub passed: bool,
+    /// All checks, in their order.
+    pub checks: Vec<Check>,
+    /// Facts that do not prevent the switch, a line each.
+    pub warnings: Vec<String>,
+}
+
+impl Checks {
+    /// Runs the checks on this machine. Those in `ignored` are shown, but do not count.
+    ///
+    /// # Errors
+    /// A check cannot be made.
+    pub async fn run(paths: &StateDir, ignored: &[RefusalId]) -> Result<Self, Error> {
+        let mut found = Found::default();
+        found.look(paths, Settings::load()).await?;
+        Ok(found.judge(ignored))
+    }
+
+    /// Returns a line for each check and each warning, and one about the result.
+    pub fn lines(&self) -> Vec<String> {
+        let line = |check: &Check| {
+            let result: &str = check.result.into();
+            let message = check.message.as_ref().map(|message| format!(": {}", one_line(message)));
+            format!("{result:<8} {}{}", check.id, message.unwrap_or_default())
+        };
+        let mut lines: Vec<_> = self.checks.iter().map(line).collect();
+        lines.extend(self.warnings.iter().map(|warning| format!("warning  {}", one_line(warning))));
+        let end = match self.passed {
+            true => "no check refuses the switch; node-image-pivot plan checks the node image",
+            false => "the switch would be refused; node-image-pivot explain ID explains a check",
+        };
+        lines.push(end.to_owned());
+        lines
+    }
+}
+
+/// The checks that were made, each with its refusal.
+#[derive(Default)]
+struct Found {
+    made: Vec<(RefusalId, Option<String>)>,
+    warnings: Vec<String>,
+}
+
+impl Found {
+    async fn look(&mut self, paths: &StateDir, settings: anyhow::Result<Settings>) -> Result<(), Error> {
+        if self.add(&RECORD, of_record(&state::open(paths).step))?.is_none() {
+            return Ok(());
+        }
+        let mounts = Namespace::init().mounts()?;
+        if let Some(choice) = self.add(&MACHINE, check_system(&mounts))? {
+            self.warnings.extend(preflight::warnings(&mounts, Path::new(USR), &choice));
+        }
+        let settings = settings.map_err(|error| Error::refused(RefusalId::Configuration, format!("{error:#}")));
+        let settings = match settings {
+            // The pull would end with this cause.
+            Ok(settings) => wanted(settings.image.as_ref())
+                .await
+                .map(|_| settings)
+                .map_err(|failure| Error::refused(RefusalId::Configuration, failure.to_string())),
+            invalid => invalid,
+        };
+        if let Some(settings) = self.add(&SETTINGS[..1], settings)? {
+            let start = decide(&settings, &|path| path.exists());
+            if let Some(Start::NothingToDo(reason)) = self.add(&SETTINGS[1..2], start)? {
+                self.warnings.push(format!("nothing to do: {reason}"));
+            }
+            self.add(&SETTINGS[2..], storage::check(paths, settings.store))?;
+        }
+        Ok(())
+    }
+
+    /// Adds checks that were made together. Returns their value if none refuses.
+    fn add<T>(&mut self, ids: &[RefusalId], result: Result<T, Error>) -> Result<Option<T>, Error> {
+        let (value, refusals) = match result {
+            Ok(value) => (Some(value), Vec::new()),
+            Err(error) if error.reasons().is_empty() => return Err(error),
+            Err(error) => (None, error.reasons().to_vec()),
+        };
+        self.made.extend(ids.iter().map(|id| {
+            let of_id = refusals.iter().find(|reason| reason.id == id.as_str());
+            (*id, of_id.map(|reason| reason.message.clone()))
+        }));
+        Ok(value)
+    }
+
+    fn judge(self, ignored: &[RefusalId]) -> Checks {
+        let judged = checks().map(|id| {
+            let (result, message) = match self.made.iter().find(|(made, _)| *made == id) {
+                None => (CheckResult::NotRun, None),
+                Some((_, None)) => (CheckResult::Passed, None),
+                Some((_, refusal)) if ignored.contains(&id) => (CheckResult::Ignored, refusal.clone()),
+                Some((_, refusal)) => (CheckResult::Refused, refusal.clone()),
+            };
+            Check { id: id.as_str(), result, message }
+        });
+        let checks: Vec<_> = judged.collect();
+        let passed = checks.iter().all(|check| check.result != CheckResult::Refused);
+        Checks { schema: 1, passed, checks, warnings: self.warnings }
+    }
+}
+
+/// Refuses a system that is switched, because its `/usr` is not the one that the checks are about.
+fn of_record(step: &Step) -> Result<(), Error> {
+    match step {
+        Step::Lost { message, .. } => Err(Error::refused(RefusalId::LostRecord, message.clone())),
+        Step::Switching(_) | Step::Undoing(_) => Err(Error::refused(
+            RefusalId::HalfDone,
+            "a switch or an undo is under way or was interrupted; see node-image-pivot status",
+        )),
+        step if step.is_before_switch() => Ok(()),
+        _ => Err(Error::refused(RefusalId::Switched, "this system is switched already; run undo before another check")),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use rustix::mount::{MountFlags, mount_bind, mount_remount};
+    use support::testing::private;
+
+    use super::super::state::{refreshed, staged};
+    use super::*;
+
+    const IMAGE: &str = "node-image-pivot=force node-image-pivot.image=127.0.0.1:1/none:1 ";
+
+    /// Runs the checks with this kernel command line.
+    fn look(dir: &StateDir, line: &str) -> Found {
+        let settings = Settings::load_from(Path::new("/nonexistent"), line);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let mut found = Found::default();
+        runtime.block_on(found.look(dir, settings)).unwrap();
+        found
+    }
+
+    fn of(checks: &Checks, id: RefusalId) -> CheckResult {
+        checks.checks.iter().find(|check| check.id == id.as_str()).unwrap().result
+    }
+
+    #[test]
+    fn the_checks_find_a_fault_of_the_machine_and_of_the_configuration() {
+        private(|scratch| {
+            let dir = StateDir::below(scratch);
+            mount_bind("/etc", "/etc").unwrap();
+            mount_remount("/etc", MountFlags::BIND | MountFlags::RDONLY, "").unwrap();
+            use CheckResult::{Ignored, NotRun, Passed, Refused};
+            for (line, ignored, configuration, mode, etc) in [
+                (IMAGE, &[][..], Passed, Passed, Refused),
+                (IMAGE, &[RefusalId::EtcReadOnly], Passed, Passed, Ignored),
+                ("node-image-pivot=off node-image-pivot.image=q.io/y:1", &[], Passed, Refused, Refused),
+                ("node-image-pivot=off", &[], Refused, NotRun, Refused),
+                ("node-image-pivot=never", &[RefusalId::Configuration], Ignored, NotRun, Refused),
+            ] {
+                let checks = look(&dir, line).judge(ignored);
+                let found = [RefusalId::Configuration, RefusalId::ModeOff, RefusalId::EtcReadOnly];
+                assert_eq!(found.map(|id| of(&checks, id)), [configuration, mode, etc], "{line}: {checks:?}");
+                assert!(!checks.passed || ignored == [RefusalId::EtcReadOnly], "{line}");
+                assert!(
+                    !checks
+                        .checks
+                        .iter()
+                        .any(|check| check.message.is_some() != matches!(check.result, Refused | Ignored))
+                );
+            }
+        });
+    }
+
+    #[test]
+    fn only_refusals_that_are_not_ignored_count() {
+        let found = || {
+            let refusals = preflight::Refusals(vec![preflight::Refusal::EtcReadOnly, preflight::Refusal::EtcLocked]);
+            let mut found = Found::default();
+            assert_eq!(found.add::<()>(&MACHINE, Err(refusals.into())).unwrap(), None);
+            assert!(found.add::<()>(&SETTINGS, Err(anyhow::anyhow!("unreadable").into())).is_err());
+            found
+        };
+        let both = [RefusalId::EtcReadOnly, RefusalId::EtcLocked];
+        for (ignored, passed) in [(&both[..0], false), (&both[..1], false), (&both[1..], false), (&both, true)] {
+            assert_eq!(found().judge(ignored).passed, passed, "{ignored:?}");
+        }
+        let document = serde_json::to_value(found().judge(&both[..1])).unwrap();
+        let results = [&document["checks"][0]["result"], &document["checks"][3]["result"], &document["checks"][10]];
+        let locked = serde_json::json!({"id": "etc-read-only", "result": "ignored",
+                                        "message": preflight::Refusal::EtcReadOnly.to_string()});
+        assert_eq!(results, [&"not-run".into(), &"passed".into(), &locked]);
+    }
+
+    #[test]
+    fn a_switched_system_is_not_checked() {
+        let lost = Step::Lost { message: "it is lost".into(), tree: staged().into() };
+        for (step, id) in [
+            (lost, Some(RefusalId::LostRecord)),
+            (Step::Switching(staged()), Some(RefusalId::HalfDone)),
+            (Step::Refreshed(refreshed()), Some(RefusalId::Switched)),
+            (Step::Staged(staged()), None),
+            (Step::Idle, None),
+        ] {
+            let mut found = Found::default();
+            assert_eq!(found.add(&RECORD, of_record(&step)).unwrap().is_none(), id.is_some());
+            let checks = found.judge(&[]);
+            assert_eq!(checks.passed, id.is_none());
+            id.iter().for_each(|id| assert_eq!(of(&checks, *id), CheckResult::Refused));
+        }
+    }
+
+    #[test]
+    fn each_check_is_a_line_with_its_id() {
+        let check = |id, result, message: Option<&str>| Check { id, result, message: message.map(str::to_owned) };
+        let checks = Checks {
+            schema: 1,
+            passed: false,
+            checks: vec![
+                check("old-kernel", CheckResult::Passed, None),
+                check("etc-locked", CheckResult::Ignored, Some("run\nchattr")),
+                check("too-deep", CheckResult::Refused, Some("x")),
+                check("too-little", CheckResult::NotRun, None),
+            ],
+            warnings: vec!["w".into()],
+        };
+        assert_eq!(
+            checks.lines(),
+            [
+                "passed   old-kernel",
+                "ignored  etc-locked: run; chattr",
+                "refused  too-deep: x",
+                "not-run  too-little",
+                "warning  w",
+                "the switch would be refused; node-image-pivot explain ID explains a check",
+            ]
+        );
+    }
+}
