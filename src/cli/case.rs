@@ -22,19 +22,23 @@ pub(super) async fn begin(unit: &str, flow: Option<Flow>) {
         Some(Flow::Live) => "live",
         None => "unknown",
     };
-    let kernel = rustix::system::uname();
-    let mut lines = vec![format!(
-        "{unit} begins: node-image-pivot {}, Linux {}, {}, {}, flow {flow}",
-        env!("CARGO_PKG_VERSION"),
-        kernel.release().to_string_lossy(),
-        version(&["systemctl", "--version"]).await,
-        version(&["skopeo", "--version"]).await,
-    )];
+    let mut lines = vec![format!("{unit} begins: {}, flow {flow}", versions().await)];
     match Settings::configured() {
         Ok(configured) => lines.extend(configured),
         Err(error) => lines.push(format!("invalid configuration: {error:#}")),
     }
     send(Priority::Notice, &lines.join("\n"), BEGIN, &[("FLOW", flow)]);
+}
+
+/// Returns the versions of the agent, the kernel, systemd and skopeo.
+pub(super) async fn versions() -> String {
+    format!(
+        "node-image-pivot {}, Linux {}, {}, {}",
+        env!("CARGO_PKG_VERSION"),
+        rustix::system::uname().release().to_string_lossy(),
+        version(&["systemctl", "--version"]).await,
+        version(&["skopeo", "--version"]).await,
+    )
 }
 
 /// Records the end of a unit: its outcome and the report, with conflicts and restarts.

@@ -56,8 +56,8 @@ fn commands(roff: &mut Roff, mut command: clap::Command) {
     roff.control("SH", ["DESCRIPTION"]).text([roman(
         "A base system that has booted becomes its node image without a reboot: the agent pulls the image, checks it, \
          exposes its /usr over the running one, merges /etc, and restarts what still runs old code. Most commands \
-         are clients of the agent, node-image-pivotd(8). check, explain, pack, completions and man work without it; status and \
-         report read the record if it does not run.",
+         are clients of the agent, node-image-pivotd(8). check, explain, pack, completions and man work without it; status, report \
+         and gather read the record if it does not run.",
     )]);
     roff.control("SH", ["COMMANDS"]);
     for (name, sub) in leaves(&command) {

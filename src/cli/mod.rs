@@ -1,16 +1,18 @@
 //! The command line, one file for each group of subcommands.
 //!
-//! Every command except `check`, `daemon`, `explain`, `pack`, `completions` and `man` is a client of the daemon. [`Outcome`]
-//! defines the exit codes, which are stable.
+//! Every command except `check`, `daemon`, `explain`, `gather`, `pack`, `completions` and `man` is a client of the daemon.
+//! [`Outcome`] defines the exit codes, which are stable.
 
 mod case;
 mod check;
 mod daemon;
 mod drive;
+mod gather;
 mod man;
 mod pack;
 mod pauses;
 mod plan;
+mod redact;
 mod say;
 mod show;
 mod watch;
@@ -123,6 +125,15 @@ enum Command {
         #[arg(long = "try", value_name = "TIME", value_parser = drive::seconds)]
         try_for: Option<u64>,
     },
+    /// Write an archive for a support case, without secrets
+    ///
+    /// It has status, report and record, the journals and states of the units, the effective configuration, mounts and
+    /// versions. Names and addresses remain. Works without a running agent.
+    Gather {
+        /// New file for the archive, or - for stdout [default: /var/tmp/node-image-pivot-TIME.tar.gz]
+        #[arg(long, value_name = "FILE")]
+        output: Option<PathBuf>,
+    },
     /// Explain a refusal or a class of failures
     ///
     /// `status` and `status --json` show these names. Without a name, lists all.
@@ -217,6 +228,7 @@ async fn dispatch(command: Command) -> anyhow::Result<Outcome> {
                 exit => Ok(exit),
             }
         }
+        Command::Gather { output } => gather::gather(&paths, output.as_deref()).await,
         Command::Explain { name } => Ok(show::explain(name.as_deref())),
         Command::Deploy { sysroot, stateroot, kernel_args, imgref } => {
             let sysroot = std::path::absolute(sysroot)?;

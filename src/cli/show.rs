@@ -18,7 +18,7 @@ const EVENTS: usize = 5;
 const SYSTEMD: Duration = Duration::from_secs(10);
 
 /// Returns the report as a JSON document: the daemon's, or that of the record.
-async fn current(paths: &StateDir) -> Result<String> {
+pub(super) async fn current(paths: &StateDir) -> Result<String> {
     let error = match reported(paths).await {
         Ok(text) => return Ok(text),
         Err(error) => error,
@@ -65,7 +65,7 @@ pub(super) fn recorded(paths: &StateDir) -> Option<Status> {
 }
 
 /// Reads a report. That of an agent of another version is read without its timeline if the timeline has another form.
-fn parse(text: &str) -> Result<Report> {
+pub(super) fn parse(text: &str) -> Result<Report> {
     let bare = |error: serde_json::Error| {
         let mut document: serde_json::Map<String, serde_json::Value> = serde_json::from_str(text)?;
         document.remove("timeline").ok_or(error)?;

@@ -26,7 +26,7 @@ impl StateDir {
 
     /// Returns the paths below another directory.
     #[cfg(test)]
-    pub(in crate::agent) fn below(run: &Path) -> Self {
+    pub(crate) fn below(run: &Path) -> Self {
         Self { run: run.to_owned() }
     }
 
