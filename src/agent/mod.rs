@@ -12,6 +12,7 @@ mod check;
 mod deploy;
 mod deviations;
 mod error;
+mod held_units;
 mod holder;
 mod hooks;
 mod new_usr;

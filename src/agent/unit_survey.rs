@@ -62,6 +62,7 @@ pub(super) async fn preview(
     let mut actions = unit_refresh::plan(&states, flow, policy);
     if flow == Flow::Bootstrap {
         let active = unit_refresh::active(&manager).await?;
+        actions.extend(unit_refresh::holds(&new, target, &active, policy));
         let starts = unit_refresh::starts(&added, &active, target);
         let planned: BTreeSet<_> = actions.iter().map(|action| action.unit.clone()).collect();
         actions.extend(starts.into_iter().filter(|start| !planned.contains(&start.unit)));

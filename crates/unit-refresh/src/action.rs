@@ -22,6 +22,8 @@ pub enum Class {
     Stop,
     /// Started: by the isolate, because the node image newly wants it; or by an undo, because the switch stopped it.
     Start,
+    /// Held back until the next boot, because the isolate would start it and it may end the boot.
+    Hold,
 }
 
 impl Class {
@@ -122,7 +124,7 @@ impl Action {
     pub fn jobs(&self) -> Vec<(Verb, &str)> {
         let unit = self.unit.as_str();
         match (self.class, &self.how) {
-            (Class::None | Class::Never, _) | (_, How::WithSocket(_)) => Vec::new(),
+            (Class::None | Class::Never | Class::Hold, _) | (_, How::WithSocket(_)) => Vec::new(),
             (Class::Restart | Class::Start, How::SocketOf(SocketOf { service, others, start })) => {
                 // Sockets are stopped first: a listening socket would start the service again. They are also
                 // started first: systemd does not start a socket while its service runs.

@@ -20,6 +20,7 @@
 mod action;
 mod definition;
 mod difference;
+mod ending;
 mod files;
 mod guard;
 mod jobs;
@@ -39,6 +40,7 @@ mod units;
 pub use action::{Action, Class, How, SocketOf, Verb};
 pub use definition::{Definition, UnitFiles};
 pub use difference::{Difference, compare};
+pub use ending::holds;
 pub use files::{EtcChanges, Root, release};
 pub use guard::Guard;
 pub use manager::Manager;

@@ -7,7 +7,7 @@ use super::refresh::report_units;
 use crate::agent::new_usr::ChangedPaths;
 use crate::agent::unit_jobs::{self, UnitPlan};
 use crate::agent::unit_survey::UnitSettings;
-use crate::agent::{Error, Finished, Refreshed, StateDir};
+use crate::agent::{Error, Finished, Refreshed, StateDir, held_units};
 use crate::report::{Phase, State, Tracker};
 use unit_refresh::{Flow, Manager};
 
@@ -36,6 +36,10 @@ pub(super) async fn finish(
             tracker.warn(line);
         }
     }
+    held_units::hold_back(tracker, dir, settings).await.with_context(|| {
+        let target = &settings.target;
+        format!("{target} was not isolated, everything before that is done; start node-image-finish.service again")
+    })?;
     isolate(dir, &settings.target).await?;
     tracker.end(Phase::Finish, State::Done);
     Ok(Finished(refreshed))

@@ -9,7 +9,7 @@ use crate::agent::new_usr::ChangedPaths;
 use crate::agent::policy::{Way, policy_step, relabel};
 use crate::agent::state::LiveStep;
 use crate::agent::unit_jobs::{self, UnitPlan, run_job};
-use crate::agent::{StateDir, UndoTree, accounts, policy, reexec, views};
+use crate::agent::{StateDir, UndoTree, accounts, held_units, policy, reexec, views};
 use crate::host;
 use crate::report::Tracker;
 use overlay_root::delta::Delta;
@@ -106,6 +106,7 @@ impl LiveUndo<'_> {
                 }
             }
             LiveStep::Units => {
+                undone.kept.extend(held_units::release(self.dir).err().map(|error| format!("{error:#}")));
                 // A PID 1 that could not be re-executed may be unable to start services.
                 if let Some(manager) = &mut self.manager
                     && let Err(error) = undo_units(self.tracker, manager, self.units, &mut undone.kept).await
@@ -142,7 +143,7 @@ async fn undo_units(
 ) -> anyhow::Result<()> {
     for action in actions {
         match action.class {
-            Class::None => {}
+            Class::None | Class::Hold => {}
             // Again, for units that did not stop before. Their failed state is reset, because no file is left to start
             // them with.
             Class::Stop => {

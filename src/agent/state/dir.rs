@@ -23,6 +23,8 @@ impl StateDir {
     /// File that the generator creates when it redirects a boot. As long as it exists, the generator redirects at every
     /// reload.
     pub const REDIRECTED: &str = "redirected";
+    /// Directory with a file for each unit that is held back. As long as the file exists, systemd does not start the unit.
+    pub const HELD: &str = "held-units";
 
     /// Returns the paths below another directory.
     #[cfg(test)]

@@ -80,7 +80,7 @@ fn each_class_of_unit_is_treated_as_planned_in_the_bootstrap_flow() -> Result<()
 }
 
 /// Returns a scenario for each class, and those about the machine as a whole.
-fn classes() -> [Scenario<Bootstrap>; 16] {
+fn classes() -> [Scenario<Bootstrap>; 17] {
     scenarios![
         restart_follows_from_a_drop_in_that_changes_exec_start,
         restart_follows_from_the_key_of_the_unit,
@@ -93,6 +93,7 @@ fn classes() -> [Scenario<Bootstrap>; 16] {
         a_new_socket_of_a_running_service_starts_and_the_service_restarts_behind_it,
         a_unit_that_the_node_image_lacks_stops,
         a_unit_that_the_node_image_adds_starts,
+        units_that_would_end_the_boot_are_held_back_until_an_administrator_permits_them,
         a_socket_keeps_listening_and_its_next_connection_gets_the_new_service,
         a_socket_with_another_address_restarts,
         the_default_target_of_the_machine_is_reached,
@@ -193,6 +194,22 @@ fn a_unit_that_the_node_image_adds_starts(bootstrap: &mut Bootstrap) -> Result<(
     bootstrap.has_class("t-new.service", "start")?;
     bootstrap.has_class("kubelet.service", "start")?;
     bootstrap.now("t-new").map(drop)
+}
+
+fn units_that_would_end_the_boot_are_held_back_until_an_administrator_permits_them(
+    bootstrap: &mut Bootstrap,
+) -> Result<()> {
+    let guest = &bootstrap.bed.guest;
+    for unit in ["zincati.service", "t-reboots.timer"] {
+        unit_is(guest, unit, "inactive")?;
+        bootstrap.has_class(unit, "hold")?;
+    }
+    let report = guest.ask("node-image-pivot report")?;
+    contains(&report, "held back until the next boot: t-reboots.timer zincati.service")?;
+    guest.ask("systemctl start zincati.service")?;
+    unit_is(guest, "zincati.service", "inactive")?;
+    guest.ask("rm /run/node-image-pivot/held-units/zincati.service && systemctl start zincati.service")?;
+    unit_is(guest, "zincati.service", "active")
 }
 
 fn a_socket_keeps_listening_and_its_next_connection_gets_the_new_service(bootstrap: &mut Bootstrap) -> Result<()> {

@@ -65,7 +65,14 @@ const LAYER: &[(&str, &str)] = &[
     ),
     // A unit that the bootimage does not have.
     ("usr/lib/systemd/system/t-new.service", "[Service]\nExecStart=/bin/sleep 9002\n"),
-    ("usr/lib/systemd/system/multi-user.target.d/10-node.conf", "[Unit]\nWants=t-new.service t-arrives.socket\n"),
+    // Units that would end the boot.
+    ("usr/lib/systemd/system/zincati.service", "[Service]\nExecStart=/bin/sleep 9003\n"),
+    ("usr/lib/systemd/system/t-reboots.timer", "[Timer]\nOnActiveSec=1s\nAccuracySec=1s\n"),
+    ("usr/lib/systemd/system/t-reboots.service", "[Service]\nType=oneshot\nExecStart=/usr/bin/systemctl reboot\n"),
+    (
+        "usr/lib/systemd/system/multi-user.target.d/10-node.conf",
+        "[Unit]\nWants=t-new.service t-arrives.socket zincati.service t-reboots.timer\n",
+    ),
 ];
 
 /// Answers each connection on its socket with its WORD.
