@@ -31,7 +31,7 @@ boot() {
     agent=$(agent)
     overlays=("$agent")
     [ -z "$variant" ] || overlays+=("$("$variant")")
-    stage "boot${variant:+-$variant}" "$(key "$BED/bootimage.sh" "=$base" "${overlays[@]}")" \
+    stage "boot${variant:+-$variant}" "$(key "$BED/bootimage.sh" "$BED/composefs.py" "=$base" "${overlays[@]}")" \
         recipe bootimage.sh BED="$BED" BASE="$base" OVERLAYS="${overlays[*]}"
 }
 

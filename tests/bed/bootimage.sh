@@ -58,6 +58,17 @@ if [ "$MEDIUM" = disk ]; then
 else
     # The kernel is started by the emulator: what ostree put into /boot is not needed on the medium.
     rm -rf "$sysroot"/boot/ostree
+    if [ -z "${SELINUX:-}" ]; then
+        step "composefs"
+        # Debian 12's ostree does not make the image. A container can mount its root from it, as a newer ostree does.
+        mkdir "$OUT/metadata"
+        mount -t tmpfs testbed-metadata "$OUT/metadata"
+        # ostree makes the directory of a deployment immutable where the file system can do that.
+        chattr -i "$deployment" || true
+        python3 "$BED/composefs.py" "$repo" "$(cat "$OUT/commit")" "$deployment/.ostree.cfs" "$OUT/metadata"
+        umount "$OUT/metadata"
+        rmdir "$OUT/metadata"
+    fi
     step "squashfs"
     mksquashfs "$sysroot" "$OUT/sysroot.squashfs" -comp lz4 -noappend -no-progress -quiet
 fi

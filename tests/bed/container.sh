@@ -1,9 +1,10 @@
 #!/bin/bash
 # Boots the deployment inside BOOT/sysroot.squashfs with systemd-nspawn. The caller runs this script in a separate mount
 # namespace, so its mounts end with it. WORK: folder for mount points; FILES: etc/… and var/… of this boot;
-# NETNS: network namespace file; LIVE: 1 for a live medium; CMDLINE: what /proc/cmdline shall say.
+# NETNS: network namespace file; LIVE: 1 for a live medium; CMDLINE: what /proc/cmdline shall say;
+# COMPOSEFS: 1 for a root that is mounted from the deployment's composefs image.
 set -euo pipefail
-: "${BOOT:?}" "${WORK:?}" "${FILES:?}" "${NETNS:?}" "${LIVE:=1}" "${CMDLINE:=}"
+: "${BOOT:?}" "${WORK:?}" "${FILES:?}" "${NETNS:?}" "${LIVE:=1}" "${CMDLINE:=}" "${COMPOSEFS:=0}"
 umask 022
 
 # systemd wants a pure cgroup v2; this machine may mount something else. The namespace is ours, so is this choice.
@@ -21,9 +22,18 @@ deployment=$WORK/sysroot/ostree/deploy/testbed/deploy/$(cat "$BOOT/commit").0
 mount -t tmpfs -o mode=0755 testbed-state "$WORK/state"
 mkdir "$WORK"/state/{etc,etc.work}
 
-# The root is the deployment's own directory: libostree knows it by device and inode.
-mount --bind "$deployment" "$WORK/root"
-mount --bind "$deployment/usr" "$WORK/root/usr"
+if [ "$COMPOSEFS" = 1 ]; then
+    # /usr is not a mount point then, and the image has no path.
+    mkdir "$WORK/image"
+    mount -t erofs -o ro,loop "$deployment/.ostree.cfs" "$WORK/image"
+    objects=$WORK/sysroot/ostree/repo/objects
+    mount -t overlay -o "ro,redirect_dir=on,metacopy=on,lowerdir=$WORK/image::$objects" composefs "$WORK/root"
+    umount -l "$WORK/image"
+else
+    # The root is the deployment's own directory: libostree knows it by device and inode.
+    mount --bind "$deployment" "$WORK/root"
+    mount --bind "$deployment/usr" "$WORK/root/usr"
+fi
 mount -t overlay -o "lowerdir=$deployment/etc,upperdir=$WORK/state/etc,workdir=$WORK/state/etc.work" overlay "$WORK/root/etc"
 mount -t tmpfs -o mode=0755,size=50% tmpfs "$WORK/root/var"
 mount --bind "$WORK/sysroot" "$WORK/root/sysroot"
@@ -31,13 +41,22 @@ mount --bind "$WORK/sysroot/boot" "$WORK/root/boot"
 for dir in "$FILES"/*; do cp -a "$dir/." "$WORK/root/${dir##*/}/"; done
 
 : >"$WORK/marker"
+: >"$WORK/booted"
+# A newer ostree records there from which deployment it mounted the root: a variant a{sv}.
+[ "$COMPOSEFS" != 1 ] || python3 - "$deployment" >"$WORK/booted" <<'EOF'
+import os, struct, sys
+root = os.stat(sys.argv[1])
+key = b"backing-root-device-inode\0"
+entry = key.ljust(32, b"\0") + struct.pack("=QQ", root.st_dev, root.st_ino) + b"\0(tt)" + bytes([len(key)])
+sys.stdout.buffer.write(entry + bytes([len(entry)]))
+EOF
 # nspawn makes mounts below /proc when it is inside already: their sources have to be in there, too.
 mkdir -p "$WORK/root/var/.testbed"
 printf '%s\n' "console=ttyS0 ro ostree=$(cut -d= -f2- "$BOOT/kargs")${CMDLINE:+ $CMDLINE}" >"$WORK/root/var/.testbed/cmdline"
 options=(
     --directory="$WORK/root" --boot --register=no --keep-unit --machine="testbed-$$" --network-namespace-path="$NETNS"
     --capability=all --resolv-conf=off --timezone=off --link-journal=no --console=read-only
-    --bind-ro=/var/.testbed/cmdline:/proc/cmdline --bind-ro="$WORK/marker:/run/ostree-booted"
+    --bind-ro=/var/.testbed/cmdline:/proc/cmdline --bind-ro="$WORK/booted:/run/ostree-booted"
 )
 [ "$LIVE" != 1 ] || options+=(--bind-ro="$WORK/marker:/run/ostree-live")
 # The pivot mounts overlays; nspawn's filter of system calls is older than some of what that takes.

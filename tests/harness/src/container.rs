@@ -84,7 +84,7 @@ impl Bed {
         if serving == Serving::Later {
             registry.stop();
         }
-        let setup = Setup { name, boot: &images.boot, kargs: &[], live: true };
+        let setup = Setup::live(name, &images.boot);
         let guest = Container::start(images, &network, &setup, |files| {
             node_files(files, pull_spec, "127.0.0.1", registry.port)?;
             fill(files)
@@ -103,6 +103,15 @@ pub struct Setup<'a> {
     pub kargs: &'a [&'a str],
     /// True if it has the marker of a live medium.
     pub live: bool,
+    /// True if its root is mounted from the composefs image of the deployment.
+    pub composefs: bool,
+}
+
+impl<'a> Setup<'a> {
+    /// Describes a container with the marker of a live medium.
+    pub fn live(name: &'a str, boot: &'a Path) -> Self {
+        Self { name, boot, kargs: &[], live: true, composefs: false }
+    }
 }
 
 /// A running container; dropped, it is gone.
@@ -147,6 +156,7 @@ impl Container {
         command.env("BOOT", setup.boot).env("WORK", work.join("mnt")).env("FILES", files.root());
         command.env("NETNS", format!("/proc/{}/ns/net", network.pid()));
         command.env("LIVE", if setup.live { "1" } else { "0" }).env("CMDLINE", setup.kargs.join(" "));
+        command.env("COMPOSEFS", if setup.composefs { "1" } else { "0" });
         log_to(&mut command, &work.join("console.log"))?;
         let mut child = command.spawn().context("starting systemd-nspawn")?;
         let mut leader = None;

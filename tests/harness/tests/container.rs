@@ -18,10 +18,6 @@ use testbed::suite::Suite;
 
 const PIVOT: Duration = Duration::from_secs(400);
 
-fn setup<'a>(name: &'a str, images: &'a Images) -> Setup<'a> {
-    Setup { name, boot: &images.boot, kargs: &[], live: true }
-}
-
 #[test]
 fn the_next_release_is_pulled_once_the_registry_is_back() -> Result<()> {
     let images = Images::ensure()?;
@@ -30,7 +26,7 @@ fn the_next_release_is_pulled_once_the_registry_is_back() -> Result<()> {
     let network = Network::new()?;
     let mut registry = Registry::start(&images.storage, &work_dir("container-a-registry")?, Some(network.pid()), None)?;
     registry.stop();
-    let guest = Container::start(images, &network, &setup("container-a", images), |files| {
+    let guest = Container::start(images, &network, &Setup::live("container-a", &images.boot), |files| {
         node_files(files, &expected.image.by_digest(), "127.0.0.1", registry.port)
     })?;
     let mut bed = Bed { guest, registry, network };
@@ -51,16 +47,17 @@ fn the_machine_becomes_its_node_image(bed: &mut Bed) -> Result<()> {
     wait_pivoted(&bed.guest, PIVOT)
 }
 
-/// The registry asks for a login, which is in the auth file that the contract names.
+/// The registry asks for a login, which is in the auth file that the contract names. The root is a composefs root.
 #[test]
-fn other_packages_of_the_same_release_are_pulled_with_a_login() -> Result<()> {
+fn other_packages_are_pulled_with_a_login_on_a_composefs_root() -> Result<()> {
     let images = Images::ensure()?;
     let expected = Expected::node_b(images.image("node-b")?);
     let mut suite = Suite::new("container: Debian 12 becomes node image b, from a registry that asks for a login");
     let network = Network::new()?;
     let login = Some(("core", "secret"));
     let registry = Registry::start(&images.storage, &work_dir("container-b-registry")?, Some(network.pid()), login)?;
-    let guest = Container::start(images, &network, &setup("container-b", images), |files| {
+    let setup = Setup { composefs: true, ..Setup::live("container-b", &images.boot) };
+    let guest = Container::start(images, &network, &setup, |files| {
         node_files(files, &expected.image.by_tag(), "127.0.0.1", registry.port)?;
         let auth = auth_file(&format!("127.0.0.1:{}", registry.port), "core", "secret");
         files.put("/var/roothome/.docker/config.json", 0o600, &auth)
@@ -69,7 +66,36 @@ fn other_packages_of_the_same_release_are_pulled_with_a_login() -> Result<()> {
     let before = Before::of(&bed.guest)?;
     suite.run(&mut bed, &scenarios![the_machine_becomes_its_node_image]);
     pivoted(&mut suite, "the_machine_becomes_its_node_image", &bed.guest, Some(&before), &expected);
+    let composefs = scenarios![
+        the_new_usr_is_one_overlay_over_the_composefs_image,
+        a_system_extension_can_be_merged,
+        an_undo_shows_the_usr_of_the_composefs_root after a_system_extension_can_be_merged,
+    ];
+    suite.run_after("the_machine_becomes_its_node_image", &mut bed, &composefs);
     suite.finish()
+}
+
+fn the_new_usr_is_one_overlay_over_the_composefs_image(bed: &mut Bed) -> Result<()> {
+    let plan: serde_json::Value = serde_json::from_str(&bed.guest.ask("cat /run/node-image-pivot/plan.json")?)?;
+    contains(&plan["base"]["composefs"]["path"].to_string(), "/.ostree.cfs")?;
+    same(plan["warnings"].to_string().contains("no further overlay"), false)?;
+    contains(&bed.guest.ask("findmnt -n -o SOURCE,OPTIONS --mountpoint /usr")?, "datadir+=/sysroot/ostree/repo/objects")
+}
+
+fn a_system_extension_can_be_merged(bed: &mut Bed) -> Result<()> {
+    let extension = "/run/extensions/more/usr";
+    bed.guest.ask(&format!("mkdir -p {extension}/bin {extension}/lib/extension-release.d"))?;
+    bed.guest.ask(&format!("echo ID=_any >{extension}/lib/extension-release.d/extension-release.more"))?;
+    bed.guest.ask(&format!("cp /usr/bin/echo {extension}/bin/extension && systemd-sysext merge"))?;
+    same(bed.guest.ask("extension merged && kubectl version --client >/dev/null")?.trim().into(), "merged".to_owned())?;
+    same(bed.guest.run("node-image-pivot undo")?.status, 10)?;
+    bed.guest.ask("systemd-sysext unmerge && test ! -e /usr/bin/extension").map(drop)
+}
+
+fn an_undo_shows_the_usr_of_the_composefs_root(bed: &mut Bed) -> Result<()> {
+    bed.guest.ask("node-image-pivot undo")?;
+    same(bed.guest.ask("base-tool")?.trim().into(), "base-tool 1.0".to_owned())?;
+    bed.guest.ask("! findmnt --mountpoint /usr && test ! -e /usr/bin/oc").map(drop)
 }
 
 /// Boots a container that has an image configured and no registry.
@@ -83,7 +109,7 @@ fn a_bootimage_with_the_binaries_is_left_alone() -> Result<()> {
     let images = Images::ensure()?;
     let mut suite = Suite::new("container: a bootimage that has the binaries");
     let network = Network::new()?;
-    let mut setup = setup("container-binaries", images);
+    let mut setup = Setup::live("container-binaries", &images.boot);
     setup.boot = &images.boot_binaries;
     let guest = without_a_registry(&setup, images, &network)?;
     left_alone(&mut suite, &guest);
@@ -95,7 +121,7 @@ fn a_system_is_left_alone_when_the_kernel_command_line_switches_the_pivot_off() 
     let images = Images::ensure()?;
     let mut suite = Suite::new("container: node-image-pivot=off");
     let network = Network::new()?;
-    let mut setup = setup("container-off", images);
+    let mut setup = Setup::live("container-off", &images.boot);
     setup.kargs = &["node-image-pivot=off"];
     let guest = without_a_registry(&setup, images, &network)?;
     left_alone(&mut suite, &guest);
@@ -109,7 +135,7 @@ fn a_target_on_the_kernel_command_line_is_reached_without_a_pivot() -> Result<()
     for (word, target) in [("systemd.unit=rescue.target", "rescue.target"), ("emergency", "emergency.target")] {
         let mut suite = Suite::new(&format!("container: {word} on the kernel command line"));
         let network = Network::new()?;
-        let mut setup = setup("container-told", images);
+        let mut setup = Setup::live("container-told", &images.boot);
         let kargs = [word];
         setup.kargs = &kargs;
         let mut guest = without_a_registry(&setup, images, &network)?;
@@ -143,7 +169,7 @@ fn units_that_an_installer_starts_isolate_nothing() -> Result<()> {
     let network = Network::new()?;
     let registry =
         Registry::start(&images.storage, &work_dir("container-assisted-registry")?, Some(network.pid()), None)?;
-    let guest = Container::start(images, &network, &setup("container-assisted", images), |files| {
+    let guest = Container::start(images, &network, &Setup::live("container-assisted", &images.boot), |files| {
         node_files(files, &images.image("node-a")?.by_digest(), "127.0.0.1", registry.port)?;
         configured_later(files)
     })?;

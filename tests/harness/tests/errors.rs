@@ -86,7 +86,8 @@ fn fingerprint(guest: &dyn Guest) -> Result<String> {
 /// Returns the fingerprint of a boot with the agent switched off.
 fn unchanged_fingerprint() -> Result<String> {
     let (images, network) = (Images::ensure()?, Network::new()?);
-    let setup = Setup { name: "error-none", boot: &images.boot, kargs: &["node-image-pivot=off"], live: true };
+    let kargs = &["node-image-pivot=off"][..];
+    let setup = Setup { kargs, ..Setup::live("error-none", &images.boot) };
     let guest = Container::start(images, &network, &setup, |files| node_files(files, "x", "127.0.0.1", 5000))?;
     guest.wait_unit("ssh.service", "active", Duration::from_secs(180))?;
     let unchanged = fingerprint(&guest)?;
@@ -109,7 +110,7 @@ impl<'a> Refusing<'a> {
         let work = work_dir(&format!("{folder}-registry"))?;
         let registry = Registry::start(&images.storage, &work, Some(network.pid()), login)?;
         let image = images.by_name.get(case.image).map_or_else(|| case.image.to_string(), |i| i.by_digest());
-        let setup = Setup { name: &folder, boot: &images.boot, kargs: &[], live: true };
+        let setup = Setup::live(&folder, &images.boot);
         let guest =
             Container::start(images, &network, &setup, |files| node_files(files, &image, "127.0.0.1", registry.port))?;
         guest.wait_unit("ssh.service", "active", Duration::from_secs(180))?;

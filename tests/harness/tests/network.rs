@@ -114,7 +114,7 @@ fn boot() -> Result<Connected> {
     let (storage, image) = derive_tree(images, "node-a", &work, &layer)?;
     let mut registry = Registry::start(&storage, &work, Some(network.pid()), None)?;
     registry.stop();
-    let setup = Setup { name: "network", boot: &boot, kargs: &[], live: true };
+    let setup = Setup::live("network", &boot);
     let guest = Container::start(images, &network, &setup, |files| {
         node_files(files, &image.by_digest(), "127.0.0.1", registry.port)?;
         network_files(files)

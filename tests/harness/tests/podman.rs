@@ -158,7 +158,7 @@ fn boot() -> Result<Bed> {
     let work = work_dir("podman-registry")?;
     let (storage, image) = derive_tree(images, "node-a", &work, &layer)?;
     let registry = Registry::start(&storage, &work, Some(network.pid()), None)?;
-    let setup = Setup { name: "podman", boot: &boot, kargs: &[], live: true };
+    let setup = Setup::live("podman", &boot);
     let guest = Container::start(images, &network, &setup, |files| {
         node_files(files, &image.by_digest(), "127.0.0.1", registry.port)?;
         files.put("/etc/containers/containers.conf.d/50-testbed.conf", 0o644, LIMITS)?;

@@ -64,8 +64,8 @@ fn a_container_boots() -> Result<()> {
     let network = Network::new()?;
     let registry = Registry::start(&images.storage, &work_dir("smoke-registry")?, Some(network.pid()), None)?;
     let mut suite = Suite::new("container");
-    let setup =
-        container::Setup { name: "smoke-container", boot: &images.boot, kargs: &["node-image-pivot=off"], live: true };
+    let kargs = &["node-image-pivot=off"][..];
+    let setup = container::Setup { kargs, ..container::Setup::live("smoke-container", &images.boot) };
     let guest = Container::start(images, &network, &setup, |files| {
         files.put(MIRROR, 0o644, &registries_conf("127.0.0.1", registry.port))
     })?;

@@ -31,7 +31,7 @@ impl Bed {
         let registry =
             Registry::start(&images.storage, &work_dir(&format!("{name}-registry"))?, Some(network.pid()), None)?;
         let agent = agent_with_failpoints()?;
-        let setup = Setup { name, boot: &images.boot, kargs: &[], live: true };
+        let setup = Setup::live(name, &images.boot);
         let guest = Container::start(images, &network, &setup, |files| {
             node_files(files, &images.image(image)?.by_digest(), "127.0.0.1", registry.port)?;
             std::fs::rename(files.root().join("etc/node-image-pivot.conf.d"), files.root().join("etc/later"))?;
