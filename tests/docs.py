@@ -4,6 +4,7 @@
   * Links of README.md, docs/ and the other top-level pages: target files and anchors exist.
   * Links inside docs/ stay inside docs/, because the book holds nothing else.
   * Each page of docs/ is listed in docs/SUMMARY.md, names its readers in its first lines ("For: ...") and is linked.
+  * Tests that a page names as `FILE::test`, and source files that it names by path, exist.
   * Words that CONTRIBUTING.md rules out, in pages and unit files.
 
 Options:
@@ -124,6 +125,26 @@ def check_links(path):
     return linked
 
 
+def test_functions(folder=ROOT / "tests/harness/tests", known={}):
+    """The names of all functions by test program, which is a file or a folder."""
+    if not known:
+        for path in folder.rglob("*.rs"):
+            program = path.relative_to(folder).parts[0].removesuffix(".rs")
+            known.setdefault(program, set()).update(re.findall(r"^\s*(?:pub )?fn (\w+)", path.read_text(), re.MULTILINE))
+    return known
+
+
+def check_names(path):
+    text = path.read_text()
+    for match in re.finditer(r"`(\w+)::([a-z_0-9]+)`", text):
+        program, name = match.groups()
+        if program in test_functions() and name not in test_functions()[program]:
+            fault(path, line_of(text, match.start()), f"no such test: {program}::{name}")
+    for match in re.finditer(r"`((?:src|crates|generators|tests|packaging|units)/[\w./-]*\w)`", text):
+        if not (ROOT / match.group(1)).exists():
+            fault(path, line_of(text, match.start()), f"no such file: {match.group(1)}")
+
+
 def check_book():
     summary = BOOK / "SUMMARY.md"
     listed = check_links(summary) if summary.exists() else set()
@@ -173,6 +194,7 @@ def main():
     check_book()
     for path in pages():
         check_words(path, without_code(path.read_text()))
+        check_names(path)
     for path in sorted((ROOT / "units").iterdir()):
         check_words(path, re.sub(r"^#+", blank, path.read_text(), flags=re.MULTILINE))
     if "--rust" in options:
