@@ -44,3 +44,10 @@ check-licences:
 check-packages: build
 	sh packaging/build.sh "$(BUILD)" target/packages-check
 	bash packaging/test.sh target/packages-check
+
+# Builds the Containerfile on an image with Debian 12.
+.PHONY: check-containerfile
+check-containerfile: deps packages
+	@command -v buildah >/dev/null || { \
+	  apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends buildah crun; }
+	bash packaging/test-image.sh "$(PACKAGES)"
