@@ -61,12 +61,12 @@ impl CancelHandle {
         &self.token
     }
 
-    /// Cancels this call when `gone` is cancelled, because its caller has disconnected.
-    pub fn end_with(&self, gone: &CancellationToken) {
-        let (token, over, gone) = (self.token.clone(), self.over.clone(), gone.clone());
+    /// Cancels this call when `gone` ends, because its caller has disconnected.
+    pub fn end_with(&self, gone: impl Future<Output = ()> + Send + 'static) {
+        let (token, over) = (self.token.clone(), self.over.clone());
         tokio::spawn(async move {
             tokio::select! {
-                () = gone.cancelled() => token.cancel(),
+                () = gone => token.cancel(),
                 () = over.cancelled() => {}
             }
         });
@@ -101,7 +101,7 @@ mod tests {
         let handles = CancelHandles::default();
         let (mine, other) = (handles.register("pull"), handles.register("pull"));
         let gone = CancellationToken::new();
-        mine.end_with(&gone);
+        mine.end_with(gone.clone().cancelled_owned());
         gone.cancel();
         mine.cancelled().await;
         assert!(!other.is_cancelled());

@@ -1,10 +1,11 @@
 //! The properties that `PropertiesChanged` announces, with their D-Bus types. Pure.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use zbus::Variant;
 
 use crate::report::Status;
+use node_store::ProgressSnapshot;
 
 /// The last failure: class, message, attempt, next retry (seconds since the epoch, 0 for none).
 pub(super) type LastErrorTuple = (String, String, u32, u64);
@@ -20,6 +21,9 @@ pub(super) struct Announced {
     pub(super) last_error: LastErrorTuple,
     pub(super) undo_at: u64,
     pub(super) timeline: Vec<TimelineTuple>,
+    /// Pull spec and digest.
+    pub(super) image: (String, String),
+    pub(super) progress: BTreeMap<String, u64>,
 }
 
 impl From<&Status> for Announced {
@@ -36,6 +40,8 @@ impl From<&Status> for Announced {
             timeline: timeline
                 .map(|entry| (entry.phase.as_str().to_owned(), entry.start_unix_ms, entry.duration_ms.unwrap_or(0)))
                 .collect(),
+            image: (status.image.clone().unwrap_or_default(), status.digest.clone().unwrap_or_default()),
+            progress: counters(&status.progress),
         }
     }
 }
@@ -53,9 +59,24 @@ impl Announced {
         add("Phase", self.phase != before.phase, self.phase.clone().into());
         add("LastError", self.last_error != before.last_error, self.last_error.clone().into());
         add("UndoAt", self.undo_at != before.undo_at, self.undo_at.into());
+        add("Image", self.image != before.image, self.image.clone().into());
+        add("Progress", self.progress != before.progress, self.progress.clone().into());
         add("Timeline", self.timeline != before.timeline, self.timeline.clone().into());
         changes
     }
+}
+
+/// Returns the counters of a pull by name, and `seconds_left` if the rate is known.
+fn counters(progress: &ProgressSnapshot) -> BTreeMap<String, u64> {
+    let mut counters: BTreeMap<_, _> = match serde_json::to_value(progress) {
+        Ok(serde_json::Value::Object(map)) => {
+            map.into_iter().filter_map(|(name, value)| Some((name, value.as_u64()?))).collect()
+        }
+        _ => BTreeMap::new(),
+    };
+    let left = progress.bytes_total.saturating_sub(progress.bytes_fetched);
+    counters.extend(left.checked_div(progress.bytes_per_second).map(|seconds| ("seconds_left".to_owned(), seconds)));
+    counters
 }
 
 /// The serialised word of a unit variant.
@@ -74,6 +95,15 @@ mod tests {
     #[test]
     fn a_state_is_its_word() {
         assert_eq!(word(&State::NothingToDo), "nothing-to-do");
+    }
+
+    #[test]
+    fn every_counter_is_announced_with_the_remaining_time() {
+        let mut progress = ProgressSnapshot { bytes_total: 700, bytes_fetched: 100, ..Default::default() };
+        let document = serde_json::to_value(progress).expect("a document");
+        assert_eq!(counters(&progress).len(), document.as_object().map_or(0, serde_json::Map::len));
+        progress.bytes_per_second = 100;
+        assert_eq!(counters(&progress)["seconds_left"], 6);
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! unavailable; the pivot continues.
 
 mod announced;
+mod caller;
 mod client;
 mod server;
 mod service;

@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use tokio::net::UnixListener;
 use tokio::sync::watch;
+use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 use zbus::connection::Builder;
@@ -20,8 +21,10 @@ use super::announced::Announced;
 use super::service::Pivot;
 use super::{INTERFACE, NAME, PATH, build};
 use crate::agent::Agent;
-use crate::report::Status;
+use crate::report::{Phase, State, Status, Tracker};
 
+/// Interval of the signals about the progress of a pull.
+const PROGRESS: Duration = Duration::from_secs(1);
 /// Time between attempts to reach a bus that is down or restarting.
 const BUS_RETRY: Duration = Duration::from_secs(5);
 
@@ -75,14 +78,14 @@ async fn system_bus(agent: Arc<Agent>) {
     let mut reported = false;
     loop {
         // Subscribed before clients can read a value, so that no later change is missed.
-        let watch = agent.tracker().watch();
+        let (tracker, watch) = (agent.tracker(), agent.tracker().watch());
         match bus_connection(agent.clone()).await {
             Ok(connection) => {
                 reported = false;
                 info!("{NAME} is on the system bus");
                 tokio::select! {
                     () = connection.closed() => warn!("the system bus closed the connection; the pivot continues without it"),
-                    ended = announce(&connection, watch) => {
+                    ended = announce(&connection, tracker, watch) => {
                         let _ = ended.inspect_err(|error| debug!("cannot announce a change: {error:#}"));
                     }
                 }
@@ -103,12 +106,23 @@ async fn bus_connection(agent: Arc<Agent>) -> Result<Connection> {
 }
 
 /// Emits one PropertiesChanged, with the changed properties, for each change of the status document that changes a
-/// property. Returns when the bus rejects a signal.
-async fn announce(connection: &Connection, mut watch: watch::Receiver<Status>) -> Result<()> {
+/// property, and each second of a pull. Returns when the bus rejects a signal.
+async fn announce(connection: &Connection, tracker: &Tracker, mut watch: watch::Receiver<Status>) -> Result<()> {
     let emitter = SignalEmitter::new(connection, PATH)?;
-    let mut last = Announced::from(&*watch.borrow_and_update());
-    while watch.changed().await.is_ok() {
-        let now = Announced::from(&*watch.borrow_and_update());
+    let mut status = watch.borrow_and_update().clone();
+    let mut last = Announced::from(&status);
+    let mut tick = tokio::time::interval(PROGRESS);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        // The counters of a pull change without a change of the document.
+        let pulls = (status.phase, status.state) == (Some(Phase::Pull), State::Running);
+        tokio::select! {
+            changed = watch.changed() => if changed.is_err() { return Ok(()) },
+            _ = tick.tick(), if pulls => {}
+        }
+        watch.mark_unchanged();
+        status = tracker.status();
+        let now = Announced::from(&status);
         let changes = now.changes(&last);
         if !changes.is_empty() {
             let interface = INTERFACE.try_into()?;
@@ -116,7 +130,6 @@ async fn announce(connection: &Connection, mut watch: watch::Receiver<Status>) -
         }
         last = now;
     }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -128,7 +141,7 @@ mod tests {
     use zbus::{MessageStream, OwnedVariant};
 
     use super::*;
-    use crate::report::{State, Tracker};
+    use node_store::PullProgress;
 
     #[tokio::test]
     async fn a_change_is_announced_once_with_what_changed() {
@@ -138,7 +151,8 @@ mod tests {
         let (server, mut signals) = (server.unwrap(), MessageStream::from(client.unwrap()));
         let tracker = Tracker::new(Status::default());
         let watch = tracker.watch();
-        let announcing = tokio::spawn(async move { announce(&server, watch).await });
+        let announced = tracker.clone();
+        let announcing = tokio::spawn(async move { announce(&server, &announced, watch).await });
         // The first two change no property that is announced.
         tokio::task::yield_now().await;
         tracker.note("a line of the summary");
@@ -154,6 +168,15 @@ mod tests {
         let (_, changed, _): (String, HashMap<String, OwnedVariant>, Vec<String>) =
             message.body().deserialize().unwrap();
         assert_eq!(changed.keys().collect::<Vec<_>>(), ["UndoAt"], "one signal for each change");
+        tracker.begin(Phase::Pull);
+        signals.next().await.unwrap().unwrap();
+        // A counter changes without a change of the document.
+        PullProgress::add(&tracker.progress.bytes_total, 700);
+        let message = signals.next().await.unwrap().unwrap();
+        let (_, mut changed, _): (String, HashMap<String, OwnedVariant>, Vec<String>) =
+            message.body().deserialize().unwrap();
+        let progress = HashMap::<String, u64>::try_from(changed.remove("Progress").unwrap()).unwrap();
+        assert_eq!((progress["bytes_total"], changed.len()), (700, 0));
         announcing.abort();
     }
 }

@@ -1,6 +1,6 @@
 //! The D-Bus interface: a thin view of the agent.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,30 +8,38 @@ use disk_deploy::{DeployError, Request};
 use tokio_util::sync::CancellationToken;
 use zbus::message::Header;
 use zbus::names::ErrorName;
-use zbus::{Message, interface};
+use zbus::{Connection, Message, interface};
 
-use super::INTERFACE;
 use super::announced::{Announced, LastErrorTuple, TimelineTuple};
+use super::{INTERFACE, caller};
 use crate::agent::{Agent, CancelHandle, Error, Goal};
 use crate::report::Outcome;
-use node_store::ProgressSnapshot;
 
 /// The object behind [`super::PATH`].
 pub(super) struct Pivot {
     pub(super) agent: Arc<Agent>,
-    /// Cancelled when the peer of a private connection disconnects, so that a call without a waiting caller does not act
-    /// hours later. Never cancelled on the bus, where connections outlive callers.
+    /// Cancelled when the peer of a private connection disconnects. Never cancelled on the bus, where connections outlive
+    /// callers.
     pub(super) gone: CancellationToken,
 }
+
+/// The header of a call, and the connection that it came from.
+type Caller<'a> = (Header<'a>, &'a Connection);
 
 impl Pivot {
     fn announced(&self) -> Announced {
         Announced::from(&self.agent.tracker().status())
     }
 
-    fn cancel_handle(&self, call: &'static str) -> CancelHandle {
+    /// Returns the handle of a call, which ends when its caller disconnects: a call without a waiting caller must not act
+    /// hours later.
+    fn handle(&self, call: &'static str, (message, connection): Caller<'_>) -> CancelHandle {
         let handle = self.agent.cancel_handle(call);
-        handle.end_with(&self.gone);
+        match message.sender() {
+            Some(sender) => handle.end_with(caller::left(connection.clone(), sender.to_owned())),
+            // Only a bus names senders.
+            None => handle.end_with(self.gone.clone().cancelled_owned()),
+        }
         handle
     }
 }
@@ -68,14 +76,22 @@ impl zbus::DBusError for MethodError {
 #[interface(interface = "org.nodeimage.Pivot1")]
 impl Pivot {
     /// Resolves, pulls and stages; returns when staged. The running system is unchanged.
-    async fn pull(&self) -> Result<(), MethodError> {
-        Ok(self.agent.pull(&self.cancel_handle("pull")).await?)
+    async fn pull(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] connection: &Connection,
+    ) -> Result<(), MethodError> {
+        Ok(self.agent.pull(&self.handle("pull", (header, connection))).await?)
     }
 
     /// Fetches the content of the node image that the pull left out; pulls and stages first if needed. Possible at any
     /// time, also after the pivot: the running system is unchanged. Returns a report in lines.
-    async fn complete(&self) -> Result<Vec<String>, MethodError> {
-        Ok(self.agent.complete(&self.cancel_handle("complete")).await?)
+    async fn complete(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] connection: &Connection,
+    ) -> Result<Vec<String>, MethodError> {
+        Ok(self.agent.complete(&self.handle("complete", (header, connection))).await?)
     }
 
     /// Deploys the node image to the sysroot of a disk; completes the node store first if needed. The running system is
@@ -87,32 +103,51 @@ impl Pivot {
         stateroot: String,
         kernel_args: Vec<String>,
         imgref: String,
+        #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] connection: &Connection,
     ) -> Result<Vec<String>, MethodError> {
         let imgref = (!imgref.is_empty()).then(|| imgref.parse()).transpose().map_err(DeployError::from);
         let request = Request { sysroot: sysroot.into(), stateroot, kernel_args, imgref: imgref.map_err(Error::from)? };
-        Ok(self.agent.deploy(request, &self.cancel_handle("deploy")).await?)
+        Ok(self.agent.deploy(request, &self.handle("deploy", (header, connection))).await?)
     }
 
     /// Switches and refreshes; pulls and stages first if needed.
-    async fn overlay(&self) -> Result<(), MethodError> {
-        Ok(self.agent.advance(Goal::Switched, &self.cancel_handle("overlay")).await?)
+    async fn overlay(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] connection: &Connection,
+    ) -> Result<(), MethodError> {
+        Ok(self.agent.advance(Goal::Switched, &self.handle("overlay", (header, connection))).await?)
     }
 
     /// Isolates to the original default target; runs the earlier phases first if needed.
-    async fn finish(&self) -> Result<(), MethodError> {
-        Ok(self.agent.advance(Goal::Finished, &self.cancel_handle("finish")).await?)
+    async fn finish(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] connection: &Connection,
+    ) -> Result<(), MethodError> {
+        Ok(self.agent.advance(Goal::Finished, &self.handle("finish", (header, connection))).await?)
     }
 
     /// Runs all phases of the flow.
-    async fn run(&self) -> Result<(), MethodError> {
-        Ok(self.agent.run(&self.cancel_handle("run")).await?)
+    async fn run(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] connection: &Connection,
+    ) -> Result<(), MethodError> {
+        Ok(self.agent.run(&self.handle("run", (header, connection))).await?)
     }
 
     /// Runs all phases of the flow with a trial period: the switch is undone this many seconds after it began, unless Keep
     /// is called.
     #[zbus(name = "Try")]
-    async fn try_for(&self, seconds: u64) -> Result<(), MethodError> {
-        Ok(self.agent.run_for(Duration::from_secs(seconds), &self.cancel_handle("run --try")).await?)
+    async fn try_for(
+        &self,
+        seconds: u64,
+        #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] connection: &Connection,
+    ) -> Result<(), MethodError> {
+        Ok(self.agent.run_for(Duration::from_secs(seconds), &self.handle("run --try", (header, connection))).await?)
     }
 
     /// Ends the trial period: the switch stays. Returns one line.
@@ -126,21 +161,34 @@ impl Pivot {
     }
 
     /// Returns the changes that the switch would make, one per line.
-    async fn plan(&self) -> Result<Vec<String>, MethodError> {
-        Ok(self.agent.plan(&self.cancel_handle("plan")).await?.lines())
+    async fn plan(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] connection: &Connection,
+    ) -> Result<Vec<String>, MethodError> {
+        Ok(self.agent.plan(&self.handle("plan", (header, connection))).await?.lines())
     }
 
     /// Returns the changes that the switch would make, as a JSON document.
-    async fn plan_document(&self) -> Result<String, MethodError> {
-        let plan = self.agent.plan(&self.cancel_handle("plan")).await?;
+    async fn plan_document(
+        &self,
+        #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] connection: &Connection,
+    ) -> Result<String, MethodError> {
+        let plan = self.agent.plan(&self.handle("plan", (header, connection))).await?;
         serde_json::to_string_pretty(&plan)
             .map_err(|error| MethodError { outcome: Outcome::Internal, message: error.to_string() })
     }
 
     /// Returns the changes that the switch would make in `/etc`, as a unified diff. The content of files that are not
     /// world-readable is included only if `secrets`.
-    async fn diff_etc(&self, secrets: bool) -> Result<Vec<u8>, MethodError> {
-        Ok(self.agent.diff_etc(secrets, &self.cancel_handle("diff-etc")).await?)
+    async fn diff_etc(
+        &self,
+        secrets: bool,
+        #[zbus(header)] header: Header<'_>,
+        #[zbus(connection)] connection: &Connection,
+    ) -> Result<Vec<u8>, MethodError> {
+        Ok(self.agent.diff_etc(secrets, &self.handle("diff-etc", (header, connection))).await?)
     }
 
     /// Cancels every call that has not begun to switch; returns one line if there was one.
@@ -177,10 +225,16 @@ impl Pivot {
         self.announced().undo_at
     }
 
-    /// Counters of the pull, by name.
-    #[zbus(property(emits_changed_signal = "false"))]
-    fn progress(&self) -> HashMap<String, u64> {
-        counters(&self.agent.tracker().status().progress)
+    /// Counters of the pull, by name, and `seconds_left` while its rate is known. Announced each second of a pull.
+    #[zbus(property)]
+    fn progress(&self) -> BTreeMap<String, u64> {
+        self.announced().progress
+    }
+
+    /// The requested image and its digest; empty as long as they are unknown.
+    #[zbus(property)]
+    fn image(&self) -> (String, String) {
+        self.announced().image
     }
 
     /// The last failure; all fields are empty if there is none.
@@ -197,25 +251,52 @@ impl Pivot {
     }
 }
 
-fn counters(progress: &ProgressSnapshot) -> HashMap<String, u64> {
-    match serde_json::to_value(progress) {
-        Ok(serde_json::Value::Object(map)) => {
-            map.into_iter().filter_map(|(name, value)| Some((name, value.as_u64()?))).collect()
-        }
-        _ => HashMap::new(),
-    }
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use zbus::object_server::Interface as _;
+
     use super::*;
+    use crate::agent::{Boot, StateDir};
+
+    /// Returns a line for each method, `name in out`, and each property, `name type signal`.
+    fn interface_of(xml: &str) -> Vec<String> {
+        let value = |line: &str, name: &str| {
+            let (_, after) = line.split_once(&format!(" {name}=\""))?;
+            Some(after.split('"').next()?.to_owned())
+        };
+        let mut lines: Vec<[String; 3]> = Vec::new();
+        for line in xml.lines().map(str::trim) {
+            let name = value(line, "name").unwrap_or_default();
+            if line.starts_with("<method") {
+                lines.push([name, String::new(), String::new()]);
+            } else if line.starts_with("<property") {
+                lines.push([name, value(line, "type").unwrap(), "yes".to_owned()]);
+            } else if let (true, Some(last)) = (line.starts_with("<arg"), lines.last_mut()) {
+                let at = if value(line, "direction").as_deref() == Some("out") { 2 } else { 1 };
+                last[at].push_str(&value(line, "type").unwrap());
+            } else if line.contains("EmitsChangedSignal") && line.contains("\"false\"") {
+                lines.last_mut().unwrap()[2] = "no".to_owned();
+            }
+        }
+        lines.iter().map(|line| line.join(" ")).collect()
+    }
 
     #[test]
-    fn every_counter_is_in_the_property() {
-        let progress = ProgressSnapshot { bytes_total: 7, ..Default::default() };
-        let document = serde_json::to_value(progress).unwrap();
-        assert_eq!(counters(&progress).get("bytes_total"), Some(&7));
-        assert_eq!(counters(&progress).len(), document.as_object().unwrap().len());
+    fn the_page_lists_the_interface() {
+        let directory = tempfile::tempdir().unwrap();
+        let agent = Agent::open(StateDir::below(directory.path()), Boot::Live).unwrap();
+        let mut xml = String::new();
+        Pivot { agent, gone: CancellationToken::new() }.introspect_to_writer(&mut xml, 0);
+        let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/dbus.md")).unwrap();
+        let rows = page.lines().filter_map(|line| {
+            let cells: Vec<_> = line.strip_prefix("| `")?.split(" | ").map(|cell| cell.replace('`', "")).collect();
+            (cells.len() >= 4).then(|| cells[..3].join(" ").replace('–', ""))
+        });
+        let (mut rows, mut interface): (Vec<_>, Vec<_>) = (rows.collect(), interface_of(&xml));
+        rows.sort();
+        interface.sort();
+        assert!(interface.len() > 15, "{xml}");
+        assert_eq!(rows, interface, "docs/dbus.md, then the introspection");
     }
 }

@@ -56,7 +56,7 @@ impl Agent {
         let Settings { registry, store, .. } = &settings;
         let target = Target { tracker: beside.tracker(), dir: &self.paths, registry, store: *store };
         let download_handle = self.download_cancel.register("complete");
-        download_handle.end_with(cancel.token());
+        download_handle.end_with(cancel.token().clone().cancelled_owned());
         let outcome = pull::rest(&target, &pulled, &download_handle).await;
         beside.end(outcome.as_ref().err().map(|error| error as &dyn Display));
         drop(download);
