@@ -117,6 +117,8 @@ struct Fault {
     make: &'static str,
     words: &'static str,
     unmake: &'static str,
+    /// True if the fault is found without the node image.
+    of_machine: bool,
 }
 
 fn refusals() -> [Fault; 4] {
@@ -126,12 +128,14 @@ fn refusals() -> [Fault; 4] {
             make: "printf '[etc]\\nstrategy = \"fail\"\\n' >/etc/node-image-pivot.conf.d/90-fail.toml",
             words: "conflict in /etc/base-tool/admin-edited.conf",
             unmake: "rm /etc/node-image-pivot.conf.d/90-fail.toml",
+            of_machine: false,
         },
         Fault {
             name: "a read-only /etc",
             make: "mount --bind /etc /etc && mount -o remount,bind,ro /etc",
             words: "/etc is mounted read-only",
             unmake: "umount -l /etc",
+            of_machine: true,
         },
         Fault {
             name: "a /usr that was made writable",
@@ -139,6 +143,7 @@ fn refusals() -> [Fault; 4] {
                    mount -t overlay overlay -o lowerdir=/usr,upperdir=/run/upper,workdir=/run/work /usr",
             words: "ostree admin unlock",
             unmake: "umount -l /usr",
+            of_machine: true,
         },
         Fault {
             name: "a system extension over another mount",
@@ -147,18 +152,29 @@ fn refusals() -> [Fault; 4] {
                    mount -t overlay sysext -o ro,lowerdir=/run/work:/usr /usr",
             words: "systemd-sysext unmerge",
             unmake: "umount -l /usr && umount -l /usr",
+            of_machine: true,
         },
     ]
 }
 
-/// A refusal makes the next call begin again, so each fault is refused by a complete check.
+/// Counts the requests that the registry has answered.
+fn requests(bed: &Bed) -> usize {
+    bed.registry.log().lines().filter(|line| line.contains("HTTP/1.")).count()
+}
+
+/// A refusal makes the next call begin again, so each fault is refused by a complete check. A fault of the machine is found
+/// before the first request to the registry.
 fn refused(bed: &mut Bed, fault: &Fault) -> Result<()> {
+    let before = requests(bed);
     bed.guest.ask(fault.make)?;
     let answer = bed.guest.run("node-image-pivot plan --json");
     bed.guest.ask(fault.unmake)?;
     let answer = answer?;
     contains(&answer.text, fault.words)?;
     same(answer.status, 10)?;
+    if fault.of_machine {
+        same(requests(bed), before)?;
+    }
     unchanged(&bed.guest)
 }
 
