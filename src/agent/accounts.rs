@@ -57,7 +57,7 @@ pub(super) async fn preview(staged: &StagedRoot, merge: &Plan) -> Result<Account
 }
 
 /// Adds the accounts that only the node image in place has. Returns them, and a line for each account that it could not
-/// add.
+/// add or that has another id than in the image.
 pub(super) async fn add() -> Result<(AddedAccounts, Vec<String>)> {
     let plan = tokio::task::spawn_blocking(|| {
         let usr = Path::new(USR);
@@ -71,7 +71,7 @@ pub(super) async fn add() -> Result<(AddedAccounts, Vec<String>)> {
     if let Some(line) = added.line() {
         info!("{line}: only the node image has them");
     }
-    Ok((added, plan.left.into_iter().chain(failed).collect()))
+    Ok((added, plan.remarks.into_iter().chain(failed).collect()))
 }
 
 const NSSWITCH: &str = "nsswitch.conf";

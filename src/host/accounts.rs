@@ -1,10 +1,12 @@
 //! Plans the users and groups that a node image has in its passwd and group files, and not in sysusers.d.
 //!
 //! The merge of `/etc` keeps the machine's `/etc/passwd`. System accounts that are new in the node image are added with
-//! the image's ids, because the image's files belong to these ids. An account whose id or name is taken is reported and
-//! not added.
+//! the image's ids, because the image's files belong to these ids. An account whose id is taken gets a free id and is
+//! reported. An account whose name is taken is reported and not changed.
 
+use std::collections::BTreeSet;
 use std::fs;
+use std::ops::RangeInclusive;
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -13,7 +15,10 @@ use super::sysusers;
 use support::if_found;
 
 /// Ids of system accounts, as in login.defs(5) of the supported systems, without root's 0.
-const SYSTEM: std::ops::RangeInclusive<u32> = 1..=999;
+const SYSTEM: RangeInclusive<u32> = 1..=999;
+
+/// Ids that an account gets whose own id is taken. Lower ids are assigned by distributions.
+const FREE: RangeInclusive<u32> = 201..=999;
 
 /// A line of passwd(5), without the password.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,8 +53,8 @@ pub struct AccountPlan {
     pub users: Vec<String>,
     /// Groups to add.
     pub groups: Vec<String>,
-    /// A line for each account that is not added, with the reason.
-    pub left: Vec<String>,
+    /// A line for each account that is not added, or that has another id than in the image, with the reason.
+    pub remarks: Vec<String>,
     /// The additions as lines of sysusers.d(5).
     lines: Vec<String>,
 }
@@ -133,29 +138,33 @@ fn has_altfiles(nsswitch: &str) -> bool {
 /// Decides about each account of the image. Added accounts count as the machine's for the following ones.
 fn decide(booted: &Accounts, image: &Accounts, mut machine: Accounts) -> AccountPlan {
     let mut plan = AccountPlan::default();
+    let mut taken = [image, &machine].into_iter().flat_map(ids).collect();
     for group in image.groups.iter().filter(|group| booted.group(&group.name).is_none()) {
-        match group_problem(group, &machine) {
-            Problem::Exists => {}
-            Problem::Left(why) => plan.left.push(format!("group {} of the node image is not added: {why}", group.name)),
-            Problem::None => {
-                plan.groups.push(group.name.clone());
-                plan.lines.push(format!("g {} {}", group.name, group.id));
-                machine.groups.push(Group { members: Vec::new(), ..group.clone() });
-            }
+        let own = machine.group(&group.name).map(|group| group.id);
+        let holder = machine.groups.iter().find(|other| other.id == group.id).map(|other| other.name.as_str());
+        let found = place(&group.name, group.id, own, holder, &mut taken);
+        if let Some(id) = plan.remark("group", &group.name, found) {
+            plan.groups.push(group.name.clone());
+            plan.lines.push(format!("g {} {id}", group.name));
+            machine.groups.push(Group { id, members: Vec::new(), name: group.name.clone() });
         }
     }
     for user in image.users.iter().filter(|user| booted.user(&user.name).is_none()) {
-        match user_problem(user, image, &machine) {
-            Problem::Exists => {}
-            Problem::Left(why) => plan.left.push(format!("user {} of the node image is not added: {why}", user.name)),
-            Problem::None => {
-                plan.users.push(user.name.clone());
-                plan.lines.push(user_line(user));
-                machine.users.push(user.clone());
-            }
+        let own = machine.user(&user.name).map(|user| user.id);
+        let holder = machine.users.iter().find(|other| other.id == user.id).map(|other| other.name.as_str());
+        let group = group_of(user, image, &machine);
+        let found = match (own, &group) {
+            (None, Err(why)) if SYSTEM.contains(&user.id) => Place::Left(why.clone()),
+            _ => place(&user.name, user.id, own, holder, &mut taken),
+        };
+        if let (Some(id), Ok(group)) = (plan.remark("user", &user.name, found), group) {
+            let user = User { id, group, ..user.clone() };
+            plan.users.push(user.name.clone());
+            plan.lines.push(user_line(&user));
+            machine.users.push(user);
         }
     }
-    for group in image.groups.iter().filter(|group| machine.group(&group.name).is_some_and(|one| one.id == group.id)) {
+    for group in image.groups.iter().filter(|group| machine.group(&group.name).is_some()) {
         let added = plan.groups.contains(&group.name);
         let members =
             group.members.iter().filter(|name| plan.users.contains(name) || added && machine.user(name).is_some());
@@ -164,41 +173,48 @@ fn decide(booted: &Accounts, image: &Accounts, mut machine: Accounts) -> Account
     plan
 }
 
-/// The reason not to add an account.
-enum Problem {
-    None,
+/// Returns the ids of all users and groups.
+fn ids(accounts: &Accounts) -> impl Iterator<Item = u32> {
+    let users = accounts.users.iter().flat_map(|user| [user.id, user.group]);
+    users.chain(accounts.groups.iter().map(|group| group.id))
+}
+
+/// The decision about one account.
+enum Place {
+    /// The machine has it with the same id.
     Exists,
+    /// It is added with the image's id.
+    Same(u32),
+    /// It is added with this id, for this reason.
+    Free(u32, String),
+    /// It is not added, for this reason.
     Left(String),
 }
 
-fn group_problem(group: &Group, machine: &Accounts) -> Problem {
-    let holder = machine.groups.iter().find(|other| other.id == group.id).map(|other| other.name.as_str());
-    problem(&group.name, group.id, machine.group(&group.name).map(|group| group.id), holder)
-}
-
-fn user_problem(user: &User, image: &Accounts, machine: &Accounts) -> Problem {
-    let holder = machine.users.iter().find(|other| other.id == user.id).map(|other| other.name.as_str());
-    match problem(&user.name, user.id, machine.user(&user.name).map(|user| user.id), holder) {
-        Problem::None => {}
-        other => return other,
-    }
-    match image.groups.iter().find(|group| group.id == user.group) {
-        None => Problem::Left(format!("its group id {} has no name in the node image", user.group)),
-        Some(group) if machine.group(&group.name).is_some_and(|own| own.id == group.id) => Problem::None,
-        Some(group) => Problem::Left(format!("its group {} does not have the id {} here", group.name, group.id)),
-    }
-}
-
-/// Checks name and id: `own` is the id that the machine has for the name, `holder` the name that it has for the id.
-fn problem(name: &str, id: u32, own: Option<u32>, holder: Option<&str>) -> Problem {
+/// Decides about an account: `own` is the id that the machine has for the name, `holder` the name that it has for the id.
+/// A free id is added to `taken`.
+fn place(name: &str, id: u32, own: Option<u32>, holder: Option<&str>, taken: &mut BTreeSet<u32>) -> Place {
     match (own, holder) {
-        (Some(own), _) if own == id => Problem::Exists,
-        (Some(own), _) => Problem::Left(format!("the machine has it with the id {own}, the node image with {id}")),
-        _ if !is_name(name) => Problem::Left("its name is not valid".to_owned()),
-        _ if !SYSTEM.contains(&id) => Problem::Left(format!("{id} is not the id of a system account")),
-        (None, Some(holder)) => Problem::Left(format!("its id {id} belongs to {holder} here")),
-        (None, None) => Problem::None,
+        (Some(own), _) if own == id => Place::Exists,
+        (Some(own), _) => Place::Left(format!("the machine has it with the id {own}, the node image with {id}")),
+        _ if !is_name(name) => Place::Left("its name is not valid".to_owned()),
+        _ if !SYSTEM.contains(&id) => Place::Left(format!("{id} is not the id of a system account")),
+        (None, None) => Place::Same(id),
+        (None, Some(holder)) => match FREE.rev().find(|id| taken.insert(*id)) {
+            Some(free) => {
+                let files = "files of the node image with that id belong to it";
+                Place::Free(free, format!("its id {id} belongs to {holder}, and {files}"))
+            }
+            None => Place::Left(format!("its id {id} belongs to {holder} here, and no id of {FREE:?} is free")),
+        },
     }
+}
+
+/// Returns the id that the group of an image's user has on the machine.
+fn group_of(user: &User, image: &Accounts, machine: &Accounts) -> Result<u32, String> {
+    let group = image.groups.iter().find(|group| group.id == user.group);
+    let group = group.ok_or_else(|| format!("its group id {} has no name in the node image", user.group))?;
+    machine.group(&group.name).map(|own| own.id).ok_or_else(|| format!("its group {} is missing here", group.name))
 }
 
 /// Returns true for a name that useradd(8) accepts.
@@ -218,6 +234,22 @@ fn user_line(user: &User) -> String {
 }
 
 impl AccountPlan {
+    /// Returns the id with which an account is added. Adds a line for a decision that the administrator should know.
+    fn remark(&mut self, kind: &str, name: &str, place: Place) -> Option<u32> {
+        match place {
+            Place::Exists => None,
+            Place::Same(id) => Some(id),
+            Place::Free(id, why) => {
+                self.remarks.push(format!("{kind} {name} of the node image has the id {id} here: {why}"));
+                Some(id)
+            }
+            Place::Left(why) => {
+                self.remarks.push(format!("{kind} {name} of the node image is not added: {why}"));
+                None
+            }
+        }
+    }
+
     /// Adds the accounts to the system at `root`, with locked passwords. Returns a line for each that failed.
     pub async fn apply(&self, root: &Path) -> Vec<String> {
         sysusers::apply_lines(root, &self.lines).await

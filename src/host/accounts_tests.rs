@@ -23,7 +23,7 @@ const USER: &str = "u new 300:300 \"comment\" \"/home\" \"/bin/sh\"";
 fn assert_plan(image: &Accounts, booted: &Accounts, machine: Accounts, lines: &[&str], left: &str) {
     let plan = decide(booted, image, machine);
     let left = Vec::from_iter((!left.is_empty()).then(|| left.to_owned()));
-    assert_eq!((plan.lines, plan.left), (owned(lines), left), "{image:?}");
+    assert_eq!((plan.lines, plan.remarks), (owned(lines), left), "{image:?}");
 }
 
 fn owned(lines: &[&str]) -> Vec<String> {
@@ -62,7 +62,7 @@ fn accounts_that_only_the_image_has_are_added() {
             accounts(&["new:x:300:300"], &["new:x:300", "wheel:x:10:new,core", "other:x:11:new"]),
             accounts(&[], &[]),
             accounts(&["core:x:1000:1000"], &["new:x:300", "wheel:x:10", "other:x:12"]),
-            vec![USER, "m new wheel"],
+            vec![USER, "m new wheel", "m new other"],
             "group other of the node image is not added: the machine has it with the id 12, the node image with 11",
         ),
         // Members of a new group that exist here.
@@ -79,15 +79,51 @@ fn accounts_that_only_the_image_has_are_added() {
 }
 
 #[test]
-fn accounts_that_cannot_be_added_are_named() {
-    for (image, booted, machine, lines, left) in [
+fn accounts_whose_id_is_taken_get_a_free_one() {
+    for (image, machine, lines, left) in [
         // Another user has the id.
         (
             accounts(&["new:x:300:300"], &["new:x:300"]),
-            accounts(&[], &[]),
             accounts(&["own:x:300:301"], &["own:x:301"]),
-            vec!["g new 300"],
-            "user new of the node image is not added: its id 300 belongs to own here",
+            vec!["g new 300", "u new 999:300 \"comment\" \"/home\" \"/bin/sh\""],
+            "user new of the node image has the id 999 here: its id 300 belongs to own, and files of the node image with \
+             that id belong to it",
+        ),
+        // Another group has it. The user follows the group by its name. Ids of both systems are not free.
+        (
+            accounts(&["new:x:300:301"], &["new:x:301", "last:x:998"]),
+            accounts(&["core:x:1000:999"], &["own:x:301"]),
+            vec!["g new 997", "g last 998", "u new 300:997 \"comment\" \"/home\" \"/bin/sh\""],
+            "group new of the node image has the id 997 here: its id 301 belongs to own, and files of the node image with \
+             that id belong to it",
+        ),
+        // The machine has the group with another id.
+        (
+            accounts(&["new:x:300:300"], &["new:x:300"]),
+            accounts(&[], &["new:x:310"]),
+            vec!["u new 300:310 \"comment\" \"/home\" \"/bin/sh\""],
+            "group new of the node image is not added: the machine has it with the id 310, the node image with 300",
+        ),
+    ] {
+        assert_plan(&image, &Accounts::default(), machine, &lines, left);
+    }
+    let machine: Vec<_> = (1..=999).map(|id| format!("g{id}:x:{id}")).collect();
+    let machine = accounts(&[], &machine.iter().map(String::as_str).collect::<Vec<_>>());
+    let left =
+        "group new of the node image is not added: its id 300 belongs to g300 here, and no id of 201..=999 is free";
+    assert_plan(&accounts(&[], &["new:x:300"]), &Accounts::default(), machine, &[], left);
+}
+
+#[test]
+fn accounts_that_cannot_be_added_are_named() {
+    for (image, booted, machine, lines, left) in [
+        // An administrator deleted its group.
+        (
+            accounts(&["new:x:300:300"], &["gone:x:300"]),
+            accounts(&[], &["gone:x:300"]),
+            accounts(&[], &[]),
+            vec![],
+            "user new of the node image is not added: its group gone is missing here",
         ),
         // A person's account, root's id, and a group without a name.
         (
@@ -176,13 +212,14 @@ async fn the_machine_gets_the_images_accounts() {
     let etc = temp.path().join("etc");
     let plan = |nsswitch: &str| plan_accounts(&Accounts::default(), &temp.path().join("new"), &etc, nsswitch).unwrap();
     let altfiles = plan("passwd: files altfiles\ngroup: files altfiles\n");
-    assert_eq!(altfiles.users, ["plain"], "the others are found through nss-altfiles");
+    assert_eq!(altfiles.users, ["plain", "taken"], "lib is found through nss-altfiles");
     let planned = plan("");
-    assert_eq!((planned.users.as_slice(), planned.left.len()), (["plain".to_owned(), "lib".to_owned()].as_slice(), 1));
+    assert_eq!((planned.users.join(" "), planned.remarks.len()), ("plain taken lib".to_owned(), 1));
     assert_eq!(planned.apply(temp.path()).await, [""; 0]);
     let lines = |name: &str| fs::read_to_string(etc.join(name)).unwrap();
     assert!(lines("passwd").contains("\nplain:x:301:302:a \"b\" 5%:/var/lib/a:/bin/sh\n"), "{}", lines("passwd"));
     assert!(lines("passwd").contains("\n+:") && lines("passwd").contains("\nlib:x:302:302:"), "{}", lines("passwd"));
+    assert!(lines("passwd").contains("\ntaken:x:999:303:"), "{}", lines("passwd"));
     assert!(
         lines("group").contains("plain:x:302:") && lines("group").contains("extra:x:303:plain"),
         "{}",
@@ -191,7 +228,9 @@ async fn the_machine_gets_the_images_accounts() {
     let password = lines("shadow").lines().find_map(|line| line.strip_prefix("plain:").map(str::to_owned)).unwrap();
     assert!(password.starts_with("!*:"), "an empty password is not taken over: {password}");
     let again = plan("");
-    assert_eq!((again.lines, again.left), (Vec::new(), planned.left), "done once");
+    let differs =
+        "user taken of the node image is not added: the machine has it with the id 999, the node image with 310";
+    assert_eq!((again.lines, again.remarks), (Vec::new(), vec![differs.to_owned()]), "done once");
 }
 
 fn some(users: u32) -> impl Strategy<Value = Accounts> {
@@ -219,7 +258,8 @@ fn some(users: u32) -> impl Strategy<Value = Accounts> {
 }
 
 proptest! {
-    /// Each new account of the image exists, is added or is reported; names and ids stay unique.
+    /// Each new account of the image exists, is added or is reported; names and ids stay unique, and each added user has
+    /// the group of its name.
     #[test]
     fn every_new_account_exists_is_added_or_is_reported(booted in some(4), image in some(4), machine in some(4)) {
         let plan = decide(&booted, &image, machine.clone());
@@ -227,17 +267,27 @@ proptest! {
         for user in new {
             let known = machine.user(&user.name).is_some_and(|own| own.id == user.id);
             let added = plan.users.contains(&user.name);
-            let left = plan.left.iter().any(|line| line.starts_with(&format!("user {} ", user.name)));
+            let left = plan.remarks.iter().any(|line| line.starts_with(&format!("user {} of the node image is not", user.name)));
             prop_assert_eq!(usize::from(known) + usize::from(added) + usize::from(left), 1);
         }
-        for name in &plan.users {
-            let user = image.user(name).unwrap();
-            prop_assert!(machine.users.iter().all(|own| own.name != *name && own.id != user.id));
-            prop_assert_eq!(image.users.iter().filter(|one| one.id == user.id && plan.users.contains(&one.name)).count(), 1);
+        let lines = |kind: &str| plan.lines.iter().filter_map(|line| line.strip_prefix(kind)).map(str::to_owned).collect::<Vec<_>>();
+        let words = |line: &String| line.split([' ', ':']).map(str::to_owned).collect::<Vec<_>>();
+        let mut groups: Vec<_> = machine.groups.iter().map(|group| (group.name.clone(), group.id)).collect();
+        for line in lines("g ") {
+            let line = words(&line);
+            let id = line[1].parse().unwrap();
+            prop_assert!(groups.iter().all(|own| own.0 != line[0] && own.1 != id));
+            groups.push((line[0].clone(), id));
         }
-        for name in &plan.groups {
-            let group = image.group(name).unwrap();
-            prop_assert!(machine.groups.iter().all(|own| own.name != *name && own.id != group.id));
+        let mut users: Vec<_> = machine.users.iter().map(|user| (user.name.clone(), user.id)).collect();
+        for line in lines("u ") {
+            let line = words(&line);
+            let (id, group): (u32, u32) = (line[1].parse().unwrap(), line[2].parse().unwrap());
+            prop_assert!(users.iter().all(|own| own.0 != line[0] && own.1 != id));
+            users.push((line[0].clone(), id));
+            let own = image.user(&line[0]).unwrap().group;
+            let name = &image.groups.iter().find(|one| one.id == own).unwrap().name;
+            prop_assert!(groups.contains(&(name.clone(), group)));
         }
     }
 }

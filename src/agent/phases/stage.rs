@@ -63,7 +63,7 @@ pub(super) async fn stage(
     match accounts::preview(&staged, &plan).await {
         Ok(plan) => {
             document.accounts = (&plan).into();
-            document.warnings.extend(plan.left);
+            document.warnings.extend(plan.remarks);
         }
         Err(error) => {
             document.warnings.push(format!("cannot preview the accounts that the node image adds: {error:#}"));
