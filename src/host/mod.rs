@@ -1,5 +1,5 @@
 //! Runs the system's tools for policy, users, files and caches after the switch: load_policy, systemd-sysusers,
-//! systemd-tmpfiles, ldconfig, systemd-hwdb, udevadm, and the message bus's reload. Also runs hooks and the installer's
+//! systemd-tmpfiles, ldconfig, update-ca-trust, systemd-hwdb, udevadm, and the message bus's reload. Also runs hooks and the installer's
 //! script, and shows a text at logins.
 //!
 //! Only this module starts programs of the node image on the running system. It does not mount, does not write `/etc`
@@ -44,6 +44,10 @@ enum Tool {
     Tmpfiles,
     /// Entries of `/var` and `/opt` that no line of tmpfiles creates.
     Skeleton,
+    /// Certificates that programs trust, on Fedora and RHEL.
+    CaTrust,
+    /// The same on Debian.
+    CaCertificates,
     Hwdb,
     /// The new rules apply to later events. Existing devices are not triggered: that would rename interfaces and start
     /// units on the running system.
@@ -63,6 +67,14 @@ impl Tool {
                 &["lib/tmpfiles.d", "etc/tmpfiles.d", "share/factory"],
             ),
             Self::Skeleton => (&["systemd-tmpfiles", "--create", "-"], &["share/factory/var", "lib/opt"]),
+            Self::CaTrust => (
+                &["update-ca-trust", "extract"],
+                &["bin/update-ca-trust", "share/pki/ca-trust-source", "etc/pki/ca-trust"],
+            ),
+            Self::CaCertificates => (
+                &["update-ca-certificates"],
+                &["sbin/update-ca-certificates", "share/ca-certificates", "etc/ca-certificates.conf"],
+            ),
             Self::Hwdb => (&["systemd-hwdb", "update"], &["lib/udev/hwdb.d", "etc/udev/hwdb.d"]),
             Self::Udev => (&["udevadm", "control", "--reload"], &["lib/udev/rules.d", "etc/udev/rules.d"]),
         }
@@ -106,13 +118,14 @@ pub async fn refresh_libraries(differs: &(dyn Fn(&Path) -> bool + Sync)) -> Vec<
 /// Runs the tools whose inputs differ, after PID 1 was re-executed. A failure does not stop the others. Returns a line for
 /// each failure.
 pub async fn refresh(differs: &(dyn Fn(&Path) -> bool + Sync)) -> Vec<String> {
-    run_tools(&[Tool::Sysusers, Tool::Tmpfiles, Tool::Skeleton, Tool::Hwdb, Tool::Udev], differs).await
+    let [users, files, skeleton] = [Tool::Sysusers, Tool::Tmpfiles, Tool::Skeleton];
+    run_tools(&[users, files, skeleton, Tool::CaTrust, Tool::CaCertificates, Tool::Hwdb, Tool::Udev], differs).await
 }
 
-/// Runs the tools for caches and udev rules whose inputs differ, after an undo. Users and files that the refresh created
+/// Runs the tools for caches, certificates and udev rules whose inputs differ, after an undo. Users and files that the refresh created
 /// stay, because processes may use them. Returns a line for each failure.
 pub async fn refresh_back(differs: &(dyn Fn(&Path) -> bool + Sync)) -> Vec<String> {
-    run_tools(&[Tool::Ldconfig, Tool::Hwdb, Tool::Udev], differs).await
+    run_tools(&[Tool::Ldconfig, Tool::CaTrust, Tool::CaCertificates, Tool::Hwdb, Tool::Udev], differs).await
 }
 
 async fn run_tools(tools: &[Tool], differs: &(dyn Fn(&Path) -> bool + Sync)) -> Vec<String> {
@@ -155,7 +168,28 @@ fn due(tool: Tool, root: &Path, differs: &dyn Fn(&Path) -> bool) -> Result<Strin
     if tool == Tool::Hwdb && !hwdb_is_stale(root) {
         return Err("the node image brings its own database");
     }
+    if matches!(tool, Tool::CaTrust | Tool::CaCertificates) {
+        let program = tool.parts().0[0];
+        if !["bin", "sbin"].iter().any(|dir| root.join("usr").join(dir).join(program).exists()) {
+            return Err("the system has no such tool");
+        }
+        // Without them, the bundles are those of the image.
+        if !has_own_certificates(root) {
+            return Err("the machine has no private certificates");
+        }
+    }
     Ok(input)
+}
+
+/// Returns true if an administrator added or blocked certificates.
+fn has_own_certificates(root: &Path) -> bool {
+    const PLACES: [&str; 4] = [
+        "etc/pki/ca-trust/source/anchors",
+        "etc/pki/ca-trust/source/blocklist",
+        "etc/pki/ca-trust/source/blacklist",
+        "usr/local/share/ca-certificates",
+    ];
+    PLACES.iter().any(|place| std::fs::read_dir(root.join(place)).is_ok_and(|mut entries| entries.next().is_some()))
 }
 
 /// Returns the first input that differs.
@@ -251,7 +285,8 @@ mod tests {
         };
         let rows: std::collections::BTreeMap<_, _> =
             include_str!("../../docs/refresh.md").lines().filter_map(row).collect();
-        for tool in [Tool::Ldconfig, Tool::Sysusers, Tool::Tmpfiles, Tool::Hwdb, Tool::Udev] {
+        let [users, files] = [Tool::Sysusers, Tool::Tmpfiles];
+        for tool in [Tool::Ldconfig, users, files, Tool::CaTrust, Tool::CaCertificates, Tool::Hwdb, Tool::Udev] {
             let (command, expected) = tool.parts();
             let command = command.join(" ");
             let row = rows.iter().find(|(name, _)| command.starts_with(*name));
@@ -290,6 +325,34 @@ mod tests {
         assert_eq!(because(Tool::Hwdb, "lib/udev/hwdb.d"), Err("the node image brings its own database"));
         assert_eq!(because(Tool::Hwdb, "lib/libx.so.1"), unchanged);
         assert!(because(Tool::Udev, "lib/udev/rules.d").is_ok());
+    }
+
+    #[test]
+    fn bundles_are_generated_if_the_machine_has_its_own_certificates() {
+        for (tool, program, input, anchor) in [
+            (
+                Tool::CaTrust,
+                "bin/update-ca-trust",
+                "share/pki/ca-trust-source",
+                "etc/pki/ca-trust/source/anchors/a.pem",
+            ),
+            (Tool::CaTrust, "bin/update-ca-trust", "bin/update-ca-trust", "etc/pki/ca-trust/source/blocklist/a.pem"),
+            (
+                Tool::CaCertificates,
+                "sbin/update-ca-certificates",
+                "etc/ca-certificates.conf",
+                "usr/local/share/ca-certificates/a.crt",
+            ),
+        ] {
+            let temp = tempfile::tempdir().unwrap();
+            let because = |input: &'static str| due(tool, temp.path(), &|path| path == Path::new(input));
+            assert_eq!(because(input), Err("the system has no such tool"));
+            put(temp.path(), &format!("usr/{program}"));
+            assert_eq!(because(input), Err("the machine has no private certificates"));
+            put(temp.path(), anchor);
+            assert_eq!(because(input), Ok(input.to_owned()));
+            assert_eq!(because("lib/os-release"), Err("its inputs are unchanged"));
+        }
     }
 
     /// Tests only the part that needs no tool: systemd-tmpfiles would change this system's `/var`.

@@ -33,6 +33,9 @@ const ADDRESSES: &str = "ip -o address show dev eth0; ip route; cat /etc/resolv.
 const DISPATCHED: &str = "grep -c '^eth0 up$' /run/dispatched";
 /// Units that run the bootimage's code until the next boot.
 const KEPT: [&str; 2] = ["NetworkManager.service", "dbus-broker.service"];
+/// Counts the certificates in the bundle, and those that the system is configured to trust with the machine's own one.
+const CERTIFICATES: &str = "echo $(grep -c BEGIN /etc/ssl/certs/ca-certificates.crt) \
+                            $(($(grep -c '^[^#!]' /etc/ca-certificates.conf) + 1))";
 const CLOCK: &str = "chrony.service";
 const POLKIT: &str = "org.freedesktop.PolicyKit1 /org/freedesktop/PolicyKit1/Authority org.freedesktop.DBus.Peer Ping";
 
@@ -89,11 +92,20 @@ fn mask(files: &Files, unit: &str) -> Result<()> {
     Ok(symlink("/dev/null", units.join(unit))?)
 }
 
+/// Makes the certificate of a private authority.
+fn private_certificate() -> Result<String> {
+    let mut openssl = Command::new("openssl");
+    openssl.args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "3650"]);
+    openssl.args(["-subj", "/CN=private.example.test", "-keyout", "/dev/null"]);
+    Ok(String::from_utf8(succeed(&mut openssl)?.stdout)?)
+}
+
 fn network_files(files: &Files) -> Result<()> {
     for unit in ["networkd.service", "networkd.socket", "networkd-wait-online.service", "resolved.service"] {
         mask(files, &format!("systemd-{unit}"))?;
     }
     files.put("/etc/NetworkManager/system-connections/cable.nmconnection", 0o600, CONNECTION)?;
+    files.put("/var/usrlocal/share/ca-certificates/private.crt", 0o644, &private_certificate()?)?;
     files.put("/etc/NetworkManager/conf.d/10-dns.conf", 0o644, "[main]\ndns=default\nrc-manager=symlink\n")?;
     files.put("/etc/NetworkManager/dispatcher.d/10-count", 0o755, DISPATCHER)?;
     Ok(symlink("../run/NetworkManager/resolv.conf", files.root().join("etc/resolv.conf"))?)
@@ -140,7 +152,7 @@ fn the_network_stays_up_over_the_switch_and_the_isolate() -> Result<()> {
 }
 
 /// Returns the scenarios about the machine that has become its node image.
-fn afterwards() -> [Scenario<Connected>; 10] {
+fn afterwards() -> [Scenario<Connected>; 11] {
     scenarios![
         addresses_routes_and_resolv_conf_are_unchanged,
         no_address_or_route_was_removed_meanwhile,
@@ -151,6 +163,7 @@ fn afterwards() -> [Scenario<Connected>; 10] {
         chrony_runs_the_code_of_the_node_image,
         the_old_bus_starts_the_polkit_of_the_node_image,
         the_next_event_reaches_the_dispatcher_over_the_old_bus,
+        the_bundle_has_the_certificates_of_the_node_image_and_the_private_one,
         no_unit_has_failed,
     ]
 }
@@ -160,6 +173,7 @@ fn network_manager_has_configured_the_interface(connected: &mut Connected) -> Re
     wait_for("the dispatcher", SOON, || Ok(guest.run(DISPATCHED)?.status == 0))?;
     contains(&guest.ask("readlink -f /proc/$(systemctl show -p MainPID --value dbus.service)/exe")?, "dbus-broker")?;
     guest.ask(&format!("busctl call {POLKIT} && systemctl start {CLOCK}"))?;
+    guest.ask("update-ca-certificates")?;
     connected.addresses = guest.ask(ADDRESSES)?;
     for expected in ["192.0.2.2/24", "198.51.100.0/24 via 192.0.2.1", "nameserver 192.0.2.1"] {
         contains(&connected.addresses, expected)?;
@@ -236,6 +250,16 @@ fn the_next_event_reaches_the_dispatcher_over_the_old_bus(connected: &mut Connec
     let guest = &connected.bed.guest;
     guest.ask("nmcli connection up cable")?;
     wait_for("the second run", SOON, || Ok(guest.ask(DISPATCHED)? == "2"))
+}
+
+fn the_bundle_has_the_certificates_of_the_node_image_and_the_private_one(connected: &mut Connected) -> Result<()> {
+    let guest = &connected.bed.guest;
+    let counts = guest.ask(CERTIFICATES)?;
+    let (bundle, expected) = counts.split_once(' ').with_context(|| counts.clone())?;
+    same(bundle, expected)?;
+    guest.ask("cmp /etc/ca-certificates.conf /usr/etc/ca-certificates.conf")?;
+    let private = "sed -n 2p /usr/local/share/ca-certificates/private.crt";
+    guest.ask(&format!("grep -qF \"$({private})\" /etc/ssl/certs/ca-certificates.crt")).map(drop)
 }
 
 fn no_unit_has_failed(connected: &mut Connected) -> Result<()> {
