@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Deserializer, Serialize};
 
+use support::BlockSize;
+
 use super::defaults::Defaults;
 use super::name::Bytes;
 use super::snapshot::{Content, Leaf};
@@ -100,13 +102,13 @@ fn aside<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<Bytes, u
 
 impl Plan {
     /// Returns the number of bytes that the merge writes: new content, content saved for an undo, and saved versions of
-    /// the node image.
-    pub fn bytes(&self) -> u64 {
+    /// the node image. Each file occupies whole units of `unit`.
+    pub fn bytes(&self, unit: BlockSize) -> u64 {
         let size = |leaf: &Option<Leaf>| match leaf.as_ref().map(|leaf| &leaf.content) {
-            Some(Content::File { size, .. }) => *size,
+            Some(Content::File { size, .. }) => unit.allocated(*size),
             _ => 0,
         };
-        let aside = self.aside.values().fold(0, |sum: u64, size| sum.saturating_add(*size));
+        let aside = self.aside.values().fold(0, |sum: u64, size| sum.saturating_add(unit.allocated(*size)));
         self.changes
             .iter()
             .fold(aside, |sum, change| sum.saturating_add(size(&change.before)).saturating_add(size(&change.after)))

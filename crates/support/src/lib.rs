@@ -1,5 +1,6 @@
 //! Small tools that every crate of this workspace uses: [`failpoint`]s for tests, atomic writes in a [`directory`],
-//! child processes ([`command`]), missing files ([`if_found`]), extended attributes ([`xattr`]), [`clock`]s, name [`pattern`]s and [`human_bytes`].
+//! child processes ([`command`]), missing files ([`if_found`]), extended attributes ([`xattr`]), [`clock`]s, name [`pattern`]s, sizes
+//! ([`human_bytes`], [`BlockSize`]).
 //!
 //! The crate depends on no other crate of the workspace, and has no code that is specific to images, ostree, systemd or
 //! the pivot.
@@ -30,4 +31,4 @@ pub mod testing;
 pub mod xattr;
 
 pub use found::{if_found, ignore_missing};
-pub use size::human_bytes;
+pub use size::{BlockSize, human_bytes};

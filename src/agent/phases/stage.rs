@@ -23,6 +23,7 @@ use node_store::import::PulledImage;
 use node_store::store::{NodeStore, ObjectId, ObjectType};
 use overlay_root::delta::{Booted, Delta, Keep};
 use overlay_root::{DetachedTree, Mount, Namespace};
+use support::BlockSize;
 use unit_refresh::Flow;
 
 /// The settings of the checks.
@@ -131,7 +132,8 @@ fn look_again(paths: &StateDir, staged: &StagedRoot) -> Result<(bool, Vec<String
     // A plan that is missing, damaged or not the staged one must be made again, too.
     let current =
         staged.load::<Plan>(paths).is_ok_and(|old| same_acts(&old, &plan)) && staged.load::<SwitchPlan>(paths).is_ok();
-    refuse(too_little(Free::at(&staged.delta.directory)?.needs(&staged.delta.directory, 0, plan.bytes())))?;
+    let place = &staged.delta.directory;
+    refuse(too_little(Free::at(place)?.needs(place, 0, plan.bytes(BlockSize::page()))))?;
     Ok((current, preflight::warnings(&mounts, Path::new(USR), &choice)))
 }
 
@@ -206,7 +208,7 @@ fn check_tree(
         path.symlink_metadata().is_ok().then_some(path)
     };
     let difference = overlay_root::delta::compare(&repo, booted, pulled.commit, &own_object, &Keep::default())?;
-    refuse(too_little(Free::at(store.root())?.needs(store.root(), difference.bytes_to_copy()?, 0)))?;
+    refuse(too_little(Free::at(store.root())?.needs(store.root(), difference.bytes_to_copy(store.block_size())?, 0)))?;
     let built = difference.build(&store.delta_build_path())?;
     // The build path may be a name that only this process has.
     let delta = Delta { directory: store.delta_path(), base: choice.base, ..built };
@@ -245,7 +247,7 @@ fn plan_merge(
     {
         refuse(vec![Refusal::Conflicts(format!("{error:#}"))])?;
     }
-    let needs = Free::at(store.root())?.needs(store.root(), 0, plan.bytes());
+    let needs = Free::at(store.root())?.needs(store.root(), 0, plan.bytes(BlockSize::page()));
     let memory = MemoryPlan::from(&needs[0]);
     refuse(too_little(needs))?;
     Ok((plan, memory))

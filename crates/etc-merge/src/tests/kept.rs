@@ -11,6 +11,7 @@ use super::real::{plan_in, rescan, stage, undo_in, write_tree};
 use super::*;
 use crate::place::{Outcome, Place, Source};
 use crate::staging::Staging;
+use support::BlockSize;
 use support::testing::private;
 
 const NONE: rustix::mount::MountFlags = rustix::mount::MountFlags::empty();
@@ -74,7 +75,7 @@ fn copies_of_conflicts_count_as_space() {
         let place = stage(scratch, "aside", &[1, 2, 3].map(|content| etc([("a", file(content, 0))])));
         fs::write(place.join("new/a"), vec![0; 3 << 20]).unwrap();
         let plan = plan_in(&place);
-        assert_eq!((plan.count(Class::Conflict), plan.bytes()), (1, 3 << 20));
+        assert_eq!((plan.count(Class::Conflict), plan.bytes(BlockSize::new(4096))), (1, 3 << 20));
         let small = place.join("small");
         fs::create_dir(&small).unwrap();
         rustix::mount::mount("small", &small, "tmpfs", NONE, Some(c"size=2m")).unwrap();

@@ -15,7 +15,7 @@ use ostree::glib::{Variant, VariantDict, VariantTy};
 use crate::image::{Failure, Kind};
 use crate::store::ObjectId;
 use crate::{ProgressSnapshot, PullProgress};
-use support::human_bytes;
+use support::{BlockSize, human_bytes};
 
 use super::state::Import;
 
@@ -38,13 +38,13 @@ fn varint(bytes: &[u8]) -> Option<(u64, &[u8])> {
     Some((value, &bytes[end + 1..]))
 }
 
-/// Returns the number of wanted objects that the entries name, and their size in bytes. Each object counts once.
-fn at_least(entries: &[Vec<u8>], wanted: impl Fn(&ObjectId) -> bool) -> (u64, u64) {
+/// Returns the number of wanted objects that the entries name, and the space that they need. Each object counts once.
+fn at_least(entries: &[Vec<u8>], unit: BlockSize, wanted: impl Fn(&ObjectId) -> bool) -> (u64, u64) {
     let mut seen = HashSet::new();
     let entries = entries.iter().filter_map(|bytes| entry(bytes));
     entries
         .filter(|(id, _)| wanted(id) && seen.insert(*id))
-        .fold((0, 0_u64), |(count, sum), (_, size)| (count + 1, sum.saturating_add(size)))
+        .fold((0, 0_u64), |(count, sum), (_, size)| (count + 1, sum.saturating_add(unit.allocated(size))))
 }
 
 /// Returns `ostree.sizes` of a commit object, or `None` if it has none.
@@ -57,7 +57,7 @@ fn sizes(commit: Vec<u8>) -> Option<Vec<Vec<u8>>> {
 /// Bytes that the wanted objects need in the store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Need {
-    /// Sum of the sizes that the commit lists.
+    /// Sum of the sizes that the commit lists, in whole units of the file system.
     Listed(u64),
     /// Estimate, because the commit does not list sizes.
     Estimated(u64),
@@ -79,15 +79,18 @@ const MIN_SAMPLE: u64 = 16 << 20;
 
 /// Estimates the bytes that the remaining layers add to the store. Extrapolates from the layers read so far, or, below
 /// [`MIN_SAMPLE`] bytes, from the share of the objects that is wanted. The objects of a plain image are unknown: all are
-/// assumed to be wanted.
-fn estimate(progress: &ProgressSnapshot, wanted: usize, target: usize) -> u64 {
+/// assumed to be wanted. Each known object also needs a part of a unit.
+fn estimate(progress: &ProgressSnapshot, unit: BlockSize, wanted: usize, target: usize) -> u64 {
     let due = u128::from(progress.bytes_total.saturating_sub(progress.bytes_fetched));
     let (written, read) = match progress.bytes_fetched {
         read if read >= MIN_SAMPLE => (u128::from(progress.bytes_written), u128::from(read)),
         _ if target == 0 => (u128::from(EXPANSION), 1),
         _ => (u128::from(EXPANSION) * wanted as u128, target as u128),
     };
-    u64::try_from(due * written / read).unwrap_or(u64::MAX)
+    let content = u64::try_from(due * written / read).unwrap_or(u64::MAX);
+    // Without a remaining layer, no object is stored.
+    let slack = if due == 0 { 0 } else { unit.slack().saturating_mul(wanted as u64) };
+    content.saturating_add(slack)
 }
 
 impl Import {
@@ -95,12 +98,13 @@ impl Import {
     pub(super) fn need(&self) -> (u64, Need) {
         let commit = self.base.commit_bytes(&mut |id, kind| self.read_metadata(id, kind));
         let (wanted, target) = self.open_and_total();
+        let unit = self.store.block_size();
         match commit.and_then(sizes) {
             Some(sizes) => {
-                let (count, bytes) = at_least(&sizes, |id| self.is_open(id));
+                let (count, bytes) = at_least(&sizes, unit, |id| self.is_open(id));
                 (count, Need::Listed(bytes))
             }
-            None => (wanted as u64, Need::Estimated(estimate(&self.progress.snapshot(), wanted, target))),
+            None => (wanted as u64, Need::Estimated(estimate(&self.progress.snapshot(), unit, wanted, target))),
         }
     }
 
@@ -177,8 +181,10 @@ mod tests {
         }
         assert_eq!(entry(&[1; 31]), None);
         let listed = [bytes(1, &[0, 7, 1]), bytes(2, &[0, 9, 1]), bytes(1, &[0, 7, 1]), bytes(3, &[0, 1, 4])];
-        assert_eq!(at_least(&listed, |_| true), (2, 16), "each object once");
-        assert_eq!(at_least(&listed, |wanted| *wanted == id(2)), (1, 9));
+        let page = |kib: u64| BlockSize::new(kib << 10);
+        assert_eq!(at_least(&listed, page(4), |_| true), (2, 8 << 10), "each object once");
+        assert_eq!(at_least(&listed, page(64), |_| true), (2, 128 << 10), "whole pages");
+        assert_eq!(at_least(&listed, page(4), |wanted| *wanted == id(2)), (1, 4 << 10));
         assert_eq!(sizes(b"not a commit".to_vec()), None);
     }
 
@@ -201,7 +207,11 @@ mod tests {
             (progress(u64::MAX, 0, 0), (1, 1), u64::MAX, "saturates"),
         ];
         for (progress, (wanted, target), bytes, what) in table {
-            assert_eq!(estimate(&progress, wanted, target), bytes, "{what}");
+            for page in [4 << 10, 64 << 10] {
+                let slack = if progress.bytes_total == progress.bytes_fetched { 0 } else { wanted as u64 * page / 2 };
+                let expected = bytes.saturating_add(slack);
+                assert_eq!(estimate(&progress, BlockSize::new(page), wanted, target), expected, "{what}, {page}");
+            }
         }
     }
 

@@ -15,7 +15,7 @@ use super::object::{ObjectId, ObjectSet, ObjectType, loose_path, read_metadata};
 use super::place::is_bare;
 use super::{BootedRepo, LayerJournal, LockError, ObjectWriter, StoreLock};
 use support::directory::Directory;
-use support::{if_found, ignore_missing};
+use support::{BlockSize, if_found, ignore_missing};
 
 /// File name of the list of defaults in `/etc`, in the agent's directory in the system's repo.
 const ETC_DEFAULTS: &str = "etc-defaults.json";
@@ -343,6 +343,11 @@ impl NodeStore {
     pub fn space(&self) -> io::Result<(u64, u64)> {
         let stat = rustix::fs::statvfs(&self.repo)?;
         Ok((stat.f_bavail * stat.f_frsize, stat.f_blocks * stat.f_frsize))
+    }
+
+    /// Returns the unit in which the store's file system allocates space; a memory page if it is unknown.
+    pub fn block_size(&self) -> BlockSize {
+        BlockSize::at(&self.repo).unwrap_or_else(|_| BlockSize::page())
     }
 
     fn record_path(&self) -> PathBuf {

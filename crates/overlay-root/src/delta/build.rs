@@ -20,7 +20,7 @@ use super::overlay_marks::{self, Marks};
 use crate::Base;
 use node_store::store::ObjectId;
 use support::failpoint::{self, Point};
-use support::xattr;
+use support::{BlockSize, xattr};
 
 use super::source::{DirMeta, PlainTree, RepoTree, xattrs_of};
 
@@ -72,20 +72,20 @@ pub fn compare<'a>(
 }
 
 impl Difference<'_> {
-    /// Returns the number of bytes that [`Difference::build`] will copy: the content that only the booted repo holds. All
-    /// other files are hard links.
+    /// Returns the space that the copies of [`Difference::build`] will need, in whole units of `unit`: the content that only
+    /// the booted repo holds. All other files are hard links.
     ///
     /// # Errors
     /// An object is in neither repo; the message names it.
-    pub fn bytes_to_copy(&self) -> Result<u64> {
+    pub fn bytes_to_copy(&self, unit: BlockSize) -> Result<u64> {
         let mut seen = HashSet::new();
-        let mut sum = 0;
+        let mut sum = 0_u64;
         for step in &self.steps {
             if let DeltaOp::File { object, .. } = step
                 && seen.insert(object)
                 && (self.object_path)(&hex::encode(object)).is_none()
             {
-                sum += self.target.size(object)?;
+                sum = sum.saturating_add(unit.allocated(self.target.size(object)?));
             }
         }
         Ok(sum)

@@ -15,6 +15,7 @@ use super::*;
 use crate::delta::{Booted, Delta, compare};
 use crate::testing::here;
 use crate::{Base, open_new_usr};
+use support::BlockSize;
 use support::testing::private;
 
 fn write(dir: &Path, meta: u8, entries: &Entries) {
@@ -263,6 +264,19 @@ fn marks_for_other_overlays_are_omitted() {
         let warnings = delta.warnings.join("\n");
         for words in ["2 files and directories", "example /usr/s/m", "1 whiteouts", "/usr/s/.ostree-wh.was"] {
             assert!(warnings.contains(words), "{words}: {warnings}");
+        }
+    });
+}
+
+#[test]
+fn copies_of_booted_files_need_whole_pages() {
+    private(|scratch| {
+        let file = |name: &str| Entries::from([(name.into(), Node::File(3))]);
+        let machine = machine(scratch, &file("old"), &file("new"));
+        let booted = Booted::Commit(machine.booted_commit);
+        let difference = compare(&machine.store, booted, machine.commit, &|_| None, &Keep::nothing()).unwrap();
+        for page in [4 << 10, 64 << 10] {
+            assert_eq!(difference.bytes_to_copy(BlockSize::new(page)).unwrap(), page);
         }
     });
 }
