@@ -10,7 +10,8 @@ use tracing::warn;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
-use super::drive::unix_now;
+use super::drive::{unix_now, uptime};
+use super::pauses::Pauses;
 use crate::agent::{Agent, Boot, StateDir};
 use crate::bus;
 use crate::host;
@@ -66,14 +67,18 @@ pub(super) async fn daemon(paths: StateDir) -> Result<Outcome> {
 /// Class, phase and outcome of a diagnosis.
 type Key = (String, Option<Phase>, Option<Outcome>);
 
-/// The diagnosis that login prompts show, `None` within for nothing, or `None` if that is unknown: an earlier daemon may
-/// have died. It changes only with its class, because each change shows the prompts again.
+/// The diagnosis that login prompts show. It changes only with its class, and ever more rarely between waits, because each
+/// change shows the prompts again.
 #[derive(Default)]
-struct Logins(Option<Option<Key>>);
+struct Logins {
+    /// `None` within for nothing, or `None` if it is unknown: an earlier daemon may have died.
+    shown: Option<Option<Key>>,
+    pauses: Pauses,
+}
 
 impl Logins {
     fn show(&mut self, status: &Status) {
-        if let Some(diagnosis) = self.next(status) {
+        if let Some(diagnosis) = self.next(status, uptime()) {
             Self::write(diagnosis.as_ref());
         }
     }
@@ -87,7 +92,7 @@ impl Logins {
 
     /// Returns true if the diagnosis is that of a pivot that waits.
     fn is_wait(&self) -> bool {
-        matches!(self.0, Some(Some((_, _, None))))
+        matches!(self.shown, Some(Some((_, _, None))))
     }
 
     fn write(diagnosis: Option<&Diagnosis>) {
@@ -98,15 +103,25 @@ impl Logins {
     }
 
     /// Returns the diagnosis to show, `None` within for nothing, or `None` if it is shown already.
-    fn next(&mut self, status: &Status) -> Option<Option<Diagnosis>> {
+    fn next(&mut self, status: &Status, uptime: u64) -> Option<Option<Diagnosis>> {
         let diagnosis = status.diagnose();
         // The cause of the last attempt stays while another one runs, and after a restart of the daemon.
-        let stays = status.state == State::Running || (status.state == State::Idle && self.0.is_none());
+        let stays = status.state == State::Running || (status.state == State::Idle && self.shown.is_none());
         if diagnosis.is_none() && status.error.is_some() && stays {
             return None;
         }
         let key = diagnosis.as_ref().map(|shown| (shown.class.clone(), shown.phase, shown.outcome));
-        (self.0.replace(key.clone()) != Some(key)).then_some(diagnosis)
+        if self.shown.as_ref() == Some(&key) {
+            return None;
+        }
+        if let Some((class, _, None)) = &key
+            && !self.pauses.failure_is_due(class, uptime)
+            && self.is_wait()
+        {
+            return None;
+        }
+        self.shown = Some(key);
+        Some(diagnosis)
     }
 }
 
@@ -137,16 +152,30 @@ mod tests {
             Status { state, phase: Some(Phase::Pull), error: Some(error), ..Status::default() }
         };
         let mut logins = Logins::default();
-        assert_eq!(logins.next(&Status::default()), Some(None), "an earlier daemon may have shown a failure");
-        assert_eq!(logins.next(&Status::default()), None, "nothing to show");
-        assert!(logins.next(&of(State::Waiting, "a", Some(1))).unwrap().is_some());
-        assert_eq!(logins.next(&of(State::Running, "a", Some(1))), None, "another attempt");
-        assert_eq!(logins.next(&of(State::Waiting, "b", Some(9))), None, "the same class");
-        assert!(logins.next(&of(State::Failed, "b", None)).unwrap().is_some());
+        assert_eq!(logins.next(&Status::default(), 0), Some(None), "an earlier daemon may have shown a failure");
+        assert_eq!(logins.next(&Status::default(), 0), None, "nothing to show");
+        assert!(logins.next(&of(State::Waiting, "a", Some(1)), 0).unwrap().is_some());
+        assert_eq!(logins.next(&of(State::Running, "a", Some(1)), 0), None, "another attempt");
+        assert_eq!(logins.next(&of(State::Waiting, "b", Some(9)), 0), None, "the same class");
+        assert!(logins.next(&of(State::Failed, "b", None), 0).unwrap().is_some());
         assert!(!logins.is_wait());
-        assert_eq!(logins.next(&Status { state: State::Running, ..Status::default() }), Some(None), "a success");
-        assert!(logins.next(&of(State::Waiting, "a", Some(1))).unwrap().is_some());
+        assert_eq!(logins.next(&Status { state: State::Running, ..Status::default() }, 0), Some(None), "a success");
+        assert!(logins.next(&of(State::Waiting, "a", Some(1)), 0).unwrap().is_some());
         assert!(logins.is_wait());
+    }
+
+    #[test]
+    fn login_prompts_change_rarely_if_two_causes_alternate() {
+        let mut logins = Logins::default();
+        let wait = |class: &str| {
+            let error = LastError { class: class.into(), next_retry_unix: Some(1), ..LastError::default() };
+            Status { state: State::Waiting, error: Some(error), ..Status::default() }
+        };
+        let class = |second| ["network", "truncated"][second as usize / 5 % 2];
+        let shown = (0..10_000).filter(|second| logins.next(&wait(class(*second)), *second).is_some()).count();
+        assert!(shown <= 22, "{shown} changes");
+        let failed = Status { state: State::Failed, ..wait("network") };
+        assert!(logins.next(&failed, 10_000).is_some(), "a failure that is not retried is shown at once");
     }
 
     #[test]
@@ -155,9 +184,9 @@ mod tests {
         let mut status = Status { error: Some(LastError::default()), ..Status::default() };
         for state in [State::Idle, State::Running] {
             status.state = state;
-            assert_eq!(logins.next(&status), None, "{state:?}");
+            assert_eq!(logins.next(&status, 0), None, "{state:?}");
         }
         status.error = None;
-        assert_eq!(logins.next(&status), Some(None));
+        assert_eq!(logins.next(&status, 0), Some(None));
     }
 }
