@@ -132,6 +132,9 @@ pub(super) async fn carry_out(
         record.flow = Some(flow);
         save(&record)?;
     }
+    // The jobs are the rest of the phase.
+    let from = tracker.status().percent.unwrap_or_default();
+    let total = record.acts.iter().map(|act| act.action.jobs().len()).sum();
     for index in 0..record.acts.len() {
         let action = record.acts[index].action.clone();
         let jobs = action.jobs();
@@ -143,6 +146,7 @@ pub(super) async fn carry_out(
                 trouble.push(format!("{error:#}"));
             }
             save(&record)?;
+            tracker.share(from, record.acts.iter().map(|act| act.done).sum(), total);
         }
     }
     if let Err(error) = check_dependents(manager, &record.acts, trouble).await {

@@ -19,7 +19,7 @@ pub(super) const POLL: Duration = Duration::from_millis(500);
 /// Time to wait for a daemon that disconnected; its unit restarts it.
 const RECONNECT: Duration = Duration::from_secs(60);
 
-/// Time that progress adds to a limit of the unit, so that a configured `TimeoutStartSec=` ends only a pull that stands still.
+/// Time that progress adds to a limit of the unit, so that a configured `TimeoutStartSec=` ends only a download that stands still.
 const PROGRESS: Duration = Duration::from_secs(120);
 
 /// A method of the daemon with its arguments.
@@ -250,10 +250,12 @@ impl Reporter {
         }
     }
 
-    /// Returns true if the phase or a counter of the pull has changed.
+    /// Returns true if the phase or a counter of the pull has changed, or if a phase runs that needs no network: its parts
+    /// have their own limits.
     fn advances(&mut self, status: &Status) -> bool {
         let seen = Some((status.phase, status.state, status.progress));
-        std::mem::replace(&mut self.seen, seen) != seen
+        let is_local = status.state == State::Running && !matches!(status.phase, Some(Phase::Resolve | Phase::Pull));
+        std::mem::replace(&mut self.seen, seen) != seen || is_local
     }
 
     /// Returns the line to print if phase, state, attempt or a tenth of the pull changed, and no pause prevents it.
@@ -353,6 +355,15 @@ mod tests {
         assert!(reporter.advances(&status));
         status.notes.push("a note".into());
         assert!(!reporter.advances(&status));
+        for (phase, state, expected) in [
+            (Phase::Stage, State::Running, true),
+            (Phase::Stage, State::Waiting, false),
+            (Phase::Resolve, State::Running, false),
+        ] {
+            (status.phase, status.state) = (Some(phase), state);
+            reporter.advances(&status);
+            assert_eq!(reporter.advances(&status), expected, "{phase:?}");
+        }
     }
 
     #[test]

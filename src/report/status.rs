@@ -172,6 +172,9 @@ pub struct Status {
     /// Counters of the pull.
     #[cfg_attr(test, schemars(with = "std::collections::BTreeMap<String, u64>"))]
     pub progress: ProgressSnapshot,
+    /// Share of the running phase that is done, in percent; absent if it is unknown, and for a pull, which has counters.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub percent: Option<u8>,
     /// The object that the running phase waits for, such as a lock and its holder.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub waiting_for: Option<String>,
@@ -218,6 +221,7 @@ impl Default for Status {
             target: None,
             flow: None,
             progress: ProgressSnapshot::default(),
+            percent: None,
             waiting_for: None,
             call: None,
             diagnosis: None,

@@ -69,7 +69,10 @@ fn state_text(status: &Status, now_unix: u64) -> String {
         (State::Running, _) if status.progress.layers_done > 0 && phase == "pull" => {
             format!("pull: {}", progress_line(&status.progress, 20))
         }
-        (State::Running, _) => format!("{phase} is running"),
+        (State::Running, _) => match status.percent {
+            Some(percent) => format!("{phase} is running: {percent}%"),
+            None => format!("{phase} is running"),
+        },
         (State::Idle, Some(error)) => {
             format!("no call runs; the last attempt failed ({}): {}", error.class, error.message)
         }
@@ -189,6 +192,14 @@ mod tests {
             state_line(&status, 100),
             "resolve: attempt 3 failed (network): connection refused; next attempt in 10 s"
         );
+    }
+
+    #[test]
+    fn a_phase_shows_its_share() {
+        let status =
+            Status { state: State::Running, phase: Some(Phase::Refresh), percent: Some(75), ..Status::default() };
+        assert_eq!(state_line(&status, 0), "refresh is running: 75%");
+        assert_eq!(state_line(&Status { percent: None, ..status }, 0), "refresh is running");
     }
 
     #[test]

@@ -238,7 +238,7 @@ impl Tracker {
         let now = unix_ms();
         self.update(|status| {
             status.state = State::Running;
-            status.phase = Some(phase);
+            (status.phase, status.percent) = (Some(phase), None);
             match status.timeline.iter_mut().find(|entry| entry.phase == phase) {
                 // The time since its end does not belong to the phase.
                 Some(entry) if entry.duration_ms.is_some() => {
@@ -251,13 +251,20 @@ impl Tracker {
         });
     }
 
+    /// Sets the share of the running phase that is done. `done` of `total` parts are a share of what `from` percent leave.
+    pub fn share(&self, from: u8, done: usize, total: usize) {
+        let rest = 100 - usize::from(from.min(100));
+        let percent = 100 - rest + (rest * done).checked_div(total).unwrap_or(rest);
+        self.update(|status| status.percent = u8::try_from(percent).ok());
+    }
+
     /// Ends a phase that succeeded and left the system in `state`.
     pub fn end(&self, phase: Phase, state: State) {
         self.end_span(phase);
         let now = unix_ms();
         self.update(|status| {
             status.state = state;
-            status.error = None;
+            (status.error, status.percent) = (None, None);
             if phase == Phase::Pull {
                 // Nothing is fetched any more.
                 status.progress = ProgressSnapshot { bytes_per_second: 0, ..self.progress.snapshot() };
@@ -274,7 +281,7 @@ impl Tracker {
         self.fail_span(&error);
         self.update(|status| {
             status.state = if error.next_retry_unix.is_some() { State::Waiting } else { State::Failed };
-            status.error = Some(error);
+            (status.error, status.percent) = (Some(error), None);
         });
     }
 

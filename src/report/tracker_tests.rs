@@ -66,6 +66,20 @@ fn a_phase_that_runs_again_gets_a_new_start_and_the_failure_stays() {
 }
 
 #[test]
+fn the_share_of_a_phase_ends_with_it() {
+    let tracker = Tracker::new(Status::default());
+    tracker.begin(Phase::Refresh);
+    for (from, done, total, percent) in
+        [(0, 1, 4, 25), (0, 3, 4, 75), (75, 0, 10, 75), (75, 5, 10, 87), (75, 0, 0, 100)]
+    {
+        tracker.share(from, done, total);
+        assert_eq!(tracker.status().percent, Some(percent), "{from} {done} {total}");
+    }
+    tracker.end(Phase::Refresh, State::Switched);
+    assert_eq!(tracker.status().percent, None);
+}
+
+#[test]
 fn a_restart_keeps_the_target_only() {
     let tracker = Tracker::new(Status { target: Some("multi-user.target".into()), ..Status::default() });
     tracker.begin(Phase::Pull);

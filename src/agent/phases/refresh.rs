@@ -28,7 +28,8 @@ pub(super) async fn refresh(
     let (trouble, units) = (Vec::new(), Vec::new());
     let plan = UnitPlan { tracker, dir, settings, staged: &staged, changed: &changed, flow };
     let mut steps = LiveSteps { plan, guard, trouble, units };
-    for step in LiveStep::ALL {
+    for (done, step) in LiveStep::ALL.into_iter().enumerate() {
+        tracker.share(0, done, LiveStep::ALL.len());
         record.begin(SwitchStep::Live(step), dir)?;
         tracker.timed(Subject::Step, SwitchStep::Live(step).describe(), steps.apply(step)).await?;
     }

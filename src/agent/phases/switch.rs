@@ -31,7 +31,8 @@ pub(super) async fn switch(
     reexec::guard(guard).await;
     let (commit, tree) = (staged.pulled.commit, staged.clone().into());
     let steps = FileSteps { dir: dir.clone(), tree };
-    for step in FileStep::ALL {
+    for (done, step) in FileStep::ALL.into_iter().enumerate() {
+        tracker.share(0, done, FileStep::ALL.len());
         record.begin(SwitchStep::File(step), dir)?;
         let steps = steps.clone();
         let apply = async {
