@@ -1,0 +1,52 @@
+#!/bin/bash
+# Builds for another architecture with Debian's cross compiler, and runs tests under QEMU's user emulation.
+#
+#   cross.sh ARCHITECTURE COMMAND...    architectures: aarch64 ppc64le s390x; command: cargo and its arguments
+#
+# PIVOT_CROSS   where the libraries of the architectures are (default target/cross)
+set -euo pipefail
+umask 022
+architecture=$1
+shift
+case $architecture in
+    aarch64) debian=arm64 rust=aarch64 gnu=aarch64 emulator=aarch64 ;;
+    ppc64le) debian=ppc64el rust=powerpc64le gnu=powerpc64le emulator=ppc64le ;;
+    s390x) debian=s390x rust=s390x gnu=s390x emulator=s390x ;;
+    *)
+        echo "unknown architecture \"$architecture\": expected aarch64, ppc64le or s390x" >&2
+        exit 1 ;;
+esac
+project=$(cd "$(dirname "$0")/.." && pwd)
+target=$rust-unknown-linux-gnu
+triple=$gnu-linux-gnu
+sysroot=${PIVOT_CROSS:-$project/target/cross}/$debian
+
+packages=(mmdebstrap qemu-user-static pkg-config "gcc-${triple/_/-}" "libc6-dev-$debian-cross")
+dpkg-query -W -f '${db:Status-Status}\n' "${packages[@]}" 2>/dev/null | grep -cx installed | grep -qx "${#packages[@]}" || {
+    apt-get update -q >&2
+    DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends "${packages[@]}" >&2
+}
+# Only a toolchain of rustup can be without the standard library of another architecture.
+if command -v rustup >/dev/null; then (cd "$project" && rustup --quiet target add "$target" >&2); fi
+
+# The libraries are unpacked, not configured: nothing of them runs, apart from what QEMU loads. The release without its
+# updates has all symbols that programs may need.
+if [ ! -d "$sysroot" ]; then
+    rm -rf --one-file-system "$sysroot.tmp"
+    mkdir -p "$(dirname "$sysroot")"
+    # shellcheck disable=SC2016 # expanded by mmdebstrap
+    mmdebstrap --quiet --mode=root --variant=extract --architectures="$debian" --format=directory \
+        --hook-dir=/usr/share/mmdebstrap/hooks/merged-usr \
+        --setup-hook='sed -i "/security\|updates/d" "$1/etc/apt/sources.list"' --include=libostree-dev,libc6-dev bookworm "$sysroot.tmp" >&2
+    mv "$sysroot.tmp" "$sysroot"
+fi
+
+variable=${target//-/_}
+export "CC_$variable=$triple-gcc" "AR_$variable=$triple-ar"
+export "CARGO_TARGET_${variable^^}_LINKER=$triple-gcc"
+export "CARGO_TARGET_${variable^^}_RUSTFLAGS=-Clink-arg=--sysroot=$sysroot"
+export "CARGO_TARGET_${variable^^}_RUNNER=qemu-$emulator-static -L $sysroot"
+export CARGO_BUILD_TARGET=$target PKG_CONFIG_ALLOW_CROSS=1 PKG_CONFIG_SYSROOT_DIR=$sysroot
+export PKG_CONFIG_LIBDIR=$sysroot/usr/lib/$triple/pkgconfig:$sysroot/usr/share/pkgconfig
+cd "$project"
+exec "$@"
