@@ -35,14 +35,12 @@ struct List {
 }
 
 impl Replaced {
-    /// Reads the file at `path`, if it exists. A line that a kill cut short is ignored: its object was not removed yet.
+    /// Reads the file at `path`, if it exists. A line that a kill cut short, or that is damaged, is ignored: a pull fetches
+    /// the layer of its object again.
     pub(super) fn open(path: PathBuf) -> io::Result<Self> {
-        let text = match std::fs::read_to_string(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
-            other => other?,
-        };
+        let text = support::if_found(std::fs::read(&path))?.unwrap_or_default();
         let mut labels = HashSet::new();
-        let known = text.lines().filter_map(|line| parse(line, &mut labels)).collect();
+        let known = String::from_utf8_lossy(&text).lines().filter_map(|line| parse(line, &mut labels)).collect();
         Ok(Self { path, list: Mutex::new(List { known, file: None }) })
     }
 
@@ -80,6 +78,8 @@ fn parse(line: &str, labels: &mut HashSet<Arc<[u8]>>) -> Option<(ObjectId, Repla
         "-" => None,
         label => {
             let label: Arc<[u8]> = hex::decode(label).ok()?.into();
+            // The value of the attribute ends with a zero byte.
+            label.ends_with(&[0]).then_some(())?;
             // Equal labels share memory.
             let known = labels.get(&label).cloned();
             labels.insert(label.clone());
@@ -104,6 +104,8 @@ mod tests {
         first.add(id(1), labelled(2, Some(b"a:b\0"))).unwrap();
         first.add(id(3), labelled(4, None)).unwrap();
         let mut cut = OpenOptions::new().append(true).open(&path).unwrap();
+        cut.write_all(format!("{} {} {}\n", id(5), id(6), hex::encode("a:")).as_bytes()).unwrap();
+        cut.write_all(b"\xff\xfe\n").unwrap();
         cut.write_all(format!("{} {}", id(5), id(6)).as_bytes()).unwrap();
         let again = Replaced::open(path.clone()).unwrap();
         again.add(id(7), labelled(8, None)).unwrap();
