@@ -383,7 +383,7 @@ async fn a_layer_with_the_policy_is_read_again_if_objects_are_gone() {
         for id in store.content_objects().unwrap() {
             let content = fs::read(store.object_path(&id, ObjectType::File)).ok();
             if gone.is_none() || content == gone {
-                store.remove_content(&id).unwrap();
+                store.remove_content(&id, &store.writer().unwrap()).unwrap();
             }
         }
         store.remove_ref().unwrap();

@@ -222,7 +222,7 @@ impl Import {
     pub(super) fn replace(&self, id: &ObjectId, replacement: Replacement) -> io::Result<()> {
         self.replaced.add(*id, replacement)?;
         self.derived.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
-        self.store.remove_content(id)
+        self.store.remove_content(id, &self.writer)
     }
 
     /// Records that a content object of a plain layer was written.
@@ -246,7 +246,7 @@ impl Import {
         let Some(wants) = wants.as_ref() else { return Ok(()) };
         for id in self.derived.lock().unwrap_or_else(PoisonError::into_inner).iter() {
             if !wants.target.content.contains_key(id) && !wants.base.contains(id) && !keep(id) {
-                self.store.remove_content(id)?;
+                self.store.remove_content(id, &self.writer)?;
             }
         }
         Ok(())

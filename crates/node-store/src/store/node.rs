@@ -6,6 +6,7 @@ use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, ensure};
 
@@ -271,10 +272,15 @@ impl NodeStore {
         Ok(lock)
     }
 
-    /// Removes a content object that was written since the last [`NodeStore::publish`], if it exists. Published objects
-    /// of a disk store are never removed, because other commits may contain them.
-    pub fn remove_content(&self, id: &ObjectId) -> io::Result<()> {
-        ignore_missing(fs::remove_file(self.incoming().join(loose_path(id, ObjectType::File))))
+    /// Removes a content object that was written since the last [`NodeStore::publish`], if it exists, and returns it to
+    /// the limit of `writer`. Published objects of a disk store are never removed, because other commits may contain them.
+    pub fn remove_content(&self, id: &ObjectId, writer: &ObjectWriter) -> io::Result<()> {
+        let path = self.incoming().join(loose_path(id, ObjectType::File));
+        if let Some(meta) = if_found(path.symlink_metadata())? {
+            ignore_missing(fs::remove_file(path))?;
+            writer.removed(&meta);
+        }
+        Ok(())
     }
 
     /// Returns true if no commit can have the content object: in a disk store because it is pending, in a RAM store because
@@ -361,6 +367,9 @@ fn existing(path: PathBuf) -> Option<PathBuf> {
 
 /// Replaces a file atomically: a reader gets the old or the new content.
 fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
+    // An image may have the same layer twice, and both reads write the list of its content.
+    static WRITER: Mutex<()> = Mutex::new(());
+    let _writer = WRITER.lock().unwrap_or_else(PoisonError::into_inner);
     let temp = path.with_extension("new");
     fs::write(&temp, content)?;
     fs::rename(&temp, path)

@@ -7,7 +7,7 @@
 //!
 //! This module syncs nothing: in a disk store, pending objects are synced together (see `disk`).
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{self, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -101,6 +101,14 @@ impl ObjectWriter {
         let less = |remaining: u64| remaining.checked_sub(bytes);
         let reserved = self.remaining.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
         reserved.map(|_| bytes).map_err(|_| io::ErrorKind::StorageFull.into())
+    }
+
+    /// Returns the space of a removed content object to the limit.
+    pub(super) fn removed(&self, object: &Metadata) {
+        if object.is_file() {
+            let more = |remaining: u64| Some(remaining.saturating_add(object.len() + BLOCK as u64));
+            let _ = self.remaining.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
+        }
     }
 
     /// Returns one line for each kind of metadata that the file system does not support.

@@ -60,3 +60,16 @@ fn only_the_disk_store_keeps_the_list_of_defaults() {
     disk.write_etc_defaults(None).unwrap();
     assert_eq!(disk.read_etc_defaults().unwrap(), None);
 }
+
+#[test]
+fn two_equal_layers_write_one_list() {
+    let temp = tempfile::tempdir().unwrap();
+    let store = NodeStore::on_tmpfs(temp.path(), None).unwrap();
+    std::thread::scope(|scope| {
+        let writers: Vec<_> = (0..4)
+            .map(|_| scope.spawn(|| (0..200).try_for_each(|_| store.write_layer_list("layer", b"same content"))))
+            .collect();
+        writers.into_iter().for_each(|writer| writer.join().unwrap().unwrap());
+    });
+    assert_eq!(store.read_layer_list("layer").unwrap().unwrap(), b"same content");
+}

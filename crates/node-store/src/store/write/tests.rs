@@ -145,6 +145,14 @@ fn files_without_a_name_do_not_use_the_limit() {
     let error = writer.metadata(&id_of(&meta(None), b""), ObjectType::CommitMeta, b"x").unwrap_err();
     let WriteError::Io { source, .. } = error else { panic!("{error}") };
     assert_eq!(source.kind(), io::ErrorKind::StorageFull, "two objects with names use the limit");
+    for _ in 0..2 {
+        store.remove_content(&id, &writer).unwrap();
+        let file = stream(&content(3)).unwrap();
+        stream(&content(4)).unwrap_err();
+        assert!(file.finish(|_| true).unwrap().1, "the space of a removed object is free again");
+        store.remove_content(&id_of(&meta(None), &content(3)), &writer).unwrap();
+        assert!(stream(&content(1)).unwrap().finish(|_| true).unwrap().1);
+    }
 }
 
 /// As on a tmpfs before Linux 6.6.
