@@ -1,11 +1,11 @@
 //! Checks of the kernel, the mounts, `/etc`, the commit and the new tree. They change nothing.
 
 use std::io::Read;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, StatVfsMountFlags, StatxAttributes, StatxFlags};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, StatVfsMountFlags, StatxAttributes, StatxFlags};
 use rustix::io::Errno;
 
 use super::base::{self, BaseChoice, Image};
@@ -96,6 +96,31 @@ pub fn check_content(usr: BorrowedFd<'_>, here: Machine) -> Vec<Refusal> {
         refusals.push(Refusal::Architecture { image, here });
     }
     refusals
+}
+
+/// Refuses a node image whose directory `/usr/local` would hide files of the machine, where `/usr/local` is a link to `/var`.
+/// Both arguments are `/usr` directories.
+pub fn check_local(booted: BorrowedFd<'_>, usr: BorrowedFd<'_>) -> Option<Refusal> {
+    const LOCAL: &str = "local";
+    let link = rustix::fs::readlinkat(booted, LOCAL, Vec::new()).ok()?;
+    let new = rustix::fs::statat(usr, LOCAL, AtFlags::SYMLINK_NOFOLLOW).ok()?;
+    if !FileType::from_raw_mode(new.st_mode).is_dir() {
+        return None;
+    }
+    let local = Path::new("/proc/self/fd").join(booted.as_raw_fd().to_string()).join(LOCAL);
+    let file = first_file(&local)?;
+    let file = Path::new("/usr/local").join(file.strip_prefix(&local).ok()?);
+    Some(Refusal::LocalHidden { link: link.to_string_lossy().into_owned(), file: file.display().to_string() })
+}
+
+/// Returns the first entry below a directory that is not a directory, by name. An unreadable directory has none.
+fn first_file(directory: &Path) -> Option<PathBuf> {
+    let mut entries: Vec<_> = std::fs::read_dir(directory).ok()?.flatten().collect();
+    entries.sort_by_key(std::fs::DirEntry::file_name);
+    entries.iter().find_map(|entry| match entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+        true => first_file(&entry.path()),
+        false => Some(entry.path()),
+    })
 }
 
 /// Compares the systems that the booted and the new tree's os-release name. Another distribution or major release is a

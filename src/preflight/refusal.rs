@@ -47,6 +47,17 @@ pub enum Refusal {
     /// The booted kernel's modules are on a mount that the switch would hide.
     #[error("the new /usr would hide the modules of the running kernel: {0} is a mount point; unmount it")]
     ModulesMounted(String),
+    /// The node image has a directory in the place of the link `/usr/local`, and files of the machine are behind the link.
+    #[error(
+        "/usr/local is a link to {link} here and a directory in the node image: the switch would hide {file} of this \
+         machine; use a node image with the link, or move such files and correct the paths of the units that use them"
+    )]
+    LocalHidden {
+        /// Target of the link.
+        link: String,
+        /// One of the files.
+        file: String,
+    },
     /// The node image lacks a required file or directory.
     #[error("the node image lacks /usr/{path}, which every bootable system has; use another node image")]
     Missing {
@@ -129,6 +140,7 @@ impl Refusal {
             Self::NotStackable(_) => RefusalId::NotStackable,
             Self::Unlocked { .. } => RefusalId::Unlocked,
             Self::ModulesMounted(_) => RefusalId::ModulesMounted,
+            Self::LocalHidden { .. } => RefusalId::LocalHidden,
             Self::Missing { .. } => RefusalId::Missing,
             Self::OsRelease => RefusalId::OsRelease,
             Self::OsMismatch { .. } => RefusalId::OsMismatch,

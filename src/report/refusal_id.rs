@@ -44,6 +44,9 @@ pub enum RefusalId {
     /// A kernel argument for a deployment is empty, has white space or control characters, or is `ostree=`. Correct `--karg`,
     /// and repeat it for several arguments.
     KernelArgument,
+    /// `/usr/local` is a link on the machine and a directory in the node image, so that the switch would hide files of the
+    /// machine. Use a node image with the link, or move the files.
+    LocalHidden,
     /// The record of a switch is lost or damaged, and the system is switched. Run `node-image-pivot undo`, or reboot.
     LostRecord,
     /// The metadata of the node image's commit exclude this machine, or any boot. Use another node image.

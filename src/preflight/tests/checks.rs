@@ -1,5 +1,7 @@
 //! Tests of each refusal: its cause, and the remedy in its message.
 
+#![allow(clippy::unwrap_used)]
+
 use super::*;
 
 fn mounts(lines: &str) -> Vec<Mount> {
@@ -21,6 +23,42 @@ fn a_mount_over_the_modules_is_refused() {
             check_modules(&mounts(&format!("70 22 8:1 / {target} ro - ext4 /dev/sda ro\n")), Path::new("/usr"));
         assert_eq!(refusal.is_some(), refused, "{target}");
         assert!(refusal.is_none_or(|refusal| refusal.to_string().contains(&format!("{target} is a mount point"))));
+    }
+}
+
+#[test]
+fn a_directory_that_hides_files_of_the_machine_in_usr_local_is_refused() {
+    use std::os::unix::fs::symlink;
+    let link = |usr: &Path| symlink("../var/usrlocal", usr.join("local")).unwrap();
+    let directory = |usr: &Path| std::fs::create_dir_all(usr.join("local/bin")).unwrap();
+    type Make<'a> = &'a dyn Fn(&Path);
+    let rows: [(&str, Make<'_>, Make<'_>, Option<&str>, bool); 6] = [
+        ("a file is hidden", &link, &directory, Some("bin/bootkube.sh"), true),
+        ("directories only", &link, &directory, None, false),
+        ("both are links", &link, &link, Some("bin/bootkube.sh"), false),
+        ("the machine has a directory", &directory, &link, Some("bin/bootkube.sh"), false),
+        ("both are directories", &directory, &directory, Some("bin/bootkube.sh"), false),
+        ("the image has none", &link, &|_| {}, Some("bin/bootkube.sh"), false),
+    ];
+    for (name, booted, new, file, refused) in rows {
+        let temp = tempfile::tempdir().unwrap();
+        let [booted_usr, new_usr, var] = ["usr", "new", "var/usrlocal"].map(|path| temp.path().join(path));
+        for directory in [&booted_usr, &new_usr, &var.join("bin")] {
+            std::fs::create_dir_all(directory).unwrap();
+        }
+        if let Some(file) = file {
+            std::fs::write(var.join(file), "").unwrap();
+        }
+        booted(&booted_usr);
+        new(&new_usr);
+        let open = |path: &Path| std::fs::File::open(path).unwrap();
+        let refusal = check_local(open(&booted_usr).as_fd(), open(&new_usr).as_fd());
+        assert_eq!(refusal.is_some(), refused, "{name}");
+        if let Some(refusal) = refusal {
+            let text = refusal.to_string();
+            assert!(text.starts_with("/usr/local is a link to ../var/usrlocal here"), "{text}");
+            assert!(text.contains("would hide /usr/local/bin/bootkube.sh of this machine"), "{text}");
+        }
     }
 }
 
