@@ -10,8 +10,29 @@ use node_store::store::NodeStore;
 use super::derived::complete;
 use super::failing::FaultyImage;
 use super::faults::Fault;
-use super::fixture::{listing, run};
+use super::fixture::{encapsulate, listing, run};
+use super::image_refs::Counted;
+use super::tree::{chunker, tree};
 use super::{fsck, try_pull_with};
+
+/// The content of a layer that was read is known.
+#[tokio::test(flavor = "multi_thread")]
+async fn layers_without_missing_objects_are_not_read_again() {
+    let counted = Counted::new();
+    let bench = &counted.bench;
+    let path = bench.path("mixed");
+    tree(&path, 1);
+    let mixed = |path: &str| if path.ends_with("vmlinuz") { Some("bash") } else { chunker(path) };
+    let commit = bench.repo.commit(&path, "mixed");
+    let spec = counted.push(&encapsulate(&bench.repo, &commit, &mixed, 1), "mixed:1");
+    let store = bench.store("store", None);
+    assert!(!try_pull_with(&spec, &store, None, PullOptions::default()).await.unwrap().complete);
+    let first = counted.served();
+    assert!(try_pull_with(&spec, &store, None, complete()).await.unwrap().complete);
+    let second = counted.served();
+    assert_eq!((first.len(), second.len()), (4, 3), "the modules, the layer with the kernel, the first one");
+    fsck(store.repo_path());
+}
 
 /// A tmpfs, unmounted when dropped.
 struct Tmpfs(String);

@@ -32,6 +32,18 @@ fn list_name(layer: &Layer) -> String {
     format!("content-{}", layer.digest().replace(':', "-"))
 }
 
+/// Returns the content objects of a chunk that was read to its end.
+fn content(import: &Import, layer: &Layer) -> io::Result<Option<BTreeSet<ObjectId>>> {
+    let list = import.store.read_layer_list(&list_name(layer))?.filter(|list| list.len() % 32 == 0);
+    Ok(list.map(|list| list.chunks(32).filter_map(ObjectId::from_bytes).collect()))
+}
+
+/// Returns true if it is known that no object of the chunk is wanted.
+pub(super) fn has_nothing_wanted(import: &Import, layer: &Layer) -> bool {
+    let content = content(import, layer).ok().flatten();
+    content.is_some_and(|content| !content.iter().any(|id| import.wants_content(id)))
+}
+
 /// Stores the commits of a complete image and of its layers, and returns their refs. `commit` is the image's commit, or
 /// the encapsulated commit of an image without plain layers. `plain` has the commits of plain layers by digest.
 pub(super) fn image_refs(
@@ -109,9 +121,7 @@ fn held_commit(import: &Import, digest: &str) -> Option<ObjectId> {
 
 /// Stores the commit of a chunk whose content is known.
 fn chunk_commit(import: &Import, layer: &Layer) -> Result<Option<ObjectId>, Failure> {
-    let list = import.store.read_layer_list(&list_name(layer)).map_err(|error| import.local(error))?;
-    let Some(list) = list.filter(|list| list.len() % 32 == 0) else { return Ok(None) };
-    let content: BTreeSet<ObjectId> = list.chunks(32).filter_map(ObjectId::from_bytes).collect();
+    let Some(content) = content(import, layer).map_err(|error| import.local(error))? else { return Ok(None) };
     // An image may have content in a layer that is not part of its commit. It was not stored.
     let names: Vec<(String, ObjectId)> =
         content.into_iter().filter(|id| import.base_has(id)).map(|id| (id.to_string(), id)).collect();

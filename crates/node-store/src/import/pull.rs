@@ -16,7 +16,7 @@ use crate::store::{BootedRepo, LockError, NodeStore, ObjectId, ObjectType, Scope
 use super::base::Base;
 use super::encapsulated::Purpose;
 use super::fetch::{cancelled, fetch_encapsulated};
-use super::image_refs::{ImageRefs, has_image_refs, image_refs};
+use super::image_refs::{ImageRefs, has_image_refs, has_nothing_wanted, image_refs};
 use super::plain::{Derived, remove_left_policies};
 use super::plain_layers::PlainLayers;
 use super::run::{Read, Run, all_of, blocking, local};
@@ -167,12 +167,12 @@ impl Run<'_> {
         // still wanted then.
         let earlier = |layer: &Layer| {
             let digest = layer.digest();
-            if self.journal.has(&digest, self.scope) || self.import.booted_has_layer(layer) {
-                Earlier::Read
-            } else if self.journal.has_most(&digest, self.scope) {
-                Earlier::WithoutModules
-            } else {
-                Earlier::Unread
+            let has_all = self.journal.has(&digest, self.scope) || self.import.booted_has_layer(layer);
+            match self.journal.has_most(&digest, self.scope) {
+                _ if has_all => Earlier::Read,
+                true if has_nothing_wanted(self.import, layer) => Earlier::Read,
+                true => Earlier::WithoutModules,
+                false => Earlier::Unread,
             }
         };
         let first = layout.encapsulated.as_ref().map(|base| &base.commit_layer).filter(|_| !known);
