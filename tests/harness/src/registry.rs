@@ -71,6 +71,14 @@ impl Registry {
         fs::read_to_string(self.work.join("log")).unwrap_or_default()
     }
 
+    /// Returns the bytes that it served of a blob since it was last started.
+    pub fn served(&self, digest: &str) -> u64 {
+        let get = format!("/blobs/{digest} HTTP/1.1\" 200 ");
+        let log = self.log();
+        let sizes = log.lines().filter(|line| line.contains("\"GET ")).filter_map(|line| line.split_once(&get));
+        sizes.filter_map(|(_, rest)| rest.split(' ').next()?.parse::<u64>().ok()).sum()
+    }
+
     fn answers(&self) -> bool {
         let mut curl = self.in_namespace(Command::new, "curl");
         curl.args(["-fsS", "--max-time", "2", "-o", "/dev/null"]);

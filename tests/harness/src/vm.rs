@@ -31,6 +31,8 @@ pub struct Setup<'a> {
     /// An installed system's disk, which the machine writes to, with a deployment that `kargs` name. Without
     /// one, the bootimage's live medium.
     pub disk: Option<&'a Path>,
+    /// Another disk, `/dev/disk/by-id/virtio-spare`.
+    pub spare: Option<&'a Path>,
     /// More kernel arguments.
     pub kargs: &'a [&'a str],
     /// Memory.
@@ -112,6 +114,10 @@ impl Vm {
         };
         qemu.args(["-drive", &format!("file={},format=raw,if=none,id=root,{options}", disk.display())]);
         qemu.args(["-device", "virtio-blk-pci,drive=root,serial=root", "-device", "virtio-rng-pci"]);
+        if let Some(spare) = setup.spare {
+            qemu.args(["-drive", &format!("file={},format=raw,if=none,id=spare,cache=unsafe", spare.display())]);
+            qemu.args(["-device", "virtio-blk-pci,drive=spare,serial=spare"]);
+        }
         qemu.args([
             "-netdev",
             &format!("user,id=n,hostfwd=tcp:127.0.0.1:{port}-:22"),
@@ -184,6 +190,14 @@ impl Vm {
             .output()?;
         Ok(Answer::of(&output))
     }
+}
+
+/// Runs a shell script in the root of the disk of a machine that is off.
+pub fn on_disk(disk: &Path, script: &str) -> Result<String> {
+    let mut shell = Command::new("unshare");
+    shell.args(["--mount", "--propagation", "private", "bash", "-euc"]);
+    shell.arg(format!("mount -o loop \"$0\" /mnt; cd /mnt; {{ {script}; }} 2>&1; cd /; umount /mnt")).arg(disk);
+    Ok(String::from_utf8(succeed(&mut shell)?.stdout)?.trim_end().to_owned())
 }
 
 /// Ends the emulator when its time is over, also when a test hangs in something else.

@@ -15,7 +15,7 @@ use testbed::registry::Registry;
 use testbed::scenario::{Before, Expected, node_files, wait_pivoted};
 use testbed::scenarios;
 use testbed::suite::{Scenario, Suite};
-use testbed::vm::{self, Vm};
+use testbed::vm::{self, Vm, on_disk};
 
 const BOOT: Duration = Duration::from_secs(300);
 const PIVOT: Duration = Duration::from_secs(600);
@@ -65,6 +65,7 @@ impl<'a> Machine<'a> {
             name: "vm-disk",
             boot: &self.installed,
             disk: Some(&self.disk),
+            spare: None,
             kargs: &[self.kargs.trim()],
             memory_mib: 2048,
             cpu: vm::CPU,
@@ -84,14 +85,6 @@ impl<'a> Machine<'a> {
             guest.power_cut();
         }
     }
-}
-
-/// Runs a shell script in the root of the disk of a machine that is off.
-fn on_disk(disk: &Path, script: &str) -> Result<String> {
-    let mut shell = Command::new("unshare");
-    shell.args(["--mount", "--propagation", "private", "bash", "-euc"]);
-    shell.arg(format!("mount -o loop \"$0\" /mnt; cd /mnt; {{ {script}; }} 2>&1; cd /; umount /mnt")).arg(disk);
-    Ok(String::from_utf8(succeed(&mut shell)?.stdout)?.trim_end().to_owned())
 }
 
 /// Checks all objects that a ref reaches.

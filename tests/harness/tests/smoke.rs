@@ -96,6 +96,7 @@ fn a_virtual_machine_boots() -> Result<()> {
         name: "smoke-vm",
         boot: &images.boot,
         disk: None,
+        spare: None,
         kargs: &["node-image-pivot=off"],
         memory_mib: 3072,
         cpu: vm::CPU,

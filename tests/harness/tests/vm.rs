@@ -7,8 +7,8 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Result, bail};
-use testbed::check::{contains, same};
+use anyhow::{Context, Result, bail};
+use testbed::check::{contains, nothing_failed, same};
 use testbed::guest::Guest;
 use testbed::images::{Images, work_dir};
 use testbed::proc::{succeed, wait_for};
@@ -16,7 +16,7 @@ use testbed::registry::Registry;
 use testbed::scenario::{Before, Expected, left_alone, node_files, pivoted, wait_pivoted, waits_and_says_why};
 use testbed::scenarios;
 use testbed::suite::Suite;
-use testbed::vm::{self, Vm};
+use testbed::vm::{self, Vm, on_disk};
 
 const BOOT: Duration = Duration::from_secs(300);
 const PIVOT: Duration = Duration::from_secs(600);
@@ -31,7 +31,7 @@ struct Bed<'a> {
 
 fn setup<'a>(name: &'a str, images: &'a Images) -> vm::Setup<'a> {
     let limit = Duration::from_secs(1500);
-    vm::Setup { name, boot: &images.boot, disk: None, kargs: &[], memory_mib: 3072, cpu: vm::CPU, limit }
+    vm::Setup { name, boot: &images.boot, disk: None, spare: None, kargs: &[], memory_mib: 3072, cpu: vm::CPU, limit }
 }
 
 fn base_tool_of_a_login(guest: &Vm) -> Result<String> {
@@ -46,7 +46,9 @@ fn the_next_release_is_pulled_once_the_registry_is_back() -> Result<()> {
     let mut suite = Suite::new("machine: Debian 12 becomes node image a (Debian 13), the registry comes late");
     let mut registry = Registry::start(&images.storage, &work_dir("vm-a-registry")?, None, None)?;
     registry.stop();
-    let guest = Vm::start(images, &setup("vm-a", images), |files| {
+    let disk = work_dir("vm-a-disk")?.join("disk.img");
+    succeed(Command::new("mkfs.ext4").args(["-q", "-L", "root"]).arg(&disk).arg("4G"))?;
+    let guest = Vm::start(images, &vm::Setup { spare: Some(&disk), ..setup("vm-a", images) }, |files| {
         node_files(files, &expected.image.by_digest(), vm::HOST, registry.port)
     })?;
     let mut bed = Bed { guest, registry, expected, before: None };
@@ -65,7 +67,98 @@ fn the_next_release_is_pulled_once_the_registry_is_back() -> Result<()> {
     );
     pivoted(&mut suite, "the_machine_becomes_its_node_image", &bed.guest, bed.before.as_ref(), &bed.expected);
     suite.run_after("the_machine_becomes_its_node_image", &mut bed, &scenarios![the_console_takes_a_login_afterwards]);
+    let mut target = Target { images, live: Some(bed), disk, installed: None };
+    suite.run_after(
+        "the_machine_becomes_its_node_image",
+        &mut target,
+        &scenarios![
+            the_live_system_deploys_its_node_image_to_a_disk,
+            only_layers_with_kernel_files_were_fetched_twice after the_live_system_deploys_its_node_image_to_a_disk,
+            the_disk_boots_right_after_a_power_cut after the_live_system_deploys_its_node_image_to_a_disk,
+            the_booted_deployment_is_the_node_image after the_disk_boots_right_after_a_power_cut,
+            nothing_has_failed_on_the_disk after the_disk_boots_right_after_a_power_cut,
+        ],
+    );
     suite.finish()
+}
+
+/// A live machine with a disk, which boots this disk later.
+struct Target<'a> {
+    images: &'a Images,
+    live: Option<Bed<'a>>,
+    disk: PathBuf,
+    installed: Option<Vm>,
+}
+
+impl<'a> Target<'a> {
+    fn live(&self) -> Result<&Bed<'a>> {
+        self.live.as_ref().context("the live machine is off")
+    }
+
+    fn installed(&self) -> Result<&Vm> {
+        self.installed.as_ref().context("the disk was not booted")
+    }
+}
+
+fn the_live_system_deploys_its_node_image_to_a_disk(target: &mut Target<'_>) -> Result<()> {
+    let guest = &target.live()?.guest;
+    guest.ask(
+        "mkdir /run/disk && mount /dev/disk/by-id/virtio-spare /run/disk
+         ostree admin init-fs --modern /run/disk && ostree admin os-init --sysroot /run/disk testbed
+         ostree config --repo=/run/disk/ostree/repo set sysroot.bootloader none",
+    )?;
+    let done = guest.ask("node-image-pivot deploy --sysroot /run/disk --stateroot testbed --karg node.deployed")?;
+    println!("       {done}");
+    contains(&done, "in the stateroot testbed boots commit")
+}
+
+/// The pivot leaves kernel modules out. Layers that have both modules and other files are read for each.
+fn only_layers_with_kernel_files_were_fetched_twice(target: &mut Target<'_>) -> Result<()> {
+    let Bed { registry, expected, .. } = target.live()?;
+    let hex = expected.image.digest.trim_start_matches("sha256:");
+    let manifest = format!("docker/registry/v2/blobs/sha256/{}/{hex}/data", &hex[..2]);
+    let manifest: serde_json::Value = serde_json::from_slice(&fs::read(target.images.storage.join(manifest))?)?;
+    let layers = manifest["layers"].as_array().context("a manifest without layers")?;
+    let size: u64 = layers.iter().filter_map(|layer| layer["size"].as_u64()).sum();
+    let served: u64 = layers.iter().filter_map(|layer| Some(registry.served(layer["digest"].as_str()?))).sum();
+    println!("       {served} of {size} bytes were served");
+    if served < size || served * 10 > size * 13 {
+        bail!("{served} bytes were served of an image of {size}");
+    }
+    Ok(())
+}
+
+/// A successful deployment is durable. The disk's own kernel and initramfs boot it.
+fn the_disk_boots_right_after_a_power_cut(target: &mut Target<'_>) -> Result<()> {
+    let mut live = target.live.take().context("the live machine is off")?;
+    live.registry.stop();
+    live.guest.power_cut();
+    let boot = work_dir("vm-a-installed-boot")?;
+    let script = format!(
+        "cp boot/ostree/*/vmlinuz-* {0}/vmlinuz; cp boot/ostree/*/initramfs-* {0}/initramfs.img
+         sed -n 's/^options //p' boot/loader/entries/*.conf",
+        boot.display()
+    );
+    let options = on_disk(&target.disk, &script)?;
+    let setup = vm::Setup {
+        boot: &boot,
+        disk: Some(&target.disk),
+        kargs: &[&options],
+        ..setup("vm-a-installed", target.images)
+    };
+    target.installed.insert(Vm::start(target.images, &setup, |_| Ok(()))?).wait_ssh(BOOT)
+}
+
+fn the_booted_deployment_is_the_node_image(target: &mut Target<'_>) -> Result<()> {
+    let guest = target.installed()?;
+    contains(&guest.ask("cat /usr/lib/os-release")?, "Debian GNU/Linux 13")?;
+    contains(&guest.ask("cat /proc/cmdline")?, " node.deployed")?;
+    contains(&guest.ask("ostree admin status")?, "* testbed ")?;
+    guest.ask("oc version --client && test -e /usr/lib/modules/$(uname -r) && ! findmnt -n -t overlay /usr").map(drop)
+}
+
+fn nothing_has_failed_on_the_disk(target: &mut Target<'_>) -> Result<()> {
+    nothing_failed(target.installed()?)
 }
 
 fn ssh_answers(bed: &mut Bed<'_>) -> Result<()> {

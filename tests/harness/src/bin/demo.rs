@@ -27,6 +27,7 @@ fn main() -> Result<()> {
         name: "demo",
         boot: &images.boot,
         disk: None,
+        spare: None,
         kargs: &[],
         memory_mib: 3072,
         cpu: testbed::vm::CPU,

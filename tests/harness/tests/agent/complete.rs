@@ -33,7 +33,11 @@ fn the_rest_of_the_image_can_be_fetched_after_the_pivot() -> Result<()> {
             the_store_passes_fsck after pull_complete_fetches_the_rest,
             modules_and_kernel_of_the_node_image_are_stored after pull_complete_fetches_the_rest,
             pull_complete_changes_no_service_mount_or_file_in_etc,
+            pull_complete_sets_refs_again_that_another_program_removed after pull_complete_fetches_the_rest,
             pull_complete_does_not_ask_the_registry_again after pull_complete_fetches_the_rest,
+            deploy_writes_the_image_to_a_disk_without_the_registry after pull_complete_does_not_ask_the_registry_again,
+            a_repeated_deploy_has_nothing_to_do after deploy_writes_the_image_to_a_disk_without_the_registry,
+            deploy_refuses_the_sysroot_of_the_running_system,
             undo_works_after_pull_complete,
             a_run_after_the_boot_is_over_isolates_nothing after undo_works_after_pull_complete,
         ],
@@ -90,6 +94,45 @@ fn pull_complete_changes_no_service_mount_or_file_in_etc(known: &mut Known) -> R
 fn pull_complete_does_not_ask_the_registry_again(known: &mut Known) -> Result<()> {
     known.bed.registry.stop();
     contains(&known.bed.guest.ask("node-image-pivot pull --complete")?, "the node store has all of")
+}
+
+fn pull_complete_sets_refs_again_that_another_program_removed(known: &mut Known) -> Result<()> {
+    let refs = format!("ostree refs --repo={STORE}/repo --list ostree/container");
+    let (guest, delete) = (&known.bed.guest, refs.replace("--list", "--delete"));
+    let before = guest.ask(&refs)?;
+    contains(&before, "ostree/container/image/docker_3A__2F__2F_registry")?;
+    let after = guest
+        .ask(&format!("{delete} && ! {refs} | grep . && node-image-pivot pull --complete >/dev/null 2>&1 && {refs}"))?;
+    same(after, before)
+}
+
+const DEPLOY: &str = "node-image-pivot deploy --sysroot /var/disk --stateroot node --karg root=LABEL=root";
+
+/// The registry is down. The image comes from the node store and the booted repo.
+fn deploy_writes_the_image_to_a_disk_without_the_registry(known: &mut Known) -> Result<()> {
+    let guest = &known.bed.guest;
+    guest.ask(
+        "mkdir /var/disk && ostree admin init-fs --modern /var/disk && ostree admin os-init --sysroot /var/disk node
+         ostree config --repo=/var/disk/ostree/repo set sysroot.bootloader none",
+    )?;
+    contains(&guest.ask(DEPLOY)?, "in the stateroot node boots commit")?;
+    guest.ask("ostree fsck -q --repo=/var/disk/ostree/repo")?;
+    contains(&guest.ask("cat /var/disk/boot/loader/entries/*.conf")?, "root=LABEL=root")?;
+    let origin = guest.ask("cat /var/disk/ostree/deploy/node/deploy/*.origin")?;
+    contains(&origin, "container-image-reference=ostree-unverified-registry:registry.example.test/")?;
+    contains(&guest.ask("cat /var/disk/ostree/deploy/node/deploy/*.0/usr/lib/os-release")?, "Debian GNU/Linux 13")?;
+    same(state(guest)?, "done".into())?;
+    same(guest.ask(RUNNING)?, known.before.clone())
+}
+
+fn a_repeated_deploy_has_nothing_to_do(known: &mut Known) -> Result<()> {
+    contains(&known.bed.guest.ask(DEPLOY)?, "nothing to do")
+}
+
+fn deploy_refuses_the_sysroot_of_the_running_system(known: &mut Known) -> Result<()> {
+    let answer = known.bed.guest.run("node-image-pivot deploy --sysroot /sysroot --stateroot testbed")?;
+    same(answer.status, 10)?;
+    contains(&answer.text, "the sysroot of the running system")
 }
 
 fn undo_works_after_pull_complete(known: &mut Known) -> Result<()> {

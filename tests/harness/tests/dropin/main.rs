@@ -22,7 +22,7 @@ const UNITS: [&str; 2] = ["node-image-pull.service", "node-image-overlay.service
 /// Boots a live medium and waits for ssh.
 fn boot(name: &str, boot: &std::path::Path, fill: impl FnOnce(&Files) -> Result<()>) -> Result<Vm> {
     let limit = Duration::from_secs(1500);
-    let setup = vm::Setup { name, boot, disk: None, kargs: &[], memory_mib: 2048, cpu: vm::CPU, limit };
+    let setup = vm::Setup { name, boot, disk: None, spare: None, kargs: &[], memory_mib: 2048, cpu: vm::CPU, limit };
     let guest = Vm::start(Images::ensure()?, &setup, fill)?;
     guest.wait_ssh(BOOT)?;
     Ok(guest)
