@@ -13,7 +13,7 @@ use testbed::scenarios;
 use testbed::suite::{Scenario, Suite};
 use testbed::vm::{self, Vm};
 
-use super::{BOOT, PIVOT, SOON, UNITS, boot, journal, record};
+use super::{BOOT, PIVOT, SOON, UNITS, boot, installer, journal, record};
 
 /// Returns a library of functions as a cluster installer writes it. The machine has no podman, so the script falls back.
 fn release_image_script(spec: &str) -> String {
@@ -45,6 +45,8 @@ const CONTAINERS: &str = r#"
 
 /// The script of the installer that names the release payload.
 const SCRIPT: &str = "/var/usrlocal/bin/release-image.sh";
+/// Directory of the installer's other files, until the installer writes them.
+const LATER: &str = "/var/lib/testbed/installer";
 const PIDS: &str = "for one in one two; do runc state $one | jq .pid; done";
 const SERVICES: &str = "systemctl show -p Id -p MainPID -p InvocationID -p ActiveState '*.service' '*.target' '*.mount' | \
                         awk -v RS= '{$1=$1; print}'";
@@ -79,6 +81,7 @@ impl Assisted {
             let insecure = format!("[[registry]]\nlocation = \"{address}\"\ninsecure = true\n");
             files.put("/etc/containers/registries.conf.d/60-address.conf", 0o644, &insecure)?;
             files.put("/etc/no-var-tmpfs", 0o644, "")?;
+            installer::put(files, LATER)?;
             files.put("/var/log/openshift/bootkube.json", 0o644, "[]\n")?;
             files.put(SCRIPT, 0o755, &release_image_script(&format!("{address}/cluster/release:no-such-tag")))
         })?;
@@ -114,7 +117,8 @@ fn the_assisted_flow_keeps_the_contract() -> Result<()> {
             containers_run,
             a_missing_payload_fails_with_the_reason_in_the_status_text after containers_run,
             the_service_record_has_the_failure after a_missing_payload_fails_with_the_reason_in_the_status_text,
-            both_units_become_active_when_started_again_without_blocking after containers_run,
+            the_installers_own_units_appear after containers_run,
+            both_units_become_active_when_started_again_without_blocking after the_installers_own_units_appear,
         ],
     );
     suite.run_after("both_units_become_active_when_started_again_without_blocking", &mut assisted, &after_the_switch());
@@ -122,9 +126,10 @@ fn the_assisted_flow_keeps_the_contract() -> Result<()> {
 }
 
 /// Returns the scenarios about a machine that has been switched in use.
-fn after_the_switch() -> [Scenario<Assisted>; 11] {
+fn after_the_switch() -> [Scenario<Assisted>; 12] {
     scenarios![
         both_units_were_activating_and_then_active_and_nothing_else,
+        the_units_stay_those_of_the_agent,
         the_payload_is_that_of_the_script_and_the_node_image_that_of_the_payload,
         programs_of_the_node_image_are_there_and_usr_is_read_only,
         active_units_stay_active_and_listed_services_are_not_restarted,
@@ -175,6 +180,12 @@ fn the_service_record_has_the_failure(assisted: &mut Assisted) -> Result<()> {
     )
 }
 
+/// An installer writes its files to the running system, then reloads systemd.
+fn the_installers_own_units_appear(assisted: &mut Assisted) -> Result<()> {
+    assisted.guest.ask(&format!("cp -a {LATER}/etc {LATER}/var / && systemctl daemon-reload"))?;
+    installer::is_taken_over(&assisted.guest)
+}
+
 fn both_units_become_active_when_started_again_without_blocking(assisted: &mut Assisted) -> Result<()> {
     let text = release_image_script(&assisted.payload).replace('\'', "'\\''");
     assisted.guest.ask(&format!("printf %s '{text}' >{SCRIPT}"))?;
@@ -205,10 +216,15 @@ fn both_units_were_activating_and_then_active_and_nothing_else(assisted: &mut As
     Ok(())
 }
 
+fn the_units_stay_those_of_the_agent(assisted: &mut Assisted) -> Result<()> {
+    installer::is_taken_over(&assisted.guest)
+}
+
 fn the_payload_is_that_of_the_script_and_the_node_image_that_of_the_payload(assisted: &mut Assisted) -> Result<()> {
     let guest = &assisted.guest;
     let journal = guest.ask("journalctl -u node-image-pivotd.service")?;
     contains(&journal, &format!("names the release payload {}", assisted.payload))?;
+    contains(&journal, "/usr/local/bin/node-image-pull.sh names it")?;
     let status = guest.status()?;
     same(status["digest"].as_str(), Some(Images::ensure()?.image("node-a")?.digest.as_str()))
 }

@@ -13,7 +13,7 @@ use testbed::scenarios;
 use testbed::suite::{Scenario, Suite};
 use testbed::vm::{self, Vm};
 
-use super::{PIVOT, SOON, UNITS, boot, journal, record};
+use super::{PIVOT, SOON, UNITS, boot, installer, journal, record};
 
 /// Puts the files of a bootstrap node: all that others attach to the units of the pivot, and hooks.
 fn bootstrap_files(files: &Files, image: &str, proxy: &Proxy) -> Result<()> {
@@ -26,6 +26,7 @@ fn bootstrap_files(files: &Files, image: &str, proxy: &Proxy) -> Result<()> {
     files.put("/etc/systemd/system.conf.d/10-default-env.conf", 0o644, &environment)?;
     files.put("/var/usrlocal/bin/bootstrap-service-record.sh", 0o755, "")?;
     attached_units(files)?;
+    installer::put(files, "")?;
     hooks(files)?;
     files.put("/etc/tmpfiles.d/old-links.conf", 0o644, "L /var/opt/gone - - - - ../../usr/lib/opt/gone\n")?;
     files.put("/var/lib/kept-app/data", 0o600, "the machine's own\n")
@@ -105,6 +106,7 @@ fn hooks_proxies_and_units_of_others_keep_working() -> Result<()> {
         &mut attached,
         &scenarios![
             a_hook_that_fails_refuses_the_switch_with_its_output,
+            the_boot_and_the_units_of_an_installer_are_taken_over,
             the_pull_waits_for_units_that_drop_ins_attach after a_hook_that_fails_refuses_the_switch_with_its_output,
             the_pull_uses_the_proxy_of_the_manager after a_hook_that_fails_refuses_the_switch_with_its_output,
             a_hook_gets_flow_target_plan_and_digest after a_hook_that_fails_refuses_the_switch_with_its_output,
@@ -118,7 +120,7 @@ fn hooks_proxies_and_units_of_others_keep_working() -> Result<()> {
 }
 
 /// Returns the scenarios about the node after its switch.
-fn after_the_switch<'a>() -> [Scenario<Attached<'a>>; 10] {
+fn after_the_switch<'a>() -> [Scenario<Attached<'a>>; 11] {
     scenarios![
         a_hook_after_the_switch_runs_once_even_if_the_agent_is_killed_in_it,
         a_hook_that_fails_after_the_switch_is_a_warning,
@@ -129,12 +131,21 @@ fn after_the_switch<'a>() -> [Scenario<Attached<'a>>; 10] {
         new_units_are_enabled_by_links_of_the_image_and_not_by_presets,
         tools_whose_inputs_are_unchanged_do_not_run,
         the_service_records_have_two_refusals_and_a_success,
+        the_units_stay_those_of_the_agent,
         no_unit_has_failed,
     ]
 }
 
 fn a_hook_that_fails_refuses_the_switch_with_its_output(attached: &mut Attached<'_>) -> Result<()> {
     attached.is_refused("exit status: 7): the gate is shut")
+}
+
+/// The installer's generator links to another target.
+fn the_boot_and_the_units_of_an_installer_are_taken_over(attached: &mut Attached<'_>) -> Result<()> {
+    let link = "readlink /run/systemd/generator/default.target";
+    same(attached.guest.ask(link)?, "/etc/systemd/system/node-image-overlay.target".into())?;
+    unit_is(&attached.guest, "node-image-pivot.target", "active")?;
+    installer::is_taken_over(&attached.guest)
 }
 
 /// A drop-in of the pull names one unit; the other unit names the pull.
@@ -249,6 +260,10 @@ fn the_service_records_have_two_refusals_and_a_success(attached: &mut Attached<'
     same(ends, vec!["- service end failure", "- service end failure", "- service end success"])?;
     contains(&guest.ask("cat /var/log/openshift/node-image-overlay.json")?, "the gate is shut")?;
     contains(&record(guest, "node-image-finish")?.join("\n"), "finish stage end success")
+}
+
+fn the_units_stay_those_of_the_agent(attached: &mut Attached<'_>) -> Result<()> {
+    installer::is_taken_over(&attached.guest)
 }
 
 fn no_unit_has_failed(attached: &mut Attached<'_>) -> Result<()> {

@@ -4,6 +4,7 @@
 
 mod assisted;
 mod attached;
+mod installer;
 
 use std::time::Duration;
 
