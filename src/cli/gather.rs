@@ -87,7 +87,7 @@ async fn collect(paths: &StateDir) -> Files {
     for unit in UNITS {
         files.push((format!("journal/{unit}.txt"), run(&[&journal[..], &["--unit", unit]].concat()).await));
     }
-    let generator = [&journal[..], &["--dmesg", "--grep=node-image-pivot-generator"]].concat();
+    let generator = [&journal[..], &["--identifier=node-image-pivot-generator"]].concat();
     files.push(("journal/generator.txt".to_owned(), run(&generator).await));
     files.push(("environment.txt".to_owned(), run(&["systemctl", "show-environment"]).await));
     let state = [&["systemctl", "show", "--no-pager"], &UNITS[..]].concat();
