@@ -42,6 +42,16 @@ ExecStart=/usr/bin/systemctl start node-image-pivotd.service
 TimeoutStartSec=90s
 ";
 
+/// The unit whose limits the service has, too: both only talk to systemd or the agent.
+const CLIENT: &str = include_str!("../../../units/node-image-finish.service");
+
+/// Returns the text of the service.
+fn service_file() -> String {
+    const FIRST: &str = "CapabilityBoundingSet=";
+    let (_, limits) = CLIENT.split_once(FIRST).unwrap_or_default();
+    format!("{SERVICE_FILE}{FIRST}{limits}")
+}
+
 fn timer_name(trial: TrialPeriod) -> String {
     format!("{}{}{}", TIMER.0, trial.until_boottime_ms, TIMER.1)
 }
@@ -87,7 +97,7 @@ pub(in crate::agent) async fn arm(trial: TrialPeriod) -> anyhow::Result<()> {
     let name = timer_name(trial);
     let start = async {
         let dir = Directory::ensure(Path::new(UNITS))?;
-        dir.write_atomic(SERVICE, 0o644, SERVICE_FILE.as_bytes())
+        dir.write_atomic(SERVICE, 0o644, service_file().as_bytes())
             .with_context(|| format!("cannot write {UNITS}/{SERVICE}"))?;
         dir.write_atomic(&name, 0o644, timer_file(left).as_bytes())
             .with_context(|| format!("cannot write {UNITS}/{name}"))?;
@@ -140,5 +150,13 @@ mod tests {
         assert!(timer_file(Duration::from_millis(8001)).contains("OnActiveSec=9s\n"));
         assert!(timer_file(Duration::from_secs(8)).contains("OnActiveSec=8s\n"));
         assert!(timer_file(Duration::MAX).contains(&format!("OnActiveSec={LONGEST}s\n")));
+    }
+
+    #[test]
+    fn the_service_has_the_limits_of_a_client() {
+        let text = service_file();
+        for line in ["TimeoutStartSec=90s", "CapabilityBoundingSet=", "RestrictAddressFamilies=AF_UNIX"] {
+            assert!(text.lines().any(|present| present == line), "{line}:\n{text}");
+        }
     }
 }

@@ -47,6 +47,9 @@ fn the_machine_becomes_its_node_image(bed: &mut Bed) -> Result<()> {
     wait_pivoted(&bed.guest, PIVOT)
 }
 
+/// The password of the registry, and the content of a file in /etc that only root can read.
+const SECRETS: [&str; 2] = ["only-for-the-registry", "edited by the administrator"];
+
 /// The registry asks for a login, which is in the auth file that the contract names. The root is a composefs root.
 #[test]
 fn other_packages_are_pulled_with_a_login_on_a_composefs_root() -> Result<()> {
@@ -54,18 +57,22 @@ fn other_packages_are_pulled_with_a_login_on_a_composefs_root() -> Result<()> {
     let expected = Expected::node_b(images.image("node-b")?);
     let mut suite = Suite::new("container: Debian 12 becomes node image b, from a registry that asks for a login");
     let network = Network::new()?;
-    let login = Some(("core", "secret"));
+    let [password, content] = SECRETS;
+    let login = Some(("core", password));
     let registry = Registry::start(&images.storage, &work_dir("container-b-registry")?, Some(network.pid()), login)?;
     let setup = Setup { composefs: true, ..Setup::live("container-b", &images.boot) };
     let guest = Container::start(images, &network, &setup, |files| {
         node_files(files, &expected.image.by_tag(), "127.0.0.1", registry.port)?;
-        let auth = auth_file(&format!("127.0.0.1:{}", registry.port), "core", "secret");
+        let auth = auth_file(&format!("127.0.0.1:{}", registry.port), "core", password);
+        // The node image has another version, so the merge reports a conflict.
+        files.put("/etc/base-tool/admin-edited.conf", 0o600, &format!("{content}\n"))?;
         files.put("/var/roothome/.docker/config.json", 0o600, &auth)
     })?;
     let mut bed = Bed { guest, registry, network };
     let before = Before::of(&bed.guest)?;
     suite.run(&mut bed, &scenarios![the_machine_becomes_its_node_image]);
     pivoted(&mut suite, "the_machine_becomes_its_node_image", &bed.guest, Some(&before), &expected);
+    suite.run(&mut bed, &scenarios![secrets_are_not_visible after the_machine_becomes_its_node_image]);
     let composefs = scenarios![
         the_new_usr_is_one_overlay_over_the_composefs_image,
         a_system_extension_can_be_merged,
@@ -73,6 +80,28 @@ fn other_packages_are_pulled_with_a_login_on_a_composefs_root() -> Result<()> {
     ];
     suite.run_after("the_machine_becomes_its_node_image", &mut bed, &composefs);
     suite.finish()
+}
+
+/// The words are in files that only root can read. Neither they nor the encoded login may appear elsewhere.
+fn secrets_are_not_visible(bed: &mut Bed) -> Result<()> {
+    let guest = &bed.guest;
+    let [password, content] = SECRETS;
+    guest.ask(&format!(
+        "umask 077; printf '%s\\n' {password} '{content}' $(printf core:{password} | base64) >/run/words; \
+         grep -qFf /run/words /root/.docker/config.json && grep -qFf /run/words /etc/base-tool/admin-edited.conf"
+    ))?;
+    for source in [
+        "journalctl --all -o json",
+        "node-image-pivot status --json",
+        "node-image-pivot report --json",
+        "node-image-pivot plan --json",
+        "find /run /etc /var -type f -perm -o=r -exec cat {} +",
+        "cat /proc/[0-9]*/cmdline",
+    ] {
+        let found = guest.run(&format!("({source}) 2>/dev/null | grep -aFf /run/words"))?;
+        same((source, found.text.as_str()), (source, ""))?;
+    }
+    guest.ask("rm /run/words").map(drop)
 }
 
 fn the_new_usr_is_one_overlay_over_the_composefs_image(bed: &mut Bed) -> Result<()> {

@@ -46,6 +46,7 @@ fn a_plan_shows_the_switch_and_a_refusal_changes_nothing() -> Result<()> {
             diff_etc_is_a_patch_of_what_the_switch_will_do,
             diff_etc_shows_secrets_on_request_only_and_is_current,
             plan_warns_of_a_mount_below_usr,
+            users_who_are_not_root_are_refused_on_the_bus,
         ],
     );
     suite.each("refused", None, &mut bed, refusals().map(|row| (row.name, row)), refused);
@@ -109,6 +110,32 @@ fn plan_warns_of_a_mount_below_usr(bed: &mut Bed) -> Result<()> {
     let words = bed.guest.ask("node-image-pivot plan");
     bed.guest.ask("umount /usr/share/doc")?;
     contains(&words?, "warning: /usr/share/doc is a mount point and is hidden")
+}
+
+/// Calls every method of the introspected interface as an unprivileged user. That user may read the report and the
+/// properties, and cannot reach the private socket.
+fn users_who_are_not_root_are_refused_on_the_bus(bed: &mut Bed) -> Result<()> {
+    const NAME: &str = "org.nodeimage.Pivot1 /org/nodeimage/Pivot1 org.nodeimage.Pivot1";
+    const USER: &str = "setpriv --reuid=65534 --regid=65534 --clear-groups";
+    let guest = &bed.guest;
+    let methods = guest.ask(&format!("busctl introspect {NAME} | awk '$2 == \"method\" {{ print $1, $3 }}'"))?;
+    for line in methods.lines() {
+        let (method, signature) = line.split_once(' ').context(methods.clone())?;
+        let arguments = match signature {
+            "-" => "",
+            "b" => "b true",
+            "t" => "t 60",
+            "ssass" => "ssass / os 0 registry.example.test/node:1",
+            other => bail!("no argument for {method} with the signature {other}"),
+        };
+        let answer = guest.run(&format!("{USER} busctl call {NAME} {} {arguments}", method.trim_start_matches('.')))?;
+        same((method, answer.status), (method, i32::from(method != ".Report")))?;
+        contains(&answer.text, if method == ".Report" { "s \"{" } else { "Access denied" })?;
+    }
+    same(methods.lines().count() > 10, true)?;
+    contains(&guest.ask(&format!("{USER} busctl get-property {NAME} State"))?, "pulled")?;
+    contains(&guest.run(&format!("{USER} node-image-pivot run"))?.text, "must be root")?;
+    unchanged(guest)
 }
 
 /// A fault of the machine, and the words of the refusal.
