@@ -68,7 +68,8 @@ impl Place {
     pub fn label_and_mtime(&self) -> Result<(Option<Bytes>, (i64, i64))> {
         let xattrs = xattr::read(&proc_path(self.dir.as_fd(), &self.name)).context("cannot read its label")?;
         let stat = rustix::fs::statat(&self.dir, &self.name, AtFlags::SYMLINK_NOFOLLOW).context("cannot read it")?;
-        Ok((xattrs.get(LABEL).cloned().map(Bytes), (stat.st_mtime, stat.st_mtime_nsec.cast_signed())))
+        // Nanoseconds are unsigned on some architectures.
+        Ok((xattrs.get(LABEL).cloned().map(Bytes), (stat.st_mtime, stat.st_mtime_nsec as i64)))
     }
 
     /// Sets the label of the current entry.

@@ -92,8 +92,8 @@ fn resize(path: &Path, limit: &str) -> Result<()> {
 
 /// Returns the bytes used in the tmpfs at `path` in the caller's namespace.
 pub fn tmpfs_used(path: &Path) -> Result<u64> {
-    let stat = rustix::fs::statfs(path).with_context(|| format!("cannot read the usage of {}", path.display()))?;
-    Ok((stat.f_blocks - stat.f_bfree) * stat.f_bsize.unsigned_abs())
+    let stat = rustix::fs::statvfs(path).with_context(|| format!("cannot read the usage of {}", path.display()))?;
+    Ok((stat.f_blocks - stat.f_bfree) * stat.f_frsize)
 }
 
 #[cfg(test)]
