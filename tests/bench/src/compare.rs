@@ -11,6 +11,7 @@ use clap::Args;
 use serde_json::json;
 use tempfile::TempDir;
 
+use crate::deploying::Deploying;
 use crate::etc;
 use crate::fixture;
 use crate::images::{self, Case, Images, Set};
@@ -57,12 +58,15 @@ pub fn compare(options: &Options) -> Result<()> {
     ensure!(rounds > 0, "BENCH_ROUNDS must be at least 1");
     let oracle = oracle(quick)?;
     let small = tempfile::tempdir_in("/dev/shm")?;
-    let mut sets = Vec::new();
+    let (mut sets, mut deployments) = (Vec::new(), Vec::new());
     for dir in options.sets(quick, small.path(), &oracle)? {
         let images = Images::read(&dir)?;
         let bench = Bench::start(&dir, oracle.clone())?;
-        let cases = images.cases.iter().filter(|case| options.selects(&case.name));
-        let runs = cases.map(|case| bench.case(case, rounds, quick)).collect::<Result<Vec<_>>>()?;
+        let cases: Vec<&Case> = images.cases.iter().filter(|case| options.selects(&case.name)).collect();
+        let runs = cases.iter().map(|case| bench.case(case, rounds, quick)).collect::<Result<Vec<_>>>()?;
+        for case in cases {
+            deployments.extend(bench.deploying().runs(case, rounds)?);
+        }
         sets.push((images, runs));
     }
     let runs: Vec<&Runs> = sets.iter().flat_map(|(_, runs)| runs).collect();
@@ -70,10 +74,12 @@ pub fn compare(options: &Options) -> Result<()> {
 
     let entries = if quick { ETC_ENTRIES.1 } else { ETC_ENTRIES.0 };
     let etc = etc::measure(tempfile::tempdir_in("/dev/shm")?.path(), entries)?;
-    let text = table::table(&sets, &etc, rounds);
+    let text = table::table(&sets, &deployments, &etc, rounds);
     println!("{text}");
     fs::create_dir_all(&options.out)?;
     let cases: Vec<_> = runs.iter().map(|run| json!({ "runs": run, "rows": run.rows() })).collect();
+    let deployed: Vec<_> =
+        deployments.iter().map(|run| json!({ "runs": run, "rows": run.deployment_rows() })).collect();
     let base = |images: &Images| {
         json!({ "bytes": images.base_bytes, "files": images.base_files,
                                          "compressed": images.base_compressed })
@@ -86,6 +92,7 @@ pub fn compare(options: &Options) -> Result<()> {
         "rounds": rounds,
         "bases": bases,
         "cases": cases,
+        "deployments": deployed,
         "etc": etc,
     });
     for (name, content) in
@@ -166,6 +173,10 @@ impl<'a> Bench<'a> {
             same_tree(&case.name, ours, incumbent)?;
         }
         Ok(result)
+    }
+
+    fn deploying(&self) -> Deploying<'_> {
+        Deploying { images: self.images, oracle: &self.oracle, proxy: &self.proxy }
     }
 
     /// One run of one side; what it took, and the blobs that it asked for.

@@ -4,6 +4,7 @@
 //! (`benchmark side …`), so that its memory, its CPU time and its tmpfs are its own.
 
 mod compare;
+mod deploying;
 mod etc;
 mod fixture;
 mod images;
@@ -61,6 +62,9 @@ enum Command {
     /// Our side's part of a run.
     #[command(hide = true)]
     Pull(ours::PullTask),
+    /// Our side's deployment to a disk.
+    #[command(hide = true)]
+    Deploy(deploying::DeployTask),
 }
 
 fn main() -> Result<()> {
@@ -71,6 +75,7 @@ fn main() -> Result<()> {
         }
         Command::Side(task) => print(&side::run(&task)?),
         Command::Pull(task) => print(&ours::pull(&task)?),
+        Command::Deploy(task) => deploying::deploy(&task),
     }
 }
 

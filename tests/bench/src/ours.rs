@@ -7,9 +7,8 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use clap::Args;
-use node_store::PullProgress;
 use node_store::image::{ImageSettings, PullSpec, Source};
-use node_store::import::{self, PullOptions};
+use node_store::import::{self, PullOptions, PulledImage};
 use node_store::store::{BootedRepo, NODE_IMAGE_REF, NodeStore, ObjectType};
 use ostree::gio::Cancellable;
 use overlay_root::Base;
@@ -35,7 +34,7 @@ pub struct PullTask {
     #[arg(long)]
     commit: String,
     /// A directory on a tmpfs.
-    root: PathBuf,
+    pub root: PathBuf,
 }
 
 /// Costs that the side reports itself.
@@ -62,16 +61,7 @@ pub struct Pulled {
 /// Pulls and stages.
 pub fn pull(task: &PullTask) -> Result<Pulled> {
     let start = Instant::now();
-    let runtime = tokio::runtime::Runtime::new().context("starting the runtime")?;
-    let pulled = runtime.block_on(async {
-        let booted = BootedRepo { path: task.booted.clone(), commit: Some(task.commit.parse()?) };
-        let store = NodeStore::on_tmpfs(&task.root, Some(&booted))?;
-        let source = Source::open(&ImageSettings { insecure: true, ..ImageSettings::default() }).await?;
-        let image = source.resolve(&task.image.parse::<PullSpec>()?).await?;
-        let (options, progress) = (PullOptions::default(), Arc::new(PullProgress::default()));
-        let cancel = CancellationToken::new();
-        anyhow::Ok(import::pull(&source, &image, &store, Some(&booted), &options, progress, &cancel).await?)
-    })?;
+    let pulled = import(task, false)?;
     let pull_seconds = start.elapsed().as_secs_f64();
     let start = Instant::now();
     let store = NodeStore::open(&task.root)?;
@@ -92,6 +82,20 @@ pub fn pull(task: &PullTask) -> Result<Pulled> {
         layers_skipped: pulled.layers_skipped,
         objects_written: pulled.objects_written,
         delta_files: delta.counts.added + delta.counts.changed,
+    })
+}
+
+/// Pulls the objects that a pivot needs, or all.
+pub fn import(task: &PullTask, complete: bool) -> Result<PulledImage> {
+    let runtime = tokio::runtime::Runtime::new().context("starting the runtime")?;
+    runtime.block_on(async {
+        let booted = BootedRepo { path: task.booted.clone(), commit: Some(task.commit.parse()?) };
+        let store = NodeStore::on_tmpfs(&task.root, Some(&booted))?;
+        let source = Source::open(&ImageSettings { insecure: true, ..ImageSettings::default() }).await?;
+        let image = source.resolve(&task.image.parse::<PullSpec>()?).await?;
+        let (options, progress) = (PullOptions { complete, ..PullOptions::default() }, Arc::default());
+        let cancel = CancellationToken::new();
+        Ok(import::pull(&source, &image, &store, Some(&booted), &options, progress, &cancel).await?)
     })
 }
 

@@ -93,6 +93,8 @@ impl Measure {
             (Self::Wall, case) if Set::Plain.cases().contains(&case) => Some(Goal::Ratio(0.25)),
             (Self::TmpfsPeak, case) if Set::Plain.cases().contains(&case) => Some(Goal::Ratio(0.35)),
             (Self::TmpfsResident | Self::TmpfsKept, "older-base") => Some(Goal::Ratio(0.5)),
+            (Self::Wall, "deploy-same-base") => Some(Goal::Ratio(0.4)),
+            (Self::Fetched, "deploy-same-base") => Some(Goal::Ratio(0.15)),
             (Self::Fetched, _) => Some(Goal::Ratio(1.0)),
             (Self::Rss, _) => Some(Goal::Bytes(150.0 * MIB)),
             _ => None,
@@ -162,6 +164,11 @@ impl Runs {
     /// The lines of the table.
     pub fn rows(&self) -> Vec<Row> {
         Measure::ALL.into_iter().map(|measure| self.row(measure)).collect()
+    }
+
+    /// The lines for a deployment to a disk, of which the other measures are not taken.
+    pub fn deployment_rows(&self) -> Vec<Row> {
+        [Measure::Wall, Measure::Fetched].into_iter().map(|measure| self.row(measure)).collect()
     }
 
     /// One of them.

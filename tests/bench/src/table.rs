@@ -7,12 +7,13 @@ use crate::images::Images;
 use crate::summary::{Measure, Row, Runs, steps};
 
 /// Everything as text.
-pub fn table(sets: &[(Images, Vec<Runs>)], etc: &EtcTimes, rounds: usize) -> String {
+pub fn table(sets: &[(Images, Vec<Runs>)], deployments: &[Runs], etc: &EtcTimes, rounds: usize) -> String {
     let mut out = String::new();
     for (images, runs) in sets {
         // Writing to a string does not fail.
         let _ = write(&mut out, images, runs, rounds);
     }
+    let _ = write_deployments(&mut out, deployments);
     let _ = writeln!(
         out,
         "\n### /etc\n\n{} entries, each changed by the node image: plan {:.3} s, apply {:.3} s, undo {:.3} s.",
@@ -36,12 +37,7 @@ fn write(out: &mut String, images: &Images, runs: &[Runs], rounds: usize) -> Res
         let (what, layers, size) = (&run.case.what, run.case.layers, megabytes(run.case.compressed));
         writeln!(out, "Node image: {what}. {size:.0} MB compressed in {layers} layers.\n")?;
         writeln!(out, "| | incumbent | ours | ratio | goal | |\n|---|---:|---:|---:|---|---|")?;
-        for row in run.rows() {
-            let shown = |value| row.measure.shown(value);
-            let (goal, met) = (row.goal.as_deref().unwrap_or(""), verdict(&row));
-            let (label, ratio) = (row.measure.label(), ratio(&row));
-            writeln!(out, "| {label} | {} | {} | {ratio} | {goal} | {met} |", shown(row.incumbent), shown(row.ours))?;
-        }
+        run.rows().iter().try_for_each(|row| writeln!(out, "| {}", cells(row)))?;
         writeln!(out, "\nSteps: incumbent {}; ours {}.", told(&steps(&run.incumbent)), ours(run))?;
         if let Some((limit, factor)) = run.distance() {
             let parts = told(&steps(&run.limit));
@@ -59,10 +55,7 @@ fn write(out: &mut String, images: &Images, runs: &[Runs], rounds: usize) -> Res
     for run in runs.iter().filter(|run| run.case.growth.is_some()) {
         for (at, row) in run.rows().into_iter().filter(|row| row.measure != Measure::SkopeoRss).enumerate() {
             let first = run.case.growth.filter(|_| at == 0).map_or(String::new(), |percent| format!("{percent} %"));
-            let (label, shown) = (row.measure.label(), |value| row.measure.shown(value));
-            let (goal, met) = (row.goal.as_deref().unwrap_or(""), verdict(&row));
-            let (incumbent, own, ratio) = (shown(row.incumbent), shown(row.ours), ratio(&row));
-            writeln!(out, "| {first} | {label} | {incumbent} | {own} | {ratio} | {goal} | {met} |")?;
+            writeln!(out, "| {first} | {}", cells(&row))?;
         }
     }
     writeln!(out)?;
@@ -73,6 +66,27 @@ fn write(out: &mut String, images: &Images, runs: &[Runs], rounds: usize) -> Res
         writeln!(out, "* {}: {}.{factor}", run.case.name, run.case.what)?;
     }
     Ok(())
+}
+
+fn write_deployments(out: &mut String, deployments: &[Runs]) -> std::fmt::Result {
+    if deployments.is_empty() {
+        return Ok(());
+    }
+    writeln!(out, "\n### Deployment to a disk\n")?;
+    writeln!(out, "| image | | incumbent | ours | ratio | goal | |\n|---|---|---:|---:|---:|---|---|")?;
+    for run in deployments {
+        let name = run.case.name.trim_start_matches("deploy-");
+        run.deployment_rows().iter().try_for_each(|row| writeln!(out, "| {name} | {}", cells(row)))?;
+    }
+    Ok(())
+}
+
+/// Returns the cells of a row, from the name of the measure on.
+fn cells(row: &Row) -> String {
+    let shown = |value| row.measure.shown(value);
+    let (goal, met) = (row.goal.as_deref().unwrap_or(""), verdict(row));
+    let (label, ratio) = (row.measure.label(), ratio(row));
+    format!("{label} | {} | {} | {ratio} | {goal} | {met} |", shown(row.incumbent), shown(row.ours))
 }
 
 fn ratio(row: &Row) -> String {

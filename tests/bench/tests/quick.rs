@@ -68,7 +68,15 @@ fn quick_mode_measures_everything() {
     assert!(fetched(0) * 10 < fetched(2) && fetched(3) < fetched(4) && fetched(4) < fetched(5), "{table}");
     assert!(record["etc"]["apply"].as_f64().unwrap() > 0.0);
 
-    assert_eq!(table.matches("\n### ").count(), 8, "six cases, growth, /etc: {table}");
+    let deployments = record["deployments"].as_array().unwrap();
+    assert_eq!(deployments.len(), 1);
+    for deployment in deployments {
+        let bytes = |side: &str| deployment["runs"][side][0]["bytes"].as_u64().unwrap();
+        assert!(bytes("ours") > 0 && bytes("ours") * 10 < bytes("incumbent"), "{deployment}");
+        let rows: Vec<&Value> = deployment["rows"].as_array().unwrap().iter().map(|row| &row["measure"]).collect();
+        assert_eq!(rows, ["wall", "fetched"], "{deployment}");
+    }
+    assert_eq!(table.matches("\n### ").count(), 9, "six cases, growth, deployments, /etc: {table}");
     assert_eq!(table.matches("| peak RSS of the importer, MiB |").count(), CASES.len(), "{table}");
     assert_eq!(table.trim_end(), fs::read_to_string(out.path().join("bench.md")).unwrap().trim_end());
     let svg = fs::read_to_string(out.path().join("bench.svg")).unwrap();

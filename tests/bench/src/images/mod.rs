@@ -275,6 +275,8 @@ impl Builder<'_> {
         let repo = repo_arg(&self.source);
         let mut commit = std::process::Command::new("ostree");
         commit.args(["commit", &repo, "--branch=bench", "--no-bindings", "--timestamp=2026-01-01 00:00:00 +0000"]);
+        // ostree-ext deploys only images of bootable commits.
+        commit.arg("--bootable");
         commit.arg(format!("--tree=dir={}", tree.root().display()));
         // Labelled, as real ones are; ostree-ext would relabel one that is not, and make another tree of it.
         if tree.root().join(tree::POLICY).exists() {
