@@ -70,8 +70,8 @@ pub enum Damage {
     /// The content is not what was written.
     #[error("it is damaged: its checksum does not match")]
     Checksum,
-    /// An agent of another version wrote it.
-    #[error("it has format {0}, and this agent knows {SCHEMA}")]
+    /// A newer agent wrote it: the formats of all older ones are read.
+    #[error("it has format {0}, and this agent reads {SCHEMA}: a newer agent wrote it, whose program can use it")]
     Foreign(String),
     /// An agent wrote it before the machine booted.
     #[error("it is of another boot")]
