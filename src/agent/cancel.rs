@@ -31,6 +31,12 @@ impl CancelHandles {
         CancelHandle { call, token: state.0.child_token(), over }
     }
 
+    /// Returns true if a call runs or waits.
+    pub fn any(&self) -> bool {
+        let state = self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        state.1.iter().any(|over| !over.is_cancelled())
+    }
+
     /// Cancels all running calls; returns true if there was one.
     pub fn cancel_all(&self) -> bool {
         let mut state = self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner);

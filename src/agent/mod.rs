@@ -12,6 +12,7 @@ mod check;
 mod deploy;
 mod deviations;
 mod error;
+mod handover;
 mod held_units;
 mod holder;
 mod hooks;
@@ -52,6 +53,7 @@ pub use boot::Boot;
 pub use cancel::{CancelHandle, CancelHandles};
 pub use check::{Checks, checks};
 pub use error::Error;
+pub use handover::{Program, check_record};
 pub use state::{
     Finished, PlanDocument, Record, Refreshed, StagedRoot, StateDir, Step, SwitchPlan, Switched, Undo, UndoTree,
 };

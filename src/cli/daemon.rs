@@ -6,13 +6,13 @@ use std::time::Duration;
 use anyhow::Result;
 use libsystemd::daemon::{NotifyState, notify};
 use tokio::signal::unix::{SignalKind, signal};
-use tracing::warn;
+use tracing::{info, warn};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
 use super::drive::{unix_now, uptime};
 use super::pauses::Pauses;
-use crate::agent::{Agent, Boot, StateDir};
+use crate::agent::{Agent, Boot, Program, StateDir};
 use crate::bus;
 use crate::host;
 use crate::report::{self, Diagnosis, Outcome, Phase, State, Status};
@@ -34,6 +34,9 @@ pub(super) async fn daemon(paths: StateDir) -> Result<Outcome> {
     watch.mark_changed();
     let mut logins = Logins::default();
     let mut beat = tokio::time::interval(BEAT);
+    let mut program = Program::of_this_process();
+    let mut handing_over = None;
+    info!("node-image-pivot {} is ready", env!("CARGO_PKG_VERSION"));
     loop {
         tokio::select! {
             _ = terminate.recv() => break,
@@ -48,6 +51,11 @@ pub(super) async fn daemon(paths: StateDir) -> Result<Outcome> {
             }
             _ = beat.tick() => {
                 let _ = notify(false, &[NotifyState::Watchdog]);
+                // Calls that waited for a restart that systemd did not carry out go on.
+                drop(handing_over.take());
+                if let Some(program) = &mut program {
+                    handing_over = agent.hand_over(program).await;
+                }
                 // The counters of a pull change without a change of the document.
                 let status = agent.tracker().status();
                 if (status.phase, status.state) == (Some(Phase::Pull), State::Running) {
@@ -57,6 +65,10 @@ pub(super) async fn daemon(paths: StateDir) -> Result<Outcome> {
         }
     }
     let _ = notify(false, &[NotifyState::Stopping]);
+    if handing_over.is_some() {
+        // Nothing runs. Without an answer, the callers repeat their calls to the next agent.
+        return Ok(Outcome::Done);
+    }
     // Waits for a running switch or undo. If it cannot be completed, the failure makes the unit start another daemon, which
     // completes it.
     let stopped = agent.stop().await;

@@ -25,7 +25,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 use disk_deploy::OstreeReference;
 
-use crate::agent::StateDir;
+use crate::agent::{self, StateDir};
 use crate::report::{Outcome, RefusalId};
 use drive::Call;
 
@@ -173,7 +173,11 @@ enum Command {
         form: pack::Form,
     },
     /// Run the daemon, as node-image-pivotd.service does
-    Daemon,
+    Daemon {
+        /// Only check that this program can continue from the record of another one
+        #[arg(long, hide = true)]
+        check: bool,
+    },
     /// Print a shell completion script
     Completions {
         /// The shell
@@ -240,7 +244,8 @@ async fn dispatch(command: Command) -> anyhow::Result<Outcome> {
         Command::Undo => drive::drive(&paths, Call::Plain("Undo")).await,
         Command::Cancel => drive::cancel(&paths).await,
         Command::Pack { form } => pack::pack(&form),
-        Command::Daemon => daemon::daemon(paths).await,
+        Command::Daemon { check: true } => Ok(agent::check_record(&paths).map(|()| Outcome::Done)?),
+        Command::Daemon { check: false } => daemon::daemon(paths).await,
         Command::Completions { shell } => {
             say::raw(completions(shell).as_bytes());
             Ok(Outcome::Done)

@@ -1,7 +1,7 @@
 //! A node image with one plain layer more, as a container build makes it, served beside all others.
 
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -14,13 +14,16 @@ use crate::proc::succeed;
 const STORAGE: &str = "docker/registry/v2";
 
 /// A storage for a registry, below `work`, that also has `base` with a layer of `files` (path without a leading slash,
-/// text) upon it.
+/// text) upon it. Scripts are executable.
 pub fn derive(images: &Images, base: &str, work: &Path, files: &[(&str, &str)]) -> Result<(PathBuf, Image)> {
     let tree = work.join("layer");
     for (path, text) in files {
         let path = tree.join(path);
         fs::create_dir_all(path.parent().context("a file in the root")?)?;
-        fs::write(path, text)?;
+        fs::write(&path, text)?;
+        if text.starts_with("#!") {
+            fs::set_permissions(path, fs::Permissions::from_mode(0o755))?;
+        }
     }
     derive_tree(images, base, work, &tree)
 }

@@ -12,7 +12,7 @@ use testbed::scenario::{configured_later, unit_is};
 use testbed::scenarios;
 use testbed::suite::Suite;
 
-use super::{SOON, ask_socket, boot, class_of, pid, put_units};
+use super::{LAYER, OTHER_AGENT, SOON, ask_socket, boot_with, class_of, pid, put_units, wait_for_agent};
 
 /// Services whose main processes the switch keeps.
 const KEPT: &str =
@@ -45,7 +45,8 @@ impl Live {
 #[test]
 fn a_live_system_loses_no_service() -> Result<()> {
     let mut suite = Suite::new("units: a live system");
-    let bed = boot("units-live", "node-a", Serving::AtBoot, |files| {
+    let layer = [LAYER, &[("usr/bin/node-image-pivot", OTHER_AGENT)]].concat();
+    let bed = boot_with("units-live", "node-a", &layer, Serving::AtBoot, |files| {
         put_units(files, "multi-user.target")?;
         configured_later(files)
     })?;
@@ -61,6 +62,7 @@ fn a_live_system_loses_no_service() -> Result<()> {
             the_plan_has_classes_and_reasons_before_the_switch,
             an_ssh_session_is_open,
             the_switch_keeps_every_process_and_nothing_fails,
+            the_agent_of_the_node_image_takes_over after the_switch_keeps_every_process_and_nothing_fails,
             a_new_login_gets_the_new_sshd_with_the_same_host_keys
                 after the_switch_keeps_every_process_and_nothing_fails,
             status_lists_units_that_still_run_old_code after the_switch_keeps_every_process_and_nothing_fails,
@@ -71,6 +73,9 @@ fn a_live_system_loses_no_service() -> Result<()> {
             the_open_session_survives_the_switch_and_the_isolate after an_ssh_session_is_open,
             undo_starts_stopped_units_and_restores_restarted_ones
                 after the_switch_keeps_every_process_and_nothing_fails,
+            the_agent_of_the_bootimage_takes_over_after_the_undo after the_agent_of_the_node_image_takes_over,
+            an_agent_that_cannot_continue_does_not_take_over
+                after the_agent_of_the_bootimage_takes_over_after_the_undo,
         ],
     );
     suite.finish()
@@ -112,6 +117,17 @@ fn the_switch_keeps_every_process_and_nothing_fails(live: &mut Live) -> Result<(
     same(guest.ask("base-tool")?, "base-tool 2.0".into())?;
     same(Live::processes(guest)?, live.processes.clone())?;
     guest.ask("test -e /run/t-reloaded")?;
+    nothing_failed(guest)
+}
+
+fn the_agent_of_the_node_image_takes_over(live: &mut Live) -> Result<()> {
+    let guest = &live.bed.guest;
+    wait_for_agent(guest, "/run/other-agent")?;
+    same(guest.status()?["state"].as_str(), Some("switched"))?;
+    contains(
+        &guest.ask("journalctl -u node-image-pivotd.service -o cat")?,
+        "handing over to /usr/bin/node-image-pivot",
+    )?;
     nothing_failed(guest)
 }
 
@@ -166,4 +182,21 @@ fn undo_starts_stopped_units_and_restores_restarted_ones(live: &mut Live) -> Res
     let line = "tr '\\0' ' ' </proc/$(systemctl show -p MainPID --value t-exec.service)/cmdline";
     contains(&guest.ask(line)?, "9000")?;
     nothing_failed(guest)
+}
+
+fn the_agent_of_the_bootimage_takes_over_after_the_undo(live: &mut Live) -> Result<()> {
+    wait_for_agent(&live.bed.guest, "/usr/bin/node-image-pivot")?;
+    nothing_failed(&live.bed.guest)
+}
+
+/// The node image's agent does not know the check, so the bootimage's continues and undoes.
+fn an_agent_that_cannot_continue_does_not_take_over(live: &mut Live) -> Result<()> {
+    let guest = &live.bed.guest;
+    let agent = pid(guest, "node-image-pivotd.service")?;
+    guest.ask("touch /run/older && node-image-pivot run")?;
+    let notes = || Ok::<_, anyhow::Error>(guest.status()?["notes"].to_string());
+    wait_for("the refusal", SOON, || Ok(notes()?.contains("cannot take over, and this one continues")))?;
+    guest.ask("node-image-pivot undo")?;
+    same(pid(guest, "node-image-pivotd.service")?, agent)?;
+    same(guest.ask("base-tool")?, "base-tool 1.0".into())
 }

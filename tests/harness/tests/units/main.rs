@@ -14,7 +14,7 @@ use testbed::derived::derive;
 use testbed::files::Files;
 use testbed::guest::Guest;
 use testbed::images::{Images, work_dir};
-use testbed::proc::succeed;
+use testbed::proc::{succeed, wait_for};
 
 const PIVOT: Duration = Duration::from_secs(400);
 const SOON: Duration = Duration::from_secs(150);
@@ -34,6 +34,23 @@ const SERVICES: [&str; 12] = [
     "t-socket",
     "t-listen",
 ];
+
+/// The node image's own agent: the bootimage's with one byte more. It lists its calls. With /run/older it does not know the
+/// argument of a later version.
+const OTHER_AGENT: &str = r#"#!/bin/bash
+other=/run/other-agent
+if [ ! -e $other ]; then
+    cp /sysroot/ostree/deploy/testbed/deploy/*/usr/bin/node-image-pivot $other.new
+    printf x >>$other.new
+    mv $other.new $other
+fi
+echo "$*" >>/run/other-agent.calls
+if [ -e /run/older ] && [ "${2-}" = --check ]; then
+    echo "unexpected argument '--check'" >&2
+    exit 2
+fi
+exec -a /usr/bin/node-image-pivot $other "$@"
+"#;
 
 /// Files of the node image that change the units: path and text.
 const LAYER: &[(&str, &str)] = &[
@@ -136,6 +153,12 @@ fn pid(guest: &dyn Guest, unit: &str) -> Result<String> {
     if pid == "0" { bail!("{unit} does not run") } else { Ok(pid) }
 }
 
+/// Waits until the agent's process runs this file.
+fn wait_for_agent(guest: &dyn Guest, program: &str) -> Result<()> {
+    let running = "readlink /proc/$(systemctl show -p MainPID --value node-image-pivotd.service)/exe";
+    wait_for(program, SOON, || Ok(guest.run(running)?.text.trim() == program))
+}
+
 fn ask_socket(guest: &dyn Guest, path: &str) -> Result<String> {
     guest.ask(&format!("curl -s --http0.9 --max-time 20 --unix-socket {path} http://x/ || true"))
 }
@@ -148,6 +171,17 @@ fn class_of<'a>(plan: &'a Value, unit: &str) -> Result<&'a str> {
 
 /// Boots a container with these units, which becomes `base` with [`LAYER`] on top.
 fn boot(name: &str, base: &str, serving: Serving, fill: impl FnOnce(&Files) -> Result<()>) -> Result<Bed> {
-    let (storage, image) = derive(Images::ensure()?, base, &work_dir(&format!("{name}-image"))?, LAYER)?;
+    boot_with(name, base, LAYER, serving, fill)
+}
+
+/// The same with another layer.
+fn boot_with(
+    name: &str,
+    base: &str,
+    layer: &[(&str, &str)],
+    serving: Serving,
+    fill: impl FnOnce(&Files) -> Result<()>,
+) -> Result<Bed> {
+    let (storage, image) = derive(Images::ensure()?, base, &work_dir(&format!("{name}-image"))?, layer)?;
     Bed::boot_from(&storage, &image.by_digest(), name, serving, fill)
 }
