@@ -28,11 +28,15 @@ pub(super) async fn hold_back(
     let manager = Manager::connect().await?;
     let (files, active) = (unit_files().await?, unit_refresh::active(&manager).await?);
     let held = unit_refresh::holds(&files, target, &active, policy);
+    // Also if there are none: an earlier call may have held units that the configuration names now.
+    let released = hold(Path::new(UNITS), dir, &held).context("cannot hold back units that may end the boot")?;
+    if held.is_empty() && !released {
+        return Ok(());
+    }
+    manager.reload().await?;
     if held.is_empty() {
         return Ok(());
     }
-    write(Path::new(UNITS), dir, &held).context("cannot hold back units that may end the boot")?;
-    manager.reload().await?;
     for Action { unit, class, reason, .. } in &held {
         info!("{unit}: {}: {reason}", class.as_str());
     }
@@ -41,14 +45,14 @@ pub(super) async fn hold_back(
     Ok(())
 }
 
-/// Permits systemd to start the units again.
+/// Permits systemd to start the units, from its next reload on.
 pub(super) fn release(dir: &StateDir) -> Result<()> {
+    hold(Path::new(UNITS), dir, &[])?;
     dir.remove(StateDir::HELD)
 }
 
-/// Writes a mark and a drop-in for each unit, and removes the marks of an earlier call.
-fn write(units: &Path, dir: &StateDir, held: &[Action]) -> Result<()> {
-    release(dir)?;
+/// Writes a mark and a drop-in for each unit, and then removes those of other units. Returns true if there were any.
+fn hold(units: &Path, dir: &StateDir, held: &[Action]) -> Result<bool> {
     let marks = dir.run().join(StateDir::HELD);
     let put = |folder: &Path, name: &str, text: &str| {
         let written = Directory::ensure(folder).and_then(|folder| folder.write_atomic(name, 0o644, text.as_bytes()));
@@ -61,7 +65,19 @@ fn write(units: &Path, dir: &StateDir, held: &[Action]) -> Result<()> {
         put(&units.join(format!("{unit}.d")), DROP_IN, &text)?;
         put(&marks, unit, &format!("{reason}\n"))?;
     }
-    Ok(())
+    let mut released = false;
+    for folder in support::if_found(std::fs::read_dir(units))?.into_iter().flatten() {
+        let folder = folder?.path();
+        let unit = folder.file_name().and_then(|name| name.to_str()?.strip_suffix(".d"));
+        let Some(unit) = unit.filter(|unit| held.iter().all(|action| action.unit != *unit)) else { continue };
+        if support::if_found(std::fs::remove_file(folder.join(DROP_IN)))?.is_some() {
+            // Fails if the directory has drop-ins of others.
+            let _ = std::fs::remove_dir(&folder);
+            support::ignore_missing(std::fs::remove_file(marks.join(unit)))?;
+            released = true;
+        }
+    }
+    Ok(released)
 }
 
 #[cfg(test)]
@@ -75,18 +91,23 @@ mod tests {
         let temp = tempfile::tempdir().unwrap();
         let (units, dir) = (temp.path().join("system"), StateDir::below(&temp.path().join("run")));
         let held = ["zincati.service", "a.timer"].map(|unit| Action::new(unit, Class::Hold, "r"));
-        write(&units, &dir, &held).unwrap();
-        write(&units, &dir, &held[1..]).unwrap();
         let marks = dir.run().join("held-units");
-        for action in &held {
-            let text = std::fs::read_to_string(units.join(format!("{}.d/{DROP_IN}", action.unit))).unwrap();
-            let mark = marks.join(&action.unit);
+        let is_held = |unit: &str| {
+            let mark = marks.join(unit);
+            let text = std::fs::read_to_string(units.join(format!("{unit}.d/{DROP_IN}"))).ok()?;
             assert!(text.ends_with(&format!("[Unit]\nConditionPathExists=!{}\n", mark.display())), "{text}");
-        }
-        assert!(!marks.join("zincati.service").exists(), "permitted since");
-        assert_eq!(std::fs::read_to_string(marks.join("a.timer")).unwrap(), "r\n");
-        release(&dir).unwrap();
-        release(&dir).unwrap();
-        assert!(!marks.exists());
+            assert_eq!(std::fs::read_to_string(mark).unwrap(), "r\n");
+            Some(())
+        };
+        assert!(!hold(&units, &dir, &held).unwrap());
+        assert!(held.iter().all(|action| is_held(&action.unit).is_some()));
+        std::fs::write(units.join("zincati.service.d/local.conf"), "").unwrap();
+        assert!(hold(&units, &dir, &held[1..]).unwrap(), "the configuration names the other one now");
+        assert_eq!((is_held("zincati.service"), is_held("a.timer")), (None, Some(())));
+        assert!(!marks.join("zincati.service").exists() && units.join("zincati.service.d/local.conf").exists());
+        std::fs::remove_file(marks.join("a.timer")).unwrap();
+        assert!(hold(&units, &dir, &[]).unwrap(), "also if an administrator has removed the mark");
+        assert!(!hold(&units, &dir, &[]).unwrap());
+        assert!(!units.join("a.timer.d").exists());
     }
 }

@@ -34,7 +34,10 @@ const ENDS: &[&str] = &["exit", "halt", "kexec", "poweroff", "reboot", "soft-reb
 /// left out, unless the configuration stops it.
 pub fn holds(files: &UnitFiles, target: &str, active: &BTreeSet<String>, policy: &Policy) -> Vec<Action> {
     let permitted = |name: &str| policy.of(name).is_some_and(|(rule, wish)| rule == name && wish != Wish::Stop);
-    let candidates = files.pulled_in(target).into_iter().filter(|name| !active.contains(name) && !permitted(name));
+    // A reboot needs the units of these targets. Only the unit that names such a target is held.
+    let needed: BTreeSet<_> = ENDS.iter().flat_map(|end| files.pulled_in(&format!("{end}.target"))).collect();
+    let is_candidate = |name: &String| !needed.contains(name) && !active.contains(name) && !permitted(name);
+    let candidates = files.pulled_in(target).into_iter().filter(is_candidate);
     let hold = |name: String| {
         let definition = files.definition(&name)?;
         definition.fragment.as_ref().filter(|path| path.starts_with("/usr/lib/"))?;
@@ -103,10 +106,12 @@ fn ends_boot(line: &str) -> bool {
     })
 }
 
-/// Returns true if `program` with these arguments ends the boot. Without a path, only the first word of a command and the
-/// word after `-c` or `exec` can be relied on; other words may be arguments.
+/// Returns true if `program` with these arguments ends the boot. Other words than the first may be arguments, unless they
+/// are paths of programs.
 fn is_ending_call(program: &str, arguments: &[&str], first: bool) -> bool {
-    let name = program.trim_start_matches(['@', '-', ':', '+', '!']).rsplit('/').next().unwrap_or(program);
+    let program = program.trim_start_matches(['@', '-', ':', '+', '!']);
+    let (directory, name) = program.rsplit_once('/').unwrap_or(("", program));
+    let is_program = first || matches!(directory, "/bin" | "/sbin" | "/usr/bin" | "/usr/sbin");
     let has = |words: &[&str]| arguments.iter().any(|word| words.contains(word));
     match name {
         "systemctl" => {
@@ -114,10 +119,10 @@ fn is_ending_call(program: &str, arguments: &[&str], first: bool) -> bool {
             let verb = verbs.next().copied().unwrap_or_default();
             ENDS.contains(&verb) || matches!(verb, "start" | "isolate") && verbs.any(|unit| is_end(unit))
         }
-        "reboot" | "poweroff" | "halt" => first || program.contains('/'),
-        "shutdown" => (first || program.contains('/')) && !has(&["-c"]),
+        "reboot" | "poweroff" | "halt" => is_program,
+        "shutdown" => is_program && !has(&["-c"]),
         "bootc" => has(&["upgrade", "update", "switch"]) && has(&["--apply"]),
-        "rpm-ostree" => has(&["--reboot", "-r", "--trigger-automatic-update-policy"]),
+        "rpm-ostree" => is_program && has(&["--reboot", "-r", "--trigger-automatic-update-policy"]),
         _ => false,
     }
 }
@@ -155,6 +160,10 @@ mod tests {
             "/usr/bin/systemctl daemon-reload",
             "/usr/sbin/shutdown -c",
             "/usr/bin/echo reboot",
+            "/usr/bin/rm -f /run/reboot",
+            "/usr/bin/test -e /etc/halt",
+            "/usr/libexec/x --socket /run/shutdown",
+            "/usr/bin/echo rpm-ostree -r",
             "/usr/lib/x --on-failure reboot",
             "/usr/bin/bootc upgrade --check",
             "/usr/bin/bootc status --apply",
@@ -232,5 +241,19 @@ mod tests {
         assert_eq!(held(&image, &[], &policy("a.service", "never")), []);
         assert_eq!(held(&image, &[], &policy("a.service", "stop")).len(), 1);
         assert_eq!(held(&image, &[], &policy("a*", "restart")).len(), 1, "only an exact name permits it");
+    }
+
+    #[test]
+    fn units_that_a_reboot_needs_are_not_held_back() {
+        let names = "[Unit]\nWants=reboot.target\n[Service]\nExecStart=/usr/bin/true\n";
+        let mut image = files(&[("a.service", names)], &[]);
+        for (name, text) in [
+            ("reboot.target", "[Unit]\nRequires=systemd-reboot.service\n"),
+            ("systemd-reboot.service", "[Unit]\nSuccessAction=reboot-force\n"),
+        ] {
+            image.0[1].entries.insert(name.to_owned(), Entry::File(text.to_owned()));
+        }
+        let held = held(&image, &[], &Policy::default());
+        assert_eq!(held, [("a.service".to_owned(), "its Wants= names reboot.target".to_owned())]);
     }
 }

@@ -99,6 +99,7 @@ impl LiveUndo<'_> {
             LiveStep::Policy => load_old_policy(self.dir, self.tree, undone).await,
             LiveStep::Files => undone.kept.extend(refresh_back(&self.tree.delta).await),
             LiveStep::Manager => {
+                undone.kept.extend(held_units::release(self.dir).err().map(|error| format!("{error:#}")));
                 let renewed = async { reexec::reexecute(Manager::connect().await?, &mut undone.kept).await };
                 match renewed.await {
                     Ok(manager) => self.manager = Some(manager),
@@ -106,7 +107,6 @@ impl LiveUndo<'_> {
                 }
             }
             LiveStep::Units => {
-                undone.kept.extend(held_units::release(self.dir).err().map(|error| format!("{error:#}")));
                 // A PID 1 that could not be re-executed may be unable to start services.
                 if let Some(manager) = &mut self.manager
                     && let Err(error) = undo_units(self.tracker, manager, self.units, &mut undone.kept).await
