@@ -35,11 +35,13 @@ boot() {
         recipe bootimage.sh BED="$BED" BASE="$base" OVERLAYS="${overlays[*]}"
 }
 
-# stock: the live bootimage without any file of the agent, as published media are.
+# stock: the live bootimage without any file of the agent, as published media are, with the modules of an old kernel.
 stock() {
-    local base
+    local base modules
     base=$(tree_base12)
-    stage boot-stock "$(key "$BED/bootimage.sh" "=$base")" recipe bootimage.sh BED="$BED" BASE="$base"
+    modules=$(kernel)/tree
+    stage boot-stock "$(key "$BED/bootimage.sh" "$BED/composefs.py" "=$base" "=$modules")" \
+        recipe bootimage.sh BED="$BED" BASE="$base" OVERLAYS="$modules"
 }
 
 # disk: the same base system installed to a disk: a directory with vmlinuz, initramfs.img, disk.img, kargs.

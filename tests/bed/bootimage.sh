@@ -47,8 +47,8 @@ step "deploy"
 ostree admin os-init --sysroot="$sysroot" testbed
 ostree admin deploy --sysroot="$sysroot" --os=testbed testbed/bootimage
 deployment=$(find "$sysroot/ostree/deploy/testbed/deploy" -mindepth 1 -maxdepth 1 -type d -name '*.0')
-modules=$(find "$deployment/usr/lib/modules" -mindepth 1 -maxdepth 1 -type d)
-cp "$modules/vmlinuz" "$modules/initramfs.img" "$OUT/"
+# An overlay may bring modules of another kernel.
+cp "$deployment"/usr/lib/modules/*/{vmlinuz,initramfs.img} "$OUT/"
 sed -n 's/^options //p' "$sysroot"/boot/loader/entries/*.conf | grep -o 'ostree=[^ ]*' >"$OUT/kargs"
 basename "$deployment" .0 >"$OUT/commit"
 if [ "$MEDIUM" = disk ]; then

@@ -7,6 +7,7 @@
 #   build.sh podman       prints the directories of one with podman, and of a newer podman as a layer upon node image a,
 #                         as JSON
 #   build.sh network      the same for NetworkManager, dbus-broker, polkit and chrony
+#   build.sh kernel       prints the directory of an old kernel and its modules
 #   build.sh stock        prints the directories of a live bootimage without the agent, and of the installed agent, as JSON
 #   build.sh disk         builds an installed system's disk, and prints where it is
 #   build.sh selinux      a live bootimage with an SELinux policy, a node image of the next release with its own; prints
@@ -32,6 +33,9 @@ qemu() { stage qemu "$(key "$BED/qemu.sh")" recipe qemu.sh; }
 
 # A skopeo that enforces policy.json when it serves as the image proxy; the host's is too old for that.
 skopeo_new() { stage skopeo "$(key "$BED/skopeo.sh")" recipe skopeo.sh; }
+
+# An old kernel, and its modules for the initramfs of another one.
+kernel() { stage kernel "$(key "$BED/kernel.sh")" recipe kernel.sh; }
 
 debs() { stage debs "$(key "$BED/debs.sh" "$BED/programs")" recipe debs.sh BED="$BED"; }
 
@@ -178,6 +182,7 @@ for target in "$@"; do
         qemu | oracle | incumbent | composefs | debs | trees | boot | registry | tree_*) "$target" >&2 ;;
         # These print the paths of images that only some tests use. "all" does not contain the images of the benchmark.
         skopeo) skopeo_new ;;
+        kernel) kernel ;;
         packages) packages ;;
         bench) bench encapsulated ;;
         bench-plain) bench plain ;;
@@ -196,7 +201,7 @@ for target in "$@"; do
         all) trees; boot >&2; registry >&2; qemu >&2; skopeo_new >&2 ;;
         ahead)
             trees
-            for step in registry qemu skopeo_new stock runtime podman podman_layer network network_layer tree_selinux_base tree_selinux_node composefs packages; do
+            for step in registry qemu skopeo_new kernel stock runtime podman podman_layer network network_layer tree_selinux_base tree_selinux_node composefs packages; do
                 "$step" >&2
             done ;;
         paths)

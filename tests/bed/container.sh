@@ -1,7 +1,7 @@
 #!/bin/bash
 # Boots the deployment inside BOOT/sysroot.squashfs with systemd-nspawn. The caller runs this script in a separate mount
 # namespace, so its mounts end with it. WORK: folder for mount points; FILES: etc/… and var/… of this boot;
-# NETNS: network namespace file; LIVE: 1 for a live medium; CMDLINE: what /proc/cmdline shall say;
+# NETNS: network namespace file; LIVE: 1 for a live medium; CMDLINE: the content of /proc/cmdline;
 # COMPOSEFS: 1 for a root that is mounted from the deployment's composefs image.
 set -euo pipefail
 : "${BOOT:?}" "${WORK:?}" "${FILES:?}" "${NETNS:?}" "${LIVE:=1}" "${CMDLINE:=}" "${COMPOSEFS:=0}"

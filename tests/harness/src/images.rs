@@ -151,6 +151,11 @@ impl Images {
         two_paths("stock", ["boot", "agent"])
     }
 
+    /// Returns the directory of an old kernel: vmlinuz, and modules.img for the initramfs of another kernel; likewise.
+    pub fn old_kernel(&self) -> Result<PathBuf> {
+        build("kernel")
+    }
+
     /// A live bootimage with podman, and the directory of a newer one, for a layer upon node image a; likewise.
     pub fn podman(&self) -> Result<(PathBuf, PathBuf)> {
         two_paths("podman", ["boot", "layer"])

@@ -203,9 +203,9 @@ fn the_console_takes_a_login_afterwards(bed: &mut Bed<'_>) -> Result<()> {
 }
 
 /// Returns a bootimage without the agent, with a packed agent that follows the initramfs, as a PXE server delivers both.
-/// The configuration names `image`.
+/// The configuration names `image`. The kernel is older than that of the bootimage's initramfs.
 fn stock_with_packed_agent(images: &Images, image: &str) -> Result<PathBuf> {
-    let (stock, agent) = images.stock()?;
+    let ((stock, agent), kernel) = (images.stock()?, images.old_kernel()?);
     let boot = work_dir("vm-b-boot")?;
     let config = boot.join("config");
     fs::create_dir(&config)?;
@@ -214,11 +214,10 @@ fn stock_with_packed_agent(images: &Images, image: &str) -> Result<PathBuf> {
     let mut pack = Command::new(agent.join("usr/bin/node-image-pivot"));
     pack.args(["pack", "initrd", "--output", "packed", "--config", "config", "--auth", "auth.json"]);
     succeed(pack.current_dir(&boot))?;
-    fs::write(
-        boot.join("initramfs.img"),
-        [fs::read(stock.join("initramfs.img"))?, fs::read(boot.join("packed"))?].concat(),
-    )?;
-    ["vmlinuz", "sysroot.squashfs", "kargs"].iter().try_for_each(|name| symlink(stock.join(name), boot.join(name)))?;
+    let parts = [stock.join("initramfs.img"), kernel.join("modules.img"), boot.join("packed")];
+    fs::write(boot.join("initramfs.img"), parts.map(fs::read).into_iter().collect::<Result<Vec<_>, _>>()?.concat())?;
+    symlink(kernel.join("vmlinuz"), boot.join("vmlinuz"))?;
+    ["sysroot.squashfs", "kargs"].iter().try_for_each(|name| symlink(stock.join(name), boot.join(name)))?;
     Ok(boot)
 }
 
@@ -245,6 +244,7 @@ fn other_packages_of_the_same_release_replace_an_image_that_is_refused() -> Resu
         &scenarios![
             ssh_answers,
             the_base_system_runs after ssh_answers,
+            the_kernel_is_the_oldest_supported_one after ssh_answers,
             the_initramfs_carried_the_agent after ssh_answers,
             the_bus_accepts_the_name_of_a_carried_agent after the_initramfs_carried_the_agent,
             credentials_of_a_carried_agent_are_private after the_bus_accepts_the_name_of_a_carried_agent,
@@ -256,6 +256,10 @@ fn other_packages_of_the_same_release_replace_an_image_that_is_refused() -> Resu
     );
     pivoted(&mut suite, "the_machine_becomes_its_node_image", &bed.guest, bed.before.as_ref(), &bed.expected);
     suite.finish()
+}
+
+fn the_kernel_is_the_oldest_supported_one(bed: &mut Bed<'_>) -> Result<()> {
+    contains(&bed.guest.ask("uname -r")?, "5.10.")
 }
 
 fn the_initramfs_carried_the_agent(bed: &mut Bed<'_>) -> Result<()> {
