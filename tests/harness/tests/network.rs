@@ -205,6 +205,7 @@ fn addresses_routes_and_resolv_conf_are_unchanged(connected: &mut Connected) -> 
 }
 
 fn no_address_or_route_was_removed_meanwhile(connected: &mut Connected) -> Result<()> {
+    same(connected.monitor.try_wait()?, None)?;
     let changes = fs::read_to_string(&connected.changes)?;
     if changes.contains("Deleted") { bail!("{changes}") } else { Ok(()) }
 }
