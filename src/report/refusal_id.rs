@@ -37,9 +37,8 @@ pub enum RefusalId {
     Hook,
     /// The image that updates of a disk should follow is invalid. Correct `--imgref`.
     ImageReference,
-    /// The node store has no complete image to deploy. Run `node-image-pivot pull --complete`. If the first layer of the
-    /// image has entries that ostree does not store, or another program removed the image, use
-    /// `ostree container image deploy`.
+    /// The node store has no complete image to deploy. Run `node-image-pivot pull --complete`. If the first layer of a plain
+    /// image has a name or a symlink target that is not UTF-8, which ostree cannot store, rebuild the image without it.
     Incomplete,
     /// A kernel argument for a deployment is empty, has white space or control characters, or is `ostree=`. Correct `--karg`,
     /// and repeat it for several arguments.

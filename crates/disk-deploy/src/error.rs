@@ -53,8 +53,8 @@ pub enum DeployError {
     /// The node store has no complete image of this digest. A complete pull writes none if the first layer of a plain
     /// image has a name or a symlink target that is not UTF-8.
     #[error(
-        "the node store has no complete image {0}; run pull --complete, or if the first layer has a name that is not UTF-8, \
-         which ostree cannot store, rebuild the image without it"
+        "cannot deploy {0}: the node store has no complete image of it; run pull --complete, or if the first layer has a name \
+         or a symlink target that is not UTF-8, which ostree cannot store, rebuild the image without it"
     )]
     Incomplete(String),
     /// The argument cannot be in a boot loader entry, or libostree sets it.

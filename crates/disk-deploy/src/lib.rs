@@ -77,8 +77,8 @@ pub struct Deployed {
 /// A repeated call changes nothing. A call that was killed is repeated: it continues with the missing objects.
 ///
 /// # Errors
-/// [`DeployError::Failed`] and [`DeployError::Cancelled`] can follow writes; all other errors are found before the first one.
-/// After any failure, the disk boots as before.
+/// [`DeployError::Failed`] and [`DeployError::Cancelled`] can follow writes; all other errors are found before the first one,
+/// except that objects of an earlier call may have got their names. After any failure, the disk boots as before.
 pub fn deploy(
     store: &NodeStore,
     image: &ResolvedImage,

@@ -61,7 +61,7 @@ fn tag_hints(configured: Option<Vec<String>>) -> TagHints {
 /// Returns the configured source. If none is configured, returns the one in the installer's script.
 ///
 /// # Errors
-/// There is none.
+/// No source names a node image, or the installer's script fails.
 pub(in crate::agent) async fn wanted(configured: Option<&ImageSource>) -> Result<ImageSource, Failure> {
     if let Some(configured) = configured {
         return Ok(configured.clone());
