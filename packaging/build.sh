@@ -44,9 +44,7 @@ if ! objdump --section-headers "$work/binaries/node-image-pivot" | grep -q '\.de
 fi
 
 # The builds write to a copy, never to the checkout.
-tar --create --directory "$project" --exclude=./target --exclude=./.git --exclude=./vendor . |
-    tar --extract --no-same-owner --directory "$sources"
-[ ! -d "$project/vendor" ] || ln -s "$project/vendor" "$sources"
+bash "$project/packaging/copy.sh" "$sources"
 cp -r "$sources/packaging/debian" "$sources/debian"
 cd "$sources"
 

@@ -26,7 +26,7 @@ sed -i 's/^Version: .*/&+next/' "$next/DEBIAN/control"
 dpkg-deb --root-owner-group -Znone -b "$next" "$work/root/packages/next.deb" >/dev/null
 mkdir "$work/binaries" "$work/sources"
 cp "$next/usr/bin/node-image-pivot" "$next/usr/lib/systemd/system-generators/node-image-pivot-generator" "$work/binaries"
-tar --create --directory "$project" --exclude=./target --exclude=./.git . | tar --extract --directory "$work/sources"
+bash "$project/packaging/copy.sh" "$work/sources"
 (cd "$work/sources" && NODE_IMAGE_PIVOT_BINARIES=$work/binaries sh packaging/rpm/build.sh "$work/root/packages" \
     --define 'release_number 2' --define 'debug_package %{nil}') >"$work/log" 2>&1 || { cat "$work/log" >&2; exit 1; }
 
