@@ -20,7 +20,7 @@ usr = $(DESTDIR)$(PREFIX)
 unitdir = $(usr)/lib/systemd/system
 dracutdir = $(usr)/lib/dracut/modules.d/98node-image-pivot
 
-.PHONY: all build deps deps-build cargo install check check-quick check-bed check-containers demo bench fuzz docs clean
+.PHONY: all build deps deps-build cargo install check check-quick check-bed check-images check-containers demo bench fuzz docs clean
 
 all: build
 
@@ -34,7 +34,7 @@ PACKAGE_DEPS = dpkg-dev debhelper fakeroot lintian rpm rpmlint debugedit elfutil
                python3-venv
 # What the agent is built and tested with; the test bed brings its own list.
 DEBIAN_BUILD_DEPS = build-essential binutils pkg-config libostree-dev ostree skopeo systemd dbus shellcheck dracut-core cpio \
-                    python3 erofs-utils $(PACKAGE_DEPS)
+                    python3 erofs-utils openssl $(PACKAGE_DEPS)
 
 deps-build: cargo
 	@command -v dpkg-query >/dev/null || { \
@@ -109,8 +109,10 @@ QUICK_TEST = $(CARGO) test --release --no-fail-fast --workspace --exclude testbe
 NEEDS_IMAGES = the_test_beds_images_are_imported_alike
 
 # The quick tests first; what the test bed needs besides the agent is built meanwhile. Then two of the others at a time.
+# QUICK_TEST puts an agent with failpoints into target/release. The second step packages and boots the agent from there, so
+# nothing in it may run QUICK_TEST.
 check: deps
-	$(MAKE) -j2 --output-sync=target check-quick check-bed
+	$(MAKE) -j2 --output-sync=target check-quick check-images
 	$(MAKE) -j2 -k --output-sync=target check-containers check-packages $(addprefix check-,$(MACHINES))
 
 check-quick:
@@ -129,8 +131,10 @@ check-quick:
 check-bed:
 	bash tests/bed/build.sh ahead
 
-check-containers:
+check-images: check-bed
 	$(QUICK_TEST) --test pull $(NEEDS_IMAGES)
+
+check-containers:
 	$(BED_TEST) $(addprefix --test ,$(CONTAINERS)) -- --test-threads=1
 
 .PHONY: $(addprefix check-,$(MACHINES))
