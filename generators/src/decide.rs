@@ -55,6 +55,8 @@ pub struct Facts {
     pub services: Vec<&'static str>,
     /// An installer's own units in `/etc`.
     pub installer: Option<Installer>,
+    /// True if the agent has been started in this boot.
+    pub started: bool,
 }
 
 /// The decision about this boot.
@@ -137,10 +139,10 @@ impl Reason {
 /// Returns the agent's unit files that take the place of an installer's.
 ///
 /// This does not depend on the redirect: an installer may write its files to a running system, and starts the units
-/// itself. After the switch, the units that have run must stay the agent's.
+/// itself. Once the agent has been started, the units must stay the agent's: their jobs may wait for it.
 pub fn taken_over(facts: &Facts) -> &[PathBuf] {
     let can_work = facts.pivot_target.is_some() && facts.masked.is_none();
-    let permitted = facts.pivoted || facts.unclear.is_none() && facts.mode != Mode::Off && can_work;
+    let permitted = facts.pivoted || facts.started || facts.unclear.is_none() && facts.mode != Mode::Off && can_work;
     facts.installer.as_ref().filter(|_| permitted).map_or(&[], |installer| &installer.hidden)
 }
 
@@ -218,6 +220,7 @@ mod tests {
             target: None,
             services: vec!["n.service"],
             installer: None,
+            started: false,
         }
     }
 
@@ -301,6 +304,9 @@ mod tests {
             (Facts { pivot_target: None, ..installers() }, false),
             // The units have run, whatever the configuration says now.
             (Facts { pivoted: true, pivot_target: None, ..installers() }, true),
+            (Facts { started: true, mode: Mode::Off, ..installers() }, true),
+            (Facts { started: true, unclear: Some("x".into()), ..installers() }, true),
+            (Facts { started: true, ..base_only() }, false),
             (Facts { in_initrd: true, ..base_only() }, false),
         ] {
             assert_eq!(!taken_over(&facts).is_empty(), expected, "{facts:?}");

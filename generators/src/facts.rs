@@ -58,6 +58,7 @@ pub fn gather(root: &Path, environment: Environment) -> Facts {
         target: None,
         services: Vec::new(),
         installer: if in_initrd { None } else { Installer::find(root) },
+        started: exists(Path::new(mark::STARTED)),
     };
     // The other facts cannot affect the decision. A reload is quick then.
     if in_initrd || facts.pivoted || facts.booted && facts.installer.is_none() {

@@ -1,6 +1,7 @@
 //! Finds the units of a cluster installer in `/etc`, which hide the agent's units of the same names.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use boot_config::search::{Found, Search};
@@ -45,7 +46,9 @@ impl Installer {
         };
         Some(Self {
             hidden: SHARED.into_iter().filter_map(hidden).collect(),
-            redirects: under(root, GENERATOR).is_file(),
+            // systemd runs executable files only.
+            redirects: fs::metadata(under(root, GENERATOR))
+                .is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0),
         })
     }
 }

@@ -14,6 +14,9 @@ pub const PIVOTED: &str = "/run/node-image-pivot/pivoted";
 /// Mark that the generator writes when it redirects a boot. The agent removes it when it isolates the original target.
 pub const REDIRECTED: &str = "/run/node-image-pivot/redirected";
 
+/// The agent's lock, which exists from its first start in this boot on.
+pub const STARTED: &str = "/run/node-image-pivot/daemon.lock";
+
 /// systemd's mark of a service that both redirected and ordinary boots start, and that an initramfs does not start.
 const LOGINS_PERMITTED: &str = "/run/systemd/units/invocation:systemd-user-sessions.service";
 
