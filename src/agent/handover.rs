@@ -113,10 +113,11 @@ impl Agent {
     }
 
     /// Locks the record if no call runs or waits, and a switch or an undo is complete. A bootstrap boot is not complete
-    /// before the isolation.
+    /// before the isolation, and a switch on trial is not complete: its undo must be that of the agent that made it.
     fn at_rest(&self) -> Option<Stopped<'_>> {
         let record = self.record.try_lock().ok()?;
         let complete = match &record.step {
+            Step::Refreshed(_) | Step::Finished(_) if record.trial.is_some_and(|trial| !trial.kept) => false,
             Step::Refreshed(_) => record.flow() == Flow::Live,
             Step::Finished(_) => true,
             step => step.is_before_switch() && record.undone.is_some(),
