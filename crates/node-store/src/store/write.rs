@@ -10,6 +10,7 @@
 use std::fs::{File, Metadata};
 use std::io::{self, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -106,7 +107,9 @@ impl ObjectWriter {
     /// Returns the space of a removed content object to the limit.
     pub(super) fn removed(&self, object: &Metadata) {
         if object.is_file() {
-            let more = |remaining: u64| Some(remaining.saturating_add(object.len() + BLOCK as u64));
+            // Holes use no space.
+            let size = object.len().min(object.blocks() * 512) + BLOCK as u64;
+            let more = |remaining: u64| Some(remaining.saturating_add(size));
             let _ = self.remaining.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
         }
     }
