@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Prints the software bill of materials of the two programs as CycloneDX 1.5, or with `--licences` the texts of licences.
 
-The crates are those that are linked into the programs, and procedural macros. The bill depends only on Cargo.lock and
-SOURCE_DATE_EPOCH.
+The crates are those that are linked into the programs, and procedural macros. The bill depends only on Cargo.lock, the
+platform and SOURCE_DATE_EPOCH.
 """
 import datetime
 import json
@@ -14,12 +14,18 @@ import tomllib
 import uuid
 
 PROGRAMS = ["node-image-pivot", "node-image-pivot-generator"]
-TARGET = os.environ.get("CARGO_BUILD_TARGET", "x86_64-unknown-linux-gnu")
+
+
+def output(variable, program, *arguments):
+    """Returns the output of a program, which a variable of the environment may name."""
+    command = [os.environ.get(variable, program), *arguments]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def metadata():
-    command = [os.environ.get("CARGO", "cargo"), "metadata", "--locked", "--format-version=1", f"--filter-platform={TARGET}"]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    host = next(line for line in output("RUSTC", "rustc", "-vV").splitlines() if line.startswith("host: "))
+    target = os.environ.get("CARGO_BUILD_TARGET", host.removeprefix("host: "))
+    return json.loads(output("CARGO", "cargo", "metadata", "--locked", "--format-version=1", f"--filter-platform={target}"))
 
 
 def linked(resolve, roots):
@@ -64,7 +70,8 @@ def licences(listed):
             directory = pathlib.Path(package["manifest_path"]).parent
             # Sources of C libraries are one directory deeper.
             for path in sorted([*directory.glob("*"), *directory.glob("*/*")]):
-                if path.is_file() and path.name.upper().startswith(("LICEN", "COPYING", "COPYRIGHT", "UNLICENSE", "NOTICE")):
+                named = path.name.upper().startswith(("LICEN", "COPYING", "COPYRIGHT", "UNLICENSE", "NOTICE"))
+                if named and path.suffix != ".rs" and path.is_file():
                     texts.setdefault(path.read_text(errors="replace").strip(), []).append(package)
     for text, users in texts.items():
         names = ", ".join(dict.fromkeys(f"{user['name']} {user['version']} ({user['license']})" for user in users))
