@@ -1,9 +1,9 @@
-#!/bin/sh
-# Packs the sources of a checkout with all crates that they need, so that they build without a network. Equal sources give
-# an equal archive: times and owners are fixed as in build.sh.
+#!/bin/bash
+# Packs the sources of a checkout with all crates that they need, so that they build without a network. Files that git does
+# not track are left out. Equal sources give an equal archive: times and owners are fixed as in build.sh.
 #
 #   source.sh OUTPUT
-set -eu
+set -euo pipefail
 umask 022
 export LC_ALL=C.UTF-8
 project=$(cd "$(dirname "$0")/.." && pwd)
@@ -17,7 +17,7 @@ trap 'rm -rf "$work"' EXIT
 
 mkdir "$work/$name" "$work/$name/.cargo"
 cd "$project"
-git ls-files -z --cached --others --exclude-standard | tar --create --null --files-from=- | tar --extract --directory "$work/$name"
+git ls-files -z --cached | tar --create --null --files-from=- | tar --extract --directory "$work/$name"
 cd "$work/$name"
 "${CARGO:-cargo}" vendor --locked vendor >.cargo/config.toml 2>"$work/log" || { cat "$work/log" >&2; exit 1; }
 cd "$work"
