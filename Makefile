@@ -82,11 +82,12 @@ install -D -m 0644 /dev/null "$(usr)/share/$(2)"
 endef
 
 # The policy module in the form that `semodule -X 200 -i` installs without a compiler. Packages have it, a plain install does not.
+# Version 19 of the format: an older libsepol than the builder's reads it, and each builder writes the same.
 .PHONY: install-selinux-module
 install-selinux-module: module = $(usr)/share/selinux/packages/targeted/node-image-pivot
 install-selinux-module:
 	install -d "$(dir $(module))"
-	checkmodule -M -m -o "$(module).mod" packaging/selinux/node-image-pivot.te
+	checkmodule -M -m -c 19 -o "$(module).mod" packaging/selinux/node-image-pivot.te
 	semodule_package -o "$(module).pp" -m "$(module).mod" -f packaging/selinux/node-image-pivot.fc
 	rm "$(module).mod"
 

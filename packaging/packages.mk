@@ -20,7 +20,7 @@ build-package: cargo
 # The sources with all crates, which build without a network.
 .PHONY: source
 source: cargo
-	sh packaging/source.sh target/source
+	bash packaging/source.sh target/source
 
 # Two builds of that archive, without a network and under different conditions, must be equal byte for byte.
 .PHONY: packages-check

@@ -50,6 +50,8 @@ usable
 rpm --verify --nodeps node-image-pivot
 [ "$(module)" = "200 node-image-pivot pp" ] || die "after the installation the policy modules have: $(module)"
 [ "$(label)" = 1 ] || die "the installed policy does not label the agent"
+# As version 0.1.0 installed it.
+semodule --noreload --store=targeted --install=/usr/share/selinux/packages/node-image-pivot.cil
 rpm --upgrade --nodeps node-image-pivot-*-2.*.rpm
 usable
 [ "$(rpm -q --queryformat '%{RELEASE}' node-image-pivot)" = 2 ] || die "rpm does not show the next release"
