@@ -34,7 +34,7 @@ PACKAGE_DEPS = dpkg-dev debhelper fakeroot lintian rpm rpmlint debugedit elfutil
                python3-venv
 # What the agent is built and tested with; the test bed brings its own list.
 DEBIAN_BUILD_DEPS = build-essential binutils pkg-config libostree-dev ostree skopeo systemd dbus shellcheck dracut-core cpio \
-                    python3 erofs-utils openssl $(PACKAGE_DEPS)
+                    python3 erofs-utils openssl git $(PACKAGE_DEPS)
 
 deps-build: cargo
 	@command -v dpkg-query >/dev/null || { \
