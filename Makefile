@@ -20,7 +20,7 @@ usr = $(DESTDIR)$(PREFIX)
 unitdir = $(usr)/lib/systemd/system
 dracutdir = $(usr)/lib/dracut/modules.d/98node-image-pivot
 
-.PHONY: all build deps deps-build cargo install check check-quick check-bed check-images check-containers demo bench fuzz docs clean
+.PHONY: all build deps deps-build cargo install check check-quick check-bed check-containers demo bench fuzz docs clean
 
 all: build
 
@@ -132,6 +132,7 @@ check-quick:
 check-bed:
 	bash tests/bed/build.sh ahead
 
+.PHONY: check-images
 check-images: check-bed
 	$(QUICK_TEST) --test pull $(NEEDS_IMAGES)
 
