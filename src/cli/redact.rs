@@ -16,8 +16,18 @@ const SHORTEST: usize = 4;
 static PLACES: LazyLock<Vec<Regex>> = LazyLock::new(|| {
     [
         // The user information of a URL, and that of a proxy without a scheme.
-        r#"([a-zA-Z][a-zA-Z0-9+.-]*://)([^/\s"'<>\\]+)(@)"#,
-        r#"(?i)(\b\w+_proxy\s*=\s*["']?)([^/\s"'<>\\]+)(@)"#,
+        r#"([a-zA-Z][a-zA-Z0-9+.-]*://)((?:\\+'|[^/\s"<>\\])+)(@)"#,
+        r#"(?i)(\b\w+_proxy\s*=\s*(?:\$?["'])?(?:[a-z0-9+.-]+://)?)([^\s"]+)(@)"#,
+        // Errors of Go about the address of a proxy: a slash in the password, and its part that Go takes for the port.
+        r#"((?:invalid proxy address|parse) \\*"(?:[a-zA-Z0-9+.-]+://)?)([^\s"]+)(@)"#,
+        r#"(invalid port \\*":)([^\s"\\]+)()"#,
+        // Credentials and the user of an iSCSI disk on the kernel command line.
+        r#"(\bsystemd\.set_credential\w*=[^\s:]*:)([^\s"\\]+)()"#,
+        r#"(\b(?:net)?root=iscsi:)([^\s"\\]+)(@)"#,
+        // Signed URLs.
+        r#"(?i)([?&][\w-]*(?:signature|sig|credential|api_?key|key|token)=)([^\s"'&\\]+)()"#,
+        // The whole value, and its part before a separator, which may be the whole secret.
+        r#"(?i)(\b[\w.-]*(?:password|passwd|passphrase|secret|token)=)(\\*"[^"\n]*"|[^\s"\\]+)()"#,
         r#"(?i)(\b[\w.-]*(?:password|passwd|passphrase|secret|token)=["']?)([^\s"'&;,\\]+)()"#,
         // JSON, also within a string of another document.
         r#"(?i)(\\*"(?:auth|password|secret|token|identitytoken|registrytoken)\\*"\s*:\s*\\*")([^"\\]+)()"#,
@@ -44,11 +54,16 @@ impl Secrets {
 
     /// Adds a secret in its forms: as it is, its password, and both decoded.
     fn add(&mut self, secret: &str) {
+        let secret = secret.trim_matches(['"', '\\']);
         let decoded = base64::decode(secret).ok().and_then(|bytes| String::from_utf8(bytes).ok());
+        // The credential of a command line is a whole auth file.
+        decoded.iter().for_each(|text| self.learn(text));
         for form in [Some(secret.to_owned()), decoded].into_iter().flatten() {
             let password = form.split_once(':').map_or(form.as_str(), |(_, password)| password);
             let forms = [form.clone(), password.to_owned(), percent_decoded(password)];
-            self.0.extend(forms.into_iter().filter(|form| form.len() >= SHORTEST && form != REMOVED));
+            let unquoted = forms.clone().map(|form| form.replace(r"\'", "'"));
+            let long = |form: &String| form.len() >= SHORTEST && form != REMOVED;
+            self.0.extend(forms.into_iter().chain(unquoted).filter(long));
         }
     }
 
@@ -90,7 +105,7 @@ mod tests {
 
     #[test]
     fn all_places_are_known() {
-        assert_eq!(PLACES.len(), 5, "each expression is valid");
+        assert_eq!(PLACES.len(), 11, "each expression is valid");
     }
 
     #[test]
@@ -102,8 +117,26 @@ mod tests {
             ("HTTP_PROXY=http://proxy:3128", "HTTP_PROXY=http://proxy:3128"),
             ("docker://q.io/a/b@sha256:1234", "docker://q.io/a/b@sha256:1234"),
             ("rd.iscsi.password=abc quiet root=UUID=1", "rd.iscsi.password=[removed] quiet root=UUID=1"),
-            ("//s/x /mnt cifs rw,password=a,vers=3", "//s/x /mnt cifs rw,password=[removed],vers=3"),
-            ("GET /v2/?token=abc&x=1", "GET /v2/?token=[removed]&x=1"),
+            ("//s/x /mnt cifs rw,password=a,vers=3", "//s/x /mnt cifs rw,password=[removed]"),
+            ("GET /v2/?token=abc&x=1", "GET /v2/?token=[removed]"),
+            ("rd.iscsi.password=ab,cd;ef quiet", "rd.iscsi.password=[removed] quiet"),
+            (r#"password="two words" x"#, "password=[removed] x"),
+            (r#"{"line": "password=\"two words\" x"}"#, r#"{"line": "password=[removed] x"}"#),
+            ("systemd.set_credential=passwd.root:hunter2 x", "systemd.set_credential=passwd.root:[removed] x"),
+            ("netroot=iscsi:u:pw@192.0.2.1::::iqn x", "netroot=iscsi:[removed]@192.0.2.1::::iqn x"),
+            ("netroot=iscsi:192.0.2.1::::iqn.x", "netroot=iscsi:192.0.2.1::::iqn.x"),
+            ("https://x/r.img?api_key=abc quiet", "https://x/r.img?api_key=[removed] quiet"),
+            (
+                r#"Get "https://cdn/b?X-Amz-Date=1&X-Amz-Signature=abc&Key-Pair-Id=2": EOF"#,
+                r#"Get "https://cdn/b?X-Amz-Date=1&X-Amz-Signature=[removed]&Key-Pair-Id=2": EOF"#,
+            ),
+            (r"HTTPS_PROXY=$'http://u:p\'w@proxy:3128'", "HTTPS_PROXY=$'http://[removed]@proxy:3128'"),
+            ("HTTPS_PROXY=$'u:p!w@proxy:3128'", "HTTPS_PROXY=$'[removed]@proxy:3128'"),
+            (
+                r#"invalid proxy address "http://u:ab/cd@proxy:3128": invalid port ":ab" after host"#,
+                r#"invalid proxy address "http://[removed]@proxy:3128": invalid port ":[removed]" after host"#,
+            ),
+            ("LoadCredential=node-image-pivot.auth", "LoadCredential=node-image-pivot.auth"),
             ("Authorization: Bearer abc.def", "Authorization: Bearer [removed]"),
             ("unauthorized: authentication required", "unauthorized: authentication required"),
             ("cannot get a token: 401", "cannot get a token: 401"),
