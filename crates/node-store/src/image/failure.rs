@@ -134,11 +134,30 @@ pub struct Failure {
 }
 
 impl Failure {
-    /// Makes a failure with the kind's default advice and class.
+    /// Makes a failure with the kind's default advice and class. The message loses passwords, because all users may read it.
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
         let (class, advice) = (kind.class(), kind.advice());
-        Self { kind, class, message: message.into(), advice, endpoints: Vec::new(), retry_after: None }
+        let message = without_passwords(&message.into());
+        Self { kind, class, message, advice, endpoints: Vec::new(), retry_after: None }
     }
+}
+
+/// Removes the user information of URLs, and invalid addresses of proxies.
+fn without_passwords(text: &str) -> String {
+    const INVALID: &str = "invalid proxy address";
+    // Go quotes the address, and then its parts.
+    if let Some((before, _)) = text.split_once(INVALID) {
+        return format!("{}{INVALID}: write / # ? and % of its password as %2F %23 %3F %25", without_passwords(before));
+    }
+    let mut parts = text.split("://");
+    let mut clean = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        let end = part.find(|c: char| c == '/' || c == '"' || c.is_whitespace()).unwrap_or(part.len());
+        let host = part[..end].rfind('@').map(|at| &part[at..]);
+        clean += if host.is_some() { "://[removed]" } else { "://" };
+        clean += host.unwrap_or(part);
+    }
+    clean
 }
 
 impl fmt::Display for Failure {
@@ -152,3 +171,29 @@ impl fmt::Display for Failure {
 }
 
 impl std::error::Error for Failure {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::classify::classify;
+
+    #[test]
+    fn a_message_has_no_password_of_a_proxy_or_a_url() {
+        let remedy = "invalid proxy address: write / # ? and % of its password as %2F %23 %3F %25";
+        for (text, expected) in [
+            (
+                r#"Get "https://q.io/v2/": invalid proxy address "http://u:pa#ss@p:1": parse "http://u:pa#ss@p:1": x ":pa""#,
+                format!(r#"Get "https://q.io/v2/": {remedy}"#),
+            ),
+            (
+                "proxyconnect tcp: http://u:p@w@proxy:3128: EOF",
+                "proxyconnect tcp: http://[removed]@proxy:3128: EOF".into(),
+            ),
+            (r#"Get "https://u:pw@q.io""#, r#"Get "https://[removed]@q.io""#.into()),
+            ("docker://q.io/a/b@sha256:12", "docker://q.io/a/b@sha256:12".into()),
+        ] {
+            assert_eq!(Failure::new(Kind::Local, text).message, expected);
+            assert_eq!(classify(text, false).failure(text.to_owned()).message, expected);
+        }
+    }
+}

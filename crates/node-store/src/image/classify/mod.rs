@@ -35,7 +35,7 @@ impl Verdict {
     /// Makes the failure that `message` describes.
     pub(super) fn failure(self, message: String) -> Failure {
         let Self { kind, class, advice, endpoints, retry_after } = self;
-        Failure { kind, class, message, advice, endpoints, retry_after }
+        Failure { class, advice, endpoints, retry_after, ..Failure::new(kind, message) }
     }
 }
 
