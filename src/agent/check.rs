@@ -119,19 +119,17 @@ impl Found {
             self.warnings.extend(preflight::warnings(&mounts, Path::new(USR), &choice));
         }
         let settings = settings.map_err(|error| Error::refused(RefusalId::Configuration, format!("{error:#}")));
-        let settings = match settings {
-            // The pull would end with this cause.
-            Ok(settings) => wanted(settings.image.as_ref())
-                .await
-                .map(|_| settings)
-                .map_err(|failure| Error::refused(RefusalId::Configuration, failure.to_string())),
-            invalid => invalid,
-        };
-        if let Some(settings) = self.add(&SETTINGS[..1], settings)? {
-            let start = decide(&settings, &|path| path.exists());
-            if let Some(Start::NothingToDo(reason)) = self.add(&SETTINGS[1..2], start)? {
-                self.warnings.push(format!("nothing to do: {reason}"));
-            }
+        let Some(settings) = self.add(&SETTINGS[..1], settings)? else { return Ok(()) };
+        // The pivot decides about its start before it looks for an image.
+        let start = decide(&settings, &|path| path.exists());
+        if let Some(Start::NothingToDo(reason)) = self.add(&SETTINGS[1..2], start)? {
+            self.warnings.push(format!("nothing to do: {reason}"));
+            return Ok(());
+        }
+        // The pull would end with this cause.
+        let wanted = wanted(settings.image.as_ref()).await;
+        let wanted = wanted.map_err(|failure| Error::refused(RefusalId::Configuration, failure.to_string()));
+        if self.add(&SETTINGS[..1], wanted)?.is_some() {
             self.add(&SETTINGS[2..], storage::check(paths, settings.store))?;
         }
         Ok(())
@@ -141,19 +139,20 @@ impl Found {
     fn add<T>(&mut self, ids: &[RefusalId], result: Result<T, Error>) -> Result<Option<T>, Error> {
         let (value, refusals) = match result {
             Ok(value) => (Some(value), Vec::new()),
-            Err(error) if error.reasons().is_empty() => return Err(error),
+            Err(error) if error.reasons().iter().all(|reason| known(&reason.id).is_none()) => return Err(error),
             Err(error) => (None, error.reasons().to_vec()),
         };
-        self.made.extend(ids.iter().map(|id| {
-            let of_id = refusals.iter().find(|reason| reason.id == id.as_str());
-            (*id, of_id.map(|reason| reason.message.clone()))
-        }));
+        let refused = refusals.iter().filter_map(|reason| Some((known(&reason.id)?, Some(reason.message.clone()))));
+        let refused: Vec<_> = refused.collect();
+        let prevented = |id| refused.iter().any(|(by, _)| *by == id || prevents(*by, id));
+        self.made.extend(ids.iter().filter(|id| !prevented(**id)).map(|id| (*id, None)));
+        self.made.extend(refused);
         Ok(value)
     }
 
     fn judge(self, ignored: &[RefusalId]) -> Checks {
         let judged = checks().map(|id| {
-            let (result, message) = match self.made.iter().find(|(made, _)| *made == id) {
+            let (result, message) = match self.made.iter().rev().find(|(made, _)| *made == id) {
                 None => (CheckResult::NotRun, None),
                 Some((_, None)) => (CheckResult::Passed, None),
                 Some((_, refusal)) if ignored.contains(&id) => (CheckResult::Ignored, refusal.clone()),
@@ -164,6 +163,22 @@ impl Found {
         let checks: Vec<_> = judged.collect();
         let passed = checks.iter().all(|check| check.result != CheckResult::Refused);
         Checks { schema: 1, passed, checks, warnings: self.warnings }
+    }
+}
+
+fn known(id: &str) -> Option<RefusalId> {
+    checks().find(|known| known.as_str() == id)
+}
+
+/// Returns true if the check `id` is not made after the refusal `by`, which is of the same call.
+fn prevents(by: RefusalId, id: RefusalId) -> bool {
+    use RefusalId::{Configuration, NoOverlay, NotAllowed, NotStackable, OldKernel, TooDeep, TooLittle, Unlocked};
+    match by {
+        OldKernel | NoOverlay | NotAllowed => matches!(id, OldKernel | NoOverlay | NotAllowed | NotStackable),
+        Unlocked => matches!(id, TooDeep | NotStackable),
+        TooDeep => id == NotStackable,
+        Configuration => id == TooLittle,
+        _ => false,
     }
 }
 
@@ -215,7 +230,7 @@ mod tests {
                 (IMAGE, &[][..], Passed, Passed, Refused),
                 (IMAGE, &[RefusalId::EtcReadOnly], Passed, Passed, Ignored),
                 ("node-image-pivot=off node-image-pivot.image=q.io/y:1", &[], Passed, Refused, Refused),
-                ("node-image-pivot=off", &[], Refused, NotRun, Refused),
+                ("node-image-pivot=off", &[], Refused, Refused, Refused),
                 ("node-image-pivot=never", &[RefusalId::Configuration], Ignored, NotRun, Refused),
             ] {
                 let checks = look(&dir, line).judge(ignored);
@@ -230,6 +245,49 @@ mod tests {
                 );
             }
         });
+    }
+
+    #[test]
+    fn a_machine_with_nothing_to_do_needs_no_image() {
+        let scratch = tempfile::tempdir().unwrap();
+        let mut settings = Settings::load_from(Path::new("/nonexistent"), "").unwrap();
+        settings.probe_paths = vec!["/".into()];
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let mut found = Found::default();
+        runtime.block_on(found.look(&StateDir::below(scratch.path()), Ok(settings))).unwrap();
+        assert!(found.warnings.contains(&"nothing to do: / exists".to_owned()), "{:?}", found.warnings);
+        let checks = found.judge(&[]);
+        let found = SETTINGS.map(|id| of(&checks, id));
+        assert_eq!(found, [CheckResult::Passed, CheckResult::Passed, CheckResult::NotRun]);
+    }
+
+    #[test]
+    fn checks_behind_a_refusal_are_not_run() {
+        use CheckResult::{NotRun, Passed, Refused};
+        let ids = [RefusalId::NoOverlay, RefusalId::Unlocked, RefusalId::TooDeep, RefusalId::NotStackable];
+        for (refused, expected) in [
+            (RefusalId::OldKernel, [NotRun, Passed, Passed, NotRun]),
+            (RefusalId::NoOverlay, [Refused, Passed, Passed, NotRun]),
+            (RefusalId::Unlocked, [Passed, Refused, NotRun, NotRun]),
+            (RefusalId::TooDeep, [Passed, Passed, Refused, NotRun]),
+            (RefusalId::EtcLocked, [Passed; 4]),
+        ] {
+            let mut found = Found::default();
+            found.add::<()>(&MACHINE, Err(Error::refused(refused, "m"))).unwrap();
+            let checks = found.judge(&[]);
+            assert_eq!(ids.map(|id| of(&checks, id)), expected, "{refused:?}");
+        }
+    }
+
+    #[test]
+    fn a_refusal_of_another_check_counts() {
+        let mut found = Found::default();
+        found.add(&SETTINGS[..1], Ok(())).unwrap();
+        found.add::<()>(&SETTINGS[2..], Err(Error::refused(RefusalId::Configuration, "the repo is sealed"))).unwrap();
+        let checks = found.judge(&[]);
+        let found = [RefusalId::Configuration, RefusalId::TooLittle].map(|id| of(&checks, id));
+        assert_eq!((checks.passed, found), (false, [CheckResult::Refused, CheckResult::NotRun]));
+        assert!(Found::default().add::<()>(&SETTINGS, Err(Error::refused(RefusalId::StateFile, "m"))).is_err());
     }
 
     #[test]

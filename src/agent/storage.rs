@@ -8,6 +8,7 @@ use tracing::info;
 use super::{Error, StateDir};
 use crate::config::StoreSettings;
 use crate::preflight::{self, Memory, Refusal, Refusals};
+use crate::report::RefusalId;
 use node_store::store::{self, BootedRepo, Kind, NodeStore, SystemRepo};
 use overlay_root::delta::Delta;
 use overlay_root::{Mount, Namespace};
@@ -72,7 +73,8 @@ pub(super) fn open(paths: &StateDir, settings: StoreSettings) -> anyhow::Result<
 /// # Errors
 /// As [`open`].
 pub(super) fn check(paths: &StateDir, settings: StoreSettings) -> Result<(), Error> {
-    let choice = Choice::make(settings)?;
+    let choice = Choice::make(settings);
+    let choice = choice.map_err(|error| Error::refused(RefusalId::Configuration, format!("{error:#}")))?;
     match choice.kind {
         Kind::Disk => Ok(()),
         Kind::Ram(_) => choice.limit(&paths.store(), settings).map(drop).map_err(refused),
