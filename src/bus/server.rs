@@ -89,6 +89,8 @@ async fn system_bus(agent: Arc<Agent>) {
                         let _ = ended.inspect_err(|error| debug!("cannot announce a change: {error:#}"));
                     }
                 }
+                // The watch of a running request's caller holds the connection, and with it the name.
+                let _ = connection.close().await;
             }
             Err(error) if !reported => {
                 reported = true;
