@@ -100,27 +100,40 @@ pub fn check_content(usr: BorrowedFd<'_>, here: Machine) -> Vec<Refusal> {
 
 /// Refuses a node image whose directory `/usr/local` would hide files of the machine, where `/usr/local` is a link to `/var`.
 /// Both arguments are `/usr` directories.
-pub fn check_local(booted: BorrowedFd<'_>, usr: BorrowedFd<'_>) -> Option<Refusal> {
+///
+/// # Errors
+/// A directory of the machine cannot be read, so that its files are unknown.
+pub fn check_local(booted: BorrowedFd<'_>, usr: BorrowedFd<'_>) -> Result<Option<Refusal>> {
     const LOCAL: &str = "local";
-    let link = rustix::fs::readlinkat(booted, LOCAL, Vec::new()).ok()?;
-    let new = rustix::fs::statat(usr, LOCAL, AtFlags::SYMLINK_NOFOLLOW).ok()?;
-    if !FileType::from_raw_mode(new.st_mode).is_dir() {
-        return None;
+    let Ok(link) = rustix::fs::readlinkat(booted, LOCAL, Vec::new()) else { return Ok(None) };
+    let new = rustix::fs::statat(usr, LOCAL, AtFlags::SYMLINK_NOFOLLOW);
+    if !new.is_ok_and(|new| FileType::from_raw_mode(new.st_mode).is_dir()) {
+        return Ok(None);
     }
     let local = Path::new("/proc/self/fd").join(booted.as_raw_fd().to_string()).join(LOCAL);
-    let file = first_file(&local)?;
-    let file = Path::new("/usr/local").join(file.strip_prefix(&local).ok()?);
-    Some(Refusal::LocalHidden { link: link.to_string_lossy().into_owned(), file: file.display().to_string() })
+    let file = first_file(&local).context("cannot look for files of this machine in /usr/local")?;
+    Ok(file.map(|file| {
+        let file = Path::new("/usr/local").join(file.strip_prefix(&local).unwrap_or(&file));
+        Refusal::LocalHidden { link: link.to_string_lossy().into_owned(), file: file.display().to_string() }
+    }))
 }
 
-/// Returns the first entry below a directory that is not a directory, by name. An unreadable directory has none.
-fn first_file(directory: &Path) -> Option<PathBuf> {
-    let mut entries: Vec<_> = std::fs::read_dir(directory).ok()?.flatten().collect();
+/// Returns the first entry below a directory that is not a directory, by name. A missing directory has none.
+fn first_file(directory: &Path) -> std::io::Result<Option<PathBuf>> {
+    let mut entries = Vec::new();
+    for entry in support::if_found(std::fs::read_dir(directory))?.into_iter().flatten() {
+        entries.push(entry?);
+    }
     entries.sort_by_key(std::fs::DirEntry::file_name);
-    entries.iter().find_map(|entry| match entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-        true => first_file(&entry.path()),
-        false => Some(entry.path()),
-    })
+    for entry in entries {
+        if !entry.file_type()?.is_dir() {
+            return Ok(Some(entry.path()));
+        }
+        if let Some(file) = first_file(&entry.path())? {
+            return Ok(Some(file));
+        }
+    }
+    Ok(None)
 }
 
 /// Compares the systems that the booted and the new tree's os-release name. Another distribution or major release is a

@@ -218,7 +218,7 @@ fn check_tree(
     let tree = delta.open_usr(USR_SOURCE)?;
     refuse(preflight::check_content(tree.as_fd(), preflight::Machine::here().context("looking at this program")?))?;
     let booted_usr = etc_merge::open_dir(usr)?;
-    refuse(preflight::check_local(booted_usr.as_fd(), tree.as_fd()).into_iter().collect())?;
+    refuse(preflight::check_local(booted_usr.as_fd(), tree.as_fd())?.into_iter().collect())?;
     let same = preflight::check_same_system(booted_usr.as_fd(), tree.as_fd(), checks.permits_another_system);
     refuse(same.refusals)?;
     warnings.extend(same.warnings);

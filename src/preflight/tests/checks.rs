@@ -52,7 +52,7 @@ fn a_directory_that_hides_files_of_the_machine_in_usr_local_is_refused() {
         booted(&booted_usr);
         new(&new_usr);
         let open = |path: &Path| std::fs::File::open(path).unwrap();
-        let refusal = check_local(open(&booted_usr).as_fd(), open(&new_usr).as_fd());
+        let refusal = check_local(open(&booted_usr).as_fd(), open(&new_usr).as_fd()).unwrap();
         assert_eq!(refusal.is_some(), refused, "{name}");
         if let Some(refusal) = refusal {
             let text = refusal.to_string();
@@ -60,6 +60,17 @@ fn a_directory_that_hides_files_of_the_machine_in_usr_local_is_refused() {
             assert!(text.contains("would hide /usr/local/bin/bootkube.sh of this machine"), "{text}");
         }
     }
+}
+
+/// A link to itself stands for a directory that root cannot read either.
+#[test]
+fn a_usr_local_that_cannot_be_read_is_an_error() {
+    let temp = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink("local", temp.path().join("local")).unwrap();
+    std::fs::create_dir_all(temp.path().join("new/local")).unwrap();
+    let open = |path: &Path| std::fs::File::open(path).unwrap();
+    let found = check_local(open(temp.path()).as_fd(), open(&temp.path().join("new")).as_fd());
+    assert!(found.unwrap_err().to_string().contains("/usr/local"));
 }
 
 #[test]
