@@ -40,7 +40,7 @@ pub enum Outcome {
 /// # Errors
 /// Fails if a file or the link cannot be written. The boot is then not redirected.
 pub fn redirect(output: &Output, pivot_target: &Path, original: &str, services: &[&str]) -> Result<Outcome, Problem> {
-    write(&output.mark, "").map_err(|e| problem(&output.mark, "write", &e))?;
+    write(&output.mark, "").map_err(|e| problem(&output.mark, &e))?;
     let dropin = output.normal.join("node-image-pivotd.service.d/50-default-target.conf");
     // A backslash is the only character of a unit name that must be escaped in Environment=.
     let value = original.replace('\\', r"\\");
@@ -48,7 +48,7 @@ pub fn redirect(output: &Output, pivot_target: &Path, original: &str, services: 
         "# Written by node-image-pivot-generator: the target to isolate after the pivot.\n\
          [Service]\nEnvironment={TARGET_VARIABLE}={value}\n"
     );
-    write(&dropin, &text).map_err(|e| problem(&dropin, "write", &e))?;
+    write(&dropin, &text).map_err(|e| problem(&dropin, &e))?;
     if !services.is_empty() {
         let dropin = output.normal.join("node-image-pull.service.d/50-services.conf");
         let text = format!(
@@ -56,7 +56,7 @@ pub fn redirect(output: &Output, pivot_target: &Path, original: &str, services: 
              [Unit]\nWants={}\n",
             services.join(" ")
         );
-        write(&dropin, &text).map_err(|e| problem(&dropin, "write", &e))?;
+        write(&dropin, &text).map_err(|e| problem(&dropin, &e))?;
     }
     let link = &output.link;
     match symlink(pivot_target, link) {
@@ -64,7 +64,7 @@ pub fn redirect(output: &Output, pivot_target: &Path, original: &str, services: 
             Ok(existing) if existing == pivot_target => Ok(Outcome::Redirected),
             _ => Ok(Outcome::LeftToOther),
         },
-        result => result.map(|()| Outcome::Redirected).map_err(|e| problem(link, "write", &e)),
+        result => result.map(|()| Outcome::Redirected).map_err(|e| problem(link, &e)),
     }
 }
 
@@ -76,6 +76,12 @@ pub fn redirect(output: &Output, pivot_target: &Path, original: &str, services: 
 pub fn take_over(early: &Path, root: &Path, units: &[PathBuf]) -> Result<(), Problem> {
     let copies: Vec<_> = units.iter().filter_map(|unit| Some((unit, early.join(unit.file_name()?)))).collect();
     let copied = copies.iter().try_for_each(|(unit, copy)| {
+        let problem = |path: &Path, verb: &str, error: &io::Error| {
+            let path = path.display();
+            Problem(format!(
+                "cannot {verb} {path}: {error}; the installer's units stay in use, and the agent redirects nothing"
+            ))
+        };
         let text = fs::read_to_string(under(root, unit)).map_err(|e| problem(unit, "read", &e))?;
         let origin = format!("# Copied by node-image-pivot-generator from {}.\n", unit.display());
         write(copy, &(origin + &text)).map_err(|e| problem(copy, "write", &e))
@@ -87,8 +93,8 @@ pub fn take_over(early: &Path, root: &Path, units: &[PathBuf]) -> Result<(), Pro
     copied
 }
 
-fn problem(path: &Path, verb: &str, error: &io::Error) -> Problem {
-    Problem(format!("cannot {verb} {}: {error}; this boot is not redirected", path.display()))
+fn problem(path: &Path, error: &io::Error) -> Problem {
+    Problem(format!("cannot write {}: {error}; this boot is not redirected", path.display()))
 }
 
 /// Writes a file atomically, without fsync: `/run` does not survive a power cut.
