@@ -211,7 +211,7 @@ fn no_address_or_route_was_removed_meanwhile(connected: &mut Connected) -> Resul
 }
 
 fn the_ssh_session_continues(connected: &mut Connected) -> Result<()> {
-    let session = connected.session.take().context("there is no session")?;
+    let session = connected.session.take().context("the session was not opened")?;
     connected.bed.guest.ask("touch /run/switched")?;
     same(String::from_utf8(session.wait_with_output()?.stdout)?, "base-tool 2.0\n".into())
 }
