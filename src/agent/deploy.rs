@@ -25,8 +25,9 @@ impl Agent {
                 let message = format!("cannot deploy a node image: {reason}");
                 return Err(Error::refused(RefusalId::NoNodeImage, message));
             }
-            let discarded = || Error::refused(RefusalId::NoNodeImage, "the node image was discarded; run pull again");
-            staged(&mut record.step).cloned().ok_or_else(discarded)?
+            let lost = "cannot deploy: another call has discarded the node image or is switching; nothing was written; run \
+                        deploy again";
+            staged(&mut record.step).cloned().ok_or_else(|| Error::refused(RefusalId::NoNodeImage, lost))?
         };
         let (paths, asked) = (self.paths.clone(), request.clone());
         let cancellable = gio::Cancellable::new();
