@@ -274,6 +274,25 @@ fn usr_is_the_node_images_except_for_kernel_modules_and_the_agent() {
     });
 }
 
+/// A release may have merged both directories, and the other not yet. `/sbin` is a link to `usr/sbin` in each.
+#[test]
+fn sbin_may_be_a_link_to_bin_on_one_side_only() {
+    const DIRECTORY: &[(&str, &str)] = &[("sbin/iptables", "iptables")];
+    const LINK: &[(&str, &str)] = &[("sbin", "-> bin"), ("bin/iptables", "iptables")];
+    for (booted, target) in [(DIRECTORY, LINK), (LINK, DIRECTORY)] {
+        private(|scratch| {
+            write(&scratch.join("booted/usr"), booted);
+            write(&scratch.join("target/usr"), target);
+            let machine = Machine::new(scratch);
+            machine.switch();
+            machine.compare();
+            assert_eq!(fs::read_to_string(machine.usr.join("sbin/iptables")).unwrap(), "iptables");
+            machine.undo();
+            assert_eq!(describe(&machine.usr), machine.booted_usr);
+        });
+    }
+}
+
 #[test]
 fn etc_is_merged_and_a_conflict_keeps_the_local_file() {
     private(|scratch| {
