@@ -8,7 +8,7 @@ use std::io;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, mpsc};
 
 use ostree::gio;
 use sha2::{Digest, Sha256};
@@ -32,16 +32,26 @@ pub(super) struct PolicyFiles {
     root: PathBuf,
     /// Objects of the files.
     pub objects: PolicyObjects,
-    /// Parsed file contexts; `None` if only libselinux can read them. Read on first use.
-    contexts: OnceLock<Option<Arc<Contexts>>>,
+    /// Opened on first use.
+    labels: OnceLock<Result<Labels, String>>,
 }
 
-/// An open policy. Belongs to one thread.
+/// An open policy.
+///
+/// One thread looks up the labels of all layers in libselinux, which needs 20 KiB for each expression that it has tried:
+/// up to 70 MiB for each time that the policy is open. Opening it takes as long as reading a small layer.
+#[derive(Debug, Clone)]
 pub(super) struct Labels {
-    policy: ostree::SePolicy,
-    /// Its parsed file contexts; `None` if only libselinux can read them.
+    requests: mpsc::Sender<Request>,
+    /// Parsed file contexts of the policy; `None` if only libselinux can read them.
     contexts: Option<Arc<Contexts>>,
+    /// False if the policy's configuration disables it.
+    is_active: bool,
 }
+
+/// A path and a mode for libselinux, and the channel of the answer.
+#[derive(Debug)]
+struct Request(String, u32, mpsc::SyncSender<Result<Option<String>, String>>);
 
 /// Returns the directory of all policies that are files now.
 fn shown(store: &NodeStore) -> PathBuf {
@@ -145,7 +155,7 @@ impl PolicyObjects {
         // Two layers may have the same policy, and each value removes its own directory.
         static SERIAL: AtomicU64 = AtomicU64::new(0);
         let root = shown(store).join(SERIAL.fetch_add(1, Ordering::Relaxed).to_string());
-        let files = PolicyFiles { root, objects: self.clone(), contexts: OnceLock::new() };
+        let files = PolicyFiles { root, objects: self.clone(), labels: OnceLock::new() };
         for (path, id) in &self.0 {
             let at = files.root.join(path);
             if let Some(dir) = at.parent() {
@@ -174,25 +184,44 @@ impl Drop for PolicyFiles {
 }
 
 impl PolicyFiles {
-    /// Opens the policy for one thread.
+    /// Opens the policy, once.
     pub(super) fn open(&self) -> Result<Labels, String> {
-        let policy = selinux_labels::open_policy(&self.root)
-            .map_err(|error| format!("cannot use its SELinux policy (/usr/etc/selinux): {error}"))?;
-        let contexts = self.contexts.get_or_init(|| self.read_contexts(&policy));
-        Ok(Labels { contexts: contexts.clone(), policy })
+        self.labels.get_or_init(|| self.start()).clone()
+    }
+
+    /// Starts the thread that has the policy open. It ends when the last user of the labels has ended.
+    fn start(&self) -> Result<Labels, String> {
+        let cannot =
+            |error: &dyn std::fmt::Display| format!("cannot use its SELinux policy (/usr/etc/selinux): {error}");
+        let ((requests, received), (opened, kind)) = (mpsc::channel::<Request>(), mpsc::sync_channel(1));
+        let root = self.root.clone();
+        let serve = move || {
+            let policy = match selinux_labels::open_policy(&root) {
+                Ok(policy) => policy,
+                Err(error) => return drop(opened.send(Err(error.to_string()))),
+            };
+            let _ = opened.send(Ok(policy.name().map(String::from)));
+            for Request(path, mode, answer) in received {
+                let label = policy.label(&path, mode, gio::Cancellable::NONE);
+                let _ = answer.send(label.map(|label| label.map(String::from)).map_err(|error| error.to_string()));
+            }
+        };
+        std::thread::Builder::new().name("labels".to_owned()).spawn(serve).map_err(|error| cannot(&error))?;
+        let kind = kind.recv().map_err(|error| cannot(&error))?.map_err(|error| cannot(&error))?;
+        let contexts = kind.as_deref().and_then(|kind| self.read_contexts(kind));
+        Ok(Labels { requests, contexts, is_active: kind.is_some() })
     }
 
     /// Returns false if the policy's configuration disables it, so that it labels nothing. A policy that cannot be opened is
     /// active, so that its first use reports the error.
     pub(super) fn is_active(&self) -> bool {
-        self.open().map_or(true, |labels| labels.policy.name().is_some())
+        self.open().map_or(true, |labels| labels.is_active)
     }
 
     /// Parses the file contexts. Returns `None` if they cannot be read or parsed: libselinux then reads them itself and
     /// reports errors.
-    fn read_contexts(&self, policy: &ostree::SePolicy) -> Option<Arc<Contexts>> {
-        let kind = policy.name()?;
-        let at = self.root.join("usr/etc/selinux").join(kind.as_str()).join("contexts/files/file_contexts");
+    fn read_contexts(&self, kind: &str) -> Option<Arc<Contexts>> {
+        let at = self.root.join("usr/etc/selinux").join(kind).join("contexts/files/file_contexts");
         let contexts = Contexts::parse(&Texts::read(&at).ok()?);
         if contexts.is_none() {
             tracing::debug!("unsupported syntax in file_contexts: using libselinux for each lookup");
@@ -215,8 +244,8 @@ impl Labels {
         if let Some(found) = found.filter(Found::is_confirmed) {
             return Ok(found.label.map(terminated));
         }
-        let label = self.policy.label(path, mode, gio::Cancellable::NONE);
-        let label = label.map_err(|error| format!("cannot look up the SELinux label of {path}: {error}"))?;
+        let label =
+            self.ask(path, mode).map_err(|error| format!("cannot look up the SELinux label of {path}: {error}"))?;
         match (found, contexts) {
             (Some(found), _) if found.label == label.as_deref() => found.confirm(),
             (Some(found), Some(contexts)) => {
@@ -227,6 +256,13 @@ impl Labels {
             _ => {}
         }
         Ok(label.as_deref().map(terminated))
+    }
+
+    /// Returns the answer of libselinux.
+    fn ask(&self, path: &str, mode: u32) -> Result<Option<String>, String> {
+        let (answer, label) = mpsc::sync_channel(1);
+        self.requests.send(Request(path.to_owned(), mode, answer)).map_err(|error| error.to_string())?;
+        label.recv().map_err(|error| error.to_string())?
     }
 }
 
@@ -247,5 +283,42 @@ mod tests {
         assert!(file(&first));
         drop(first);
         assert_eq!(std::fs::read_dir(shown(&store)).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn one_thread_looks_up_the_labels_of_all_layers() {
+        let temp = tempfile::tempdir().unwrap();
+        let selinux = temp.path().join("policy/usr/etc/selinux");
+        let put = |name: &str, text: &str| {
+            let path = selinux.join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        };
+        put("config", "SELINUX=enforcing\nSELINUXTYPE=test\n");
+        put("test/policy/policy.31", "");
+        put("test/contexts/files/file_contexts", "/(.*)?  system_u:object_r:usr_t:s0\n");
+        let root = temp.path().join("policy");
+        let files = PolicyFiles { root, objects: PolicyObjects::default(), labels: OnceLock::new() };
+        let threads = || {
+            let names = std::fs::read_dir("/proc/self/task").unwrap().flatten();
+            let names = names.filter_map(|thread| std::fs::read_to_string(thread.path().join("comm")).ok());
+            names.filter(|name| name == "labels\n").count()
+        };
+        std::thread::scope(|scope| {
+            for layer in 0..8 {
+                let files = &files;
+                scope.spawn(move || {
+                    let labels = files.open().unwrap();
+                    let label = labels.of(&format!("/usr/{layer}"), 0o100_644).unwrap();
+                    assert_eq!(label.as_deref(), Some(b"system_u:object_r:usr_t:s0\0".as_slice()));
+                });
+            }
+        });
+        assert!(files.is_active());
+        assert_eq!(threads(), 1);
+        drop(files);
+        while threads() > 0 {
+            std::thread::yield_now();
+        }
     }
 }
