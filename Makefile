@@ -171,10 +171,10 @@ demo: deps
 	$(CARGO) run --release -p testbed --bin demo
 
 # docs/benchmarks.md says what it measures. BENCH_ROUNDS=N; BENCH_QUICK=1: one round on small images;
-# BENCH_CASES=PART: only cases with that in their names.
+# BENCH_CASES=PART: only cases with that in their names; BENCH_BEFORE=COMMIT: also its importer.
 bench: deps
 	$(CARGO) run --release -p benchmark -- compare $(if $(BENCH_ROUNDS),--rounds '$(BENCH_ROUNDS)') \
-	  $(if $(BENCH_CASES),--cases '$(BENCH_CASES)')
+	  $(if $(BENCH_CASES),--cases '$(BENCH_CASES)') $(if $(BENCH_BEFORE),--before '$(BENCH_BEFORE)')
 	$(CARGO) test --release -p node-image-pivot-generator --test golden start_up_time -- --nocapture
 
 # The parsers of what comes from elsewhere, for FUZZ_SECONDS (60) each. `make check` replays the seeds.

@@ -11,6 +11,7 @@ use clap::Args;
 use serde_json::json;
 use tempfile::TempDir;
 
+use crate::before;
 use crate::deploying::Deploying;
 use crate::etc;
 use crate::fixture;
@@ -37,6 +38,9 @@ pub struct Options {
     /// Only cases whose name contains this.
     #[arg(long)]
     pub cases: Option<String>,
+    /// A commit of this project, whose importer is one more side of each round.
+    #[arg(long)]
+    pub before: Option<String>,
     /// A directory that `benchmark images` made, instead of the test bed's. Repeatable.
     #[arg(long, conflicts_with = "quick")]
     pub images: Vec<PathBuf>,
@@ -57,11 +61,12 @@ pub fn compare(options: &Options) -> Result<()> {
     let rounds = if quick { 1 } else { options.rounds };
     ensure!(rounds > 0, "BENCH_ROUNDS must be at least 1");
     let oracle = oracle(quick)?;
+    let before = options.before.as_deref().map(before::program).transpose()?;
     let small = tempfile::tempdir_in("/dev/shm")?;
     let (mut sets, mut deployments) = (Vec::new(), Vec::new());
     for dir in options.sets(quick, small.path(), &oracle)? {
         let images = Images::read(&dir)?;
-        let bench = Bench::start(&dir, oracle.clone())?;
+        let bench = Bench::start(&dir, oracle.clone(), before.clone())?;
         let cases: Vec<&Case> = images.cases.iter().filter(|case| options.selects(&case.name)).collect();
         let runs = cases.iter().map(|case| bench.case(case, rounds, quick)).collect::<Result<Vec<_>>>()?;
         for case in cases {
@@ -74,7 +79,7 @@ pub fn compare(options: &Options) -> Result<()> {
 
     let entries = if quick { ETC_ENTRIES.1 } else { ETC_ENTRIES.0 };
     let etc = etc::measure(tempfile::tempdir_in("/dev/shm")?.path(), entries)?;
-    let text = table::table(&sets, &deployments, &etc, rounds);
+    let text = table::table(&sets, &deployments, &etc, (rounds, options.before.as_deref()));
     println!("{text}");
     fs::create_dir_all(&options.out)?;
     let cases: Vec<_> = runs.iter().map(|run| json!({ "runs": run, "rows": run.rows() })).collect();
@@ -90,6 +95,7 @@ pub fn compare(options: &Options) -> Result<()> {
         "cores": std::thread::available_parallelism().map_or(0, std::num::NonZero::get),
         "quick": quick,
         "rounds": rounds,
+        "before": options.before,
         "bases": bases,
         "cases": cases,
         "deployments": deployed,
@@ -132,6 +138,8 @@ impl Options {
 struct Bench<'a> {
     images: &'a Path,
     oracle: PathBuf,
+    /// The benchmark program of an earlier commit.
+    before: Option<PathBuf>,
     proxy: Proxy,
     registry: Registry,
     scratch: TempDir,
@@ -140,19 +148,19 @@ struct Bench<'a> {
 }
 
 impl<'a> Bench<'a> {
-    fn start(images: &'a Path, oracle: PathBuf) -> Result<Self> {
+    fn start(images: &'a Path, oracle: PathBuf, before: Option<PathBuf>) -> Result<Self> {
         let scratch = tempfile::tempdir()?;
         let storage = tempfile::tempdir_in(images)?;
         run("cp", ["-al", &Images::storage(images).display().to_string(), &storage.path().display().to_string()])?;
         let registry = Registry::start(&storage.path().join("storage"), scratch.path())?;
         let proxy = Proxy::start(registry.address.clone())?;
-        Ok(Self { images, oracle, proxy, registry, scratch, _storage: storage })
+        Ok(Self { images, oracle, before, proxy, registry, scratch, _storage: storage })
     }
 
     /// All runs of a case.
     fn case(&self, case: &Case, rounds: usize, quick: bool) -> Result<Runs> {
         eprintln!("benchmark: {}: {}", case.name, case.what);
-        let mut result = Runs { case: case.clone(), ours: Vec::new(), incumbent: Vec::new(), limit: Vec::new() };
+        let mut result = Runs::of(case.clone());
         // The warm-up fills the page cache, and looks closer at the result than one would between measurements.
         let (ours, incumbent, fetched) = self.compared(case)?;
         let held = case.held.iter().filter(|layer| fetched.contains(*layer)).count();
@@ -165,12 +173,18 @@ impl<'a> Bench<'a> {
         while result.ours.len() < rounds {
             result.ours.push(self.side(Side::Ours, &case.image, None)?.0);
             result.incumbent.push(self.side(Side::Incumbent, &case.incumbent, None)?.0);
+            if self.before.is_some() {
+                result.before.push(self.side(Side::Before, &case.image, None)?.0);
+            }
         }
         while let Some(image) = limit.as_ref().filter(|_| result.limit.len() < rounds) {
             result.limit.push(self.side(Side::Limit, image, None)?.0);
         }
         for (ours, incumbent) in result.ours.iter().zip(&result.incumbent) {
             same_tree(&case.name, ours, incumbent)?;
+        }
+        for (ours, before) in result.ours.iter().zip(&result.before) {
+            same_tree(&case.name, ours, before)?;
         }
         Ok(result)
     }
@@ -185,6 +199,9 @@ impl<'a> Bench<'a> {
         let mut command = Command::new(std::env::current_exe()?);
         command.args(["side", side.word(), "--image", &format!("{}/{image}", self.proxy.address)]);
         command.arg("--images").arg(self.images).arg("--oracle").arg(&self.oracle).arg("--place").arg(place.path());
+        if let Some(before) = &self.before {
+            command.arg("--before").arg(before);
+        }
         if let Some(listing) = listing {
             command.arg("--listing").arg(listing);
         }
@@ -216,7 +233,7 @@ impl<'a> Bench<'a> {
 
 fn same_tree(name: &str, ours: &Sample, incumbent: &Sample) -> Result<()> {
     let (own, other) = (&ours.tree, &incumbent.tree);
-    ensure!(own == other, "{name}: the two sides' commits have different trees: ours {own}, the incumbent's {other}");
+    ensure!(own == other, "{name}: the two sides' commits have different trees: ours {own}, the other {other}");
     Ok(())
 }
 

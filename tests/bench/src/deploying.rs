@@ -61,7 +61,7 @@ impl Deploying<'_> {
             return Ok(None);
         }
         let case = Case { name: format!("deploy-{}", case.name), ..case.clone() };
-        let mut runs = Runs { case, ours: Vec::new(), incumbent: Vec::new(), limit: Vec::new() };
+        let mut runs = Runs::of(case);
         for _ in 0..rounds {
             runs.ours.push(self.ours(&runs.case.image)?);
             runs.incumbent.push(self.incumbent(&runs.case.incumbent)?);

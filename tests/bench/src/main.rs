@@ -3,6 +3,7 @@
 //! `docs/benchmarks.md` says what is measured and how. Each run of a side is a separate process
 //! (`benchmark side …`), so that its memory, its CPU time and its tmpfs are its own.
 
+mod before;
 mod compare;
 mod deploying;
 mod etc;

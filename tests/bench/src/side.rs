@@ -28,6 +28,8 @@ use crate::watch::{Watch, used};
 pub enum Side {
     /// This agent: pull into the node store, then the delta tree.
     Ours,
+    /// The importer of an earlier commit, in the same way.
+    Before,
     /// A temporary repo, the booted repo copied into it, ostree-ext's pull, a checkout.
     Incumbent,
     /// skopeo copies the blobs to a directory, then all are decompressed.
@@ -39,6 +41,7 @@ impl Side {
     pub fn word(self) -> &'static str {
         match self {
             Self::Ours => "ours",
+            Self::Before => "before",
             Self::Incumbent => "incumbent",
             Self::Limit => "limit",
         }
@@ -60,6 +63,9 @@ pub struct Task {
     /// ostree-ext as a program.
     #[arg(long)]
     pub oracle: PathBuf,
+    /// The benchmark program of an earlier commit, for that side.
+    #[arg(long)]
+    pub before: Option<PathBuf>,
     /// An empty directory, for a tmpfs that only this run sees.
     #[arg(long)]
     pub place: PathBuf,
@@ -109,7 +115,8 @@ pub fn run(task: &Task) -> Result<Sample> {
     let before = used(&run.place)?;
     let start = Instant::now();
     let outcome = match task.side {
-        Side::Ours => run.ours()?,
+        Side::Ours => run.ours(&std::env::current_exe()?)?,
+        Side::Before => run.ours(task.before.as_ref().context("no program of an earlier commit")?)?,
         Side::Incumbent => run.incumbent()?,
         Side::Limit => run.limit()?,
     };
@@ -160,8 +167,8 @@ struct Outcome {
 }
 
 impl Run<'_> {
-    fn ours(&mut self) -> Result<Outcome> {
-        let mut program = Command::new(std::env::current_exe()?);
+    fn ours(&mut self, program: &Path) -> Result<Outcome> {
+        let mut program = Command::new(program);
         program.arg("pull").args(["--image", &self.task.image, "--commit", &self.images.booted_commit, "--booted"]);
         program.arg(Images::booted_repo(&self.task.images)).arg(&self.place);
         let pulled: Pulled = serde_json::from_str(&self.step("pull and stage", &mut program)?)?;
@@ -218,7 +225,7 @@ impl Run<'_> {
     /// Writes what is in the new `/usr`, without kernel modules, which the booted system's hide.
     fn list(&self, path: &Path) -> Result<()> {
         match self.task.side {
-            Side::Ours => {
+            Side::Ours | Side::Before => {
                 let booted = Images::booted_root(&self.task.images).join("usr");
                 ours::with_new_usr(&self.place, &booted, |usr| listing::write(usr, path))
             }
@@ -238,13 +245,22 @@ fn end_of(mut file: fs::File) -> Result<String> {
     Ok(lines[lines.len().saturating_sub(15)..].join("\n"))
 }
 
-/// A tmpfs that only this process and its children see; it goes with them.
+/// Directory of skopeo's database of blobs.
+const SKOPEO_CACHE: &str = "/var/lib/containers/cache";
+
+/// A tmpfs that only this process and its children see, and one for skopeo's cache; both go with them.
 fn private_tmpfs(place: &Path) -> Result<()> {
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).context("a mount namespace of its own (as root?)")?;
     let none: Option<&str> = None;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).context("making mounts private")?;
-    mount(Some("benchmark"), place, Some("tmpfs"), MsFlags::empty(), Some("size=90%,mode=755"))
-        .with_context(|| format!("mounting a tmpfs on {}", place.display()))
+    // skopeo syncs a database in its cache for each blob. On a live medium, /var is in RAM.
+    let cache = Path::new(SKOPEO_CACHE);
+    fs::create_dir_all(cache).with_context(|| format!("creating {SKOPEO_CACHE}"))?;
+    for target in [place, cache] {
+        mount(Some("benchmark"), target, Some("tmpfs"), MsFlags::empty(), Some("size=90%,mode=755"))
+            .with_context(|| format!("mounting a tmpfs on {}", target.display()))?;
+    }
+    Ok(())
 }
 
 /// Waits until no child is left, adopted ones included. A proxy ends soon after the process that started it.

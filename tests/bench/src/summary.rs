@@ -139,6 +139,8 @@ pub struct Runs {
     pub ours: Vec<Sample>,
     /// The incumbent's.
     pub incumbent: Vec<Sample>,
+    /// Those of an earlier commit's importer; empty if none was named.
+    pub before: Vec<Sample>,
     /// The limit's; empty if our side fetched no layer.
     pub limit: Vec<Sample>,
 }
@@ -161,6 +163,11 @@ pub struct Row {
 }
 
 impl Runs {
+    /// No runs of a case.
+    pub fn of(case: Case) -> Self {
+        Self { case, ours: Vec::new(), incumbent: Vec::new(), before: Vec::new(), limit: Vec::new() }
+    }
+
     /// The lines of the table.
     pub fn rows(&self) -> Vec<Row> {
         Measure::ALL.into_iter().map(|measure| self.row(measure)).collect()
@@ -179,6 +186,13 @@ impl Runs {
         let goal = measure.goal(&self.case.name);
         let met = goal.map(|goal| goal.met(ours, ratio));
         Row { measure, incumbent, ours, ratio, goal: goal.map(|goal| goal.to_string()), met }
+    }
+
+    /// Our median, that of the earlier commit, and their ratio.
+    pub fn since(&self, measure: Measure) -> Option<(f64, f64, f64)> {
+        let of = |samples: &[Sample]| median(samples.iter().map(|sample| measure.of(sample)).collect());
+        let (ours, before) = (of(&self.ours), of(&self.before));
+        (before > 0.0).then(|| (ours, before, ours / before))
     }
 
     /// Seconds of the limit, and how many times that ours takes.
@@ -225,7 +239,13 @@ mod tests {
             changed_bytes: 0,
         };
         let samples = |walls: &[f64]| walls.iter().map(|wall| Sample { wall: *wall, ..Sample::default() }).collect();
-        Runs { case, ours: samples(ours), incumbent: samples(incumbent), limit: samples(&[0.5]) }
+        Runs {
+            case,
+            ours: samples(ours),
+            incumbent: samples(incumbent),
+            limit: samples(&[0.5]),
+            before: samples(&[2.0]),
+        }
     }
 
     #[test]
@@ -253,5 +273,13 @@ mod tests {
     #[test]
     fn distance_from_the_limit() {
         assert_eq!(runs("older-base", &[1.0], &[4.0]).distance(), Some((0.5, 2.0)));
+    }
+
+    #[test]
+    fn ratio_to_an_earlier_commit() {
+        let mut runs = runs("same-base", &[1.0], &[4.0]);
+        assert_eq!(runs.since(Measure::Wall), Some((1.0, 2.0, 0.5)));
+        runs.before.clear();
+        assert_eq!(runs.since(Measure::Wall), None);
     }
 }

@@ -7,12 +7,14 @@ use crate::images::Images;
 use crate::summary::{Measure, Row, Runs, steps};
 
 /// Everything as text.
-pub fn table(sets: &[(Images, Vec<Runs>)], deployments: &[Runs], etc: &EtcTimes, rounds: usize) -> String {
-    let mut out = String::new();
+pub fn table(sets: &[(Images, Vec<Runs>)], deployments: &[Runs], etc: &EtcTimes, run: (usize, Option<&str>)) -> String {
+    let (mut out, (rounds, before)) = (String::new(), run);
     for (images, runs) in sets {
         // Writing to a string does not fail.
         let _ = write(&mut out, images, runs, rounds);
     }
+    let all: Vec<&Runs> = sets.iter().flat_map(|(_, runs)| runs).collect();
+    let _ = before.map(|revision| write_before(&mut out, &all, revision));
     let _ = write_deployments(&mut out, deployments);
     let _ = writeln!(
         out,
@@ -64,6 +66,20 @@ fn write(out: &mut String, images: &Images, runs: &[Runs], rounds: usize) -> Res
             format!(" Limit {limit:.2} s, ours takes {factor:.2} times that.")
         });
         writeln!(out, "* {}: {}.{factor}", run.case.name, run.case.what)?;
+    }
+    Ok(())
+}
+
+/// Compares with the importer of an earlier commit.
+fn write_before(out: &mut String, runs: &[&Runs], revision: &str) -> std::fmt::Result {
+    writeln!(out, "\n### Since {revision}\n\n| case | | {revision} | ours | ratio |\n|---|---|---:|---:|---:|")?;
+    for run in runs {
+        for measure in Measure::ALL {
+            let Some((ours, before, ratio)) = run.since(measure) else { continue };
+            let (name, label) = (&run.case.name, measure.label());
+            let (ours, before) = (measure.shown(ours), measure.shown(before));
+            writeln!(out, "| {name} | {label} | {before} | {ours} | {ratio:.2} |")?;
+        }
     }
     Ok(())
 }
