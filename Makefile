@@ -20,7 +20,7 @@ usr = $(DESTDIR)$(PREFIX)
 unitdir = $(usr)/lib/systemd/system
 dracutdir = $(usr)/lib/dracut/modules.d/98node-image-pivot
 
-.PHONY: all build deps deps-build cargo install check check-quick check-bed check-containers demo bench fuzz docs clean
+.PHONY: all build deps deps-build cargo install check check-quick check-bed check-containers demo bench bench-boot fuzz docs clean
 
 all: build
 
@@ -119,7 +119,7 @@ check: deps
 check-quick:
 	$(CARGO) fmt --all --check
 	shellcheck packaging/*.sh packaging/rpm/build.sh dracut/98node-image-pivot/*.sh initramfs/carry.sh dracut/test.sh \
-	  fuzz/run.sh tests/docs.sh tests/floor.sh tests/cross.sh
+	  fuzz/run.sh tests/docs.sh tests/floor.sh tests/cross.sh tests/bed/incumbent.sh
 	sh tests/docs.sh --rust
 	$(MAKE) check-licences
 	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
@@ -176,6 +176,11 @@ bench: deps
 	$(CARGO) run --release -p benchmark -- compare $(if $(BENCH_ROUNDS),--rounds '$(BENCH_ROUNDS)') \
 	  $(if $(BENCH_CASES),--cases '$(BENCH_CASES)') $(if $(BENCH_BEFORE),--before '$(BENCH_BEFORE)')
 	$(CARGO) test --release -p node-image-pivot-generator --test golden start_up_time -- --nocapture
+
+# The whole flow, from the start of the pull to multi-user.target. BENCH_MACHINE=container or vm: only that;
+# BENCH_IMAGE=NAME: another node image than node-b.
+bench-boot: deps
+	BENCH_MACHINE='$(BENCH_MACHINE)' BENCH_IMAGE='$(BENCH_IMAGE)' $(CARGO) run --release -p testbed --bin bench-boot
 
 # The parsers of what comes from elsewhere, for FUZZ_SECONDS (60) each. `make check` replays the seeds.
 fuzz: deps-build

@@ -1,7 +1,8 @@
 #!/bin/bash
 # Builds what the tests run on: QEMU, trees, bootimages, node images, the registry's storage.
 #
-#   build.sh TARGET...    targets: qemu oracle incumbent composefs debs trees boot registry all
+#   build.sh TARGET...    targets: qemu oracle composefs debs trees boot registry all
+#   build.sh incumbent    prints the path of ostree-ext as a program, as optimised as the agent
 #   build.sh skopeo       prints the directory of a newer skopeo; builds it if it is missing
 #   build.sh runtime      prints the directory of a live bootimage with a container runtime; builds it if it is missing
 #   build.sh podman       prints the directories of one with podman, and of a newer podman as a layer upon node image a,
@@ -179,9 +180,10 @@ trees() {
 [ $# -gt 0 ] || set -- all
 for target in "$@"; do
     case $target in
-        qemu | oracle | incumbent | composefs | debs | trees | boot | registry | tree_*) "$target" >&2 ;;
+        qemu | oracle | composefs | debs | trees | boot | registry | tree_*) "$target" >&2 ;;
         # These print the paths of images that only some tests use. "all" does not contain the images of the benchmark.
         skopeo) skopeo_new ;;
+        incumbent) incumbent ;;
         kernel) kernel ;;
         packages) packages ;;
         bench) bench encapsulated ;;

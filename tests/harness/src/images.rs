@@ -219,6 +219,11 @@ impl AsRef<Tools> for Pair {
     }
 }
 
+/// Returns ostree-ext as a program, as optimised as the agent.
+pub fn oracle() -> Result<PathBuf> {
+    build("incumbent")
+}
+
 /// Returns the path that a target of build.sh prints.
 fn build(name: &str) -> Result<PathBuf> {
     Ok(String::from_utf8(target(name)?)?.trim().into())
