@@ -12,9 +12,12 @@ const REMOVED: &str = "[removed]";
 /// Shorter secrets are removed only in their places, because they may be a part of any word.
 const SHORTEST: usize = 4;
 
+/// Names of arguments and fields whose value is a secret.
+const SECRET: &str = r"[\w.-]*(?:password|passwd|passphrase|secret|token)";
+
 /// Places of secrets: the text before the secret, the secret, and the rest.
 static PLACES: LazyLock<Vec<Regex>> = LazyLock::new(|| {
-    [
+    let places = [
         // The user information of a URL, and that of a proxy without a scheme.
         r#"([a-zA-Z][a-zA-Z0-9+.-]*://)((?:\\+'|[^/\s"<>\\])+)(@)"#,
         r#"(?i)(\b\w+_proxy\s*=\s*(?:\$?["'])?(?:[a-z0-9+.-]+://)?)([^\s"]+)(@)"#,
@@ -22,21 +25,35 @@ static PLACES: LazyLock<Vec<Regex>> = LazyLock::new(|| {
         r#"((?:invalid proxy address|parse) \\*"(?:[a-zA-Z0-9+.-]+://)?)([^\s"]+)(@)"#,
         r#"(invalid port \\*":)([^\s"\\]+)()"#,
         // Credentials and the user of an iSCSI disk on the kernel command line.
-        r#"(\bsystemd\.set_credential\w*=[^\s:]*:)([^\s"\\]+)()"#,
+        r#"(\bsystemd\.set_credential\w*=[^\s:]*:)(\\*"[^"\n]*"|'[^'\n]*'|[^\s"\\]*[^\s"'\\])()"#,
         r#"(\b(?:net)?root=iscsi:)([^\s"\\]+)(@)"#,
         // Signed URLs.
         r#"(?i)([?&][\w-]*(?:signature|sig|credential|api_?key|key|token)=)([^\s"'&\\]+)()"#,
         // The whole value, and its part before a separator, which may be the whole secret.
-        r#"(?i)(\b[\w.-]*(?:password|passwd|passphrase|secret|token)=)(\\*"[^"\n]*"|[^\s"\\]+)()"#,
-        r#"(?i)(\b[\w.-]*(?:password|passwd|passphrase|secret|token)=["']?)([^\s"'&;,\\]+)()"#,
+        &format!(r#"(?i)(\b{SECRET}=)([^\s"'\\][^\s"\\]*)()"#),
+        &format!(r#"(?i)(\b{SECRET}=["']?)([^\s"'&;,\\]+)()"#),
         // JSON, also within a string of another document.
         r#"(?i)(\\*"(?:auth|password|secret|token|identitytoken|registrytoken)\\*"\s*:\s*\\*")([^"\\]+)()"#,
         r#"(?i)(authorization\\*"?\s*[:=]\s*\\*"?(?:basic|bearer)\s+)([^\s"\\]+)()"#,
     ]
-    .into_iter()
-    .filter_map(|place| Regex::new(place).ok())
-    .collect()
+    .map(str::to_owned);
+    // First those in quotes, which may have spaces.
+    let quoted = [
+        quoted(r"systemd\.set_credential\w*", r#"[^\s:"']*:"#, None),
+        quoted("(?:net)?root", "iscsi:", Some("@")),
+        quoted(SECRET, "", None),
+    ];
+    quoted.into_iter().flatten().chain(places).filter_map(|place| Regex::new(&place).ok()).collect()
 });
+
+/// Returns the places of a secret in an argument `name=` of which the value or the whole is in quotes: after `before`, up to
+/// `end` or the closing quote. The quotes may be those within a JSON document.
+fn quoted(name: &str, before: &str, end: Option<&str>) -> [String; 2] {
+    [('"', r#"\\*""#), ('\'', "'")].map(|(letter, quote)| {
+        let end = end.unwrap_or(quote);
+        format!(r"(?i)((?:{quote}{name}=|\b{name}={quote}){before})([^{letter}\n]*[^{letter}\n\\])({end})")
+    })
+}
 
 /// Known secrets.
 #[derive(Debug, Default)]
@@ -105,7 +122,7 @@ mod tests {
 
     #[test]
     fn all_places_are_known() {
-        assert_eq!(PLACES.len(), 11, "each expression is valid");
+        assert_eq!(PLACES.len(), 17, "each expression is valid");
     }
 
     #[test]
@@ -120,8 +137,20 @@ mod tests {
             ("//s/x /mnt cifs rw,password=a,vers=3", "//s/x /mnt cifs rw,password=[removed]"),
             ("GET /v2/?token=abc&x=1", "GET /v2/?token=[removed]"),
             ("rd.iscsi.password=ab,cd;ef quiet", "rd.iscsi.password=[removed] quiet"),
-            (r#"password="two words" x"#, "password=[removed] x"),
-            (r#"{"line": "password=\"two words\" x"}"#, r#"{"line": "password=[removed] x"}"#),
+            (r#"password="two words" x"#, r#"password="[removed]" x"#),
+            ("password='two words' x", "password='[removed]' x"),
+            (r#""rd.iscsi.password=two words" x"#, r#""rd.iscsi.password=[removed]" x"#),
+            (r#"{"line": "password=\"two words\" x"}"#, r#"{"line": "password=\"[removed]\" x"}"#),
+            (r#"systemd.set_credential="a:two words" x"#, r#"systemd.set_credential="a:[removed]" x"#),
+            (r#"systemd.set_credential=a:"two words" x"#, "systemd.set_credential=a:[removed] x"),
+            (r#""systemd.set_credential=a:two words" x"#, r#""systemd.set_credential=a:[removed]" x"#),
+            ("'systemd.set_credential=a:two words' x", "'systemd.set_credential=a:[removed]' x"),
+            ("systemd.set_credential=a:'two words' x", "systemd.set_credential=a:[removed] x"),
+            (
+                r#"{"line": "quiet systemd.set_credential=\"a:two words\" x", "b": "c"}"#,
+                r#"{"line": "quiet systemd.set_credential=\"a:[removed]\" x", "b": "c"}"#,
+            ),
+            (r#"netroot="iscsi:u:two words@192.0.2.1::::iqn" x"#, r#"netroot="iscsi:[removed]@192.0.2.1::::iqn" x"#),
             ("systemd.set_credential=passwd.root:hunter2 x", "systemd.set_credential=passwd.root:[removed] x"),
             ("netroot=iscsi:u:pw@192.0.2.1::::iqn x", "netroot=iscsi:[removed]@192.0.2.1::::iqn x"),
             ("netroot=iscsi:192.0.2.1::::iqn.x", "netroot=iscsi:192.0.2.1::::iqn.x"),
