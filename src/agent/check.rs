@@ -11,7 +11,7 @@ use super::state::{self, StateDir, Step};
 use super::{Error, storage};
 use crate::config::Settings;
 use crate::preflight;
-use crate::report::{RefusalId, one_line};
+use crate::report::{Outcome, RefusalId, one_line};
 use overlay_root::Namespace;
 
 const RECORD: [RefusalId; 3] = [RefusalId::HalfDone, RefusalId::LostRecord, RefusalId::Switched];
@@ -65,23 +65,32 @@ pub struct Check {
 pub struct Checks {
     /// Version of this document: 1.
     pub schema: u32,
-    /// True if no check refuses that the caller does not ignore.
+    /// True if all checks could be made, and none refuses that the caller does not ignore.
     pub passed: bool,
     /// All checks, in their order.
     pub checks: Vec<Check>,
     /// Facts that do not prevent the switch, a line each.
     pub warnings: Vec<String>,
+    /// Cause for which the other checks could not be made.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
 }
 
 impl Checks {
     /// Runs the checks on this machine. Those in `ignored` are shown, but do not count.
-    ///
-    /// # Errors
-    /// A check cannot be made.
-    pub async fn run(paths: &StateDir, ignored: &[RefusalId]) -> Result<Self, Error> {
+    pub async fn run(paths: &StateDir, ignored: &[RefusalId]) -> Self {
         let mut found = Found::default();
-        found.look(paths, Settings::load()).await?;
-        Ok(found.judge(ignored))
+        let error = found.look(paths, Settings::load()).await.err();
+        found.judge(ignored, error)
+    }
+
+    /// Returns the outcome: a refusal is certain, also if other checks could not be made.
+    pub fn outcome(&self) -> Outcome {
+        match self.checks.iter().any(|check| check.result == CheckResult::Refused) {
+            true => Outcome::Refused,
+            false if self.error.is_some() => Outcome::Internal,
+            false => Outcome::Done,
+        }
     }
 
     /// Returns a line for each check and each warning, and one about the result.
@@ -93,9 +102,11 @@ impl Checks {
         };
         let mut lines: Vec<_> = self.checks.iter().map(line).collect();
         lines.extend(self.warnings.iter().map(|warning| format!("warning  {}", one_line(warning))));
-        let end = match self.passed {
-            true => "no check refuses the switch; node-image-pivot plan checks the node image",
-            false => "the switch would be refused; node-image-pivot explain ID explains a check",
+        lines.extend(self.error.iter().map(|error| format!("error    {}", one_line(error))));
+        let end = match self.outcome() {
+            Outcome::Done => "no check refuses the switch; node-image-pivot plan checks the node image",
+            Outcome::Refused => "the switch would be refused; node-image-pivot explain ID explains a check",
+            _ => "no check refuses the switch, but not all could be made",
         };
         lines.push(end.to_owned());
         lines
@@ -150,7 +161,7 @@ impl Found {
         Ok(value)
     }
 
-    fn judge(self, ignored: &[RefusalId]) -> Checks {
+    fn judge(self, ignored: &[RefusalId], error: Option<Error>) -> Checks {
         let judged = checks().map(|id| {
             let (result, message) = match self.made.iter().rev().find(|(made, _)| *made == id) {
                 None => (CheckResult::NotRun, None),
@@ -161,8 +172,9 @@ impl Found {
             Check { id: id.as_str(), result, message }
         });
         let checks: Vec<_> = judged.collect();
-        let passed = checks.iter().all(|check| check.result != CheckResult::Refused);
-        Checks { schema: 1, passed, checks, warnings: self.warnings }
+        let error = error.map(|error| error.to_string());
+        let passed = error.is_none() && checks.iter().all(|check| check.result != CheckResult::Refused);
+        Checks { schema: 1, passed, checks, warnings: self.warnings, error }
     }
 }
 
@@ -233,7 +245,7 @@ mod tests {
                 ("node-image-pivot=off", &[], Refused, Refused, Refused),
                 ("node-image-pivot=never", &[RefusalId::Configuration], Ignored, NotRun, Refused),
             ] {
-                let checks = look(&dir, line).judge(ignored);
+                let checks = look(&dir, line).judge(ignored, None);
                 let found = [RefusalId::Configuration, RefusalId::ModeOff, RefusalId::EtcReadOnly];
                 assert_eq!(found.map(|id| of(&checks, id)), [configuration, mode, etc], "{line}: {checks:?}");
                 assert!(!checks.passed || ignored == [RefusalId::EtcReadOnly], "{line}");
@@ -256,7 +268,7 @@ mod tests {
         let mut found = Found::default();
         runtime.block_on(found.look(&StateDir::below(scratch.path()), Ok(settings))).unwrap();
         assert!(found.warnings.contains(&"nothing to do: / exists".to_owned()), "{:?}", found.warnings);
-        let checks = found.judge(&[]);
+        let checks = found.judge(&[], None);
         let found = SETTINGS.map(|id| of(&checks, id));
         assert_eq!(found, [CheckResult::Passed, CheckResult::Passed, CheckResult::NotRun]);
     }
@@ -274,7 +286,7 @@ mod tests {
         ] {
             let mut found = Found::default();
             found.add::<()>(&MACHINE, Err(Error::refused(refused, "m"))).unwrap();
-            let checks = found.judge(&[]);
+            let checks = found.judge(&[], None);
             assert_eq!(ids.map(|id| of(&checks, id)), expected, "{refused:?}");
         }
     }
@@ -284,10 +296,25 @@ mod tests {
         let mut found = Found::default();
         found.add(&SETTINGS[..1], Ok(())).unwrap();
         found.add::<()>(&SETTINGS[2..], Err(Error::refused(RefusalId::Configuration, "the repo is sealed"))).unwrap();
-        let checks = found.judge(&[]);
+        let checks = found.judge(&[], None);
         let found = [RefusalId::Configuration, RefusalId::TooLittle].map(|id| of(&checks, id));
         assert_eq!((checks.passed, found), (false, [CheckResult::Refused, CheckResult::NotRun]));
         assert!(Found::default().add::<()>(&SETTINGS, Err(Error::refused(RefusalId::StateFile, "m"))).is_err());
+    }
+
+    #[test]
+    fn an_error_keeps_the_results_before_it() {
+        use CheckResult::{NotRun, Passed};
+        for (refused, outcome) in [(None, Outcome::Internal), (Some(RefusalId::EtcLocked), Outcome::Refused)] {
+            let mut found = Found::default();
+            found.add(&RECORD, Ok(())).unwrap();
+            refused.into_iter().for_each(|id| drop(found.add::<()>(&MACHINE, Err(Error::refused(id, "m")))));
+            let error = found.add::<()>(&SETTINGS[2..], Err(anyhow::anyhow!("cannot read\nthe repo").into()));
+            let checks = found.judge(&[], error.err());
+            assert_eq!((checks.passed, checks.outcome()), (false, outcome));
+            assert_eq!([RefusalId::Switched, RefusalId::TooLittle].map(|id| of(&checks, id)), [Passed, NotRun]);
+            assert!(checks.lines().contains(&"error    cannot read; the repo".to_owned()), "{:?}", checks.lines());
+        }
     }
 
     #[test]
@@ -301,9 +328,9 @@ mod tests {
         };
         let both = [RefusalId::EtcReadOnly, RefusalId::EtcLocked];
         for (ignored, passed) in [(&both[..0], false), (&both[..1], false), (&both[1..], false), (&both, true)] {
-            assert_eq!(found().judge(ignored).passed, passed, "{ignored:?}");
+            assert_eq!(found().judge(ignored, None).passed, passed, "{ignored:?}");
         }
-        let document = serde_json::to_value(found().judge(&both[..1])).unwrap();
+        let document = serde_json::to_value(found().judge(&both[..1], None)).unwrap();
         let results = [&document["checks"][0]["result"], &document["checks"][3]["result"], &document["checks"][10]];
         let locked = serde_json::json!({"id": "etc-read-only", "result": "ignored",
                                         "message": preflight::Refusal::EtcReadOnly.to_string()});
@@ -322,7 +349,7 @@ mod tests {
         ] {
             let mut found = Found::default();
             assert_eq!(found.add(&RECORD, of_record(&step)).unwrap().is_none(), id.is_some());
-            let checks = found.judge(&[]);
+            let checks = found.judge(&[], None);
             assert_eq!(checks.passed, id.is_none());
             id.iter().for_each(|id| assert_eq!(of(&checks, *id), CheckResult::Refused));
         }
@@ -341,6 +368,7 @@ mod tests {
                 check("too-little", CheckResult::NotRun, None),
             ],
             warnings: vec!["w".into()],
+            error: None,
         };
         assert_eq!(
             checks.lines(),

@@ -9,7 +9,7 @@ use super::{Error, StateDir};
 use crate::config::StoreSettings;
 use crate::preflight::{self, Memory, Refusal, Refusals};
 use crate::report::RefusalId;
-use node_store::store::{self, BootedRepo, Kind, NodeStore, SystemRepo};
+use node_store::store::{self, BootedRepo, Kind, NoDisk, NodeStore, SystemRepo};
 use overlay_root::delta::Delta;
 use overlay_root::{Mount, Namespace};
 
@@ -73,11 +73,18 @@ pub(super) fn open(paths: &StateDir, settings: StoreSettings) -> anyhow::Result<
 /// # Errors
 /// As [`open`].
 pub(super) fn check(paths: &StateDir, settings: StoreSettings) -> Result<(), Error> {
-    let choice = Choice::make(settings);
-    let choice = choice.map_err(|error| Error::refused(RefusalId::Configuration, format!("{error:#}")))?;
+    let choice = Choice::make(settings).map_err(unchosen)?;
     match choice.kind {
         Kind::Disk => Ok(()),
         Kind::Ram(_) => choice.limit(&paths.store(), settings).map(drop).map_err(refused),
+    }
+}
+
+/// Returns the error of a choice that failed. The configuration is the cause only if it asks for a disk that cannot be used.
+fn unchosen(error: anyhow::Error) -> Error {
+    match error.is::<NoDisk>() {
+        true => Error::refused(RefusalId::Configuration, format!("{error:#}")),
+        false => error.into(),
     }
 }
 
@@ -131,4 +138,19 @@ fn look(repo: &Path, mounts: &[Mount]) -> anyhow::Result<SystemRepo> {
         read_only: mount.super_options.as_encoded_bytes().split(|byte| *byte == b',').any(|option| option == b"ro"),
         path,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_disk_that_cannot_be_used_is_a_fault_of_the_configuration() {
+        let asked = anyhow::Error::new(NoDisk::NotBooted).context("the node store cannot be on the disk");
+        let reasons = unchosen(asked).reasons().to_vec();
+        assert_eq!(reasons[0].id, "configuration");
+        assert!(reasons[0].message.starts_with("the node store cannot be on the disk: "), "{reasons:?}");
+        let unreadable = anyhow::Error::from(std::io::Error::from_raw_os_error(5)).context("reading config");
+        assert!(unchosen(unreadable).reasons().is_empty());
+    }
 }

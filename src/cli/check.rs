@@ -15,11 +15,11 @@ pub(super) fn id() -> impl TypedValueParser<Value = RefusalId> {
 
 pub(super) async fn check(paths: &StateDir, json: bool, ignored: &[RefusalId]) -> Result<Outcome> {
     ensure!(rustix::process::geteuid().is_root(), "must be root to look at the mounts as the agent does");
-    let checks = Checks::run(paths, ignored).await?;
+    let checks = Checks::run(paths, ignored).await;
     if json {
         say::out(serde_json::to_string_pretty(&checks)?);
     } else {
         checks.lines().iter().for_each(say::out);
     }
-    Ok(if checks.passed { Outcome::Done } else { Outcome::Refused })
+    Ok(checks.outcome())
 }
