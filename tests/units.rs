@@ -145,6 +145,53 @@ fn the_declared_rust_version_covers_all_locked_dependencies() {
 }
 
 #[test]
+fn a_release_needs_the_same_version_in_all_files_and_in_the_tag() {
+    const FILES: [&str; 6] = [
+        "Cargo.toml",
+        "Cargo.lock",
+        "CHANGELOG.md",
+        "packaging/version.sh",
+        "packaging/rpm/node-image-pivot.spec",
+        "packaging/debian/changelog",
+    ];
+    let (version, changed) = (env!("CARGO_PKG_VERSION"), "987.6.5");
+    let tag = format!("v{version}");
+    for (file, arguments, expected) in [
+        (None, &[][..], Ok(())),
+        (None, &[tag.as_str()], Ok(())),
+        (None, &["v987.6.5"], Err("is not v")),
+        (Some("CHANGELOG.md"), &[tag.as_str()], Err("no heading")),
+        (Some("Cargo.lock"), &[], Err("Cargo.lock")),
+        (Some("packaging/rpm/node-image-pivot.spec"), &[], Err("node-image-pivot.spec")),
+        (Some("packaging/debian/changelog"), &[], Err("debian/changelog")),
+    ] {
+        let copy = tempfile::tempdir().unwrap();
+        for name in FILES {
+            let text = fs::read_to_string(project().join(name)).unwrap();
+            let text = if file == Some(name) { text.replace(version, changed) } else { text };
+            fs::create_dir_all(copy.path().join(name).parent().unwrap()).unwrap();
+            fs::write(copy.path().join(name), text).unwrap();
+        }
+        let script = copy.path().join("packaging/version.sh");
+        let output = Command::new("sh").arg(script).args(arguments).output().unwrap();
+        let (out, error) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        match expected {
+            Ok(()) => assert_eq!(out.trim(), version, "{arguments:?}: {error}"),
+            Err(cause) => assert!(!output.status.success() && error.contains(cause), "{file:?}: {out}{error}"),
+        }
+    }
+}
+
+#[test]
+fn the_workflow_pins_the_compiler_and_compares_the_tag() {
+    let workflow = fs::read_to_string(project().join(".github/workflows/ci.yml")).unwrap();
+    let pinned = workflow.split_once("--default-toolchain ").unwrap().1.split_whitespace().next().unwrap();
+    assert!(pinned.split('.').count() == 3 && pinned.split('.').all(|part| part.parse::<u32>().is_ok()), "{pinned}");
+    let check = "run: sh packaging/version.sh \"$GITHUB_REF_NAME\"";
+    assert!(workflow.find(check).unwrap() < workflow.find("run: .ci/run").unwrap(), "before the long checks");
+}
+
+#[test]
 fn installed_files_outlive_the_switch() {
     let keep = Keep::default();
     for path in SHIPPED {
