@@ -34,7 +34,7 @@ PACKAGE_DEPS = dpkg-dev debhelper fakeroot lintian rpm rpmlint debugedit elfutil
                python3-venv
 # What the agent is built and tested with; the test bed brings its own list.
 DEBIAN_BUILD_DEPS = build-essential binutils pkg-config libostree-dev ostree skopeo systemd dbus shellcheck dracut-core cpio \
-                    python3 erofs-utils openssl git $(PACKAGE_DEPS)
+                    python3 erofs-utils openssl git zsh fish $(PACKAGE_DEPS)
 
 deps-build: cargo
 	@command -v dpkg-query >/dev/null || { \
@@ -113,6 +113,7 @@ NEEDS_IMAGES = the_test_beds_images_are_imported_alike
 # QUICK_TEST puts an agent with failpoints into target/release. The second step packages and boots the agent from there, so
 # nothing in it may run QUICK_TEST.
 check: deps
+	$(MAKE) deps-browser
 	$(MAKE) -j2 --output-sync=target check-quick check-images
 	$(MAKE) -j2 -k --output-sync=target check-containers check-packages $(addprefix check-,$(MACHINES))
 
@@ -124,6 +125,7 @@ check-quick:
 	$(MAKE) check-licences
 	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
 	$(QUICK_TEST) -- --skip $(NEEDS_IMAGES)
+	$(MAKE) check-browser
 	sh tests/floor.sh "$(COMMAND)" "$(BUILD)/node-image-pivot-generator"
 	sh dracut/test.sh "$(BUILD)"
 	$(BED_TEST) --no-run
@@ -143,13 +145,14 @@ check-containers:
 $(addprefix check-,$(MACHINES)): check-%:
 	$(BED_TEST) --test $* -- --test-threads=1
 
-# Draws pictures of `report --svg` in a browser, which is too large for `make deps` (60 MB to fetch). PIVOT_PICTURES=DIRECTORY
-# keeps the pictures.
-.PHONY: check-browser
-check-browser: deps-build
+# Draws pictures of `report --svg` in a browser. PIVOT_PICTURES=DIRECTORY keeps the pictures.
+.PHONY: check-browser deps-browser
+deps-browser:
 	@command -v chromium-headless-shell >/dev/null || { \
 	  apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends \
 	    chromium-headless-shell fonts-dejavu-core; }
+
+check-browser: deps-build deps-browser
 	$(QUICK_TEST) --lib a_browser_draws -- --ignored
 
 # Runs one suite and shows its output: NAME=vm, of the test bed or of any other package. Where several packages have a suite

@@ -90,7 +90,7 @@ const MEASURE: &str = "<script>
   document.body.dataset.result = [texts.length, fill('.back'), fill('.title'), faults.join('|')].join(';');
 </script>";
 
-/// `make check-browser` installs the browser. `PIVOT_PICTURES` names a directory that gets the pictures.
+/// `make check` and `make check-browser` run it and install the browser. `PIVOT_PICTURES` names a directory that gets the pictures.
 #[test]
 #[ignore = "needs a browser: make check-browser"]
 fn a_browser_draws_the_picture_in_light_and_dark() {
