@@ -76,9 +76,13 @@ pub(super) async fn drive(paths: &StateDir, call: Call) -> Result<Outcome> {
 }
 
 async fn drive_reported(paths: &StateDir, call: Call, mut reporter: Reporter) -> Outcome {
-    let Err(error) = drive_to_end(paths, call, &mut reporter).await else {
-        reporter.end_record(None);
-        return Outcome::Done;
+    let error = match drive_to_end(paths, call, &mut reporter).await {
+        Ok((status, lines)) => {
+            reporter.end(&status, &lines);
+            reporter.end_record(None);
+            return Outcome::Done;
+        }
+        Err(error) => error,
     };
     let status = client_status(paths).await;
     // The status is about another call if this one was refused.
@@ -99,17 +103,18 @@ async fn drive_reported(paths: &StateDir, call: Call, mut reporter: Reporter) ->
     outcome
 }
 
-async fn drive_to_end(paths: &StateDir, call: Call, reporter: &mut Reporter) -> Result<(), CallError> {
+/// Returns the status after the call, and the lines of its answer.
+pub(super) async fn drive_to_end(
+    paths: &StateDir,
+    call: Call,
+    reporter: &mut Reporter,
+) -> Result<(Status, Vec<String>), CallError> {
     let socket = paths.socket();
     let mut broken_since = None;
     let mut client = Client::connect_or_start(&socket).await?;
     loop {
         match follow(&client, &call, reporter, &mut broken_since).await {
-            Ok(lines) => {
-                let status = client.status().await.unwrap_or_default();
-                reporter.end(&status, &lines);
-                return Ok(());
-            }
+            Ok(lines) => return Ok((client.status().await.unwrap_or_default(), lines)),
             // A daemon that accepts calls but never answers counts as disconnected, too.
             Err(error @ CallError::Disconnected(_))
                 if broken_since.get_or_insert_with(Instant::now).elapsed() < RECONNECT =>
@@ -123,7 +128,7 @@ async fn drive_to_end(paths: &StateDir, call: Call, reporter: &mut Reporter) -> 
 }
 
 /// Asks the daemon for its status after a call.
-async fn client_status(paths: &StateDir) -> Option<Status> {
+pub(super) async fn client_status(paths: &StateDir) -> Option<Status> {
     Client::running(&paths.socket()).await.ok()??.status().await.ok()
 }
 
@@ -175,21 +180,6 @@ async fn follow(
     }
 }
 
-/// Cancels a running or waiting pull. Does not start a daemon that is not running: it has no pull.
-pub(super) async fn cancel(paths: &StateDir) -> Result<Outcome> {
-    let outcome = match Client::running(&paths.socket()).await {
-        Ok(Some(client)) => client.call("Cancel").await,
-        Ok(None) => Ok(Vec::new()),
-        Err(error) => Err(error),
-    };
-    match outcome {
-        Ok(lines) if lines.is_empty() => say::out("nothing was running"),
-        Ok(lines) => lines.iter().for_each(|line| say::out(report::one_line(line))),
-        Err(error) => return Ok(failed(&error)),
-    }
-    Ok(Outcome::Done)
-}
-
 /// Shows a failure in `systemctl status` and on stderr. Returns its outcome.
 pub(super) fn failed(error: &CallError) -> Outcome {
     let message = error.to_string();
@@ -200,7 +190,7 @@ pub(super) fn failed(error: &CallError) -> Outcome {
 
 /// Shows each change of the status once.
 #[derive(Default)]
-struct Reporter {
+pub(super) struct Reporter {
     /// The document before the call.
     before: Option<Status>,
     /// Phase, state and attempt of the last line.
@@ -212,9 +202,16 @@ struct Reporter {
     pauses: Pauses,
     /// Service record for the installer's log gathering.
     record: Option<ServiceRecord>,
+    /// Writes nothing to stdout.
+    silent: bool,
 }
 
 impl Reporter {
+    /// Returns a reporter that writes nothing to stdout.
+    pub(super) fn silent() -> Self {
+        Self { silent: true, ..Self::default() }
+    }
+
     fn begin(&mut self, status: &Status) {
         self.before.get_or_insert_with(|| status.clone());
         self.update_record(status);
@@ -245,7 +242,7 @@ impl Reporter {
             states.push(NotifyState::Other(format!("EXTEND_TIMEOUT_USEC={}", PROGRESS.as_micros())));
         }
         let _ = notify(false, &states);
-        if let Some(line) = self.changed(status, now, uptime()) {
+        if let Some(line) = self.changed(status, now, uptime()).filter(|_| !self.silent) {
             say::progress(&line);
         }
     }

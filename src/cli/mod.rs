@@ -3,8 +3,10 @@
 //! Every command except `check`, `daemon`, `explain`, `gather`, `pack`, `completions` and `man` is a client of the daemon.
 //! [`Outcome`] defines the exit codes, which are stable.
 
+mod answer;
 mod case;
 mod check;
+mod completions;
 mod daemon;
 mod drive;
 mod gather;
@@ -134,12 +136,16 @@ enum Command {
         #[arg(long, value_name = "FILE")]
         output: Option<PathBuf>,
     },
-    /// Explain a refusal or a class of failures
+    /// Explain refusals and classes of failures
     ///
-    /// `status` and `status --json` show these names. Without a name, lists all.
+    /// `status` and `status --json` show these names. Without a name, explains all.
     Explain {
-        /// Name of the refusal or the class, such as too-little or network
-        name: Option<String>,
+        /// Print a JSON document
+        #[arg(long)]
+        json: bool,
+        /// Names of refusals and classes, such as too-little or network
+        #[arg(value_name = "NAME")]
+        names: Vec<String>,
     },
     /// Deploy the node image to a disk
     ///
@@ -160,13 +166,28 @@ enum Command {
         /// For example ostree-unverified-registry:quay.io/example/node:latest. Default: the node image by digest.
         #[arg(long, value_name = "REFERENCE")]
         imgref: Option<OstreeReference>,
+        /// Print the answer as a JSON document
+        #[arg(long)]
+        json: bool,
     },
     /// Keep a switch that was made with `run --try`
-    Keep,
+    Keep {
+        /// Print the answer as a JSON document
+        #[arg(long)]
+        json: bool,
+    },
     /// Restore /usr and /etc from before the switch
-    Undo,
+    Undo {
+        /// Print the answer as a JSON document
+        #[arg(long)]
+        json: bool,
+    },
     /// Cancel the running or waiting pull
-    Cancel,
+    Cancel {
+        /// Print the answer as a JSON document
+        #[arg(long)]
+        json: bool,
+    },
     /// Pack the agent for machines whose image lacks it
     Pack {
         #[command(subcommand)]
@@ -233,21 +254,21 @@ async fn dispatch(command: Command) -> anyhow::Result<Outcome> {
             }
         }
         Command::Gather { output } => gather::gather(&paths, output.as_deref()).await,
-        Command::Explain { name } => Ok(show::explain(name.as_deref())),
-        Command::Deploy { sysroot, stateroot, kernel_args, imgref } => {
+        Command::Explain { json, names } => show::explain(&names, json),
+        Command::Deploy { sysroot, stateroot, kernel_args, imgref, json } => {
             let sysroot = std::path::absolute(sysroot)?;
             let sysroot = sysroot.to_str().context("cannot use the sysroot: its path is not UTF-8")?;
             let imgref = imgref.map(|imgref| imgref.to_string()).unwrap_or_default();
-            drive::drive(&paths, Call::Deploy(sysroot.to_owned(), stateroot, kernel_args, imgref)).await
+            answer::answer(&paths, Call::Deploy(sysroot.to_owned(), stateroot, kernel_args, imgref), json).await
         }
-        Command::Keep => drive::drive(&paths, Call::Plain("Keep")).await,
-        Command::Undo => drive::drive(&paths, Call::Plain("Undo")).await,
-        Command::Cancel => drive::cancel(&paths).await,
+        Command::Keep { json } => answer::answer(&paths, Call::Plain("Keep"), json).await,
+        Command::Undo { json } => answer::answer(&paths, Call::Plain("Undo"), json).await,
+        Command::Cancel { json } => answer::cancel(&paths, json).await,
         Command::Pack { form } => pack::pack(&form),
         Command::Daemon { check: true } => Ok(agent::check_record(&paths).map(|()| Outcome::Done)?),
         Command::Daemon { check: false } => daemon::daemon(paths).await,
         Command::Completions { shell } => {
-            say::raw(completions(shell).as_bytes());
+            say::raw(completions::script(shell).as_bytes());
             Ok(Outcome::Done)
         }
         Command::Man { section } => {
@@ -258,68 +279,11 @@ async fn dispatch(command: Command) -> anyhow::Result<Outcome> {
     }
 }
 
-/// Returns the completion script of a shell.
-fn completions(shell: Shell) -> String {
-    // Written to memory, because clap panics if it cannot write.
-    let mut script = Vec::new();
-    clap_complete::generate(shell, &mut Arguments::command(), "node-image-pivot", &mut script);
-    // For bash, clap_complete 4.6 writes the program's name in two forms, so that the label of a subcommand's options is
-    // never reached. A version that fixes it leaves nothing to replace.
-    String::from_utf8_lossy(&script).replace("node__subcmd__image__subcmd__pivot", "node__image__pivot")
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use clap::ValueEnum;
-
-    /// Returns all commands of the command line with their names.
-    fn commands() -> Vec<(Vec<String>, clap::Command)> {
-        let mut root = Arguments::command();
-        root.build();
-        let sub = |command: &clap::Command| (vec![command.get_name().to_owned()], command.clone());
-        root.get_subcommands().map(sub).chain([(vec![], root.clone())]).collect()
-    }
-
-    /// Returns the completions that bash offers for the last of these words.
-    fn completed(words: &[&str]) -> Vec<String> {
-        let script = "source /dev/stdin; COMP_WORDS=(node-image-pivot \"$@\"); COMP_CWORD=$#
-                      _node__image__pivot node-image-pivot \"${@: -1}\" \"${COMP_WORDS[COMP_CWORD - 1]}\"
-                      printf '%s\\n' \"${COMPREPLY[@]}\"";
-        let mut bash = std::process::Command::new("bash")
-            .args(["--norc", "-c", script, "bash"])
-            .args(words)
-            .stdin(std::process::Stdio::piped())
-            .stdout(std::process::Stdio::piped())
-            .spawn()
-            .unwrap();
-        std::io::Write::write_all(&mut bash.stdin.take().unwrap(), completions(Shell::Bash).as_bytes()).unwrap();
-        let output = bash.wait_with_output().unwrap();
-        String::from_utf8(output.stdout).unwrap().split_whitespace().map(str::to_owned).collect()
-    }
-
-    #[test]
-    fn bash_completes_the_options_of_every_subcommand() {
-        assert_eq!(completed(&["plan", "--js"]), ["--json"]);
-        assert_eq!(completed(&["diff-e"]), ["diff-etc"]);
-        for (words, command) in commands() {
-            let longs = command.get_arguments().filter_map(clap::Arg::get_long).map(|name| format!("--{name}"));
-            let expected: std::collections::BTreeSet<_> = longs.collect();
-            let line: Vec<_> = words.iter().map(String::as_str).chain(["--"]).collect();
-            assert_eq!(completed(&line).into_iter().collect::<std::collections::BTreeSet<_>>(), expected, "{line:?}");
-        }
-    }
-
-    #[test]
-    fn every_shell_completes_the_subcommands() {
-        for shell in Shell::value_variants() {
-            let script = completions(*shell);
-            for (words, _) in commands() {
-                words.iter().for_each(|word| assert!(script.contains(word), "{shell}: {word}"));
-            }
-        }
-    }
+    use completions::tests::commands;
 
     #[test]
     fn help_fits_into_100_columns() {

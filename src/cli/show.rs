@@ -11,9 +11,12 @@ use crate::agent::{Agent, StateDir};
 use crate::bus::Client;
 use crate::report::{self, AgentState, Outcome, Report, State, Status, Timeline};
 
-/// Largest number of units that still run old code, and of events, that `status` lists.
-const LISTED: usize = 12;
+/// Rows of the smallest screen less that of the next prompt, and its columns.
+const SCREEN: usize = 23;
+const COLUMNS: usize = 80;
+/// Largest numbers of events and of deviations that `status` lists.
 const EVENTS: usize = 5;
+const DEVIATIONS: usize = 3;
 /// Time limit for systemd's answer about the agent's unit.
 const SYSTEMD: Duration = Duration::from_secs(10);
 
@@ -96,26 +99,41 @@ fn unfinished(status: &Status) -> Outcome {
     }
 }
 
-/// Returns the lines of `status`, which fit one screen.
+/// Returns the lines of `status`, which fit one screen also if it wraps them.
 pub(super) fn page(report: &Report) -> Vec<String> {
     let (status, now) = (&report.status, report.now_unix());
     let mut lines = Vec::new();
     if let Some(agent) = &status.agent {
-        lines.push(format!("agent: {}", agent.line()));
+        lines.push(cut(format!("agent: {}", agent.line()), 2));
     }
-    lines.push(report::state_line(status, now));
+    lines.push(cut(report::state_line(status, now), 6));
     if let Some(diagnosis) = &status.diagnosis {
-        lines.push(diagnosis.advice());
+        lines.push(cut(diagnosis.advice(), 2));
+        lines.push(cut(format!("explained by: node-image-pivot explain {}", status.names().join(" ")), 1));
     }
-    lines.extend(status.deviations.iter().map(|line| format!("but: {}", report::one_line(line))));
-    let old = report::old_lines(status);
-    lines.extend(old.take(LISTED));
-    if status.still_old.len() > LISTED {
-        lines.push(format!("and {} more; see status --json", status.still_old.len() - LISTED));
-    }
+    let deviations = status.deviations.iter().map(|line| cut(format!("but: {}", report::one_line(line)), 1));
+    lines.extend(deviations.take(DEVIATIONS));
     let events = report.events();
-    lines.extend(events[events.len().saturating_sub(EVENTS)..].iter().cloned());
+    let events = events[events.len().saturating_sub(EVENTS)..].iter().map(|event| cut(event.clone(), 1));
+    let events: Vec<_> = events.collect();
+    let rows: usize = lines.iter().map(|line| line.chars().count().div_ceil(COLUMNS)).sum();
+    let left = SCREEN.saturating_sub(rows + events.len() + 1);
+    lines.extend(report::old_lines(status).take(left).map(|line| cut(line, 1)));
+    if status.still_old.len() > left {
+        lines.push(format!("and {} more units; see status --json", status.still_old.len() - left));
+    }
+    lines.extend(events);
     lines
+}
+
+/// Returns the line, or its begin if it needs more rows of a screen.
+fn cut(line: String, rows: usize) -> String {
+    const MORE: &str = ".. (see report)";
+    let letters = rows * COLUMNS;
+    match line.chars().count() > letters {
+        true => line.chars().take(letters - MORE.len()).chain(MORE.chars()).collect(),
+        false => line,
+    }
 }
 
 pub(super) async fn report(paths: &StateDir, json: bool, svg: Option<&Path>) -> Result<Outcome> {
@@ -136,21 +154,19 @@ pub(super) async fn report(paths: &StateDir, json: bool, svg: Option<&Path>) -> 
     Ok(Outcome::Done)
 }
 
-pub(super) fn explain(name: Option<&str>) -> Outcome {
-    let Some(name) = name else {
-        report::explanations().for_each(|(name, text)| say::out(format_args!("{name}: {text}")));
-        return Outcome::Done;
-    };
-    match report::explain(name) {
-        Some(text) => {
-            say::out(format_args!("{name}: {text}"));
-            Outcome::Done
-        }
-        None => {
-            say::error(&format!("unknown name \"{name}\": node-image-pivot explain lists all"));
-            Outcome::Internal
-        }
+/// Explains these names, or all.
+pub(super) fn explain(names: &[String], json: bool) -> Result<Outcome> {
+    let mut explained: Vec<_> = report::explanations().collect();
+    if let Some(unknown) = names.iter().find(|name| !explained.iter().any(|known| known.name == **name)) {
+        say::error(&format!("unknown name \"{unknown}\": node-image-pivot explain lists all"));
+        return Ok(Outcome::Internal);
     }
+    explained.retain(|known| names.is_empty() || names.iter().any(|name| name == known.name));
+    match json {
+        true => say::out(serde_json::to_string_pretty(&serde_json::json!({"schema": 1, "names": explained}))?),
+        false => explained.iter().for_each(|explanation| say::out(explanation.line())),
+    }
+    Ok(Outcome::Done)
 }
 
 /// Returns the outcome that ends a watch, or `None` while the status may still change.
@@ -167,7 +183,7 @@ pub(super) fn exit_of(status: &Status) -> Option<Outcome> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::report::{LastError, SpanResult, Subject};
+    use crate::report::{LastError, Reason, SpanResult, StaleUnit, Subject};
 
     #[test]
     fn the_first_line_is_about_the_agent_and_events_are_listed() {
@@ -196,6 +212,36 @@ mod tests {
             ]
         );
         assert_eq!(unfinished(&Status::default()), Outcome::Pending);
+    }
+
+    #[test]
+    fn the_page_fits_one_screen() {
+        let unit = |number| StaleUnit { unit: format!("{number}{}.service", "u".repeat(90)), files: vec!["x".into()] };
+        let refusals = vec![Reason { id: "conflicts".into(), message: "m".into() }; 9];
+        let error = LastError { message: "long ".repeat(400), refusals, attempt: 1, ..LastError::default() };
+        let agent = AgentState { running: false, unit: Some("failed".into()), result: Some("start-limit-hit".into()) };
+        let long = Status {
+            agent: Some(agent),
+            state: State::Failed,
+            error: Some(error),
+            deviations: vec!["deviation ".repeat(20); 5],
+            still_old: (0..40).map(unit).collect(),
+            ..Status::default()
+        };
+        let long = Status { diagnosis: long.diagnose(), ..long };
+        let short = Status { still_old: long.still_old.clone(), ..Status::default() };
+        for (status, spans) in [(long, 9), (short, 0)] {
+            let mut timeline = Timeline::default();
+            for at in 0..spans {
+                timeline.begin(Subject::Undo, "undo", at);
+                timeline.end(Subject::Undo, None, at, SpanResult::Failed);
+                timeline.latest(Subject::Undo, "undo").unwrap().detail = Some("d".repeat(300));
+            }
+            let lines = page(&Report::new(status, timeline));
+            let rows: usize = lines.iter().map(|line| line.chars().count().div_ceil(COLUMNS)).sum();
+            assert!((20..=SCREEN).contains(&rows), "{rows} rows: {lines:#?}");
+            assert!(lines.iter().any(|line| line.starts_with("and ") && line.contains(" more units")), "{lines:#?}");
+        }
     }
 
     #[test]

@@ -104,7 +104,7 @@ fn line(status: &Status, now: u64) -> String {
     }
 }
 
-/// Selects the plain lines: each new state at once, progress at most every five seconds.
+/// Selects the plain lines: one in five seconds, if it differs from the last one in more than a countdown.
 #[derive(Default)]
 struct Lines {
     key: Option<(Option<Phase>, State, u32, bool)>,
@@ -119,11 +119,8 @@ impl Lines {
         let is_absent = status.agent.as_ref().is_some_and(|agent| !agent.running);
         let key = Some((status.phase, status.state, attempt, is_absent));
         let line = line(status, now);
-        let changed = self.key != key;
-        let advanced = is_pull(status) && line != self.last;
-        // Also for a new state, so that the next progress comes later.
-        let due = (changed || advanced) && self.pauses.progress_is_due(uptime);
-        if !changed && !due {
+        let changed = self.key != key || (is_pull(status) && line != self.last);
+        if !changed || !self.pauses.progress_is_due(uptime) {
             return None;
         }
         (self.key, self.last) = (key, line.clone());
@@ -137,17 +134,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn progress_is_a_line_in_five_seconds_and_a_new_state_is_shown_at_once() {
+    fn there_is_a_line_in_five_seconds_at_most() {
         let mut lines = Lines::default();
         let mut status = Status { state: State::Running, phase: Some(Phase::Pull), ..Status::default() };
         (status.progress.bytes_total, status.progress.layers_done) = (1000, 1);
         let mut shown = Vec::new();
-        for second in 100..120 {
+        for second in 100..130 {
             status.progress.bytes_fetched += 1;
             status.phase = Some(if second < 117 { Phase::Pull } else { Phase::Stage });
             shown.extend(lines.next(&status, 10_000 - 60 * second, second).map(|_| second));
         }
-        assert_eq!(shown, [100, 105, 110, 115, 117]);
+        assert_eq!(shown, [100, 105, 110, 115, 120]);
     }
 
     #[test]

@@ -23,7 +23,7 @@ pub use document::Report;
 pub use outcome::{Outcome, Reason, Standing};
 pub use phase::Phase;
 pub use plot::plot;
-pub use refusal_id::{RefusalId, explain, explanations};
+pub use refusal_id::{RefusalId, explanations};
 pub use service_record::{ServiceRecord, unit_of};
 pub use status::{AgentState, Attempt, LastError, StaleUnit, State, Status, TimelineEntry};
 pub use table::summary;

@@ -3,6 +3,7 @@
 //! `explain` prints the documentation of these values, so that none can be without one.
 
 use node_store::image::Kind;
+use serde::Serialize;
 use strum::{EnumIter, EnumMessage, IntoEnumIterator, IntoStaticStr};
 
 /// The stable name of a reason for a refusal, `error.refusals[].id` in the status document.
@@ -130,51 +131,125 @@ const OTHER_CLASSES: [(&str, &str); 2] = [
     ),
 ];
 
-/// Returns the explanation of a refusal or a class, or `None` for an unknown name.
-pub fn explain(name: &str) -> Option<String> {
-    explanations().find(|(known, _)| *known == name).map(|(_, text)| text)
+/// The explanation of a refusal or a class.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Explanation {
+    /// Stable name.
+    pub name: &'static str,
+    /// Its kind.
+    pub kind: NameKind,
+    /// Meaning and remedy.
+    pub text: String,
+    /// The part of the documentation that lists it.
+    pub page: &'static str,
 }
 
-/// Returns all refusals and classes with their explanations, as one line each.
-pub fn explanations() -> impl Iterator<Item = (&'static str, String)> {
-    let one_line = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
-    let refusals = RefusalId::iter()
-        .map(move |id| (id.as_str(), format!("Refusal. {}", one_line(id.get_documentation().unwrap_or_default()))));
-    let kinds = Kind::iter().map(move |kind| {
-        let meaning = one_line(kind.get_documentation().unwrap_or_default());
-        (kind.as_str(), format!("Class of failures. {meaning} Remedy: {}.", one_line(kind.advice())))
-    });
-    let others = OTHER_CLASSES.into_iter().map(|(name, text)| (name, format!("Class of failures. {text}")));
-    refusals.chain(kinds).chain(others)
+/// The kinds of names that `explain` knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum NameKind {
+    /// A reason for a refusal.
+    Refusal,
+    /// A class of failures.
+    Class,
+}
+
+impl Explanation {
+    fn new(name: &'static str, kind: NameKind, text: &str) -> Self {
+        let page = match kind {
+            NameKind::Refusal => "docs/troubleshooting.md#refusals",
+            NameKind::Class => "docs/troubleshooting.md#classes-of-failures",
+        };
+        Self { name, kind, text: text.split_whitespace().collect::<Vec<_>>().join(" "), page }
+    }
+
+    /// Returns the explanation as one line.
+    pub fn line(&self) -> String {
+        let kind = match self.kind {
+            NameKind::Refusal => "Refusal",
+            NameKind::Class => "Class of failures",
+        };
+        format!("{}: {kind}. {} See {}.", self.name, self.text, self.page)
+    }
+}
+
+/// Returns the explanations of all refusals and classes.
+pub fn explanations() -> impl Iterator<Item = Explanation> {
+    let refusal =
+        |id: RefusalId| Explanation::new(id.as_str(), NameKind::Refusal, id.get_documentation().unwrap_or_default());
+    let class = |kind: Kind| {
+        let text = format!("{} Remedy: {}.", kind.get_documentation().unwrap_or_default(), kind.advice());
+        Explanation::new(kind.as_str(), NameKind::Class, &text)
+    };
+    let others = OTHER_CLASSES.into_iter().map(|(name, text)| Explanation::new(name, NameKind::Class, text));
+    RefusalId::iter().map(refusal).chain(Kind::iter().map(class)).chain(others)
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
+
+    fn page(name: &str) -> String {
+        std::fs::read_to_string(format!("{}/docs/{name}.md", env!("CARGO_MANIFEST_DIR"))).unwrap()
+    }
+
+    /// Returns the first cells of the tables in a part of a page.
+    fn names(page: &str, part: &str) -> BTreeSet<String> {
+        let part = page.split_once(&format!("\n## {part}\n")).unwrap().1;
+        let part = part.split("\n## ").next().unwrap();
+        let cells = part.lines().filter_map(|line| line.strip_prefix("| `")?.split_once('`'));
+        cells.map(|(name, _)| name.to_owned()).collect()
+    }
+
+    #[test]
+    fn troubleshooting_lists_exactly_the_names_that_are_explained() {
+        let page = page("troubleshooting");
+        for (kind, part) in [(NameKind::Refusal, "Refusals"), (NameKind::Class, "Classes of failures")] {
+            let of_kind = explanations().filter(|known| known.kind == kind);
+            let (known, pages): (BTreeSet<_>, BTreeSet<_>) =
+                of_kind.map(|known| (known.name.to_owned(), known.page)).unzip();
+            assert_eq!(known, names(&page, part), "{part}");
+            let anchor = part.to_lowercase().replace(' ', "-");
+            assert_eq!(Vec::from_iter(pages), [format!("docs/troubleshooting.md#{anchor}")]);
+        }
+    }
+
+    /// `UPDATE_DOCS=1` writes the table again.
+    #[test]
+    fn the_table_of_refusals_has_their_explanations() {
+        let rows = explanations().filter(|known| known.kind == NameKind::Refusal);
+        let rows: String = rows.map(|known| format!("| `{}` | {} |\n", known.name, known.text)).collect();
+        let page = page("troubleshooting");
+        let begin = page.find("| `architecture` |").unwrap();
+        let end = begin + page[begin..].find("\n\n").unwrap() + 1;
+        if std::env::var_os("UPDATE_DOCS").is_some() {
+            let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/troubleshooting.md");
+            std::fs::write(path, format!("{}{rows}{}", &page[..begin], &page[end..])).unwrap();
+        } else {
+            assert_eq!(page[begin..end], rows, "run this test with UPDATE_DOCS=1");
+        }
+    }
 
     #[test]
     fn every_refusal_and_class_is_explained_and_documented() {
-        let page =
-            |name: &str| std::fs::read_to_string(format!("{}/docs/{name}.md", env!("CARGO_MANIFEST_DIR"))).unwrap();
-        let (commands, troubleshooting) = (page("commands"), page("troubleshooting"));
-        for (name, text) in explanations() {
-            let page = if text.starts_with("Refusal") { &commands } else { &troubleshooting };
-            assert!(page.contains(&format!("`{name}`")), "{name} is missing in the documentation");
-            let said = text.split_once(". ").unwrap().1;
-            assert!(said.len() > 20 && said.ends_with('.'), "{name}: {text}");
+        let commands = page("commands");
+        for known in explanations() {
+            let line = known.line();
+            let documented = known.kind == NameKind::Class || commands.contains(&format!("`{}`", known.name));
+            assert!(documented, "{line} is missing in commands.md");
+            assert!(known.text.len() > 20 && known.text.ends_with('.'), "{line}");
         }
-        assert!(explain("too-little").unwrap().contains("Memory or disk space"));
-        assert!(explain("network").unwrap().contains("check name resolution"));
-        assert_eq!(explain("bogus"), None);
+        let text = |name: &str| explanations().find(|known| known.name == name).unwrap().line();
+        assert!(text("too-little").starts_with("too-little: Refusal. Memory or disk space"));
+        assert!(text("network").contains("check name resolution"));
     }
 
     #[test]
     fn names_are_unique() {
-        let mut names: Vec<_> = explanations().map(|(name, _)| name).collect();
-        let count = names.len();
-        names.sort_unstable();
-        names.dedup();
-        assert_eq!(names.len(), count);
+        let names: Vec<_> = explanations().map(|known| known.name).collect();
+        assert_eq!(names.iter().collect::<BTreeSet<_>>().len(), names.len());
     }
 }

@@ -265,4 +265,12 @@ impl Status {
             command: command.to_owned(),
         })
     }
+    /// Returns the names of the last failure that `explain` knows: its refusals, or else its class.
+    pub fn names(&self) -> Vec<&str> {
+        let Some(error) = &self.error else { return Vec::new() };
+        match error.refusals.as_slice() {
+            [] => vec![&error.class],
+            refusals => refusals.iter().map(|refusal| refusal.id.as_str()).collect(),
+        }
+    }
 }

@@ -11,6 +11,9 @@ use crate::host::{self, SCRIPT};
 use crate::report::{Phase, State, Tracker};
 use node_store::image::{self, Failure, ImageSettings, Kind, PULL_SCRIPT, ResolvedImage, Source, TagHints};
 
+/// Parts of the phase: the start of skopeo, the release payload, the manifest.
+const PARTS: usize = 3;
+
 /// Resolves the configured pull spec to a digest, with retries.
 pub(in crate::agent) async fn resolve(
     tracker: &Tracker,
@@ -24,6 +27,7 @@ pub(in crate::agent) async fn resolve(
     let (image, choice) = with_retry(tracker, dir, registry.retry, phase, cancel, || async {
         let configured = wanted(image.as_ref()).await?;
         let source = Source::open(&image_settings(registry)).await?;
+        tracker.share(0, 1, PARTS);
         let (spec, choice) = match &configured {
             ImageSource::Image(spec) => (spec.clone(), None),
             // The payload names the node image by digest, so no other image is accepted.
@@ -33,6 +37,7 @@ pub(in crate::agent) async fn resolve(
                 (spec, Some(choice))
             }
         };
+        tracker.share(0, 2, PARTS);
         Ok((source.resolve(&spec).await?, choice))
     })
     .await?;

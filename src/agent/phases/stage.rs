@@ -26,6 +26,9 @@ use overlay_root::{DetachedTree, Mount, Namespace};
 use support::BlockSize;
 use unit_refresh::Flow;
 
+/// Parts of the phase: comparison, delta tree, plan of `/etc`, trial, accounts, units.
+const PARTS: usize = 6;
+
 /// The settings of the checks.
 #[derive(Clone, Copy)]
 pub(super) struct Checks {
@@ -52,10 +55,11 @@ pub(super) async fn stage(
 ) -> Result<StagedRoot, Error> {
     let phase = Phase::Stage;
     tracker.begin(phase);
-    let paths = dir.clone();
+    let (paths, shares) = (dir.clone(), tracker.clone());
+    let done = move |parts| shares.share(0, parts, PARTS);
     // libostree's objects must stay on one thread.
-    let (mut staged, mut document, plan) =
-        tokio::task::spawn_blocking(move || blocking(&paths, pulled, checks)).await.context("staging panicked")??;
+    let blocking = tokio::task::spawn_blocking(move || blocking(&paths, pulled, checks, &done));
+    let (mut staged, mut document, plan) = blocking.await.context("staging panicked")??;
     for line in staged.plan_lines() {
         info!("{line}");
         tracker.note(line);
@@ -70,6 +74,7 @@ pub(super) async fn stage(
             document.warnings.push(format!("cannot preview the accounts that the node image adds: {error:#}"));
         }
     }
+    tracker.share(0, 5, PARTS);
     match unit_survey::preview(units, &staged, plan, flow).await {
         Ok((actions, troubles)) => {
             document.units = actions;
@@ -156,12 +161,20 @@ struct CheckedTree {
 }
 
 /// Runs every check that can refuse, cheapest first. Returns the input of the switch, the document about it without the
-/// units, and the plan for `/etc`, which is also stored.
-fn blocking(paths: &StateDir, pulled: PulledImage, checks: Checks) -> Result<(StagedRoot, SwitchPlan, Plan), Error> {
+/// units, and the plan for `/etc`, which is also stored. Calls `done` with the number of parts that are done.
+fn blocking(
+    paths: &StateDir,
+    pulled: PulledImage,
+    checks: Checks,
+    done: &dyn Fn(usize),
+) -> Result<(StagedRoot, SwitchPlan, Plan), Error> {
     let mut warnings = pulled.warnings.clone();
-    let CheckedTree { store, delta, tree, packages } = check_tree(paths, &pulled, checks, &mut warnings)?;
+    let CheckedTree { store, delta, tree, packages } = check_tree(paths, &pulled, checks, &mut warnings, done)?;
+    done(2);
     let (plan, memory) = plan_merge(&tree, &store, checks.etc_strategy, paths.run(), &mut warnings)?;
+    done(3);
     try_out(&tree, &plan, &mut warnings)?;
+    done(4);
     let document = SwitchPlan {
         image: pulled.image.pinned.clone(),
         image_choice: None,
@@ -188,6 +201,7 @@ fn check_tree(
     pulled: &PulledImage,
     checks: Checks,
     warnings: &mut Vec<String>,
+    done: &dyn Fn(usize),
 ) -> Result<CheckedTree, Error> {
     let usr = Path::new(USR);
     let mounts = Namespace::init().mounts()?;
@@ -209,6 +223,7 @@ fn check_tree(
     };
     let difference = overlay_root::delta::compare(&repo, booted, pulled.commit, &own_object, &Keep::default())?;
     refuse(too_little(Free::at(store.root())?.needs(store.root(), difference.bytes_to_copy(store.block_size())?, 0)))?;
+    done(1);
     let built = difference.build(&store.delta_build_path())?;
     // The build path may be a name that only this process has.
     let delta = Delta { directory: store.delta_path(), base: choice.base, ..built };
