@@ -1,8 +1,11 @@
 //! Decompresses blobs and computes their diff ids.
 
 use std::io::{self, BufReader, Read};
+use std::sync::{Mutex, PoisonError};
 
 use sha2::{Digest, Sha256};
+use zstd::stream::read::Decoder;
+use zstd::zstd_safe::{DCtx, ResetDirective};
 
 use super::Compression;
 
@@ -21,7 +24,19 @@ pub(crate) fn decompress(
     input: impl Read,
     sink: &mut dyn FnMut(Vec<u8>) -> bool,
 ) -> io::Result<[u8; 32]> {
-    pump(decoder(compression, input)?, sink)
+    // The next layer uses the memory of a zstd decoder again: the windows of hundreds of layers, 8 MiB each, would leave
+    // gaps in the heap.
+    static IDLE: Mutex<Vec<DCtx<'static>>> = Mutex::new(Vec::new());
+    if compression != Compression::Zstd {
+        return pump(decoder(compression, input)?, sink);
+    }
+    let idle = || IDLE.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut context = idle().pop().unwrap_or_default();
+    context.reset(ResetDirective::SessionAndParameters).map_err(|_| io::Error::other("cannot reset a zstd decoder"))?;
+    let reader = Decoder::with_context(BufReader::with_capacity(PIECE, input), &mut context);
+    let digest = pump(with_limit(reader)?, sink);
+    idle().push(context);
+    digest
 }
 
 /// Returns a reader of the decompressed bytes of `input`.
@@ -30,12 +45,14 @@ pub(crate) fn decoder<'a>(compression: Compression, input: impl Read + 'a) -> io
         Compression::None => Box::new(input),
         // A gzip blob may be several gzip files in a row (pigz, estargz).
         Compression::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(BufReader::with_capacity(PIECE, input))),
-        Compression::Zstd => {
-            let mut decoder = zstd::stream::read::Decoder::new(input)?;
-            decoder.window_log_max(ZSTD_WINDOW_BITS)?;
-            Box::new(WithWindowAdvice(decoder))
-        }
+        Compression::Zstd => Box::new(with_limit(Decoder::new(input)?)?),
     })
+}
+
+/// Limits the window of a zstd decoder.
+fn with_limit<R: io::BufRead>(mut decoder: Decoder<'_, R>) -> io::Result<WithWindowAdvice<Decoder<'_, R>>> {
+    decoder.window_log_max(ZSTD_WINDOW_BITS)?;
+    Ok(WithWindowAdvice(decoder))
 }
 
 /// Replaces the zstd library's error about a window that is too large, which mentions only memory.
@@ -99,6 +116,16 @@ mod tests {
             true
         })?;
         Ok((out, digest))
+    }
+
+    #[test]
+    fn a_zstd_decoder_is_used_again_after_a_damaged_blob() {
+        let data = b"content".repeat(100_000);
+        let blob = zstd::encode_all(data.as_slice(), 1).unwrap();
+        for _ in 0..3 {
+            run(Compression::Zstd, &blob[..blob.len() / 2]).unwrap_err();
+            assert!(run(Compression::Zstd, &blob).unwrap().0 == data);
+        }
     }
 
     #[test]
