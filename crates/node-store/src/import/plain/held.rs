@@ -2,10 +2,12 @@
 //!
 //! Format source: ostree-ext's commits of plain layers. Whiteouts are files, as in the archive.
 
+use std::collections::HashMap;
+
 use crate::image::Layer;
 use crate::store::{Dirtree, ObjectId, ObjectType};
 
-use super::dirmeta::read_dirmeta;
+use super::dirmeta::{DirMeta, read_dirmeta};
 use super::facts::BaseFacts;
 use super::layertree::{BadEntry, LayerFile, LayerTree};
 use super::path::Place;
@@ -53,12 +55,18 @@ pub(in crate::import) fn held_tree(
 }
 
 fn tree_of_layer(import: &Import, facts: &BaseFacts, commit: &ObjectId) -> Result<LayerTree, Unusable> {
-    let lookup: &mut Lookup<'_> = &mut |id, kind| import.read_metadata(id, kind);
+    let lookup: &mut Lookup<'_> =
+        &mut |id, kind| import.booted.as_ref().map_or(Ok(None), |booted| booted.read_metadata(id, kind));
     let mut tree = LayerTree::new(&import.budget);
     let (root, root_meta) = commit_root(commit, lookup)?;
     let mut queue = vec![(Vec::new(), root, root_meta)];
+    // Most directories have one of a few dirmetas.
+    let mut metas = HashMap::new();
     while let Some((path, dirtree, dirmeta)) = queue.pop() {
-        let meta = read_dirmeta(&dirmeta, lookup)?;
+        let meta = match metas.get(&dirmeta) {
+            Some(meta) => DirMeta::clone(meta),
+            None => metas.entry(dirmeta).or_insert(read_dirmeta(&dirmeta, lookup)?).clone(),
+        };
         let (uid, gid) = (meta.uid, meta.gid);
         tree.directory(&path, meta)?;
         let bytes = load(&dirtree, ObjectType::DirTree, lookup)?;
