@@ -31,9 +31,12 @@ pub fn draw(samples: &[&Sample]) -> String {
             let (width, colour) = (((end - begin) * across).max(1.0), COLOURS[number % COLOURS.len()]);
             let _ =
                 writeln!(out, "<rect x=\"{x:.1}\" y=\"{y:.1}\" width=\"{width:.1}\" height=\"14\" fill=\"{colour}\"/>");
-            // Beside the bar, on the side that has room.
-            let (at, anchor) =
-                if x + width > LEFT + WIDTH * 0.7 { (x - 5.0, "end") } else { (x + width + 5.0, "start") };
+            // Beside the bar, on the side that has room, or on the bar.
+            let (at, anchor) = match x {
+                _ if x + width <= LEFT + WIDTH * 0.7 => (x + width + 5.0, "start"),
+                _ if x > LEFT + 200.0 => (x - 5.0, "end"),
+                _ => (x + 5.0, "start"),
+            };
             let seconds = end - begin;
             let _ = writeln!(
                 out,
