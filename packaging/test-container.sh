@@ -43,20 +43,40 @@ semodule --noreload --store=targeted --install=domain.cil
 module() { semodule --store=targeted --list-modules=full | awk '$2 == "node-image-pivot" { print $1, $2, $3 }'; }
 label() { grep -c '^/usr/bin/node-image-pivot.*:install_exec_t:' /etc/selinux/targeted/contexts/files/file_contexts || true; }
 
+# stub NAME VERSION [PROVIDES]: an empty RPM in place of one of the Fedora family.
+repository=/packages/repository
+stub() {
+    printf '%s\n' "Name: $1" "Version: $2" 'Release: 1' "Summary: Stands for $1" 'License: MIT' 'BuildArch: noarch' "${3-}" \
+        '%description' "Stands for $1." '%files' >stub.spec
+    rpmbuild -bb --quiet --define "_rpmdir $repository" stub.spec
+    createrepo_c --quiet "$repository"
+}
+dnf() {
+    command dnf --quiet --assumeyes --nogpgcheck --releasever=1 --setopt=reposdir=/nonexistent --refresh \
+        --repofrompath="stubs,file://$repository" "$@"
+}
+requirements=$(rpm --query --package --requires node-image-pivot-*-1.*.rpm | grep -v '^rpmlib(')
+stub libraries 1 "$(grep -vE '^(skopeo|systemd)( |$)' <<<"$requirements" | sed 's/^/Provides: /')"
+stub skopeo 1
+stub systemd 251
+
 before=$(snapshot)
-# --nodeps: the libraries are there, but not as RPMs.
-rpm --install --nodeps node-image-pivot-*-1.*.rpm
+! dnf install ./node-image-pivot-*-1.*.rpm 2>dnf.log || die "dnf installs the agent with systemd 251"
+grep -q 'systemd >= 252' dnf.log || die "dnf does not name the missing systemd: $(<dnf.log)"
+stub systemd 252
+dnf install ./node-image-pivot-*-1.*.rpm
+rpm --query libraries skopeo systemd >/dev/null || die "dnf does not install what the agent needs"
 usable
-rpm --verify --nodeps node-image-pivot
+rpm --verify node-image-pivot
 [ "$(module)" = "200 node-image-pivot pp" ] || die "after the installation the policy modules have: $(module)"
 [ "$(label)" = 1 ] || die "the installed policy does not label the agent"
 # As version 0.1.0 installed it.
 semodule --noreload --store=targeted --install=/usr/share/selinux/packages/node-image-pivot.cil
-rpm --upgrade --nodeps node-image-pivot-*-2.*.rpm
+dnf upgrade ./node-image-pivot-*-2.*.rpm
 usable
 [ "$(rpm -q --queryformat '%{RELEASE}' node-image-pivot)" = 2 ] || die "rpm does not show the next release"
 [ "$(module)" = "200 node-image-pivot pp" ] || die "after the upgrade the policy modules have: $(module)"
-rpm --erase node-image-pivot
+dnf remove node-image-pivot
 unchanged "removing the RPM" "$before"
 [ "$(module)$(label)" = 0 ] || die "removing the RPM leaves its policy module"
-echo "rpm: installed, upgraded, removed; the policy module with it"
+echo "dnf: installed with its dependencies, upgraded, removed; the policy module with it"

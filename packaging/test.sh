@@ -1,6 +1,6 @@
 #!/bin/bash
 # Installs, upgrades and removes the packages of a directory (as by `make packages`) in a container with Debian 12, its
-# SELinux policy and rpm.
+# SELinux policy, rpm and dnf.
 #
 #   test.sh PACKAGES
 set -euo pipefail

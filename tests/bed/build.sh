@@ -15,7 +15,7 @@
 #                         where they are, as JSON
 #   build.sh selinux-disk the same bootimage installed to a disk; prints where it is
 #   build.sh demo         the live bootimage and node image a; prints where they are, as JSON
-#   build.sh packages     prints a directory with Debian 12, its SELinux policy and rpm, for tests of packages
+#   build.sh packages     prints a directory with Debian 12, its SELinux policy, rpm and dnf, for tests of packages
 #   build.sh ahead        what the tests will need and needs no agent
 #   build.sh paths        prints where they are, as JSON; builds what is missing
 #   build.sh bench        the benchmark's encapsulated images (not part of all); prints where they are
@@ -59,7 +59,7 @@ composefs() {
     printf '%s\n' "$CACHE/composefs/debug/composefs-unpack"
 }
 
-package_list=libostree-1-1,skopeo,systemd,systemd-sysv,dbus,rpm,selinux-policy-default,policycoreutils,semodule-utils
+package_list=libostree-1-1,skopeo,systemd,systemd-sysv,dbus,rpm,dnf,createrepo-c,selinux-policy-default,policycoreutils,semodule-utils
 packages() { printf '%s/root\n' "$(stage packages "$(key "=$package_list")" package_root)"; }
 package_root() { mmdebstrap --mode=root --variant=minbase --format=directory --include="$package_list" bookworm "$OUT/root"; }
 
