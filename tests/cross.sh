@@ -50,6 +50,8 @@ export "CC_$variable=$triple-gcc" "AR_$variable=$triple-ar"
 export "CARGO_TARGET_${variable^^}_LINKER=$triple-gcc"
 export "CARGO_TARGET_${variable^^}_RUSTFLAGS=-Clink-arg=--sysroot=$sysroot"
 export "CARGO_TARGET_${variable^^}_RUNNER=qemu-$emulator-static -L $sysroot"
+# The kernels of this architecture that matter have pages of 64 KiB.
+if [ "$architecture" = ppc64le ]; then export QEMU_PAGESIZE=65536; fi
 export CARGO_BUILD_TARGET=$target PKG_CONFIG_ALLOW_CROSS=1 PKG_CONFIG_SYSROOT_DIR=$sysroot
 export PKG_CONFIG_LIBDIR=$sysroot/usr/lib/$triple/pkgconfig:$sysroot/usr/share/pkgconfig
 cd "$project"
