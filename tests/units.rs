@@ -253,6 +253,7 @@ fn units_have_the_settings_that_others_rely_on() {
     assert!(has("node-image-finish.service", "Requires=node-image-overlay.service"));
     assert!(has("node-image-pivot.target", "AllowIsolate=yes"));
     assert!(has("node-image-pivotd.service", "RestartPreventExitStatus=2"), "wrong usage");
+    assert!(has("node-image-pivotd.service", "WatchdogSec=5min"), "the agent's signs of life are read");
 }
 
 /// Names of the settings that `systemd-analyze security` misses in a unit.

@@ -297,6 +297,9 @@ mod tests {
         rows.sort();
         interface.sort();
         assert!(interface.len() > 15, "{xml}");
+        for (at, _) in xml.match_indices("<method ").chain(xml.match_indices("<property ")) {
+            assert!(xml[..at].trim_end().ends_with("-->"), "a member without a description: {}", &xml[at..]);
+        }
         assert_eq!(rows, interface, "docs/dbus.md, then the introspection");
     }
 }
