@@ -1,7 +1,7 @@
 //! Decompresses blobs and computes their diff ids.
 
 use std::io::{self, BufReader, Read};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use sha2::{Digest, Sha256};
 use zstd::stream::read::Decoder;
@@ -17,6 +17,9 @@ const PIECE: usize = 256 * 1024;
 /// of the 170 MiB of memory that a pull may use.
 const ZSTD_WINDOW_BITS: u32 = 25;
 
+/// Largest zstd decoder that is kept for the next layer, in bytes: with the usual window of 8 MiB.
+const MAX_IDLE: usize = 12 << 20;
+
 /// Reads `input` to its end, passes the decompressed bytes to `sink` in pieces, and returns their SHA-256. After `sink`
 /// returns false it is not called again, but the digest still covers all bytes.
 pub(crate) fn decompress(
@@ -24,19 +27,29 @@ pub(crate) fn decompress(
     input: impl Read,
     sink: &mut dyn FnMut(Vec<u8>) -> bool,
 ) -> io::Result<[u8; 32]> {
-    // The next layer uses the memory of a zstd decoder again: the windows of hundreds of layers, 8 MiB each, would leave
-    // gaps in the heap.
-    static IDLE: Mutex<Vec<DCtx<'static>>> = Mutex::new(Vec::new());
     if compression != Compression::Zstd {
         return pump(decoder(compression, input)?, sink);
     }
-    let idle = || IDLE.lock().unwrap_or_else(PoisonError::into_inner);
     let mut context = idle().pop().unwrap_or_default();
     context.reset(ResetDirective::SessionAndParameters).map_err(|_| io::Error::other("cannot reset a zstd decoder"))?;
     let reader = Decoder::with_context(BufReader::with_capacity(PIECE, input), &mut context);
     let digest = pump(with_limit(reader)?, sink);
-    idle().push(context);
+    if context.sizeof() <= MAX_IDLE {
+        idle().push(context);
+    }
     digest
+}
+
+/// Frees the memory of decoders without a layer.
+pub(crate) fn free_idle() {
+    idle().clear();
+}
+
+/// Decoders of zstd without a layer. The next layer uses their memory again: the windows of hundreds of layers, 8 MiB
+/// each, would leave gaps in the heap.
+fn idle() -> MutexGuard<'static, Vec<DCtx<'static>>> {
+    static IDLE: Mutex<Vec<DCtx<'static>>> = Mutex::new(Vec::new());
+    IDLE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Returns a reader of the decompressed bytes of `input`.
@@ -126,6 +139,7 @@ mod tests {
             run(Compression::Zstd, &blob[..blob.len() / 2]).unwrap_err();
             assert!(run(Compression::Zstd, &blob).unwrap().0 == data);
         }
+        assert!(idle().iter().all(|context| context.sizeof() <= MAX_IDLE));
     }
 
     #[test]

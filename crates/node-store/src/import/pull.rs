@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
 use crate::PullProgress;
+use crate::image::decompress::free_idle;
 use crate::image::{Failure, ImageDescription, Kind, Layer, Layout, ResolvedImage, Source};
 use crate::store::{BootedRepo, LockError, NodeStore, ObjectId, ObjectType, Scope, StoreLock};
 
@@ -101,7 +102,9 @@ pub async fn pull(
     let layers: Vec<&Layer> = description.layout.layers().collect();
     PullProgress::add(&progress.layers_total, layers.len() as u64);
     let run = Run { source, image, import: &import, journal: &journal, scope: &scope, cancel };
-    let (fetched, derived) = run.all(&description, options).await?;
+    let outcome = run.all(&description, options).await;
+    free_idle();
+    let (fetched, derived) = outcome?;
     let (commit, sources, layer_commits, mut warnings) = match (derived, base) {
         (Some(derived), _) => (derived.commit, derived.sources, derived.layers, derived.warnings),
         (None, Base::Commit(commit)) => (commit, HashSet::new(), HashMap::new(), Vec::new()),

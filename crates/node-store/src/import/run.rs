@@ -6,6 +6,7 @@ use futures_util::future::BoxFuture;
 use futures_util::stream::{self, BoxStream, StreamExt};
 use tokio_util::sync::CancellationToken;
 
+use crate::image::decompress::free_idle;
 use crate::image::{Failure, Kind, ResolvedImage, Source};
 use crate::store::{LayerJournal, Scope};
 
@@ -83,6 +84,8 @@ pub(super) async fn all_of(
             Err(failure) => return Err(failure),
         }
     }
+    // The merge of plain layers needs the memory.
+    free_idle();
     first.map_or(Ok(()), Err)
 }
 
