@@ -21,6 +21,8 @@ use overlay_root::delta::{Booted, Delta, Keep};
 use overlay_root::{Base, Namespace};
 use rustix::mount::{MountFlags, MountPropagationFlags};
 
+#[path = "switch/bound.rs"]
+mod bound;
 #[path = "switch/composefs.rs"]
 mod composefs;
 

@@ -128,6 +128,7 @@ impl Found {
         let mounts = Namespace::init().mounts()?;
         if let Some(choice) = self.add(&MACHINE, check_system(&mounts))? {
             self.warnings.extend(preflight::warnings(&mounts, Path::new(USR), &choice));
+            self.warnings.extend(preflight::estimate(&choice.base));
         }
         let settings = settings.map_err(|error| Error::refused(RefusalId::Configuration, format!("{error:#}")));
         let Some(settings) = self.add(&SETTINGS[..1], settings)? else { return Ok(()) };

@@ -1,37 +1,66 @@
-//! The choice of the mount for the new `/usr`: one overlay over the image of a composefs root, or an overlay over `/usr`.
+//! The choice of the mount for the new `/usr`: one overlay over the image of a composefs root, an overlay over `/usr`, or a
+//! bind mount of a complete tree.
 
 use std::path::Path;
 
+use rustix::io::Errno;
+
 use super::refusal::Refusal;
 use overlay_root::{Base, Composefs, Mount};
+use support::{BlockSize, human_bytes};
 
 /// Finds the image of a composefs root, or returns the reason why it cannot.
 pub type Image<'a> = dyn Fn() -> Result<Composefs, String> + 'a;
-/// Returns true if the kernel accepts a further overlay on the new `/usr` with this base, or its error for the first one.
-pub type Probe<'a> = dyn Fn(&Base) -> Result<bool, String> + 'a;
+/// Returns true if the kernel accepts a further overlay on the new `/usr` of this kind.
+pub type Probe<'a> = dyn Fn(&Base) -> Result<bool, NoMount> + 'a;
+
+/// Reason why the first mount of a trial failed, with its message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NoMount {
+    /// The kernel refuses such a mount on this `/usr`, and always will.
+    Refused(String),
+    /// Another error, which says nothing about the next attempt.
+    Failed(String),
+}
+
+impl From<anyhow::Error> for NoMount {
+    fn from(error: anyhow::Error) -> Self {
+        let refused = error.downcast_ref::<Errno>() == Some(&Errno::INVAL);
+        let why = format!("{error:#}");
+        if refused { Self::Refused(why) } else { Self::Failed(why) }
+    }
+}
+
+impl NoMount {
+    fn why(self) -> String {
+        match self {
+            Self::Refused(why) | Self::Failed(why) => why,
+        }
+    }
+}
 
 /// The mount that the switch will make.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BaseChoice {
-    /// The layers below the delta tree.
+    /// The way in which the new `/usr` replaces the booted one.
     pub base: Base,
     /// True if a further overlay can be mounted on the new `/usr`.
     pub has_room: bool,
-    /// Reason why the new `/usr` of a composefs root is stacked on the booted one.
-    pub why_stacked: Option<String>,
+    /// Reason why a better way is not possible: one overlay over the image of a composefs root, or any overlay.
+    pub why_not_better: Option<String>,
 }
 
-/// Chooses the layers for the new `usr`. Only a trial mount shows the answer of the kernel, because the mount table does
-/// not contain every stacked file system.
+/// Chooses the mount for the new `usr`: an overlay wherever the kernel accepts one. Only a trial mount shows its answer,
+/// because the mount table does not contain every stacked file system.
 ///
 /// # Errors
-/// `usr` is writable, or on too many overlays, or the kernel accepts no overlay.
+/// `usr` is writable, or too deep because of an overlay that can be unmounted, or the kernel accepts no mount.
 pub fn choose(mounts: &[Mount], usr: &Path, image: &Image<'_>, probe: &Probe<'_>) -> Result<BaseChoice, Refusal> {
     if let Some(source_name) = overlay_root::writable_overlay(mounts, usr) {
         return Err(Refusal::Unlocked { source_name });
     }
     let layers = overlay_root::overlay_stack(mounts, usr);
-    if layers.len() > 1 {
+    if layers.len() > 1 && overlay_root::is_extended(mounts, usr) {
         return Err(Refusal::TooDeep { layers });
     }
     let mut why_stacked = None;
@@ -42,11 +71,24 @@ pub fn choose(mounts: &[Mount], usr: &Path, image: &Image<'_>, probe: &Probe<'_>
         }
     }
     let base = Base::Directory(usr.to_owned());
-    let has_room = probe(&base).map_err(|error| {
-        let flat = why_stacked.as_ref().map(|why| format!("; over its composefs image: {why}"));
-        Refusal::NotStackable(error + &flat.unwrap_or_default())
-    })?;
-    Ok(BaseChoice { base, has_room, why_stacked })
+    match probe(&base) {
+        Ok(has_room) => Ok(BaseChoice { base, has_room, why_not_better: why_stacked }),
+        Err(no_overlay) => {
+            let is_refused = matches!(no_overlay, NoMount::Refused(_));
+            let flat = why_stacked.map(|why| format!("; over its composefs image: {why}"));
+            let why = no_overlay.why() + &flat.unwrap_or_default();
+            if is_refused { bound(usr, why, probe) } else { Err(Refusal::NotStackable(why)) }
+        }
+    }
+}
+
+/// Chooses a complete tree, because the kernel accepts no overlay for the reason `why`.
+fn bound(usr: &Path, why: String, probe: &Probe<'_>) -> Result<BaseChoice, Refusal> {
+    let base = Base::Bound(usr.to_owned());
+    match probe(&base) {
+        Ok(has_room) => Ok(BaseChoice { base, has_room, why_not_better: Some(why) }),
+        Err(error) => Err(Refusal::NotStackable(format!("{why}; a bind mount of a complete tree: {}", error.why()))),
+    }
 }
 
 /// Chooses the image of the composefs root, or returns the reason why it cannot be used.
@@ -55,7 +97,31 @@ fn flat(mounts: &[Mount], usr: &Path, image: &Image<'_>, probe: &Probe<'_>) -> R
         return Err("the root requires fs-verity, and the agent cannot verify the image".to_owned());
     }
     let base = Base::Composefs(image()?);
-    Ok(BaseChoice { has_room: probe(&base)?, base, why_stacked: None })
+    Ok(BaseChoice { has_room: probe(&base).map_err(NoMount::why)?, base, why_not_better: None })
+}
+
+/// Describes the space that a complete tree needs at most for copies of booted files, a line, before the node image is
+/// known.
+pub fn estimate(base: &Base) -> Option<String> {
+    let Base::Bound(usr) = base else { return None };
+    let modules = usr.join("lib/modules");
+    let (mut bytes, mut entries, mut left) = (0_u64, 0_u64, vec![usr.clone()]);
+    while let Some(directory) = left.pop() {
+        for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
+            let Ok(stat) = entry.metadata() else { continue };
+            entries += 1;
+            if stat.is_dir() {
+                left.extend(Some(entry.path()).filter(|path| *path != modules));
+            } else {
+                bytes = bytes.saturating_add(BlockSize::page().allocated(stat.len()));
+            }
+        }
+    }
+    Some(format!(
+        "a complete tree of the node image: a node store in RAM needs at most {} more for copies of the {entries} entries of the \
+         booted /usr, and a store on the disk needs inodes for directories",
+        human_bytes(bytes)
+    ))
 }
 
 /// Returns warnings about mounts that the new `/usr` hides, and about its layers, a line each.
@@ -72,13 +138,20 @@ pub fn warnings(mounts: &[Mount], usr: &Path, choice: &BaseChoice) -> Vec<String
             "system extensions are merged on /usr: their files stay visible where the node image has none".into(),
         );
     }
-    if let Some(why) = &choice.why_stacked {
-        warnings.push(format!("the new /usr is stacked on the composefs root, not over its image: {why}"));
+    match (&choice.base, &choice.why_not_better) {
+        (Base::Bound(_), Some(why)) => warnings.push(format!(
+            "the kernel accepts no overlay on the booted /usr, so the new /usr is a complete tree: files that the store lacks \
+             are copied from the booted system: {why}"
+        )),
+        (_, Some(why)) => {
+            warnings.push(format!("the new /usr is stacked on the composefs root, not over its image: {why}"));
+        }
+        (_, None) => {}
     }
     if !choice.has_room {
         warnings.push(
             "until an undo, the kernel accepts no further overlay on the node image's /usr: systemd-sysext merge, bootc \
-             usr-overlay and podman -v /usr/…:O fail"
+             usr-overlay and podman -v /usr/…:O fail, and runc copies its program to memory at each start"
                 .into(),
         );
     }
@@ -100,6 +173,8 @@ mod tests {
     const COMPOSEFS: &str = "22 1 0:40 / / ro - overlay composefs ro,lowerdir+=/run/gone,datadir+=/sysroot/objects\n";
     const VERITY: &str =
         "22 1 0:40 / / ro - overlay composefs ro,lowerdir=/run/gone::/sysroot/objects,verity=require\n";
+    const DEEP: &str = "20 1 0:40 / /a ro - overlay one ro,lowerdir=/x:/y\n\
+        22 1 0:41 / / ro - overlay two ro,lowerdir=/a:/b\n";
     const OTHER: &str = "22 1 0:40 / / ro - overlay live ro,lowerdir=/a:/b\n";
     const SYSEXT: &str = "60 22 0:60 / /usr ro - overlay sysext ro,lowerdir=/run/x:/usr\n";
     const MINE: &str = "60 22 0:60 / /usr ro - overlay mine ro,lowerdir=/run/x:/usr\n";
@@ -114,16 +189,24 @@ mod tests {
 
     /// The kernel's answers for one base: an error, or room for another overlay.
     type Answer = Result<bool, &'static str>;
+    /// A bind mount of a complete tree.
+    const BINDS: Answer = Ok(true);
 
     fn choice(
         lines: &str,
         image: Result<Composefs, &str>,
-        flat: Answer,
-        stacked: Answer,
+        [flat, stacked, bound]: [Answer; 3],
     ) -> Result<BaseChoice, Refusal> {
         let probe = |base: &Base| {
-            let answer = if matches!(base, Base::Composefs(_)) { flat } else { stacked };
-            answer.map_err(str::to_owned)
+            let answer = match base {
+                Base::Composefs(_) => flat,
+                Base::Directory(_) => stacked,
+                Base::Bound(_) => bound,
+            };
+            answer.map_err(|why| match why {
+                "EIO" => NoMount::Failed(why.to_owned()),
+                _ => NoMount::Refused(why.to_owned()),
+            })
         };
         let image = || image.clone().map_err(str::to_owned);
         choose(&overlay_root::parse(lines.as_bytes()), Path::new("/usr"), &image, &probe)
@@ -131,43 +214,55 @@ mod tests {
 
     #[test]
     fn every_root_and_kernel_has_one_mount_or_a_refusal() {
-        let stacked = |has_room, why: Option<&str>| {
-            Ok(BaseChoice { base: Base::default(), has_room, why_stacked: why.map(str::to_owned) })
+        let made = |base: Base, has_room, why: Option<&str>| {
+            Ok(BaseChoice { base, has_room, why_not_better: why.map(str::to_owned) })
         };
-        let flat = |has_room| Ok(BaseChoice { base: Base::Composefs(image()), has_room, why_stacked: None });
+        let stacked = |has_room, why: Option<&str>| made(Base::default(), has_room, why);
+        let flat = |has_room| made(Base::Composefs(image()), has_room, None);
+        let bound = |why: &str| made(Base::Bound("/usr".into()), true, Some(why));
         let unverified = "the root requires fs-verity, and the agent cannot verify the image";
         let refused = |why: &str| Err(Refusal::NotStackable(why.to_owned()));
-        type Row<'a> = (&'a str, &'a str, Result<Composefs, &'a str>, Answer, Answer, Result<BaseChoice, Refusal>);
-        let rows: [Row<'_>; 11] = [
-            ("plain root", PLAIN, Ok(image()), Ok(true), Ok(true), stacked(true, None)),
-            ("/usr on another overlay", OTHER, Ok(image()), Ok(true), Ok(false), stacked(false, None)),
-            ("merged extensions", &format!("{PLAIN}{SYSEXT}"), Ok(image()), Ok(true), Ok(false), stacked(false, None)),
-            ("no overlay fits", PLAIN, Ok(image()), Ok(true), Err("s"), refused("s")),
-            ("composefs", COMPOSEFS, Ok(image()), Ok(true), Ok(false), flat(true)),
-            ("composefs with fs-verity", VERITY, Ok(image()), Ok(true), Ok(true), stacked(true, Some(unverified))),
-            ("the image counts as a level", COMPOSEFS, Ok(image()), Ok(false), Err("s"), flat(false)),
-            ("no image", COMPOSEFS, Err("gone"), Ok(true), Ok(false), stacked(false, Some("gone"))),
-            ("no data layers", COMPOSEFS, Ok(image()), Err("f"), Ok(false), stacked(false, Some("f"))),
-            ("neither", COMPOSEFS, Ok(image()), Err("f"), Err("s"), refused("s; over its composefs image: f")),
+        let extended = &format!("{PLAIN}{SYSEXT}");
+        type Row<'a> = (&'a str, &'a str, Result<Composefs, &'a str>, [Answer; 3], Result<BaseChoice, Refusal>);
+        let rows: [Row<'_>; 14] = [
+            ("plain root", PLAIN, Ok(image()), [Ok(true), Ok(true), BINDS], stacked(true, None)),
+            ("/usr on another overlay", OTHER, Ok(image()), [Ok(true), Ok(false), BINDS], stacked(false, None)),
+            ("merged extensions", extended, Ok(image()), [Ok(true), Ok(false), BINDS], stacked(false, None)),
+            ("an error", PLAIN, Ok(image()), [Ok(true), Err("EIO"), BINDS], refused("EIO")),
+            ("no overlay fits", PLAIN, Ok(image()), [Ok(true), Err("s"), BINDS], bound("s")),
+            ("a deep root", DEEP, Ok(image()), [Ok(true), Err("s"), BINDS], bound("s")),
             (
-                "neither, no image",
+                "no mount",
+                PLAIN,
+                Ok(image()),
+                [Ok(true), Err("s"), Err("b")],
+                refused("s; a bind mount of a complete tree: b"),
+            ),
+            ("composefs", COMPOSEFS, Ok(image()), [Ok(true), Ok(false), BINDS], flat(true)),
+            ("with fs-verity", VERITY, Ok(image()), [Ok(true), Ok(true), BINDS], stacked(true, Some(unverified))),
+            ("the image counts", COMPOSEFS, Ok(image()), [Ok(false), Err("s"), BINDS], flat(false)),
+            ("no image", COMPOSEFS, Err("gone"), [Ok(true), Ok(false), BINDS], stacked(false, Some("gone"))),
+            ("no data layers", COMPOSEFS, Ok(image()), [Err("f"), Ok(false), BINDS], stacked(false, Some("f"))),
+            ("neither", COMPOSEFS, Ok(image()), [Err("f"), Err("s"), BINDS], bound("s; over its composefs image: f")),
+            (
+                "no image",
                 COMPOSEFS,
                 Err("gone"),
-                Ok(true),
-                Err("s"),
-                refused("s; over its composefs image: gone"),
+                [Ok(true), Err("s"), BINDS],
+                bound("s; over its composefs image: gone"),
             ),
         ];
-        for (name, lines, image, flat, stacked, expected) in rows {
-            assert_eq!(choice(lines, image, flat, stacked), expected, "{name}");
+        for (name, lines, image, answers, expected) in rows {
+            assert_eq!(choice(lines, image, answers), expected, "{name}");
         }
         for writable in [format!("{PLAIN}{UNLOCKED}"), TRANSIENT_ROOT.to_owned()] {
-            let refusal = choice(&writable, Ok(image()), Ok(true), Ok(true)).map_err(|refusal| refusal.to_string());
+            let refusal =
+                choice(&writable, Ok(image()), [Ok(true), Ok(true), BINDS]).map_err(|refusal| refusal.to_string());
             let text = refusal.err().unwrap_or_default();
             assert!(text.contains("ostree admin unlock") && text.contains("transient = true"), "{text}");
         }
         for (over, remedy) in [(SYSEXT, "systemd-sysext unmerge"), (MINE, "unmount the topmost one")] {
-            let refusal = choice(&format!("{COMPOSEFS}{over}"), Ok(image()), Ok(true), Ok(true));
+            let refusal = choice(&format!("{COMPOSEFS}{over}"), Ok(image()), [Ok(true), Ok(true), BINDS]);
             let text = refusal.map_err(|refusal| refusal.to_string()).err().unwrap_or_default();
             assert!(text.contains("2 stacked overlays") && text.contains(remedy), "{text}");
         }
@@ -175,17 +270,19 @@ mod tests {
 
     #[test]
     fn hidden_mounts_missing_room_and_unverified_files_give_warnings() {
-        let of = |lines: &str, flat: Answer| {
-            let choice = choice(lines, Ok(image()), flat, Ok(false));
+        let of = |lines: &str, flat: Answer, stacked: Answer| {
+            let choice = choice(lines, Ok(image()), [flat, stacked, BINDS]);
             let mounts = overlay_root::parse(lines.as_bytes());
             choice.map_or_else(
                 |refusal| vec![refusal.to_string()],
                 |choice| warnings(&mounts, Path::new("/usr"), &choice),
             )
         };
-        assert_eq!(of(COMPOSEFS, Ok(true)), [""; 0]);
+        assert_eq!(of(COMPOSEFS, Ok(true), Ok(false)), [""; 0]);
+        let bound = of(PLAIN, Ok(true), Err("EINVAL"));
+        assert!(bound.len() == 1 && bound[0].contains("complete tree") && bound[0].ends_with(": EINVAL"), "{bound:?}");
         let cases: [(String, Answer, &[&str]); 4] = [
-            (COMPOSEFS.to_owned(), Ok(false), &["no further overlay"]),
+            (COMPOSEFS.to_owned(), Ok(false), &["usr-overlay and podman -v /usr/…:O fail, and runc copies"]),
             (COMPOSEFS.to_owned(), Err("no data layers"), &["over its image: no data layers", "no further overlay"]),
             (VERITY.to_owned(), Ok(true), &["over its image: the root requires", "no further overlay", "by fs-verity"]),
             (
@@ -195,7 +292,7 @@ mod tests {
             ),
         ];
         for (lines, flat, expected) in cases {
-            let found = of(&lines, flat);
+            let found = of(&lines, flat, Ok(false));
             assert_eq!(found.len(), expected.len(), "{found:?}");
             for (line, words) in found.iter().zip(expected) {
                 assert!(line.contains(words), "{found:?}");

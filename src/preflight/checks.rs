@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, StatVfsMountFlags, StatxAttributes, StatxFlags};
 use rustix::io::Errno;
 
-use super::base::{self, BaseChoice, Image};
+use super::base::{self, BaseChoice, Image, NoMount};
 use super::elf::{Machine, machine_of};
 use super::refusal::{Findings, Refusal};
 use node_store::image::System;
@@ -30,7 +30,7 @@ pub fn check_system(mounts: &[Mount], usr: &Path, etc: &Path, image: &Image<'_>)
         check_kernel(overlay_root::overlay_support(), openat2_support()).into_iter().collect();
     // A kernel without overlays does not refuse one for its layers.
     let probe = |base: &Base| match refusals.is_empty() {
-        true => base.probe().map_err(|error| format!("{error:#}")),
+        true => base.probe().map_err(NoMount::from),
         false => Ok(false),
     };
     let choice = base::choose(mounts, usr, image, &probe);

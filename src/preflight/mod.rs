@@ -20,7 +20,7 @@ mod trial;
 #[path = "tests/tree.rs"]
 mod tests;
 
-pub use base::{BaseChoice, warnings};
+pub use base::{BaseChoice, estimate, warnings};
 pub use checks::{check_content, check_local, check_metadata, check_same_system, check_system};
 pub use elf::{Machine, machine_of};
 pub use labels::label_plan;

@@ -31,7 +31,7 @@ pub enum Refusal {
         /// Sources of the stacked mounts, as the mount table names them, topmost first.
         layers: Vec<String>,
     },
-    /// The kernel refuses an overlay on `/usr`; holds its error.
+    /// The kernel refuses an overlay and a bind mount on `/usr`; holds its errors.
     #[error("the kernel refuses an overlay on /usr: {0}; use a bootimage with /usr on another file system")]
     NotStackable(String),
     /// `/usr` is on an overlay with an upper directory.

@@ -72,7 +72,8 @@ pub enum RefusalId {
     NoTrial,
     /// The agent lacks the capability to mount. Start it through `node-image-pivotd.service`.
     NotAllowed,
-    /// The kernel refuses an overlay on `/usr`. Use a bootimage with `/usr` on another file system.
+    /// The kernel refuses an overlay on `/usr`, and a bind mount of a complete tree. Use a bootimage with `/usr` on another
+    /// file system.
     NotStackable,
     /// The kernel lacks a system call that the switch needs. Boot a bootimage with Linux 5.6 or later.
     OldKernel,

@@ -1,4 +1,4 @@
-//! The booted `/usr` as the lower layers of the new one.
+//! The ways in which the new `/usr` replaces the booted one.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -8,20 +8,25 @@ use rustix::fs::CWD;
 use rustix::mount::{MountFlags, MoveMountFlags};
 use serde::{Deserialize, Serialize};
 
+use super::bound::Bound;
 use super::image::{Composefs, PLACE};
 use super::namespace::privately;
-use super::tree::{DetachedTree, Layers};
+use super::table::MODULES;
+use super::tree::{DetachedTree, Layers, Recipe};
 use support::failpoint;
 
-/// The lower layers of the new `/usr`.
+/// The way in which the new `/usr` replaces the booted one.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Base {
-    /// The booted `/usr` itself. If it is on an overlay, the new one is stacked on that overlay.
+    /// An overlay on the booted `/usr`. If that is on an overlay, the new one is stacked on it.
     Directory(PathBuf),
-    /// The image from which composefs mounted the booted `/usr`. The new `/usr` is one overlay and needs the booted one
-    /// only for its content.
+    /// One overlay on the image from which composefs mounted the booted `/usr`. It needs the booted `/usr` only for its
+    /// content.
     Composefs(Composefs),
+    /// A bind mount of a complete tree, for kernels that accept no overlay on the booted `/usr`, which is at this path. The
+    /// tree is beside the delta, and its name is the source of the mount.
+    Bound(PathBuf),
 }
 
 impl Default for Base {
@@ -36,39 +41,41 @@ impl fmt::Display for Base {
         match self {
             Self::Directory(path) => write!(f, "an overlay over {}", path.display()),
             Self::Composefs(image) => write!(f, "one overlay over the composefs image {}", image.path.display()),
+            Self::Bound(path) => write!(f, "a complete tree, bound over {} without an overlay", path.display()),
         }
     }
 }
 
 impl Base {
-    /// Mounts an overlay on this base, and another one on that overlay, both in a private mount namespace. Returns true if
-    /// the kernel accepts the second one, too.
+    /// Mounts a new `/usr` of this kind, and an overlay on it, both in a private mount namespace. Returns true if the kernel
+    /// accepts the overlay, too.
     ///
     /// # Errors
-    /// The kernel refuses the first overlay: too many stacked overlays, or a file system that cannot be a layer.
+    /// The kernel refuses the first mount: too many stacked overlays, or a file system that cannot be a layer.
     pub fn probe(&self) -> Result<bool> {
         privately(|| {
             rustix::mount::mount("probe", PLACE, "tmpfs", MountFlags::empty(), None)
                 .with_context(|| format!("cannot mount a tmpfs at {PLACE} in a private namespace"))?;
             let place = Path::new(PLACE);
             let (top, new) = (place.join("top"), place.join("new"));
-            for directory in [&top, &new] {
-                std::fs::create_dir(directory).with_context(|| format!("cannot create {}", directory.display()))?;
+            for directory in [&top, &new, &place.join("probe").join(MODULES)] {
+                std::fs::create_dir_all(directory).with_context(|| format!("cannot create {}", directory.display()))?;
             }
-            let tree = DetachedTree::of(self.below(&top), "probe")?;
+            let tree = DetachedTree::of(self.recipe(&top, "probe"), "probe")?;
             rustix::mount::move_mount(tree.as_fd(), "", CWD, &new, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
-                .context("cannot mount the overlay in a private namespace")?;
+                .context("cannot mount the new /usr in a private namespace")?;
             Ok(failpoint::suspended(|| DetachedTree::overlay(&[&top, &new], "probe")).is_ok())
         })
     }
 
-    /// Returns the layers of an overlay of `delta` on this base.
-    pub(crate) fn below(&self, delta: &Path) -> Layers {
+    /// Returns the parts of the new `/usr`. `source` is the name of its mount.
+    pub(crate) fn recipe(&self, delta: &Path, source: &str) -> Recipe {
         let mut layers = Layers { directories: vec![delta.to_owned()], image: None };
         match self {
             Self::Directory(path) => layers.directories.push(path.clone()),
             Self::Composefs(image) => layers.image = Some(image.clone()),
+            Self::Bound(usr) => return Recipe::Bound(Bound { tree: delta.with_file_name(source), usr: usr.clone() }),
         }
-        layers
+        Recipe::Overlay(layers)
     }
 }

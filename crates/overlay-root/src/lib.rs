@@ -1,7 +1,7 @@
-//! Replaces the running `/usr` by an overlay in one step, and removes the overlay again.
+//! Replaces the running `/usr` by an overlay or a bind mount in one step, and removes the mount again.
 //!
 //! * [`delta`]: the directory with the differences between the booted tree and the target.
-//! * [`Base`]: the lower layers, which are the booted `/usr`.
+//! * [`Base`]: the ways in which the new `/usr` replaces the booted one.
 //! * [`DetachedTree`]: a mount tree that no process sees until it is exposed.
 //! * [`Namespace`]: mounts and unmounts in the mount namespace of another process, normally PID 1's. The agent may be
 //!   sandboxed, and mounts in its own namespace would have no effect on the system.
@@ -22,6 +22,7 @@
 //! ```
 
 mod base;
+mod bound;
 pub mod delta;
 mod image;
 mod namespace;
@@ -38,7 +39,7 @@ pub use base::Base;
 pub use image::Composefs;
 pub use namespace::Namespace;
 pub use table::{
-    Exposure, Mount, exposure, holding, is_data_overlay, mounted_on, mounts_below, overlay_stack, parse,
+    Exposure, Mount, exposure, holding, is_data_overlay, is_extended, mounted_on, mounts_below, overlay_stack, parse,
     requires_verity, top, writable_overlay,
 };
 pub use tmpfs::{tmpfs, tmpfs_label, tmpfs_used};
@@ -60,13 +61,13 @@ pub fn withdraw(target: &Path, source: &str) -> Result<bool> {
     Namespace::init().withdraw(target, source)
 }
 
-/// Builds the new `/usr` as a detached tree: the delta over the booted `/usr`.
+/// Builds the new `/usr` as a detached tree: the delta over the booted `/usr`, or the complete tree beside the delta.
 ///
-/// The caller makes sure that no tree is exposed at the directory of a [`Base::Directory`]. Otherwise the new tree would be
+/// The caller makes sure that no tree is exposed at the directory in `base`. Otherwise the new tree would be
 /// stacked on that tree.
 ///
 /// # Errors
 /// Those of [`DetachedTree::overlay`]; the image cannot be mounted.
 pub fn open_new_usr(delta: &Path, base: &Base, source: &str) -> Result<DetachedTree> {
-    DetachedTree::of(base.below(delta), source).context("cannot build the new /usr")
+    DetachedTree::of(base.recipe(delta, source), source).context("cannot build the new /usr")
 }

@@ -6,6 +6,9 @@ use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
+/// Directory below `/usr` whose content stays the booted system's.
+pub(crate) const MODULES: &str = "lib/modules";
+
 /// One line of mountinfo.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mount {
@@ -13,6 +16,8 @@ pub struct Mount {
     pub id: u64,
     /// Id of the mount that holds the mount point.
     pub parent: u64,
+    /// Directory of the file system that is mounted, unescaped: `/`, or another one for a bind mount.
+    pub root: PathBuf,
     /// Mount point, unescaped.
     pub target: PathBuf,
     /// True if this mount is read-only, even if the file system is writable.
@@ -23,6 +28,13 @@ pub struct Mount {
     pub source: OsString,
     /// Options of the super block, as the kernel prints them.
     pub super_options: OsString,
+}
+
+impl Mount {
+    /// Returns true if this mount has the name: as its source, or, for a bind mount, as the name of the mounted directory.
+    fn is_named(&self, name: &str) -> bool {
+        self.source == name || self.root.file_name().is_some_and(|root| root == name)
+    }
 }
 
 /// Visibility of a mount at its target.
@@ -46,7 +58,8 @@ fn parse_line(line: &[u8]) -> Option<Mount> {
     let mut fields = line.split(|byte| *byte == b' ');
     let id = number(fields.next()?)?;
     let parent = number(fields.next()?)?;
-    let target = fields.nth(2)?;
+    let (root, target) = (fields.nth(1)?, fields.next()?);
+    let path = |field| PathBuf::from(OsString::from_vec(unescape(field)));
     let read_only = has_option(fields.next()?, |option| option == b"ro");
     // Any number of optional fields, up to the separator "-".
     fields.by_ref().find(|field| *field == b"-")?;
@@ -56,7 +69,8 @@ fn parse_line(line: &[u8]) -> Option<Mount> {
     Some(Mount {
         id,
         parent,
-        target: PathBuf::from(OsString::from_vec(unescape(target))),
+        root: path(root),
+        target: path(target),
         read_only,
         fstype: String::from_utf8_lossy(fstype).into_owned(),
         source: OsString::from_vec(unescape(source)),
@@ -97,8 +111,8 @@ fn unescape(field: &[u8]) -> Vec<u8> {
 /// Returns the visibility of the mount named `source` at `target`.
 pub fn exposure(mounts: &[Mount], target: &Path, source: &str) -> Exposure {
     match top(mounts, target) {
-        Some(mount) if mount.source == source => Exposure::OnTop,
-        _ if mounts.iter().any(|mount| mount.target == target && mount.source == source) => Exposure::Covered,
+        Some(mount) if mount.is_named(source) => Exposure::OnTop,
+        _ if mounts.iter().any(|mount| mount.target == target && mount.is_named(source)) => Exposure::Covered,
         _ => Exposure::Absent,
     }
 }
@@ -136,6 +150,13 @@ pub fn mounts_below(mounts: &[Mount], target: &Path) -> Vec<PathBuf> {
 /// still refuse an overlay.
 pub fn overlay_stack(mounts: &[Mount], path: &Path) -> Vec<String> {
     stack_of(mounts, path, &mut Vec::new())
+}
+
+/// Returns true if an overlay at `path` is mounted on the directory below it, as `systemd-sysext merge` does. A program that
+/// mounted it can unmount it again.
+pub fn is_extended(mounts: &[Mount], path: &Path) -> bool {
+    let top = top(mounts, path).filter(|mount| mount.fstype == "overlay");
+    top.is_some_and(|mount| lower_dirs(&mount.super_options).iter().any(|lower| lower == path))
 }
 
 fn stack_of(mounts: &[Mount], path: &Path, visited: &mut Vec<u64>) -> Vec<String> {
@@ -183,9 +204,10 @@ pub fn requires_verity(mounts: &[Mount], path: &Path) -> bool {
 }
 
 /// Returns the mount points that would disappear together with the mount named `source` at `target`: those on this mount,
-/// directly or on each other.
+/// directly or on each other. The kernel modules in a bound tree are not listed, because they are part of it.
 pub fn mounted_on(mounts: &[Mount], target: &Path, source: &str) -> Vec<PathBuf> {
-    let roots = mounts.iter().filter(|mount| mount.target == target && mount.source == source);
+    let roots = mounts.iter().filter(|mount| mount.target == target && mount.is_named(source));
+    let is_part = |mount: &Mount| mount.target == target.join(MODULES) && mount.root.ends_with(MODULES);
     let mut on: Vec<u64> = roots.map(|mount| mount.id).collect();
     let mut found = Vec::new();
     let mut next = 0;
@@ -194,7 +216,7 @@ pub fn mounted_on(mounts: &[Mount], target: &Path, source: &str) -> Vec<PathBuf>
         for mount in mounts.iter().filter(|mount| mount.parent == parent) {
             if !on.contains(&mount.id) {
                 on.push(mount.id);
-                found.push(mount.target.clone());
+                found.extend(Some(mount.target.clone()).filter(|_| !is_part(mount)));
             }
         }
     }

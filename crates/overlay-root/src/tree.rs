@@ -10,6 +10,7 @@ use rustix::io::Errno;
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, fsconfig_create, fsconfig_set_string};
 
 use super::Namespace;
+use super::bound::Bound;
 use super::image::{Composefs, PLACE};
 use super::namespace::privately;
 use super::table::Exposure;
@@ -18,12 +19,21 @@ use support::failpoint::{self, Point};
 /// Longest string that fsconfig(2) accepts, without the final NUL.
 const LONGEST_VALUE: usize = 255;
 
-/// A read-only overlay that is not attached to any path. Dropping it releases it.
+/// A read-only mount tree that is not attached to any path. Dropping it releases it.
 #[derive(Debug)]
 pub struct DetachedTree {
     tree: OwnedFd,
-    layers: Layers,
+    recipe: Recipe,
     source: String,
+}
+
+/// The parts of a detached tree.
+#[derive(Debug, Clone)]
+pub(crate) enum Recipe {
+    /// An overlay of layers.
+    Overlay(Layers),
+    /// A directory.
+    Bound(Bound),
 }
 
 /// The layers of an overlay.
@@ -55,40 +65,16 @@ impl DetachedTree {
     /// contains the kernel's text.
     pub fn overlay(lowers: &[&Path], source: &str) -> Result<Self> {
         let directories = lowers.iter().map(|path| path.to_path_buf()).collect();
-        Self::of(Layers { directories, image: None }, source)
+        Self::of(Recipe::Overlay(Layers { directories, image: None }), source)
     }
 
-    pub(crate) fn of(layers: Layers, source: &str) -> Result<Self> {
-        // An old kernel refuses an unknown key, but also writes a warning to its log.
-        let appends = rustix::system::uname().release().to_str().is_ok_and(knows_append);
-        let (first, second) = if appends { (Style::Append, Style::Joined) } else { (Style::Joined, Style::Append) };
-        // Distributions port features back, so the release number is only a hint.
-        let has_second = appends || layers.image.is_some();
-        match Self::build(&layers, source, first) {
-            Err(error) if has_second && is_invalid(&error) => Self::build(&layers, source, second),
-            other => other,
-        }
-    }
-
-    fn build(layers: &Layers, source: &str, style: Style) -> Result<Self> {
-        failpoint::hit(Point::Overlay, "").context("cannot build the overlay")?;
-        let open = || layers.directories.iter().map(|path| Layer::open(path)).collect::<Result<Vec<_>>>();
-        let tree = match &layers.image {
-            None => create(layers, &open()?, None, source, style)?,
-            // Most kernels accept only directories of the caller's namespace as layers, and no other process needs the image.
-            Some(image) => privately(|| {
-                let mut lowers = open()?;
-                let mut objects = Layer::open(&image.objects)?;
-                let usr = image.open_usr()?;
-                // Their paths lead to the image from here on.
-                for layer in lowers.iter_mut().chain([&mut objects]) {
-                    layer.path.take_if(|path| path.starts_with(PLACE));
-                }
-                lowers.push(Layer { path: None, directory: usr });
-                create(layers, &lowers, Some(&objects), source, style)
-            })?,
+    pub(crate) fn of(recipe: Recipe, source: &str) -> Result<Self> {
+        failpoint::hit(Point::Overlay, "").context("cannot build the new /usr")?;
+        let tree = match &recipe {
+            Recipe::Overlay(layers) => overlay(layers, source)?,
+            Recipe::Bound(bound) => bound.open()?,
         };
-        Ok(Self { tree, layers: layers.clone(), source: source.to_owned() })
+        Ok(Self { tree, recipe, source: source.to_owned() })
     }
 
     /// Returns the tree's root directory, for lookups with openat2(2).
@@ -101,10 +87,10 @@ impl DetachedTree {
         &self.source
     }
 
-    /// Builds a second tree of the same layers, because kernels before 6.15 cannot clone a detached tree. The paths of the
-    /// layers must still lead to the same directories.
+    /// Builds a second tree of the same parts, because kernels before 6.15 cannot clone a detached tree. The paths of the
+    /// parts must still lead to the same directories.
     pub(crate) fn duplicate(&self) -> Result<Self> {
-        Self::of(self.layers.clone(), &self.source)
+        Self::of(self.recipe.clone(), &self.source)
     }
 
     /// Mounts the tree at `target` in PID 1's mount namespace. See [`Self::expose_in`].
@@ -148,6 +134,38 @@ impl DetachedTree {
 /// `ENODEV` without the file system, `ENOSYS` before Linux 5.2, `EPERM` without CAP_SYS_ADMIN.
 pub fn overlay_support() -> rustix::io::Result<()> {
     rustix::mount::fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).map(drop)
+}
+
+/// Builds a detached overlay.
+fn overlay(layers: &Layers, source: &str) -> Result<OwnedFd> {
+    // An old kernel refuses an unknown key, but also writes a warning to its log.
+    let appends = rustix::system::uname().release().to_str().is_ok_and(knows_append);
+    let (first, second) = if appends { (Style::Append, Style::Joined) } else { (Style::Joined, Style::Append) };
+    // Distributions port features back, so the release number is only a hint.
+    let has_second = appends || layers.image.is_some();
+    match build(layers, source, first) {
+        Err(error) if has_second && is_invalid(&error) => build(layers, source, second),
+        other => other,
+    }
+}
+
+fn build(layers: &Layers, source: &str, style: Style) -> Result<OwnedFd> {
+    let open = || layers.directories.iter().map(|path| Layer::open(path)).collect::<Result<Vec<_>>>();
+    match &layers.image {
+        None => create(layers, &open()?, None, source, style),
+        // Most kernels accept only directories of the caller's namespace as layers, and no other process needs the image.
+        Some(image) => privately(|| {
+            let mut lowers = open()?;
+            let mut objects = Layer::open(&image.objects)?;
+            let usr = image.open_usr()?;
+            // Their paths lead to the image from here on.
+            for layer in lowers.iter_mut().chain([&mut objects]) {
+                layer.path.take_if(|path| path.starts_with(PLACE));
+            }
+            lowers.push(Layer { path: None, directory: usr });
+            create(layers, &lowers, Some(&objects), source, style)
+        }),
+    }
 }
 
 /// Creates an overlay of open layers. `data` is a layer of which only the content of files is used, and true if the kernel
@@ -380,8 +398,8 @@ mod tests {
                 let (top, bottom) = layers(&dir);
                 for style in [Style::Joined, Style::Append] {
                     let layers = Layers { directories: vec![top.clone(), bottom.clone()], image: None };
-                    let tree = DetachedTree::build(&layers, "nip:test", style).unwrap();
-                    assert!(openat(tree.as_fd(), "old", OFlags::RDONLY, Mode::empty()).is_ok(), "{dir:?} {style:?}");
+                    let tree = build(&layers, "nip:test", style).unwrap();
+                    assert!(openat(&tree, "old", OFlags::RDONLY, Mode::empty()).is_ok(), "{dir:?} {style:?}");
                 }
             }
         });

@@ -42,7 +42,7 @@ pub(super) async fn next(record: &mut Record, call: &mut Call<'_>) -> Result<Opt
                 Step::NothingToDo { reason, isolated: false }
             }
             Start::Go => {
-                stage::check_machine().await?;
+                stage::check_machine(tracker).await?;
                 Step::Resolved(resolve(tracker, dir, settings, cancel).await?)
             }
         },

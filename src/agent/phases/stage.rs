@@ -21,8 +21,8 @@ use crate::report::{Phase, State, Tracker};
 use etc_merge::{Change, Class, Plan};
 use node_store::import::PulledImage;
 use node_store::store::{NodeStore, ObjectId, ObjectType};
-use overlay_root::delta::{Booted, Delta, Keep};
-use overlay_root::{DetachedTree, Mount, Namespace};
+use overlay_root::delta::{Booted, Delta, Difference, Keep};
+use overlay_root::{Base, DetachedTree, Mount, Namespace};
 use support::BlockSize;
 use unit_refresh::Flow;
 
@@ -96,9 +96,14 @@ pub(super) async fn stage(
 ///
 /// # Errors
 /// A refusal with all reasons that prevent the switch.
-pub(super) async fn check_machine() -> Result<(), Error> {
-    let look = || check_system(&Namespace::init().mounts()?).map(drop);
-    tokio::task::spawn_blocking(look).await.context("looking at the machine panicked")?
+pub(super) async fn check_machine(tracker: &Tracker) -> Result<(), Error> {
+    let look = || -> Result<_, Error> { Ok(preflight::estimate(&check_system(&Namespace::init().mounts()?)?.base)) };
+    let estimate = tokio::task::spawn_blocking(look).await.context("looking at the machine panicked")??;
+    if let Some(line) = estimate {
+        info!("{line}");
+        tracker.note(line);
+    }
+    Ok(())
 }
 
 /// Repeats the checks whose result may have changed since an earlier call staged. Returns false if `/etc` must be planned
@@ -182,6 +187,7 @@ fn blocking(
         booted_commit: pulled.booted_commit,
         usr: delta.counts,
         base: delta.base.clone(),
+        complete: delta.complete,
         packages,
         etc: EtcPlan::from(&plan),
         accounts: AddedAccounts::default(),
@@ -222,11 +228,18 @@ fn check_tree(
         path.symlink_metadata().is_ok().then_some(path)
     };
     let difference = overlay_root::delta::compare(&repo, booted, pulled.commit, &own_object, &Keep::default())?;
-    refuse(too_little(Free::at(store.root())?.needs(store.root(), difference.bytes_to_copy(store.block_size())?, 0)))?;
+    store.discard_complete().context("cannot remove the complete tree of an earlier stage")?;
     done(1);
-    let built = difference.build(&store.delta_build_path())?;
+    let built = build(&store, &difference, &store.delta_build_path())?;
+    let complete = match &choice.base {
+        Base::Bound(usr) => {
+            let complete = overlay_root::delta::complete(&repo, usr, pulled.commit, &own_object, &Keep::default())?;
+            Some(build(&store, &complete, &store.complete_build_path())?.counts)
+        }
+        Base::Directory(_) | Base::Composefs(_) => None,
+    };
     // The build path may be a name that only this process has.
-    let delta = Delta { directory: store.delta_path(), base: choice.base, ..built };
+    let delta = Delta { directory: store.delta_path(), base: choice.base, complete, ..built };
     warnings.extend(delta.warnings.iter().cloned());
     warnings.extend(overlay_root::delta::outside_usr(&repo, booted, pulled.commit)?);
 
@@ -239,6 +252,13 @@ fn check_tree(
     warnings.extend(same.warnings);
     let packages = packages(&repo, &tree, pulled, &metadata);
     Ok(CheckedTree { store, delta, tree, packages })
+}
+
+/// Builds a tree in the store if there is room for its copies.
+fn build(store: &NodeStore, difference: &Difference<'_>, out: &Path) -> Result<Delta, Error> {
+    let root = store.root();
+    refuse(too_little(Free::at(root)?.needs(root, difference.bytes_to_copy(store.block_size())?, 0)))?;
+    Ok(difference.build(out)?)
 }
 
 /// Plans the merge of `/etc` with its labels, and checks SELinux, conflicts and the free memory that the switch needs.

@@ -44,9 +44,13 @@ pub struct SwitchPlan {
     pub booted_commit: Option<ObjectId>,
     /// Files that `/usr` gains, loses and changes.
     pub usr: DeltaCounts,
-    /// The layers below the changed files.
+    /// The way in which the new `/usr` replaces the booted one.
     #[serde(default)]
     pub base: Base,
+    /// Figures of the complete tree, if the new `/usr` is not an overlay. It needs `copied_bytes`, and an
+    /// inode for each of `directories` and `copied`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub complete: Option<DeltaCounts>,
     /// Changed packages, if both sides have a readable package database.
     pub packages: Option<PackageChanges>,
     /// Changes of `/etc`.
@@ -174,6 +178,7 @@ impl SwitchPlan {
             human_bytes(usr.removed_bytes)
         )];
         lines.push(format!("/usr: {}", self.base));
+        lines.extend(self.complete.as_ref().map(DeltaCounts::cost));
         match &self.packages {
             Some(packages) => lines.extend(package_lines(packages)),
             None => lines.push("packages: unknown, there is no package database that can be read".to_owned()),
@@ -233,6 +238,7 @@ mod tests {
             booted_commit: None,
             usr: DeltaCounts { added: 2, added_bytes: 2048, ..DeltaCounts::default() },
             base: Base::default(),
+            complete: None,
             packages: Some(PackageChanges {
                 added: vec![package("new")],
                 removed: vec![package("old")],
@@ -264,6 +270,16 @@ mod tests {
                 "unit: restart a.service (r)",
                 "memory: 1.0 MiB needed, 1.0 GiB available",
                 "warning: w",
+            ]
+        );
+        let complete =
+            DeltaCounts { added: 9, directories: 4, copied: 3, copied_bytes: 4096, ..DeltaCounts::default() };
+        let bound = SwitchPlan { base: Base::Bound("/usr".into()), complete: Some(complete), ..plan() };
+        assert_eq!(
+            PlanDocument::staged(bound).lines()[2..4],
+            [
+                "/usr: a complete tree, bound over /usr without an overlay",
+                "/usr: the tree needs 4.0 KiB and 7 inodes: 3 of 9 files are copies, 4 directories",
             ]
         );
         let nothing = PlanDocument::without_plan("nothing-to-do", Some("/usr/bin/oc exists".into()));

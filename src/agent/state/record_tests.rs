@@ -8,8 +8,7 @@ use super::super::{FileStep, survives_every_damage};
 use super::*;
 use node_store::image::ResolvedImage;
 use node_store::import::PulledImage;
-use overlay_root::Base;
-use overlay_root::delta::{Delta, DeltaCounts};
+use overlay_root::delta::Delta;
 
 pub(crate) fn staged() -> StagedRoot {
     let requested: PullSpec = "r.io/n:t".parse().unwrap();
@@ -26,8 +25,7 @@ pub(crate) fn staged() -> StagedRoot {
         objects_written: 1,
         warnings: Vec::new(),
     };
-    let delta =
-        Delta { directory: "/x".into(), counts: DeltaCounts::default(), warnings: Vec::new(), base: Base::default() };
+    let delta = Delta { directory: "/x".into(), ..Delta::default() };
     StagedRoot { pulled, delta, etc: Vec::new(), plans: BTreeMap::new() }
 }
 

@@ -9,7 +9,7 @@ use super::{Checksum, StateDir, StateFile, Unusable};
 use crate::report::{Standing, State, if_known};
 use node_store::image::ResolvedImage;
 use node_store::import::PulledImage;
-use overlay_root::delta::Delta;
+use overlay_root::delta::{Delta, DeltaCounts};
 use support::human_bytes;
 use unit_refresh::Action;
 
@@ -57,6 +57,7 @@ impl StagedRoot {
             ),
         ];
         lines.push(format!("/usr: {}", self.delta.base));
+        lines.extend(self.delta.complete.as_ref().map(DeltaCounts::cost));
         lines.extend(self.etc.iter().map(|line| format!("/etc: {line}")));
         lines
     }

@@ -154,6 +154,16 @@ impl NodeStore {
         self.disk.as_ref().map_or_else(|| self.root.clone(), Disk::volatile_public_path).join("usr")
     }
 
+    /// Returns the path for building the complete tree of the node image's `/usr`, beside the delta tree.
+    pub fn complete_build_path(&self) -> PathBuf {
+        self.root.join("node-image")
+    }
+
+    /// Removes the complete tree, because there may not be room for two. The caller makes sure that no mount uses it.
+    pub fn discard_complete(&self) -> io::Result<()> {
+        ignore_missing(fs::remove_dir_all(self.complete_build_path()))
+    }
+
     /// Returns the path that a published object has in this store's repo.
     pub fn object_path(&self, id: &ObjectId, kind: ObjectType) -> PathBuf {
         self.repo.join(loose_path(id, kind))
@@ -231,7 +241,7 @@ impl NodeStore {
         discarded.map_err(|source| LockError::Io { path: place, source })
     }
 
-    /// Removes the ref, the delta tree and the lists of layers, so that the next pull starts from the beginning. Objects in
+    /// Removes the ref, the trees of `/usr` and the lists of layers, so that the next pull starts from the beginning. Objects in
     /// the system's repo stay until it is pruned.
     ///
     /// The caller makes sure that no mount uses the delta tree and no pull is running.
@@ -241,6 +251,7 @@ impl NodeStore {
             return disk.forget();
         }
         ignore_missing(fs::remove_dir_all(self.delta_build_path()))?;
+        self.discard_complete()?;
         ignore_missing(fs::remove_dir_all(self.root.join("derived")))?;
         ignore_missing(fs::remove_file(self.root.join("layers")))?;
         ignore_missing(fs::remove_file(self.record_path()))

@@ -1,28 +1,26 @@
-//! Builds the delta directory from the steps of a diff.
+//! Builds the delta directory, or a complete tree, from the steps of a diff.
 
 use std::collections::{HashMap, HashSet};
-use std::fs::File;
-use std::io::Read;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use anyhow::{Context, Result};
 use ostree::gio;
 use ostree::prelude::InputStreamExtManual;
-use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, RenameFlags, Timespec, Timestamps, Uid, XattrFlags};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
-use super::compare::{self, Checksum, DeltaOp, Directory, Tree as _};
+use super::compare::{self, Checksum, DeltaOp, Directory, Shape, Tree as _};
 use super::keep::Keep;
 use super::lookup::{Delta, DeltaCounts};
 use super::overlay_marks::{self, Marks};
-use crate::Base;
 use node_store::store::ObjectId;
+use support::BlockSize;
 use support::failpoint::{self, Point};
-use support::{BlockSize, xattr};
 
 use super::source::{DirMeta, PlainTree, RepoTree, xattrs_of};
+use super::write::{copy_kept, create_file, create_link, set_metadata};
 
 /// Function that returns the path of a content object in the node store, or `None` if the store lacks it.
 pub type ObjectPath<'a> = dyn Fn(&str) -> Option<PathBuf> + 'a;
@@ -36,13 +34,15 @@ pub enum Booted<'a> {
     Directory(&'a Path),
 }
 
-/// The differences between the target commit's `/usr` and the booted one.
+/// The differences between the target commit's `/usr` and the booted one, or all of the new `/usr`.
 pub struct Difference<'a> {
     repo: &'a ostree::Repo,
     object_path: &'a ObjectPath<'a>,
     target: RepoTree<'a>,
     /// The booted tree, if it is a directory.
     plain: Option<PlainTree>,
+    /// The booted `/usr` for the kept content of a complete tree.
+    kept: Option<&'a Path>,
     steps: Vec<DeltaOp>,
 }
 
@@ -60,20 +60,40 @@ pub fn compare<'a>(
     let target = RepoTree::new(repo);
     let new = target.usr_of(commit)?;
     let (plain, steps) = match booted {
-        Booted::Commit(booted) => (None, compare::diff((&target, target.usr_of(booted)?), (&target, new), keep)?),
+        Booted::Commit(booted) => {
+            let old = (&target as _, target.usr_of(booted)?);
+            (None, compare::diff(old, (&target, new), keep, Shape::Delta)?)
+        }
         Booted::Directory(path) => {
             let plain = PlainTree::new();
             let old: Directory = plain.root(path);
-            let steps = compare::diff((&plain, old), (&target, new), keep)?;
+            let steps = compare::diff((&plain, old), (&target, new), keep, Shape::Delta)?;
             (Some(plain), steps)
         }
     };
-    Ok(Difference { repo, object_path, target, plain, steps })
+    Ok(Difference { repo, object_path, target, plain, kept: None, steps })
+}
+
+/// Lists all files of the commit's `/usr`, and those of the booted `usr` that `keep` selects, for a tree that is used without
+/// an overlay. The frozen directories are empty in it.
+///
+/// # Errors
+/// Those of [`compare`].
+pub fn complete<'a>(
+    repo: &'a ostree::Repo,
+    usr: &'a Path,
+    commit: ObjectId,
+    object_path: &'a ObjectPath<'a>,
+    keep: &Keep,
+) -> Result<Difference<'a>> {
+    let (target, plain) = (RepoTree::new(repo), PlainTree::new());
+    let steps = compare::diff((&plain, plain.root(usr)), (&target, target.usr_of(commit)?), keep, Shape::Complete)?;
+    Ok(Difference { repo, object_path, target, plain: Some(plain), kept: Some(usr), steps })
 }
 
 impl Difference<'_> {
     /// Returns the space that the copies of [`Difference::build`] will need, in whole units of `unit`: the content that only
-    /// the booted repo holds. All other files are hard links.
+    /// the booted repo holds and, for a complete tree, its directories and kept content. All other files are hard links.
     ///
     /// # Errors
     /// An object is in neither repo; the message names it.
@@ -87,6 +107,13 @@ impl Difference<'_> {
             {
                 sum = sum.saturating_add(unit.allocated(self.target.size(object)?));
             }
+            // An upper bound: a unit for each kept file, and one for each directory of a complete tree.
+            let (bytes, units) = match step {
+                DeltaOp::Kept { content, .. } => (content.bytes, content.files),
+                DeltaOp::Enter { .. } if self.kept.is_some() => (0, 1),
+                _ => (0, 0),
+            };
+            sum = sum.saturating_add(bytes).saturating_add(unit.allocated(1).saturating_mul(units));
         }
         Ok(sum)
     }
@@ -102,7 +129,7 @@ impl Difference<'_> {
     pub fn build(&self, out: &Path) -> Result<Delta> {
         let building = beside(out, "building")?;
         remove_tree(&building)?;
-        let mut builder = Builder::new(self.repo, self.object_path, &building)?;
+        let mut builder = Builder::new(self.repo, self.object_path, self.kept, &building)?;
         let booted_meta = |name: &Checksum| match &self.plain {
             None => self.target.meta(name),
             Some(plain) => plain.meta(name),
@@ -114,7 +141,7 @@ impl Difference<'_> {
         }
         let (counts, warnings) = (builder.counts, builder.marks.warnings());
         publish(&building, out)?;
-        Ok(Delta { directory: out.to_owned(), counts, warnings, base: Base::default() })
+        Ok(Delta { directory: out.to_owned(), counts, warnings, ..Delta::default() })
     }
 }
 
@@ -147,6 +174,7 @@ fn publish(building: &Path, out: &Path) -> Result<()> {
 struct Builder<'a> {
     repo: &'a ostree::Repo,
     object_path: &'a ObjectPath<'a>,
+    kept: Option<&'a Path>,
     root: PathBuf,
     /// Open directories from the root to the current one, with the metadata that they get at [`DeltaOp::Leave`].
     stack: Vec<(OwnedFd, Rc<DirMeta>)>,
@@ -159,13 +187,19 @@ struct Builder<'a> {
 }
 
 impl<'a> Builder<'a> {
-    fn new(repo: &'a ostree::Repo, object_path: &'a ObjectPath<'a>, root: &Path) -> Result<Self> {
+    fn new(
+        repo: &'a ostree::Repo,
+        object_path: &'a ObjectPath<'a>,
+        kept: Option<&'a Path>,
+        root: &Path,
+    ) -> Result<Self> {
         if let Some(parent) = root.parent() {
             std::fs::create_dir_all(parent).with_context(|| format!("cannot create {}", parent.display()))?;
         }
         Ok(Self {
             repo,
             object_path,
+            kept,
             root: root.to_owned(),
             stack: Vec::new(),
             path: PathBuf::new(),
@@ -243,6 +277,14 @@ impl<'a> Builder<'a> {
                 self.counts.removed += hides.files;
                 self.counts.removed_bytes += hides.bytes;
             }
+            DeltaOp::Kept { name, frozen, content } => {
+                self.path.push(name);
+                let kept = self.kept.context("internal error: kept content in a delta")?.join(&self.path);
+                copy_kept(&kept, self.current()?, name, !frozen)?;
+                self.path.pop();
+                self.counts.copied += content.files;
+                self.counts.copied_bytes += content.bytes;
+            }
         }
         Ok(())
     }
@@ -301,78 +343,11 @@ fn copy(repo: &ostree::Repo, hex: &str, directory: BorrowedFd<'_>, name: &str) -
         mode,
         xattrs: xattrs_of(xattrs.get().context("the attributes of the object are malformed")?),
     };
-    let Some(content) = content else {
-        let target = info.symlink_target().context("the object is neither a file nor a link")?;
-        let (uid, gid) = (Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)));
-        rustix::fs::symlinkat(target.as_path(), directory, name).context("cannot create the link")?;
-        rustix::fs::chownat(directory, name, uid, gid, AtFlags::SYMLINK_NOFOLLOW).context("cannot set the owner")?;
-        // Attributes of a link cannot be set by descriptor, so this path starts at the directory's.
-        let place = PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd())).join(name);
-        return set_attributes(&meta, |name, value| rustix::fs::lsetxattr(&place, name, value, XattrFlags::empty()));
-    };
-    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-    let mut file =
-        File::from(rustix::fs::openat(directory, name, flags, Mode::RUSR).context("cannot create the file")?);
-    let mut reader = content.into_read();
-    let mut buffer = vec![0; 128 * 1024];
-    loop {
-        match reader.read(&mut buffer).context("cannot read the object from the booted repo")? {
-            0 => break,
-            length => std::io::Write::write_all(&mut file, &buffer[..length]).context("cannot write the file")?,
+    match content {
+        None => {
+            let target = info.symlink_target().context("the object is neither a file nor a link")?;
+            create_link(&target, &meta, directory, name)
         }
-    }
-    set_metadata(file.as_fd(), &meta)
-}
-
-fn attribute(name: &[u8]) -> String {
-    let name = String::from_utf8_lossy(name);
-    let hint = match &*name {
-        selinux_labels::ATTRIBUTE if selinux_labels::mode() != selinux_labels::Mode::Disabled => {
-            format!(
-                " (if the loaded policy does not know its label: {})",
-                selinux_labels::advice(selinux_labels::context().as_deref())
-            )
-        }
-        _ => String::new(),
-    };
-    format!("cannot set {name}{hint}")
-}
-
-/// Sets attributes with `set`. Those that the file system does not support have a substitute, as in the node store.
-fn set_attributes(meta: &DirMeta, set: impl Fn(&[u8], &[u8]) -> rustix::io::Result<()>) -> Result<()> {
-    let mut all = meta.settable();
-    all.try_for_each(|(name, value)| xattr::set_with(name, value, &set).map(drop).with_context(|| attribute(name)))
-}
-
-/// Sets the metadata of a file or directory. The owner is first, because a change of the owner clears setuid bits and
-/// capabilities. The time is 0, as in ostree.
-fn set_metadata(fd: BorrowedFd<'_>, meta: &DirMeta) -> Result<()> {
-    rustix::fs::fchown(fd, Some(Uid::from_raw(meta.uid)), Some(Gid::from_raw(meta.gid)))
-        .context("cannot set the owner")?;
-    rustix::fs::fchmod(fd, Mode::from_raw_mode(meta.mode & 0o7777)).context("cannot set the mode")?;
-    set_attributes(meta, |name, value| rustix::fs::fsetxattr(fd, name, value, XattrFlags::empty()))?;
-    let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
-    rustix::fs::futimens(fd, &Timestamps { last_access: zero, last_modification: zero }).context("cannot set the time")
-}
-
-#[cfg(test)]
-#[allow(clippy::unwrap_used)]
-mod tests {
-    use super::*;
-
-    /// As on a tmpfs before Linux 6.6.
-    #[test]
-    fn attributes_that_the_file_system_refuses_get_a_substitute() {
-        let temp = tempfile::tempdir().unwrap();
-        let pair = |name: &str| (name.as_bytes().to_vec(), b"value".to_vec());
-        let meta = DirMeta { uid: 0, gid: 0, mode: 0o755, xattrs: vec![pair("user.test"), pair("trusted.test")] };
-        let set = |name: &[u8], value: &[u8]| match name.starts_with(b"user.") {
-            true => Err(Errno::OPNOTSUPP),
-            false => rustix::fs::lsetxattr(temp.path(), name, value, XattrFlags::empty()),
-        };
-        set_attributes(&meta, set).unwrap();
-        let mut found = xattr::read(temp.path()).unwrap();
-        found.remove(xattr::LABEL);
-        assert_eq!(found, meta.xattrs.into_iter().collect());
+        Some(content) => create_file(&mut content.into_read(), &meta, directory, name),
     }
 }

@@ -67,6 +67,24 @@ pub enum DeltaOp {
         /// Content of the booted tree that is hidden.
         hides: Hidden,
     },
+    /// Copy an entry of the booted tree, with the entries below it. Only in a [`Shape::Complete`] tree.
+    Kept {
+        /// Name of the entry.
+        name: String,
+        /// True if the entry is a directory whose content [`Keep`] freezes. A mount shows the booted content there.
+        frozen: bool,
+        /// Content of the entry.
+        content: Hidden,
+    },
+}
+
+/// The content of the tree that the steps build.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Shape {
+    /// The differences, for an overlay.
+    Delta,
+    /// All files, for use without an overlay. Requires a booted tree without equal content, as a plain directory is.
+    Complete,
 }
 
 /// Files of the booted tree that the delta hides.
@@ -83,8 +101,14 @@ pub struct Hidden {
 ///
 /// # Errors
 /// A listing cannot be read, or the target has a file at the path of a directory with frozen content.
-pub fn diff(old: (&dyn Tree, Directory), new: (&dyn Tree, Directory), keep: &Keep) -> Result<Vec<DeltaOp>> {
-    let mut walk = Walk { old: old.0, new: new.0, keep, ops: Vec::new(), pending: Vec::new(), path: PathBuf::new() };
+pub fn diff(
+    old: (&dyn Tree, Directory),
+    new: (&dyn Tree, Directory),
+    keep: &Keep,
+    shape: Shape,
+) -> Result<Vec<DeltaOp>> {
+    let (ops, pending, path) = Default::default();
+    let mut walk = Walk { old: old.0, new: new.0, keep, shape, ops, pending, path };
     // The root is always in the delta, because an overlay's root has the metadata of the top layer.
     walk.enter(Entering { name: String::new(), meta: new.1.meta, booted: false }, true);
     if old.1.tree != new.1.tree {
@@ -104,6 +128,7 @@ struct Walk<'a> {
     old: &'a dyn Tree,
     new: &'a dyn Tree,
     keep: &'a Keep,
+    shape: Shape,
     ops: Vec<DeltaOp>,
     /// Entered directories that have no reason yet to be in the delta.
     pending: Vec<Entering>,
@@ -151,7 +176,7 @@ impl Walk<'_> {
 
     fn compare_entry(&mut self, name: &str, old: &Listing, new: &Listing) -> Result<()> {
         if self.keep.is_frozen(&self.path) {
-            return Ok(());
+            return self.keep(name, old, true);
         }
         if let Some(object) = new.files.get(name) {
             if old.files.get(name) == Some(object) {
@@ -182,18 +207,34 @@ impl Walk<'_> {
             self.leave();
             return Ok(());
         }
-        self.remove(name, old.files.get(name), was)
+        self.remove(name, old)
+    }
+
+    /// Keeps the entry `name` of the booted tree. An overlay shows it without a step.
+    fn keep(&mut self, name: &str, old: &Listing, frozen: bool) -> Result<()> {
+        let (file, directory) = (old.files.get(name), old.directories.get(name));
+        if self.shape == Shape::Delta || file.is_none() && directory.is_none() {
+            return Ok(());
+        }
+        let frozen = frozen && directory.is_some();
+        let content = match (file, directory) {
+            (Some(file), _) => Hidden { files: 1, bytes: self.old.size(file)? },
+            (None, Some(directory)) if !frozen => self.count(directory)?,
+            _ => Hidden::default(),
+        };
+        self.push(DeltaOp::Kept { name: name.to_owned(), frozen, content });
+        Ok(())
     }
 
     /// Hides the entry `name`, which only the booted tree has, except for kept content.
-    fn remove(&mut self, name: &str, file: Option<&Checksum>, directory: Option<&Directory>) -> Result<()> {
+    fn remove(&mut self, name: &str, old: &Listing) -> Result<()> {
         let verdict = self.keep.verdict(&self.path);
         if matches!(verdict, Verdict::Frozen | Verdict::Spared) {
-            return Ok(());
+            return self.keep(name, old, false);
         }
-        let Some(directory) = directory else {
-            let bytes = file.map_or(Ok(0), |file| self.old.size(file))?;
-            self.push(DeltaOp::Whiteout { name: name.to_owned(), hides: Hidden { files: 1, bytes } });
+        let Some(directory) = old.directories.get(name) else {
+            let bytes = old.files.get(name).map_or(Ok(0), |file| self.old.size(file))?;
+            self.hide(name, Hidden { files: 1, bytes });
             return Ok(());
         };
         if verdict == Verdict::Above && self.holds_kept(directory, &self.path.clone())? {
@@ -203,8 +244,14 @@ impl Walk<'_> {
             return Ok(());
         }
         let hides = self.count(directory)?;
-        self.push(DeltaOp::Whiteout { name: name.to_owned(), hides });
+        self.hide(name, hides);
         Ok(())
+    }
+
+    fn hide(&mut self, name: &str, hides: Hidden) {
+        if self.shape == Shape::Delta {
+            self.push(DeltaOp::Whiteout { name: name.to_owned(), hides });
+        }
     }
 
     /// Returns true if an entry below `path` in the booted tree is kept.

@@ -10,6 +10,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::{Base, DetachedTree};
+use support::human_bytes;
 
 /// Figures of a delta. A symbolic link counts as a file.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,8 +38,21 @@ pub struct DeltaCounts {
     pub copied_bytes: u64,
 }
 
+impl DeltaCounts {
+    /// Describes the cost of a complete tree in a line.
+    pub fn cost(&self) -> String {
+        let files = self.added + self.changed;
+        let Self { directories, copied, copied_bytes, .. } = self;
+        let bytes = human_bytes(*copied_bytes);
+        format!(
+            "/usr: the tree needs {bytes} and {} inodes: {copied} of {files} files are copies, {directories} directories",
+            copied + directories
+        )
+    }
+}
+
 /// A delta directory on disk. It must not change once it is part of an overlay.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Delta {
     /// Path of the directory.
     pub directory: PathBuf,
@@ -47,9 +61,12 @@ pub struct Delta {
     /// Parts of the target that the delta omits, one line each.
     #[serde(default)]
     pub warnings: Vec<String>,
-    /// The layers below it, which are the booted `/usr`.
+    /// The way in which it becomes the new `/usr`.
     #[serde(default)]
     pub base: Base,
+    /// Figures of the complete tree of a [`Base::Bound`]. It is beside the directory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub complete: Option<DeltaCounts>,
 }
 
 impl Delta {

@@ -15,7 +15,7 @@ use node_store::store::{Dirtree, ObjectId};
 
 use super::compare::{Checksum, Directory, Listing, Tree};
 
-/// Owner, mode and extended attributes of a directory.
+/// Owner, mode and extended attributes of an entry.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct DirMeta {
     pub uid: u32,
@@ -153,12 +153,16 @@ impl PlainTree {
     }
 
     pub fn meta(&self, name: &Checksum) -> Result<DirMeta> {
-        let path = self.path(name)?;
-        let failed = || format!("cannot read the metadata of {}", path.display());
-        let stat = std::fs::symlink_metadata(&path).with_context(failed)?;
-        let xattrs = support::xattr::read(&path).with_context(failed)?;
-        Ok(DirMeta { uid: stat.uid(), gid: stat.gid(), mode: stat.mode(), xattrs: xattrs.into_iter().collect() })
+        meta_of(&self.path(name)?)
     }
+}
+
+/// Returns the metadata of the entry at `path`.
+pub(super) fn meta_of(path: &Path) -> Result<DirMeta> {
+    let failed = || format!("cannot read the metadata of {}", path.display());
+    let stat = std::fs::symlink_metadata(path).with_context(failed)?;
+    let xattrs = support::xattr::read(path).with_context(failed)?;
+    Ok(DirMeta { uid: stat.uid(), gid: stat.gid(), mode: stat.mode(), xattrs: xattrs.into_iter().collect() })
 }
 
 impl Tree for PlainTree {

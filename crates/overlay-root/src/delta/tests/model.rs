@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use sha2::{Digest, Sha256};
 
 use super::*;
-use crate::delta::compare::{Checksum, DeltaOp, Directory, Hidden, Listing, Tree, diff};
+use crate::delta::compare::{Checksum, DeltaOp, Directory, Hidden, Listing, Shape, Tree, diff};
 
 #[derive(Default)]
 struct Memory(RefCell<HashMap<Checksum, Listing>>);
@@ -64,6 +64,7 @@ fn overlay(ops: &mut std::slice::Iter<'_, DeltaOp>, below: &Entries) -> Entries 
                 let before = shown.remove(name);
                 assert_eq!(before.as_ref().map(hidden), Some(*hides), "a whiteout counts what it hides");
             }
+            DeltaOp::Kept { .. } => panic!("a delta shows kept content without a step"),
             DeltaOp::Enter { name, meta, .. } => {
                 let below = match shown.get(name) {
                     Some(Node::Dir(_, entries)) => entries.clone(),
@@ -101,7 +102,7 @@ fn pairs() -> impl Strategy<Value = (Entries, Entries)> {
 fn steps(old: &Entries, new: &Entries, keep: &Keep) -> Result<Vec<DeltaOp>> {
     let memory = Memory::default();
     let (old, new) = (memory.add(0, old), memory.add(1, new));
-    diff((&memory, old), (&memory, new), keep)
+    diff((&memory, old), (&memory, new), keep, Shape::Delta)
 }
 
 fn shown(old: &Entries, ops: &[DeltaOp]) -> Entries {

@@ -12,9 +12,9 @@ use rand::{Rng, SeedableRng};
 use rustix::fs::XattrFlags;
 
 use super::*;
-use crate::delta::{Booted, Delta, compare};
+use crate::delta::{Booted, Delta, compare, complete};
 use crate::testing::here;
-use crate::{Base, open_new_usr};
+use crate::{Base, mounted_on, open_new_usr};
 use support::BlockSize;
 use support::testing::private;
 
@@ -133,14 +133,30 @@ impl Machine {
         difference.build(&self.scratch.join("delta")).unwrap()
     }
 
+    fn build_complete(&self, keep: &Keep) -> Delta {
+        let objects =
+            |hex: &str| Some(loose(&self.scratch.join("store"), hex)).filter(|path| path.symlink_metadata().is_ok());
+        let difference = complete(&self.store, &self.booted_usr, self.commit, &objects, keep).unwrap();
+        let built = difference.build(&self.scratch.join("nip:usr")).unwrap();
+        assert!(built.counts.copied_bytes <= difference.bytes_to_copy(BlockSize::page()).unwrap());
+        built
+    }
+
     fn show(&self) -> BTreeMap<PathBuf, String> {
+        self.show_by(Base::Directory(self.booted_usr.clone()))
+    }
+
+    fn show_by(&self, base: Base) -> BTreeMap<PathBuf, String> {
         let target = self.scratch.join("usr");
         fs::create_dir_all(&target).unwrap();
-        let tree =
-            open_new_usr(&self.scratch.join("delta"), &Base::Directory(self.booted_usr.clone()), "nip:usr").unwrap();
+        let mounts = here().mounts().unwrap();
+        let tree = open_new_usr(&self.scratch.join("delta"), &base, "nip:usr").unwrap();
+        assert_eq!(here().mounts().unwrap(), mounts);
         tree.expose_in(&here(), &target).unwrap();
         let shown = describe(&target);
+        assert!(mounted_on(&here().mounts().unwrap(), &target, "nip:usr").is_empty());
         assert!(here().withdraw(&target, "nip:usr").unwrap());
+        assert_eq!(here().mounts().unwrap(), mounts);
         shown
     }
 }
@@ -209,9 +225,26 @@ fn random_trees_show_as_specified() {
             // Without a booted commit, the visible tree is the same.
             machine.build(Booted::Directory(&machine.booted_usr), &keep);
             assert_eq!(machine.show(), shown, "round {round}, commit unknown");
+            // A complete tree shows the same without an overlay. The modules are a mount in it.
+            if round % 8 == 0 {
+                machine.build_complete(&keep);
+                assert_eq!(machine.show_by(Base::Bound(machine.booted_usr.clone())), shown, "round {round}, bound");
+            }
         });
     }
     assert!(compared > 10, "only {compared} rounds were comparable");
+}
+
+#[test]
+fn a_complete_tree_copies_only_booted_and_kept_files() {
+    private(|scratch| {
+        let usr = |file, content| Entries::from([("a".into(), Node::File(1)), (file, Node::File(content))]);
+        let machine = machine(scratch, &usr("keep-1".into(), 3), &usr("new".into(), 5));
+        let counts = machine.build_complete(&keep()).counts;
+        assert_eq!((counts.added + counts.changed, counts.removed, counts.copied, counts.directories), (2, 0, 2, 1));
+        let links = |name: &str| fs::metadata(scratch.join("nip:usr").join(name)).unwrap().nlink();
+        assert_eq!((links("new"), links("a"), links("keep-1")), (2, 1, 1));
+    });
 }
 
 #[test]
