@@ -2,9 +2,10 @@
 # Boots the deployment inside BOOT/sysroot.squashfs with systemd-nspawn. The caller runs this script in a separate mount
 # namespace, so its mounts end with it. WORK: folder for mount points; FILES: etc/… and var/… of this boot;
 # NETNS: network namespace file; LIVE: 1 for a live medium; CMDLINE: the content of /proc/cmdline;
-# COMPOSEFS: 1 for a root that is mounted from the deployment's composefs image.
+# ROOT: plain for the deployment's directory, composefs for a mount of its composefs image, stacked for two stacked
+# overlays, on which the kernel accepts no other.
 set -euo pipefail
-: "${BOOT:?}" "${WORK:?}" "${FILES:?}" "${NETNS:?}" "${LIVE:=1}" "${CMDLINE:=}" "${COMPOSEFS:=0}"
+: "${BOOT:?}" "${WORK:?}" "${FILES:?}" "${NETNS:?}" "${LIVE:=1}" "${CMDLINE:=}" "${ROOT:=plain}"
 umask 022
 
 # systemd wants a pure cgroup v2; this machine may mount something else. The namespace is ours, so is this choice.
@@ -22,13 +23,17 @@ deployment=$WORK/sysroot/ostree/deploy/testbed/deploy/$(cat "$BOOT/commit").0
 mount -t tmpfs -o mode=0755 testbed-state "$WORK/state"
 mkdir "$WORK"/state/{etc,etc.work}
 
-if [ "$COMPOSEFS" = 1 ]; then
+if [ "$ROOT" = composefs ]; then
     # /usr is not a mount point then, and the image has no path.
     mkdir "$WORK/image"
     mount -t erofs -o ro,loop "$deployment/.ostree.cfs" "$WORK/image"
     objects=$WORK/sysroot/ostree/repo/objects
     mount -t overlay -o "ro,redirect_dir=on,metacopy=on,lowerdir=$WORK/image::$objects" composefs "$WORK/root"
     umount -l "$WORK/image"
+elif [ "$ROOT" = stacked ]; then
+    mkdir "$WORK"/{none,lower}
+    mount -t overlay -o "ro,lowerdir=$WORK/none:$deployment" live-lower "$WORK/lower"
+    mount -t overlay -o "ro,lowerdir=$WORK/none:$WORK/lower" live "$WORK/root"
 else
     # The root is the deployment's own directory: libostree knows it by device and inode.
     mount --bind "$deployment" "$WORK/root"
@@ -43,7 +48,7 @@ for dir in "$FILES"/*; do cp -a "$dir/." "$WORK/root/${dir##*/}/"; done
 : >"$WORK/marker"
 : >"$WORK/booted"
 # A newer ostree records there from which deployment it mounted the root: a variant a{sv}.
-[ "$COMPOSEFS" != 1 ] || python3 - "$deployment" >"$WORK/booted" <<'EOF'
+[ "$ROOT" = plain ] || python3 - "$deployment" >"$WORK/booted" <<'EOF'
 import os, struct, sys
 root = os.stat(sys.argv[1])
 key = b"backing-root-device-inode\0"

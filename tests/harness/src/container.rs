@@ -93,6 +93,17 @@ impl Bed {
     }
 }
 
+/// The mount of a container's root.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Root {
+    /// The directory of the deployment.
+    Plain,
+    /// An overlay of the composefs image of the deployment.
+    Composefs,
+    /// An overlay of an overlay, on which the kernel accepts no other one.
+    Stacked,
+}
+
 /// Description of a container.
 pub struct Setup<'a> {
     /// Name of its folder.
@@ -103,14 +114,14 @@ pub struct Setup<'a> {
     pub kargs: &'a [&'a str],
     /// True if it has the marker of a live medium.
     pub live: bool,
-    /// True if its root is mounted from the composefs image of the deployment.
-    pub composefs: bool,
+    /// The mount of its root.
+    pub root: Root,
 }
 
 impl<'a> Setup<'a> {
     /// Describes a container with the marker of a live medium.
     pub fn live(name: &'a str, boot: &'a Path) -> Self {
-        Self { name, boot, kargs: &[], live: true, composefs: false }
+        Self { name, boot, kargs: &[], live: true, root: Root::Plain }
     }
 }
 
@@ -156,7 +167,12 @@ impl Container {
         command.env("BOOT", setup.boot).env("WORK", work.join("mnt")).env("FILES", files.root());
         command.env("NETNS", format!("/proc/{}/ns/net", network.pid()));
         command.env("LIVE", if setup.live { "1" } else { "0" }).env("CMDLINE", setup.kargs.join(" "));
-        command.env("COMPOSEFS", if setup.composefs { "1" } else { "0" });
+        let root = match setup.root {
+            Root::Plain => "plain",
+            Root::Composefs => "composefs",
+            Root::Stacked => "stacked",
+        };
+        command.env("ROOT", root);
         log_to(&mut command, &work.join("console.log"))?;
         let mut child = command.spawn().context("starting systemd-nspawn")?;
         let mut leader = None;

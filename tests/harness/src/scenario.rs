@@ -135,7 +135,7 @@ pub fn pivoted(
         &scenarios![
             the_boot_id_is_unchanged,
             usr_is_that_of_the_node_image,
-            usr_is_an_overlay_and_read_only,
+            usr_is_a_mount_of_the_agent_and_read_only,
             oc_runs_and_reaches_the_node_agent,
             kubectl_runs,
             the_container_runtime_answers_its_command,
@@ -191,8 +191,8 @@ fn usr_is_that_of_the_node_image(bed: &mut Pivoted<'_>) -> Result<()> {
     contains(&bed.guest.ask("cat /usr/lib/os-release")?, bed.expected.os)
 }
 
-fn usr_is_an_overlay_and_read_only(bed: &mut Pivoted<'_>) -> Result<()> {
-    contains(&bed.guest.ask("findmnt -n -o FSTYPE,OPTIONS --target /usr/bin | tail -n 1")?, "overlay")?;
+fn usr_is_a_mount_of_the_agent_and_read_only(bed: &mut Pivoted<'_>) -> Result<()> {
+    contains(&bed.guest.ask("findmnt -n -o SOURCE --target /usr/bin | tail -n 1")?, "node-image")?;
     same(bed.guest.run("touch /usr/x")?.status, 1)
 }
 

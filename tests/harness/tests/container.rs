@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use testbed::check::{contains, nothing_failed, same};
-use testbed::container::{Bed, Container, Network, Setup};
+use testbed::container::{Bed, Container, Network, Root, Setup};
 use testbed::files::Files;
 use testbed::guest::Guest;
 use testbed::images::{Images, work_dir};
@@ -18,6 +18,7 @@ use testbed::suite::Suite;
 
 const PIVOT: Duration = Duration::from_secs(400);
 
+/// The root is so deep that the kernel accepts no overlay on `/usr`.
 #[test]
 fn the_next_release_is_pulled_once_the_registry_is_back() -> Result<()> {
     let images = Images::ensure()?;
@@ -26,7 +27,8 @@ fn the_next_release_is_pulled_once_the_registry_is_back() -> Result<()> {
     let network = Network::new()?;
     let mut registry = Registry::start(&images.storage, &work_dir("container-a-registry")?, Some(network.pid()), None)?;
     registry.stop();
-    let guest = Container::start(images, &network, &Setup::live("container-a", &images.boot), |files| {
+    let setup = Setup { root: Root::Stacked, ..Setup::live("container-a", &images.boot) };
+    let guest = Container::start(images, &network, &setup, |files| {
         node_files(files, &expected.image.by_digest(), "127.0.0.1", registry.port)
     })?;
     let mut bed = Bed { guest, registry, network };
@@ -36,7 +38,26 @@ fn the_next_release_is_pulled_once_the_registry_is_back() -> Result<()> {
     bed.registry.resume()?;
     suite.run(&mut bed, &scenarios![the_machine_becomes_its_node_image]);
     pivoted(&mut suite, "the_machine_becomes_its_node_image", &bed.guest, Some(&before), &expected);
+    let bound = scenarios![
+        the_new_usr_is_a_complete_tree,
+        a_system_extension_can_be_merged,
+        an_undo_shows_the_booted_usr after a_system_extension_can_be_merged,
+    ];
+    suite.run_after("the_machine_becomes_its_node_image", &mut bed, &bound);
     suite.finish()
+}
+
+fn the_new_usr_is_a_complete_tree(bed: &mut Bed) -> Result<()> {
+    let guest = &bed.guest;
+    let plan: serde_json::Value = serde_json::from_str(&guest.ask("cat /run/node-image-pivot/plan.json")?)?;
+    same(plan["base"].clone(), serde_json::json!({"bound": "/usr"}))?;
+    same(plan["complete"]["copied_bytes"].as_u64() > Some(1 << 20), true)?;
+    contains(&plan["warnings"].to_string(), "accepts no overlay")?;
+    let status = guest.ask("node-image-pivot status --json")?;
+    contains(&status, "a complete tree, bound over /usr")?;
+    contains(&status, "at most")?;
+    same(guest.ask("findmnt -n -o FSTYPE,OPTIONS --mountpoint /usr")?.starts_with("tmpfs ro,nodev,"), true)?;
+    guest.ask("findmnt --mountpoint /usr/lib/modules").map(drop)
 }
 
 fn a_new_ssh_login_works_while_the_registry_is_down(bed: &mut Bed) -> Result<()> {
@@ -60,7 +81,7 @@ fn other_packages_are_pulled_with_a_login_on_a_composefs_root() -> Result<()> {
     let [password, content] = SECRETS;
     let login = Some(("core", password));
     let registry = Registry::start(&images.storage, &work_dir("container-b-registry")?, Some(network.pid()), login)?;
-    let setup = Setup { composefs: true, ..Setup::live("container-b", &images.boot) };
+    let setup = Setup { root: Root::Composefs, ..Setup::live("container-b", &images.boot) };
     let guest = Container::start(images, &network, &setup, |files| {
         node_files(files, &expected.image.by_tag(), "127.0.0.1", registry.port)?;
         let auth = auth_file(&format!("127.0.0.1:{}", registry.port), "core", password);
@@ -76,7 +97,7 @@ fn other_packages_are_pulled_with_a_login_on_a_composefs_root() -> Result<()> {
     let composefs = scenarios![
         the_new_usr_is_one_overlay_over_the_composefs_image,
         a_system_extension_can_be_merged,
-        an_undo_shows_the_usr_of_the_composefs_root after a_system_extension_can_be_merged,
+        an_undo_shows_the_booted_usr after a_system_extension_can_be_merged,
     ];
     suite.run_after("the_machine_becomes_its_node_image", &mut bed, &composefs);
     suite.finish()
@@ -123,7 +144,7 @@ fn a_system_extension_can_be_merged(bed: &mut Bed) -> Result<()> {
     bed.guest.ask("systemd-sysext unmerge && test ! -e /usr/bin/extension").map(drop)
 }
 
-fn an_undo_shows_the_usr_of_the_composefs_root(bed: &mut Bed) -> Result<()> {
+fn an_undo_shows_the_booted_usr(bed: &mut Bed) -> Result<()> {
     bed.guest.ask("node-image-pivot undo")?;
     same(bed.guest.ask("base-tool")?.trim().into(), "base-tool 1.0".to_owned())?;
     bed.guest.ask("! findmnt --mountpoint /usr && test ! -e /usr/bin/oc").map(drop)
