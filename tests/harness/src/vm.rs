@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 use crate::console::Console;
 use crate::files::Files;
 use crate::guest::{Answer, Guest, ssh};
-use crate::images::{Tools, work_dir};
+use crate::images::{Tools, project, work_dir};
 use crate::proc::{bound, end, free_port, log_to, succeed, wait_for};
 
 /// Address of the host in the emulator's network.
@@ -22,15 +22,59 @@ pub const HOST: &str = "10.0.2.2";
 /// The oldest CPU of its kind.
 pub const CPU: &str = "qemu64";
 
+/// Label of the ISO file system of a live medium.
+const LABEL: &str = "testbed-coreos";
+
+/// What a machine boots from.
+#[derive(Clone, Copy)]
+pub enum Medium<'a> {
+    /// An ISO file system with the root of the bootimage, as of a CD or USB stick.
+    Iso,
+    /// The root of the bootimage in the initramfs, as a PXE server delivers it.
+    Pxe,
+    /// An installed system's disk, which the machine writes to, with a deployment that `kargs` name.
+    Disk(&'a Path),
+}
+
+/// A file, the id of its drive, and options.
+type Drive = (PathBuf, &'static str, &'static str);
+
+impl Medium<'_> {
+    /// Returns the drives with their ids and options, and the kernel arguments.
+    fn drives(self, boot: &Path, work: &Path, initrd: &Path) -> Result<(Vec<Drive>, String)> {
+        // What reached the emulator survives it: its end is a power cut for the guest's own caches only.
+        const WRITABLE: &str = "cache=unsafe";
+        let script = |form: &str, out: &Path| {
+            let mut medium = Command::new("bash");
+            medium.arg(project().join("tests/bed/medium.sh"));
+            succeed(medium.env("BOOT", boot).env("FORM", form).env("OUT", out).env("LABEL", LABEL))
+        };
+        let live = || Ok::<_, anyhow::Error>(fs::read_to_string(boot.join("kargs"))?.trim().to_owned());
+        Ok(match self {
+            Medium::Iso => {
+                let iso = work.join("live.iso");
+                script("iso", &iso)?;
+                (vec![(iso, "iso", "readonly=on")], format!("ro coreos.liveiso={LABEL} {}", live()?))
+            }
+            Medium::Pxe => {
+                script("pxe", initrd)?;
+                (vec![], format!("ro {}", live()?))
+            }
+            Medium::Disk(disk) => {
+                (vec![(disk.to_owned(), "root", WRITABLE)], "root=LABEL=root rootfstype=ext4 rw".to_owned())
+            }
+        })
+    }
+}
+
 /// Description of a machine.
 pub struct Setup<'a> {
     /// Name of its folder.
     pub name: &'a str,
     /// A bootimage of [`Images`].
     pub boot: &'a Path,
-    /// An installed system's disk, which the machine writes to, with a deployment that `kargs` name. Without
-    /// one, the bootimage's live medium.
-    pub disk: Option<&'a Path>,
+    /// What it boots from.
+    pub medium: Medium<'a>,
     /// Another disk, `/dev/disk/by-id/virtio-spare`.
     pub spare: Option<&'a Path>,
     /// More kernel arguments.
@@ -74,7 +118,7 @@ impl Vm {
         // Journal lines about every audited system call would push what matters off the console.
         files.put("/etc/sysctl.d/90-testbed.conf", 0o644, "kernel.printk = 4 4 1 7\n")?;
         fill(&files)?;
-        if let Some(disk) = setup.disk {
+        if let Medium::Disk(disk) = setup.medium {
             // The initramfs brings files to /etc only: an installed system's /var is mounted after it.
             let script = "mount -o loop \"$0\" /mnt; cp -a \"$1\"/var/. /mnt/ostree/deploy/testbed/var/; umount /mnt";
             let mut shell = Command::new("unshare");
@@ -85,13 +129,7 @@ impl Vm {
         let initrd = work.join("initrd.img");
         files.append_to_initramfs(&setup.boot.join("initramfs.img"), &initrd)?;
 
-        let root = match setup.disk {
-            Some(_) => "root=LABEL=root rootfstype=ext4 rw".to_owned(),
-            None => {
-                let kargs = fs::read_to_string(setup.boot.join("kargs"))?;
-                format!("root=/dev/disk/by-id/virtio-root rootfstype=squashfs ro testbed.live {}", kargs.trim())
-            }
-        };
+        let (drives, root) = setup.medium.drives(setup.boot, &work, &initrd)?;
         // Without the audit system unless a test looks at it: it costs time at each call.
         let audit = if setup.kargs.iter().any(|karg| karg.starts_with("audit=")) { "" } else { "audit=0 " };
         let append = format!("console=ttyS0 {audit}{root} {}", setup.kargs.join(" "));
@@ -107,16 +145,12 @@ impl Vm {
         );
         qemu.args(["-cpu", setup.cpu, "-m", &setup.memory_mib.to_string(), "-append", &append]);
         qemu.arg("-kernel").arg(setup.boot.join("vmlinuz")).arg("-initrd").arg(&initrd);
-        let (disk, options) = match setup.disk {
-            // What reached the emulator survives it: its end is a power cut for the guest's own caches only.
-            Some(disk) => (disk.to_owned(), "cache=unsafe"),
-            None => (setup.boot.join("sysroot.squashfs"), "readonly=on"),
-        };
-        qemu.args(["-drive", &format!("file={},format=raw,if=none,id=root,{options}", disk.display())]);
-        qemu.args(["-device", "virtio-blk-pci,drive=root,serial=root", "-device", "virtio-rng-pci"]);
-        if let Some(spare) = setup.spare {
-            qemu.args(["-drive", &format!("file={},format=raw,if=none,id=spare,cache=unsafe", spare.display())]);
-            qemu.args(["-device", "virtio-blk-pci,drive=spare,serial=spare"]);
+        qemu.args(["-device", "virtio-rng-pci"]);
+        for (file, id, options) in
+            drives.into_iter().chain(setup.spare.map(|disk| (disk.to_owned(), "spare", "cache=unsafe")))
+        {
+            qemu.args(["-drive", &format!("file={},format=raw,if=none,id={id},{options}", file.display())]);
+            qemu.args(["-device", &format!("virtio-blk-pci,drive={id},serial={id}")]);
         }
         qemu.args([
             "-netdev",
@@ -250,6 +284,8 @@ impl Drop for Vm {
         end(&mut self.child);
         let _ = fs::remove_dir_all(&self.sockets);
         // Big, and made again at every boot.
-        let _ = fs::remove_file(self.work.join("initrd.img"));
+        for name in ["initrd.img", "live.iso"] {
+            let _ = fs::remove_file(self.work.join(name));
+        }
     }
 }

@@ -64,7 +64,7 @@ impl<'a> Machine<'a> {
         let setup = vm::Setup {
             name: "vm-disk",
             boot: &self.installed,
-            disk: Some(&self.disk),
+            medium: vm::Medium::Disk(&self.disk),
             spare: None,
             kargs: &[self.kargs.trim()],
             memory_mib: 2048,

@@ -95,7 +95,7 @@ fn a_virtual_machine_boots() -> Result<()> {
     let setup = vm::Setup {
         name: "smoke-vm",
         boot: &images.boot,
-        disk: None,
+        medium: vm::Medium::Iso,
         spare: None,
         kargs: &["node-image-pivot=off"],
         memory_mib: 3072,

@@ -31,7 +31,16 @@ struct Bed<'a> {
 
 fn setup<'a>(name: &'a str, images: &'a Images) -> vm::Setup<'a> {
     let limit = Duration::from_secs(1500);
-    vm::Setup { name, boot: &images.boot, disk: None, spare: None, kargs: &[], memory_mib: 3072, cpu: vm::CPU, limit }
+    vm::Setup {
+        name,
+        boot: &images.boot,
+        medium: vm::Medium::Iso,
+        spare: None,
+        kargs: &[],
+        memory_mib: 3072,
+        cpu: vm::CPU,
+        limit,
+    }
 }
 
 fn base_tool_of_a_login(guest: &Vm) -> Result<String> {
@@ -142,7 +151,7 @@ fn the_disk_boots_right_after_a_power_cut(target: &mut Target<'_>) -> Result<()>
     let options = on_disk(&target.disk, &script)?;
     let setup = vm::Setup {
         boot: &boot,
-        disk: Some(&target.disk),
+        medium: vm::Medium::Disk(&target.disk),
         kargs: &[&options],
         ..setup("vm-a-installed", target.images)
     };
@@ -232,12 +241,13 @@ fn other_packages_of_the_same_release_replace_an_image_that_is_refused() -> Resu
     let registry = Registry::start(&images.storage, &work_dir("vm-b-registry")?, None, None)?;
     let image = images.image("newer-cpu")?.by_digest();
     let boot = stock_with_packed_agent(images, &image)?;
-    let guest = Vm::start(images, &vm::Setup { boot: &boot, ..setup("vm-b", images) }, |files| {
-        node_files(files, &image, vm::HOST, registry.port)?;
-        // The packed agent brings these.
-        fs::remove_dir_all(files.root().join("etc/node-image-pivot.conf.d"))?;
-        Ok(fs::remove_dir_all(files.root().join("var/roothome/.docker"))?)
-    })?;
+    let guest =
+        Vm::start(images, &vm::Setup { boot: &boot, medium: vm::Medium::Pxe, ..setup("vm-b", images) }, |files| {
+            node_files(files, &image, vm::HOST, registry.port)?;
+            // The packed agent brings these.
+            fs::remove_dir_all(files.root().join("etc/node-image-pivot.conf.d"))?;
+            Ok(fs::remove_dir_all(files.root().join("var/roothome/.docker"))?)
+        })?;
     let mut bed = Bed { guest, registry, expected, before: None };
     suite.run(
         &mut bed,

@@ -7,7 +7,7 @@ use testbed::guest::Guest;
 use testbed::images::{Pair, work_dir};
 use testbed::registry::Registry;
 use testbed::scenario::node_files;
-use testbed::vm::{HOST, Setup, Vm};
+use testbed::vm::{HOST, Medium, Setup, Vm};
 
 const LIMIT: Duration = Duration::from_secs(600);
 
@@ -26,7 +26,7 @@ fn main() -> Result<()> {
     let setup = Setup {
         name: "demo",
         boot: &images.boot,
-        disk: None,
+        medium: Medium::Iso,
         spare: None,
         kargs: &[],
         memory_mib: 3072,

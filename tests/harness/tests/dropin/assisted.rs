@@ -11,7 +11,7 @@ use testbed::registry::Registry;
 use testbed::scenario::{node_files, unit_is};
 use testbed::scenarios;
 use testbed::suite::{Scenario, Suite};
-use testbed::vm::{self, Vm};
+use testbed::vm::{self, Medium, Vm};
 
 use super::{BOOT, PIVOT, SOON, UNITS, boot, installer, journal, record};
 
@@ -69,7 +69,7 @@ impl Assisted {
     fn boot() -> Result<Self> {
         let images = Images::ensure()?;
         let registry = Registry::start(&images.storage, &work_dir("dropin-live-registry")?, None, None)?;
-        let guest = boot("dropin-live", &images.boot_runtime()?, |files| {
+        let guest = boot("dropin-live", &images.boot_runtime()?, Medium::Pxe, |files| {
             node_files(files, "", vm::HOST, registry.port)?;
             std::fs::remove_dir_all(files.root().join("etc/node-image-pivot.conf.d"))?;
             // Without the two further attempts that confirm a missing tag, the service record has one.
@@ -143,7 +143,7 @@ fn after_the_switch() -> [Scenario<Assisted>; 12] {
     ]
 }
 
-/// The medium is live by the marker alone, as with PXE.
+/// The medium is live by the marker alone: PXE.
 fn a_medium_with_the_script_boots_without_a_redirection(assisted: &mut Assisted) -> Result<()> {
     let guest = &assisted.guest;
     same(guest.ask("systemctl get-default")?, "multi-user.target".into())?;

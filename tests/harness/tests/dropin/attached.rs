@@ -11,7 +11,7 @@ use testbed::registry::{Registry, registries_conf};
 use testbed::scenario::{node_files, unit_is, wait_pivoted};
 use testbed::scenarios;
 use testbed::suite::{Scenario, Suite};
-use testbed::vm::{self, Vm};
+use testbed::vm::{self, Medium, Vm};
 
 use super::{PIVOT, SOON, UNITS, boot, installer, journal, record};
 
@@ -100,7 +100,8 @@ fn hooks_proxies_and_units_of_others_keep_working() -> Result<()> {
     let mut suite = Suite::new("drop-in: hooks, proxies, units of others, /var and /opt, in the bootstrap flow");
     let registry = Registry::start(&images.storage, &work_dir("dropin-boot-registry")?, None, None)?;
     let proxy = Proxy::start(registry.port)?;
-    let guest = boot("dropin-boot", &images.boot, |files| bootstrap_files(files, &image.by_digest(), &proxy))?;
+    let guest =
+        boot("dropin-boot", &images.boot, Medium::Iso, |files| bootstrap_files(files, &image.by_digest(), &proxy))?;
     let mut attached = Attached { guest, image, proxy, _registry: registry };
     suite.run(
         &mut attached,

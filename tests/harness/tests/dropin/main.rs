@@ -13,7 +13,7 @@ use serde_json::Value;
 use testbed::files::Files;
 use testbed::guest::Guest;
 use testbed::images::Images;
-use testbed::vm::{self, Vm};
+use testbed::vm::{self, Medium, Vm};
 
 const BOOT: Duration = Duration::from_secs(300);
 const PIVOT: Duration = Duration::from_secs(400);
@@ -21,9 +21,11 @@ const SOON: Duration = Duration::from_secs(150);
 const UNITS: [&str; 2] = ["node-image-pull.service", "node-image-overlay.service"];
 
 /// Boots a live medium and waits for ssh.
-fn boot(name: &str, boot: &std::path::Path, fill: impl FnOnce(&Files) -> Result<()>) -> Result<Vm> {
+fn boot(name: &str, boot: &std::path::Path, medium: Medium<'_>, fill: impl FnOnce(&Files) -> Result<()>) -> Result<Vm> {
+    // In the PXE form, the root of the medium takes memory.
+    let memory_mib = if matches!(medium, Medium::Pxe) { 2304 } else { 2048 };
     let limit = Duration::from_secs(1500);
-    let setup = vm::Setup { name, boot, disk: None, spare: None, kargs: &[], memory_mib: 2048, cpu: vm::CPU, limit };
+    let setup = vm::Setup { name, boot, medium, spare: None, kargs: &[], memory_mib, cpu: vm::CPU, limit };
     let guest = Vm::start(Images::ensure()?, &setup, fill)?;
     guest.wait_ssh(BOOT)?;
     Ok(guest)

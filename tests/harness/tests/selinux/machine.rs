@@ -60,7 +60,7 @@ impl Machine {
         let setup = vm::Setup {
             name: "vm-selinux",
             boot: &self.images.boot,
-            disk: None,
+            medium: vm::Medium::Iso,
             spare: None,
             kargs: &KARGS,
             memory_mib: 3072,
@@ -80,7 +80,7 @@ impl Machine {
         let setup = vm::Setup {
             name,
             boot: &installed.boot,
-            disk: Some(&installed.disk),
+            medium: vm::Medium::Disk(&installed.disk),
             spare: None,
             kargs: &[&KARGS[..], &[installed.deployment.trim(), more]].concat(),
             memory_mib: 2048,

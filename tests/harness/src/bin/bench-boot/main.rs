@@ -145,7 +145,7 @@ impl Bench {
         let setup = vm::Setup {
             name: &name,
             boot: &self.images.boot,
-            disk: None,
+            medium: vm::Medium::Iso,
             spare: None,
             kargs: side.kargs(),
             memory_mib: 4096,
