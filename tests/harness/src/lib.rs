@@ -12,4 +12,5 @@ pub mod proxy;
 pub mod registry;
 pub mod scenario;
 pub mod suite;
+pub mod table;
 pub mod vm;

@@ -12,6 +12,7 @@ use crate::proc::wait_for;
 use crate::registry::registries_conf;
 use crate::scenarios;
 use crate::suite::Suite;
+use crate::table::Flow;
 
 /// Values by which the node images differ.
 pub struct Expected<'a> {
@@ -128,6 +129,7 @@ pub fn pivoted(
     before: Option<&Before>,
     expected: &Expected<'_>,
 ) -> bool {
+    suite.covers(guest, Flow::Bootstrap, "pivoted");
     let mut bed = Pivoted { guest, before, expected };
     let mut all = suite.run_after(
         earlier,
@@ -243,10 +245,8 @@ fn tmpfiles_of_the_node_image_exist(bed: &mut Pivoted<'_>) -> Result<()> {
 }
 
 fn files_that_only_the_bootimage_had_are_removed(bed: &mut Pivoted<'_>) -> Result<()> {
-    for path in ["/usr/bin/base-legacy", "/usr/lib/base-tool/only-in-1", "/usr/bin/nc.openbsd"] {
-        bed.guest.ask(&format!("test ! -e {path}"))?;
-    }
-    Ok(())
+    let paths = ["/usr/bin/base-legacy", "/usr/lib/base-tool/only-in-1", "/usr/bin/nc.openbsd"];
+    paths.iter().try_for_each(|path| bed.guest.ask(&format!("test ! -e {path}")).map(drop))
 }
 
 fn the_service_that_only_the_bootimage_had_is_inactive(bed: &mut Pivoted<'_>) -> Result<()> {
@@ -372,6 +372,7 @@ type AnyGuest<'a> = &'a dyn Guest;
 
 /// Runs the scenarios about a system that the agent leaves alone: base system, normal target, no unit of the pivot.
 pub fn left_alone(suite: &mut Suite, mut guest: &dyn Guest) -> bool {
+    suite.covers(guest, Flow::LeftAlone, "left_alone");
     let list = scenarios![
         a_system_that_is_left_alone_reaches_multi_user,
         a_system_that_is_left_alone_runs_no_unit_of_the_pivot,
@@ -403,6 +404,7 @@ const UNREACHABLE: [&str; 6] = ["refused", "lookup", "resolution", "unreachable"
 
 /// Runs the scenarios about a machine whose registry cannot be reached: it waits in the pivot target and says why.
 pub fn waits_and_says_why(suite: &mut Suite, earlier: Option<&str>, mut guest: &dyn Guest) -> bool {
+    suite.covers(guest, Flow::Bootstrap, "waits_and_says_why");
     let list = scenarios![
         status_has_the_reason_and_the_next_attempt_while_the_registry_is_down,
         the_machine_stays_in_the_pivot_target_while_the_registry_is_down,

@@ -5,6 +5,9 @@ use std::time::Instant;
 
 use anyhow::{Result, bail};
 
+use crate::guest::Guest;
+use crate::table::{self, Flow};
+
 /// A behaviour of a guest. `B` is the bed: the guest and all that its scenarios share.
 pub struct Scenario<B> {
     /// Name of the behaviour that `run` shows.
@@ -37,6 +40,7 @@ pub struct Suite {
     results: Vec<(String, bool)>,
     passed: usize,
     failed: Vec<String>,
+    rows: Vec<table::Row>,
 }
 
 impl Suite {
@@ -50,6 +54,15 @@ impl Suite {
             results: Vec::new(),
             passed: 0,
             failed: Vec::new(),
+            rows: Vec::new(),
+        }
+    }
+
+    /// Adds the system of the guest, a flow and the name of assertions to the rows that the page of tested systems must have.
+    pub fn covers(&mut self, guest: &dyn Guest, flow: Flow, assertions: &'static str) {
+        match table::system(guest) {
+            Ok(system) => table::add(&mut self.rows, system, flow, assertions),
+            Err(error) => self.failed.push(format!("{assertions}: {error:#}")),
         }
     }
 
@@ -90,14 +103,14 @@ impl Suite {
         self.results.iter().rev().find(|(one, _)| one == name).is_some_and(|(_, passed)| *passed)
     }
 
-    /// Ends the suite. Fails if any scenario has failed.
+    /// Ends the suite. Fails if any scenario has failed, or if the page of tested systems has other rows.
     pub fn finish(self) -> Result<()> {
         let (seconds, passed, failed) = (self.start.elapsed().as_secs_f64(), self.passed, self.failed.len());
         println!("== {}: {passed} passed, {failed} failed, {seconds:.0} s", self.title);
         if !self.failed.is_empty() {
             bail!("{}: failed: {}", self.title, self.failed.join("; "));
         }
-        Ok(())
+        table::compare(&self.title, &self.rows)
     }
 
     fn run_all<B>(&mut self, bed: &mut B, earlier: Option<&str>, scenarios: &[Scenario<B>]) -> bool {

@@ -15,6 +15,7 @@ use testbed::scenario::{
 };
 use testbed::scenarios;
 use testbed::suite::Suite;
+use testbed::table::Flow;
 
 const PIVOT: Duration = Duration::from_secs(400);
 
@@ -242,6 +243,7 @@ fn units_that_an_installer_starts_isolate_nothing() -> Result<()> {
             no_unit_has_failed,
         ],
     );
+    suite.covers(&assisted.bed.guest, Flow::Assisted, "units_that_an_installer_starts_isolate_nothing");
     suite.finish()
 }
 

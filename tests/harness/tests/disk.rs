@@ -15,6 +15,7 @@ use testbed::registry::Registry;
 use testbed::scenario::{Before, Expected, node_files, wait_pivoted};
 use testbed::scenarios;
 use testbed::suite::{Scenario, Suite};
+use testbed::table::Flow;
 use testbed::vm::{self, Vm, on_disk};
 
 const BOOT: Duration = Duration::from_secs(300);
@@ -124,6 +125,9 @@ fn an_installed_system_pivots_and_stays_an_ostree_system() -> Result<()> {
     becomes_the_node_image(&mut suite, &mut machine);
     suite.run_after("the_machine_becomes_its_node_image", &mut machine, &from_the_disk());
     suite.run_after("the_list_of_defaults_is_on_the_disk", &mut machine, &with_the_list());
+    if let Some(guest) = &machine.on {
+        suite.covers(guest, Flow::Bootstrap, "an_installed_system_pivots_and_stays_an_ostree_system");
+    }
     suite.finish()
 }
 

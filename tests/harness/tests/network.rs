@@ -19,6 +19,7 @@ use testbed::registry::Registry;
 use testbed::scenario::{node_files, wait_pivoted};
 use testbed::scenarios;
 use testbed::suite::{Scenario, Suite};
+use testbed::table::Flow;
 
 const PIVOT: Duration = Duration::from_secs(400);
 const SOON: Duration = Duration::from_secs(150);
@@ -148,6 +149,7 @@ fn the_network_stays_up_over_the_switch_and_the_isolate() -> Result<()> {
         ],
     );
     suite.run_after("the_machine_becomes_its_node_image", &mut connected, &afterwards());
+    suite.covers(&connected.bed.guest, Flow::Bootstrap, "the_network_stays_up_over_the_switch_and_the_isolate");
     suite.finish()
 }
 

@@ -15,6 +15,7 @@ use testbed::registry::Registry;
 use testbed::scenario::{configured_later, node_files};
 use testbed::scenarios;
 use testbed::suite::{Scenario, Suite};
+use testbed::table::Flow;
 
 const PIVOT: Duration = Duration::from_secs(400);
 const SOON: Duration = Duration::from_secs(150);
@@ -116,6 +117,7 @@ fn containers_go_on_under_a_newer_podman() -> Result<()> {
     suite.run_after("the_units_of_the_installer_become_active", &mut podman, &kept());
     suite.run_after("the_units_of_the_installer_become_active", &mut podman, &under_the_new_podman());
     suite.run_after("the_units_of_the_installer_become_active", &mut podman, &at_the_end());
+    suite.covers(&podman.bed.guest, Flow::Assisted, "containers_go_on_under_a_newer_podman");
     suite.finish()
 }
 

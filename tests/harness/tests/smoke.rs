@@ -11,6 +11,7 @@ use testbed::images::{Images, work_dir};
 use testbed::registry::{Registry, registries_conf};
 use testbed::scenarios;
 use testbed::suite::Suite;
+use testbed::table::Flow;
 use testbed::vm::{self, Vm};
 
 const MIRROR: &str = "/etc/containers/registries.conf.d/50-testbed.conf";
@@ -18,6 +19,7 @@ const MIRROR: &str = "/etc/containers/registries.conf.d/50-testbed.conf";
 type AnyGuest<'a> = &'a dyn Guest;
 
 fn boots_as_a_live_system(suite: &mut Suite, mut guest: &dyn Guest) {
+    suite.covers(guest, Flow::LeftAlone, "boots_as_a_live_system");
     suite.run(
         &mut guest,
         &scenarios![

@@ -11,6 +11,7 @@ use testbed::registry::Registry;
 use testbed::scenario::{node_files, unit_is};
 use testbed::scenarios;
 use testbed::suite::{Scenario, Suite};
+use testbed::table::Flow;
 use testbed::vm::{self, Medium, Vm};
 
 use super::{BOOT, PIVOT, SOON, UNITS, boot, installer, journal, record};
@@ -122,6 +123,7 @@ fn the_assisted_flow_keeps_the_contract() -> Result<()> {
         ],
     );
     suite.run_after("both_units_become_active_when_started_again_without_blocking", &mut assisted, &after_the_switch());
+    suite.covers(&assisted.guest, Flow::Assisted, "the_assisted_flow_keeps_the_contract");
     suite.finish()
 }
 

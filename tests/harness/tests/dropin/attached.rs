@@ -11,6 +11,7 @@ use testbed::registry::{Registry, registries_conf};
 use testbed::scenario::{node_files, unit_is, wait_pivoted};
 use testbed::scenarios;
 use testbed::suite::{Scenario, Suite};
+use testbed::table::Flow;
 use testbed::vm::{self, Medium, Vm};
 
 use super::{PIVOT, SOON, UNITS, boot, installer, journal, record};
@@ -117,6 +118,7 @@ fn hooks_proxies_and_units_of_others_keep_working() -> Result<()> {
         ],
     );
     suite.run_after("the_switch_is_made_when_the_hooks_agree", &mut attached, &after_the_switch());
+    suite.covers(&attached.guest, Flow::Bootstrap, "hooks_proxies_and_units_of_others_keep_working");
     suite.finish()
 }
 

@@ -17,6 +17,7 @@ use testbed::registry::Registry;
 use testbed::scenario::{unit_is, wait_pivoted};
 use testbed::scenarios;
 use testbed::suite::Suite;
+use testbed::table::Flow;
 use testbed::vm::Vm;
 
 use machine::{Boot, DROP_IN, Installed, Machine};
@@ -215,6 +216,9 @@ fn the_old_policy_is_enforced_and_nothing_has_failed(machine: &mut Machine) -> R
 
 /// Runs the scenarios about labels, domains and services after a pivot.
 fn labelled_and_running(suite: &mut Suite, earlier: &str, machine: &mut Machine) {
+    if let Ok(guest) = machine.guest() {
+        suite.covers(guest, Flow::Bootstrap, "labelled_and_running");
+    }
     suite.run_after(
         earlier,
         machine,

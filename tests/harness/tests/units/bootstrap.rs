@@ -9,6 +9,7 @@ use testbed::guest::Guest;
 use testbed::scenario::{unit_is, wait_pivoted};
 use testbed::scenarios;
 use testbed::suite::{Scenario, Suite};
+use testbed::table::Flow;
 
 use super::{PIVOT, SERVICES, SOON, ask_socket, boot, class_of, link, listens, pid, put_units};
 
@@ -76,6 +77,7 @@ fn each_class_of_unit_is_treated_as_planned_in_the_bootstrap_flow() -> Result<()
         ],
     );
     suite.run_after("the_machine_becomes_its_node_image", &mut bootstrap, &classes());
+    suite.covers(&bootstrap.bed.guest, Flow::Bootstrap, "each_class_of_unit_is_treated_as_planned");
     suite.finish()
 }
 

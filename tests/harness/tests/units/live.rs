@@ -11,6 +11,7 @@ use testbed::proc::wait_for;
 use testbed::scenario::{configured_later, unit_is};
 use testbed::scenarios;
 use testbed::suite::Suite;
+use testbed::table::Flow;
 
 use super::{LAYER, OTHER_AGENT, SOON, ask_socket, boot_with, class_of, pid, put_units, wait_for_agent};
 
@@ -78,6 +79,7 @@ fn a_live_system_loses_no_service() -> Result<()> {
                 after the_agent_of_the_bootimage_takes_over_after_the_undo,
         ],
     );
+    suite.covers(&live.bed.guest, Flow::Assisted, "a_live_system_loses_no_service");
     suite.finish()
 }
 
