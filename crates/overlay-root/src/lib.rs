@@ -45,7 +45,7 @@ pub use table::{
 pub use tmpfs::{tmpfs, tmpfs_label, tmpfs_used};
 pub use tree::{DetachedTree, overlay_support};
 pub use trial::{Trial, run, trial};
-pub use view::writable_view;
+pub use view::{with_writable, writable_view};
 
 use std::path::Path;
 

@@ -1,7 +1,7 @@
-//! A private writable view of a directory whose mount is read-only for all other processes.
+//! Private writable views of mounts that are read-only for all other processes.
 
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use rustix::fs::{Mode, OFlags, StatVfsMountFlags};
@@ -20,25 +20,43 @@ use super::namespace::make_private;
 /// # Errors
 /// The kernel refuses. A read-only file system is not detected here; the first write to it fails.
 pub fn writable_view(namespace: &Namespace, mount_point: &Path, directory: &Path) -> Result<OwnedFd> {
-    namespace.run(|| {
-        make_private()?;
-        let place = mount_point.display();
-        let flags =
-            rustix::fs::statvfs(mount_point).with_context(|| format!("cannot read the mount flags of {place}"))?.f_flag;
-        let keep = [
-            (StatVfsMountFlags::NOSUID, MountFlags::NOSUID),
-            (StatVfsMountFlags::NODEV, MountFlags::NODEV),
-            (StatVfsMountFlags::NOEXEC, MountFlags::NOEXEC),
-            (StatVfsMountFlags::NOATIME, MountFlags::NOATIME),
-        ];
-        let kept =
-            keep.iter().filter(|(is, _)| flags.contains(*is)).fold(MountFlags::BIND, |all, (_, flag)| all | *flag);
-        rustix::mount::mount_remount(mount_point, kept, "")
-            .with_context(|| format!("cannot make {place} writable in a private namespace"))?;
+    with_writable(namespace, &[mount_point.to_owned()], || {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         rustix::fs::open(directory, flags, Mode::empty())
             .with_context(|| format!("cannot open {}", directory.display()))
     })
+}
+
+/// Runs `act` on a new thread in a private copy of `namespace`, in which the mounts at `mount_points` are writable. The
+/// mounts of other processes do not change. Programs that `act` starts are in the private copy, too.
+///
+/// # Errors
+/// As [`writable_view`], and errors of `act`.
+pub fn with_writable<T: Send>(
+    namespace: &Namespace,
+    mount_points: &[PathBuf],
+    act: impl FnOnce() -> Result<T> + Send,
+) -> Result<T> {
+    namespace.run(|| {
+        make_private()?;
+        mount_points.iter().try_for_each(|place| make_writable(place))?;
+        act()
+    })
+}
+
+fn make_writable(mount_point: &Path) -> Result<()> {
+    let place = mount_point.display();
+    let flags =
+        rustix::fs::statvfs(mount_point).with_context(|| format!("cannot read the mount flags of {place}"))?.f_flag;
+    let keep = [
+        (StatVfsMountFlags::NOSUID, MountFlags::NOSUID),
+        (StatVfsMountFlags::NODEV, MountFlags::NODEV),
+        (StatVfsMountFlags::NOEXEC, MountFlags::NOEXEC),
+        (StatVfsMountFlags::NOATIME, MountFlags::NOATIME),
+    ];
+    let kept = keep.iter().filter(|(is, _)| flags.contains(*is)).fold(MountFlags::BIND, |all, (_, flag)| all | *flag);
+    rustix::mount::mount_remount(mount_point, kept, "")
+        .with_context(|| format!("cannot make {place} writable in a private namespace"))
 }
 
 #[cfg(test)]
