@@ -26,6 +26,8 @@ root=$work/root
 mkdir "$root"
 (cd "$root" && cpio --quiet -idm < "$work/initramfs.img")
 test -L "$root/etc/systemd/system/initrd.target.wants/node-image-pivot-carry.service"
+libraries=$(find "$root" -name 'libostree*')
+test -z "$libraries" || { echo "the initramfs has libraries of the agent: $libraries" >&2; exit 1; }
 
 # The real root: this machine's libraries, and no agent.
 sysroot=$root/sysroot

@@ -31,6 +31,7 @@ begin() {
         refuse "the agent cannot work in the real root: /usr/bin/skopeo is missing; the boot continues without the agent"
     fi
     cp -RP "$from/agent/." "$run/"
+    if [ ! -x "$run/node-image-pivot/bin/node-image-pivot" ]; then chmod 0755 "$run"/node-image-pivot/bin/*; fi
     # Last, so that a failure leaves no mount.
     mount --bind "$run" "$sysroot/run"
 }

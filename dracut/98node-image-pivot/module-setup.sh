@@ -14,6 +14,8 @@ depends() {
 # Adds the files of `node-image-pivot pack initrd`, and the programs that carry.sh uses.
 # shellcheck disable=SC2154 # dracut sets initdir, and dracutsysrootdir for an installation in another directory
 install() {
-    inst_multiple cp mkdir mount rm umount
+    inst_multiple chmod cp mkdir mount rm umount
     node-image-pivot pack initrd --directory "$initdir" ${dracutsysrootdir:+--root "$dracutsysrootdir"}
+    # dracut adds the libraries of executable files. The agent uses those of the real root; carry.sh restores the mode.
+    chmod a-x "$initdir"/usr/lib/node-image-pivot/carry/agent/node-image-pivot/bin/*
 }
