@@ -447,3 +447,27 @@ fn ignition_fetches_the_programs_from_a_url_and_verifies_them() {
     // An ISO reserves a small area.
     assert!(fs::metadata(bench.path("fragment.ign")).unwrap().len() < 128 << 10);
 }
+
+/// Ignition refuses a version that is newer than itself.
+#[test]
+fn an_older_version_of_the_specification_has_the_same_content() {
+    let bench = Bench::new();
+    let pack = |more: &str| {
+        succeeds(&bench.pack(&format!("ignition --root installed --config config --output fragment.ign{more}")));
+        fs::read_to_string(bench.path("fragment.ign")).unwrap()
+    };
+    let newest = pack("");
+    for version in ["3.2.0", "3.3.0", "3.4.0"] {
+        let text = pack(&format!(" --spec {version}"));
+        assert_eq!(text.replace(version, "3.4.0"), newest);
+        let (config, warnings) = Config::parse_str(&text).unwrap();
+        assert!(warnings.is_empty(), "{warnings:?}");
+        let read = match config {
+            Config::V3_2(config) => config.ignition.version,
+            Config::V3_3(config) => config.ignition.version,
+            Config::V3_4(config) => Some(config.ignition.version),
+            other => panic!("another version: {other:?}"),
+        };
+        assert_eq!(read.as_deref(), Some(version));
+    }
+}

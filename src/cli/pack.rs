@@ -9,7 +9,7 @@ use support::directory::Directory;
 use support::human_bytes;
 
 use super::say;
-use crate::pack::{self, Binaries, Parts};
+use crate::pack::{self, Binaries, Parts, Spec};
 use crate::report::Outcome;
 
 #[derive(Debug, Subcommand)]
@@ -26,7 +26,7 @@ pub(super) enum Form {
     },
     /// Write a fragment for Ignition
     ///
-    /// Its version is 3.4.0. Merge it into another configuration with `ignition.config.merge`.
+    /// Merge it into another configuration with `ignition.config.merge`.
     Ignition {
         #[command(flatten)]
         content: Content,
@@ -39,6 +39,9 @@ pub(super) enum Form {
         /// node-image-pivot and node-image-pivot-generator into this directory, without changes.
         #[arg(long, value_name = "URL")]
         url: Option<String>,
+        /// Version of the specification, for an older Ignition
+        #[arg(long, value_name = "VERSION", default_value = "3.4.0")]
+        spec: Spec,
     },
 }
 
@@ -83,10 +86,10 @@ pub(super) fn pack(form: &Form) -> Result<Outcome> {
                 None => write(destination.output.as_deref().unwrap_or(Path::new("")), &pack::archive(&tree)?, &parts)?,
             }
         }
-        Form::Ignition { content, output, url } => {
+        Form::Ignition { content, output, url, spec } => {
             let parts = content.parts()?;
             let binaries = url.clone().map_or(Binaries::Inline, Binaries::Url);
-            let fragment = pack::ignition(&parts, &binaries)?;
+            let fragment = pack::ignition(&parts, &binaries, *spec)?;
             write(output, format!("{fragment}\n").as_bytes(), &parts)?;
         }
     }

@@ -3,6 +3,8 @@
 
 use std::io::{self, Write as _};
 
+use clap::ValueEnum;
+use clap::builder::PossibleValue;
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use serde_json::{Value, json};
@@ -21,11 +23,22 @@ pub enum Binaries {
     Url(String),
 }
 
-/// Returns the fragment, in version 3.4.0 of the specification.
+/// Version of the specification that the fragment names. Its content is valid in each of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Spec {
+    #[value(name = "3.2.0")]
+    V3_2,
+    #[value(name = "3.3.0")]
+    V3_3,
+    #[value(name = "3.4.0")]
+    V3_4,
+}
+
+/// Returns the fragment.
 ///
 /// # Errors
 /// The content cannot be compressed.
-pub fn ignition(parts: &Parts, binaries: &Binaries) -> io::Result<Value> {
+pub fn ignition(parts: &Parts, binaries: &Binaries, spec: Spec) -> io::Result<Value> {
     let (mut directories, mut files, mut links) = (Vec::new(), Vec::new(), Vec::new());
     for (path, node) in ETC.settings(parts).into_iter().chain(ETC.units()).chain(ETC.programs(parts)) {
         match node {
@@ -40,8 +53,9 @@ pub fn ignition(parts: &Parts, binaries: &Binaries) -> io::Result<Value> {
             Node::Link(target) => links.push(json!({"path": format!("/{path}"), "overwrite": true, "target": target})),
         }
     }
+    let version = spec.to_possible_value();
     Ok(json!({
-        "ignition": {"version": "3.4.0"},
+        "ignition": {"version": version.as_ref().map(PossibleValue::get_name)},
         "storage": {"directories": directories, "files": files, "links": links},
     }))
 }

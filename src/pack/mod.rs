@@ -20,7 +20,7 @@ use crate::config::Settings;
 use crate::preflight::{Machine, machine_of};
 
 pub use archive::{archive, write_tree};
-pub use ignition::{Binaries, ignition};
+pub use ignition::{Binaries, Spec, ignition};
 pub use initramfs::initramfs;
 
 /// File name of the generator.
