@@ -53,6 +53,8 @@ mod names;
 mod odd_layers;
 #[path = "pull/oracle.rs"]
 mod oracle;
+#[path = "pull/own_sysroot.rs"]
+mod own_sysroot;
 #[path = "pull/plain.rs"]
 mod plain;
 #[path = "pull/policy.rs"]

@@ -1,5 +1,7 @@
 //! Deploys the node image to a disk.
 
+use std::path::PathBuf;
+
 use disk_deploy::{DeployError, Deployed, Request};
 use ostree::gio;
 use ostree::prelude::CancellableExt;
@@ -8,6 +10,7 @@ use tracing::info;
 use super::phases::complete::staged;
 use super::{Agent, CancelHandle, Error, Step, storage};
 use crate::report::RefusalId;
+use overlay_root::Namespace;
 use support::human_bytes;
 
 impl Agent {
@@ -34,7 +37,7 @@ impl Agent {
         let token = cancellable.clone();
         let mut writing = tokio::task::spawn_blocking(move || {
             let store = storage::of(&paths, &staged.delta)?;
-            Ok::<_, Error>(disk_deploy::deploy(&store, &staged.pulled.image, &request, &token)?)
+            write(request, |request| disk_deploy::deploy(&store, &staged.pulled.image, request, &token))
         });
         let outcome = tokio::select! {
             outcome = &mut writing => outcome,
@@ -47,6 +50,21 @@ impl Agent {
         info!("{line}");
         Ok(vec![line])
     }
+}
+
+/// Calls `deploy`. If the sysroot is that of the running system, it is writable for this call only.
+fn write(
+    mut request: Request,
+    deploy: impl FnOnce(&Request) -> Result<Deployed, DeployError> + Send,
+) -> Result<Deployed, Error> {
+    if !disk_deploy::is_running_system(&request.sysroot) {
+        return Ok(deploy(&request)?);
+    }
+    request.sysroot = "/".into();
+    let (init, places) = (Namespace::init(), ["/sysroot", "/boot"].map(PathBuf::from));
+    let mounts = init.mounts()?;
+    let places: Vec<_> = places.into_iter().filter(|place| overlay_root::top(&mounts, place).is_some()).collect();
+    Ok(overlay_root::with_writable(&init, &places, || Ok(deploy(&request)))??)
 }
 
 fn report(deployed: &Deployed, request: &Request) -> String {

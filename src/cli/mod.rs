@@ -152,7 +152,7 @@ enum Command {
     /// Writes it from the node store to the ostree repo of the disk, without a second download, as the system that the
     /// disk boots next. Pulls first if needed. Does not touch the running system.
     Deploy {
-        /// Directory with the mounted root file system of the disk
+        /// Mounted root file system of the disk, or / for the running system
         #[arg(long, value_name = "PATH")]
         sysroot: PathBuf,
         /// Existing stateroot for the deployment

@@ -12,7 +12,8 @@ use strum::{EnumIter, EnumMessage, IntoEnumIterator, IntoStaticStr};
 pub enum RefusalId {
     /// The node image's programs are for another machine. Use the node image for this architecture.
     Architecture,
-    /// The sysroot for a deployment is that of the running system. Use the one of another disk.
+    /// The sysroot for a deployment is that of the running system, on a read-only medium or without its boot loader entries.
+    /// Use the one of another disk.
     BootedSysroot,
     /// A phase is under way. Wait for its end (`node-image-pivot status --watch`), or end a pull with `node-image-pivot
     /// cancel`.

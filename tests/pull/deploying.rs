@@ -20,10 +20,10 @@ use super::waits::{files_below, wait_for_files};
 use super::{Bench, fsck, try_pull_with};
 
 /// An image in a node store, and the sysroot that it is deployed to.
-struct Setup {
-    store: NodeStore,
-    image: ResolvedImage,
-    disk: PathBuf,
+pub(super) struct Setup {
+    pub(super) store: NodeStore,
+    pub(super) image: ResolvedImage,
+    pub(super) disk: PathBuf,
 }
 
 impl Setup {
@@ -42,7 +42,7 @@ impl Setup {
     }
 
     /// Returns the result or the error of a deployment as it is printed.
-    fn deploy(&self, args: &str, imgref: &str) -> String {
+    pub(super) fn deploy(&self, args: &str, imgref: &str) -> String {
         let output = self.spawn(args, imgref).wait_with_output().unwrap();
         let text = String::from_utf8(output.stdout).unwrap();
         let result = text.lines().find_map(|line| line.split_once("RESULT ")).unwrap_or_else(|| panic!("{text}")).1;
@@ -50,12 +50,12 @@ impl Setup {
         result.to_owned()
     }
 
-    fn repo(&self) -> PathBuf {
+    pub(super) fn repo(&self) -> PathBuf {
         self.disk.join("ostree/repo")
     }
 
     /// Returns the directories of the deployments.
-    fn deployments(&self) -> Vec<PathBuf> {
+    pub(super) fn deployments(&self) -> Vec<PathBuf> {
         let entries = fs::read_dir(self.disk.join("ostree/deploy/node/deploy")).into_iter().flatten();
         let mut found: Vec<_> = entries.map(|entry| entry.unwrap().path()).filter(|path| path.is_dir()).collect();
         found.sort();
@@ -63,7 +63,7 @@ impl Setup {
     }
 
     /// Returns the boot loader entries, the one that boots next first.
-    fn entries(&self) -> Vec<String> {
+    pub(super) fn entries(&self) -> Vec<String> {
         let entries = fs::read_dir(self.disk.join("boot/loader/entries")).into_iter().flatten();
         let mut found: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
         found.sort();
@@ -71,7 +71,7 @@ impl Setup {
     }
 
     /// Checks that the disk boots either nothing or all of the image.
-    fn is_sound(&self) {
+    pub(super) fn is_sound(&self) {
         fsck(&self.repo());
         for entry in self.entries() {
             let target = entry.lines().find_map(|line| line.strip_prefix("options ")).unwrap();
@@ -107,7 +107,7 @@ fn child_deploy() {
     }
 }
 
-fn encapsulated(bench: &Bench, labels: Labels, version: &str) -> Image {
+pub(super) fn encapsulated(bench: &Bench, labels: Labels, version: &str) -> Image {
     changed_base(bench, labels, &format!("-bootable{version}"), &|path| {
         fs::write(path.join("usr/lib/os-release"), "ID=node\n").unwrap();
         fs::write(path.join("usr/etc/app/app.conf"), format!("version = {version}\n")).unwrap();
@@ -115,7 +115,7 @@ fn encapsulated(bench: &Bench, labels: Labels, version: &str) -> Image {
 }
 
 /// Pulls an image completely into a store without a booted repo.
-async fn pulled(bench: &Bench, spec: &str, disk: PathBuf, name: &str) -> Setup {
+pub(super) async fn pulled(bench: &Bench, spec: &str, disk: PathBuf, name: &str) -> Setup {
     let store = bench.store(name, None);
     let image = try_pull_with(spec, &store, None, complete()).await.unwrap().image;
     Setup { store, image, disk }

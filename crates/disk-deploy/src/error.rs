@@ -18,10 +18,10 @@ pub enum DeployError {
         /// Error of libostree.
         source: glib::Error,
     },
-    /// The sysroot is that of the running system.
+    /// The sysroot is that of the running system, which cannot get a deployment.
     #[error(
-        "cannot deploy to {}, the sysroot of the running system: only other disks are supported; use ostree container \
-         image deploy, which finds the image after pull --complete", .0.display()
+        "cannot deploy to {}, the sysroot of the running system: its file system is read-only, or libostree does not find \
+         the booted deployment there; deploy to another disk", .0.display()
     )]
     Booted(PathBuf),
     /// The disk has a deployment that its boot loader entries do not name: its `/boot` is not mounted.

@@ -26,7 +26,7 @@ mod guard;
 mod reference;
 mod space;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use node_store::image::ResolvedImage;
@@ -115,6 +115,12 @@ pub fn deploy(
     Ok(Deployed { commit: content.commit, objects: missing.count, bytes: missing.bytes, existed: false })
 }
 
+/// Returns true if `sysroot` is that of the running system, through whatever mount or link. To deploy there, the caller makes
+/// `/sysroot` and `/boot` writable, and the request names the root directory.
+pub fn is_running_system(sysroot: &Path) -> bool {
+    guard::is_same_repo(sysroot, &["/", "/sysroot"])
+}
+
 /// Returns true for one argument that can be in a boot loader entry. With white space it would become several, so that a
 /// repeated call would not find it; a line feed would begin another key of the entry.
 fn is_kernel_arg(arg: &str) -> bool {
@@ -124,15 +130,14 @@ fn is_kernel_arg(arg: &str) -> bool {
 
 /// Opens the sysroot and refuses one that cannot get a deployment.
 fn open(request: &Request) -> Result<ostree::Sysroot, DeployError> {
-    // libostree finds a booted deployment only if the path of the sysroot is that of the root directory.
-    if guard::is_same_repo(&request.sysroot, &["/", "/sysroot"]) {
-        return Err(DeployError::Booted(request.sysroot.clone()));
-    }
     let sysroot = ostree::Sysroot::new(Some(&gio::File::for_path(&request.sysroot)));
     if let Err(source) = sysroot.load(gio::Cancellable::NONE) {
         return Err(DeployError::NoSysroot { path: request.sysroot.clone(), source });
     }
-    if sysroot.booted_deployment().is_some() {
+    // libostree would remove a booted deployment that it does not find. It finds one only in the root directory.
+    if is_running_system(&request.sysroot)
+        && (sysroot.booted_deployment().is_none() || space::is_read_only(&request.sysroot)?)
+    {
         return Err(DeployError::Booted(request.sysroot.clone()));
     }
     let name = &request.stateroot;

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use ostree::prelude::{FileEnumeratorExt, FileExt};
 use ostree::{gio, glib};
-use rustix::fs::{StatVfs, statvfs};
+use rustix::fs::{StatVfs, StatVfsMountFlags, statvfs};
 
 use super::content::{Content, Missing};
 use super::error::{DeployError, failed};
@@ -43,12 +43,18 @@ pub(crate) fn check(
     ];
     let path = sysroot.path().path().unwrap_or_default();
     let boot_path = path.join("boot");
-    let (disk, boot_disk) = (space(&path)?, space(&boot_path).ok());
+    // The root directory of a running system may be a composefs.
+    let (disk, boot_disk) = (space(&path.join("ostree/repo"))?, space(&boot_path).ok());
     match boot_disk.filter(|boot_disk| boot_disk.f_fsid != disk.f_fsid) {
         Some(boot_disk) => compare(&boot_path, vec![("for the kernel", boot)], &boot_disk)?,
         None => parts.push(("for the kernel", boot)),
     }
     compare(&path, parts, &disk)
+}
+
+/// Returns true if the repo of the sysroot is on a read-only mount or file system.
+pub(crate) fn is_read_only(sysroot: &Path) -> Result<bool, DeployError> {
+    Ok(space(&sysroot.join("ostree/repo"))?.f_flag.contains(StatVfsMountFlags::RDONLY))
 }
 
 fn space(path: &Path) -> Result<StatVfs, DeployError> {

@@ -1,0 +1,86 @@
+//! A deployment to the sysroot of the running system: the child process sees a deployment as its root directory, with other
+//! files at `/usr`, as after a pivot.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use super::Bench;
+use super::deploying::{Setup, encapsulated, pulled};
+use super::derived::Labels;
+use super::fixture::run;
+use super::image_refs::sysroot;
+use super::waits::files_below;
+
+/// Runs the child in the deployment `$1` of the disk `$2`. `$3` is the node store, `$4` the directory of the program `$5`, and
+/// `$6` is `ro` or `rw` for /sysroot.
+const BOOTED: &str = r#"
+    cd "$1"
+    mkdir -p sysroot run proc dev store program var usr
+    for name in bin lib lib64; do [ -L $name ] || [ -e $name ] || ln -s usr/$name $name; done
+    [ -L ostree ] || ln -s sysroot/ostree ostree
+    mount --bind . "$1"; cd "$1"
+    mount --bind "$2" sysroot
+    [ -d boot ] || mkdir boot
+    mount --bind sysroot/boot boot
+    mount --bind /usr usr
+    mount --bind "$3" store
+    mount --bind "$4" program
+    mount --rbind /proc proc
+    mount --rbind /dev dev
+    mount -t tmpfs run run
+    touch run/ostree-booted
+    mount -o "remount,bind,$6" sysroot
+    exec chroot . "/program/$5" --ignored --exact deploying::child_deploy --nocapture"#;
+
+/// Deploys `setup` to the sysroot `path` of the system that runs from the deployment `root`.
+fn deploy_from(root: &Path, setup: &Setup, path: &str, mode: &str) -> String {
+    let program = std::env::current_exe().unwrap();
+    let (dir, name) = (program.parent().unwrap(), program.file_name().unwrap());
+    let pinned = setup.image.pinned.to_string();
+    let mut shell = Command::new("unshare");
+    shell.args(["--mount", "--propagation", "private", "bash", "-euc", BOOTED, "booted"]);
+    shell.arg(root).arg(&setup.disk).arg(setup.store.root()).arg(dir).arg(name).arg(mode);
+    shell.env("PIVOT_CHILD", ["/store", path, &pinned, "quiet", ""].join("|"));
+    let output = shell.env("OSTREE_SYSROOT_DEBUG", "mutable-deployments").output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    let result = text.lines().find_map(|line| line.split_once("RESULT "));
+    let result = result.unwrap_or_else(|| panic!("{text} {}", String::from_utf8_lossy(&output.stderr))).1;
+    println!("{result}");
+    result.to_owned()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_running_system_stays_as_the_rollback_of_the_deployed_image() {
+    let bench = Bench::new();
+    let spec = bench.push(&encapsulated(&bench, Labels::None, "1"), "os:1");
+    let (disk, _mount) = sysroot(&bench, "disk", "64m");
+    let old = pulled(&bench, &spec, disk, "first").await;
+    assert!(old.deploy("root=UUID=1", "").starts_with("Deployed"));
+    let root = old.deployments().remove(0);
+    fs::write(root.join("etc/local.conf"), "local").unwrap();
+    let spec = bench.push(&encapsulated(&bench, Labels::None, "2"), "os:2");
+    let new = pulled(&bench, &spec, old.disk.clone(), "second").await;
+
+    let before = files_below(&new.repo());
+    for (path, mode) in [("/", "ro"), ("/sysroot", "rw")] {
+        let refused = deploy_from(&root, &new, path, mode);
+        assert!(refused.starts_with("error Booted"), "{path} {mode}: {refused}");
+    }
+    assert_eq!((files_below(&new.repo()), new.entries().len()), (before, 1), "nothing is written");
+
+    let done = deploy_from(&root, &new, "/", "rw");
+    assert!(done.starts_with("Deployed") && done.ends_with("existed: false }"), "{done}");
+    assert!(deploy_from(&root, &new, "/", "rw").ends_with("existed: true }"));
+    new.is_sound();
+    let entries = new.entries();
+    assert!(entries[0].contains(" quiet") && entries[0].contains("root=UUID=1"), "{entries:?}");
+    assert_eq!((entries.len(), entries[1].contains("quiet")), (2, false), "{entries:?}");
+    let deployed = new.deployments().into_iter().find(|path| *path != root).unwrap();
+    assert_eq!(fs::read_to_string(deployed.join("etc/local.conf")).unwrap(), "local");
+    assert_eq!(fs::read_to_string(deployed.join("etc/app/app.conf")).unwrap(), "version = 2\n");
+    // A cleanup from elsewhere keeps both.
+    run("ostree", &["admin", "cleanup", "--sysroot", new.disk.to_str().unwrap()]);
+    assert_eq!(new.deployments().len(), 2);
+    new.is_sound();
+}
