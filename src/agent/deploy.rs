@@ -1,15 +1,19 @@
 //! Deploys the node image to a disk.
 
+use std::fmt::Display;
 use std::path::PathBuf;
 
 use disk_deploy::{DeployError, Deployed, Request};
 use ostree::gio;
 use ostree::prelude::CancellableExt;
-use tracing::info;
+use tracing::{info, warn};
 
+use super::hooks::Hooks;
 use super::phases::complete::staged;
-use super::{Agent, CancelHandle, Error, Step, storage};
-use crate::report::RefusalId;
+use super::unit_survey::UnitSettings;
+use super::{Agent, CancelHandle, Error, StagedRoot, Step, storage};
+use crate::config::Settings;
+use crate::report::{Phase, RefusalId, Tracker};
 use overlay_root::Namespace;
 use support::human_bytes;
 
@@ -22,7 +26,7 @@ impl Agent {
     /// As [`Agent::complete`]; refused if the disk cannot get the deployment.
     pub async fn deploy(&self, request: Request, cancel: &CancelHandle) -> Result<Vec<String>, Error> {
         self.complete(cancel).await?;
-        let staged = {
+        let (staged, flow) = {
             let mut record = self.record.lock().await;
             if let Step::NothingToDo { reason, .. } = &record.step {
                 let message = format!("cannot deploy a node image: {reason}");
@@ -30,14 +34,53 @@ impl Agent {
             }
             let lost = "cannot deploy: another call has discarded the node image or is switching; nothing was written; run \
                         deploy again";
-            staged(&mut record.step).cloned().ok_or_else(|| Error::refused(RefusalId::NoNodeImage, lost))?
+            let staged = staged(&mut record.step).cloned();
+            (staged.ok_or_else(|| Error::refused(RefusalId::NoNodeImage, lost))?, record.flow())
         };
-        let (paths, asked) = (self.paths.clone(), request.clone());
+        let settings =
+            Settings::load().map_err(|error| Error::refused(RefusalId::Configuration, format!("{error:#}")))?;
+        let target = UnitSettings::of(&settings, &self.tracker).target;
+        let beside = self.tracker.beside(Phase::Deploy);
+        let tracker = beside.tracker();
+        let hooks = Hooks {
+            tracker,
+            dir: &self.paths,
+            timeout: settings.hooks_timeout,
+            target: &target,
+            staged: &staged,
+            flow,
+            sysroot: Some(&request.sysroot),
+        };
+        tracker.begin(Phase::Deploy);
+        let outcome = async {
+            hooks.pre_deploy(cancel).await?;
+            let deployed = self.write(&staged, request.clone(), tracker.clone(), cancel).await?;
+            Ok::<_, Error>((deployed, hooks.post_deploy().await))
+        }
+        .await;
+        beside.end(outcome.as_ref().err().map(|error| error as &dyn Display));
+        let (deployed, failures) = outcome?;
+        failures.iter().for_each(|failure| warn!("{failure}"));
+        let line = report(&deployed, &request);
+        info!("{line}");
+        Ok([line].into_iter().chain(failures).collect())
+    }
+
+    /// Writes the objects and the deployment, until the call is cancelled.
+    async fn write(
+        &self,
+        staged: &StagedRoot,
+        request: Request,
+        tracker: Tracker,
+        cancel: &CancelHandle,
+    ) -> Result<Deployed, Error> {
+        let (paths, staged) = (self.paths.clone(), staged.clone());
         let cancellable = gio::Cancellable::new();
         let token = cancellable.clone();
         let mut writing = tokio::task::spawn_blocking(move || {
             let store = storage::of(&paths, &staged.delta)?;
-            write(request, |request| disk_deploy::deploy(&store, &staged.pulled.image, request, &token))
+            let progress = |percent| tracker.share(0, percent, 100);
+            write(request, |request| disk_deploy::deploy(&store, &staged.pulled.image, request, &progress, &token))
         });
         let outcome = tokio::select! {
             outcome = &mut writing => outcome,
@@ -46,9 +89,7 @@ impl Agent {
                 writing.await
             }
         };
-        let line = report(&outcome.map_err(anyhow::Error::from)??, &asked);
-        info!("{line}");
-        Ok(vec![line])
+        outcome.map_err(anyhow::Error::from)?
     }
 }
 

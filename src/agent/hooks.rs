@@ -1,4 +1,4 @@
-//! Runs hooks: a failure before the switch refuses it, a failure after the switch becomes a warning.
+//! Runs hooks: a failure before the switch or a deployment refuses it, a failure afterwards becomes a warning.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -16,7 +16,7 @@ use unit_refresh::Flow;
 
 const ROOT: &str = "/";
 
-/// The hooks of a switch.
+/// The hooks of a switch or of a deployment.
 pub(super) struct Hooks<'a> {
     pub(super) tracker: &'a Tracker,
     pub(super) dir: &'a StateDir,
@@ -24,6 +24,8 @@ pub(super) struct Hooks<'a> {
     pub(super) target: &'a str,
     pub(super) staged: &'a StagedRoot,
     pub(super) flow: Flow,
+    /// The sysroot of a deployment.
+    pub(super) sysroot: Option<&'a Path>,
 }
 
 impl Hooks<'_> {
@@ -32,17 +34,43 @@ impl Hooks<'_> {
     /// # Errors
     /// A hook fails, or the call is cancelled. The agent has changed nothing then.
     pub(super) async fn pre_switch(&self, cancel: &CancelHandle) -> Result<(), Error> {
-        let moment = Moment::PreSwitch;
-        let hooks = host::find_hooks(Path::new(ROOT), moment)
-            .map_err(|error| Error::refused(RefusalId::Hook, format!("{error:#}")))?;
+        let hooks = find_all(Moment::PreSwitch)?;
         // Another switch runs the hooks after it again.
         self.dir.remove(Done::NAME)?;
         if hooks.is_empty() {
             return Ok(());
         }
         self.tracker.begin(Phase::Switch);
+        let outcome = self.run_all(&hooks, Moment::PreSwitch, cancel).await;
+        if outcome.is_err() {
+            self.tracker.update(|status| status.timeline.retain(|entry| entry.phase != Phase::Switch));
+        }
+        outcome
+    }
+
+    /// Runs the hooks before a deployment.
+    ///
+    /// # Errors
+    /// As [`Hooks::pre_switch`].
+    pub(super) async fn pre_deploy(&self, cancel: &CancelHandle) -> Result<(), Error> {
+        self.run_all(&find_all(Moment::PreDeploy)?, Moment::PreDeploy, cancel).await
+    }
+
+    /// Runs the hooks after a deployment. Returns the failures.
+    pub(super) async fn post_deploy(&self) -> Vec<String> {
+        let hooks = find_all(Moment::PostDeploy);
+        let mut failures: Vec<_> = hooks.as_ref().err().map(ToString::to_string).into_iter().collect();
+        for hook in hooks.into_iter().flatten() {
+            failures
+                .extend(self.run(&hook, Moment::PostDeploy).await.err().map(|error| one_line(&format!("{error:#}"))));
+        }
+        failures
+    }
+
+    /// Runs hooks until one fails, which refuses the switch or the deployment.
+    async fn run_all(&self, hooks: &[Hook], moment: Moment, cancel: &CancelHandle) -> Result<(), Error> {
         let all = async {
-            for hook in &hooks {
+            for hook in hooks {
                 self.run(hook, moment).await?;
             }
             anyhow::Ok(())
@@ -55,12 +83,7 @@ impl Hooks<'_> {
             }),
             () = cancel.cancelled() => Err(Error::cancelled()),
         };
-        self.tracker.update(|status| {
-            status.waiting_for = None;
-            if outcome.is_err() {
-                status.timeline.retain(|entry| entry.phase != Phase::Switch);
-            }
-        });
+        self.tracker.update(|status| status.waiting_for = None);
         outcome
     }
 
@@ -109,13 +132,14 @@ impl Hooks<'_> {
         self.tracker.timed(Subject::Hook, &hook.name, run).await
     }
 
-    fn environment(&self, moment: Moment) -> [(&'static str, OsString); 9] {
+    fn environment(&self, moment: Moment) -> Vec<(&'static str, OsString)> {
         let image = &self.staged.pulled.image;
         let flow = match self.flow {
             Flow::Bootstrap => "bootstrap",
             Flow::Live => "live",
         };
-        [
+        let sysroot = self.sysroot.map(|path| ("NODE_IMAGE_PIVOT_SYSROOT", path.into()));
+        let all = [
             ("NODE_IMAGE_PIVOT_HOOK", moment.as_str().into()),
             ("NODE_IMAGE_PIVOT_FLOW", flow.into()),
             ("NODE_IMAGE_PIVOT_IMAGE", image.pinned.to_string().into()),
@@ -125,8 +149,13 @@ impl Hooks<'_> {
             ("NODE_IMAGE_PIVOT_STATE_DIR", self.dir.run().into()),
             ("NODE_IMAGE_PIVOT_PLAN", self.dir.run().join(SwitchPlan::NAME).into()),
             ("NODE_IMAGE_PIVOT_DELTA", (&self.staged.delta.directory).into()),
-        ]
+        ];
+        all.into_iter().chain(sysroot).collect()
     }
+}
+
+fn find_all(moment: Moment) -> Result<Vec<Hook>, Error> {
+    host::find_hooks(Path::new(ROOT), moment).map_err(|error| Error::refused(RefusalId::Hook, format!("{error:#}")))
 }
 
 /// The hooks that ran after this switch, and their failures.
@@ -152,9 +181,50 @@ impl StateFile for Done {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
-    use super::super::state::survives_every_damage;
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
+
+    use rustix::mount::{MountFlags, mount};
+
+    use super::super::state::{staged, survives_every_damage};
     use super::*;
+    use crate::agent::CancelHandles;
+    use crate::report::Status;
+    use support::testing::private;
+
+    fn put(path: &str, text: &str) {
+        let path = Path::new("/run/node-image-pivot").join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, text).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+
+    #[test]
+    fn a_hook_refuses_a_deployment_and_failures_after_it_are_returned() {
+        private(|scratch| {
+            mount("none", "/run", "tmpfs", MountFlags::empty(), None).unwrap();
+            let (tracker, dir, staged) = (&Tracker::new(Status::default()), &StateDir::below(scratch), &staged());
+            let (timeout, flow, sysroot) = (Duration::from_secs(120), Flow::Live, Some(Path::new("/mnt")));
+            let hooks = Hooks { tracker, dir, timeout, target: "multi-user.target", staged, flow, sysroot };
+            let cancel = CancelHandles::default().register("test");
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            let pre_deploy = || runtime.block_on(hooks.pre_deploy(&cancel));
+            pre_deploy().unwrap();
+            put("pre-deploy.d/10-check", "#!/bin/sh\ntest \"$NODE_IMAGE_PIVOT_SYSROOT\" = /mnt\n");
+            pre_deploy().unwrap();
+            put("pre-deploy.d/20-refuse", "#!/bin/sh\necho not today; exit 1\n");
+            let refused = pre_deploy().unwrap_err().last_error();
+            assert_eq!(refused.refusals[0].id, "hook");
+            assert!(refused.message.contains("not today"), "{}", refused.message);
+            put("post-deploy.d/10-fail", "#!/bin/sh\nexit 7\n");
+            put("post-deploy.d/20-note", "#!/bin/sh\necho $NODE_IMAGE_PIVOT_HOOK >/run/noted\n");
+            let failures = runtime.block_on(hooks.post_deploy());
+            assert!(failures.len() == 1 && failures[0].contains("10-fail"), "{failures:?}");
+            assert_eq!(fs::read_to_string("/run/noted").unwrap(), "post-deploy\n");
+        });
+    }
 
     #[test]
     fn the_list_of_an_older_agent_is_read() {

@@ -1,4 +1,5 @@
-//! Finds and runs hooks: executables of the administrator or of the node image that run before and after the switch.
+//! Finds and runs hooks: executables of the administrator or of the node image that run before and after the switch, and
+//! before and after a deployment to a disk.
 //!
 //! `docs/hooks.md` describes their directories and their environment. The caller decides about the consequences of a
 //! failure.
@@ -24,6 +25,10 @@ pub enum Moment {
     PreSwitch,
     /// After the refresh.
     PostSwitch,
+    /// Before anything is written to a disk.
+    PreDeploy,
+    /// After the boot loader entries of the disk were written.
+    PostDeploy,
 }
 
 impl Moment {

@@ -21,6 +21,8 @@ pub enum Phase {
     Refresh,
     /// Isolates to the original default target.
     Finish,
+    /// Writes the node image to a disk. Not part of the pivot.
+    Deploy,
     /// A phase of another version of the agent.
     #[serde(other)]
     Other,

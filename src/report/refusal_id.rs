@@ -34,8 +34,8 @@ pub enum RefusalId {
     Expired,
     /// A switch or an undo has begun and is not complete. Run `node-image-pivot undo`, or start the unit of the switch again.
     HalfDone,
-    /// A `pre-switch` hook failed. The message has its last lines. Fix the cause, or disable the hook with a link to
-    /// `/dev/null`.
+    /// A `pre-switch` or `pre-deploy` hook failed. The message has its last lines. Fix the cause, or disable the hook with a
+    /// link to `/dev/null`.
     Hook,
     /// The image that updates of a disk should follow is invalid. Correct `--imgref`.
     ImageReference,

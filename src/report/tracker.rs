@@ -99,8 +99,9 @@ fn short(message: &str) -> String {
     one_line(message).chars().take(DETAIL).collect()
 }
 
-/// A pull beside the pivot. When this value is dropped, the pull disappears from the document and ends in the timeline.
+/// A phase beside the pivot. When this value is dropped, it disappears from the document and ends in the timeline.
 pub struct Beside<'a> {
+    phase: Phase,
     main: &'a Tracker,
     own: Tracker,
 }
@@ -111,13 +112,13 @@ impl Beside<'_> {
         &self.own
     }
 
-    /// Ends the pull, as failed if there is an error.
+    /// Ends the phase, as failed if there is an error.
     pub fn end(self, error: Option<&dyn Display>) {
         // Before the phase ends, so that the document does not show a state between the two.
         self.main.set_beside(None);
         match error {
-            None => self.own.end_span(Phase::Pull),
-            Some(error) => self.own.end_pull(SpanResult::Failed, Some(short(&format!("{error:#}")))),
+            None => self.own.end_span(self.phase),
+            Some(error) => self.own.end_early(self.phase, SpanResult::Failed, Some(short(&format!("{error:#}")))),
         }
     }
 }
@@ -125,7 +126,7 @@ impl Beside<'_> {
 impl Drop for Beside<'_> {
     fn drop(&mut self) {
         self.main.set_beside(None);
-        self.own.end_pull(SpanResult::Interrupted, None);
+        self.own.end_early(self.phase, SpanResult::Interrupted, None);
     }
 }
 
@@ -175,13 +176,13 @@ impl Tracker {
         outcome
     }
 
-    /// Begins a pull beside the pivot, which completes the node store after staging. Until the returned value is dropped, the
-    /// document shows its phase, its counters and its failures, unless a phase of the pivot runs.
-    pub fn beside(&self) -> Beside<'_> {
+    /// Begins a phase beside the pivot: a pull that completes the node store after staging, or a deployment. Until the
+    /// returned value is dropped, the document shows it with its progress and its failures, unless a phase of the pivot runs.
+    pub fn beside(&self, phase: Phase) -> Beside<'_> {
         let (main, live) = (Some(self.status.clone()), self.live.clone());
         let own = Self { main, live, ..Self::new(Status::default()) };
         self.set_beside(Some(own.clone()));
-        Beside { main: self, own }
+        Beside { phase, main: self, own }
     }
 
     fn set_beside(&self, tracker: Option<Tracker>) {
@@ -196,11 +197,11 @@ impl Tracker {
         let beside = self.beside.lock().unwrap_or_else(PoisonError::into_inner).clone();
         match beside {
             Some(beside) if !matches!(status.state, State::Running | State::Waiting) => {
-                let Status { state, phase, progress, waiting_for, error, .. } = beside.pivot_status();
+                let Status { state, phase, percent, progress, waiting_for, error, .. } = beside.pivot_status();
                 if state == State::Idle {
                     status
                 } else {
-                    Status { state, phase, progress, waiting_for, error, ..status }
+                    Status { state, phase, percent, progress, waiting_for, error, ..status }
                 }
             }
             _ => status,
@@ -348,13 +349,13 @@ impl Tracker {
         }
     }
 
-    /// Ends a pull that has not succeeded and its wait, if one is under way.
-    fn end_pull(&self, result: SpanResult, detail: Option<String>) {
+    /// Ends a phase that has not succeeded and its wait, if it is under way.
+    fn end_early(&self, phase: Phase, result: SpanResult, detail: Option<String>) {
         let mut live = self.live();
         live.timeline.add_layers(self.progress.take_reads());
-        if live.timeline.open(Subject::Phase, Some(Phase::Pull.as_str())).is_some() {
+        if live.timeline.open(Subject::Phase, Some(phase.as_str())).is_some() {
             live.timeline.end(Subject::Wait, None, boottime_ms(), SpanResult::Interrupted);
-            live.end_unsuccessful(Phase::Pull, result, detail);
+            live.end_unsuccessful(phase, result, detail);
         }
     }
 

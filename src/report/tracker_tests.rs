@@ -103,7 +103,7 @@ fn work_beside_the_pivot_is_shown_and_leaves_nothing() {
     let tracker = Tracker::new(Status { state: State::Switched, phase: Some(Phase::Refresh), ..Status::default() });
     let before = tracker.status();
     let mut watch = tracker.watch();
-    let beside = tracker.beside();
+    let beside = tracker.beside(Phase::Pull);
     beside.tracker().begin(Phase::Pull);
     PullProgress::add(&beside.tracker().progress.bytes_fetched, 7);
     let shown = tracker.status();
@@ -116,6 +116,19 @@ fn work_beside_the_pivot_is_shown_and_leaves_nothing() {
     tracker.end(Phase::Finish, State::Done);
     drop(beside);
     assert_eq!((tracker.status().state, tracker.status().progress.bytes_fetched), (State::Done, 0));
+}
+
+#[test]
+fn a_deployment_beside_the_pivot_shows_its_share() {
+    let tracker = Tracker::new(Status { state: State::Switched, phase: Some(Phase::Refresh), ..Status::default() });
+    let before = tracker.status();
+    let beside = tracker.beside(Phase::Deploy);
+    beside.tracker().begin(Phase::Deploy);
+    beside.tracker().share(0, 40, 100);
+    let shown = tracker.status();
+    assert_eq!((shown.state, shown.phase, shown.percent), (State::Running, Some(Phase::Deploy), Some(40)));
+    beside.end(None);
+    assert_eq!(tracker.status(), before);
 }
 
 #[test]
@@ -138,7 +151,7 @@ fn a_pull_beside_the_pivot_ends_in_the_timeline() {
     tracker.begin(Phase::Refresh);
     tracker.end(Phase::Refresh, State::Switched);
     let begin = || {
-        let beside = tracker.beside();
+        let beside = tracker.beside(Phase::Pull);
         beside.tracker().begin(Phase::Pull);
         beside
     };

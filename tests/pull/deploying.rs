@@ -46,6 +46,11 @@ impl Setup {
         let output = self.spawn(args, imgref).wait_with_output().unwrap();
         let text = String::from_utf8(output.stdout).unwrap();
         let result = text.lines().find_map(|line| line.split_once("RESULT ")).unwrap_or_else(|| panic!("{text}")).1;
+        let percent: Vec<u8> = text.lines().filter_map(|line| line.split_once("PERCENT ")?.1.parse().ok()).collect();
+        assert!(percent.is_sorted(), "{percent:?}");
+        if result.ends_with("existed: false }") {
+            assert_eq!((percent.first(), percent.last().map(|last| last % 100)), (Some(&0), Some(0)), "{percent:?}");
+        }
         println!("{result}");
         result.to_owned()
     }
@@ -101,7 +106,8 @@ fn child_deploy() {
         kernel_args: args.split_whitespace().map(str::to_owned).collect(),
         imgref: (!imgref.is_empty()).then(|| imgref.parse().unwrap()),
     };
-    match deploy(&store, &image, &request, &gio::Cancellable::new()) {
+    let progress = |percent| println!("PERCENT {percent}");
+    match deploy(&store, &image, &request, &progress, &gio::Cancellable::new()) {
         Ok(deployed) => println!("RESULT {deployed:?}"),
         Err(error) => println!("RESULT error {error:?} {error}"),
     }

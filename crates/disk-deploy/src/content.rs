@@ -97,13 +97,14 @@ impl<'a> Content<'a> {
         })
     }
 
-    /// Writes those of `objects` that `target` lacks, then the refs. libostree checks each object, and makes all of them
+    /// Writes the objects that `target` lacks, then the refs. libostree checks each object, and makes all of them
     /// durable before the first ref.
     pub fn write(
         &self,
-        objects: &HashSet<ostree::ObjectName>,
+        objects: &Missing,
         target: &ostree::Repo,
         imgref: &OstreeReference,
+        progress: &dyn Fn(usize),
         cancel: &gio::Cancellable,
     ) -> Result<(), DeployError> {
         let fail = || failed("write the image's objects");
@@ -116,9 +117,16 @@ impl<'a> Content<'a> {
         for commit in &new {
             target.mark_commit_partial(commit, true).map_err(fail())?;
         }
-        for object in objects {
+        let (mut written, mut percent) = (0, 0);
+        progress(percent);
+        for object in &objects.all {
             if !target.has_object(object.object_type(), object.checksum(), Some(cancel)).map_err(fail())? {
                 self.write_object(object, target, cancel).map_err(fail())?;
+                written += 1;
+                let now = written * 100 / objects.count.max(written);
+                if std::mem::replace(&mut percent, now) != now {
+                    progress(now);
+                }
             }
         }
         for (name, commit) in &self.refs {

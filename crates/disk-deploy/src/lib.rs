@@ -14,7 +14,7 @@
 //!
 //! # fn example(store: &NodeStore, image: &ResolvedImage) -> Result<(), disk_deploy::DeployError> {
 //! let request = Request { sysroot: "/mnt".into(), stateroot: "node".into(), ..Request::default() };
-//! let deployed = deploy(store, image, &request, &gio::Cancellable::new())?;
+//! let deployed = deploy(store, image, &request, &|percent| println!("{percent} %"), &gio::Cancellable::new())?;
 //! println!("the next boot of that disk is {}", deployed.commit);
 //! # Ok(())
 //! # }
@@ -74,7 +74,8 @@ pub struct Deployed {
 
 /// Deploys `image` from `store`. After a success, the next boot of the disk is the image, and all of it is on the disk.
 ///
-/// A repeated call changes nothing. A call that was killed is repeated: it continues with the missing objects.
+/// `progress` gets the percentage of the objects that are written, when it changes. A repeated call changes nothing. A call
+/// that was killed is repeated: it continues with the missing objects.
 ///
 /// # Errors
 /// [`DeployError::Failed`] and [`DeployError::Cancelled`] can follow writes; all other errors are found before the first one,
@@ -83,6 +84,7 @@ pub fn deploy(
     store: &NodeStore,
     image: &ResolvedImage,
     request: &Request,
+    progress: &dyn Fn(usize),
     cancel: &gio::Cancellable,
 ) -> Result<Deployed, DeployError> {
     let imgref = match &request.imgref {
@@ -109,7 +111,7 @@ pub fn deploy(
     let missing = content.missing_in(&sysroot.repo(), cancel)?;
     space::check(&sysroot, &content, &missing, cancel)?;
     info!("writing {} objects to {}", missing.count, request.sysroot.display());
-    content.write(&missing.all, &sysroot.repo(), &imgref, cancel)?;
+    content.write(&missing, &sysroot.repo(), &imgref, progress, cancel)?;
     info!("writing the deployment to {}", request.sysroot.display());
     write_deployment(&sysroot, &content.commit, request, &imgref, cancel)?;
     Ok(Deployed { commit: content.commit, objects: missing.count, bytes: missing.bytes, existed: false })

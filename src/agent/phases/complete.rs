@@ -8,7 +8,7 @@ use tracing::{info, warn};
 use super::pull::{self, Target};
 use crate::agent::{Agent, CancelHandle, Error, Finished, Goal, StagedRoot, Step, Switched, storage};
 use crate::config::Settings;
-use crate::report::RefusalId;
+use crate::report::{Phase, RefusalId};
 use node_store::import::{PulledImage, has_image_refs};
 use support::human_bytes;
 
@@ -52,7 +52,7 @@ impl Agent {
         let settings =
             Settings::load().map_err(|error| Error::refused(RefusalId::Configuration, format!("{error:#}")))?;
         // The record is not locked, so undo, `keep` and the end of a trial period do not wait for a registry.
-        let beside = self.tracker.beside();
+        let beside = self.tracker.beside(Phase::Pull);
         let Settings { registry, store, .. } = &settings;
         let target = Target { tracker: beside.tracker(), dir: &self.paths, registry, store: *store };
         let download_handle = self.download_cancel.register("complete");

@@ -34,7 +34,8 @@ pub(super) async fn next(record: &mut Record, call: &mut Call<'_>) -> Result<Opt
     let Call { settings, tracker, dir, goal, cancel, staged_now, guard } = call;
     let (tracker, dir, goal, cancel) = (*tracker, *dir, *goal, *cancel);
     let units = UnitSettings::of(settings, tracker);
-    let hooks = |staged| Hooks { tracker, dir, timeout: settings.hooks_timeout, target: &units.target, staged, flow };
+    let (timeout, target) = (settings.hooks_timeout, &units.target);
+    let hooks = |staged| Hooks { tracker, dir, timeout, target, staged, flow, sysroot: None };
     let next = match record.step.clone() {
         Step::Idle => match decide(settings, &|path| path.exists())? {
             Start::NothingToDo(reason) => {

@@ -40,7 +40,7 @@ pub fn deploy(task: &DeployTask) -> Result<()> {
         ..disk_deploy::Request::default()
     };
     let store = NodeStore::open(&task.pull.root)?;
-    disk_deploy::deploy(&store, &pulled.image, &request, &Cancellable::new())?;
+    disk_deploy::deploy(&store, &pulled.image, &request, &|_| (), &Cancellable::new())?;
     Ok(())
 }
 
