@@ -306,6 +306,30 @@ nonsense\n";
     }
 
     #[test]
+    fn a_bound_tree_is_named_by_its_directory_and_its_modules_are_a_part_of_it() {
+        let usr = Path::new("/usr");
+        let mounts = live_with(
+            "60 23 0:60 /ours /usr ro - tmpfs store rw\n61 60 7:0 /usr/lib/modules /usr/lib/modules ro - squashfs x ro\n\
+             62 60 0:62 / /usr/share rw - tmpfs a rw\n63 61 0:63 / /usr/lib/modules/x rw - tmpfs b rw\n",
+        );
+        assert_eq!(exposure(&mounts, usr, "ours"), Exposure::OnTop);
+        assert_eq!(exposure(&mounts, usr, "our"), Exposure::Absent);
+        assert_eq!(mounted_on(&mounts, usr, "ours"), [Path::new("/usr/lib/modules/x"), Path::new("/usr/share")]);
+    }
+
+    #[test]
+    fn only_an_overlay_on_its_own_lower_directory_extends_it() {
+        for (line, expected) in [
+            ("60 23 0:60 / /usr ro - overlay sysext ro,lowerdir=/run/x:/usr", true),
+            ("60 23 0:60 / /usr ro - overlay sysext ro,lowerdir+=/run/x,lowerdir+=/usr", true),
+            ("60 23 0:60 / /usr ro - overlay live ro,lowerdir=/run/x:/run/y", false),
+            ("60 22 0:60 / /opt ro - overlay sysext ro,lowerdir=/run/x:/opt", false),
+        ] {
+            assert_eq!(is_extended(&live_with(&format!("{line}\n")), Path::new("/usr")), expected, "{line}");
+        }
+    }
+
+    #[test]
     fn a_writable_overlay_is_found_at_usr_and_at_the_root() {
         const UPPER: &str = "overlay name rw,lowerdir=l,upperdir=u,workdir=w";
         const NO_UPPER: &str = "overlay name ro,lowerdir=l:m";
