@@ -67,6 +67,11 @@ async fn the_running_system_stays_as_the_rollback_of_the_deployed_image() {
         let refused = deploy_from(&root, &new, path, mode);
         assert!(refused.starts_with("error Booted"), "{path} {mode}: {refused}");
     }
+    let loader = ["boot/loader", "boot/hidden"].map(|path| new.disk.join(path));
+    fs::rename(&loader[0], &loader[1]).unwrap();
+    let refused = deploy_from(&root, &new, "/", "rw");
+    assert!(refused.starts_with("error Booted"), "without boot loader entries: {refused}");
+    fs::rename(&loader[1], &loader[0]).unwrap();
     assert_eq!((files_below(&new.repo()), new.entries().len()), (before, 1), "nothing is written");
 
     let done = deploy_from(&root, &new, "/", "rw");

@@ -133,15 +133,14 @@ fn is_kernel_arg(arg: &str) -> bool {
 /// Opens the sysroot and refuses one that cannot get a deployment.
 fn open(request: &Request) -> Result<ostree::Sysroot, DeployError> {
     let sysroot = ostree::Sysroot::new(Some(&gio::File::for_path(&request.sysroot)));
-    if let Err(source) = sysroot.load(gio::Cancellable::NONE) {
-        return Err(DeployError::NoSysroot { path: request.sysroot.clone(), source });
-    }
+    let (loaded, path) = (sysroot.load(gio::Cancellable::NONE), request.sysroot.clone());
     // libostree would remove a booted deployment that it does not find. It finds one only in the root directory.
-    if is_running_system(&request.sysroot)
-        && (sysroot.booted_deployment().is_none() || space::is_read_only(&request.sysroot)?)
+    if is_running_system(&path)
+        && (loaded.is_err() || sysroot.booted_deployment().is_none() || space::is_read_only(&path)?)
     {
-        return Err(DeployError::Booted(request.sysroot.clone()));
+        return Err(DeployError::Booted(path));
     }
+    loaded.map_err(|source| DeployError::NoSysroot { path, source })?;
     let name = &request.stateroot;
     // The name becomes part of a path.
     let is_name = !name.is_empty() && !name.starts_with('.') && !name.contains('/');
