@@ -2,10 +2,12 @@
 //! `make check-one NAME=agent`
 
 mod complete;
+mod support_case;
 
 use std::time::Duration;
 
 use anyhow::{Result, bail};
+use serde_json::Value;
 use testbed::check::{contains, contains_any, nothing_failed, same};
 use testbed::container::{Bed, Serving};
 use testbed::guest::Guest;
@@ -14,6 +16,11 @@ use testbed::proc::wait_for;
 use testbed::scenario::{configured_later, unit_is, wait_pivoted};
 use testbed::scenarios;
 use testbed::suite::Suite;
+
+use support_case::{
+    a_bus_caller_that_leaves_takes_its_pull_with_it, answers_are_documents, gather_writes_one_archive_for_root,
+    status_exits_like_the_call_that_failed, the_units_journal_has_a_begin_that_the_catalog_explains,
+};
 
 const PIVOT: Duration = Duration::from_secs(400);
 const SOON: Duration = Duration::from_secs(150);
@@ -142,6 +149,11 @@ fn a_call_ends_with_its_caller() -> Result<()> {
         &scenarios![
             systemctl_stop_ends_the_pull,
             cancel_reports_that_nothing_was_running after systemctl_stop_ends_the_pull,
+            a_bus_caller_that_leaves_takes_its_pull_with_it,
+            status_exits_like_the_call_that_failed after a_bus_caller_that_leaves_takes_its_pull_with_it,
+            answers_are_documents,
+            the_units_journal_has_a_begin_that_the_catalog_explains,
+            gather_writes_one_archive_for_root,
             cancel_ends_a_call_which_exits_with_its_own_code,
             nothing_happens_when_the_registry_is_back after cancel_ends_a_call_which_exits_with_its_own_code,
             undo_reports_that_nothing_was_switched,
@@ -252,7 +264,8 @@ fn run_switches_and_isolates_nothing(known: &mut Known) -> Result<()> {
 
 fn undo_brings_the_old_programs_and_the_old_pid_1_back(known: &mut Known) -> Result<()> {
     let guest = &known.bed.guest;
-    guest.ask("node-image-pivot undo")?;
+    let answer: Value = serde_json::from_str(&guest.ask("node-image-pivot undo --json 2>/dev/null")?)?;
+    same(answer["state"].to_string(), r#""pulled""#.into())?;
     same(guest.ask("base-tool")?, "base-tool 1.0".into())?;
     contains_any(&guest.ask("systemctl --version")?, &["systemd 252"])?;
     contains_any(&guest.ask("busctl get-property org.freedesktop.systemd1 /org/freedesktop/systemd1 org.freedesktop.systemd1.Manager Version")?, &["252"])
@@ -273,6 +286,9 @@ fn a_new_ssh_login_works_after_undo(known: &mut Known) -> Result<()> {
 fn usr_is_not_covered_after_undo_and_the_image_is_still_pulled(known: &mut Known) -> Result<()> {
     let guest = &known.bed.guest;
     same(guest.run("grep -c ' /usr .* node-image ' /proc/self/mountinfo")?.text.trim().into(), "0".to_string())?;
+    let status = guest.ask("node-image-pivot status")?;
+    contains(&status, "Z switch\n")?;
+    contains(&status, "Z undo")?;
     same(state(guest)?, "pulled".into())
 }
 
