@@ -19,7 +19,7 @@ use testbed::suite::Suite;
 
 use support_case::{
     a_bus_caller_that_leaves_takes_its_pull_with_it, answers_are_documents, gather_writes_one_archive_for_root,
-    status_exits_like_the_call_that_failed, the_units_journal_has_a_begin_that_the_catalog_explains,
+    status_exits_like_the_call_that_failed, the_units_journal_has_a_begin_and_an_end_that_the_catalog_explains,
 };
 
 const PIVOT: Duration = Duration::from_secs(400);
@@ -50,6 +50,8 @@ fn a_wrong_image_is_corrected() -> Result<()> {
         &mut bed,
         &scenarios![
             a_wrong_image_fails_the_pull_permanently,
+            the_units_journal_has_a_begin_and_an_end_that_the_catalog_explains
+                after a_wrong_image_fails_the_pull_permanently,
             status_has_the_reason_with_and_without_the_daemon after a_wrong_image_fails_the_pull_permanently,
             a_plan_fails_with_the_documented_exit_code,
             a_wrong_key_in_the_configuration_is_refused_by_name,
@@ -152,7 +154,6 @@ fn a_call_ends_with_its_caller() -> Result<()> {
             a_bus_caller_that_leaves_takes_its_pull_with_it,
             status_exits_like_the_call_that_failed after a_bus_caller_that_leaves_takes_its_pull_with_it,
             answers_are_documents,
-            the_units_journal_has_a_begin_that_the_catalog_explains,
             gather_writes_one_archive_for_root,
             cancel_ends_a_call_which_exits_with_its_own_code,
             nothing_happens_when_the_registry_is_back after cancel_ends_a_call_which_exits_with_its_own_code,

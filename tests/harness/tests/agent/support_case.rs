@@ -11,6 +11,7 @@ use super::{SOON, state, wait_state};
 const CALL: &str =
     "busctl --timeout=infinity call org.nodeimage.Pivot1 /org/nodeimage/Pivot1 org.nodeimage.Pivot1 Pull";
 const BEGIN: &str = "MESSAGE_ID=5b2c6d0e9d4f4f7c8a3b1f6e2d7c9a10";
+const END: &str = "MESSAGE_ID=c1f0a8e47b3d4a52b6e9d3705f8a2b11";
 
 pub fn a_bus_caller_that_leaves_takes_its_pull_with_it(bed: &mut Bed) -> Result<()> {
     let guest = &bed.guest;
@@ -40,10 +41,11 @@ pub fn answers_are_documents(bed: &mut Bed) -> Result<()> {
     same(state(guest)?, "failed".into())
 }
 
-pub fn the_units_journal_has_a_begin_that_the_catalog_explains(bed: &mut Bed) -> Result<()> {
+pub fn the_units_journal_has_a_begin_and_an_end_that_the_catalog_explains(bed: &mut Bed) -> Result<()> {
     let guest = &bed.guest;
     guest.ask("journalctl --update-catalog")?;
-    let begin = guest.ask(&format!("journalctl -b -x -u node-image-pull.service {BEGIN}"))?;
+    let record = |id: &str| guest.ask(&format!("journalctl -b -x -u node-image-pull.service {id}"));
+    let begin = record(BEGIN)?;
     for part in [
         "node-image-pivot ",
         "Linux ",
@@ -56,7 +58,9 @@ pub fn the_units_journal_has_a_begin_that_the_catalog_explains(bed: &mut Bed) ->
     ] {
         contains_any(&begin, &[part]).with_context(|| format!("the begin lacks {part}"))?;
     }
-    Ok(())
+    let end = record(END)?;
+    contains(&end, "node-image-pull.service has failed")?;
+    contains(&end, "A phase of the node image pivot has ended")
 }
 
 pub fn gather_writes_one_archive_for_root(bed: &mut Bed) -> Result<()> {
