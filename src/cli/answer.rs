@@ -1,14 +1,19 @@
 //! The answer of a call, as lines or as a JSON document.
 
+use std::time::{Duration, Instant};
+
 use anyhow::Result;
 use serde::Serialize;
 
-use super::drive::{Call, Reporter, client_status, drive, drive_to_end, failed};
+use super::drive::{Call, POLL, Reporter, client_status, drive, drive_to_end, failed};
 use super::say;
 use super::show::recorded;
 use crate::agent::StateDir;
 use crate::bus::Client;
 use crate::report::{self, Outcome, State, Status};
+
+/// Time for a cancelled call to end.
+const END: Duration = Duration::from_secs(10);
 
 /// The answer of a call as a JSON document.
 #[derive(Debug, Serialize)]
@@ -51,7 +56,9 @@ pub(super) async fn cancel(paths: &StateDir, json: bool) -> Result<Outcome> {
     };
     match outcome {
         Ok(lines) if json => {
-            let status = client_status(paths).await.or_else(|| recorded(paths)).unwrap_or_default();
+            let status =
+                if lines.is_empty() { client_status(paths).await } else { ended(|| client_status(paths)).await };
+            let status = status.or_else(|| recorded(paths)).unwrap_or_default();
             say::out(serde_json::to_string(&Answer::new(&status, &lines))?);
         }
         Ok(lines) if lines.is_empty() => say::out("nothing was running"),
@@ -61,15 +68,38 @@ pub(super) async fn cancel(paths: &StateDir, json: bool) -> Result<Outcome> {
     Ok(Outcome::Done)
 }
 
+/// Reads the status until the cancelled call has ended, at most for [`END`]. Returns `None` if no daemon answers.
+async fn ended(read: impl AsyncFn() -> Option<Status>) -> Option<Status> {
+    let begin = Instant::now();
+    loop {
+        let status = read().await?;
+        if status.call.is_none() || begin.elapsed() > END {
+            return Some(status);
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use std::sync::Mutex;
 
     #[test]
     fn the_answer_of_a_call_is_a_document() {
         let status = Status { state: State::Pulled, ..Status::default() };
         let answer = serde_json::to_value(Answer::new(&status, &["kept\n/etc/x".into()])).unwrap();
         assert_eq!(answer, serde_json::json!({"schema": 1, "state": "pulled", "lines": ["kept; /etc/x"]}));
+    }
+
+    #[tokio::test]
+    async fn a_cancel_answers_with_the_state_after_the_call() {
+        let status = |state, call: Option<&str>| Status { state, call: call.map(str::to_owned), ..Status::default() };
+        let states = [status(State::Failed, None), status(State::Running, Some("pull"))];
+        let states = Mutex::new(Vec::from(states));
+        let read = async || states.lock().unwrap().pop();
+        assert_eq!(ended(read).await.map(|status| status.state), Some(State::Failed));
+        assert_eq!(ended(read).await, None, "no daemon answers");
     }
 }

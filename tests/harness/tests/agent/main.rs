@@ -178,7 +178,9 @@ fn cancel_ends_a_call_which_exits_with_its_own_code(bed: &mut Bed) -> Result<()>
     let guest = &bed.guest;
     guest.ask("systemd-run --unit=asked node-image-pivot overlay")?;
     wait_state(guest, "waiting")?;
-    contains(&guest.ask("node-image-pivot cancel")?, "cancelled")?;
+    let answer: Value = serde_json::from_str(&guest.ask("node-image-pivot cancel --json")?)?;
+    same(answer["state"].to_string(), r#""failed""#.into())?;
+    contains(&answer["lines"].to_string(), "cancelled")?;
     guest.wait_unit("asked.service", "failed", SOON)?;
     same(guest.unit("asked.service", "ExecMainStatus")?, "12".into())
 }
