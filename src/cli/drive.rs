@@ -7,6 +7,7 @@ use anyhow::Result;
 use libsystemd::daemon::{NotifyState, notify};
 
 use super::pauses::Pauses;
+use super::show::recorded;
 use super::{case, say};
 use crate::agent::StateDir;
 use crate::bus::{CallError, Client};
@@ -114,7 +115,11 @@ pub(super) async fn drive_to_end(
     let mut client = Client::connect_or_start(&socket).await?;
     loop {
         match follow(&client, &call, reporter, &mut broken_since).await {
-            Ok(lines) => return Ok((client.status().await.unwrap_or_default(), lines)),
+            // The daemon may have ended after its answer, to be replaced by another version.
+            Ok(lines) => {
+                let status = client.status().await.ok().or_else(|| recorded(paths));
+                return Ok((status.unwrap_or_default(), lines));
+            }
             // A daemon that accepts calls but never answers counts as disconnected, too.
             Err(error @ CallError::Disconnected(_))
                 if broken_since.get_or_insert_with(Instant::now).elapsed() < RECONNECT =>
