@@ -11,12 +11,14 @@ use crate::agent::{Agent, StateDir};
 use crate::bus::Client;
 use crate::report::{self, AgentState, Outcome, Report, State, Status, Timeline};
 
-/// Rows of the smallest screen less that of the next prompt, and its columns.
+/// Rows of the smallest screen, without the row of the next prompt.
 const SCREEN: usize = 23;
+/// Columns of the smallest screen.
 const COLUMNS: usize = 80;
-/// Largest numbers of events and of deviations that `status` lists.
+/// Largest number of events that `status` lists.
 const EVENTS: usize = 5;
-const DEVIATIONS: usize = 3;
+/// Largest number of rows that the deviations fill.
+const DEVIATIONS: usize = 6;
 /// Time limit for systemd's answer about the agent's unit.
 const SYSTEMD: Duration = Duration::from_secs(10);
 
@@ -109,15 +111,15 @@ pub(super) fn page(report: &Report) -> Vec<String> {
     lines.push(cut(report::state_line(status, now), 6));
     if let Some(diagnosis) = &status.diagnosis {
         lines.push(cut(diagnosis.advice(), 2));
-        lines.push(cut(format!("explained by: node-image-pivot explain {}", status.names().join(" ")), 1));
+        lines.extend(status.explain_command().map(|command| cut(format!("explained by: {command}"), 3)));
     }
-    let deviations = status.deviations.iter().map(|line| cut(format!("but: {}", report::one_line(line)), 1));
-    lines.extend(deviations.take(DEVIATIONS));
+    lines.extend(deviations(status));
     let events = report.events();
-    let events = events[events.len().saturating_sub(EVENTS)..].iter().map(|event| cut(event.clone(), 1));
+    // A row stays for the units.
+    let most = EVENTS.min(SCREEN.saturating_sub(rows(&lines) + 1));
+    let events = events[events.len().saturating_sub(most)..].iter().map(|event| cut(event.clone(), 1));
     let events: Vec<_> = events.collect();
-    let rows: usize = lines.iter().map(|line| line.chars().count().div_ceil(COLUMNS)).sum();
-    let left = SCREEN.saturating_sub(rows + events.len() + 1);
+    let left = SCREEN.saturating_sub(rows(&lines) + events.len() + 1);
     lines.extend(report::old_lines(status).take(left).map(|line| cut(line, 1)));
     if status.still_old.len() > left {
         lines.push(format!("and {} more units; see status --json", status.still_old.len() - left));
@@ -126,7 +128,24 @@ pub(super) fn page(report: &Report) -> Vec<String> {
     lines
 }
 
-/// Returns the line, or its begin if it needs more rows of a screen.
+/// Returns lines for the deviations, and one more if they do not fit.
+fn deviations(status: &Status) -> Vec<String> {
+    let mut lines: Vec<_> = report::deviation_lines(status).map(|line| cut(line, 3)).collect();
+    let fits = |shown: &usize| rows(&lines[..*shown]) <= DEVIATIONS;
+    let shown = (0..=lines.len()).rev().find(fits).unwrap_or(0);
+    let hidden = lines.split_off(shown).len();
+    if hidden > 0 {
+        lines.push(format!("but: {hidden} more lines; see report"));
+    }
+    lines
+}
+
+/// Returns the number of rows that these lines need on the smallest screen.
+fn rows(lines: &[String]) -> usize {
+    lines.iter().map(|line| line.chars().count().div_ceil(COLUMNS)).sum()
+}
+
+/// Returns the line, or its beginning if it needs more rows of a screen.
 fn cut(line: String, rows: usize) -> String {
     const MORE: &str = ".. (see report)";
     let letters = rows * COLUMNS;
@@ -238,10 +257,33 @@ mod tests {
                 timeline.latest(Subject::Undo, "undo").unwrap().detail = Some("d".repeat(300));
             }
             let lines = page(&Report::new(status, timeline));
-            let rows: usize = lines.iter().map(|line| line.chars().count().div_ceil(COLUMNS)).sum();
-            assert!((20..=SCREEN).contains(&rows), "{rows} rows: {lines:#?}");
+            assert!((20..=SCREEN).contains(&rows(&lines)), "{lines:#?}");
             assert!(lines.iter().any(|line| line.starts_with("and ") && line.contains(" more units")), "{lines:#?}");
         }
+    }
+
+    #[test]
+    fn each_deviation_and_each_name_is_shown_or_counted() {
+        let image = |digit: &str| format!("registry.example.com/openshift/node@sha256:{}", digit.repeat(64));
+        let other = format!(
+            "this system is switched to {}, and the configuration asks for {}; run undo, then run again",
+            image("a"),
+            image("b")
+        );
+        let of = |deviations| page(&Report::new(Status { deviations, ..Status::default() }, Timeline::default()));
+        let lines = of(vec!["one".into(), "two".into(), "three".into(), other.clone()]);
+        assert_eq!(&lines[1..4], ["but: one", "but: two", "but: three"]);
+        assert!(lines[4].ends_with("; run undo, then run again"), "{lines:#?}");
+        assert_eq!(of(vec![other; 4])[3..], ["but: 2 more lines; see report"]);
+
+        let ids = ["conflicts", "too-deep", "not-stackable", "os-mismatch", "old-kernel", "conflicts"];
+        let refusals = ids.map(|id| Reason { id: id.into(), message: "m".into() }).into();
+        let error = Some(LastError { refusals, ..LastError::default() });
+        let status = Status { state: State::Failed, error, ..Status::default() };
+        let lines = page(&Report::new(Status { diagnosis: status.diagnose(), ..status }, Timeline::default()));
+        let explained =
+            "explained by: node-image-pivot explain conflicts too-deep not-stackable os-mismatch old-kernel";
+        assert!(lines.iter().any(|line| line == explained), "{lines:#?}");
     }
 
     #[test]

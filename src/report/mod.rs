@@ -27,7 +27,7 @@ pub use refusal_id::{RefusalId, explanations};
 pub use service_record::{ServiceRecord, unit_of};
 pub use status::{AgentState, Attempt, LastError, StaleUnit, State, Status, TimelineEntry};
 pub use table::summary;
-pub use text::{old_lines, state_line, status_line, waiting_line};
+pub use text::{deviation_lines, old_lines, state_line, status_line, waiting_line};
 pub use timeline::{SpanResult, Subject, Timeline};
 pub use tracker::{Remark, Tracker};
 pub use words::{if_known, one_line};

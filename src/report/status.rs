@@ -265,12 +265,19 @@ impl Status {
             command: command.to_owned(),
         })
     }
-    /// Returns the names of the last failure that `explain` knows: its refusals, or else its class.
-    pub fn names(&self) -> Vec<&str> {
-        let Some(error) = &self.error else { return Vec::new() };
-        match error.refusals.as_slice() {
-            [] => vec![&error.class],
-            refusals => refusals.iter().map(|refusal| refusal.id.as_str()).collect(),
+
+    /// Returns the command that explains the refusals of the last failure, or else its class.
+    pub fn explain_command(&self) -> Option<String> {
+        let error = self.error.as_ref()?;
+        let mut names = Vec::new();
+        for refusal in &error.refusals {
+            if !names.contains(&refusal.id.as_str()) {
+                names.push(&refusal.id);
+            }
         }
+        if names.is_empty() {
+            names.push(&error.class);
+        }
+        Some(format!("node-image-pivot explain {}", names.join(" ")))
     }
 }

@@ -31,6 +31,7 @@ pub fn summary(report: &Report) -> String {
         if let Some(since) = diagnosis.since_unix {
             line("since", &format!("{}, {} failed attempts", timestamp(since * 1000), diagnosis.attempts));
         }
+        status.explain_command().iter().for_each(|command| line("explain", command));
     }
     line("state", &state_line(status, now_unix));
     for deviation in &status.deviations {
@@ -135,7 +136,7 @@ fn ending(result: Option<SpanResult>) -> &'static str {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::super::timeline::tests::pivot;
-    use super::super::{LastError, Outcome, Phase, Standing, State, Status};
+    use super::super::{LastError, Outcome, Phase, Reason, Standing, State, Status};
     use super::*;
 
     #[test]
@@ -155,23 +156,26 @@ mod tests {
     #[test]
     fn the_report_of_a_failure_begins_with_cause_system_and_next_step() {
         let digest = "0a".repeat(32);
+        let refusal = |id: &str| Reason { id: id.into(), message: "m".into() };
         let error = LastError {
             class: "unauthorized".into(),
             message: format!("q.io/x@sha256:{digest}: denied\ncheck the auth file"),
             attempt: 3,
             outcome: Outcome::Permanent,
             standing: Some(Standing::Unchanged),
+            refusals: ["conflicts", "too-deep", "conflicts"].map(refusal).into(),
             ..LastError::default()
         };
         let status = Status { state: State::Failed, phase: Some(Phase::Pull), error: Some(error), ..Status::default() };
         let text = summary(&Report::new(status, pivot(1)));
-        let begin: Vec<&str> = text.lines().take(3).collect();
+        let begin: Vec<&str> = text.lines().take(4).collect();
         assert_eq!(
             begin,
             [
                 "cause       q.io/x@sha256:0a0a0a0a0a0a: denied; check the auth file",
                 "system      the running system is unchanged",
                 "next        fix the cause, then run node-image-pivot run",
+                "explain     node-image-pivot explain conflicts too-deep",
             ]
         );
     }

@@ -94,6 +94,11 @@ fn trial_period(status: &Status, now_unix: u64) -> String {
     }
 }
 
+/// Returns a line for each deviation, with short digests.
+pub fn deviation_lines(status: &Status) -> impl Iterator<Item = String> {
+    status.deviations.iter().map(|line| format!("but: {}", short_digests(&one_line(line))))
+}
+
 /// Returns a line for each unit that still runs the bootimage's code.
 pub fn old_lines(status: &Status) -> impl Iterator<Item = String> {
     status.still_old.iter().map(|old| {
