@@ -1,5 +1,6 @@
 //! Chooses and opens the node store of this machine.
 
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
@@ -117,10 +118,31 @@ pub(super) fn of(paths: &StateDir, delta: &Delta) -> anyhow::Result<NodeStore> {
     on_disk(&repo, &Namespace::init().mounts()?)
 }
 
+/// Removes the trees that earlier boots left in the system's repo, also on a system that needs no node store.
+pub(super) fn remove_earlier_boots() -> anyhow::Result<()> {
+    let Some(booted) = BootedRepo::discover()? else { return Ok(()) };
+    remove_earlier_boots_from(&booted.path, &Namespace::init())
+}
+
+fn remove_earlier_boots_from(repo: &Path, namespace: &Namespace) -> anyhow::Result<()> {
+    let repo = repo.canonicalize().with_context(|| format!("looking for {}", repo.display()))?;
+    if store::earlier_boots(&repo)?.is_empty() {
+        return Ok(());
+    }
+    let view = writable(&repo, namespace, &namespace.mounts()?)?;
+    store::remove_earlier_boots(&PathBuf::from(format!("/proc/self/fd/{}", view.as_raw_fd())))?;
+    info!("removed the trees of earlier boots from {}", repo.display());
+    Ok(())
+}
+
 fn on_disk(repo: &Path, mounts: &[Mount]) -> anyhow::Result<NodeStore> {
+    NodeStore::on_disk(repo, Some(writable(repo, &Namespace::init(), mounts)?))
+}
+
+/// Opens `repo` for writing, although its mount may be read-only.
+fn writable(repo: &Path, namespace: &Namespace, mounts: &[Mount]) -> anyhow::Result<OwnedFd> {
     let mount = overlay_root::holding(mounts, repo).context("the system's repo is on no mount")?;
-    let view = overlay_root::writable_view(&Namespace::init(), &mount.target, repo)?;
-    NodeStore::on_disk(repo, Some(view))
+    overlay_root::writable_view(namespace, &mount.target, repo)
 }
 
 fn look(repo: &Path, mounts: &[Mount]) -> anyhow::Result<SystemRepo> {
@@ -141,8 +163,38 @@ fn look(repo: &Path, mounts: &[Mount]) -> anyhow::Result<SystemRepo> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use rustix::mount::MountFlags;
+    use support::testing::private;
+
     use super::*;
+
+    #[test]
+    fn trees_of_earlier_boots_are_removed_without_a_node_store() {
+        private(|disk| {
+            let here = Namespace::of(rustix::thread::gettid().as_raw_nonzero().get());
+            remove_earlier_boots_from(disk, &here).unwrap();
+            let ours = disk.join("extensions/node-image-pivot");
+            let this = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+            let this = format!("boot-{}", this.trim());
+            for name in [&this, "boot-1/usr/bin", "boot-2/node-image", "derived"] {
+                std::fs::create_dir_all(ours.join(name)).unwrap();
+            }
+            let object = disk.join("object");
+            std::fs::write(&object, "x").unwrap();
+            std::fs::hard_link(&object, ours.join("boot-1/usr/bin/tool")).unwrap();
+            let flags = MountFlags::BIND | MountFlags::RDONLY;
+            rustix::mount::mount_remount(disk, flags, "").unwrap();
+            remove_earlier_boots_from(disk, &here).unwrap();
+            assert_eq!(object.metadata().unwrap().nlink(), 1, "ostree can free its space");
+            let mut left: Vec<_> = ours.read_dir().unwrap().map(|entry| entry.unwrap().file_name()).collect();
+            left.sort();
+            assert_eq!(left, [this.as_str(), "derived"]);
+        });
+    }
 
     #[test]
     fn only_a_disk_that_cannot_be_used_is_a_fault_of_the_configuration() {

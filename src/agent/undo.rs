@@ -3,11 +3,12 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use anyhow::Context as _;
 use tracing::{info, warn};
 
 use super::deviations::Standing;
 use super::phases::{self, Below};
-use super::{Agent, Error, Goal, Record, StagedRoot, Step, TrialPeriod, Undo, UndoTree, auto_undo};
+use super::{Agent, Error, Goal, Record, StagedRoot, Step, TrialPeriod, Undo, UndoTree, auto_undo, storage};
 use crate::report::{self, Phase, RefusalId, State, Subject};
 
 /// Sets a flag as long as it lives.
@@ -212,16 +213,27 @@ impl Agent {
         }
     }
 
-    /// Starts the daemon's background work: finishes an interrupted switch or undo, then watches over a trial period.
+    /// Starts the daemon's background work: removes what earlier boots left, finishes an interrupted switch or undo, then
+    /// watches over a trial period.
     pub fn attend(self: &Arc<Self>) {
         let agent = self.clone();
         tokio::spawn(async move {
+            agent.remove_earlier_boots().await;
             if let Err(error) = agent.resume().await {
                 warn!("cannot finish the interrupted switch or undo: {error}");
             }
             agent.disarm_if_over().await;
             auto_undo::watch(agent).await;
         });
+    }
+
+    /// Removes the trees of earlier boots. The lock of the record keeps a phase from the same directory.
+    async fn remove_earlier_boots(&self) {
+        let _record = self.record.lock().await;
+        let removed = tokio::task::spawn_blocking(storage::remove_earlier_boots).await.context("the removal panicked");
+        if let Err(error) = removed.flatten() {
+            warn!("cannot remove the trees of earlier boots from the ostree repo: {error:#}");
+        }
     }
 
     /// Removes a left-over timer. During an undo it stays, because it restarts an agent that dies.

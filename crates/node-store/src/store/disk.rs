@@ -5,6 +5,7 @@
 //! one syncfs(2) for all objects, rename, syncfs(2), write the ref. 25,000 fsync(2) calls would take minutes on a real
 //! disk, and no process uses a single object before the ref is set.
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -13,7 +14,7 @@ use std::sync::Arc;
 
 use rustix::fs::{CWD, RenameFlags};
 use rustix::io::Errno;
-use support::ignore_missing;
+use support::{if_found, ignore_missing};
 
 /// The agent's directory in the repo. libostree reserves `extensions/` for other programs and never cleans it.
 const AGENT_DIR: &str = "extensions/node-image-pivot";
@@ -40,17 +41,9 @@ impl Disk {
             Some(view) => PathBuf::from(format!("/proc/self/fd/{}", view.as_raw_fd())),
             None => public_path.to_owned(),
         };
-        let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
-        let boot = format!("{BOOT}{}", boot.trim());
-        let agent_dir = repo.join(AGENT_DIR);
-        fs::create_dir_all(&agent_dir)?;
-        for entry in fs::read_dir(&agent_dir)? {
-            let entry = entry?;
-            if entry.file_name().as_encoded_bytes().starts_with(BOOT.as_bytes()) && entry.file_name() != *boot {
-                ignore_missing(fs::remove_dir_all(entry.path()))?;
-            }
-        }
-        let volatile = Path::new(AGENT_DIR).join(boot);
+        fs::create_dir_all(repo.join(AGENT_DIR))?;
+        remove_earlier_boots(&repo)?;
+        let volatile = Path::new(AGENT_DIR).join(this_boot()?);
         let disk = Self { repo, public_path: public_path.to_owned(), volatile, _view: view.map(Arc::new) };
         fs::create_dir_all(disk.incoming().join("tmp"))?;
         for prefix in 0..=255_u8 {
@@ -117,6 +110,26 @@ impl Disk {
         ignore_missing(fs::remove_dir_all(self.volatile()))?;
         ignore_missing(fs::remove_dir_all(self.kept().join("derived")))
     }
+}
+
+/// Returns the directories of earlier boots in the agent's directory of `repo`. Their hard links keep the space of objects
+/// that ostree removes.
+pub fn earlier_boots(repo: &Path) -> io::Result<Vec<PathBuf>> {
+    let this = this_boot()?;
+    let Some(entries) = if_found(fs::read_dir(repo.join(AGENT_DIR)))? else { return Ok(Vec::new()) };
+    let is_earlier = |name: &OsStr| name.as_encoded_bytes().starts_with(BOOT.as_bytes()) && *name != *this;
+    let paths = entries.map(|entry| Ok(entry?.path()));
+    paths.filter(|path| path.as_ref().map_or(true, |path: &PathBuf| path.file_name().is_some_and(is_earlier))).collect()
+}
+
+/// Removes the directories of earlier boots from `repo`, which must be on a writable mount.
+pub fn remove_earlier_boots(repo: &Path) -> io::Result<()> {
+    earlier_boots(repo)?.into_iter().try_for_each(|path| ignore_missing(fs::remove_dir_all(path)))
+}
+
+/// Returns the name of this boot's directory.
+fn this_boot() -> io::Result<String> {
+    Ok(format!("{BOOT}{}", fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim()))
 }
 
 fn rename_object(from: &Path, to: &Path, flags: RenameFlags) -> io::Result<()> {

@@ -20,6 +20,7 @@ mod write;
 
 pub use booted::BootedRepo;
 pub use dirtree::Dirtree;
+pub use disk::{earlier_boots, remove_earlier_boots};
 pub use held::HeldLayers;
 pub use journal::{LayerJournal, Scope};
 pub use lock::{LockError, StoreLock};
