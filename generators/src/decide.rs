@@ -1,7 +1,7 @@
 //! Decides, as a pure function of facts, if this boot is redirected.
 
 use boot_config::Mode;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::installer::Installer;
 use crate::kmsg::Level;
@@ -57,6 +57,8 @@ pub struct Facts {
     pub installer: Option<Installer>,
     /// True if the agent has been started in this boot.
     pub started: bool,
+    /// The unit file of the agent, if the system's repo has trees of an earlier boot.
+    pub cleaner: Option<PathBuf>,
 }
 
 /// The decision about this boot.
@@ -134,6 +136,12 @@ impl Reason {
             _ => Some(Level::Info),
         }
     }
+}
+
+/// Returns the unit file of the agent if this boot must start it to remove the trees of an earlier boot.
+pub fn cleaner(facts: &Facts) -> Option<&Path> {
+    let is_permitted = facts.mode != Mode::Off && facts.masked.is_none() && !facts.started;
+    facts.cleaner.as_deref().filter(|_| is_permitted)
 }
 
 /// Returns the agent's unit files that take the place of an installer's.
@@ -221,6 +229,7 @@ mod tests {
             services: vec!["n.service"],
             installer: None,
             started: false,
+            cleaner: None,
         }
     }
 

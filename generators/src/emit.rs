@@ -68,6 +68,22 @@ pub fn redirect(output: &Output, pivot_target: &Path, original: &str, services: 
     }
 }
 
+/// Makes the boot start the agent, whose unit file is `agent`, so that it removes the trees of earlier boots.
+///
+/// # Errors
+/// Fails if the link cannot be written. The trees then stay.
+pub fn clean_up(normal: &Path, agent: &Path) -> Result<(), Problem> {
+    let wants = normal.join("multi-user.target.wants");
+    let link = agent.file_name().map(|name| wants.join(name)).unwrap_or_default();
+    let linked = fs::create_dir_all(&wants).and_then(|()| match symlink(agent, &link) {
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
+        other => other,
+    });
+    linked.map_err(|error| {
+        Problem(format!("cannot write {}: {error}; the trees of earlier boots stay in the ostree repo", link.display()))
+    })
+}
+
 /// Copies the agent's unit files to the early directory, whose units have priority over those in `/etc`. A link would be
 /// ignored: systemd takes it for an alias of the unit to itself.
 ///

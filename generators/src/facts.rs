@@ -18,6 +18,12 @@ const FIRST_BOOT: &str = "/run/systemd/first-boot";
 /// Links that request an offline update. systemd-system-update-generator redirects the boot if one of them exists.
 const UPDATE_LINKS: [&str; 2] = ["/system-update", "/etc/system-update"];
 
+/// The agent's directory in the system's repo. `boot-ID` has the trees of a boot.
+const AGENT_DIR: &str = "/sysroot/ostree/repo/extensions/node-image-pivot";
+
+/// The unit of the agent.
+const AGENT: &str = "node-image-pivotd.service";
+
 /// The keys of the configuration that the generator uses. It skips all other keys, which cannot affect the decision. The
 /// agent refuses unknown keys.
 #[derive(Debug, Default)]
@@ -59,6 +65,7 @@ pub fn gather(root: &Path, environment: Environment) -> Facts {
         services: Vec::new(),
         installer: if in_initrd { None } else { Installer::find(root) },
         started: exists(Path::new(mark::STARTED)),
+        cleaner: None,
     };
     // The other facts cannot affect the decision. A reload is quick then.
     if in_initrd || facts.pivoted || facts.booted && facts.installer.is_none() {
@@ -82,11 +89,21 @@ pub fn gather(root: &Path, environment: Environment) -> Facts {
     let needed = target::PIVOT_UNITS.into_iter().chain(keys.target.as_deref());
     facts.masked = needed.filter(|name| units.find(name) == Found::Masked).map(str::to_owned).next();
     facts.binary = probe_paths.into_iter().find(|path| exists(path));
+    facts.cleaner = match units.find(AGENT) {
+        Found::File(path) if has_trees(root) => Some(path),
+        _ => None,
+    };
     facts.image = keys.image;
     facts.target = keys.target;
     let first_boot = environment.first_boot.unwrap_or_else(|| exists(Path::new(FIRST_BOOT)));
     facts.services = services::enabled(&units, first_boot.then(|| Presets::read(root)).as_ref());
     facts
+}
+
+/// Returns true if the system's repo has trees of a boot. Before the agent is started, they are those of earlier ones.
+fn has_trees(root: &Path) -> bool {
+    let mut entries = fs::read_dir(under(root, Path::new(AGENT_DIR))).into_iter().flatten().flatten();
+    entries.any(|entry| entry.file_name().as_encoded_bytes().starts_with(b"boot-"))
 }
 
 fn keys(root: &Path, line: &CommandLine) -> Result<Keys, Problem> {

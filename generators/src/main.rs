@@ -8,7 +8,7 @@ use std::panic;
 use std::path::{Path, PathBuf};
 
 use boot_config::{Problem, cmdline::CommandLine, mark, under};
-use node_image_pivot_generator::decide::{Decision, Facts, Place, decide, taken_over};
+use node_image_pivot_generator::decide::{Decision, Facts, Place, cleaner, decide, taken_over};
 use node_image_pivot_generator::emit::{self, Outcome, Output};
 use node_image_pivot_generator::facts;
 use node_image_pivot_generator::kmsg::{Level, Sink};
@@ -39,6 +39,12 @@ fn run(root: &Path, sink: Sink) {
     if let Err(Problem(what)) = take_over(root, sink, &early, &facts) {
         mark::forget_redirect(root);
         return sink.log(Level::Warning, &what);
+    }
+    if let Some(agent) = cleaner(&facts) {
+        match emit::clean_up(&normal, agent) {
+            Ok(()) => sink.log(Level::Info, "starting the agent, which removes the trees of an earlier boot"),
+            Err(Problem(what)) => sink.log(Level::Warning, &what),
+        }
     }
     match decide(facts) {
         Decision::Leave(reason) => {
