@@ -1,7 +1,7 @@
 //! Deploys the node image to a disk.
 
 use std::fmt::Display;
-use std::path::PathBuf;
+use std::path::Path;
 
 use disk_deploy::{DeployError, Deployed, Request};
 use ostree::gio;
@@ -102,10 +102,8 @@ fn write(
         return Ok(deploy(&request)?);
     }
     request.sysroot = "/".into();
-    let (init, places) = (Namespace::init(), ["/sysroot", "/boot"].map(PathBuf::from));
-    let mounts = init.mounts()?;
-    let places: Vec<_> = places.into_iter().filter(|place| overlay_root::top(&mounts, place).is_some()).collect();
-    Ok(overlay_root::with_writable(&init, &places, || Ok(deploy(&request)))??)
+    let places = ["/sysroot", "/boot"].map(Path::new);
+    Ok(overlay_root::with_writable(&Namespace::init(), &places, || Ok(deploy(&request)))??)
 }
 
 fn report(deployed: &Deployed, request: &Request) -> String {

@@ -16,6 +16,7 @@ use super::failing::Small;
 use super::fixture::{Image, Repo, run};
 use super::image_refs::{Counted, bootable, import, init_sysroot, plain_image, run_oracle, sysroot};
 use super::layers::oracle;
+use super::own_sysroot::in_private;
 use super::waits::{files_below, wait_for_files};
 use super::{Bench, fsck, try_pull_with};
 
@@ -106,8 +107,12 @@ fn child_deploy() {
         kernel_args: args.split_whitespace().map(str::to_owned).collect(),
         imgref: (!imgref.is_empty()).then(|| imgref.parse().unwrap()),
     };
-    let progress = |percent| println!("PERCENT {percent}");
-    match deploy(&store, &image, &request, &progress, &gio::Cancellable::new()) {
+    let write = || {
+        let progress = |percent| println!("PERCENT {percent}");
+        deploy(&store, &image, &request, &progress, &gio::Cancellable::new())
+    };
+    let deployed = if std::env::var_os("PIVOT_PRIVATE").is_some() { in_private(write) } else { write() };
+    match deployed {
         Ok(deployed) => println!("RESULT {deployed:?}"),
         Err(error) => println!("RESULT error {error:?} {error}"),
     }

@@ -5,15 +5,18 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use overlay_root::{Namespace, with_writable};
+
 use super::Bench;
 use super::deploying::{Setup, encapsulated, pulled};
 use super::derived::Labels;
+use super::failing::Small;
 use super::fixture::run;
 use super::image_refs::sysroot;
 use super::waits::files_below;
 
-/// Runs the child in the deployment `$1` of the disk `$2`. `$3` is the node store, `$4` the directory of the program `$5`, and
-/// `$6` is `ro` or `rw` for /sysroot.
+/// Runs the child in the deployment `$1` of the disk `$2`. `$3` is the node store, `$4` the directory of the program `$5`,
+/// `$6` is `ro` or `rw` for /sysroot, and `$7` has the options for /boot.
 const BOOTED: &str = r#"
     cd "$1"
     mkdir -p sysroot run proc dev store program var usr
@@ -22,7 +25,7 @@ const BOOTED: &str = r#"
     mount --bind . "$1"; cd "$1"
     mount --bind "$2" sysroot
     [ -d boot ] || mkdir boot
-    mount --bind sysroot/boot boot
+    mount --bind "$2/boot" boot
     mount --bind /usr usr
     mount --bind "$3" store
     mount --bind "$4" program
@@ -31,23 +34,41 @@ const BOOTED: &str = r#"
     mount -t tmpfs run run
     touch run/ostree-booted
     mount -o "remount,bind,$6" sysroot
+    mount -o "remount,$7" boot
+    mkdir run/outer
+    pivot_root . run/outer
     exec chroot . "/program/$5" --ignored --exact deploying::child_deploy --nocapture"#;
 
-/// Deploys `setup` to the sysroot `path` of the system that runs from the deployment `root`.
-fn deploy_from(root: &Path, setup: &Setup, path: &str, mode: &str) -> String {
+/// Deploys `setup` to the sysroot `path` of the system that runs from the deployment `root`. `private` makes /sysroot and
+/// /boot writable for the call, as the agent does.
+fn deploy_from(root: &Path, setup: &Setup, path: &str, modes: [&str; 2], private: bool) -> String {
     let program = std::env::current_exe().unwrap();
     let (dir, name) = (program.parent().unwrap(), program.file_name().unwrap());
     let pinned = setup.image.pinned.to_string();
     let mut shell = Command::new("unshare");
     shell.args(["--mount", "--propagation", "private", "bash", "-euc", BOOTED, "booted"]);
-    shell.arg(root).arg(&setup.disk).arg(setup.store.root()).arg(dir).arg(name).arg(mode);
+    shell.arg(root).arg(&setup.disk).arg(setup.store.root()).arg(dir).arg(name).args(modes);
     shell.env("PIVOT_CHILD", ["/store", path, &pinned, "quiet", ""].join("|"));
+    if private {
+        shell.env("PIVOT_PRIVATE", "1");
+    }
     let output = shell.env("OSTREE_SYSROOT_DEBUG", "mutable-deployments").output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
     let result = text.lines().find_map(|line| line.split_once("RESULT "));
     let result = result.unwrap_or_else(|| panic!("{text} {}", String::from_utf8_lossy(&output.stderr))).1;
     println!("{result}");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     result.to_owned()
+}
+
+/// Runs a deployment in the child as the agent does.
+pub(super) fn in_private<T: Send>(deploy: impl FnOnce() -> T + Send) -> T {
+    let own = Namespace::of(std::process::id().try_into().unwrap());
+    let result = with_writable(&own, &["/sysroot", "/boot"].map(Path::new), || Ok(deploy()));
+    for place in ["/sysroot", "/boot"] {
+        assert!(fs::write(Path::new(place).join("new"), "").is_err(), "{place} is read-only outside");
+    }
+    result.unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -55,28 +76,35 @@ async fn the_running_system_stays_as_the_rollback_of_the_deployed_image() {
     let bench = Bench::new();
     let spec = bench.push(&encapsulated(&bench, Labels::None, "1"), "os:1");
     let (disk, _mount) = sysroot(&bench, "disk", "64m");
+    let boot = Small::mount(&bench, "boot", "64m");
     let old = pulled(&bench, &spec, disk, "first").await;
     assert!(old.deploy("root=UUID=1", "").starts_with("Deployed"));
     let root = old.deployments().remove(0);
+    // /boot becomes a separate file system.
+    let place = old.disk.join("boot");
+    run("cp", &["-a", &format!("{}/.", place.display()), &boot.0]);
+    run("mount", &["--bind", &boot.0, place.to_str().unwrap()]);
     fs::write(root.join("etc/local.conf"), "local").unwrap();
     let spec = bench.push(&encapsulated(&bench, Labels::None, "2"), "os:2");
     let new = pulled(&bench, &spec, old.disk.clone(), "second").await;
 
     let before = files_below(&new.repo());
-    for (path, mode) in [("/", "ro"), ("/sysroot", "rw")] {
-        let refused = deploy_from(&root, &new, path, mode);
-        assert!(refused.starts_with("error Booted"), "{path} {mode}: {refused}");
+    let writable = ["rw", "bind,rw"];
+    for (path, modes) in [("/", ["ro", "bind,rw"]), ("/", ["rw", "bind,ro"]), ("/sysroot", writable)] {
+        let refused = deploy_from(&root, &new, path, modes, false);
+        assert!(refused.starts_with("error Booted"), "{path} {modes:?}: {refused}");
     }
     let loader = ["boot/loader", "boot/hidden"].map(|path| new.disk.join(path));
     fs::rename(&loader[0], &loader[1]).unwrap();
-    let refused = deploy_from(&root, &new, "/", "rw");
+    let refused = deploy_from(&root, &new, "/", writable, false);
     assert!(refused.starts_with("error Booted"), "without boot loader entries: {refused}");
     fs::rename(&loader[1], &loader[0]).unwrap();
     assert_eq!((files_below(&new.repo()), new.entries().len()), (before, 1), "nothing is written");
 
-    let done = deploy_from(&root, &new, "/", "rw");
+    // On CoreOS, the file system of /boot is read-only, too.
+    let done = deploy_from(&root, &new, "/", ["ro", "ro"], true);
     assert!(done.starts_with("Deployed") && done.ends_with("existed: false }"), "{done}");
-    assert!(deploy_from(&root, &new, "/", "rw").ends_with("existed: true }"));
+    assert!(deploy_from(&root, &new, "/", ["ro", "ro"], true).ends_with("existed: true }"));
     new.is_sound();
     let entries = new.entries();
     assert!(entries[0].contains(" quiet") && entries[0].contains("root=UUID=1"), "{entries:?}");

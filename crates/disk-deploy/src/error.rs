@@ -20,8 +20,8 @@ pub enum DeployError {
     },
     /// The sysroot is that of the running system, which cannot get a deployment.
     #[error(
-        "cannot deploy to {}, the sysroot of the running system: its file system is read-only, or libostree does not find \
-         the booted deployment there; deploy to another disk", .0.display()
+        "cannot deploy to {}, the sysroot of the running system: its file system or that of /boot is read-only, or libostree \
+         does not find the booted deployment there; deploy to another disk", .0.display()
     )]
     Booted(PathBuf),
     /// The disk has a deployment that its boot loader entries do not name: its `/boot` is not mounted.

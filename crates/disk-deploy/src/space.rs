@@ -52,9 +52,10 @@ pub(crate) fn check(
     compare(&path, parts, &disk)
 }
 
-/// Returns true if the repo of the sysroot is on a read-only mount or file system.
+/// Returns true if the repo of the sysroot or its `/boot` is on a read-only mount or file system.
 pub(crate) fn is_read_only(sysroot: &Path) -> Result<bool, DeployError> {
-    Ok(space(&sysroot.join("ostree/repo"))?.f_flag.contains(StatVfsMountFlags::RDONLY))
+    let flags = |name: &str| space(&sysroot.join(name)).map(|disk| disk.f_flag);
+    Ok((flags("ostree/repo")? | flags("boot")?).contains(StatVfsMountFlags::RDONLY))
 }
 
 fn space(path: &Path) -> Result<StatVfs, DeployError> {
