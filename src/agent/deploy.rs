@@ -103,6 +103,7 @@ fn write(
     }
     request.sysroot = "/".into();
     let places = ["/sysroot", "/boot"].map(Path::new);
+    disk_deploy::start_watcher();
     Ok(overlay_root::with_writable(&Namespace::init(), &places, || Ok(deploy(&request)))??)
 }
 

@@ -4,7 +4,10 @@
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
+use disk_deploy::start_watcher;
+use ostree::gio;
 use overlay_root::{Namespace, with_writable};
 
 use super::Bench;
@@ -61,12 +64,36 @@ fn deploy_from(root: &Path, setup: &Setup, path: &str, modes: [&str; 2], private
     result.to_owned()
 }
 
+/// Returns the names of the threads that are in another mount namespace.
+fn threads_elsewhere() -> Vec<String> {
+    let own = fs::read_link("/proc/self/ns/mnt").unwrap();
+    let threads = fs::read_dir("/proc/self/task").unwrap().map(|entry| entry.unwrap().path());
+    // Another thread may end meanwhile.
+    let others = threads.filter(|thread| fs::read_link(thread.join("ns/mnt")).is_ok_and(|other| other != own));
+    others.filter_map(|thread| fs::read_to_string(thread.join("comm")).ok()).collect()
+}
+
 /// Runs a deployment in the child as the agent does.
 pub(super) fn in_private<T: Send>(deploy: impl FnOnce() -> T + Send) -> T {
     let own = Namespace::of(std::process::id().try_into().unwrap());
-    let result = with_writable(&own, &["/sysroot", "/boot"].map(Path::new), || Ok(deploy()));
+    start_watcher();
+    let result = with_writable(&own, &["/sysroot", "/boot"].map(Path::new), || {
+        let result = deploy();
+        // libostree runs bubblewrap for an image with an SELinux policy.
+        let program = gio::Subprocess::newv(&["true".as_ref()], gio::SubprocessFlags::NONE).unwrap();
+        program.wait(gio::Cancellable::NONE).unwrap();
+        Ok(result)
+    });
     for place in ["/sysroot", "/boot"] {
         assert!(fs::write(Path::new(place).join("new"), "").is_err(), "{place} is read-only outside");
+    }
+    // The thread of the call may end a moment later.
+    let begin = Instant::now();
+    while let names = threads_elsewhere()
+        && !names.is_empty()
+    {
+        assert!(begin.elapsed() < Duration::from_secs(60), "threads that stay in the private namespace: {names:?}");
+        std::thread::sleep(Duration::from_millis(10));
     }
     result.unwrap()
 }

@@ -26,6 +26,7 @@ mod guard;
 mod reference;
 mod space;
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -121,6 +122,15 @@ pub fn deploy(
 /// `/sysroot` and `/boot` writable, and the request names the root directory.
 pub fn is_running_system(sysroot: &Path) -> bool {
     guard::is_same_repo(sysroot, &["/", "/sysroot"])
+}
+
+/// Starts GLib's thread that watches programs, unless it runs. It stays in the mount namespace of its first caller, which may
+/// be the private one of a deployment that runs bubblewrap.
+pub fn start_watcher() {
+    let program = gio::Subprocess::newv(&[OsStr::new("true")], gio::SubprocessFlags::NONE);
+    if let Err(error) = program.and_then(|program| program.wait(gio::Cancellable::NONE)) {
+        warn!("cannot run the program true: {error}");
+    }
 }
 
 /// Returns true for one argument that can be in a boot loader entry. With white space it would become several, so that a
