@@ -17,6 +17,9 @@ use crate::report::{Phase, RefusalId, Tracker};
 use overlay_root::Namespace;
 use support::human_bytes;
 
+/// Percentage of the phase that ends with the last object. The rest is the sync, the deployment and the boot loader entries.
+const OBJECTS: usize = 90;
+
 impl Agent {
     /// Writes the node image from the node store to the ostree sysroot of a disk, as the deployment that it boots next.
     /// First pulls, stages and completes the node store if needed. The running system is unchanged. Returns a report in
@@ -79,7 +82,7 @@ impl Agent {
         let token = cancellable.clone();
         let mut writing = tokio::task::spawn_blocking(move || {
             let store = storage::of(&paths, &staged.delta)?;
-            let progress = |percent| tracker.share(0, percent, 100);
+            let progress = |percent| tracker.share(0, percent * OBJECTS / 100, 100);
             write(request, |request| disk_deploy::deploy(&store, &staged.pulled.image, request, &progress, &token))
         });
         let outcome = tokio::select! {
