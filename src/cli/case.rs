@@ -45,6 +45,7 @@ pub(super) async fn versions() -> String {
 pub(super) fn end(unit: &str, outcome: Outcome, report: Option<&Report>) {
     let (priority, word) = match outcome {
         Outcome::Done => (Priority::Notice, "has succeeded"),
+        Outcome::Cancelled => (Priority::Notice, "was cancelled"),
         _ => (Priority::Error, "has failed"),
     };
     let summary = report.map(report::summary).unwrap_or_default();

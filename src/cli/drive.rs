@@ -5,6 +5,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Result;
 use libsystemd::daemon::{NotifyState, notify};
+use tokio::signal::unix::{SignalKind, signal};
 
 use super::pauses::Pauses;
 use super::show::recorded;
@@ -62,22 +63,30 @@ pub(super) fn seconds(text: &str) -> Result<u64, String> {
 }
 
 /// Makes `call` and waits for its end. If the daemon dies, its unit restarts it with its record, and the call is repeated.
+///
+/// In a unit of the agent, SIGTERM cancels the call.
 pub(super) async fn drive(paths: &StateDir, call: Call) -> Result<Outcome> {
-    let unit = own_unit();
-    let reporter = Reporter { record: unit.as_deref().and_then(record), ..Reporter::default() };
-    if let Some(unit) = &unit {
-        let flow = client_status(paths).await.and_then(|status| status.flow);
-        case::begin(unit, flow).await;
+    let Some(unit) = own_unit() else { return Ok(drive_reported(paths, call, &mut Reporter::default()).await) };
+    let mut reporter = Reporter { record: record(&unit), ..Reporter::default() };
+    let mut stop = signal(SignalKind::terminate())?;
+    let flow = client_status(paths).await.and_then(|status| status.flow);
+    case::begin(&unit, flow).await;
+    tokio::select! {
+        outcome = drive_reported(paths, call, &mut reporter) => {
+            case::end(&unit, outcome, client_report(paths).await.as_ref());
+            Ok(outcome)
+        }
+        // The connection is closed, so the daemon cancels the call.
+        _ = stop.recv() => {
+            reporter.end_record(Some("the unit was stopped"));
+            case::end(&unit, Outcome::Cancelled, None);
+            Ok(Outcome::Cancelled)
+        }
     }
-    let outcome = drive_reported(paths, call, reporter).await;
-    if let Some(unit) = &unit {
-        case::end(unit, outcome, client_report(paths).await.as_ref());
-    }
-    Ok(outcome)
 }
 
-async fn drive_reported(paths: &StateDir, call: Call, mut reporter: Reporter) -> Outcome {
-    let error = match drive_to_end(paths, call, &mut reporter).await {
+async fn drive_reported(paths: &StateDir, call: Call, reporter: &mut Reporter) -> Outcome {
+    let error = match drive_to_end(paths, call, reporter).await {
         Ok((status, lines)) => {
             reporter.end(&status, &lines);
             reporter.end_record(None);

@@ -167,7 +167,9 @@ fn a_call_ends_with_its_caller() -> Result<()> {
 fn systemctl_stop_ends_the_pull(bed: &mut Bed) -> Result<()> {
     bed.guest.ask("systemctl stop node-image-finish.service node-image-overlay.service node-image-pull.service")?;
     wait_state(&bed.guest, "failed")?;
-    contains(&bed.guest.ask("node-image-pivot status")?, "cancelled")
+    contains(&bed.guest.ask("node-image-pivot status")?, "cancelled")?;
+    same(bed.guest.unit("node-image-pull.service", "ExecMainStatus")?, "12".into())?;
+    contains(&support_case::end_of_the_pull(&bed.guest)?, "node-image-pull.service was cancelled")
 }
 
 fn cancel_reports_that_nothing_was_running(bed: &mut Bed) -> Result<()> {

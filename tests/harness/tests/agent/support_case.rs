@@ -44,8 +44,7 @@ pub fn answers_are_documents(bed: &mut Bed) -> Result<()> {
 pub fn the_units_journal_has_a_begin_and_an_end_that_the_catalog_explains(bed: &mut Bed) -> Result<()> {
     let guest = &bed.guest;
     guest.ask("journalctl --update-catalog")?;
-    let record = |id: &str| guest.ask(&format!("journalctl -b -x -u node-image-pull.service {id}"));
-    let begin = record(BEGIN)?;
+    let begin = record_of_the_pull(guest, BEGIN)?;
     for part in [
         "node-image-pivot ",
         "Linux ",
@@ -58,9 +57,17 @@ pub fn the_units_journal_has_a_begin_and_an_end_that_the_catalog_explains(bed: &
     ] {
         contains_any(&begin, &[part]).with_context(|| format!("the begin lacks {part}"))?;
     }
-    let end = record(END)?;
+    let end = end_of_the_pull(guest)?;
     contains(&end, "node-image-pull.service has failed")?;
     contains(&end, "A phase of the node image pivot has ended")
+}
+
+pub fn end_of_the_pull(guest: &dyn Guest) -> Result<String> {
+    record_of_the_pull(guest, END)
+}
+
+fn record_of_the_pull(guest: &dyn Guest, id: &str) -> Result<String> {
+    guest.ask(&format!("journalctl -b -x -u node-image-pull.service {id}"))
 }
 
 pub fn gather_writes_one_archive_for_root(bed: &mut Bed) -> Result<()> {
