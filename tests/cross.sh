@@ -51,7 +51,16 @@ export "CARGO_TARGET_${variable^^}_LINKER=$triple-gcc"
 export "CARGO_TARGET_${variable^^}_RUSTFLAGS=-Clink-arg=--sysroot=$sysroot"
 export "CARGO_TARGET_${variable^^}_RUNNER=qemu-$emulator-static -L $sysroot"
 # The kernels of this architecture that matter have pages of 64 KiB.
-if [ "$architecture" = ppc64le ]; then export QEMU_PAGESIZE=65536; fi
+if [ "$architecture" = ppc64le ]; then
+    export QEMU_PAGESIZE=65536
+    # Not every version of QEMU reads the variable.
+    "$triple-gcc" -x c -o "$sysroot/has-large-pages" - <<<'#include <unistd.h>
+int main(void) { return sysconf(_SC_PAGESIZE) != 65536; }'
+    "qemu-$emulator-static" -L "$sysroot" "$sysroot/has-large-pages" || {
+        echo "cannot test with pages of 64 KiB: this QEMU does not read QEMU_PAGESIZE; install QEMU 8 or earlier" >&2
+        exit 1
+    }
+fi
 export CARGO_BUILD_TARGET=$target PKG_CONFIG_ALLOW_CROSS=1 PKG_CONFIG_SYSROOT_DIR=$sysroot
 export PKG_CONFIG_LIBDIR=$sysroot/usr/lib/$triple/pkgconfig:$sysroot/usr/share/pkgconfig
 cd "$project"
