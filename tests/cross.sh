@@ -38,12 +38,12 @@ if [ ! -d "$sysroot" ]; then
     mmdebstrap --quiet --mode=root --variant=extract --architectures="$debian" --format=directory \
         --hook-dir=/usr/share/mmdebstrap/hooks/merged-usr \
         --setup-hook='sed -i "/security\|updates/d" "$1/etc/apt/sources.list"' --include=libostree-dev,libc6-dev bookworm "$sysroot.tmp" >&2
-    # The linker looks for the target of an absolute link, such as the loader's on ppc64le, on the machine that builds.
-    find "$sysroot.tmp/usr/lib"* -type l -lname '/*' | while read -r link; do
-        ln --symbolic --relative --force --no-dereference "$sysroot.tmp$(readlink "$link")" "$link"
-    done
     mv "$sysroot.tmp" "$sysroot"
 fi
+# The linker looks for the target of an absolute link, such as the loader's on ppc64le, on the machine that builds.
+find "$sysroot/usr/lib"* -type l -lname '/*' | while read -r link; do
+    ln --symbolic --relative --force --no-dereference "$sysroot$(readlink "$link")" "$link"
+done
 
 variable=${target//-/_}
 export "CC_$variable=$triple-gcc" "AR_$variable=$triple-ar"
