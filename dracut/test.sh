@@ -19,8 +19,9 @@ work=$2
 mkdir "$work/plain-usr"
 mount --bind /usr "$work/plain-usr"
 mount -t overlay -o "lowerdir=$work/installed/usr:/usr" overlay /usr
+# ostree's own module, which a package of this machine may add, needs libostree.
 dracut --quiet --force --no-hostonly --no-kernel --kver 0-none --no-compress --no-early-microcode --nofscks \
-    --modules "base systemd systemd-initrd node-image-pivot" "$work/initramfs.img" 2> "$work/log" ||
+    --modules "base systemd systemd-initrd node-image-pivot" --omit ostree "$work/initramfs.img" 2> "$work/log" ||
     { cat "$work/log" >&2; exit 1; }
 root=$work/root
 mkdir "$root"
