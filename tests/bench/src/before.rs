@@ -16,12 +16,17 @@ pub fn program(revision: &str) -> Result<PathBuf> {
     let commit = git(["rev-parse", "--verify", &format!("{revision}^{{commit}}")])?;
     let place = project.join("target/bench-before").join(&commit);
     let (sources, target) = (place.join("sources"), place.join("target"));
-    if !sources.join("Cargo.toml").exists() {
-        fs::create_dir_all(&sources)?;
+    if !sources.exists() {
+        let partial = place.join("sources.tmp");
+        if partial.exists() {
+            fs::remove_dir_all(&partial)?;
+        }
+        fs::create_dir_all(&partial)?;
         let archive = place.join("sources.tar");
         git(["archive", &format!("--output={}", archive.display()), &commit])?;
-        output(Command::new("tar").arg("-xf").arg(&archive).arg("-C").arg(&sources))?;
+        output(Command::new("tar").arg("-xf").arg(&archive).arg("-C").arg(&partial))?;
         fs::remove_file(archive)?;
+        fs::rename(partial, &sources)?;
     }
     eprintln!("benchmark: building the importer of {commit}");
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
