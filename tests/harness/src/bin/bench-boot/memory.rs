@@ -57,9 +57,15 @@ impl Group {
         let root = root.into_iter().find(|root| root.join("cgroup.procs").exists()).context("no control groups")?;
         let place = root.join(format!("bench-boot-{}", std::process::id()));
         fs::create_dir_all(&place)?;
+        // A parent without the controller would count as no memory.
+        let stat = place.join("memory.stat");
+        if let Err(error) = fs::read_to_string(&stat) {
+            fs::remove_dir(&place)?;
+            return Err(error).with_context(|| format!("cannot read {}", stat.display()));
+        }
         fs::write(place.join("cgroup.procs"), std::process::id().to_string())?;
         let (stop, samples) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(Samples::new())));
-        let (stopped, filled, stat) = (stop.clone(), samples.clone(), place.join("memory.stat"));
+        let (stopped, filled) = (stop.clone(), samples.clone());
         let thread = std::thread::spawn(move || {
             while !stopped.load(Ordering::Relaxed) {
                 let now = uptime();
