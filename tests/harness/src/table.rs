@@ -163,7 +163,7 @@ mod tests {
     fn each_row_of_the_page_belongs_to_a_suite() -> Result<()> {
         let page = std::fs::read_to_string(project().join(PAGE))?;
         let tests = project().join("tests/harness/tests");
-        let sources = std::process::Command::new("grep").args(["-rhE", "Suite::new\\("]).arg(tests).output()?;
+        let sources = std::process::Command::new("grep").args(["-rhE", "-A1", "Suite::new\\("]).arg(tests).output()?;
         let sources = String::from_utf8(sources.stdout)?;
         let (_, table) = page.split_once("| suite |").context("no table")?;
         let rows = table.lines().skip(2).filter_map(|line| line.strip_prefix("| ")?.split_once(" |"));
