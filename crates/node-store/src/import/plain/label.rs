@@ -206,7 +206,8 @@ impl PolicyFiles {
                 let _ = answer.send(label.map(|label| label.map(String::from)).map_err(|error| error.to_string()));
             }
         };
-        std::thread::Builder::new().name("labels".to_owned()).spawn(serve).map_err(|error| cannot(&error))?;
+        let name = format!("labels {}", self.root.file_name().unwrap_or_default().display());
+        std::thread::Builder::new().name(name).spawn(serve).map_err(|error| cannot(&error))?;
         let kind = kind.recv().map_err(|error| cannot(&error))?.map_err(|error| cannot(&error))?;
         let contexts = kind.as_deref().and_then(|kind| self.read_contexts(kind));
         Ok(Labels { requests, contexts, is_active: kind.is_some() })
@@ -270,6 +271,7 @@ impl Labels {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use std::time::{Duration, Instant};
 
     #[test]
     fn a_policy_that_is_shown_twice_stays_until_its_last_user_ends() {
@@ -288,7 +290,9 @@ mod tests {
     #[test]
     fn one_thread_looks_up_the_labels_of_all_layers() {
         let temp = tempfile::tempdir().unwrap();
-        let selinux = temp.path().join("policy/usr/etc/selinux");
+        // Policies of other tests have numbers.
+        let root = temp.path().join("shared");
+        let selinux = root.join("usr/etc/selinux");
         let put = |name: &str, text: &str| {
             let path = selinux.join(name);
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -297,12 +301,11 @@ mod tests {
         put("config", "SELINUX=enforcing\nSELINUXTYPE=test\n");
         put("test/policy/policy.31", "");
         put("test/contexts/files/file_contexts", "/(.*)?  system_u:object_r:usr_t:s0\n");
-        let root = temp.path().join("policy");
         let files = PolicyFiles { root, objects: PolicyObjects::default(), labels: OnceLock::new() };
         let threads = || {
             let names = std::fs::read_dir("/proc/self/task").unwrap().flatten();
             let names = names.filter_map(|thread| std::fs::read_to_string(thread.path().join("comm")).ok());
-            names.filter(|name| name == "labels\n").count()
+            names.filter(|name| name == "labels shared\n").count()
         };
         std::thread::scope(|scope| {
             for layer in 0..8 {
@@ -317,7 +320,9 @@ mod tests {
         assert!(files.is_active());
         assert_eq!(threads(), 1);
         drop(files);
+        let limit = Instant::now() + Duration::from_secs(60);
         while threads() > 0 {
+            assert!(Instant::now() < limit, "the thread does not end");
             std::thread::yield_now();
         }
     }
