@@ -1,7 +1,7 @@
 //! Decompresses blobs and computes their diff ids.
 
 use std::io::{self, BufReader, Read};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use sha2::{Digest, Sha256};
 use zstd::stream::read::Decoder;
@@ -20,36 +20,42 @@ const ZSTD_WINDOW_BITS: u32 = 25;
 /// Largest zstd decoder that is kept for the next layer, in bytes: with the usual window of 8 MiB.
 const MAX_IDLE: usize = 12 << 20;
 
+/// Decoders of zstd without a layer. The next layer uses their memory again: the windows of hundreds of layers, 8 MiB
+/// each, would leave gaps in the heap. Readers that outlive a cancelled import own them, too, so that none stays after the
+/// last reader.
+#[derive(Clone, Default)]
+pub(crate) struct Decoders(Arc<Mutex<Vec<DCtx<'static>>>>);
+
+impl Decoders {
+    /// Frees the memory of decoders without a layer.
+    pub(crate) fn free(&self) {
+        self.idle().clear();
+    }
+
+    fn idle(&self) -> MutexGuard<'_, Vec<DCtx<'static>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// Reads `input` to its end, passes the decompressed bytes to `sink` in pieces, and returns their SHA-256. After `sink`
 /// returns false it is not called again, but the digest still covers all bytes.
 pub(crate) fn decompress(
     compression: Compression,
     input: impl Read,
+    decoders: &Decoders,
     sink: &mut dyn FnMut(Vec<u8>) -> bool,
 ) -> io::Result<[u8; 32]> {
     if compression != Compression::Zstd {
         return pump(decoder(compression, input)?, sink);
     }
-    let mut context = idle().pop().unwrap_or_default();
+    let mut context = decoders.idle().pop().unwrap_or_default();
     context.reset(ResetDirective::SessionAndParameters).map_err(|_| io::Error::other("cannot reset a zstd decoder"))?;
     let reader = Decoder::with_context(BufReader::with_capacity(PIECE, input), &mut context);
     let digest = pump(with_limit(reader)?, sink);
     if context.sizeof() <= MAX_IDLE {
-        idle().push(context);
+        decoders.idle().push(context);
     }
     digest
-}
-
-/// Frees the memory of decoders without a layer.
-pub(crate) fn free_idle() {
-    idle().clear();
-}
-
-/// Decoders of zstd without a layer. The next layer uses their memory again: the windows of hundreds of layers, 8 MiB
-/// each, would leave gaps in the heap.
-fn idle() -> MutexGuard<'static, Vec<DCtx<'static>>> {
-    static IDLE: Mutex<Vec<DCtx<'static>>> = Mutex::new(Vec::new());
-    IDLE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Returns a reader of the decompressed bytes of `input`.
@@ -123,8 +129,12 @@ mod tests {
     }
 
     fn run(compression: Compression, blob: &[u8]) -> io::Result<(Vec<u8>, [u8; 32])> {
+        run_with(&Decoders::default(), compression, blob)
+    }
+
+    fn run_with(decoders: &Decoders, compression: Compression, blob: &[u8]) -> io::Result<(Vec<u8>, [u8; 32])> {
         let mut out = Vec::new();
-        let digest = decompress(compression, blob, &mut |piece| {
+        let digest = decompress(compression, blob, decoders, &mut |piece| {
             out.extend(piece);
             true
         })?;
@@ -135,11 +145,15 @@ mod tests {
     fn a_zstd_decoder_is_used_again_after_a_damaged_blob() {
         let data = b"content".repeat(100_000);
         let blob = zstd::encode_all(data.as_slice(), 1).unwrap();
+        let decoders = Decoders::default();
         for _ in 0..3 {
-            run(Compression::Zstd, &blob[..blob.len() / 2]).unwrap_err();
-            assert!(run(Compression::Zstd, &blob).unwrap().0 == data);
+            run_with(&decoders, Compression::Zstd, &blob[..blob.len() / 2]).unwrap_err();
+            assert!(run_with(&decoders, Compression::Zstd, &blob).unwrap().0 == data);
         }
-        assert!(idle().iter().all(|context| context.sizeof() <= MAX_IDLE));
+        assert_eq!(decoders.idle().len(), 1);
+        assert!(decoders.idle().iter().all(|context| context.sizeof() <= MAX_IDLE));
+        decoders.free();
+        assert!(decoders.idle().is_empty());
     }
 
     #[test]
@@ -212,7 +226,7 @@ mod tests {
     fn the_digest_covers_all_bytes_after_the_sink_has_stopped() {
         let data = vec![7; 3 * PIECE];
         let mut pieces = 0;
-        let digest = decompress(Compression::None, data.as_slice(), &mut |_| {
+        let digest = decompress(Compression::None, data.as_slice(), &Decoders::default(), &mut |_| {
             pieces += 1;
             false
         });

@@ -132,10 +132,11 @@ async fn read_parts<T: Send + 'static>(
     let (compressed, incoming) = mpsc::channel::<Vec<u8>>(WAITING_READS);
     let (pieces, archive) = blocking::sync_channel::<io::Result<Vec<u8>>>(WAITING_PIECES);
     let compression = layer.compression;
+    let decoders = import.decoders.clone();
     let timer = reading.timer(Part::Decompress);
     let decompressor = tokio::task::spawn_blocking(move || {
         let (timer, mut bytes) = (timer.begin(), 0);
-        let result = decompress(compression, Incoming::new(incoming), &mut |piece| {
+        let result = decompress(compression, Incoming::new(incoming), &decoders, &mut |piece| {
             bytes += piece.len() as u64;
             pieces.send(Ok(piece)).is_ok()
         });

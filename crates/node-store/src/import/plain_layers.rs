@@ -54,7 +54,7 @@ impl<'a> PlainLayers<'a> {
         if !first.is_empty() {
             self.first_facts = Some(facts.clone());
             let reads = self.unknown(&first, &facts).await?;
-            all_of(reads, self.parallel, |read| fetched.extend(self.note(read))).await?;
+            all_of(reads, self.parallel, &self.run.import.decoders, |read| fetched.extend(self.note(read))).await?;
             facts = match self.with_policy(&facts).await? {
                 Some(facts) => facts,
                 None => {
@@ -136,7 +136,7 @@ impl<'a> PlainLayers<'a> {
             let message = format!("{} is incomplete: files of its SELinux policy are missing", run.image.pinned);
             return Err(Failure::new(Kind::BadFormat, message));
         };
-        all_of(late, parallel, |read| fetched.extend(self.note(read))).await?;
+        all_of(late, parallel, &self.run.import.decoders, |read| fetched.extend(self.note(read))).await?;
         if run.import.complete && run.import.base == Base::Empty {
             // An earlier run may have discarded objects that later layers hide. The commit of the first layer needs them,
             // and ostree-ext accepts no image without it.
@@ -243,7 +243,7 @@ impl<'a> PlainLayers<'a> {
             PullProgress::add(&self.run.import.progress.bytes_total, layer.size());
             reads.push(self.read(layer, facts));
         }
-        all_of(reads, self.parallel, |read| fetched.extend(self.note(read))).await
+        all_of(reads, self.parallel, &self.run.import.decoders, |read| fetched.extend(self.note(read))).await
     }
 
     fn read(&self, layer: &'a Layer, facts: BaseFacts) -> DueRead<'a> {

@@ -10,7 +10,6 @@ use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
 use crate::PullProgress;
-use crate::image::decompress::free_idle;
 use crate::image::{Failure, ImageDescription, Kind, Layer, Layout, ResolvedImage, Source};
 use crate::store::{BootedRepo, LockError, NodeStore, ObjectId, ObjectType, Scope, StoreLock};
 
@@ -102,9 +101,7 @@ pub async fn pull(
     let layers: Vec<&Layer> = description.layout.layers().collect();
     PullProgress::add(&progress.layers_total, layers.len() as u64);
     let run = Run { source, image, import: &import, journal: &journal, scope: &scope, cancel };
-    let outcome = run.all(&description, options).await;
-    free_idle();
-    let (fetched, derived) = outcome?;
+    let (fetched, derived) = run.all(&description, options).await?;
     let (commit, sources, layer_commits, mut warnings) = match (derived, base) {
         (Some(derived), _) => (derived.commit, derived.sources, derived.layers, derived.warnings),
         (None, Base::Commit(commit)) => (commit, HashSet::new(), HashMap::new(), Vec::new()),
@@ -216,9 +213,9 @@ impl Run<'_> {
             for layer in layers {
                 due.push(self.if_needed(layer).boxed());
             }
-            all_of(due, parallel, |read| fetched.extend(plain.note(read))).await?;
+            all_of(due, parallel, &self.import.decoders, |read| fetched.extend(plain.note(read))).await?;
         }
-        all_of(early, parallel, |read| fetched.extend(plain.note(read))).await?;
+        all_of(early, parallel, &self.import.decoders, |read| fetched.extend(plain.note(read))).await?;
         self.nothing_is_missing()?;
         let derived = match layout.plain.is_empty() {
             true => None,
@@ -254,7 +251,7 @@ impl Run<'_> {
                     PullProgress::sub(&progress.layers_done, 1);
                 }
             };
-            all_of(due.collect(), parallel, note).await?;
+            all_of(due.collect(), parallel, &self.import.decoders, note).await?;
         }
         Ok(())
     }

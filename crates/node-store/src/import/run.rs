@@ -6,7 +6,7 @@ use futures_util::future::BoxFuture;
 use futures_util::stream::{self, BoxStream, StreamExt};
 use tokio_util::sync::CancellationToken;
 
-use crate::image::decompress::free_idle;
+use crate::image::decompress::Decoders;
 use crate::image::{Failure, Kind, ResolvedImage, Source};
 use crate::store::{LayerJournal, Scope};
 
@@ -61,6 +61,7 @@ pub(super) enum Read {
 pub(super) async fn all_of(
     reads: Vec<DueRead<'_>>,
     parallel: usize,
+    decoders: &Decoders,
     mut note: impl FnMut(Read),
 ) -> Result<(), Failure> {
     let parallel = parallel.max(1);
@@ -85,7 +86,7 @@ pub(super) async fn all_of(
         }
     }
     // The merge of plain layers needs the memory.
-    free_idle();
+    decoders.free();
     first.map_or(Ok(()), Err)
 }
 

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio_util::sync::CancellationToken;
 
 use crate::PullProgress;
+use crate::image::decompress::Decoders;
 use crate::image::{Failure, Kind, Layer};
 use crate::store::{
     BootedRepo, HeldLayers, NodeStore, ObjectId, ObjectSet, ObjectType, ObjectWriter, StoreLock, WriteError,
@@ -46,6 +47,8 @@ pub(super) struct Import {
     pub held: HeldLayers,
     /// Memory that all plain layers together may use.
     pub budget: Budget,
+    /// Decoders of the layers.
+    pub decoders: Decoders,
     /// Cancelled when no object is wanted any more.
     done: Mutex<CancellationToken>,
     /// True if objects that occur only in `/usr/lib/modules` are wanted too.
@@ -93,6 +96,7 @@ impl Import {
             writer: store.writer()?,
             progress,
             budget: Budget::default(),
+            decoders: Decoders::default(),
             done: Mutex::default(),
             complete,
             booted_content: booted.map(BootedRepo::content_objects).transpose()?.unwrap_or_default(),
