@@ -2,7 +2,7 @@
 //!
 //! Format source: proc_pid_mountinfo(5).
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
@@ -33,7 +33,23 @@ pub struct Mount {
 impl Mount {
     /// Returns true if this mount has the name: as its source, or, for a bind mount, as the name of the mounted directory.
     fn is_named(&self, name: &str) -> bool {
-        self.source == name || self.root.file_name().is_some_and(|root| root == name)
+        self.source == name || self.is_bound(name)
+    }
+
+    /// Returns true if this is a bind mount of a directory of this name. The directory may be removed.
+    fn is_bound(&self, name: &str) -> bool {
+        self.existing_root().file_name().is_some_and(|root| root == name)
+    }
+
+    /// Returns true if this is a bind mount of a directory of this name, or of a file or directory below it.
+    pub fn shows_part_of(&self, name: &str) -> bool {
+        self.existing_root().iter().any(|part| part == name)
+    }
+
+    /// Returns the root without the kernel's mark of a removed directory.
+    fn existing_root(&self) -> &Path {
+        let root = self.root.as_os_str().as_bytes();
+        Path::new(OsStr::from_bytes(root.strip_suffix(b"//deleted").unwrap_or(root)))
     }
 }
 
@@ -206,9 +222,13 @@ pub fn requires_verity(mounts: &[Mount], path: &Path) -> bool {
 /// Returns the mount points that would disappear together with the mount named `source` at `target`: those on this mount,
 /// directly or on each other. The kernel modules in a bound tree are not listed, because they are part of it.
 pub fn mounted_on(mounts: &[Mount], target: &Path, source: &str) -> Vec<PathBuf> {
-    let roots = mounts.iter().filter(|mount| mount.target == target && mount.is_named(source));
-    let is_part = |mount: &Mount| mount.target == target.join(MODULES) && mount.root.ends_with(MODULES);
-    let mut on: Vec<u64> = roots.map(|mount| mount.id).collect();
+    let at_target = || mounts.iter().filter(|mount| mount.target == target);
+    let trees: Vec<u64> = at_target().filter(|mount| mount.is_bound(source)).map(|mount| mount.id).collect();
+    // A later mount on the kernel modules has their mount as its parent.
+    let is_part = |mount: &Mount| {
+        trees.contains(&mount.parent) && mount.target == target.join(MODULES) && mount.root.ends_with(MODULES)
+    };
+    let mut on: Vec<u64> = at_target().filter(|mount| mount.is_named(source)).map(|mount| mount.id).collect();
     let mut found = Vec::new();
     let mut next = 0;
     while let Some(&parent) = on.get(next) {
@@ -315,6 +335,33 @@ nonsense\n";
         assert_eq!(exposure(&mounts, usr, "ours"), Exposure::OnTop);
         assert_eq!(exposure(&mounts, usr, "our"), Exposure::Absent);
         assert_eq!(mounted_on(&mounts, usr, "ours"), [Path::new("/usr/lib/modules/x"), Path::new("/usr/share")]);
+        assert!(mounts.iter().any(|mount| mount.shows_part_of("ours")));
+    }
+
+    #[test]
+    fn a_removed_tree_is_still_seen() {
+        let mounts = live_with("60 23 0:60 /ours//deleted /usr ro - tmpfs store rw\n");
+        assert_eq!(exposure(&mounts, Path::new("/usr"), "ours"), Exposure::OnTop);
+        for (root, expected) in
+            [("/ours/share/x", true), ("/ours//deleted", true), ("/our", false), ("/", false), ("/x/yours", false)]
+        {
+            let mounts = live_with(&format!("60 22 0:60 {root} /x ro - tmpfs store rw\n"));
+            assert_eq!(mounts.iter().any(|mount| mount.shows_part_of("ours")), expected, "{root}");
+        }
+    }
+
+    #[test]
+    fn other_mounts_on_the_kernel_modules_are_listed() {
+        let (usr, modules) = (Path::new("/usr"), [PathBuf::from("/usr/lib/modules")]);
+        let later = live_with(
+            "60 23 0:60 /ours /usr ro - tmpfs store rw\n61 60 7:0 /usr/lib/modules /usr/lib/modules ro - squashfs x ro\n\
+             62 61 8:1 /srv/lib/modules /usr/lib/modules ro - ext4 y ro\n",
+        );
+        assert_eq!(mounted_on(&later, usr, "ours"), modules);
+        let overlay = live_with(
+            "60 23 0:60 / /usr ro - overlay ours ro\n61 60 8:1 /srv/lib/modules /usr/lib/modules ro - ext4 y ro\n",
+        );
+        assert_eq!(mounted_on(&overlay, usr, "ours"), modules);
     }
 
     #[test]
