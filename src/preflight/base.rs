@@ -54,13 +54,14 @@ pub struct BaseChoice {
 /// because the mount table does not contain every stacked file system.
 ///
 /// # Errors
-/// `usr` is writable, or too deep because of an overlay that can be unmounted, or the kernel accepts no mount.
+/// `usr` is writable, or an overlay that can be unmounted makes it too deep, or the kernel accepts no mount.
 pub fn choose(mounts: &[Mount], usr: &Path, image: &Image<'_>, probe: &Probe<'_>) -> Result<BaseChoice, Refusal> {
     if let Some(source_name) = overlay_root::writable_overlay(mounts, usr) {
         return Err(Refusal::Unlocked { source_name });
     }
     let layers = overlay_root::overlay_stack(mounts, usr);
-    if layers.len() > 1 && overlay_root::is_extended(mounts, usr) {
+    let is_extended = overlay_root::is_extended(mounts, usr) || has_extensions(&layers);
+    if layers.len() > 1 && is_extended {
         return Err(Refusal::TooDeep { layers });
     }
     let mut why_stacked = None;
@@ -77,9 +78,19 @@ pub fn choose(mounts: &[Mount], usr: &Path, image: &Image<'_>, probe: &Probe<'_>
             let is_refused = matches!(no_overlay, NoMount::Refused(_));
             let flat = why_stacked.map(|why| format!("; over its composefs image: {why}"));
             let why = no_overlay.why() + &flat.unwrap_or_default();
-            if is_refused { bound(usr, why, probe) } else { Err(Refusal::NotStackable(why)) }
+            match is_refused {
+                // A complete tree would hide the extensions, and a file system below may count as a level, too.
+                true if is_extended => Err(Refusal::TooDeep { layers }),
+                true => bound(usr, why, probe),
+                false => Err(Refusal::NotStackable(why)),
+            }
         }
     }
+}
+
+/// Returns true if systemd-sysext has merged extensions on these layers.
+fn has_extensions(layers: &[String]) -> bool {
+    layers.first().is_some_and(|source| source == "sysext")
 }
 
 /// Chooses a complete tree, because the kernel accepts no overlay for the reason `why`.
@@ -133,16 +144,14 @@ pub fn warnings(mounts: &[Mount], usr: &Path, choice: &BaseChoice) -> Vec<String
             format!("{} is a mount point and is hidden by the new {} until an undo", hidden.display(), usr.display())
         })
         .collect();
-    if overlay_root::overlay_stack(mounts, usr).first().is_some_and(|source| source == "sysext") {
+    if has_extensions(&overlay_root::overlay_stack(mounts, usr)) {
         warnings.push(
             "system extensions are merged on /usr: their files stay visible where the node image has none".into(),
         );
     }
     match (&choice.base, &choice.why_not_better) {
-        (Base::Bound(_), Some(why)) => warnings.push(format!(
-            "the kernel accepts no overlay on the booted /usr, so the new /usr is a complete tree: files that the store lacks \
-             are copied from the booted system: {why}"
-        )),
+        (Base::Bound(_), Some(why)) => warnings
+            .push(format!("the kernel accepts no overlay on the booted /usr ({why}): the new /usr is a complete tree")),
         (_, Some(why)) => {
             warnings.push(format!("the new /usr is stacked on the composefs root, not over its image: {why}"));
         }
@@ -261,10 +270,14 @@ mod tests {
             let text = refusal.err().unwrap_or_default();
             assert!(text.contains("ostree admin unlock") && text.contains("transient = true"), "{text}");
         }
+        for extended in [extended.clone(), format!("{PLAIN}{}", SYSEXT.replace(",lowerdir=/run/x:/usr", ""))] {
+            let refusal = choice(&extended, Ok(image()), [Ok(true), Err("s"), BINDS]);
+            assert!(matches!(refusal, Err(Refusal::TooDeep { .. })), "extensions are not hidden: {refusal:?}");
+        }
         for (over, remedy) in [(SYSEXT, "systemd-sysext unmerge"), (MINE, "unmount the topmost one")] {
             let refusal = choice(&format!("{COMPOSEFS}{over}"), Ok(image()), [Ok(true), Ok(true), BINDS]);
             let text = refusal.map_err(|refusal| refusal.to_string()).err().unwrap_or_default();
-            assert!(text.contains("2 stacked overlays") && text.contains(remedy), "{text}");
+            assert!(text.contains("stacked overlays") && text.contains(remedy), "{text}");
         }
     }
 
@@ -280,7 +293,7 @@ mod tests {
         };
         assert_eq!(of(COMPOSEFS, Ok(true), Ok(false)), [""; 0]);
         let bound = of(PLAIN, Ok(true), Err("EINVAL"));
-        assert!(bound.len() == 1 && bound[0].contains("complete tree") && bound[0].ends_with(": EINVAL"), "{bound:?}");
+        assert!(bound.len() == 1 && bound[0].ends_with("/usr (EINVAL): the new /usr is a complete tree"), "{bound:?}");
         let cases: [(String, Answer, &[&str]); 4] = [
             (COMPOSEFS.to_owned(), Ok(false), &["usr-overlay and podman -v /usr/…:O fail, and runc copies"]),
             (COMPOSEFS.to_owned(), Err("no data layers"), &["over its image: no data layers", "no further overlay"]),

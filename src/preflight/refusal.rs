@@ -24,8 +24,8 @@ pub enum Refusal {
     NotAllowed,
     /// The overlay would exceed the kernel's limit for stacked file systems.
     #[error(
-        "the booted /usr already consists of {} stacked overlays ({}), and the kernel accepts another one on at most 1; {}",
-        layers.len(), layers.join(" over "), too_deep_remedy(layers)
+        "the kernel accepts no further overlay on the booted /usr, which already consists of stacked overlays ({}); {}",
+        layers.join(" over "), too_deep_remedy(layers)
     )]
     TooDeep {
         /// Sources of the stacked mounts, as the mount table names them, topmost first.
