@@ -8,7 +8,7 @@ use tracing::{info, warn};
 
 use super::deviations::Standing;
 use super::phases::{self, Below};
-use super::{Agent, Error, Goal, Record, StagedRoot, Step, TrialPeriod, Undo, UndoTree, auto_undo, storage};
+use super::{Agent, Error, Goal, Record, StagedRoot, Step, TrialPeriod, Undo, UndoTree, auto_undo, storage, views};
 use crate::report::{self, Phase, RefusalId, State, Subject};
 
 /// Sets a flag as long as it lives.
@@ -110,11 +110,37 @@ impl Agent {
         }
         span.end(None);
         record.undone = Some(undone.kept.clone());
+        let discarded = self.discard_complete(&undo.tree).await;
         let staged = if undo.salvaged { None } else { undo.tree.staged() };
-        self.untouched(record, staged.map_or(Step::Idle, Step::Staged))?;
+        let before = |staged: StagedRoot| if discarded { Step::Pulled(staged.pulled) } else { Step::Staged(staged) };
+        self.untouched(record, staged.map_or(Step::Idle, before))?;
         auto_undo::disarm().await;
         info!("undone: /usr and /etc are the bootimage's");
         Ok(undone.kept)
+    }
+
+    /// Removes the complete tree, which has copies in RAM, if no process sees it. Returns true if it was removed: the next
+    /// call must stage again.
+    async fn discard_complete(&self, tree: &UndoTree) -> bool {
+        let (paths, delta) = (self.paths.clone(), tree.delta.clone());
+        if delta.complete.is_none() {
+            return false;
+        }
+        let discard = move || {
+            if views::shows_complete_tree() {
+                return Ok(false);
+            }
+            storage::of(&paths, &delta)?.discard_complete().context("cannot remove the complete tree")?;
+            Ok::<_, anyhow::Error>(true)
+        };
+        match tokio::task::spawn_blocking(discard).await.context("the removal panicked").flatten() {
+            Ok(discarded) => discarded,
+            Err(error) => {
+                warn!("{error:#}");
+                // A part of the tree may be gone.
+                true
+            }
+        }
     }
 
     /// Plans the undo of units for the flow of the switch, also on a machine that is in use by now: a unit that the switch

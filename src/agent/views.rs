@@ -41,6 +41,16 @@ pub(super) fn stale(expected: Expected) -> Option<String> {
     })
 }
 
+/// Returns true if a process has a mount of the node image's complete tree, or of a part of it. Containers count.
+pub(super) fn shows_complete_tree() -> bool {
+    let mut known = BTreeSet::new();
+    processes().any(|(pid, process)| {
+        let is_new = std::fs::read_link(process.join("ns/mnt")).is_ok_and(|namespace| known.insert(namespace));
+        // The process may have ended meanwhile.
+        is_new && Namespace::of(pid).mounts().is_ok_and(|all| all.iter().any(|mount| mount.shows_part_of(USR_SOURCE)))
+    })
+}
+
 fn stale_units(expected: Expected) -> BTreeSet<String> {
     let namespace = |process: &Path| std::fs::read_link(process.join("ns/mnt")).ok();
     let Some(here) = namespace(Path::new("/proc/1")) else { return BTreeSet::new() };
