@@ -14,7 +14,7 @@ use crate::agent::accounts::AddedAccounts;
 use crate::agent::new_usr::{ETC, USR, USR_SOURCE, composefs_image, new_etc};
 use crate::agent::state::{EtcPlan, MemoryPlan, StateFile, SwitchPlan};
 use crate::agent::unit_survey::{self, UnitSettings};
-use crate::agent::{Error, StagedRoot, StateDir, accounts, storage};
+use crate::agent::{Error, StagedRoot, StateDir, accounts, storage, views};
 use crate::config::{EtcStrategy, Settings, StoreSettings};
 use crate::preflight::{self, BaseChoice, Free, Need, PackageChanges, Packages, Refusal, Refusals};
 use crate::report::{Phase, State, Tracker};
@@ -228,7 +228,10 @@ fn check_tree(
         path.symlink_metadata().is_ok().then_some(path)
     };
     let difference = overlay_root::delta::compare(&repo, booted, pulled.commit, &own_object, &Keep::default())?;
-    store.discard_complete().context("cannot remove the complete tree of an earlier stage")?;
+    if store.complete_build_path().exists() {
+        warnings.extend(views::stale(views::Expected::Bootimage));
+        store.discard_complete().context("cannot remove the complete tree of an earlier stage")?;
+    }
     done(1);
     let built = build(&store, &difference, &store.delta_build_path())?;
     let complete = match &choice.base {
@@ -256,8 +259,10 @@ fn check_tree(
 
 /// Builds a tree in the store if there is room for its copies.
 fn build(store: &NodeStore, difference: &Difference<'_>, out: &Path) -> Result<Delta, Error> {
-    let root = store.root();
-    refuse(too_little(Free::at(root)?.needs(root, difference.bytes_to_copy(store.block_size())?, 0)))?;
+    let (root, free) = (store.root(), Free::at(store.root())?);
+    let metadata = if free.in_memory { difference.kernel_memory() } else { 0 };
+    let copies = difference.bytes_to_copy(store.block_size())?.saturating_add(metadata);
+    refuse(too_little(free.needs(root, copies, 0)))?;
     Ok(difference.build(out)?)
 }
 

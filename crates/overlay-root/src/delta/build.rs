@@ -91,6 +91,9 @@ pub fn complete<'a>(
     Ok(Difference { repo, object_path, target, plain: Some(plain), kept: Some(usr), steps })
 }
 
+/// Memory of a tmpfs inode and of its name in the kernel, in bytes. A hard link needs less.
+const ENTRY_MEMORY: u64 = 1024;
+
 impl Difference<'_> {
     /// Returns the space that the copies of [`Difference::build`] will need, in whole units of `unit`: the content that only
     /// the booted repo holds and, for a complete tree, its directories and kept content. All other files are hard links.
@@ -116,6 +119,17 @@ impl Difference<'_> {
             sum = sum.saturating_add(bytes).saturating_add(unit.allocated(1).saturating_mul(units));
         }
         Ok(sum)
+    }
+
+    /// Returns an upper bound of the kernel's memory for the inodes and names of a complete tree on a tmpfs, which is not part
+    /// of the space of the files. The number for a delta is small, and 0 here.
+    pub fn kernel_memory(&self) -> u64 {
+        let entries = self.steps.iter().map(|step| match step {
+            DeltaOp::Kept { content, .. } => content.files.saturating_add(1),
+            _ => 1,
+        });
+        let of_all = entries.fold(0_u64, u64::saturating_add).saturating_mul(ENTRY_MEMORY);
+        if self.kept.is_some() { of_all } else { 0 }
     }
 
     /// Builds the delta directory at `out`. An overlay of it on the booted `/usr` shows the target commit's `/usr`.
