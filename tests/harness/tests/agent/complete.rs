@@ -35,9 +35,10 @@ fn the_rest_of_the_image_can_be_fetched_after_the_pivot() -> Result<()> {
             pull_complete_changes_no_service_mount_or_file_in_etc,
             pull_complete_sets_refs_again_that_another_program_removed after pull_complete_fetches_the_rest,
             pull_complete_does_not_ask_the_registry_again after pull_complete_fetches_the_rest,
+            a_hook_refuses_the_deployment after pull_complete_does_not_ask_the_registry_again,
             deploy_writes_the_image_to_a_disk_without_the_registry after pull_complete_does_not_ask_the_registry_again,
             a_repeated_deploy_has_nothing_to_do after deploy_writes_the_image_to_a_disk_without_the_registry,
-            deploy_refuses_the_sysroot_of_the_running_system,
+            deploy_refuses_the_read_only_sysroot_of_the_running_system,
             undo_works_after_pull_complete,
             a_run_after_the_boot_is_over_isolates_nothing after undo_works_after_pull_complete,
         ],
@@ -108,6 +109,20 @@ fn pull_complete_sets_refs_again_that_another_program_removed(known: &mut Known)
 
 const DEPLOY: &str = "node-image-pivot deploy --sysroot /var/disk --stateroot node --karg root=LABEL=root";
 
+fn a_hook_refuses_the_deployment(known: &mut Known) -> Result<()> {
+    let guest = &known.bed.guest;
+    guest.ask(
+        "mkdir -p /etc/node-image-pivot/pre-deploy.d /etc/node-image-pivot/post-deploy.d
+         cd /etc/node-image-pivot; printf '#!/bin/sh\necho not today; exit 1\n' >pre-deploy.d/10-refuse
+         printf '#!/bin/sh\necho \"$NODE_IMAGE_PIVOT_HOOK $NODE_IMAGE_PIVOT_SYSROOT\" >>/run/deployed\n' >post-deploy.d/10-note
+         printf '#!/bin/sh\nexit 7\n' >post-deploy.d/20-fail; chmod +x *-deploy.d/*",
+    )?;
+    let answer = guest.run(DEPLOY)?;
+    same(answer.status, 10)?;
+    contains(&answer.text, "not today")?;
+    guest.ask("rm -r /etc/node-image-pivot/pre-deploy.d; test ! -e /run/deployed").map(drop)
+}
+
 /// The registry is down. The image comes from the node store and the booted repo.
 fn deploy_writes_the_image_to_a_disk_without_the_registry(known: &mut Known) -> Result<()> {
     let guest = &known.bed.guest;
@@ -115,7 +130,11 @@ fn deploy_writes_the_image_to_a_disk_without_the_registry(known: &mut Known) -> 
         "mkdir /var/disk && ostree admin init-fs --modern /var/disk && ostree admin os-init --sysroot /var/disk node
          ostree config --repo=/var/disk/ostree/repo set sysroot.bootloader none",
     )?;
-    contains(&guest.ask(DEPLOY)?, "in the stateroot node boots commit")?;
+    let done = guest.ask(DEPLOY)?;
+    contains(&done, "in the stateroot node boots commit")?;
+    contains(&done, "the hook /etc/node-image-pivot/post-deploy.d/20-fail")?;
+    same(guest.ask("cat /run/deployed; rm -r /etc/node-image-pivot")?, "post-deploy /var/disk".into())?;
+    contains(&guest.ask("node-image-pivot report")?, "deploy")?;
     guest.ask("ostree fsck -q --repo=/var/disk/ostree/repo")?;
     contains(&guest.ask("cat /var/disk/boot/loader/entries/*.conf")?, "root=LABEL=root")?;
     let origin = guest.ask("cat /var/disk/ostree/deploy/node/deploy/*.origin")?;
@@ -129,10 +148,10 @@ fn a_repeated_deploy_has_nothing_to_do(known: &mut Known) -> Result<()> {
     contains(&known.bed.guest.ask(DEPLOY)?, "nothing to do")
 }
 
-fn deploy_refuses_the_sysroot_of_the_running_system(known: &mut Known) -> Result<()> {
+fn deploy_refuses_the_read_only_sysroot_of_the_running_system(known: &mut Known) -> Result<()> {
     let answer = known.bed.guest.run("node-image-pivot deploy --sysroot /sysroot --stateroot testbed")?;
     same(answer.status, 10)?;
-    contains(&answer.text, "the sysroot of the running system")
+    contains(&answer.text, "the sysroot of the running system: its file system is read-only")
 }
 
 fn undo_works_after_pull_complete(known: &mut Known) -> Result<()> {
