@@ -58,7 +58,7 @@ impl Agent {
         let outcome = async {
             hooks.pre_deploy(cancel).await?;
             let deployed = self.write(&staged, request.clone(), tracker.clone(), cancel).await?;
-            Ok::<_, Error>((deployed, hooks.post_deploy().await))
+            Ok::<_, Error>((deployed, hooks.post_deploy(cancel).await))
         }
         .await;
         beside.end(outcome.as_ref().err().map(|error| error as &dyn Display));

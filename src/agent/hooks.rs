@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use std::path::Path;
 use std::time::Duration;
 
+use anyhow::anyhow;
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
@@ -56,14 +57,19 @@ impl Hooks<'_> {
         self.run_all(&find_all(Moment::PreDeploy)?, Moment::PreDeploy, cancel).await
     }
 
-    /// Runs the hooks after a deployment. Returns the failures.
-    pub(super) async fn post_deploy(&self) -> Vec<String> {
+    /// Runs the hooks after a deployment, until the call is cancelled. Returns the failures.
+    pub(super) async fn post_deploy(&self, cancel: &CancelHandle) -> Vec<String> {
         let hooks = find_all(Moment::PostDeploy);
         let mut failures: Vec<_> = hooks.as_ref().err().map(ToString::to_string).into_iter().collect();
         for hook in hooks.into_iter().flatten() {
-            failures
-                .extend(self.run(&hook, Moment::PostDeploy).await.err().map(|error| one_line(&format!("{error:#}"))));
+            let outcome = tokio::select! {
+                biased;
+                () = cancel.cancelled() => Err(anyhow!("the call was cancelled before the end of the hook {}", hook.name)),
+                outcome = self.run(&hook, Moment::PostDeploy) => outcome,
+            };
+            failures.extend(outcome.err().map(|error| one_line(&format!("{error:#}"))));
         }
+        self.tracker.update(|status| status.waiting_for = None);
         failures
     }
 
@@ -208,7 +214,8 @@ mod tests {
             let (tracker, dir, staged) = (&Tracker::new(Status::default()), &StateDir::below(scratch), &staged());
             let (timeout, flow, sysroot) = (Duration::from_secs(120), Flow::Live, Some(Path::new("/mnt")));
             let hooks = Hooks { tracker, dir, timeout, target: "multi-user.target", staged, flow, sysroot };
-            let cancel = CancelHandles::default().register("test");
+            let handles = CancelHandles::default();
+            let cancel = handles.register("test");
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             let pre_deploy = || runtime.block_on(hooks.pre_deploy(&cancel));
             pre_deploy().unwrap();
@@ -220,9 +227,21 @@ mod tests {
             assert!(refused.message.contains("not today"), "{}", refused.message);
             put("post-deploy.d/10-fail", "#!/bin/sh\nexit 7\n");
             put("post-deploy.d/20-note", "#!/bin/sh\necho $NODE_IMAGE_PIVOT_HOOK >/run/noted\n");
-            let failures = runtime.block_on(hooks.post_deploy());
+            let failures = runtime.block_on(hooks.post_deploy(&cancel));
             assert!(failures.len() == 1 && failures[0].contains("10-fail"), "{failures:?}");
             assert_eq!(fs::read_to_string("/run/noted").unwrap(), "post-deploy\n");
+            put("post-deploy.d/10-fail", "#!/bin/sh\ntouch /run/begun; exec sleep 600\n");
+            let failures = runtime.block_on(async {
+                let cancelled = async {
+                    while !Path::new("/run/begun").exists() {
+                        tokio::time::sleep(Duration::from_millis(10)).await;
+                    }
+                    handles.cancel_all()
+                };
+                tokio::join!(hooks.post_deploy(&cancel), cancelled).0
+            });
+            let ended = |name: &str| format!("the call was cancelled before the end of the hook {name}");
+            assert_eq!(failures, ["10-fail", "20-note"].map(ended));
         });
     }
 
