@@ -150,7 +150,8 @@ enum Command {
     /// Deploy the node image to a disk
     ///
     /// Writes it from the node store to the ostree repo of the disk, without a second download, as the system that the
-    /// disk boots next. Pulls first if needed. Does not touch the running system.
+    /// disk boots next. Pulls first if needed. Does not change /usr and /etc of the running system. With --sysroot /, it
+    /// changes the boot loader entries, and removes deployments that were waiting for the next boot.
     Deploy {
         /// Mounted root file system of the disk, or / for the running system
         #[arg(long, value_name = "PATH")]
