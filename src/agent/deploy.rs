@@ -11,7 +11,7 @@ use tracing::{info, warn};
 use super::hooks::Hooks;
 use super::phases::complete::staged;
 use super::unit_survey::UnitSettings;
-use super::{Agent, CancelHandle, Error, StagedRoot, Step, storage};
+use super::{Agent, CancelHandle, Error, Record, StagedRoot, Step, storage};
 use crate::config::Settings;
 use crate::report::{Phase, RefusalId, Tracker};
 use overlay_root::Namespace;
@@ -26,11 +26,15 @@ impl Agent {
     /// lines.
     ///
     /// # Errors
-    /// As [`Agent::complete`]; refused if the disk cannot get the deployment.
+    /// As [`Agent::complete`]; refused if the disk cannot get the deployment, or if it is the running system's and a trial
+    /// period runs.
     pub async fn deploy(&self, request: Request, cancel: &CancelHandle) -> Result<Vec<String>, Error> {
+        let is_own = disk_deploy::is_running_system(&request.sysroot);
+        refuse_on_trial(&*self.lock(cancel).await?, is_own)?;
         self.complete(cancel).await?;
         let (staged, flow) = {
             let mut record = self.record.lock().await;
+            refuse_on_trial(&record, is_own)?;
             if let Step::NothingToDo { reason, .. } = &record.step {
                 let message = format!("cannot deploy a node image: {reason}");
                 return Err(Error::refused(RefusalId::NoNodeImage, message));
@@ -96,6 +100,17 @@ impl Agent {
     }
 }
 
+/// Refuses a deployment to the running system during a trial period, whose undo would not change the next boot.
+fn refuse_on_trial(record: &Record, is_own: bool) -> Result<(), Error> {
+    match is_own && record.trial.is_some_and(|trial| !trial.kept) {
+        true => Err(Error::refused(
+            RefusalId::OnTrial,
+            "cannot deploy to the running system: the switch is in its trial period; run keep or undo first",
+        )),
+        false => Ok(()),
+    }
+}
+
 /// Calls `deploy`. If the sysroot is that of the running system, it is writable for this call only.
 fn write(
     mut request: Request,
@@ -138,5 +153,31 @@ impl From<DeployError> for Error {
             DeployError::Failed { .. } => return anyhow::Error::from(error).into(),
         };
         Self::refused(id, error.to_string())
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::time::Duration;
+
+    use super::super::TrialPeriod;
+    use super::*;
+
+    #[test]
+    fn a_trial_period_refuses_a_deployment_to_the_running_system_only() {
+        let running = TrialPeriod::begin(Duration::from_secs(600));
+        let over = TrialPeriod::begin(Duration::ZERO);
+        let kept = TrialPeriod { kept: true, ..running };
+        for (trial, is_own, is_refused) in [
+            (None, true, false),
+            (Some(running), true, true),
+            (Some(over), true, true),
+            (Some(kept), true, false),
+            (Some(running), false, false),
+        ] {
+            let outcome = refuse_on_trial(&Record::default().with(trial), is_own);
+            assert_eq!(outcome.is_err(), is_refused, "{trial:?} {is_own}");
+        }
     }
 }

@@ -109,6 +109,9 @@ impl Agent {
             return Err(error);
         }
         span.end(None);
+        undone.kept.extend(disk_deploy::next_image().map(|image| {
+            format!("the next boot is the deployed image {image}; to boot the old system, run ostree admin undeploy 0")
+        }));
         record.undone = Some(undone.kept.clone());
         let discarded = self.discard_complete(&undo.tree).await;
         let staged = if undo.salvaged { None } else { undo.tree.staged() };

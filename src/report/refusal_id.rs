@@ -78,6 +78,9 @@ pub enum RefusalId {
     NotStackable,
     /// The kernel lacks a system call that the switch needs. Boot a bootimage with Linux 5.6 or later.
     OldKernel,
+    /// The switch is in its trial period, and a deployment to the running system would boot the node image next in any case.
+    /// Run `node-image-pivot keep` or `node-image-pivot undo` first.
+    OnTrial,
     /// The node image is another distribution or major release than the booted system. Configure the image of this system
     /// (`image_tags`), or set `os_mismatch = "warn"`.
     OsMismatch,

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use disk_deploy::start_watcher;
+use disk_deploy::{next_image, start_watcher};
 use ostree::gio;
 use overlay_root::{Namespace, with_writable};
 
@@ -75,6 +75,8 @@ fn threads_elsewhere() -> Vec<String> {
 
 /// Runs a deployment in the child as the agent does.
 pub(super) fn in_private<T: Send>(deploy: impl FnOnce() -> T + Send) -> T {
+    let is_first = fs::read_dir("/boot/loader/entries").unwrap().count() == 1;
+    assert_eq!(next_image().is_none(), is_first, "the booted deployment is the next one");
     let own = Namespace::of(std::process::id().try_into().unwrap());
     start_watcher();
     let result = with_writable(&own, &["/sysroot", "/boot"].map(Path::new), || {
@@ -87,6 +89,7 @@ pub(super) fn in_private<T: Send>(deploy: impl FnOnce() -> T + Send) -> T {
     for place in ["/sysroot", "/boot"] {
         assert!(fs::write(Path::new(place).join("new"), "").is_err(), "{place} is read-only outside");
     }
+    assert!(next_image().is_some_and(|image| image.contains("/os@sha256:")), "{:?}", next_image());
     // The thread of the call may end a moment later.
     let begin = Instant::now();
     while let names = threads_elsewhere()

@@ -124,6 +124,16 @@ pub fn is_running_system(sysroot: &Path) -> bool {
     guard::is_same_repo(sysroot, &["/", "/sysroot"])
 }
 
+/// Returns the image of the deployment that the running system boots next, or `None` if that is the booted deployment, or not
+/// an image. Deployments of other programs count, too.
+pub fn next_image() -> Option<String> {
+    let sysroot = ostree::Sysroot::new(Some(&gio::File::for_path("/")));
+    sysroot.load(gio::Cancellable::NONE).ok()?;
+    let (booted, next) = (sysroot.booted_deployment()?, sysroot.deployments().into_iter().next()?);
+    let origin = next.origin().filter(|_| next.index() != booted.index())?;
+    origin.string("origin", ORIGIN_KEY).ok().map(|image| image.to_string())
+}
+
 /// Starts GLib's thread that watches programs, unless it runs. It stays in the mount namespace of its first caller, which may
 /// be the private one of a deployment that runs bubblewrap.
 pub fn start_watcher() {
