@@ -53,13 +53,25 @@ pub(crate) fn add(rows: &mut Vec<Row>, system: String, flow: Flow, assertions: &
 /// # Errors
 /// The rows differ. The error has the lines that belong in the page.
 pub(crate) fn compare(suite: &str, rows: &[Row]) -> Result<()> {
-    let page = std::fs::read_to_string(project().join(PAGE)).with_context(|| format!("reading {PAGE}"))?;
     let run = lines(suite, rows);
-    let listed: Vec<_> = page.lines().filter(|line| line.starts_with(&format!("| {suite} |"))).collect();
-    if listed != run {
+    if listed(&page()?, suite)? != run {
         bail!("the rows of this suite in {PAGE} are out of date; replace them with\n{}", run.join("\n"));
     }
     Ok(())
+}
+
+fn page() -> Result<String> {
+    std::fs::read_to_string(project().join(PAGE)).with_context(|| format!("reading {PAGE}"))
+}
+
+/// Returns the lines of the table of suites. The page also has a table of forms.
+fn table(page: &str) -> Result<impl Iterator<Item = &str>> {
+    let (_, table) = page.split_once("| suite |").with_context(|| format!("{PAGE} lacks the table of suites"))?;
+    Ok(table.lines().skip(2))
+}
+
+fn listed<'a>(page: &'a str, suite: &str) -> Result<Vec<&'a str>> {
+    Ok(table(page)?.filter(|line| line.starts_with(&format!("| {suite} |"))).collect())
 }
 
 fn lines(suite: &str, rows: &[Row]) -> Vec<String> {
@@ -158,15 +170,22 @@ mod tests {
         );
     }
 
+    #[test]
+    fn the_table_of_forms_has_no_rows_of_a_suite() -> Result<()> {
+        let page =
+            "| form | like |\n|---|---|\n| container | b |\n\n| suite | system |\n|---|---|\n| container | c |\n";
+        assert_eq!(listed(page, "container")?, ["| container | c |"]);
+        Ok(())
+    }
+
     /// The suites themselves compare their own rows.
     #[test]
     fn each_row_of_the_page_belongs_to_a_suite() -> Result<()> {
-        let page = std::fs::read_to_string(project().join(PAGE))?;
+        let page = page()?;
         let tests = project().join("tests/harness/tests");
         let sources = std::process::Command::new("grep").args(["-rhE", "-A1", "Suite::new\\("]).arg(tests).output()?;
         let sources = String::from_utf8(sources.stdout)?;
-        let (_, table) = page.split_once("| suite |").context("no table")?;
-        let rows = table.lines().skip(2).filter_map(|line| line.strip_prefix("| ")?.split_once(" |"));
+        let rows = table(&page)?.filter_map(|line| line.strip_prefix("| ")?.split_once(" |"));
         let unknown: Vec<_> =
             rows.map(|(suite, _)| suite).filter(|suite| !sources.contains(&format!("\"{suite}\""))).collect();
         assert!(unknown.is_empty(), "{unknown:?}");
