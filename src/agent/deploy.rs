@@ -120,9 +120,12 @@ fn write(
         return Ok(deploy(&request)?);
     }
     request.sysroot = "/".into();
-    let places = ["/sysroot", "/boot"].map(Path::new);
+    let (init, places) = (Namespace::init(), ["/sysroot", "/boot"].map(Path::new));
+    if overlay_root::requires_verity(&init.mounts()?, Path::new("/")) {
+        return Err(DeployError::Sealed(request.sysroot).into());
+    }
     disk_deploy::start_watcher();
-    Ok(overlay_root::with_writable(&Namespace::init(), &places, || Ok(deploy(&request)))??)
+    Ok(overlay_root::with_writable(&init, &places, || Ok(deploy(&request)))??)
 }
 
 fn report(deployed: &Deployed, request: &Request) -> String {
@@ -144,7 +147,7 @@ impl From<DeployError> for Error {
             DeployError::NoSysroot { .. } | DeployError::NoBoot { .. } => RefusalId::NoSysroot,
             DeployError::Booted(_) => RefusalId::BootedSysroot,
             DeployError::NoStateroot { .. } => RefusalId::NoStateroot,
-            DeployError::Mode(_) => RefusalId::RepoMode,
+            DeployError::Mode(_) | DeployError::Sealed(_) => RefusalId::RepoMode,
             DeployError::Incomplete(_) => RefusalId::Incomplete,
             DeployError::KernelArg(_) => RefusalId::KernelArgument,
             DeployError::Reference(_) => RefusalId::ImageReference,

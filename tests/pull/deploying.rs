@@ -236,6 +236,15 @@ async fn disks_that_cannot_get_the_deployment_are_refused_and_unchanged() {
     let disk = std::mem::replace(&mut setup.disk, bench.path("nothing"));
     assert!(setup.deploy("", "").starts_with("error NoSysroot"));
     setup.disk = disk;
+    let (config, before) = (setup.repo().join("config"), files_below(&setup.disk));
+    let plain = fs::read_to_string(&config).unwrap();
+    for (keys, is_refused) in
+        [("fsverity=yes", true), ("fsverity=true\ncomposefs=yes", true), ("fsverity=maybe", false)]
+    {
+        fs::write(&config, format!("{plain}\n[ex-integrity]\n{keys}\n")).unwrap();
+        assert!(!is_refused || setup.deploy("", "").starts_with("error Sealed"), "{keys}");
+        assert!(!is_refused || files_below(&setup.disk) == before, "{keys}: nothing is written");
+    }
     assert!(setup.deploy("", "").starts_with("Deployed"));
     setup.is_sound();
 }

@@ -50,6 +50,13 @@ pub enum DeployError {
     /// The repo of the sysroot cannot have deployments of systems.
     #[error("the repo of the sysroot {} does not have the mode bare; create it with ostree admin init-fs", .0.display())]
     Mode(PathBuf),
+    /// New objects of the repo must have fs-verity, which is not ensured.
+    #[error(
+        "the ostree repo of {} must have objects with fs-verity ([ex-integrity] in its configuration, or a root with \
+         verity=require), which this deployment would not ensure; deploy to another sysroot, or, if its objects have none, \
+         remove fsverity from the configuration", .0.display()
+    )]
+    Sealed(PathBuf),
     /// The node store has no complete image of this digest. A complete pull writes none if the first layer of a plain
     /// image has a name or a symlink target that is not UTF-8.
     #[error(

@@ -31,7 +31,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use node_store::image::ResolvedImage;
-use node_store::store::{NodeStore, ObjectId};
+use node_store::store::{NodeStore, ObjectId, has_sealed_object, must_seal};
 use ostree::prelude::CancellableExtManual;
 use ostree::{gio, glib};
 use tracing::{info, warn};
@@ -160,16 +160,25 @@ fn open(request: &Request) -> Result<ostree::Sysroot, DeployError> {
     {
         return Err(DeployError::Booted(path));
     }
-    loaded.map_err(|source| DeployError::NoSysroot { path, source })?;
+    loaded.map_err(|source| DeployError::NoSysroot { path: path.clone(), source })?;
     let name = &request.stateroot;
     // The name becomes part of a path.
     let is_name = !name.is_empty() && !name.starts_with('.') && !name.contains('/');
     if !is_name || !request.sysroot.join("ostree/deploy").join(name).is_dir() {
         return Err(DeployError::NoStateroot { path: request.sysroot.clone(), name: name.clone() });
     }
-    match sysroot.repo().mode() {
-        ostree::RepoMode::Bare => Ok(sysroot),
-        _ => Err(DeployError::Mode(request.sysroot.clone())),
+    if sysroot.repo().mode() != ostree::RepoMode::Bare {
+        return Err(DeployError::Mode(path));
+    }
+    let repo = path.join("ostree/repo");
+    let config = std::fs::read_to_string(repo.join("config")).map_err(|error| DeployError::Failed {
+        step: "read the configuration of the repo",
+        cause: error.to_string(),
+    })?;
+    // libostree writes objects without fs-verity, and no error, where the kernel or its build does not support it.
+    match must_seal(&config, false, || has_sealed_object(&repo)) {
+        true => Err(DeployError::Sealed(path)),
+        false => Ok(sysroot),
     }
 }
 
