@@ -3,83 +3,44 @@
 //! Runs as root (owners, trusted attributes), as the agent does.
 #![allow(clippy::unwrap_used, missing_docs)]
 
-#[path = "pull/booted.rs"]
 mod booted;
-#[path = "pull/completing.rs"]
 mod completing;
-#[path = "pull/contended.rs"]
 mod contended;
-#[path = "pull/deploying.rs"]
 mod deploying;
-#[path = "pull/derived.rs"]
 mod derived;
-#[path = "pull/disk.rs"]
 mod disk;
-#[path = "pull/failing.rs"]
 mod failing;
-#[path = "pull/faults.rs"]
 mod faults;
-#[path = "pull/fixture.rs"]
 mod fixture;
-#[path = "pull/held.rs"]
 mod held;
-#[path = "pull/hostile.rs"]
 mod hostile;
-#[path = "pull/image_refs.rs"]
 mod image_refs;
-#[path = "pull/indexes.rs"]
 mod indexes;
-#[path = "pull/integrity.rs"]
 mod integrity;
-#[path = "pull/killed.rs"]
 mod killed;
-#[path = "pull/layers.rs"]
 mod layers;
-#[path = "pull/local.rs"]
 mod local;
-#[path = "pull/many.rs"]
 mod many;
-#[path = "pull/measure.rs"]
 mod measure;
-#[path = "pull/media.rs"]
 mod media;
-#[path = "pull/memory.rs"]
 mod memory;
-#[path = "pull/modules.rs"]
 mod modules;
-#[path = "pull/names.rs"]
 mod names;
-#[path = "pull/odd_layers.rs"]
 mod odd_layers;
-#[path = "pull/oracle.rs"]
 mod oracle;
-#[path = "pull/own_sysroot.rs"]
 mod own_sysroot;
-#[path = "pull/plain.rs"]
 mod plain;
-#[path = "pull/policy.rs"]
 mod policy;
-#[path = "pull/refs.rs"]
 mod refs;
-#[path = "pull/registry.rs"]
 mod registry;
-#[path = "pull/relabelled.rs"]
 mod relabelled;
-#[path = "pull/release.rs"]
 mod release;
-#[path = "pull/shapes.rs"]
 mod shapes;
-#[path = "pull/signed.rs"]
 mod signed;
-#[path = "pull/sparse.rs"]
 mod sparse;
-#[path = "pull/stalled.rs"]
 mod stalled;
-#[path = "pull/tree.rs"]
 mod tree;
-#[path = "pull/unpacked.rs"]
 mod unpacked;
-#[path = "pull/waits.rs"]
 mod waits;
 
 use std::collections::BTreeMap;
