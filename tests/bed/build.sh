@@ -10,10 +10,12 @@
 #   build.sh network      the same for NetworkManager, dbus-broker, polkit and chrony
 #   build.sh kernel       prints the directory of an old kernel and its modules
 #   build.sh stock        prints the directories of a live bootimage without the agent, and of the installed agent, as JSON
+#   build.sh agent        prints the directory of the installed agent
 #   build.sh disk         builds an installed system's disk, and prints where it is
 #   build.sh selinux      a live bootimage with an SELinux policy, a node image of the next release with its own; prints
 #                         where they are, as JSON
 #   build.sh selinux-disk the same bootimage installed to a disk; prints where it is
+#   build.sh selinux-stock  the pair of selinux without any file of the agent
 #   build.sh demo         the live bootimage and node image a; prints where they are, as JSON
 #   build.sh packages     prints a directory with Debian 12, its SELinux policy, rpm and dnf, for tests of packages
 #   build.sh ahead        what the tests will need and needs no agent
@@ -112,6 +114,13 @@ selinux() {
     pair boot_selinux live selinux-node "$node"
 }
 
+# selinux_stock: the same without any file of the agent. The policies have what Fedora's has: the domain of installers.
+selinux_stock() {
+    local PIVOT_TESTBED_AGENT=none
+    local selinux_modules=("$BED"/selinux/{boot,fedora}.cil "$PROJECT/packaging/selinux/node-image-pivot-domain.cil")
+    selinux
+}
+
 # demo: what `make demo` shows: one bootimage, one node image.
 demo() {
     local node
@@ -192,7 +201,7 @@ for target in "$@"; do
             b=$(stock)
             a=$(agent)
             jq -n --arg boot "$b" --arg agent "$a" '{boot: $boot, agent: $agent}' ;;
-        disk) disk ;;
+        agent | disk) "$target" ;;
         selinux-disk) boot_selinux disk ;;
         runtime) boot runtime ;;
         podman | network)
@@ -200,10 +209,11 @@ for target in "$@"; do
             l=$("${target}_layer")
             jq -n --arg boot "$b" --arg layer "$l" '{boot: $boot, layer: $layer}' ;;
         selinux | demo) "$target" ;;
+        selinux-stock) selinux_stock ;;
         all) trees; boot >&2; registry >&2; qemu >&2; skopeo_new >&2 ;;
         ahead)
             trees
-            for step in registry qemu skopeo_new kernel stock runtime podman podman_layer network network_layer tree_selinux_base tree_selinux_node composefs packages; do
+            for step in registry qemu skopeo_new kernel stock runtime podman podman_layer network network_layer tree_selinux_base tree_selinux_node selinux_stock composefs packages; do
                 "$step" >&2
             done ;;
         paths)

@@ -183,6 +183,11 @@ impl Pair {
         Self::build("selinux")
     }
 
+    /// The same without any file of the agent.
+    pub fn selinux_stock() -> Result<Self> {
+        Self::build("selinux-stock")
+    }
+
     fn build(name: &str) -> Result<Self> {
         let answer: Value = serde_json::from_slice(&target(name)?)
             .with_context(|| format!("cannot read the answer of build.sh {name}"))?;
@@ -222,6 +227,11 @@ impl AsRef<Tools> for Pair {
 /// Returns ostree-ext as a program, as optimised as the agent.
 pub fn oracle() -> Result<PathBuf> {
     build("incumbent")
+}
+
+/// Returns the directory of an installed agent.
+pub fn agent() -> Result<PathBuf> {
+    build("agent")
 }
 
 /// Returns the path that a target of build.sh prints.

@@ -3,6 +3,7 @@
 pub mod check;
 pub mod console;
 pub mod container;
+pub mod deliver;
 pub mod derived;
 pub mod files;
 pub mod guest;

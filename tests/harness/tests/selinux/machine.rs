@@ -4,8 +4,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use testbed::deliver;
 use testbed::guest::Guest;
-use testbed::images::Pair;
+use testbed::images::{Pair, work_dir};
 use testbed::registry::Registry;
 use testbed::scenario::node_files;
 use testbed::vm::{self, Vm};
@@ -15,7 +16,8 @@ const KARGS: [&str; 4] = ["security=selinux", "selinux=1", "enforcing=1", "audit
 
 /// Runs the agent in the domain of any script. That domain has all rights of root except to write labels that the loaded
 /// policy lacks.
-const OTHER_DOMAIN: &str = "[Service]\nExecStart=\nExecStart=/bin/sh -c 'exec /usr/bin/node-image-pivot daemon'\n";
+const OTHER_DOMAIN: &str =
+    "[Service]\nExecStart=\nExecStart=/bin/sh -c 'exec /run/node-image-pivot/bin/node-image-pivot daemon'\n";
 pub const DROP_IN: &str = "/etc/systemd/system/node-image-pivotd.service.d/50-other-domain.conf";
 
 /// Labels the files without a label, which the initramfs brings. On a disk, files of an earlier boot keep their labels.
@@ -55,11 +57,14 @@ impl Machine {
         self.on.as_ref().context("the machine is off")
     }
 
-    /// Boots a live medium, whose agent runs in another domain at first.
+    /// Boots a live medium without the agent. The initramfs carries it, and it runs in another domain at first.
     pub fn boot_live(&mut self) -> Result<()> {
+        let (stock, boot) = (&self.images.boot, work_dir("vm-selinux-boot")?);
+        let packed = deliver::pack(&self.images.image.by_digest(), &boot)?;
+        deliver::with_initramfs(stock, &[stock.join("initramfs.img"), packed], &boot)?;
         let setup = vm::Setup {
             name: "vm-selinux",
-            boot: &self.images.boot,
+            boot: &boot,
             medium: vm::Medium::Iso,
             spare: None,
             kargs: &KARGS,
@@ -69,7 +74,7 @@ impl Machine {
         };
         let guest = Vm::start(&self.images, &setup, |files| {
             files.put(DROP_IN, 0o644, OTHER_DOMAIN)?;
-            node_files(files, &self.images.image.by_digest(), vm::HOST, self.registry.port)
+            deliver::stock_files(files, self.registry.port)
         })?;
         self.on.insert(guest).wait_ssh(BOOT)
     }
