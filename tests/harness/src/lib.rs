@@ -3,6 +3,7 @@
 pub mod check;
 pub mod console;
 pub mod container;
+pub mod cuts;
 pub mod deliver;
 pub mod derived;
 pub mod files;

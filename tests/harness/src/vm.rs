@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use crate::console::Console;
+use crate::cuts::Recording;
 use crate::files::Files;
 use crate::guest::{Answer, Guest, ssh};
 use crate::images::{Tools, project, work_dir};
@@ -36,14 +37,15 @@ pub enum Medium<'a> {
     Disk(&'a Path),
 }
 
-/// A file, the id of its drive, and options.
+/// A file, the id of its drive, and options of its file.
 type Drive = (PathBuf, &'static str, &'static str);
+
+/// What reached the emulator survives it: its end is a power cut for the guest's own caches only.
+const WRITABLE: &str = "cache.no-flush=on";
 
 impl Medium<'_> {
     /// Returns the drives with their ids and options, and the kernel arguments.
     fn drives(self, boot: &Path, work: &Path, initrd: &Path) -> Result<(Vec<Drive>, String)> {
-        // What reached the emulator survives it: its end is a power cut for the guest's own caches only.
-        const WRITABLE: &str = "cache=unsafe";
         let script = |form: &str, out: &Path| {
             let mut medium = Command::new("bash");
             medium.arg(project().join("tests/bed/medium.sh"));
@@ -54,7 +56,7 @@ impl Medium<'_> {
             Medium::Iso => {
                 let iso = work.join("live.iso");
                 script("iso", &iso)?;
-                (vec![(iso, "iso", "readonly=on")], format!("ro coreos.liveiso={LABEL} {}", live()?))
+                (vec![(iso, "iso", "read-only=on")], format!("ro coreos.liveiso={LABEL} {}", live()?))
             }
             Medium::Pxe => {
                 script("pxe", initrd)?;
@@ -77,6 +79,8 @@ pub struct Setup<'a> {
     pub medium: Medium<'a>,
     /// Another disk, `/dev/disk/by-id/virtio-spare`.
     pub spare: Option<&'a Path>,
+    /// Records the writes to `spare`, or to the installed system's disk if there is no spare disk.
+    pub recording: Option<&'a Recording>,
     /// More kernel arguments.
     pub kargs: &'a [&'a str],
     /// Memory.
@@ -129,7 +133,11 @@ impl Vm {
         let initrd = work.join("initrd.img");
         files.append_to_initramfs(&setup.boot.join("initramfs.img"), &initrd)?;
 
-        let (drives, root) = setup.medium.drives(setup.boot, &work, &initrd)?;
+        let (mut drives, root) = setup.medium.drives(setup.boot, &work, &initrd)?;
+        drives.extend(setup.spare.map(|disk| (disk.to_owned(), "spare", WRITABLE)));
+        if let Some((recording, (disk, ..))) = setup.recording.zip(drives.last()) {
+            recording.start(disk)?;
+        }
         // Without the audit system unless a test looks at it: it costs time at each call.
         let audit = if setup.kargs.iter().any(|karg| karg.starts_with("audit=")) { "" } else { "audit=0 " };
         let append = format!("console=ttyS0 {audit}{root} {}", setup.kargs.join(" "));
@@ -145,13 +153,11 @@ impl Vm {
         );
         qemu.args(["-cpu", setup.cpu, "-m", &setup.memory_mib.to_string(), "-append", &append]);
         qemu.arg("-kernel").arg(setup.boot.join("vmlinuz")).arg("-initrd").arg(&initrd);
-        qemu.args(["-device", "virtio-rng-pci"]);
-        for (file, id, options) in
-            drives.into_iter().chain(setup.spare.map(|disk| (disk.to_owned(), "spare", "cache=unsafe")))
-        {
-            qemu.args(["-drive", &format!("file={},format=raw,if=none,id={id},{options}", file.display())]);
-            qemu.args(["-device", &format!("virtio-blk-pci,drive={id},serial={id}")]);
+        for (number, (file, name, access)) in drives.iter().enumerate() {
+            // The last one is the spare disk, or the installed system's.
+            drive(&mut qemu, name, file, access, setup.recording.filter(|_| number + 1 == drives.len()));
         }
+        qemu.args(["-device", "virtio-rng-pci"]);
         qemu.args([
             "-netdev",
             &format!("user,id=n,hostfwd=tcp:127.0.0.1:{port}-:22"),
@@ -224,6 +230,23 @@ impl Vm {
             .output()?;
         Ok(Answer::of(&output))
     }
+}
+
+/// Adds a drive. The recording gets the flushes, too.
+fn drive(qemu: &mut Command, name: &str, file: &Path, options: &str, recording: Option<&Recording>) {
+    let mut node = |name: &str, node: &str| {
+        qemu.args(["-blockdev", &format!("node-name={name},{node}")]);
+    };
+    node(&format!("{name}-file"), &format!("driver=file,filename={},{options}", file.display()));
+    let read_only = if options == WRITABLE { "" } else { ",read-only=on" };
+    match recording {
+        Some(recording) => {
+            node(&format!("{name}-log"), &format!("driver=file,filename={},{WRITABLE}", recording.log.display()));
+            node(name, &format!("driver=blklogwrites,file={name}-file,log={name}-log"));
+        }
+        None => node(name, &format!("driver=raw,file={name}-file{read_only}")),
+    }
+    qemu.args(["-device", &format!("virtio-blk-pci,drive={name},serial={name}")]);
 }
 
 /// Runs a shell script in the root of the disk of a machine that is off.

@@ -99,6 +99,7 @@ fn a_virtual_machine_boots() -> Result<()> {
         boot: &images.boot,
         medium: vm::Medium::Iso,
         spare: None,
+        recording: None,
         kargs: &["node-image-pivot=off"],
         memory_mib: 3072,
         cpu: vm::CPU,

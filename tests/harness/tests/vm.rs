@@ -36,6 +36,7 @@ fn setup<'a>(name: &'a str, images: &'a Images) -> vm::Setup<'a> {
         boot: &images.boot,
         medium: vm::Medium::Iso,
         spare: None,
+        recording: None,
         kargs: &[],
         memory_mib: 3072,
         cpu: vm::CPU,

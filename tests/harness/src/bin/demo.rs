@@ -28,6 +28,7 @@ fn main() -> Result<()> {
         boot: &images.boot,
         medium: Medium::Iso,
         spare: None,
+        recording: None,
         kargs: &[],
         memory_mib: 3072,
         cpu: testbed::vm::CPU,

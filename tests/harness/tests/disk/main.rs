@@ -67,6 +67,7 @@ impl<'a> Machine<'a> {
             boot: &self.installed,
             medium: vm::Medium::Disk(&self.disk),
             spare: None,
+            recording: None,
             kargs: &[self.kargs.trim()],
             memory_mib: 2048,
             cpu: vm::CPU,

@@ -25,7 +25,8 @@ fn boot(name: &str, boot: &std::path::Path, medium: Medium<'_>, fill: impl FnOnc
     // In the PXE form, the root of the medium takes memory.
     let memory_mib = if matches!(medium, Medium::Pxe) { 2304 } else { 2048 };
     let limit = Duration::from_secs(1500);
-    let setup = vm::Setup { name, boot, medium, spare: None, kargs: &[], memory_mib, cpu: vm::CPU, limit };
+    let setup =
+        vm::Setup { name, boot, medium, spare: None, recording: None, kargs: &[], memory_mib, cpu: vm::CPU, limit };
     let guest = Vm::start(Images::ensure()?, &setup, fill)?;
     guest.wait_ssh(BOOT)?;
     Ok(guest)

@@ -147,6 +147,7 @@ impl Bench {
             boot: &self.images.boot,
             medium: vm::Medium::Iso,
             spare: None,
+            recording: None,
             kargs: side.kargs(),
             memory_mib: 4096,
             cpu: vm::CPU,
