@@ -1,6 +1,9 @@
 //! A system that is installed to a disk pivots, through power cuts and to two node images, and stays a system that ostree
-//! can clean, check and deploy to. On a virtual machine.
+//! can clean, check and deploy to. It deploys the first one to its own disk, boots it, and boots the old system again. On a
+//! virtual machine.
 //! `make check-one NAME=disk`
+
+mod deployed;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -8,6 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use testbed::check::{contains, nothing_failed, same};
+use testbed::cuts::Recording;
 use testbed::guest::Guest;
 use testbed::images::{Image, Images, work_dir};
 use testbed::proc::{succeed, wait_for};
@@ -17,6 +21,13 @@ use testbed::scenarios;
 use testbed::suite::{Scenario, Suite};
 use testbed::table::Flow;
 use testbed::vm::{self, Vm, on_disk};
+
+use deployed::{
+    a_pivoted_system_deploys_its_node_image_to_its_own_disk,
+    a_power_cut_during_the_deployment_leaves_the_old_or_the_new_system, entry, etc_of_the_old_system_was_merged,
+    the_deployed_node_image_boots, the_node_image_needs_no_pivot, the_old_system_is_the_rollback,
+    writes_to_the_disk_are_recorded,
+};
 
 const BOOT: Duration = Duration::from_secs(300);
 const PIVOT: Duration = Duration::from_secs(600);
@@ -41,7 +52,11 @@ struct Machine<'a> {
     registry: Registry,
     /// Directory with kernel and initramfs of the installed system.
     installed: PathBuf,
+    /// Directory with kernel and initramfs of the next boot.
+    kernel: PathBuf,
     disk: PathBuf,
+    /// The writes of a boot.
+    recording: Option<Recording>,
     /// Kernel arguments that name the deployment.
     kargs: String,
     /// The list of defaults that the first pivot left on the disk.
@@ -58,16 +73,18 @@ impl<'a> Machine<'a> {
         succeed(Command::new("cp").arg("--sparse=always").arg(installed.join("disk.img")).arg(&disk))?;
         let kargs = std::fs::read_to_string(installed.join("kargs"))?;
         let image = expected.image.clone();
-        Ok(Machine { images, expected, image, registry, installed, disk, kargs, defaults: String::new(), on: None })
+        let (kernel, defaults) = (installed.clone(), String::new());
+        let (on, recording) = (None, None);
+        Ok(Machine { images, expected, image, registry, installed, kernel, disk, recording, kargs, defaults, on })
     }
 
     fn boot(&mut self) -> Result<()> {
         let setup = vm::Setup {
             name: "vm-disk",
-            boot: &self.installed,
+            boot: &self.kernel,
             medium: vm::Medium::Disk(&self.disk),
             spare: None,
-            recording: None,
+            recording: self.recording.as_ref(),
             kargs: &[self.kargs.trim()],
             memory_mib: 2048,
             cpu: vm::CPU,
@@ -109,18 +126,38 @@ fn an_installed_system_pivots_and_stays_an_ostree_system() -> Result<()> {
         ],
     );
     suite.part("second boot");
-    suite.run(&mut machine, &scenarios![the_machine_boots, it_is_the_base_system_again after the_machine_boots]);
+    suite.run(
+        &mut machine,
+        &scenarios![
+            writes_to_the_disk_are_recorded,
+            the_machine_boots,
+            it_is_the_base_system_again after the_machine_boots,
+        ],
+    );
     becomes_the_node_image(&mut suite, &mut machine);
     suite.run_after("the_machine_becomes_its_node_image", &mut machine, &on_the_disk());
-    suite.part("third boot, with the next node image");
+    suite.part("third boot, of the deployed node image");
     suite.run(
         &mut machine,
         &scenarios![
             the_repo_passes_fsck_after_a_power_cut_of_the_pivoted_system,
+            a_power_cut_during_the_deployment_leaves_the_old_or_the_new_system
+                after a_pivoted_system_deploys_its_node_image_to_its_own_disk,
             the_list_of_defaults_is_on_the_disk after an_administrator_edits_a_default_of_the_node_image,
-            the_next_node_image_is_configured after a_new_deployment_can_be_made,
+            the_deployed_node_image_boots after a_pivoted_system_deploys_its_node_image_to_its_own_disk,
+            the_node_image_needs_no_pivot after the_deployed_node_image_boots,
+            the_old_system_is_the_rollback after the_deployed_node_image_boots,
+            etc_of_the_old_system_was_merged after the_deployed_node_image_boots,
+            no_unit_has_failed after the_deployed_node_image_boots,
+        ],
+    );
+    suite.part("fourth boot, of the old system, with the next node image");
+    suite.run(
+        &mut machine,
+        &scenarios![
+            the_next_node_image_is_configured,
             the_machine_boots after the_next_node_image_is_configured,
-            the_booted_deployment_is_the_new_one after the_machine_boots,
+            the_booted_deployment_is_the_old_one after the_machine_boots,
         ],
     );
     becomes_the_node_image(&mut suite, &mut machine);
@@ -144,7 +181,7 @@ fn becomes_the_node_image(suite: &mut Suite, machine: &mut Machine<'_>) {
 }
 
 /// Returns the scenarios about a pivot that the disk stores.
-fn on_the_disk<'a>() -> [Scenario<Machine<'a>>; 9] {
+fn on_the_disk<'a>() -> [Scenario<Machine<'a>>; 10] {
     scenarios![
         programs_are_those_of_the_node_image,
         the_image_is_stored_in_the_repo_of_the_system_and_not_in_ram,
@@ -155,6 +192,7 @@ fn on_the_disk<'a>() -> [Scenario<Machine<'a>>; 9] {
         ostree_cleanup_keeps_the_node_image,
         a_new_deployment_can_be_made,
         an_administrator_edits_a_default_of_the_node_image,
+        a_pivoted_system_deploys_its_node_image_to_its_own_disk,
     ]
 }
 
@@ -283,9 +321,7 @@ fn an_administrator_edits_a_default_of_the_node_image(machine: &mut Machine<'_>)
 
 fn the_repo_passes_fsck_after_a_power_cut_of_the_pivoted_system(machine: &mut Machine<'_>) -> Result<()> {
     machine.power_cut();
-    fsck(&machine.disk)?;
-    machine.kargs = on_disk(&machine.disk, "grep -ho 'ostree=[^ ]*' boot/loader/entries/*.conf | sort | head -n 1")?;
-    Ok(())
+    fsck(&machine.disk)
 }
 
 fn the_list_of_defaults_is_on_the_disk(machine: &mut Machine<'_>) -> Result<()> {
@@ -293,23 +329,18 @@ fn the_list_of_defaults_is_on_the_disk(machine: &mut Machine<'_>) -> Result<()> 
     [CHANGED, DROPPED, EDITED].iter().try_for_each(|path| contains(&machine.defaults, path.trim_start_matches("/etc/")))
 }
 
-/// Acts as `ostree admin deploy` with a merge of /etc does: both deployments have the same defaults, so the new one gets
-/// all of the old one's /etc.
 fn the_next_node_image_is_configured(machine: &mut Machine<'_>) -> Result<()> {
+    machine.power_cut();
+    machine.registry.resume()?;
     machine.image = machine.images.image("node-small")?.clone();
-    let old = std::fs::read_to_string(machine.installed.join("commit"))?;
-    let copy = format!(
-        "cd ostree/deploy/testbed/deploy; old={}.0; new=$(ls -d *.0 | grep -vx $old)
-         find $new/etc -mindepth 1 -delete; cp -a $old/etc/. $new/etc/",
-        old.trim()
-    );
-    on_disk(&machine.disk, &copy).map(drop)
+    machine.kernel.clone_from(&machine.installed);
+    machine.kargs = entry(&machine.disk, 2)?;
+    Ok(())
 }
 
-fn the_booted_deployment_is_the_new_one(machine: &mut Machine<'_>) -> Result<()> {
-    let guest = machine.guest()?;
-    let later = guest.ask("ostree rev-parse --repo=/sysroot/ostree/repo later")?;
-    contains(&guest.ask("ostree admin status")?, &format!("* testbed {later}"))
+fn the_booted_deployment_is_the_old_one(machine: &mut Machine<'_>) -> Result<()> {
+    let old = std::fs::read_to_string(machine.installed.join("commit"))?;
+    contains(&machine.guest()?.ask("ostree admin status")?, &format!("* testbed {}.0", old.trim()))
 }
 
 fn programs_are_those_of_the_next_node_image(machine: &mut Machine<'_>) -> Result<()> {
