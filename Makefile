@@ -145,6 +145,12 @@ check-containers:
 $(addprefix check-,$(MACHINES)): check-%:
 	$(BED_TEST) --test $* -- --test-threads=1
 
+# Cuts the power at more moments of the deployments to disks than `make check` does.
+.PHONY: check-power-cuts
+check-power-cuts: deps
+	PIVOT_POWER_CUTS=20 $(BED_TEST) --test disk --test vm -- --test-threads=1 --nocapture \
+	  an_installed_system the_next_release
+
 # Draws pictures of `report --svg` in a browser. PIVOT_PICTURES=DIRECTORY keeps the pictures.
 .PHONY: check-browser deps-browser
 BROWSER = chromium-headless-shell fonts-dejavu-core
