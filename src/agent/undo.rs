@@ -242,12 +242,12 @@ impl Agent {
         }
     }
 
-    /// Starts the daemon's background work: removes what earlier boots left, finishes an interrupted switch or undo, then
-    /// watches over a trial period.
+    /// Starts the daemon's background work: finishes an interrupted switch or undo, then watches over a trial period.
+    /// Meanwhile removes the trees of earlier boots.
     pub fn attend(self: &Arc<Self>) {
         let agent = self.clone();
+        tokio::spawn(Self::remove_earlier_boots());
         tokio::spawn(async move {
-            agent.remove_earlier_boots().await;
             if let Err(error) = agent.resume().await {
                 warn!("cannot finish the interrupted switch or undo: {error}");
             }
@@ -256,9 +256,8 @@ impl Agent {
         });
     }
 
-    /// Removes the trees of earlier boots. The lock of the record keeps a phase from the same directory.
-    async fn remove_earlier_boots(&self) {
-        let _record = self.record.lock().await;
+    /// Removes the trees of earlier boots. No phase of this boot uses them, so that a call need not wait for this.
+    async fn remove_earlier_boots() {
         let removed = tokio::task::spawn_blocking(storage::remove_earlier_boots).await.context("the removal panicked");
         if let Err(error) = removed.flatten() {
             warn!("cannot remove the trees of earlier boots from the ostree repo: {error:#}");
