@@ -54,13 +54,15 @@ impl Recording {
     }
 
     /// Calls `check` with the disk after a power cut, for several moments between [`Recording::begin`] and the end of the log.
-    /// PIVOT_POWER_CUTS has their number.
+    /// PIVOT_POWER_CUTS has their number. Every second moment is among the last writes, which replace the boot loader entries.
     pub fn replay(self, check: impl Fn(&Path) -> Result<()>) -> Result<()> {
         let count = std::env::var("PIVOT_POWER_CUTS").map_or(Ok(2), |count| count.parse())?;
         let log = File::open(&self.log)?;
         let writes = read(&log)?;
         let first = writes.iter().position(|write| write.place >= self.from).context("nothing was written")?;
-        let mut moments: Vec<usize> = (0..count).map(|cut| pick(cut, first, writes.len())).collect();
+        let last = writes.len() - (writes.len() - first) / 20;
+        let earliest = |cut| if cut % 2 == 0 { first } else { last };
+        let mut moments: Vec<usize> = (0..count).map(|cut| pick(cut, earliest(cut), writes.len() + 1)).collect();
         moments.sort_unstable();
         println!("       {} writes and flushes, cuts after {moments:?}", writes.len() - first);
         // All writes up to the last flush before the moment.
