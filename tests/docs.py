@@ -8,7 +8,8 @@
   * Words that CONTRIBUTING.md rules out, in pages and unit files.
 
 Options:
-  --rust       also check the Rust sources: the same words, and doc comments that begin with a question word
+  --rust       also check the Rust sources: the same words, and doc comments that begin with a question word, in the
+               tests too
   --sentences  also list sentences of more than 25 words (a help for writers; never an error)
 """
 
@@ -43,7 +44,7 @@ WORDS = [
 ]
 PATTERNS = [(re.compile(words.replace(" ", r"\s+"), re.MULTILINE | (0 if "we|us" in words else re.IGNORECASE)), advice)
             for words, advice in WORDS]
-QUESTION = re.compile(r"\s*//[/!]\s*(What|Whether|How|Who|Whoever|Whose|Where)\b")
+QUESTION = re.compile(r"\s*//[/!]\s*(What|Whether|How|Who|Whoever|Whose|Where|Which)\b")
 
 faults = []
 
@@ -167,14 +168,18 @@ def check_book():
 
 
 def check_rust(path):
+    check_beginnings(path)
+    # Comment marks become spaces, so that a sentence is one text.
+    check_words(path, re.sub(r"^\s*//[/!]?", blank, path.read_text(), flags=re.MULTILINE))
+
+
+def check_beginnings(path):
     lines = path.read_text().splitlines()
     for number, line in enumerate(lines):
         before = lines[number - 1] if number else ""
         match = QUESTION.match(line)
         if match and not re.match(r"\s*//[/!]", before):
             fault(path, number + 1, f'doc comment begins with "{match.group(1)}": write a verb or a noun phrase')
-    # Comment marks become spaces, so that a sentence is one text.
-    check_words(path, re.sub(r"^\s*//[/!]?", blank, "\n".join(lines), flags=re.MULTILINE))
 
 
 def list_sentences(path):
@@ -202,6 +207,8 @@ def main():
         for folder in ("src", "crates", "generators"):
             for path in sorted((ROOT / folder).rglob("*.rs")):
                 check_rust(path)
+        for path in sorted((ROOT / "tests").rglob("*.rs")):
+            check_beginnings(path)
     if "--sentences" in options:
         for path in pages():
             list_sentences(path)

@@ -45,7 +45,7 @@ impl Repo {
     }
 }
 
-/// Which layer a path's content belongs to; `None` for the first layer.
+/// Function that returns the layer of a path's content, or `None` for the first layer.
 pub type Chunker = dyn Fn(&str) -> Option<&'static str>;
 
 /// Compression of a layer's blob.

@@ -21,7 +21,7 @@ const CAP: u64 = 150;
 /// wanted set and the tree) is kept, its content is not.
 const GROWTH: u64 = 32;
 
-/// Which layer a path's content goes to.
+/// Returns the layer of a path's content.
 fn chunks(path: &str) -> Option<&'static str> {
     match path {
         path if path.ends_with("/large-0") => Some("large-0"),

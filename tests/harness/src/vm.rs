@@ -26,7 +26,7 @@ pub const CPU: &str = "qemu64";
 /// Label of the ISO file system of a live medium.
 const LABEL: &str = "testbed-coreos";
 
-/// What a machine boots from.
+/// The medium that a machine boots from.
 #[derive(Clone, Copy)]
 pub enum Medium<'a> {
     /// An ISO file system with the root of the bootimage, as of a CD or USB stick.
@@ -40,7 +40,7 @@ pub enum Medium<'a> {
 /// A file, the id of its drive, and options of its file.
 type Drive = (PathBuf, &'static str, &'static str);
 
-/// What reached the emulator survives it: its end is a power cut for the guest's own caches only.
+/// Ignores flushes of the guest. The end of the emulator loses only what the guest holds in its own caches.
 const WRITABLE: &str = "cache.no-flush=on";
 
 impl Medium<'_> {
@@ -75,11 +75,11 @@ pub struct Setup<'a> {
     pub name: &'a str,
     /// A bootimage of [`Images`].
     pub boot: &'a Path,
-    /// What it boots from.
+    /// The medium that it boots from.
     pub medium: Medium<'a>,
     /// Another disk, `/dev/disk/by-id/virtio-spare`.
     pub spare: Option<&'a Path>,
-    /// Records the writes to `spare`, or to the installed system's disk if there is no spare disk.
+    /// Records the writes to `spare`. Without it, records those to the disk of the installed system.
     pub recording: Option<&'a Recording>,
     /// More kernel arguments.
     pub kargs: &'a [&'a str],

@@ -1,4 +1,4 @@
-//! Which package every content object of a commit came from, read from the dpkg database inside that commit.
+//! The package of each content object of a commit, from the dpkg database in that commit.
 //!
 //! This is the role that the rpm database plays for real node images: chunks then follow packages, so an update of one
 //! package changes one layer.

@@ -1,4 +1,4 @@
-//! What a support engineer and a program get from a machine whose pivot was cancelled.
+//! Answers that a support engineer and a program get from a machine whose pivot was cancelled.
 
 use anyhow::{Context, Result};
 use serde_json::Value;
