@@ -133,13 +133,16 @@ impl Agent {
             if views::shows_complete_tree() {
                 return Ok(false);
             }
-            storage::of(&paths, &delta)?.discard_complete().context("cannot remove the complete tree")?;
+            storage::of(&paths, &delta)?.discard_complete()?;
             Ok::<_, anyhow::Error>(true)
         };
         match tokio::task::spawn_blocking(discard).await.context("the removal panicked").flatten() {
             Ok(discarded) => discarded,
             Err(error) => {
-                warn!("{error:#}");
+                warn!(
+                    "cannot remove the complete tree of the undone switch: {error:#}; it keeps its memory until the next \
+                     stage or boot"
+                );
                 // A part of the tree may be gone.
                 true
             }
@@ -260,7 +263,10 @@ impl Agent {
     async fn remove_earlier_boots() {
         let removed = tokio::task::spawn_blocking(storage::remove_earlier_boots).await.context("the removal panicked");
         if let Err(error) = removed.flatten() {
-            warn!("cannot remove the trees of earlier boots from the ostree repo: {error:#}");
+            warn!(
+                "cannot remove the trees of earlier boots from the ostree repo: {error:#}; they keep their disk space until \
+                 the agent starts again"
+            );
         }
     }
 

@@ -139,7 +139,7 @@ pub fn next_image() -> Option<String> {
 pub fn start_watcher() {
     let program = gio::Subprocess::newv(&[OsStr::new("true")], gio::SubprocessFlags::NONE);
     if let Err(error) = program.and_then(|program| program.wait(gio::Cancellable::NONE)) {
-        warn!("cannot run the program true: {error}");
+        warn!("cannot run the program true: {error}; the private mounts of a deployment may stay until the agent ends");
     }
 }
 
