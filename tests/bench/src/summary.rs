@@ -112,10 +112,10 @@ pub enum Goal {
 }
 
 impl Goal {
-    /// True if the target is met.
+    /// True if the target is met. A ratio counts with the two digits that the table prints.
     pub fn met(self, ours: f64, ratio: Option<f64>) -> bool {
         match self {
-            Self::Ratio(bound) => ratio.is_some_and(|ratio| ratio <= bound),
+            Self::Ratio(bound) => ratio.is_some_and(|ratio| (ratio * 100.0).round() <= (bound * 100.0).round()),
             Self::Bytes(bound) => ours <= bound,
         }
     }
@@ -264,6 +264,10 @@ mod tests {
         }
         let row = runs("same-base", &[1.0], &[1.0]).row(Measure::Wall);
         assert_eq!((row.goal, row.met), (None, None));
+        for (ratio, met) in [(0.9, true), (1.0002, true), (1.0051, false), (1.1, false)] {
+            assert_eq!(Goal::Ratio(1.0).met(0.0, Some(ratio)), met, "{ratio}");
+        }
+        assert!(!Goal::Ratio(1.0).met(0.0, None));
         assert!(Goal::Bytes(150.0 * MIB).met(150.0 * MIB, None));
         assert!(!Goal::Bytes(150.0 * MIB).met(150.0 * MIB + 1.0, None));
         // Nothing to compare with is not a success.

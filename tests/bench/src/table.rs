@@ -110,15 +110,16 @@ fn ratio(row: &Row) -> String {
 }
 
 fn verdict(row: &Row) -> String {
-    match row.met {
-        Some(true) => "met".into(),
-        // A ratio of 1.00 may hide what was too much.
-        Some(false) if row.measure == Measure::Fetched => {
-            format!("**not met**: {:.1} KiB more", (row.ours - row.incumbent) / 1024.0)
-        }
-        Some(false) => "**not met**".into(),
-        None => String::new(),
+    let verdict = match row.met {
+        Some(true) => "met",
+        Some(false) => "**not met**",
+        None => return String::new(),
+    };
+    // A ratio of 1.00 may hide some more bytes.
+    if row.measure == Measure::Fetched && row.ours > row.incumbent {
+        return format!("{verdict}: {:.1} KiB more", (row.ours - row.incumbent) / 1024.0);
     }
+    verdict.to_owned()
 }
 
 fn told(steps: &[(String, f64)]) -> String {
