@@ -49,7 +49,7 @@ disk() {
     local base agent
     base=$(tree_base12)
     agent=$(agent)
-    stage disk "$(key "$BED/bootimage.sh" "=$base" "$agent" =disk)" \
+    stage disk "$(key "$BED/bootimage.sh" "$BED/disk.sh" "=$base" "$agent" =disk)" \
         recipe bootimage.sh BED="$BED" BASE="$base" OVERLAYS="$agent" MEDIUM=disk
 }
 

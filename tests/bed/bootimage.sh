@@ -1,6 +1,6 @@
 #!/bin/bash
 # BASE (a tree stage) with OVERLAYS (directories to put on top) → OUT/{vmlinuz,initramfs.img,kargs,commit} and the root:
-# sysroot.squashfs, or with MEDIUM=disk an installed system's disk.img (ext4, sparse).
+# sysroot.squashfs, or with MEDIUM=disk an installed system's disk.img, see disk.sh.
 # REF is the tree's ref (base12); with SELINUX=1 it is labelled, and so is what is put on top.
 # Cheap on purpose: it runs every time the agent changes. Only the new files are hashed.
 set -euo pipefail
@@ -52,9 +52,8 @@ cp "$deployment"/usr/lib/modules/*/{vmlinuz,initramfs.img} "$OUT/"
 sed -n 's/^options //p' "$sysroot"/boot/loader/entries/*.conf | grep -o 'ostree=[^ ]*' >"$OUT/kargs"
 basename "$deployment" .0 >"$OUT/commit"
 if [ "$MEDIUM" = disk ]; then
-    step "ext4"
-    # With room for a node image.
-    mkfs.ext4 -q -L root -d "$sysroot" "$OUT/disk.img" 3G
+    step "disk"
+    IMAGE=$OUT/disk.img SYSROOT=$sysroot DEPLOYMENT=$deployment bash "$BED/disk.sh"
 else
     # The kernel is started by the emulator: what ostree put into /boot is not needed on the medium.
     rm -rf "$sysroot"/boot/ostree

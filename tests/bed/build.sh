@@ -144,11 +144,11 @@ pair() {
 
 # boot_selinux MEDIUM: the base system with its policy, live or installed to a disk.
 boot_selinux() {
-    local base agent name=boot
-    [ "$1" = live ] || name=$1
+    local base agent name=boot script=()
+    [ "$1" = live ] || { name=$1; script=("$BED/disk.sh"); }
     base=$(tree_selinux_base)
     agent=$(agent)
-    stage "$name-selinux" "$(key "$BED/bootimage.sh" "=$base $1" "$agent")" \
+    stage "$name-selinux" "$(key "$BED/bootimage.sh" "${script[@]}" "=$base $1" "$agent")" \
         recipe bootimage.sh BED="$BED" BASE="$base" REF=selinux-base SELINUX=1 OVERLAYS="$agent" MEDIUM="$1"
 }
 

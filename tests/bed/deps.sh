@@ -8,7 +8,7 @@ set -euo pipefail
 # umoci unpacks images to compare with.
 packages=(
     build-essential pkg-config cmake clang libostree-dev libssl-dev libzstd-dev
-    mmdebstrap dpkg-dev debian-archive-keyring ostree squashfs-tools erofs-utils xfsprogs e2fsprogs btrfs-progs xorriso cpio jq curl
+    mmdebstrap dpkg-dev debian-archive-keyring ostree squashfs-tools erofs-utils xfsprogs e2fsprogs btrfs-progs fdisk xorriso cpio jq curl
     systemd-container dbus iproute2 openssh-client docker-registry apache2-utils skopeo umoci gnupg openssl
 )
 missing=()

@@ -8,8 +8,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
+use crate::disk::{self, on_disk};
 use crate::proc::succeed;
-use crate::vm::on_disk;
 
 /// Size of a sector, and of the header of an entry.
 const SECTOR: u64 = 512;
@@ -148,7 +148,7 @@ pub fn bootable(disk: &Path) -> Result<Vec<String>> {
             echo "$commit"
         done"#;
     let commits = on_disk(disk, CHECK)?;
-    succeed(Command::new("e2fsck").arg("-fn").arg(disk))?;
+    disk::check(disk)?;
     Ok(commits.lines().map(str::to_owned).collect())
 }
 

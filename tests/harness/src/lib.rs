@@ -6,6 +6,7 @@ pub mod container;
 pub mod cuts;
 pub mod deliver;
 pub mod derived;
+pub mod disk;
 pub mod files;
 pub mod guest;
 pub mod images;

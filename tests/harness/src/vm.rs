@@ -12,6 +12,7 @@ use anyhow::{Context, Result};
 
 use crate::console::Console;
 use crate::cuts::Recording;
+use crate::disk;
 use crate::files::Files;
 use crate::guest::{Answer, Guest, ssh};
 use crate::images::{Tools, project, work_dir};
@@ -63,7 +64,8 @@ impl Medium<'_> {
                 (vec![], format!("ro {}", live()?))
             }
             Medium::Disk(disk) => {
-                (vec![(disk.to_owned(), "root", WRITABLE)], "root=LABEL=root rootfstype=ext4 rw".to_owned())
+                let root = if disk::is_partitioned(disk)? { "xfs rootflags=prjquota" } else { "ext4" };
+                (vec![(disk.to_owned(), "root", WRITABLE)], format!("root=LABEL=root rootfstype={root} rw"))
             }
         })
     }
@@ -124,11 +126,7 @@ impl Vm {
         fill(&files)?;
         if let Medium::Disk(disk) = setup.medium {
             // The initramfs brings files to /etc only: an installed system's /var is mounted after it.
-            let script = "mount -o loop \"$0\" /mnt; cp -a \"$1\"/var/. /mnt/ostree/deploy/testbed/var/; umount /mnt";
-            let mut shell = Command::new("unshare");
-            succeed(
-                shell.args(["--mount", "--propagation", "private", "bash", "-euc", script]).arg(disk).arg(files.root()),
-            )?;
+            disk::put_var(disk, files.root())?;
         }
         let initrd = work.join("initrd.img");
         files.append_to_initramfs(&setup.boot.join("initramfs.img"), &initrd)?;
@@ -247,14 +245,6 @@ fn drive(qemu: &mut Command, name: &str, file: &Path, options: &str, recording: 
         None => node(name, &format!("driver=raw,file={name}-file{read_only}")),
     }
     qemu.args(["-device", &format!("virtio-blk-pci,drive={name},serial={name}")]);
-}
-
-/// Runs a shell script in the root of the disk of a machine that is off.
-pub fn on_disk(disk: &Path, script: &str) -> Result<String> {
-    let mut shell = Command::new("unshare");
-    shell.args(["--mount", "--propagation", "private", "bash", "-euc"]);
-    shell.arg(format!("mount -o loop \"$0\" /mnt; cd /mnt; {{ {script}; }} 2>&1; cd /; umount /mnt")).arg(disk);
-    Ok(String::from_utf8(succeed(&mut shell)?.stdout)?.trim_end().to_owned())
 }
 
 /// Ends the emulator when its time is over, also when a test hangs in something else.

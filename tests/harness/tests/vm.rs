@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use testbed::check::{contains, nothing_failed, same};
 use testbed::cuts::{Recording, bootable};
+use testbed::disk;
 use testbed::guest::Guest;
 use testbed::images::{Images, work_dir};
 use testbed::proc::{succeed, wait_for};
@@ -17,7 +18,7 @@ use testbed::registry::Registry;
 use testbed::scenario::{Before, Expected, left_alone, node_files, pivoted, wait_pivoted, waits_and_says_why};
 use testbed::scenarios;
 use testbed::suite::Suite;
-use testbed::vm::{self, Vm, on_disk};
+use testbed::vm::{self, Vm};
 
 const BOOT: Duration = Duration::from_secs(300);
 const PIVOT: Duration = Duration::from_secs(600);
@@ -150,12 +151,7 @@ fn the_disk_boots_right_after_a_power_cut(target: &mut Target<'_>) -> Result<()>
     live.registry.stop();
     live.guest.power_cut();
     let boot = work_dir("vm-a-installed-boot")?;
-    let script = format!(
-        "cp boot/ostree/*/vmlinuz-* {0}/vmlinuz; cp boot/ostree/*/initramfs-* {0}/initramfs.img
-         sed -n 's/^options //p' boot/loader/entries/*.conf",
-        boot.display()
-    );
-    let options = on_disk(&target.disk, &script)?;
+    let options = disk::load_entry(&target.disk, &boot)?;
     let setup = vm::Setup {
         boot: &boot,
         medium: vm::Medium::Disk(&target.disk),

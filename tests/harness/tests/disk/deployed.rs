@@ -1,14 +1,12 @@
 //! The pivoted system deploys its node image to its own disk. The next boot is the node image, and the old system is the
 //! rollback.
 
-use std::path::Path;
-
 use anyhow::{Context, Result, bail};
 use testbed::check::{contains, same};
 use testbed::cuts::{Recording, bootable};
+use testbed::disk;
 use testbed::guest::Guest;
 use testbed::images::work_dir;
-use testbed::vm::on_disk;
 
 use super::{EDITED, Machine};
 
@@ -54,25 +52,12 @@ pub(super) fn a_power_cut_during_the_deployment_leaves_the_old_or_the_new_system
     })
 }
 
-/// Returns the kernel arguments of a boot loader entry: the first one boots next.
-pub(super) fn entry(disk: &Path, number: u32) -> Result<String> {
-    on_disk(
-        disk,
-        &format!("ls boot/loader/entries/*.conf | sort -rV | sed -n {number}p | xargs sed -n 's/^options //p'"),
-    )
-}
-
 /// The registry is down. The disk's kernel and initramfs are those of the node image.
 pub(super) fn the_deployed_node_image_boots(machine: &mut Machine<'_>) -> Result<()> {
     machine.registry.stop();
-    machine.kargs = entry(&machine.disk, 1)?;
-    contains(&machine.kargs, "node.deployed")?;
     machine.kernel = work_dir("vm-disk-new-boot")?;
-    let copy =
-        "dir=$(ls boot/loader/entries/*.conf | sort -rV | head -n 1 | xargs sed -n 's,^linux /\\(boot/\\)*,boot/,p')";
-    let to = machine.kernel.display();
-    let copy = format!("{copy}; cp $dir {to}/vmlinuz; cp ${{dir%/*}}/initramfs-* {to}/initramfs.img");
-    on_disk(&machine.disk, &copy)?;
+    machine.kargs = disk::load_entry(&machine.disk, &machine.kernel)?;
+    contains(&machine.kargs, "node.deployed")?;
     machine.boot()
 }
 

@@ -6,25 +6,24 @@
 mod deployed;
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use testbed::check::{contains, nothing_failed, same};
 use testbed::cuts::Recording;
+use testbed::disk::{self, entry, on_disk};
 use testbed::guest::Guest;
 use testbed::images::{Image, Images, work_dir};
-use testbed::proc::{succeed, wait_for};
+use testbed::proc::wait_for;
 use testbed::registry::Registry;
-use testbed::scenario::{Before, Expected, node_files, wait_pivoted};
+use testbed::scenario::{Before, Expected, node_files, pivoted, wait_pivoted};
 use testbed::scenarios;
 use testbed::suite::{Scenario, Suite};
-use testbed::table::Flow;
-use testbed::vm::{self, Vm, on_disk};
+use testbed::vm::{self, Vm};
 
 use deployed::{
     a_pivoted_system_deploys_its_node_image_to_its_own_disk,
-    a_power_cut_during_the_deployment_leaves_the_old_or_the_new_system, entry, etc_of_the_old_system_was_merged,
+    a_power_cut_during_the_deployment_leaves_the_old_or_the_new_system, etc_of_the_old_system_was_merged,
     the_deployed_node_image_boots, the_node_image_needs_no_pivot, the_old_system_is_the_rollback,
     writes_to_the_disk_are_recorded,
 };
@@ -61,6 +60,7 @@ struct Machine<'a> {
     kargs: String,
     /// The list of defaults that the first pivot left on the disk.
     defaults: String,
+    before: Option<Before>,
     on: Option<Vm>,
 }
 
@@ -69,13 +69,25 @@ impl<'a> Machine<'a> {
         let expected = Expected::node_b(images.image("node-b")?);
         let registry = Registry::start(&images.storage, &work_dir("vm-disk-registry")?, None, None)?;
         let (installed, work) = (images.disk()?, work_dir("vm-disk-image")?);
-        let disk = work.join("disk.img");
-        succeed(Command::new("cp").arg("--sparse=always").arg(installed.join("disk.img")).arg(&disk))?;
+        let disk = disk::copy(&installed, &work)?;
         let kargs = std::fs::read_to_string(installed.join("kargs"))?;
         let image = expected.image.clone();
         let (kernel, defaults) = (installed.clone(), String::new());
-        let (on, recording) = (None, None);
-        Ok(Machine { images, expected, image, registry, installed, kernel, disk, recording, kargs, defaults, on })
+        let (on, recording, before) = (None, None, None);
+        Ok(Machine {
+            images,
+            expected,
+            image,
+            registry,
+            installed,
+            kernel,
+            disk,
+            recording,
+            kargs,
+            defaults,
+            before,
+            on,
+        })
     }
 
     fn boot(&mut self) -> Result<()> {
@@ -92,7 +104,10 @@ impl<'a> Machine<'a> {
         };
         let (image, port) = (self.image.by_digest(), self.registry.port);
         let guest = Vm::start(self.images, &setup, |files| node_files(files, &image, vm::HOST, port))?;
-        self.on.insert(guest).wait_ssh(BOOT)
+        let guest = self.on.insert(guest);
+        guest.wait_ssh(BOOT)?;
+        // After a power cut, xfs shows a new file that nothing has synced as an empty one.
+        guest.ask("sync /etc/ssh/ssh_host_*").map(drop)
     }
 
     fn guest(&self) -> Result<&Vm> {
@@ -135,6 +150,10 @@ fn an_installed_system_pivots_and_stays_an_ostree_system() -> Result<()> {
         ],
     );
     becomes_the_node_image(&mut suite, &mut machine);
+    if let Some(guest) = &machine.on {
+        let earlier = "the_machine_becomes_its_node_image";
+        pivoted(&mut suite, earlier, guest, machine.before.as_ref(), &machine.expected);
+    }
     suite.run_after("the_machine_becomes_its_node_image", &mut machine, &on_the_disk());
     suite.part("third boot, of the deployed node image");
     suite.run(
@@ -163,9 +182,6 @@ fn an_installed_system_pivots_and_stays_an_ostree_system() -> Result<()> {
     becomes_the_node_image(&mut suite, &mut machine);
     suite.run_after("the_machine_becomes_its_node_image", &mut machine, &from_the_disk());
     suite.run_after("the_list_of_defaults_is_on_the_disk", &mut machine, &with_the_list());
-    if let Some(guest) = &machine.on {
-        suite.covers(guest, Flow::Bootstrap, "an_installed_system_pivots_and_stays_an_ostree_system");
-    }
     suite.finish()
 }
 
@@ -181,9 +197,8 @@ fn becomes_the_node_image(suite: &mut Suite, machine: &mut Machine<'_>) {
 }
 
 /// Returns the scenarios about a pivot that the disk stores.
-fn on_the_disk<'a>() -> [Scenario<Machine<'a>>; 10] {
+fn on_the_disk<'a>() -> [Scenario<Machine<'a>>; 9] {
     scenarios![
-        programs_are_those_of_the_node_image,
         the_image_is_stored_in_the_repo_of_the_system_and_not_in_ram,
         the_interrupted_pull_is_removed,
         usr_consists_of_links_to_objects_of_the_repo,
@@ -239,18 +254,12 @@ fn nothing_of_the_interrupted_pull_is_visible_and_the_repo_passes_fsck(machine: 
 }
 
 fn it_is_the_base_system_again(machine: &mut Machine<'_>) -> Result<()> {
-    Before::of(machine.guest()?).map(drop)
+    machine.before = Some(Before::of(machine.guest()?)?);
+    Ok(())
 }
 
 fn the_machine_becomes_its_node_image(machine: &mut Machine<'_>) -> Result<()> {
     wait_pivoted(machine.guest()?, PIVOT)
-}
-
-fn programs_are_those_of_the_node_image(machine: &mut Machine<'_>) -> Result<()> {
-    let guest = machine.guest()?;
-    contains(&guest.ask("cat /usr/lib/os-release")?, machine.expected.os)?;
-    same(guest.ask("base-tool")?, "base-tool 2.0".into())?;
-    contains(&guest.ask("oc version")?, "Server Version: 4.99.0")
 }
 
 fn no_unit_has_failed(machine: &mut Machine<'_>) -> Result<()> {

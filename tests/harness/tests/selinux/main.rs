@@ -5,14 +5,14 @@
 mod machine;
 
 use std::collections::BTreeMap;
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
 use testbed::check::{contains, nothing_failed, same};
+use testbed::disk;
 use testbed::guest::Guest;
 use testbed::images::{Pair, work_dir};
-use testbed::proc::{succeed, wait_for};
+use testbed::proc::wait_for;
 use testbed::registry::Registry;
 use testbed::scenario::{unit_is, wait_pivoted};
 use testbed::scenarios;
@@ -97,8 +97,7 @@ fn an_enforcing_installed_system_boots_again() -> Result<()> {
     let images = Pair::selinux()?;
     let (boot, work) = (Pair::selinux_disk()?, work_dir("vm-selinux-disk-image")?);
     let registry = Registry::start(&images.storage, &work_dir("vm-selinux-disk-registry")?, None, None)?;
-    let disk = work.join("disk.img");
-    succeed(Command::new("cp").arg("--sparse=always").arg(boot.join("disk.img")).arg(&disk))?;
+    let disk = disk::copy(&boot, &work)?;
     let deployment = std::fs::read_to_string(boot.join("kargs"))?;
     let installed = Some(Installed { boot, disk, deployment });
     let mut machine = Machine { images, registry, installed, boot: Boot::First, on: None };
