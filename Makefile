@@ -145,10 +145,12 @@ check-containers:
 $(addprefix check-,$(MACHINES)): check-%:
 	$(BED_TEST) --test $* -- --test-threads=1
 
-# Cuts the power at more moments of the deployments to disks than `make check` does.
+# Cuts the power at POWER_CUTS moments of the deployments to disks, and boots each disk afterwards: about two minutes for
+# each cut and kind of deployment.
 .PHONY: check-power-cuts
+POWER_CUTS = 20
 check-power-cuts: deps
-	PIVOT_POWER_CUTS=20 $(BED_TEST) --test disk --test vm -- --test-threads=1 --nocapture \
+	PIVOT_POWER_CUTS=$(POWER_CUTS) $(BED_TEST) --test disk --test vm -- --test-threads=1 --nocapture \
 	  an_installed_system the_next_release
 
 # Draws pictures of `report --svg` in a browser. PIVOT_PICTURES=DIRECTORY keeps the pictures.

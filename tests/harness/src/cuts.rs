@@ -3,6 +3,7 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -53,37 +54,69 @@ impl Recording {
         Ok(())
     }
 
-    /// Calls `check` with the disk after a power cut, for several moments between [`Recording::begin`] and the end of the log.
-    /// PIVOT_POWER_CUTS has their number. Every second moment is among the last writes, which replace the boot loader entries.
-    pub fn replay(self, check: impl Fn(&Path) -> Result<()>) -> Result<()> {
-        let count = std::env::var("PIVOT_POWER_CUTS").map_or(Ok(2), |count| count.parse())?;
+    /// Calls `check` with the number of a power cut and the disk after it, for several moments between [`Recording::begin`] and
+    /// the end of the log, in two threads. PIVOT_POWER_CUTS has their number. Every second moment is among the last writes,
+    /// which replace the boot loader entries.
+    pub fn replay(self, check: impl Fn(usize, &Path) -> Result<()> + Sync) -> Result<()> {
         let log = File::open(&self.log)?;
         let writes = read(&log)?;
         let first = writes.iter().position(|write| write.place >= self.from).context("nothing was written")?;
-        let last = writes.len() - (writes.len() - first) / 20;
-        let earliest = |cut| if cut % 2 == 0 { first } else { last };
-        let mut moments: Vec<usize> = (0..count).map(|cut| pick(cut, earliest(cut), writes.len() + 1)).collect();
-        moments.sort_unstable();
+        let moments = moments(first, writes.len(), asked()?.unwrap_or(2));
         println!("       {} writes and flushes, cuts after {moments:?}", writes.len() - first);
-        // All writes up to the last flush before the moment.
-        let base = File::options().write(true).open(&self.before)?;
-        let (mut done, cut) = (0, self.before.with_extension("cut"));
-        for moment in moments {
-            let flushed = writes[..moment].iter().rposition(|write| write.sectors == 0).map_or(done, |last| last + 1);
-            writes[done.min(flushed)..flushed].iter().try_for_each(|write| write.apply(&log, &base))?;
-            done = done.max(flushed);
-            copy(&self.before, &cut)?;
-            let disk = File::options().write(true).open(&cut)?;
-            for (number, write) in writes[done..moment].iter().enumerate() {
-                if pick(moment + number, 0, 2) == 1 {
-                    write.apply(&log, &disk)?;
-                }
+        let cuts: Vec<_> = moments.into_iter().enumerate().collect();
+        let disk = |cut: usize| self.before.with_extension(format!("cut-{cut}"));
+        let check = |&(cut, moment): &(usize, usize)| {
+            check(cut, &disk(cut)).with_context(|| format!("after a power cut at write {}", moment - first))
+        };
+        let mut done = 0;
+        for pair in cuts.chunks(2) {
+            for (cut, moment) in pair {
+                done = self.cut(&log, &writes, done, *moment, &disk(*cut))?;
             }
-            check(&cut).with_context(|| format!("after a power cut at write {}", moment - first))?;
+            at_once(pair, &check)?;
+            pair.iter().try_for_each(|(cut, _)| fs::remove_file(disk(*cut)))?;
         }
-        [&self.before, &self.log, &cut].iter().try_for_each(fs::remove_file)?;
-        Ok(())
+        Ok([&self.before, &self.log].iter().try_for_each(fs::remove_file)?)
     }
+
+    /// Makes the disk after a power cut: with all writes up to the last flush before it, and with some of the later ones.
+    /// `before` already has `done` writes. Returns the number that it has now.
+    fn cut(&self, log: &File, writes: &[Write], done: usize, moment: usize, to: &Path) -> Result<usize> {
+        let flushed =
+            writes[..moment].iter().rposition(|write| write.sectors == 0).map_or(done, |last| last + 1).max(done);
+        let before = File::options().write(true).open(&self.before)?;
+        writes[done..flushed].iter().try_for_each(|write| write.apply(log, &before))?;
+        copy(&self.before, to)?;
+        let disk = File::options().write(true).open(to)?;
+        let later = writes[flushed..moment].iter().enumerate();
+        let survives = |number: usize| pick(moment + number, 0, 2) == 1;
+        later.filter(|(number, _)| survives(*number)).try_for_each(|(_, write)| write.apply(log, &disk))?;
+        Ok(flushed)
+    }
+}
+
+/// Returns the moments of `count` power cuts between two writes, in order. Every second one is among the last writes.
+fn moments(first: usize, end: usize, count: usize) -> Vec<usize> {
+    let last = end - (end - first) / 20;
+    let mut moments: Vec<_> =
+        (0..count).map(|cut| pick(cut, if cut % 2 == 0 { first } else { last }, end + 1)).collect();
+    moments.sort_unstable();
+    moments
+}
+
+/// Returns the number of power cuts that the caller of the test asks for. Each of these is followed by boots.
+pub fn asked() -> Result<Option<usize>> {
+    std::env::var("PIVOT_POWER_CUTS").ok().map(|count| Ok(count.parse()?)).transpose()
+}
+
+/// Calls `check` with each item in a thread, and waits for all.
+fn at_once<T: Sync>(items: &[T], check: &(impl Fn(&T) -> Result<()> + Sync)) -> Result<()> {
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = items.iter().map(|item| scope.spawn(move || check(item))).collect();
+        let ends: Vec<_> =
+            threads.into_iter().map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic))).collect();
+        ends.into_iter().collect()
+    })
 }
 
 impl Write {
@@ -155,7 +188,7 @@ pub fn bootable(disk: &Path) -> Result<Vec<String>> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use std::cell::RefCell;
+    use std::sync::Mutex;
 
     use super::*;
 
@@ -181,16 +214,16 @@ mod tests {
         recording.begin().unwrap();
         let more = [entry(1, Some(2)), entry(1, None), entry(1, Some(3)), entry(1, Some(4)), vec![9; 100]].concat();
         fs::write(&recording.log, [log, more].concat()).unwrap();
-        let seen = RefCell::new(Vec::new());
+        let seen = Mutex::new(Vec::new());
         recording
-            .replay(|disk| {
+            .replay(|_, disk| {
                 let bytes = fs::read(disk)?;
                 assert_eq!(bytes[0], 1, "flushed before the first moment");
-                seen.borrow_mut().push(bytes[512]);
+                seen.lock().unwrap().push(bytes[512]);
                 Ok(())
             })
             .unwrap();
-        assert_eq!(seen.borrow().len(), 2);
+        assert_eq!(seen.lock().unwrap().len(), 2);
         fs::remove_dir_all(work).unwrap();
     }
 }

@@ -178,6 +178,32 @@ impl Vm {
         Ok(Vm { console, work, sockets, key: tools.ssh_key.clone(), port, child, done, started: Instant::now() })
     }
 
+    /// Boots a disk as a boot loader does, with the kernel, initramfs and arguments of its first entry. Waits until ssh
+    /// answers.
+    pub fn boot_disk(
+        images: &impl AsRef<Tools>,
+        name: &str,
+        disk: &Path,
+        fill: impl FnOnce(&Files) -> Result<()>,
+    ) -> Result<Self> {
+        let boot = work_dir(&format!("{name}-boot"))?;
+        let setup = Setup {
+            name,
+            boot: &boot,
+            medium: Medium::Disk(disk),
+            spare: None,
+            recording: None,
+            kargs: &[&disk::load_entry(disk, &boot)?],
+            memory_mib: 2048,
+            cpu: CPU,
+            limit: Duration::from_secs(1500),
+        };
+        let machine = Self::start(images, &setup, fill)?;
+        machine.wait_ssh(Duration::from_secs(300))?;
+        fs::remove_dir_all(&boot)?;
+        Ok(machine)
+    }
+
     /// Time since power on.
     pub fn age(&self) -> Duration {
         self.started.elapsed()

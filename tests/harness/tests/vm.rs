@@ -3,24 +3,26 @@
 
 use std::fs;
 use std::os::unix::fs::symlink;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use testbed::check::{contains, nothing_failed, same};
-use testbed::cuts::{Recording, bootable};
-use testbed::disk;
+use testbed::cuts::{self, Recording, bootable};
 use testbed::guest::Guest;
 use testbed::images::{Images, work_dir};
 use testbed::proc::{succeed, wait_for};
 use testbed::registry::Registry;
-use testbed::scenario::{Before, Expected, left_alone, node_files, pivoted, wait_pivoted, waits_and_says_why};
+use testbed::scenario::{
+    Before, Expected, configured_later, left_alone, node_files, pivoted, wait_pivoted, waits_and_says_why,
+};
 use testbed::scenarios;
 use testbed::suite::Suite;
 use testbed::vm::{self, Vm};
 
 const BOOT: Duration = Duration::from_secs(300);
+const DEPLOY: &str = "node-image-pivot deploy --sysroot /run/disk --stateroot testbed --karg node.deployed";
 const PIVOT: Duration = Duration::from_secs(600);
 
 /// A machine, the registry that it pulls from, and what is expected of it.
@@ -125,7 +127,7 @@ fn the_live_system_deploys_its_node_image_to_a_disk(target: &mut Target<'_>) -> 
     )?;
     target.recording.as_mut().context("the writes are not recorded")?.begin()?;
     let guest = &target.live()?.guest;
-    let done = guest.ask("node-image-pivot deploy --sysroot /run/disk --stateroot testbed --karg node.deployed")?;
+    let done = guest.ask(DEPLOY)?;
     println!("       {done}");
     contains(&done, "in the stateroot testbed boots commit")
 }
@@ -150,36 +152,69 @@ fn the_disk_boots_right_after_a_power_cut(target: &mut Target<'_>) -> Result<()>
     let mut live = target.live.take().context("the live machine is off")?;
     live.registry.stop();
     live.guest.power_cut();
-    let boot = work_dir("vm-a-installed-boot")?;
-    let options = disk::load_entry(&target.disk, &boot)?;
-    let setup = vm::Setup {
-        boot: &boot,
-        medium: vm::Medium::Disk(&target.disk),
-        kargs: &[&options],
-        ..setup("vm-a-installed", target.images)
-    };
-    target.installed.insert(Vm::start(target.images, &setup, |_| Ok(()))?).wait_ssh(BOOT)
+    target.installed = Some(Vm::boot_disk(target.images, "vm-a-installed", &target.disk, |_| Ok(()))?);
+    Ok(())
 }
 
 fn the_booted_deployment_is_the_node_image(target: &mut Target<'_>) -> Result<()> {
-    let guest = target.installed()?;
+    is_the_deployed_node_image(target.installed()?)
+}
+
+fn is_the_deployed_node_image(guest: &Vm) -> Result<()> {
     contains(&guest.ask("cat /usr/lib/os-release")?, "Debian GNU/Linux 13")?;
     contains(&guest.ask("cat /proc/cmdline")?, " node.deployed")?;
     contains(&guest.ask("ostree admin status")?, "* testbed ")?;
     guest.ask("oc version --client && test -e /usr/lib/modules/$(uname -r) && ! findmnt -n -t overlay /usr").map(drop)
 }
 
+/// Each power cut is followed by boots if the number of cuts is given.
 fn a_power_cut_during_the_deployment_leaves_all_or_nothing(target: &mut Target<'_>) -> Result<()> {
     target.installed = None;
     let new = bootable(&target.disk)?;
-    target.recording.take().context("the writes are not recorded")?.replay(|disk| {
+    let registry = Registry::start(&target.images.storage, &work_dir("vm-a-cut-registry")?, None, None)?;
+    let image = target.images.image("node-a")?.by_digest();
+    let after = AfterCut { images: target.images, image, port: registry.port, new };
+    target.recording.take().context("the writes are not recorded")?.replay(|cut, disk| after.check(cut, disk))
+}
+
+/// A disk after a power cut during the deployment from a live system.
+struct AfterCut<'a> {
+    images: &'a Images,
+    image: String,
+    port: u16,
+    /// Commit of the new system.
+    new: Vec<String>,
+}
+
+impl AfterCut<'_> {
+    fn check(&self, cut: usize, disk: &Path) -> Result<()> {
         let found = bootable(disk)?;
-        println!("       boots {found:?}");
-        match found.is_empty() || found == new {
-            true => Ok(()),
-            false => bail!("boots {found:?} instead of {new:?}"),
+        println!("       cut {cut}: boots {found:?}");
+        match (found.is_empty(), found == self.new) {
+            (false, false) => bail!("boots {found:?} instead of {:?}", self.new),
+            _ if cuts::asked()?.is_none() => return Ok(()),
+            (true, _) => self.a_live_system_deploys_again(cut, disk)?,
+            _ => {}
         }
-    })
+        let guest = Vm::boot_disk(self.images, &format!("vm-a-cut-{cut}"), disk, |_| Ok(()))?;
+        is_the_deployed_node_image(&guest)?;
+        nothing_failed(&guest)
+    }
+
+    fn a_live_system_deploys_again(&self, cut: usize, disk: &Path) -> Result<()> {
+        let name = format!("vm-a-cut-{cut}");
+        let live = vm::Setup { spare: Some(disk), ..setup(&name, self.images) };
+        let guest = Vm::start(self.images, &live, |files| {
+            node_files(files, &self.image, vm::HOST, self.port)?;
+            configured_later(files)
+        })?;
+        guest.wait_ssh(BOOT)?;
+        guest.ask("mkdir /run/disk && mount /dev/disk/by-id/virtio-spare /run/disk")?;
+        let done = guest.ask(&format!("mv /etc/later /etc/node-image-pivot.conf.d && {DEPLOY}"))?;
+        contains(&done, "in the stateroot testbed boots commit")?;
+        guest.power_cut();
+        same(bootable(disk)?, self.new.clone())
+    }
 }
 
 fn nothing_has_failed_on_the_disk(target: &mut Target<'_>) -> Result<()> {

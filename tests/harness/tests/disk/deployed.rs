@@ -1,30 +1,36 @@
 //! The pivoted system deploys its node image to its own disk. The next boot is the node image, and the old system is the
 //! rollback.
 
-use anyhow::{Context, Result, bail};
-use testbed::check::{contains, same};
-use testbed::cuts::{Recording, bootable};
-use testbed::disk;
-use testbed::guest::Guest;
-use testbed::images::work_dir;
+use std::path::Path;
 
-use super::{EDITED, Machine};
+use anyhow::{Context, Result, anyhow, bail};
+use testbed::check::{contains, nothing_failed, same};
+use testbed::cuts::{self, Recording, bootable};
+use testbed::disk;
+use testbed::files::Files;
+use testbed::guest::Guest;
+use testbed::images::{Image, Images, work_dir};
+use testbed::scenario::{node_files, wait_pivoted};
+use testbed::vm::{self, Vm};
+
+use super::{EDITED, Machine, PIVOT};
 
 /// ostree runs bubblewrap after the merge of /etc, to rebuild the SELinux policy. The test trees lack it.
 const BUBBLEWRAP: &str = "mkdir /run/more && printf '#!/bin/sh\\n' >/run/more/bwrap && chmod +x /run/more/bwrap && \
                           mount -t overlay more -o lowerdir=/run/more:/usr/bin /usr/bin";
 
+const DEPLOY: &str = "node-image-pivot deploy --sysroot / --stateroot testbed --karg node.deployed";
+
 pub(super) fn a_pivoted_system_deploys_its_node_image_to_its_own_disk(machine: &mut Machine<'_>) -> Result<()> {
     machine.guest()?.ask(&format!("{BUBBLEWRAP} && sync"))?;
     machine.recording.as_mut().context("the writes are not recorded")?.begin()?;
     let guest = machine.guest()?;
-    let deploy = "node-image-pivot deploy --sysroot / --stateroot testbed --karg node.deployed";
-    let done = guest.ask(deploy)?;
+    let done = guest.ask(DEPLOY)?;
     println!("       {done}");
     // The store is the repo of the disk.
     contains(&done, "in the stateroot testbed boots commit")?;
     contains(&done, "wrote 0 objects")?;
-    contains(&guest.ask(deploy)?, "nothing to do")?;
+    contains(&guest.ask(DEPLOY)?, "nothing to do")?;
     // The shell of the connection runs from there.
     guest.ask("umount --lazy /usr/bin && oc version --client")?;
     contains(&guest.ask("findmnt -n -o OPTIONS /sysroot")?, "ro")?;
@@ -36,20 +42,65 @@ pub(super) fn writes_to_the_disk_are_recorded(machine: &mut Machine<'_>) -> Resu
     Ok(())
 }
 
+/// Each power cut is followed by boots if the number of cuts is given.
 pub(super) fn a_power_cut_during_the_deployment_leaves_the_old_or_the_new_system(
     machine: &mut Machine<'_>,
 ) -> Result<()> {
     let recording = machine.recording.take().context("the writes are not recorded")?;
     let new = bootable(&machine.disk)?;
-    let old = std::fs::read_to_string(machine.installed.join("commit"))?;
-    recording.replay(|disk| {
-        let found = bootable(disk)?;
-        println!("       boots {found:?}");
-        match found.iter().any(|commit| commit == old.trim()) && (found == new || found[0] != new[0]) {
-            true => Ok(()),
-            false => bail!("boots {found:?} instead of {new:?} or {old}"),
+    let old = std::fs::read_to_string(machine.installed.join("commit"))?.trim().to_owned();
+    let [new, rollback] = new.try_into().map_err(|found| anyhow!("boots {found:?}"))?;
+    same(&rollback, &old)?;
+    let after = AfterCut { images: machine.images, image: &machine.image, port: machine.registry.port, old, new };
+    recording.replay(|cut, disk| after.check(cut, disk))
+}
+
+/// A disk after a power cut during the deployment to the own sysroot.
+struct AfterCut<'a> {
+    images: &'a Images,
+    image: &'a Image,
+    port: u16,
+    /// Commit of the old system, and of the new one.
+    old: String,
+    new: String,
+}
+
+impl AfterCut<'_> {
+    fn check(&self, cut: usize, disk: &Path) -> Result<()> {
+        let (found, old, new) = (bootable(disk)?, [&self.old], [&self.new, &self.old]);
+        println!("       cut {cut}: boots {found:?}");
+        match (found.iter().eq(old), found.iter().eq(new), cuts::asked()?) {
+            (false, false, _) => bail!("boots {found:?} instead of {old:?} or {new:?}"),
+            (_, _, None) => Ok(()),
+            (true, ..) => self.the_old_system_boots_and_deploys_again(cut, disk),
+            (_, true, _) => self.the_new_system_boots(cut, disk),
         }
-    })
+    }
+
+    fn boot(&self, cut: usize, disk: &Path, commit: &str) -> Result<Vm> {
+        let files = |files: &Files| node_files(files, &self.image.by_digest(), vm::HOST, self.port);
+        let guest = Vm::boot_disk(self.images, &format!("vm-disk-cut-{cut}"), disk, files)?;
+        contains(&guest.ask("ostree admin status")?, &format!("* testbed {commit}."))?;
+        Ok(guest)
+    }
+
+    fn the_old_system_boots_and_deploys_again(&self, cut: usize, disk: &Path) -> Result<()> {
+        let guest = self.boot(cut, disk, &self.old)?;
+        wait_pivoted(&guest, PIVOT)?;
+        nothing_failed(&guest)?;
+        contains(&guest.ask(&format!("{BUBBLEWRAP} && {DEPLOY}"))?, "in the stateroot testbed boots commit")?;
+        guest.power_cut();
+        same(bootable(disk)?, vec![self.new.clone(), self.old.clone()])?;
+        self.the_new_system_boots(cut, disk)
+    }
+
+    fn the_new_system_boots(&self, cut: usize, disk: &Path) -> Result<()> {
+        let guest = self.boot(cut, disk, &self.new)?;
+        contains(&guest.ask("ostree admin status")?, &format!("testbed {}.0 (rollback)", self.old))?;
+        same(guest.ask("base-tool")?, "base-tool 2.0".into())?;
+        guest.ask("oc version --client && ! findmnt -n -t overlay /usr")?;
+        nothing_failed(&guest)
+    }
 }
 
 /// The registry is down. The disk's kernel and initramfs are those of the node image.

@@ -318,7 +318,8 @@ fn a_new_deployment_can_be_made(machine: &mut Machine<'_>) -> Result<()> {
     guest.ask(&format!("unshare -m sh -c '{make}'"))?;
     // With a merge of /etc, ostree would rebuild the SELinux policy. That needs bubblewrap, which the test trees lack.
     guest.ask("ostree admin deploy --no-merge --os=testbed later")?;
-    contains(&guest.ask("ostree admin status")?, "(pending)")
+    contains(&guest.ask("ostree admin status")?, "(pending)")?;
+    guest.ask("ostree admin undeploy 0").map(drop)
 }
 
 fn an_administrator_edits_a_default_of_the_node_image(machine: &mut Machine<'_>) -> Result<()> {
