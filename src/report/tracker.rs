@@ -41,8 +41,8 @@ pub struct Tracker {
     status: watch::Sender<Status>,
     /// Counters of the running pull, which [`Tracker::status`] copies into the document.
     pub progress: Arc<PullProgress>,
-    /// Tracker of work beside the pivot, shown while no phase of the pivot is running.
-    beside: Arc<Mutex<Option<Tracker>>>,
+    /// Trackers of work beside the pivot. The newest is shown while no phase of the pivot is running.
+    beside: Arc<Mutex<Vec<Tracker>>>,
     /// For a tracker of work beside the pivot: the pivot's status, whose watchers are notified too.
     main: Option<watch::Sender<Status>>,
     live: Arc<Mutex<Live>>,
@@ -115,7 +115,7 @@ impl Beside<'_> {
     /// Ends the phase, as failed if there is an error.
     pub fn end(self, error: Option<&dyn Display>) {
         // Before the phase ends, so that the document does not show a state between the two.
-        self.main.set_beside(None);
+        self.main.remove_beside(&self.own);
         match error {
             None => self.own.end_span(self.phase),
             Some(error) => self.own.end_early(self.phase, SpanResult::Failed, Some(short(&format!("{error:#}")))),
@@ -125,7 +125,7 @@ impl Beside<'_> {
 
 impl Drop for Beside<'_> {
     fn drop(&mut self) {
-        self.main.set_beside(None);
+        self.main.remove_beside(&self.own);
         self.own.end_early(self.phase, SpanResult::Interrupted, None);
     }
 }
@@ -181,20 +181,24 @@ impl Tracker {
     pub fn beside(&self, phase: Phase) -> Beside<'_> {
         let (main, live) = (Some(self.status.clone()), self.live.clone());
         let own = Self { main, live, ..Self::new(Status::default()) };
-        self.set_beside(Some(own.clone()));
+        self.change_beside(|beside| beside.push(own.clone()));
         Beside { phase, main: self, own }
     }
 
-    fn set_beside(&self, tracker: Option<Tracker>) {
-        // A poisoned lock means a panic while one value replaced another.
-        *self.beside.lock().unwrap_or_else(PoisonError::into_inner) = tracker;
+    fn remove_beside(&self, own: &Tracker) {
+        self.change_beside(|beside| beside.retain(|tracker| !tracker.status.same_channel(&own.status)));
+    }
+
+    fn change_beside(&self, change: impl FnOnce(&mut Vec<Tracker>)) {
+        // A poisoned lock means a panic while the list grew or shrank.
+        change(&mut self.beside.lock().unwrap_or_else(PoisonError::into_inner));
         self.status.send_modify(|_| {});
     }
 
     /// Returns the current document.
     pub fn status(&self) -> Status {
         let status = self.pivot_status();
-        let beside = self.beside.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let beside = self.beside.lock().unwrap_or_else(PoisonError::into_inner).last().cloned();
         match beside {
             Some(beside) if !matches!(status.state, State::Running | State::Waiting) => {
                 let Status { state, phase, percent, progress, waiting_for, error, .. } = beside.pivot_status();

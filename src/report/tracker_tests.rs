@@ -132,6 +132,25 @@ fn a_deployment_beside_the_pivot_shows_its_share() {
 }
 
 #[test]
+fn the_end_of_one_work_beside_the_pivot_hides_no_other() {
+    let tracker = Tracker::new(Status { state: State::Switched, phase: Some(Phase::Refresh), ..Status::default() });
+    let begin = |phase| {
+        let beside = tracker.beside(phase);
+        beside.tracker().begin(phase);
+        beside
+    };
+    let (deploy, pull) = (begin(Phase::Deploy), begin(Phase::Pull));
+    assert_eq!(tracker.status().phase, Some(Phase::Pull));
+    pull.end(None);
+    assert_eq!(tracker.status().phase, Some(Phase::Deploy));
+    let pull = begin(Phase::Pull);
+    drop(deploy);
+    assert_eq!(tracker.status().phase, Some(Phase::Pull));
+    drop(pull);
+    assert_eq!((tracker.status().state, tracker.status().phase), (State::Switched, Some(Phase::Refresh)));
+}
+
+#[test]
 fn a_pull_that_has_ended_has_no_rate() {
     let tracker = Tracker::new(Status::default());
     tracker.begin(Phase::Pull);
