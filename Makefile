@@ -120,7 +120,8 @@ check: deps
 check-quick:
 	$(CARGO) fmt --all --check
 	shellcheck packaging/*.sh packaging/rpm/build.sh dracut/98node-image-pivot/*.sh initramfs/carry.sh dracut/test.sh \
-	  fuzz/run.sh tests/docs.sh tests/floor.sh tests/cross.sh tests/bed/incumbent.sh tests/bed/disk.sh tests/bed/medium.sh
+	  fuzz/run.sh tests/docs.sh tests/floor.sh tests/cross.sh tests/bed/incumbent.sh tests/bed/audit.sh tests/bed/disk.sh \
+	  tests/bed/medium.sh
 	sh tests/docs.sh --rust
 	$(MAKE) check-licences
 	$(CARGO) clippy --release --workspace --all-targets -- -D warnings

@@ -24,13 +24,14 @@ agent() {
 }
 
 # boot [VARIANT]: prints a directory with vmlinuz, initramfs.img, sysroot.squashfs, kargs; VARIANT "binaries" has the
-# cluster's binaries in its tree, "runtime" a container runtime, "podman" that; "" has none of them.
+# cluster's binaries in its tree and auditd, "runtime" a container runtime, "podman" that; "" has none of them.
 boot() {
     local variant=${1-} base agent overlays=()
     base=$(tree_base12)
     agent=$(agent)
     overlays=("$agent")
     [ -z "$variant" ] || overlays+=("$("$variant")")
+    [ "$variant" != binaries ] || overlays+=("$(audit)")
     stage "boot${variant:+-$variant}" "$(key "$BED/bootimage.sh" "$BED/composefs.py" "=$base" "${overlays[@]}")" \
         recipe bootimage.sh BED="$BED" BASE="$base" OVERLAYS="${overlays[*]}"
 }
@@ -83,6 +84,13 @@ network_for() { # DIRECTORY REF
     local packages
     packages=$(unpacked network "$1" "$2" "network-manager dbus-broker polkitd chrony" "dbus-1 polkit-1")
     stage "network-enabled-$2" "$(key "=$packages" "$BED/network.sh")" recipe network.sh FROM="$packages"
+}
+
+# The audit daemon with a rule, for the bootimage that has the binaries, and for the node image that it becomes.
+audit() {
+    local packages
+    packages=$(unpacked audit "$(tree_base12)" base12 auditd "")
+    stage audit "$(key "=$packages" "$BED/audit.sh")" recipe audit.sh FROM="$packages"
 }
 
 # unpacked NAME DIRECTORY REF PACKAGES SHARE: packages for a tree; see unpack.sh.

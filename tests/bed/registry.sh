@@ -15,11 +15,14 @@ bad_images() {
         recipe bad-images.sh BED="$BED" ORACLE="$oracle_program"
 }
 
-# The base system itself, but for a program that needs a newer CPU: a machine that runs the base system stores little.
+# The base system itself, but for a program that needs a newer CPU, and auditd: a machine that runs the base system stores
+# little.
 newer_cpu() {
-    local base
+    local base audit
     base=$(tree_base12)
-    stage tree-newer-cpu "$(key "$BED/newer-cpu.sh" "=$base")" recipe newer-cpu.sh FROM="$base" NAME=newer-cpu
+    audit=$(audit)
+    stage tree-newer-cpu "$(key "$BED/newer-cpu.sh" "=$base $audit")" \
+        recipe newer-cpu.sh FROM="$base" AUDIT="$audit" NAME=newer-cpu
 }
 # The bootimage's own tree with little more.
 node_small() {

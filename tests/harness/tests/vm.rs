@@ -376,6 +376,7 @@ fn a_bootimage_with_the_binaries_is_left_alone_unless_forced() -> Result<()> {
     let mut setup = setup("vm-binaries", images);
     setup.boot = &images.boot_binaries;
     setup.cpu = "max";
+    setup.kargs = &["audit=1"];
     let expected = Expected::node_b(images.image("newer-cpu")?);
     let registry = Registry::start(&images.storage, &work_dir("vm-binaries-registry")?, None, None)?;
     let guest =
@@ -383,8 +384,36 @@ fn a_bootimage_with_the_binaries_is_left_alone_unless_forced() -> Result<()> {
     let mut bed = Bed { guest, registry, expected, before: None };
     suite.run(&mut bed, &scenarios![ssh_answers]);
     left_alone(&mut suite, &bed.guest);
-    suite.run(&mut bed, &scenarios![mode_force_pivots_and_a_program_for_the_newer_cpu_runs after ssh_answers]);
+    suite.run(
+        &mut bed,
+        &scenarios![
+            the_audit_daemon_runs_with_its_rule after ssh_answers,
+            mode_force_pivots_and_a_program_for_the_newer_cpu_runs after ssh_answers,
+            the_audit_daemon_keeps_running_and_records_with_its_rule after the_audit_daemon_runs_with_its_rule,
+        ],
+    );
     suite.finish()
+}
+
+/// Identifies the process of the audit daemon, and lists the rules in the kernel.
+const AUDIT: &str = "systemctl show -p MainPID -p InvocationID -p ActiveState auditd.service && auditctl -l";
+
+fn the_audit_daemon_runs_with_its_rule(bed: &mut Bed<'_>) -> Result<()> {
+    let state = bed.guest.ask(&format!("{{ {AUDIT}; }} | tee /run/audit-before"))?;
+    contains(&state, "ActiveState=active")?;
+    contains(&state, "-w /etc/testbed-audited -p wa -k testbed")
+}
+
+fn the_audit_daemon_keeps_running_and_records_with_its_rule(bed: &mut Bed<'_>) -> Result<()> {
+    let (guest, records) = (&bed.guest, "grep -c 'key=\"testbed\"' /var/log/audit/audit.log");
+    same(guest.ask(&format!("{{ {AUDIT}; }}"))?, guest.ask("cat /run/audit-before")?)?;
+    let before: u32 = guest.run(records)?.text.trim().parse()?;
+    guest.ask("touch /etc/testbed-audited")?;
+    wait_for(
+        "an audit record",
+        Duration::from_secs(60),
+        || Ok(guest.run(records)?.text.trim().parse::<u32>()? > before),
+    )
 }
 
 fn mode_force_pivots_and_a_program_for_the_newer_cpu_runs(bed: &mut Bed<'_>) -> Result<()> {
