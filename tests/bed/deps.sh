@@ -3,13 +3,13 @@
 set -euo pipefail
 
 # Build: libostree for the agent, zstd for the oracle (ostree-ext asks pkg-config for it).
-# Trees: mmdebstrap, dpkg-dev, ostree, squashfs; xorriso for ISO media. Run: nspawn, a registry, skopeo, ssh; QEMU itself
-# comes by build.sh.
+# Trees: mmdebstrap, dpkg-dev, ostree, squashfs; xorriso for ISO media. Run: nspawn, a registry, a DHCP server, skopeo, ssh;
+# QEMU itself comes by build.sh.
 # umoci unpacks images to compare with.
 packages=(
     build-essential pkg-config cmake clang libostree-dev libssl-dev libzstd-dev
     mmdebstrap dpkg-dev debian-archive-keyring ostree squashfs-tools erofs-utils xfsprogs e2fsprogs btrfs-progs fdisk xorriso cpio jq curl
-    systemd-container dbus iproute2 openssh-client docker-registry apache2-utils skopeo umoci gnupg openssl
+    systemd-container dbus iproute2 openssh-client dnsmasq-base docker-registry apache2-utils skopeo umoci gnupg openssl
 )
 missing=()
 for package in "${packages[@]}"; do
