@@ -10,6 +10,7 @@ pub mod disk;
 pub mod files;
 pub mod guest;
 pub mod images;
+pub mod other_agent;
 pub mod proc;
 pub mod proxy;
 pub mod registry;

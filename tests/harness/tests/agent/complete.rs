@@ -3,12 +3,16 @@
 use anyhow::Result;
 use testbed::check::{contains, same};
 use testbed::container::{Bed, Serving};
+use testbed::derived::derive;
 use testbed::guest::Guest;
-use testbed::scenario::{configured_later, unit_is, wait_pivoted};
+use testbed::images::{Images, work_dir};
+use testbed::other_agent::{self, wait_for_agent};
+use testbed::proc::wait_for;
+use testbed::scenario::{configured_later, unit_is};
 use testbed::scenarios;
 use testbed::suite::Suite;
 
-use super::{Known, PIVOT, SOON, no_unit_has_failed, state, wait_state};
+use super::{Known, SOON, no_unit_has_failed, state, the_machine_becomes_its_node_image, wait_state};
 
 const STORE: &str = "/run/node-image-pivot/store";
 /// Units, mounts and /etc.
@@ -16,12 +20,19 @@ const RUNNING: &str = "systemctl show -p Id -p MainPID -p ActiveState -p Invocat
     grep -v node-image-store /proc/self/mountinfo; \
     cd /etc && find . -xdev -printf '%p %i %m %u %g %l\\n' | sort";
 
-/// A deployment needs the whole image: the agent fetches the rest after the pivot, and running services are unaffected.
+/// A deployment needs the whole image: the agent fetches the rest after the pivot, and running services are unaffected. The
+/// node image ships another agent, which does all of this.
 #[test]
 fn the_rest_of_the_image_can_be_fetched_after_the_pivot() -> Result<()> {
-    let mut suite = Suite::new("agent: pull --complete after the pivot");
-    let bed = Bed::boot("agent-rest", "node-a", Serving::AtBoot, |_| Ok(()))?;
-    wait_pivoted(&bed.guest, PIVOT)?;
+    let mut suite = Suite::new("agent: pull --complete, deploy and undo by the agent of the node image");
+    let work = work_dir("agent-rest-image")?;
+    let (storage, image) = derive(Images::ensure()?, "node-a", &work, &[other_agent::FILE])?;
+    let mut bed = Bed::boot_from(&storage, &image.by_digest(), "agent-rest", Serving::AtBoot, |_| Ok(()))?;
+    let taken_over = scenarios![
+        the_machine_becomes_its_node_image,
+        the_agent_of_the_node_image_takes_over_after_the_isolation after the_machine_becomes_its_node_image,
+    ];
+    suite.run(&mut bed, &taken_over);
     let before = bed.guest.ask(RUNNING)?;
     let mut known = Known { bed, before };
     suite.run(
@@ -39,12 +50,24 @@ fn the_rest_of_the_image_can_be_fetched_after_the_pivot() -> Result<()> {
             deploy_writes_the_image_to_a_disk_without_the_registry after pull_complete_does_not_ask_the_registry_again,
             a_repeated_deploy_has_nothing_to_do after deploy_writes_the_image_to_a_disk_without_the_registry,
             deploy_refuses_the_read_only_sysroot_of_the_running_system,
-            undo_works_after_pull_complete,
-            a_run_after_the_boot_is_over_isolates_nothing after undo_works_after_pull_complete,
+            all_was_done_by_the_agent_of_the_node_image,
+            an_undo_by_a_newer_agent_is_followed_by_no_older_one,
+            a_run_after_the_boot_is_over_isolates_nothing after an_undo_by_a_newer_agent_is_followed_by_no_older_one,
+            the_agent_of_the_bootimage_takes_over_after_the_undo after a_run_after_the_boot_is_over_isolates_nothing,
+            the_agent_of_the_bootimage_deploys_for_a_node_image_with_an_older_one
+                after the_agent_of_the_bootimage_takes_over_after_the_undo,
         ],
     );
     suite.run(&mut known.bed, &scenarios![no_unit_has_failed]);
     suite.finish()
+}
+
+/// Before the isolation, the agent of the bootimage completes what it has begun.
+fn the_agent_of_the_node_image_takes_over_after_the_isolation(bed: &mut Bed) -> Result<()> {
+    let guest = &bed.guest;
+    wait_for_agent(guest, other_agent::PROGRAM)?;
+    same(state(guest)?, "done".into())?;
+    unit_is(guest, "node-image-finish.service", "active")
 }
 
 fn the_pivot_leaves_objects_out(known: &mut Known) -> Result<()> {
@@ -154,9 +177,25 @@ fn deploy_refuses_the_read_only_sysroot_of_the_running_system(known: &mut Known)
     contains(&answer.text, "the sysroot of the running system: its file system or that of /boot is read-only")
 }
 
-fn undo_works_after_pull_complete(known: &mut Known) -> Result<()> {
-    known.bed.guest.ask("node-image-pivot undo")?;
-    same(known.bed.guest.ask("base-tool")?, "base-tool 1.0".into())
+fn all_was_done_by_the_agent_of_the_node_image(known: &mut Known) -> Result<()> {
+    wait_for_agent(&known.bed.guest, other_agent::PROGRAM)?;
+    same(known.bed.guest.ask(RUNNING)?, known.before.clone())
+}
+
+const ETC_PLAN: &str = "/run/node-image-pivot/etc-plan.json";
+
+/// Only the agent that has written a file of a newer format can use it.
+fn an_undo_by_a_newer_agent_is_followed_by_no_older_one(known: &mut Known) -> Result<()> {
+    let guest = &known.bed.guest;
+    guest.ask(&format!("cp {ETC_PLAN} /run/plan; jq 'del(.checksum) | .schema = 2' /run/plan >{ETC_PLAN}"))?;
+    guest.ask("node-image-pivot undo")?;
+    same(guest.ask("base-tool")?, "base-tool 1.0".into())?;
+    wait_for("the refusal", SOON, || {
+        let notes = guest.status()?["notes"].to_string();
+        Ok(notes.contains("cannot take over, and this one continues") && notes.contains("a newer agent wrote it"))
+    })?;
+    wait_for_agent(guest, other_agent::PROGRAM)?;
+    guest.ask(&format!("cp /run/plan {ETC_PLAN}")).map(drop)
 }
 
 /// A machine that has finished its boot is in use: the next run restarts services, and an isolate would end this one.
@@ -173,6 +212,24 @@ fn a_run_after_the_boot_is_over_isolates_nothing(known: &mut Known) -> Result<()
     same(guest.ask("jq -r .flow /run/node-image-pivot/units.json")?, "live".into())?;
     same(guest.ask("systemctl list-jobs --no-legend | wc -l")?, "0".into())?;
     unit_is(guest, "installer.service", "active")
+}
+
+fn the_agent_of_the_bootimage_takes_over_after_the_undo(known: &mut Known) -> Result<()> {
+    let guest = &known.bed.guest;
+    wait_for_agent(guest, other_agent::PROGRAM)?;
+    guest.ask("node-image-pivot undo")?;
+    wait_for_agent(guest, "/usr/bin/node-image-pivot")?;
+    same(guest.ask("base-tool")?, "base-tool 1.0".into())
+}
+
+fn the_agent_of_the_bootimage_deploys_for_a_node_image_with_an_older_one(known: &mut Known) -> Result<()> {
+    let guest = &known.bed.guest;
+    guest.ask("touch /run/older && node-image-pivot run")?;
+    wait_for("the refusal", SOON, || Ok(guest.status()?["notes"].to_string().contains("cannot take over")))?;
+    let again = DEPLOY.replace("--stateroot node", "--stateroot again");
+    let done = guest.ask(&format!("ostree admin os-init --sysroot /var/disk again && {again}"))?;
+    contains(&done, "in the stateroot again boots commit")?;
+    guest.ask("systemctl is-active node-image-pivotd.service && ! pidof /run/other-agent").map(drop)
 }
 
 /// A registry that goes down during `pull --complete` delays no other command.

@@ -7,13 +7,14 @@ use serde_json::Value;
 use testbed::check::{contains, nothing_failed, same};
 use testbed::container::{Bed, Serving};
 use testbed::guest::{Answer, Guest};
+use testbed::other_agent::{self, wait_for_agent};
 use testbed::proc::wait_for;
 use testbed::scenario::{configured_later, unit_is};
 use testbed::scenarios;
 use testbed::suite::Suite;
 use testbed::table::Flow;
 
-use super::{LAYER, OTHER_AGENT, SOON, ask_socket, boot_with, class_of, pid, put_units, wait_for_agent};
+use super::{LAYER, SOON, ask_socket, boot_with, class_of, pid, put_units};
 
 /// Services whose main processes the switch keeps.
 const KEPT: &str =
@@ -46,7 +47,7 @@ impl Live {
 #[test]
 fn a_live_system_loses_no_service() -> Result<()> {
     let mut suite = Suite::new("units: a live system");
-    let layer = [LAYER, &[("usr/bin/node-image-pivot", OTHER_AGENT)]].concat();
+    let layer = [LAYER, &[other_agent::FILE]].concat();
     let bed = boot_with("units-live", "node-a", &layer, Serving::AtBoot, |files| {
         put_units(files, "multi-user.target")?;
         configured_later(files)
@@ -124,7 +125,7 @@ fn the_switch_keeps_every_process_and_nothing_fails(live: &mut Live) -> Result<(
 
 fn the_agent_of_the_node_image_takes_over(live: &mut Live) -> Result<()> {
     let guest = &live.bed.guest;
-    wait_for_agent(guest, "/run/other-agent")?;
+    wait_for_agent(guest, other_agent::PROGRAM)?;
     same(guest.status()?["state"].as_str(), Some("switched"))?;
     contains(
         &guest.ask("journalctl -u node-image-pivotd.service -o cat")?,

@@ -14,7 +14,7 @@ use testbed::derived::derive;
 use testbed::files::Files;
 use testbed::guest::Guest;
 use testbed::images::{Images, work_dir};
-use testbed::proc::{succeed, wait_for};
+use testbed::proc::succeed;
 
 const PIVOT: Duration = Duration::from_secs(400);
 const SOON: Duration = Duration::from_secs(150);
@@ -34,23 +34,6 @@ const SERVICES: [&str; 12] = [
     "t-socket",
     "t-listen",
 ];
-
-/// The node image's own agent: the bootimage's with one byte more. It lists its calls. With /run/older it does not know the
-/// argument of a later version.
-const OTHER_AGENT: &str = r#"#!/bin/bash
-other=/run/other-agent
-if [ ! -e $other ]; then
-    cp /sysroot/ostree/deploy/testbed/deploy/*/usr/bin/node-image-pivot $other.new
-    printf x >>$other.new
-    mv $other.new $other
-fi
-echo "$*" >>/run/other-agent.calls
-if [ -e /run/older ] && [ "${2-}" = --check ]; then
-    echo "unexpected argument '--check'" >&2
-    exit 2
-fi
-exec -a /usr/bin/node-image-pivot $other "$@"
-"#;
 
 /// Files of the node image that change the units: path and text.
 const LAYER: &[(&str, &str)] = &[
@@ -151,12 +134,6 @@ fn link(files: &Files, target: &str, unit: &str) -> Result<()> {
 fn pid(guest: &dyn Guest, unit: &str) -> Result<String> {
     let pid = guest.unit(unit, "MainPID")?;
     if pid == "0" { bail!("{unit} does not run") } else { Ok(pid) }
-}
-
-/// Waits until the agent's process runs this file.
-fn wait_for_agent(guest: &dyn Guest, program: &str) -> Result<()> {
-    let running = "readlink /proc/$(systemctl show -p MainPID --value node-image-pivotd.service)/exe";
-    wait_for(program, SOON, || Ok(guest.run(running)?.text.trim() == program))
 }
 
 fn ask_socket(guest: &dyn Guest, path: &str) -> Result<String> {
