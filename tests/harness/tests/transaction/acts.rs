@@ -5,13 +5,14 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
 use testbed::check::{contains, same};
+use testbed::container::Root;
 use testbed::guest::Guest;
 use testbed::proc::{succeed, wait_for};
 use testbed::scenarios;
 use testbed::suite::Suite;
 
-use super::SOON;
 use super::bed::{Bed, agent_with_failpoints, errno_words, reported};
+use super::{SOON, bound};
 
 /// Errors that each act fails with, in this order.
 const ERRORS: [&str; 2] = ["enospc", "eio"];
@@ -30,17 +31,20 @@ struct Restart {
     invocation: String,
 }
 
+/// The container also shows a complete tree: the kernel accepts no overlay on its /usr.
 #[test]
 fn a_completed_restart_is_not_repeated() -> Result<()> {
-    let mut suite = Suite::new("transaction: a restart is done once");
-    let bed = Bed::start("transaction-once", "node-a")?;
+    let mut suite = Suite::new("transaction: a restart is done once, and a complete tree");
+    let bed = Bed::on_root(Root::Stacked, "transaction-once", "node-a")?;
     bed.guest.ask("printf '[units]\n\"ssh.service\" = \"never\"\n' >/etc/node-image-pivot.conf.d/60-units.toml")?;
     let invocation = bed.guest.unit(LOGIND, "InvocationID")?;
     let list = scenarios![
         the_agent_is_killed_between_a_restart_and_its_record,
         the_next_agent_goes_on_after_the_restart after the_agent_is_killed_between_a_restart_and_its_record,
     ];
-    suite.run(&mut Restart { bed, invocation }, &list);
+    let mut restart = Restart { bed, invocation };
+    suite.run(&mut restart, &list);
+    bound::killed(&mut suite, &mut restart.bed)?;
     suite.finish()
 }
 
@@ -132,7 +136,7 @@ fn wait_isolated(bed: &Bed) -> Result<()> {
 }
 
 /// Returns the failpoints that were reached since the last call, and prints them.
-fn hits(bed: &Bed, part: &str) -> Result<Vec<String>> {
+pub fn hits(bed: &Bed, part: &str) -> Result<Vec<String>> {
     let text = bed.guest.ask("cat /run/failpoints/hits")?;
     bed.guest.ask("systemctl stop node-image-pivotd.service; : >/run/failpoints/hits")?;
     println!("       {part}: {} points: {}", text.lines().count(), text.trim().replace('\n', ", "));

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use testbed::check::{contains, same};
-use testbed::container::{Container, Network, Setup};
+use testbed::container::{Container, Network, Root, Setup};
 use testbed::guest::{Answer, Guest};
 use testbed::images::{Images, project, work_dir};
 use testbed::proc::succeed;
@@ -26,12 +26,17 @@ pub struct Bed {
 
 impl Bed {
     pub fn start(name: &str, image: &str) -> Result<Self> {
+        Self::on_root(Root::Plain, name, image)
+    }
+
+    /// The same on another root.
+    pub fn on_root(root: Root, name: &str, image: &str) -> Result<Self> {
         let images = Images::ensure()?;
         let network = Network::new()?;
         let registry =
             Registry::start(&images.storage, &work_dir(&format!("{name}-registry"))?, Some(network.pid()), None)?;
         let agent = agent_with_failpoints()?;
-        let setup = Setup::live(name, &images.boot);
+        let setup = Setup { root, ..Setup::live(name, &images.boot) };
         let guest = Container::start(images, &network, &setup, |files| {
             node_files(files, &images.image(image)?.by_digest(), "127.0.0.1", registry.port)?;
             std::fs::rename(files.root().join("etc/node-image-pivot.conf.d"), files.root().join("etc/later"))?;

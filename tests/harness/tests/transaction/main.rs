@@ -4,6 +4,7 @@
 
 mod acts;
 mod bed;
+mod bound;
 mod room;
 mod step;
 mod trial;
