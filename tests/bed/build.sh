@@ -17,6 +17,7 @@
 #   build.sh selinux-disk the same bootimage installed to a disk; prints where it is
 #   build.sh selinux-stock  the pair of selinux without any file of the agent
 #   build.sh demo         the live bootimage and node image a; prints where they are, as JSON
+#   build.sh newest       the live bootimage and a node image from a suite that changes each day, likewise
 #   build.sh packages     prints a directory with Debian 12, its SELinux policy, rpm and dnf, for tests of packages
 #   build.sh ahead        what the tests will need and needs no agent
 #   build.sh paths        prints where they are, as JSON; builds what is missing
@@ -70,12 +71,27 @@ tree() { # NAME SUITE "LISTS" DEB...
     shift 3
     dir=$(debs)
     local debs=("${@/#/$dir/}")
-    stage "tree-$name" "$(key "${common_inputs[@]}" "=$name $suite $lists" "${debs[@]}")" \
+    stage "tree-$name" "$(key "${common_inputs[@]}" "=$name $suite $lists${WEEK:+ $WEEK}" "${debs[@]}")" \
         recipe tree.sh BED="$BED" TREE="$name" SUITE="$suite" PACKAGES="$lists" DEBS="${debs[*]}"
 }
 tree_base12() { tree base12 bookworm "common base" base-tool_1.0.deb base-legacy_1.0.deb; }
 tree_node_a() { tree node-a trixie "common node" base-tool_2.0.deb cluster-client_4.99.0.deb cluster-node_4.99.0.deb; }
 tree_node_b() { tree node-b bookworm "common node" base-tool_2.0.deb cluster-client_4.99.0.deb cluster-node_4.99.0.deb; }
+
+# The same packages from a suite that changes each day, built once a week. A mirror that is late has an expired list, and
+# not every version of the SELinux policy can be installed. There, the kernel in /boot is a link to that of the modules, and
+# os-release has no version.
+tree_newest() {
+    mmdebstrap() {
+        # shellcheck disable=SC2016 # for another shell
+        local kernel='for k in "$1"/boot/vmlinuz-*; do rm "$k"; cp "$1/usr/lib/modules/${k##*/vmlinuz-}/vmlinuz" "$k"; done'
+        command mmdebstrap --aptopt='Acquire::Check-Valid-Until "false"' --customize-hook="$kernel" \
+            "${@/selinux-policy-default,/}"
+    }
+    export -f mmdebstrap
+    VERSION_ID=unstable WEEK=$(date +%G-%V) tree newest unstable "common node" \
+        base-tool_2.0.deb cluster-client_4.99.0.deb cluster-node_4.99.0.deb
+}
 
 # shellcheck source=boot.sh
 . "$BED/boot.sh"
@@ -128,6 +144,14 @@ demo() {
     base_and_node_a
     node=$(tree_node_a)
     pair boot "" node-a "$node"
+}
+
+# newest: the live bootimage and a node image with the newest systemd. Only "make check-newest" needs it.
+newest() {
+    local node
+    oracle >/dev/null
+    node=$(tree_newest)
+    pair boot "" newest "$node"
 }
 
 # pair BOOT VARIANT NAME TREE: prints as JSON what one machine needs that becomes one node image.
@@ -208,7 +232,7 @@ for target in "$@"; do
             b=$(boot "$target")
             l=$("${target}_layer")
             jq -n --arg boot "$b" --arg layer "$l" '{boot: $boot, layer: $layer}' ;;
-        selinux | demo) "$target" ;;
+        selinux | demo | newest) "$target" ;;
         selinux-stock) selinux_stock ;;
         all) trees; boot >&2; registry >&2; qemu >&2; skopeo_new >&2 ;;
         ahead)

@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 
 use crate::files::Files;
 use crate::guest::{Answer, Guest, ssh};
-use crate::images::{Images, project, work_dir};
+use crate::images::{Images, Tools, project, work_dir};
 use crate::proc::{bound, end, log_to, succeed, wait_for};
 use crate::registry::Registry;
 use crate::scenario::node_files;
@@ -137,18 +137,14 @@ pub struct Container {
 impl Container {
     /// Boot one in a network (which outlives it: the registry is in there).
     pub fn start(
-        images: &Images,
+        images: &impl AsRef<Tools>,
         network: &Network,
         setup: &Setup<'_>,
         fill: impl FnOnce(&Files) -> Result<()>,
     ) -> Result<Self> {
-        let work = work_dir(setup.name)?;
+        let (work, key) = (work_dir(setup.name)?, images.as_ref().ssh_key.clone());
         let files = Files::new(&work)?;
-        files.put(
-            "/var/roothome/.ssh/authorized_keys",
-            0o600,
-            &fs::read_to_string(images.tools.ssh_key.with_extension("pub"))?,
-        )?;
+        files.put("/var/roothome/.ssh/authorized_keys", 0o600, &fs::read_to_string(key.with_extension("pub"))?)?;
         files.put(
             "/etc/systemd/network/10-cable.network",
             0o644,
@@ -186,7 +182,7 @@ impl Container {
             return Err(error).with_context(console);
         }
         let leader = leader.context("systemd-nspawn ended").with_context(console)?;
-        let container = Container { key: images.tools.ssh_key.clone(), network: network.pid(), child, leader, work };
+        let container = Container { key, network: network.pid(), child, leader, work };
         wait_for("systemd's answer", Duration::from_secs(180), || {
             Ok(container.run("systemctl show-environment")?.status == 0)
         })

@@ -178,6 +178,11 @@ impl Pair {
         Self::build("demo")
     }
 
+    /// The base system, and a node image from Debian's newest suite. Builds what is missing of these, and nothing else.
+    pub fn newest() -> Result<Self> {
+        Self::build("newest")
+    }
+
     /// A bootimage and a node image with SELinux. Builds what is missing of these, and nothing else.
     pub fn selinux() -> Result<Self> {
         Self::build("selinux")

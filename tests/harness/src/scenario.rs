@@ -22,7 +22,7 @@ pub struct Expected<'a> {
     pub systemd: &'a str,
     /// Name of the system in the new /usr.
     pub os: &'a str,
-    /// Start of `ssh -V`.
+    /// Start of the version that sshd states.
     pub ssh: &'a str,
 }
 
@@ -301,7 +301,7 @@ fn the_root_password_and_the_machine_id_are_unchanged(bed: &mut Pivoted<'_>) -> 
 }
 
 fn a_new_ssh_login_reaches_the_new_sshd(bed: &mut Pivoted<'_>) -> Result<()> {
-    contains(&bed.guest.login("ssh -V 2>&1; id -un")?.text, bed.expected.ssh)
+    contains(&bed.guest.login("/usr/sbin/sshd -V 2>&1; id -un")?.text, bed.expected.ssh)
 }
 
 fn the_user_manager_of_a_new_login_runs(bed: &mut Pivoted<'_>) -> Result<()> {
