@@ -121,9 +121,7 @@ fn write(
     }
     request.sysroot = "/".into();
     let (init, places) = (Namespace::init(), ["/sysroot", "/boot"].map(Path::new));
-    if overlay_root::requires_verity(&init.mounts()?, Path::new("/")) {
-        return Err(DeployError::Sealed(request.sysroot).into());
-    }
+    request.must_seal = overlay_root::requires_verity(&init.mounts()?, Path::new("/"));
     disk_deploy::start_watcher();
     Ok(overlay_root::with_writable(&init, &places, || Ok(deploy(&request)))??)
 }
@@ -147,7 +145,7 @@ impl From<DeployError> for Error {
             DeployError::NoSysroot { .. } | DeployError::NoBoot { .. } => RefusalId::NoSysroot,
             DeployError::Booted(_) => RefusalId::BootedSysroot,
             DeployError::NoStateroot { .. } => RefusalId::NoStateroot,
-            DeployError::Mode(_) | DeployError::Sealed(_) => RefusalId::RepoMode,
+            DeployError::Mode(_) | DeployError::Sealed { .. } => RefusalId::RepoMode,
             DeployError::Incomplete(_) => RefusalId::Incomplete,
             DeployError::KernelArg(_) => RefusalId::KernelArgument,
             DeployError::Reference(_) => RefusalId::ImageReference,

@@ -152,7 +152,7 @@ fn look(repo: &Path, mounts: &[Mount]) -> anyhow::Result<SystemRepo> {
     let config = std::fs::read_to_string(&config).with_context(|| format!("reading {}", config.display()))?;
     let verified_root = overlay_root::requires_verity(mounts, Path::new("/"));
     Ok(SystemRepo {
-        sealed: store::must_seal(&config, verified_root, || store::has_sealed_object(&path)),
+        sealed: verified_root || store::sealing(&config, || store::has_sealed_object(&path)) == store::Sealing::Must,
         live: Path::new(LIVE_MARKER).exists(),
         config,
         fstype: mount.fstype.clone(),

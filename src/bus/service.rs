@@ -107,7 +107,8 @@ impl Pivot {
         #[zbus(connection)] connection: &Connection,
     ) -> Result<Vec<String>, MethodError> {
         let imgref = (!imgref.is_empty()).then(|| imgref.parse()).transpose().map_err(DeployError::from);
-        let request = Request { sysroot: sysroot.into(), stateroot, kernel_args, imgref: imgref.map_err(Error::from)? };
+        let imgref = imgref.map_err(Error::from)?;
+        let request = Request { sysroot: sysroot.into(), stateroot, kernel_args, imgref, ..Request::default() };
         Ok(self.agent.deploy(request, &self.handle("deploy", (header, connection))).await?)
     }
 

@@ -106,6 +106,7 @@ fn child_deploy() {
         stateroot: "node".into(),
         kernel_args: args.split_whitespace().map(str::to_owned).collect(),
         imgref: (!imgref.is_empty()).then(|| imgref.parse().unwrap()),
+        ..Request::default()
     };
     let write = || {
         let progress = |percent| println!("PERCENT {percent}");

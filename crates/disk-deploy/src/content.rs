@@ -13,6 +13,7 @@ use support::xattr;
 
 use super::error::{DeployError, failed};
 use super::reference::OstreeReference;
+use super::seal::{self, Sealer};
 
 /// Space that an object needs besides its content: half a block at its end on average, and an inode.
 const OVERHEAD: u64 = 4096;
@@ -35,6 +36,8 @@ pub(crate) struct Missing {
     pub all: HashSet<ostree::ObjectName>,
     pub count: usize,
     pub bytes: u64,
+    /// Space for fs-verity of all objects that have none.
+    pub seals: u64,
     /// Directories of the commits, those that the repo has included.
     pub directories: u64,
 }
@@ -68,7 +71,12 @@ impl<'a> Content<'a> {
     ///
     /// # Errors
     /// If an object of the image is neither in the node store nor in the booted repo.
-    pub fn missing_in(&self, target: &ostree::Repo, cancel: &gio::Cancellable) -> Result<Missing, DeployError> {
+    pub fn missing_in(
+        &self,
+        target: &ostree::Repo,
+        sealer: Sealer,
+        cancel: &gio::Cancellable,
+    ) -> Result<Missing, DeployError> {
         let mut objects = HashSet::new();
         for commit in self.refs.values() {
             let reachable = self.repo.traverse_commit(&commit.to_string(), 0, Some(cancel));
@@ -79,10 +87,17 @@ impl<'a> Content<'a> {
             let kind = object.object_type();
             missing.directories += u64::from(kind == ostree::ObjectType::DirTree);
             let has = target.has_object(kind, object.checksum(), Some(cancel));
-            if !has.map_err(failed("look up objects of the disk"))? {
-                missing.count += 1;
-                missing.bytes += OVERHEAD + self.size(object)?;
-            }
+            let path = seal::path(target, object);
+            let size = match has.map_err(failed("look up objects of the disk"))? {
+                true => path.symlink_metadata().map_or(0, |stat| stat.len()),
+                false => {
+                    let size = self.size(object)?;
+                    missing.count += 1;
+                    missing.bytes += OVERHEAD + size;
+                    size
+                }
+            };
+            missing.seals += sealer.space(&path, size);
         }
         Ok(Missing { all: objects, ..missing })
     }
@@ -98,11 +113,12 @@ impl<'a> Content<'a> {
     }
 
     /// Writes the objects that `target` lacks, then the refs. libostree checks each object, and makes all of them
-    /// durable before the first ref.
+    /// durable before the first ref. The commits are complete when all objects are sealed.
     pub fn write(
         &self,
         objects: &Missing,
         target: &ostree::Repo,
+        sealer: Sealer,
         imgref: &OstreeReference,
         progress: &dyn Fn(usize),
         cancel: &gio::Cancellable,
@@ -134,6 +150,7 @@ impl<'a> Content<'a> {
         }
         target.transaction_set_ref(None, &imgref.ref_name(), Some(&self.commit.to_string()));
         transaction.commit(Some(cancel)).map_err(fail())?;
+        sealer.objects(target, &objects.all, cancel)?;
         commits.iter().try_for_each(|commit| target.mark_commit_partial(commit, false)).map_err(fail())
     }
 

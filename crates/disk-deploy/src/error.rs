@@ -50,13 +50,18 @@ pub enum DeployError {
     /// The repo of the sysroot cannot have deployments of systems.
     #[error("the repo of the sysroot {} does not have the mode bare; create it with ostree admin init-fs", .0.display())]
     Mode(PathBuf),
-    /// New objects of the repo must have fs-verity, which is not ensured.
+    /// Objects of the repo must have fs-verity, which cannot be enabled there.
     #[error(
-        "the ostree repo of {} must have objects with fs-verity ([ex-integrity] in its configuration, or a root with \
-         verity=require), which this deployment would not ensure; deploy to another sysroot, or, if its objects have none, \
-         remove fsverity from the configuration", .0.display()
+        "cannot deploy to {}: objects of its ostree repo must have fs-verity ([ex-integrity] in its configuration, or a root \
+         with verity=require), which cannot be enabled there: {cause}; use a file system and a kernel with fs-verity (on ext4, \
+         tune2fs -O verity DEVICE while it is not mounted), or deploy to another sysroot", path.display()
     )]
-    Sealed(PathBuf),
+    Sealed {
+        /// The sysroot.
+        path: PathBuf,
+        /// Answer of the kernel.
+        cause: String,
+    },
     /// The node store has no complete image of this digest. A complete pull writes none if the first layer of a plain
     /// image has a name or a symlink target that is not UTF-8.
     #[error(

@@ -24,6 +24,7 @@ mod content;
 mod error;
 mod guard;
 mod reference;
+mod seal;
 mod space;
 
 use std::ffi::OsStr;
@@ -31,7 +32,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use node_store::image::ResolvedImage;
-use node_store::store::{NodeStore, ObjectId, has_sealed_object, must_seal};
+use node_store::store::{NodeStore, ObjectId};
 use ostree::prelude::CancellableExtManual;
 use ostree::{gio, glib};
 use tracing::{info, warn};
@@ -41,9 +42,12 @@ pub use reference::{BadReference, OstreeReference};
 
 use content::Content;
 use error::failed;
+use seal::Sealer;
 
 /// The key in the origin of a deployment that names its image.
 const ORIGIN_KEY: &str = "container-image-reference";
+/// Name of the image in a deployment that a composefs root is mounted from. libostree writes it.
+const COMPOSEFS_IMAGE: &str = ".ostree.cfs";
 /// Pause between two attempts to lock the sysroot.
 const LOCK_PAUSE: Duration = Duration::from_millis(500);
 
@@ -58,6 +62,9 @@ pub struct Request {
     pub kernel_args: Vec<String>,
     /// Image that updates of the disk follow. By default, the node image by digest.
     pub imgref: Option<OstreeReference>,
+    /// Enables fs-verity on the objects also if the configuration of the repo does not ask for it: the system that runs from
+    /// the sysroot reads no others.
+    pub must_seal: bool,
 }
 
 /// A finished deployment.
@@ -108,13 +115,14 @@ pub fn deploy(
     {
         return Err(DeployError::NoBoot { path: request.sysroot.clone(), deployment });
     }
+    let sealer = Sealer::of(&request.sysroot, request.must_seal)?;
     content::finish_staged(&sysroot.repo(), cancel)?;
-    let missing = content.missing_in(&sysroot.repo(), cancel)?;
+    let missing = content.missing_in(&sysroot.repo(), sealer, cancel)?;
     space::check(&sysroot, &content, &missing, cancel)?;
     info!("writing {} objects to {}", missing.count, request.sysroot.display());
-    content.write(&missing, &sysroot.repo(), &imgref, progress, cancel)?;
+    content.write(&missing, &sysroot.repo(), sealer, &imgref, progress, cancel)?;
     info!("writing the deployment to {}", request.sysroot.display());
-    write_deployment(&sysroot, &content.commit, request, &imgref, cancel)?;
+    write_deployment(&sysroot, &content.commit, request, &imgref, sealer, cancel)?;
     Ok(Deployed { commit: content.commit, objects: missing.count, bytes: missing.bytes, existed: false })
 }
 
@@ -170,16 +178,7 @@ fn open(request: &Request) -> Result<ostree::Sysroot, DeployError> {
     if sysroot.repo().mode() != ostree::RepoMode::Bare {
         return Err(DeployError::Mode(path));
     }
-    let repo = path.join("ostree/repo");
-    let config = std::fs::read_to_string(repo.join("config")).map_err(|error| DeployError::Failed {
-        step: "read the configuration of the repo",
-        cause: error.to_string(),
-    })?;
-    // libostree writes objects without fs-verity, and no error, where the kernel or its build does not support it.
-    match must_seal(&config, false, || has_sealed_object(&repo)) {
-        true => Err(DeployError::Sealed(path)),
-        false => Ok(sysroot),
-    }
+    Ok(sysroot)
 }
 
 /// Returns the deployment that boots next if it is the requested one.
@@ -222,6 +221,7 @@ fn write_deployment(
     commit: &ObjectId,
     request: &Request,
     imgref: &OstreeReference,
+    sealer: Sealer,
     cancel: &gio::Cancellable,
 ) -> Result<(), DeployError> {
     let stateroot = Some(request.stateroot.as_str());
@@ -241,6 +241,7 @@ fn write_deployment(
             Some(cancel),
         )
         .map_err(failed("write the deployment"))?;
+    sealer.file(&request.sysroot.join(sysroot.deployment_dirpath(&written)).join(COMPOSEFS_IMAGE))?;
     let flags = ostree::SysrootSimpleWriteDeploymentFlags::NO_CLEAN;
     sysroot
         .simple_write_deployment(stateroot, &written, previous.as_ref(), flags, gio::Cancellable::NONE)

@@ -41,6 +41,7 @@ pub(crate) fn check(
         ("for the deployment", missing.directories * DIRECTORY + missing.all.len() as u64 * IMAGE_ENTRY + etc),
         ("that ostree keeps free", reserve),
     ];
+    parts.extend((missing.seals > 0).then_some(("for fs-verity", missing.seals)));
     let path = sysroot.path().path().unwrap_or_default();
     let boot_path = path.join("boot");
     // The root directory of a running system may be a composefs.

@@ -26,7 +26,7 @@ pub use journal::{LayerJournal, Scope};
 pub use lock::{LockError, StoreLock};
 pub use node::NodeStore;
 pub use object::{BadObjectId, ObjectId, ObjectSet, ObjectType};
-pub use place::{Kind, NoDisk, SystemRepo, Wish, decide, has_sealed_object, must_seal};
+pub use place::{Kind, NoDisk, Sealing, SystemRepo, Wish, decide, has_sealed_object, is_sealed, sealing};
 pub use refs::{image_ref, layer_ref};
 pub use write::{FileMeta, ObjectWriter, UnnamedWrite, WriteError, Xattrs};
 

@@ -46,7 +46,7 @@ pub struct SystemRepo {
     pub source: PathBuf,
     /// True if the file system is read-only, independent of the mount's options.
     pub read_only: bool,
-    /// True if new objects need fs-verity. See [`must_seal`].
+    /// True if new objects need fs-verity, because of [`Sealing::Must`] or of the mounted root.
     pub sealed: bool,
 }
 
@@ -62,10 +62,10 @@ pub enum NoDisk {
     /// The repo has another mode than `bare`, so its objects are not the files of a system.
     #[error("the ostree repo {0} does not have the mode bare")]
     Mode(PathBuf),
-    /// The system reads, or will read, only objects with fs-verity, which the agent does not enable.
+    /// The system reads, or will read, only objects with fs-verity, which the node store does not enable.
     #[error(
         "objects of the ostree repo {0} must have fs-verity ([ex-integrity] in its configuration, or a root with \
-         verity=require), which the agent does not enable"
+         verity=require), which the node store does not enable"
     )]
     Sealed(PathBuf),
     /// The file system is not writable.
@@ -129,20 +129,41 @@ fn installed(repo: &SystemRepo) -> Result<(), NoDisk> {
     Ok(())
 }
 
-/// Returns true if an object that the agent adds to the system's repo needs fs-verity: the configuration of the repo asks
-/// for it, or the mounted root does. `has_sealed` returns true if an existing object has it. That decides if the
-/// configuration leaves the choice to the file system.
+/// Demand of a repo for fs-verity of its new objects.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sealing {
+    /// None.
+    No,
+    /// Wanted where the file system supports it.
+    Try,
+    /// Needed: the system reads, or will read, no other objects.
+    Must,
+}
+
+/// Returns the demand that the configuration of a repo states. `has_sealed` returns true if an existing object has
+/// fs-verity. That decides if the configuration leaves the choice to the file system.
 ///
-/// Keys: `[ex-integrity]` `fsverity` and `composefs` of ostree.repo-config(5); the second one implies `fsverity=maybe`.
-pub fn must_seal(config: &str, verified_root: bool, has_sealed: impl FnOnce() -> bool) -> bool {
+/// Keys: `[ex-integrity]` `fsverity` and `composefs` of ostree.repo-config(5), of which the second one implies
+/// `fsverity=maybe`; and those of earlier releases, `[ex-fsverity]` `required` and `opportunistic`.
+pub fn sealing(config: &str, has_sealed: impl FnOnce() -> bool) -> Sealing {
     let file = KeyFile::new();
     let loaded = file.load_from_data(config, KeyFileFlags::NONE).is_ok();
-    let word = |key| file.string("ex-integrity", key).ok().filter(|_| loaded);
-    let is = |key, words: &[&str]| word(key).is_some_and(|word| words.contains(&word.as_str()));
+    let word = |section, key| file.string(section, key).ok().filter(|_| loaded);
+    let is = |section, key, words: &[&str]| word(section, key).is_some_and(|word| words.contains(&word.as_str()));
+    const NEW: &str = "ex-integrity";
+    const OLD: &str = "ex-fsverity";
     const YES: [&str; 3] = ["yes", "true", "1"];
     const NO: [&str; 3] = ["no", "false", "0"];
-    let asks = word("fsverity").is_some() || word("composefs").is_some() && !is("composefs", &NO);
-    verified_root || is("fsverity", &YES) || asks && !is("fsverity", &NO) && has_sealed()
+    let composefs = word(NEW, "composefs").is_some() && !is(NEW, "composefs", &NO);
+    let asks = word(NEW, "fsverity").map_or(composefs, |_| !is(NEW, "fsverity", &NO));
+    if is(NEW, "fsverity", &YES) || !asks && is(OLD, "required", &YES) {
+        return Sealing::Must;
+    }
+    match asks || is(OLD, "opportunistic", &YES) {
+        true if has_sealed() => Sealing::Must,
+        true => Sealing::Try,
+        false => Sealing::No,
+    }
 }
 
 /// Returns true if a regular file among the objects of `repo` has fs-verity. Looks at one file only: libostree seals all
@@ -154,8 +175,13 @@ pub fn has_sealed_object(repo: &Path) -> bool {
         entry.path().extension().is_some_and(|kind| kind == "file")
             && entry.file_type().is_ok_and(|kind| kind.is_file())
     });
-    let stat = file.map(|file| statx(CWD, file.path(), AtFlags::SYMLINK_NOFOLLOW, StatxFlags::BASIC_STATS));
-    stat.is_some_and(|stat| stat.is_ok_and(|stat| stat.stx_attributes.contains(StatxAttributes::VERITY)))
+    file.is_some_and(|file| is_sealed(&file.path()))
+}
+
+/// Returns true if a file has fs-verity.
+pub fn is_sealed(path: &Path) -> bool {
+    statx(CWD, path, AtFlags::SYMLINK_NOFOLLOW, StatxFlags::BASIC_STATS)
+        .is_ok_and(|stat| stat.stx_attributes.contains(StatxAttributes::VERITY))
 }
 
 /// Returns true if a repo's configuration sets the mode `bare`, the only one whose objects are the files themselves, with
@@ -214,26 +240,30 @@ mod tests {
     }
 
     #[test]
-    fn new_objects_need_fs_verity_where_the_repo_or_the_root_asks_for_it() {
-        // The section, true if existing objects are sealed, and the result.
-        for (keys, has_sealed, expected) in [
-            ("", true, false),
-            ("fsverity=yes\n", false, true),
-            ("fsverity=true\n", false, true),
-            ("fsverity=maybe\n", false, false),
-            ("fsverity=maybe\n", true, true),
-            ("fsverity=no\n", true, false),
-            ("composefs=yes\n", true, true),
-            ("composefs=yes\n", false, false),
-            ("composefs=no\n", true, false),
-            ("composefs=yes\nfsverity=no\n", true, false),
+    fn the_configuration_of_the_repo_asks_for_fs_verity() {
+        use Sealing::{Must, No, Try};
+        // Two sections, and the demand without and with a sealed object.
+        for (new, old, unsealed, sealed) in [
+            ("", "", No, No),
+            ("fsverity=yes", "", Must, Must),
+            ("fsverity=true", "", Must, Must),
+            ("fsverity=maybe", "", Try, Must),
+            ("fsverity=no", "", No, No),
+            ("composefs=yes", "", Try, Must),
+            ("composefs=no", "", No, No),
+            ("composefs=yes\nfsverity=no", "", No, No),
+            ("", "required=true", Must, Must),
+            ("", "opportunistic=true", Try, Must),
+            ("fsverity=no", "required=true", Must, Must),
+            ("fsverity=maybe", "required=true", Try, Must),
         ] {
-            let config = format!("[core]\nmode=bare\n[ex-integrity]\n{keys}");
-            assert_eq!(must_seal(&config, false, || has_sealed), expected, "{keys}");
-            assert!(must_seal(&config, true, || has_sealed), "a verified root: {keys}");
+            let config = format!("[core]\nmode=bare\n[ex-integrity]\n{new}\n[ex-fsverity]\n{old}\n");
+            for (has_sealed, expected) in [(false, unsealed), (true, sealed)] {
+                assert_eq!(sealing(&config, || has_sealed), expected, "{new} {old} {has_sealed}");
+            }
         }
-        assert!(!must_seal("[core]\nfsverity=yes\n", false, || true), "another section");
-        assert!(!must_seal("not a key file", false, || true));
+        assert_eq!(sealing("[core]\nfsverity=yes\n", || true), No, "another section");
+        assert_eq!(sealing("not a key file", || true), No);
         let temp = tempfile::tempdir().unwrap();
         assert!(!has_sealed_object(temp.path()));
         std::fs::create_dir_all(temp.path().join("objects/ab")).unwrap();

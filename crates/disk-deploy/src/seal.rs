@@ -1,0 +1,139 @@
+//! fs-verity of the objects of an image and of its composefs image. libostree enables it only on objects that it writes, and
+//! releases before 2023.4 do not know the key in the configuration.
+
+use std::collections::HashSet;
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+
+use composefs_ioctls::fsverity::{EnableVerityError, fs_ioc_enable_verity};
+use node_store::store::{Sealing, has_sealed_object, is_sealed, sealing};
+use ostree::gio;
+use ostree::prelude::{CancellableExtManual, FileExt};
+use rustix::fs::{Mode, OFlags, open};
+use tracing::info;
+
+use super::error::{DeployError, failed};
+
+/// SHA-256 and the block size, as libostree sets them. A composefs image names digests of this kind.
+const SHA256: u8 = 1;
+const BLOCK: u32 = 4096;
+
+/// Enables fs-verity on files, or leaves them as they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Sealer {
+    Off,
+    On,
+}
+
+impl Sealer {
+    /// Returns the sealer that the repo of `sysroot` asks for. Tries it on a file without a name.
+    ///
+    /// # Errors
+    /// [`DeployError::Sealed`] if the repo, or the caller by `must_seal`, demands it, and it is not possible there.
+    pub fn of(sysroot: &Path, must_seal: bool) -> Result<Self, DeployError> {
+        let repo = sysroot.join("ostree/repo");
+        let config = fs::read_to_string(repo.join("config")).map_err(|error| DeployError::Failed {
+            step: "read the configuration of the repo",
+            cause: error.to_string(),
+        })?;
+        let demand = match must_seal {
+            true => Sealing::Must,
+            false => sealing(&config, || has_sealed_object(&repo)),
+        };
+        if demand == Sealing::No {
+            return Ok(Self::Off);
+        }
+        match try_in(&repo.join("tmp")) {
+            Ok(()) => Ok(Self::On),
+            Err(error) if demand == Sealing::Must => {
+                Err(DeployError::Sealed { path: sysroot.to_owned(), cause: error.to_string() })
+            }
+            Err(error) => {
+                info!("{} gets no fs-verity: {error}", repo.display());
+                Ok(Self::Off)
+            }
+        }
+    }
+
+    /// Seals those of `objects` that are regular files.
+    pub fn objects(
+        self,
+        repo: &ostree::Repo,
+        objects: &HashSet<ostree::ObjectName>,
+        cancel: &gio::Cancellable,
+    ) -> Result<(), DeployError> {
+        for object in objects {
+            cancel.set_error_if_cancelled().map_err(failed("enable fs-verity"))?;
+            self.file(&path(repo, object))?;
+        }
+        Ok(())
+    }
+
+    /// Seals a file that is not open for writing anywhere. A sealed file, a symlink and a missing file stay as they are.
+    pub fn file(self, path: &Path) -> Result<(), DeployError> {
+        let is_file = || path.symlink_metadata().is_ok_and(|stat| stat.is_file());
+        if self == Self::Off || !is_file() {
+            return Ok(());
+        }
+        let file = File::open(path).map_err(EnableVerityError::from);
+        match file.and_then(|file| enable(&file)) {
+            Ok(()) | Err(EnableVerityError::AlreadyEnabled) => Ok(()),
+            Err(error) => {
+                Err(DeployError::Failed { step: "enable fs-verity", cause: format!("{}: {error}", path.display()) })
+            }
+        }
+    }
+
+    /// Returns an upper bound of the space that fs-verity adds to a file with `size` bytes, which may be missing yet: blocks
+    /// with the digests of 128 others each, and one with the description.
+    pub fn space(self, path: &Path, size: u64) -> u64 {
+        match self == Self::Off || is_sealed(path) {
+            true => 0,
+            false => size / 100 + 3 * u64::from(BLOCK),
+        }
+    }
+}
+
+/// Returns the path of a loose object in a repo of the mode `bare`.
+pub(crate) fn path(repo: &ostree::Repo, object: &ostree::ObjectName) -> PathBuf {
+    let name = ostree::object_to_string(object.checksum(), object.object_type());
+    let (prefix, rest) = name.split_at(2);
+    repo.path().path().unwrap_or_default().join("objects").join(prefix).join(rest)
+}
+
+/// Seals a file without a name in `dir`.
+fn try_in(dir: &Path) -> Result<(), EnableVerityError> {
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    let mut file = File::from(open(dir, flags, Mode::RUSR | Mode::WUSR).map_err(std::io::Error::from)?);
+    file.write_all(b"x")?;
+    // Only a file that is open for reading alone can be sealed.
+    let readable = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+    drop(file);
+    enable(&readable)
+}
+
+fn enable(file: &File) -> Result<(), EnableVerityError> {
+    fs_ioc_enable_verity(file, SHA256, BLOCK)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_space_is_enough_for_the_tree_of_digests() {
+        let block = u64::from(BLOCK);
+        for blocks in [0_u64, 1, 2, 128, 129, 128 * 128, 128 * 128 + 1, 1 << 20] {
+            let (mut level, mut needed) = (blocks, block);
+            while level > 1 {
+                level = level.div_ceil(128);
+                needed += level * block;
+            }
+            let space = |sealer: Sealer| sealer.space(Path::new("/missing"), blocks * block);
+            assert!(space(Sealer::On) >= needed, "{blocks}: {needed}");
+            assert_eq!(space(Sealer::Off), 0);
+        }
+    }
+}
