@@ -124,6 +124,7 @@ check-quick:
 	  tests/bed/medium.sh
 	sh tests/docs.sh --rust
 	$(MAKE) check-licences
+	$(MAKE) check-workflow
 	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
 	$(QUICK_TEST) -- --skip $(NEEDS_IMAGES)
 	$(MAKE) check-browser

