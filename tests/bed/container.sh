@@ -1,11 +1,11 @@
 #!/bin/bash
-# Boots the deployment inside BOOT/sysroot.squashfs with systemd-nspawn. The caller runs this script in a separate mount
-# namespace, so its mounts end with it. WORK: folder for mount points; FILES: etc/… and var/… of this boot;
-# NETNS: network namespace file; LIVE: 1 for a live medium; CMDLINE: the content of /proc/cmdline;
+# Boots the deployment inside BOOT/sysroot.squashfs with systemd-nspawn, or that of the installed system on the image DISK,
+# if it is set. The caller runs this script in a separate mount namespace, so its mounts end with it. WORK: folder for mount
+# points; FILES: etc/… and var/… of this boot; NETNS: network namespace file; CMDLINE: the content of /proc/cmdline;
 # ROOT: plain for the deployment's directory, composefs for a mount of its composefs image, stacked for two stacked
 # overlays, on which the kernel accepts no other.
 set -euo pipefail
-: "${BOOT:?}" "${WORK:?}" "${FILES:?}" "${NETNS:?}" "${LIVE:=1}" "${CMDLINE:=}" "${ROOT:=plain}"
+: "${BOOT:?}" "${WORK:?}" "${FILES:?}" "${NETNS:?}" "${DISK:=}" "${CMDLINE:=}" "${ROOT:=plain}"
 umask 022
 
 # systemd wants a pure cgroup v2; this machine may mount something else. The namespace is ours, so is this choice.
@@ -18,7 +18,14 @@ mkdir "$cgroup"
 echo $$ >"$cgroup/cgroup.procs"
 
 mkdir -p "$WORK"/{sysroot,root,state}
-mount -o loop,ro "$BOOT/sysroot.squashfs" "$WORK/sysroot"
+if [ -n "$DISK" ]; then
+    # The partitions that disk.sh makes.
+    mib=1048576
+    mount -t xfs -o loop,offset=$((257 * mib)) "$DISK" "$WORK/sysroot"
+    mount -o loop,offset=$mib,sizelimit=$((256 * mib)),ro "$DISK" "$WORK/sysroot/boot"
+else
+    mount -o loop,ro "$BOOT/sysroot.squashfs" "$WORK/sysroot"
+fi
 deployment=$WORK/sysroot/ostree/deploy/testbed/deploy/$(cat "$BOOT/commit").0
 mount -t tmpfs -o mode=0755 testbed-state "$WORK/state"
 mkdir "$WORK"/state/{etc,etc.work}
@@ -39,9 +46,15 @@ else
     mount --bind "$deployment" "$WORK/root"
     mount --bind "$deployment/usr" "$WORK/root/usr"
 fi
-mount -t overlay -o "lowerdir=$deployment/etc,upperdir=$WORK/state/etc,workdir=$WORK/state/etc.work" overlay "$WORK/root/etc"
-mount -t tmpfs -o mode=0755,size=50% tmpfs "$WORK/root/var"
 mount --bind "$WORK/sysroot" "$WORK/root/sysroot"
+if [ -n "$DISK" ]; then
+    mount --bind "$deployment/etc" "$WORK/root/etc"
+    mount --bind "$WORK/sysroot/ostree/deploy/testbed/var" "$WORK/root/var"
+    mount -o remount,bind,ro "$WORK/root/sysroot"
+else
+    mount -t overlay -o "lowerdir=$deployment/etc,upperdir=$WORK/state/etc,workdir=$WORK/state/etc.work" overlay "$WORK/root/etc"
+    mount -t tmpfs -o mode=0755,size=50% tmpfs "$WORK/root/var"
+fi
 mount --bind "$WORK/sysroot/boot" "$WORK/root/boot"
 for dir in "$FILES"/*; do cp -a "$dir/." "$WORK/root/${dir##*/}/"; done
 
@@ -63,7 +76,7 @@ options=(
     --capability=all --resolv-conf=off --timezone=off --link-journal=no --console=read-only
     --bind-ro=/var/.testbed/cmdline:/proc/cmdline --bind-ro="$WORK/booted:/run/ostree-booted"
 )
-[ "$LIVE" != 1 ] || options+=(--bind-ro="$WORK/marker:/run/ostree-live")
+[ -n "$DISK" ] || options+=(--bind-ro="$WORK/marker:/run/ostree-live")
 # The pivot mounts overlays; nspawn's filter of system calls is older than some of what that takes.
 export SYSTEMD_SECCOMP=0 SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1 SYSTEMD_NSPAWN_USE_CGNS=1
 # shellcheck disable=SC2086 # words

@@ -112,8 +112,8 @@ pub struct Setup<'a> {
     pub boot: &'a Path,
     /// Words for /proc/cmdline and for its systemd.
     pub kargs: &'a [&'a str],
-    /// True if it has the marker of a live medium.
-    pub live: bool,
+    /// The image of its disk, or `None` if it has the marker of a live medium.
+    pub disk: Option<&'a Path>,
     /// The mount of its root.
     pub root: Root,
 }
@@ -121,7 +121,12 @@ pub struct Setup<'a> {
 impl<'a> Setup<'a> {
     /// Describes a container with the marker of a live medium.
     pub fn live(name: &'a str, boot: &'a Path) -> Self {
-        Self { name, boot, kargs: &[], live: true, root: Root::Plain }
+        Self { name, boot, kargs: &[], disk: None, root: Root::Plain }
+    }
+
+    /// Describes a container of an installed system. `boot` is the directory of [`Images::disk`], `disk` a copy of its image.
+    pub fn installed(name: &'a str, boot: &'a Path, disk: &'a Path) -> Self {
+        Self { disk: Some(disk), ..Self::live(name, boot) }
     }
 }
 
@@ -162,7 +167,7 @@ impl Container {
             .arg(project().join("tests/bed/container.sh"));
         command.env("BOOT", setup.boot).env("WORK", work.join("mnt")).env("FILES", files.root());
         command.env("NETNS", format!("/proc/{}/ns/net", network.pid()));
-        command.env("LIVE", if setup.live { "1" } else { "0" }).env("CMDLINE", setup.kargs.join(" "));
+        command.env("DISK", setup.disk.unwrap_or(Path::new(""))).env("CMDLINE", setup.kargs.join(" "));
         let root = match setup.root {
             Root::Plain => "plain",
             Root::Composefs => "composefs",

@@ -24,17 +24,19 @@ pub struct Expected<'a> {
     pub os: &'a str,
     /// Start of the version that sshd states.
     pub ssh: &'a str,
+    /// Type of the file system that is mounted as the new /usr.
+    pub usr: &'a str,
 }
 
 impl<'a> Expected<'a> {
     /// Debian 13 over Debian 12.
     pub fn node_a(image: &'a Image) -> Self {
-        Expected { image, systemd: "systemd 257", os: "Debian GNU/Linux 13", ssh: "OpenSSH_10" }
+        Expected { image, systemd: "systemd 257", os: "Debian GNU/Linux 13", ssh: "OpenSSH_10", usr: "overlay" }
     }
 
     /// Debian 12 with newer, more and fewer packages.
     pub fn node_b(image: &'a Image) -> Self {
-        Expected { image, systemd: "systemd 252", os: "Debian GNU/Linux 12", ssh: "OpenSSH_9.2" }
+        Expected { image, systemd: "systemd 252", os: "Debian GNU/Linux 12", ssh: "OpenSSH_9.2", usr: "overlay" }
     }
 }
 
@@ -194,7 +196,9 @@ fn usr_is_that_of_the_node_image(bed: &mut Pivoted<'_>) -> Result<()> {
 }
 
 fn usr_is_a_mount_of_the_agent_and_read_only(bed: &mut Pivoted<'_>) -> Result<()> {
-    contains(&bed.guest.ask("findmnt -n -o SOURCE --target /usr/bin | tail -n 1")?, "node-image")?;
+    let mount = bed.guest.ask("findmnt -n -o FSTYPE,SOURCE --target /usr/bin | tail -n 1")?;
+    contains(&mount, "node-image")?;
+    same(mount.split(' ').next(), Some(bed.expected.usr))?;
     same(bed.guest.run("touch /usr/x")?.status, 1)
 }
 

@@ -107,7 +107,8 @@ fn describe(text: &str, kernel: Option<&str>) -> Option<String> {
     let (argument, in_initramfs) = (lines.next()? != "-", lines.next()? != "-");
     let live = lines.next()? == "live";
     let medium = match (kernel, live, argument, iso, in_initramfs) {
-        (None, ..) => format!("container: {root}"),
+        (None, true, ..) => format!("container: {root}"),
+        (None, false, ..) => format!("container on a disk: {root}"),
         (_, true, true, "iso9660", false) => format!("ISO: {root} on a loop device on iso9660"),
         (_, true, false, "-", true) => format!("PXE: {root} in the initramfs"),
         (_, false, false, "-", false) => format!("disk: {root}"),
@@ -149,6 +150,7 @@ mod tests {
                 None,
                 Some("container: composefs, /etc overlay, /var tmpfs"),
             ),
+            ("overlays xfs - xfs - -\n-\n-\n6".into(), None, Some("container on a disk: overlays, /var xfs")),
             // A live medium without the argument whose root is not in the initramfs.
             (format!("{live}-\n-\n-\nlive\n6.1.0"), Some("6.1.0"), None),
         ] {
