@@ -250,6 +250,23 @@ async fn disks_that_cannot_get_the_deployment_are_refused_and_unchanged() {
     setup.is_sound();
 }
 
+/// Its root would read no file.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_with_a_verified_root_is_refused_where_no_object_can_get_fs_verity() {
+    let bench = Bench::new();
+    let image = changed_base(&bench, Labels::None, "-bootable-verified", &|path| {
+        fs::create_dir_all(path.join("usr/lib/ostree")).unwrap();
+        fs::write(path.join("usr/lib/ostree/prepare-root.conf"), "[composefs]\nenabled=verity\n").unwrap();
+    });
+    let spec = bench.push(&image, "os:1");
+    let (disk, _mount) = sysroot(&bench, "disk", "64m");
+    let setup = pulled(&bench, &spec, disk, "store").await;
+    let before = files_below(&setup.disk);
+    let refused = setup.deploy("", "");
+    assert!(refused.starts_with("error Sealed") && refused.contains("prepare-root.conf"), "{refused}");
+    assert_eq!(files_below(&setup.disk), before, "nothing is written");
+}
+
 /// libostree removes all deployments that it does not find.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_disk_whose_boot_is_not_mounted_is_refused_and_unchanged() {

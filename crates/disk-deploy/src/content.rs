@@ -7,7 +7,7 @@ use std::os::unix::ffi::OsStrExt;
 use node_store::image::ResolvedImage;
 use node_store::store::{NodeStore, ObjectId, ObjectType, image_ref, layer_ref};
 use ostree::glib::variant::ToVariant;
-use ostree::prelude::FileExt;
+use ostree::prelude::{FileExt, FileExtManual};
 use ostree::{gio, glib};
 use support::xattr;
 
@@ -65,6 +65,17 @@ impl<'a> Content<'a> {
             }
         }
         Ok(Self { store, repo, commit, refs })
+    }
+
+    /// Returns true if the root of a deployed image reads only files with fs-verity.
+    pub fn must_seal(&self, cancel: &gio::Cancellable) -> Result<bool, DeployError> {
+        let fail = || failed("read the image's prepare-root.conf");
+        let (root, _) = self.repo.read_commit(&self.commit.to_string(), Some(cancel)).map_err(fail())?;
+        match root.resolve_relative_path("usr/lib/ostree/prepare-root.conf").load_contents(Some(cancel)) {
+            Ok((config, _)) => Ok(seal::is_demanded(&String::from_utf8_lossy(&config))),
+            Err(error) if error.matches(gio::IOErrorEnum::NotFound) => Ok(false),
+            Err(error) => Err(fail()(error)),
+        }
     }
 
     /// Lists the objects, and counts those that `target` lacks.

@@ -52,9 +52,10 @@ pub enum DeployError {
     Mode(PathBuf),
     /// Objects of the repo must have fs-verity, which cannot be enabled there.
     #[error(
-        "cannot deploy to {}: objects of its ostree repo must have fs-verity ([ex-integrity] in its configuration, or a root \
-         with verity=require), which cannot be enabled there: {cause}; use a file system and a kernel with fs-verity (on ext4, \
-         tune2fs -O verity DEVICE while it is not mounted), or deploy to another sysroot", path.display()
+        "cannot deploy to {}: objects of its ostree repo must have fs-verity ([ex-integrity] in its configuration, a root with \
+         verity=require, or composefs with verity or signed in the image's prepare-root.conf), which cannot be enabled there: \
+         {cause}; use a file system and a kernel with fs-verity (on ext4, tune2fs -O verity DEVICE while it is not mounted), \
+         or deploy to another sysroot", path.display()
     )]
     Sealed {
         /// The sysroot.

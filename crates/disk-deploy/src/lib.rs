@@ -115,7 +115,7 @@ pub fn deploy(
     {
         return Err(DeployError::NoBoot { path: request.sysroot.clone(), deployment });
     }
-    let sealer = Sealer::of(&request.sysroot, request.must_seal)?;
+    let sealer = Sealer::of(&request.sysroot, request.must_seal || content.must_seal(cancel)?)?;
     content::finish_staged(&sysroot.repo(), cancel)?;
     let missing = content.missing_in(&sysroot.repo(), sealer, cancel)?;
     space::check(&sysroot, &content, &missing, cancel)?;

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use composefs_ioctls::fsverity::{EnableVerityError, fs_ioc_enable_verity};
 use node_store::store::{Sealing, has_sealed_object, is_sealed, sealing};
 use ostree::gio;
+use ostree::glib::{KeyFile, KeyFileFlags};
 use ostree::prelude::{CancellableExtManual, FileExt};
 use rustix::fs::{Mode, OFlags, open};
 use tracing::info;
@@ -96,6 +97,14 @@ impl Sealer {
     }
 }
 
+/// Returns true if a `prepare-root.conf` makes a composefs root that reads only files with fs-verity.
+pub(crate) fn is_demanded(prepare_root: &str) -> bool {
+    let file = KeyFile::new();
+    let enabled =
+        file.load_from_data(prepare_root, KeyFileFlags::NONE).and_then(|()| file.string("composefs", "enabled"));
+    enabled.is_ok_and(|enabled| ["verity", "signed"].contains(&enabled.as_str()))
+}
+
 /// Returns the path of a loose object in a repo of the mode `bare`.
 pub(crate) fn path(repo: &ostree::Repo, object: &ostree::ObjectName) -> PathBuf {
     let name = ostree::object_to_string(object.checksum(), object.object_type());
@@ -121,6 +130,20 @@ fn enable(file: &File) -> Result<(), EnableVerityError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_root_of_the_image_demands_fs_verity() {
+        for (config, expected) in [
+            ("[composefs]\nenabled=verity\n", true),
+            ("[composefs]\nenabled = signed\n", true),
+            ("[composefs]\nenabled=yes\n", false),
+            ("[root]\nenabled=verity\n", false),
+            ("", false),
+            ("not a key file", false),
+        ] {
+            assert_eq!(is_demanded(config), expected, "{config:?}");
+        }
+    }
 
     #[test]
     fn the_space_is_enough_for_the_tree_of_digests() {
