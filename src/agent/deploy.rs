@@ -22,8 +22,8 @@ const OBJECTS: usize = 90;
 
 impl Agent {
     /// Writes the node image from the node store to the ostree sysroot of a disk, as the deployment that it boots next.
-    /// First pulls, stages and completes the node store if needed. The running system is unchanged. Returns a report in
-    /// lines.
+    /// First pulls, stages and completes the node store if needed. The running system is unchanged. If the sysroot is its own,
+    /// a switch waits for the deployment, and an undo is refused as busy. Returns a report in lines.
     ///
     /// # Errors
     /// As [`Agent::complete`]; refused if the disk cannot get the deployment, or if it is the running system's and a trial
@@ -32,18 +32,17 @@ impl Agent {
         let is_own = disk_deploy::is_running_system(&request.sysroot);
         refuse_on_trial(&*self.lock(cancel).await?, is_own)?;
         self.complete(cancel).await?;
-        let (staged, flow) = {
-            let mut record = self.record.lock().await;
-            refuse_on_trial(&record, is_own)?;
-            if let Step::NothingToDo { reason, .. } = &record.step {
-                let message = format!("cannot deploy a node image: {reason}");
-                return Err(Error::refused(RefusalId::NoNodeImage, message));
-            }
-            let lost = "cannot deploy: another call has discarded the node image or is switching; nothing was written; run \
-                        deploy again";
-            let staged = staged(&mut record.step).cloned();
-            (staged.ok_or_else(|| Error::refused(RefusalId::NoNodeImage, lost))?, record.flow())
-        };
+        let mut record = self.lock(cancel).await?;
+        refuse_on_trial(&record, is_own)?;
+        if let Step::NothingToDo { reason, .. } = &record.step {
+            return Err(Error::refused(RefusalId::NoNodeImage, format!("cannot deploy a node image: {reason}")));
+        }
+        let lost = "cannot deploy: another call has discarded the node image or is switching; nothing was written; run deploy \
+                    again";
+        let staged = staged(&mut record.step).cloned();
+        let (staged, flow) = (staged.ok_or_else(|| Error::refused(RefusalId::NoNodeImage, lost))?, record.flow());
+        // The deployment to the own sysroot gets a copy of /etc, which no switch or undo may change meanwhile.
+        let _held = is_own.then_some(record);
         let settings =
             Settings::load().map_err(|error| Error::refused(RefusalId::Configuration, format!("{error:#}")))?;
         let target = UnitSettings::of(&settings, &self.tracker).target;

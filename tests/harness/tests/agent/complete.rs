@@ -50,6 +50,7 @@ fn the_rest_of_the_image_can_be_fetched_after_the_pivot() -> Result<()> {
             deploy_writes_the_image_to_a_disk_without_the_registry after pull_complete_does_not_ask_the_registry_again,
             a_repeated_deploy_has_nothing_to_do after deploy_writes_the_image_to_a_disk_without_the_registry,
             deploy_refuses_the_read_only_sysroot_of_the_running_system,
+            an_undo_is_refused_during_a_deployment_to_the_own_sysroot,
             all_was_done_by_the_agent_of_the_node_image,
             an_undo_by_a_newer_agent_is_followed_by_no_older_one,
             a_run_after_the_boot_is_over_isolates_nothing after an_undo_by_a_newer_agent_is_followed_by_no_older_one,
@@ -130,6 +131,7 @@ fn pull_complete_sets_refs_again_that_another_program_removed(known: &mut Known)
     same(after, before)
 }
 
+const DEPLOY_OWN: &str = "node-image-pivot deploy --sysroot /sysroot --stateroot testbed";
 const DEPLOY: &str = "node-image-pivot deploy --sysroot /var/disk --stateroot node --karg root=LABEL=root";
 
 fn a_hook_refuses_the_deployment(known: &mut Known) -> Result<()> {
@@ -172,9 +174,28 @@ fn a_repeated_deploy_has_nothing_to_do(known: &mut Known) -> Result<()> {
 }
 
 fn deploy_refuses_the_read_only_sysroot_of_the_running_system(known: &mut Known) -> Result<()> {
-    let answer = known.bed.guest.run("node-image-pivot deploy --sysroot /sysroot --stateroot testbed")?;
+    let answer = known.bed.guest.run(DEPLOY_OWN)?;
     same(answer.status, 10)?;
     contains(&answer.text, "the sysroot of the running system: its file system or that of /boot is read-only")
+}
+
+/// A hook waits until the deployment is cancelled.
+fn an_undo_is_refused_during_a_deployment_to_the_own_sysroot(known: &mut Known) -> Result<()> {
+    let guest = &known.bed.guest;
+    guest.ask(&format!(
+        "mkdir /run/node-image-pivot/pre-deploy.d && cd /run/node-image-pivot/pre-deploy.d
+         printf '#!/bin/sh\ntouch /run/waiting\nexec sleep infinity\n' >10-wait && chmod +x 10-wait
+         systemd-run -q --collect --unit=deploying {DEPLOY_OWN}"
+    ))?;
+    wait_for("the hook", SOON, || Ok(guest.run("test -e /run/waiting")?.status == 0))?;
+    same(guest.status()?["call"].as_str(), Some("deploy"))?;
+    for command in ["undo", "keep"] {
+        let answer = guest.run(&format!("node-image-pivot {command}"))?;
+        same(answer.status, 10)?;
+        contains(&answer.text, "a phase is under way")?;
+    }
+    guest.ask("node-image-pivot cancel && rm -r /run/node-image-pivot/pre-deploy.d")?;
+    wait_for("the end of the call", SOON, || Ok(guest.unit("deploying.service", "LoadState")? == "not-found"))
 }
 
 fn all_was_done_by_the_agent_of_the_node_image(known: &mut Known) -> Result<()> {
