@@ -78,8 +78,8 @@ cross: $(addprefix cross-,$(ARCHITECTURES))
 $(addprefix cross-,$(ARCHITECTURES)): cross-%: cargo
 	bash tests/cross.sh $* $(CARGO) build --release --locked -p node-image-pivot -p node-image-pivot-generator
 
-# Tests of the crates that read and write binary formats (tar, ostree objects, SELinux policies, ELF, D-Bus messages), with
-# the processor emulated, on ppc64le with pages of 64 KiB. QEMU cannot run the skipped tests:
+# Tests of the crates that read and write binary formats (tar, ostree objects, SELinux policies, ELF, D-Bus messages), one of
+# which imports a whole image, with the processor emulated, on ppc64le with pages of 64 KiB. QEMU cannot run the skipped tests:
 # before 9.0 it lacks the system call openat2,
 CROSS_SKIP = entries_with_the_ unusual_lines_are_left_to_libselinux
 # and it does not report that a program is missing.
