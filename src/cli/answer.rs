@@ -68,12 +68,14 @@ pub(super) async fn cancel(paths: &StateDir, json: bool) -> Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-/// Reads the status until the cancelled call has ended, at most for [`END`]. Returns `None` if no daemon answers.
+/// Reads the status until the cancelled call has ended, at most for [`END`]. A deployment and the completion of the store do
+/// not hold the record, so that the status names no call. Returns `None` if no daemon answers.
 async fn ended(read: impl AsyncFn() -> Option<Status>) -> Option<Status> {
     let begin = Instant::now();
     loop {
         let status = read().await?;
-        if status.call.is_none() || begin.elapsed() > END {
+        let runs = status.call.is_some() || matches!(status.state, State::Running | State::Waiting);
+        if !runs || begin.elapsed() > END {
             return Some(status);
         }
         tokio::time::sleep(POLL).await;
@@ -96,7 +98,7 @@ mod tests {
     #[tokio::test]
     async fn a_cancel_answers_with_the_state_after_the_call() {
         let status = |state, call: Option<&str>| Status { state, call: call.map(str::to_owned), ..Status::default() };
-        let states = [status(State::Failed, None), status(State::Running, Some("pull"))];
+        let states = [status(State::Failed, None), status(State::Waiting, None), status(State::Running, Some("pull"))];
         let states = Mutex::new(Vec::from(states));
         let read = async || states.lock().unwrap().pop();
         assert_eq!(ended(read).await.map(|status| status.state), Some(State::Failed));

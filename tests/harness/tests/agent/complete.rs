@@ -264,12 +264,22 @@ fn keep_and_undo_do_not_wait_for_a_download() -> Result<()> {
     suite.run(
         &mut bed,
         &scenarios![
+            a_cancel_answers_after_the_end_of_the_download,
             status_shows_that_the_download_waits_for_the_registry,
             keep_is_answered_during_the_download after status_shows_that_the_download_waits_for_the_registry,
             an_undo_ends_the_download after status_shows_that_the_download_waits_for_the_registry,
         ],
     );
     suite.finish()
+}
+
+/// The download does not hold the record, so that the status names no call.
+fn a_cancel_answers_after_the_end_of_the_download(bed: &mut Bed) -> Result<()> {
+    bed.guest.ask("systemd-run -q --unit=first node-image-pivot pull --complete")?;
+    wait_state(&bed.guest, "waiting")?;
+    contains(&bed.guest.ask("node-image-pivot cancel --json")?, r#""state":"switched""#)?;
+    bed.guest.wait_unit("first.service", "failed", SOON)?;
+    bed.guest.ask("systemctl reset-failed first.service").map(drop)
 }
 
 fn status_shows_that_the_download_waits_for_the_registry(bed: &mut Bed) -> Result<()> {
