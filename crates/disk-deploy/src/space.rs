@@ -53,10 +53,12 @@ pub(crate) fn check(
     compare(&path, parts, &disk)
 }
 
-/// Returns true if the repo of the sysroot or its `/boot` is on a read-only mount or file system.
+/// Returns true if the repo of the sysroot or its `/boot` is on a read-only mount or file system. A missing `/boot` is in the
+/// root directory of the sysroot.
 pub(crate) fn is_read_only(sysroot: &Path) -> Result<bool, DeployError> {
-    let flags = |name: &str| space(&sysroot.join(name)).map(|disk| disk.f_flag);
-    Ok((flags("ostree/repo")? | flags("boot")?).contains(StatVfsMountFlags::RDONLY))
+    let repo = space(&sysroot.join("ostree/repo"))?.f_flag;
+    let boot = space(&sysroot.join("boot")).map_or(repo, |disk| disk.f_flag);
+    Ok((repo | boot).contains(StatVfsMountFlags::RDONLY))
 }
 
 fn space(path: &Path) -> Result<StatVfs, DeployError> {
@@ -91,4 +93,17 @@ fn size_below(dir: &gio::File, counts: &dyn Fn(&Path) -> bool) -> Result<u64, gl
         }
     }
     Ok(sum)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sysroot_without_boot_is_as_writable_as_its_repo() {
+        let temp = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(temp.path().join("ostree/repo")).unwrap();
+        assert!(!is_read_only(temp.path()).unwrap());
+    }
 }
