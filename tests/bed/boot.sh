@@ -36,13 +36,25 @@ boot() {
         recipe bootimage.sh BED="$BED" BASE="$base" OVERLAYS="${overlays[*]}"
 }
 
-# stock: the live bootimage without any file of the agent, as published media are, with the modules of an old kernel.
+# stock [VARIANT]: the live bootimage without any file of the agent, as published media are, with the modules of an old
+# kernel; VARIANT as in boot.
 stock() {
-    local base modules
+    local variant=${1-} base overlays
     base=$(tree_base12)
-    modules=$(kernel)/tree
-    stage boot-stock "$(key "$BED/bootimage.sh" "$BED/composefs.py" "=$base" "=$modules")" \
-        recipe bootimage.sh BED="$BED" BASE="$base" OVERLAYS="$modules"
+    overlays=("$(kernel)/tree")
+    [ -z "$variant" ] || overlays+=("$("$variant")")
+    [ "$variant" != binaries ] || overlays+=("$(audit)")
+    stage "boot-stock${variant:+-$variant}" "$(key "$BED/bootimage.sh" "$BED/composefs.py" "=$base ${overlays[*]}")" \
+        recipe bootimage.sh BED="$BED" BASE="$base" OVERLAYS="${overlays[*]}"
+}
+
+# initramfs MODULE DIRECTORY: an initramfs of the base system that its dracut made with MODULE, which is installed in
+# DIRECTORY.
+initramfs() {
+    local base
+    base=$(tree_base12)
+    stage "initramfs-$1" "$(key "$BED/dracut.sh" "$BED/tree/initramfs.sh" "$BED/dracut" "=$base $1" "$2")" \
+        recipe dracut.sh BED="$BED" BASE="$base" MODULE="$1" FROM="$2"
 }
 
 # disk: the same base system installed to a disk: a directory with vmlinuz, initramfs.img, disk.img, kargs.

@@ -9,7 +9,9 @@
 #                         as JSON
 #   build.sh network      the same for NetworkManager, dbus-broker, polkit and chrony
 #   build.sh kernel       prints the directory of an old kernel and its modules
-#   build.sh stock        prints the directories of a live bootimage without the agent, and of the installed agent, as JSON
+#   build.sh stock        prints the directory of a live bootimage without the agent
+#   build.sh stock-binaries  the same with the cluster's binaries
+#   build.sh initramfs    prints the directory of an initramfs that dracut made with the agent's module
 #   build.sh agent        prints the directory of the installed agent
 #   build.sh disk         builds an installed system's disk, and prints where it is
 #   build.sh selinux      a live bootimage with an SELinux policy, a node image of the next release with its own; prints
@@ -221,11 +223,11 @@ for target in "$@"; do
         packages) packages ;;
         bench) bench encapsulated ;;
         bench-plain) bench plain ;;
-        stock)
-            b=$(stock)
+        stock | agent | disk) "$target" ;;
+        stock-binaries) stock binaries ;;
+        initramfs)
             a=$(agent)
-            jq -n --arg boot "$b" --arg agent "$a" '{boot: $boot, agent: $agent}' ;;
-        agent | disk) "$target" ;;
+            initramfs node-image-pivot "$a" ;;
         selinux-disk) boot_selinux disk ;;
         runtime) boot runtime ;;
         podman | network)

@@ -26,12 +26,12 @@ pub fn pack(image: &str, into: &Path) -> Result<PathBuf> {
 }
 
 /// Creates a live bootimage in the directory `into`: that of `stock` with other archives as its initramfs, as a PXE server
-/// delivers them.
+/// delivers them. `into` may have a kernel.
 pub fn with_initramfs(stock: &Path, archives: &[PathBuf], into: &Path) -> Result<()> {
     let initramfs = archives.iter().map(fs::read).collect::<Result<Vec<_>, _>>()?.concat();
     fs::write(into.join("initramfs.img"), initramfs)?;
-    let others = ["vmlinuz", "sysroot.squashfs", "kargs"];
-    others.iter().try_for_each(|name| Ok(symlink(stock.join(name), into.join(name))?))
+    let mut missing = ["vmlinuz", "sysroot.squashfs", "kargs"].into_iter().filter(|name| !into.join(name).exists());
+    missing.try_for_each(|name| Ok(symlink(stock.join(name), into.join(name))?))
 }
 
 /// Adds the files of a node whose agent brings its configuration and its credentials.

@@ -146,9 +146,19 @@ impl Images {
         build("runtime")
     }
 
-    /// Returns the directories of a live bootimage without any file of the agent, and of an installed agent; likewise.
-    pub fn stock(&self) -> Result<(PathBuf, PathBuf)> {
-        two_paths("stock", ["boot", "agent"])
+    /// Returns the directory of a live bootimage without any file of the agent, likewise.
+    pub fn stock(&self) -> Result<PathBuf> {
+        build("stock")
+    }
+
+    /// Returns the directory of the same with the cluster's binaries, likewise.
+    pub fn stock_binaries(&self) -> Result<PathBuf> {
+        build("stock-binaries")
+    }
+
+    /// Returns an initramfs of the base system that dracut made with the agent's module, likewise.
+    pub fn initramfs(&self) -> Result<PathBuf> {
+        Ok(build("initramfs")?.join("initramfs.img"))
     }
 
     /// Returns the directory of an old kernel: vmlinuz, and modules.img for the initramfs of another kernel; likewise.

@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use testbed::check::{contains, nothing_failed, same};
 use testbed::cuts::{self, Recording, bootable};
+use testbed::deliver;
 use testbed::guest::Guest;
 use testbed::images::{Images, work_dir};
 use testbed::proc::{succeed, wait_for};
@@ -265,19 +266,10 @@ fn the_console_takes_a_login_afterwards(bed: &mut Bed<'_>) -> Result<()> {
 /// Returns a bootimage without the agent, with a packed agent that follows the initramfs, as a PXE server delivers both.
 /// The configuration names `image`. The kernel is older than that of the bootimage's initramfs.
 fn stock_with_packed_agent(images: &Images, image: &str) -> Result<PathBuf> {
-    let ((stock, agent), kernel) = (images.stock()?, images.old_kernel()?);
-    let boot = work_dir("vm-b-boot")?;
-    let config = boot.join("config");
-    fs::create_dir(&config)?;
-    fs::write(config.join("50-testbed.toml"), format!("image = \"{image}\"\n"))?;
-    fs::write(boot.join("auth.json"), "{\"auths\": {}}\n")?;
-    let mut pack = Command::new(agent.join("usr/bin/node-image-pivot"));
-    pack.args(["pack", "initrd", "--output", "packed", "--config", "config", "--auth", "auth.json"]);
-    succeed(pack.current_dir(&boot))?;
-    let parts = [stock.join("initramfs.img"), kernel.join("modules.img"), boot.join("packed")];
-    fs::write(boot.join("initramfs.img"), parts.map(fs::read).into_iter().collect::<Result<Vec<_>, _>>()?.concat())?;
+    let (stock, kernel, boot) = (images.stock()?, images.old_kernel()?, work_dir("vm-b-boot")?);
     symlink(kernel.join("vmlinuz"), boot.join("vmlinuz"))?;
-    ["sysroot.squashfs", "kargs"].iter().try_for_each(|name| symlink(stock.join(name), boot.join(name)))?;
+    let packed = deliver::pack(image, &boot)?;
+    deliver::with_initramfs(&stock, &[stock.join("initramfs.img"), kernel.join("modules.img"), packed], &boot)?;
     Ok(boot)
 }
 
@@ -294,10 +286,7 @@ fn other_packages_of_the_same_release_replace_an_image_that_is_refused() -> Resu
     let boot = stock_with_packed_agent(images, &image)?;
     let guest =
         Vm::start(images, &vm::Setup { boot: &boot, medium: vm::Medium::Pxe, ..setup("vm-b", images) }, |files| {
-            node_files(files, &image, vm::HOST, registry.port)?;
-            // The packed agent brings these.
-            fs::remove_dir_all(files.root().join("etc/node-image-pivot.conf.d"))?;
-            Ok(fs::remove_dir_all(files.root().join("var/roothome/.docker"))?)
+            deliver::stock_files(files, registry.port)
         })?;
     let mut bed = Bed { guest, registry, expected, before: None };
     suite.run(
@@ -368,21 +357,22 @@ fn the_waiting_unit_is_started_again_with_another_image(bed: &mut Bed<'_>) -> Re
     wait_for("the next attempt", PIVOT, || Ok(bed.guest.status()?["state"] != "failed"))
 }
 
-/// A bootimage that already has the binaries of the cluster. Its CPU can run the image that `vm-b` refuses.
+/// A bootimage that already has the binaries of the cluster. Its CPU can run the image that `vm-b` refuses. It does not have
+/// the agent: dracut added the agent's module to its initramfs.
 #[test]
 fn a_bootimage_with_the_binaries_is_left_alone_unless_forced() -> Result<()> {
     let images = Images::ensure()?;
-    let mut suite = Suite::new("machine: a bootimage that has the binaries");
-    let mut setup = setup("vm-binaries", images);
-    setup.boot = &images.boot_binaries;
-    setup.cpu = "max";
-    setup.kargs = &["audit=1"];
+    let mut suite =
+        Suite::new("machine: a bootimage that has the binaries, and the agent's dracut module in its initramfs");
+    let boot = work_dir("vm-binaries-boot")?;
+    deliver::with_initramfs(&images.stock_binaries()?, &[images.initramfs()?], &boot)?;
+    let setup = vm::Setup { boot: &boot, cpu: "max", kargs: &["audit=1"], ..setup("vm-binaries", images) };
     let expected = Expected::node_b(images.image("newer-cpu")?);
     let registry = Registry::start(&images.storage, &work_dir("vm-binaries-registry")?, None, None)?;
     let guest =
         Vm::start(images, &setup, |files| node_files(files, &expected.image.by_digest(), vm::HOST, registry.port))?;
     let mut bed = Bed { guest, registry, expected, before: None };
-    suite.run(&mut bed, &scenarios![ssh_answers]);
+    suite.run(&mut bed, &scenarios![ssh_answers, the_initramfs_carried_the_agent after ssh_answers]);
     left_alone(&mut suite, &bed.guest);
     suite.run(
         &mut bed,
