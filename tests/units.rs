@@ -271,8 +271,12 @@ fn the_threat_model_explains_each_limit_that_a_unit_lacks() {
     let page = fs::read_to_string(project().join("docs/threat-model.md")).unwrap().replace("\\|", "|");
     let heading = "### The agent and the oneshot units";
     let section = page.split_once(heading).unwrap().1.split("\n### ").next().unwrap();
-    for unit in ["pull", "overlay", "finish", "pivotd"] {
-        let missing = missing_limits(&format!("node-image-{unit}.service"));
+    let units = files(&project().join("units"));
+    let services: Vec<_> =
+        units.iter().filter_map(|unit| unit.to_str()).filter(|unit| unit.ends_with(".service")).collect();
+    assert!(!services.is_empty());
+    for unit in services {
+        let missing = missing_limits(unit);
         assert!(!missing.is_empty(), "{unit}: systemd-analyze lists no setting");
         for setting in missing {
             assert!(section.contains(&format!("`{setting}`")), "{unit} lacks {setting}, without a reason in {heading}");
