@@ -53,7 +53,7 @@ sed -n 's/^options //p' "$sysroot"/boot/loader/entries/*.conf | grep -o 'ostree=
 basename "$deployment" .0 >"$OUT/commit"
 if [ "$MEDIUM" = disk ]; then
     step "disk"
-    IMAGE=$OUT/disk.img SYSROOT=$sysroot DEPLOYMENT=$deployment bash "$BED/disk.sh"
+    IMAGE=$OUT/disk.img SYSROOT=$sysroot DEPLOYMENT=$deployment bash "$BED/${DISK:-disk.sh}"
 else
     # The kernel is started by the emulator: what ostree put into /boot is not needed on the medium.
     rm -rf "$sysroot"/boot/ostree

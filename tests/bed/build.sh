@@ -18,6 +18,8 @@
 #                         where they are, as JSON
 #   build.sh selinux-disk the same bootimage installed to a disk; prints where it is
 #   build.sh selinux-stock  the pair of selinux without any file of the agent
+#   build.sh sealed       an installed system with a composefs root on a file system with fs-verity, and a node image; prints
+#                         where they are, as JSON
 #   build.sh demo         the live bootimage and node image a; prints where they are, as JSON
 #   build.sh newest       the live bootimage and a node image from a suite that changes each day, likewise
 #   build.sh packages     prints a directory with Debian 12, its SELinux policy, rpm and dnf, for tests of packages
@@ -100,6 +102,9 @@ tree_newest() {
 
 # shellcheck source=registry.sh
 . "$BED/registry.sh"
+
+# shellcheck source=sealed.sh
+. "$BED/sealed.sh"
 
 # selinux_tree NAME TREE "FILES" "DROP" MODULE...: another tree with more and less in it, labelled, with a policy that has
 # the modules.
@@ -234,7 +239,7 @@ for target in "$@"; do
             b=$(boot "$target")
             l=$("${target}_layer")
             jq -n --arg boot "$b" --arg layer "$l" '{boot: $boot, layer: $layer}' ;;
-        selinux | demo | newest) "$target" ;;
+        selinux | demo | newest | sealed) "$target" ;;
         selinux-stock) selinux_stock ;;
         all) trees; boot >&2; registry >&2; qemu >&2; skopeo_new >&2 ;;
         ahead)

@@ -50,7 +50,7 @@ pub struct Tools {
 pub struct Pair {
     /// For its machine.
     pub tools: Tools,
-    /// As [`Images::boot`].
+    /// As [`Images::boot`], or as [`Images::disk`].
     pub boot: PathBuf,
     /// As [`Images::storage`].
     pub storage: PathBuf,
@@ -201,6 +201,12 @@ impl Pair {
     /// The same without any file of the agent.
     pub fn selinux_stock() -> Result<Self> {
         Self::build("selinux-stock")
+    }
+
+    /// A system with a composefs root, installed to a file system with fs-verity, and a node image whose root reads only
+    /// files with it. Builds what is missing of these, and nothing else. Needs a suite of Debian that moves.
+    pub fn sealed() -> Result<Self> {
+        Self::build("sealed")
     }
 
     fn build(name: &str) -> Result<Self> {

@@ -127,6 +127,8 @@ impl Vm {
         if let Medium::Disk(disk) = setup.medium {
             // The initramfs brings files to /etc only: an installed system's /var is mounted after it.
             disk::put_var(disk, files.root())?;
+            // The root may be read-only there.
+            fs::remove_dir_all(files.root().join("var"))?;
         }
         let initrd = work.join("initrd.img");
         files.append_to_initramfs(&setup.boot.join("initramfs.img"), &initrd)?;

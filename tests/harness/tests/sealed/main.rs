@@ -1,0 +1,273 @@
+//! A system with a composefs root is installed to a file system with fs-verity, and its repo demands it. It pivots, and
+//! deploys its node image with sealed objects. The deployment boots with a root that reads no others, and the old system
+//! boots and pivots again. On a virtual machine.
+//! `make check-sealed`
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use testbed::check::{contains, nothing_failed, same};
+use testbed::disk::{self, on_disk};
+use testbed::guest::Guest;
+use testbed::images::{Pair, work_dir};
+use testbed::proc::succeed;
+use testbed::registry::Registry;
+use testbed::scenario::{Before, node_files, wait_pivoted};
+use testbed::scenarios;
+use testbed::suite::Suite;
+use testbed::table::Flow;
+use testbed::vm::{self, Vm};
+
+const BOOT: Duration = Duration::from_secs(300);
+const PIVOT: Duration = Duration::from_secs(600);
+const REPO: &str = "/sysroot/ostree/repo";
+
+/// A machine with a disk, which is on or off.
+struct Machine {
+    pair: Pair,
+    registry: Registry,
+    disk: PathBuf,
+    /// Directory with kernel and initramfs of the next boot.
+    kernel: PathBuf,
+    /// Kernel arguments that name the deployment.
+    kargs: String,
+    on: Option<Vm>,
+}
+
+impl Machine {
+    fn new(pair: Pair) -> Result<Self> {
+        let registry = Registry::start(&pair.storage, &work_dir("vm-sealed-registry")?, None, None)?;
+        let disk = disk::copy(&pair.boot, &work_dir("vm-sealed-image")?)?;
+        let kargs = std::fs::read_to_string(pair.boot.join("kargs"))?;
+        Ok(Machine { kernel: pair.boot.clone(), pair, registry, disk, kargs, on: None })
+    }
+
+    fn boot(&mut self) -> Result<()> {
+        let setup = vm::Setup {
+            name: "vm-sealed",
+            boot: &self.kernel,
+            medium: vm::Medium::Disk(&self.disk),
+            spare: None,
+            recording: None,
+            kargs: &[self.kargs.trim()],
+            memory_mib: 2048,
+            cpu: vm::CPU,
+            limit: Duration::from_secs(1100),
+        };
+        let (image, port) = (self.pair.image.by_digest(), self.registry.port);
+        let guest = Vm::start(&self.pair, &setup, |files| node_files(files, &image, vm::HOST, port))?;
+        self.on.insert(guest).wait_ssh(BOOT)
+    }
+
+    /// Selects a boot loader entry for the next boot. The first one is the default.
+    fn select(&mut self, number: u32) -> Result<()> {
+        if let Some(guest) = self.on.take() {
+            guest.ask("sync")?;
+            guest.power_cut();
+        }
+        let key = |key: &str| {
+            let entry = format!("$(ls boot/loader/entries/*.conf | sort -rV | sed -n {number}p)");
+            on_disk(&self.disk, &format!("sed -n 's/^{key} //p' {entry}"))
+        };
+        self.kargs = disk::entry(&self.disk, number)?;
+        self.kernel = work_dir("vm-sealed-boot")?;
+        for (kind, name) in [("linux", "vmlinuz"), ("initrd", "initramfs.img")] {
+            // The kernel of this machine may read no sealed file.
+            let (from, to) = (format!("/boot{}", key(kind)?.trim_start_matches("/boot")), self.kernel.join(name));
+            let dump = format!("dump {from} {}", to.display());
+            succeed(Command::new("debugfs").args(["-R", &dump]).arg(&self.disk))?;
+        }
+        Ok(())
+    }
+
+    fn guest(&self) -> Result<&Vm> {
+        self.on.as_ref().context("the machine is off")
+    }
+
+    /// Returns the commit of the installed system.
+    fn installed(&self) -> Result<String> {
+        Ok(std::fs::read_to_string(self.pair.boot.join("commit"))?.trim().to_owned())
+    }
+}
+
+#[test]
+fn a_system_with_a_composefs_root_pivots_and_deploys_sealed_objects() -> Result<()> {
+    let mut machine = Machine::new(Pair::sealed()?)?;
+    let mut suite = Suite::new("machine: installed with a composefs root, fs-verity demanded");
+    suite.part("first boot");
+    suite.run(
+        &mut machine,
+        &scenarios![
+            the_machine_boots,
+            the_root_is_a_composefs_without_fs_verity after the_machine_boots,
+        ],
+    );
+    becomes_the_node_image(&mut suite, &mut machine);
+    suite.run_after(
+        "the_machine_becomes_its_node_image",
+        &mut machine,
+        &scenarios![
+            the_node_store_is_in_ram_and_the_journal_has_the_reason,
+            a_system_extension_is_merged_on_the_node_image,
+            etc_has_the_defaults_of_the_node_image_and_the_changes_of_the_administrator,
+            the_node_image_is_deployed_to_the_own_sysroot,
+            each_object_of_the_node_image_is_sealed after the_node_image_is_deployed_to_the_own_sysroot,
+            the_image_of_its_root_is_sealed after the_node_image_is_deployed_to_the_own_sysroot,
+        ],
+    );
+    suite.part("second boot, of the deployed node image");
+    suite.run_after(
+        "the_node_image_is_deployed_to_the_own_sysroot",
+        &mut machine,
+        &scenarios![
+            the_deployed_node_image_boots_without_a_registry,
+            the_root_reads_only_files_with_fs_verity after the_deployed_node_image_boots_without_a_registry,
+            each_file_of_the_system_is_readable after the_deployed_node_image_boots_without_a_registry,
+            the_old_system_is_the_rollback after the_deployed_node_image_boots_without_a_registry,
+            no_unit_has_failed after the_deployed_node_image_boots_without_a_registry,
+        ],
+    );
+    suite.part("third boot, of the old system");
+    suite.run_after(
+        "the_node_image_is_deployed_to_the_own_sysroot",
+        &mut machine,
+        &scenarios![
+            the_old_system_boots,
+            the_root_is_a_composefs_without_fs_verity after the_old_system_boots,
+        ],
+    );
+    becomes_the_node_image(&mut suite, &mut machine);
+    suite.run_after("the_machine_becomes_its_node_image", &mut machine, &scenarios![undo_restores_the_composefs_root]);
+    if let Some(guest) = &machine.on {
+        suite.covers(guest, Flow::Bootstrap, "a_system_with_a_composefs_root_pivots_and_deploys_sealed_objects");
+    }
+    suite.finish()
+}
+
+fn becomes_the_node_image(suite: &mut Suite, machine: &mut Machine) {
+    suite.run_after(
+        "the_root_is_a_composefs_without_fs_verity",
+        machine,
+        &scenarios![
+            the_machine_becomes_its_node_image,
+            no_unit_has_failed after the_machine_becomes_its_node_image,
+            usr_is_one_overlay_over_the_image_of_the_root after the_machine_becomes_its_node_image,
+        ],
+    );
+}
+
+fn the_machine_boots(machine: &mut Machine) -> Result<()> {
+    machine.boot()
+}
+
+fn the_root_is_a_composefs_without_fs_verity(machine: &mut Machine) -> Result<()> {
+    let guest = machine.guest()?;
+    Before::of(guest)?;
+    let root = guest.ask("findmnt -n -o SOURCE,FSTYPE,OPTIONS /")?;
+    contains(&root, "composefs")?;
+    match root.contains("verity=require") {
+        true => bail!("{root}"),
+        false => Ok(()),
+    }
+}
+
+fn the_machine_becomes_its_node_image(machine: &mut Machine) -> Result<()> {
+    let guest = machine.guest()?;
+    wait_pivoted(guest, PIVOT)?;
+    same(guest.ask("base-tool")?, "base-tool 2.0".into())?;
+    guest.ask("oc version --client").map(drop)
+}
+
+fn no_unit_has_failed(machine: &mut Machine) -> Result<()> {
+    nothing_failed(machine.guest()?)
+}
+
+fn usr_is_one_overlay_over_the_image_of_the_root(machine: &mut Machine) -> Result<()> {
+    let usr = machine.guest()?.ask("findmnt -n -o OPTIONS --mountpoint /usr")?;
+    println!("       {usr}");
+    contains(&usr, &format!("{REPO}/objects"))
+}
+
+fn the_node_store_is_in_ram_and_the_journal_has_the_reason(machine: &mut Machine) -> Result<()> {
+    let guest = machine.guest()?;
+    guest.ask("test -d /run/node-image-pivot/store/repo")?;
+    guest.ask("journalctl -b -u node-image-pivotd.service | grep 'must have fs-verity'").map(drop)
+}
+
+fn a_system_extension_is_merged_on_the_node_image(machine: &mut Machine) -> Result<()> {
+    let release = "/run/extensions/more/usr/lib/extension-release.d";
+    let make = format!("mkdir -p {release} && echo ID=_any >{release}/extension-release.more");
+    let merged = "systemd-sysext merge && base-tool && test -d /usr/lib/extension-release.d && systemd-sysext unmerge";
+    machine.guest()?.ask(&format!("{make} && {merged} && rm -r /run/extensions")).map(drop)
+}
+
+fn etc_has_the_defaults_of_the_node_image_and_the_changes_of_the_administrator(machine: &mut Machine) -> Result<()> {
+    let files = ["changed-default", "new-default", "admin-edited", "admin-added"];
+    let paths = files.map(|name| format!("/etc/base-tool/{name}.conf")).join(" ");
+    let expected = "default of 2.0\narrives\nedited by the administrator\nadded by the administrator";
+    same(machine.guest()?.ask(&format!("cat {paths}"))?, expected.into())
+}
+
+fn the_node_image_is_deployed_to_the_own_sysroot(machine: &mut Machine) -> Result<()> {
+    let guest = machine.guest()?;
+    let deploy = "node-image-pivot deploy --sysroot / --stateroot testbed";
+    let done = guest.ask(deploy)?;
+    println!("       {done}");
+    contains(&done, "in the stateroot testbed boots commit")?;
+    contains(&guest.ask(deploy)?, "nothing to do")
+}
+
+/// Objects of the bootimage are among them, which had no fs-verity before the deployment.
+fn each_object_of_the_node_image_is_sealed(machine: &mut Machine) -> Result<()> {
+    let commit = machine.pair.image.commit.as_deref().context("the image has no commit")?;
+    let files = format!(
+        "ostree ls --repo={REPO} -RC {commit} / | sed -n 's/^-[^/]* \\([0-9a-f]\\{{64\\}}\\) .*/\\1/p' | sort -u"
+    );
+    let paths = format!("{files} | sed 's,^..,{REPO}/objects/&/,; s,$,.file,'");
+    let sealed = machine.guest()?.ask(&format!("{paths} | xargs lsattr | cut -d' ' -f1 | grep -c V"))?;
+    let all = machine.guest()?.ask(&format!("{files} | wc -l"))?;
+    println!("       {sealed} of {all} objects");
+    same(sealed, all)
+}
+
+fn the_image_of_its_root_is_sealed(machine: &mut Machine) -> Result<()> {
+    let others =
+        format!("lsattr /sysroot/ostree/deploy/testbed/deploy/*/.ostree.cfs | grep -v {}", machine.installed()?);
+    contains(machine.guest()?.ask(&others)?.split(' ').next().unwrap_or_default(), "V")
+}
+
+fn the_deployed_node_image_boots_without_a_registry(machine: &mut Machine) -> Result<()> {
+    machine.registry.stop();
+    machine.select(1)?;
+    machine.boot()?;
+    let guest = machine.guest()?;
+    same(guest.ask("base-tool")?, "base-tool 2.0".into())?;
+    guest.ask("oc version --client && ! findmnt --mountpoint /usr").map(drop)
+}
+
+fn the_root_reads_only_files_with_fs_verity(machine: &mut Machine) -> Result<()> {
+    contains(&machine.guest()?.ask("findmnt -n -o OPTIONS /")?, "verity=require")
+}
+
+fn each_file_of_the_system_is_readable(machine: &mut Machine) -> Result<()> {
+    machine.guest()?.ask("find /usr -xdev -type f -exec cat {} + >/dev/null").map(drop)
+}
+
+fn the_old_system_is_the_rollback(machine: &mut Machine) -> Result<()> {
+    let old = machine.installed()?;
+    contains(&machine.guest()?.ask("ostree admin status")?, &format!("testbed {old}.0 (rollback)"))
+}
+
+fn the_old_system_boots(machine: &mut Machine) -> Result<()> {
+    machine.registry.resume()?;
+    machine.select(2)?;
+    machine.boot()
+}
+
+fn undo_restores_the_composefs_root(machine: &mut Machine) -> Result<()> {
+    let guest = machine.guest()?;
+    guest.ask("node-image-pivot undo && ! findmnt --mountpoint /usr && test ! -e /usr/bin/oc")?;
+    same(guest.ask("base-tool")?, "base-tool 1.0".into())
+}
