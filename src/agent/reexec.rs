@@ -10,6 +10,8 @@ use super::new_usr::ChangedPaths;
 use crate::report::Tracker;
 use unit_refresh::{Guard, Manager};
 
+/// Marker of the first boot, which `ConditionFirstBoot=` looks for. systemd removes it when it re-executes itself.
+const FIRST_BOOT: &str = "/run/systemd/first-boot";
 /// Largest number of units that a message names.
 const NAMED: usize = 10;
 
@@ -43,7 +45,11 @@ pub(super) async fn renew_manager(tracker: &Tracker, changed: &ChangedPaths) -> 
 pub(super) async fn reexecute(manager: Manager, troubles: &mut Vec<String>) -> Result<Manager> {
     let release = manager.version().await.ok().and_then(|version| unit_refresh::release(&version));
     let before = states(&manager).await?;
+    let is_first_boot = Path::new(FIRST_BOOT).exists();
     let manager = manager.reexecute().await?;
+    if is_first_boot && let Err(error) = std::fs::write(FIRST_BOOT, "") {
+        troubles.push(format!("cannot write {FIRST_BOOT}: {error}; units with ConditionFirstBoot=yes do not start"));
+    }
     if let Err(error) = check(&manager, &before, troubles).await {
         troubles.push(format!("cannot check that systemd still knows its units: {error:#}"));
     }
