@@ -57,6 +57,10 @@ initramfs() {
         recipe dracut.sh BED="$BED" BASE="$base" MODULE="$1" FROM="$2"
 }
 
+# The same with Debian's Ignition.
+initramfs_ignition() { initramfs ignition "$(ignition)"; }
+ignition() { stage ignition "$(key "$BED/ignition.sh")" recipe ignition.sh; }
+
 # disk: the same base system installed to a disk: a directory with vmlinuz, initramfs.img, disk.img, kargs.
 disk() {
     local base agent

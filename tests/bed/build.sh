@@ -12,6 +12,7 @@
 #   build.sh stock        prints the directory of a live bootimage without the agent
 #   build.sh stock-binaries  the same with the cluster's binaries
 #   build.sh initramfs    prints the directory of an initramfs that dracut made with the agent's module
+#   build.sh initramfs-ignition  the same with Ignition instead
 #   build.sh agent        prints the directory of the installed agent
 #   build.sh disk         builds an installed system's disk, and prints where it is
 #   build.sh selinux      a live bootimage with an SELinux policy, a node image of the next release with its own; prints
@@ -233,6 +234,7 @@ for target in "$@"; do
         initramfs)
             a=$(agent)
             initramfs node-image-pivot "$a" ;;
+        initramfs-ignition) initramfs_ignition ;;
         selinux-disk) boot_selinux disk ;;
         runtime) boot runtime ;;
         podman | network)
@@ -244,7 +246,7 @@ for target in "$@"; do
         all) trees; boot >&2; registry >&2; qemu >&2; skopeo_new >&2 ;;
         ahead)
             trees
-            for step in registry qemu skopeo_new kernel stock runtime podman podman_layer network network_layer tree_selinux_base tree_selinux_node selinux_stock composefs packages; do
+            for step in registry qemu skopeo_new kernel stock initramfs_ignition runtime podman podman_layer network network_layer tree_selinux_base tree_selinux_node selinux_stock composefs packages; do
                 "$step" >&2
             done ;;
         paths)

@@ -1,4 +1,4 @@
-//! A bootimage without the agent, as published media are, and the agent that its initramfs carries.
+//! Bootimages without the agent, as published media are, and the agent that their initramfs carries or Ignition writes.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -13,14 +13,15 @@ use crate::proc::succeed;
 use crate::scenario::node_files;
 use crate::vm::HOST;
 
-/// Packs the agent for an initramfs in the directory `into`, with a configuration that names `image`, and credentials.
-pub fn pack(image: &str, into: &Path) -> Result<PathBuf> {
+/// Packs the agent into the directory `into` with `form`, the arguments of `pack`. The package has a configuration that
+/// names `image`, and credentials.
+pub fn pack(form: &[&str], image: &str, into: &Path) -> Result<PathBuf> {
     let config = into.join("config");
     fs::create_dir(&config)?;
     fs::write(config.join("50-testbed.toml"), format!("image = \"{image}\"\n"))?;
     fs::write(into.join("auth.json"), "{\"auths\": {}}\n")?;
     let mut pack = Command::new(agent()?.join("usr/bin/node-image-pivot"));
-    pack.args(["pack", "initrd", "--output", "packed", "--config", "config", "--auth", "auth.json"]);
+    pack.arg("pack").args(form).args(["--output", "packed", "--config", "config", "--auth", "auth.json"]);
     succeed(pack.current_dir(into))?;
     Ok(into.join("packed"))
 }

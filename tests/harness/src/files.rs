@@ -46,17 +46,23 @@ impl Files {
         Ok(())
     }
 
-    /// An initramfs with these files behind the given one.
+    /// Creates the initramfs `out`: the given one and these files, which testbed-inject.service copies into the root.
     pub fn append_to_initramfs(&self, initramfs: &Path, out: &Path) -> Result<()> {
-        // The kernel unpacks concatenated archives in turn; testbed-inject.service does the rest.
+        self.append(initramfs, "testbed-inject", out)
+    }
+
+    /// Creates the initramfs `out`: the given one and these files below the directory `below` of it.
+    pub fn append(&self, initramfs: &Path, below: &str, out: &Path) -> Result<()> {
+        // The kernel unpacks concatenated archives in turn.
         let script = r#"
             set -e
             stage=$(mktemp -d); trap 'rm -rf "$stage"' EXIT
-            mkdir "$stage/testbed-inject"; cp -a "$1/." "$stage/testbed-inject/"
+            mkdir -p "$stage/$4"; cp -a "$1/." "$stage/$4/"
             cat "$2" >"$3"
             cd "$stage"; find . | LC_ALL=C sort | cpio --quiet -o -H newc -R 0:0 >>"$3"
         "#;
-        succeed(Command::new("bash").args(["-c", script, "bash"]).arg(&self.root).arg(initramfs).arg(out))?;
+        let mut bash = Command::new("bash");
+        succeed(bash.args(["-c", script, "bash"]).arg(&self.root).arg(initramfs).arg(out).arg(below))?;
         Ok(())
     }
 }

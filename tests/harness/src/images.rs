@@ -161,6 +161,11 @@ impl Images {
         Ok(build("initramfs")?.join("initramfs.img"))
     }
 
+    /// Returns an initramfs of the base system with Debian's Ignition, likewise.
+    pub fn initramfs_ignition(&self) -> Result<PathBuf> {
+        Ok(build("initramfs-ignition")?.join("initramfs.img"))
+    }
+
     /// Returns the directory of an old kernel: vmlinuz, and modules.img for the initramfs of another kernel; likewise.
     pub fn old_kernel(&self) -> Result<PathBuf> {
         build("kernel")

@@ -9,6 +9,7 @@ pub mod derived;
 pub mod disk;
 pub mod files;
 pub mod guest;
+pub mod ignition;
 pub mod images;
 pub mod other_agent;
 pub mod proc;

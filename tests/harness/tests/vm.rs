@@ -12,6 +12,7 @@ use testbed::check::{contains, nothing_failed, same};
 use testbed::cuts::{self, Recording, bootable};
 use testbed::deliver;
 use testbed::guest::Guest;
+use testbed::ignition;
 use testbed::images::{Images, work_dir};
 use testbed::proc::{succeed, wait_for};
 use testbed::registry::Registry;
@@ -53,24 +54,36 @@ fn base_tool_of_a_login(guest: &Vm) -> Result<String> {
     Ok(guest.login("base-tool")?.text.trim().into())
 }
 
-/// Debian 13 over Debian 12; the registry is down at first. The image will be deployed, so the pull is complete.
+/// Debian 13 over Debian 12; the registry is down at first. The image will be deployed, so the pull is complete. The bootimage
+/// does not have the agent: Ignition writes it in the initramfs of the first boot.
 #[test]
 fn the_next_release_is_pulled_once_the_registry_is_back() -> Result<()> {
     let images = Images::ensure()?;
     let expected = Expected::node_a(images.image("node-a")?);
-    let mut suite = Suite::new("machine: Debian 12 becomes node image a (Debian 13), the registry comes late");
+    let mut suite =
+        Suite::new("machine: stock Debian 12 with Ignition becomes node image a (Debian 13), the registry comes late");
     let mut registry = Registry::start(&images.storage, &work_dir("vm-a-registry")?, None, None)?;
     registry.stop();
     let disk = work_dir("vm-a-disk")?.join("disk.img");
     succeed(Command::new("mkfs.ext4").args(["-q", "-L", "root"]).arg(&disk).arg("4G"))?;
     let recording = Recording::new(&work_dir("vm-a-writes")?);
-    let drives = vm::Setup { spare: Some(&disk), recording: Some(&recording), ..setup("vm-a", images) };
+    let boot = work_dir("vm-a-boot")?;
+    ignition::bootimage(images, &expected.image.by_digest(), &boot)?;
+    let drives = vm::Setup {
+        boot: &boot,
+        kargs: &ignition::KARGS,
+        spare: Some(&disk),
+        recording: Some(&recording),
+        ..setup("vm-a", images)
+    };
     let guest = Vm::start(images, &drives, |files| {
-        files.put("/etc/node-image-pivot.conf.d/60-complete.toml", 0o644, "complete = true\n")?;
-        node_files(files, &expected.image.by_digest(), vm::HOST, registry.port)
+        deliver::stock_files(files, registry.port)?;
+        ignition::first_boot_files(files)?;
+        files.put("/etc/node-image-pivot.conf.d/60-complete.toml", 0o644, "complete = true\n")
     })?;
     let mut bed = Bed { guest, registry, expected, before: None };
     suite.run(&mut bed, &scenarios![ssh_answers, the_base_system_runs after ssh_answers]);
+    ignition::set_up(&mut suite, "the_base_system_runs", &bed.guest);
     waits_and_says_why(&mut suite, Some("the_base_system_runs"), &bed.guest);
     suite.run_after(
         "the_base_system_runs",
@@ -84,6 +97,7 @@ fn the_next_release_is_pulled_once_the_registry_is_back() -> Result<()> {
         ],
     );
     pivoted(&mut suite, "the_machine_becomes_its_node_image", &bed.guest, bed.before.as_ref(), &bed.expected);
+    ignition::pivoted(&mut suite, "the_machine_becomes_its_node_image", &bed.guest);
     suite.run_after("the_machine_becomes_its_node_image", &mut bed, &scenarios![the_console_takes_a_login_afterwards]);
     let mut target = Target { images, live: Some(bed), disk, recording: Some(recording), installed: None };
     suite.run_after(
@@ -268,7 +282,7 @@ fn the_console_takes_a_login_afterwards(bed: &mut Bed<'_>) -> Result<()> {
 fn stock_with_packed_agent(images: &Images, image: &str) -> Result<PathBuf> {
     let (stock, kernel, boot) = (images.stock()?, images.old_kernel()?, work_dir("vm-b-boot")?);
     symlink(kernel.join("vmlinuz"), boot.join("vmlinuz"))?;
-    let packed = deliver::pack(image, &boot)?;
+    let packed = deliver::pack(&["initrd"], image, &boot)?;
     deliver::with_initramfs(&stock, &[stock.join("initramfs.img"), kernel.join("modules.img"), packed], &boot)?;
     Ok(boot)
 }

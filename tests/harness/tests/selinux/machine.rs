@@ -60,7 +60,7 @@ impl Machine {
     /// Boots a live medium without the agent. The initramfs carries it, and it runs in another domain at first.
     pub fn boot_live(&mut self) -> Result<()> {
         let (stock, boot) = (&self.images.boot, work_dir("vm-selinux-boot")?);
-        let packed = deliver::pack(&self.images.image.by_digest(), &boot)?;
+        let packed = deliver::pack(&["initrd"], &self.images.image.by_digest(), &boot)?;
         deliver::with_initramfs(stock, &[stock.join("initramfs.img"), packed], &boot)?;
         let setup = vm::Setup {
             name: "vm-selinux",
