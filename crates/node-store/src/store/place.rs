@@ -64,7 +64,7 @@ pub enum NoDisk {
     Mode(PathBuf),
     /// The system reads, or will read, only objects with fs-verity, which the node store does not enable.
     #[error(
-        "objects of the ostree repo {0} must have fs-verity ([ex-integrity] in its configuration, or a root with \
+        "objects of the ostree repo {0} have or must have fs-verity ([ex-integrity] in its configuration, or a root with \
          verity=require), which the node store does not enable"
     )]
     Sealed(PathBuf),
@@ -166,16 +166,23 @@ pub fn sealing(config: &str, has_sealed: impl FnOnce() -> bool) -> Sealing {
     }
 }
 
-/// Returns true if a regular file among the objects of `repo` has fs-verity. Looks at one file only: libostree seals all
-/// files or none.
+/// Returns true if a regular file among the objects of `repo` has fs-verity. Looks at one file of each directory: a repo may
+/// have sealed and other files, because `deploy` seals only those of its image.
 pub fn has_sealed_object(repo: &Path) -> bool {
-    let prefixes = (0..=u8::MAX).map(|prefix| repo.join("objects").join(hex::encode([prefix])));
-    let mut entries = prefixes.filter_map(|prefix| std::fs::read_dir(prefix).ok()).flatten().flatten();
-    let file = entries.find(|entry| {
-        entry.path().extension().is_some_and(|kind| kind == "file")
-            && entry.file_type().is_ok_and(|kind| kind.is_file())
-    });
-    file.is_some_and(|file| is_sealed(&file.path()))
+    sample(repo).any(|file| is_sealed(&file))
+}
+
+/// Returns a regular file of each directory with objects.
+fn sample(repo: &Path) -> impl Iterator<Item = PathBuf> {
+    let directories = (0..=u8::MAX).map(|prefix| repo.join("objects").join(hex::encode([prefix])));
+    directories.filter_map(|directory| {
+        let mut entries = std::fs::read_dir(directory).ok()?.flatten();
+        let file = entries.find(|entry| {
+            entry.path().extension().is_some_and(|kind| kind == "file")
+                && entry.file_type().is_ok_and(|kind| kind.is_file())
+        });
+        file.map(|file| file.path())
+    })
 }
 
 /// Returns true if a file has fs-verity.
@@ -269,6 +276,23 @@ mod tests {
         std::fs::create_dir_all(temp.path().join("objects/ab")).unwrap();
         std::fs::write(temp.path().join("objects/ab/cd.file"), "x").unwrap();
         assert!(!has_sealed_object(temp.path()));
+    }
+
+    #[test]
+    fn a_file_of_each_directory_is_looked_at() {
+        let temp = tempfile::tempdir().unwrap();
+        let objects = temp.path().join("objects");
+        for directory in ["00", "7f", "ab", "ff"] {
+            std::fs::create_dir_all(objects.join(directory)).unwrap();
+        }
+        for file in ["00/a.file", "00/b.file", "7f/a.dirtree", "7f/b.file", "ab/a.commit", "ff/b.file"] {
+            std::fs::write(objects.join(file), "x").unwrap();
+        }
+        std::os::unix::fs::symlink("b.file", objects.join("ff/a.file")).unwrap();
+        let found: Vec<PathBuf> = sample(temp.path()).collect();
+        assert_eq!(found.len(), 3, "{found:?}");
+        assert!(found[0].starts_with(objects.join("00")), "{found:?}");
+        assert_eq!(found[1..], [objects.join("7f/b.file"), objects.join("ff/b.file")]);
     }
 
     #[test]
