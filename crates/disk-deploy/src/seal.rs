@@ -6,6 +6,8 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
 use composefs_ioctls::fsverity::{EnableVerityError, fs_ioc_enable_verity};
 use node_store::store::{Sealing, has_sealed_object, is_sealed, sealing};
@@ -13,7 +15,7 @@ use ostree::gio;
 use ostree::glib::{KeyFile, KeyFileFlags};
 use ostree::prelude::{CancellableExtManual, FileExt};
 use rustix::fs::{Mode, OFlags, open};
-use tracing::info;
+use tracing::{debug, info};
 
 use super::error::{DeployError, failed};
 
@@ -21,11 +23,16 @@ use super::error::{DeployError, failed};
 const SHA256: u8 = 1;
 const BLOCK: u32 = 4096;
 
+/// Milliseconds between the attempts to seal a file that is open for writing.
+const PAUSES: [u64; 7] = [1, 2, 4, 8, 16, 32, 64];
+
 /// Enables fs-verity on files, or leaves them as they are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Sealer {
     Off,
-    On,
+    /// Leaves a file as it is if the file system does not support fs-verity for it.
+    Try,
+    Must,
 }
 
 impl Sealer {
@@ -41,14 +48,15 @@ impl Sealer {
         })?;
         let demand = match must_seal {
             true => Sealing::Must,
-            false => sealing(&config, || has_sealed_object(&repo)),
+            false => sealing(&config, || false),
         };
         if demand == Sealing::No {
             return Ok(Self::Off);
         }
         match try_in(&repo.join("tmp")) {
-            Ok(()) => Ok(Self::On),
-            Err(error) if demand == Sealing::Must => {
+            Ok(()) if demand == Sealing::Must => Ok(Self::Must),
+            Ok(()) => Ok(Self::Try),
+            Err(error) if demand == Sealing::Must || has_sealed_object(&repo) => {
                 Err(DeployError::Sealed { path: sysroot.to_owned(), cause: error.to_string() })
             }
             Err(error) => {
@@ -80,10 +88,24 @@ impl Sealer {
         }
         let file = File::open(path).map_err(EnableVerityError::from);
         match file.and_then(|file| enable(&file)) {
-            Ok(()) | Err(EnableVerityError::AlreadyEnabled) => Ok(()),
+            Ok(()) => Ok(()),
+            Err(error) if self.accepts(&error) => {
+                debug!("{}: {error}", path.display());
+                Ok(())
+            }
             Err(error) => {
                 Err(DeployError::Failed { step: "enable fs-verity", cause: format!("{}: {error}", path.display()) })
             }
+        }
+    }
+
+    /// Returns true if a deployment continues after this failure.
+    fn accepts(self, error: &EnableVerityError) -> bool {
+        match error {
+            EnableVerityError::AlreadyEnabled => true,
+            // On ext4, this may be a property of the file, such as one without extents.
+            EnableVerityError::FilesystemNotSupported => self != Self::Must,
+            _ => false,
         }
     }
 
@@ -124,7 +146,19 @@ fn try_in(dir: &Path) -> Result<(), EnableVerityError> {
 }
 
 fn enable(file: &File) -> Result<(), EnableVerityError> {
-    fs_ioc_enable_verity(file, SHA256, BLOCK)
+    while_busy(|| fs_ioc_enable_verity(file, SHA256, BLOCK))
+}
+
+/// Repeats an attempt while the file is open for writing. A process that another thread has just forked holds its descriptors
+/// until it executes a program.
+fn while_busy(mut attempt: impl FnMut() -> Result<(), EnableVerityError>) -> Result<(), EnableVerityError> {
+    for pause in PAUSES {
+        match attempt() {
+            Err(EnableVerityError::FileOpenedForWrite) => thread::sleep(Duration::from_millis(pause)),
+            result => return result,
+        }
+    }
+    attempt()
 }
 
 #[cfg(test)]
@@ -155,8 +189,40 @@ mod tests {
                 needed += level * block;
             }
             let space = |sealer: Sealer| sealer.space(Path::new("/missing"), blocks * block);
-            assert!(space(Sealer::On) >= needed, "{blocks}: {needed}");
+            assert!(space(Sealer::Try) >= needed && space(Sealer::Must) >= needed, "{blocks}: {needed}");
             assert_eq!(space(Sealer::Off), 0);
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_open_for_writing_is_tried_again() {
+        use EnableVerityError::{FileOpenedForWrite, FilesystemNotSupported};
+        // Attempts that find the file open, then the number of attempts, and true if the file is sealed.
+        for (busy, expected, sealed) in [(0, 1, true), (1, 2, true), (7, 8, true), (u32::MAX, 8, false)] {
+            let mut attempts = 0;
+            let result = while_busy(|| {
+                attempts += 1;
+                if attempts > busy { Ok(()) } else { Err(FileOpenedForWrite) }
+            });
+            assert_eq!((attempts, result.is_ok()), (expected, sealed), "{busy}");
+        }
+        let mut attempts = 0;
+        let result = while_busy(|| {
+            attempts += 1;
+            Err(FilesystemNotSupported)
+        });
+        assert!(matches!((attempts, result), (1, Err(FilesystemNotSupported))));
+    }
+
+    #[test]
+    fn a_file_without_support_fails_only_where_all_must_be_sealed() {
+        for (error, may, must) in [
+            (EnableVerityError::AlreadyEnabled, true, true),
+            (EnableVerityError::FilesystemNotSupported, true, false),
+            (EnableVerityError::FileOpenedForWrite, false, false),
+            (EnableVerityError::Io(std::io::ErrorKind::StorageFull.into()), false, false),
+        ] {
+            assert_eq!((Sealer::Try.accepts(&error), Sealer::Must.accepts(&error)), (may, must), "{error}");
         }
     }
 }
