@@ -172,12 +172,12 @@ impl LayerTree {
             return Err(BadEntry::EmptyWhiteout);
         }
         self.take(FILE, 1, name.len())?;
+        let parent = self.parent(parents, uid, gid)?;
         if name == OPAQUE {
-            self.parent(parents, uid, gid)?.opaque = true;
+            parent.opaque = true;
         } else if !hidden.starts_with(WHITEOUT) {
             // Removes only the infix, so that an escaped name keeps its prefix.
-            let hidden = name.replacen(WHITEOUT, "", 1);
-            self.parent(parents, uid, gid)?.whiteouts.insert(&hidden, ());
+            parent.whiteouts.insert(&name.replacen(WHITEOUT, "", 1), ());
         }
         // Storage drivers use other names of the form .wh..wh.* for their own data.
         Ok(true)

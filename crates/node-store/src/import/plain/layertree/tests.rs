@@ -131,3 +131,13 @@ fn parents_without_an_entry_get_a_label() {
         assert_eq!(label_of(&dir.meta.xattrs), Some(label.as_bytes()));
     }
 }
+
+#[test]
+fn each_whiteout_makes_its_parent_directories() {
+    for name in [".wh.gone", ".wh..wh..opq", ".wh..wh.plnk"] {
+        let mut tree = LayerTree::default();
+        assert!(tree.whiteout(&path(&format!("usr/d/{name}")), 7, 8).unwrap());
+        let dir = tree.existing(&path("usr/d")).unwrap();
+        assert_eq!((dir.meta.uid, dir.meta.gid, dir.meta.mode), (7, 8, 0o755), "{name}");
+    }
+}
