@@ -12,7 +12,7 @@ use rand::rngs::StdRng;
 
 use super::derived::{CONTEXTS, complete, layers};
 use super::fixture::{Compress, Image, fsck, listing, run};
-use super::layers::{Item, What, built, difference, dir, layer};
+use super::layers::{Item, What, built, difference, dir, file, layer};
 use super::oracle::random_layer;
 use super::plain::{labelled_system, plain, policy, system};
 use super::{Bench, try_pull_with};
@@ -141,6 +141,24 @@ async fn plain_images_equal_what_others_unpack() {
         items.extend(layers());
         compared(&bench, &items, name, true, &String::new).await;
     }
+    // A build that replaces the whole /etc.
+    let replaced = [vec![file(".wh.etc", ""), file("etc/new", "new")], policy("test", CONTEXTS)].concat();
+    let items = [labelled_system(), vec![file("etc/old", "old")], replaced];
+    compared(&bench, &items, "replaced-etc", false, &String::new).await;
+}
+
+/// The tree has `/etc` below `/usr`, and an older libostree `/var` below `/usr/share`. A layer that removes these
+/// directories removes more than in the archive, which is a warning.
+#[tokio::test(flavor = "multi_thread")]
+async fn content_that_disappears_with_a_directory_above_it_is_named() {
+    let bench = Bench::new();
+    let below = [labelled_system(), vec![file("etc/app", "app")]].concat();
+    let above = [vec![file("usr/.wh..wh..opq", "")], labelled_system()].concat();
+    let spec = bench.push(&stack(&[below, above]), "unpacked:usr");
+    let pulled = try_pull_with(&spec, &bench.store("usr", None), None, complete()).await.unwrap();
+    let named =
+        |warning: &&String| warning.contains("removes the /usr of") && warning.contains("where ostree keeps /etc");
+    assert_eq!(pulled.warnings.iter().filter(named).count(), 1, "{:?}", pulled.warnings);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -153,6 +171,8 @@ async fn random_plain_images_equal_what_others_unpack() {
         let count = rng.random_range(1..4);
         let mut items = vec![labelled_system()];
         items.extend((0..count).map(|at| random_layer(&mut rng, at + 1 == count)));
+        // Removes /var, too, with an older libostree.
+        items.iter_mut().for_each(|layer| layer.retain(|item| item.path != "usr/share/.wh..wh..opq"));
         let shown = || format!("PIVOT_SEED={seed}: {:#?}", &items[1..]).replace(&"0,\n".repeat(3), "");
         compared(&bench, &items, &format!("seed-{seed}"), false, &shown).await;
     }

@@ -15,8 +15,8 @@ use super::facts::BaseFacts;
 use super::kept::KeptTree;
 use super::label::policy_objects;
 use super::layertree::LayerTree;
-use super::merge::{Content, Dir, MergeError, read_dirtree, tree_of};
-use super::path::{foreign, shown};
+use super::merge::{Content, Dir, Hidden, MergeError, read_dirtree, tree_of};
+use super::path::{Moved, foreign, shown};
 use super::relabel::Relabeller;
 use super::system::{missing_file, no_policy, not_a_system};
 use crate::import::base::Base;
@@ -68,12 +68,12 @@ impl Merged {
             Base::Commit(commit) => Some(tree_of(&commit, lookup).map_err(|error| import.tree_failure(&error))?),
             Base::Empty => None,
         };
-        let (mut left_outs, mut replacements, mut unstorable) = (BTreeSet::new(), Vec::new(), BTreeMap::new());
+        let (mut left_outs, mut hidden, mut unstorable) = (BTreeSet::new(), Vec::new(), BTreeMap::new());
         for (name, kept) in layers {
             let layer = kept.tree(import)?;
             left_outs.extend(left_out(name, &layer));
             let root = root.get_or_insert_with(|| Dir::empty(layer.root.meta.clone()));
-            let replaced = root.lay(&layer, &|id| import.base_has(id), lookup).map_err(|error| match error {
+            let below = root.lay(&layer, &|id| import.base_has(id), lookup).map_err(|error| match error {
                 MergeError::Tree(TreeError::Read(_, _, error))
                     if error.get_ref().is_some_and(|error| error.is::<OverBudget>()) =>
                 {
@@ -85,11 +85,11 @@ impl Merged {
                 MergeError::Tree(error) => import.tree_failure(&error),
                 error => Failure::new(Kind::BadFormat, format!("{name}: {error}")),
             })?;
-            replacements.extend(replaced_links(import, name, &replaced));
+            hidden.extend(hidden_below(import, name, &below));
             unstorable.extend(layer.unstorable);
         }
         // An image may have the same layer twice.
-        let warnings = [shortened(left_outs.into_iter().collect()), shortened(replacements)].concat();
+        let warnings = [shortened(left_outs.into_iter().collect()), shortened(hidden)].concat();
         let merged = Self { root: root.unwrap_or_else(|| Dir::empty(Arc::default())), warnings, _share: share };
         merged.refuse_uncommittable(import, layers, &unstorable)?;
         Ok(merged)
@@ -185,20 +185,26 @@ impl Merged {
     }
 }
 
-/// Returns a warning for each symlink of the layers below that a directory of the layer `name` replaced.
-fn replaced_links(import: &Import, name: &str, replaced: &[(String, ObjectId)]) -> Vec<String> {
+/// Returns a warning for each symlink of the layers below that a directory of the layer `name` replaced, and for each
+/// directory that it removed by a whiteout of another path.
+fn hidden_below(import: &Import, name: &str, hidden: &Hidden) -> Vec<String> {
     let is_link = |id: &ObjectId| {
         let path = import.content_path(id);
         path.and_then(|path| path.symlink_metadata().ok()).is_some_and(|stat| stat.is_symlink())
     };
-    let links = replaced.iter().filter(|(_, id)| is_link(id));
+    let links = hidden.replaced.iter().filter(|(_, id)| is_link(id));
     let line = |(path, _): &(String, ObjectId)| {
         format!(
             "{name}: its directory /{path} replaces a symlink of the layers below: paths through that symlink now lead \
              to this directory"
         )
     };
-    links.map(line).collect()
+    let moved = hidden.moved.iter().map(|(Moved { archive, place }, removed)| {
+        format!(
+            "{name}: it removes the /{removed} of the layers below, and with it /{place}, where ostree keeps /{archive}"
+        )
+    });
+    links.map(line).chain(moved).collect()
 }
 
 /// Returns the objects that the layers have at more than one path.

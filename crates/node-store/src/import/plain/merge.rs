@@ -12,7 +12,7 @@ use crate::store::{Dirtree, ObjectId, ObjectType};
 use super::children::Children;
 use super::dirmeta::DirMeta;
 use super::layertree::{LayerDir, LayerFile, LayerTree};
-use super::path::{foreign, shown};
+use super::path::{MOVED, Moved, foreign, shown};
 use crate::import::tree::{Lookup, TreeError, commit_root, load};
 
 /// A directory of the merged tree.
@@ -132,14 +132,13 @@ impl Dir {
         found
     }
 
-    /// Lays a layer over the tree. `in_base` returns true for objects of the base. Returns the files and symlinks
-    /// that a directory of the layer replaced, by path.
+    /// Lays a layer over the tree. `in_base` returns true for objects of the base.
     pub(super) fn lay(
         &mut self,
         layer: &LayerTree,
         in_base: &dyn Fn(&ObjectId) -> bool,
         lookup: &mut Lookup<'_>,
-    ) -> Result<Vec<(String, ObjectId)>, MergeError> {
+    ) -> Result<Hidden, MergeError> {
         // Hardlinks to files of the layers below are resolved before the layer hides these files.
         let mut below = HashMap::new();
         let mut queue = vec![&layer.root];
@@ -164,15 +163,46 @@ impl Dir {
         if layer.root.opaque {
             self.content = Content::empty();
         }
-        let mut replaced = Vec::new();
-        lay(self, &layer.root, "", &object, &mut replaced, lookup)?;
-        Ok(replaced)
+        let mut hidden = Hidden::default();
+        lay(self, &layer.root, "", &object, &mut hidden, lookup)?;
+        Ok(hidden)
     }
 }
 
 impl Content {
     fn empty() -> Self {
         Content::Open { files: Children::default(), dirs: Children::default() }
+    }
+}
+
+/// Content of the layers below that a layer hides in a way that its author may not expect.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Hidden {
+    /// Files and symlinks that a directory of the layer replaced, by path.
+    pub replaced: Vec<(String, ObjectId)>,
+    /// Directories of [`MOVED`] that disappeared because the layer removed a directory above their place in the tree, and
+    /// that directory.
+    pub moved: Vec<(Moved, String)>,
+}
+
+impl Hidden {
+    /// Removes a directory of the layers below.
+    fn remove(
+        &mut self,
+        dirs: &mut Children<Dir>,
+        name: &str,
+        path: &str,
+        lookup: &mut Lookup<'_>,
+    ) -> Result<(), TreeError> {
+        let Some(mut dir) = dirs.remove(name) else { return Ok(()) };
+        for moved in MOVED {
+            let below = moved.place.strip_prefix(path).and_then(|below| below.strip_prefix('/'));
+            let below: Vec<&str> = below.into_iter().flat_map(|below| below.split('/')).collect();
+            if !below.is_empty() && dir.directory(&below, lookup)?.is_some() {
+                self.moved.push((moved, path.to_owned()));
+            }
+        }
+        Ok(())
     }
 }
 
@@ -186,34 +216,34 @@ fn lay(
     layer: &LayerDir,
     path: &str,
     object: &Object<'_>,
-    replaced: &mut Vec<(String, ObjectId)>,
+    hidden: &mut Hidden,
     lookup: &mut Lookup<'_>,
 ) -> Result<(), MergeError> {
     if layer.whiteouts.is_empty() && layer.files.is_empty() && layer.dirs.is_empty() {
         return Ok(());
     }
     let (files, dirs) = below.open(lookup)?;
-    for (name, ()) in layer.whiteouts.iter() {
-        files.remove(name);
-        dirs.remove(name);
-    }
     let at = |name: &str| {
         let name = foreign(name).unwrap_or(name);
         if path.is_empty() { name.to_owned() } else { format!("{path}/{name}") }
     };
+    for (name, ()) in layer.whiteouts.iter() {
+        files.remove(name);
+        hidden.remove(dirs, name, &at(name), lookup)?;
+    }
     for (name, file) in layer.files.iter() {
         dirs.remove(name);
         files.insert(name, object(&at(name), file)?);
     }
     for (name, layer) in layer.dirs.iter() {
         if let Some(id) = files.remove(name) {
-            replaced.push((at(name), id));
+            hidden.replaced.push((at(name), id));
         }
         if layer.opaque {
-            dirs.remove(name);
+            hidden.remove(dirs, name, &at(name), lookup)?;
         }
         let new = || Dir::empty(layer.meta.clone());
-        lay(dirs.or_insert_with(name, new), layer, &at(name), object, replaced, lookup)?;
+        lay(dirs.or_insert_with(name, new), layer, &at(name), object, hidden, lookup)?;
     }
     Ok(())
 }
@@ -265,7 +295,8 @@ mod tests {
             }
         }
         layer.file(&path("usr/link"), LayerFile::Below(path("usr/a")), 0, 0).unwrap();
-        tree.lay(&layer, &|_| true, &mut |id, _| Ok(objects.get(id).cloned()))?;
+        let hidden = tree.lay(&layer, &|_| true, &mut |id, _| Ok(objects.get(id).cloned()))?;
+        assert_eq!(hidden.moved, []);
         Ok((tree, objects))
     }
 
@@ -288,6 +319,27 @@ mod tests {
             for (name, byte) in present {
                 assert_eq!(tree.file(&path(name), lookup).unwrap(), Some(id(*byte)), "{entries:?} {name}");
             }
+        }
+    }
+
+    #[test]
+    fn directories_that_a_whiteout_above_removes_are_named() {
+        for (entries, moved) in [
+            (&["usr/.wh..wh..opq"][..], &["etc"][..]),
+            (&[".wh.usr"], &["etc"]),
+            (&["usr/.wh.etc"], &[]),
+            (&["usr/etc/.wh..wh..opq"], &[]),
+            (&["usr/d/.wh..wh..opq"], &[]),
+        ] {
+            let (objects, mut tree) = base();
+            let lookup: &mut Lookup<'_> = &mut |id, _| Ok(objects.get(id).cloned());
+            let mut below = LayerTree::default();
+            below.file(&path("usr/etc/app"), LayerFile::Object(id(6)), 0, 0).unwrap();
+            tree.lay(&below, &|_| true, lookup).unwrap();
+            let mut layer = LayerTree::default();
+            entries.iter().for_each(|entry| assert!(layer.whiteout(&path(entry), 0, 0).unwrap()));
+            let hidden = tree.lay(&layer, &|_| true, lookup).unwrap();
+            assert_eq!(hidden.moved.iter().map(|(moved, _)| moved.archive).collect::<Vec<_>>(), moved, "{entries:?}");
         }
     }
 

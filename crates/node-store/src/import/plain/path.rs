@@ -14,6 +14,19 @@ pub(in crate::import) struct Placement {
     pub any_top_level: bool,
 }
 
+/// A top-level directory that has another place in the tree.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Moved {
+    /// Path in the archive.
+    pub archive: &'static str,
+    /// Path in the tree.
+    pub place: &'static str,
+}
+
+/// The directories that ostree keeps elsewhere. `/var` is moved only by an older libostree.
+pub(super) const MOVED: [Moved; 2] =
+    [Moved { archive: "etc", place: "usr/etc" }, Moved { archive: "var", place: "usr/share/factory/var" }];
+
 /// Place of a path in the tree.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Place {
@@ -91,9 +104,9 @@ impl Placement {
         let Some(top) = parts.first().map(|part| name(part)) else { return Ok(Place::At(Vec::new())) };
         Ok(match top.as_str() {
             "usr" => Place::At(below(&[])),
-            "etc" => Place::At(below(&["usr"])),
-            "var" if self.keep_var => Place::At(below(&[])),
-            "var" => Place::At(below(&["usr", "share", "factory"])),
+            "etc" | ".wh.etc" => Place::At(below(&["usr"])),
+            "var" | ".wh.var" if self.keep_var => Place::At(below(&[])),
+            "var" | ".wh.var" => Place::At(below(&["usr", "share", "factory"])),
             "run" | "tmp" | "proc" | "sys" | "dev" if parts.len() == 1 => Place::At(below(&[])),
             "sysroot" if parts.len() == 1 && self.any_top_level => Place::At(below(&[])),
             "sysroot" if parts.len() > 3 && parts[..3].iter().zip(REPO).all(|(a, b)| *a == b.as_bytes()) => {
@@ -129,6 +142,8 @@ mod tests {
             (b"etc/foo", at("usr/etc/foo")),
             (b"etc", at("usr/etc")),
             (b"etcc/foo", nowhere("/etcc")),
+            (b".wh.etc", at("usr/.wh.etc")),
+            (b"./.wh.var", at("usr/share/factory/.wh.var")),
             (b"./", at("")),
             (b"var/lib/x", at("usr/share/factory/var/lib/x")),
             (b"run/", at("run")),
@@ -151,6 +166,7 @@ mod tests {
         let transient = Placement { keep_var: true, any_top_level: true };
         for (path, expected) in [
             (b"var/lib/x".as_slice(), at("var/lib/x")),
+            (b".wh.var", at(".wh.var")),
             (b"opt/puppet", at("opt/puppet")),
             (b"\xff", Ok(Place::At(vec!["/\\xff".into()]))),
             (b"run/x", nowhere("/run")),
