@@ -190,7 +190,12 @@ async fn a_plain_image_is_the_same_commit_on_every_system() {
         file("usr/share/new", "new"),
     ];
     let relabels = [update.clone(), policy("test", &CONTEXTS.replace("bin_t", "tool_t"))].concat();
-    for (name, update, written) in [("same-policy", update, 2), ("other-policy", relabels, 5)] {
+    // A policy that has no label for a path for which the booted one has a label.
+    let without = format!("{CONTEXTS}/usr/share/dir(/.*)?\t<<none>>\n");
+    let unlabels = [update.clone(), vec![file("usr/share/dir/x", "x")], policy("test", &without)].concat();
+    for (name, update, written) in
+        [("same-policy", update, 2), ("other-policy", relabels, 5), ("fewer-labels", unlabels, 4)]
+    {
         let spec = bench.push(&of(&[labelled_system(), update]), &format!("plain:{name}"));
         let (store, whole) = (bench.store(name, Some(&booted)), bench.store(&format!("{name}-whole"), None));
         let delta = try_pull(&spec, &store, Some(&booted)).await.unwrap();

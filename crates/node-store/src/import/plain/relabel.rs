@@ -1,7 +1,8 @@
 //! Labels a merged tree with its own SELinux policy. Blocks.
 //!
 //! The rule is that of libostree when ostree-ext commits a merged tree: if the policy has a label for a path, the entry
-//! gets it, whether it comes from the base or a layer. Otherwise the entry is unchanged.
+//! gets it, whether it comes from the base or a layer. Otherwise the entry is unchanged, except for a label of the booted
+//! policy, by which the layers of a plain image were read.
 
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
@@ -17,9 +18,10 @@ use support::xattr;
 use crate::image::{Failure, Kind, PullSpec};
 use crate::store::{FileMeta, ObjectId, ObjectType, Xattrs};
 
-use super::dirmeta::{DirMeta, S_IFDIR, label_of, read_dirmeta, set_label};
+use super::dirmeta::{DirMeta, S_IFDIR, SELINUX, label_of, read_dirmeta, set_label};
 use super::label::{Labels, PolicyFiles};
 use super::merge::Meta;
+use crate::import::base::Base;
 use crate::import::replaced::Replacement;
 use crate::import::state::Import;
 use crate::import::tree::Target;
@@ -55,7 +57,7 @@ pub(super) struct Relabeller<'a> {
     known: HashMap<ObjectId, Option<Known>>,
     seen: HashSet<Label>,
     metas: HashMap<ObjectId, DirMeta>,
-    made: HashMap<(ObjectId, Label), ObjectId>,
+    made: HashMap<(ObjectId, Option<Label>), ObjectId>,
     /// Relabelled copies that were not stored, because no path seen so far needs them in the store.
     unstored: HashSet<ObjectId>,
     /// Objects of the policies, which libselinux reads by their names.
@@ -185,11 +187,32 @@ impl<'a> Relabeller<'a> {
                 }
             },
         };
-        let label = lookup(&self.labels, self.image, path, S_IFDIR | current.mode)?;
-        let Some(label) = label.filter(|label| label_of(&current.xattrs) != Some(label)) else { return Ok(None) };
-        let mut new = current.clone();
-        set_label(&mut new.xattrs, label);
-        Ok(Some(new))
+        let current = current.clone();
+        let change = self.change(path, S_IFDIR | current.mode, label_of(&current.xattrs))?;
+        Ok(change.map(|label| {
+            let mut new = current;
+            match label {
+                Some(label) => set_label(&mut new.xattrs, label),
+                None => new.xattrs.retain(|(name, _)| name != SELINUX),
+            }
+            new
+        }))
+    }
+
+    /// Returns the label that replaces the label `now` of an entry at `path`, or `None` if it stays.
+    fn change(&self, path: &str, mode: u32, now: Option<&[u8]>) -> Result<Option<Option<Vec<u8>>>, Failure> {
+        let label = lookup(&self.labels, self.image, path, mode)?;
+        Ok(match label {
+            Some(_) if label.as_deref() == now => None,
+            Some(_) => Some(label),
+            None if now.is_some() && self.is_guess(path, mode, now)? => Some(None),
+            None => None,
+        })
+    }
+
+    /// Returns true if the label can only be that of the policy by which the layers of a plain image were read.
+    fn is_guess(&self, path: &str, mode: u32, label: Option<&[u8]>) -> Result<bool, Failure> {
+        Ok(self.import.base == Base::Empty && self.by_base(path, mode, None)?.as_deref() == label)
     }
 
     /// Returns the object that equals `id` except for the label of `path`. Writes it if necessary.
@@ -205,8 +228,7 @@ impl<'a> Relabeller<'a> {
             self.note_absent(id, path)?;
             return Ok(*id);
         };
-        let label = lookup(&self.labels, self.image, path, known.mode)?;
-        let Some(label) = label.filter(|label| known.label.as_deref() != Some(label)) else {
+        let Some(label) = self.change(path, known.mode, known.label.as_deref())? else {
             if let Some(Some(known)) = self.known.get_mut(id) {
                 known.used = true;
             }
@@ -215,21 +237,21 @@ impl<'a> Relabeller<'a> {
         if self.import.base_has(id) {
             self.relabelled_base += 1;
             self.base_is_mislabelled |=
-                self.by_base(path, known.mode, Some(&label))?.as_deref() != known.label.as_deref();
+                self.by_base(path, known.mode, label.as_deref())?.as_deref() != known.label.as_deref();
         }
         if let Some(Replacement { copy, .. }) = self.import.replacement(id)
-            && read_label(self.import, &copy)?.and_then(|(_, label)| label).as_ref() == Some(&label)
+            && read_label(self.import, &copy)?.is_some_and(|(_, of_copy)| of_copy == label)
         {
             return Ok(copy);
         }
-        let key = (*id, self.shared(label));
+        let key = (*id, label.map(|label| self.shared(label)));
         let is_kept = |made: &ObjectId| self.import.keeps_at(made, path.trim_start_matches('/'));
         if let Some(made) = self.made.get(&key)
             && !(self.unstored.contains(made) && is_kept(made))
         {
             return Ok(*made);
         }
-        let made = copy(self.import, self.image, id, path, Some(&key.1), &is_kept)?;
+        let made = copy(self.import, self.image, id, path, key.1.as_deref(), &is_kept)?;
         if is_kept(&made) {
             self.unstored.remove(&made);
         } else {
@@ -270,7 +292,8 @@ impl<'a> Relabeller<'a> {
         // The type is in the missing object: try a file and a symlink.
         for mode in [0o100_644, 0o120_777] {
             let label = lookup(&self.labels, self.image, path, mode)?;
-            let differs = label.is_some() && label != self.by_base(path, mode, label.as_deref())?;
+            let by_base = self.by_base(path, mode, label.as_deref())?;
+            let differs = label != by_base && (label.is_some() || self.import.base == Base::Empty);
             *self.absent.entry(*id).or_default() |= differs;
         }
         Ok(())
