@@ -33,10 +33,15 @@ impl Counted {
         self.bench.push(image, name).replace(&self.bench.registry.address, &self.faults.address)
     }
 
-    /// Returns the digests of the layers of the image that was pushed last.
-    fn layers(&self) -> Vec<String> {
+    /// Returns the manifest of the image that was pushed last.
+    fn manifest(&self) -> serde_json::Value {
         let layout = format!("oci:{}", self.bench.path("layout").display());
-        let manifest: serde_json::Value = serde_json::from_str(&run("skopeo", &["inspect", "--raw", &layout])).unwrap();
+        serde_json::from_str(&run("skopeo", &["inspect", "--raw", &layout])).unwrap()
+    }
+
+    /// Returns the digests of the layers of the image that was pushed last.
+    pub(super) fn layers(&self) -> Vec<String> {
+        let manifest = self.manifest();
         let digest = |layer: &serde_json::Value| layer["digest"].as_str().unwrap().to_owned();
         manifest["layers"].as_array().unwrap().iter().map(digest).collect()
     }
@@ -146,6 +151,52 @@ async fn layers_have_the_commits_of_ostree_ext() {
     assert_eq!(blobs.len(), 5, "{blobs:?}");
     for name in blobs {
         assert_eq!(resolve(store.repo_path(), &name), resolve(&theirs, &name), "{name}");
+    }
+}
+
+/// After a pull without the kernel modules into the repo of a disk, ostree-ext fetches only the layers that the pull did not
+/// store as a whole.
+#[tokio::test(flavor = "multi_thread")]
+async fn ostree_ext_uses_the_layers_of_an_incomplete_pull() {
+    let counted = Counted::new();
+    let oracle = oracle();
+    // The first layer, and those with files of the kernel or files that a later layer hides.
+    for ((name, image), again) in kinds(&counted.bench).into_iter().zip([2, 4, 1]) {
+        let spec = counted.push(&image, &format!("{name}:1"));
+        let (disk, _mount) = sysroot(&counted.bench, &format!("disk-{name}"), "64m");
+        let repo = disk.join("ostree/repo");
+        let store = NodeStore::on_disk(&repo, None).unwrap();
+        let booted = BootedRepo { path: repo.clone(), commit: None };
+        let pulled = try_pull_with(&spec, &store, Some(&booted), PullOptions::default()).await.unwrap();
+        let found = refs(&repo);
+        assert!(!pulled.complete && found.iter().all(|name| name.contains("/blob/")), "{name}: {found:?}");
+        assert_eq!(found.len(), counted.layers().len() - again, "{name}: {found:?}");
+        fsck(&repo);
+        store.remove_ref().unwrap();
+        assert_eq!(refs(&repo), [""; 0], "{name}: an undo removes them");
+        try_pull_with(&spec, &store, Some(&booted), PullOptions::default()).await.unwrap();
+        assert_eq!(refs(&repo), found, "{name}");
+        // The refs of layers of another image do not accumulate.
+        let second = counted.push(&super::image(&counted.bench, 2, 1), &format!("{name}:2"));
+        let second = try_pull_with(&second, &store, Some(&booted), PullOptions::default()).await.unwrap();
+        try_pull_with(&spec, &store, Some(&booted), PullOptions::default()).await.unwrap();
+        let now = refs(&repo);
+        assert!(now.iter().all(|name| found.contains(name)), "{name}: {now:?}, {found:?}");
+        counted.push(&image, &format!("{name}:1"));
+        // This version refuses plain images.
+        if name != "plain" {
+            counted.served();
+            import(&oracle, &repo, &spec);
+            let served = counted.served();
+            assert_eq!(served.len(), again, "{name}: {served:?} of {:?}", counted.layers());
+            fsck(&repo);
+            store.remove_ref().unwrap();
+            assert!(refs(&repo).len() > found.len(), "{name}: the layers of ostree-ext's image keep their refs");
+        }
+        // ostree-ext may make another merge commit, and does not know the agent's.
+        let mut marked = fs::read_dir(repo.join("state")).unwrap().map(|entry| entry.unwrap().file_name());
+        let own = [pulled.commit, second.commit].map(|commit| format!("{commit}.commitpartial"));
+        assert!(marked.all(|name| own.contains(&name.to_string_lossy().into_owned())), "{name}");
     }
 }
 

@@ -7,7 +7,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::io;
 
-use crate::image::{Failure, ImageDescription, Layer, ResolvedImage};
+use crate::image::{Failure, ImageDescription, Layer, Layout, ResolvedImage};
 use crate::store::{Dirtree, NodeStore, ObjectId, ObjectType, image_ref, layer_ref};
 
 use super::plain::{CommitInfo, DirMeta, dirmeta_bytes, put, store_commit, store_image};
@@ -34,7 +34,9 @@ fn list_name(layer: &Layer) -> String {
 
 /// Returns the content objects of a chunk that was read to its end.
 fn content(import: &Import, layer: &Layer) -> io::Result<Option<BTreeSet<ObjectId>>> {
-    let list = import.store.read_layer_list(&list_name(layer))?.filter(|list| list.len() % 32 == 0);
+    // An empty list may be what a power cut left of another one.
+    let is_list = |list: &Vec<u8>| !list.is_empty() && list.len().is_multiple_of(32);
+    let list = import.store.read_layer_list(&list_name(layer))?.filter(is_list);
     Ok(list.map(|list| list.chunks(32).filter_map(ObjectId::from_bytes).collect()))
 }
 
@@ -42,6 +44,38 @@ fn content(import: &Import, layer: &Layer) -> io::Result<Option<BTreeSet<ObjectI
 pub(super) fn has_nothing_wanted(import: &Import, layer: &Layer) -> bool {
     let content = content(import, layer).ok().flatten();
     content.is_some_and(|content| !content.iter().any(|id| import.wants_content(id)))
+}
+
+/// Stores the commits of the layers of which all content exists, and returns their refs. `base` is the encapsulated commit
+/// if all of its content exists. `plain` has the commits of plain layers by digest.
+pub(super) fn layer_refs(
+    import: &Import,
+    layout: &Layout,
+    base: Option<ObjectId>,
+    plain: &HashMap<String, ObjectId>,
+) -> Result<ImageRefs, Failure> {
+    let mut found = ImageRefs::default();
+    for layer in layout.layers() {
+        let digest = layer.digest();
+        let is_plain = layout.plain.iter().any(|plain| plain.index == layer.index);
+        let commit = match held_commit(import, &digest) {
+            Some(held) => Some(held),
+            None if is_plain => {
+                let commit = plain.get(&digest).copied();
+                found.commits.extend(commit);
+                commit
+            }
+            None if layer.index == 0 => base,
+            None => {
+                let chunk = chunk_commit(import, layer)?;
+                found.commits.extend(chunk);
+                // The content of a layer that was not fetched is not known. All of it is part of the base.
+                chunk.or(base)
+            }
+        };
+        found.refs.extend(commit.map(|commit| (layer_ref(&digest), commit)));
+    }
+    Ok(found)
 }
 
 /// Stores the commits of a complete image and of its layers, and returns their refs. `commit` is the image's commit, or
@@ -54,29 +88,9 @@ pub(super) fn image_refs(
     plain: &HashMap<String, ObjectId>,
 ) -> Result<ImageRefs, Failure> {
     let layout = &description.layout;
-    let mut found = ImageRefs::default();
-    for layer in layout.layers() {
-        let digest = layer.digest();
-        let is_plain = layout.plain.iter().any(|plain| plain.index == layer.index);
-        let commit = match held_commit(import, &digest) {
-            Some(held) => Some(held),
-            None if is_plain => {
-                let commit = plain.get(&digest).copied();
-                found.commits.extend(commit);
-                commit
-            }
-            None if layer.index == 0 => import.base.commit(),
-            None => {
-                let chunk = chunk_commit(import, layer)?;
-                found.commits.extend(chunk);
-                // The content of a layer that was not fetched is not known. All of it is part of the base.
-                chunk.or(import.base.commit())
-            }
-        };
-        found.refs.extend(commit.map(|commit| (layer_ref(&digest), commit)));
-    }
+    let mut found = layer_refs(import, layout, import.base.commit(), plain)?;
     // Without the ref of the first layer, ostree-ext does not accept the image.
-    let first = description.layout.layers().find(|layer| layer.index == 0).map(|layer| layer_ref(&layer.digest()));
+    let first = layout.layers().find(|layer| layer.index == 0).map(|layer| layer_ref(&layer.digest()));
     if !found.refs.iter().any(|(name, _)| Some(name) == first.as_ref()) {
         return Ok(found);
     }
@@ -112,19 +126,24 @@ pub(super) fn image_ref_names(image: &ResolvedImage) -> BTreeSet<String> {
 fn held_commit(import: &Import, digest: &str) -> Option<ObjectId> {
     let own = import.store.resolve(&layer_ref(digest)).ok().flatten();
     let booted = || import.booted.as_ref().and_then(|booted| booted.layer_commit(digest));
-    let lookup: &mut Lookup<'_> = &mut |id, kind| import.read_metadata(id, kind);
-    own.into_iter().chain(booted()).find(|commit| {
-        let is_whole = |id: &ObjectId| import.has_content(id);
-        !import.store.is_partial(commit) && walk(commit, lookup).is_ok_and(|tree| tree.content.keys().all(is_whole))
-    })
+    own.into_iter().chain(booted()).find(|commit| !import.store.is_partial(commit) && is_whole(import, commit))
 }
 
-/// Stores the commit of a chunk whose content is known.
+/// Returns true if all objects of the commit exist.
+fn is_whole(import: &Import, commit: &ObjectId) -> bool {
+    let lookup: &mut Lookup<'_> = &mut |id, kind| import.read_metadata(id, kind);
+    walk(commit, lookup).is_ok_and(|tree| tree.content.keys().all(|id| import.has_content(id)))
+}
+
+/// Stores the commit of a chunk whose content is known and exists.
 fn chunk_commit(import: &Import, layer: &Layer) -> Result<Option<ObjectId>, Failure> {
     let Some(content) = content(import, layer).map_err(|error| import.local(error))? else { return Ok(None) };
     // An image may have content in a layer that is not part of its commit. It was not stored.
     let names: Vec<(String, ObjectId)> =
         content.into_iter().filter(|id| import.base_has(id)).map(|id| (id.to_string(), id)).collect();
+    if !names.iter().all(|(_, id)| import.has_content(id)) {
+        return Ok(None);
+    }
     let tree = Dirtree { files: names.iter().map(|(name, id)| (name.as_str(), *id)).collect(), dirs: Vec::new() };
     let tree = put(import, ObjectType::DirTree, &tree.to_bytes())?;
     let meta = dirmeta_bytes(&DirMeta { mode: 0o755, ..DirMeta::default() });

@@ -178,17 +178,20 @@ impl<'a> PlainLayers<'a> {
         }
     }
 
-    /// Stores the commits of the layers, if the import is complete. Returns them by the digest of the layer.
+    /// Stores the commits of the layers. Returns them by the digest of the layer. An incomplete import into RAM needs none.
     async fn layer_commits(&self) -> Result<HashMap<String, ObjectId>, Failure> {
-        if !self.run.import.is_complete() {
+        let import = self.run.import.clone();
+        let complete = import.is_complete();
+        if !complete && !import.store.is_on_disk() {
             return Ok(HashMap::new());
         }
-        let import = self.run.import.clone();
         let known = self.layers.iter().map(Layer::digest).zip(&self.trees);
         let trees: HashMap<_, _> = known.filter_map(|(digest, tree)| Some((digest, tree.clone()?))).collect();
         let store = move || {
+            // Hidden objects are removed at the end of an incomplete import.
+            let stays = |id: &ObjectId| import.has_content(id) && (complete || !import.is_hidden(id));
             let stored = trees.into_iter().map(|(digest, tree)| {
-                let commit = store_layer(&import, &tree.tree(&import)?)?;
+                let commit = store_layer(&import, &tree.tree(&import)?, &stays)?;
                 Ok(commit.map(|commit| (digest, commit)))
             });
             stored.filter_map(Result::transpose).collect()

@@ -16,7 +16,7 @@ use crate::store::{BootedRepo, LockError, NodeStore, ObjectId, ObjectType, Scope
 use super::base::Base;
 use super::encapsulated::Purpose;
 use super::fetch::{cancelled, fetch_encapsulated};
-use super::image_refs::{ImageRefs, has_image_refs, has_nothing_wanted, image_refs};
+use super::image_refs::{ImageRefs, has_image_refs, has_nothing_wanted, image_refs, layer_refs};
 use super::plain::{Derived, remove_left_policies};
 use super::plain_layers::PlainLayers;
 use super::run::{Read, Run, all_of, blocking, local};
@@ -123,6 +123,8 @@ pub async fn pull(
         finished.prune_derived(|id| complete || sources.contains(id)).map_err(fail)?;
         let made = match complete && base_complete {
             true => image_refs(&finished, &name, &described, commit, &layer_commits)?,
+            false if finished.store.is_on_disk() => layer_refs(&finished, &described.layout, None, &layer_commits)?,
+            // No other program reads a RAM store while it is incomplete, and the commits would use RAM.
             false => ImageRefs::default(),
         };
         let base = base.commit().map(|base| (base, base_complete));

@@ -78,6 +78,13 @@ struct Wants {
     merged: bool,
 }
 
+impl Wants {
+    /// Returns true if neither the merged tree nor the base has the object.
+    fn is_unused(&self, id: &ObjectId) -> bool {
+        !self.target.content.contains_key(id) && !self.base.contains(id)
+    }
+}
+
 impl Import {
     /// Lists the content objects of both repos. Blocks.
     pub(super) fn new(
@@ -248,12 +255,15 @@ impl Import {
     pub(super) fn prune_derived(&self, keep: impl Fn(&ObjectId) -> bool) -> io::Result<()> {
         let wants = self.wants();
         let Some(wants) = wants.as_ref() else { return Ok(()) };
-        for id in self.derived.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-            if !wants.target.content.contains_key(id) && !wants.base.contains(id) && !keep(id) {
-                self.store.remove_content(id, &self.writer)?;
-            }
-        }
-        Ok(())
+        let derived = self.derived.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut hidden = derived.iter().filter(|id| wants.is_unused(id) && !keep(id));
+        hidden.try_for_each(|id| self.store.remove_content(id, &self.writer))
+    }
+
+    /// Returns true if a content object was stored for a plain layer, and neither the merged tree nor the base has it.
+    pub(super) fn is_hidden(&self, id: &ObjectId) -> bool {
+        self.wants().as_ref().is_some_and(|wants| wants.is_unused(id))
+            && self.derived.lock().unwrap_or_else(PoisonError::into_inner).contains(id)
     }
 
     /// Reads a metadata object from the node store or the booted repo. Returns `None` if neither has it.

@@ -38,6 +38,11 @@ impl HeldLayers {
         self.by_digest.get(digest).or_else(|| self.by_digest.get(self.booted.get(diff_id)?))
     }
 
+    /// Returns the names of the refs of all layers.
+    pub(super) fn refs(&self) -> HashSet<String> {
+        self.by_digest.keys().map(|digest| layer_ref(digest)).collect()
+    }
+
     fn add(&mut self, digest: String, layer: HeldLayer) {
         let known = self.by_digest.entry(digest).or_insert(layer);
         // An image has no record of a layer that an earlier image brought.
@@ -68,9 +73,7 @@ impl BootedRepo {
 
     /// Returns the digest, diff id and state of the image's layers.
     fn layers_of(&self, image: &ObjectId, heads: &Path) -> Option<Vec<(String, String, HeldLayer)>> {
-        let bytes = self.read_metadata(image, ObjectType::Commit).ok()??;
-        let commit = Variant::from_data_with_type(bytes, VariantTy::new("(a{sv}aya(say)sstayay)").ok()?);
-        let metadata = VariantDict::new(Some(&commit.child_value(0)));
+        let metadata = commit_metadata(self.read_metadata(image, ObjectType::Commit).ok()??)?;
         let text = |key| metadata.lookup::<String>(key).ok().flatten();
         let manifest: ImageManifest = serde_json::from_str(&text("ostree.manifest")?).ok()?;
         let config: ImageConfiguration = serde_json::from_str(&text("ostree.container.image-config")?).ok()?;
@@ -92,6 +95,12 @@ impl BootedRepo {
         });
         Some(held.collect())
     }
+}
+
+/// Returns the metadata in the bytes of a commit object.
+fn commit_metadata(bytes: Vec<u8>) -> Option<VariantDict> {
+    let commit = Variant::from_data_with_type(bytes, VariantTy::new("(a{sv}aya(say)sstayay)").ok()?);
+    Some(VariantDict::new(Some(&commit.child_value(0))))
 }
 
 /// Lists the files below a directory of refs.

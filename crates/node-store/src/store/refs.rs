@@ -40,6 +40,12 @@ pub fn layer_ref(digest: &str) -> String {
     format!("{LAYER_REF_PREFIX}/{}", escape_ref(digest))
 }
 
+/// Returns true for the name of a layer's ref.
+pub(super) fn is_layer_ref(name: &str) -> bool {
+    let digest = name.strip_prefix(LAYER_REF_PREFIX).and_then(|rest| rest.strip_prefix('/'));
+    digest.is_some_and(|digest| !digest.is_empty() && digest.chars().all(|c| c.is_ascii_alphanumeric() || c == '_'))
+}
+
 /// Returns the commit in the file of a ref, or `None` if the file is missing or damaged.
 pub(super) fn commit_of(path: &Path) -> Option<ObjectId> {
     fs::read_to_string(path).ok()?.trim().parse().ok()
@@ -66,5 +72,10 @@ mod tests {
             assert_eq!(escape_ref(text), escaped, "{text}");
         }
         assert_eq!(layer_ref("sha256:ab"), "ostree/container/blob/sha256_3A_ab");
+        assert!(is_layer_ref(&layer_ref("sha256:ab")));
+        for name in ["", "ostree/container/blob/", "ostree/container/blob/sha\0", "ostree/container/image/sha256_3A_ab"]
+        {
+            assert!(!is_layer_ref(name), "{name:?}");
+        }
     }
 }

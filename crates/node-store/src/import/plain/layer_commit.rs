@@ -16,22 +16,31 @@ use crate::import::state::Import;
 /// Stores the commit of a layer and returns its name. A file of which only a relabelled copy is left has the label of
 /// that copy: the importer of another image labels the merged tree again. Entries that cannot be part of a commit, such
 /// as those below `/run`, are left out, as by ostree-ext. Returns `None` if the commit would lack something of the layer:
-/// a content object that neither repo has, a hardlink to a layer below, or a name or symlink target that is not UTF-8.
-pub(in crate::import) fn store_layer(import: &Import, layer: &LayerTree) -> Result<Option<ObjectId>, Failure> {
+/// a content object for which `stays` returns false, a hardlink to a layer below, or a name or symlink target that is not
+/// UTF-8.
+pub(in crate::import) fn store_layer(
+    import: &Import,
+    layer: &LayerTree,
+    stays: &dyn Fn(&ObjectId) -> bool,
+) -> Result<Option<ObjectId>, Failure> {
     if !layer.unstorable.is_empty() {
         return Ok(None);
     }
-    let Some((tree, meta)) = store_dir(import, &layer.root)? else { return Ok(None) };
+    let Some((tree, meta)) = store_dir(import, &layer.root, stays)? else { return Ok(None) };
     store_commit(import, &CommitInfo { tree, meta, ..CommitInfo::default() }).map(Some)
 }
 
 /// Stores the dirtree and the dirmeta of a directory, children first.
-fn store_dir(import: &Import, dir: &LayerDir) -> Result<Option<(ObjectId, ObjectId)>, Failure> {
+fn store_dir(
+    import: &Import,
+    dir: &LayerDir,
+    stays: &dyn Fn(&ObjectId) -> bool,
+) -> Result<Option<(ObjectId, ObjectId)>, Failure> {
     let mut files = BTreeMap::new();
     for (name, file) in dir.files.iter() {
         let (LayerFile::Object(id) | LayerFile::OfBase(id)) = file else { return Ok(None) };
         let id = import.replacement(id).map_or(*id, |replacement| replacement.copy);
-        if foreign(name).is_some() || !import.has_content(&id) {
+        if foreign(name).is_some() || !stays(&id) {
             return Ok(None);
         }
         files.insert(name.to_owned(), id);
@@ -47,7 +56,7 @@ fn store_dir(import: &Import, dir: &LayerDir) -> Result<Option<(ObjectId, Object
     }
     let mut dirs = BTreeMap::new();
     for (name, child) in dir.dirs.iter() {
-        let stored = if foreign(name).is_some() { None } else { store_dir(import, child)? };
+        let stored = if foreign(name).is_some() { None } else { store_dir(import, child, stays)? };
         let Some(stored) = stored else { return Ok(None) };
         dirs.insert(name, stored);
     }
