@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use node_store::import::PullOptions;
-use node_store::store::{BootedRepo, NodeStore};
+use node_store::store::{BootedRepo, NodeStore, ObjectId, ObjectType};
 
 use super::derived::{Labels, base, complete, layers, with};
 use super::failing::Small;
 use super::faults::Faults;
-use super::fixture::{Image, fsck, run};
+use super::fixture::{Image, fsck, listing, run};
 use super::layers::{Item, What, dir, file, item, layer, oracle};
 use super::plain::{labelled_system, plain};
 use super::tree::noise;
@@ -44,6 +44,11 @@ impl Counted {
         let manifest = self.manifest();
         let digest = |layer: &serde_json::Value| layer["digest"].as_str().unwrap().to_owned();
         manifest["layers"].as_array().unwrap().iter().map(digest).collect()
+    }
+
+    /// Returns the digest of the config of that image.
+    fn config(&self) -> String {
+        self.manifest()["config"]["digest"].as_str().unwrap().to_owned()
     }
 
     /// Returns the layers of that image that were served since the last call.
@@ -197,6 +202,46 @@ async fn ostree_ext_uses_the_layers_of_an_incomplete_pull() {
         let mut marked = fs::read_dir(repo.join("state")).unwrap().map(|entry| entry.unwrap().file_name());
         let own = [pulled.commit, second.commit].map(|commit| format!("{commit}.commitpartial"));
         assert!(marked.all(|name| own.contains(&name.to_string_lossy().into_owned())), "{name}");
+    }
+}
+
+/// A pull writes objects again that disappeared, and the ref by digest, which ostree-ext's garbage collection removes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_complete_pull_heals_the_store() {
+    let counted = Counted::new();
+    for (name, image) in kinds(&counted.bench) {
+        let store = counted.bench.store(name, None);
+        let other = counted.push(&super::image(&counted.bench, 2, 1), &format!("{name}-other:2"));
+        try_pull_with(&other, &store, None, complete()).await.unwrap();
+        let other = refs(store.repo_path()).into_iter().find(|name| name.ends_with("_3A_2")).unwrap();
+        let spec = counted.push(&image, &format!("{name}:1"));
+        let pulled = try_pull_with(&spec, &store, None, complete()).await.unwrap();
+        let tree = listing(store.repo_path(), "coreos/node-image");
+        let own = format!("{name}_40_sha256");
+        let by_digest = refs(store.repo_path()).into_iter().find(|name| name.contains(&own)).unwrap();
+        run("ostree", &["refs", "--repo", store.repo_path().to_str().unwrap(), "--delete", &by_digest]);
+        counted.served();
+        let config = counted.bench.registry.blob(&counted.config());
+        fs::rename(&config, config.with_extension("gone")).unwrap();
+        try_pull_with(&spec, &store, None, complete()).await.unwrap();
+        assert!(refs(store.repo_path()).contains(&by_digest), "{name}: without the registry");
+        let commit = resolve(store.repo_path(), &by_digest);
+        fs::rename(config.with_extension("gone"), &config).unwrap();
+        let shell =
+            tree.lines().find(|line| line.ends_with(" /usr/bin/kubelet") || line.ends_with(" /usr/bin/newtool"));
+        let lost: ObjectId = shell.unwrap().split_whitespace().nth(4).unwrap().parse().unwrap();
+        fs::remove_file(store.object_path(&lost, ObjectType::File)).unwrap();
+        let again = try_pull_with(&spec, &store, None, complete()).await.unwrap();
+        assert_eq!((again.commit, again.complete), (pulled.commit, true), "{name}");
+        fsck(store.repo_path());
+        assert_eq!(listing(store.repo_path(), "coreos/node-image"), tree, "{name}");
+        // Another program moved the tag's ref to another image, and removed the ref by digest.
+        let by_tag = refs(store.repo_path()).into_iter().find(|name| name.ends_with("_3A_1")).unwrap();
+        let heads = store.repo_path().join("refs/heads");
+        fs::write(heads.join(&by_tag), format!("{}\n", resolve(store.repo_path(), &other))).unwrap();
+        fs::remove_file(heads.join(&by_digest)).unwrap();
+        try_pull_with(&spec, &store, None, complete()).await.unwrap();
+        assert_eq!(resolve(store.repo_path(), &by_digest), commit, "{name}: the right image");
     }
 }
 

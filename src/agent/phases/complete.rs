@@ -9,7 +9,7 @@ use super::pull::{self, Target};
 use crate::agent::{Agent, CancelHandle, Error, Finished, Goal, StagedRoot, Step, Switched, storage};
 use crate::config::Settings;
 use crate::report::{Phase, RefusalId};
-use node_store::import::{PulledImage, has_image_refs};
+use node_store::import::{PulledImage, has_image};
 use support::human_bytes;
 
 impl Agent {
@@ -35,7 +35,7 @@ impl Agent {
                             "the switch is half done: finish or undo it first",
                         ));
                     };
-                    if self.is_complete(staged)? {
+                    if self.is_complete(staged).await? {
                         return Ok(vec![format!("the node store has all of {}", shown(&staged.pulled))]);
                     }
                     if let Ok(download) = self.download.try_lock() {
@@ -78,8 +78,12 @@ impl Agent {
         Ok(vec![line])
     }
 
-    fn is_complete(&self, StagedRoot { pulled, delta, .. }: &StagedRoot) -> anyhow::Result<bool> {
-        Ok(pulled.complete && has_image_refs(&storage::of(&self.paths, delta)?, &pulled.image)?)
+    async fn is_complete(&self, StagedRoot { pulled, delta, .. }: &StagedRoot) -> anyhow::Result<bool> {
+        if !pulled.complete {
+            return Ok(false);
+        }
+        let (store, image) = (storage::of(&self.paths, delta)?, pulled.image.clone());
+        Ok(tokio::task::spawn_blocking(move || has_image(&store, &image)).await??)
     }
 
     /// Cancels a download beside the pivot, so that it does not write to the store during an undo. A download that does not

@@ -79,13 +79,15 @@ pub(super) fn layer_refs(
 }
 
 /// Stores the commits of a complete image and of its layers, and returns their refs. `commit` is the image's commit, or
-/// the encapsulated commit of an image without plain layers. `plain` has the commits of plain layers by digest.
+/// the encapsulated commit of an image without plain layers. `plain` has the commits of plain layers by digest. `again` is
+/// true if an earlier pull resolved the pull spec.
 pub(super) fn image_refs(
     import: &Import,
     image: &ResolvedImage,
     description: &ImageDescription,
     commit: ObjectId,
     plain: &HashMap<String, ObjectId>,
+    again: bool,
 ) -> Result<ImageRefs, Failure> {
     let layout = &description.layout;
     let mut found = layer_refs(import, layout, import.base.commit(), plain)?;
@@ -103,18 +105,48 @@ pub(super) fn image_refs(
         }
     };
     found.commits.insert(merged);
-    found.refs.extend(image_ref_names(image).into_iter().map(|name| (name, merged)));
+    for name in image_ref_names(image) {
+        // Another program may have moved the ref of a tag since the first pull.
+        let is_new = || import.store.resolve(&name).map(|commit| commit.is_none());
+        if name == image_ref(&image.pinned.reference()) || !again || is_new().map_err(|error| import.local(error))? {
+            found.refs.push((name, merged));
+        }
+    }
     Ok(found)
 }
 
-/// Returns true if the store has the refs with which ostree-ext finds the image.
-pub fn has_image_refs(store: &NodeStore, image: &ResolvedImage) -> io::Result<bool> {
+/// Returns true if the store has the refs with which ostree-ext finds the image, and all content of the image.
+///
+/// Reads the metadata of the image, which takes some tenths of a second.
+pub fn has_image(store: &NodeStore, image: &ResolvedImage) -> io::Result<bool> {
     for name in image_ref_names(image) {
         if store.resolve(&name)?.is_none() {
             return Ok(false);
         }
     }
-    Ok(true)
+    // Another program may have moved the ref of a tag to another image.
+    let Some(commit) = store.resolve(&image_ref(&image.pinned.reference()))? else { return Ok(false) };
+    let lookup: &mut Lookup<'_> = &mut |id, kind| store.read_metadata(id, kind);
+    let has = |id: &ObjectId| store.find_object(id, ObjectType::File).is_some();
+    // A commit that cannot be read is a missing one: the next pull writes it.
+    Ok(walk(&commit, lookup).is_ok_and(|tree| tree.content.keys().all(has)))
+}
+
+/// Sets a missing ref of the image again if the other one names this image: ostree-ext removes the refs that no deployment
+/// names.
+pub(super) fn restore_image_refs(store: &NodeStore, image: &ResolvedImage) -> io::Result<()> {
+    let (mut missing, mut known) = (Vec::new(), None);
+    for name in image_ref_names(image) {
+        match store.resolve(&name)? {
+            Some(commit) => known = known.or(Some(commit)),
+            None => missing.push(name),
+        }
+    }
+    let digest = image.digest.to_string();
+    match known.filter(|commit| store.manifest_digest(commit).as_deref() == Some(&digest)) {
+        Some(commit) => store.set_refs(missing.iter().map(|name| (name.as_str(), &commit))),
+        None => Ok(()),
+    }
 }
 
 /// Returns the refs of the image: by the pull spec that was asked for, and by digest.

@@ -27,5 +27,5 @@ mod state;
 mod tree;
 mod wanted;
 
-pub use image_refs::has_image_refs;
+pub use image_refs::has_image;
 pub use pull::{PullOptions, PulledImage, pull};

@@ -16,7 +16,7 @@ use crate::store::{BootedRepo, LockError, NodeStore, ObjectId, ObjectType, Scope
 use super::base::Base;
 use super::encapsulated::Purpose;
 use super::fetch::{cancelled, fetch_encapsulated};
-use super::image_refs::{ImageRefs, has_image_refs, has_nothing_wanted, image_refs, layer_refs};
+use super::image_refs::{ImageRefs, has_image, has_nothing_wanted, image_refs, layer_refs, restore_image_refs};
 use super::plain::{Derived, remove_left_policies};
 use super::plain_layers::PlainLayers;
 use super::run::{Read, Run, all_of, blocking, local};
@@ -116,13 +116,14 @@ pub async fn pull(
         return Err(Failure { advice: "reboot, then pull with --complete", ..Failure::new(Kind::Local, message) });
     }
     let (finished, described, name) = (import.clone(), description.clone(), image.clone());
+    let again = options.expected.is_some();
     let complete = blocking(image, move || -> Result<bool, Failure> {
         let fail = |error: std::io::Error| finished.store_failure(&name.pinned.to_string(), &error);
         let (complete, base_complete) = (finished.is_complete(), finished.base_is_complete());
         // The commits of the layers have objects that later layers hide.
         finished.prune_derived(|id| complete || sources.contains(id)).map_err(fail)?;
         let made = match complete && base_complete {
-            true => image_refs(&finished, &name, &described, commit, &layer_commits)?,
+            true => image_refs(&finished, &name, &described, commit, &layer_commits, again)?,
             false if finished.store.is_on_disk() => layer_refs(&finished, &described.layout, None, &layer_commits)?,
             // No other program reads a RAM store while it is incomplete, and the commits would use RAM.
             false => ImageRefs::default(),
@@ -337,10 +338,10 @@ fn pulled_before(
     let Some(record) = store.read_record().map_err(|error| local(image, error))? else { return Ok(None) };
     // An unreadable record costs only a request to the registry.
     let Ok(record) = serde_json::from_slice::<PulledImage>(&record) else { return Ok(None) };
-    // Another program may have removed them, and an older agent did not set them.
-    let refs = || has_image_refs(store, image);
+    // Another program may have removed refs or objects, and an older agent did not set the refs.
+    let has_all = || restore_image_refs(store, image).and_then(|()| has_image(store, image));
     let holds = record.image.digest == image.digest
-        && (!options.complete || record.complete && refs().map_err(|error| local(image, error))?)
+        && (!options.complete || record.complete && has_all().map_err(|error| local(image, error))?)
         && record.booted_commit == booted.and_then(|booted| booted.commit)
         && store.has(&record.commit, ObjectType::Commit)
         && store.resolve_ref().map_err(|error| local(image, error))? == Some(record.commit);

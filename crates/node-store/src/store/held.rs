@@ -11,7 +11,7 @@ use oci_spec::image::{ImageConfiguration, ImageManifest};
 use ostree::glib::{Variant, VariantDict, VariantTy};
 
 use super::refs::{IMAGE_REF_PREFIX, commit_of, layer_ref};
-use super::{BootedRepo, ObjectId, ObjectType};
+use super::{BootedRepo, NodeStore, ObjectId, ObjectType};
 
 /// A layer of which the booted repo has all objects.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -101,6 +101,14 @@ impl BootedRepo {
 fn commit_metadata(bytes: Vec<u8>) -> Option<VariantDict> {
     let commit = Variant::from_data_with_type(bytes, VariantTy::new("(a{sv}aya(say)sstayay)").ok()?);
     Some(VariantDict::new(Some(&commit.child_value(0))))
+}
+
+impl NodeStore {
+    /// Returns the digest of the image's manifest in the metadata of its commit, or `None` if it cannot be read.
+    pub(crate) fn manifest_digest(&self, commit: &ObjectId) -> Option<String> {
+        let metadata = commit_metadata(self.read_metadata(commit, ObjectType::Commit).ok()??)?;
+        metadata.lookup("ostree.manifest-digest").ok()?
+    }
 }
 
 /// Lists the files below a directory of refs.
