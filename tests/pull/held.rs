@@ -4,12 +4,14 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use node_store::import::PullOptions;
 use node_store::store::BootedRepo;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use super::derived::{CONTEXTS, Labels, base, complete, layers, with};
 use super::fixture::{Compress, Image, RawLayer, fsck, listing, run};
+use super::image_refs::Counted;
 use super::layers::{Item, What, by_ostree_ext, file, item, layer, link, oracle};
 use super::plain::{almost_empty, labelled_system, plain, policy, system};
 use super::tree::noise;
@@ -256,7 +258,8 @@ fn content_at(repo: &Path, commit: &str, path: &str) -> Option<String> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_layer_with_the_policy_is_read_first() {
-    let bench = Bench::new();
+    let counted = Counted::new();
+    let bench = &counted.bench;
     let mut trees = Vec::new();
     for (name, component) in [("annotated", Some("rpm/selinux-policy-targeted")), ("unknown", None)] {
         let mut rules = layer(&policy("test", CONTEXTS));
@@ -265,8 +268,14 @@ async fn the_layer_with_the_policy_is_read_first() {
         kernel.components = component.map(|_| "rpm/kernel-core");
         let stack = vec![kernel, layer(&system()), layer(&layers()[0]), rules];
         let store = bench.store(name, None);
-        let spec = bench.push(&plain(stack), &format!("policy:{name}"));
-        let pulled = try_pull_with(&spec, &store, None, complete()).await.unwrap();
+        let spec = counted.push(&plain(stack), &format!("policy:{name}"));
+        counted.served();
+        let pulled = try_pull_with(&spec, &store, None, PullOptions { parallel: Some(1), ..complete() }).await.unwrap();
+        if component.is_some() {
+            let (served, layers) = (counted.served(), counted.layers());
+            let order: Vec<_> = served.iter().map(|digest| layers.iter().position(|layer| layer == digest)).collect();
+            assert_eq!(order, [3, 1, 2, 0].map(Some), "first the policy, last the kernel");
+        }
         fsck(store.repo_path());
         let tree = listing(store.repo_path(), "coreos/node-image");
         let files = tree.lines().filter(|line| !line.starts_with('d'));
