@@ -148,7 +148,7 @@ impl From<DeployError> for Error {
             DeployError::Incomplete(_) => RefusalId::Incomplete,
             DeployError::KernelArg(_) => RefusalId::KernelArgument,
             DeployError::Reference(_) => RefusalId::ImageReference,
-            DeployError::TooLittle { .. } => RefusalId::TooLittle,
+            DeployError::TooLittle { .. } | DeployError::TooFewInodes { .. } => RefusalId::TooLittle,
             DeployError::Cancelled => return Self::cancelled(),
             DeployError::Failed { .. } => return anyhow::Error::from(error).into(),
         };

@@ -177,6 +177,18 @@ async fn an_image_is_deployed_without_a_second_download() {
         let imgref = format!("container-image-reference=ostree-unverified-registry:{}", setup.image.pinned);
         assert!(origin.contains(&imgref), "{name}: {origin}");
         assert!(setup.entries()[0].contains("root=UUID=1 quiet"), "{name}: {:?}", setup.entries());
+        for (path, label) in
+            [("usr/bin", "bin_t"), ("usr/etc/selinux/config", "etc_t"), ("etc/selinux/config", "default_t")]
+        {
+            let path = deployments[0].join(path);
+            let found = support::xattr::get(&path, support::xattr::LABEL).unwrap().unwrap();
+            assert!(
+                found.escape_ascii().to_string().contains(label),
+                "{name}: {}: {}",
+                path.display(),
+                found.escape_ascii()
+            );
+        }
         // A repeated call changes nothing.
         let before = files_below(&setup.disk);
         assert!(setup.deploy("root=UUID=1 quiet", "").ends_with("existed: true }"), "{name}");
@@ -230,7 +242,16 @@ async fn disks_that_cannot_get_the_deployment_are_refused_and_unchanged() {
     let refused = setup.deploy("", "");
     assert!(refused.starts_with("error TooLittle") && refused.contains("for objects"), "{refused}");
     assert_eq!(files_below(&setup.disk), before, "nothing is written");
-    run("mount", &["-o", "remount,size=64m", &mount.0]);
+    let used: u64 = run("df", &["--output=iused", &mount.0]).split_whitespace().nth(1).unwrap().parse().unwrap();
+    run("mount", &["-o", &format!("remount,size=64m,nr_inodes={}", used + 30), &mount.0]);
+    let refused = setup.deploy("", "");
+    assert!(refused.starts_with("error TooFewInodes"), "{refused}");
+    run("mount", &["-o", "remount,nr_inodes=100000", &mount.0]);
+    let boot = Small::mount(&bench, "disk/boot", "4k");
+    let refused = setup.deploy("", "");
+    assert!(refused.starts_with("error TooLittle") && refused.contains("for the kernel"), "{refused}");
+    drop(boot);
+    assert_eq!(files_below(&setup.disk), before, "nothing is written");
     fs::rename(setup.disk.join("ostree/deploy/node"), setup.disk.join("ostree/deploy/other")).unwrap();
     assert!(setup.deploy("", "").starts_with("error NoStateroot"));
     fs::rename(setup.disk.join("ostree/deploy/other"), setup.disk.join("ostree/deploy/node")).unwrap();

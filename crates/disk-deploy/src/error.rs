@@ -81,10 +81,8 @@ pub enum DeployError {
     Reference(#[from] BadReference),
     /// A file system of the disk is too small.
     #[error(
-        "too little space on {path}: {} are needed ({}) and {} are free; free some, or use a larger disk",
-        human_bytes(parts.iter().map(|(_, bytes)| bytes).sum()),
-        parts.iter().map(|(name, bytes)| format!("{} {name}", human_bytes(*bytes))).collect::<Vec<_>>().join(", "),
-        human_bytes(*free), path = .path.display()
+        "too little space on {}: {} are needed and {} are free; free some, or use a larger disk",
+        .path.display(), listed(parts), human_bytes(*free)
     )]
     TooLittle {
         /// Directory on the file system.
@@ -92,6 +90,19 @@ pub enum DeployError {
         /// Needed bytes by purpose.
         parts: Vec<(&'static str, u64)>,
         /// Free bytes.
+        free: u64,
+    },
+    /// The file system of the disk has too few inodes.
+    #[error(
+        "too few inodes on {}: {needed} are needed and {free} are free; remove files, or create the file system with more",
+        .path.display()
+    )]
+    TooFewInodes {
+        /// Directory on the file system.
+        path: PathBuf,
+        /// Needed inodes.
+        needed: u64,
+        /// Free inodes.
         free: u64,
     },
     /// The caller cancelled the call.
@@ -107,6 +118,13 @@ pub enum DeployError {
         /// Cause of the failure.
         cause: String,
     },
+}
+
+/// Returns the sum of needed bytes and its parts, for a message.
+pub(crate) fn listed(parts: &[(&'static str, u64)]) -> String {
+    let sum = human_bytes(parts.iter().map(|(_, bytes)| bytes).sum());
+    let parts = parts.iter().map(|(name, bytes)| format!("{} {name}", human_bytes(*bytes)));
+    format!("{sum} ({})", parts.collect::<Vec<_>>().join(", "))
 }
 
 /// Returns a function that makes the failure of a step of an error of libostree.

@@ -5,9 +5,11 @@ use std::path::Path;
 use ostree::prelude::{FileEnumeratorExt, FileExt};
 use ostree::{gio, glib};
 use rustix::fs::{StatVfs, StatVfsMountFlags, statvfs};
+use support::human_bytes;
+use tracing::info;
 
 use super::content::{Content, Missing};
-use super::error::{DeployError, failed};
+use super::error::{DeployError, failed, listed};
 
 /// Size of a directory on the disk.
 const DIRECTORY: u64 = 4096;
@@ -24,7 +26,7 @@ pub(crate) fn check(
 ) -> Result<(), DeployError> {
     let fail = || failed("list the image's files");
     let (root, _) = content.repo.read_commit(&content.commit.to_string(), Some(cancel)).map_err(fail())?;
-    let etc = size_below(&root.resolve_relative_path("usr/etc"), &|_| true).map_err(fail())?;
+    let (etc, etc_files) = size_below(&root.resolve_relative_path("usr/etc"), &|_| true).map_err(fail())?;
     let is_boot_file = |name: &Path| {
         let name = name.to_string_lossy();
         name.starts_with("vmlinuz") || name.starts_with("initramfs") || name.ends_with(".dtb")
@@ -33,7 +35,7 @@ pub(crate) fn check(
     let has_kernel = sysroot.deployments().iter().any(|other| other.csum() == content.commit.to_string());
     let boot = match has_kernel {
         true => 0,
-        false => size_below(&root.resolve_relative_path("usr/lib/modules"), &is_boot_file).map_err(fail())?,
+        false => size_below(&root.resolve_relative_path("usr/lib/modules"), &is_boot_file).map_err(fail())?.0,
     };
     let reserve = sysroot.repo().min_free_space_bytes().unwrap_or(0);
     let mut parts = vec![
@@ -49,6 +51,11 @@ pub(crate) fn check(
     match boot_disk.filter(|boot_disk| boot_disk.f_fsid != disk.f_fsid) {
         Some(boot_disk) => compare(&boot_path, vec![("for the kernel", boot)], &boot_disk)?,
         None => parts.push(("for the kernel", boot)),
+    }
+    let inodes = missing.count as u64 + missing.directories + etc_files;
+    // 0: the file system has no limit.
+    if disk.f_files > 0 && inodes > disk.f_favail {
+        return Err(DeployError::TooFewInodes { path, needed: inodes, free: disk.f_favail });
     }
     compare(&path, parts, &disk)
 }
@@ -67,16 +74,17 @@ fn space(path: &Path) -> Result<StatVfs, DeployError> {
 
 fn compare(path: &Path, parts: Vec<(&'static str, u64)>, disk: &StatVfs) -> Result<(), DeployError> {
     let free = disk.f_bavail * disk.f_frsize;
+    info!("the deployment needs {} on {}; {} are free", listed(&parts), path.display(), human_bytes(free));
     match parts.iter().map(|(_, bytes)| bytes).sum::<u64>() > free {
         true => Err(DeployError::TooLittle { path: path.to_owned(), parts, free }),
         false => Ok(()),
     }
 }
 
-/// Returns the size of the files below a directory of a commit for whose names `counts` returns true. A missing directory
-/// has none.
-fn size_below(dir: &gio::File, counts: &dyn Fn(&Path) -> bool) -> Result<u64, glib::Error> {
-    let mut sum = 0;
+/// Returns the size and the number of the files below a directory of a commit for whose names `counts` returns true. A
+/// missing directory has none.
+fn size_below(dir: &gio::File, counts: &dyn Fn(&Path) -> bool) -> Result<(u64, u64), glib::Error> {
+    let (mut sum, mut number) = (0, 0);
     let mut queue = vec![dir.clone()];
     while let Some(dir) = queue.pop() {
         let flags = gio::FileQueryInfoFlags::NOFOLLOW_SYMLINKS;
@@ -87,12 +95,15 @@ fn size_below(dir: &gio::File, counts: &dyn Fn(&Path) -> bool) -> Result<u64, gl
         while let Some(entry) = entries.next_file(gio::Cancellable::NONE)? {
             match entry.file_type() {
                 gio::FileType::Directory => queue.push(dir.child(entry.name())),
-                _ if counts(&entry.name()) => sum += u64::try_from(entry.size()).unwrap_or(0) + DIRECTORY,
+                _ if counts(&entry.name()) => {
+                    sum += u64::try_from(entry.size()).unwrap_or(0) + DIRECTORY;
+                    number += 1;
+                }
                 _ => {}
             }
         }
     }
-    Ok(sum)
+    Ok((sum, number))
 }
 
 #[cfg(test)]
