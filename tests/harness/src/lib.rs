@@ -18,4 +18,5 @@ pub mod registry;
 pub mod scenario;
 pub mod suite;
 pub mod table;
+pub mod unpivoted;
 pub mod vm;

@@ -1,4 +1,4 @@
-//! Scenarios that machines and containers share: a guest that waits, pivots, or is left alone.
+//! Scenarios that machines and containers share about a guest that pivots.
 
 use std::time::Duration;
 
@@ -370,85 +370,4 @@ fn a_second_run_has_nothing_to_do(bed: &mut Pivoted<'_>) -> Result<()> {
 fn a_daemon_reload_does_not_redirect_the_boot_again(bed: &mut Pivoted<'_>) -> Result<()> {
     bed.guest.ask("systemctl daemon-reload")?;
     same(bed.guest.ask("systemctl get-default")?, "multi-user.target".into())
-}
-
-type AnyGuest<'a> = &'a dyn Guest;
-
-/// Runs the scenarios about a system that the agent leaves alone: base system, normal target, no unit of the pivot.
-pub fn left_alone(suite: &mut Suite, mut guest: &dyn Guest) -> bool {
-    suite.covers(guest, Flow::LeftAlone, "left_alone");
-    let list = scenarios![
-        a_system_that_is_left_alone_reaches_multi_user,
-        a_system_that_is_left_alone_runs_no_unit_of_the_pivot,
-        a_system_that_is_left_alone_keeps_its_usr,
-        a_system_that_is_left_alone_has_no_failed_unit,
-    ];
-    suite.run(&mut guest, &list)
-}
-
-fn a_system_that_is_left_alone_reaches_multi_user(guest: &mut AnyGuest<'_>) -> Result<()> {
-    guest.wait_unit("multi-user.target", "active", Duration::from_secs(180))
-}
-
-fn a_system_that_is_left_alone_runs_no_unit_of_the_pivot(guest: &mut AnyGuest<'_>) -> Result<()> {
-    let units = ["node-image-pull.service", "node-image-overlay.service", "node-image-pivot.target"];
-    units.iter().try_for_each(|unit| unit_is(*guest, unit, "inactive"))
-}
-
-fn a_system_that_is_left_alone_keeps_its_usr(guest: &mut AnyGuest<'_>) -> Result<()> {
-    same(guest.ask("base-tool")?, "base-tool 1.0".into())
-}
-
-fn a_system_that_is_left_alone_has_no_failed_unit(guest: &mut AnyGuest<'_>) -> Result<()> {
-    nothing_failed(*guest)
-}
-
-/// Words of which one is in the reason: the mirror refuses the connection, and DNS does not have the registry behind it.
-const UNREACHABLE: [&str; 6] = ["refused", "lookup", "resolution", "unreachable", "resolve host", "no such host"];
-
-/// Runs the scenarios about a machine whose registry cannot be reached: it waits in the pivot target and says why.
-pub fn waits_and_says_why(suite: &mut Suite, earlier: Option<&str>, mut guest: &dyn Guest) -> bool {
-    suite.covers(guest, Flow::Bootstrap, "waits_and_says_why");
-    let list = scenarios![
-        status_has_the_reason_and_the_next_attempt_while_the_registry_is_down,
-        the_machine_stays_in_the_pivot_target_while_the_registry_is_down,
-        systemctl_status_has_the_reason_while_the_registry_is_down,
-        the_console_has_the_reason_while_the_registry_is_down,
-    ];
-    match earlier {
-        Some(earlier) => suite.run_after(earlier, &mut guest, &list),
-        None => suite.run(&mut guest, &list),
-    }
-}
-
-fn status_has_the_reason_and_the_next_attempt_while_the_registry_is_down(guest: &mut AnyGuest<'_>) -> Result<()> {
-    wait_for("state waiting", Duration::from_secs(180), || Ok(guest.status()?["error"]["message"].is_string()))?;
-    let status = guest.status()?;
-    contains_any(status["error"]["message"].as_str().unwrap_or_default(), &UNREACHABLE)?;
-    if status["error"]["next_retry_unix"].as_f64().is_none() && status["state"] == "waiting" {
-        bail!("no next attempt: {status}");
-    }
-    Ok(())
-}
-
-fn the_machine_stays_in_the_pivot_target_while_the_registry_is_down(guest: &mut AnyGuest<'_>) -> Result<()> {
-    // A target is inactive until all units that it wants have started; its queued job shows that it is being started.
-    contains(&guest.ask("systemctl list-jobs --no-legend")?, "node-image-pivot.target")?;
-    contains(&guest.ask("readlink /run/systemd/generator.early/default.target")?, "node-image-pivot.target")?;
-    unit_is(*guest, "node-image-pull.service", "activating")?;
-    unit_is(*guest, "multi-user.target", "inactive")
-}
-
-fn systemctl_status_has_the_reason_while_the_registry_is_down(guest: &mut AnyGuest<'_>) -> Result<()> {
-    // The unit polls the agent twice a second, so its text is a moment older than the agent's status.
-    wait_for("the reason in systemctl status", Duration::from_secs(180), || {
-        let answer = guest.run("systemctl status --no-pager -l node-image-pull.service")?;
-        contains_any(&answer.text, &UNREACHABLE).map(|()| true)
-    })
-}
-
-fn the_console_has_the_reason_while_the_registry_is_down(guest: &mut AnyGuest<'_>) -> Result<()> {
-    wait_for("the reason on the console", Duration::from_secs(180), || {
-        contains_any(&guest.console(), &UNREACHABLE).map(|()| true)
-    })
 }

@@ -11,12 +11,11 @@ use testbed::files::Files;
 use testbed::guest::Guest;
 use testbed::images::{Images, Pair, work_dir};
 use testbed::registry::{Registry, auth_file};
-use testbed::scenario::{
-    Before, Expected, configured_later, left_alone, node_files, pivoted, unit_is, wait_pivoted, waits_and_says_why,
-};
+use testbed::scenario::{Before, Expected, configured_later, node_files, pivoted, unit_is, wait_pivoted};
 use testbed::scenarios;
 use testbed::suite::Suite;
 use testbed::table::Flow;
+use testbed::unpivoted::{left_alone, waits_and_says_why};
 
 const PIVOT: Duration = Duration::from_secs(400);
 

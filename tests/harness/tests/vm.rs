@@ -16,11 +16,10 @@ use testbed::ignition;
 use testbed::images::{Images, work_dir};
 use testbed::proc::{succeed, wait_for};
 use testbed::registry::Registry;
-use testbed::scenario::{
-    Before, Expected, configured_later, left_alone, node_files, pivoted, wait_pivoted, waits_and_says_why,
-};
+use testbed::scenario::{Before, Expected, configured_later, node_files, pivoted, wait_pivoted};
 use testbed::scenarios;
 use testbed::suite::Suite;
+use testbed::unpivoted::{left_alone, waits_and_says_why};
 use testbed::vm::{self, Vm};
 
 const BOOT: Duration = Duration::from_secs(300);
