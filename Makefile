@@ -122,7 +122,8 @@ check-quick:
 	$(CARGO) fmt --all --check
 	shellcheck packaging/*.sh packaging/rpm/build.sh dracut/98node-image-pivot/*.sh initramfs/carry.sh dracut/test.sh \
 	  fuzz/run.sh tests/docs.sh tests/floor.sh tests/cross.sh tests/bed/incumbent.sh tests/bed/audit.sh tests/bed/disk.sh \
-	  tests/bed/medium.sh
+	  tests/bed/medium.sh tests/bed/dracut.sh tests/bed/ignition.sh tests/bed/sealed.sh tests/bed/sealed-disk.sh \
+	  tests/bed/sealed-tree.sh
 	sh tests/docs.sh --rust
 	$(MAKE) check-licences
 	$(MAKE) check-workflow

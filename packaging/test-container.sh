@@ -55,7 +55,7 @@ dnf() {
     command dnf --quiet --assumeyes --nogpgcheck --releasever=1 --setopt=reposdir=/nonexistent --refresh \
         --repofrompath="stubs,file://$repository" "$@"
 }
-# What packages of the Fedora family provide. dnf does not install an agent that needs more.
+# The libraries that packages of the Fedora family provide. dnf does not install an agent that needs more.
 libraries='ld[-a-z0-9]*\.so\.[12]|lib[cm]\.so\.6|libgcc_s\.so\.1|libostree-1\.so\.1|lib(gio|glib|gobject)-2\.0\.so\.0'
 libraries="($libraries)\([A-Z0-9_.]*\)\(64bit\)|rtld\(GNU_HASH\)|/bin/sh|(/usr)?/bin/bash"
 stub libraries 1 "$(rpm --query --package --requires node-image-pivot-*-1.*.rpm | grep -xE "$libraries" | sed 's/^/Provides: /')"

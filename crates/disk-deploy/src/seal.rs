@@ -26,7 +26,7 @@ const BLOCK: u32 = 4096;
 /// Milliseconds between the attempts to seal a file that is open for writing.
 const PAUSES: [u64; 7] = [1, 2, 4, 8, 16, 32, 64];
 
-/// Enables fs-verity on files, or leaves them as they are.
+/// Enables fs-verity on files, or leaves them unchanged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Sealer {
     Off,
@@ -80,7 +80,7 @@ impl Sealer {
         Ok(())
     }
 
-    /// Seals a file that is not open for writing anywhere. A sealed file, a symlink and a missing file stay as they are.
+    /// Seals a file that is not open for writing anywhere. A sealed file, a symlink and a missing file stay unchanged.
     pub fn file(self, path: &Path) -> Result<(), DeployError> {
         let is_file = || path.symlink_metadata().is_ok_and(|stat| stat.is_file());
         if self == Self::Off || !is_file() {
