@@ -56,7 +56,8 @@ else
     mount -t tmpfs -o mode=0755,size=50% tmpfs "$WORK/root/var"
 fi
 mount --bind "$WORK/sysroot/boot" "$WORK/root/boot"
-for dir in "$FILES"/*; do cp -a "$dir/." "$WORK/root/${dir##*/}/"; done
+# A link in the place of a file is replaced: its target may be a file of this machine.
+for dir in "$FILES"/*; do cp -a --remove-destination "$dir/." "$WORK/root/${dir##*/}/"; done
 
 : >"$WORK/marker"
 : >"$WORK/booted"

@@ -9,7 +9,8 @@ root=$OUT/root
 # Copies: files of the tree are replaced.
 ostree checkout --force-copy --repo="$BASE/repo" base12 "$root"
 mv "$root/usr/etc" "$root/etc"
-cp -a "$FROM/." "$root/"
+# A link of the tree is replaced: its target may be a file of this machine.
+cp -a --remove-destination "$FROM/." "$root/"
 mkdir -p "$root"/var/{roothome,tmp} "$root/etc/dracut.conf.d"
 mount -t tmpfs testbed-dracut "$root/var/tmp"
 mount -t proc proc "$root/proc"

@@ -55,10 +55,10 @@ pub fn on_disk(disk: &Path, script: &str) -> Result<String> {
     run(disk, &format!("mount_disk; cd /mnt; {{ {script}\n}} 2>&1; cd /; umount --recursive /mnt"), Path::new(""))
 }
 
-/// Copies files to /var of the installed system.
+/// Copies files to /var of the installed system. A file replaces a link, whose target may be a file of this machine.
 pub(crate) fn put_var(disk: &Path, files: &Path) -> Result<()> {
-    let script = "mount_disk; cp -a \"$1\"/var/. /mnt/ostree/deploy/testbed/var/; umount --recursive /mnt";
-    run(disk, script, files).map(drop)
+    let copy = "cp -a --remove-destination \"$1\"/var/. /mnt/ostree/deploy/testbed/var/";
+    run(disk, &format!("mount_disk; {copy}; umount --recursive /mnt"), files).map(drop)
 }
 
 /// Checks the file systems. They must have been mounted since the last power cut, because a log is not replayed here.

@@ -30,7 +30,7 @@ impl Files {
         &self.root
     }
 
-    /// Add a file; its folders get the usual mode, except a home's: private.
+    /// Add a file, also in the place of a link; its folders get the usual mode, except a home's: private.
     pub fn put(&self, path: &str, mode: u32, content: &str) -> Result<()> {
         let path = self.root.join(path.trim_start_matches('/'));
         let mut dir = self.root.clone();
@@ -40,6 +40,10 @@ impl Files {
                 let private = dir.strip_prefix(&self.root)?.starts_with("var/roothome");
                 fs::DirBuilder::new().mode(if private { 0o700 } else { 0o755 }).create(&dir)?;
             }
+        }
+        if path.is_symlink() {
+            // Its target may be a file of this machine.
+            fs::remove_file(&path)?;
         }
         fs::write(&path, content).with_context(|| format!("writing {}", path.display()))?;
         fs::set_permissions(&path, fs::Permissions::from_mode(mode))?;
@@ -64,5 +68,29 @@ impl Files {
         let mut bash = Command::new("bash");
         succeed(bash.args(["-c", script, "bash"]).arg(&self.root).arg(initramfs).arg(out).arg(below))?;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn a_file_replaces_a_link_and_leaves_its_target_alone() {
+        let work = std::env::temp_dir().join(format!("testbed-files-{}", std::process::id()));
+        let files = Files::new(&work).unwrap();
+        files.put("/etc/target", 0o666, "of this machine").unwrap();
+        let target = files.root().join("etc/target");
+        let link = files.root().join("etc/link");
+        symlink(&target, &link).unwrap();
+        files.put("/etc/link", 0o600, "of the guest").unwrap();
+        assert!(!link.is_symlink());
+        assert_eq!(fs::read_to_string(&link).unwrap(), "of the guest");
+        assert_eq!(fs::read_to_string(&target).unwrap(), "of this machine");
+        assert_eq!(fs::metadata(&target).unwrap().permissions().mode() & 0o777, 0o666);
+        fs::remove_dir_all(&work).unwrap();
     }
 }
