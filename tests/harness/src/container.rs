@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
+use crate::disk;
 use crate::files::Files;
 use crate::guest::{Answer, Guest, ssh};
 use crate::images::{Images, Tools, project, work_dir};
@@ -161,6 +162,9 @@ impl Container {
             "[Match]\nName=cable\n[Link]\nUnmanaged=yes\n",
         )?;
         fill(&files)?;
+        if let Some(disk) = setup.disk {
+            disk::wait_until_detached(disk)?;
+        }
         let mut command = bound("unshare");
         command
             .args(["--mount", "--propagation", "private", "--", "bash"])

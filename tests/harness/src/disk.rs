@@ -4,10 +4,11 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::Result;
 
-use crate::proc::succeed;
+use crate::proc::{succeed, wait_for};
 
 /// Shell functions: `mount_disk` mounts the disk `$disk` at /mnt, and `check_disk` checks its file systems. The partitions
 /// are those that tests/bed/disk.sh makes: /boot in MiB 1 to 257, and the root behind it. Two copies of a disk, with the same
@@ -59,6 +60,14 @@ pub fn on_disk(disk: &Path, script: &str) -> Result<String> {
 pub(crate) fn put_var(disk: &Path, files: &Path) -> Result<()> {
     let copy = "cp -a --remove-destination \"$1\"/var/. /mnt/ostree/deploy/testbed/var/";
     run(disk, &format!("mount_disk; {copy}; umount --recursive /mnt"), files).map(drop)
+}
+
+/// Waits until no loop device has the disk. The kernel unmounts a file system some time after the last process of a killed
+/// container has ended, and until then refuses another mount of an xfs file system with the same UUID.
+pub(crate) fn wait_until_detached(disk: &Path) -> Result<()> {
+    wait_for("the end of the loop devices of the disk", Duration::from_secs(180), || {
+        Ok(succeed(Command::new("losetup").arg("--associated").arg(disk))?.stdout.is_empty())
+    })
 }
 
 /// Checks the file systems. They must have been mounted since the last power cut, because a log is not replayed here.
