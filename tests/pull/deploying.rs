@@ -260,12 +260,10 @@ async fn disks_that_cannot_get_the_deployment_are_refused_and_unchanged() {
     setup.disk = disk;
     let (config, before) = (setup.repo().join("config"), files_below(&setup.disk));
     let plain = fs::read_to_string(&config).unwrap();
-    for (keys, is_refused) in
-        [("fsverity=yes", true), ("fsverity=true\ncomposefs=yes", true), ("fsverity=maybe", false)]
-    {
+    for (keys, refused) in [("fsverity=yes", true), ("fsverity=true\ncomposefs=yes", true), ("fsverity=maybe", false)] {
         fs::write(&config, format!("{plain}\n[ex-integrity]\n{keys}\n")).unwrap();
-        assert!(!is_refused || setup.deploy("", "").starts_with("error Sealed"), "{keys}");
-        assert!(!is_refused || files_below(&setup.disk) == before, "{keys}: nothing is written");
+        assert!(!refused || setup.deploy("", "").starts_with("error Sealed"), "{keys}");
+        assert!(!refused || files_below(&setup.disk) == before, "{keys}: nothing is written");
     }
     assert!(setup.deploy("", "").starts_with("Deployed"));
     setup.is_sound();
@@ -274,18 +272,22 @@ async fn disks_that_cannot_get_the_deployment_are_refused_and_unchanged() {
 /// Its root would read no file.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_image_with_a_verified_root_is_refused_where_no_object_can_get_fs_verity() {
-    let bench = Bench::new();
-    let image = changed_base(&bench, Labels::None, "-bootable-verified", &|path| {
-        fs::create_dir_all(path.join("usr/lib/ostree")).unwrap();
-        fs::write(path.join("usr/lib/ostree/prepare-root.conf"), "[composefs]\nenabled=verity\n").unwrap();
-    });
-    let spec = bench.push(&image, "os:1");
-    let (disk, _mount) = sysroot(&bench, "disk", "64m");
-    let setup = pulled(&bench, &spec, disk, "store").await;
-    let before = files_below(&setup.disk);
-    let refused = setup.deploy("", "");
-    assert!(refused.starts_with("error Sealed") && refused.contains("prepare-root.conf"), "{refused}");
-    assert_eq!(files_below(&setup.disk), before, "nothing is written");
+    for files in [&[("usr/lib", "verity")][..], &[("usr/lib", "yes"), ("usr/etc", "verity")]] {
+        let bench = Bench::new();
+        let image = changed_base(&bench, Labels::None, &format!("-bootable-verified-{}", files.len()), &|path| {
+            for (dir, word) in files {
+                let dir = path.join(dir).join("ostree");
+                fs::create_dir_all(&dir).unwrap();
+                fs::write(dir.join("prepare-root.conf"), format!("[composefs]\nenabled={word}\n")).unwrap();
+            }
+        });
+        let (disk, _mount) = sysroot(&bench, "disk", "64m");
+        let setup = pulled(&bench, &bench.push(&image, "os:1"), disk, "store").await;
+        let before = files_below(&setup.disk);
+        let refused = setup.deploy("", "");
+        assert!(refused.starts_with("error Sealed") && refused.contains("prepare-root.conf"), "{refused}");
+        assert_eq!(files_below(&setup.disk), before, "nothing is written");
+    }
 }
 
 /// libostree removes all deployments that it does not find.

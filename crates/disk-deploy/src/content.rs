@@ -71,11 +71,16 @@ impl<'a> Content<'a> {
     pub fn must_seal(&self, cancel: &gio::Cancellable) -> Result<bool, DeployError> {
         let fail = || failed("read the image's prepare-root.conf");
         let (root, _) = self.repo.read_commit(&self.commit.to_string(), Some(cancel)).map_err(fail())?;
-        match root.resolve_relative_path("usr/lib/ostree/prepare-root.conf").load_contents(Some(cancel)) {
-            Ok((config, _)) => Ok(seal::is_demanded(&String::from_utf8_lossy(&config))),
-            Err(error) if error.matches(gio::IOErrorEnum::NotFound) => Ok(false),
-            Err(error) => Err(fail()(error)),
+        // For libostree, the file in /etc replaces the other.
+        for dir in ["usr/etc", "usr/lib"] {
+            let file = root.resolve_relative_path(format!("{dir}/ostree/prepare-root.conf"));
+            match file.load_contents(Some(cancel)) {
+                Ok((config, _)) => return Ok(seal::is_demanded(&String::from_utf8_lossy(&config))),
+                Err(error) if error.matches(gio::IOErrorEnum::NotFound) => {}
+                Err(error) => return Err(fail()(error)),
+            }
         }
+        Ok(false)
     }
 
     /// Lists the objects, and counts those that `target` lacks.
