@@ -46,10 +46,12 @@ pub(super) async fn reexecute(manager: Manager, troubles: &mut Vec<String>) -> R
     let release = manager.version().await.ok().and_then(|version| unit_refresh::release(&version));
     let before = states(&manager).await?;
     let is_first_boot = Path::new(FIRST_BOOT).exists();
-    let manager = manager.reexecute().await?;
+    let renewed = manager.reexecute().await;
+    // Also after an error: systemd may have re-executed itself before it.
     if is_first_boot && let Err(error) = std::fs::write(FIRST_BOOT, "") {
         troubles.push(format!("cannot write {FIRST_BOOT}: {error}; units with ConditionFirstBoot=yes do not start"));
     }
+    let manager = renewed?;
     if let Err(error) = check(&manager, &before, troubles).await {
         troubles.push(format!("cannot check that systemd still knows its units: {error:#}"));
     }
