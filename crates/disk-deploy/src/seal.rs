@@ -30,7 +30,7 @@ const PAUSES: [u64; 7] = [1, 2, 4, 8, 16, 32, 64];
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Sealer {
     Off,
-    /// Leaves a file as it is if the file system does not support fs-verity for it.
+    /// Leaves a file unchanged if the file system does not support fs-verity for it.
     Try,
     Must,
 }
