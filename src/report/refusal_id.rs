@@ -89,7 +89,8 @@ pub enum RefusalId {
     /// The system is switched to another image than the configured one. Run `node-image-pivot undo`, then
     /// `node-image-pivot run`.
     OtherImage,
-    /// The repo of the sysroot for a deployment does not have the mode `bare`. Create it with `ostree admin init-fs`.
+    /// The repo of the sysroot for a deployment does not have the mode `bare`: create it with `ostree admin init-fs`. Or its
+    /// objects must have fs-verity, which its file system or the kernel does not support: use another disk or kernel.
     RepoMode,
     /// The node image's sshd rejects this machine's configuration or host keys. Correct `/etc/ssh` so that `sshd -t` of both
     /// systems passes, or disable and stop sshd.
