@@ -14,6 +14,7 @@ use crate::image::{Failure, ImageDescription, Kind, Layer, Layout, ResolvedImage
 use crate::store::{BootedRepo, LockError, NodeStore, ObjectId, ObjectType, Scope, StoreLock};
 
 use super::base::Base;
+use super::budget::Budget;
 use super::encapsulated::Purpose;
 use super::fetch::{cancelled, fetch_encapsulated};
 use super::image_refs::{ImageRefs, has_image, has_nothing_wanted, image_refs, layer_refs, restore_image_refs};
@@ -33,6 +34,9 @@ pub struct PullOptions {
     pub expected: Option<ObjectId>,
     /// Number of layers to read at once. Default: one for each CPU, at least two and at most four.
     pub parallel: Option<usize>,
+    /// Limit in bytes for the lists of all plain layers. Default: a sixteenth of the machine's memory, at least 80 MiB and at
+    /// most 640 MiB.
+    pub list_memory: Option<usize>,
 }
 
 /// A pulled image: its commit, and statistics of the run that finished the pull.
@@ -91,10 +95,11 @@ pub async fn pull(
     let journal = store.journal().map_err(|error| local(image, error))?;
     let import = {
         let (store, booted, complete) = (store.clone(), booted.cloned(), options.complete);
+        let budget = options.list_memory.map_or_else(|| Budget::on_machine(memory()), Budget::new);
         let progress = progress.clone();
         let list = move || {
             remove_left_policies(&store)?;
-            Import::new(base, &store, booted.as_ref(), complete, progress, lock)
+            Import::new(base, &store, booted.as_ref(), complete, budget, progress, lock)
         };
         blocking(image, list).await?.map(Arc::new).map_err(|error| local(image, error))?
     };
@@ -293,6 +298,13 @@ impl Run<'_> {
             Err(error @ TreeError::Read(..)) => Err(local(self.image, error)),
         }
     }
+}
+
+/// Returns the size of the machine's memory in bytes.
+fn memory() -> u64 {
+    let system = rustix::system::sysinfo();
+    #[allow(clippy::useless_conversion)] // the type depends on the architecture
+    u64::from(system.totalram).saturating_mul(system.mem_unit.into())
 }
 
 /// Takes the import lock. While another process holds it, `progress` shows the holder.

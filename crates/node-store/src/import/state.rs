@@ -92,6 +92,7 @@ impl Import {
         store: &NodeStore,
         booted: Option<&BootedRepo>,
         complete: bool,
+        budget: Budget,
         progress: Arc<PullProgress>,
         lock: StoreLock,
     ) -> io::Result<Self> {
@@ -102,7 +103,7 @@ impl Import {
             held: booted.map(BootedRepo::held_layers).unwrap_or_default(),
             writer: store.writer()?,
             progress,
-            budget: Budget::default(),
+            budget,
             decoders: Decoders::default(),
             done: Mutex::default(),
             complete,

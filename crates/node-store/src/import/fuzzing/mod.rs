@@ -17,6 +17,7 @@ use crate::image::tarstream::{Chunks, Piece, TarStream};
 use crate::store::{NodeStore, ObjectId, ObjectType};
 
 use super::base::Base;
+use super::budget::Budget;
 use super::encapsulated::{Purpose, consume};
 use super::encapsulated::{Role, role};
 use super::plain::BaseFacts;
@@ -117,7 +118,7 @@ fn in_store(base: Base, run: impl FnOnce(&Import)) {
         let lock = (0..500)
             .find_map(|_| store.lock().inspect_err(|_| std::thread::sleep(std::time::Duration::from_millis(10))).ok());
         let lock = lock.expect("the import lock");
-        let import = Import::new(base, &store, None, true, Arc::default(), lock).expect("an import");
+        let import = Import::new(base, &store, None, true, Budget::default(), Arc::default(), lock).expect("an import");
         run(&import);
         for prefix in fs::read_dir(store.repo_path().join("objects")).expect("objects").flatten() {
             for object in fs::read_dir(prefix.path()).expect("a prefix").flatten() {
