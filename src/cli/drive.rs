@@ -102,6 +102,8 @@ async fn drive_reported(paths: &StateDir, call: Call, reporter: &mut Reporter) -
         return failed(&error);
     };
     let line = diagnosis.line(unix_now());
+    // A call may fail before its first status arrives.
+    status.iter().for_each(|status| reporter.update_record(status));
     // Only stdout of a unit goes to the console. The journal also gets the whole message.
     if say::is_journal() {
         say::progress(&diagnosis.rows(unix_now()));
