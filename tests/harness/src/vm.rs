@@ -272,7 +272,10 @@ fn drive(qemu: &mut Command, name: &str, file: &Path, options: &str, recording: 
         }
         None => node(name, &format!("driver=raw,file={name}-file{read_only}")),
     }
-    qemu.args(["-device", &format!("virtio-blk-pci,drive={name},serial={name}")]);
+    // QEMU merges waiting requests up to the largest number of buffers of a write (1024). The log adds a header to these
+    // buffers, and the write then fails.
+    let merging = if recording.is_some() { ",request-merging=off" } else { "" };
+    qemu.args(["-device", &format!("virtio-blk-pci,drive={name},serial={name}{merging}")]);
 }
 
 /// Ends the emulator when its time is over, also when a test hangs in something else.
