@@ -61,12 +61,13 @@ initramfs() {
 initramfs_ignition() { initramfs ignition "$(ignition)"; }
 ignition() { stage ignition "$(key "$BED/ignition.sh")" recipe ignition.sh; }
 
-# disk: the base system without the agent, installed to a disk: a directory with vmlinuz, initramfs.img, disk.img, kargs.
+# disk: the same base system installed to a disk: a directory with vmlinuz, initramfs.img, disk.img, kargs.
 disk() {
-    local base
+    local base agent
     base=$(tree_base12)
-    stage disk "$(key "$BED/bootimage.sh" "$BED/disk.sh" "=$base" =disk)" \
-        recipe bootimage.sh BED="$BED" BASE="$base" MEDIUM=disk
+    agent=$(agent)
+    stage disk "$(key "$BED/bootimage.sh" "$BED/disk.sh" "=$base" "$agent" =disk)" \
+        recipe bootimage.sh BED="$BED" BASE="$base" OVERLAYS="$agent" MEDIUM=disk
 }
 
 # The cluster's binaries on their own, for a bootimage that already has them.

@@ -14,7 +14,7 @@
 #   build.sh initramfs    prints the directory of an initramfs that dracut made with the agent's module
 #   build.sh initramfs-ignition  the same with Ignition instead
 #   build.sh agent        prints the directory of the installed agent
-#   build.sh disk         builds the disk of an installed system without the agent, and prints where it is
+#   build.sh disk         builds an installed system's disk, and prints where it is
 #   build.sh selinux      a live bootimage with an SELinux policy, a node image of the next release with its own; prints
 #                         where they are, as JSON
 #   build.sh selinux-disk the same bootimage installed to a disk; prints where it is
@@ -246,7 +246,7 @@ for target in "$@"; do
         all) trees; boot >&2; registry >&2; qemu >&2; skopeo_new >&2 ;;
         ahead)
             trees
-            for step in registry qemu skopeo_new kernel stock initramfs_ignition disk runtime podman podman_layer network network_layer tree_selinux_base tree_selinux_node selinux_stock composefs packages; do
+            for step in registry qemu skopeo_new kernel stock initramfs_ignition runtime podman podman_layer network network_layer tree_selinux_base tree_selinux_node selinux_stock composefs packages; do
                 "$step" >&2
             done ;;
         paths)

@@ -135,7 +135,7 @@ impl Images {
         })
     }
 
-    /// An installed system without the agent, built if need be: vmlinuz, initramfs.img, disk.img, kargs, commit. Few tests
+    /// An installed system, built if need be: vmlinuz, initramfs.img, disk.img, kargs, commit. Few tests
     /// need it, so it is not among the fields.
     pub fn disk(&self) -> Result<PathBuf> {
         build("disk")
