@@ -2,14 +2,16 @@
 # shellcheck shell=bash
 
 # ostree of Debian's next release: earlier ones have no composefs roots. Its libraries run on Debian 13.
-next_ostree() { stage next-ostree "$(key "=$next_packages")" download_next_ostree; }
+next_ostree() { stage next-ostree "$(key "=$next_packages" "=$1")" download_next_ostree "$1"; }
 next_packages="ostree ostree-boot libostree-1-1 libcomposefs1 libgpgme45"
 download_next_ostree() {
     local apt=$OUT/apt
     mkdir -p "$apt"/{etc/apt,var/lib/apt/lists/partial,var/cache/apt/archives/partial}
     : >"$apt/status"
-    echo "deb http://deb.debian.org/debian forky main" >"$apt/etc/apt/sources.list"
-    # Only extracted, never installed: the host's packages and apt sources stay as they are.
+    # From where the tree of Debian 13 in $1 came.
+    ostree cat --repo="$1/repo" node-a /usr/etc/apt/sources.list |
+        sed '/security\|updates/d; s/trixie/forky/' >"$apt/etc/apt/sources.list"
+    # Only extracted, never installed: the host's packages and apt sources are unchanged.
     get() {
         (cd "$OUT" && apt-get -q -o Dir="$apt" -o Dir::State::Status="$apt/status" -o Dir::Etc::TrustedParts=/usr/share/keyrings \
             -o APT::Sandbox::User=root -o Acquire::Languages=none "$@")
@@ -22,7 +24,8 @@ download_next_ostree() {
 
 tree_sealed() {
     local from debs next
-    from=$(tree_node_a) debs=$(debs) next=$(next_ostree)
+    from=$(tree_node_a) debs=$(debs)
+    next=$(next_ostree "$from")
     stage tree-sealed "$(key "$BED/sealed-tree.sh" "=$from $debs $next")" \
         recipe sealed-tree.sh FROM="$from" DEBS="$debs" NEXT="$next"
 }
