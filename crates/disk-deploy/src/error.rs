@@ -54,7 +54,7 @@ pub enum DeployError {
     #[error(
         "cannot deploy to {}: objects of its ostree repo must have fs-verity ([ex-integrity] in its configuration, a root with \
          verity=require, or composefs with verity or signed in the image's prepare-root.conf), which cannot be enabled there: \
-         {cause}; use a file system and a kernel with fs-verity (on ext4, tune2fs -O verity DEVICE while it is not mounted), \
+         {cause}; nothing was written; use a file system and a kernel with fs-verity (on ext4, tune2fs -O verity DEVICE while it is not mounted), \
          or deploy to another sysroot", path.display()
     )]
     Sealed {
@@ -81,7 +81,7 @@ pub enum DeployError {
     Reference(#[from] BadReference),
     /// A file system of the disk is too small.
     #[error(
-        "too little space on {}: {} are needed and {} are free; free some, or use a larger disk",
+        "too little space on {}: {} are needed and {} are free; nothing was written; free some, or use a larger disk",
         .path.display(), listed(parts), human_bytes(*free)
     )]
     TooLittle {
@@ -94,7 +94,8 @@ pub enum DeployError {
     },
     /// The file system of the disk has too few inodes.
     #[error(
-        "too few inodes on {}: {needed} are needed and {free} are free; remove files, or create the file system with more",
+        "too few inodes on {}: {needed} are needed and {free} are free; nothing was written; remove files, or create the file \
+         system with more inodes",
         .path.display()
     )]
     TooFewInodes {
