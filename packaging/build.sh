@@ -9,10 +9,18 @@ export LC_ALL=C.UTF-8 TZ=UTC
 unset MAKEFLAGS MAKELEVEL
 project=$(cd "$(dirname "$0")/.." && pwd)
 binaries=$(cd "$1" && pwd)
+output=$(realpath --canonicalize-missing "$2")
+# The output directory is emptied, and the source tree is copied without target.
+allowed=yes
+case $output/ in "$project/target/"?*) ;; "$project/"*) allowed= ;; esac
+case $project/ in "$output/"*) allowed= ;; esac
+[ -n "$allowed" ] || {
+    echo "cannot write packages to $2: only target and directories outside the source tree are possible; name another one" >&2
+    exit 1
+}
 sh "$project/packaging/version.sh" >/dev/null
-rm -rf "$2"
-mkdir -p "$2"
-output=$(cd "$2" && pwd)
+rm -rf "$output"
+mkdir -p "$output"
 work=$output/work
 sources=$work/node-image-pivot
 SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(dpkg-parsechangelog -l "$project/packaging/debian/changelog" -S Timestamp)}

@@ -183,6 +183,30 @@ fn a_release_needs_the_same_version_in_all_files_and_in_the_tag() {
 }
 
 #[test]
+fn packages_are_written_to_target_or_outside_the_source_tree() {
+    let copy = tempfile::tempdir().unwrap();
+    let tree = copy.path().join("tree");
+    fs::create_dir_all(tree.join("packaging")).unwrap();
+    let build = tree.join("packaging/build.sh");
+    fs::copy(project().join("packaging/build.sh"), &build).unwrap();
+    for (output, refused) in [
+        ("tree", true),
+        ("tree/target", true),
+        ("tree/packages", true),
+        ("tree/target/../packages", true),
+        (".", true),
+        ("tree/target/packages", false),
+        ("packages", false),
+    ] {
+        let output = Command::new("sh").arg(&build).args(["tree", output]).current_dir(&copy).output().unwrap();
+        let error = String::from_utf8_lossy(&output.stderr);
+        // The copy lacks the next script.
+        let expected = if refused { "cannot write packages to" } else { "version.sh" };
+        assert!(!output.status.success() && error.contains(expected) && build.exists(), "{error}");
+    }
+}
+
+#[test]
 fn the_workflow_pins_the_compiler_and_compares_the_tag() {
     let workflow = fs::read_to_string(project().join(".github/workflows/ci.yml")).unwrap();
     let pinned = workflow.split_once("--default-toolchain ").unwrap().1.split_whitespace().next().unwrap();
