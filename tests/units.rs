@@ -209,7 +209,7 @@ fn packages_are_written_to_target_or_outside_the_source_tree() {
 #[test]
 fn the_workflow_pins_the_compiler_and_compares_the_tag() {
     let workflow = fs::read_to_string(project().join(".github/workflows/ci.yml")).unwrap();
-    let pinned = workflow.split_once("--default-toolchain ").unwrap().1.split_whitespace().next().unwrap();
+    let pinned = workflow.split_once("RUST: ").unwrap().1.split_whitespace().next().unwrap();
     assert!(pinned.split('.').count() == 3 && pinned.split('.').all(|part| part.parse::<u32>().is_ok()), "{pinned}");
     let check = "run: sh packaging/version.sh \"$GITHUB_REF_NAME\"";
     assert!(workflow.find(check).unwrap() < workflow.find("run: .ci/run").unwrap(), "before the long checks");
