@@ -59,7 +59,11 @@ initramfs() {
 
 # The same with Debian's Ignition.
 initramfs_ignition() { initramfs ignition "$(ignition)"; }
-ignition() { stage ignition "$(key "$BED/ignition.sh")" recipe ignition.sh; }
+ignition() {
+    local packages
+    packages=$(unpacked ignition "$(tree_base12)" base12 ignition "")
+    stage ignition "$(key "=$packages" "$BED/ignition.sh")" recipe ignition.sh FROM="$packages"
+}
 
 # disk: the same base system installed to a disk: a directory with vmlinuz, initramfs.img, disk.img, kargs.
 disk() {
@@ -80,12 +84,7 @@ unpack_binaries() {
 }
 
 # A container runtime of the bootimage's release, as live media have one.
-runtime() { stage runtime "$(key "=runc")" unpack_runtime; }
-unpack_runtime() {
-    # As published: the node images have the updates.
-    (cd "$OUT" && apt-get download -q runc && dpkg-deb -x runc_*.deb . && rm runc_*.deb)
-    rm -rf "${OUT:?}/usr/share"
-}
+runtime() { unpacked runtime "$(tree_base12)" base12 runc ""; }
 
 # podman with runc, conmon and netavark of the bootimage's release, and of node image a's: the second is for a layer upon
 # that image. Not crun: it runs nothing where limits may not be raised, and a machine that runs tests may be such a place.
