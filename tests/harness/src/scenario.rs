@@ -62,17 +62,29 @@ pub fn configured_later(files: &Files) -> Result<()> {
     Ok(std::fs::rename(etc.join("node-image-pivot.conf.d"), etc.join("later"))?)
 }
 
+/// Moves the configuration that [`configured_later`] has hidden to its place. Installers write units, too, and let systemd
+/// reload. That runs the generator with the image configured.
+pub fn configured_now(guest: &dyn Guest) -> Result<()> {
+    guest.ask("mv /etc/later /etc/node-image-pivot.conf.d && systemctl daemon-reload").map(drop)
+}
+
 /// Values of the base system that the pivot must not change.
 pub struct Before {
     boot_id: String,
     modules: String,
+    /// Main process of the service that only the bootimage has, 0 where it has not started.
+    legacy: String,
 }
 
 impl Before {
     /// Reads them while the base system runs.
     pub fn of(guest: &dyn Guest) -> Result<Self> {
         same(guest.ask("base-tool")?, "base-tool 1.0".into())?;
-        Ok(Before { boot_id: guest.ask("cat /proc/sys/kernel/random/boot_id")?, modules: modules(guest)? })
+        Ok(Before {
+            boot_id: guest.ask("cat /proc/sys/kernel/random/boot_id")?,
+            modules: modules(guest)?,
+            legacy: guest.unit("base-legacy.service", "MainPID")?,
+        })
     }
 }
 
@@ -150,6 +162,7 @@ pub fn pivoted(
             services_of_the_node_image_are_active,
             node_hello_answers_as_the_user_that_sysusers_made,
             tmpfiles_of_the_node_image_exist,
+            users_and_groups_of_the_node_image_exist,
             files_that_only_the_bootimage_had_are_removed,
             the_service_that_only_the_bootimage_had_is_inactive,
         ],
@@ -184,6 +197,62 @@ pub fn pivoted(
             a_daemon_reload_does_not_redirect_the_boot_again,
         ],
     )
+}
+
+/// Runs every scenario about a live system that is up, and that an installer makes its node image without an isolate.
+/// `earlier` is the scenario in which it booted, `before` what was seen then.
+pub fn switched_in_use(
+    suite: &mut Suite,
+    earlier: &str,
+    guest: &dyn Guest,
+    before: Option<&Before>,
+    expected: &Expected<'_>,
+) -> bool {
+    suite.covers(guest, Flow::Assisted, "switched_in_use");
+    let mut bed = Pivoted { guest, before, expected };
+    let start = scenarios![both_units_become_active_when_an_installer_starts_them];
+    suite.run_after(earlier, &mut bed, &start)
+        & suite.run_after(
+            "both_units_become_active_when_an_installer_starts_them",
+            &mut bed,
+            &scenarios![
+                the_boot_id_is_unchanged,
+                usr_is_that_of_the_node_image,
+                usr_is_a_mount_of_the_agent_and_read_only,
+                kubectl_runs,
+                base_tool_is_newer,
+                pid_1_is_the_installed_systemd,
+                a_file_became_a_directory,
+                files_that_only_the_bootimage_had_are_removed,
+                users_and_groups_of_the_node_image_exist,
+                running_services_go_on_in_multi_user,
+                modules_of_the_running_kernel_are_unchanged,
+                a_file_in_etc_that_the_administrator_changed_is_kept,
+                a_file_in_etc_that_the_administrator_added_is_kept,
+                a_file_in_etc_that_the_administrator_deleted_stays_deleted,
+                a_new_default_appears_in_etc,
+                a_changed_default_replaces_the_old_one_in_etc,
+                a_removed_default_is_removed_from_etc,
+                the_root_password_and_the_machine_id_are_unchanged,
+                a_new_ssh_login_reaches_the_new_sshd,
+                no_unit_has_failed,
+                systemd_reports_running,
+            ],
+        )
+}
+
+fn both_units_become_active_when_an_installer_starts_them(bed: &mut Pivoted<'_>) -> Result<()> {
+    bed.guest.ask("systemctl start --no-block node-image-pull.service node-image-overlay.service")?;
+    bed.guest.wait_unit("node-image-overlay.service", "active", Duration::from_secs(600))?;
+    unit_is(bed.guest, "node-image-pull.service", "active")
+}
+
+fn running_services_go_on_in_multi_user(bed: &mut Pivoted<'_>) -> Result<()> {
+    let before = &bed.before.context("the base system was not seen before")?.legacy;
+    let process = bed.guest.unit("base-legacy.service", "MainPID")?;
+    same((&process, process == "0"), (before, false))?;
+    unit_is(bed.guest, "multi-user.target", "active")?;
+    unit_is(bed.guest, "node-image-finish.service", "inactive")
 }
 
 fn the_boot_id_is_unchanged(bed: &mut Pivoted<'_>) -> Result<()> {
@@ -246,6 +315,12 @@ fn node_hello_answers_as_the_user_that_sysusers_made(bed: &mut Pivoted<'_>) -> R
 
 fn tmpfiles_of_the_node_image_exist(bed: &mut Pivoted<'_>) -> Result<()> {
     same(bed.guest.ask("stat -c %U /run/kubelet-svc/created-by-tmpfiles")?, "kubelet-svc".into())
+}
+
+/// Those of its own files, beside those of sysusers.
+fn users_and_groups_of_the_node_image_exist(bed: &mut Pivoted<'_>) -> Result<()> {
+    let all = "for file in passwd group; do cut -d: -f1 /usr/etc/$file | xargs getent $file || exit; done";
+    bed.guest.ask(&format!("{{ {all}; }} >/dev/null")).map(drop)
 }
 
 fn files_that_only_the_bootimage_had_are_removed(bed: &mut Pivoted<'_>) -> Result<()> {

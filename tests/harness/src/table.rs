@@ -87,7 +87,7 @@ pub(crate) fn system(guest: &dyn Guest) -> Result<String> {
     let script = "on() { findmnt -nro FSTYPE --target $1 | tail -n 1; }
         at() { findmnt -nro FSTYPE --mountpoint $1 | tail -n 1 | grep . || echo -; }
         case $(findmnt -nro FSTYPE,SOURCE --target / | tail -n 1) in
-            'overlay composefs') root=composefs ;; 'overlay '*) root=overlays ;; *) root=$(on /) ;;
+            'overlay composefs') root=composefs:$(on /sysroot) ;; 'overlay '*) root=overlays ;; *) root=$(on /) ;;
         esac
         echo $root $(on /etc) $(at /run/ephemeral) $(on /var) $(at /boot) $(at /run/media/iso)
         grep -o coreos.liveiso /proc/cmdline || echo -
@@ -104,6 +104,7 @@ fn describe(text: &str, kernel: Option<&str>) -> Option<String> {
     let mut lines = text.lines();
     let mounts: Vec<_> = lines.next()?.split(' ').collect();
     let &[root, etc, ephemeral, var, boot, iso] = mounts.as_slice() else { return None };
+    let (below, root) = (root.rsplit(':').next()?, root.replace(':', " on "));
     let (argument, in_initramfs) = (lines.next()? != "-", lines.next()? != "-");
     let live = lines.next()? == "live";
     let medium = match (kernel, live, argument, iso, in_initramfs) {
@@ -118,8 +119,8 @@ fn describe(text: &str, kernel: Option<&str>) -> Option<String> {
     if etc == "overlay" {
         parts.push(if ephemeral == "-" { "/etc overlay".into() } else { format!("/etc overlay on {ephemeral}") });
     }
-    parts.extend((var != root).then(|| format!("/var {var}")));
-    parts.extend((boot != "-" && boot != root && kernel.is_some()).then(|| format!("/boot {boot}")));
+    parts.extend((var != below).then(|| format!("/var {var}")));
+    parts.extend((boot != "-" && boot != below && kernel.is_some()).then(|| format!("/boot {boot}")));
     parts.extend(
         kernel.map(|release| format!("Linux {}", release.splitn(3, '.').take(2).collect::<Vec<_>>().join("."))),
     );
@@ -146,9 +147,14 @@ mod tests {
             ),
             ("xfs xfs - xfs ext4 -\n-\n-\n6.1.0".into(), Some("6.1.0"), Some("disk: xfs, /boot ext4, Linux 6.1")),
             (
-                "composefs overlay - tmpfs - -\n-\n-\nlive\n6".into(),
+                "composefs:squashfs overlay - tmpfs - -\n-\n-\nlive\n6".into(),
                 None,
-                Some("container: composefs, /etc overlay, /var tmpfs"),
+                Some("container: composefs on squashfs, /etc overlay, /var tmpfs"),
+            ),
+            (
+                "composefs:ext4 ext4 - ext4 ext4 -\n-\n-\n6.12.1".into(),
+                Some("6.12.1"),
+                Some("disk: composefs on ext4, Linux 6.12"),
             ),
             ("overlays xfs - xfs - -\n-\n-\n6".into(), None, Some("container on a disk: overlays, /var xfs")),
             // A live medium without the argument whose root is not in the initramfs.

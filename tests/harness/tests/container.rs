@@ -5,16 +5,17 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use testbed::check::{contains, nothing_failed, same};
-use testbed::container::{Bed, Container, Network, Root, Setup};
+use testbed::container::{Bed, Container, Network, Root, Serving, Setup};
 use testbed::disk;
 use testbed::files::Files;
 use testbed::guest::Guest;
 use testbed::images::{Images, Pair, work_dir};
 use testbed::registry::{Registry, auth_file};
-use testbed::scenario::{Before, Expected, configured_later, node_files, pivoted, unit_is, wait_pivoted};
+use testbed::scenario::{
+    Before, Expected, configured_later, configured_now, node_files, pivoted, switched_in_use, unit_is, wait_pivoted,
+};
 use testbed::scenarios;
 use testbed::suite::Suite;
-use testbed::table::Flow;
 use testbed::unpivoted::{left_alone, waits_and_says_why};
 
 const PIVOT: Duration = Duration::from_secs(400);
@@ -292,48 +293,35 @@ fn no_unit_of_the_pivot_ran(guest: &mut Container) -> Result<()> {
     guest.ask("test ! -e /run/systemd/generator.early/default.target").map(drop)
 }
 
-/// A system that is up, on which an installer starts units, and the process that must survive it.
-struct Assisted {
-    bed: Bed,
-    legacy: String,
-}
-
 /// The flow of the assisted installer starts units on a system that is up: no isolate, and no service stops.
 #[test]
 fn units_that_an_installer_starts_isolate_nothing() -> Result<()> {
     let images = Images::ensure()?;
     let mut suite = Suite::new("container: the flow of the assisted installer");
-    let network = Network::new()?;
-    let registry =
-        Registry::start(&images.storage, &work_dir("container-assisted-registry")?, Some(network.pid()), None)?;
-    let guest = Container::start(images, &network, &Setup::live("container-assisted", &images.boot), |files| {
-        node_files(files, &images.image("node-a")?.by_digest(), "127.0.0.1", registry.port)?;
-        configured_later(files)
-    })?;
-    guest.wait_unit("multi-user.target", "active", Duration::from_secs(180))?;
-    // Installers write units, too, and let systemd reload. That runs the generator with the image configured.
-    guest.ask("mv /etc/later /etc/node-image-pivot.conf.d && systemctl daemon-reload")?;
-    let legacy = guest.unit("base-legacy.service", "MainPID")?;
-    let mut assisted = Assisted { bed: Bed { guest, registry, network }, legacy };
-    suite.run(
-        &mut assisted,
-        &scenarios![
-            a_configuration_that_the_new_sshd_rejects_refuses_the_switch,
-            an_sshd_that_waits_for_its_host_keys_does_not_refuse_the_switch,
-            both_units_start_without_blocking,
-            the_overlay_unit_becomes_active after both_units_start_without_blocking,
-            oc_is_there after the_overlay_unit_becomes_active,
-            running_services_go_on_in_multi_user after the_overlay_unit_becomes_active,
-            no_unit_has_failed,
-        ],
-    );
-    suite.covers(&assisted.bed.guest, Flow::Assisted, "units_that_an_installer_starts_isolate_nothing");
+    let mut bed = Bed::boot("container-assisted", "node-a", Serving::AtBoot, configured_later)?;
+    suite.run(&mut bed, &scenarios![the_base_system_runs, the_image_is_configured after the_base_system_runs]);
+    let before = Before::of(&bed.guest)?;
+    let refusals = scenarios![
+        a_configuration_that_the_new_sshd_rejects_refuses_the_switch,
+        an_sshd_that_waits_for_its_host_keys_does_not_refuse_the_switch,
+    ];
+    suite.run_after("the_image_is_configured", &mut bed, &refusals);
+    let expected = Expected::node_a(images.image("node-a")?);
+    switched_in_use(&mut suite, "the_image_is_configured", &bed.guest, Some(&before), &expected);
     suite.finish()
 }
 
+fn the_base_system_runs(bed: &mut Bed) -> Result<()> {
+    bed.guest.wait_unit("multi-user.target", "active", Duration::from_secs(180))
+}
+
+fn the_image_is_configured(bed: &mut Bed) -> Result<()> {
+    configured_now(&bed.guest)
+}
+
 /// OpenSSH 10 has no DSA keys and rejects a configuration that names them; OpenSSH 9.2 accepts it.
-fn a_configuration_that_the_new_sshd_rejects_refuses_the_switch(assisted: &mut Assisted) -> Result<()> {
-    let guest = &assisted.bed.guest;
+fn a_configuration_that_the_new_sshd_rejects_refuses_the_switch(bed: &mut Bed) -> Result<()> {
+    let guest = &bed.guest;
     let dropped = "/etc/ssh/sshd_config.d/50-old-clients.conf";
     guest.ask(&format!("echo 'PubkeyAcceptedAlgorithms +ssh-dss' >{dropped} && cp -a /etc /run/etc-before"))?;
     let answer = guest.run("node-image-pivot plan")?;
@@ -348,36 +336,12 @@ fn a_configuration_that_the_new_sshd_rejects_refuses_the_switch(assisted: &mut A
     same(changed?, "base-tool 1.0".into())
 }
 
-fn an_sshd_that_waits_for_its_host_keys_does_not_refuse_the_switch(assisted: &mut Assisted) -> Result<()> {
-    let guest = &assisted.bed.guest;
+fn an_sshd_that_waits_for_its_host_keys_does_not_refuse_the_switch(bed: &mut Bed) -> Result<()> {
+    let guest = &bed.guest;
     guest.ask("mkdir /run/keys && mv /etc/ssh/ssh_host_* /run/keys")?;
     let answer = guest.ask("node-image-pivot plan --json");
     guest.ask("mv /run/keys/* /etc/ssh")?;
     let plan: serde_json::Value = serde_json::from_str(&answer?)?;
     same(plan["state"].clone(), "staged".into())?;
     same(plan["plan"]["warnings"].to_string().contains("sshd"), false)
-}
-
-fn both_units_start_without_blocking(assisted: &mut Assisted) -> Result<()> {
-    let start = "systemctl start --no-block node-image-pull.service node-image-overlay.service";
-    assisted.bed.guest.ask(start).map(drop)
-}
-
-fn the_overlay_unit_becomes_active(assisted: &mut Assisted) -> Result<()> {
-    assisted.bed.guest.wait_unit("node-image-overlay.service", "active", PIVOT)
-}
-
-fn oc_is_there(assisted: &mut Assisted) -> Result<()> {
-    assisted.bed.guest.ask("oc version --client").map(drop)
-}
-
-fn running_services_go_on_in_multi_user(assisted: &mut Assisted) -> Result<()> {
-    let guest = &assisted.bed.guest;
-    same(guest.unit("base-legacy.service", "MainPID")?, assisted.legacy.clone())?;
-    unit_is(guest, "multi-user.target", "active")?;
-    unit_is(guest, "node-image-finish.service", "inactive")
-}
-
-fn no_unit_has_failed(assisted: &mut Assisted) -> Result<()> {
-    nothing_failed(&assisted.bed.guest)
 }

@@ -12,7 +12,7 @@ use testbed::guest::Guest;
 use testbed::images::{Images, work_dir};
 use testbed::proc::wait_for;
 use testbed::registry::Registry;
-use testbed::scenario::{configured_later, node_files};
+use testbed::scenario::{configured_later, configured_now, node_files};
 use testbed::scenarios;
 use testbed::suite::{Scenario, Suite};
 use testbed::table::Flow;
@@ -191,7 +191,7 @@ fn podman_4_3_runs_detached_containers_and_one_as_a_service(podman: &mut Podman)
 
 fn the_units_of_the_installer_become_active(podman: &mut Podman) -> Result<()> {
     let guest = &podman.bed.guest;
-    guest.ask("mv /etc/later /etc/node-image-pivot.conf.d && systemctl daemon-reload")?;
+    configured_now(guest)?;
     guest.ask(&format!("systemctl start --no-block {UNITS}"))?;
     guest.wait_unit("node-image-overlay.service", "active", PIVOT)
 }
