@@ -18,6 +18,7 @@ use super::layertree::LayerTree;
 use super::merge::{Content, Dir, Hidden, MergeError, read_dirtree, tree_of};
 use super::path::{Moved, foreign, shown};
 use super::relabel::Relabeller;
+use super::shortened::{SHOWN, Shortened};
 use super::system::{missing_file, no_policy, not_a_system};
 use crate::import::base::Base;
 use crate::import::budget::{self, OverBudget, Share};
@@ -68,7 +69,8 @@ impl Merged {
             Base::Commit(commit) => Some(tree_of(&commit, lookup).map_err(|error| import.tree_failure(&error))?),
             Base::Empty => None,
         };
-        let (mut left_outs, mut hidden, mut unstorable) = (BTreeSet::new(), Vec::new(), BTreeMap::new());
+        let (mut left_outs, mut unstorable) = (BTreeSet::new(), BTreeMap::new());
+        let (mut hidden, mut metadata) = (Shortened::default(), Shortened::default());
         for (name, kept) in layers {
             let layer = kept.tree(import)?;
             left_outs.extend(left_out(name, &layer));
@@ -86,10 +88,13 @@ impl Merged {
                 error => Failure::new(Kind::BadFormat, format!("{name}: {error}")),
             })?;
             hidden.extend(hidden_below(import, name, &below));
+            metadata.append(name, below.metadata);
             unstorable.extend(layer.unstorable);
         }
         // An image may have the same layer twice.
-        let warnings = [shortened(left_outs.into_iter().collect()), shortened(hidden)].concat();
+        let mut left_out = Shortened::default();
+        left_out.extend(left_outs);
+        let warnings = [left_out, hidden, metadata].map(Shortened::lines).concat();
         let merged = Self { root: root.unwrap_or_else(|| Dir::empty(Arc::default())), warnings, _share: share };
         merged.refuse_uncommittable(import, layers, &unstorable)?;
         Ok(merged)
@@ -187,24 +192,24 @@ impl Merged {
 
 /// Returns a warning for each symlink of the layers below that a directory of the layer `name` replaced, and for each
 /// directory that it removed by a whiteout of another path.
-fn hidden_below(import: &Import, name: &str, hidden: &Hidden) -> Vec<String> {
-    let is_link = |id: &ObjectId| {
+fn hidden_below<'a>(import: &'a Import, name: &'a str, hidden: &'a Hidden) -> impl Iterator<Item = String> + 'a {
+    let is_link = move |id: &ObjectId| {
         let path = import.content_path(id);
         path.and_then(|path| path.symlink_metadata().ok()).is_some_and(|stat| stat.is_symlink())
     };
-    let links = hidden.replaced.iter().filter(|(_, id)| is_link(id));
-    let line = |(path, _): &(String, ObjectId)| {
+    let links = hidden.replaced.iter().filter(move |(_, id)| is_link(id));
+    let line = move |(path, _): &(String, ObjectId)| {
         format!(
             "{name}: its directory /{path} replaces a symlink of the layers below: paths through that symlink now lead \
              to this directory"
         )
     };
-    let moved = hidden.moved.iter().map(|(Moved { archive, place }, removed)| {
+    let moved = hidden.moved.iter().map(move |(Moved { archive, place }, removed)| {
         format!(
             "{name}: it removes the /{removed} of the layers below, and with it /{place}, where ostree keeps /{archive}"
         )
     });
-    links.map(line).chain(moved).collect()
+    links.map(line).chain(moved)
 }
 
 /// Returns the objects that the layers have at more than one path.
@@ -244,9 +249,6 @@ fn list(
     Ok(())
 }
 
-/// Number of warnings of a kind, and of places in a warning.
-const SHOWN: usize = 12;
-
 /// Returns a warning if entries of the layer were left out.
 fn left_out(name: &str, layer: &LayerTree) -> Option<String> {
     let total: u64 = layer.left_out.values().map(|count| u64::from(*count)).sum();
@@ -257,18 +259,6 @@ fn left_out(name: &str, layer: &LayerTree) -> Option<String> {
     }
     let line = || format!("{name}: {total} entries cannot be part of an ostree commit: {}", parts.join(", "));
     (total > 0).then(line)
-}
-
-/// Replaces the warnings after the first ones by their number: an image may have hundreds of such layers.
-fn shortened(mut lines: Vec<String>) -> Vec<String> {
-    let more = lines.len().saturating_sub(SHOWN);
-    if more > 0 {
-        lines.truncate(SHOWN);
-        if let Some(last) = lines.last_mut() {
-            last.push_str(&format!("; and {more} more such warnings"));
-        }
-    }
-    lines
 }
 
 #[cfg(test)]
@@ -285,13 +275,5 @@ mod tests {
         assert_eq!(left_out("layer 2", &LayerTree::default()), None);
         let line = left_out("layer 1", &layer).unwrap();
         assert_eq!(line, "layer 1: 4 entries cannot be part of an ostree commit: /opt (3), /srv (1)");
-    }
-
-    #[test]
-    fn warnings_of_hundreds_of_layers_are_a_few_lines() {
-        let lines = |count: usize| shortened((0..count).map(|at| format!("layer {at}")).collect());
-        assert_eq!(lines(SHOWN).len(), SHOWN);
-        assert_eq!(lines(500).len(), SHOWN);
-        assert_eq!(lines(500).last().unwrap(), "layer 11; and 488 more such warnings");
     }
 }

@@ -16,6 +16,9 @@ use crate::import::base::Base;
 use crate::import::state::Import;
 use crate::import::tree::{Lookup, TreeError, commit_root, load};
 
+/// Mode of directories that the importer of the commit made because the archive has no entry for them.
+const MADE: u32 = 0o755;
+
 /// Reasons why the commit cannot replace the layer.
 #[derive(Debug, thiserror::Error)]
 enum Unusable {
@@ -67,8 +70,11 @@ fn tree_of_layer(import: &Import, facts: &BaseFacts, commit: &ObjectId) -> Resul
             Some(meta) => DirMeta::clone(meta),
             None => metas.entry(dirmeta).or_insert(read_dirmeta(&dirmeta, lookup)?).clone(),
         };
-        let (uid, gid) = (meta.uid, meta.gid);
+        let (uid, gid, named) = (meta.uid, meta.gid, meta.mode != MADE);
         tree.directory(&path, meta)?;
+        if let Some(dir) = tree.existing(&path) {
+            dir.named = named;
+        }
         let bytes = load(&dirtree, ObjectType::DirTree, lookup)?;
         let listing = Dirtree::parse(&bytes).map_err(|what| TreeError::Malformed(dirtree, "dirtree", what))?;
         let at = |name: &str| path.iter().cloned().chain([name.to_owned()]).collect::<Vec<String>>();

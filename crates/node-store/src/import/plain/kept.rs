@@ -24,10 +24,10 @@ struct Notes {
 
 /// Depth, name and content of a directory. Its parent is the last directory before it whose depth is one less.
 #[derive(Serialize)]
-struct WrittenDir<'a>(usize, &'a str, &'a DirMeta, bool, &'a Children<()>, &'a Children<LayerFile>);
+struct WrittenDir<'a>(usize, &'a str, &'a DirMeta, [bool; 2], &'a Children<()>, &'a Children<LayerFile>);
 
 #[derive(Deserialize)]
-struct ReadDir(usize, String, DirMeta, bool, Children<()>, Children<LayerFile>);
+struct ReadDir(usize, String, DirMeta, [bool; 2], Children<()>, Children<LayerFile>);
 
 impl LayerTree {
     /// Serialises the tree.
@@ -39,8 +39,8 @@ impl LayerTree {
         )?;
         let mut queue = vec![(0, "", &self.root)];
         while let Some((depth, name, dir)) = queue.pop() {
-            let LayerDir { meta, opaque, whiteouts, files, dirs } = dir;
-            serde_json::to_writer(&mut out, &WrittenDir(depth, name, meta, *opaque, whiteouts, files))?;
+            let LayerDir { meta, named, opaque, whiteouts, files, dirs } = dir;
+            serde_json::to_writer(&mut out, &WrittenDir(depth, name, meta, [*named, *opaque], whiteouts, files))?;
             queue.extend(dirs.iter().map(|(name, dir)| (depth + 1, name, dir)));
         }
         out.finish()
@@ -59,7 +59,7 @@ impl LayerTree {
         (tree.left_out, tree.unstorable) = (notes.left_out, notes.unstorable);
         let mut path: Vec<String> = Vec::new();
         for dir in input.into_iter::<ReadDir>() {
-            let Ok(ReadDir(depth, name, meta, opaque, whiteouts, files)) = dir else { return Ok(None) };
+            let Ok(ReadDir(depth, name, meta, [named, opaque], whiteouts, files)) = dir else { return Ok(None) };
             path.truncate(depth.saturating_sub(1));
             if depth > 0 {
                 path.push(name);
@@ -68,7 +68,7 @@ impl LayerTree {
                 return Ok(None);
             }
             let meta = tree.meta(meta)?;
-            let dir = LayerDir { meta, opaque, whiteouts, files, dirs: Children::default() };
+            let dir = LayerDir { meta, named, opaque, whiteouts, files, dirs: Children::default() };
             if !tree.restore(&path, dir)? {
                 return Ok(None);
             }

@@ -33,6 +33,8 @@ pub(super) enum LayerFile {
 pub(super) struct LayerDir {
     /// Metadata to use if the layers below do not have the directory.
     pub meta: Arc<DirMeta>,
+    /// True if the metadata are those of an entry of the archive.
+    pub named: bool,
     /// True if the content that the layers below have in this directory is hidden.
     pub opaque: bool,
     /// Names of entries of the layers below that are removed.
@@ -116,13 +118,14 @@ impl LayerTree {
         let (uid, gid) = (meta.uid, meta.gid);
         let meta = self.meta(meta)?;
         let Some((name, parents)) = path.split_last() else {
-            self.root.meta = meta;
+            (self.root.meta, self.root.named) = (meta, true);
             return Ok(());
         };
         self.take(DIR, 1, name.len())?;
         let parent = self.parent(parents, uid, gid)?;
         parent.files.remove(name);
-        parent.dirs.or_insert_with(name, LayerDir::default).meta = meta;
+        let dir = parent.dirs.or_insert_with(name, LayerDir::default);
+        (dir.meta, dir.named) = (meta, true);
         Ok(())
     }
 
@@ -322,11 +325,16 @@ impl LayerTree {
             _ => Some(self.meta(DirMeta { uid, gid, mode: 0o755, xattrs: Vec::new() })?),
         };
         self.take(DIR, missing.len(), missing.iter().map(String::len).sum())?;
+        let made = |dir: &mut LayerDir| {
+            if let Some(meta) = &meta {
+                (dir.meta, dir.named) = (meta.clone(), false);
+            }
+        };
         let mut dir = &mut self.root;
-        dir.meta = meta.as_ref().unwrap_or(&dir.meta).clone();
+        made(dir);
         for part in path {
             dir = dir.dirs.or_insert_with(part, LayerDir::default);
-            dir.meta = meta.as_ref().unwrap_or(&dir.meta).clone();
+            made(dir);
         }
         Ok(dir)
     }

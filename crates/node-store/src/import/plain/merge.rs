@@ -10,9 +10,10 @@ use std::sync::Arc;
 use crate::store::{Dirtree, ObjectId, ObjectType};
 
 use super::children::Children;
-use super::dirmeta::DirMeta;
+use super::dirmeta::{DirMeta, read_dirmeta};
 use super::layertree::{LayerDir, LayerFile, LayerTree};
 use super::path::{MOVED, Moved, foreign, shown};
+use super::shortened::Shortened;
 use crate::import::tree::{Lookup, TreeError, commit_root, load};
 
 /// A directory of the merged tree.
@@ -176,13 +177,15 @@ impl Content {
 }
 
 /// Content of the layers below that a layer hides in a way that its author may not expect.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Default)]
 pub(super) struct Hidden {
     /// Files and symlinks that a directory of the layer replaced, by path.
     pub replaced: Vec<(String, ObjectId)>,
     /// Directories of [`MOVED`] that disappeared because the layer removed a directory above their place in the tree, and
     /// that directory.
     pub moved: Vec<(Moved, String)>,
+    /// Directories of the layers below whose mode or owner the layer would change.
+    pub metadata: Shortened,
 }
 
 impl Hidden {
@@ -204,6 +207,35 @@ impl Hidden {
         }
         Ok(())
     }
+
+    /// Compares the mode and the owner of a directory with those in the layer.
+    fn note_metadata(
+        &mut self,
+        below: &Meta,
+        layer: &LayerDir,
+        path: &str,
+        lookup: &mut Lookup<'_>,
+    ) -> Result<(), TreeError> {
+        // An encapsulated image has no parent directories. Container engines make them with this mode and owner, which
+        // the layers upon it then have.
+        const MADE: (u32, u32, u32) = (0o755, 0, 0);
+        let rights = |meta: &DirMeta| (meta.mode, meta.uid, meta.gid);
+        let ignored = rights(&layer.meta);
+        let kept = match below {
+            _ if !layer.named => return Ok(()),
+            Meta::Stored(_) if ignored == MADE => return Ok(()),
+            Meta::Stored(id) => rights(&read_dirmeta(id, lookup)?),
+            Meta::New(kept) => rights(kept),
+        };
+        if kept != ignored {
+            let shown = |(mode, uid, gid): (u32, u32, u32)| format!("mode {mode:04o} and owner {uid}:{gid}");
+            let (kept, ignored) = (shown(kept), shown(ignored));
+            self.metadata.push(format!(
+                "its {ignored} for the directory /{path} are ignored: the directory keeps {kept} of the layers below"
+            ));
+        }
+        Ok(())
+    }
 }
 
 /// Files and directories of an open directory.
@@ -219,6 +251,7 @@ fn lay(
     hidden: &mut Hidden,
     lookup: &mut Lookup<'_>,
 ) -> Result<(), MergeError> {
+    hidden.note_metadata(&below.meta, layer, path, lookup)?;
     if layer.whiteouts.is_empty() && layer.files.is_empty() && layer.dirs.is_empty() {
         return Ok(());
     }
@@ -251,7 +284,7 @@ fn lay(
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use super::super::dirmeta::{dirmeta_bytes, read_dirmeta};
+    use super::super::dirmeta::dirmeta_bytes;
     use super::*;
     use sha2::{Digest, Sha256};
     use std::collections::HashMap;
@@ -355,6 +388,36 @@ mod tests {
         assert_eq!(meta(&mut tree, "usr/n", lookup), Meta::New(Arc::default()));
         let untouched = tree.directory(&path("usr/d"), lookup).unwrap().unwrap();
         assert!(matches!(untouched.content, Content::Stored(_)), "an unchanged directory was read");
+    }
+
+    #[test]
+    fn ignored_metadata_are_named() {
+        let meta = |mode, uid| DirMeta { mode, uid, ..DirMeta::default() };
+        let entry = |name: &str, meta: DirMeta| {
+            let mut layer = LayerTree::default();
+            layer.directory(&path(name), meta).unwrap();
+            layer
+        };
+        let mut parents = entry("usr/d", meta(0o700, 0));
+        parents.file(&path("usr/d/new/x"), LayerFile::Object(id(8)), 5, 0).unwrap();
+        for (layer, ignored) in [
+            (entry("usr/d", meta(0o700, 0)), Some("mode 0700 and owner 0:0")),
+            (entry("usr/d", meta(0o755, 7)), Some("mode 0755 and owner 7:0")),
+            // A container engine makes such a parent of a file in the base.
+            (entry("usr/d", meta(0o755, 0)), None),
+            (entry("usr/d", meta(0o750, 0)), None),
+            (entry("usr/own", meta(0o700, 0)), Some("mode 0700 and owner 0:0")),
+            (entry("usr/own", meta(0o755, 0)), None),
+            // Without an entry that counts.
+            (parents, None),
+        ] {
+            let (objects, mut tree) = base();
+            let lookup: &mut Lookup<'_> = &mut |id, _| Ok(objects.get(id).cloned());
+            tree.lay(&entry("usr/own", meta(0o755, 0)), &|_| true, lookup).unwrap();
+            let lines = tree.lay(&layer, &|_| true, lookup).unwrap().metadata.lines();
+            assert_eq!(lines.len(), usize::from(ignored.is_some()), "{lines:?}");
+            assert!(lines.iter().all(|line| ignored.is_some_and(|words| line.contains(words))), "{lines:?}");
+        }
     }
 
     #[test]

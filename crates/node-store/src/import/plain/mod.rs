@@ -14,6 +14,7 @@ mod merge;
 mod path;
 mod reader;
 mod relabel;
+mod shortened;
 mod system;
 
 #[cfg(any(test, fuzzing))]
