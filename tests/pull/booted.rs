@@ -3,12 +3,14 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use node_store::store::{BootedRepo, NodeStore};
+use node_store::image::Kind;
+use node_store::store::{BootedRepo, NodeStore, ObjectType};
 
-use super::derived::{Labels, base, complete};
-use super::fixture::{listing, run};
+use super::derived::{CONTEXTS, Labels, base, complete};
+use super::fixture::{Image, listing, run};
 use super::layers::{file, layer};
-use super::{Bench, fsck, try_pull_with};
+use super::plain::{labelled_system, of, policy};
+use super::{Bench, fsck, try_pull, try_pull_with};
 
 /// The largest object of a kind: in each, something is listed that matters.
 fn largest(repo: &Path, kind: &str) -> PathBuf {
@@ -65,26 +67,62 @@ async fn damaged_metadata_of_the_booted_repo_are_read_from_the_image() {
     }
 }
 
+/// The image whose policy labels programs otherwise than that of [`labelled_system`].
+fn relabelling() -> Image {
+    of(&[labelled_system(), policy("test", &CONTEXTS.replace("bin_t", "tool_t"))])
+}
+
 /// Every file is copied with another label, which takes its owner, mode and attributes.
 #[tokio::test(flavor = "multi_thread")]
 async fn booted_repos_of_other_modes_lead_to_the_same_commit() {
     let bench = Bench::new();
-    let mut image = base(&bench, Labels::Missing);
-    image.layers.push(layer(&[file("usr/share/more", "more")]));
-    let spec = bench.push(&image, "os:1");
-    let whole = bench.store("whole", None);
-    let commit = try_pull_with(&spec, &whole, None, complete()).await.unwrap().commit.to_string();
-    let expected = listing(whole.repo_path(), &commit);
-    for mode in ["bare", "bare-user", "archive"] {
-        let path = bench.path(mode);
-        let (mode_option, repo) = (format!("--mode={mode}"), format!("--repo={}", path.display()));
-        run("ostree", &["init", &mode_option, &repo]);
-        run("ostree", &["pull-local", &repo, bench.repo.path.to_str().unwrap(), &image.commit]);
-        let booted = BootedRepo { path, commit: Some(image.id()) };
-        let store = bench.store(&format!("store-{mode}"), Some(&booted));
-        let pulled = try_pull_with(&spec, &store, Some(&booted), complete()).await.unwrap();
-        assert_eq!(pulled.commit.to_string(), commit, "{mode}");
-        assert_eq!(listing(store.repo_path(), &commit), expected, "{mode}");
-        assert_eq!(NodeStore::on_disk(&booted.path, None).is_ok(), mode == "bare", "{mode}");
+    let mut derived = base(&bench, Labels::Missing);
+    derived.layers.push(layer(&[file("usr/share/more", "more")]));
+    let below = bench.store("below", None);
+    let system = try_pull_with(&bench.push(&of(&[labelled_system()]), "os:system"), &below, None, complete()).await;
+    let system = (below.repo_path().to_owned(), system.unwrap().commit);
+    let rows =
+        [("derived", derived.clone(), (bench.repo.path.clone(), derived.id())), ("plain", relabelling(), system)];
+    for (kind, image, (source, booted_commit)) in rows {
+        let spec = bench.push(&image, &format!("os:{kind}"));
+        let whole = bench.store(&format!("whole-{kind}"), None);
+        let commit = try_pull_with(&spec, &whole, None, complete()).await.unwrap().commit.to_string();
+        let expected = listing(whole.repo_path(), &commit);
+        for mode in ["bare", "bare-user", "archive"] {
+            let path = bench.path(&format!("{kind}-{mode}"));
+            let (mode_option, repo) = (format!("--mode={mode}"), format!("--repo={}", path.display()));
+            run("ostree", &["init", &mode_option, &repo]);
+            run("ostree", &["pull-local", &repo, source.to_str().unwrap(), &booted_commit.to_string()]);
+            let booted = BootedRepo { path, commit: Some(booted_commit) };
+            let store = bench.store(&format!("store-{kind}-{mode}"), Some(&booted));
+            let pulled = try_pull_with(&spec, &store, Some(&booted), complete()).await.unwrap();
+            assert_eq!(pulled.commit.to_string(), commit, "{kind} {mode}");
+            assert_eq!(listing(store.repo_path(), &commit), expected, "{kind} {mode}");
+            assert_eq!(NodeStore::on_disk(&booted.path, None).is_ok(), mode == "bare", "{kind} {mode}");
+        }
     }
+}
+
+/// A copy of a damaged object would be an object with a valid name.
+#[tokio::test(flavor = "multi_thread")]
+async fn damaged_content_of_the_booted_repo_is_not_relabelled() {
+    let bench = Bench::new();
+    let booted = bench.store("booted", None);
+    let system = bench.push(&of(&[labelled_system()]), "os:system");
+    let commit = try_pull_with(&system, &booted, None, complete()).await.unwrap().commit;
+    let shown = run(
+        "ostree",
+        &["ls", "-C", "--repo", booted.repo_path().to_str().unwrap(), "coreos/node-image", "/usr/bin/bash"],
+    );
+    let id = shown.split_whitespace().nth(4).unwrap();
+    let object = booted.object_path(&id.parse().unwrap(), ObjectType::File);
+    let mut content = fs::read(&object).unwrap();
+    content[0] ^= 1;
+    fs::write(&object, content).unwrap();
+    let booted = BootedRepo { path: booted.repo_path().to_owned(), commit: Some(commit) };
+    let store = bench.store("store", Some(&booted));
+    let refused = try_pull(&bench.push(&relabelling(), "os:new"), &store, Some(&booted)).await.unwrap_err();
+    assert!(refused.kind == Kind::Local && refused.message.contains(id), "{refused}");
+    assert!(refused.to_string().contains("/usr/bin/bash") && refused.to_string().contains("ostree fsck"), "{refused}");
+    assert_eq!(store.resolve_ref().unwrap(), None);
 }

@@ -7,9 +7,10 @@
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::sync::Arc;
 
 use sha2::Digest;
@@ -329,28 +330,31 @@ fn copy(
     label: Option<&[u8]>,
     keep: &dyn Fn(&ObjectId) -> bool,
 ) -> Result<ObjectId, Failure> {
-    let fail = |error: std::io::Error| import.local(format!("cannot read the object {id}.file: {error}"));
+    let fail = |error: io::Error| import.local(format!("cannot read the object {id}.file: {error}"));
     let Some(path) = import.content_path(id) else {
         return Err(import.local(format!("the object {id}.file disappeared during the pull")));
     };
     let stat = path.symlink_metadata().map_err(fail)?;
-    let mut xattrs = xattr::read(&path).map_err(|errno| fail(errno.into()))?;
-    match label {
-        Some(label) => xattrs.insert(xattr::LABEL.to_vec(), label.to_vec()),
-        None => xattrs.remove(xattr::LABEL),
-    };
+    let xattrs = xattr::read(&path).map_err(|errno| fail(errno.into()))?;
     let target = match stat.file_type().is_symlink() {
         true => Some(std::fs::read_link(&path).map_err(fail)?.into_os_string().into_vec()),
         false => None,
     };
     let is_symlink = target.is_some();
-    let meta = FileMeta {
-        uid: stat.uid(),
-        gid: stat.gid(),
-        mode: stat.mode() & 0o7777,
-        target,
-        xattrs: Xattrs::from_pairs(xattrs.iter().map(|(name, value)| (name.as_slice(), value.as_slice()))),
+    let labelled = |label: Option<&[u8]>| {
+        let others = xattrs.iter().map(|(name, value)| (name.as_slice(), value.as_slice()));
+        let others = others.filter(|(name, _)| *name != xattr::LABEL);
+        let xattrs = Xattrs::from_pairs(others.chain(label.map(|label| (xattr::LABEL, label))));
+        FileMeta { uid: stat.uid(), gid: stat.gid(), mode: stat.mode() & 0o7777, target: target.clone(), xattrs }
     };
+    if import.booted_file(id).is_some() {
+        // The kernel reports a label of an object that was written without one.
+        let before = [labelled(xattrs.get(xattr::LABEL).map(Vec::as_slice)), labelled(None)];
+        if !before.iter().try_fold(false, |found, meta| Ok(found || has_checksum(&path, meta, id)?)).map_err(fail)? {
+            return Err(damaged(import, id, at));
+        }
+    }
+    let meta = labelled(label);
     let write_failed = |error| import.write_failure(&format!("{image}: relabelling {at}"), &error);
     if is_symlink {
         let made = ObjectId(meta.hasher().finalize().into());
@@ -377,6 +381,28 @@ fn copy(
     Ok(made)
 }
 
+/// Returns true if the file or symlink at `path` is the object `id`.
+fn has_checksum(path: &Path, meta: &FileMeta, id: &ObjectId) -> io::Result<bool> {
+    let mut hasher = meta.hasher();
+    if meta.target.is_none() {
+        let (mut file, mut piece) = (File::open(path)?, vec![0; 256 * 1024]);
+        loop {
+            match file.read(&mut piece)? {
+                0 => break,
+                count => hasher.update(&piece[..count]),
+            }
+        }
+    }
+    Ok(ObjectId(hasher.finalize().into()) == *id)
+}
+
+/// Returns the failure of an object of the booted repo that differs from its name. A copy of it would have a valid name.
+fn damaged(import: &Import, id: &ObjectId, at: &str) -> Failure {
+    const ADVICE: &str = "run ostree fsck, and replace the booted system";
+    let message = format!("cannot relabel {at}: the object {id}.file in the booted repo has another checksum");
+    Failure { advice: ADVICE, ..import.local(message) }
+}
+
 fn lookup(labels: &Labels, image: &PullSpec, path: &str, mode: u32) -> Result<Option<Vec<u8>>, Failure> {
     labels.of(path, mode).map_err(|what| Failure::new(Kind::BadFormat, format!("the image {image}: {what}")))
 }
@@ -389,7 +415,7 @@ fn read_label(import: &Import, id: &ObjectId) -> Result<ModeAndLabel, Failure> {
     let Some(path) = import.content_path(id) else { return Ok(None) };
     let fail = |error| import.local(format!("cannot read the object {id}.file: {error}"));
     let mode = match path.symlink_metadata() {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         other => other.map_err(fail)?.mode(),
     };
     let label = match import.replacement(id) {
