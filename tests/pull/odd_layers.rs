@@ -4,9 +4,10 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 
-use super::derived::{Labels, base, changed_base, compared, complete, with};
+use super::derived::{CONTEXTS, Labels, base, changed_base, compared, complete, with};
 use super::fixture::{Image, RawLayer, listing, run};
 use super::layers::{Item, What, dir, file, item, link, oracle, raw, raw_layer};
+use super::plain::{self, labelled_system, of, policy, system};
 use super::{Bench, fsck, try_pull_with};
 use node_store::import::PulledImage;
 use node_store::store::NodeStore;
@@ -65,12 +66,47 @@ async fn a_replaced_directory_link_is_named() {
     let bench = Bench::new();
     let links = |path: &Path| symlink("lib", path.join("usr/lib64")).unwrap();
     let base = changed_base(&bench, Labels::None, "-links", &links);
-    let (store, pulled) =
-        taken(&bench, &with(base, &[vec![file("usr/lib64/new.so", "new"), file("usr/share/x", "x")]]), "links").await;
-    assert_eq!(cat(&store, "/usr/lib64/new.so"), "new");
-    let told = pulled.warnings.join("\n");
-    assert!(told.contains("/usr/lib64 replaces a symlink") && told.contains("layer 5"), "{told}");
-    assert_eq!(pulled.warnings.len(), 1, "{told}");
+    let linked = [labelled_system(), vec![item("usr/lib64", What::Symlink("lib".into()))]].concat();
+    for (name, bottom, layer) in [("links", base, "layer 5"), ("plain-links", of(&[linked]), "layer 1")] {
+        let image = with(bottom, &[vec![file("usr/lib64/new.so", "new"), file("usr/share/x", "x")]]);
+        let (store, pulled) = taken(&bench, &image, name).await;
+        assert_eq!(cat(&store, "/usr/lib64/new.so"), "new");
+        let told = pulled.warnings.join("\n");
+        assert!(told.contains("/usr/lib64 replaces a symlink") && told.contains(layer), "{told}");
+        assert_eq!(pulled.warnings.len(), 1, "{told}");
+    }
+}
+
+/// ostree-ext ignores the mode and the owner of a directory that the layers below have.
+#[tokio::test(flavor = "multi_thread")]
+async fn ignored_modes_and_owners_of_directories_are_named() {
+    let bench = Bench::new();
+    let dirs = |mode| (0..14).map(move |at| item(&format!("usr/share/many/{at:02}"), What::Dir(mode)));
+    let below = vec![dir("etc/secret"), item("usr/share/kept", What::Dir(0o700)), dir("usr/share/made")];
+    let above = vec![
+        item("etc/secret", What::Dir(0o700)),
+        Item { owner: (7, 8), ..dir("usr/bin") },
+        // Equal, without an entry, and removed before.
+        item("usr/share", What::Dir(0o755)),
+        file("usr/share/kept/file", "x"),
+        file("usr/share/.wh.made", ""),
+        item("usr/share/made", What::Dir(0o700)),
+    ];
+    let stack = [[labelled_system(), below, dirs(0o755).collect()].concat(), above, dirs(0o750).collect()];
+    let pulled = plain::compared(&bench, &oracle(), &of(&stack), "metadata").await;
+    let all = listing(&bench.path("metadata").join("repo"), "coreos/node-image");
+    for (path, mode) in [("/usr/etc/secret", "d00755"), ("/usr/share/kept", "d00700"), ("/usr/share/made", "d00700")] {
+        assert!(all.lines().any(|line| line.ends_with(path) && line.starts_with(mode)), "{path}: {all}");
+    }
+    let ignored = |path: &str, rights: &str| {
+        let line = format!("its {rights} for the directory /{path} are ignored: the directory keeps mode 0755 and");
+        pulled.warnings.iter().filter(|warning| warning.contains(&line)).count()
+    };
+    assert_eq!(ignored("usr/etc/secret", "mode 0700 and owner 0:0"), 1, "{:?}", pulled.warnings);
+    assert_eq!(ignored("usr/bin", "mode 0755 and owner 7:8"), 1, "{:?}", pulled.warnings);
+    assert_eq!(ignored("usr/share/many/09", "mode 0750 and owner 0:0"), 1, "{:?}", pulled.warnings);
+    assert_eq!(pulled.warnings.len(), 12, "{:?}", pulled.warnings);
+    assert!(pulled.warnings[11].ends_with("; and 4 more such warnings"), "{:?}", pulled.warnings);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -92,12 +128,14 @@ async fn devices_with_a_size_and_files_linked_to_themselves() {
         raw(b"usr/share/after", b'1', b"usr/share/after", b"", &[]),
         raw(b"usr/bin/bash", b'1', b"usr/bin/bash", b"", &[]),
     ]);
-    let mut image = base(&bench, Labels::None);
-    image.layers.push(layer);
-    let (store, pulled) = taken(&bench, &image, "sizes").await;
-    assert_eq!(cat(&store, "/usr/share/after"), "content");
-    assert_eq!(cat(&store, "/usr/bin/bash"), "b".repeat(3000));
-    assert!(pulled.warnings[0].contains("3 entries cannot be part"), "{:?}", pulled.warnings);
+    let bash = vec![item("usr/bin/bash", What::File(vec![b'b'; 3000], 0o755))];
+    for (name, mut image) in [("sizes", base(&bench, Labels::None)), ("plain-sizes", of(&[labelled_system(), bash]))] {
+        image.layers.push(layer.clone());
+        let (store, pulled) = taken(&bench, &image, name).await;
+        assert_eq!(cat(&store, "/usr/share/after"), "content");
+        assert_eq!(cat(&store, "/usr/bin/bash"), "b".repeat(3000));
+        assert!(pulled.warnings[0].contains("3 entries cannot be part"), "{:?}", pulled.warnings);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -112,10 +150,17 @@ async fn the_policys_config_may_be_a_symlink() {
         };
         // libostree cannot label such a tree itself where it is not the root.
         let base = changed_base(&bench, Labels::Missing, name, &moved);
-        let (store, _) = taken(&bench, &with(base, &[vec![file("usr/bin/new", "x")]]), name).await;
-        let all = listing(store.repo_path(), "coreos/node-image");
-        let line = all.lines().find(|line| line.ends_with("/usr/bin/new")).unwrap();
-        assert!(line.contains("bin_t"), "{name}: {line}");
+        let mut plain = [system(), policy("test", CONTEXTS)].concat();
+        for item in plain.iter_mut().filter(|item| item.path == "etc/selinux/config") {
+            item.path = "etc/default/selinux".into();
+        }
+        plain.push(item("etc/selinux/config", What::Symlink(target.into())));
+        for (bottom, name) in [(base, name.to_owned()), (of(&[plain]), format!("plain-{name}"))] {
+            let (store, _) = taken(&bench, &with(bottom, &[vec![file("usr/bin/new", "x")]]), &name).await;
+            let all = listing(store.repo_path(), "coreos/node-image");
+            let line = all.lines().find(|line| line.ends_with("/usr/bin/new")).unwrap();
+            assert!(line.contains("bin_t"), "{name}: {line}");
+        }
     }
 }
 
@@ -136,6 +181,12 @@ async fn content_at_the_top_of_a_composefs_base() {
         let all = listing(store.repo_path(), "coreos/node-image");
         assert!(all.contains("/usr/share/only") && !all.contains("/usr/bin/bash"), "{all}");
     }
+    // A plain image may have content at the top of any tree.
+    let without = labelled_system().into_iter().filter(|item| item.path != "usr/bin/bash");
+    let opaque = [vec![file(".wh..wh..opq", ""), file("usr/share/only", "this")], without.collect()].concat();
+    let (store, _) = taken(&bench, &of(&[labelled_system(), vec![file("newtop/x", "x")], opaque]), "plain").await;
+    let all = listing(store.repo_path(), "coreos/node-image");
+    assert!(all.contains("/usr/share/only") && !all.contains("/usr/bin/bash") && !all.contains("newtop"), "{all}");
 }
 
 /// The layer hides the policy: what it brings keeps the labels that it was read with, parents included.

@@ -2,6 +2,7 @@
 //! test bed.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use rand::rngs::StdRng;
@@ -91,12 +92,17 @@ pub fn random_layer(rng: &mut StdRng, last: bool) -> Vec<Item> {
     items
 }
 
+/// The seeds of a random test: `PIVOT_SEEDS` (12) from `PIVOT_SEED` (1) on.
+pub fn seeds() -> Range<u64> {
+    let variable = |name: &str, default| std::env::var(name).ok().map_or(default, |value| value.parse().unwrap());
+    let first = variable("PIVOT_SEED", 1);
+    first..first + variable("PIVOT_SEEDS", 12)
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn random_layer_stacks_are_imported_alike() {
-    const CASES: u64 = 36;
     let bench = Bench::new();
     let oracle = oracle();
-    let first: u64 = std::env::var("PIVOT_SEED").ok().map_or(1, |seed| seed.parse().unwrap());
     // Two encapsulated bases, and a plain system, which ostree-ext imports over an encapsulated commit.
     let same = |image: Image| (image.clone(), image);
     let system = layer(&labelled_system());
@@ -112,7 +118,7 @@ async fn random_layer_stacks_are_imported_alike() {
         let store = bench.store(&name, None);
         // Compressing is most of what a debug build would do here.
         bottom.layers.iter_mut().chain(&mut theirs.layers).for_each(|layer| layer.compress = Compress::None);
-        for seed in first..first + CASES / 3 {
+        for seed in seeds() {
             let mut rng = StdRng::seed_from_u64(seed);
             let count = rng.random_range(1..4);
             let stack: Vec<Vec<Item>> = (0..count).map(|at| random_layer(&mut rng, at + 1 == count)).collect();

@@ -87,7 +87,7 @@ pub fn almost_empty(bench: &Bench) -> Image {
 }
 
 /// Pulls the layers as a plain image, and has ostree-ext import them over [`almost_empty`].
-async fn compared(bench: &Bench, oracle: &str, image: &Image, name: &str) -> PulledImage {
+pub async fn compared(bench: &Bench, oracle: &str, image: &Image, name: &str) -> PulledImage {
     let store = bench.store(name, None);
     let spec = bench.push(image, &format!("plain:{name}"));
     let pulled = try_pull_with(&spec, &store, None, complete()).await.unwrap();
@@ -193,9 +193,15 @@ async fn a_plain_image_is_the_same_commit_on_every_system() {
     // A policy that has no label for a path for which the booted one has a label.
     let without = format!("{CONTEXTS}/usr/share/dir(/.*)?\t<<none>>\n");
     let unlabels = [update.clone(), vec![file("usr/share/dir/x", "x")], policy("test", &without)].concat();
-    for (name, update, written) in
-        [("same-policy", update, 2), ("other-policy", relabels, 5), ("fewer-labels", unlabels, 4)]
-    {
+    // A policy with another label for kernel modules, which a delta pull then needs.
+    let modules = format!("{CONTEXTS}/usr/lib/modules(/.*)?\tsystem_u:object_r:modules_object_t:s0\n");
+    let modules = [update.clone(), policy("test", &modules)].concat();
+    for (name, update, written) in [
+        ("same-policy", update, 2),
+        ("other-policy", relabels, 5),
+        ("fewer-labels", unlabels, 4),
+        ("module-labels", modules, 4),
+    ] {
         let spec = bench.push(&of(&[labelled_system(), update]), &format!("plain:{name}"));
         let (store, whole) = (bench.store(name, Some(&booted)), bench.store(&format!("{name}-whole"), None));
         let delta = try_pull(&spec, &store, Some(&booted)).await.unwrap();
@@ -211,6 +217,7 @@ async fn a_plain_image_is_the_same_commit_on_every_system() {
         fsck(store.repo_path());
         let listed = listing(store.repo_path(), "coreos/node-image");
         assert_eq!(listed, listing(whole.repo_path(), "coreos/node-image"));
+        assert_eq!(listed.contains("modules_object_t"), name == "module-labels", "{listed}");
     }
     // The same image as booted: nothing is written.
     let store = bench.store("same", Some(&booted));

@@ -8,8 +8,9 @@ use node_store::store::NodeStore;
 use tar::EntryType;
 
 use super::derived::{Labels, base, complete};
-use super::fixture::{Compress, RawLayer};
+use super::fixture::{Compress, Image, RawLayer};
 use super::measure::peak_rss_mib;
+use super::plain::{labelled_system, of};
 use super::{Bench, try_pull_with};
 
 /// MiB; stated in `src/import/mod.rs`.
@@ -63,19 +64,33 @@ fn layers_of_any_shape_stay_within_the_cap() {
         ("endless chains", vec![chains(4_000)], false),
         ("many", (0..6).map(|tree| deep(100_000, tree)).collect(), false),
     ] {
-        let (spec, peak, refusal) = pulled_by_child(what, layers, LEAST);
-        match refusal {
-            None => assert!(fits, "{what} was taken"),
-            Some(refusal) => {
-                assert!(!fits, "{what}: {refusal}");
-                for words in [&spec[..10], "layer 5 (sha256:", "exceeds the limit", "entries", "80 MiB"] {
-                    assert!(refusal.replace("layer 6", "layer 5").contains(words), "{what}: {refusal}");
-                }
-            }
-        }
-        peaks.push((what, peak));
+        peaks.push((what, checked(what, derived, layers, fits)));
     }
     assert!(peaks.iter().all(|(_, peak)| *peak <= CAP), "{peaks:?} MiB, at most {CAP}");
+}
+
+#[test]
+fn plain_images_of_any_shape_stay_within_the_cap() {
+    let packages = (0..14).map(|number| package(10_000, number)).collect();
+    for (what, layers, fits) in [("packages", packages, true), ("deeper", vec![deep(100_000, 0)], false)] {
+        let peak = checked(what, |_| of(&[labelled_system()]), layers, fits);
+        assert!(peak <= CAP, "{what}: {peak} MiB, at most {CAP}");
+    }
+}
+
+fn derived(bench: &Bench) -> Image {
+    base(bench, Labels::Own)
+}
+
+/// Pulls an image with these layers upon `bottom`, which fits into the least limit or not. Returns the peak of the resident
+/// memory in MiB.
+fn checked(what: &str, bottom: fn(&Bench) -> Image, layers: Vec<RawLayer>, fits: bool) -> u64 {
+    let (spec, peak, refusal) = pulled_by_child(what, bottom, layers, LEAST);
+    assert_eq!(refusal.is_none(), fits, "{what}: {refusal:?}");
+    for words in [&spec[..10], "layer ", "(sha256:", "exceeds the limit", "entries", "80 MiB"] {
+        assert!(refusal.iter().all(|refusal| refusal.contains(words)), "{what}: {refusal:?}");
+    }
+    peak
 }
 
 /// A machine with 4 GiB of memory has a limit of 256 MiB.
@@ -83,15 +98,20 @@ fn layers_of_any_shape_stay_within_the_cap() {
 fn more_memory_permits_more_files() {
     const LIMIT: u64 = 256;
     let layers = (0..40).map(|number| package(10_000, number)).collect();
-    let (_, peak, refusal) = pulled_by_child("400,000 files", layers, LIMIT);
+    let (_, peak, refusal) = pulled_by_child("400,000 files", derived, layers, LIMIT);
     assert!(refusal.is_none() && peak <= CAP - LEAST + LIMIT, "{peak} MiB, {refusal:?}");
 }
 
 /// Pulls an image with these layers in another process, whose lists may use `limit` MiB. Returns the pull spec, the peak of
 /// the resident memory in MiB, and the refusal.
-fn pulled_by_child(what: &str, layers: Vec<RawLayer>, limit: u64) -> (String, u64, Option<String>) {
+fn pulled_by_child(
+    what: &str,
+    bottom: fn(&Bench) -> Image,
+    layers: Vec<RawLayer>,
+    limit: u64,
+) -> (String, u64, Option<String>) {
     let bench = Bench::new();
-    let mut image = base(&bench, Labels::Own);
+    let mut image = bottom(&bench);
     image.layers.extend(layers);
     let spec = bench.push(&image, "shape:1");
     drop(image);
