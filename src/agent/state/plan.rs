@@ -233,7 +233,7 @@ mod tests {
             etc_merge::Decision { path: "x".into(), class: Class::Conflict, reason: "changed on both sides".into() };
         SwitchPlan {
             image: staged().pulled.image.pinned,
-            image_choice: None,
+            image_choice: Some(ImageChoice { tag: "rhel-coreos".into(), reason: "the booted system is el9".into() }),
             commit: ObjectId::default(),
             booted_commit: None,
             usr: DeltaCounts { added: 2, added_bytes: 2048, ..DeltaCounts::default() },
@@ -258,6 +258,7 @@ mod tests {
         assert_eq!(
             lines[1..],
             [
+                "the node image is rhel-coreos of the release payload: the booted system is el9",
                 "/usr: 2 files added (2.0 KiB), 0 changed (0 B, before 0 B), 0 removed (0 B)",
                 "/usr: an overlay over /usr",
                 "packages: 1 added, 1 changed, 1 removed",
@@ -276,7 +277,7 @@ mod tests {
             DeltaCounts { added: 9, directories: 4, copied: 3, copied_bytes: 4096, ..DeltaCounts::default() };
         let bound = SwitchPlan { base: Base::Bound("/usr".into()), complete: Some(complete), ..plan() };
         assert_eq!(
-            PlanDocument::staged(bound).lines()[2..4],
+            PlanDocument::staged(bound).lines()[3..5],
             [
                 "/usr: a complete tree, bound over /usr without an overlay",
                 "/usr: the tree needs 4.0 KiB and 7 inodes: 3 of 9 files are copies, 4 directories",
