@@ -1,7 +1,7 @@
 //! The commits, refs and objects of an image that a disk needs.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
-use std::fs;
+use std::fs::{self, Metadata};
 use std::os::unix::ffi::OsStrExt;
 
 use node_store::image::ResolvedImage;
@@ -104,25 +104,25 @@ impl<'a> Content<'a> {
             missing.directories += u64::from(kind == ostree::ObjectType::DirTree);
             let has = target.has_object(kind, object.checksum(), Some(cancel));
             let path = seal::path(target, object);
-            let size = match has.map_err(failed("look up objects of the disk"))? {
-                true => path.symlink_metadata().map_or(0, |stat| stat.len()),
+            let stat = match has.map_err(failed("look up objects of the disk"))? {
+                true => path.symlink_metadata().ok(),
                 false => {
-                    let size = self.size(object)?;
+                    let stat = self.stat(object)?;
                     missing.count += 1;
-                    missing.bytes += OVERHEAD + size;
-                    size
+                    missing.bytes += OVERHEAD + stat.len();
+                    Some(stat)
                 }
             };
-            missing.seals += sealer.space(&path, size);
+            missing.seals += stat.filter(Metadata::is_file).map_or(0, |stat| sealer.space(&path, stat.len()));
         }
         Ok(Missing { all: objects, ..missing })
     }
 
-    fn size(&self, object: &ostree::ObjectName) -> Result<u64, DeployError> {
+    fn stat(&self, object: &ostree::ObjectName) -> Result<Metadata, DeployError> {
         let path = object.checksum().parse().ok().and_then(|id| self.store.find_object(&id, kind_of(object)));
         let found = path.ok_or_else(|| "neither the node store nor the booted repo has it".to_owned());
-        let size = found.and_then(|path| path.symlink_metadata().map_err(|error| error.to_string()));
-        size.map(|stat| stat.len()).map_err(|cause| DeployError::Failed {
+        let stat = found.and_then(|path| path.symlink_metadata().map_err(|error| error.to_string()));
+        stat.map_err(|cause| DeployError::Failed {
             step: "read the image's objects",
             cause: format!("{}: {cause}", object.checksum()),
         })

@@ -109,13 +109,19 @@ impl Sealer {
         }
     }
 
-    /// Returns an upper bound of the space that fs-verity adds to a file with `size` bytes, which may be missing yet: blocks
-    /// with the digests of 128 others each, and one with the description.
+    /// Returns the space that fs-verity adds to a regular file with `size` bytes, which may be missing yet: blocks with the
+    /// digests of 128 others each, and one with the description.
     pub fn space(self, path: &Path, size: u64) -> u64 {
-        match self == Self::Off || is_sealed(path) {
-            true => 0,
-            false => size / 100 + 3 * u64::from(BLOCK),
+        if self == Self::Off || is_sealed(path) {
+            return 0;
         }
+        let block = u64::from(BLOCK);
+        let (mut level, mut sum) = (size.div_ceil(block), 1);
+        while level > 1 {
+            level = level.div_ceil(128);
+            sum += level;
+        }
+        sum * block
     }
 }
 
@@ -180,17 +186,22 @@ mod tests {
     }
 
     #[test]
-    fn the_space_is_enough_for_the_tree_of_digests() {
+    fn the_space_is_that_of_the_tree_of_digests() {
         let block = u64::from(BLOCK);
-        for blocks in [0_u64, 1, 2, 128, 129, 128 * 128, 128 * 128 + 1, 1 << 20] {
-            let (mut level, mut needed) = (blocks, block);
-            while level > 1 {
-                level = level.div_ceil(128);
-                needed += level * block;
+        // Size of the file, and blocks that fs-verity adds.
+        for (size, blocks) in [
+            (0, 1),
+            (1, 1),
+            (block, 1),
+            (block + 1, 2),
+            (128 * block, 2),
+            (128 * block + 1, 4),
+            (128 * 128 * block, 130),
+            (128 * 128 * block + 1, 133),
+        ] {
+            for (sealer, expected) in [(Sealer::Off, 0), (Sealer::Try, blocks), (Sealer::Must, blocks)] {
+                assert_eq!(sealer.space(Path::new("/missing"), size), expected * block, "{sealer:?} {size}");
             }
-            let space = |sealer: Sealer| sealer.space(Path::new("/missing"), blocks * block);
-            assert!(space(Sealer::Try) >= needed && space(Sealer::Must) >= needed, "{blocks}: {needed}");
-            assert_eq!(space(Sealer::Off), 0);
         }
     }
 
