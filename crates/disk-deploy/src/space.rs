@@ -5,6 +5,7 @@ use std::path::Path;
 use ostree::prelude::{FileEnumeratorExt, FileExt};
 use ostree::{gio, glib};
 use rustix::fs::{StatVfs, StatVfsMountFlags, statvfs};
+use rustix::io::Errno;
 use support::human_bytes;
 use tracing::info;
 
@@ -47,7 +48,7 @@ pub(crate) fn check(
     let path = sysroot.path().path().unwrap_or_default();
     let boot_path = path.join("boot");
     // The root directory of a running system may be a composefs.
-    let (disk, boot_disk) = (space(&path.join("ostree/repo"))?, space(&boot_path).ok());
+    let (disk, boot_disk) = (space(&path.join("ostree/repo"))?, boot_space(&path)?);
     match boot_disk.filter(|boot_disk| boot_disk.f_fsid != disk.f_fsid) {
         Some(boot_disk) => compare(&boot_path, vec![("for the kernel", boot)], &boot_disk)?,
         None => parts.push(("for the kernel", boot)),
@@ -64,12 +65,26 @@ pub(crate) fn check(
 /// root directory of the sysroot.
 pub(crate) fn is_read_only(sysroot: &Path) -> Result<bool, DeployError> {
     let repo = space(&sysroot.join("ostree/repo"))?.f_flag;
-    let boot = space(&sysroot.join("boot")).map_or(repo, |disk| disk.f_flag);
+    let boot = boot_space(sysroot)?.map_or(repo, |disk| disk.f_flag);
     Ok((repo | boot).contains(StatVfsMountFlags::RDONLY))
 }
 
 fn space(path: &Path) -> Result<StatVfs, DeployError> {
-    statvfs(path).map_err(|error| DeployError::Failed { step: "read the free space", cause: error.to_string() })
+    statvfs(path).map_err(|error| failure(path, error))
+}
+
+/// Returns `None` if `sysroot` has no `/boot`.
+fn boot_space(sysroot: &Path) -> Result<Option<StatVfs>, DeployError> {
+    let path = sysroot.join("boot");
+    match statvfs(&path) {
+        Ok(found) => Ok(Some(found)),
+        Err(Errno::NOENT) => Ok(None),
+        Err(error) => Err(failure(&path, error)),
+    }
+}
+
+fn failure(path: &Path, error: Errno) -> DeployError {
+    DeployError::Failed { step: "read the free space", cause: format!("{}: {error}", path.display()) }
 }
 
 fn compare(path: &Path, parts: Vec<(&'static str, u64)>, disk: &StatVfs) -> Result<(), DeployError> {
@@ -116,5 +131,14 @@ mod tests {
         let temp = tempfile::tempdir().unwrap();
         std::fs::create_dir_all(temp.path().join("ostree/repo")).unwrap();
         assert!(!is_read_only(temp.path()).unwrap());
+    }
+
+    #[test]
+    fn a_boot_that_cannot_be_read_is_not_a_missing_one() {
+        let temp = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(temp.path().join("ostree/repo")).unwrap();
+        std::os::unix::fs::symlink("boot", temp.path().join("boot")).unwrap();
+        let error = is_read_only(temp.path()).unwrap_err().to_string();
+        assert!(error.contains("/boot: "), "{error}");
     }
 }
