@@ -12,7 +12,7 @@ echo 'LABEL=boot /boot ext4 ro,nodev,nosuid 0 2' >>"$DEPLOYMENT/etc/fstab"
 mkfs.ext4 -q -L boot -E offset=$mib -d "$SYSROOT/boot" "$IMAGE" 256M
 find "$SYSROOT/boot" -mindepth 1 -delete
 loop=$(losetup --find --show --offset $((257 * mib)) "$IMAGE")
-trap 'losetup --detach "$loop"' EXIT
+trap '! mountpoint -q "$IMAGE.root" || umount "$IMAGE.root"; losetup --detach "$loop"' EXIT
 mkfs.xfs -q -L root "$loop"
 mkdir "$IMAGE.root"
 mount "$loop" "$IMAGE.root"
