@@ -25,7 +25,7 @@ pub(super) struct ImageRefs {
 
 /// Keeps the list of a chunk's content objects, for the commit of the layer.
 pub(super) fn keep_content(store: &NodeStore, layer: &Layer, content: &[ObjectId]) -> io::Result<()> {
-    store.write_layer_list(&list_name(layer), content.iter().map(|id| id.0).collect::<Vec<_>>().as_flattened())
+    store.write_layer_list(&list_name(layer), content.iter().flat_map(|id| id.0).collect())
 }
 
 fn list_name(layer: &Layer) -> String {
@@ -34,9 +34,7 @@ fn list_name(layer: &Layer) -> String {
 
 /// Returns the content objects of a chunk that was read to its end.
 fn content(import: &Import, layer: &Layer) -> io::Result<Option<BTreeSet<ObjectId>>> {
-    // An empty list may be what a power cut left of another one.
-    let is_list = |list: &Vec<u8>| !list.is_empty() && list.len().is_multiple_of(32);
-    let list = import.store.read_layer_list(&list_name(layer))?.filter(is_list);
+    let list = import.store.read_layer_list(&list_name(layer))?;
     Ok(list.map(|list| list.chunks(32).filter_map(ObjectId::from_bytes).collect()))
 }
 

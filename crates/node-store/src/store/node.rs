@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, ensure};
+use sha2::{Digest, Sha256};
 
 use super::booted::{has_plain_files, list_content};
 use super::disk::Disk;
@@ -25,7 +26,7 @@ const ETC_DEFAULTS: &str = "etc-defaults.json";
 const RESERVE_PERCENT: u64 = 3;
 
 /// A bare ostree repo, with the agent's files below a root: `layers` (the layer journal), `derived/` (lists of the content
-/// of plain layers), `pulled.json`, `usr` (the delta tree) and `lock`.
+/// of layers), `pulled.json`, `usr` (the delta tree) and `lock`.
 ///
 /// A content object gets its name only after its checksum was compared with the name. There are two kinds of store:
 ///
@@ -303,16 +304,21 @@ impl NodeStore {
         }
     }
 
-    /// Returns the list of a plain layer's content from [`NodeStore::write_layer_list`], or `None` if there is none.
+    /// Returns the list of a layer's content from [`NodeStore::write_layer_list`], or `None` if there is none or a power cut
+    /// damaged it.
     pub fn read_layer_list(&self, name: &str) -> io::Result<Option<Vec<u8>>> {
-        if_found(fs::read(self.lists().join(name)))
+        let mut list = if_found(fs::read(self.lists().join(name)))?.unwrap_or_default();
+        let digest = list.split_off(list.len().saturating_sub(32));
+        Ok((Sha256::digest(&list)[..] == digest).then_some(list))
     }
 
-    /// Stores the list of a plain layer's content, atomically. `name` is a file name without directories.
-    pub fn write_layer_list(&self, name: &str, list: &[u8]) -> io::Result<()> {
+    /// Stores the list of a layer's content and its digest, atomically. A power cut of a machine with a disk store may still
+    /// leave a part of it. `name` is a file name without directories.
+    pub fn write_layer_list(&self, name: &str, mut list: Vec<u8>) -> io::Result<()> {
         let dir = self.lists();
         fs::create_dir_all(&dir)?;
-        replace(&dir.join(name), list)
+        list.extend(Sha256::digest(&list));
+        replace(&dir.join(name), &list)
     }
 
     /// Returns the file that lists the objects of plain layers of which only relabelled copies are left.

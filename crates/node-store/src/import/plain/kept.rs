@@ -88,7 +88,7 @@ pub(in crate::import) struct KeptTree {
 impl KeptTree {
     /// Stores a tree under a name of [`super::BaseFacts::list_name`].
     pub(in crate::import) fn write(tree: LayerTree, name: String, store: &NodeStore) -> io::Result<Self> {
-        store.write_layer_list(&name, &tree.to_bytes()?)?;
+        store.write_layer_list(&name, tree.to_bytes()?)?;
         Ok(Self { name, _merged: tree.merged })
     }
 

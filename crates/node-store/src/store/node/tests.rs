@@ -67,9 +67,31 @@ fn two_equal_layers_write_one_list() {
     let store = NodeStore::on_tmpfs(temp.path(), None).unwrap();
     std::thread::scope(|scope| {
         let writers: Vec<_> = (0..4)
-            .map(|_| scope.spawn(|| (0..200).try_for_each(|_| store.write_layer_list("layer", b"same content"))))
+            .map(|_| {
+                scope.spawn(|| (0..200).try_for_each(|_| store.write_layer_list("layer", b"same content".to_vec())))
+            })
             .collect();
         writers.into_iter().for_each(|writer| writer.join().unwrap().unwrap());
     });
     assert_eq!(store.read_layer_list("layer").unwrap().unwrap(), b"same content");
+}
+
+#[test]
+fn a_part_of_a_list_is_a_missing_one() {
+    let temp = tempfile::tempdir().unwrap();
+    let store = NodeStore::on_tmpfs(temp.path(), None).unwrap();
+    assert_eq!(store.read_layer_list("layer").unwrap(), None);
+    for list in [vec![], vec![1; 64], vec![0; 8192]] {
+        store.write_layer_list("layer", list.clone()).unwrap();
+        assert_eq!(store.read_layer_list("layer").unwrap(), Some(list));
+        let whole = fs::read(store.lists().join("layer")).unwrap();
+        // What a file system may leave: the beginning, or zeros in the place of blocks that were not written.
+        let zeros = vec![0; whole.len()];
+        for part in [&whole[..0], &whole[..1], &whole[..whole.len() - 1], &whole[..whole.len() / 64 * 32], &zeros] {
+            if *part != whole[..] {
+                fs::write(store.lists().join("layer"), part).unwrap();
+                assert_eq!(store.read_layer_list("layer").unwrap(), None, "{} of {} bytes", part.len(), whole.len());
+            }
+        }
+    }
 }
