@@ -44,7 +44,7 @@ impl Disk {
         self.mount();
     }
 
-    fn repo(&self) -> PathBuf {
+    pub(super) fn repo(&self) -> PathBuf {
         self.dir.join("ostree/repo")
     }
 }
@@ -56,13 +56,13 @@ impl Drop for Disk {
 }
 
 /// An installed system: a disk whose repo has the old commit, with a ref, and maybe nothing else.
-struct System {
-    disk: Disk,
-    booted: BootedRepo,
+pub(super) struct System {
+    pub(super) disk: Disk,
+    pub(super) booted: BootedRepo,
 }
 
 impl System {
-    fn install(bench: &Bench, fstype: &str, mib: u64, commit: &str) -> Self {
+    pub(super) fn install(bench: &Bench, fstype: &str, mib: u64, commit: &str) -> Self {
         let disk = Disk::new(bench, fstype, mib);
         fs::create_dir_all(disk.dir.join("ostree")).unwrap();
         let repo = Repo::create(&disk.repo());
@@ -73,12 +73,12 @@ impl System {
         Self { disk, booted }
     }
 
-    fn store(&self) -> NodeStore {
+    pub(super) fn store(&self) -> NodeStore {
         NodeStore::on_disk(&self.disk.repo(), None).unwrap()
     }
 
     /// Checks that all visible objects of the repo are complete.
-    fn is_sound(&self) {
+    pub(super) fn is_sound(&self) {
         let repo = self.disk.repo();
         run("ostree", &["fsck", "-q", &repo_option(&repo)]);
         // fsck looks only at what complete commits need.
@@ -99,16 +99,16 @@ impl System {
     }
 }
 
-fn repo_option(repo: &Path) -> String {
+pub(super) fn repo_option(repo: &Path) -> String {
     format!("--repo={}", repo.display())
 }
 
 /// Starts the agent's pull as a separate process.
-fn spawn_pull(spec: &str, system: &System) -> Child {
+pub(super) fn spawn_pull(spec: &str, system: &System, complete: bool) -> Child {
     let (repo, commit) = (system.disk.repo(), system.booted.commit.unwrap());
     Command::new(std::env::current_exe().unwrap())
         .args(["--ignored", "--exact", "disk::child_pull"])
-        .env("PIVOT_CHILD", format!("{spec} {} {commit}", repo.display()))
+        .env("PIVOT_CHILD", format!("{spec} {} {commit} {complete}", repo.display()))
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()
@@ -121,7 +121,9 @@ async fn child_pull() {
     let Ok(arguments) = std::env::var("PIVOT_CHILD") else { return };
     let words: Vec<_> = arguments.split(' ').collect();
     let booted = BootedRepo { path: words[1].into(), commit: words[2].parse().ok() };
-    try_pull(words[0], &NodeStore::on_disk(&booted.path, None).unwrap(), Some(&booted)).await.unwrap();
+    let options = PullOptions { complete: words[3] == "true", ..PullOptions::default() };
+    let store = NodeStore::on_disk(&booted.path, None).unwrap();
+    try_pull_with(words[0], &store, Some(&booted), options).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -191,7 +193,7 @@ async fn a_killed_pull_leaves_a_sound_repo_and_is_resumed() {
     let spec = bench.push(&new, "os:2");
     for more in [0, 1, 2, 4, 8, 16] {
         let before = files_below(&system.disk.repo());
-        let mut child = spawn_pull(&spec, &system);
+        let mut child = spawn_pull(&spec, &system, false);
         wait_for_files(&mut child, &system.disk.repo(), before, more);
         child.kill().unwrap();
         child.wait().unwrap();
@@ -237,7 +239,7 @@ async fn power_cuts() {
         let moments = [1, 4, 16].map(|files| (files, None)).into_iter();
         for (files, path) in moments.chain(seen.iter().map(|path| (0, Some(path)))) {
             let already = files_below(&system.disk.repo());
-            let mut child = spawn_pull(&spec, &system);
+            let mut child = spawn_pull(&spec, &system, false);
             wait_for_files(&mut child, &system.disk.repo(), already, files);
             while let Some(path) = path
                 && !system.disk.repo().join(path).exists()

@@ -58,12 +58,12 @@ impl Counted {
     }
 }
 
-fn refs(repo: &Path) -> Vec<String> {
+pub(super) fn refs(repo: &Path) -> Vec<String> {
     let listed = run("ostree", &["refs", "--repo", repo.to_str().unwrap(), "--list", "ostree/container"]);
     listed.lines().map(str::to_owned).collect()
 }
 
-fn resolve(repo: &Path, name: &str) -> String {
+pub(super) fn resolve(repo: &Path, name: &str) -> String {
     run("ostree", &["rev-parse", "--repo", repo.to_str().unwrap(), name]).trim().to_owned()
 }
 

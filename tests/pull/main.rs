@@ -31,6 +31,7 @@ mod oracle;
 mod own_sysroot;
 mod plain;
 mod policy;
+mod ref_cuts;
 mod refs;
 mod registry;
 mod relabelled;
