@@ -233,3 +233,51 @@ fn layers(manifest: &str) -> Option<Vec<String>> {
     let layers = manifest.get("layers")?.as_array()?.iter();
     layers.map(|layer| layer.get("digest")?.as_str().map(str::to_owned)).collect()
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    /// Nothing can be sealed on a tmpfs, so a call that must do it ends after the first refs, as a killed one.
+    #[test]
+    fn commits_are_partial_until_all_objects_are_sealed() {
+        let temp = tempfile::tempdir_in("/dev/shm").unwrap();
+        let [root, tree] = ["store", "tree"].map(|name| temp.path().join(name));
+        for dir in [&root, &tree] {
+            fs::create_dir(dir).unwrap();
+        }
+        fs::write(tree.join("file"), "content").unwrap();
+        let pinned = format!("example.test/os@sha256:{}", "ab".repeat(32));
+        let image = ResolvedImage {
+            requested: pinned.parse().unwrap(),
+            pinned: pinned.parse().unwrap(),
+            digest: pinned.split_once('@').unwrap().1.parse().unwrap(),
+        };
+        let store = NodeStore::on_tmpfs(&root, None).unwrap();
+        let mut commit = Command::new("ostree");
+        commit.arg("commit").arg("--repo").arg(store.repo_path()).arg("--branch");
+        commit.arg(image_ref(&image.pinned.reference())).arg("--add-metadata-string=ostree.manifest={\"layers\":[]}");
+        assert!(commit.arg(&tree).output().unwrap().status.success());
+
+        let target = ostree::Repo::new_for_path(temp.path().join("disk"));
+        target.create(ostree::RepoMode::Bare, gio::Cancellable::NONE).unwrap();
+        let (content, imgref) = (Content::of(&store, &image).unwrap(), OstreeReference::of(&image));
+        let write = |sealer| {
+            let cancel = gio::Cancellable::new();
+            let missing = content.missing_in(&target, sealer, &cancel)?;
+            content.write(&missing, &target, sealer, &imgref, &|_| {}, &cancel).map(|()| missing.count)
+        };
+        let is_partial = || {
+            let (_, state) = target.load_commit(&content.commit.to_string()).unwrap();
+            state.contains(ostree::RepoCommitState::PARTIAL)
+        };
+        for _ in 0..2 {
+            let error = write(Sealer::Must).unwrap_err().to_string();
+            assert!(error.contains("enable fs-verity") && is_partial(), "{error}");
+        }
+        assert_eq!((write(Sealer::Try).unwrap(), is_partial()), (0, false), "the next call writes no object again");
+    }
+}
