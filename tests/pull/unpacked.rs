@@ -45,13 +45,15 @@ fn by_composefs(bench: &Bench, items: &[Vec<Item>], bundle: &Path) -> PathBuf {
     root
 }
 
-/// Returns the layer with all whiteouts first, and each directory before its content.
+/// Returns the layer with all whiteouts first, and each directory before its content. A whiteout may remove the parent of
+/// another one, which the layer then makes again.
 fn ordered(items: &[Item]) -> Vec<Item> {
     let is_whiteout = |item: &&Item| item.path.rsplit('/').next().is_some_and(|name| name.starts_with(".wh."));
     let plain = |path: &str| Path::new(path).components().collect::<PathBuf>();
-    let (whiteouts, others): (Vec<&Item>, Vec<&Item>) = items.iter().partition(is_whiteout);
+    let (mut whiteouts, others): (Vec<&Item>, Vec<&Item>) = items.iter().partition(is_whiteout);
+    whiteouts.sort_by_key(|item| plain(&item.path).components().count());
     let mut all = Vec::new();
-    for part in [whiteouts, others] {
+    for part in whiteouts.into_iter().map(|item| vec![item]).chain([others]) {
         let parents =
             part.iter().flat_map(|item| plain(&item.path).ancestors().skip(1).map(PathBuf::from).collect::<Vec<_>>());
         let mut dirs: BTreeMap<PathBuf, Item> =
