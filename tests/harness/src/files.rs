@@ -55,13 +55,16 @@ impl Files {
         self.append(initramfs, "testbed-inject", out)
     }
 
-    /// Creates the initramfs `out`: the given one and these files below the directory `below` of it.
+    /// Creates the initramfs `out`: the given one and these files below the directory `below` of it. It waits longer than 90 s
+    /// for the device of the root, because the host may be busy.
     pub fn append(&self, initramfs: &Path, below: &str, out: &Path) -> Result<()> {
         // The kernel unpacks concatenated archives in turn.
         let script = r#"
             set -e
             stage=$(mktemp -d); trap 'rm -rf "$stage"' EXIT
             mkdir -p "$stage/$4"; cp -a "$1/." "$stage/$4/"
+            conf=etc/systemd/system.conf.d/testbed.conf
+            install -D -m 0644 /dev/stdin "$stage/$conf" <<<$'[Manager]\nDefaultDeviceTimeoutSec=600'
             cat "$2" >"$3"
             cd "$stage"; find . | LC_ALL=C sort | cpio --quiet -o -H newc -R 0:0 >>"$3"
         "#;
