@@ -107,7 +107,8 @@ pub fn deploy(
     let _lock = Lock::take(&sysroot, cancel)?;
     // Another process may have deployed meanwhile.
     sysroot.load_if_changed(Some(cancel)).map_err(failed("read the sysroot"))?;
-    if let Some(found) = existing(&sysroot, &content, request, &imgref) {
+    let sealer = Sealer::of(&request.sysroot, request.must_seal || content.must_seal(cancel)?)?;
+    if let Some(found) = existing(&sysroot, &content, request, &imgref, sealer) {
         return Ok(found);
     }
     if sysroot.deployments().is_empty()
@@ -115,7 +116,6 @@ pub fn deploy(
     {
         return Err(DeployError::NoBoot { path: request.sysroot.clone(), deployment });
     }
-    let sealer = Sealer::of(&request.sysroot, request.must_seal || content.must_seal(cancel)?)?;
     content::finish_staged(&sysroot.repo(), cancel)?;
     let missing = content.missing_in(&sysroot.repo(), sealer, cancel)?;
     space::check(&sysroot, &content, &missing, cancel)?;
@@ -181,12 +181,14 @@ fn open(request: &Request) -> Result<ostree::Sysroot, DeployError> {
     Ok(sysroot)
 }
 
-/// Returns the deployment that boots next if it is the requested one.
+/// Returns the deployment that boots next if it is the requested one. An earlier release, or another program, may have written
+/// it without the fs-verity that it needs.
 fn existing(
     sysroot: &ostree::Sysroot,
     content: &Content,
     request: &Request,
     imgref: &OstreeReference,
+    sealer: Sealer,
 ) -> Option<Deployed> {
     let first = sysroot.deployments().into_iter().next()?;
     let origin = first.origin().and_then(|origin| origin.string("origin", ORIGIN_KEY).ok());
@@ -195,7 +197,18 @@ fn existing(
         && origin.is_some_and(|origin| origin == imgref.to_string().as_str());
     let present = kernel_args(Some(&first), &[]);
     let has_args = request.kernel_args.iter().all(|arg| present.contains(arg));
-    (is_same && has_args).then_some(Deployed { commit: content.commit, objects: 0, bytes: 0, existed: true })
+    let is_usable = !sealer.misses(&composefs_image(sysroot, request, &first));
+    (is_same && has_args && is_usable).then_some(Deployed {
+        commit: content.commit,
+        objects: 0,
+        bytes: 0,
+        existed: true,
+    })
+}
+
+/// Returns the path of the composefs image of a deployment. Not all have one.
+fn composefs_image(sysroot: &ostree::Sysroot, request: &Request, deployment: &ostree::Deployment) -> PathBuf {
+    request.sysroot.join(sysroot.deployment_dirpath(deployment)).join(COMPOSEFS_IMAGE)
 }
 
 /// Returns the kernel arguments of a deployment without the one that libostree sets itself, and those of `more` that it
@@ -241,7 +254,7 @@ fn write_deployment(
             Some(cancel),
         )
         .map_err(failed("write the deployment"))?;
-    sealer.file(&request.sysroot.join(sysroot.deployment_dirpath(&written)).join(COMPOSEFS_IMAGE))?;
+    sealer.file(&composefs_image(sysroot, request, &written))?;
     let flags = ostree::SysrootSimpleWriteDeploymentFlags::NO_CLEAN;
     sysroot
         .simple_write_deployment(stateroot, &written, previous.as_ref(), flags, gio::Cancellable::NONE)

@@ -109,6 +109,11 @@ impl Sealer {
         }
     }
 
+    /// Returns true for a file that must be sealed and is not.
+    pub fn misses(self, path: &Path) -> bool {
+        self == Self::Must && path.exists() && !is_sealed(path)
+    }
+
     /// Returns the space that fs-verity adds to a regular file with `size` bytes, which may be missing yet: blocks with the
     /// digests of 128 others each, and one with the description.
     pub fn space(self, path: &Path, size: u64) -> u64 {
@@ -202,6 +207,19 @@ mod tests {
             for (sealer, expected) in [(Sealer::Off, 0), (Sealer::Try, blocks), (Sealer::Must, blocks)] {
                 assert_eq!(sealer.space(Path::new("/missing"), size), expected * block, "{sealer:?} {size}");
             }
+        }
+    }
+
+    #[test]
+    fn only_a_file_that_must_be_sealed_is_missed() {
+        let (file, missing) = (Path::new("/proc/self/exe"), Path::new("/missing"));
+        for (sealer, path, expected) in [
+            (Sealer::Must, file, true),
+            (Sealer::Must, missing, false),
+            (Sealer::Try, file, false),
+            (Sealer::Off, file, false),
+        ] {
+            assert_eq!(sealer.misses(path), expected, "{sealer:?} {}", path.display());
         }
     }
 
