@@ -112,3 +112,15 @@ fn an_older_version_of_the_specification_has_the_same_content() {
         assert_eq!(read.as_deref(), Some(version));
     }
 }
+
+#[test]
+fn the_butane_example_has_a_valid_configuration() {
+    let bench = Bench::new();
+    let example = concat!(env!("CARGO_MANIFEST_DIR"), "/packaging/ignition/bootstrap.bu");
+    let example = fs::read_to_string(example).unwrap();
+    let (_, inline) = example.split_once("path: /etc/node-image-pivot.conf.d/50-image.toml\n").unwrap();
+    let (_, inline) = inline.split_once("inline: |\n").unwrap();
+    bench.put("config/50-image.toml", inline.lines().next().unwrap().trim_start());
+    let (_, contents) = fragment(&bench, "");
+    assert!(contents.contains_key("/etc/node-image-pivot.conf.d/50-image.toml"));
+}
