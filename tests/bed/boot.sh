@@ -74,6 +74,12 @@ disk() {
         recipe bootimage.sh BED="$BED" BASE="$base" OVERLAYS="$agent" MEDIUM=disk
 }
 
+# disk_stock: the same without any file of the agent.
+disk_stock() {
+    local PIVOT_TESTBED_AGENT=none
+    disk
+}
+
 # The cluster's binaries on their own, for a bootimage that already has them.
 binaries() { stage binaries "$(key "=$(debs)")" unpack_binaries; }
 unpack_binaries() {

@@ -15,6 +15,7 @@
 #   build.sh initramfs-ignition  the same with Ignition instead
 #   build.sh agent        prints the directory of the installed agent
 #   build.sh disk         builds an installed system's disk, and prints where it is
+#   build.sh disk-stock   the same without the agent
 #   build.sh selinux      a live bootimage with an SELinux policy, a node image of the next release with its own; prints
 #                         where they are, as JSON
 #   build.sh selinux-disk the same bootimage installed to a disk; prints where it is
@@ -235,6 +236,7 @@ for target in "$@"; do
             a=$(agent)
             initramfs node-image-pivot "$a" ;;
         initramfs-ignition) initramfs_ignition ;;
+        disk-stock) disk_stock ;;
         selinux-disk) boot_selinux disk ;;
         runtime) boot runtime ;;
         podman | network)
@@ -246,7 +248,7 @@ for target in "$@"; do
         all) trees; boot >&2; registry >&2; qemu >&2; skopeo_new >&2 ;;
         ahead)
             trees
-            for step in registry qemu skopeo_new kernel stock initramfs_ignition runtime podman podman_layer network network_layer tree_selinux_base tree_selinux_node selinux_stock composefs packages; do
+            for step in registry qemu skopeo_new kernel stock disk_stock initramfs_ignition runtime podman podman_layer network network_layer tree_selinux_base tree_selinux_node selinux_stock composefs packages; do
                 "$step" >&2
             done ;;
         paths)

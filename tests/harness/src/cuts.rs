@@ -173,7 +173,9 @@ pub fn bootable(disk: &Path) -> Result<Vec<String>> {
             field() { sed -n "s,^$1 /\(boot/\)*,boot/,p" "$entry"; }
             root=$(readlink -e ".$(grep -o 'ostree=[^ ]*' "$entry" | cut -d= -f2)")
             cmp "$(field linux)" "$root"/usr/lib/modules/*/vmlinuz
-            cmp "$(field initrd)" "$root"/usr/lib/modules/*/initramfs.img
+            # The archive of a carried agent may follow.
+            initramfs=("$root"/usr/lib/modules/*/initramfs.img)
+            cmp --bytes="$(stat --format=%s "${initramfs[0]}")" "$(field initrd)" "${initramfs[0]}"
             test -s "$root/etc/passwd"
             commit=$(basename "$root"); commit=${commit%.*}
             diff <(cd "$root" && find usr | sort) \

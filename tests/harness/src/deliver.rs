@@ -7,6 +7,7 @@ use std::process::Command;
 
 use anyhow::Result;
 
+use crate::disk::on_disk;
 use crate::files::Files;
 use crate::images::agent;
 use crate::proc::succeed;
@@ -33,6 +34,19 @@ pub fn with_initramfs(stock: &Path, archives: &[PathBuf], into: &Path) -> Result
     fs::write(into.join("initramfs.img"), initramfs)?;
     let mut missing = ["vmlinuz", "sysroot.squashfs", "kargs"].into_iter().filter(|name| !into.join(name).exists());
     missing.try_for_each(|name| Ok(symlink(stock.join(name), into.join(name))?))
+}
+
+/// Appends a packed agent to the initramfs of each boot loader entry of a disk.
+pub fn append_to_entries(packed: &Path, disk: &Path) -> Result<()> {
+    let script =
+        format!("for initramfs in boot/ostree/*/initramfs*; do cat '{}' >>\"$initramfs\"; done", packed.display());
+    on_disk(disk, &script).map(drop)
+}
+
+/// Puts the command of a carried agent in the search path, as an administrator of an installed system may do.
+pub fn command_file(files: &Files) -> Result<()> {
+    let command = "#!/bin/sh\nexec /run/node-image-pivot/bin/node-image-pivot \"$@\"\n";
+    files.put("/var/usrlocal/bin/node-image-pivot", 0o755, command)
 }
 
 /// Adds the files of a node whose agent brings its configuration and its credentials.

@@ -141,6 +141,11 @@ impl Images {
         build("disk")
     }
 
+    /// Returns the directory of the same without any file of the agent.
+    pub fn stock_disk(&self) -> Result<PathBuf> {
+        build("disk-stock")
+    }
+
     /// A live bootimage with a container runtime, likewise.
     pub fn boot_runtime(&self) -> Result<PathBuf> {
         build("runtime")

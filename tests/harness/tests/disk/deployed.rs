@@ -10,10 +10,10 @@ use testbed::disk;
 use testbed::files::Files;
 use testbed::guest::Guest;
 use testbed::images::{Image, Images, work_dir};
-use testbed::scenario::{node_files, wait_pivoted};
-use testbed::vm::{self, Vm};
+use testbed::scenario::wait_pivoted;
+use testbed::vm::Vm;
 
-use super::{EDITED, Machine, PIVOT};
+use super::{EDITED, Machine, PIVOT, configured};
 
 /// ostree runs bubblewrap after the merge of /etc, to rebuild the SELinux policy. The test trees lack it.
 const BUBBLEWRAP: &str = "mkdir /run/more && printf '#!/bin/sh\\n' >/run/more/bwrap && chmod +x /run/more/bwrap && \
@@ -78,7 +78,7 @@ impl AfterCut<'_> {
     }
 
     fn boot(&self, cut: usize, disk: &Path, commit: &str) -> Result<Vm> {
-        let files = |files: &Files| node_files(files, &self.image.by_digest(), vm::HOST, self.port);
+        let files = |files: &Files| configured(files, &self.image.by_digest(), self.port);
         let guest = Vm::boot_disk(self.images, &format!("vm-disk-cut-{cut}"), disk, files)?;
         contains(&guest.ask("ostree admin status")?, &format!("* testbed {commit}."))?;
         Ok(guest)

@@ -1,6 +1,6 @@
 //! A system that is installed to a disk pivots, through power cuts and to two node images, and stays a system that ostree
 //! can clean, check and deploy to. It deploys the first one to its own disk, boots it, and boots the old system again. On a
-//! virtual machine.
+//! virtual machine. The disk does not have the agent: the initramfs of its boot loader entry carries it.
 //! `make check-one NAME=disk`
 
 mod deployed;
@@ -11,7 +11,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use testbed::check::{contains, nothing_failed, same};
 use testbed::cuts::Recording;
+use testbed::deliver;
 use testbed::disk::{self, entry, on_disk};
+use testbed::files::Files;
 use testbed::guest::Guest;
 use testbed::images::{Image, Images, work_dir};
 use testbed::proc::wait_for;
@@ -68,10 +70,12 @@ impl<'a> Machine<'a> {
     fn new(images: &'a Images) -> Result<Self> {
         let expected = Expected::node_b(images.image("node-b")?);
         let registry = Registry::start(&images.storage, &work_dir("vm-disk-registry")?, None, None)?;
-        let (installed, work) = (images.disk()?, work_dir("vm-disk-image")?);
-        let disk = disk::copy(&installed, &work)?;
-        let kargs = std::fs::read_to_string(installed.join("kargs"))?;
-        let image = expected.image.clone();
+        let (stock, work, installed) =
+            (images.stock_disk()?, work_dir("vm-disk-image")?, work_dir("vm-disk-installed")?);
+        let (disk, image) = (disk::copy(&stock, &work)?, expected.image.clone());
+        deliver::append_to_entries(&deliver::pack(&["initrd"], &image.by_digest(), &work)?, &disk)?;
+        let kargs = disk::load_entry(&disk, &installed)?;
+        std::fs::copy(stock.join("commit"), installed.join("commit"))?;
         let (kernel, defaults) = (installed.clone(), String::new());
         let (on, recording, before) = (None, None, None);
         Ok(Machine {
@@ -103,7 +107,7 @@ impl<'a> Machine<'a> {
             limit: Duration::from_secs(1500),
         };
         let (image, port) = (self.image.by_digest(), self.registry.port);
-        let guest = Vm::start(self.images, &setup, |files| node_files(files, &image, vm::HOST, port))?;
+        let guest = Vm::start(self.images, &setup, |files| configured(files, &image, port))?;
         let guest = self.on.insert(guest);
         guest.wait_ssh(BOOT)?;
         // After a power cut, xfs shows a new file that nothing has synced as an empty one.
@@ -121,6 +125,12 @@ impl<'a> Machine<'a> {
     }
 }
 
+/// Adds the configuration of the machine, and the command.
+fn configured(files: &Files, image: &str, port: u16) -> Result<()> {
+    node_files(files, image, vm::HOST, port)?;
+    deliver::command_file(files)
+}
+
 /// Checks all objects that a ref reaches.
 fn fsck(disk: &Path) -> Result<()> {
     on_disk(disk, "ostree fsck -q --repo=ostree/repo").map(drop)
@@ -129,12 +139,13 @@ fn fsck(disk: &Path) -> Result<()> {
 #[test]
 fn an_installed_system_pivots_and_stays_an_ostree_system() -> Result<()> {
     let mut machine = Machine::new(Images::ensure()?)?;
-    let mut suite = Suite::new("machine: installed to a disk, power cuts, node image b");
+    let mut suite = Suite::new("machine: installed to a disk, with a packed agent, power cuts, node image b");
     suite.part("first boot");
     suite.run(
         &mut machine,
         &scenarios![
             the_machine_boots,
+            the_initramfs_of_the_entry_carried_the_agent after the_machine_boots,
             a_power_cut_in_the_middle_of_the_pull_comes after the_machine_boots,
             nothing_of_the_interrupted_pull_is_visible_and_the_repo_passes_fsck
                 after a_power_cut_in_the_middle_of_the_pull_comes,
@@ -236,6 +247,12 @@ fn with_the_list<'a>() -> [Scenario<Machine<'a>>; 5] {
 
 fn the_machine_boots(machine: &mut Machine<'_>) -> Result<()> {
     machine.boot()
+}
+
+fn the_initramfs_of_the_entry_carried_the_agent(machine: &mut Machine<'_>) -> Result<()> {
+    let guest = machine.guest()?;
+    guest.ask("test ! -e /usr/bin/node-image-pivot && test -e /run/node-image-pivot/bin/node-image-pivot")?;
+    contains(&guest.console(), "node-image-pivot: carried the agent into the real root")
 }
 
 fn a_power_cut_in_the_middle_of_the_pull_comes(machine: &mut Machine<'_>) -> Result<()> {
