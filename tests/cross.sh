@@ -48,7 +48,10 @@ done
 variable=${target//-/_}
 export "CC_$variable=$triple-gcc" "AR_$variable=$triple-ar"
 export "CARGO_TARGET_${variable^^}_LINKER=$triple-gcc"
-export "CARGO_TARGET_${variable^^}_RUSTFLAGS=-Clink-arg=--sysroot=$sysroot"
+# rustdoc links the tests in documentation.
+for flags in RUSTFLAGS RUSTDOCFLAGS; do
+    export "CARGO_TARGET_${variable^^}_$flags=-Clink-arg=--sysroot=$sysroot"
+done
 export "CARGO_TARGET_${variable^^}_RUNNER=qemu-$emulator-static -L $sysroot"
 # The kernels of this architecture that matter have pages of 64 KiB.
 if [ "$architecture" = ppc64le ]; then
