@@ -250,7 +250,10 @@ impl Reporter {
     }
 
     fn update(&mut self, status: &Status) {
-        self.update_record(status);
+        // Until the call begins, the status is that of an earlier one. Its own failure is recorded after its end.
+        if status.state != State::Failed {
+            self.update_record(status);
+        }
         let now = unix_now();
         // For `systemctl status`.
         let mut states = vec![NotifyState::Status(report::status_line(status, now))];

@@ -16,7 +16,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::words::{short_digests, timestamp};
-use super::{Phase, Status};
+use super::{Phase, State, Status};
 use support::directory::Directory;
 
 const DIRECTORY: &str = "var/log/openshift";
@@ -116,6 +116,10 @@ impl Stages {
             self.began = true;
             let completed = status.timeline.iter().filter(|entry| entry.duration_ms.is_some());
             self.ended.extend(completed.map(|entry| (entry.phase, entry.start_unix_ms)));
+            // An earlier call failed in the phase that has not ended.
+            if status.state == State::Failed {
+                return entries;
+            }
         }
         for entry in &status.timeline {
             let key = (entry.phase, entry.start_unix_ms);
@@ -258,6 +262,20 @@ mod tests {
         status.error = None;
         status.timeline[0].duration_ms = Some(1);
         assert_eq!(shown(&stages.update(&status, 9)), ["resolve stage start -", "resolve stage end success"]);
+    }
+
+    #[test]
+    fn the_phase_in_which_an_earlier_call_failed_is_not_recorded_again() {
+        let before = timeline(&[(Phase::Resolve, 1000, Some(5)), (Phase::Stage, 2000, None)]);
+        let before = Status { state: State::Failed, ..before };
+        let mut stages = Stages::default();
+        assert!(stages.update(&before, 9).is_empty());
+        let again = timeline(&[(Phase::Resolve, 3000, None)]);
+        assert_eq!(shown(&stages.update(&again, 9)), ["resolve stage start -"]);
+        // The call fails in the same phase before the next status.
+        let mut stages = Stages::default();
+        assert!(stages.update(&before, 9).is_empty());
+        assert_eq!(shown(&stages.update(&before, 9)), ["stage stage start -"]);
     }
 
     #[test]
