@@ -162,12 +162,21 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
     succeed(Command::new("cp").args(["--sparse=always", "--reflink=auto"]).args([from, to])).map(drop)
 }
 
-/// Checks a disk after a power cut. The file system and all objects are sound. Each boot loader entry names a kernel and a
-/// complete deployment. Returns the commits of the entries, the one that boots next first.
+/// Checks a disk after a power cut. The file system and all objects are sound. The refs with which ostree-ext finds an image
+/// and its layers name whole commits. Each boot loader entry names a kernel and a complete deployment: its files are objects of
+/// the repo, which has all objects of its commit. Returns the commits of the entries, the one that boots next first.
 pub fn bootable(disk: &Path) -> Result<Vec<String>> {
     const CHECK: &str = r#"
         shopt -s nullglob
         ostree fsck -q --repo=ostree/repo >/dev/null
+        # fsck does not look for the objects of a commit that is marked as partial.
+        for ref in $(ostree refs --repo=ostree/repo --list ostree/container); do
+            ids=$(ostree ls -RC --repo=ostree/repo "$ref" / | sed -n 's,^[-l][^/]* \([0-9a-f]\{64\}\) .*,\1,p')
+            for id in $ids; do
+                object=ostree/repo/objects/${id:0:2}/${id:2}.file
+                test -e "$object" || test -L "$object"
+            done
+        done
         entries=(boot/loader/entries/*.conf)
         for entry in $(printf '%s\n' "${entries[@]}" | sort -rV); do
             field() { sed -n "s,^$1 /\(boot/\)*,boot/,p" "$entry"; }
@@ -176,8 +185,13 @@ pub fn bootable(disk: &Path) -> Result<Vec<String>> {
             # The archive of a carried agent may follow.
             initramfs=("$root"/usr/lib/modules/*/initramfs.img)
             cmp --bytes="$(stat --format=%s "${initramfs[0]}")" "$(field initrd)" "${initramfs[0]}"
-            test -s "$root/etc/passwd"
             commit=$(basename "$root"); commit=${commit%.*}
+            test ! -e "ostree/repo/state/$commit.commitpartial"
+            test -z "$(find "$root/usr" -type f -size +0 -links 1)"
+            test -s "$root/etc/passwd"
+            for file in $(cd "$root/usr/etc" && find . -type f -size +0); do
+                test ! -e "$root/etc/$file" || test -s "$root/etc/$file"
+            done
             diff <(cd "$root" && find usr | sort) \
                 <(ostree ls -R --nul-filenames-only --repo=ostree/repo "$commit" /usr | tr '\0' '\n' | cut -c2- | sort) >&2
             echo "$commit"
