@@ -12,6 +12,7 @@ use super::failing::Small;
 use super::faults::Faults;
 use super::fixture::{Image, fsck, listing, run};
 use super::layers::{Item, What, dir, file, item, layer, oracle};
+use super::page;
 use super::plain::{labelled_system, plain};
 use super::tree::noise;
 use super::{Bench, image, try_pull_with};
@@ -252,12 +253,10 @@ pub(super) fn sysroot(bench: &Bench, name: &str, size: &str) -> (PathBuf, Small)
     (bench.path(name), mount)
 }
 
-/// Creates an ostree sysroot without a boot loader.
+/// Creates an ostree sysroot without a boot loader, by the commands of docs/single-node.md.
 pub(super) fn init_sysroot(path: &Path) {
-    let text = path.to_str().unwrap();
-    run("ostree", &["admin", "init-fs", "--modern", text]);
-    run("ostree", &["admin", "os-init", "--sysroot", text, "node"]);
-    run("ostree", &["config", "--repo", &format!("{text}/ostree/repo"), "set", "sysroot.bootloader", "none"]);
+    let commands = page::commands().sysroot.replace("/mnt", path.to_str().unwrap()).replace("NAME", "node");
+    run("sh", &["-ec", &commands]);
 }
 
 /// The system that the images of [`kinds`] lack to be bootable, as a layer.
@@ -286,8 +285,10 @@ async fn ostree_ext_deploys_a_pulled_image_without_a_download() {
         try_pull_with(&spec, &store, Some(&booted), complete()).await.unwrap();
         run("ostree", &["refs", "--repo", repo.to_str().unwrap(), "--delete", "coreos/node-image"]);
         fs::write(repo.join("tmp/node-image"), "").unwrap();
-        let image = format!("ostree-unverified-registry:{spec}");
-        run_oracle(&oracle, &["deploy", "--sysroot", text, "--stateroot", "node", &image]);
+        let command = page::commands().ostree_ext.replace("IMAGE", &spec).replace("NAME", "node");
+        let command = command.replace("--sysroot / ", &format!("--sysroot {text} ")).replace("--imgref ", "");
+        let words: Vec<&str> = command.strip_prefix("ostree container image ").unwrap().split(' ').collect();
+        run_oracle(&oracle, &words);
         let (mut served, mut layers) = (counted.served(), counted.layers());
         served.sort();
         layers.sort();

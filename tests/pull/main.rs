@@ -29,6 +29,9 @@ mod names;
 mod odd_layers;
 mod oracle;
 mod own_sysroot;
+#[allow(dead_code)]
+#[path = "../harness/src/page.rs"]
+mod page;
 mod plain;
 mod policy;
 mod ref_cuts;
