@@ -7,6 +7,7 @@ use testbed::derived::derive;
 use testbed::guest::Guest;
 use testbed::images::{Images, work_dir};
 use testbed::other_agent::{self, wait_for_agent};
+use testbed::page::{self, FOLLOWED};
 use testbed::proc::wait_for;
 use testbed::scenario::{configured_later, unit_is};
 use testbed::scenarios;
@@ -49,6 +50,8 @@ fn the_rest_of_the_image_can_be_fetched_after_the_pivot() -> Result<()> {
             a_hook_refuses_the_deployment after pull_complete_does_not_ask_the_registry_again,
             deploy_writes_the_image_to_a_disk_without_the_registry after pull_complete_does_not_ask_the_registry_again,
             a_repeated_deploy_has_nothing_to_do after deploy_writes_the_image_to_a_disk_without_the_registry,
+            a_caller_of_the_bus_deploys_with_the_image_that_updates_follow after a_repeated_deploy_has_nothing_to_do,
+            the_command_accepts_the_same_image after a_caller_of_the_bus_deploys_with_the_image_that_updates_follow,
             deploy_refuses_the_read_only_sysroot_of_the_running_system,
             an_undo_is_refused_during_a_deployment_to_the_own_sysroot,
             all_was_done_by_the_agent_of_the_node_image,
@@ -148,13 +151,15 @@ fn a_hook_refuses_the_deployment(known: &mut Known) -> Result<()> {
     guest.ask("rm -r /etc/node-image-pivot/pre-deploy.d; test ! -e /run/deployed").map(drop)
 }
 
+/// Replaces the placeholders in commands of docs/single-node.md.
+fn on_the_disk(commands: &str) -> String {
+    commands.replace("/mnt", "/var/disk").replace("NAME", "node").replace("root=UUID=…", "quiet")
+}
+
 /// The registry is down. The image comes from the node store and the booted repo.
 fn deploy_writes_the_image_to_a_disk_without_the_registry(known: &mut Known) -> Result<()> {
     let guest = &known.bed.guest;
-    guest.ask(
-        "mkdir /var/disk && ostree admin init-fs --modern /var/disk && ostree admin os-init --sysroot /var/disk node
-         ostree config --repo=/var/disk/ostree/repo set sysroot.bootloader none",
-    )?;
+    guest.ask(&format!("set -e; mkdir /var/disk\n{}", on_the_disk(&page::commands().sysroot)))?;
     let done = guest.ask(DEPLOY)?;
     contains(&done, "in the stateroot node boots commit")?;
     contains(&done, "the hook /etc/node-image-pivot/post-deploy.d/20-fail")?;
@@ -171,6 +176,32 @@ fn deploy_writes_the_image_to_a_disk_without_the_registry(known: &mut Known) -> 
 
 fn a_repeated_deploy_has_nothing_to_do(known: &mut Known) -> Result<()> {
     contains(&known.bed.guest.ask(DEPLOY)?, "nothing to do")
+}
+
+/// The disk has the objects already.
+fn a_caller_of_the_bus_deploys_with_the_image_that_updates_follow(known: &mut Known) -> Result<()> {
+    let guest = &known.bed.guest;
+    let call = |image: &str| {
+        format!(
+            "busctl --timeout=infinity call org.nodeimage.Pivot1 /org/nodeimage/Pivot1 org.nodeimage.Pivot1 Deploy ssass \
+             /var/disk other 1 quiet {image}"
+        )
+    };
+    let done = guest.ask(&format!("ostree admin os-init --sysroot /var/disk other && {}", call(FOLLOWED)))?;
+    contains(&done, "in the stateroot other boots commit")?;
+    let origin = guest.ask("cat /var/disk/ostree/deploy/other/deploy/*.origin")?;
+    contains(&origin, &format!("container-image-reference={FOLLOWED}"))?;
+    contains(&guest.ask("cat /var/disk/boot/loader/entries/*.conf")?, "options quiet ")?;
+    let refused = guest.run(&call("latest"))?;
+    same(refused.status, 1)?;
+    contains(&refused.text, "latest")?;
+    same(guest.ask(RUNNING)?, known.before.clone())
+}
+
+fn the_command_accepts_the_same_image(known: &mut Known) -> Result<()> {
+    let deploy = on_the_disk(&page::commands().deploy).replace("--stateroot node", "--stateroot other");
+    contains(&deploy, FOLLOWED)?;
+    contains(&known.bed.guest.ask(&deploy)?, "nothing to do")
 }
 
 fn deploy_refuses_the_read_only_sysroot_of_the_running_system(known: &mut Known) -> Result<()> {
