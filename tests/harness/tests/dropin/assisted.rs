@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use anyhow::{Result, bail};
+use serde_json::{Value, json};
 use testbed::check::{contains, nothing_failed, same};
 use testbed::guest::Guest;
 use testbed::images::{Images, work_dir};
@@ -74,9 +75,7 @@ impl Assisted {
             node_files(files, "", vm::HOST, registry.port)?;
             std::fs::remove_dir_all(files.root().join("etc/node-image-pivot.conf.d"))?;
             // Without the two further attempts that confirm a missing tag, the service record has one.
-            // The payload names a node image of the next Debian.
-            let keys = "os_mismatch = \"warn\"\n[retry]\ndenied = 0\n";
-            files.put("/etc/node-image-pivot.conf.d/60-keys.toml", 0o644, keys)?;
+            files.put("/etc/node-image-pivot.conf.d/60-keys.toml", 0o644, "[retry]\ndenied = 0\n")?;
             // By its own address: a source that cannot be reached beside a mirror that lacks the tag is tried again.
             let address = format!("{}:{}", vm::HOST, registry.port);
             let insecure = format!("[[registry]]\nlocation = \"{address}\"\ninsecure = true\n");
@@ -119,7 +118,8 @@ fn the_assisted_flow_keeps_the_contract() -> Result<()> {
             a_missing_payload_fails_with_the_reason_in_the_status_text after containers_run,
             the_service_record_has_the_failure after a_missing_payload_fails_with_the_reason_in_the_status_text,
             the_installers_own_units_appear after containers_run,
-            both_units_become_active_when_started_again_without_blocking after the_installers_own_units_appear,
+            a_node_image_of_the_next_release_is_refused after the_installers_own_units_appear,
+            both_units_become_active_when_started_again_without_blocking after a_node_image_of_the_next_release_is_refused,
         ],
     );
     suite.run_after("both_units_become_active_when_started_again_without_blocking", &mut assisted, &after_the_switch());
@@ -188,9 +188,22 @@ fn the_installers_own_units_appear(assisted: &mut Assisted) -> Result<()> {
     installer::is_taken_over(&assisted.guest)
 }
 
-fn both_units_become_active_when_started_again_without_blocking(assisted: &mut Assisted) -> Result<()> {
+fn a_node_image_of_the_next_release_is_refused(assisted: &mut Assisted) -> Result<()> {
+    let guest = &assisted.guest;
     let text = release_image_script(&assisted.payload).replace('\'', "'\\''");
-    assisted.guest.ask(&format!("printf %s '{text}' >{SCRIPT}"))?;
+    guest.ask(&format!("printf %s '{text}' >{SCRIPT}"))?;
+    assisted.start_both()?;
+    wait_for("a refusal", PIVOT, || Ok(guest.status()?["error"]["refusals"][0]["id"].is_string()))?;
+    guest.wait_unit(UNITS[0], "failed", SOON)?;
+    let status = guest.status()?;
+    same(status["error"]["refusals"][0]["id"].as_str(), Some("os-mismatch"))?;
+    contains(&guest.ask("node-image-pivot status")?, "the node image is debian 13 and the booted system is debian 12")?;
+    same(guest.ask("base-tool")?, "base-tool 1.0".into())
+}
+
+fn both_units_become_active_when_started_again_without_blocking(assisted: &mut Assisted) -> Result<()> {
+    let key = "echo 'os_mismatch = \"warn\"' >/etc/node-image-pivot.conf.d/61-mismatch.toml";
+    assisted.guest.ask(key)?;
     assisted.start_both()?;
     let (guest, seen) = (&assisted.guest, &mut assisted.states);
     let failed = |seen: &[Vec<String>; 2]| seen.iter().any(|states| states.iter().skip(1).any(|s| s == "failed"));
@@ -226,8 +239,13 @@ fn the_payload_is_that_of_the_script_and_the_node_image_that_of_the_payload(assi
     let guest = &assisted.guest;
     let journal = guest.ask("journalctl -u node-image-pivotd.service")?;
     contains(&journal, &format!("names the release payload {}", assisted.payload))?;
-    contains(&journal, "/usr/local/bin/node-image-pull.sh names it")?;
-    let status = guest.status()?;
+    let (reason, status) = ("/usr/local/bin/node-image-pull.sh names it", guest.status()?);
+    contains(&journal, reason)?;
+    let plan: Value = serde_json::from_str(&guest.ask("cat /run/node-image-pivot/plan.json")?)?;
+    for document in [&status, &plan] {
+        same(document["image_choice"].clone(), json!({ "tag": "rhel-coreos", "reason": reason }))?;
+    }
+    contains(&plan["warnings"].to_string(), "the node image is debian 13 and the booted system is debian 12")?;
     same(status["digest"].as_str(), Some(Images::ensure()?.image("node-a")?.digest.as_str()))
 }
 
@@ -309,7 +327,12 @@ fn the_service_records_are_complete(assisted: &mut Assisted) -> Result<()> {
         let ends = ["- service start -".to_owned()].into_iter().chain(of.iter().flat_map(stage));
         ends.chain(["- service end success".to_owned()]).collect()
     };
-    same(pull[4..].to_vec(), stages(&["resolve", "pull", "stage"]))?;
+    // The missing payload, then the refusal.
+    let complete = stages(&["resolve", "pull", "stage"]);
+    let mut refused = complete.clone();
+    refused[6..].iter_mut().for_each(|end| *end = end.replace("success", "failure"));
+    same(pull[4..12].to_vec(), refused)?;
+    same(pull[pull.len() - 7..].to_vec(), complete[1..].to_vec())?;
     same(record(guest, "node-image-overlay")?, stages(&["switch", "refresh"]))?;
     same(guest.ask("cat /var/log/openshift/bootkube.json")?, "[]".into())
 }
