@@ -20,8 +20,10 @@ impl Disk {
         let disk = Self { image: bench.path(&format!("{fstype}.img")), dir: bench.path(&format!("{fstype}-sysroot")) };
         fs::create_dir_all(&disk.dir).unwrap();
         fs::File::create(&disk.image).unwrap().set_len(mib << 20).unwrap();
-        run(&format!("mkfs.{fstype}"), &["-q", disk.image.to_str().unwrap()]);
-        disk.mount();
+        // The commands of docs/single-node.md.
+        let commands = page::commands().file_system.replace("ext4", fstype);
+        let commands = commands.replace("DEVICE", disk.image.to_str().unwrap());
+        run("sh", &["-ec", &commands.replace("/mnt", disk.dir.to_str().unwrap())]);
         disk
     }
 
