@@ -7,13 +7,13 @@ set -eu
 umask 022
 export LC_ALL=C.UTF-8 TZ=UTC
 unset MAKEFLAGS MAKELEVEL
-project=$(cd "$(dirname "$0")/.." && pwd)
+project=$(cd "$(dirname "$0")/.." && pwd -P)
 binaries=$(cd "$1" && pwd)
 output=$(realpath --canonicalize-missing "$2")
 # The output directory is emptied, and the source tree is copied without target.
 allowed=yes
 case $output/ in "$project/target/"?*) ;; "$project/"*) allowed= ;; esac
-case $project/ in "$output/"*) allowed= ;; esac
+case $project/ in "${output%/}/"*) allowed= ;; esac
 [ -n "$allowed" ] || {
     echo "cannot write packages to $2: only target and directories outside the source tree are possible; name another one" >&2
     exit 1

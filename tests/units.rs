@@ -189,7 +189,9 @@ fn packages_are_written_to_target_or_outside_the_source_tree() {
     fs::create_dir_all(tree.join("packaging")).unwrap();
     let build = tree.join("packaging/build.sh");
     fs::copy(project().join("packaging/build.sh"), &build).unwrap();
+    std::os::unix::fs::symlink(&tree, copy.path().join("link")).unwrap();
     for (output, refused) in [
+        ("/", true),
         ("tree", true),
         ("tree/target", true),
         ("tree/packages", true),
@@ -198,11 +200,14 @@ fn packages_are_written_to_target_or_outside_the_source_tree() {
         ("tree/target/packages", false),
         ("packages", false),
     ] {
-        let output = Command::new("sh").arg(&build).args(["tree", output]).current_dir(&copy).output().unwrap();
-        let error = String::from_utf8_lossy(&output.stderr);
-        // The copy lacks the next script.
-        let expected = if refused { "cannot write packages to" } else { "version.sh" };
-        assert!(!output.status.success() && error.contains(expected) && build.exists(), "{error}");
+        for tree in ["tree", "link"] {
+            let program = format!("{tree}/packaging/build.sh");
+            let output = Command::new("sh").args([&program, tree, output]).current_dir(&copy).output().unwrap();
+            let error = String::from_utf8_lossy(&output.stderr);
+            // The copy lacks the next script.
+            let expected = if refused { "cannot write packages to" } else { "version.sh" };
+            assert!(!output.status.success() && error.contains(expected) && build.exists(), "{error}");
+        }
     }
 }
 
