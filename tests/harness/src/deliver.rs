@@ -36,10 +36,14 @@ pub fn with_initramfs(stock: &Path, archives: &[PathBuf], into: &Path) -> Result
     missing.try_for_each(|name| Ok(symlink(stock.join(name), into.join(name))?))
 }
 
-/// Appends a packed agent to the initramfs of each boot loader entry of a disk.
+/// Appends a packed agent to the initramfs of each boot loader entry of a disk, as in docs/deliver.md.
 pub fn append_to_entries(packed: &Path, disk: &Path) -> Result<()> {
-    let script =
-        format!("for initramfs in boot/ostree/*/initramfs*; do cat '{}' >>\"$initramfs\"; done", packed.display());
+    let script = format!(
+        "for initramfs in boot/ostree/*/initramfs*; do
+             cat \"$initramfs\" '{}' >boot/new && mv boot/new \"$initramfs\" || exit 1
+         done",
+        packed.display()
+    );
     on_disk(disk, &script).map(drop)
 }
 
