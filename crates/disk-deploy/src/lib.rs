@@ -108,7 +108,7 @@ pub fn deploy(
     // Another process may have deployed meanwhile.
     sysroot.load_if_changed(Some(cancel)).map_err(failed("read the sysroot"))?;
     let sealer = Sealer::of(&request.sysroot, request.must_seal || content.must_seal(cancel)?)?;
-    if let Some(found) = existing(&sysroot, &content, request, &imgref, sealer) {
+    if let Some(found) = existing(&sysroot, &content, request, &imgref, sealer, cancel)? {
         return Ok(found);
     }
     if sysroot.deployments().is_empty()
@@ -182,28 +182,27 @@ fn open(request: &Request) -> Result<ostree::Sysroot, DeployError> {
 }
 
 /// Returns the deployment that boots next if it is the requested one. An earlier release, or another program, may have written
-/// it without the fs-verity that it needs.
+/// it without the fs-verity that it needs: libostree enables it only on what it writes itself.
 fn existing(
     sysroot: &ostree::Sysroot,
     content: &Content,
     request: &Request,
     imgref: &OstreeReference,
     sealer: Sealer,
-) -> Option<Deployed> {
-    let first = sysroot.deployments().into_iter().next()?;
+    cancel: &gio::Cancellable,
+) -> Result<Option<Deployed>, DeployError> {
+    let Some(first) = sysroot.deployments().into_iter().next() else { return Ok(None) };
     let origin = first.origin().and_then(|origin| origin.string("origin", ORIGIN_KEY).ok());
     let is_same = first.osname() == request.stateroot.as_str()
         && first.csum() == content.commit.to_string().as_str()
         && origin.is_some_and(|origin| origin == imgref.to_string().as_str());
     let present = kernel_args(Some(&first), &[]);
     let has_args = request.kernel_args.iter().all(|arg| present.contains(arg));
-    let is_usable = !sealer.misses(&composefs_image(sysroot, request, &first));
-    (is_same && has_args && is_usable).then_some(Deployed {
-        commit: content.commit,
-        objects: 0,
-        bytes: 0,
-        existed: true,
-    })
+    let found = is_same
+        && has_args
+        && !sealer.misses(&composefs_image(sysroot, request, &first))
+        && (sealer != Sealer::Must || content.missing_in(&sysroot.repo(), sealer, cancel)?.seals == 0);
+    Ok(found.then_some(Deployed { commit: content.commit, objects: 0, bytes: 0, existed: true }))
 }
 
 /// Returns the path of the composefs image of a deployment. Not all have one.
