@@ -14,9 +14,7 @@ use support::xattr;
 use super::error::{DeployError, failed};
 use super::reference::OstreeReference;
 use super::seal::{self, Sealer};
-
-/// Space that an object needs besides its content: half a block at its end on average, and an inode.
-const OVERHEAD: u64 = 4096;
+use super::space;
 
 /// An image in the node store.
 pub(crate) struct Content<'a> {
@@ -40,6 +38,8 @@ pub(crate) struct Missing {
     pub seals: u64,
     /// Directories of the commits, those that the repo has included.
     pub directories: u64,
+    /// Size of a block of the disk in bytes. A file needs at most one besides its content, with its inode.
+    pub block: u64,
 }
 
 impl<'a> Content<'a> {
@@ -98,7 +98,7 @@ impl<'a> Content<'a> {
             let reachable = self.repo.traverse_commit(&commit.to_string(), 0, Some(cancel));
             objects.extend(reachable.map_err(failed("list the image's objects"))?);
         }
-        let mut missing = Missing::default();
+        let mut missing = Missing { block: space::block(target)?, ..Missing::default() };
         for object in &objects {
             let kind = object.object_type();
             missing.directories += u64::from(kind == ostree::ObjectType::DirTree);
@@ -109,11 +109,12 @@ impl<'a> Content<'a> {
                 false => {
                     let stat = self.stat(object)?;
                     missing.count += 1;
-                    missing.bytes += OVERHEAD + stat.len();
+                    missing.bytes += missing.block + stat.len();
                     Some(stat)
                 }
             };
-            missing.seals += stat.filter(Metadata::is_file).map_or(0, |stat| sealer.space(&path, stat.len()));
+            missing.seals +=
+                stat.filter(Metadata::is_file).map_or(0, |stat| sealer.space(&path, stat.len(), missing.block));
         }
         Ok(Missing { all: objects, ..missing })
     }

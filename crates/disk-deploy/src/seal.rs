@@ -115,8 +115,8 @@ impl Sealer {
     }
 
     /// Returns the space that fs-verity adds to a regular file with `size` bytes, which may be missing yet: blocks with the
-    /// digests of 128 others each, and one with the description.
-    pub fn space(self, path: &Path, size: u64) -> u64 {
+    /// digests of 128 others each, and one with the description. The file system allots multiples of `allotted` bytes.
+    pub fn space(self, path: &Path, size: u64, allotted: u64) -> u64 {
         if self == Self::Off || is_sealed(path) {
             return 0;
         }
@@ -126,7 +126,7 @@ impl Sealer {
             level = level.div_ceil(128);
             sum += level;
         }
-        sum * block
+        (sum * block).next_multiple_of(allotted.max(block))
     }
 }
 
@@ -195,7 +195,7 @@ mod tests {
         let block = u64::from(BLOCK);
         // Size of the file, and blocks that fs-verity adds.
         for (size, blocks) in [
-            (0, 1),
+            (0, 1_u64),
             (1, 1),
             (block, 1),
             (block + 1, 2),
@@ -205,7 +205,12 @@ mod tests {
             (128 * 128 * block + 1, 133),
         ] {
             for (sealer, expected) in [(Sealer::Off, 0), (Sealer::Try, blocks), (Sealer::Must, blocks)] {
-                assert_eq!(sealer.space(Path::new("/missing"), size), expected * block, "{sealer:?} {size}");
+                for (allotted, expected) in
+                    [(512, expected), (block, expected), (16 * block, expected.next_multiple_of(16))]
+                {
+                    let space = sealer.space(Path::new("/missing"), size, allotted);
+                    assert_eq!(space, expected * block, "{sealer:?} {size} {allotted}");
+                }
             }
         }
     }

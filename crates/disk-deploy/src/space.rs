@@ -12,8 +12,8 @@ use tracing::info;
 use super::content::{Content, Missing};
 use super::error::{DeployError, failed, listed};
 
-/// Size of a directory on the disk.
-const DIRECTORY: u64 = 4096;
+/// Assumed size of a block if that of the file system is smaller.
+const BLOCK: u64 = 4096;
 /// Size of a file's or directory's entry in a composefs image.
 const IMAGE_ENTRY: u64 = 256;
 const ATTRIBUTES: &str = "standard::name,standard::type,standard::size";
@@ -27,7 +27,8 @@ pub(crate) fn check(
 ) -> Result<(), DeployError> {
     let fail = || failed("list the image's files");
     let (root, _) = content.repo.read_commit(&content.commit.to_string(), Some(cancel)).map_err(fail())?;
-    let (etc, etc_files) = size_below(&root.resolve_relative_path("usr/etc"), &|_| true).map_err(fail())?;
+    let (etc, etc_files) =
+        size_below(&root.resolve_relative_path("usr/etc"), missing.block, &|_| true).map_err(fail())?;
     let is_boot_file = |name: &Path| {
         let name = name.to_string_lossy();
         name.starts_with("vmlinuz") || name.starts_with("initramfs") || name.ends_with(".dtb")
@@ -36,12 +37,14 @@ pub(crate) fn check(
     let has_kernel = sysroot.deployments().iter().any(|other| other.csum() == content.commit.to_string());
     let boot = match has_kernel {
         true => 0,
-        false => size_below(&root.resolve_relative_path("usr/lib/modules"), &is_boot_file).map_err(fail())?.0,
+        false => {
+            size_below(&root.resolve_relative_path("usr/lib/modules"), missing.block, &is_boot_file).map_err(fail())?.0
+        }
     };
     let reserve = sysroot.repo().min_free_space_bytes().unwrap_or(0);
     let mut parts = vec![
         ("for objects", missing.bytes),
-        ("for the deployment", missing.directories * DIRECTORY + missing.all.len() as u64 * IMAGE_ENTRY + etc),
+        ("for the deployment", missing.directories * missing.block + missing.all.len() as u64 * IMAGE_ENTRY + etc),
         ("that ostree keeps free", reserve),
     ];
     parts.extend((missing.seals > 0).then_some(("for fs-verity", missing.seals)));
@@ -67,6 +70,11 @@ pub(crate) fn is_read_only(sysroot: &Path) -> Result<bool, DeployError> {
     let repo = space(&sysroot.join("ostree/repo"))?.f_flag;
     let boot = boot_space(sysroot)?.map_or(repo, |disk| disk.f_flag);
     Ok((repo | boot).contains(StatVfsMountFlags::RDONLY))
+}
+
+/// Returns the size of a block, with which the file system of a repo allots space.
+pub(crate) fn block(repo: &ostree::Repo) -> Result<u64, DeployError> {
+    Ok(space(&repo.path().path().unwrap_or_default())?.f_frsize.max(BLOCK))
 }
 
 fn space(path: &Path) -> Result<StatVfs, DeployError> {
@@ -96,9 +104,9 @@ fn compare(path: &Path, parts: Vec<(&'static str, u64)>, disk: &StatVfs) -> Resu
     }
 }
 
-/// Returns the size and the number of the files below a directory of a commit for whose names `counts` returns true. A
-/// missing directory has none.
-fn size_below(dir: &gio::File, counts: &dyn Fn(&Path) -> bool) -> Result<(u64, u64), glib::Error> {
+/// Returns the size and the number of the files below a directory of a commit for whose names `counts` returns true, with a
+/// block of `block` bytes more for each. A missing directory has none.
+fn size_below(dir: &gio::File, block: u64, counts: &dyn Fn(&Path) -> bool) -> Result<(u64, u64), glib::Error> {
     let (mut sum, mut number) = (0, 0);
     let mut queue = vec![dir.clone()];
     while let Some(dir) = queue.pop() {
@@ -111,7 +119,7 @@ fn size_below(dir: &gio::File, counts: &dyn Fn(&Path) -> bool) -> Result<(u64, u
             match entry.file_type() {
                 gio::FileType::Directory => queue.push(dir.child(entry.name())),
                 _ if counts(&entry.name()) => {
-                    sum += u64::try_from(entry.size()).unwrap_or(0) + DIRECTORY;
+                    sum += u64::try_from(entry.size()).unwrap_or(0) + block;
                     number += 1;
                 }
                 _ => {}
