@@ -6,7 +6,7 @@ use std::process::Child;
 use node_store::store::{image_ref, layer_ref};
 
 use super::derived::{Labels, base, complete, layers, with};
-use super::disk::{Disk, System, repo_option, spawn_pull};
+use super::disk::{Disk, System, forget, repo_option, spawn_pull};
 use super::fixture::{Image, fsck, listing, run};
 use super::image_refs::{Counted, import, refs, resolve};
 use super::layers::oracle;
@@ -48,7 +48,7 @@ async fn interrupt(fstype: &str, of: impl Fn(&Bench) -> Image, stop: impl Fn(&Di
         fsck(&repo);
         // For the next round, as if never pulled.
         run("ostree", &["refs", &repo_option(&repo), "--delete", "ostree/container"]);
-        system.store().forget().unwrap();
+        forget(&system.store());
         run("ostree", &["prune", &repo_option(&repo), "--refs-only"]);
         assert_eq!(system.booted.content_objects().unwrap(), before);
     }

@@ -21,6 +21,10 @@ fn references(tags: &[(&str, &str)]) -> String {
     json!({ "kind": "ImageStream", "apiVersion": "image.openshift.io/v1", "spec": { "tags": tags } }).to_string()
 }
 
+fn configured(names: &[String]) -> TagHints {
+    TagHints { configured: Some(names.to_vec()), ..TagHints::default() }
+}
+
 /// An image without any ostree labels.
 fn payload(layers: &[Vec<Item>]) -> Image {
     Image {
@@ -59,7 +63,7 @@ async fn a_payload_names_the_node_image() {
             fs::remove_file(bench.registry.blob(manifest["layers"][0]["digest"].as_str().unwrap())).unwrap();
         }
         let source = Source::open(&settings()).await.unwrap();
-        match (resolve_release(&source, &spec, &TagHints::configured(&tags)).await, expected) {
+        match (resolve_release(&source, &spec, &configured(&tags)).await, expected) {
             (Ok((found, _)), Ok(expected)) => assert_eq!(found.to_string(), expected, "{name}"),
             (Err(told), Err(words)) => {
                 println!("{told}");
@@ -120,7 +124,7 @@ async fn an_altered_payload_is_refused() {
     let altered = String::from_utf8(fs::read(&blob).unwrap()).unwrap().replace(&os("aa"), &os("bb"));
     fs::write(&blob, altered).unwrap();
     let source = Source::open(&settings()).await.unwrap();
-    let told = resolve_release(&source, &spec, &TagHints::configured(&["rhel-coreos".to_owned()])).await.unwrap_err();
+    let told = resolve_release(&source, &spec, &configured(&["rhel-coreos".to_owned()])).await.unwrap_err();
     assert_eq!(told.kind, Kind::BadDigest, "{told}");
     assert!(told.message.contains(&digest), "{told}");
 }

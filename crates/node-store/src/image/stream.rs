@@ -20,13 +20,6 @@ pub struct TagHints {
     pub os_release: Option<String>,
 }
 
-impl TagHints {
-    /// Makes hints of configured tags.
-    pub fn configured(names: &[String]) -> Self {
-        Self { configured: Some(names.to_vec()), ..Self::default() }
-    }
-}
-
 /// A tag of a payload.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Tag<'a> {

@@ -58,11 +58,6 @@ impl BootedRepo {
         running_image(&self.path.parent()?.join("deploy"), &marker)
     }
 
-    /// Returns true if the object exists in this repo. Its content is not checked.
-    pub fn has(&self, id: &ObjectId, kind: ObjectType) -> bool {
-        self.object_path(id, kind).symlink_metadata().is_ok()
-    }
-
     /// Returns the content of a metadata object, or `None` if it is missing or damaged.
     pub fn read_metadata(&self, id: &ObjectId, kind: ObjectType) -> io::Result<Option<Vec<u8>>> {
         read_metadata(&self.path, id, kind)
@@ -222,7 +217,6 @@ mod tests {
         std::fs::write(repo.object_path(&ObjectId([0xcd; 32]), ObjectType::DirTree), "").unwrap();
         std::fs::write(temp.path().join("objects/cd/junk.file"), "").unwrap();
         assert_eq!(repo.content_objects().unwrap(), ObjectSet::from([id]));
-        assert!(repo.has(&id, ObjectType::File) && !repo.has(&id, ObjectType::DirMeta));
         assert!(!repo.has_layer("sha256:12"));
         std::fs::create_dir_all(temp.path().join("refs/heads/ostree/container/blob")).unwrap();
         std::fs::write(temp.path().join("refs/heads/ostree/container/blob/sha256_3A_12"), "x").unwrap();

@@ -104,12 +104,6 @@ impl Disk {
     pub fn discard(&self) -> io::Result<()> {
         ignore_missing(fs::remove_dir_all(self.incoming()))
     }
-
-    /// Removes the agent's files except the lock and the list of defaults of `/etc`.
-    pub fn forget(&self) -> io::Result<()> {
-        ignore_missing(fs::remove_dir_all(self.volatile()))?;
-        ignore_missing(fs::remove_dir_all(self.kept().join("derived")))
-    }
 }
 
 /// Returns the directories of earlier boots in the agent's directory of `repo`. Their hard links keep the space of objects

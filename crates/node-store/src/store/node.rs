@@ -242,22 +242,6 @@ impl NodeStore {
         discarded.map_err(|source| LockError::Io { path: place, source })
     }
 
-    /// Removes the ref, the trees of `/usr` and the lists of layers, so that the next pull starts from the beginning. Objects in
-    /// the system's repo stay until it is pruned.
-    ///
-    /// The caller makes sure that no mount uses the delta tree and no pull is running.
-    pub fn forget(&self) -> io::Result<()> {
-        self.remove_ref()?;
-        if let Some(disk) = &self.disk {
-            return disk.forget();
-        }
-        ignore_missing(fs::remove_dir_all(self.delta_build_path()))?;
-        self.discard_complete()?;
-        ignore_missing(fs::remove_dir_all(self.root.join("derived")))?;
-        ignore_missing(fs::remove_file(self.root.join("layers")))?;
-        ignore_missing(fs::remove_file(self.record_path()))
-    }
-
     /// Takes the import lock and, in a disk store, libostree's lock of the repo. Then removes the temporary files of a
     /// killed import. Does not wait.
     ///

@@ -92,7 +92,8 @@ pub fn plain(data: &[u8]) {
 
 /// Reads the references of a release payload.
 pub fn references(data: &[u8]) {
-    let hints = TagHints::configured(&["rhel-coreos".to_owned(), "stream-coreos".to_owned()]);
+    let configured = Some(["rhel-coreos", "stream-coreos"].map(str::to_owned).to_vec());
+    let hints = TagHints { configured, ..TagHints::default() };
     if let Ok((spec, _)) = crate::image::references::node_image(data, &hints) {
         assert!(spec.digest().is_some(), "a pull spec without a digest");
     }

@@ -19,8 +19,8 @@ fn libostree_opens_the_store_and_reads_its_refs() {
         store.publish(&[(commit, complete)], &[]).unwrap();
         assert_eq!(marked.exists(), !complete);
     }
-    store.forget().unwrap();
-    store.forget().unwrap();
+    store.remove_ref().unwrap();
+    store.remove_ref().unwrap();
     assert_eq!(store.resolve_ref().unwrap(), None);
 }
 
