@@ -224,7 +224,7 @@ fn the_workflow_pins_the_compiler_and_compares_the_tag() {
 fn installed_files_outlive_the_switch() {
     let keep = Keep::default();
     for path in SHIPPED {
-        assert!(keep.is_spared(Path::new(path)), "/usr/{path} would be hidden by a node image that lacks it");
+        assert!(keep.is_kept(Path::new(path)), "/usr/{path} would be hidden by a node image that lacks it");
     }
 }
 

@@ -110,18 +110,12 @@ pub fn diff(
     let (ops, pending, path) = Default::default();
     let mut walk = Walk { old: old.0, new: new.0, keep, shape, ops, pending, path };
     // The root is always in the delta, because an overlay's root has the metadata of the top layer.
-    walk.enter(Entering { name: String::new(), meta: new.1.meta, booted: false }, true);
+    walk.push(DeltaOp::Enter { name: String::new(), meta: new.1.meta, booted: false });
     if old.1.tree != new.1.tree {
         walk.compare(&old.0.list(&old.1.tree)?, &new.0.list(&new.1.tree)?)?;
     }
     walk.leave();
     Ok(walk.ops)
-}
-
-struct Entering {
-    name: String,
-    meta: Checksum,
-    booted: bool,
 }
 
 struct Walk<'a> {
@@ -130,24 +124,12 @@ struct Walk<'a> {
     keep: &'a Keep,
     shape: Shape,
     ops: Vec<DeltaOp>,
-    /// Entered directories that have no reason yet to be in the delta.
-    pending: Vec<Entering>,
+    /// Steps into directories that have no reason yet to be in the delta.
+    pending: Vec<DeltaOp>,
     path: PathBuf,
 }
 
 impl Walk<'_> {
-    fn enter(&mut self, directory: Entering, needed: bool) {
-        self.pending.push(directory);
-        if needed {
-            self.flush();
-        }
-    }
-
-    fn flush(&mut self) {
-        let entered = self.pending.drain(..);
-        self.ops.extend(entered.map(|Entering { name, meta, booted }| DeltaOp::Enter { name, meta, booted }));
-    }
-
     fn leave(&mut self) {
         if self.pending.pop().is_none() {
             self.ops.push(DeltaOp::Leave);
@@ -155,7 +137,7 @@ impl Walk<'_> {
     }
 
     fn push(&mut self, op: DeltaOp) {
-        self.flush();
+        self.ops.append(&mut self.pending);
         self.ops.push(op);
     }
 
@@ -185,11 +167,7 @@ impl Walk<'_> {
             if old.directories.contains_key(name) {
                 self.refuse_over_frozen()?;
             }
-            let replaces = match (old.files.get(name), old.directories.get(name)) {
-                (Some(file), _) => Some(Hidden { files: 1, bytes: self.old.size(file)? }),
-                (None, Some(directory)) => Some(self.count(directory)?),
-                (None, None) => None,
-            };
+            let replaces = self.content(name, old)?;
             self.push(DeltaOp::File { name: name.to_owned(), object: *object, replaces });
             return Ok(());
         }
@@ -198,8 +176,11 @@ impl Walk<'_> {
             if was == Some(directory) {
                 return Ok(());
             }
-            let needed = was.is_none_or(|was| was.meta != directory.meta);
-            self.enter(Entering { name: name.to_owned(), meta: directory.meta, booted: false }, needed);
+            let enter = DeltaOp::Enter { name: name.to_owned(), meta: directory.meta, booted: false };
+            match was.is_some_and(|was| was.meta == directory.meta) {
+                true => self.pending.push(enter),
+                false => self.push(enter),
+            }
             if was.is_none_or(|was| was.tree != directory.tree) {
                 let before = was.map(|was| self.old.list(&was.tree)).transpose()?.unwrap_or_default();
                 self.compare(&before, &self.new.list(&directory.tree)?)?;
@@ -212,39 +193,35 @@ impl Walk<'_> {
 
     /// Keeps the entry `name` of the booted tree. An overlay shows it without a step.
     fn keep(&mut self, name: &str, old: &Listing, frozen: bool) -> Result<()> {
-        let (file, directory) = (old.files.get(name), old.directories.get(name));
-        if self.shape == Shape::Delta || file.is_none() && directory.is_none() {
+        if self.shape == Shape::Delta {
             return Ok(());
         }
-        let frozen = frozen && directory.is_some();
-        let content = match (file, directory) {
-            (Some(file), _) => Hidden { files: 1, bytes: self.old.size(file)? },
-            (None, Some(directory)) if !frozen => self.count(directory)?,
-            _ => Hidden::default(),
-        };
-        self.push(DeltaOp::Kept { name: name.to_owned(), frozen, content });
+        let frozen = frozen && old.directories.contains_key(name);
+        let content = if frozen { Some(Hidden::default()) } else { self.content(name, old)? };
+        if let Some(content) = content {
+            self.push(DeltaOp::Kept { name: name.to_owned(), frozen, content });
+        }
         Ok(())
     }
 
     /// Hides the entry `name`, which only the booted tree has, except for kept content.
     fn remove(&mut self, name: &str, old: &Listing) -> Result<()> {
         let verdict = self.keep.verdict(&self.path);
-        if matches!(verdict, Verdict::Frozen | Verdict::Spared) {
+        if verdict == Verdict::Kept {
             return self.keep(name, old, false);
         }
-        let Some(directory) = old.directories.get(name) else {
-            let bytes = old.files.get(name).map_or(Ok(0), |file| self.old.size(file))?;
-            self.hide(name, Hidden { files: 1, bytes });
-            return Ok(());
-        };
-        if verdict == Verdict::Above && self.holds_kept(directory, &self.path.clone())? {
-            self.enter(Entering { name: name.to_owned(), meta: directory.meta, booted: true }, false);
+        if let Some(directory) = old.directories.get(name)
+            && verdict == Verdict::Above
+            && self.holds_kept(directory, &self.path)?
+        {
+            self.pending.push(DeltaOp::Enter { name: name.to_owned(), meta: directory.meta, booted: true });
             self.compare(&self.old.list(&directory.tree)?, &Listing::default())?;
             self.leave();
             return Ok(());
         }
-        let hides = self.count(directory)?;
-        self.hide(name, hides);
+        if let Some(hides) = self.content(name, old)? {
+            self.hide(name, hides);
+        }
         Ok(())
     }
 
@@ -258,19 +235,28 @@ impl Walk<'_> {
     fn holds_kept(&self, directory: &Directory, path: &Path) -> Result<bool> {
         let listing = self.old.list(&directory.tree)?;
         for name in listing.files.keys() {
-            if matches!(self.keep.verdict(&path.join(name)), Verdict::Frozen | Verdict::Spared) {
+            if self.keep.is_kept(&path.join(name)) {
                 return Ok(true);
             }
         }
         for (name, child) in &listing.directories {
             let path = path.join(name);
             match self.keep.verdict(&path) {
-                Verdict::Frozen | Verdict::Spared => return Ok(true),
+                Verdict::Kept => return Ok(true),
                 Verdict::Above if self.holds_kept(child, &path)? => return Ok(true),
                 Verdict::Above | Verdict::Free => {}
             }
         }
         Ok(false)
+    }
+
+    /// Returns the files of the booted tree at `name`.
+    fn content(&self, name: &str, old: &Listing) -> Result<Option<Hidden>> {
+        Ok(match (old.files.get(name), old.directories.get(name)) {
+            (Some(file), _) => Some(Hidden { files: 1, bytes: self.old.size(file)? }),
+            (None, Some(directory)) => Some(self.count(directory)?),
+            (None, None) => None,
+        })
     }
 
     fn count(&self, directory: &Directory) -> Result<Hidden> {

@@ -16,10 +16,8 @@ pub struct Keep {
 /// Rule of [`Keep`] for one path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Verdict {
-    /// The path is in a subtree that stays the booted one.
-    Frozen,
-    /// The path, with its subtree, stays if the target lacks it.
-    Spared,
+    /// The path, with its subtree, is frozen or spared, so it stays if the target lacks it.
+    Kept,
     /// A path below it may be frozen or spared.
     Above,
     /// The target decides about the path and its subtree.
@@ -63,19 +61,14 @@ impl Keep {
         Self { frozen: frozen.into_iter().map(paths).collect(), spared: spared.into_iter().map(paths).collect() }
     }
 
-    /// Keeps no path.
-    pub fn nothing() -> Self {
-        Self::new([], [])
-    }
-
     /// Returns true if `path` is in a frozen subtree.
     pub(super) fn is_frozen(&self, path: &Path) -> bool {
         self.frozen.iter().any(|frozen| path.starts_with(frozen))
     }
 
     /// Returns true if `path` stays when the target lacks it.
-    pub fn is_spared(&self, path: &Path) -> bool {
-        self.is_frozen(path) || self.spared.iter().any(|pattern| matches(pattern, path) == Some(true))
+    pub fn is_kept(&self, path: &Path) -> bool {
+        self.verdict(path) == Verdict::Kept
     }
 
     /// Returns true if `path` is a parent of a frozen subtree.
@@ -85,12 +78,12 @@ impl Keep {
 
     pub(super) fn verdict(&self, path: &Path) -> Verdict {
         if self.is_frozen(path) {
-            return Verdict::Frozen;
+            return Verdict::Kept;
         }
         let mut above = self.above_frozen(path);
         for pattern in &self.spared {
             match matches(pattern, path) {
-                Some(true) => return Verdict::Spared,
+                Some(true) => return Verdict::Kept,
                 Some(false) => above = true,
                 None => {}
             }
@@ -127,17 +120,17 @@ mod tests {
         let keep = Keep::default();
         for (path, expected) in [
             ("lib", Verdict::Above),
-            ("lib/modules", Verdict::Frozen),
-            ("lib/modules/6.1/vmlinuz", Verdict::Frozen),
+            ("lib/modules", Verdict::Kept),
+            ("lib/modules/6.1/vmlinuz", Verdict::Kept),
             ("lib/modules-load.d", Verdict::Free),
             ("bin", Verdict::Above),
-            ("bin/node-image-pivot", Verdict::Spared),
+            ("bin/node-image-pivot", Verdict::Kept),
             ("bin/node-image-pivotx", Verdict::Free),
             ("lib/systemd/system", Verdict::Above),
-            ("lib/systemd/system/node-image-pull.service", Verdict::Spared),
+            ("lib/systemd/system/node-image-pull.service", Verdict::Kept),
             ("lib/systemd/system/sshd.service", Verdict::Free),
             ("lib/systemd/system/multi-user.target.wants", Verdict::Above),
-            ("lib/node-image-pivot.conf.d/10-x.toml", Verdict::Spared),
+            ("lib/node-image-pivot.conf.d/10-x.toml", Verdict::Kept),
             ("share/doc", Verdict::Free),
         ] {
             assert_eq!(keep.verdict(Path::new(path)), expected, "{path}");

@@ -47,7 +47,7 @@ pub(super) fn expected(old: &Entries, new: &Entries, keep: &Keep, path: &Path) -
                 Some(Node::File(*content))
             }
             (_, Some(Node::Dir(meta, entries))) => Some(Node::Dir(*meta, expected(below, entries, keep, &path)?)),
-            (Some(node), None) if keep.is_spared(&path) => Some(node.clone()),
+            (Some(node), None) if keep.is_kept(&path) => Some(node.clone()),
             (Some(Node::Dir(meta, entries)), None) => {
                 let kept = expected(entries, &empty, keep, &path)?;
                 (!kept.is_empty()).then_some(Node::Dir(*meta, kept))

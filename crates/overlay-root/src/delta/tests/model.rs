@@ -118,7 +118,7 @@ proptest! {
 
     #[test]
     fn without_kept_paths_the_target_is_visible((old, new) in pairs()) {
-        let ops = steps(&old, &new, &Keep::nothing()).unwrap();
+        let ops = steps(&old, &new, &Keep::new([], [])).unwrap();
         prop_assert_eq!(shown(&old, &ops), new);
     }
 

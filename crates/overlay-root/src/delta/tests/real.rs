@@ -202,7 +202,7 @@ fn random_trees_show_as_specified() {
         let old = random(&mut random_numbers, 3);
         let new = random(&mut random_numbers, 3);
         let new = mix(&mut random_numbers, &old, &new);
-        let keep = if round % 2 == 0 { keep() } else { Keep::nothing() };
+        let keep = if round % 2 == 0 { keep() } else { Keep::new([], []) };
         let Some(expected) = expected(&old, &new, &keep, Path::new("")) else { continue };
         compared += 1;
         private(|scratch| {
@@ -288,7 +288,7 @@ fn marks_for_other_overlays_are_omitted() {
         mark("s/m", "trusted.overlay.metacopy", b"");
         mark("s/m", "trusted.overlay.redirect", b"/nowhere");
         let machine = pulled(scratch);
-        let delta = machine.build(Booted::Commit(machine.booted_commit), &Keep::nothing());
+        let delta = machine.build(Booted::Commit(machine.booted_commit), &Keep::new([], []));
         let mut shown = new;
         if let Some(Node::Dir(_, below)) = shown.get_mut("s") {
             below.remove(".ostree-wh.was");
@@ -307,7 +307,7 @@ fn copies_of_booted_files_need_whole_pages() {
         let file = |name: &str| Entries::from([(name.into(), Node::File(3))]);
         let machine = machine(scratch, &file("old"), &file("new"));
         let booted = Booted::Commit(machine.booted_commit);
-        let difference = compare(&machine.store, booted, machine.commit, &|_| None, &Keep::nothing()).unwrap();
+        let difference = compare(&machine.store, booted, machine.commit, &|_| None, &Keep::new([], [])).unwrap();
         for page in [4 << 10, 64 << 10] {
             assert_eq!(difference.bytes_to_copy(BlockSize::new(page)).unwrap(), page);
         }
@@ -328,7 +328,7 @@ fn a_missing_object_is_named_and_nothing_is_left() {
         }
         let booted = Booted::Commit(machine.booted_commit);
         let out = scratch.join("delta");
-        let difference = compare(&machine.store, booted, machine.commit, &|_| None, &Keep::nothing()).unwrap();
+        let difference = compare(&machine.store, booted, machine.commit, &|_| None, &Keep::new([], [])).unwrap();
         let error = difference.build(&out).unwrap_err();
         let error = format!("{error:#}");
         assert!(error.contains("/usr/new") && error.contains("cannot find the content object"), "{error}");
