@@ -1,10 +1,12 @@
 //! The header that a content object's checksum covers before the content: owner, mode, symlink target and extended
 //! attributes, serialised as the GVariant `(uuuusa(ayay))` in libostree's framing.
 //!
-//! Format source: libostree's `ostree-core.c` (file header) and the GVariant specification (framing offsets). Written
-//! without glib, because it runs once per object on every thread.
+//! Format source: libostree's `ostree-core.c` (file header). Written without glib, because it runs once per object on every
+//! thread.
 
 use sha2::{Digest, Sha256};
+
+use super::framing::{array, elements, members, tuple};
 
 /// Extended attributes as images store them: a serialised `a(ayay)`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -77,76 +79,22 @@ impl FileMeta {
         const S_IFLNK_0777: u32 = 0o120_777;
         let mode = if self.target.is_some() { S_IFLNK_0777 } else { S_IFREG | (self.mode & 0o7777) };
         let target = self.target.as_deref().unwrap_or_default();
-        let mut out = vec![0; 8];
-        for number in [self.uid, self.gid, mode, 0] {
-            out.extend_from_slice(&number.to_be_bytes());
-        }
-        out.extend_from_slice(target);
-        out.push(0);
-        let target_end = out.len() - 8;
-        out.extend_from_slice(self.xattrs.as_bytes());
-        // A tuple stores the end of each member of variable size, except the last.
-        let width = offset_width(out.len() - 8, 1);
-        push_offset(&mut out, target_end, width);
-        let length = (out.len() - 8) as u32;
-        out[..4].copy_from_slice(&length.to_be_bytes());
-        out
+        let numbers = [self.uid, self.gid, mode, 0].map(u32::to_be_bytes);
+        let variant = tuple(&[&[numbers.as_flattened(), target, &[0]].concat(), self.xattrs.as_bytes()]);
+        [&(variant.len() as u32).to_be_bytes(), &[0; 4], variant.as_slice()].concat()
     }
-}
-
-/// Returns the width of framing offsets. It depends on the container's size including the offsets.
-fn offset_width(body: usize, offsets: usize) -> usize {
-    [1, 2, 4].into_iter().find(|width| body + offsets * width < 1 << (8 * width)).unwrap_or(8)
-}
-
-fn push_offset(out: &mut Vec<u8>, offset: usize, width: usize) {
-    out.extend_from_slice(&(offset as u64).to_le_bytes()[..width]);
-}
-
-fn read_offset(bytes: &[u8]) -> usize {
-    bytes.iter().rev().fold(0, |value, byte| value << 8 | usize::from(*byte))
-}
-
-fn width_of(container: usize) -> usize {
-    [1, 2, 4].into_iter().find(|width| container < 1 << (8 * width)).unwrap_or(8)
 }
 
 fn serialise_pairs(pairs: &[(Vec<u8>, Vec<u8>)]) -> Vec<u8> {
-    let mut out = Vec::new();
-    let mut ends = Vec::with_capacity(pairs.len());
-    for (name, value) in pairs {
-        let start = out.len();
-        out.extend_from_slice(name);
-        out.extend_from_slice(value);
-        let width = offset_width(out.len() - start, 1);
-        push_offset(&mut out, name.len(), width);
-        ends.push(out.len());
-    }
-    let width = offset_width(out.len(), ends.len());
-    for end in &ends {
-        push_offset(&mut out, *end, width);
-    }
-    out
+    array(pairs.iter().map(|(name, value)| tuple(&[name, value])))
 }
 
 fn parse_pairs(raw: &[u8]) -> Option<Vec<(Vec<u8>, Vec<u8>)>> {
-    if raw.is_empty() {
-        return Some(Vec::new());
-    }
-    let width = width_of(raw.len());
-    let table = read_offset(raw.get(raw.len().checked_sub(width)?..)?);
-    let offsets = raw.get(table..)?.chunks_exact(width);
-    let mut pairs = Vec::new();
-    let mut start = 0;
-    for end in offsets.map(read_offset) {
-        let element = raw.get(start..end)?;
-        let width = width_of(element.len());
-        let body = element.len().checked_sub(width)?;
-        let name_end = read_offset(&element[body..]);
-        pairs.push((element.get(..name_end)?.to_vec(), element.get(name_end..body)?.to_vec()));
-        start = end;
-    }
-    Some(pairs)
+    let pair = |element: Option<&[u8]>| {
+        let [name, value] = members(element?)?;
+        Some((name.to_vec(), value.to_vec()))
+    };
+    elements(raw)?.map(pair).collect()
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@
 mod booted;
 mod dirtree;
 mod disk;
+mod framing;
 mod header;
 mod held;
 mod journal;
