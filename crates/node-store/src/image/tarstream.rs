@@ -67,6 +67,13 @@ pub(crate) struct Entry {
     pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
+impl Entry {
+    /// Returns true if the entry is a regular file.
+    pub(crate) fn is_regular(&self) -> bool {
+        matches!(self.kind, EntryType::Regular | EntryType::Continuous)
+    }
+}
+
 /// The next part of an entry's content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Piece<'a> {

@@ -29,7 +29,7 @@ pub use node::NodeStore;
 pub use object::{BadObjectId, ObjectId, ObjectSet, ObjectType};
 pub use place::{Kind, NoDisk, Sealing, SystemRepo, Wish, decide, has_sealed_object, is_sealed, sealing};
 pub use refs::{image_ref, layer_ref};
-pub use write::{FileMeta, ObjectWriter, UnnamedWrite, WriteError, Xattrs};
+pub use write::{FileMeta, ObjectWriter, WriteError, Xattrs};
 
 /// Ref of the node image's commit in the node store.
 pub const NODE_IMAGE_REF: &str = "coreos/node-image";

@@ -72,14 +72,17 @@ struct UnnamedFile<'a> {
     reserved: u64,
 }
 
-/// A regular file that is being written. It has no name until [`FileWrite::finish`], and is removed when dropped before.
+/// A regular file that is being written. Small content is held in memory, because it may turn out not to be wanted. Larger
+/// content is written to a file without a name. It is removed when dropped before [`FileWrite::finish`].
 #[derive(Debug)]
 pub struct FileWrite<'a> {
     writer: &'a ObjectWriter,
-    id: ObjectId,
+    /// The name, if it is known before the content.
+    id: Option<ObjectId>,
     meta: FileMeta,
-    file: UnnamedFile<'a>,
     hasher: Sha256,
+    held: Vec<u8>,
+    file: Option<UnnamedFile<'a>>,
 }
 
 impl ObjectWriter {
@@ -151,9 +154,7 @@ impl ObjectWriter {
         let failed = |step: &'static str| fail(id, kind, step);
         let mut file = self.unnamed_file().map_err(failed("create its file"))?;
         file.append(content).map_err(failed("write its file"))?;
-        rustix::fs::fchmod(&file.file, Mode::from_raw_mode(0o644))
-            .map_err(io::Error::from)
-            .map_err(failed("set its mode"))?;
+        rustix::fs::fchmod(&file.file, Mode::from_raw_mode(0o644)).map_err(fail(id, kind, "set its mode"))?;
         self.name(file, id, kind)
     }
 
@@ -164,13 +165,11 @@ impl ObjectWriter {
         let failed = |step: &'static str| fail(id, kind, step);
         let temp = format!("tmp/import-{}-{}", std::process::id(), self.serial.fetch_add(1, Ordering::Relaxed));
         let target = meta.target.as_deref().unwrap_or_default();
-        rustix::fs::symlinkat(target, &self.dir, &temp)
-            .map_err(io::Error::from)
-            .map_err(failed("create the symlink"))?;
+        rustix::fs::symlinkat(target, &self.dir, &temp).map_err(failed("create the symlink"))?;
         let prepared = self.prepare_symlink(&temp, meta, id).and_then(|()| {
             match rustix::fs::linkat(&self.dir, &temp, &self.dir, loose_path(id, kind), AtFlags::empty()) {
                 Ok(()) | Err(Errno::EXIST) => Ok(()),
-                Err(errno) => Err(failed("name it")(errno.into())),
+                Err(errno) => Err(failed("name it")(errno)),
             }
         });
         // The next import removes the temporary name if this fails.
@@ -179,38 +178,22 @@ impl ObjectWriter {
     }
 
     fn prepare_symlink(&self, temp: &str, meta: &FileMeta, id: &ObjectId) -> Result<(), WriteError> {
-        let failed = |step: &'static str| fail(id, ObjectType::File, step);
         if self.root || (meta.uid, meta.gid) != own_ids() {
             let (uid, gid) = (Some(Uid::from_raw(meta.uid)), Some(Gid::from_raw(meta.gid)));
-            rustix::fs::chownat(&self.dir, temp, uid, gid, AtFlags::SYMLINK_NOFOLLOW)
-                .map_err(io::Error::from)
-                .map_err(failed("set its owner"))?;
+            rustix::fs::chownat(&self.dir, temp, uid, gid, AtFlags::SYMLINK_NOFOLLOW).map_err(fail(
+                id,
+                ObjectType::File,
+                "set its owner",
+            ))?;
         }
         let path = self.repo.join(temp);
         self.set_xattrs(id, meta, |name, value| rustix::fs::lsetxattr(&path, name, value, XattrFlags::empty()))
     }
 
-    /// Stores a regular file, unless it exists.
-    pub fn file(&self, id: &ObjectId, meta: &FileMeta, content: &[u8]) -> Result<(), WriteError> {
-        let mut hasher = meta.hasher();
-        hasher.update(content);
-        check(id, ObjectType::File, hasher)?;
-        let mut file = self.unnamed_file().map_err(fail(id, ObjectType::File, "create its file"))?;
-        file.append(content).map_err(fail(id, ObjectType::File, "write its file"))?;
-        self.seal(file, id, meta)
-    }
-
-    /// Starts a regular file that is too large to be held in memory.
-    pub fn begin(&self, id: &ObjectId, meta: FileMeta) -> Result<FileWrite<'_>, WriteError> {
-        let file = self.unnamed_file().map_err(fail(id, ObjectType::File, "create its file"))?;
+    /// Starts a regular file. `id` is its name, or `None` if its checksum is not known yet.
+    pub fn begin(&self, id: Option<ObjectId>, meta: FileMeta) -> FileWrite<'_> {
         let hasher = meta.hasher();
-        Ok(FileWrite { writer: self, id: *id, meta, file, hasher })
-    }
-
-    /// Starts a regular file of any size whose checksum is not known yet.
-    pub fn begin_unnamed(&self, meta: FileMeta) -> Result<UnnamedWrite<'_>, WriteError> {
-        let hasher = meta.hasher();
-        Ok(UnnamedWrite { writer: self, meta, hasher, held: Vec::new(), file: None })
+        FileWrite { writer: self, id, meta, hasher, held: Vec::new(), file: None }
     }
 
     fn unnamed_file(&self) -> io::Result<UnnamedFile<'_>> {
@@ -226,11 +209,9 @@ impl ObjectWriter {
         let file = &unnamed.file;
         if !self.root || (meta.uid, meta.gid) != (0, 0) {
             rustix::fs::fchown(file, Some(Uid::from_raw(meta.uid)), Some(Gid::from_raw(meta.gid)))
-                .map_err(io::Error::from)
                 .map_err(failed("set its owner"))?;
         }
-        let mode = Mode::from_raw_mode(meta.mode & 0o7777);
-        rustix::fs::fchmod(file, mode).map_err(io::Error::from).map_err(failed("set its mode"))?;
+        rustix::fs::fchmod(file, Mode::from_raw_mode(meta.mode & 0o7777)).map_err(failed("set its mode"))?;
         self.set_xattrs(id, meta, |name, value| rustix::fs::fsetxattr(file, name, value, XattrFlags::empty()))?;
         // All content of an ostree repo has the time 0, so that programs that compare times (Python, Guile) behave the
         // same on every system.
@@ -238,7 +219,7 @@ impl ObjectWriter {
             last_access: Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT },
             last_modification: Timespec { tv_sec: 0, tv_nsec: 0 },
         };
-        rustix::fs::futimens(file, &times).map_err(io::Error::from).map_err(failed("set its time"))?;
+        rustix::fs::futimens(file, &times).map_err(failed("set its time"))?;
         self.name(unnamed, id, ObjectType::File)
     }
 
@@ -252,7 +233,7 @@ impl ObjectWriter {
             }
             // Another layer contained the same object; equal names imply equal content.
             Err(Errno::EXIST) => Ok(()),
-            Err(errno) => Err(fail(id, kind, "name it")(errno.into())),
+            Err(errno) => Err(fail(id, kind, "name it")(errno)),
         }
     }
 }
@@ -278,93 +259,60 @@ impl Drop for UnnamedFile<'_> {
     }
 }
 
-impl FileWrite<'_> {
-    /// Appends content.
-    pub fn write(&mut self, content: &[u8]) -> Result<(), WriteError> {
-        self.hasher.update(content);
-        self.file.append(content).map_err(fail(&self.id, ObjectType::File, "write its file"))
-    }
-
-    /// Appends a hole of `length` zero bytes. They are hashed but not stored.
-    pub fn hole(&mut self, length: u64) -> Result<(), WriteError> {
-        hash_zeros(&mut self.hasher, length);
-        self.file.hole(length).map_err(fail(&self.id, ObjectType::File, "write a hole in its file"))
-    }
-
-    /// Compares the checksum with the name, then makes the object visible.
-    pub fn finish(self) -> Result<(), WriteError> {
-        check(&self.id, ObjectType::File, self.hasher)?;
-        self.writer.seal(self.file, &self.id, &self.meta)
-    }
-}
-
-/// A regular file whose name is known only at its end. Small content is held in memory, because it may turn out not to be
-/// wanted. Larger content is written to an unnamed file.
-#[derive(Debug)]
-pub struct UnnamedWrite<'a> {
-    writer: &'a ObjectWriter,
-    meta: FileMeta,
-    hasher: Sha256,
-    held: Vec<u8>,
-    file: Option<UnnamedFile<'a>>,
-}
-
-impl UnnamedWrite<'_> {
+impl<'a> FileWrite<'a> {
     /// Limit of the content in memory, in bytes.
     const MOST_HELD: usize = 512 * 1024;
 
+    /// Returns the file without a name, after the held content is written to it.
+    fn file(&mut self) -> Result<&mut UnnamedFile<'a>, WriteError> {
+        Ok(match &mut self.file {
+            Some(file) => file,
+            none => {
+                let mut file = self.writer.unnamed_file().map_err(fail_content(self.id, "create its file"))?;
+                file.append(&std::mem::take(&mut self.held)).map_err(fail_content(self.id, "write its file"))?;
+                none.insert(file)
+            }
+        })
+    }
+
     /// Appends content.
     pub fn write(&mut self, content: &[u8]) -> Result<(), WriteError> {
         self.hasher.update(content);
-        if self.file.is_none() && self.held.len() + content.len() > Self::MOST_HELD {
-            self.file = Some(self.writer.unnamed_file().map_err(fail_unnamed("create its file"))?);
-        }
-        let Some(file) = &mut self.file else {
+        if self.file.is_none() && self.held.len() + content.len() <= Self::MOST_HELD {
             self.held.extend_from_slice(content);
             return Ok(());
-        };
-        let held = std::mem::take(&mut self.held);
-        file.append(&held).and_then(|()| file.append(content)).map_err(fail_unnamed("write its file"))
+        }
+        let failed = fail_content(self.id, "write its file");
+        self.file()?.append(content).map_err(failed)
     }
 
     /// Appends a hole of `length` zero bytes. They are hashed but not stored.
     pub fn hole(&mut self, length: u64) -> Result<(), WriteError> {
+        hash_zeros(&mut self.hasher, length);
         let free = Self::MOST_HELD.saturating_sub(self.held.len());
         let fits = usize::try_from(length).ok().filter(|more| *more <= free);
         if let (Some(length), None) = (fits, &self.file) {
-            hash_zeros(&mut self.hasher, length as u64);
             self.held.resize(self.held.len() + length, 0);
             return Ok(());
         }
-        let file = match &mut self.file {
-            Some(file) => file,
-            none => {
-                let file = none.insert(self.writer.unnamed_file().map_err(fail_unnamed("create its file"))?);
-                file.append(&std::mem::take(&mut self.held)).map_err(fail_unnamed("write its file"))?;
-                file
-            }
-        };
-        hash_zeros(&mut self.hasher, length);
-        file.hole(length).map_err(fail_unnamed("write a hole in its file"))
+        let failed = fail_content(self.id, "write a hole in its file");
+        self.file()?.hole(length).map_err(failed)
     }
 
-    /// Returns the object's name, and true if it was stored. It is stored if `keep` returns true for the name.
-    pub fn finish(self, keep: impl FnOnce(&ObjectId) -> bool) -> Result<(ObjectId, bool), WriteError> {
-        let id = ObjectId(self.hasher.finalize().into());
-        if !keep(&id) {
-            return Ok((id, false));
+    /// Compares the checksum with the name, then makes the object visible if `keep` returns true for the name. Returns the
+    /// name, and true if the object was stored.
+    pub fn finish(mut self, keep: impl FnOnce(&ObjectId) -> bool) -> Result<(ObjectId, bool), WriteError> {
+        let actual = ObjectId(std::mem::take(&mut self.hasher).finalize().into());
+        if let Some(id) = self.id.replace(actual).filter(|id| *id != actual) {
+            return Err(WriteError::Mismatch { id, kind: ObjectType::File, actual });
         }
-        let failed = |step: &'static str| fail(&id, ObjectType::File, step);
-        let file = match self.file {
-            Some(file) => file,
-            None => {
-                let mut file = self.writer.unnamed_file().map_err(failed("create its file"))?;
-                file.append(&self.held).map_err(failed("write its file"))?;
-                file
-            }
-        };
-        self.writer.seal(file, &id, &self.meta)?;
-        Ok((id, true))
+        if !keep(&actual) {
+            return Ok((actual, false));
+        }
+        self.file()?;
+        let Self { writer, meta, file, .. } = self;
+        file.map_or(Ok(()), |file| writer.seal(file, &actual, &meta))?;
+        Ok((actual, true))
     }
 }
 
@@ -377,8 +325,11 @@ fn hash_zeros(hasher: &mut Sha256, mut length: u64) {
     }
 }
 
-fn fail_unnamed(step: &'static str) -> impl FnOnce(io::Error) -> WriteError {
-    move |source| WriteError::Io { object: "(checksum not known yet)".into(), step: step.into(), source }
+fn fail_content(id: Option<ObjectId>, step: &'static str) -> impl FnOnce(io::Error) -> WriteError {
+    move |source| {
+        let object = id.map_or_else(|| "(checksum not known yet)".to_owned(), |id| format!("{id}.file"));
+        WriteError::Io { object, step: step.to_owned(), source }
+    }
 }
 
 fn own_ids() -> (u32, u32) {
@@ -393,9 +344,14 @@ fn check(id: &ObjectId, kind: ObjectType, hasher: Sha256) -> Result<(), WriteErr
     Err(WriteError::Mismatch { id: *id, kind, actual })
 }
 
-fn fail(id: &ObjectId, kind: ObjectType, step: &'static str) -> impl FnOnce(io::Error) -> WriteError + use<> {
+fn fail<E: Into<io::Error>>(
+    id: &ObjectId,
+    kind: ObjectType,
+    step: &'static str,
+) -> impl FnOnce(E) -> WriteError + use<E> {
     let id = *id;
-    move |source| WriteError::Io { object: format!("{id}.{}", kind.extension()), step: step.to_owned(), source }
+    let object = move || format!("{id}.{}", kind.extension());
+    move |error| WriteError::Io { object: object(), step: step.to_owned(), source: error.into() }
 }
 
 fn xattr_failed(id: &ObjectId, name: &[u8], value: &[u8], errno: Errno) -> WriteError {

@@ -26,8 +26,6 @@ const MAX_METADATA: u64 = 128 << 20;
 const MAX_XATTRS: u64 = 1 << 20;
 /// Maximum size of all extended attributes of a layer in bytes. They stay in memory while the layer is read.
 const MAX_ALL_XATTRS: usize = 16 << 20;
-/// Maximum size in bytes of files that are hashed in memory before they are written.
-const SMALL: u64 = 512 * 1024;
 
 /// Kinds of objects that a layer may have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,7 +63,6 @@ pub(in crate::import) fn consume(
         xattrs: HashMap::new(),
         xattrs_size: 0,
         next: None,
-        buffer: Vec::new(),
         tree_tried: purpose == Purpose::Chunk,
         consumed: Consumed::default(),
     };
@@ -83,7 +80,6 @@ struct LayerReader<'a, C> {
     xattrs_size: usize,
     /// Name and extended attributes of the content object that must follow.
     next: Option<(ObjectId, Arc<Xattrs>)>,
-    buffer: Vec<u8>,
     tree_tried: bool,
     consumed: Consumed,
 }
@@ -143,7 +139,7 @@ impl<C: Chunks> LayerReader<'_, C> {
         if self.purpose != Purpose::Commit {
             return Err(self.bad(format!("has the object {} that belongs in the first layer", object())));
         }
-        if !is_regular(entry.kind) || entry.size > MAX_METADATA || entry.holes > 0 {
+        if !entry.is_regular() || entry.size > MAX_METADATA || entry.holes > 0 {
             return Err(self.bad(format!("has the object {} as a {:?} of {} bytes", object(), entry.kind, entry.size)));
         }
         if matches!(kind, ObjectType::Commit | ObjectType::CommitMeta) && Base::Commit(*id) != self.import.base {
@@ -154,8 +150,7 @@ impl<C: Chunks> LayerReader<'_, C> {
         if !is_detached && kind != ObjectType::Commit && !self.import.wants_metadata(id, kind) {
             return Ok(());
         }
-        self.buffer.clear();
-        let mut buffer = std::mem::take(&mut self.buffer);
+        let mut buffer = Vec::new();
         self.tar.read_content(&mut buffer).map_err(|error| self.tar_failure(&error))?;
         if is_detached {
             self.consumed.commit_meta = Some((*id, buffer));
@@ -163,17 +158,15 @@ impl<C: Chunks> LayerReader<'_, C> {
         }
         self.import.writer.metadata(id, kind, &buffer).map_err(|error| self.import.write_failure(self.name, &error))?;
         self.contributed.store(true, Ordering::Relaxed);
-        self.buffer = buffer;
         Ok(())
     }
 
     fn read_xattrs(&mut self, entry: &Entry) -> Result<(ObjectId, Arc<Xattrs>), Failure> {
         let path = entry.path.escape_ascii();
-        if !is_regular(entry.kind) || entry.size > MAX_XATTRS || entry.holes > 0 {
+        if !entry.is_regular() || entry.size > MAX_XATTRS || entry.holes > 0 {
             return Err(self.bad(format!("has {path} as a {:?} of {} bytes", entry.kind, entry.size)));
         }
-        self.buffer.clear();
-        let mut buffer = std::mem::take(&mut self.buffer);
+        let mut buffer = Vec::new();
         self.tar.read_content(&mut buffer).map_err(|error| self.tar_failure(&error))?;
         self.xattrs_size += buffer.len() + 64;
         if self.xattrs_size > MAX_ALL_XATTRS {
@@ -185,7 +178,6 @@ impl<C: Chunks> LayerReader<'_, C> {
             return Err(self.bad(format!("has extended attributes in {path} that exceed the limits of Linux")));
         }
         let id = ObjectId(Sha256::digest(&buffer).into());
-        self.buffer = buffer;
         Ok((id, Arc::new(xattrs)))
     }
 
@@ -225,7 +217,7 @@ impl<C: Chunks> LayerReader<'_, C> {
                 return Err(self.bad(format!("has the object {id}.file, a symlink to {target}, which is not UTF-8")));
             }
             EntryType::Symlink => Some(entry.link.clone()),
-            kind if is_regular(kind) => None,
+            _ if entry.is_regular() => None,
             kind => return Err(self.bad(format!("has the object {id}.file as a {kind:?}"))),
         };
         let meta = FileMeta {
@@ -239,16 +231,9 @@ impl<C: Chunks> LayerReader<'_, C> {
         let writer = &self.import.writer;
         let written = if meta.target.is_some() {
             writer.symlink(id, &meta)
-        } else if entry.size <= SMALL {
-            self.buffer.clear();
-            let mut buffer = std::mem::take(&mut self.buffer);
-            self.tar.read_content(&mut buffer).map_err(|error| self.tar_failure(&error))?;
-            let written = writer.file(id, &meta, &buffer);
-            self.buffer = buffer;
-            written
         } else {
             let fail = |error| self.import.write_failure(self.name, &error);
-            let mut file = writer.begin(id, meta).map_err(fail)?;
+            let mut file = writer.begin(Some(*id), meta);
             loop {
                 match self.tar.content() {
                     Ok(Some(Piece::Data(data))) => file.write(data).map_err(fail)?,
@@ -257,7 +242,7 @@ impl<C: Chunks> LayerReader<'_, C> {
                     Err(error) => return Err(tar_failure(self.name, &error)),
                 }
             }
-            file.finish()
+            file.finish(|_| true).map(drop)
         };
         written.map_err(|error| self.import.write_failure(self.name, &error))?;
         self.contributed.store(true, Ordering::Relaxed);
@@ -282,8 +267,4 @@ impl<C: Chunks> LayerReader<'_, C> {
 pub(in crate::import) fn tar_failure(name: &str, error: &TarError) -> Failure {
     let kind = if matches!(error, TarError::Truncated) { Kind::Truncated } else { Kind::BadFormat };
     Failure::new(kind, format!("{name}: {error}"))
-}
-
-fn is_regular(kind: EntryType) -> bool {
-    matches!(kind, EntryType::Regular | EntryType::Continuous)
 }

@@ -72,6 +72,6 @@ fn store_dir(
 fn store_empty_file(import: &Import, dir: &DirMeta) -> Result<ObjectId, Failure> {
     let xattrs = Xattrs::from_pairs(label_of(&dir.xattrs).map(|label| (SELINUX, label)));
     let file = FileMeta { uid: 0, gid: 0, mode: 0o644, target: None, xattrs };
-    let written = import.writer.begin_unnamed(file).and_then(|file| file.finish(|id| !import.has_content(id)));
+    let written = import.writer.begin(None, file).finish(|id| !import.has_content(id));
     written.map(|(id, _)| id).map_err(|error| import.write_failure("a whiteout", &error))
 }

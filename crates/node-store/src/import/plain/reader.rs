@@ -102,7 +102,7 @@ impl<C: Chunks> PlainReader<'_, C> {
                 let file = self.symlink(entry, &named())?;
                 self.put(entry, &path, LayerFile::Object(file))
             }
-            kind if is_regular(kind) || kind == EntryType::Link => {
+            kind if entry.is_regular() || kind == EntryType::Link => {
                 let whiteout = self.tree.whiteout(&path, entry.uid, entry.gid);
                 if whiteout.map_err(|error| self.refused(entry, error))? {
                     return Ok(());
@@ -130,7 +130,7 @@ impl<C: Chunks> PlainReader<'_, C> {
     /// entry here is a hardlink to one of the names.
     fn repo_object(&mut self, entry: &Entry, path: String) -> Result<(), Failure> {
         let file = match entry.kind {
-            kind if is_regular(kind) => Some(LayerFile::Object(self.regular(entry, &path)?)),
+            _ if entry.is_regular() => Some(LayerFile::Object(self.regular(entry, &path)?)),
             EntryType::Symlink => Some(LayerFile::Object(self.symlink(entry, &path)?)),
             EntryType::Link => Some(self.link(entry)?),
             _ => {
@@ -193,7 +193,7 @@ impl<C: Chunks> PlainReader<'_, C> {
         let meta = self.meta(entry, path, None)?;
         self.import.check_holes(&format!("{}: /{path}", self.name), entry.size, entry.holes)?;
         let fail = |error: &WriteError| self.import.write_failure(&format!("{}: /{path}", self.name), error);
-        let mut file = self.import.writer.begin_unnamed(meta).map_err(|error| fail(&error))?;
+        let mut file = self.import.writer.begin(None, meta);
         loop {
             match self.tar.content() {
                 Ok(Some(Piece::Data(data))) => file.write(data).map_err(|error| fail(&error))?,
@@ -269,8 +269,4 @@ impl<C: Chunks> PlainReader<'_, C> {
     fn tar_failure(&self, error: &TarError) -> Failure {
         tar_failure(self.name, error)
     }
-}
-
-fn is_regular(kind: EntryType) -> bool {
-    matches!(kind, EntryType::Regular | EntryType::Continuous)
 }

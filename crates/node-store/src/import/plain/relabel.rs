@@ -365,7 +365,7 @@ fn copy(
         return Ok(made);
     }
     let mut source = File::open(&path).map_err(fail)?;
-    let mut file = import.writer.begin_unnamed(meta).map_err(write_failed)?;
+    let mut file = import.writer.begin(None, meta);
     let mut piece = vec![0; 256 * 1024];
     loop {
         let count = source.read(&mut piece).map_err(fail)?;

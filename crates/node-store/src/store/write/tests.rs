@@ -13,6 +13,12 @@ fn id_of(meta: &FileMeta, content: &[u8]) -> ObjectId {
     ObjectId(hasher.finalize().into())
 }
 
+fn store_file(writer: &ObjectWriter, id: ObjectId, content: &[u8]) -> Result<(), WriteError> {
+    let mut file = writer.begin(Some(id), meta(None));
+    file.write(content)?;
+    file.finish(|_| true).map(drop)
+}
+
 /// Needs root for owners and trusted xattrs.
 #[test]
 fn libostree_accepts_written_objects() {
@@ -23,14 +29,14 @@ fn libostree_accepts_written_objects() {
     let mut written = Vec::new();
     for content in [b"".as_slice(), b"small", &large] {
         let id = id_of(&meta(None), content);
-        writer.file(&id, &meta(None), content).unwrap();
-        writer.file(&id, &meta(None), content).unwrap();
+        store_file(&writer, id, content).unwrap();
+        store_file(&writer, id, content).unwrap();
         written.push(id);
     }
     let streamed = id_of(&FileMeta { mode: 0o644, ..meta(None) }, &large);
-    let mut stream = writer.begin(&streamed, FileMeta { mode: 0o644, ..meta(None) }).unwrap();
+    let mut stream = writer.begin(Some(streamed), FileMeta { mode: 0o644, ..meta(None) });
     large.chunks(1000).for_each(|chunk| stream.write(chunk).unwrap());
-    stream.finish().unwrap();
+    stream.finish(|_| true).unwrap();
     written.push(streamed);
     let link = id_of(&meta(Some("..//sbin/x")), b"");
     writer.symlink(&link, &meta(Some("..//sbin/x"))).unwrap();
@@ -55,7 +61,7 @@ fn holes_are_hashed_and_stay_holes() {
     const MIB: usize = 1 << 20;
     for parts in [&[(3, 16 * MIB), (4, 0)][..], &[(0, 16 * MIB)], &[(MIB, 16 * MIB), (1, 1), (1, 0)], &[(5, 100)]] {
         let mut content = Vec::new();
-        let mut unnamed = writer.begin_unnamed(meta(None)).unwrap();
+        let mut unnamed = writer.begin(None, meta(None));
         for (data, hole) in parts {
             unnamed.write(&vec![7; *data]).unwrap();
             unnamed.hole(*hole as u64).unwrap();
@@ -71,12 +77,12 @@ fn holes_are_hashed_and_stay_holes() {
         };
         check("unnamed");
         std::fs::remove_file(&path).unwrap();
-        let mut named = writer.begin(&id, meta(None)).unwrap();
+        let mut named = writer.begin(Some(id), meta(None));
         for (data, hole) in parts {
             named.write(&vec![7; *data]).unwrap();
             named.hole(*hole as u64).unwrap();
         }
-        named.finish().unwrap();
+        named.finish(|_| true).unwrap();
         check("named");
     }
 }
@@ -87,13 +93,13 @@ fn an_object_with_a_wrong_checksum_is_never_visible() {
     let store = NodeStore::on_tmpfs(temp.path(), None).unwrap();
     let writer = store.writer().unwrap();
     let id = ObjectId([1; 32]);
-    let mut stream = writer.begin(&id, meta(None)).unwrap();
+    let mut stream = writer.begin(Some(id), meta(None));
     stream.write(b"x").unwrap();
     for result in [
-        writer.file(&id, &meta(None), b"x"),
+        store_file(&writer, id, b"x"),
         writer.symlink(&id, &meta(Some("x"))),
         writer.metadata(&id, ObjectType::DirTree, b"x"),
-        stream.finish(),
+        stream.finish(|_| true).map(drop),
     ] {
         let error = result.unwrap_err();
         assert!(matches!(error, WriteError::Mismatch { .. }), "{error}");
@@ -110,7 +116,7 @@ fn files_without_a_name_do_not_use_the_limit() {
     let store = NodeStore::on_tmpfs(temp.path(), None).unwrap();
     let writer = ObjectWriter::new(store.repo_path(), 2 * (MIB + BLOCK) as u64).unwrap();
     let stream = |content: &[u8]| {
-        let mut file = writer.begin_unnamed(meta(None)).unwrap();
+        let mut file = writer.begin(None, meta(None));
         file.write(content).map(|()| file)
     };
     let content = |byte| vec![byte; MIB];
@@ -120,15 +126,15 @@ fn files_without_a_name_do_not_use_the_limit() {
         ("not kept", &|| assert!(!stream(&content(1)).unwrap().finish(|_| false).unwrap().1)),
         ("dropped", &|| drop(stream(&content(1)).unwrap())),
         ("not kept, with a hole", &|| {
-            let mut file = writer.begin_unnamed(meta(None)).unwrap();
+            let mut file = writer.begin(None, meta(None));
             file.write(&content(1)[..MIB / 3]).unwrap();
             file.hole(MIB as u64).unwrap();
             file.finish(|_| false).unwrap();
         }),
         ("another checksum", &|| {
-            let mut file = writer.begin(&ObjectId([1; 32]), meta(None)).unwrap();
+            let mut file = writer.begin(Some(ObjectId([1; 32])), meta(None));
             file.write(&content(1)).unwrap();
-            file.finish().unwrap_err();
+            file.finish(|_| true).unwrap_err();
         }),
         ("too large", &|| drop(stream(&vec![1; 3 * MIB]).unwrap_err())),
         // The first of these gets the name.
