@@ -10,10 +10,8 @@
 
 use std::collections::HashSet;
 
-use ostree::glib::{Variant, VariantDict, VariantTy};
-
 use crate::image::{Failure, Kind};
-use crate::store::ObjectId;
+use crate::store::{ObjectId, commit_metadata};
 use crate::{ProgressSnapshot, PullProgress};
 use support::{BlockSize, human_bytes};
 
@@ -49,9 +47,7 @@ fn at_least(entries: &[Vec<u8>], unit: BlockSize, wanted: impl Fn(&ObjectId) -> 
 
 /// Returns `ostree.sizes` of a commit object, or `None` if it has none.
 fn sizes(commit: Vec<u8>) -> Option<Vec<Vec<u8>>> {
-    let kind = VariantTy::new("(a{sv}aya(say)sstayay)").ok()?;
-    let variant = Variant::from_data_with_type(commit, kind);
-    VariantDict::new(Some(&variant.child_value(0))).lookup("ostree.sizes").ok().flatten()
+    commit_metadata(commit)?.lookup("ostree.sizes").ok().flatten()
 }
 
 /// Bytes that the wanted objects need in the store.

@@ -98,7 +98,7 @@ impl BootedRepo {
 }
 
 /// Returns the metadata in the bytes of a commit object.
-fn commit_metadata(bytes: Vec<u8>) -> Option<VariantDict> {
+pub(crate) fn commit_metadata(bytes: Vec<u8>) -> Option<VariantDict> {
     let commit = Variant::from_data_with_type(bytes, VariantTy::new("(a{sv}aya(say)sstayay)").ok()?);
     Some(VariantDict::new(Some(&commit.child_value(0))))
 }

@@ -23,6 +23,7 @@ pub use booted::BootedRepo;
 pub use dirtree::Dirtree;
 pub use disk::{earlier_boots, remove_earlier_boots};
 pub use held::HeldLayers;
+pub(crate) use held::commit_metadata;
 pub use journal::{LayerJournal, Scope};
 pub use lock::{LockError, StoreLock};
 pub use node::NodeStore;
