@@ -1,10 +1,9 @@
 //! Checks that a deployment cannot remove a system: libostree removes all deployments that it does not find.
 
-use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use node_store::store::ObjectId;
+use node_store::store::{ObjectId, deployments};
 
 /// Returns true if the repo of `sysroot` is that of one of the `roots`, through whatever mount or link.
 pub(crate) fn is_same_repo(sysroot: &Path, roots: &[impl AsRef<Path>]) -> bool {
@@ -19,26 +18,15 @@ pub(crate) fn unlisted(sysroot: &Path, commit: &ObjectId) -> Option<PathBuf> {
     let has_links =
         ["boot.0", "boot.1"].iter().any(|name| sysroot.join("ostree").join(name).symlink_metadata().is_ok());
     let is_rest = !has_links || sysroot.join("boot/ostree").is_dir();
-    deployments(sysroot).into_iter().find(|(other, _)| other != commit || !is_rest).map(|(_, path)| path)
-}
-
-/// Returns the commits and directories of all deployments.
-fn deployments(sysroot: &Path) -> Vec<(ObjectId, PathBuf)> {
-    let stateroots = fs::read_dir(sysroot.join("ostree/deploy")).into_iter().flatten().flatten();
-    let entries = stateroots.filter_map(|stateroot| fs::read_dir(stateroot.path().join("deploy")).ok());
-    let named = |entry: fs::DirEntry| {
-        let name = entry.file_name();
-        let (commit, serial) = name.to_str()?.split_once('.')?;
-        serial.parse::<u32>().ok()?;
-        Some((commit.parse().ok()?, entry.path()))
-    };
-    entries.flatten().flatten().filter_map(named).collect()
+    let mut all = deployments(&sysroot.join("ostree/deploy")).into_iter();
+    all.find(|(other, _)| other != commit || !is_rest).map(|(_, path)| path)
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use std::fs;
 
     #[test]
     fn the_repo_of_the_running_system_is_found_under_another_path() {

@@ -114,7 +114,7 @@ fn running_image(deploy: &Path, marker: &[u8]) -> Option<PathBuf> {
 }
 
 /// Returns the commits and directories of all deployments below `deploy`.
-fn deployments(deploy: &Path) -> Vec<(ObjectId, PathBuf)> {
+pub fn deployments(deploy: &Path) -> Vec<(ObjectId, PathBuf)> {
     let stateroots = std::fs::read_dir(deploy).into_iter().flatten().flatten();
     let entries = stateroots.filter_map(|stateroot| std::fs::read_dir(stateroot.path().join("deploy")).ok());
     let named = |entry: std::fs::DirEntry| Some((commit_of_deployment(entry.file_name().to_str()?)?, entry.path()));

@@ -19,7 +19,7 @@ mod place;
 mod refs;
 mod write;
 
-pub use booted::BootedRepo;
+pub use booted::{BootedRepo, deployments};
 pub use dirtree::Dirtree;
 pub use disk::{earlier_boots, remove_earlier_boots};
 pub use held::HeldLayers;
