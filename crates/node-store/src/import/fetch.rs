@@ -7,12 +7,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc as blocking;
 
 use tokio::sync::mpsc;
-use tokio_util::sync::CancellationToken;
 
 use crate::PullProgress;
 use crate::image::decompress::decompress;
 use crate::image::incoming::Incoming;
-use crate::image::{Failure, Kind, Layer, ResolvedImage, Source};
+use crate::image::{Failure, Kind, Layer, ResolvedImage};
 use crate::layer_read::{LayerResult, Part, Reading};
 use crate::store::ObjectType;
 
@@ -21,7 +20,8 @@ use super::image_refs;
 use super::plain::BaseFacts;
 use super::plain::LayerTree;
 use super::plain::read_plain;
-use super::state::{Import, stored_by_this_thread};
+use super::run::Run;
+use super::state::stored_by_this_thread;
 
 /// Capacity of the channel of compressed pieces (128 KiB each): 1 MiB for each layer.
 const WAITING_READS: usize = 8;
@@ -35,21 +35,15 @@ pub(super) fn layer_name(image: &ResolvedImage, layer: &Layer) -> String {
 
 /// Reads one layer of the encapsulated commit. Objects that it stored before a failure stay, because each was checked
 /// by itself. Returns false if the read was abandoned: no object is wanted any more, and none of this layer was stored.
-pub(super) async fn fetch_encapsulated(
-    source: &Source,
-    image: &ResolvedImage,
-    layer: &Layer,
-    purpose: Purpose,
-    import: &Arc<Import>,
-    cancel: &CancellationToken,
-) -> Result<bool, Failure> {
+pub(super) async fn fetch_encapsulated(run: &Run<'_>, layer: &Layer, purpose: Purpose) -> Result<bool, Failure> {
+    let import = run.import;
     let contributed = Arc::new(AtomicBool::new(false));
-    let name = layer_name(image, layer);
+    let name = layer_name(run.image, layer);
     let work = {
         let (import, name, contributed) = (import.clone(), name.clone(), contributed.clone());
         move |archive: &mut Archive<'_>| consume(&import, &name, purpose, &contributed, archive)
     };
-    match fetch_layer(source, image, layer, import, cancel, Some(contributed), work).await? {
+    match fetch_layer(run, layer, Some(contributed), work).await? {
         None => Ok(false),
         Some(Consumed { commit_meta, content }) => {
             if let Some((commit, content)) = commit_meta {
@@ -66,20 +60,13 @@ pub(super) async fn fetch_encapsulated(
 }
 
 /// Reads one plain layer.
-pub(super) async fn fetch_plain(
-    source: &Source,
-    image: &ResolvedImage,
-    layer: &Layer,
-    facts: &BaseFacts,
-    import: &Arc<Import>,
-    cancel: &CancellationToken,
-) -> Result<LayerTree, Failure> {
-    let name = layer_name(image, layer);
+pub(super) async fn fetch_plain(run: &Run<'_>, layer: &Layer, facts: &BaseFacts) -> Result<LayerTree, Failure> {
+    let name = layer_name(run.image, layer);
     let work = {
-        let (import, name, facts) = (import.clone(), name.clone(), facts.clone());
+        let (import, name, facts) = (run.import.clone(), name.clone(), facts.clone());
         move |archive: &mut Archive<'_>| read_plain(&import, &name, &facts, archive)
     };
-    let tree = fetch_layer(source, image, layer, import, cancel, None, work).await?;
+    let tree = fetch_layer(run, layer, None, work).await?;
     tree.ok_or_else(|| Failure::new(Kind::Local, format!("internal error: abandoned the plain {name}")))
 }
 
@@ -89,16 +76,13 @@ type Archive<'a> = dyn FnMut() -> io::Result<Vec<u8>> + 'a;
 /// Passes the archive of a layer to `work`. With `contributed`, the read is abandoned (`None`) as soon as no object is
 /// wanted, unless `contributed` is true by then.
 async fn fetch_layer<T: Send + 'static>(
-    source: &Source,
-    image: &ResolvedImage,
+    run: &Run<'_>,
     layer: &Layer,
-    import: &Arc<Import>,
-    cancel: &CancellationToken,
     contributed: Option<Arc<AtomicBool>>,
     work: impl FnOnce(&mut Archive<'_>) -> Result<T, Failure> + Send + 'static,
 ) -> Result<Option<T>, Failure> {
-    let reading = import.progress.begin_read(layer.index, layer.digest(), layer.size());
-    let outcome = read_parts(source, image, layer, import, cancel, &reading, contributed, work).await;
+    let reading = run.import.progress.begin_read(layer.index, layer.digest(), layer.size());
+    let outcome = read_parts(run, layer, &reading, contributed, work).await;
     reading.end(match &outcome {
         Ok(Some(_)) => LayerResult::Done,
         Ok(None) => LayerResult::NotNeeded,
@@ -109,13 +93,9 @@ async fn fetch_layer<T: Send + 'static>(
 }
 
 /// Reads the layer with a thread for each part that needs the CPU.
-#[allow(clippy::too_many_arguments)] // those of its only caller, and the times
 async fn read_parts<T: Send + 'static>(
-    source: &Source,
-    image: &ResolvedImage,
+    &Run { source, image, import, cancel, .. }: &Run<'_>,
     layer: &Layer,
-    import: &Arc<Import>,
-    cancel: &CancellationToken,
     reading: &Reading,
     contributed: Option<Arc<AtomicBool>>,
     work: impl FnOnce(&mut Archive<'_>) -> Result<T, Failure> + Send + 'static,

@@ -253,7 +253,7 @@ impl<'a> PlainLayers<'a> {
         let run = self.run;
         async move {
             let started = std::time::Instant::now();
-            let tree = fetch_plain(run.source, run.image, layer, &facts, run.import, run.cancel).await?;
+            let tree = fetch_plain(run, layer, &facts).await?;
             let (store, list) = (run.import.store.clone(), facts.list_name(&layer.diff_id));
             let kept = blocking(run.image, move || KeptTree::write(tree, list, &store)).await?;
             let kept = kept.map_err(|error| run.import.store_failure(&layer_name(run.image, layer), &error))?;

@@ -276,7 +276,7 @@ impl Run<'_> {
 
     async fn one(&self, layer: &Layer, purpose: Purpose) -> Result<bool, Failure> {
         let started = std::time::Instant::now();
-        let whole = fetch_encapsulated(self.source, self.image, layer, purpose, self.import, self.cancel).await?;
+        let whole = fetch_encapsulated(self, layer, purpose).await?;
         if whole {
             self.journal.add(&layer.digest(), self.scope).map_err(|error| local(self.image, error))?;
             PullProgress::add(&self.import.progress.layers_done, 1);
