@@ -34,83 +34,75 @@
 use std::fmt::Display;
 use std::io;
 
-macro_rules! points {
-    ($($(#[$doc:meta])* $variant:ident = $name:literal,)*) => {
-        /// The failpoints.
-        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-        pub enum Point { $($(#[$doc])* $variant,)* }
-
-        impl Point {
-            /// All failpoints, in the order of their declaration.
-            pub const ALL: &[Point] = &[$(Point::$variant,)*];
-
-            /// Returns the name in the files `armed` and `hits`.
-            pub fn name(self) -> &'static str {
-                match self { $(Point::$variant => $name,)* }
-            }
-        }
-    };
+/// The failpoints.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "kebab-case")]
+pub enum Point {
+    /// Before the agent saves its record; the detail is the record's step.
+    Record,
+    /// Before a file in a directory of the agent is replaced; the detail is its name.
+    Write,
+    /// Before a file in a directory of the agent is removed; the detail is its name.
+    Remove,
+    /// Before an entry of the delta tree is created.
+    Delta,
+    /// Before the complete delta tree is renamed to its final name.
+    DeltaPublish,
+    /// Before a detached overlay is created.
+    Overlay,
+    /// Before a trial run of a program of the new tree.
+    Trial,
+    /// Before the new `/usr` is mounted over the old one.
+    Expose,
+    /// After the new `/usr` is mounted, before it is verified.
+    Exposed,
+    /// Before the new `/usr` is unmounted.
+    Withdraw,
+    /// Before the node store's ref is set or removed; the detail says which.
+    Ref,
+    /// Before the undo journal of `/etc` is created.
+    EtcRecord,
+    /// Before the node image's version of a conflicting entry is saved.
+    EtcAside,
+    /// Before the content that a change replaces is saved.
+    EtcSave,
+    /// Before the journal line of a change is written.
+    EtcBegin,
+    /// After the first half of a journal line is written.
+    EtcJournal,
+    /// Before each block of a file's content is written.
+    EtcContent,
+    /// Before the staging directory in `/etc` is created or removed.
+    EtcStaging,
+    /// Before a new version of an entry is created in the staging directory.
+    EtcMake,
+    /// Before each of owner, mode, attributes and label is set.
+    EtcMetadata,
+    /// Before an entry is removed.
+    EtcUnlink,
+    /// Before a new version is renamed to its final name.
+    EtcRename,
+    /// Before the file system of `/etc` or of the undo journal is synced.
+    EtcSync,
+    /// Before a change of `/etc` is reverted.
+    EtcRevert,
+    /// Before the plan in the undo journal is removed. Without a plan the journal does not count.
+    EtcRecordEnd,
+    /// Before the directory of an ended undo journal is removed.
+    EtcRecordRemove,
+    /// Before a program is started; the detail is its name.
+    Tool,
+    /// Before the agent asks the message bus to reload its configuration.
+    ReloadBus,
+    /// Before a call of systemd that changes something; the detail is the method.
+    Systemd,
 }
 
-points! {
-    /// Before the agent saves its record; the detail is the record's step.
-    Record = "record",
-    /// Before a file in a directory of the agent is replaced; the detail is its name.
-    Write = "write",
-    /// Before a file in a directory of the agent is removed; the detail is its name.
-    Remove = "remove",
-    /// Before an entry of the delta tree is created.
-    Delta = "delta",
-    /// Before the complete delta tree is renamed to its final name.
-    DeltaPublish = "delta-publish",
-    /// Before a detached overlay is created.
-    Overlay = "overlay",
-    /// Before a trial run of a program of the new tree.
-    Trial = "trial",
-    /// Before the new `/usr` is mounted over the old one.
-    Expose = "expose",
-    /// After the new `/usr` is mounted, before it is verified.
-    Exposed = "exposed",
-    /// Before the new `/usr` is unmounted.
-    Withdraw = "withdraw",
-    /// Before the node store's ref is set or removed; the detail says which.
-    Ref = "ref",
-    /// Before the undo journal of `/etc` is created.
-    EtcRecord = "etc-record",
-    /// Before the node image's version of a conflicting entry is saved.
-    EtcAside = "etc-aside",
-    /// Before the content that a change replaces is saved.
-    EtcSave = "etc-save",
-    /// Before the journal line of a change is written.
-    EtcBegin = "etc-begin",
-    /// After the first half of a journal line is written.
-    EtcJournal = "etc-journal",
-    /// Before each block of a file's content is written.
-    EtcContent = "etc-content",
-    /// Before the staging directory in `/etc` is created or removed.
-    EtcStaging = "etc-staging",
-    /// Before a new version of an entry is created in the staging directory.
-    EtcMake = "etc-make",
-    /// Before each of owner, mode, attributes and label is set.
-    EtcMetadata = "etc-metadata",
-    /// Before an entry is removed.
-    EtcUnlink = "etc-unlink",
-    /// Before a new version is renamed to its final name.
-    EtcRename = "etc-rename",
-    /// Before the file system of `/etc` or of the undo journal is synced.
-    EtcSync = "etc-sync",
-    /// Before a change of `/etc` is reverted.
-    EtcRevert = "etc-revert",
-    /// Before the plan in the undo journal is removed. Without a plan the journal does not count.
-    EtcRecordEnd = "etc-record-end",
-    /// Before the directory of an ended undo journal is removed.
-    EtcRecordRemove = "etc-record-remove",
-    /// Before a program is started; the detail is its name.
-    Tool = "tool",
-    /// Before the agent asks the message bus to reload its configuration.
-    ReloadBus = "reload-bus",
-    /// Before a call of systemd that changes something; the detail is the method.
-    Systemd = "systemd",
+impl Point {
+    /// Returns the name in the files `armed` and `hits`.
+    pub fn name(self) -> &'static str {
+        self.into()
+    }
 }
 
 /// Does nothing: the feature `failpoints` is off.
