@@ -1,6 +1,6 @@
 //! Retries of resolve and pull. The schedule is pure: times come from the caller.
 
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use tracing::warn;
 
@@ -10,6 +10,7 @@ use super::{CancelHandle, StateDir};
 use crate::config::Retry;
 use crate::report::{Attempt, LastError, Phase, Tracker};
 use node_store::image::{Class, Failure};
+use support::clock::unix_ms;
 
 /// Largest number of attempts that the status document lists.
 const LISTED: usize = 16;
@@ -42,7 +43,7 @@ where
         };
         let jitter = getrandom::u64().map_or(0.5, |bits| bits as f64 / u64::MAX as f64);
         let next = retries.after(&failure, Instant::now(), jitter);
-        let error = retries.record(&failure, unix_now(), next);
+        let error = retries.record(&failure, unix_ms() / 1000, next);
         let delay = match next {
             Next::Wait { delay, .. } => delay,
             Next::End(limit) => return Err(retries.end(failure, limit)),
@@ -61,10 +62,6 @@ where
             () = cancel.cancelled() => return Err(Error::cancelled()),
         }
     }
-}
-
-fn unix_now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 /// The failed attempts of one phase.

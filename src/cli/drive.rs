@@ -1,7 +1,7 @@
 //! Makes a call to the daemon and shows its progress: on the terminal or console, and in `systemctl status`.
 
 use std::path::Path;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use libsystemd::daemon::{NotifyState, notify};
@@ -14,7 +14,7 @@ use crate::agent::StateDir;
 use crate::bus::{CallError, Client};
 use crate::report::{self, Outcome, Phase, Report, ServiceRecord, State, Status};
 use node_store::ProgressSnapshot;
-use support::clock::boottime_ms;
+use support::clock::{boottime_ms, unix_ms};
 
 /// Interval at which the status is read.
 pub(super) const POLL: Duration = Duration::from_millis(500);
@@ -322,7 +322,7 @@ impl Reporter {
 
 /// Returns the time in seconds since the epoch.
 pub(super) fn unix_now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+    unix_ms() / 1000
 }
 
 /// Returns the seconds since the boot: a clock that cannot be set, for pauses.

@@ -1,13 +1,11 @@
 //! The report: `report --json`, from which the table and the picture are made.
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
 use serde::{Deserialize, Serialize};
 
 use super::timeline::Span;
 use super::words::timestamp;
 use super::{SpanResult, Status, Subject, Timeline};
-use support::clock::boottime_ms;
+use support::clock::{boottime_ms, unix_ms};
 
 /// The state of the pivot and all that the agent did. `docs/schema/report.json` is its schema.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,9 +30,8 @@ impl Report {
     /// Returns the report of this moment.
     pub fn new(status: Status, timeline: Timeline) -> Self {
         let now_ms = boottime_ms();
-        let unix_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
         let version = env!("CARGO_PKG_VERSION").to_owned();
-        Self { schema: 1, version, boot_unix_ms: unix_ms.saturating_sub(now_ms), now_ms, status, timeline }
+        Self { schema: 1, version, boot_unix_ms: unix_ms().saturating_sub(now_ms), now_ms, status, timeline }
     }
 
     /// Returns a line for each switch and undo, in their order: its time, its result and its failure.

@@ -9,7 +9,6 @@
 //! exists. A record that cannot be written is only a warning.
 
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use serde::Serialize;
@@ -17,6 +16,7 @@ use serde_json::Value;
 
 use super::words::{short_digests, timestamp};
 use super::{Phase, State, Status};
+use support::clock::unix_ms;
 use support::directory::Directory;
 
 const DIRECTORY: &str = "var/log/openshift";
@@ -56,7 +56,7 @@ impl ServiceRecord {
         }
         let name = unit.strip_suffix(".service").unwrap_or(unit);
         let record = Self { directory, file: format!("{name}.json"), stages: Stages::default() };
-        record.append(&[Entry { timestamp: timestamp(now_ms()), phase: "service start", ..Entry::default() }])?;
+        record.append(&[Entry { timestamp: timestamp(unix_ms()), phase: "service start", ..Entry::default() }])?;
         Ok(Some(record))
     }
 
@@ -65,7 +65,7 @@ impl ServiceRecord {
     /// # Errors
     /// As for [`ServiceRecord::begin`].
     pub fn update(&mut self, status: &Status) -> Result<()> {
-        let entries = self.stages.update(status, now_ms());
+        let entries = self.stages.update(status, unix_ms());
         if entries.is_empty() { Ok(()) } else { self.append(&entries) }
     }
 
@@ -74,7 +74,7 @@ impl ServiceRecord {
     /// # Errors
     /// As for [`ServiceRecord::begin`].
     pub fn end(mut self, failure: Option<&str>) -> Result<()> {
-        let entries = self.stages.end(failure, now_ms());
+        let entries = self.stages.end(failure, unix_ms());
         self.append(&entries)
     }
 
@@ -190,10 +190,6 @@ pub fn unit_of(cgroup: &str) -> Option<&str> {
     line.rsplit('/').find(|part| part.ends_with(".service"))
 }
 
-fn now_ms() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
@@ -293,7 +289,7 @@ mod tests {
         assert!(ServiceRecord::begin(temp.path(), "a.service").unwrap().is_none());
         std::fs::create_dir_all(temp.path().join("usr/local/bin")).unwrap();
         std::fs::write(temp.path().join(LIBRARY), "").unwrap();
-        let start = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis() as u64;
+        let start = unix_ms();
         for _ in 0..2 {
             let mut record = ServiceRecord::begin(temp.path(), "a.service").unwrap().unwrap();
             record.update(&timeline(&[(Phase::Pull, start, None)])).unwrap();

@@ -4,14 +4,13 @@ use node_store::{ProgressSnapshot, PullProgress};
 use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use tokio::sync::watch;
 use tracing::{info, warn};
 
 use super::usage::Usage;
 use super::{LastError, Phase, SpanResult, State, Status, Subject, Timeline, TimelineEntry, one_line};
-use support::clock::boottime_ms;
+use support::clock::{boottime_ms, unix_ms};
 
 /// Largest number of letters of a message in the timeline.
 const DETAIL: usize = 300;
@@ -386,11 +385,6 @@ impl Tracker {
             }
         });
     }
-}
-
-/// Returns the time in milliseconds since the epoch.
-fn unix_ms() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_millis() as u64)
 }
 
 #[cfg(test)]

@@ -7,6 +7,11 @@ pub fn boottime_ms() -> u64 {
     read(ClockId::Boottime)
 }
 
+/// Returns the time since the epoch. It can be set.
+pub fn unix_ms() -> u64 {
+    read(ClockId::Realtime)
+}
+
 /// Returns the CPU time of this thread.
 pub fn thread_cpu_ms() -> u64 {
     read(ClockId::ThreadCPUTime)
@@ -19,6 +24,6 @@ pub fn process_cpu_ms() -> u64 {
 
 fn read(clock: ClockId) -> u64 {
     let now = clock_gettime(clock);
-    // Neither part is negative: these clocks start at 0.
+    // Neither part is negative: these clocks start at 0, and the kernel refuses a time before the epoch.
     now.tv_sec.unsigned_abs() * 1000 + now.tv_nsec.unsigned_abs() / 1_000_000
 }
