@@ -142,13 +142,25 @@ impl AgentState {
     }
 }
 
+/// Version of the status document.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Schema(u32);
+
+impl Default for Schema {
+    fn default() -> Self {
+        Self(1)
+    }
+}
+
 /// The status document. `schema` changes only if a field changes its meaning or is removed.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(default)]
 pub struct Status {
     /// Version of this document: 1.
-    pub schema: u32,
+    #[cfg_attr(test, schemars(with = "u32"))]
+    pub schema: Schema,
     /// State of the pivot.
     pub state: State,
     /// The running phase, or the last one.
@@ -206,35 +218,6 @@ pub struct Status {
     /// configured. Determined when the document is read.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub deviations: Vec<String>,
-}
-
-impl Default for Status {
-    fn default() -> Self {
-        Self {
-            schema: 1,
-            state: State::Idle,
-            phase: None,
-            image: None,
-            image_choice: None,
-            digest: None,
-            commit: None,
-            target: None,
-            flow: None,
-            progress: ProgressSnapshot::default(),
-            percent: None,
-            waiting_for: None,
-            call: None,
-            diagnosis: None,
-            agent: None,
-            error: None,
-            timeline: Vec::new(),
-            cost: Cost::default(),
-            undo_unix: None,
-            still_old: Vec::new(),
-            notes: Vec::new(),
-            deviations: Vec::new(),
-        }
-    }
 }
 
 impl Status {
