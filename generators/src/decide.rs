@@ -20,8 +20,8 @@ pub enum Place {
     Early,
 }
 
-/// The facts that the decision depends on.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// The facts that the decision depends on. A fact that was not gathered has its default value.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Facts {
     /// True if the generator runs in the initramfs, which has other targets.
     pub in_initrd: bool,
@@ -212,24 +212,11 @@ mod tests {
 
     fn base_only() -> Facts {
         Facts {
-            in_initrd: false,
-            pivoted: false,
-            booted: false,
-            unclear: None,
-            mode: Mode::Auto,
-            unit: None,
-            other_generator: None,
-            update_pending: false,
             default_target: default(Origin::Vendor),
-            masked: None,
             pivot_target: Some("/p".into()),
-            binary: None,
             image: true,
-            target: None,
             services: vec!["n.service"],
-            installer: None,
-            started: false,
-            cleaner: None,
+            ..Facts::default()
         }
     }
 

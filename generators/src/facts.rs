@@ -8,7 +8,7 @@ use crate::installer::Installer;
 use boot_config::cmdline::CommandLine;
 use boot_config::preset::Presets;
 use boot_config::search::{Found, Search};
-use boot_config::target::{self, DefaultLink, DefaultTarget, Origin};
+use boot_config::target;
 use boot_config::{DEFAULT_PROBE_PATHS, Mode};
 use boot_config::{Problem, dropin, mark, services, under};
 
@@ -51,21 +51,9 @@ pub fn gather(root: &Path, environment: Environment) -> Facts {
         in_initrd,
         pivoted: !in_initrd && mark::is_pivoted(root),
         booted: !in_initrd && mark::has_booted(root),
-        unclear: None,
-        mode: Mode::Auto,
-        unit: None,
-        other_generator: None,
-        update_pending: false,
-        default_target: DefaultLink { target: DefaultTarget::Masked, origin: Origin::Vendor },
-        masked: None,
-        pivot_target: None,
-        binary: None,
-        image: false,
-        target: None,
-        services: Vec::new(),
         installer: if in_initrd { None } else { Installer::find(root) },
         started: exists(Path::new(mark::STARTED)),
-        cleaner: None,
+        ..Facts::default()
     };
     // The other facts cannot affect the decision. A reload is quick then.
     if in_initrd || facts.pivoted || facts.booted && facts.installer.is_none() {

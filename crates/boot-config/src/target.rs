@@ -23,9 +23,10 @@ pub const FALLBACK_TARGET: &str = "multi-user.target";
 const DEFAULT: &str = "default.target";
 
 /// The location of `default.target`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Origin {
     /// In `/usr`, or missing. The normal output of a generator has priority over it.
+    #[default]
     Vendor,
     /// In the output of another generator.
     Generator,
@@ -34,7 +35,7 @@ pub enum Origin {
 }
 
 /// The result of [`default_target`].
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct DefaultLink {
     /// The unit that `default.target` stands for.
     pub target: DefaultTarget,
@@ -43,11 +44,12 @@ pub struct DefaultLink {
 }
 
 /// The unit that `default.target` stands for.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum DefaultTarget {
     /// The unit of this name.
     Name(String),
     /// A masked unit: systemd boots to its own fallback (rescue).
+    #[default]
     Masked,
 }
 
