@@ -33,9 +33,7 @@ pub(super) async fn renew_manager(tracker: &Tracker, changed: &ChangedPaths) -> 
     let mut troubles = Vec::new();
     reexecute(manager, &mut troubles).await?;
     tracker.note("systemd was re-executed: its binary or libraries changed");
-    for line in troubles {
-        tracker.warn(line);
-    }
+    tracker.warn_all(troubles);
     Ok(())
 }
 

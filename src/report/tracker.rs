@@ -376,6 +376,11 @@ impl Tracker {
         self.remark(&Remark::Warning(line.into()));
     }
 
+    /// Adds each line as a warning.
+    pub fn warn_all(&self, lines: impl IntoIterator<Item: Into<String>>) {
+        lines.into_iter().for_each(|line| self.warn(line));
+    }
+
     /// Adds a line to the notes unless they have it.
     pub fn note(&self, line: impl Into<String>) {
         let line = line.into();

@@ -32,9 +32,7 @@ pub(super) async fn finish(
             .await
             .context("nothing was isolated, everything before that is done; start node-image-finish.service again")?;
         report_units(tracker, &manager, changed, &refreshed.units, &mut trouble).await;
-        for line in trouble {
-            tracker.warn(line);
-        }
+        tracker.warn_all(trouble);
     }
     held_units::hold_back(tracker, dir, settings).await.with_context(|| {
         let target = &settings.target;

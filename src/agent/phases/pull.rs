@@ -37,9 +37,7 @@ pub(super) async fn pull(
         status.commit = Some(pulled.commit.to_string());
         status.cost.bytes_fetched = pulled.bytes_fetched;
     });
-    for warning in &pulled.warnings {
-        tracker.warn(warning);
-    }
+    tracker.warn_all(&pulled.warnings);
     tracker.end(Phase::Pull, State::Running);
     Ok(pulled)
 }

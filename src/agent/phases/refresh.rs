@@ -35,9 +35,7 @@ pub(super) async fn refresh(
     }
     let LiveSteps { mut trouble, units, .. } = steps;
     report_units(tracker, &Manager::connect().await?, &changed, &units, &mut trouble).await;
-    for line in trouble {
-        tracker.warn(line);
-    }
+    tracker.warn_all(trouble);
     tracker.update(|status| {
         status.cost.ram_store_bytes = overlay_root::tmpfs_used(&dir.store()).unwrap_or(0);
     });

@@ -85,9 +85,7 @@ pub(super) async fn stage(
     }
     let checksum = staged.save(&document, dir)?;
     staged.plans.insert(SwitchPlan::NAME.to_owned(), checksum);
-    for line in document.warnings.iter().filter(|&line| !staged.pulled.warnings.contains(line)) {
-        tracker.warn(line);
-    }
+    tracker.warn_all(document.warnings.iter().filter(|&line| !staged.pulled.warnings.contains(line)));
     tracker.end(phase, State::Pulled);
     Ok(staged)
 }
@@ -115,9 +113,7 @@ pub(super) async fn is_current(tracker: &Tracker, dir: &StateDir, staged: &Stage
     let (paths, staged) = (dir.clone(), staged.clone());
     let looked = tokio::task::spawn_blocking(move || look_again(&paths, &staged)).await;
     let (current, warnings) = looked.context("looking at the machine again panicked")??;
-    for line in warnings {
-        tracker.warn(line);
-    }
+    tracker.warn_all(warnings);
     Ok(current)
 }
 
