@@ -140,14 +140,10 @@ impl Hooks<'_> {
 
     fn environment(&self, moment: Moment) -> Vec<(&'static str, OsString)> {
         let image = &self.staged.pulled.image;
-        let flow = match self.flow {
-            Flow::Bootstrap => "bootstrap",
-            Flow::Live => "live",
-        };
         let sysroot = self.sysroot.map(|path| ("NODE_IMAGE_PIVOT_SYSROOT", path.into()));
         let all = [
             ("NODE_IMAGE_PIVOT_HOOK", moment.as_str().into()),
-            ("NODE_IMAGE_PIVOT_FLOW", flow.into()),
+            ("NODE_IMAGE_PIVOT_FLOW", <&str>::from(self.flow).into()),
             ("NODE_IMAGE_PIVOT_IMAGE", image.pinned.to_string().into()),
             ("NODE_IMAGE_PIVOT_DIGEST", image.digest.to_string().into()),
             ("NODE_IMAGE_PIVOT_COMMIT", self.staged.pulled.commit.to_string().into()),

@@ -17,11 +17,7 @@ const LIMIT: Duration = Duration::from_secs(10);
 
 /// Records the begin of a unit: versions, flow and configuration with its sources, without secrets.
 pub(super) async fn begin(unit: &str, flow: Option<Flow>) {
-    let flow = match flow {
-        Some(Flow::Bootstrap) => "bootstrap",
-        Some(Flow::Live) => "live",
-        None => "unknown",
-    };
+    let flow = flow.map_or("unknown", <&str>::from);
     let mut lines = vec![format!("{unit} begins: {}, flow {flow}", versions().await)];
     match Settings::configured() {
         Ok(configured) => lines.extend(configured),

@@ -11,8 +11,9 @@ use super::policy::{KINDS, OWN, Policy, Wish};
 use super::unit::{Kind, Listens, Refusal, Reload, Role, UnitState};
 
 /// The flow in which the pivot runs. It limits the units that the agent may restart.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, strum::IntoStaticStr)]
 #[serde(rename_all = "kebab-case")]
+#[strum(serialize_all = "kebab-case")]
 pub enum Flow {
     /// In the pivot target, before the units of the default target are started. All running units may be restarted.
     Bootstrap,
