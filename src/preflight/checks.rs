@@ -1,7 +1,7 @@
 //! Checks of the kernel, the mounts, `/etc`, the commit and the new tree. They change nothing.
 
 use std::io::Read;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -81,7 +81,7 @@ fn check_modules(mounts: &[Mount], usr: &Path) -> Option<Refusal> {
 pub fn check_content(usr: BorrowedFd<'_>, here: Machine) -> Vec<Refusal> {
     let mut refusals: Vec<Refusal> = REQUIRED
         .iter()
-        .filter(|path| open(usr, path, OFlags::PATH | OFlags::NOFOLLOW).is_err())
+        .filter(|path| open_in_usr(usr, path, OFlags::PATH | OFlags::NOFOLLOW).is_err())
         .map(|path| Refusal::Missing { path })
         .collect();
     if !refusals.is_empty() {
@@ -172,19 +172,18 @@ pub fn check_metadata(
     refusals
 }
 
-fn open(usr: BorrowedFd<'_>, path: &str, flags: OFlags) -> Result<std::fs::File> {
-    // With `usr` as the root, an absolute link to /usr/… cannot be resolved. Images use relative links.
+/// Opens a path of the new tree. With `usr` as the root, an absolute link to /usr/… cannot be resolved. Images use relative
+/// links.
+pub fn open_in_usr(usr: BorrowedFd<'_>, path: &str, flags: OFlags) -> std::io::Result<std::fs::File> {
     let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-    let fd = rustix::fs::openat2(usr.as_fd(), path, flags | OFlags::CLOEXEC, Mode::empty(), resolve)
-        .with_context(|| format!("cannot open /usr/{path} of the node image"))?;
-    Ok(fd.into())
+    Ok(rustix::fs::openat2(usr, path, flags | OFlags::CLOEXEC, Mode::empty(), resolve)?.into())
 }
 
 /// Reads at most the first 64 KiB of a file: all of an os-release, and the ELF header of a program.
-fn read_start(usr: BorrowedFd<'_>, path: &str) -> Result<Vec<u8>> {
+fn read_start(usr: BorrowedFd<'_>, path: &str) -> std::io::Result<Vec<u8>> {
     const LONGEST: u64 = 64 * 1024;
     let mut start = Vec::new();
-    open(usr, path, OFlags::RDONLY | OFlags::NONBLOCK)?.take(LONGEST).read_to_end(&mut start)?;
+    open_in_usr(usr, path, OFlags::RDONLY | OFlags::NONBLOCK)?.take(LONGEST).read_to_end(&mut start)?;
     Ok(start)
 }
 

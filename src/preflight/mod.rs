@@ -21,7 +21,7 @@ mod trial;
 mod tests;
 
 pub use base::{BaseChoice, estimate, warnings};
-pub use checks::{check_content, check_local, check_metadata, check_same_system, check_system};
+pub use checks::{check_content, check_local, check_metadata, check_same_system, check_system, open_in_usr};
 pub use elf::{Machine, machine_of};
 pub use labels::label_plan;
 pub use memory::{Free, Memory, store_limit};

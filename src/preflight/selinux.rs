@@ -4,8 +4,9 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::os::fd::BorrowedFd;
 
 use anyhow::{Context, Result};
-use rustix::fs::{Dir, Mode as FileMode, OFlags, ResolveFlags};
+use rustix::fs::{Dir, OFlags};
 
+use super::checks::open_in_usr;
 use super::refusal::{Findings, Refusal};
 use selinux_labels::Mode;
 
@@ -60,13 +61,8 @@ fn judge(
 /// Reads the binary policy that would be loaded: the one with the highest version, even if the kernel supports a lower
 /// one only. libselinux then converts it to the kernel's version when it loads it (load_policy(8)).
 fn policy(usr: BorrowedFd<'_>) -> Result<Option<Vec<u8>>> {
-    let open = |path: &str, flags| {
-        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-        match rustix::fs::openat2(usr, path, flags | OFlags::CLOEXEC, FileMode::empty(), resolve) {
-            Ok(fd) => Ok(Some(std::fs::File::from(fd))),
-            Err(rustix::io::Errno::NOENT) => Ok(None),
-            Err(errno) => Err(errno).with_context(|| format!("cannot open /usr/{path}")),
-        }
+    let open = |path: &str, flags: OFlags| {
+        support::if_found(open_in_usr(usr, path, flags)).with_context(|| format!("cannot open /usr/{path}"))
     };
     let read = |path: &str| -> Result<Option<Vec<u8>>> {
         let Some(mut file) = open(path, OFlags::RDONLY)? else { return Ok(None) };

@@ -8,6 +8,7 @@ use std::path::Path;
 use anyhow::Context as _;
 use ostree::gio::Cancellable;
 use ostree::glib::{Variant, VariantDict};
+use rustix::fs::OFlags;
 use tracing::{info, warn};
 
 use crate::agent::accounts::AddedAccounts;
@@ -369,11 +370,8 @@ fn packages(
 }
 
 fn dpkg_of(usr: BorrowedFd<'_>) -> Option<Packages> {
-    use rustix::fs::{Mode, OFlags, ResolveFlags};
-    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-    let file = rustix::fs::openat2(usr, preflight::DPKG_STATUS, flags, Mode::empty(), ResolveFlags::IN_ROOT).ok()?;
     let mut text = Vec::new();
-    std::fs::File::from(file).read_to_end(&mut text).ok()?;
+    preflight::open_in_usr(usr, preflight::DPKG_STATUS, OFlags::RDONLY).ok()?.read_to_end(&mut text).ok()?;
     Some(preflight::dpkg(&String::from_utf8_lossy(&text)))
 }
 

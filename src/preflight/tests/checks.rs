@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::os::fd::AsFd;
+
 use super::*;
 
 fn mounts(lines: &str) -> Vec<Mount> {
