@@ -181,15 +181,22 @@ async fn follow(
         }
         reporter.begin(&status);
     }
-    let call = call.make(client);
+    let look = |status: &Status| {
+        *broken_since = None;
+        reporter.update(status);
+    };
+    watched(client, call.make(client), look).await
+}
+
+/// Waits for the end of a call, and meanwhile passes the status to `look`.
+pub(super) async fn watched<T>(client: &Client, call: impl Future<Output = T>, mut look: impl FnMut(&Status)) -> T {
     tokio::pin!(call);
     loop {
         tokio::select! {
             outcome = &mut call => return outcome,
             () = tokio::time::sleep(POLL) => {
                 if let Ok(status) = client.status().await {
-                    *broken_since = None;
-                    reporter.update(&status);
+                    look(&status);
                 }
             }
         }

@@ -4,7 +4,7 @@ use std::io::IsTerminal;
 
 use anyhow::Result;
 
-use super::drive::{POLL, failed, unix_now};
+use super::drive::{failed, unix_now, watched};
 use super::say;
 use crate::agent::StateDir;
 use crate::bus::{CallError, Client};
@@ -47,18 +47,8 @@ async fn ask<T>(
     if let Ok(status) = client.status().await {
         waiting.first(&status).iter().for_each(|line| say::error(line));
     }
-    let call = call(client.clone());
-    tokio::pin!(call);
-    loop {
-        tokio::select! {
-            outcome = &mut call => return outcome,
-            () = tokio::time::sleep(POLL) => {
-                if let Ok(status) = client.status().await {
-                    waiting.next(&status, own).iter().for_each(|line| say::error(line));
-                }
-            }
-        }
-    }
+    let look = |status: &Status| waiting.next(status, own).iter().for_each(|line| say::error(line));
+    watched(&client, call(client.clone()), look).await
 }
 
 /// The part of the status that decides if a line is shown.
