@@ -143,7 +143,6 @@ mod tests {
     use zbus::{MessageStream, OwnedVariant};
 
     use super::*;
-    use node_store::PullProgress;
 
     #[tokio::test]
     async fn a_change_is_announced_once_with_what_changed() {
@@ -173,7 +172,7 @@ mod tests {
         tracker.begin(Phase::Pull);
         signals.next().await.unwrap().unwrap();
         // A counter changes without a change of the document.
-        PullProgress::add(&tracker.progress.bytes_total, 700);
+        tracker.progress.update(|now| now.bytes_total += 700);
         let message = signals.next().await.unwrap().unwrap();
         let (_, mut changed, _): (String, HashMap<String, OwnedVariant>, Vec<String>) =
             message.body().deserialize().unwrap();

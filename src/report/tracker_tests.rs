@@ -83,7 +83,7 @@ fn the_share_of_a_phase_ends_with_it() {
 fn a_restart_keeps_the_target_only() {
     let tracker = Tracker::new(Status { target: Some("multi-user.target".into()), ..Status::default() });
     tracker.begin(Phase::Pull);
-    PullProgress::add(&tracker.progress.bytes_fetched, 7);
+    tracker.progress.update(|now| now.bytes_fetched += 7);
     tracker.note("a note");
     tracker.update(|status| {
         status.digest = Some("sha256:0".into());
@@ -105,7 +105,7 @@ fn work_beside_the_pivot_is_shown_and_leaves_nothing() {
     let mut watch = tracker.watch();
     let beside = tracker.beside(Phase::Pull);
     beside.tracker().begin(Phase::Pull);
-    PullProgress::add(&beside.tracker().progress.bytes_fetched, 7);
+    beside.tracker().progress.update(|now| now.bytes_fetched += 7);
     let shown = tracker.status();
     assert_eq!((shown.state, shown.phase, shown.progress.bytes_fetched), (State::Running, Some(Phase::Pull), 7));
     assert!(watch.has_changed().unwrap(), "watchers of the document wake up");
@@ -155,7 +155,7 @@ fn a_pull_that_has_ended_has_no_rate() {
     let tracker = Tracker::new(Status::default());
     tracker.begin(Phase::Pull);
     while tracker.status().progress.bytes_per_second == 0 {
-        PullProgress::add(&tracker.progress.bytes_fetched, 1 << 20);
+        tracker.progress.update(|now| now.bytes_fetched += 1 << 20);
         std::thread::sleep(std::time::Duration::from_millis(10));
     }
     tracker.end(Phase::Pull, State::Pulled);

@@ -8,7 +8,6 @@ use std::sync::mpsc as blocking;
 
 use tokio::sync::mpsc;
 
-use crate::PullProgress;
 use crate::image::decompress::decompress;
 use crate::image::incoming::Incoming;
 use crate::image::{Failure, Kind, Layer, ResolvedImage};
@@ -151,7 +150,7 @@ async fn read_parts<T: Send + 'static>(
             biased;
             () = cancel.cancelled() => return Err(cancelled(&image.pinned)),
             () = unneeded => {
-                PullProgress::sub(&import.progress.bytes_total, layer.size().saturating_sub(arrived));
+                import.progress.reduce_total(layer.size().saturating_sub(arrived));
                 return Ok(None);
             }
             piece = stream.next() => piece,

@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use futures_util::FutureExt;
 
-use crate::PullProgress;
 use crate::image::{Failure, ImageDescription, Kind, Layer, Layout};
 use crate::store::{ObjectId, ObjectSet};
 
@@ -93,7 +92,7 @@ impl<'a> PlainLayers<'a> {
             match known.await?? {
                 Some(tree) => {
                     self.trees[at] = Some(Arc::new(tree));
-                    PullProgress::sub(&self.run.import.progress.bytes_total, layer.size());
+                    self.run.import.progress.reduce_total(layer.size());
                     self.count(layer.index);
                 }
                 None => reads.push(self.read(layer, facts.clone())),
@@ -120,7 +119,7 @@ impl<'a> PlainLayers<'a> {
     /// Counts a layer as done. A layer that is read twice counts once.
     fn count(&mut self, index: usize) {
         if self.counted.insert(index) {
-            PullProgress::add(&self.run.import.progress.layers_done, 1);
+            self.run.import.progress.update(|now| now.layers_done += 1);
         }
     }
 
@@ -243,7 +242,7 @@ impl<'a> PlainLayers<'a> {
             let Some(facts) = facts.clone() else { continue };
             // A tree and its successor must not use the budget at the same time.
             self.trees[at] = None;
-            PullProgress::add(&self.run.import.progress.bytes_total, layer.size());
+            self.run.import.progress.update(|now| now.bytes_total += layer.size());
             reads.push(self.read(layer, facts));
         }
         all_of(reads, self.parallel, &self.run.import.decoders, |read| fetched.extend(self.note(read))).await

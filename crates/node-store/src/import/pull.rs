@@ -2,7 +2,6 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use futures_util::FutureExt;
@@ -104,7 +103,7 @@ pub async fn pull(
         blocking(image, list).await?.map(Arc::new).map_err(|error| local(image, error))?
     };
     let layers: Vec<&Layer> = description.layout.layers().collect();
-    PullProgress::add(&progress.layers_total, layers.len() as u64);
+    progress.update(|now| now.layers_total += layers.len() as u64);
     let run = Run { source, image, import: &import, journal: &journal, scope: &scope, cancel };
     let (fetched, derived) = run.all(&description, options).await?;
     let (commit, sources, layer_commits, mut warnings) = match (derived, base) {
@@ -188,9 +187,9 @@ impl Run<'_> {
         let rounds = rounds(rest, earlier, options.complete);
         let expected = rounds.iter().filter(|round| round.expected).flat_map(|round| round.layers.iter().copied());
         let due = expected.chain(&layout.plain).chain(first);
-        PullProgress::add(&progress.bytes_total, due.map(Layer::size).sum());
-        let unneeded = rounds.iter().filter(|round| !round.expected).map(|round| round.layers.len() as u64).sum();
-        PullProgress::add(&progress.layers_done, unneeded);
+        progress.update(|now| now.bytes_total += due.map(Layer::size).sum::<u64>());
+        let unneeded: u64 = rounds.iter().filter(|round| !round.expected).map(|round| round.layers.len() as u64).sum();
+        progress.update(|now| now.layers_done += unneeded);
         if let Some(layer) = first {
             self.one(layer, Purpose::Commit).await?;
             fetched.insert(layer.index);
@@ -210,12 +209,14 @@ impl Run<'_> {
         for Round { layers, expected } in rounds {
             let bytes = layers.iter().map(|layer| layer.size()).sum();
             if self.import.done().is_cancelled() {
-                PullProgress::sub(&progress.bytes_total, if expected { bytes } else { 0 });
+                progress.reduce_total(if expected { bytes } else { 0 });
                 continue;
             }
             if !expected {
-                PullProgress::add(&progress.bytes_total, bytes);
-                PullProgress::sub(&progress.layers_done, layers.len() as u64);
+                progress.update(|now| {
+                    now.bytes_total += bytes;
+                    now.layers_done = now.layers_done.saturating_sub(layers.len() as u64);
+                });
             }
             let mut due = std::mem::take(&mut early);
             for layer in layers {
@@ -229,7 +230,7 @@ impl Run<'_> {
             true => None,
             false => Some(plain.commit(description, &mut fetched).await?),
         };
-        progress.layers_done.store(layout.layers().count() as u64, Ordering::Relaxed);
+        progress.update(|now| now.layers_done = layout.layers().count() as u64);
         Ok((fetched, derived))
     }
 
@@ -250,13 +251,13 @@ impl Run<'_> {
                 return Ok(());
             }
             let progress = &self.import.progress;
-            PullProgress::add(&progress.bytes_total, layers.iter().map(|layer| layer.size()).sum());
+            progress.update(|now| now.bytes_total += layers.iter().map(|layer| layer.size()).sum::<u64>());
             let due = layers.into_iter().map(|layer| self.if_needed(layer).boxed());
             let note = |read| {
                 // Most of these layers were counted already, as read or as unneeded.
                 if let Read::Encapsulated(index) = read {
                     fetched.insert(index);
-                    PullProgress::sub(&progress.layers_done, 1);
+                    progress.update(|now| now.layers_done = now.layers_done.saturating_sub(1));
                 }
             };
             all_of(due.collect(), parallel, &self.import.decoders, note).await?;
@@ -267,7 +268,7 @@ impl Run<'_> {
     /// Reads a layer of the encapsulated commit, unless no object is wanted any more.
     async fn if_needed(&self, layer: &Layer) -> Result<Read, Failure> {
         if self.import.done().is_cancelled() {
-            PullProgress::sub(&self.import.progress.bytes_total, layer.size());
+            self.import.progress.reduce_total(layer.size());
             return Ok(Read::NotNeeded);
         }
         let purpose = if layer.index == 0 { Purpose::Commit } else { Purpose::Chunk };
@@ -279,7 +280,7 @@ impl Run<'_> {
         let whole = fetch_encapsulated(self, layer, purpose).await?;
         if whole {
             self.journal.add(&layer.digest(), self.scope).map_err(|error| local(self.image, error))?;
-            PullProgress::add(&self.import.progress.layers_done, 1);
+            self.import.progress.update(|now| now.layers_done += 1);
         }
         let (digest, seconds) = (layer.digest(), started.elapsed().as_secs_f64());
         tracing::debug!(layer = layer.index, digest, size = layer.size(), seconds, whole, "layer read");

@@ -10,9 +10,9 @@
 
 use std::collections::HashSet;
 
+use crate::ProgressSnapshot;
 use crate::image::{Failure, Kind};
 use crate::store::{ObjectId, commit_metadata};
-use crate::{ProgressSnapshot, PullProgress};
 use support::{BlockSize, human_bytes};
 
 use super::state::Import;
@@ -109,7 +109,7 @@ impl Import {
     pub(super) fn check_space(&self, image: &crate::image::PullSpec) -> Result<(), Failure> {
         let (count, need) = self.need();
         let (Need::Listed(bytes) | Need::Estimated(bytes)) = need;
-        PullProgress::add(&self.progress.bytes_needed, bytes);
+        self.progress.update(|now| now.bytes_needed = now.bytes_needed.saturating_add(bytes));
         let Ok((free, _)) = self.store.space() else { return Ok(()) };
         match need {
             Need::Listed(bytes) if bytes > free => {

@@ -130,7 +130,7 @@ impl Import {
         if self.objects_written.load(Ordering::Relaxed) > 0 {
             open.retain(|id| !self.store.has(id, ObjectType::File));
         }
-        PullProgress::add(&self.progress.objects_wanted, open.len() as u64);
+        self.progress.update(|now| now.objects_wanted += open.len() as u64);
         if open.is_empty() {
             self.done().cancel();
         }
@@ -145,7 +145,7 @@ impl Import {
         let base = guard.take().map(|wants| wants.base).unwrap_or_default();
         let mut open = wanted(&target, &self.booted_content, &self.stored_before, self.complete);
         open.retain(|id| !self.store.has(id, ObjectType::File) && self.replacement(id).is_none());
-        PullProgress::add(&self.progress.objects_wanted, open.len() as u64);
+        self.progress.update(|now| now.objects_wanted += open.len() as u64);
         *guard = Some(Wants { target, base, open: open.clone(), merged: true });
         open
     }
@@ -156,7 +156,7 @@ impl Import {
         let Some(wants) = guard.as_mut() else { return ObjectSet::new() };
         let before = wants.open.len();
         wants.open.extend(more.iter().filter(|id| !self.store.has(id, ObjectType::File)));
-        PullProgress::add(&self.progress.objects_wanted, (wants.open.len() - before) as u64);
+        self.progress.update(|now| now.objects_wanted += (wants.open.len() - before) as u64);
         wants.open.clone()
     }
 
@@ -246,7 +246,7 @@ impl Import {
             return self.content_stored(id, size);
         }
         if self.derived.lock().unwrap_or_else(PoisonError::into_inner).insert(*id) {
-            PullProgress::add(&self.progress.objects_wanted, 1);
+            self.progress.update(|now| now.objects_wanted += 1);
             self.written(size);
         }
     }
@@ -314,8 +314,10 @@ impl Import {
     fn written(&self, size: u64) {
         STORED.set(STORED.get() + size);
         self.objects_written.fetch_add(1, Ordering::Relaxed);
-        PullProgress::add(&self.progress.objects_done, 1);
-        PullProgress::add(&self.progress.bytes_written, size);
+        self.progress.update(|now| {
+            now.objects_done += 1;
+            now.bytes_written += size;
+        });
     }
 
     /// Checks a sparse file of `size` bytes, of which `holes` are in holes, before its holes are hashed.
@@ -345,7 +347,7 @@ impl Import {
     /// Adds compressed bytes to the number of fetched bytes.
     pub(super) fn fetched(&self, bytes: u64) {
         self.bytes_fetched.fetch_add(bytes, Ordering::Relaxed);
-        PullProgress::add(&self.progress.bytes_fetched, bytes);
+        self.progress.update(|now| now.bytes_fetched += bytes);
     }
 
     /// Returns the number of objects written and of bytes fetched by this run.
