@@ -20,13 +20,16 @@ pub struct Error {
 }
 
 /// The cause of an [`Error`].
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
 pub enum Cause {
     /// Checks refused before anything changed.
+    #[error("{}", lines(.0))]
     Refused(Vec<Reason>),
     /// Another attempt would give the same result.
+    #[error("{0}")]
     Permanent(Box<Failure>),
     /// Another attempt might help, but a limit of `[retry]` is reached.
+    #[error("{}; gave up after {attempts} attempts in {} s (retry.{limit})", failure.message, after.as_secs())]
     GaveUp {
         /// The last failure.
         failure: Box<Failure>,
@@ -38,8 +41,10 @@ pub enum Cause {
         limit: &'static str,
     },
     /// A caller asked to stop.
+    #[error("cancelled; what was fetched is kept for the next pull")]
     Cancelled,
     /// Any other failure, caused by this machine.
+    #[error("{0:#}")]
     Internal(anyhow::Error),
 }
 
@@ -128,22 +133,9 @@ impl fmt::Display for Error {
     }
 }
 
-impl fmt::Display for Cause {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Refused(reasons) => {
-                let lines: Vec<&str> = reasons.iter().map(|reason| reason.message.as_str()).collect();
-                f.write_str(&lines.join("\n"))
-            }
-            Self::Permanent(failure) => write!(f, "{failure}"),
-            Self::GaveUp { failure, attempts, after, limit } => {
-                let seconds = after.as_secs();
-                write!(f, "{}; gave up after {attempts} attempts in {seconds} s (retry.{limit})", failure.message)
-            }
-            Self::Cancelled => f.write_str("cancelled; what was fetched is kept for the next pull"),
-            Self::Internal(error) => write!(f, "{error:#}"),
-        }
-    }
+fn lines(reasons: &[Reason]) -> String {
+    let lines: Vec<&str> = reasons.iter().map(|reason| reason.message.as_str()).collect();
+    lines.join("\n")
 }
 
 impl std::error::Error for Error {}

@@ -1,18 +1,18 @@
 //! The tree on which the plain layers of an image are laid.
 
-use std::fmt;
-
 use crate::image::Layout;
 use crate::store::{ObjectId, ObjectType};
 
 use super::tree::{Lookup, Target, TreeError, path_of, walk};
 
 /// The tree below the plain layers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, strum::Display)]
 pub(super) enum Base {
     /// The commit that the label of an encapsulated image names.
+    #[strum(to_string = "commit {0}")]
     Commit(ObjectId),
     /// The empty tree, below the layers of a plain image.
+    #[strum(to_string = "the tree of the plain layers")]
     Empty,
 }
 
@@ -43,14 +43,5 @@ impl Base {
     /// Returns the path at which the base has an object, for messages.
     pub(super) fn path_of(self, id: &ObjectId, lookup: &mut Lookup<'_>) -> Option<String> {
         path_of(&self.commit()?, id, lookup)
-    }
-}
-
-impl fmt::Display for Base {
-    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Commit(commit) => write!(out, "commit {commit}"),
-            Self::Empty => out.write_str("the tree of the plain layers"),
-        }
     }
 }

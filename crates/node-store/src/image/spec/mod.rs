@@ -8,17 +8,18 @@ pub use digest::Digest;
 pub use local::{LocalSpec, Transport};
 pub use registry::RegistrySpec;
 
-use std::fmt;
 use std::str::FromStr;
 
 use super::{Class, Failure, Kind};
 
 /// A pull spec. Parsed and displayed without the prefix `docker://`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, strum::Display)]
 pub enum PullSpec {
     /// An image in a registry.
+    #[strum(to_string = "{0}")]
     Registry(RegistrySpec),
     /// An image on this machine.
+    #[strum(to_string = "{0}")]
     Local(LocalSpec),
 }
 
@@ -79,15 +80,6 @@ impl PullSpec {
             _ => failure.advice,
         };
         Failure { class, advice, ..failure }
-    }
-}
-
-impl fmt::Display for PullSpec {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Registry(spec) => spec.fmt(f),
-            Self::Local(spec) => spec.fmt(f),
-        }
     }
 }
 
