@@ -8,9 +8,7 @@ use crate::installer::Installer;
 use boot_config::cmdline::CommandLine;
 use boot_config::preset::Presets;
 use boot_config::search::{Found, Search};
-use boot_config::target;
-use boot_config::{DEFAULT_PROBE_PATHS, Mode};
-use boot_config::{Problem, dropin, mark, services, under};
+use boot_config::{DEFAULT_PROBE_PATHS, Mode, Problem, dropin, mark, services, target, under};
 
 /// The mark that PID 1 writes on a first boot.
 const FIRST_BOOT: &str = "/run/systemd/first-boot";

@@ -42,8 +42,7 @@ use crate::report::{AgentState, LastError, RefusalId, Report, Status, Timeline, 
 use deviations::Standing;
 use holder::{Held, Holder};
 use node_store::store::{LockError, StoreLock};
-use phases::Below;
-use phases::next;
+use phases::{Below, next};
 use state::Asked;
 use support::clock::boottime_ms;
 use unit_refresh::Guard;

@@ -13,9 +13,8 @@ use tracing_subscriber::util::SubscriberInitExt;
 use super::drive::{unix_now, uptime};
 use super::pauses::Pauses;
 use crate::agent::{Agent, Boot, Program, StateDir};
-use crate::bus;
-use crate::host;
 use crate::report::{self, Diagnosis, Outcome, Phase, State, Status};
+use crate::{bus, host};
 
 /// Interval of the signs of life, which `WatchdogSec=` of the unit expects, and of the progress in `systemctl status`.
 const BEAT: Duration = Duration::from_secs(5);

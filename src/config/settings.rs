@@ -5,8 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
-use boot_config::target;
-use boot_config::{DEFAULT_PROBE_PATHS, Mode};
+use boot_config::{DEFAULT_PROBE_PATHS, Mode, target};
 
 use super::inputs::{ImageSource, Inputs, Sourced};
 use node_store::store::Wish;

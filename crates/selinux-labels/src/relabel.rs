@@ -23,8 +23,7 @@ use rustix::io::Errno;
 use tracing::warn;
 
 use crate::contexts::{Contexts, Texts};
-use crate::open_contexts;
-use crate::{policy_type, type_of};
+use crate::{open_contexts, policy_type, type_of};
 use support::xattr;
 
 /// The directories to relabel, without mounts below them. `/var` is missing because no update of an ostree system

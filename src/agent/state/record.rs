@@ -3,8 +3,7 @@
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
-use super::Step;
-use super::{StateDir, StateFile, SwitchStep, Unusable};
+use super::{StateDir, StateFile, Step, SwitchStep, Unusable};
 use crate::agent::Goal;
 use crate::agent::auto_undo::TrialPeriod;
 use crate::agent::boot::Boot;

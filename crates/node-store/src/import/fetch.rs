@@ -16,9 +16,7 @@ use crate::store::ObjectType;
 
 use super::encapsulated::{Consumed, Purpose, consume};
 use super::image_refs;
-use super::plain::BaseFacts;
-use super::plain::LayerTree;
-use super::plain::read_plain;
+use super::plain::{BaseFacts, LayerTree, read_plain};
 use super::run::Run;
 use super::state::stored_by_this_thread;
 

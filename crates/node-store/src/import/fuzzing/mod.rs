@@ -18,12 +18,8 @@ use crate::store::{NodeStore, ObjectId, ObjectType};
 
 use super::base::Base;
 use super::budget::Budget;
-use super::encapsulated::{Purpose, consume};
-use super::encapsulated::{Role, role};
-use super::plain::BaseFacts;
-use super::plain::LayerTree;
-use super::plain::Placement;
-use super::plain::read_plain;
+use super::encapsulated::{Purpose, Role, consume, role};
+use super::plain::{BaseFacts, LayerTree, Placement, read_plain};
 use super::state::Import;
 
 pub use seeds::seeds;

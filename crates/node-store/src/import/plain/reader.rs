@@ -19,8 +19,7 @@ use super::system::remove_left_by_build;
 use crate::image::tarstream::{Chunks, Entry, Piece, TarError, TarStream};
 use crate::import::base::Base;
 use crate::import::budget;
-use crate::import::encapsulated::tar_failure;
-use crate::import::encapsulated::{Role, role};
+use crate::import::encapsulated::{Role, role, tar_failure};
 use crate::import::state::Import;
 
 /// Maximum length of the target of a symlink in bytes (`PATH_MAX` without the NUL).
