@@ -149,7 +149,7 @@ check-containers:
 $(addprefix check-,$(MACHINES)): check-%:
 	$(BED_TEST) --test $* -- --test-threads=1
 
-# An installed system with a composefs root and fs-verity. Debian's next release provides its ostree.
+# Systems with a composefs root: installed with fs-verity, and live. Debian's next release provides their ostree.
 .PHONY: check-sealed
 check-sealed: deps
 	$(BED_TEST) --test sealed -- --test-threads=1 --nocapture

@@ -1,7 +1,7 @@
 #!/bin/bash
-# SYSROOT (with DEPLOYMENT in it, of a newer ostree) → IMAGE, the disk (sparse) of an installed system with a composefs root,
-# on a file system with fs-verity and with a repo that demands it. No object has it yet, because this machine's kernel may
-# lack it.
+# SYSROOT (with DEPLOYMENT in it, of a newer ostree) → two media with a composefs root. sysroot.squashfs beside IMAGE: the root
+# of a live medium. IMAGE: the disk (sparse) of an installed system, on a file system with fs-verity and with a repo that
+# demands it. No object has it yet, because this machine's kernel may lack it.
 set -euo pipefail
 : "${IMAGE:?}" "${SYSROOT:?}" "${DEPLOYMENT:?}"
 # ostree makes the directory of a deployment immutable where the file system can do that.
@@ -12,5 +12,7 @@ mount -t proc proc "$DEPLOYMENT/proc"
 chroot "$DEPLOYMENT" sh -c 'cd "/sysroot/$0" && ostree checkout --repo=/sysroot/ostree/repo --composefs-noverity "$1" .ostree.cfs' \
     "${DEPLOYMENT#"$SYSROOT"/}" "$(basename "$DEPLOYMENT" .0)"
 umount "$DEPLOYMENT"/{proc,sysroot}
+# The kernel of a live medium is started by the emulator.
+mksquashfs "$SYSROOT" "$(dirname "$IMAGE")/sysroot.squashfs" -comp lz4 -noappend -no-progress -quiet -e boot/ostree
 ostree config --repo="$SYSROOT/ostree/repo" set ex-integrity.fsverity yes
 mkfs.ext4 -q -L root -O verity -d "$SYSROOT" "$IMAGE" 3G

@@ -1,4 +1,4 @@
-# An installed system with a composefs root, and a node image whose root reads only files with fs-verity.
+# A live and an installed system with a composefs root, and a node image whose root reads only files with fs-verity.
 # shellcheck shell=bash
 
 # ostree of Debian's next release: earlier ones have no composefs roots. Its libraries run on Debian 13.
@@ -30,7 +30,7 @@ tree_sealed() {
         recipe sealed-tree.sh FROM="$from" DEBS="$debs" NEXT="$next"
 }
 
-# The bootimage of the two, installed to a disk.
+# The bootimage of the two: a live medium, and an installed system's disk.
 disk_sealed() {
     local base agent
     base=$(tree_sealed)

@@ -1,7 +1,9 @@
 //! A system with a composefs root is installed to a file system with fs-verity, and its repo demands it. It pivots, and
 //! deploys its node image with sealed objects. The deployment boots with a root that reads no others, and the old system
-//! boots and pivots again. On a virtual machine.
+//! boots and pivots again. The same system pivots from a live medium. On virtual machines.
 //! `make check-sealed`
+
+mod live;
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -14,15 +16,18 @@ use testbed::guest::Guest;
 use testbed::images::{Pair, work_dir};
 use testbed::proc::succeed;
 use testbed::registry::Registry;
-use testbed::scenario::{Before, node_files, wait_pivoted};
+use testbed::scenario::{Before, Expected, node_files, pivoted, wait_pivoted};
 use testbed::scenarios;
 use testbed::suite::Suite;
 use testbed::table::Flow;
 use testbed::vm::{self, Vm};
 
-const BOOT: Duration = Duration::from_secs(300);
-const PIVOT: Duration = Duration::from_secs(600);
+const BOOT: Duration = Duration::from_secs(600);
+const PIVOT: Duration = Duration::from_secs(900);
+const DEPLOY: &str = "node-image-pivot deploy --sysroot / --stateroot testbed";
 const REPO: &str = "/sysroot/ostree/repo";
+
+type AnyGuest<'a> = &'a dyn Guest;
 
 /// A machine with a disk, which is on or off.
 struct Machine {
@@ -33,6 +38,7 @@ struct Machine {
     kernel: PathBuf,
     /// Kernel arguments that name the deployment.
     kargs: String,
+    before: Option<Before>,
     on: Option<Vm>,
 }
 
@@ -41,7 +47,7 @@ impl Machine {
         let registry = Registry::start(&pair.storage, &work_dir("vm-sealed-registry")?, None, None)?;
         let disk = disk::copy(&pair.boot, &work_dir("vm-sealed-image")?)?;
         let kargs = std::fs::read_to_string(pair.boot.join("kargs"))?;
-        Ok(Machine { kernel: pair.boot.clone(), pair, registry, disk, kargs, on: None })
+        Ok(Machine { kernel: pair.boot.clone(), pair, registry, disk, kargs, before: None, on: None })
     }
 
     fn boot(&mut self) -> Result<()> {
@@ -52,9 +58,9 @@ impl Machine {
             spare: None,
             recording: None,
             kargs: &[self.kargs.trim()],
-            memory_mib: 2048,
+            memory_mib: 3072,
             cpu: vm::CPU,
-            limit: Duration::from_secs(1100),
+            limit: Duration::from_secs(1500),
         };
         let (image, port) = (self.pair.image.by_digest(), self.registry.port);
         let guest = Vm::start(&self.pair, &setup, |files| node_files(files, &image, vm::HOST, port))?;
@@ -86,6 +92,12 @@ impl Machine {
         self.on.as_ref().context("the machine is off")
     }
 
+    /// Returns the path of the composefs image of the deployment that boots next.
+    fn image_of_the_next_root(&self) -> Result<String> {
+        let images = "ls /sysroot/ostree/deploy/testbed/deploy/*/.ostree.cfs";
+        self.guest()?.ask(&format!("{images} | grep -v {}", self.installed()?))
+    }
+
     /// Returns the commit of the installed system.
     fn installed(&self) -> Result<String> {
         Ok(std::fs::read_to_string(self.pair.boot.join("commit"))?.trim().to_owned())
@@ -105,16 +117,19 @@ fn a_system_with_a_composefs_root_pivots_and_deploys_sealed_objects() -> Result<
         ],
     );
     becomes_the_node_image(&mut suite, &mut machine);
+    if let Some(guest) = &machine.on {
+        let expected = Expected::node_a(&machine.pair.image);
+        pivoted(&mut suite, "the_machine_becomes_its_node_image", guest, machine.before.as_ref(), &expected);
+    }
     suite.run_after(
         "the_machine_becomes_its_node_image",
         &mut machine,
         &scenarios![
             the_node_store_is_in_ram_and_the_journal_has_the_reason,
-            a_system_extension_is_merged_on_the_node_image,
-            etc_has_the_defaults_of_the_node_image_and_the_changes_of_the_administrator,
             the_node_image_is_deployed_to_the_own_sysroot,
             each_object_of_the_node_image_is_sealed after the_node_image_is_deployed_to_the_own_sysroot,
             the_image_of_its_root_is_sealed after the_node_image_is_deployed_to_the_own_sysroot,
+            a_deployment_that_lacks_fs_verity_is_written_again after the_image_of_its_root_is_sealed,
         ],
     );
     suite.part("second boot, of the deployed node image");
@@ -139,8 +154,8 @@ fn a_system_with_a_composefs_root_pivots_and_deploys_sealed_objects() -> Result<
         ],
     );
     becomes_the_node_image(&mut suite, &mut machine);
-    suite.run_after("the_machine_becomes_its_node_image", &mut machine, &scenarios![undo_restores_the_composefs_root]);
     if let Some(guest) = &machine.on {
+        undoes(&mut suite, "the_machine_becomes_its_node_image", guest);
         suite.covers(guest, Flow::Bootstrap, "a_system_with_a_composefs_root_pivots_and_deploys_sealed_objects");
     }
     suite.finish()
@@ -153,9 +168,23 @@ fn becomes_the_node_image(suite: &mut Suite, machine: &mut Machine) {
         &scenarios![
             the_machine_becomes_its_node_image,
             no_unit_has_failed after the_machine_becomes_its_node_image,
-            usr_is_one_overlay_over_the_image_of_the_root after the_machine_becomes_its_node_image,
         ],
     );
+    if let Some(guest) = &machine.on {
+        has_one_overlay(suite, "the_machine_becomes_its_node_image", guest);
+    }
+}
+
+/// Runs the scenarios about the new /usr of a machine with a composefs root, after the scenario `earlier`.
+fn has_one_overlay(suite: &mut Suite, earlier: &str, mut guest: &dyn Guest) {
+    let list =
+        scenarios![usr_is_one_overlay_over_the_image_of_the_root, a_system_extension_is_merged_on_the_node_image];
+    suite.run_after(earlier, &mut guest, &list);
+}
+
+/// Runs the scenario about the way back of such a machine.
+fn undoes(suite: &mut Suite, earlier: &str, mut guest: &dyn Guest) {
+    suite.run_after(earlier, &mut guest, &scenarios![undo_restores_the_composefs_root]);
 }
 
 fn the_machine_boots(machine: &mut Machine) -> Result<()> {
@@ -164,9 +193,15 @@ fn the_machine_boots(machine: &mut Machine) -> Result<()> {
 
 fn the_root_is_a_composefs_without_fs_verity(machine: &mut Machine) -> Result<()> {
     let guest = machine.guest()?;
-    Before::of(guest)?;
+    let before = Before::of(guest)?;
+    has_a_composefs_root_without_fs_verity(guest)?;
+    machine.before = Some(before);
+    Ok(())
+}
+
+fn has_a_composefs_root_without_fs_verity(guest: &Vm) -> Result<()> {
     let root = guest.ask("findmnt -n -o SOURCE,FSTYPE,OPTIONS /")?;
-    contains(&root, "composefs")?;
+    contains(&root, "composefs overlay ")?;
     match root.contains("verity=require") {
         true => bail!("{root}"),
         false => Ok(()),
@@ -174,18 +209,15 @@ fn the_root_is_a_composefs_without_fs_verity(machine: &mut Machine) -> Result<()
 }
 
 fn the_machine_becomes_its_node_image(machine: &mut Machine) -> Result<()> {
-    let guest = machine.guest()?;
-    wait_pivoted(guest, PIVOT)?;
-    same(guest.ask("base-tool")?, "base-tool 2.0".into())?;
-    guest.ask("oc version --client").map(drop)
+    wait_pivoted(machine.guest()?, PIVOT)
 }
 
 fn no_unit_has_failed(machine: &mut Machine) -> Result<()> {
     nothing_failed(machine.guest()?)
 }
 
-fn usr_is_one_overlay_over_the_image_of_the_root(machine: &mut Machine) -> Result<()> {
-    let usr = machine.guest()?.ask("findmnt -n -o OPTIONS --mountpoint /usr")?;
+fn usr_is_one_overlay_over_the_image_of_the_root(guest: &mut AnyGuest<'_>) -> Result<()> {
+    let usr = guest.ask("findmnt -n -o OPTIONS --mountpoint /usr")?;
     println!("       {usr}");
     contains(&usr, &format!("{REPO}/objects"))
 }
@@ -196,27 +228,19 @@ fn the_node_store_is_in_ram_and_the_journal_has_the_reason(machine: &mut Machine
     guest.ask("journalctl -b -u node-image-pivotd.service | grep 'must have fs-verity'").map(drop)
 }
 
-fn a_system_extension_is_merged_on_the_node_image(machine: &mut Machine) -> Result<()> {
+fn a_system_extension_is_merged_on_the_node_image(guest: &mut AnyGuest<'_>) -> Result<()> {
     let release = "/run/extensions/more/usr/lib/extension-release.d";
     let make = format!("mkdir -p {release} && echo ID=_any >{release}/extension-release.more");
     let merged = "systemd-sysext merge && base-tool && test -d /usr/lib/extension-release.d && systemd-sysext unmerge";
-    machine.guest()?.ask(&format!("{make} && {merged} && rm -r /run/extensions")).map(drop)
-}
-
-fn etc_has_the_defaults_of_the_node_image_and_the_changes_of_the_administrator(machine: &mut Machine) -> Result<()> {
-    let files = ["changed-default", "new-default", "admin-edited", "admin-added"];
-    let paths = files.map(|name| format!("/etc/base-tool/{name}.conf")).join(" ");
-    let expected = "default of 2.0\narrives\nedited by the administrator\nadded by the administrator";
-    same(machine.guest()?.ask(&format!("cat {paths}"))?, expected.into())
+    guest.ask(&format!("{make} && {merged} && rm -r /run/extensions")).map(drop)
 }
 
 fn the_node_image_is_deployed_to_the_own_sysroot(machine: &mut Machine) -> Result<()> {
     let guest = machine.guest()?;
-    let deploy = "node-image-pivot deploy --sysroot / --stateroot testbed";
-    let done = guest.ask(deploy)?;
+    let done = guest.ask(DEPLOY)?;
     println!("       {done}");
     contains(&done, "in the stateroot testbed boots commit")?;
-    contains(&guest.ask(deploy)?, "nothing to do")
+    contains(&guest.ask(DEPLOY)?, "nothing to do")
 }
 
 /// Objects of the bootimage are among them, which had no fs-verity before the deployment.
@@ -233,9 +257,19 @@ fn each_object_of_the_node_image_is_sealed(machine: &mut Machine) -> Result<()> 
 }
 
 fn the_image_of_its_root_is_sealed(machine: &mut Machine) -> Result<()> {
-    let others =
-        format!("lsattr /sysroot/ostree/deploy/testbed/deploy/*/.ostree.cfs | grep -v {}", machine.installed()?);
-    contains(machine.guest()?.ask(&others)?.split(' ').next().unwrap_or_default(), "V")
+    let image = machine.image_of_the_next_root()?;
+    contains(machine.guest()?.ask(&format!("lsattr {image}"))?.split(' ').next().unwrap_or_default(), "V")
+}
+
+/// An earlier release of the agent may have written it.
+fn a_deployment_that_lacks_fs_verity_is_written_again(machine: &mut Machine) -> Result<()> {
+    let (guest, image) = (machine.guest()?, machine.image_of_the_next_root()?);
+    let replace = "chattr -i $(dirname $0) && cp $0 $0.new && mv $0.new $0 && lsattr $0";
+    let unsealed = guest.ask(&format!("unshare -m sh -c 'mount -o remount,rw /sysroot && {replace}' {image}"))?;
+    same(unsealed.split(' ').next().unwrap_or_default().contains('V'), false)?;
+    contains(&guest.ask(DEPLOY)?, "wrote 0 objects")?;
+    the_image_of_its_root_is_sealed(machine)?;
+    contains(&machine.guest()?.ask(DEPLOY)?, "nothing to do")
 }
 
 fn the_deployed_node_image_boots_without_a_registry(machine: &mut Machine) -> Result<()> {
@@ -266,8 +300,7 @@ fn the_old_system_boots(machine: &mut Machine) -> Result<()> {
     machine.boot()
 }
 
-fn undo_restores_the_composefs_root(machine: &mut Machine) -> Result<()> {
-    let guest = machine.guest()?;
+fn undo_restores_the_composefs_root(guest: &mut AnyGuest<'_>) -> Result<()> {
     guest.ask("node-image-pivot undo && ! findmnt --mountpoint /usr && test ! -e /usr/bin/oc")?;
     same(guest.ask("base-tool")?, "base-tool 1.0".into())
 }
