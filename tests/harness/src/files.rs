@@ -64,7 +64,7 @@ impl Files {
             stage=$(mktemp -d); trap 'rm -rf "$stage"' EXIT
             mkdir -p "$stage/$4"; cp -a "$1/." "$stage/$4/"
             conf=etc/systemd/system.conf.d/testbed.conf
-            install -D -m 0644 /dev/stdin "$stage/$conf" <<<$'[Manager]\nDefaultDeviceTimeoutSec=600'
+            install -D -m 0644 /dev/stdin "$stage/$conf" <<<$'[Manager]\nDefaultDeviceTimeoutSec=250'
             cat "$2" >"$3"
             cd "$stage"; find . | LC_ALL=C sort | cpio --quiet -o -H newc -R 0:0 >>"$3"
         "#;
