@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
+use crate::images::Image;
 use crate::proc::{bound, end, free_port, log_to, succeed, wait_for};
 
 /// A registry, its storage and its login.
@@ -77,6 +78,17 @@ impl Registry {
         let log = self.log();
         let sizes = log.lines().filter(|line| line.contains("\"GET ")).filter_map(|line| line.split_once(&get));
         sizes.filter_map(|(_, rest)| rest.split(' ').next()?.parse::<u64>().ok()).sum()
+    }
+
+    /// Returns the bytes that it served of an image's layers since it was last started, and the size of these layers. `storage`
+    /// is that of the registry.
+    pub fn served_layers(&self, storage: &Path, image: &Image) -> Result<(u64, u64)> {
+        let hex = image.digest.trim_start_matches("sha256:");
+        let manifest = fs::read(storage.join(format!("docker/registry/v2/blobs/sha256/{}/{hex}/data", &hex[..2])))?;
+        let manifest: serde_json::Value = serde_json::from_slice(&manifest)?;
+        let layers = manifest["layers"].as_array().context("a manifest without layers")?;
+        let served = layers.iter().filter_map(|layer| Some(self.served(layer["digest"].as_str()?))).sum();
+        Ok((served, layers.iter().filter_map(|layer| layer["size"].as_u64()).sum()))
     }
 
     fn answers(&self) -> bool {

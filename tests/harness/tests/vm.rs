@@ -1,10 +1,9 @@
 //! Pivots on virtual machines: kernel, initramfs, systemd and registry are real.
 //! `make check-one NAME=vm`
 
-use std::fs;
+use std::fs::File;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -14,7 +13,8 @@ use testbed::deliver;
 use testbed::guest::Guest;
 use testbed::ignition;
 use testbed::images::{Images, work_dir};
-use testbed::proc::{succeed, wait_for};
+use testbed::page::{self, Commands, FOLLOWED};
+use testbed::proc::wait_for;
 use testbed::registry::Registry;
 use testbed::scenario::{Before, Expected, configured_later, node_files, pivoted, wait_pivoted};
 use testbed::scenarios;
@@ -23,7 +23,6 @@ use testbed::unpivoted::{left_alone, waits_and_says_why};
 use testbed::vm::{self, Vm};
 
 const BOOT: Duration = Duration::from_secs(300);
-const DEPLOY: &str = "node-image-pivot deploy --sysroot /run/disk --stateroot testbed --karg node.deployed";
 const PIVOT: Duration = Duration::from_secs(600);
 
 /// A machine, the registry that it pulls from, and what is expected of it.
@@ -64,7 +63,7 @@ fn the_next_release_is_pulled_once_the_registry_is_back() -> Result<()> {
     let mut registry = Registry::start(&images.storage, &work_dir("vm-a-registry")?, None, None)?;
     registry.stop();
     let disk = work_dir("vm-a-disk")?.join("disk.img");
-    succeed(Command::new("mkfs.ext4").args(["-q", "-L", "root"]).arg(&disk).arg("4G"))?;
+    File::create(&disk)?.set_len(4 << 30)?;
     let recording = Recording::new(&work_dir("vm-a-writes")?);
     let boot = work_dir("vm-a-boot")?;
     ignition::bootimage(images, &expected.image.by_digest(), &boot)?;
@@ -133,27 +132,28 @@ impl<'a> Target<'a> {
     }
 }
 
+/// Replaces the placeholders in commands of docs/single-node.md.
+fn on_the_spare_disk(commands: &str) -> String {
+    let place = commands.replace("DEVICE", "/dev/disk/by-id/virtio-spare").replace("/mnt", "/run/disk");
+    place.replace("NAME", "testbed").replace("root=UUID=…", "node.deployed")
+}
+
 fn the_live_system_deploys_its_node_image_to_a_disk(target: &mut Target<'_>) -> Result<()> {
-    target.live()?.guest.ask(
-        "mkdir /run/disk && mount /dev/disk/by-id/virtio-spare /run/disk
-         ostree admin init-fs --modern /run/disk && ostree admin os-init --sysroot /run/disk testbed
-         ostree config --repo=/run/disk/ostree/repo set sysroot.bootloader none && sync",
-    )?;
+    let Commands { file_system, sysroot, deploy, .. } = page::commands();
+    let prepare = on_the_spare_disk(&format!("set -e; mkdir /run/disk\n{file_system}\n{sysroot}\nsync"));
+    target.live()?.guest.ask(&prepare)?;
     target.recording.as_mut().context("the writes are not recorded")?.begin()?;
     let guest = &target.live()?.guest;
-    let done = guest.ask(DEPLOY)?;
+    let done = guest.ask(&on_the_spare_disk(&deploy))?;
     println!("       {done}");
-    contains(&done, "in the stateroot testbed boots commit")
+    contains(&done, "in the stateroot testbed boots commit")?;
+    let origin = guest.ask("cat /run/disk/ostree/deploy/testbed/deploy/*.origin")?;
+    contains(&origin, &format!("container-image-reference={FOLLOWED}"))
 }
 
 fn no_byte_was_fetched_twice(target: &mut Target<'_>) -> Result<()> {
     let Bed { registry, expected, .. } = target.live()?;
-    let hex = expected.image.digest.trim_start_matches("sha256:");
-    let manifest = format!("docker/registry/v2/blobs/sha256/{}/{hex}/data", &hex[..2]);
-    let manifest: serde_json::Value = serde_json::from_slice(&fs::read(target.images.storage.join(manifest))?)?;
-    let layers = manifest["layers"].as_array().context("a manifest without layers")?;
-    let size: u64 = layers.iter().filter_map(|layer| layer["size"].as_u64()).sum();
-    let served: u64 = layers.iter().filter_map(|layer| Some(registry.served(layer["digest"].as_str()?))).sum();
+    let (served, size) = registry.served_layers(&target.images.storage, expected.image)?;
     println!("       {served} of {size} bytes were served");
     if served != size {
         bail!("{served} bytes were served of an image of {size}");
@@ -212,6 +212,7 @@ impl AfterCut<'_> {
         }
         let guest = Vm::boot_disk(self.images, &format!("vm-a-cut-{cut}"), disk, |_| Ok(()))?;
         is_the_deployed_node_image(&guest)?;
+        contains(&guest.ask("ostree admin status")?, &format!("* testbed {}.", self.new.concat()))?;
         nothing_failed(&guest)
     }
 
@@ -224,7 +225,8 @@ impl AfterCut<'_> {
         })?;
         guest.wait_ssh(BOOT)?;
         guest.ask("mkdir /run/disk && mount /dev/disk/by-id/virtio-spare /run/disk")?;
-        let done = guest.ask(&format!("mv /etc/later /etc/node-image-pivot.conf.d && {DEPLOY}"))?;
+        let deploy = on_the_spare_disk(&page::commands().deploy);
+        let done = guest.ask(&format!("mv /etc/later /etc/node-image-pivot.conf.d && {deploy}"))?;
         contains(&done, "in the stateroot testbed boots commit")?;
         guest.power_cut();
         same(bootable(disk)?, self.new.clone())
