@@ -3,6 +3,7 @@
 #
 #   build.sh TARGET...    targets: qemu oracle composefs debs trees boot registry all
 #   build.sh incumbent    prints the path of ostree-ext as a program, as optimised as the agent
+#   build.sh ostree-ext   the same, as the tests use it
 #   build.sh skopeo       prints the directory of a newer skopeo; builds it if it is missing
 #   build.sh runtime      prints the directory of a live bootimage with a container runtime; builds it if it is missing
 #   build.sh podman       prints the directories of one with podman, and of a newer podman as a layer upon node image a,
@@ -226,6 +227,7 @@ for target in "$@"; do
         # These print the paths of images that only some tests use. "all" does not contain the images of the benchmark.
         skopeo) skopeo_new ;;
         incumbent) incumbent ;;
+        ostree-ext) oracle ;;
         kernel) kernel ;;
         packages) packages ;;
         bench) bench encapsulated ;;

@@ -260,6 +260,11 @@ pub fn oracle() -> Result<PathBuf> {
     build("incumbent")
 }
 
+/// Returns ostree-ext as a program, as the tests use it.
+pub fn ostree_ext() -> Result<PathBuf> {
+    build("ostree-ext")
+}
+
 /// Returns the directory of an installed agent.
 pub fn agent() -> Result<PathBuf> {
     build("agent")

@@ -9,7 +9,8 @@ use testbed::cuts::{self, Recording, bootable};
 use testbed::disk;
 use testbed::files::Files;
 use testbed::guest::Guest;
-use testbed::images::{Image, Images, work_dir};
+use testbed::images::{self, Image, Images, work_dir};
+use testbed::page;
 use testbed::scenario::wait_pivoted;
 use testbed::vm::Vm;
 
@@ -19,18 +20,24 @@ use super::{EDITED, Machine, PIVOT, configured};
 const BUBBLEWRAP: &str = "mkdir /run/more && printf '#!/bin/sh\\n' >/run/more/bwrap && chmod +x /run/more/bwrap && \
                           mount -t overlay more -o lowerdir=/run/more:/usr/bin /usr/bin";
 
-const DEPLOY: &str = "node-image-pivot deploy --sysroot / --stateroot testbed --karg node.deployed";
+/// The program that acts as `ostree container image`.
+const OSTREE_EXT: &str = "/var/ostree-ext ";
+
+/// Returns the command of docs/single-node.md with a kernel argument.
+fn deploy() -> String {
+    format!("{} --karg node.deployed", page::commands().deploy_own.replace("NAME", "testbed"))
+}
 
 pub(super) fn a_pivoted_system_deploys_its_node_image_to_its_own_disk(machine: &mut Machine<'_>) -> Result<()> {
     machine.guest()?.ask(&format!("{BUBBLEWRAP} && sync"))?;
     machine.recording.as_mut().context("the writes are not recorded")?.begin()?;
     let guest = machine.guest()?;
-    let done = guest.ask(DEPLOY)?;
+    let done = guest.ask(&deploy())?;
     println!("       {done}");
     // The store is the repo of the disk.
     contains(&done, "in the stateroot testbed boots commit")?;
     contains(&done, "wrote 0 objects")?;
-    contains(&guest.ask(DEPLOY)?, "nothing to do")?;
+    contains(&guest.ask(&deploy())?, "nothing to do")?;
     // The shell of the connection runs from there.
     guest.ask("umount --lazy /usr/bin && oc version --client")?;
     contains(&guest.ask("findmnt -n -o OPTIONS /sysroot")?, "ro")?;
@@ -88,7 +95,7 @@ impl AfterCut<'_> {
         let guest = self.boot(cut, disk, &self.old)?;
         wait_pivoted(&guest, PIVOT)?;
         nothing_failed(&guest)?;
-        contains(&guest.ask(&format!("{BUBBLEWRAP} && {DEPLOY}"))?, "in the stateroot testbed boots commit")?;
+        contains(&guest.ask(&format!("{BUBBLEWRAP} && {}", deploy()))?, "in the stateroot testbed boots commit")?;
         guest.power_cut();
         same(bootable(disk)?, vec![self.new.clone(), self.old.clone()])?;
         self.the_new_system_boots(cut, disk)
@@ -128,4 +135,32 @@ pub(super) fn the_old_system_is_the_rollback(machine: &mut Machine<'_>) -> Resul
 
 pub(super) fn etc_of_the_old_system_was_merged(machine: &mut Machine<'_>) -> Result<()> {
     same(machine.guest()?.ask(&format!("tail -n 1 {EDITED}"))?, "# edited here".into())
+}
+
+/// Acts as the assisted installer does on the existing root, after the rest of the image was fetched. No layer is fetched again.
+pub(super) fn ostree_ext_deploys_the_image_as_an_installer_without_a_download(machine: &mut Machine<'_>) -> Result<()> {
+    let guest = machine.guest()?;
+    guest.ask("node-image-pivot pull --complete")?;
+    let served = || machine.registry.served_layers(&machine.images.storage, &machine.image);
+    let (before, image) = (served()?, machine.image.by_digest());
+    let deploy = page::commands().ostree_ext.replace("NAME", "testbed").replace("IMAGE", &image);
+    let deploy = deploy.replace("ostree container image ", OSTREE_EXT).replace("--imgref ", "");
+    let acts = format!(
+        "mount -o remount,rw /sysroot && mount -o remount,rw /boot && \
+         ostree refs --repo /ostree/repo --delete coreos/node-image && touch /ostree/repo/tmp/node-image && {deploy}"
+    );
+    guest.ask(&format!("{BUBBLEWRAP} && unshare -m sh -c '{acts}'"))?;
+    guest.ask("umount --lazy /usr/bin && oc version --client")?;
+    same(served()?, before)?;
+    println!("       {} of {} bytes were served in all", before.0, before.1);
+    contains(&guest.ask("ostree admin status")?, "(pending)")?;
+    let origins = guest.ask("cat /sysroot/ostree/deploy/testbed/deploy/*.origin")?;
+    contains(&origins, &format!("container-image-reference=ostree-unverified-registry:{image}"))
+}
+
+/// Puts the program of [`ostree_ext_deploys_the_image_as_an_installer_without_a_download`] on the disk.
+pub(super) fn put_ostree_ext(machine: &Machine<'_>) -> Result<()> {
+    let program = images::ostree_ext()?;
+    let copy = format!("cp '{}' ostree/deploy/testbed{}", program.display(), OSTREE_EXT.trim_end());
+    disk::on_disk(&machine.disk, &copy).map(drop)
 }

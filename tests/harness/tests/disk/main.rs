@@ -26,8 +26,8 @@ use testbed::vm::{self, Vm};
 use deployed::{
     a_pivoted_system_deploys_its_node_image_to_its_own_disk,
     a_power_cut_during_the_deployment_leaves_the_old_or_the_new_system, etc_of_the_old_system_was_merged,
-    the_deployed_node_image_boots, the_node_image_needs_no_pivot, the_old_system_is_the_rollback,
-    writes_to_the_disk_are_recorded,
+    ostree_ext_deploys_the_image_as_an_installer_without_a_download, put_ostree_ext, the_deployed_node_image_boots,
+    the_node_image_needs_no_pivot, the_old_system_is_the_rollback, writes_to_the_disk_are_recorded,
 };
 
 const BOOT: Duration = Duration::from_secs(300);
@@ -223,13 +223,14 @@ fn on_the_disk<'a>() -> [Scenario<Machine<'a>>; 9] {
 }
 
 /// Returns the scenarios about a pivot to an image of which the disk has most objects.
-fn from_the_disk<'a>() -> [Scenario<Machine<'a>>; 5] {
+fn from_the_disk<'a>() -> [Scenario<Machine<'a>>; 6] {
     scenarios![
         programs_are_those_of_the_next_node_image,
         only_the_objects_that_the_disk_lacks_are_stored,
         the_directory_of_the_last_boot_is_removed,
         the_ref_is_where_an_installer_to_the_existing_root_looks_for_it,
         usr_stays_readable_when_an_installer_deletes_the_ref_and_lets_ostree_clean,
+        ostree_ext_deploys_the_image_as_an_installer_without_a_download,
     ]
 }
 
@@ -362,7 +363,7 @@ fn the_next_node_image_is_configured(machine: &mut Machine<'_>) -> Result<()> {
     machine.image = machine.images.image("node-small")?.clone();
     machine.kernel.clone_from(&machine.installed);
     machine.kargs = entry(&machine.disk, 2)?;
-    Ok(())
+    put_ostree_ext(machine)
 }
 
 fn the_booted_deployment_is_the_old_one(machine: &mut Machine<'_>) -> Result<()> {
