@@ -95,11 +95,12 @@ impl Recording {
     }
 }
 
-/// Returns the moments of `count` power cuts between two writes, in order. Every second one is among the last writes.
+/// Returns the moments of `count` power cuts between two writes, in order. Every second one is among the last twentieth of the
+/// writes, and half of these among the last hundredth.
 fn moments(first: usize, end: usize, count: usize) -> Vec<usize> {
-    let last = end - (end - first) / 20;
-    let mut moments: Vec<_> =
-        (0..count).map(|cut| pick(cut, if cut % 2 == 0 { first } else { last }, end + 1)).collect();
+    let last = |share: usize| end - (end - first) / share;
+    let from = |cut: usize| [first, last(20), first, last(100)][cut % 4];
+    let mut moments: Vec<_> = (0..count).map(|cut| pick(cut, from(cut), end + 1)).collect();
     moments.sort_unstable();
     moments
 }
