@@ -1,11 +1,13 @@
 //! Scenarios that machines and containers share about a guest without a pivot: one that waits, or is left alone.
 
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
 
 use crate::check::{contains, contains_any, nothing_failed, same};
 use crate::guest::Guest;
+use crate::images::Image;
 use crate::proc::wait_for;
 use crate::scenario::unit_is;
 use crate::scenarios;
@@ -41,6 +43,56 @@ fn a_system_that_is_left_alone_keeps_its_usr(guest: &mut AnyGuest<'_>) -> Result
 
 fn a_system_that_is_left_alone_has_no_failed_unit(guest: &mut AnyGuest<'_>) -> Result<()> {
     nothing_failed(*guest)
+}
+
+struct Live<'a> {
+    guest: &'a dyn Guest,
+    /// Directory of its bootimage.
+    boot: &'a Path,
+    image: &'a Image,
+}
+
+/// Runs the scenarios about a live system of the bootimage in `boot`, without a pivot. A registry that it reaches has `image`.
+pub fn boots_as_a_live_system(suite: &mut Suite, guest: &dyn Guest, boot: &Path, image: &Image) -> bool {
+    suite.covers(guest, Flow::LeftAlone, "boots_as_a_live_system");
+    suite.run(
+        &mut Live { guest, boot, image },
+        &scenarios![
+            systemd_reports_running,
+            libostree_lists_the_booted_deployment,
+            usr_is_read_only_and_etc_and_var_are_not,
+            the_system_is_marked_as_live,
+            a_new_ssh_login_works,
+            skopeo_finds_a_node_image_through_the_mirror,
+        ],
+    )
+}
+
+fn systemd_reports_running(live: &mut Live<'_>) -> Result<()> {
+    same(live.guest.ask("systemctl is-system-running --wait || systemctl --failed")?, "running".into())
+}
+
+fn libostree_lists_the_booted_deployment(live: &mut Live<'_>) -> Result<()> {
+    let commit = std::fs::read_to_string(live.boot.join("commit"))?;
+    contains(&live.guest.ask("ostree admin status")?, &format!("* testbed {}", commit.trim()))
+}
+
+fn usr_is_read_only_and_etc_and_var_are_not(live: &mut Live<'_>) -> Result<()> {
+    same(live.guest.run("touch /usr/x")?.status, 1)?;
+    same(live.guest.ask("touch /etc/x /var/x && echo yes")?, "yes".into())
+}
+
+fn the_system_is_marked_as_live(live: &mut Live<'_>) -> Result<()> {
+    live.guest.ask("test -e /run/ostree-live -a -e /run/ostree-booted").map(drop)
+}
+
+fn a_new_ssh_login_works(live: &mut Live<'_>) -> Result<()> {
+    same(live.guest.login("echo in")?.text.trim().to_string(), "in".into())
+}
+
+fn skopeo_finds_a_node_image_through_the_mirror(live: &mut Live<'_>) -> Result<()> {
+    let inspect = format!("skopeo inspect --no-tags docker://{}", live.image.by_tag());
+    contains(&live.guest.ask(&inspect)?, "ostree.final-diffid")
 }
 
 /// Words of which one is in the reason: the mirror refuses the connection, and DNS does not have the registry behind it.

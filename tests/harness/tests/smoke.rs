@@ -4,61 +4,17 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use testbed::check::{contains, same};
+use testbed::check::contains;
 use testbed::container::{self, Container, Network};
 use testbed::guest::Guest;
 use testbed::images::{Images, work_dir};
 use testbed::registry::{Registry, registries_conf};
 use testbed::scenarios;
 use testbed::suite::Suite;
-use testbed::table::Flow;
+use testbed::unpivoted::boots_as_a_live_system;
 use testbed::vm::{self, Vm};
 
 const MIRROR: &str = "/etc/containers/registries.conf.d/50-testbed.conf";
-
-type AnyGuest<'a> = &'a dyn Guest;
-
-fn boots_as_a_live_system(suite: &mut Suite, mut guest: &dyn Guest) {
-    suite.covers(guest, Flow::LeftAlone, "boots_as_a_live_system");
-    suite.run(
-        &mut guest,
-        &scenarios![
-            systemd_reports_running,
-            libostree_lists_the_booted_deployment,
-            usr_is_read_only_and_etc_and_var_are_not,
-            the_system_is_marked_as_live,
-            a_new_ssh_login_works,
-            skopeo_finds_a_node_image_through_the_mirror,
-        ],
-    );
-}
-
-fn systemd_reports_running(guest: &mut AnyGuest<'_>) -> Result<()> {
-    same(guest.ask("systemctl is-system-running --wait || systemctl --failed")?, "running".into())
-}
-
-fn libostree_lists_the_booted_deployment(guest: &mut AnyGuest<'_>) -> Result<()> {
-    let commit = std::fs::read_to_string(Images::ensure()?.boot.join("commit"))?;
-    contains(&guest.ask("ostree admin status")?, &format!("* testbed {}", commit.trim()))
-}
-
-fn usr_is_read_only_and_etc_and_var_are_not(guest: &mut AnyGuest<'_>) -> Result<()> {
-    same(guest.run("touch /usr/x")?.status, 1)?;
-    same(guest.ask("touch /etc/x /var/x && echo yes")?, "yes".into())
-}
-
-fn the_system_is_marked_as_live(guest: &mut AnyGuest<'_>) -> Result<()> {
-    guest.ask("test -e /run/ostree-live -a -e /run/ostree-booted").map(drop)
-}
-
-fn a_new_ssh_login_works(guest: &mut AnyGuest<'_>) -> Result<()> {
-    same(guest.login("echo in")?.text.trim().to_string(), "in".into())
-}
-
-fn skopeo_finds_a_node_image_through_the_mirror(guest: &mut AnyGuest<'_>) -> Result<()> {
-    let image = Images::ensure()?.image("node-a")?.by_tag();
-    contains(&guest.ask(&format!("skopeo inspect --no-tags docker://{image}"))?, "ostree.final-diffid")
-}
 
 #[test]
 fn a_container_boots() -> Result<()> {
@@ -74,7 +30,7 @@ fn a_container_boots() -> Result<()> {
     let mut guest = Some(guest);
     suite.run(&mut guest, &scenarios![a_container_reaches_multi_user]);
     if let Some(guest) = &guest {
-        boots_as_a_live_system(&mut suite, guest);
+        boots_as_a_live_system(&mut suite, guest, &images.boot, images.image("node-a")?);
     }
     suite.run(&mut guest, &scenarios![a_container_powers_off]);
     suite.finish()
@@ -108,7 +64,7 @@ fn a_virtual_machine_boots() -> Result<()> {
     let mut guest =
         Vm::start(images, &setup, |files| files.put(MIRROR, 0o644, &registries_conf(vm::HOST, registry.port)))?;
     suite.run(&mut guest, &scenarios![ssh_answers]);
-    boots_as_a_live_system(&mut suite, &guest);
+    boots_as_a_live_system(&mut suite, &guest, &images.boot, images.image("node-a")?);
     suite.run(&mut guest, &scenarios![the_console_takes_a_login]);
     suite.finish()
 }

@@ -1,6 +1,6 @@
 //! A system with a composefs root is installed to a file system with fs-verity, and its repo demands it. It pivots, and
 //! deploys its node image with sealed objects. The deployment boots with a root that reads no others, and the old system
-//! boots and pivots again. The same system pivots from a live medium. On virtual machines.
+//! boots and pivots again. The same system pivots from live media. On virtual machines.
 //! `make check-sealed`
 
 mod live;
