@@ -44,6 +44,7 @@ mod signed;
 mod sparse;
 mod stalled;
 mod tree;
+mod undeployable;
 mod unpacked;
 mod waits;
 
