@@ -28,11 +28,13 @@ async fn interrupt(fstype: &str, of: impl Fn(&Bench) -> Image, stop: impl Fn(&Di
     let repo = system.disk.repo();
     let before = system.booted.content_objects().unwrap();
     let mark = format!("state/{}.commitpartial", pulled.commit);
+    let mut interrupted = 0;
     for path in blobs.iter().chain(&images).map(|name| format!("refs/heads/{name}")).chain([mark]) {
         let mut child = spawn_pull(&spec, &system, true);
         while !repo.join(&path).exists() && child.try_wait().unwrap().is_none() {
-            std::thread::yield_now();
+            std::thread::sleep(Duration::from_micros(50));
         }
+        interrupted += u32::from(child.try_wait().unwrap().is_none());
         stop(&system.disk, &mut child);
         system.is_sound();
         let found = refs(&repo);
@@ -52,6 +54,7 @@ async fn interrupt(fstype: &str, of: impl Fn(&Bench) -> Image, stop: impl Fn(&Di
         run("ostree", &["prune", &repo_option(&repo), "--refs-only"]);
         assert_eq!(system.booted.content_objects().unwrap(), before);
     }
+    assert!(interrupted > 0, "{fstype}: each pull ended before it was interrupted");
     assert!(try_pull_with(&spec, &system.store(), Some(&system.booted), complete()).await.unwrap().complete);
     system.is_sound();
 }
