@@ -103,10 +103,8 @@ async fn booted_repos_of_other_modes_lead_to_the_same_commit() {
     }
 }
 
-/// A copy of a damaged object would be an object with a valid name.
-#[tokio::test(flavor = "multi_thread")]
-async fn damaged_content_of_the_booted_repo_is_not_relabelled() {
-    let bench = Bench::new();
+/// Pulls a system whose `/usr/bin/bash` [`relabelling`] relabels. Returns the name and the path of that object.
+async fn booted_bash(bench: &Bench) -> (BootedRepo, String, PathBuf) {
     let booted = bench.store("booted", None);
     let system = bench.push(&of(&[labelled_system()]), "os:system");
     let commit = try_pull_with(&system, &booted, None, complete()).await.unwrap().commit;
@@ -116,13 +114,32 @@ async fn damaged_content_of_the_booted_repo_is_not_relabelled() {
     );
     let id = shown.split_whitespace().nth(4).unwrap();
     let object = booted.object_path(&id.parse().unwrap(), ObjectType::File);
+    (BootedRepo { path: booted.repo_path().to_owned(), commit: Some(commit) }, id.to_owned(), object)
+}
+
+/// A copy of a damaged object would be an object with a valid name.
+#[tokio::test(flavor = "multi_thread")]
+async fn damaged_content_of_the_booted_repo_is_not_relabelled() {
+    let bench = Bench::new();
+    let (booted, id, object) = booted_bash(&bench).await;
     let mut content = fs::read(&object).unwrap();
     content[0] ^= 1;
     fs::write(&object, content).unwrap();
-    let booted = BootedRepo { path: booted.repo_path().to_owned(), commit: Some(commit) };
     let store = bench.store("store", Some(&booted));
     let refused = try_pull(&bench.push(&relabelling(), "os:new"), &store, Some(&booted)).await.unwrap_err();
-    assert!(refused.kind == Kind::Local && refused.message.contains(id), "{refused}");
+    assert!(refused.kind == Kind::Local && refused.message.contains(&id), "{refused}");
     assert!(refused.to_string().contains("/usr/bin/bash") && refused.to_string().contains("ostree fsck"), "{refused}");
     assert_eq!(store.resolve_ref().unwrap(), None);
+}
+
+/// The kernel reports another label for such an object.
+#[tokio::test(flavor = "multi_thread")]
+async fn content_of_the_booted_repo_whose_label_is_not_in_the_loaded_policy_is_relabelled() {
+    let bench = Bench::new();
+    let (booted, _, object) = booted_bash(&bench).await;
+    support::xattr::set(&object, support::xattr::LABEL, b"system_u:object_r:unlabeled_t:s0").unwrap();
+    let spec = bench.push(&relabelling(), "os:new");
+    let [store, whole] = [("store", Some(&booted)), ("whole", None)].map(|(name, of)| bench.store(name, of));
+    let pulled = try_pull(&spec, &store, Some(&booted)).await.unwrap();
+    assert_eq!(pulled.commit, try_pull_with(&spec, &whole, None, complete()).await.unwrap().commit);
 }

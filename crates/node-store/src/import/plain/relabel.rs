@@ -347,9 +347,10 @@ fn copy(
         let xattrs = Xattrs::from_pairs(others.chain(label.map(|label| (xattr::LABEL, label))));
         FileMeta { uid: stat.uid(), gid: stat.gid(), mode: stat.mode() & 0o7777, target: target.clone(), xattrs }
     };
-    if import.booted_file(id).is_some() {
+    let reported = xattrs.get(xattr::LABEL).map(Vec::as_slice);
+    if import.booted_file(id).is_some() && !reported.is_some_and(is_unknown) {
         // The kernel reports a label of an object that was written without one.
-        let before = [labelled(xattrs.get(xattr::LABEL).map(Vec::as_slice)), labelled(None)];
+        let before = [labelled(reported), labelled(None)];
         if !before.iter().try_fold(false, |found, meta| Ok(found || has_checksum(&path, meta, id)?)).map_err(fail)? {
             return Err(damaged(import, id, at));
         }
@@ -379,6 +380,12 @@ fn copy(
         import.derived_stored(&made, stat.len());
     }
     Ok(made)
+}
+
+/// Returns true if the label is that which the kernel reports instead of one that is not in the loaded policy. The checksum
+/// of the object cannot be computed then.
+fn is_unknown(label: &[u8]) -> bool {
+    label.split(|byte| matches!(byte, b':' | 0)).nth(2) == Some(b"unlabeled_t")
 }
 
 /// Returns true if the file or symlink at `path` is the object `id`.
