@@ -317,7 +317,7 @@ fn tmpfiles_of_the_node_image_exist(bed: &mut Pivoted<'_>) -> Result<()> {
     same(bed.guest.ask("stat -c %U /run/kubelet-svc/created-by-tmpfiles")?, "kubelet-svc".into())
 }
 
-/// Those of its own files, beside those of sysusers.
+/// Looks for the users and groups of the image's `passwd` and `group` files, beside those of sysusers.
 fn users_and_groups_of_the_node_image_exist(bed: &mut Pivoted<'_>) -> Result<()> {
     let all = "for file in passwd group; do cut -d: -f1 /usr/etc/$file | xargs getent $file || exit; done";
     bed.guest.ask(&format!("{{ {all}; }} >/dev/null")).map(drop)

@@ -85,7 +85,7 @@ fn a_part_of_a_list_is_a_missing_one() {
         store.write_layer_list("layer", list.clone()).unwrap();
         assert_eq!(store.read_layer_list("layer").unwrap(), Some(list));
         let whole = fs::read(store.lists().join("layer")).unwrap();
-        // What a file system may leave: the beginning, or zeros in the place of blocks that were not written.
+        // A file system may leave the beginning, or zeros in the place of blocks that were not written.
         let zeros = vec![0; whole.len()];
         for part in [&whole[..0], &whole[..1], &whole[..whole.len() - 1], &whole[..whole.len() / 64 * 32], &zeros] {
             if *part != whole[..] {
