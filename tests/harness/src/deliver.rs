@@ -40,7 +40,7 @@ pub fn with_initramfs(stock: &Path, archives: &[PathBuf], into: &Path) -> Result
 pub fn append_to_entries(packed: &Path, disk: &Path) -> Result<()> {
     let script = format!(
         "for initramfs in boot/ostree/*/initramfs*; do
-             cat \"$initramfs\" '{}' >boot/new && mv boot/new \"$initramfs\" || exit 1
+             cp --preserve \"$initramfs\" boot/new; cat '{}' >>boot/new; mv boot/new \"$initramfs\"
          done",
         packed.display()
     );
