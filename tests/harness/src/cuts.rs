@@ -168,7 +168,7 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
 /// the repo, which has all objects of its commit. Returns the commits of the entries, the one that boots next first.
 pub fn bootable(disk: &Path) -> Result<Vec<String>> {
     const CHECK: &str = r#"
-        shopt -s nullglob
+        set -o pipefail; shopt -s nullglob
         ostree fsck -q --repo=ostree/repo >/dev/null
         # fsck does not look for the objects of a commit that is marked as partial.
         for ref in $(ostree refs --repo=ostree/repo --list ostree/container); do
