@@ -311,8 +311,8 @@ impl<'a> FileWrite<'a> {
         }
         self.file()?;
         let Self { writer, meta, file, .. } = self;
-        file.map_or(Ok(()), |file| writer.seal(file, &actual, &meta))?;
-        Ok((actual, true))
+        let stored = file.map(|file| writer.seal(file, &actual, &meta)).transpose()?.is_some();
+        Ok((actual, stored))
     }
 }
 
