@@ -9,7 +9,8 @@ use support::clock::boottime_ms;
 use crate::layer_read::{LayerRead, Reading};
 use crate::rate::Rate;
 
-/// Live counters of a pull. Within one attempt no field decreases, except `bytes_total`.
+/// Live counters of a pull. Within one attempt only `bytes_total` and `layers_done` can decrease, the latter when a layer is
+/// read that counted as done.
 #[derive(Debug, Default)]
 pub struct PullProgress {
     counters: Mutex<ProgressSnapshot>,
