@@ -14,7 +14,7 @@ use support::xattr;
 use super::error::{DeployError, failed};
 use super::reference::OstreeReference;
 use super::seal::{self, Sealer};
-use super::space;
+use super::space::{self, Missing};
 
 /// An image in the node store.
 pub(crate) struct Content<'a> {
@@ -25,21 +25,6 @@ pub(crate) struct Content<'a> {
     pub commit: ObjectId,
     /// Refs of the image and of its layers, with their commits.
     refs: BTreeMap<String, ObjectId>,
-}
-
-/// The objects of an image, and the share of them that a repo lacks.
-#[derive(Debug, Default)]
-pub(crate) struct Missing {
-    /// All objects of the image and its layers.
-    pub all: HashSet<ostree::ObjectName>,
-    pub count: usize,
-    pub bytes: u64,
-    /// Space for fs-verity of all objects that have none.
-    pub seals: u64,
-    /// Directories of the commits, those that the repo has included.
-    pub directories: u64,
-    /// Size of a block of the disk in bytes. A file needs at most one besides its content, with its inode.
-    pub block: u64,
 }
 
 impl<'a> Content<'a> {

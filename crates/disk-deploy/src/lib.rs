@@ -118,7 +118,7 @@ pub fn deploy(
     }
     content::finish_staged(&sysroot.repo(), cancel)?;
     let missing = content.missing_in(&sysroot.repo(), sealer, cancel)?;
-    space::check(&sysroot, &content, &missing, cancel)?;
+    space::check(&sysroot, &content.repo, &content.commit, &missing, cancel)?;
     info!("writing {} objects to {}", missing.count, request.sysroot.display());
     content.write(&missing, &sysroot.repo(), sealer, &imgref, progress, cancel)?;
     info!("writing the deployment to {}", request.sysroot.display());

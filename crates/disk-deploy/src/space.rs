@@ -1,7 +1,9 @@
 //! Checks that a deployment fits before anything is written.
 
+use std::collections::HashSet;
 use std::path::Path;
 
+use node_store::store::ObjectId;
 use ostree::prelude::{FileEnumeratorExt, FileExt};
 use ostree::{gio, glib};
 use rustix::fs::{StatVfs, StatVfsMountFlags, statvfs};
@@ -9,7 +11,6 @@ use rustix::io::Errno;
 use support::human_bytes;
 use tracing::info;
 
-use super::content::{Content, Missing};
 use super::error::{DeployError, failed, listed};
 
 /// Assumed size of a block if that of the file system is smaller.
@@ -18,15 +19,32 @@ const BLOCK: u64 = 4096;
 const IMAGE_ENTRY: u64 = 256;
 const ATTRIBUTES: &str = "standard::name,standard::type,standard::size";
 
-/// Compares the needed space with the free space of the sysroot and of its `/boot`, which may be another file system.
+/// The objects of an image, and the share of them that a repo lacks.
+#[derive(Debug, Default)]
+pub(crate) struct Missing {
+    /// All objects of the image and its layers.
+    pub all: HashSet<ostree::ObjectName>,
+    pub count: usize,
+    pub bytes: u64,
+    /// Space for fs-verity of all objects that have none.
+    pub seals: u64,
+    /// Directories of the commits, those that the repo has included.
+    pub directories: u64,
+    /// Size of a block of the disk in bytes. A file needs at most one besides its content, with its inode.
+    pub block: u64,
+}
+
+/// Compares the space that a commit of `repo` needs with the free space of the sysroot and of its `/boot`, which may be another
+/// file system.
 pub(crate) fn check(
     sysroot: &ostree::Sysroot,
-    content: &Content<'_>,
+    repo: &ostree::Repo,
+    commit: &ObjectId,
     missing: &Missing,
     cancel: &gio::Cancellable,
 ) -> Result<(), DeployError> {
     let fail = || failed("list the image's files");
-    let (root, _) = content.repo.read_commit(&content.commit.to_string(), Some(cancel)).map_err(fail())?;
+    let (root, _) = repo.read_commit(&commit.to_string(), Some(cancel)).map_err(fail())?;
     let (etc, etc_files) =
         size_below(&root.resolve_relative_path("usr/etc"), missing.block, &|_| true).map_err(fail())?;
     let is_boot_file = |name: &Path| {
@@ -34,7 +52,7 @@ pub(crate) fn check(
         name.starts_with("vmlinuz") || name.starts_with("initramfs") || name.ends_with(".dtb")
     };
     // Deployments of one commit share the kernel in /boot.
-    let has_kernel = sysroot.deployments().iter().any(|other| other.csum() == content.commit.to_string());
+    let has_kernel = sysroot.deployments().iter().any(|other| other.csum() == commit.to_string());
     let boot = match has_kernel {
         true => 0,
         false => {
