@@ -29,9 +29,14 @@ async fn interrupt(fstype: &str, of: impl Fn(&Bench) -> Image, stop: impl Fn(&Di
     let before = system.booted.content_objects().unwrap();
     let mark = format!("state/{}.commitpartial", pulled.commit);
     let mut interrupted = 0;
-    for path in blobs.iter().chain(&images).map(|name| format!("refs/heads/{name}")).chain([mark]) {
+    let paths = blobs.iter().chain(&images).map(|name| format!("refs/heads/{name}")).chain([mark]).collect::<Vec<_>>();
+    for (round, path) in paths.iter().cycle().take(5 * paths.len()).enumerate() {
+        // On a busy machine, each pull may end before the poll sees the file.
+        if round >= paths.len() && interrupted > 0 {
+            break;
+        }
         let mut child = spawn_pull(&spec, &system, true);
-        while !repo.join(&path).exists() && child.try_wait().unwrap().is_none() {
+        while !repo.join(path).exists() && child.try_wait().unwrap().is_none() {
             std::thread::sleep(Duration::from_micros(50));
         }
         interrupted += u32::from(child.try_wait().unwrap().is_none());
