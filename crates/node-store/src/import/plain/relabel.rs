@@ -382,8 +382,8 @@ fn copy(
     Ok(made)
 }
 
-/// Returns true if the label is that which the kernel reports instead of one that is not in the loaded policy. The checksum
-/// of the object cannot be computed then.
+/// Returns true if the kernel reports this label in the place of one that the loaded policy lacks. The checksum of the object
+/// cannot be computed then.
 fn is_unknown(label: &[u8]) -> bool {
     label.split(|byte| matches!(byte, b':' | 0)).nth(2) == Some(b"unlabeled_t")
 }
