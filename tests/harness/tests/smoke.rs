@@ -1,4 +1,5 @@
-//! The test bed itself, without a pivot: each kind of guest boots and reaches what it needs.
+//! The test bed itself: each kind of guest boots and reaches what it needs. The virtual machine then becomes its node image in
+//! the assisted flow.
 //! `make check-one NAME=smoke`
 
 use std::time::Duration;
@@ -9,6 +10,7 @@ use testbed::container::{self, Container, Network};
 use testbed::guest::Guest;
 use testbed::images::{Images, work_dir};
 use testbed::registry::{Registry, registries_conf};
+use testbed::scenario::{Before, Expected, configured_later, configured_now, node_files, switched_in_use};
 use testbed::scenarios;
 use testbed::suite::Suite;
 use testbed::unpivoted::boots_as_a_live_system;
@@ -45,6 +47,11 @@ fn a_container_powers_off(guest: &mut Option<Container>) -> Result<()> {
     guest.take().context("the container is off")?.power_off()
 }
 
+struct Machine {
+    guest: Vm,
+    before: Option<Before>,
+}
+
 #[test]
 fn a_virtual_machine_boots() -> Result<()> {
     let images = Images::ensure()?;
@@ -56,23 +63,34 @@ fn a_virtual_machine_boots() -> Result<()> {
         medium: vm::Medium::Iso,
         spare: None,
         recording: None,
-        kargs: &["node-image-pivot=off"],
+        kargs: &[],
         memory_mib: 3072,
         cpu: vm::CPU,
-        limit: Duration::from_secs(600),
+        limit: Duration::from_secs(900),
     };
-    let mut guest =
-        Vm::start(images, &setup, |files| files.put(MIRROR, 0o644, &registries_conf(vm::HOST, registry.port)))?;
-    suite.run(&mut guest, &scenarios![ssh_answers]);
-    boots_as_a_live_system(&mut suite, &guest, &images.boot, images.image("node-a")?);
-    suite.run(&mut guest, &scenarios![the_console_takes_a_login]);
+    let expected = Expected::node_a(images.image("node-a")?);
+    let guest = Vm::start(images, &setup, |files| {
+        node_files(files, &expected.image.by_digest(), vm::HOST, registry.port)?;
+        configured_later(files)
+    })?;
+    let mut machine = Machine { guest, before: None };
+    suite.run(&mut machine, &scenarios![ssh_answers]);
+    boots_as_a_live_system(&mut suite, &machine.guest, &images.boot, expected.image);
+    suite.run(&mut machine, &scenarios![the_console_takes_a_login, the_image_is_configured after ssh_answers]);
+    let Machine { guest, before } = &machine;
+    switched_in_use(&mut suite, "the_image_is_configured", guest, before.as_ref(), &expected);
     suite.finish()
 }
 
-fn ssh_answers(guest: &mut Vm) -> Result<()> {
-    guest.wait_ssh(Duration::from_secs(180))
+fn ssh_answers(machine: &mut Machine) -> Result<()> {
+    machine.guest.wait_ssh(Duration::from_secs(180))
 }
 
-fn the_console_takes_a_login(guest: &mut Vm) -> Result<()> {
-    contains(&guest.console_run("uname -r", Duration::from_secs(180))?, "-cloud-amd64")
+fn the_image_is_configured(machine: &mut Machine) -> Result<()> {
+    machine.before = Some(Before::of(&machine.guest)?);
+    configured_now(&machine.guest)
+}
+
+fn the_console_takes_a_login(machine: &mut Machine) -> Result<()> {
+    contains(&machine.guest.console_run("uname -r", Duration::from_secs(180))?, "-cloud-amd64")
 }
