@@ -144,7 +144,7 @@ fn a_system_with_a_composefs_root_pivots_and_deploys_sealed_objects() -> Result<
             no_unit_has_failed after the_deployed_node_image_boots_without_a_registry,
         ],
     );
-    suite.part("third boot, of the old system");
+    suite.part("third boot, of the old system, whose repo no longer demands fs-verity");
     suite.run_after(
         "the_node_image_is_deployed_to_the_own_sysroot",
         &mut machine,
@@ -154,6 +154,8 @@ fn a_system_with_a_composefs_root_pivots_and_deploys_sealed_objects() -> Result<
         ],
     );
     becomes_the_node_image(&mut suite, &mut machine);
+    let on_the_disk = scenarios![the_node_store_is_on_the_disk, the_ref_of_the_node_image_can_be_deployed];
+    suite.run_after("the_machine_becomes_its_node_image", &mut machine, &on_the_disk);
     if let Some(guest) = &machine.on {
         undoes(&mut suite, "the_machine_becomes_its_node_image", guest);
         suite.covers(guest, Flow::Bootstrap, "a_system_with_a_composefs_root_pivots_and_deploys_sealed_objects");
@@ -297,7 +299,32 @@ fn the_old_system_is_the_rollback(machine: &mut Machine) -> Result<()> {
 fn the_old_system_boots(machine: &mut Machine) -> Result<()> {
     machine.registry.resume()?;
     machine.select(2)?;
+    on_disk(&machine.disk, "ostree config --repo=ostree/repo set ex-integrity.fsverity no")?;
     machine.boot()
+}
+
+/// The objects of the image have fs-verity since the deployment. The disk has all of them.
+fn the_node_store_is_on_the_disk(machine: &mut Machine) -> Result<()> {
+    let guest = machine.guest()?;
+    let status = guest.status()?;
+    same(status["progress"]["objects_done"].as_u64().unwrap_or(0), 0)?;
+    same(status["cost"]["ram_store_bytes"].as_u64(), Some(0))?;
+    guest.ask("! findmnt -n -S node-image-store")?;
+    let links: u32 = guest.ask(&format!("stat -c %h {REPO}/extensions/node-image-pivot/boot-*/usr/bin/oc"))?.parse()?;
+    match links {
+        0 | 1 => bail!("a file of the new /usr is not a link to an object of the repo"),
+        _ => Ok(()),
+    }
+}
+
+/// The undeployment lets ostree remove all objects that no ref reaches.
+fn the_ref_of_the_node_image_can_be_deployed(machine: &mut Machine) -> Result<()> {
+    let guest = machine.guest()?;
+    guest.ask("ostree admin undeploy 0 && ! ostree admin status | grep -v '^\\*' | grep '^ *testbed'")?;
+    guest.ask("ostree admin deploy --os=testbed coreos/node-image")?;
+    let commit = machine.pair.image.commit.as_deref().context("the image has no commit")?;
+    contains(&guest.ask("ostree admin status")?, &format!("testbed {commit}.0 (pending)"))?;
+    guest.ask("oc version --client").map(drop)
 }
 
 fn undo_restores_the_composefs_root(guest: &mut AnyGuest<'_>) -> Result<()> {
