@@ -265,13 +265,19 @@ fn the_image_of_its_root_is_sealed(machine: &mut Machine) -> Result<()> {
 
 /// An earlier release of the agent may have written it.
 fn a_deployment_that_lacks_fs_verity_is_written_again(machine: &mut Machine) -> Result<()> {
-    let (guest, image) = (machine.guest()?, machine.image_of_the_next_root()?);
-    let replace = "chattr -i $(dirname $0) && cp $0 $0.new && mv $0.new $0 && lsattr $0";
-    let unsealed = guest.ask(&format!("unshare -m sh -c 'mount -o remount,rw /sysroot && {replace}' {image}"))?;
-    same(unsealed.split(' ').next().unwrap_or_default().contains('V'), false)?;
-    contains(&guest.ask(DEPLOY)?, "wrote 0 objects")?;
-    the_image_of_its_root_is_sealed(machine)?;
-    contains(&machine.guest()?.ask(DEPLOY)?, "nothing to do")
+    let commit = machine.pair.image.commit.as_deref().context("the image has no commit")?;
+    let object = format!("ostree ls --repo={REPO} -C {commit} /usr/bin/oc | grep -o '[0-9a-f]\\{{64\\}}'");
+    let object = machine.guest()?.ask(&format!("{object} | sed 's,^..,{REPO}/objects/&/,; s,$,.file,'"))?;
+    for file in [machine.image_of_the_next_root()?, object] {
+        let guest = machine.guest()?;
+        let replace = "chattr -i $(dirname $0) && cp -a $0 $0.new && mv $0.new $0 && lsattr $0";
+        let unsealed = guest.ask(&format!("unshare -m sh -c 'mount -o remount,rw /sysroot && {replace}' {file}"))?;
+        same(unsealed.split(' ').next().unwrap_or_default().contains('V'), false)?;
+        contains(&guest.ask(DEPLOY)?, "wrote 0 objects")?;
+        contains(&guest.ask(DEPLOY)?, "nothing to do")?;
+    }
+    each_object_of_the_node_image_is_sealed(machine)?;
+    the_image_of_its_root_is_sealed(machine)
 }
 
 fn the_deployed_node_image_boots_without_a_registry(machine: &mut Machine) -> Result<()> {
