@@ -153,7 +153,7 @@ pub(super) fn ostree_ext_deploys_the_image_as_an_installer_without_a_download(ma
     guest.ask("umount --lazy /usr/bin && oc version --client")?;
     same(served()?, before)?;
     println!("       {} of {} bytes were served in all", before.0, before.1);
-    contains(&guest.ask("ostree admin status")?, "(pending)")?;
+    contains(&guest.ask("ostree admin status")?, "(staged)")?;
     let origins = guest.ask("cat /sysroot/ostree/deploy/testbed/deploy/*.origin")?;
     contains(&origins, &format!("container-image-reference=ostree-unverified-registry:{image}"))
 }
