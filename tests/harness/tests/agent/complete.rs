@@ -1,6 +1,6 @@
 //! `pull --complete`: the agent fetches the rest of the image, which the pivot does not need.
 
-use anyhow::Result;
+use anyhow::{Context, Result, bail};
 use testbed::check::{contains, same};
 use testbed::container::{Bed, Serving};
 use testbed::derived::derive;
@@ -165,6 +165,12 @@ fn deploy_writes_the_image_to_a_disk_without_the_registry(known: &mut Known) -> 
     contains(&done, "the hook /etc/node-image-pivot/post-deploy.d/20-fail")?;
     same(guest.ask("cat /run/deployed; rm -r /etc/node-image-pivot")?, "post-deploy /var/disk".into())?;
     contains(&guest.ask("node-image-pivot report")?, "deploy")?;
+    let journal = guest.ask("journalctl --no-pager -o cat -u node-image-pivotd.service")?;
+    let place = |text: &str| journal.rfind(text).with_context(|| format!("no {text:?} in the journal"));
+    let (needed, written) = (place("the deployment needs ")?, place("objects to /var/disk")?);
+    if needed > written {
+        bail!("the needed space is stated after the first write");
+    }
     guest.ask("ostree fsck -q --repo=/var/disk/ostree/repo")?;
     contains(&guest.ask("cat /var/disk/boot/loader/entries/*.conf")?, "root=LABEL=root")?;
     let origin = guest.ask("cat /var/disk/ostree/deploy/node/deploy/*.origin")?;
