@@ -13,7 +13,7 @@ use ostree::gio;
 use super::derived::{Labels, changed_base, complete, layers, with};
 use super::disk::Disk;
 use super::failing::Small;
-use super::fixture::{Image, Repo, run};
+use super::fixture::{Image, Repo, run, run_in_namespace};
 use super::image_refs::{Counted, bootable, import, init_sysroot, plain_image, run_oracle, sysroot};
 use super::layers::oracle;
 use super::own_sysroot::in_private;
@@ -334,13 +334,9 @@ async fn attributes_that_the_store_substitutes_have_their_names_on_the_disk() {
     assert_eq!(found, [Some(b"app".to_vec()), None]);
 }
 
-/// Runs in a separate mount namespace, as the power cuts of the disk store.
 #[test]
 fn a_power_cut_during_a_deployment_leaves_a_sound_disk() {
-    let program = std::env::current_exe().unwrap();
-    let arguments = ["--mount", "--propagation", "private", program.to_str().unwrap()];
-    let test = ["--ignored", "--exact", "deploying::power_cuts", "--nocapture"];
-    print!("{}", run("unshare", &[arguments.as_slice(), &test].concat()));
+    run_in_namespace("deploying::power_cuts");
 }
 
 #[tokio::test(flavor = "multi_thread")]

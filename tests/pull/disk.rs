@@ -5,6 +5,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use super::fixture::run_in_namespace;
 use super::waits::{files_below, holder_of_the_lock, wait_for_files};
 use super::*;
 use ostree::gio::Cancellable;
@@ -216,14 +217,9 @@ async fn a_killed_pull_leaves_a_sound_repo_and_is_resumed() {
     system.is_sound();
 }
 
-/// Runs in a separate mount namespace: a copy of these mounts in another one would keep a file system alive that
-/// the test mounts again.
 #[test]
 fn a_power_cut_leaves_a_sound_repo() {
-    let program = std::env::current_exe().unwrap();
-    let arguments = ["--mount", "--propagation", "private", program.to_str().unwrap()];
-    let test = ["--ignored", "--exact", "disk::power_cuts", "--nocapture"];
-    print!("{}", run("unshare", &[arguments.as_slice(), &test].concat()));
+    run_in_namespace("disk::power_cuts");
 }
 
 /// The power goes at any moment of the pull, and at every step of its end.

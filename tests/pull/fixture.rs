@@ -21,6 +21,14 @@ pub fn run(program: &str, args: &[&str]) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
+/// Runs an ignored test of this program in a separate mount namespace: a copy of its mounts in another one would keep a file
+/// system alive that the test mounts again.
+pub fn run_in_namespace(test: &str) {
+    let program = std::env::current_exe().unwrap();
+    let unshare = ["--mount", "--propagation", "private", program.to_str().unwrap()];
+    print!("{}", run("unshare", &[unshare.as_slice(), &["--ignored", "--exact", test, "--nocapture"]].concat()));
+}
+
 /// A bare repo to commit trees to.
 pub struct Repo {
     pub path: PathBuf,

@@ -7,7 +7,7 @@ use node_store::store::{image_ref, layer_ref};
 
 use super::derived::{Labels, base, complete, layers, with};
 use super::disk::{Disk, System, forget, repo_option, spawn_pull};
-use super::fixture::{Image, fsck, listing, run};
+use super::fixture::{Image, fsck, listing, run, run_in_namespace};
 use super::image_refs::{Counted, import, refs, resolve};
 use super::layers::oracle;
 use super::*;
@@ -77,13 +77,9 @@ async fn a_kill_while_the_refs_are_set_leaves_whole_images_only() {
     .await;
 }
 
-/// Runs in a separate mount namespace, as the power cuts of a pull without the kernel modules.
 #[test]
 fn a_power_cut_while_the_refs_are_set_leaves_whole_images_only() {
-    let program = std::env::current_exe().unwrap();
-    let arguments = ["--mount", "--propagation", "private", program.to_str().unwrap()];
-    let test = ["--ignored", "--exact", "ref_cuts::power_cuts", "--nocapture"];
-    print!("{}", run("unshare", &[arguments.as_slice(), &test].concat()));
+    run_in_namespace("ref_cuts::power_cuts");
 }
 
 #[tokio::test(flavor = "multi_thread")]
