@@ -26,6 +26,21 @@ pub(in crate::import) struct DirMeta {
     pub xattrs: Pairs,
 }
 
+/// Mode and owner of most directories that a program made because an archive has no entry for them.
+const MADE: (u32, u32, u32) = (0o755, 0, 0);
+
+impl DirMeta {
+    /// Returns the mode and the owner.
+    pub fn rights(&self) -> (u32, u32, u32) {
+        (self.mode, self.uid, self.gid)
+    }
+
+    /// Returns true if the directory may have no entry in an archive.
+    pub fn is_made(&self) -> bool {
+        self.rights() == MADE
+    }
+}
+
 /// Reads a dirmeta object.
 pub(super) fn read_dirmeta(meta: &ObjectId, lookup: &mut Lookup<'_>) -> Result<DirMeta, TreeError> {
     let bytes = load(meta, ObjectType::DirMeta, lookup)?;

@@ -16,9 +16,6 @@ use crate::import::base::Base;
 use crate::import::state::Import;
 use crate::import::tree::{Lookup, TreeError, commit_root, load};
 
-/// Mode and owner of most directories that the importer of the commit made because the archive has no entry for them.
-const MADE: (u32, u32, u32) = (0o755, 0, 0);
-
 /// Reasons why the commit cannot replace the layer.
 #[derive(Debug, thiserror::Error)]
 enum Unusable {
@@ -70,7 +67,7 @@ fn tree_of_layer(import: &Import, facts: &BaseFacts, commit: &ObjectId) -> Resul
             Some(meta) => DirMeta::clone(meta),
             None => metas.entry(dirmeta).or_insert(read_dirmeta(&dirmeta, lookup)?).clone(),
         };
-        let (uid, gid, named) = (meta.uid, meta.gid, (meta.mode, meta.uid, meta.gid) != MADE);
+        let (uid, gid, named) = (meta.uid, meta.gid, !meta.is_made());
         tree.directory(&path, meta)?;
         if let Some(dir) = tree.existing(&path) {
             dir.named = named;

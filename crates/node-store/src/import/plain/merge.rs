@@ -216,16 +216,13 @@ impl Hidden {
         path: &str,
         lookup: &mut Lookup<'_>,
     ) -> Result<(), TreeError> {
-        // An encapsulated image has no parent directories. Container engines make them with this mode and owner, which
-        // the layers upon it then have.
-        const MADE: (u32, u32, u32) = (0o755, 0, 0);
-        let rights = |meta: &DirMeta| (meta.mode, meta.uid, meta.gid);
-        let ignored = rights(&layer.meta);
+        let ignored = layer.meta.rights();
         let kept = match below {
             _ if !layer.named => return Ok(()),
-            Meta::Stored(_) if ignored == MADE => return Ok(()),
-            Meta::Stored(id) => rights(&read_dirmeta(id, lookup)?),
-            Meta::New(kept) => rights(kept),
+            // An encapsulated image has no parent directories. Container engines make them, and the layers upon it have them.
+            Meta::Stored(_) if layer.meta.is_made() => return Ok(()),
+            Meta::Stored(id) => read_dirmeta(id, lookup)?.rights(),
+            Meta::New(kept) => kept.rights(),
         };
         if kept != ignored {
             let shown = |(mode, uid, gid): (u32, u32, u32)| format!("mode {mode:04o} and owner {uid}:{gid}");
