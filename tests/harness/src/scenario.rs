@@ -11,7 +11,7 @@ use crate::images::Image;
 use crate::proc::wait_for;
 use crate::registry::registries_conf;
 use crate::scenarios;
-use crate::suite::Suite;
+use crate::suite::{Scenario, Suite};
 use crate::table::Flow;
 
 /// Values by which the node images differ.
@@ -145,25 +145,17 @@ pub fn pivoted(
 ) -> bool {
     suite.covers(guest, Flow::Bootstrap, "pivoted");
     let mut bed = Pivoted { guest, before, expected };
-    let mut all = suite.run_after(
+    let mut all = suite.run_after(earlier, &mut bed, &in_both_flows());
+    all &= suite.run_after(
         earlier,
         &mut bed,
         &scenarios![
-            the_boot_id_is_unchanged,
-            usr_is_that_of_the_node_image,
-            usr_is_a_mount_of_the_agent_and_read_only,
             oc_runs_and_reaches_the_node_agent,
-            kubectl_runs,
             the_container_runtime_answers_its_command,
-            base_tool_is_newer,
             the_installed_systemd_is_that_of_the_node_image,
-            pid_1_is_the_installed_systemd,
-            a_file_became_a_directory,
             services_of_the_node_image_are_active,
             node_hello_answers_as_the_user_that_sysusers_made,
             tmpfiles_of_the_node_image_exist,
-            users_and_groups_of_the_node_image_exist,
-            files_that_only_the_bootimage_had_are_removed,
             the_service_that_only_the_bootimage_had_is_inactive,
         ],
     );
@@ -179,14 +171,6 @@ pub fn pivoted(
         earlier,
         &mut bed,
         &scenarios![
-            a_file_in_etc_that_the_administrator_changed_is_kept,
-            a_file_in_etc_that_the_administrator_added_is_kept,
-            a_file_in_etc_that_the_administrator_deleted_stays_deleted,
-            a_new_default_appears_in_etc,
-            a_changed_default_replaces_the_old_one_in_etc,
-            a_removed_default_is_removed_from_etc,
-            the_root_password_and_the_machine_id_are_unchanged,
-            a_new_ssh_login_reaches_the_new_sshd,
             the_user_manager_of_a_new_login_runs,
             no_unit_has_failed,
             systemd_reports_running,
@@ -197,6 +181,29 @@ pub fn pivoted(
             a_daemon_reload_does_not_redirect_the_boot_again,
         ],
     )
+}
+
+/// Returns the scenarios about a system that has become its node image that hold in the bootstrap and in the assisted flow.
+fn in_both_flows<'a>() -> [Scenario<Pivoted<'a>>; 17] {
+    scenarios![
+        the_boot_id_is_unchanged,
+        usr_is_that_of_the_node_image,
+        usr_is_a_mount_of_the_agent_and_read_only,
+        kubectl_runs,
+        base_tool_is_newer,
+        pid_1_is_the_installed_systemd,
+        a_file_became_a_directory,
+        users_and_groups_of_the_node_image_exist,
+        files_that_only_the_bootimage_had_are_removed,
+        a_file_in_etc_that_the_administrator_changed_is_kept,
+        a_file_in_etc_that_the_administrator_added_is_kept,
+        a_file_in_etc_that_the_administrator_deleted_stays_deleted,
+        a_new_default_appears_in_etc,
+        a_changed_default_replaces_the_old_one_in_etc,
+        a_removed_default_is_removed_from_etc,
+        the_root_password_and_the_machine_id_are_unchanged,
+        a_new_ssh_login_reaches_the_new_sshd,
+    ]
 }
 
 /// Runs every scenario about a live system that is up, and that an installer makes its node image without an isolate.
@@ -211,30 +218,16 @@ pub fn switched_in_use(
     suite.covers(guest, Flow::Assisted, "switched_in_use");
     let mut bed = Pivoted { guest, before, expected };
     let start = scenarios![both_units_become_active_when_an_installer_starts_them];
-    suite.run_after(earlier, &mut bed, &start)
+    let began = suite.run_after(earlier, &mut bed, &start);
+    let earlier = "both_units_become_active_when_an_installer_starts_them";
+    began
+        & suite.run_after(earlier, &mut bed, &in_both_flows())
         & suite.run_after(
-            "both_units_become_active_when_an_installer_starts_them",
+            earlier,
             &mut bed,
             &scenarios![
-                the_boot_id_is_unchanged,
-                usr_is_that_of_the_node_image,
-                usr_is_a_mount_of_the_agent_and_read_only,
-                kubectl_runs,
-                base_tool_is_newer,
-                pid_1_is_the_installed_systemd,
-                a_file_became_a_directory,
-                files_that_only_the_bootimage_had_are_removed,
-                users_and_groups_of_the_node_image_exist,
                 running_services_go_on_in_multi_user,
                 modules_of_the_running_kernel_are_unchanged,
-                a_file_in_etc_that_the_administrator_changed_is_kept,
-                a_file_in_etc_that_the_administrator_added_is_kept,
-                a_file_in_etc_that_the_administrator_deleted_stays_deleted,
-                a_new_default_appears_in_etc,
-                a_changed_default_replaces_the_old_one_in_etc,
-                a_removed_default_is_removed_from_etc,
-                the_root_password_and_the_machine_id_are_unchanged,
-                a_new_ssh_login_reaches_the_new_sshd,
                 no_unit_has_failed,
                 systemd_reports_running,
             ],
