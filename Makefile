@@ -197,11 +197,17 @@ demo: deps
 	$(CARGO) run --release -p testbed --bin demo
 
 # docs/benchmarks.md says what it measures. BENCH_ROUNDS=N; BENCH_QUICK=1: one round on small images;
-# BENCH_CASES=PART: only cases with that in their names; BENCH_BEFORE=COMMIT: also its importer.
-bench: deps
+# BENCH_CASES=PART: only cases with that in their names; BENCH_BEFORE=COMMIT: also its importer; BENCH_PROFILE=1: once more
+# under perf.
+bench: deps $(if $(BENCH_PROFILE),deps-perf)
 	$(CARGO) run --release -p benchmark -- compare $(if $(BENCH_ROUNDS),--rounds '$(BENCH_ROUNDS)') \
-	  $(if $(BENCH_CASES),--cases '$(BENCH_CASES)') $(if $(BENCH_BEFORE),--before '$(BENCH_BEFORE)')
+	  $(if $(BENCH_CASES),--cases '$(BENCH_CASES)') $(if $(BENCH_BEFORE),--before '$(BENCH_BEFORE)') \
+	  $(if $(BENCH_PROFILE),--profile)
 	$(CARGO) test --release -p node-image-pivot-generator --test golden start_up_time -- --nocapture
+
+.PHONY: deps-perf
+deps-perf:
+	@command -v perf >/dev/null || DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends linux-perf
 
 # The whole flow, from the start of the pull to multi-user.target. BENCH_MACHINE=container or vm: only that;
 # BENCH_IMAGE=NAME: another node image than node-b.

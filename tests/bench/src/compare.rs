@@ -19,6 +19,7 @@ use crate::images::{self, Case, Images, Set};
 use crate::limit;
 use crate::listing;
 use crate::proc::{output, run};
+use crate::profile;
 use crate::proxy::Proxy;
 use crate::registry::Registry;
 use crate::side::{Sample, Side};
@@ -41,6 +42,9 @@ pub struct Options {
     /// A commit of this project, whose importer is one more side of each round.
     #[arg(long)]
     pub before: Option<String>,
+    /// Run the agent's side once more under perf, and print the shares of its CPU time.
+    #[arg(long)]
+    pub profile: bool,
     /// A directory that `benchmark images` made, instead of the test bed's. Repeatable.
     #[arg(long, conflicts_with = "quick")]
     pub images: Vec<PathBuf>,
@@ -68,7 +72,8 @@ pub fn compare(options: &Options) -> Result<()> {
         let images = Images::read(&dir)?;
         let bench = Bench::start(&dir, oracle.clone(), before.clone())?;
         let cases: Vec<&Case> = images.cases.iter().filter(|case| options.selects(&case.name)).collect();
-        let runs = cases.iter().map(|case| bench.case(case, rounds, quick)).collect::<Result<Vec<_>>>()?;
+        let runs =
+            cases.iter().map(|case| bench.case(case, rounds, quick, options.profile)).collect::<Result<Vec<_>>>()?;
         for case in cases {
             deployments.extend(bench.deploying().runs(case, rounds)?);
         }
@@ -158,7 +163,7 @@ impl<'a> Bench<'a> {
     }
 
     /// All runs of a case.
-    fn case(&self, case: &Case, rounds: usize, quick: bool) -> Result<Runs> {
+    fn case(&self, case: &Case, rounds: usize, quick: bool, profile: bool) -> Result<Runs> {
         eprintln!("benchmark: {}: {}", case.name, case.what);
         let mut result = Runs::of(case.clone());
         // The warm-up fills the page cache, and looks closer at the result than one would between measurements.
@@ -171,14 +176,19 @@ impl<'a> Bench<'a> {
             result.incumbent.push(incumbent);
         }
         while result.ours.len() < rounds {
-            result.ours.push(self.side(Side::Ours, &case.image, None)?.0);
-            result.incumbent.push(self.side(Side::Incumbent, &case.incumbent, None)?.0);
+            result.ours.push(self.side(Side::Ours, &case.image, &[])?.0);
+            result.incumbent.push(self.side(Side::Incumbent, &case.incumbent, &[])?.0);
             if self.before.is_some() {
-                result.before.push(self.side(Side::Before, &case.image, None)?.0);
+                result.before.push(self.side(Side::Before, &case.image, &[])?.0);
             }
         }
         while let Some(image) = limit.as_ref().filter(|_| result.limit.len() < rounds) {
-            result.limit.push(self.side(Side::Limit, image, None)?.0);
+            result.limit.push(self.side(Side::Limit, image, &[])?.0);
+        }
+        if profile {
+            let samples = self.scratch.path().join("perf.data");
+            self.side(Side::Ours, &case.image, &[("--profile", &samples)])?;
+            result.profile = Some(profile::read(&samples)?);
         }
         for (ours, incumbent) in result.ours.iter().zip(&result.incumbent) {
             same_tree(&case.name, ours, incumbent)?;
@@ -193,8 +203,8 @@ impl<'a> Bench<'a> {
         Deploying { images: self.images, oracle: &self.oracle, proxy: &self.proxy }
     }
 
-    /// One run of one side; what it took, and the blobs that it asked for.
-    fn side(&self, side: Side, image: &str, listing: Option<&Path>) -> Result<(Sample, BTreeSet<String>)> {
+    /// One run of one side, with options that name files; what it took, and the blobs that it asked for.
+    fn side(&self, side: Side, image: &str, files: &[(&str, &Path)]) -> Result<(Sample, BTreeSet<String>)> {
         let place = tempfile::tempdir_in(self.scratch.path())?;
         let mut command = Command::new(std::env::current_exe()?);
         command.args(["side", side.word(), "--image", &format!("{}/{image}", self.proxy.address)]);
@@ -202,8 +212,8 @@ impl<'a> Bench<'a> {
         if let Some(before) = &self.before {
             command.arg("--before").arg(before);
         }
-        if let Some(listing) = listing {
-            command.arg("--listing").arg(listing);
+        for (option, file) in files {
+            command.arg(option).arg(file);
         }
         self.proxy.take();
         let said = output(command.stdin(Stdio::null())).with_context(|| format!("{image}: {}", side.word()))?;
@@ -219,8 +229,8 @@ impl<'a> Bench<'a> {
     fn compared(&self, case: &Case) -> Result<(Sample, Sample, BTreeSet<String>)> {
         let image = &case.image;
         let [own, other] = ["ours", "incumbent"].map(|name| self.scratch.path().join(name));
-        let (ours, fetched) = self.side(Side::Ours, image, Some(&own))?;
-        let (incumbent, _) = self.side(Side::Incumbent, &case.incumbent, Some(&other))?;
+        let (ours, fetched) = self.side(Side::Ours, image, &[("--listing", &own)])?;
+        let (incumbent, _) = self.side(Side::Incumbent, &case.incumbent, &[("--listing", &other)])?;
         same_tree(image, &ours, &incumbent)?;
         let (own, other) = (fs::read_to_string(own)?, fs::read_to_string(other)?);
         ensure!(!own.is_empty(), "{image}: the new /usr is empty");

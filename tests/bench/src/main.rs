@@ -13,6 +13,7 @@ mod limit;
 mod listing;
 mod ours;
 mod proc;
+mod profile;
 mod proxy;
 mod registry;
 mod side;

@@ -21,6 +21,7 @@ use crate::images::{Images, repo_arg};
 use crate::limit;
 use crate::listing;
 use crate::ours::{self, Pulled};
+use crate::profile;
 use crate::watch::{Watch, used};
 
 /// Side that pulls.
@@ -72,6 +73,9 @@ pub struct Task {
     /// Also write here what is in the resulting `/usr`, file by file.
     #[arg(long)]
     pub listing: Option<PathBuf>,
+    /// Run our side under perf, which writes its samples to this file.
+    #[arg(long)]
+    pub profile: Option<PathBuf>,
 }
 
 /// Costs of a run. Sizes in bytes, times in seconds.
@@ -168,7 +172,10 @@ struct Outcome {
 
 impl Run<'_> {
     fn ours(&mut self, program: &Path) -> Result<Outcome> {
-        let mut program = Command::new(program);
+        let mut program = match &self.task.profile {
+            Some(file) => profile::recorded(program, file),
+            None => Command::new(program),
+        };
         program.arg("pull").args(["--image", &self.task.image, "--commit", &self.images.booted_commit, "--booted"]);
         program.arg(Images::booted_repo(&self.task.images)).arg(&self.place);
         let pulled: Pulled = serde_json::from_str(&self.step("pull and stage", &mut program)?)?;

@@ -3,6 +3,7 @@
 use serde::Serialize;
 
 use crate::images::{Case, Set};
+use crate::profile::Profile;
 use crate::side::Sample;
 
 /// A MiB in bytes.
@@ -143,6 +144,8 @@ pub struct Runs {
     pub before: Vec<Sample>,
     /// The limit's; empty if our side fetched no layer.
     pub limit: Vec<Sample>,
+    /// The profile of a further round of ours, if it was requested.
+    pub profile: Option<Profile>,
 }
 
 /// One line of the table.
@@ -165,7 +168,7 @@ pub struct Row {
 impl Runs {
     /// No runs of a case.
     pub fn of(case: Case) -> Self {
-        Self { case, ours: Vec::new(), incumbent: Vec::new(), before: Vec::new(), limit: Vec::new() }
+        Self { case, ours: Vec::new(), incumbent: Vec::new(), before: Vec::new(), limit: Vec::new(), profile: None }
     }
 
     /// The lines of the table.

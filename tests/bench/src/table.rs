@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use crate::etc::EtcTimes;
 use crate::images::Images;
+use crate::profile::{Part, Profile};
 use crate::summary::{Measure, Row, Runs, steps};
 
 /// Everything as text.
@@ -15,6 +16,7 @@ pub fn table(sets: &[(Images, Vec<Runs>)], deployments: &[Runs], etc: &EtcTimes,
     }
     let all: Vec<&Runs> = sets.iter().flat_map(|(_, runs)| runs).collect();
     let _ = before.map(|revision| write_before(&mut out, &all, revision));
+    let _ = write_profiles(&mut out, &all);
     let _ = write_deployments(&mut out, deployments);
     let _ = writeln!(
         out,
@@ -82,6 +84,31 @@ fn write_before(out: &mut String, runs: &[&Runs], revision: &str) -> std::fmt::R
         }
     }
     Ok(())
+}
+
+/// Writes the shares of the CPU time of the runs under perf.
+fn write_profiles(out: &mut String, runs: &[&Runs]) -> std::fmt::Result {
+    let profiles: Vec<_> = runs.iter().filter_map(|run| Some((&run.case.name, run.profile.as_ref()?))).collect();
+    if profiles.is_empty() {
+        return Ok(());
+    }
+    writeln!(out, "\n### Shares of the CPU time of ours\n")?;
+    let names: String = profiles.iter().map(|(name, _)| format!(" `{name}` |")).collect();
+    writeln!(out, "| part |{names} in the limit |\n|---|{}---|", "---:|".repeat(profiles.len()))?;
+    let mut line = |label: &str, parts: &dyn Fn(Part) -> bool, last: &str| {
+        let share = |profile: &Profile| {
+            let samples = |wanted: &dyn Fn(Part) -> bool| {
+                profile.iter().filter(|(part, _)| wanted(**part)).map(|(_, samples)| samples).sum::<u64>() as f64
+            };
+            format!(" {:.0} % |", 100.0 * samples(parts) / samples(&|_| true))
+        };
+        let shares: String = profiles.iter().map(|(_, profile)| share(profile)).collect();
+        writeln!(out, "| {label} |{shares} {last} |")
+    };
+    for part in Part::ALL {
+        line(part.label(), &|other| other == part, if part.in_limit() { "yes" } else { "no" })?;
+    }
+    line("the parts of the limit together", &Part::in_limit, "")
 }
 
 fn write_deployments(out: &mut String, deployments: &[Runs]) -> std::fmt::Result {
