@@ -1,12 +1,12 @@
 //! Containers that podman of the bootimage has started go on under podman of the node image. The assisted flow, with a
-//! real podman on a real systemd in a container. docs/contract.md has the line.
+//! real podman on a real systemd in a container with a composefs root. docs/contract.md has the line.
 //! `make check-one NAME=podman`
 
 use std::time::Duration;
 
 use anyhow::{Result, bail};
 use testbed::check::{contains, nothing_failed, same};
-use testbed::container::{Bed, Container, Network, Setup};
+use testbed::container::{Bed, Container, Network, Root, Setup};
 use testbed::derived::derive_tree;
 use testbed::guest::Guest;
 use testbed::images::{Images, work_dir};
@@ -43,11 +43,14 @@ const IMAGE: &str = r#"
     tar -c . | podman import --quiet - localhost/app
 "#;
 
-/// The containers: one on its own, one that removes itself when it ends, and one as bootstrap services and the assisted
-/// installer's agent are run: below a service, privileged, with everything of the host.
+/// The containers: one on its own with a volume of /usr, one that removes itself when it ends, and one as bootstrap services
+/// and the assisted installer's agent are run: below a service, privileged, with everything of the host.
 const CONTAINERS: [&str; 3] = ["detached", "passing", "service"];
 const SERVICE: &str = "[Service]\nSuccessExitStatus=7\nExecStart=/usr/bin/podman run --rm --name service --privileged \
                        --network=host --pid=host --volume=/:/host:rslave localhost/app app\n";
+
+/// A volume that differs in the node image. Podman mounts an overlay on this directory of /usr.
+const VOLUME: &str = "--volume=/usr/lib/base-tool:/data:O";
 
 /// Runs a command below systemd's cgroups. The shell of the test bed enters from outside and is in none of them.
 fn ask(guest: &dyn Guest, command: &str) -> Result<String> {
@@ -76,6 +79,11 @@ fn processes(guest: &dyn Guest, container: &str) -> Result<String> {
         bail!("{container} has {pids:?}: {found}")
     }
     Ok(found)
+}
+
+/// Checks the version of the file that the container `detached` sees in its volume.
+fn volume_is_of(guest: &dyn Guest, version: &str) -> Result<()> {
+    same(ask(guest, "podman exec detached cat /data/data")?, format!("data of {version}"))
 }
 
 /// Counts the lines that the program in a container has written.
@@ -122,23 +130,25 @@ fn containers_go_on_under_a_newer_podman() -> Result<()> {
 }
 
 /// Returns the scenarios about containers of the old podman right after the switch.
-fn kept() -> [Scenario<Podman>; 4] {
+fn kept() -> [Scenario<Podman>; 5] {
     scenarios![
         podman_runc_and_conmon_are_those_of_the_node_image,
         the_service_of_a_container_is_the_same_invocation_of_the_old_podman,
         containers_keep_their_processes_and_the_old_monitors,
         containers_go_on_working,
+        a_volume_of_usr_shows_the_old_usr_while_its_container_runs,
     ]
 }
 
 /// Returns the scenarios about the new podman with containers and images of the old one.
-fn under_the_new_podman() -> [Scenario<Podman>; 5] {
+fn under_the_new_podman() -> [Scenario<Podman>; 6] {
     scenarios![
         the_new_podman_lists_the_containers_as_running,
         the_new_podman_starts_programs_in_the_containers,
         a_container_with_the_root_of_the_host_sees_the_new_usr,
         the_new_podman_has_the_logs,
         a_new_container_starts_from_the_old_image_with_the_new_monitor,
+        a_new_container_writes_to_a_volume_of_the_new_usr,
     ]
 }
 
@@ -160,7 +170,7 @@ fn boot() -> Result<Bed> {
     let work = work_dir("podman-registry")?;
     let (storage, image) = derive_tree(images, "node-a", &work, &layer)?;
     let registry = Registry::start(&storage, &work, Some(network.pid()), None)?;
-    let setup = Setup::live("podman", &boot);
+    let setup = Setup { root: Root::Composefs, ..Setup::live("podman", &boot) };
     let guest = Container::start(images, &network, &setup, |files| {
         node_files(files, &image.by_digest(), "127.0.0.1", registry.port)?;
         files.put("/etc/containers/containers.conf.d/50-testbed.conf", 0o644, LIMITS)?;
@@ -178,11 +188,12 @@ fn podman_4_3_runs_detached_containers_and_one_as_a_service(podman: &mut Podman)
     let guest = &podman.bed.guest;
     contains(&guest.ask("podman --version")?, "version 4.3.")?;
     guest.ask(IMAGE)?;
-    login(guest, "podman run --detach --name detached --network=none localhost/app app")?;
+    login(guest, &format!("podman run --detach --name detached --network=none {VOLUME} localhost/app app"))?;
     login(guest, "podman run --detach --rm --name passing --network=none localhost/app app")?;
     guest.ask("systemctl start app.service")?;
     wait_for("all to work", SOON, || CONTAINERS.iter().try_fold(true, |all, one| Ok(all && worked(guest, one)? > 1)))?;
     CONTAINERS.iter().try_for_each(|one| same(monitor_is_new(guest, one)?, true))?;
+    volume_is_of(guest, "1.0")?;
     podman.processes = CONTAINERS.iter().map(|one| processes(guest, one)).collect::<Result<_>>()?;
     podman.service = guest.ask(SHOW_SERVICE)?;
     podman.lines = worked(guest, "detached")?;
@@ -223,6 +234,10 @@ fn containers_go_on_working(podman: &mut Podman) -> Result<()> {
     if now > before { Ok(()) } else { bail!("{before} lines before, {now} after") }
 }
 
+fn a_volume_of_usr_shows_the_old_usr_while_its_container_runs(podman: &mut Podman) -> Result<()> {
+    volume_is_of(&podman.bed.guest, "1.0")
+}
+
 fn the_new_podman_lists_the_containers_as_running(podman: &mut Podman) -> Result<()> {
     let list = ask(&podman.bed.guest, "podman ps --sort names --format '{{.Names}} {{.State}}'")?;
     same(list, CONTAINERS.map(|one| format!("{one} running")).join("\n"))
@@ -252,6 +267,14 @@ fn a_new_container_starts_from_the_old_image_with_the_new_monitor(podman: &mut P
     ask(guest, "podman rm --force --time 20 new").map(drop)
 }
 
+fn a_new_container_writes_to_a_volume_of_the_new_usr(podman: &mut Podman) -> Result<()> {
+    let guest = &podman.bed.guest;
+    let run = format!("run --rm --network=none {VOLUME} localhost/app");
+    let write = "sh -c 'echo written >/data/new && cat /data/new /data/data'";
+    same(ask(guest, &format!("podman {run} {write}"))?, "written\ndata of 2.0".into())?;
+    guest.ask("test ! -e /usr/lib/base-tool/new").map(drop)
+}
+
 fn the_old_monitor_of_a_container_that_ends_calls_the_new_podman_to_remove_it(podman: &mut Podman) -> Result<()> {
     let guest = &podman.bed.guest;
     let ids = inspect(guest, "passing", &["Id", "State.Pid"])?;
@@ -274,6 +297,7 @@ fn a_stopped_container_starts_again_with_the_new_monitor_and_can_be_removed(podm
     let guest = &podman.bed.guest;
     login(guest, "podman start detached")?;
     same(monitor_is_new(guest, "detached")?, true)?;
+    volume_is_of(guest, "2.0")?;
     ask(guest, "podman rm --force --time 20 detached").map(drop)
 }
 
