@@ -12,6 +12,7 @@ pub mod guest;
 pub mod ignition;
 pub mod images;
 pub mod other_agent;
+pub mod overlays;
 pub mod page;
 pub mod proc;
 pub mod proxy;

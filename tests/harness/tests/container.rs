@@ -10,6 +10,7 @@ use testbed::disk;
 use testbed::files::Files;
 use testbed::guest::Guest;
 use testbed::images::{Images, Pair, work_dir};
+use testbed::overlays::{has_one_overlay, takes_another_overlay, undoes};
 use testbed::registry::{Registry, auth_file};
 use testbed::scenario::{
     Before, Expected, configured_later, configured_now, node_files, pivoted, switched_in_use, unit_is, wait_pivoted,
@@ -19,6 +20,8 @@ use testbed::suite::Suite;
 use testbed::unpivoted::{left_alone, waits_and_says_why};
 
 const PIVOT: Duration = Duration::from_secs(400);
+const PIVOTED: &str = "the_machine_becomes_its_node_image";
+const UNDONE: &str = "an_undo_shows_the_booted_usr";
 
 /// Directory of the agent in the repo of an installed system.
 const EXTENSION: &str = "/sysroot/ostree/repo/extensions/node-image-pivot";
@@ -44,16 +47,14 @@ fn the_next_release_is_pulled_once_the_registry_is_back() -> Result<()> {
     suite.run(&mut bed, &scenarios![a_new_ssh_login_works_while_the_registry_is_down]);
     bed.registry.resume()?;
     suite.run(&mut bed, &scenarios![the_machine_becomes_its_node_image]);
-    pivoted(&mut suite, "the_machine_becomes_its_node_image", &bed.guest, Some(&before), &expected);
-    let bound = scenarios![
-        the_cost_of_a_complete_tree_was_stated_before_the_pull,
-        the_new_usr_is_a_complete_tree_of_links,
-        a_system_extension_can_be_merged,
-        an_undo_shows_the_booted_usr after a_system_extension_can_be_merged,
-        an_undo_removes_the_complete_tree after an_undo_shows_the_booted_usr,
-        a_complete_tree_is_built_again_after_an_undo after an_undo_shows_the_booted_usr,
-    ];
-    suite.run_after("the_machine_becomes_its_node_image", &mut bed, &bound);
+    pivoted(&mut suite, PIVOTED, &bed.guest, Some(&before), &expected);
+    let bound =
+        scenarios![the_cost_of_a_complete_tree_was_stated_before_the_pull, the_new_usr_is_a_complete_tree_of_links,];
+    suite.run_after(PIVOTED, &mut bed, &bound);
+    takes_another_overlay(&mut suite, PIVOTED, &bed.guest);
+    undoes(&mut suite, PIVOTED, &bed.guest);
+    let undone = scenarios![an_undo_removes_the_complete_tree, a_complete_tree_is_built_again_after_an_undo];
+    suite.run_after(UNDONE, &mut bed, &undone);
     suite.part("second boot");
     let Bed { guest, registry, network } = bed;
     drop(guest);
@@ -63,10 +64,10 @@ fn the_next_release_is_pulled_once_the_registry_is_back() -> Result<()> {
         the_machine_becomes_its_node_image,
         no_object_is_stored_again after the_machine_becomes_its_node_image,
         the_new_usr_is_a_complete_tree_of_links after the_machine_becomes_its_node_image,
-        an_undo_shows_the_booted_usr after the_machine_becomes_its_node_image,
-        an_undo_removes_the_complete_tree after an_undo_shows_the_booted_usr,
     ];
     suite.run(&mut bed, &again);
+    undoes(&mut suite, PIVOTED, &bed.guest);
+    suite.run_after(UNDONE, &mut bed, &scenarios![an_undo_removes_the_complete_tree]);
     suite.finish()
 }
 
@@ -140,8 +141,8 @@ fn the_newest_release_is_pulled() -> Result<()> {
     let number: u32 = version.trim_start_matches("systemd ").parse().with_context(|| version.clone())?;
     same((number, number > 257), (number, true))?;
     let newest = Expected { systemd: &version, os: "/sid", ..Expected::node_a(&images.image) };
-    pivoted(&mut suite, "the_machine_becomes_its_node_image", &bed.guest, Some(&before), &newest);
-    suite.run_after("the_machine_becomes_its_node_image", &mut bed, &scenarios![an_undo_runs_the_booted_systemd]);
+    pivoted(&mut suite, PIVOTED, &bed.guest, Some(&before), &newest);
+    suite.run_after(PIVOTED, &mut bed, &scenarios![an_undo_runs_the_booted_systemd]);
     suite.finish()
 }
 
@@ -178,14 +179,10 @@ fn other_packages_are_pulled_with_a_login_on_a_composefs_root() -> Result<()> {
     let mut bed = Bed { guest, registry, network };
     let before = Before::of(&bed.guest)?;
     suite.run(&mut bed, &scenarios![the_machine_becomes_its_node_image]);
-    pivoted(&mut suite, "the_machine_becomes_its_node_image", &bed.guest, Some(&before), &expected);
+    pivoted(&mut suite, PIVOTED, &bed.guest, Some(&before), &expected);
     suite.run(&mut bed, &scenarios![secrets_are_not_visible after the_machine_becomes_its_node_image]);
-    let composefs = scenarios![
-        the_new_usr_is_one_overlay_over_the_composefs_image,
-        a_system_extension_can_be_merged,
-        an_undo_shows_the_booted_usr after a_system_extension_can_be_merged,
-    ];
-    suite.run_after("the_machine_becomes_its_node_image", &mut bed, &composefs);
+    has_one_overlay(&mut suite, PIVOTED, &bed.guest);
+    undoes(&mut suite, PIVOTED, &bed.guest);
     suite.finish()
 }
 
@@ -211,29 +208,6 @@ fn secrets_are_not_visible(bed: &mut Bed) -> Result<()> {
         same((source, found.text.as_str()), (source, ""))?;
     }
     guest.ask("rm /run/words").map(drop)
-}
-
-fn the_new_usr_is_one_overlay_over_the_composefs_image(bed: &mut Bed) -> Result<()> {
-    let plan: serde_json::Value = serde_json::from_str(&bed.guest.ask("cat /run/node-image-pivot/plan.json")?)?;
-    contains(&plan["base"]["composefs"]["path"].to_string(), "/.ostree.cfs")?;
-    same(plan["warnings"].to_string().contains("no further overlay"), false)?;
-    contains(&bed.guest.ask("findmnt -n -o SOURCE,OPTIONS --mountpoint /usr")?, "datadir+=/sysroot/ostree/repo/objects")
-}
-
-fn a_system_extension_can_be_merged(bed: &mut Bed) -> Result<()> {
-    let extension = "/run/extensions/more/usr";
-    bed.guest.ask(&format!("mkdir -p {extension}/bin {extension}/lib/extension-release.d"))?;
-    bed.guest.ask(&format!("echo ID=_any >{extension}/lib/extension-release.d/extension-release.more"))?;
-    bed.guest.ask(&format!("cp /usr/bin/echo {extension}/bin/extension && systemd-sysext merge"))?;
-    same(bed.guest.ask("extension merged && kubectl version --client >/dev/null")?.trim().into(), "merged".to_owned())?;
-    same(bed.guest.run("node-image-pivot undo")?.status, 10)?;
-    bed.guest.ask("systemd-sysext unmerge && test ! -e /usr/bin/extension").map(drop)
-}
-
-fn an_undo_shows_the_booted_usr(bed: &mut Bed) -> Result<()> {
-    bed.guest.ask("node-image-pivot undo")?;
-    same(bed.guest.ask("base-tool")?.trim().into(), "base-tool 1.0".to_owned())?;
-    bed.guest.ask("! findmnt --mountpoint /usr && test ! -e /usr/bin/oc").map(drop)
 }
 
 /// Boots a container that has an image configured and no registry.

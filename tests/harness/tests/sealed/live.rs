@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::Result;
 use testbed::files::Files;
 use testbed::images::{Pair, work_dir};
+use testbed::overlays::{has_one_overlay, undoes};
 use testbed::registry::Registry;
 use testbed::scenario::{
     Before, Expected, configured_later, configured_now, node_files, pivoted, switched_in_use, wait_pivoted,
@@ -15,7 +16,7 @@ use testbed::suite::Suite;
 use testbed::unpivoted::boots_as_a_live_system;
 use testbed::vm::{self, Medium, Vm};
 
-use super::{BOOT, PIVOT, has_a_composefs_root_without_fs_verity, has_one_overlay, undoes};
+use super::{BOOT, PIVOT, has_a_composefs_root_without_fs_verity};
 
 struct Live {
     guest: Vm,

@@ -14,6 +14,7 @@ use testbed::check::{contains, nothing_failed, same};
 use testbed::disk::{self, on_disk};
 use testbed::guest::Guest;
 use testbed::images::{Pair, work_dir};
+use testbed::overlays::{has_one_overlay, undoes};
 use testbed::proc::succeed;
 use testbed::registry::Registry;
 use testbed::scenario::{Before, Expected, node_files, pivoted, wait_pivoted};
@@ -26,8 +27,6 @@ const BOOT: Duration = Duration::from_secs(600);
 const PIVOT: Duration = Duration::from_secs(900);
 const DEPLOY: &str = "node-image-pivot deploy --sysroot / --stateroot testbed";
 const REPO: &str = "/sysroot/ostree/repo";
-
-type AnyGuest<'a> = &'a dyn Guest;
 
 /// A machine with a disk, which is on or off.
 struct Machine {
@@ -177,18 +176,6 @@ fn becomes_the_node_image(suite: &mut Suite, machine: &mut Machine) {
     }
 }
 
-/// Runs the scenarios about the new /usr of a machine with a composefs root, after the scenario `earlier`.
-fn has_one_overlay(suite: &mut Suite, earlier: &str, mut guest: &dyn Guest) {
-    let list =
-        scenarios![usr_is_one_overlay_over_the_image_of_the_root, a_system_extension_is_merged_on_the_node_image];
-    suite.run_after(earlier, &mut guest, &list);
-}
-
-/// Runs the scenario about the way back of such a machine.
-fn undoes(suite: &mut Suite, earlier: &str, mut guest: &dyn Guest) {
-    suite.run_after(earlier, &mut guest, &scenarios![undo_restores_the_composefs_root]);
-}
-
 fn the_machine_boots(machine: &mut Machine) -> Result<()> {
     machine.boot()
 }
@@ -218,23 +205,10 @@ fn no_unit_has_failed(machine: &mut Machine) -> Result<()> {
     nothing_failed(machine.guest()?)
 }
 
-fn usr_is_one_overlay_over_the_image_of_the_root(guest: &mut AnyGuest<'_>) -> Result<()> {
-    let usr = guest.ask("findmnt -n -o OPTIONS --mountpoint /usr")?;
-    println!("       {usr}");
-    contains(&usr, &format!("{REPO}/objects"))
-}
-
 fn the_node_store_is_in_ram_and_the_journal_has_the_reason(machine: &mut Machine) -> Result<()> {
     let guest = machine.guest()?;
     guest.ask("test -d /run/node-image-pivot/store/repo")?;
     guest.ask("journalctl -b -u node-image-pivotd.service | grep 'must have fs-verity'").map(drop)
-}
-
-fn a_system_extension_is_merged_on_the_node_image(guest: &mut AnyGuest<'_>) -> Result<()> {
-    let release = "/run/extensions/more/usr/lib/extension-release.d";
-    let make = format!("mkdir -p {release} && echo ID=_any >{release}/extension-release.more");
-    let merged = "systemd-sysext merge && base-tool && test -d /usr/lib/extension-release.d && systemd-sysext unmerge";
-    guest.ask(&format!("{make} && {merged} && rm -r /run/extensions")).map(drop)
 }
 
 fn the_node_image_is_deployed_to_the_own_sysroot(machine: &mut Machine) -> Result<()> {
@@ -331,9 +305,4 @@ fn the_ref_of_the_node_image_can_be_deployed(machine: &mut Machine) -> Result<()
     let commit = machine.pair.image.commit.as_deref().context("the image has no commit")?;
     contains(&guest.ask("ostree admin status")?, &format!("testbed {commit}.0 (pending)"))?;
     guest.ask("oc version --client").map(drop)
-}
-
-fn undo_restores_the_composefs_root(guest: &mut AnyGuest<'_>) -> Result<()> {
-    guest.ask("node-image-pivot undo && ! findmnt --mountpoint /usr && test ! -e /usr/bin/oc")?;
-    same(guest.ask("base-tool")?, "base-tool 1.0".into())
 }
