@@ -162,7 +162,7 @@ check-power-cuts: deps
 	PIVOT_POWER_CUTS=$(POWER_CUTS) $(BED_TEST) --test disk --test vm -- --test-threads=1 --nocapture \
 	  an_installed_system the_next_release
 
-# Pivots to the newest systemd, from a suite that changes each day: a change there may make this fail.
+# Pivots to and from the newest systemd, of a suite that changes each day: a change there may make this fail.
 .PHONY: check-newest
 check-newest: deps
 	$(BED_TEST) --test newest -- --test-threads=1 --nocapture

@@ -36,6 +36,15 @@ boot() {
         recipe bootimage.sh BED="$BED" BASE="$base" OVERLAYS="${overlays[*]}"
 }
 
+# boot_newest: the live bootimage of the newest suite.
+boot_newest() {
+    local base agent
+    base=$(tree_newest_base)
+    agent=$(agent)
+    stage boot-newest "$(key "$BED/bootimage.sh" "$BED/composefs.py" "=$base" "$agent")" \
+        recipe bootimage.sh BED="$BED" BASE="$base" REF=newest-base OVERLAYS="$agent"
+}
+
 # stock [VARIANT]: the live bootimage without any file of the agent, as published media are, with the modules of an old
 # kernel; VARIANT as in boot.
 stock() {

@@ -25,6 +25,7 @@
 #                         where they are, as JSON
 #   build.sh demo         the live bootimage and node image a; prints where they are, as JSON
 #   build.sh newest       the live bootimage and a node image from a suite that changes each day, likewise
+#   build.sh newest-base  a live bootimage of that suite and the same node image, likewise
 #   build.sh packages     prints a directory with Debian 12, its SELinux policy, rpm and dnf, for tests of packages
 #   build.sh ahead        what the tests will need and needs no agent
 #   build.sh paths        prints where they are, as JSON; builds what is missing
@@ -85,20 +86,22 @@ tree_base12() { tree base12 bookworm "common base" base-tool_1.0.deb base-legacy
 tree_node_a() { tree node-a trixie "common node" base-tool_2.0.deb cluster-client_4.99.0.deb cluster-node_4.99.0.deb; }
 tree_node_b() { tree node-b bookworm "common node" base-tool_2.0.deb cluster-client_4.99.0.deb cluster-node_4.99.0.deb; }
 
-# The same packages from a suite that changes each day, built once a week. A mirror that is late has an expired list, and
-# not every version of the SELinux policy can be installed. There, the kernel in /boot is a link to that of the modules, and
-# os-release has no version.
-tree_newest() {
+# The same packages from a suite that changes each day, built once a week. A mirror that is late has an expired list. Not
+# every version of the SELinux policy can be installed, and ostree deploys no tree with SELinux's configuration and without a
+# policy, so all of SELinux is left out. There, the kernel in /boot is a link to that of the modules, and os-release has no
+# version.
+tree_of_newest() ( # NAME "LISTS" DEB...
     mmdebstrap() {
         # shellcheck disable=SC2016 # for another shell
         local kernel='for k in "$1"/boot/vmlinuz-*; do rm "$k"; cp "$1/usr/lib/modules/${k##*/vmlinuz-}/vmlinuz" "$k"; done'
         command mmdebstrap --aptopt='Acquire::Check-Valid-Until "false"' --customize-hook="$kernel" \
-            "${@/selinux-policy-default,/}"
+            "${@/selinux-policy-default,policycoreutils,selinux-utils,/}"
     }
     export -f mmdebstrap
-    VERSION_ID=unstable WEEK=$(date +%G-%V) tree newest unstable "common node" \
-        base-tool_2.0.deb cluster-client_4.99.0.deb cluster-node_4.99.0.deb
-}
+    VERSION_ID=unstable WEEK=$(date +%G-%V) tree "$1" unstable "${@:2}"
+)
+tree_newest() { tree_of_newest newest "common node" base-tool_2.0.deb cluster-client_4.99.0.deb cluster-node_4.99.0.deb; }
+tree_newest_base() { tree_of_newest newest-base "common base" base-tool_1.0.deb base-legacy_1.0.deb; }
 
 # shellcheck source=boot.sh
 . "$BED/boot.sh"
@@ -162,6 +165,14 @@ newest() {
     oracle >/dev/null
     node=$(tree_newest)
     pair boot "" newest "$node"
+}
+
+# newest_base: the same node image, and a live bootimage of that suite.
+newest_base() {
+    local node
+    oracle >/dev/null
+    node=$(tree_newest)
+    pair boot_newest "" newest "$node"
 }
 
 # pair BOOT VARIANT NAME TREE: prints as JSON what one machine needs that becomes one node image.
@@ -247,6 +258,7 @@ for target in "$@"; do
             jq -n --arg boot "$b" --arg layer "$l" '{boot: $boot, layer: $layer}' ;;
         selinux | demo | newest | sealed) "$target" ;;
         selinux-stock) selinux_stock ;;
+        newest-base) newest_base ;;
         all) trees; boot >&2; registry >&2; qemu >&2; skopeo_new >&2 ;;
         ahead)
             trees

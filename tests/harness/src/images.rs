@@ -203,6 +203,11 @@ impl Pair {
         Self::build("newest")
     }
 
+    /// The same node image, and a base system of that suite.
+    pub fn newest_base() -> Result<Self> {
+        Self::build("newest-base")
+    }
+
     /// A bootimage and a node image with SELinux. Builds what is missing of these, and nothing else.
     pub fn selinux() -> Result<Self> {
         Self::build("selinux")
