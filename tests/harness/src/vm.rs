@@ -93,6 +93,24 @@ pub struct Setup<'a> {
     pub limit: Duration,
 }
 
+impl<'a> Setup<'a> {
+    /// Describes a machine that boots from an ISO medium.
+    pub fn live(name: &'a str, boot: &'a Path) -> Self {
+        let limit = Duration::from_secs(1500);
+        Self {
+            name,
+            boot,
+            medium: Medium::Iso,
+            spare: None,
+            recording: None,
+            kargs: &[],
+            memory_mib: 3072,
+            cpu: CPU,
+            limit,
+        }
+    }
+}
+
 /// A running machine; dropped, it is gone.
 pub struct Vm {
     /// Its serial console.
@@ -191,15 +209,10 @@ impl Vm {
     ) -> Result<Self> {
         let boot = work_dir(&format!("{name}-boot"))?;
         let setup = Setup {
-            name,
-            boot: &boot,
             medium: Medium::Disk(disk),
-            spare: None,
-            recording: None,
             kargs: &[&disk::load_entry(disk, &boot)?],
             memory_mib: 2048,
-            cpu: CPU,
-            limit: Duration::from_secs(1500),
+            ..Setup::live(name, &boot)
         };
         let machine = Self::start(images, &setup, fill)?;
         machine.wait_ssh(Duration::from_secs(300))?;

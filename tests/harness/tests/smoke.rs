@@ -57,17 +57,7 @@ fn a_virtual_machine_boots() -> Result<()> {
     let images = Images::ensure()?;
     let registry = Registry::start(&images.storage, &work_dir("smoke-registry")?, None, None)?;
     let mut suite = Suite::new("virtual machine");
-    let setup = vm::Setup {
-        name: "smoke-vm",
-        boot: &images.boot,
-        medium: vm::Medium::Iso,
-        spare: None,
-        recording: None,
-        kargs: &[],
-        memory_mib: 3072,
-        cpu: vm::CPU,
-        limit: Duration::from_secs(900),
-    };
+    let setup = vm::Setup { limit: Duration::from_secs(900), ..vm::Setup::live("smoke-vm", &images.boot) };
     let expected = Expected::node_a(images.image("node-a")?);
     let guest = Vm::start(images, &setup, |files| {
         node_files(files, &expected.image.by_digest(), vm::HOST, registry.port)?;

@@ -34,18 +34,7 @@ struct Bed<'a> {
 }
 
 fn setup<'a>(name: &'a str, images: &'a Images) -> vm::Setup<'a> {
-    let limit = Duration::from_secs(1500);
-    vm::Setup {
-        name,
-        boot: &images.boot,
-        medium: vm::Medium::Iso,
-        spare: None,
-        recording: None,
-        kargs: &[],
-        memory_mib: 3072,
-        cpu: vm::CPU,
-        limit,
-    }
+    vm::Setup::live(name, &images.boot)
 }
 
 fn base_tool_of_a_login(guest: &Vm) -> Result<String> {

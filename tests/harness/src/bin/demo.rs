@@ -7,7 +7,7 @@ use testbed::guest::Guest;
 use testbed::images::{Pair, work_dir};
 use testbed::registry::Registry;
 use testbed::scenario::node_files;
-use testbed::vm::{HOST, Medium, Setup, Vm};
+use testbed::vm::{HOST, Setup, Vm};
 
 const LIMIT: Duration = Duration::from_secs(600);
 
@@ -23,17 +23,7 @@ fn main() -> Result<()> {
     let image = &images.image;
     let registry = Registry::start(&images.storage, &work_dir("demo-registry")?, None, None)?;
     println!("Booting the live bootimage (Debian 12, base system only); it becomes\n{}\n", image.by_digest());
-    let setup = Setup {
-        name: "demo",
-        boot: &images.boot,
-        medium: Medium::Iso,
-        spare: None,
-        recording: None,
-        kargs: &[],
-        memory_mib: 3072,
-        cpu: testbed::vm::CPU,
-        limit: LIMIT,
-    };
+    let setup = Setup { limit: LIMIT, ..Setup::live("demo", &images.boot) };
     let vm = Vm::start(&images, &setup, |files| {
         node_files(files, &image.by_digest(), HOST, registry.port)?;
         // The progress is for people: on the console it belongs.

@@ -96,15 +96,11 @@ impl<'a> Machine<'a> {
 
     fn boot(&mut self) -> Result<()> {
         let setup = vm::Setup {
-            name: "vm-disk",
-            boot: &self.kernel,
             medium: vm::Medium::Disk(&self.disk),
-            spare: None,
             recording: self.recording.as_ref(),
             kargs: &[self.kargs.trim()],
             memory_mib: 2048,
-            cpu: vm::CPU,
-            limit: Duration::from_secs(1500),
+            ..vm::Setup::live("vm-disk", &self.kernel)
         };
         let (image, port) = (self.image.by_digest(), self.registry.port);
         let guest = Vm::start(self.images, &setup, |files| configured(files, &image, port))?;

@@ -24,9 +24,7 @@ const UNITS: [&str; 2] = ["node-image-pull.service", "node-image-overlay.service
 fn boot(name: &str, boot: &std::path::Path, medium: Medium<'_>, fill: impl FnOnce(&Files) -> Result<()>) -> Result<Vm> {
     // In the PXE form, the root of the medium takes memory.
     let memory_mib = if matches!(medium, Medium::Pxe) { 2304 } else { 2048 };
-    let limit = Duration::from_secs(1500);
-    let setup =
-        vm::Setup { name, boot, medium, spare: None, recording: None, kargs: &[], memory_mib, cpu: vm::CPU, limit };
+    let setup = vm::Setup { medium, memory_mib, ..vm::Setup::live(name, boot) };
     let guest = Vm::start(Images::ensure()?, &setup, fill)?;
     guest.wait_ssh(BOOT)?;
     Ok(guest)

@@ -1,8 +1,6 @@
 //! The same base system with a composefs root as live media: the bootstrap flow from an ISO file system, and the assisted flow
 //! from a PXE server.
 
-use std::time::Duration;
-
 use anyhow::Result;
 use testbed::files::Files;
 use testbed::images::{Pair, work_dir};
@@ -27,17 +25,7 @@ struct Live {
 impl Live {
     fn boot(pair: &Pair, medium: Medium<'_>, fill: impl FnOnce(&Files) -> Result<()>) -> Result<Self> {
         let registry = Registry::start(&pair.storage, &work_dir("vm-composefs-registry")?, None, None)?;
-        let setup = vm::Setup {
-            name: "vm-composefs",
-            boot: &pair.boot,
-            medium,
-            spare: None,
-            recording: None,
-            kargs: &[],
-            memory_mib: 3072,
-            cpu: vm::CPU,
-            limit: Duration::from_secs(1500),
-        };
+        let setup = vm::Setup { medium, ..vm::Setup::live("vm-composefs", &pair.boot) };
         let guest = Vm::start(pair, &setup, |files| {
             node_files(files, &pair.image.by_digest(), vm::HOST, registry.port)?;
             fill(files)

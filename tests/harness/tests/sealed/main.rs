@@ -51,15 +51,9 @@ impl Machine {
 
     fn boot(&mut self) -> Result<()> {
         let setup = vm::Setup {
-            name: "vm-sealed",
-            boot: &self.kernel,
             medium: vm::Medium::Disk(&self.disk),
-            spare: None,
-            recording: None,
             kargs: &[self.kargs.trim()],
-            memory_mib: 3072,
-            cpu: vm::CPU,
-            limit: Duration::from_secs(1500),
+            ..vm::Setup::live("vm-sealed", &self.kernel)
         };
         let (image, port) = (self.pair.image.by_digest(), self.registry.port);
         let guest = Vm::start(&self.pair, &setup, |files| node_files(files, &image, vm::HOST, port))?;

@@ -62,17 +62,7 @@ impl Machine {
         let (stock, boot) = (&self.images.boot, work_dir("vm-selinux-boot")?);
         let packed = deliver::pack(&["initrd"], &self.images.image.by_digest(), &boot)?;
         deliver::with_initramfs(stock, &[stock.join("initramfs.img"), packed], &boot)?;
-        let setup = vm::Setup {
-            name: "vm-selinux",
-            boot: &boot,
-            medium: vm::Medium::Iso,
-            spare: None,
-            recording: None,
-            kargs: &KARGS,
-            memory_mib: 3072,
-            cpu: vm::CPU,
-            limit: Duration::from_secs(1500),
-        };
+        let setup = vm::Setup { kargs: &KARGS, ..vm::Setup::live("vm-selinux", &boot) };
         let guest = Vm::start(&self.images, &setup, |files| {
             files.put(DROP_IN, 0o644, OTHER_DOMAIN)?;
             deliver::stock_files(files, self.registry.port)
@@ -84,15 +74,10 @@ impl Machine {
     pub fn boot_disk(&mut self, name: &str, more: &str) -> Result<()> {
         let installed = self.installed.as_ref().context("no installed system")?;
         let setup = vm::Setup {
-            name,
-            boot: &installed.boot,
             medium: vm::Medium::Disk(&installed.disk),
-            spare: None,
-            recording: None,
             kargs: &[&KARGS[..], &[installed.deployment.trim(), more]].concat(),
             memory_mib: 2048,
-            cpu: vm::CPU,
-            limit: Duration::from_secs(1500),
+            ..vm::Setup::live(name, &installed.boot)
         };
         let guest = Vm::start(&self.images, &setup, |files| {
             files.put("/etc/systemd/system/testbed-relabel.service.d/50-new.conf", 0o644, LABEL_NEW)?;

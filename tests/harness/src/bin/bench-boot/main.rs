@@ -143,15 +143,10 @@ impl Bench {
         let work = work_dir(&format!("{name}-registry"))?;
         let registry = Registry::start(&self.images.storage, &work, None, None)?;
         let setup = vm::Setup {
-            name: &name,
-            boot: &self.images.boot,
-            medium: vm::Medium::Iso,
-            spare: None,
-            recording: None,
             kargs: side.kargs(),
             memory_mib: 4096,
-            cpu: vm::CPU,
             limit: Duration::from_secs(2400),
+            ..vm::Setup::live(&name, &self.images.boot)
         };
         let guest = Vm::start(self.images, &setup, |files| {
             self.fill(files, side, HOST, registry.port)?;
