@@ -1,6 +1,6 @@
 //! The newest systemd, in the node image and in the bootimage, from a suite of Debian that changes each day: a change there
-//! decides the result, too. On a real systemd in containers. That suite's runc mounts an overlay on `/usr`, which older
-//! releases do not.
+//! decides the result, too. On a real systemd in containers, and on a virtual machine. That suite's runc mounts an overlay
+//! on `/usr`, which older releases do not.
 //! `make check-newest`
 
 use std::time::Duration;
@@ -18,6 +18,9 @@ use testbed::scenario::{
 };
 use testbed::scenarios;
 use testbed::suite::Suite;
+use testbed::vm::{self, Vm};
+
+type AnyGuest<'a> = &'a dyn Guest;
 
 const PIVOTED: &str = "the_machine_becomes_its_node_image";
 
@@ -49,12 +52,10 @@ fn node_newest<'a>(images: &'a Pair, systemd: &'a str) -> Expected<'a> {
 fn the_newest_release_is_pulled() -> Result<()> {
     let images = Pair::newest()?;
     let mut suite = Suite::new("container: Debian 12 becomes a node image of Debian's newest suite");
-    let mut bed = boot(&images, "container-newest", Root::Plain, |_| Ok(()))?;
-    let before = Before::of(&bed.guest)?;
-    suite.run(&mut bed, &scenarios![the_machine_becomes_its_node_image]);
-    let systemd = newest_systemd(&bed.guest)?;
-    pivoted(&mut suite, PIVOTED, &bed.guest, Some(&before), &node_newest(&images, &systemd));
-    suite.run_after(PIVOTED, &mut bed, &scenarios![an_undo_runs_the_booted_systemd]);
+    let bed = boot(&images, "container-newest", Root::Plain, |_| Ok(()))?;
+    becomes_the_node_image(&mut suite, &bed.guest, &images)?;
+    let mut guest: AnyGuest<'_> = &bed.guest;
+    suite.run_after(PIVOTED, &mut guest, &scenarios![an_undo_runs_the_booted_systemd]);
     suite.finish()
 }
 
@@ -62,14 +63,28 @@ fn the_newest_release_is_pulled() -> Result<()> {
 fn the_newest_release_with_a_composefs_root_pivots() -> Result<()> {
     let images = Pair::newest_base()?;
     let mut suite = Suite::new("container: Debian's newest suite becomes a node image of that suite");
-    let mut bed = boot(&images, "container-newest-base", Root::Composefs, |_| Ok(()))?;
-    let before = Before::of(&bed.guest)?;
-    let systemd = newest_systemd(&bed.guest)?;
-    suite.run(&mut bed, &scenarios![the_machine_becomes_its_node_image]);
-    pivoted(&mut suite, PIVOTED, &bed.guest, Some(&before), &node_newest(&images, &systemd));
+    let bed = boot(&images, "container-newest-base", Root::Composefs, |_| Ok(()))?;
+    newest_systemd(&bed.guest)?;
+    becomes_the_node_image(&mut suite, &bed.guest, &images)?;
     has_one_overlay(&mut suite, PIVOTED, &bed.guest);
-    suite.run_after(PIVOTED, &mut bed, &scenarios![runc_seals_its_program_with_an_overlay]);
+    let mut guest: AnyGuest<'_> = &bed.guest;
+    suite.run_after(PIVOTED, &mut guest, &scenarios![runc_seals_its_program_with_an_overlay]);
     undoes(&mut suite, PIVOTED, &bed.guest);
+    suite.finish()
+}
+
+/// The kernel and the initramfs are of that suite, too.
+#[test]
+fn a_machine_of_the_newest_release_pivots() -> Result<()> {
+    let images = Pair::newest_base()?;
+    let mut suite = Suite::new("machine: Debian's newest suite becomes a node image of that suite");
+    let registry = Registry::start(&images.storage, &work_dir("vm-newest-registry")?, None, None)?;
+    let guest = Vm::start(&images, &vm::Setup::live("vm-newest", &images.boot), |files| {
+        node_files(files, &images.image.by_digest(), vm::HOST, registry.port)
+    })?;
+    guest.wait_ssh(Duration::from_secs(600))?;
+    newest_systemd(&guest)?;
+    becomes_the_node_image(&mut suite, &guest, &images)?;
     suite.finish()
 }
 
@@ -77,40 +92,48 @@ fn the_newest_release_with_a_composefs_root_pivots() -> Result<()> {
 fn the_newest_release_is_switched_in_use() -> Result<()> {
     let images = Pair::newest_base()?;
     let mut suite = Suite::new("container: Debian's newest suite in the flow of the assisted installer");
-    let mut bed = boot(&images, "container-newest-assisted", Root::Plain, configured_later)?;
-    suite.run(&mut bed, &scenarios![the_base_system_runs, the_image_is_configured after the_base_system_runs]);
-    let before = Before::of(&bed.guest)?;
-    let systemd = newest_systemd(&bed.guest)?;
+    let bed = boot(&images, "container-newest-assisted", Root::Plain, configured_later)?;
+    let mut guest: AnyGuest<'_> = &bed.guest;
+    suite.run(&mut guest, &scenarios![the_base_system_runs, the_image_is_configured after the_base_system_runs]);
+    let before = Before::of(guest)?;
+    let systemd = newest_systemd(guest)?;
     let expected = node_newest(&images, &systemd);
-    switched_in_use(&mut suite, "the_image_is_configured", &bed.guest, Some(&before), &expected);
+    switched_in_use(&mut suite, "the_image_is_configured", guest, Some(&before), &expected);
     suite.finish()
 }
 
-fn the_base_system_runs(bed: &mut Bed) -> Result<()> {
-    bed.guest.wait_unit("multi-user.target", "active", Duration::from_secs(180))
+/// Waits until the guest is its node image, and checks it.
+fn becomes_the_node_image(suite: &mut Suite, mut guest: &dyn Guest, images: &Pair) -> Result<()> {
+    let before = Before::of(guest)?;
+    suite.run(&mut guest, &scenarios![the_machine_becomes_its_node_image]);
+    let systemd = newest_systemd(guest)?;
+    pivoted(suite, PIVOTED, guest, Some(&before), &node_newest(images, &systemd));
+    Ok(())
 }
 
-fn the_image_is_configured(bed: &mut Bed) -> Result<()> {
-    configured_now(&bed.guest)
+fn the_base_system_runs(guest: &mut AnyGuest<'_>) -> Result<()> {
+    guest.wait_unit("multi-user.target", "active", Duration::from_secs(180))
 }
 
-fn the_machine_becomes_its_node_image(bed: &mut Bed) -> Result<()> {
-    wait_pivoted(&bed.guest, Duration::from_secs(400))
+fn the_image_is_configured(guest: &mut AnyGuest<'_>) -> Result<()> {
+    configured_now(*guest)
+}
+
+fn the_machine_becomes_its_node_image(guest: &mut AnyGuest<'_>) -> Result<()> {
+    wait_pivoted(*guest, Duration::from_secs(900))
 }
 
 /// The agent that undoes has the libraries of the newest suite.
-fn an_undo_runs_the_booted_systemd(bed: &mut Bed) -> Result<()> {
-    let guest = &bed.guest;
+fn an_undo_runs_the_booted_systemd(guest: &mut AnyGuest<'_>) -> Result<()> {
     guest.ask("systemctl restart node-image-pivotd.service && node-image-pivot undo")?;
     same(guest.ask("base-tool && ! command -v oc")?, "base-tool 1.0".into())?;
     contains(&guest.ask("systemctl show --property=Version --value")?, "252")?;
-    nothing_failed(guest)
+    nothing_failed(*guest)
 }
 
 /// A created container runs the program of runc until it is started. From release 1.2 on, that is a file of a detached
 /// overlay on the directory of /usr, or a copy in memory if the kernel accepts no overlay there.
-fn runc_seals_its_program_with_an_overlay(bed: &mut Bed) -> Result<()> {
-    let guest = &bed.guest;
+fn runc_seals_its_program_with_an_overlay(guest: &mut AnyGuest<'_>) -> Result<()> {
     let spec = "jq '.process.terminal = false | .process.args = [\"/oc\"]' spec.json >config.json";
     guest.ask("mkdir -p /run/sealed/rootfs && cp /usr/bin/oc /run/sealed/rootfs")?;
     guest.ask(&format!("cd /run/sealed && runc spec && mv config.json spec.json && {spec}"))?;
