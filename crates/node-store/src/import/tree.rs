@@ -71,6 +71,7 @@ impl Depth {
 
 /// Maximum depth of a tree: libostree's own limit (`OSTREE_MAX_RECURSION`).
 const MAX_DEPTH: u32 = 256;
+const TOO_DEEP: &str = "its tree is deeper than 256 directories";
 /// Maximum number of paths in a tree. A few dirtrees that contain each other can have any number of paths; a system has
 /// about 200,000.
 const MAX_PATHS: u64 = 10_000_000;
@@ -84,36 +85,59 @@ pub(super) type Lookup<'a> = dyn FnMut(&ObjectId, ObjectType) -> std::io::Result
 /// If a dirtree or dirmeta is missing or malformed, or if the tree is too deep or has too many paths.
 pub(super) fn walk(commit: &ObjectId, lookup: &mut Lookup<'_>) -> Result<Target, TreeError> {
     let (root, root_meta) = commit_root(commit, lookup)?;
-    let mut target = Target::default();
-    let mut metas = HashSet::new();
-    let mut check_meta = |meta: ObjectId, lookup: &mut Lookup<'_>| match metas.insert(meta) {
-        true => load(&meta, ObjectType::DirMeta, lookup).map(drop),
-        false => Ok(()),
-    };
-    check_meta(root_meta, lookup)?;
-    let mut shape = Shape::default();
-    let mut seen = HashSet::from([(root, Depth::Root)]);
-    let mut queue = vec![(root, Depth::Root)];
-    while let Some((tree, depth)) = queue.pop() {
-        let bytes = load(&tree, ObjectType::DirTree, lookup)?;
-        let listing = Dirtree::parse(&bytes).map_err(|what| TreeError::Malformed(tree, "dirtree", what))?;
-        let mut children = Vec::with_capacity(listing.dirs.len());
-        for (_, id) in &listing.files {
-            target.add(*id, depth);
+    let mut walk = Walk { lookup, target: Target::default(), metas: HashSet::new(), known: HashMap::new() };
+    walk.check_meta(root_meta)?;
+    walk.directory(root, Depth::Root, 0)?;
+    Ok(walk.target)
+}
+
+/// A walk over the directories of a commit.
+struct Walk<'a, 'b> {
+    lookup: &'a mut Lookup<'b>,
+    target: Target,
+    metas: HashSet<ObjectId>,
+    /// Height of each directory and number of paths below it; `None` while it is being visited.
+    known: HashMap<(ObjectId, Depth), Option<(u32, u64)>>,
+}
+
+impl Walk<'_, '_> {
+    fn check_meta(&mut self, meta: ObjectId) -> Result<(), TreeError> {
+        match self.metas.insert(meta) {
+            true => load(&meta, ObjectType::DirMeta, self.lookup).map(drop),
+            false => Ok(()),
         }
-        for (name, child, meta) in &listing.dirs {
-            check_meta(*meta, lookup)?;
-            children.push(*child);
-            let next = (*child, depth.enter(name));
-            if seen.insert(next) {
-                queue.push(next);
-            }
-        }
-        let count = listing.files.len();
-        shape.0.insert(tree, (count as u64, children));
     }
-    shape.check(root).map_err(|what| TreeError::Malformed(root, "dirtree", what))?;
-    Ok(target)
+
+    /// Lists a directory that is `level` levels below the root, and returns its height and the number of paths below it.
+    /// Refuses one that is too deep, has too many paths, or contains itself, so that a walk over all paths ends.
+    fn directory(&mut self, tree: ObjectId, depth: Depth, level: u32) -> Result<(u32, u64), TreeError> {
+        let bad = |what| TreeError::Malformed(tree, "dirtree", what);
+        if let Some(known) = self.known.get(&(tree, depth)) {
+            return known.ok_or_else(|| bad("part of a directory that is inside itself"));
+        }
+        self.known.insert((tree, depth), None);
+        let bytes = load(&tree, ObjectType::DirTree, self.lookup)?;
+        let listing = Dirtree::parse(&bytes).map_err(bad)?;
+        listing.files.iter().for_each(|(_, id)| self.target.add(*id, depth));
+        let (mut height, mut paths) = (0, listing.files.len() as u64);
+        for (name, child, meta) in &listing.dirs {
+            self.check_meta(*meta)?;
+            if level == MAX_DEPTH {
+                return Err(bad(TOO_DEEP));
+            }
+            let (below, more) = self.directory(*child, depth.enter(name), level + 1)?;
+            height = height.max(below + 1);
+            paths = paths.saturating_add(more).saturating_add(1);
+        }
+        if height > MAX_DEPTH {
+            return Err(bad(TOO_DEEP));
+        }
+        if paths > MAX_PATHS {
+            return Err(bad("its tree has more than ten million paths"));
+        }
+        self.known.insert((tree, depth), Some((height, paths)));
+        Ok((height, paths))
+    }
 }
 
 /// Returns the path at which a commit has a content object, a dirtree or a dirmeta. For messages: missing and malformed
@@ -142,52 +166,6 @@ pub(super) fn path_of(commit: &ObjectId, wanted: &ObjectId, lookup: &mut Lookup<
         }
     }
     None
-}
-
-/// For each dirtree, the number of its files and its child dirtrees.
-#[derive(Default)]
-struct Shape(HashMap<ObjectId, (u64, Vec<ObjectId>)>);
-
-impl Shape {
-    /// Refuses a tree that is too deep, has too many paths, or contains itself, so that a walk over all paths ends.
-    fn check(&self, root: ObjectId) -> Result<(), &'static str> {
-        // Height and number of paths below; `None` while the dirtree is being visited.
-        let mut known: HashMap<ObjectId, Option<(u32, u64)>> = HashMap::new();
-        let mut queue = vec![root];
-        while let Some(tree) = queue.last().copied() {
-            let Some((files, children)) = self.0.get(&tree) else { return Err("not listed") };
-            match known.get(&tree) {
-                Some(Some(_)) => drop(queue.pop()),
-                None => {
-                    known.insert(tree, None);
-                    for child in children {
-                        match known.get(child) {
-                            Some(None) => return Err("part of a directory that is inside itself"),
-                            Some(Some(_)) => {}
-                            None => queue.push(*child),
-                        }
-                    }
-                }
-                Some(None) => {
-                    queue.pop();
-                    let (mut height, mut paths) = (0, *files);
-                    for child in children {
-                        let (below, more) = known.get(child).copied().flatten().unwrap_or_default();
-                        height = height.max(below + 1);
-                        paths = paths.saturating_add(more).saturating_add(1);
-                    }
-                    if height > MAX_DEPTH {
-                        return Err("its tree is deeper than 256 directories");
-                    }
-                    if paths > MAX_PATHS {
-                        return Err("its tree has more than ten million paths");
-                    }
-                    known.insert(tree, Some((height, paths)));
-                }
-            }
-        }
-        Ok(())
-    }
 }
 
 /// Returns the root dirtree and dirmeta of a commit.
