@@ -242,12 +242,12 @@ impl<'a> Reader<'a> {
 }
 
 fn failure(subject: &str, error: &ProxyError) -> Failure {
-    let text = error.to_string();
-    let verdict = classify(&text, error.is_retryable());
-    let signature = verdict.kind == Kind::Policy && verdict.advice == Kind::Policy.advice();
+    let failure = classify(&error.to_string(), error.is_retryable());
+    let signature = failure.kind == Kind::Policy && failure.advice == Kind::Policy.advice();
+    let text = &failure.message;
     let message = match policy_path().filter(|_| signature) {
         Some(path) => format!("the signature policy {} refuses {subject}: {text}", path.display()),
         None => format!("cannot fetch {subject}: {text}"),
     };
-    verdict.failure(message)
+    Failure { message, ..failure }
 }

@@ -16,32 +16,9 @@ use causes::{Cause, cause};
 /// The longest delay that a registry can ask for. An unattended machine must not wait for days.
 const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 
-/// Classification of a message.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Verdict {
-    /// Kind, for the status document.
-    pub kind: Kind,
-    /// Class, which decides about another attempt.
-    pub class: Class,
-    /// Remedy for the operator.
-    pub advice: &'static str,
-    /// Answers of the endpoints, if more than one was tried.
-    pub endpoints: Vec<Endpoint>,
-    /// Time that a registry asked to wait.
-    pub retry_after: Option<Duration>,
-}
-
-impl Verdict {
-    /// Makes the failure that `message` describes.
-    pub(super) fn failure(self, message: String) -> Failure {
-        let Self { kind, class, advice, endpoints, retry_after } = self;
-        Failure { class, advice, endpoints, retry_after, ..Failure::new(kind, message) }
-    }
-}
-
-/// Classifies a message of skopeo or of the proxy crate. `retryable` is the classification of newer versions of skopeo; if
-/// true, it decides.
-pub fn classify(text: &str, retryable: bool) -> Verdict {
+/// Returns the failure that a message of skopeo or of the proxy crate describes. `retryable` is the classification of newer
+/// versions of skopeo; if true, it decides.
+pub fn classify(text: &str, retryable: bool) -> Failure {
     let attempts = structure::attempts(text);
     let answers: Vec<(&str, Cause)> =
         attempts.iter().map(|attempt| (attempt.endpoint, cause(attempt.message))).collect();
@@ -59,20 +36,14 @@ pub fn classify(text: &str, retryable: bool) -> Verdict {
     };
     let endpoints = if answers.len() > 1 { answers.iter().map(endpoint).collect() } else { Vec::new() };
     let Cause { kind, class, advice } = decisive;
-    Verdict { kind, class, advice, endpoints, retry_after: retry_after(text) }
+    Failure { class, advice, endpoints, retry_after: retry_after(text), ..Failure::new(kind, text) }
 }
 
 /// Combines the causes of all endpoints. The class is the one that is retried the most. A refusal by this machine's
 /// configuration still decides about the kind, because only an operator can fix it.
 fn decisive(answers: &[(&str, Cause)]) -> Cause {
-    let order = |cause: &Cause| match cause.class {
-        Class::Transient => 0,
-        Class::Unknown => 1,
-        Class::Denied => 2,
-        Class::Permanent => 3,
-    };
     let causes = || answers.iter().map(|(_, cause)| *cause);
-    let Some(best) = causes().rev().min_by_key(order) else { return Cause::of(Kind::Unknown) };
+    let Some(best) = causes().rev().min_by_key(|cause| cause.class) else { return Cause::of(Kind::Unknown) };
     let own = causes().find(|cause| cause.kind == Kind::Policy).unwrap_or(best);
     Cause { class: best.class, ..own }
 }
