@@ -1,13 +1,14 @@
 //! Decompresses blobs and computes their diff ids.
 
 use std::io::{self, BufReader, Read};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use sha2::{Digest, Sha256};
 use zstd::stream::read::Decoder;
 use zstd::zstd_safe::{DCtx, ResetDirective};
 
 use super::Compression;
+use support::lock;
 
 /// Bytes in one decompressed piece: large enough that passing it on is cheap, small enough that several pieces per layer
 /// need only a few megabytes.
@@ -29,11 +30,7 @@ pub(crate) struct Decoders(Arc<Mutex<Vec<DCtx<'static>>>>);
 impl Decoders {
     /// Frees the memory of decoders without a layer.
     pub(crate) fn free(&self) {
-        self.idle().clear();
-    }
-
-    fn idle(&self) -> MutexGuard<'_, Vec<DCtx<'static>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0).clear();
     }
 }
 
@@ -48,12 +45,12 @@ pub(crate) fn decompress(
     if compression != Compression::Zstd {
         return pump(decoder(compression, input)?, sink);
     }
-    let mut context = decoders.idle().pop().unwrap_or_default();
+    let mut context = lock(&decoders.0).pop().unwrap_or_default();
     context.reset(ResetDirective::SessionAndParameters).map_err(|_| io::Error::other("cannot reset a zstd decoder"))?;
     let reader = Decoder::with_context(BufReader::with_capacity(PIECE, input), &mut context);
     let digest = pump(with_limit(reader)?, sink);
     if context.sizeof() <= MAX_IDLE {
-        decoders.idle().push(context);
+        lock(&decoders.0).push(context);
     }
     digest
 }
@@ -93,26 +90,39 @@ impl<R: Read> Read for WithWindowAdvice<R> {
     }
 }
 
-fn pump(mut reader: impl Read, sink: &mut dyn FnMut(Vec<u8>) -> bool) -> io::Result<[u8; 32]> {
-    let mut hasher = Sha256::new();
-    let mut open = true;
+fn pump(reader: impl Read, sink: &mut dyn FnMut(Vec<u8>) -> bool) -> io::Result<[u8; 32]> {
+    let (mut pieces, mut open) = (Pieces::of(reader), true);
     loop {
-        let mut piece = vec![0; PIECE];
-        let mut filled = 0;
-        while filled < piece.len() {
-            match reader.read(&mut piece[filled..]) {
-                Ok(0) => break,
-                Ok(count) => filled += count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
+        let piece = pieces.next()?;
+        if piece.is_empty() {
+            return Ok(pieces.digest());
         }
-        if filled == 0 {
-            return Ok(hasher.finalize().into());
-        }
-        piece.truncate(filled);
-        hasher.update(&piece);
         open = open && sink(piece);
+    }
+}
+
+/// The bytes of a reader in pieces, and their SHA-256.
+pub(crate) struct Pieces<R> {
+    reader: R,
+    hasher: Sha256,
+}
+
+impl<R: Read> Pieces<R> {
+    pub(crate) fn of(reader: R) -> Self {
+        Self { reader, hasher: Sha256::new() }
+    }
+
+    /// Returns the next piece. It is empty at the end.
+    pub(crate) fn next(&mut self) -> io::Result<Vec<u8>> {
+        let mut piece = Vec::with_capacity(PIECE);
+        self.reader.by_ref().take(PIECE as u64).read_to_end(&mut piece)?;
+        self.hasher.update(&piece);
+        Ok(piece)
+    }
+
+    /// Returns the digest of the pieces so far.
+    pub(crate) fn digest(self) -> [u8; 32] {
+        self.hasher.finalize().into()
     }
 }
 
@@ -150,10 +160,10 @@ mod tests {
             run_with(&decoders, Compression::Zstd, &blob[..blob.len() / 2]).unwrap_err();
             assert!(run_with(&decoders, Compression::Zstd, &blob).unwrap().0 == data);
         }
-        assert_eq!(decoders.idle().len(), 1);
-        assert!(decoders.idle().iter().all(|context| context.sizeof() <= MAX_IDLE));
+        assert_eq!(lock(&decoders.0).len(), 1);
+        assert!(lock(&decoders.0).iter().all(|context| context.sizeof() <= MAX_IDLE));
         decoders.free();
-        assert!(decoders.idle().is_empty());
+        assert!(lock(&decoders.0).is_empty());
     }
 
     #[test]

@@ -3,13 +3,10 @@
 //! The layers are read from the newest one down to the first that has or hides the file. That layer is read to its end,
 //! because its content is used only after its digest was compared.
 
-use std::io::{self, Read};
-
-use sha2::{Digest, Sha256};
 use tar::EntryType;
 use tokio::sync::mpsc;
 
-use super::decompress::decoder;
+use super::decompress::{Pieces, decoder};
 use super::incoming::Incoming;
 use super::layout::layers;
 use super::references::node_image;
@@ -84,12 +81,11 @@ async fn read_layer(source: &Source, image: &ResolvedImage, layer: &Layer) -> Re
     let (pieces, incoming) = mpsc::channel::<Vec<u8>>(QUEUED);
     let compression = layer.compression;
     let reader = tokio::task::spawn_blocking(move || {
-        let mut archive =
-            Archive { reader: decoder(compression, Incoming::new(incoming))?, hasher: Sha256::new(), ended: false };
-        let found = search(&mut archive)?;
+        let mut archive = Pieces::of(decoder(compression, Incoming::new(incoming))?);
+        let found = search(&mut || archive.next())?;
         // Padding after the end marker of the archive counts for the digest.
         while !archive.next()?.is_empty() {}
-        Ok::<_, TarError>((found, format!("sha256:{}", hex::encode(archive.hasher.finalize()))))
+        Ok::<_, TarError>((found, format!("sha256:{}", hex::encode(archive.digest()))))
     });
     let mut pieces = Some(pieces);
     while let Some(piece) = stream.next().await? {
@@ -109,34 +105,6 @@ async fn read_layer(source: &Source, image: &ResolvedImage, layer: &Layer) -> Re
         return Err(bad(format!("{name}: the archive has the diff id {diff_id}: expected {}", layer.diff_id)));
     }
     Ok(found)
-}
-
-struct Archive<'a> {
-    reader: Box<dyn Read + 'a>,
-    hasher: Sha256,
-    ended: bool,
-}
-
-impl Chunks for &mut Archive<'_> {
-    fn next(&mut self) -> io::Result<Vec<u8>> {
-        Archive::next(self)
-    }
-}
-
-impl Archive<'_> {
-    fn next(&mut self) -> io::Result<Vec<u8>> {
-        let mut piece = vec![0; if self.ended { 0 } else { 64 * 1024 }];
-        let count = loop {
-            match self.reader.read(&mut piece) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                other => break other?,
-            }
-        };
-        self.ended = count == 0;
-        piece.truncate(count);
-        self.hasher.update(&piece);
-        Ok(piece)
-    }
 }
 
 /// Searches one layer's archive for the file.
@@ -175,6 +143,8 @@ fn search(archive: impl Chunks) -> Result<Found, TarError> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::io;
+
     use super::*;
 
     struct Whole(Option<Vec<u8>>);
