@@ -2,6 +2,7 @@
 
 use std::sync::Mutex;
 
+use support::lock;
 use tokio_util::sync::CancellationToken;
 
 /// The handles of all running calls.
@@ -24,8 +25,7 @@ impl CancelHandles {
     /// Returns a handle for `call`, which earlier cancels do not affect.
     pub fn register(&self, call: &'static str) -> CancelHandle {
         let over = CancellationToken::new();
-        // A poisoned lock means a panic while two values were swapped; both are valid either way.
-        let mut state = self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut state = lock(&self.state);
         state.1.retain(|over| !over.is_cancelled());
         state.1.push(over.clone());
         CancelHandle { call, token: state.0.child_token(), over }
@@ -33,13 +33,12 @@ impl CancelHandles {
 
     /// Returns true if a call runs or waits.
     pub fn any(&self) -> bool {
-        let state = self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        state.1.iter().any(|over| !over.is_cancelled())
+        lock(&self.state).1.iter().any(|over| !over.is_cancelled())
     }
 
     /// Cancels all running calls; returns true if there was one.
     pub fn cancel_all(&self) -> bool {
-        let mut state = self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut state = lock(&self.state);
         let any = state.1.drain(..).any(|over| !over.is_cancelled());
         std::mem::take(&mut state.0).cancel();
         any

@@ -1,11 +1,12 @@
 //! The call that holds the record, for the calls that wait behind it.
 
 use std::ops::{Deref, DerefMut};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use tokio::sync::MutexGuard;
 
 use super::Record;
+use support::lock;
 
 /// Name of the call that holds the record.
 #[derive(Debug, Default)]
@@ -20,18 +21,13 @@ pub(super) struct Held<'a> {
 impl Holder {
     /// Names the call that has locked the record, until the returned value is dropped.
     pub(super) fn hold<'a>(&'a self, record: MutexGuard<'a, Record>, call: &'static str) -> Held<'a> {
-        self.set(Some(call));
+        *lock(&self.0) = Some(call);
         Held { record, holder: self }
     }
 
     /// Returns the call that holds the record.
     pub(super) fn call(&self) -> Option<String> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).map(str::to_owned)
-    }
-
-    fn set(&self, call: Option<&'static str>) {
-        // A poisoned lock means a panic while one value replaced another.
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = call;
+        lock(&self.0).map(str::to_owned)
     }
 }
 
@@ -52,7 +48,7 @@ impl DerefMut for Held<'_> {
 impl Drop for Held<'_> {
     /// Runs before the lock is released, so that the name of the next call stays.
     fn drop(&mut self) {
-        self.holder.set(None);
+        *lock(&self.holder.0) = None;
     }
 }
 

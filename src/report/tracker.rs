@@ -3,7 +3,7 @@
 use node_store::{ProgressSnapshot, PullProgress};
 use std::collections::BTreeMap;
 use std::fmt::Display;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use tokio::sync::watch;
 use tracing::{info, warn};
@@ -11,6 +11,7 @@ use tracing::{info, warn};
 use super::usage::Usage;
 use super::{LastError, Phase, SpanResult, State, Status, Subject, Timeline, TimelineEntry, one_line};
 use support::clock::{boottime_ms, unix_ms};
+use support::lock;
 
 /// Largest number of letters of a message in the timeline.
 const DETAIL: usize = 300;
@@ -85,7 +86,7 @@ impl OpenSpan<'_> {
 
 impl Drop for OpenSpan<'_> {
     fn drop(&mut self) {
-        let mut live = self.tracker.live();
+        let mut live = lock(&self.tracker.live);
         if let Some(span) = live.timeline.open(self.subject, Some(&self.name)) {
             span.detail = self.detail.take();
         }
@@ -139,26 +140,21 @@ impl Tracker {
     /// Continues the timeline of the last run, whose spans have ended by now.
     pub fn with_timeline(self, mut timeline: Timeline) -> Self {
         timeline.interrupt(boottime_ms());
-        self.live().timeline = timeline;
+        lock(&self.live).timeline = timeline;
         self
     }
 
     /// Returns the timeline up to now.
     pub fn timeline(&self) -> Timeline {
-        let mut timeline = self.live().timeline.clone();
+        let mut timeline = lock(&self.live).timeline.clone();
         timeline.add_layers(self.progress.reads());
         timeline
-    }
-
-    fn live(&self) -> MutexGuard<'_, Live> {
-        // A poisoned lock means a panic while a span was added.
-        self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Begins a span of the timeline.
     pub fn span(&self, subject: Subject, name: impl Into<String>) -> OpenSpan<'_> {
         let name = name.into();
-        self.live().timeline.begin(subject, name.clone(), boottime_ms());
+        lock(&self.live).timeline.begin(subject, name.clone(), boottime_ms());
         OpenSpan { tracker: self, subject, name, result: SpanResult::Interrupted, detail: None }
     }
 
@@ -189,15 +185,14 @@ impl Tracker {
     }
 
     fn change_beside(&self, change: impl FnOnce(&mut Vec<Tracker>)) {
-        // A poisoned lock means a panic while the list grew or shrank.
-        change(&mut self.beside.lock().unwrap_or_else(PoisonError::into_inner));
+        change(&mut lock(&self.beside));
         self.status.send_modify(|_| {});
     }
 
     /// Returns the current document.
     pub fn status(&self) -> Status {
         let status = self.pivot_status();
-        let beside = self.beside.lock().unwrap_or_else(PoisonError::into_inner).last().cloned();
+        let beside = lock(&self.beside).last().cloned();
         match beside {
             Some(beside) if !matches!(status.state, State::Running | State::Waiting) => {
                 let Status { state, phase, percent, progress, waiting_for, error, .. } = beside.pivot_status();
@@ -294,7 +289,7 @@ impl Tracker {
     pub fn restart(&self, image: Option<String>) {
         self.progress.reset();
         self.progress.take_reads();
-        let mut live = self.live();
+        let mut live = lock(&self.live);
         live.timeline.restart();
         live.usage.clear();
         drop(live);
@@ -311,7 +306,7 @@ impl Tracker {
 
     /// A phase that is under way continues: another attempt of it begins.
     fn begin_span(&self, phase: Phase) {
-        let (mut live, now) = (self.live(), boottime_ms());
+        let (mut live, now) = (lock(&self.live), boottime_ms());
         live.timeline.end(Subject::Wait, None, now, SpanResult::Done);
         if live.timeline.open(Subject::Phase, Some(phase.as_str())).is_none() {
             live.timeline.begin(Subject::Phase, phase.as_str(), now);
@@ -320,7 +315,7 @@ impl Tracker {
     }
 
     fn end_span(&self, phase: Phase) {
-        let mut live = self.live();
+        let mut live = lock(&self.live);
         live.timeline.add_layers(self.progress.take_reads());
         let usage = live.usage.remove(&phase);
         let ended = live.timeline.extend(Subject::Phase, phase.as_str(), boottime_ms(), SpanResult::Done);
@@ -336,7 +331,7 @@ impl Tracker {
 
     fn fail_span(&self, error: &LastError) {
         let phase = self.status.borrow().phase;
-        let (mut live, now) = (self.live(), boottime_ms());
+        let (mut live, now) = (lock(&self.live), boottime_ms());
         live.timeline.add_layers(self.progress.take_reads());
         live.timeline.end(Subject::Wait, None, now, SpanResult::Interrupted);
         let detail = Some(short(&error.message));
@@ -354,7 +349,7 @@ impl Tracker {
 
     /// Ends a phase that has not succeeded and its wait, if it is under way.
     fn end_early(&self, phase: Phase, result: SpanResult, detail: Option<String>) {
-        let mut live = self.live();
+        let mut live = lock(&self.live);
         live.timeline.add_layers(self.progress.take_reads());
         if live.timeline.open(Subject::Phase, Some(phase.as_str())).is_some() {
             live.timeline.end(Subject::Wait, None, boottime_ms(), SpanResult::Interrupted);

@@ -1,8 +1,9 @@
 //! The times of one read of a layer, which its task and its threads update.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use support::clock::{boottime_ms, thread_cpu_ms};
+use support::lock;
 
 /// One read of a layer. Its three parts run at the same time. Times are milliseconds of the boot-time clock.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -73,10 +74,8 @@ impl Reading {
 
     /// Sets the bytes that have arrived.
     pub(crate) fn fetched(&self, bytes: u64) {
-        change(&self.0, |read| {
-            read.fetch.bytes = bytes;
-            read.fetch.end_ms = boottime_ms();
-        });
+        let fetch = &mut lock(&self.0).fetch;
+        (fetch.bytes, fetch.end_ms) = (bytes, boottime_ms());
     }
 
     /// Returns the timer of a part, for its thread.
@@ -86,15 +85,13 @@ impl Reading {
 
     /// Ends the read.
     pub(crate) fn end(self, result: LayerResult) {
-        change(&self.0, |read| read.result = Some(result));
+        lock(&self.0).result = Some(result);
     }
 }
 
 impl Drop for Reading {
     fn drop(&mut self) {
-        change(&self.0, |read| {
-            read.result.get_or_insert(LayerResult::Interrupted);
-        });
+        lock(&self.0).result.get_or_insert(LayerResult::Interrupted);
     }
 }
 
@@ -116,15 +113,12 @@ impl Timer {
     pub(crate) fn end(self, bytes: u64) {
         let (end_ms, cpu_ms) = (boottime_ms(), thread_cpu_ms().saturating_sub(self.cpu_ms));
         let work = Some(Work { start_ms: self.start_ms, end_ms, bytes, cpu_ms });
-        change(&self.read, |read| match self.part {
+        let mut read = lock(&self.read);
+        match self.part {
             Part::Decompress => read.decompress = work,
             Part::Write => read.write = work,
-        });
+        }
     }
-}
-
-fn change(read: &Mutex<LayerRead>, change: impl FnOnce(&mut LayerRead)) {
-    change(&mut read.lock().unwrap_or_else(PoisonError::into_inner));
 }
 
 #[cfg(test)]

@@ -1,10 +1,11 @@
 //! Counters that a pull updates from any thread, and a plain snapshot of them.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
 
 use support::clock::boottime_ms;
+use support::lock;
 
 use crate::layer_read::{LayerRead, Reading};
 use crate::rate::Rate;
@@ -49,17 +50,17 @@ pub struct ProgressSnapshot {
 impl PullProgress {
     /// Returns the current values of the counters.
     pub fn snapshot(&self) -> ProgressSnapshot {
-        let mut now = *self.counters.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut now = *lock(&self.counters);
         // A layer that counted as not needed may be read nevertheless.
         now.layers_done = now.layers_done.min(now.layers_total);
-        let mut rate = self.rate.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut rate = lock(&self.rate);
         now.bytes_per_second = rate.record(boottime_ms(), now.bytes_fetched);
         now
     }
 
     /// Changes counters.
     pub fn update(&self, change: impl FnOnce(&mut ProgressSnapshot)) {
-        change(&mut self.counters.lock().unwrap_or_else(PoisonError::into_inner));
+        change(&mut lock(&self.counters));
     }
 
     /// Reduces the bytes that may have to be fetched.
@@ -69,38 +70,38 @@ impl PullProgress {
 
     /// Sets the reason why the pull waits, such as a held lock, or `None` when it continues.
     pub fn wait_for(&self, reason: Option<String>) {
-        *self.waiting_for.lock().unwrap_or_else(PoisonError::into_inner) = reason;
+        *lock(&self.waiting_for) = reason;
     }
 
     /// Returns the reason why the pull waits, or `None` if it does not.
     pub fn waiting_for(&self) -> Option<String> {
-        self.waiting_for.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.waiting_for).clone()
     }
 
     /// Begins the read of a layer.
     pub(crate) fn begin_read(&self, index: usize, digest: String, size: u64) -> Reading {
         let reading = Reading::begin(index, digest, size);
-        self.reads.lock().unwrap_or_else(PoisonError::into_inner).push(reading.shared());
+        lock(&self.reads).push(reading.shared());
         reading
     }
 
     /// Returns the reads of layers since the last [`PullProgress::take_reads`], in the order in which they began.
     pub fn reads(&self) -> Vec<LayerRead> {
-        let reads = self.reads.lock().unwrap_or_else(PoisonError::into_inner);
-        reads.iter().map(|read| read.lock().unwrap_or_else(PoisonError::into_inner).clone()).collect()
+        let reads = lock(&self.reads);
+        reads.iter().map(|read| lock(read).clone()).collect()
     }
 
     /// Returns the reads and forgets them. Reads that have not ended are not updated any more.
     pub fn take_reads(&self) -> Vec<LayerRead> {
         let reads = self.reads();
-        self.reads.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        lock(&self.reads).clear();
         reads
     }
 
     /// Sets all counters to 0, before another attempt. The reads of layers stay.
     pub fn reset(&self) {
         self.update(|now| *now = ProgressSnapshot::default());
-        *self.rate.lock().unwrap_or_else(PoisonError::into_inner) = Rate::default();
+        *lock(&self.rate) = Rate::default();
         self.wait_for(None);
     }
 }

@@ -2,11 +2,12 @@
 
 use std::io;
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use ostree::gio;
 
 use crate::contexts::Texts;
+use support::lock;
 
 /// Opens the policy of the tree at `root` (in its `etc/selinux` or `usr/etc/selinux`). The object has no policy if the
 /// tree has none.
@@ -16,7 +17,7 @@ use crate::contexts::Texts;
 pub fn open_policy(root: &Path) -> Result<ostree::SePolicy, ostree::glib::Error> {
     // Opening changes libselinux's policy root, which is global to the process.
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-    let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let _guard = lock(&ONE_AT_A_TIME);
     ostree::SePolicy::new(&gio::File::for_path(root), gio::Cancellable::NONE)
 }
 

@@ -213,14 +213,14 @@ mod live {
 
     fn record(directory: &Path, name: &str) {
         let Ok(mut hits) = fs::OpenOptions::new().append(true).open(directory.join("hits")) else { return };
-        let mut recorded = RECORDED.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut recorded = crate::lock(&RECORDED);
         if recorded.insert(name.to_owned()) {
             let _ = writeln!(hits, "{name}");
         }
     }
 
     fn is_due(line: &str, skip: &str) -> bool {
-        let mut passed = PASSED.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut passed = crate::lock(&PASSED);
         if passed.0 != line {
             *passed = (line.to_owned(), 0);
         }

@@ -1,6 +1,6 @@
 //! Small tools that every crate of this workspace uses: [`failpoint`]s for tests, atomic writes in a [`directory`],
-//! child processes ([`command`]), missing files ([`if_found`]), extended attributes ([`xattr`]), [`clock`]s, name [`pattern`]s, sizes
-//! ([`human_bytes`], [`BlockSize`]).
+//! child processes ([`command`]), missing files ([`if_found`]), extended attributes ([`xattr`]), [`clock`]s, name [`pattern`]s,
+//! [`lock`]s, sizes ([`human_bytes`], [`BlockSize`]).
 //!
 //! The crate depends on no other crate of the workspace, and has no code that is specific to images, ostree, systemd or
 //! the pivot.
@@ -24,6 +24,7 @@ pub mod command;
 pub mod directory;
 pub mod failpoint;
 mod found;
+mod lock;
 pub mod pattern;
 mod size;
 #[cfg(any(test, feature = "testing"))]
@@ -31,4 +32,5 @@ pub mod testing;
 pub mod xattr;
 
 pub use found::{if_found, ignore_missing};
+pub use lock::lock;
 pub use size::{BlockSize, human_bytes};

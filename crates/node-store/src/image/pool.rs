@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use containers_image_proxy::{ImageProxy, ImageProxyConfig, OpenedImage};
@@ -13,6 +13,7 @@ use containers_image_proxy::{ImageProxy, ImageProxyConfig, OpenedImage};
 use super::policy::Enforcement;
 use super::{Failure, Kind, PullSpec};
 use support::command::Program;
+use support::lock;
 
 /// Default auth file. The installer writes the pull secret to it.
 const DEFAULT_AUTHFILE: &str = "/root/.docker/config.json";
@@ -91,7 +92,7 @@ impl Pool {
 
     /// Returns an idle process, or a new one.
     pub(super) async fn proxy(&self) -> Result<Proxy, Failure> {
-        let idle = self.idle().pop();
+        let idle = lock(&self.idle).pop();
         match idle {
             Some(proxy) => Ok(proxy),
             None => Proxy::start(config(&self.settings)).await,
@@ -100,7 +101,7 @@ impl Pool {
 
     /// Keeps a process for the next reader.
     pub(super) fn keep(&self, proxy: Proxy) {
-        self.idle().push(proxy);
+        lock(&self.idle).push(proxy);
     }
 
     /// Refuses an image that the signature policy does not accept, if skopeo is too old to do so.
@@ -111,10 +112,6 @@ impl Pool {
     /// Returns the limit of the time without data from the registry.
     pub(super) fn idle_timeout(&self) -> Duration {
         self.settings.idle_timeout.unwrap_or(Duration::from_secs(60))
-    }
-
-    fn idle(&self) -> std::sync::MutexGuard<'_, Vec<Proxy>> {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -7,9 +7,10 @@ use std::collections::{HashMap, HashSet};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use crate::store::ObjectId;
+use support::lock;
 
 /// The copy of a removed object.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,13 +47,13 @@ impl Replaced {
 
     /// Returns the replacement of an object.
     pub(super) fn find(&self, id: &ObjectId) -> Option<Replacement> {
-        self.list.lock().unwrap_or_else(PoisonError::into_inner).known.get(id).cloned()
+        lock(&self.list).known.get(id).cloned()
     }
 
     /// Records a replacement, before the object is removed.
     pub(super) fn add(&self, id: ObjectId, replacement: Replacement) -> io::Result<()> {
         let label = replacement.label.as_deref().map_or_else(|| "-".to_owned(), hex::encode);
-        let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut list = lock(&self.list);
         let mut line = format!("{id} {} {label}\n", replacement.copy);
         let file = match &mut list.file {
             Some(file) => file,

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use tokio_util::sync::CancellationToken;
 
@@ -21,6 +21,7 @@ use super::budget::Budget;
 use super::replaced::{Replaced, Replacement};
 use super::tree::{Target, TreeError};
 use super::wanted::wanted;
+use support::lock;
 
 /// Limit in bytes for the holes of sparse files in one pull. Holes need no space, but their zeros are hashed: this many
 /// take three to ten seconds.
@@ -121,7 +122,7 @@ impl Import {
 
     /// Lists the target from the stored metadata and computes the wanted set. Does nothing if that has been done.
     pub(super) fn fix_wanted(&self) -> Result<(), TreeError> {
-        if self.wants().is_some() {
+        if lock(&self.wants).is_some() {
             return Ok(());
         }
         let target = self.base.target(&mut |id, kind| self.read_metadata(id, kind))?;
@@ -135,13 +136,13 @@ impl Import {
             self.done().cancel();
         }
         let base = target.content.keys().copied().collect();
-        *self.wants() = Some(Wants { target, base, open, merged: false });
+        *lock(&self.wants) = Some(Wants { target, base, open, merged: false });
         Ok(())
     }
 
     /// Makes the merged tree the target. Returns the objects that are wanted now.
     pub(super) fn retarget(&self, target: Target) -> ObjectSet {
-        let mut guard = self.wants();
+        let mut guard = lock(&self.wants);
         let base = guard.take().map(|wants| wants.base).unwrap_or_default();
         let mut open = wanted(&target, &self.booted_content, &self.stored_before, self.complete);
         open.retain(|id| !self.store.has(id, ObjectType::File) && self.replacement(id).is_none());
@@ -152,7 +153,7 @@ impl Import {
 
     /// Adds objects of the merged tree to the wanted set. Returns the objects that are wanted now.
     pub(super) fn want(&self, more: &ObjectSet) -> ObjectSet {
-        let mut guard = self.wants();
+        let mut guard = lock(&self.wants);
         let Some(wants) = guard.as_mut() else { return ObjectSet::new() };
         let before = wants.open.len();
         wants.open.extend(more.iter().filter(|id| !self.store.has(id, ObjectType::File)));
@@ -162,23 +163,23 @@ impl Import {
 
     /// Returns a token that is cancelled when no object is wanted any more.
     pub(super) fn done(&self) -> CancellationToken {
-        self.done.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.done).clone()
     }
 
     /// Replaces the token of [`Import::done`] by one that is not cancelled, after objects were added to the wanted set.
     pub(super) fn reset_done(&self) {
-        *self.done.lock().unwrap_or_else(PoisonError::into_inner) = CancellationToken::new();
+        *lock(&self.done) = CancellationToken::new();
     }
 
     /// Returns true if the base commit has the content object.
     pub(super) fn base_has(&self, id: &ObjectId) -> bool {
-        self.wants().as_ref().is_some_and(|wants| wants.base.contains(id))
+        lock(&self.wants).as_ref().is_some_and(|wants| wants.base.contains(id))
     }
 
     /// Returns true if a content object of a plain layer must be stored. `path` is relative to the root. Before the
     /// merge, every object that could be needed is; after it, every object that is still wanted.
     pub(super) fn keeps_derived(&self, id: &ObjectId, path: &str) -> bool {
-        match self.wants().as_ref() {
+        match lock(&self.wants).as_ref() {
             Some(wants) if wants.merged => wants.open.contains(id),
             _ => self.keeps_at(id, path),
         }
@@ -191,7 +192,7 @@ impl Import {
 
     /// Returns the content objects of the target, or none while the target is unknown.
     pub(super) fn target_content(&self) -> Vec<ObjectId> {
-        self.wants().as_ref().map(|wants| wants.target.content.keys().copied().collect()).unwrap_or_default()
+        lock(&self.wants).as_ref().map(|wants| wants.target.content.keys().copied().collect()).unwrap_or_default()
     }
 
     /// Returns true if the booted repo holds the layer, or the same layer in another compression.
@@ -233,7 +234,7 @@ impl Import {
     /// Removes an object of a plain layer after a relabelled copy of it was stored, so that the store has its content once.
     pub(super) fn replace(&self, id: &ObjectId, replacement: Replacement) -> io::Result<()> {
         self.replaced.add(*id, replacement)?;
-        self.derived.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
+        lock(&self.derived).remove(id);
         self.store.remove_content(id, &self.writer)
     }
 
@@ -242,10 +243,10 @@ impl Import {
         if self.stored_before.contains(id) {
             return;
         }
-        if self.wants().as_mut().is_some_and(|wants| wants.open.contains(id)) {
+        if lock(&self.wants).as_mut().is_some_and(|wants| wants.open.contains(id)) {
             return self.content_stored(id, size);
         }
-        if self.derived.lock().unwrap_or_else(PoisonError::into_inner).insert(*id) {
+        if lock(&self.derived).insert(*id) {
             self.progress.update(|now| now.objects_wanted += 1);
             self.written(size);
         }
@@ -254,17 +255,16 @@ impl Import {
     /// Removes objects of plain layers that this run stored and that the merged tree does not have, because a later
     /// layer replaced or hid them. Objects for which `keep` returns true stay.
     pub(super) fn prune_derived(&self, keep: impl Fn(&ObjectId) -> bool) -> io::Result<()> {
-        let wants = self.wants();
+        let wants = lock(&self.wants);
         let Some(wants) = wants.as_ref() else { return Ok(()) };
-        let derived = self.derived.lock().unwrap_or_else(PoisonError::into_inner);
+        let derived = lock(&self.derived);
         let mut hidden = derived.iter().filter(|id| wants.is_unused(id) && !keep(id));
         hidden.try_for_each(|id| self.store.remove_content(id, &self.writer))
     }
 
     /// Returns true if a content object was stored for a plain layer, and neither the merged tree nor the base has it.
     pub(super) fn is_hidden(&self, id: &ObjectId) -> bool {
-        self.wants().as_ref().is_some_and(|wants| wants.is_unused(id))
-            && self.derived.lock().unwrap_or_else(PoisonError::into_inner).contains(id)
+        lock(&self.wants).as_ref().is_some_and(|wants| wants.is_unused(id)) && lock(&self.derived).contains(id)
     }
 
     /// Reads a metadata object from the node store or the booted repo. Returns `None` if neither has it.
@@ -281,7 +281,7 @@ impl Import {
     /// Returns true if a content object must be written. While the target is unknown, that is every object that neither
     /// repo has.
     pub(super) fn wants_content(&self, id: &ObjectId) -> bool {
-        match self.wants().as_ref() {
+        match lock(&self.wants).as_ref() {
             Some(wants) => wants.open.contains(id),
             None => !self.booted_content.contains(id) && !self.store.has(id, ObjectType::File),
         }
@@ -294,7 +294,7 @@ impl Import {
 
     /// Records that a content object was written.
     pub(super) fn content_stored(&self, id: &ObjectId, size: u64) {
-        let mut wants = self.wants();
+        let mut wants = lock(&self.wants);
         let is_new = match wants.as_mut() {
             Some(wants) => {
                 let was_open = wants.open.remove(id);
@@ -357,12 +357,12 @@ impl Import {
 
     /// Returns the number of objects that are still wanted and one of them, or `None` while the target is unknown.
     pub(super) fn still_wanted(&self) -> Option<(usize, Option<ObjectId>)> {
-        self.wants().as_ref().map(|wants| (wants.open.len(), wants.open.iter().min().copied()))
+        lock(&self.wants).as_ref().map(|wants| (wants.open.len(), wants.open.iter().min().copied()))
     }
 
     /// Returns true if every content object of the target is in one of the two repos.
     pub(super) fn is_complete(&self) -> bool {
-        let wants = self.wants();
+        let wants = lock(&self.wants);
         let Some(wants) = wants.as_ref() else { return false };
         let unstored: HashSet<&ObjectId> =
             wants.target.content.keys().filter(|id| !self.stored_before.contains(*id)).collect();
@@ -374,7 +374,7 @@ impl Import {
     /// Returns true if all content objects of the base commit are in one of the two repos, even those that a plain layer
     /// replaces.
     pub(super) fn base_is_complete(&self) -> bool {
-        let wants = self.wants();
+        let wants = lock(&self.wants);
         let is_present = |id: &ObjectId| {
             self.booted_content.contains(id) || self.stored_before.contains(id) || self.store.has(id, ObjectType::File)
         };
@@ -415,16 +415,12 @@ impl Import {
 
     /// Returns true if the content object is wanted and not stored yet.
     pub(super) fn is_open(&self, id: &ObjectId) -> bool {
-        self.wants().as_ref().is_some_and(|wants| wants.open.contains(id))
+        lock(&self.wants).as_ref().is_some_and(|wants| wants.open.contains(id))
     }
 
     /// Returns the number of content objects that are still wanted, and that of the target.
     pub(super) fn open_and_total(&self) -> (usize, usize) {
-        self.wants().as_ref().map_or((0, 0), |wants| (wants.open.len(), wants.target.content.len()))
-    }
-
-    fn wants(&self) -> MutexGuard<'_, Option<Wants>> {
-        self.wants.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.wants).as_ref().map_or((0, 0), |wants| (wants.open.len(), wants.target.content.len()))
     }
 }
 

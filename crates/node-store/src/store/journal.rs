@@ -7,9 +7,10 @@ use std::collections::HashSet;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use super::object::ObjectId;
+use support::lock;
 
 /// The wanted set for which a layer was read. An entry for one scope does not count for a wider one.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -66,7 +67,7 @@ impl LayerJournal {
     /// Records a layer whose wanted objects are all stored, in one write.
     pub fn add(&self, digest: &str, scope: &Scope) -> io::Result<()> {
         let line = format!("{}\n", scope.line(digest));
-        self.file.lock().unwrap_or_else(PoisonError::into_inner).write_all(line.as_bytes())
+        lock(&self.file).write_all(line.as_bytes())
     }
 }
 

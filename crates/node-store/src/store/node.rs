@@ -6,7 +6,7 @@ use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use anyhow::{Context, ensure};
 use sha2::{Digest, Sha256};
@@ -17,7 +17,7 @@ use super::object::{ObjectId, ObjectSet, ObjectType, loose_path, read_metadata};
 use super::place::is_bare;
 use super::{BootedRepo, LayerJournal, LockError, ObjectWriter, StoreLock};
 use support::directory::Directory;
-use support::{BlockSize, if_found, ignore_missing};
+use support::{BlockSize, if_found, ignore_missing, lock};
 
 /// File name of the list of defaults in `/etc`, in the agent's directory in the system's repo.
 const ETC_DEFAULTS: &str = "etc-defaults.json";
@@ -370,7 +370,7 @@ fn existing(path: PathBuf) -> Option<PathBuf> {
 fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     // An image may have the same layer twice, and both reads write the list of its content.
     static WRITER: Mutex<()> = Mutex::new(());
-    let _writer = WRITER.lock().unwrap_or_else(PoisonError::into_inner);
+    let _writer = lock(&WRITER);
     let temp = path.with_extension("new");
     fs::write(&temp, content)?;
     fs::rename(&temp, path)
