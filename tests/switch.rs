@@ -16,7 +16,7 @@ use std::time::Instant;
 
 use etc_merge::Class;
 use nix::sched::CloneFlags;
-use node_store::store::ObjectId;
+use node_store::store::{NodeStore, ObjectId};
 use overlay_root::delta::{Booted, Delta, Keep};
 use overlay_root::{Base, Namespace};
 use rustix::mount::{MountFlags, MountPropagationFlags};
@@ -55,16 +55,13 @@ fn ostree(arguments: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap().trim().to_owned()
 }
 
-fn repo(path: &Path, parent: Option<&Path>) -> ostree::Repo {
+fn repo(path: &Path, parent: Option<&Path>) {
     let option = format!("--repo={}", path.display());
     ostree(&["init", &option, "--mode=bare"]);
     ostree(&["config", &option, "set", "core.fsync", "false"]);
     if let Some(parent) = parent {
         ostree(&["config", &option, "set", "core.parent", parent.to_str().unwrap()]);
     }
-    let repo = ostree::Repo::new_for_path(path);
-    repo.open(ostree::gio::Cancellable::NONE).unwrap();
-    repo
 }
 
 fn commit(repo: &Path, tree: &Path) -> String {
@@ -110,13 +107,9 @@ fn describe(dir: &Path) -> BTreeMap<PathBuf, String> {
     all
 }
 
-fn build(store: &ostree::Repo, root: &Path, booted: &str, target: &str, keep: &Keep) -> Delta {
-    let objects = |hex: &str| {
-        let path = root.join("repo/objects").join(&hex[..2]).join(format!("{}.file", &hex[2..]));
-        path.symlink_metadata().is_ok().then_some(path)
-    };
-    let difference =
-        overlay_root::delta::compare(store, Booted::Commit(id(booted)), id(target), &objects, keep).unwrap();
+fn build(root: &Path, booted: &str, target: &str) -> Delta {
+    let (store, booted) = (NodeStore::open(root).unwrap(), Booted::Commit(id(booted)));
+    let difference = overlay_root::delta::compare(&store, booted, id(target), &Keep::default()).unwrap();
     difference.build(&root.join("delta")).unwrap()
 }
 
@@ -202,9 +195,9 @@ impl<'a> Machine<'a> {
         repo(&path("booted-repo"), None);
         let booted = commit(&path("booted-repo"), &path("booted"));
         assert!(overlay_root::tmpfs(&here(), &path("store"), 16 << 20, "node-image:store").unwrap());
-        let store = repo(&path("store/repo"), Some(&path("booted-repo")));
+        repo(&path("store/repo"), Some(&path("booted-repo")));
         let target = commit(&path("store/repo"), &path("target"));
-        let delta = build(&store, &path("store"), &booted, &target, &Keep::default());
+        let delta = build(&path("store"), &booted, &target);
         let (usr, base) = boot(&path("booted-repo"), &booted);
         let etc = path("etc");
         write(&etc, &[("default", "default 1"), ("edited", "by the administrator"), ("both", "by the administrator")]);
@@ -383,21 +376,19 @@ fn how_long_it_takes() {
         repo(&path("booted-repo"), None);
         let booted = commit(&path("booted-repo"), &path("booted"));
         fs::create_dir(path("store")).unwrap();
-        let store = repo(&path("store/repo"), Some(&path("booted-repo")));
+        repo(&path("store/repo"), Some(&path("booted-repo")));
         let target = commit(&path("store/repo"), &path("target"));
         let start = Instant::now();
-        let delta = build(&store, &path("store"), &booted, &target, &Keep::default());
+        let delta = build(&path("store"), &booted, &target);
         println!("delta, half of 50,000 files changed: {:?} {:?}", start.elapsed(), delta.counts);
         let start = Instant::now();
-        let same = Booted::Commit(id(&booted));
-        let difference = overlay_root::delta::compare(&store, same, id(&booted), &|_| None, &Keep::default()).unwrap();
-        let delta = difference.build(&path("store/none"));
-        println!("delta, nothing changed: {:?} {:?}", start.elapsed(), delta.unwrap().counts);
+        let delta = build(&path("store"), &booted, &booted);
+        println!("delta, nothing changed: {:?} {:?}", start.elapsed(), delta.counts);
         let empty = path("empty/usr");
         fs::create_dir_all(&empty).unwrap();
         let nothing = commit(&path("booted-repo"), &path("empty"));
         let start = Instant::now();
-        let delta = build(&store, &path("store"), &nothing, &target, &Keep::default());
+        let delta = build(&path("store"), &nothing, &target);
         println!("delta, all 50,000 files: {:?} {:?}", start.elapsed(), delta.counts);
 
         for number in 0..5000 {

@@ -156,12 +156,9 @@ async fn the_repo_of_the_system_stores_the_node_image_and_stays_sound() {
     clean();
     assert_eq!(try_pull(&spec, &store, Some(&system.booted)).await.unwrap(), pulled);
     // The delta tree costs no content.
-    let repo = ostree::Repo::new_for_path(store.repo_path());
-    repo.open(Cancellable::NONE).unwrap();
-    let own = |name: &str| Some(store.object_path(&name.parse().ok()?, ObjectType::File));
     let booted = overlay_root::delta::Booted::Commit(old.id());
     let keep = overlay_root::delta::Keep::default();
-    let difference = overlay_root::delta::compare(&repo, booted, new.id(), &own, &keep).unwrap();
+    let difference = overlay_root::delta::compare(&store, booted, new.id(), &keep).unwrap();
     let delta = difference.build(&store.delta_build_path()).unwrap();
     assert_eq!((delta.counts.copied, delta.counts.changed + delta.counts.added), (0, 4), "{delta:?}");
     assert_eq!(fs::metadata(store.delta_path().join("bin/kubelet")).unwrap().nlink(), 2);

@@ -25,14 +25,8 @@ fn machine(scratch: &Path) -> Machine<'_> {
 /// Builds the complete tree beside the delta, where [`Base::Bound`] expects it.
 fn build_complete(machine: &Machine<'_>) -> overlay_root::delta::DeltaCounts {
     let store = machine.scratch.join("store");
-    let repo = ostree::Repo::new_for_path(store.join("repo"));
-    repo.open(ostree::gio::Cancellable::NONE).unwrap();
-    let objects = |hex: &str| {
-        let path = store.join("repo/objects").join(&hex[..2]).join(format!("{}.file", &hex[2..]));
-        path.symlink_metadata().is_ok().then_some(path)
-    };
-    let keep = Keep::default();
-    let complete = overlay_root::delta::complete(&repo, &machine.usr, id(&machine.target), &objects, &keep).unwrap();
+    let (opened, keep) = (NodeStore::open(&store).unwrap(), Keep::default());
+    let complete = overlay_root::delta::complete(&opened, &machine.usr, id(&machine.target), &keep).unwrap();
     complete.build(&store.join(SOURCE)).unwrap().counts
 }
 

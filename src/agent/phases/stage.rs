@@ -6,8 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
 use anyhow::Context as _;
-use ostree::gio::Cancellable;
-use ostree::glib::{Variant, VariantDict};
+use ostree::glib::VariantDict;
 use rustix::fs::OFlags;
 use tracing::{info, warn};
 
@@ -21,7 +20,7 @@ use crate::preflight::{self, BaseChoice, Free, Need, PackageChanges, Packages, R
 use crate::report::{Phase, State, Tracker};
 use etc_merge::{Change, Class, Plan};
 use node_store::import::PulledImage;
-use node_store::store::{NodeStore, ObjectId, ObjectType};
+use node_store::store::{NodeStore, ObjectId, ObjectType, commit_metadata};
 use overlay_root::delta::{Booted, Delta, Difference, Keep};
 use overlay_root::{Base, DetachedTree, Mount, Namespace};
 use support::BlockSize;
@@ -212,19 +211,13 @@ fn check_tree(
     warnings.extend(preflight::warnings(&mounts, usr, &choice));
 
     let (store, _) = storage::open(paths, checks.store).map_err(storage::refused)?;
-    let repo = ostree::Repo::new_for_path(store.repo_path());
-    repo.open(Cancellable::NONE).context("cannot open the node store")?;
-    let metadata = metadata_of(&repo, pulled.commit)?;
+    let metadata = metadata_of(&store, pulled.commit)?;
     refuse(check_metadata(&metadata))?;
     let booted = match pulled.booted_commit {
         Some(commit) => Booted::Commit(commit),
         None => Booted::Directory(usr),
     };
-    let own_object = |name: &str| {
-        let path = store.object_path(&name.parse().ok()?, ObjectType::File);
-        path.symlink_metadata().is_ok().then_some(path)
-    };
-    let difference = overlay_root::delta::compare(&repo, booted, pulled.commit, &own_object, &Keep::default())?;
+    let difference = overlay_root::delta::compare(&store, booted, pulled.commit, &Keep::default())?;
     if store.complete_build_path().exists() {
         warnings.extend(views::stale(views::Expected::Bootimage));
         store.discard_complete().context("cannot remove the complete tree of an earlier stage")?;
@@ -233,7 +226,7 @@ fn check_tree(
     let built = build(&store, &difference, &store.delta_build_path())?;
     let complete = match &choice.base {
         Base::Bound(usr) => {
-            let complete = overlay_root::delta::complete(&repo, usr, pulled.commit, &own_object, &Keep::default())?;
+            let complete = overlay_root::delta::complete(&store, usr, pulled.commit, &Keep::default())?;
             Some(build(&store, &complete, &store.complete_build_path())?.counts)
         }
         Base::Directory(_) | Base::Composefs(_) => None,
@@ -241,7 +234,7 @@ fn check_tree(
     // The build path may be a name that only this process has.
     let delta = Delta { directory: store.delta_path(), base: choice.base, complete, ..built };
     warnings.extend(delta.warnings.iter().cloned());
-    warnings.extend(overlay_root::delta::outside_usr(&repo, booted, pulled.commit)?);
+    warnings.extend(overlay_root::delta::outside_usr(&store, booted, pulled.commit)?);
 
     let tree = delta.open_usr(USR_SOURCE)?;
     refuse(preflight::check_content(tree.as_fd(), preflight::Machine::here().context("looking at this program")?))?;
@@ -250,7 +243,7 @@ fn check_tree(
     let same = preflight::check_same_system(booted_usr.as_fd(), tree.as_fd(), checks.permits_another_system);
     refuse(same.refusals)?;
     warnings.extend(same.warnings);
-    let packages = packages(&repo, &tree, pulled, &metadata);
+    let packages = packages(&store, &tree, pulled, &metadata);
     Ok(CheckedTree { store, delta, tree, packages })
 }
 
@@ -339,10 +332,9 @@ fn etc_lines(plan: &Plan) -> Vec<String> {
 }
 
 /// Returns the metadata of a commit.
-fn metadata_of(repo: &ostree::Repo, commit: ObjectId) -> anyhow::Result<VariantDict> {
-    let (variant, _) = repo.load_commit(&commit.to_string()).with_context(|| format!("reading the commit {commit}"))?;
-    let metadata: Variant = variant.try_child_value(0).with_context(|| format!("the commit {commit} is malformed"))?;
-    Ok(VariantDict::new(Some(&metadata)))
+fn metadata_of(store: &NodeStore, commit: ObjectId) -> anyhow::Result<VariantDict> {
+    let bytes = store.load_metadata(&commit, ObjectType::Commit)?;
+    commit_metadata(bytes).with_context(|| format!("the commit {commit} is malformed"))
 }
 
 fn check_metadata(metadata: &VariantDict) -> Vec<Refusal> {
@@ -355,17 +347,12 @@ fn check_metadata(metadata: &VariantDict) -> Vec<Refusal> {
 
 /// Compares the packages by dpkg's database in both trees, or by rpm-ostree's list in both commits. Returns `None` if one
 /// is missing. A derived image may have the list of its base.
-fn packages(
-    repo: &ostree::Repo,
-    tree: &DetachedTree,
-    pulled: &PulledImage,
-    new: &VariantDict,
-) -> Option<PackageChanges> {
+fn packages(store: &NodeStore, tree: &DetachedTree, pulled: &PulledImage, new: &VariantDict) -> Option<PackageChanges> {
     let booted_usr = etc_merge::open_dir(Path::new(USR)).ok()?;
     if let (Some(old), Some(new)) = (dpkg_of(booted_usr.as_fd()), dpkg_of(tree.as_fd())) {
         return Some(PackageChanges::between(&old, &new));
     }
-    let old = metadata_of(repo, pulled.booted_commit?).ok()?;
+    let old = metadata_of(store, pulled.booted_commit?).ok()?;
     Some(PackageChanges::between(&preflight::rpm(&old)?, &preflight::rpm(new)?))
 }
 

@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 use node_store::image::{ImageSettings, PullSpec, Source};
 use node_store::import::{self, PullOptions, PulledImage};
-use node_store::store::{BootedRepo, NODE_IMAGE_REF, NodeStore, ObjectType};
+use node_store::store::{BootedRepo, NODE_IMAGE_REF, NodeStore};
 use ostree::gio::Cancellable;
 use overlay_root::Base;
 use overlay_root::delta::{Booted, Keep};
@@ -65,14 +65,8 @@ pub fn pull(task: &PullTask) -> Result<Pulled> {
     let pull_seconds = start.elapsed().as_secs_f64();
     let start = Instant::now();
     let store = NodeStore::open(&task.root)?;
-    let repo = open(store.repo_path())?;
-    let own_object = |name: &str| {
-        let path = store.object_path(&name.parse().ok()?, ObjectType::File);
-        path.symlink_metadata().is_ok().then_some(path)
-    };
     let (booted, out) = (Booted::Commit(task.commit.parse()?), task.root.join(DELTA));
-    let delta =
-        overlay_root::delta::compare(&repo, booted, pulled.commit, &own_object, &Keep::default())?.build(&out)?;
+    let delta = overlay_root::delta::compare(&store, booted, pulled.commit, &Keep::default())?.build(&out)?;
     Ok(Pulled {
         commit: pulled.commit.to_string(),
         pull_seconds,

@@ -8,9 +8,9 @@ use std::collections::{BTreeSet, HashMap};
 use std::io;
 
 use crate::image::{Failure, ImageDescription, Layer, Layout, ResolvedImage};
-use crate::store::{Dirtree, NodeStore, ObjectId, ObjectType, image_ref, layer_ref};
+use crate::store::{DirMeta, Dirtree, NodeStore, ObjectId, ObjectType, image_ref, layer_ref};
 
-use super::plain::{CommitInfo, DirMeta, dirmeta_bytes, put, store_commit, store_image};
+use super::plain::{CommitInfo, put, store_commit, store_image};
 use super::state::Import;
 use super::tree::{Lookup, commit_root, walk};
 
@@ -176,7 +176,7 @@ fn chunk_commit(import: &Import, layer: &Layer) -> Result<Option<ObjectId>, Fail
     }
     let tree = Dirtree { files: names.iter().map(|(name, id)| (name.as_str(), *id)).collect(), dirs: Vec::new() };
     let tree = put(import, ObjectType::DirTree, &tree.to_bytes())?;
-    let meta = dirmeta_bytes(&DirMeta { mode: 0o755, ..DirMeta::default() });
+    let meta = DirMeta { mode: 0o755, ..DirMeta::default() }.to_bytes();
     let meta = put(import, ObjectType::DirMeta, &meta)?;
     store_commit(import, &CommitInfo { tree, meta, ..CommitInfo::default() }).map(Some)
 }

@@ -1,12 +1,8 @@
 //! Lists the content objects of a commit. Pure, except that it reads metadata objects through a function of the caller.
-//!
-//! Format source: libostree's `OSTREE_COMMIT_GVARIANT_FORMAT`.
 
 use std::collections::{HashMap, HashSet};
 
-use ostree::glib::Variant;
-
-use crate::store::{Dirtree, ObjectId, ObjectType};
+use crate::store::{self, DirMeta, Dirtree, ObjectId, ObjectType};
 
 /// Reasons why a tree cannot be listed.
 #[derive(Debug, thiserror::Error)]
@@ -171,20 +167,13 @@ pub(super) fn path_of(commit: &ObjectId, wanted: &ObjectId, lookup: &mut Lookup<
 /// Returns the root dirtree and dirmeta of a commit.
 pub(super) fn commit_root(commit: &ObjectId, lookup: &mut Lookup<'_>) -> Result<(ObjectId, ObjectId), TreeError> {
     let bytes = load(commit, ObjectType::Commit, lookup)?;
-    let variant = Variant::from_data_with_type(
-        bytes,
-        ostree::glib::VariantTy::new("(a{sv}aya(say)sstayay)")
-            .map_err(|_| TreeError::Malformed(*commit, "commit", "unknown GVariant type"))?,
-    );
-    let bad = |what| TreeError::Malformed(*commit, "commit", what);
-    if !variant.is_normal_form() {
-        return Err(bad("not a commit in normal form"));
-    }
-    let checksum = |index| {
-        let bytes = variant.child_value(index).get::<Vec<u8>>().unwrap_or_default();
-        ObjectId::from_bytes(&bytes).ok_or_else(|| bad("a checksum does not have 32 bytes"))
-    };
-    Ok((checksum(6)?, checksum(7)?))
+    store::commit_root(bytes).map_err(|what| TreeError::Malformed(*commit, "commit", what))
+}
+
+/// Reads a dirmeta object.
+pub(super) fn read_dirmeta(meta: &ObjectId, lookup: &mut Lookup<'_>) -> Result<DirMeta, TreeError> {
+    let bytes = load(meta, ObjectType::DirMeta, lookup)?;
+    DirMeta::parse(bytes).map_err(|what| TreeError::Malformed(*meta, "dirmeta", what))
 }
 
 /// Reads a metadata object. A missing object is an error.
@@ -200,6 +189,7 @@ pub(super) fn load(id: &ObjectId, kind: ObjectType, lookup: &mut Lookup<'_>) -> 
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use ostree::glib::Variant;
     use ostree::glib::variant::ToVariant;
     use sha2::{Digest, Sha256};
 

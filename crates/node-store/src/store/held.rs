@@ -8,10 +8,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use oci_spec::image::{ImageConfiguration, ImageManifest};
-use ostree::glib::{Variant, VariantDict, VariantTy};
 
 use super::refs::{IMAGE_REF_PREFIX, commit_of, layer_ref};
-use super::{BootedRepo, NodeStore, ObjectId, ObjectType};
+use super::{BootedRepo, NodeStore, ObjectId, ObjectType, commit_metadata};
 
 /// A layer of which the booted repo has all objects.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -95,12 +94,6 @@ impl BootedRepo {
         });
         Some(held.collect())
     }
-}
-
-/// Returns the metadata in the bytes of a commit object.
-pub(crate) fn commit_metadata(bytes: Vec<u8>) -> Option<VariantDict> {
-    let commit = Variant::from_data_with_type(bytes, VariantTy::new("(a{sv}aya(say)sstayay)").ok()?);
-    Some(VariantDict::new(Some(&commit.child_value(0))))
 }
 
 impl NodeStore {

@@ -6,6 +6,8 @@
 //! [`NodeStore::on_tmpfs`] mounts the tmpfs first, and the caller of [`NodeStore::on_disk`] provides a writable mount.
 
 mod booted;
+mod commit;
+mod dirmeta;
 mod dirtree;
 mod disk;
 mod framing;
@@ -20,10 +22,12 @@ mod refs;
 mod write;
 
 pub use booted::{BootedRepo, deployments};
+pub use commit::{commit_metadata, commit_root};
+pub use dirmeta::DirMeta;
+pub(crate) use dirmeta::{Pairs, S_IFDIR, SELINUX, label_of, set_label};
 pub use dirtree::Dirtree;
 pub use disk::{earlier_boots, remove_earlier_boots};
 pub use held::HeldLayers;
-pub(crate) use held::commit_metadata;
 pub use journal::{LayerJournal, Scope};
 pub use lock::{LockError, StoreLock};
 pub use node::NodeStore;

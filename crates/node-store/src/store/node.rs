@@ -184,7 +184,8 @@ impl NodeStore {
         })
     }
 
-    fn own_object(&self, id: &ObjectId, kind: ObjectType) -> Option<PathBuf> {
+    /// Returns the path of an existing object in this store's repo, possibly a pending one.
+    pub fn own_object(&self, id: &ObjectId, kind: ObjectType) -> Option<PathBuf> {
         self.repos().find_map(|repo| existing(repo.join(loose_path(id, kind))))
     }
 
@@ -206,6 +207,35 @@ impl NodeStore {
             }
         }
         Ok(None)
+    }
+
+    /// Returns the content of a metadata object of this store or the parent.
+    ///
+    /// # Errors
+    /// The object cannot be read, or is missing or damaged in both.
+    pub fn load_metadata(&self, id: &ObjectId, kind: ObjectType) -> anyhow::Result<Vec<u8>> {
+        let read = self.read_metadata(id, kind).map_err(anyhow::Error::from);
+        let found =
+            read.and_then(|bytes| bytes.context("it is missing or damaged in the node store and the booted repo"));
+        found.with_context(|| format!("cannot read the object {id}.{}", kind.extension()))
+    }
+
+    /// Returns the size of a content object of this store or the parent. For a link, this is the length of its target.
+    ///
+    /// # Errors
+    /// The object is in neither.
+    pub fn content_size(&self, id: &ObjectId) -> anyhow::Result<u64> {
+        let path = loose_path(id, ObjectType::File);
+        let found = self.repos().chain(self.parent.clone()).find_map(|repo| repo.join(&path).symlink_metadata().ok());
+        found.map(|meta| meta.len()).with_context(|| missing_content(id))
+    }
+
+    /// Returns the path of an existing content object in this store or in the parent.
+    ///
+    /// # Errors
+    /// The object is in neither.
+    pub fn find_content(&self, id: &ObjectId) -> anyhow::Result<PathBuf> {
+        self.find_object(id, ObjectType::File).with_context(|| missing_content(id))
     }
 
     /// Lists the content objects of this store's repo, including pending ones.
@@ -360,6 +390,10 @@ impl NodeStore {
     fn record_path(&self) -> PathBuf {
         self.root.join("pulled.json")
     }
+}
+
+fn missing_content(id: &ObjectId) -> String {
+    format!("cannot find the content object {id} in the node store and the booted repo")
 }
 
 fn existing(path: PathBuf) -> Option<PathBuf> {

@@ -6,8 +6,6 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use anyhow::{Context, Result};
-use ostree::gio;
-use ostree::prelude::InputStreamExtManual;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
@@ -15,15 +13,12 @@ use super::compare::{self, Checksum, DeltaOp, Directory, Shape, Tree as _};
 use super::keep::Keep;
 use super::lookup::{Delta, DeltaCounts};
 use super::overlay_marks::{self, Marks};
-use node_store::store::ObjectId;
+use node_store::store::{DirMeta, NodeStore, ObjectId, ObjectType};
 use support::BlockSize;
 use support::failpoint::{self, Point};
 
-use super::source::{DirMeta, PlainTree, RepoTree, xattrs_of};
-use super::write::{copy_kept, create_file, create_link, set_metadata};
-
-/// Function that returns the path of a content object in the node store, or `None` if the store lacks it.
-pub type ObjectPath<'a> = dyn Fn(&str) -> Option<PathBuf> + 'a;
+use super::source::{PlainTree, StoreTree};
+use super::write::{copy_entry, set_metadata};
 
 /// The booted tree, with which the target is compared.
 #[derive(Debug, Clone, Copy)]
@@ -36,9 +31,7 @@ pub enum Booted<'a> {
 
 /// The differences between the target commit's `/usr` and the booted one, or all of the new `/usr`.
 pub struct Difference<'a> {
-    repo: &'a ostree::Repo,
-    object_path: &'a ObjectPath<'a>,
-    target: RepoTree<'a>,
+    target: StoreTree<'a>,
     /// The booted tree, if it is a directory.
     plain: Option<PlainTree>,
     /// The booted `/usr` for the kept content of a complete tree.
@@ -46,18 +39,12 @@ pub struct Difference<'a> {
     steps: Vec<DeltaOp>,
 }
 
-/// Compares the commit's `/usr` with the booted one, without writing. `object_path` finds objects in the node store.
+/// Compares the commit's `/usr` with the booted one, without writing. The commits are in the node store or its parent repo.
 ///
 /// # Errors
 /// A tree cannot be read, or the target has a file at the path of a directory with frozen content.
-pub fn compare<'a>(
-    repo: &'a ostree::Repo,
-    booted: Booted<'_>,
-    commit: ObjectId,
-    object_path: &'a ObjectPath<'a>,
-    keep: &Keep,
-) -> Result<Difference<'a>> {
-    let target = RepoTree::new(repo);
+pub fn compare<'a>(store: &'a NodeStore, booted: Booted<'_>, commit: ObjectId, keep: &Keep) -> Result<Difference<'a>> {
+    let target = StoreTree(store);
     let new = target.usr_of(commit)?;
     let (plain, steps) = match booted {
         Booted::Commit(booted) => {
@@ -71,7 +58,7 @@ pub fn compare<'a>(
             (Some(plain), steps)
         }
     };
-    Ok(Difference { repo, object_path, target, plain, kept: None, steps })
+    Ok(Difference { target, plain, kept: None, steps })
 }
 
 /// Lists all files of the commit's `/usr`, and those of the booted `usr` that `keep` selects, for a tree that is used without
@@ -79,16 +66,10 @@ pub fn compare<'a>(
 ///
 /// # Errors
 /// Those of [`compare`].
-pub fn complete<'a>(
-    repo: &'a ostree::Repo,
-    usr: &'a Path,
-    commit: ObjectId,
-    object_path: &'a ObjectPath<'a>,
-    keep: &Keep,
-) -> Result<Difference<'a>> {
-    let (target, plain) = (RepoTree::new(repo), PlainTree::new());
+pub fn complete<'a>(store: &'a NodeStore, usr: &'a Path, commit: ObjectId, keep: &Keep) -> Result<Difference<'a>> {
+    let (target, plain) = (StoreTree(store), PlainTree::new());
     let steps = compare::diff((&plain, plain.root(usr)), (&target, target.usr_of(commit)?), keep, Shape::Complete)?;
-    Ok(Difference { repo, object_path, target, plain: Some(plain), kept: Some(usr), steps })
+    Ok(Difference { target, plain: Some(plain), kept: Some(usr), steps })
 }
 
 /// Memory of a tmpfs inode and of its name in the kernel, in bytes. A hard link needs less.
@@ -106,7 +87,7 @@ impl Difference<'_> {
         for step in &self.steps {
             if let DeltaOp::File { object, .. } = step
                 && seen.insert(object)
-                && (self.object_path)(&hex::encode(object)).is_none()
+                && self.target.0.own_object(object, ObjectType::File).is_none()
             {
                 sum = sum.saturating_add(unit.allocated(self.target.size(object)?));
             }
@@ -143,7 +124,7 @@ impl Difference<'_> {
     pub fn build(&self, out: &Path) -> Result<Delta> {
         let building = beside(out, "building")?;
         remove_tree(&building)?;
-        let mut builder = Builder::new(self.repo, self.object_path, self.kept, &building)?;
+        let mut builder = Builder::new(self.target.0, self.kept, &building)?;
         let booted_meta = |name: &Checksum| match &self.plain {
             None => self.target.meta(name),
             Some(plain) => plain.meta(name),
@@ -186,8 +167,7 @@ fn publish(building: &Path, out: &Path) -> Result<()> {
 }
 
 struct Builder<'a> {
-    repo: &'a ostree::Repo,
-    object_path: &'a ObjectPath<'a>,
+    store: &'a NodeStore,
     kept: Option<&'a Path>,
     root: PathBuf,
     /// Open directories from the root to the current one, with the metadata that they get at [`DeltaOp::Leave`].
@@ -201,18 +181,12 @@ struct Builder<'a> {
 }
 
 impl<'a> Builder<'a> {
-    fn new(
-        repo: &'a ostree::Repo,
-        object_path: &'a ObjectPath<'a>,
-        kept: Option<&'a Path>,
-        root: &Path,
-    ) -> Result<Self> {
+    fn new(store: &'a NodeStore, kept: Option<&'a Path>, root: &Path) -> Result<Self> {
         if let Some(parent) = root.parent() {
             std::fs::create_dir_all(parent).with_context(|| format!("cannot create {}", parent.display()))?;
         }
         Ok(Self {
-            repo,
-            object_path,
+            store,
             kept,
             root: root.to_owned(),
             stack: Vec::new(),
@@ -294,7 +268,7 @@ impl<'a> Builder<'a> {
             DeltaOp::Kept { name, frozen, content } => {
                 self.path.push(name);
                 let kept = self.kept.context("internal error: kept content in a delta")?.join(&self.path);
-                copy_kept(&kept, self.current()?, name, !frozen)?;
+                copy_entry(&kept, self.current()?, name, !frozen)?;
                 self.path.pop();
                 self.counts.copied += content.files;
                 self.counts.copied_bytes += content.bytes;
@@ -309,9 +283,8 @@ impl<'a> Builder<'a> {
 
     /// Links or copies an object to `name` and returns its size in bytes.
     fn file(&mut self, name: &str, object: &Checksum) -> Result<u64> {
-        let hex = hex::encode(object);
         let copy_before = self.copies.get(object).map(|copy| self.root.join(copy));
-        let mut stored = copy_before.or_else(|| (self.object_path)(&hex));
+        let mut stored = copy_before.or_else(|| self.store.own_object(object, ObjectType::File));
         if let Some(path) = &stored
             && overlay_marks::has_attribute(path)?
         {
@@ -331,7 +304,7 @@ impl<'a> Builder<'a> {
             },
         };
         if !linked {
-            copy(self.repo, &hex, directory, name)?;
+            copy_entry(&self.store.find_content(object)?, directory, name, false)?;
         }
         let stat = rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW).context("cannot read its size")?;
         let size = u64::try_from(stat.st_size).unwrap_or_default();
@@ -341,27 +314,5 @@ impl<'a> Builder<'a> {
             self.copies.insert(*object, self.path.clone());
         }
         Ok(size)
-    }
-}
-
-/// Copies a content object of the repo or its parents to `name`.
-fn copy(repo: &ostree::Repo, hex: &str, directory: BorrowedFd<'_>, name: &str) -> Result<()> {
-    let (content, info, xattrs) = repo
-        .load_file(hex, gio::Cancellable::NONE)
-        .with_context(|| format!("cannot find the content object {hex} in the node store and the booted repo"))?;
-    let number = |attribute| info.attribute_uint32(attribute);
-    let (uid, gid, mode) = (number("unix::uid"), number("unix::gid"), number("unix::mode"));
-    let meta = DirMeta {
-        uid,
-        gid,
-        mode,
-        xattrs: xattrs_of(xattrs.get().context("the attributes of the object are malformed")?),
-    };
-    match content {
-        None => {
-            let target = info.symlink_target().context("the object is neither a file nor a link")?;
-            create_link(&target, &meta, directory, name)
-        }
-        Some(content) => create_file(&mut content.into_read(), &meta, directory, name),
     }
 }

@@ -4,11 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
+use node_store::store::ObjectId;
 
 use super::keep::{Keep, Verdict};
 
 /// An ostree checksum, or another name that is equal exactly if the named content is equal.
-pub type Checksum = [u8; 32];
+pub type Checksum = ObjectId;
 
 /// A directory by the checksums of its listing and its metadata.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

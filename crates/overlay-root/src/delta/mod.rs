@@ -16,7 +16,7 @@ mod write;
 #[cfg(test)]
 mod tests;
 
-pub use build::{Booted, Difference, ObjectPath, compare, complete};
+pub use build::{Booted, Difference, compare, complete};
 pub use keep::Keep;
 pub use lookup::{Delta, DeltaCounts, DeltaLookup};
 pub use outside::outside_usr;

@@ -6,8 +6,8 @@ use anyhow::Result;
 
 use super::build::Booted;
 use super::compare::{Directory, Listing, Tree};
-use super::source::RepoTree;
-use node_store::store::ObjectId;
+use super::source::StoreTree;
+use node_store::store::{NodeStore, ObjectId};
 
 /// Top-level directories that are not compared: they belong to the machine or are mount points. `/usr` is in the delta.
 const NOT_COMPARED: [&str; 11] =
@@ -20,8 +20,8 @@ const SHOWN: usize = 12;
 ///
 /// # Errors
 /// A tree cannot be read.
-pub fn outside_usr(repo: &ostree::Repo, booted: Booted<'_>, commit: ObjectId) -> Result<Option<String>> {
-    let tree = RepoTree::new(repo);
+pub fn outside_usr(store: &NodeStore, booted: Booted<'_>, commit: ObjectId) -> Result<Option<String>> {
+    let tree = StoreTree(store);
     let new = tree.root_of(commit)?;
     let found = match booted {
         Booted::Commit(booted) => differences(&tree, &tree.root_of(booted)?, &new)?,
@@ -96,10 +96,14 @@ mod tests {
         }
     }
 
+    fn id(byte: u8) -> Checksum {
+        ObjectId([byte; 32])
+    }
+
     fn listing(files: &[(&str, u8)], directories: &[(&str, u8)]) -> Listing {
-        let directory = |byte: &u8| Directory { tree: [*byte; 32], meta: [0; 32] };
+        let directory = |byte: &u8| Directory { tree: id(*byte), meta: id(0) };
         Listing {
-            files: files.iter().map(|(name, byte)| (name.to_string(), [*byte; 32])).collect(),
+            files: files.iter().map(|(name, byte)| (name.to_string(), id(*byte))).collect(),
             directories: directories.iter().map(|(name, byte)| (name.to_string(), directory(byte))).collect(),
         }
     }
@@ -107,8 +111,8 @@ mod tests {
     #[test]
     fn changed_paths_outside_usr_are_listed() {
         let trees = Trees(HashMap::from([
-            ([1; 32], listing(&[("x", 1)], &[])),
-            ([2; 32], listing(&[("x", 1), ("y", 2)], &[("z", 9)])),
+            (id(1), listing(&[("x", 1)], &[])),
+            (id(2), listing(&[("x", 1), ("y", 2)], &[("z", 9)])),
         ]));
         let old = listing(&[("bin", 1), ("foo", 2)], &[("opt", 1), ("same", 1), ("usr", 1), ("run", 1), ("gone", 1)]);
         let new = listing(

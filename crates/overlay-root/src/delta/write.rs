@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use rustix::fs::{AtFlags, Gid, Mode, OFlags, Timespec, Timestamps, Uid, XattrFlags};
 
-use super::source::{DirMeta, meta_of};
+use super::overlay_marks;
+use super::source::meta_of;
+use node_store::store::DirMeta;
 use support::xattr;
 
 pub(super) fn create_link(target: &Path, meta: &DirMeta, directory: BorrowedFd<'_>, name: &str) -> Result<()> {
@@ -34,9 +36,9 @@ pub(super) fn create_file(content: &mut dyn Read, meta: &DirMeta, directory: Bor
     set_metadata(file.as_fd(), meta)
 }
 
-/// Copies the entry `from` of the booted `/usr` to `name`, and all entries below it if `recursive`. Entries that are neither
-/// files, links nor directories are omitted, as in ostree.
-pub(super) fn copy_kept(from: &Path, directory: BorrowedFd<'_>, name: &str, recursive: bool) -> Result<()> {
+/// Copies `from`, a content object or an entry of the booted `/usr`, to `name`, and all entries below it if `recursive`.
+/// Entries that are neither files, links nor directories are omitted, as in ostree.
+pub(super) fn copy_entry(from: &Path, directory: BorrowedFd<'_>, name: &str, recursive: bool) -> Result<()> {
     let failed = || format!("cannot copy {}", from.display());
     let kind = std::fs::symlink_metadata(from).with_context(failed)?.file_type();
     let meta = meta_of(from)?;
@@ -59,7 +61,7 @@ pub(super) fn copy_kept(from: &Path, directory: BorrowedFd<'_>, name: &str, recu
             let entry = entry.with_context(failed)?;
             // As in a listing of the booted tree.
             let Ok(name) = entry.file_name().into_string() else { continue };
-            copy_kept(&entry.path(), copied.as_fd(), &name, true)?;
+            copy_entry(&entry.path(), copied.as_fd(), &name, true)?;
         }
     }
     set_metadata(copied.as_fd(), &meta).with_context(failed)
@@ -79,9 +81,9 @@ fn attribute(name: &[u8]) -> String {
     format!("cannot set {name}{hint}")
 }
 
-/// Sets attributes with `set`. Those that the file system does not support have a substitute, as in the node store.
+/// Sets attributes with `set`, except for those that overlayfs would interpret. Those that the file system does not support have a substitute, as in the node store.
 fn set_attributes(meta: &DirMeta, set: impl Fn(&[u8], &[u8]) -> rustix::io::Result<()>) -> Result<()> {
-    let mut all = meta.settable();
+    let mut all = meta.xattrs.iter().filter(|(name, _)| !overlay_marks::is_attribute(name));
     all.try_for_each(|(name, value)| xattr::set_with(name, value, &set).map(drop).with_context(|| attribute(name)))
 }
 

@@ -13,7 +13,6 @@ use sha2::{Digest, Sha256};
 use crate::image::{Failure, ImageDescription, ResolvedImage};
 use crate::store::{Dirtree, ObjectId, ObjectType};
 
-use super::dirmeta::dirmeta_bytes;
 use super::merge::{Content, Dir, Listing, Meta, read_dirtree};
 use super::relabel::Relabeller;
 use crate::import::state::Import;
@@ -105,8 +104,8 @@ pub(super) fn store_tree(
 ) -> Result<(ObjectId, ObjectId), Failure> {
     let labelled = labels.as_mut().map(|labels| labels.meta(&dir.meta, path)).transpose()?.flatten();
     let meta = match (&labelled, &dir.meta) {
-        (Some(meta), _) => put(import, ObjectType::DirMeta, &dirmeta_bytes(meta))?,
-        (None, Meta::New(meta)) => put(import, ObjectType::DirMeta, &dirmeta_bytes(meta))?,
+        (Some(meta), _) => put(import, ObjectType::DirMeta, &meta.to_bytes())?,
+        (None, Meta::New(meta)) => put(import, ObjectType::DirMeta, &meta.to_bytes())?,
         (None, Meta::Stored(id)) => *id,
     };
     let read: Listing;

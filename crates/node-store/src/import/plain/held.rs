@@ -5,16 +5,15 @@
 use std::collections::HashMap;
 
 use crate::image::Layer;
-use crate::store::{Dirtree, ObjectId, ObjectType};
+use crate::store::{DirMeta, Dirtree, ObjectId, ObjectType};
 
-use super::dirmeta::{DirMeta, read_dirmeta};
 use super::facts::BaseFacts;
 use super::layertree::{BadEntry, LayerFile, LayerTree};
 use super::path::Place;
 use super::system::remove_left_by_build;
 use crate::import::base::Base;
 use crate::import::state::Import;
-use crate::import::tree::{Lookup, TreeError, commit_root, load};
+use crate::import::tree::{Lookup, TreeError, commit_root, load, read_dirmeta};
 
 /// Reasons why the commit cannot replace the layer.
 #[derive(Debug, thiserror::Error)]

@@ -8,10 +8,9 @@ use std::io;
 use serde::{Deserialize, Serialize};
 
 use crate::image::{Failure, Kind};
-use crate::store::{NodeStore, ObjectId};
+use crate::store::{DirMeta, NodeStore, ObjectId};
 
 use super::children::Children;
-use super::dirmeta::DirMeta;
 use super::layertree::{BadEntry, LayerDir, LayerFile, LayerTree};
 use crate::import::budget::{self, Share};
 use crate::import::state::Import;

@@ -5,10 +5,9 @@
 use std::collections::BTreeMap;
 
 use crate::image::Failure;
-use crate::store::{Dirtree, FileMeta, ObjectId, ObjectType, Xattrs};
+use crate::store::{DirMeta, Dirtree, FileMeta, ObjectId, ObjectType, SELINUX, Xattrs, label_of};
 
 use super::commit::{CommitInfo, put, store_commit};
-use super::dirmeta::{DirMeta, SELINUX, dirmeta_bytes, label_of};
 use super::layertree::{LayerDir, LayerFile, LayerTree, OPAQUE, WHITEOUT};
 use super::path::foreign;
 use crate::import::state::Import;
@@ -65,7 +64,7 @@ fn store_dir(
         dirs: dirs.into_iter().map(|(name, (tree, meta))| (name, tree, meta)).collect(),
     };
     let tree = put(import, ObjectType::DirTree, &tree.to_bytes())?;
-    Ok(Some((tree, put(import, ObjectType::DirMeta, &dirmeta_bytes(&dir.meta))?)))
+    Ok(Some((tree, put(import, ObjectType::DirMeta, &dir.meta.to_bytes())?)))
 }
 
 /// Stores an empty file with the label of its directory: without a label, the kernel would add one.

@@ -10,10 +10,9 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::store::ObjectId;
+use crate::store::{DirMeta, ObjectId, S_IFDIR, label_of, set_label};
 
 use super::children::Children;
-use super::dirmeta::{DirMeta, S_IFDIR, label_of, set_label};
 use super::path::{foreign, shown};
 use crate::import::budget::{Budget, OverBudget, Share};
 

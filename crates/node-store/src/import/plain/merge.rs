@@ -7,14 +7,13 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use crate::store::{Dirtree, ObjectId, ObjectType};
+use crate::store::{DirMeta, Dirtree, ObjectId, ObjectType};
 
 use super::children::Children;
-use super::dirmeta::{DirMeta, read_dirmeta};
 use super::layertree::{LayerDir, LayerFile, LayerTree};
 use super::path::{MOVED, Moved, foreign, shown};
 use super::shortened::Shortened;
-use crate::import::tree::{Lookup, TreeError, commit_root, load};
+use crate::import::tree::{Lookup, TreeError, commit_root, load, read_dirmeta};
 
 /// A directory of the merged tree.
 #[derive(Debug)]
@@ -281,7 +280,6 @@ fn lay(
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use super::super::dirmeta::dirmeta_bytes;
     use super::*;
     use sha2::{Digest, Sha256};
     use std::collections::HashMap;
@@ -302,7 +300,7 @@ mod tests {
             objects.insert(id, bytes);
             id
         };
-        let meta = put(dirmeta_bytes(&DirMeta { mode: 0o750, ..DirMeta::default() }));
+        let meta = put(DirMeta { mode: 0o750, ..DirMeta::default() }.to_bytes());
         let bytes = |files: &[(&'static str, u8)], dirs| {
             let files = files.iter().map(|(name, byte)| (*name, id(*byte))).collect();
             Dirtree { files, dirs }.to_bytes()

@@ -3,7 +3,6 @@
 mod children;
 mod commit;
 mod derive;
-mod dirmeta;
 mod facts;
 mod held;
 mod kept;
@@ -21,7 +20,6 @@ mod system;
 pub(super) use commit::commit_bytes;
 pub(super) use commit::{CommitInfo, put, store_commit, store_image};
 pub(super) use derive::{Committed, Derived, Merged};
-pub(super) use dirmeta::{DirMeta, dirmeta_bytes};
 pub(super) use facts::BaseFacts;
 pub(super) use held::held_tree;
 pub(super) use kept::{KeptTree, over_budget};

@@ -8,9 +8,8 @@ use std::collections::HashSet;
 use tar::EntryType;
 
 use crate::image::{Failure, Kind};
-use crate::store::{FileMeta, ObjectId, ObjectType, WriteError, Xattrs};
+use crate::store::{DirMeta, FileMeta, ObjectId, ObjectType, Pairs, S_IFDIR, WriteError, Xattrs, set_label};
 
-use super::dirmeta::{DirMeta, Pairs, S_IFDIR, set_label};
 use super::facts::BaseFacts;
 use super::label::Labels;
 use super::layertree::{BadEntry, LayerFile, LayerTree};

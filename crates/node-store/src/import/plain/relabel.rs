@@ -17,15 +17,14 @@ use sha2::Digest;
 use support::xattr;
 
 use crate::image::{Failure, Kind, PullSpec};
-use crate::store::{FileMeta, ObjectId, ObjectType, Xattrs};
+use crate::store::{DirMeta, FileMeta, ObjectId, ObjectType, S_IFDIR, SELINUX, Xattrs, label_of, set_label};
 
-use super::dirmeta::{DirMeta, S_IFDIR, SELINUX, label_of, read_dirmeta, set_label};
 use super::label::{Labels, PolicyFiles};
 use super::merge::Meta;
 use crate::import::base::Base;
 use crate::import::replaced::Replacement;
 use crate::import::state::Import;
-use crate::import::tree::Target;
+use crate::import::tree::{Target, read_dirmeta};
 
 /// Mode and label of a stored object.
 #[derive(Debug, Clone)]

@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 
 use anyhow::{Context, Result};
+use node_store::store::ObjectId;
 use proptest::prelude::*;
 use sha2::{Digest, Sha256};
 
@@ -18,13 +19,13 @@ impl Memory {
         let mut listing = Listing::default();
         for (name, node) in entries {
             match node {
-                Node::File(content) => drop(listing.files.insert(name.clone(), [*content; 32])),
+                Node::File(content) => drop(listing.files.insert(name.clone(), ObjectId([*content; 32]))),
                 Node::Dir(meta, below) => drop(listing.directories.insert(name.clone(), self.add(*meta, below))),
             }
         }
-        let tree: Checksum = Sha256::digest(format!("{listing:?}")).into();
+        let tree: Checksum = ObjectId(Sha256::digest(format!("{listing:?}")).into());
         self.0.borrow_mut().insert(tree, listing);
-        Directory { tree, meta: [meta; 32] }
+        Directory { tree, meta: ObjectId([meta; 32]) }
     }
 }
 
@@ -34,7 +35,7 @@ impl Tree for Memory {
     }
 
     fn size(&self, file: &Checksum) -> Result<u64> {
-        Ok(u64::from(file[0]) + 1)
+        Ok(u64::from(file.0[0]) + 1)
     }
 }
 
@@ -56,9 +57,9 @@ fn overlay(ops: &mut std::slice::Iter<'_, DeltaOp>, below: &Entries) -> Entries 
         match ops.next().unwrap() {
             DeltaOp::Leave => return shown,
             DeltaOp::File { name, object, replaces } => {
-                let before = shown.insert(name.clone(), Node::File(object[0]));
+                let before = shown.insert(name.clone(), Node::File(object.0[0]));
                 assert_eq!(before.as_ref().map(hidden), *replaces);
-                assert_ne!(before, Some(Node::File(object[0])), "an unchanged file is not in the delta");
+                assert_ne!(before, Some(Node::File(object.0[0])), "an unchanged file is not in the delta");
             }
             DeltaOp::Whiteout { name, hides } => {
                 let before = shown.remove(name);
@@ -71,7 +72,7 @@ fn overlay(ops: &mut std::slice::Iter<'_, DeltaOp>, below: &Entries) -> Entries 
                     _ => Entries::new(),
                 };
                 let entered = overlay(ops, &below);
-                shown.insert(name.clone(), Node::Dir(meta[0], entered));
+                shown.insert(name.clone(), Node::Dir(meta.0[0], entered));
             }
         }
     }

@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
-use node_store::store::ObjectId;
+use node_store::store::{NodeStore, ObjectId};
 use ostree::gio::Cancellable;
 use ostree::prelude::Cast;
 use rand::rngs::StdRng;
@@ -61,7 +61,7 @@ fn describe(dir: &Path) -> BTreeMap<PathBuf, String> {
     all
 }
 
-pub(super) fn repo(path: &Path, parent: Option<&Path>) -> ostree::Repo {
+fn repo(path: &Path, parent: Option<&Path>) -> ostree::Repo {
     let repo = ostree::Repo::new_for_path(path);
     fs::create_dir_all(path).unwrap();
     repo.create(ostree::RepoMode::Bare, Cancellable::NONE).unwrap();
@@ -76,7 +76,7 @@ pub(super) fn repo(path: &Path, parent: Option<&Path>) -> ostree::Repo {
     repo
 }
 
-pub(super) fn commit(repo: &ostree::Repo, tree: &Path) -> ObjectId {
+fn commit(repo: &ostree::Repo, tree: &Path) -> ObjectId {
     let none = Cancellable::NONE;
     repo.prepare_transaction(none).unwrap();
     let mtree = ostree::MutableTree::new();
@@ -87,15 +87,11 @@ pub(super) fn commit(repo: &ostree::Repo, tree: &Path) -> ObjectId {
     commit.parse().unwrap()
 }
 
-pub(super) fn loose(repo: &Path, hex: &str) -> PathBuf {
-    repo.join("objects").join(&hex[..2]).join(format!("{}.file", &hex[2..]))
-}
-
 struct Machine {
     scratch: PathBuf,
     booted_usr: PathBuf,
     booted_commit: ObjectId,
-    store: ostree::Repo,
+    store: NodeStore,
     commit: ObjectId,
 }
 
@@ -111,32 +107,29 @@ fn pulled(scratch: &Path) -> Machine {
     let booted_usr = scratch.join("booted/usr");
     let booted_repo = repo(&scratch.join("booted-repo"), None);
     let booted_commit = commit(&booted_repo, &scratch.join("booted"));
-    let store = repo(&scratch.join("store"), Some(&scratch.join("booted-repo")));
-    let target = commit(&store, &scratch.join("target"));
-    for bucket in fs::read_dir(scratch.join("store/objects")).unwrap() {
+    let objects = scratch.join("store/repo");
+    let target = commit(&repo(&objects, Some(&scratch.join("booted-repo"))), &scratch.join("target"));
+    for bucket in fs::read_dir(objects.join("objects")).unwrap() {
         for object in fs::read_dir(bucket.unwrap().path()).unwrap() {
             let object = object.unwrap().path();
-            let booted = scratch.join("booted-repo").join(object.strip_prefix(scratch.join("store")).unwrap());
+            let booted = scratch.join("booted-repo").join(object.strip_prefix(&objects).unwrap());
             if object.extension().is_some_and(|kind| kind.as_bytes() == b"file") && booted.symlink_metadata().is_ok() {
                 fs::remove_file(object).unwrap();
             }
         }
     }
+    let store = NodeStore::open(&scratch.join("store")).unwrap();
     Machine { scratch: scratch.to_owned(), booted_usr, booted_commit, store, commit: target }
 }
 
 impl Machine {
     fn build(&self, booted: Booted<'_>, keep: &Keep) -> Delta {
-        let objects =
-            |hex: &str| Some(loose(&self.scratch.join("store"), hex)).filter(|path| path.symlink_metadata().is_ok());
-        let difference = compare(&self.store, booted, self.commit, &objects, keep).unwrap();
+        let difference = compare(&self.store, booted, self.commit, keep).unwrap();
         difference.build(&self.scratch.join("delta")).unwrap()
     }
 
     fn build_complete(&self, keep: &Keep) -> Delta {
-        let objects =
-            |hex: &str| Some(loose(&self.scratch.join("store"), hex)).filter(|path| path.symlink_metadata().is_ok());
-        let difference = complete(&self.store, &self.booted_usr, self.commit, &objects, keep).unwrap();
+        let difference = complete(&self.store, &self.booted_usr, self.commit, keep).unwrap();
         let built = difference.build(&self.scratch.join("nip:usr")).unwrap();
         assert!(built.counts.copied_bytes <= difference.bytes_to_copy(BlockSize::page()).unwrap());
         built
@@ -307,7 +300,7 @@ fn copies_of_booted_files_need_whole_pages() {
         let file = |name: &str| Entries::from([(name.into(), Node::File(3))]);
         let machine = machine(scratch, &file("old"), &file("new"));
         let booted = Booted::Commit(machine.booted_commit);
-        let difference = compare(&machine.store, booted, machine.commit, &|_| None, &Keep::new([], [])).unwrap();
+        let difference = compare(&machine.store, booted, machine.commit, &Keep::new([], [])).unwrap();
         for page in [4 << 10, 64 << 10] {
             assert_eq!(difference.bytes_to_copy(BlockSize::new(page)).unwrap(), page);
         }
@@ -318,7 +311,7 @@ fn copies_of_booted_files_need_whole_pages() {
 fn a_missing_object_is_named_and_nothing_is_left() {
     private(|scratch| {
         let machine = machine(scratch, &Entries::new(), &Entries::from([("new".into(), Node::File(3))]));
-        for bucket in fs::read_dir(scratch.join("store/objects")).unwrap() {
+        for bucket in fs::read_dir(scratch.join("store/repo/objects")).unwrap() {
             for object in fs::read_dir(bucket.unwrap().path()).unwrap() {
                 let object = object.unwrap().path();
                 if object.extension().is_some_and(|kind| kind == "file") {
@@ -328,7 +321,7 @@ fn a_missing_object_is_named_and_nothing_is_left() {
         }
         let booted = Booted::Commit(machine.booted_commit);
         let out = scratch.join("delta");
-        let difference = compare(&machine.store, booted, machine.commit, &|_| None, &Keep::new([], [])).unwrap();
+        let difference = compare(&machine.store, booted, machine.commit, &Keep::new([], [])).unwrap();
         let error = difference.build(&out).unwrap_err();
         let error = format!("{error:#}");
         assert!(error.contains("/usr/new") && error.contains("cannot find the content object"), "{error}");
