@@ -79,7 +79,7 @@ fn same_content(one: &Path, other: &Path) -> io::Result<bool> {
 /// Checks that this agent can continue from the record and the plans under `paths`.
 ///
 /// # Errors
-/// A file cannot be used, for example because a newer agent wrote it.
+/// A file cannot be used, for example because an agent with another format wrote it.
 pub fn check_record(paths: &StateDir) -> Result<(), Unusable> {
     if_present(Record::load(paths))?;
     if_present(paths.load::<SwitchPlan>())?;
@@ -158,19 +158,18 @@ mod tests {
     }
 
     #[test]
-    fn a_record_of_a_newer_agent_is_refused_with_instructions() {
+    fn a_record_of_another_format_is_refused_with_instructions() {
         let temp = tempfile::tempdir().unwrap();
         let paths = StateDir::below(temp.path());
         assert_eq!(check_record(&paths), Ok(()), "no record");
         Record::default().save(&paths).unwrap();
         assert_eq!(check_record(&paths), Ok(()));
         let file = temp.path().join("state.json");
-        let newer = fs::read_to_string(&file).unwrap().replace("\"schema\": 1", "\"schema\": 2");
-        let value: serde_json::Value = serde_json::from_str(&newer).unwrap();
-        let without: serde_json::Map<_, _> =
-            value.as_object().unwrap().clone().into_iter().filter(|(key, _)| key != "checksum").collect();
-        fs::write(&file, serde_json::to_vec(&without).unwrap()).unwrap();
-        let message = check_record(&paths).unwrap_err().to_string();
-        assert!(message.contains("format 2, and this agent reads 1: a newer agent wrote it"), "{message}");
+        let own = fs::read_to_string(&file).unwrap();
+        for format in ["1", "3"] {
+            fs::write(&file, own.replace("\"schema\": 2", &format!("\"schema\": {format}"))).unwrap();
+            let message = check_record(&paths).unwrap_err().to_string();
+            assert!(message.contains(&format!("format {format}, and this agent reads 2: another agent")), "{message}");
+        }
     }
 }

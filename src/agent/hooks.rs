@@ -170,16 +170,6 @@ impl StateFile for Done {
     const NAME: &'static str = "hooks-done";
     const SUBJECT: &'static str = "the list of hooks that have run";
     const REMEDY: &'static str = "the hooks after the switch run again";
-
-    /// Reads lines with the name of a hook and, after a tab, its failure.
-    fn of_older_agent(text: &[u8]) -> Option<Self> {
-        let text = std::str::from_utf8(text).ok().filter(|text| !text.starts_with('{'))?;
-        let parts = |line: &str| match line.split_once('\t') {
-            Some((name, failure)) => (name.to_owned(), Some(failure.to_owned())),
-            None => (line.to_owned(), None),
-        };
-        Some(Self { hooks: text.lines().map(parts).collect() })
-    }
 }
 
 #[cfg(test)]
@@ -242,11 +232,9 @@ mod tests {
     }
 
     #[test]
-    fn the_list_of_an_older_agent_is_read() {
+    fn the_list_survives_the_file() {
         let failure = Some("the hook failed: x; y".to_owned());
         let hooks = BTreeMap::from([("10-a".to_owned(), None), ("20-b".to_owned(), failure)]);
-        let done = Done { hooks };
-        survives_every_damage(&done);
-        assert_eq!(Done::of_older_agent(b"10-a\n20-b\tthe hook failed: x; y\n"), Some(done));
+        survives_every_damage(&Done { hooks });
     }
 }

@@ -22,14 +22,11 @@ use unit_refresh::{Action, Class, Definitions, Flow, Manager, Root, Sides, Verb,
 struct Act {
     action: Action,
     /// Number of its jobs that have ended, with or without success.
-    #[serde(default)]
     done: usize,
     /// True if one of them failed.
-    #[serde(default)]
     failed: bool,
     /// Invocation of the unit that the restart must end, in hexadecimal. Another invocation means that it was restarted
     /// already, by an earlier agent or as a dependent of another unit.
-    #[serde(default)]
     ending: Option<String>,
 }
 
@@ -44,13 +41,10 @@ impl From<Action> for Act {
 pub(super) struct UnitsRecord {
     /// Definitions of the units that were active. Restarted and stopped units are removed.
     before: Definitions,
-    /// The sockets that the final target pulled in; absent where an older agent switched.
-    #[serde(default)]
-    sockets: Option<BTreeSet<String>>,
+    /// The sockets that the final target pulled in.
+    sockets: BTreeSet<String>,
     /// The flow that was planned for; absent until there is a plan.
-    #[serde(default)]
     pub(super) flow: Option<Flow>,
-    #[serde(default)]
     acts: Vec<Act>,
 }
 
@@ -75,7 +69,7 @@ pub(super) async fn remember(dir: &StateDir, target: &str, staged: &StagedRoot) 
         let before = unit_refresh::definitions(&Manager::connect().await?, &files).await?;
         let mut sockets = files.pulled_in(target);
         sockets.retain(|name| name.ends_with(".socket"));
-        staged.save(&UnitsRecord { before, sockets: Some(sockets), ..UnitsRecord::default() }, dir)
+        staged.save(&UnitsRecord { before, sockets, ..UnitsRecord::default() }, dir)
     };
     remembered.await.map(drop).map_err(Error::from)
 }
@@ -100,13 +94,12 @@ pub(super) async fn carry_out(
     manager: &mut Manager,
     trouble: &mut Vec<String>,
 ) -> Result<Vec<Action>> {
-    // An older agent wrote none. Then only the running code of units is compared.
+    // Without it, only the running code of units is compared.
     let mut record = if_present(staged.load::<UnitsRecord>(dir))?.unwrap_or_default();
     let save = |record: &UnitsRecord| staged.save(record, dir).map(drop);
     if record.flow != Some(flow) {
         let new = unit_files().await?;
-        let added = |before| new.pulled_in(&settings.target).difference(before).cloned().collect();
-        let added = record.sockets.as_ref().map(added).unwrap_or_default();
+        let added = new.pulled_in(&settings.target).difference(&record.sockets).cloned().collect();
         let systemd = Root::running().systemd_release();
         let differs = |path: &Path| changed.contains(path);
         let (version, old, differs) = (Version::Replaced, &record.before, &differs);
@@ -234,7 +227,7 @@ mod tests {
         };
         let record = UnitsRecord {
             before: [("a.service".to_owned(), Definition::default())].into(),
-            sockets: Some(["s.socket".to_owned()].into()),
+            sockets: ["s.socket".to_owned()].into(),
             flow: Some(Flow::Live),
             acts: vec![
                 act("a.service", Class::Stop, 1),

@@ -30,4 +30,4 @@ pub use table::summary;
 pub use text::{deviation_lines, old_lines, state_line, status_line, waiting_line};
 pub use timeline::{SpanResult, Subject, Timeline};
 pub use tracker::{Remark, Tracker};
-pub use words::{if_known, one_line};
+pub use words::one_line;

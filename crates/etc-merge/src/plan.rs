@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Serialize};
 
 use support::BlockSize;
 
@@ -63,7 +63,6 @@ pub struct Change {
     /// Source of the content.
     pub content: Origin,
     /// SELinux label to set, with the NUL byte at its end. `None`: the label of the file in the new tree.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub label: Option<Bytes>,
 }
 
@@ -76,28 +75,11 @@ pub struct Plan {
     pub decisions: Vec<Decision>,
     /// Conflicts for which the node image has a file or link, with its size in bytes. [`apply`](super::apply()) saves
     /// these versions beside the undo journal.
-    #[serde(deserialize_with = "aside")]
     pub aside: BTreeMap<Bytes, u64>,
     /// Defaults that this merge takes from the node image.
-    #[serde(default)]
     pub taken: Defaults,
     /// Defaults that earlier merges took.
-    #[serde(default)]
     pub earlier: Defaults,
-}
-
-/// Reads [`Plan::aside`]. Accepts the list of paths that older agents wrote, so that their merges can be undone.
-fn aside<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<Bytes, u64>, D::Error> {
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum Aside {
-        Sizes(BTreeMap<Bytes, u64>),
-        Paths(Vec<Bytes>),
-    }
-    Ok(match Aside::deserialize(deserializer)? {
-        Aside::Sizes(sizes) => sizes,
-        Aside::Paths(paths) => paths.into_iter().map(|path| (path, 0)).collect(),
-    })
 }
 
 impl Plan {

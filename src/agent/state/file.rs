@@ -1,7 +1,7 @@
 //! State files: one envelope, one loader, one writer, and one wording for files that cannot be used.
 //!
 //! A state file is a JSON object. The fields of the envelope are beside those of the content: `schema`, `boot_id`, `image`
-//! and `checksum`, which covers all other fields. Files of older agents may lack some of them.
+//! and `checksum`, which covers all other fields.
 
 use std::path::PathBuf;
 
@@ -15,7 +15,7 @@ use super::StateDir;
 use node_store::image::ResolvedImage;
 
 /// Version of the format of all state files. A file of another version is refused, not guessed at.
-const SCHEMA: u64 = 1;
+const SCHEMA: u64 = 2;
 const CHECKSUM: &str = "checksum";
 
 /// The content of a state file.
@@ -26,11 +26,6 @@ pub trait StateFile: Serialize + DeserializeOwned {
     const SUBJECT: &'static str;
     /// Way out if the file cannot be used.
     const REMEDY: &'static str;
-
-    /// Reads a file that an older agent wrote in another format than JSON.
-    fn of_older_agent(_text: &[u8]) -> Option<Self> {
-        None
-    }
 }
 
 /// SHA-256 of a state file, independent of white space and the order of its fields.
@@ -70,8 +65,8 @@ pub enum Damage {
     /// The content is not what was written.
     #[error("it is damaged: its checksum does not match")]
     Checksum,
-    /// A newer agent wrote it: the formats of all older ones are read.
-    #[error("it has format {0}, and this agent reads {SCHEMA}: a newer agent wrote it, whose program can use it")]
+    /// An agent of another version wrote it.
+    #[error("it has format {0}, and this agent reads {SCHEMA}: another agent wrote it, whose program can use it")]
     Foreign(String),
     /// An agent wrote it before the machine booted.
     #[error("it is of another boot")]
@@ -146,19 +141,17 @@ pub(super) fn parse<T: StateFile>(
     image: Option<&ResolvedImage>,
     tied: Option<&Checksum>,
 ) -> Result<T, Damage> {
-    if let Some(content) = T::of_older_agent(text) {
-        return Ok(content);
-    }
     let malformed = |error: serde_json::Error| Damage::Malformed(error.to_string());
     let mut value: Value = serde_json::from_slice(text).map_err(malformed)?;
+    let schema = value.get("schema").unwrap_or_default();
+    if *schema != SCHEMA {
+        return Err(Damage::Foreign(schema.to_string()));
+    }
     let written = value.as_object_mut().and_then(|fields| fields.remove(CHECKSUM));
     let checksum = Checksum::of(&value);
+    // A person who changes the file removes the checksum.
     if written.is_some_and(|written| written != checksum.0) {
         return Err(Damage::Checksum);
-    }
-    match value.get("schema") {
-        Some(schema) if *schema != SCHEMA => return Err(Damage::Foreign(schema.to_string())),
-        _ => {}
     }
     let field = |name: &str| value.get(name).and_then(Value::as_str);
     if let (Some(written), Some(now)) = (field("boot_id"), boot_id())

@@ -23,10 +23,10 @@ pub struct PlanDocument {
     /// `staged`, with a plan, or `nothing-to-do` or `switched`, without one.
     pub state: String,
     /// Reason for `nothing-to-do`.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
     /// Changes that the switch would make.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub plan: Option<SwitchPlan>,
 }
 
@@ -36,7 +36,7 @@ pub struct SwitchPlan {
     /// The image, by digest.
     pub image: PullSpec,
     /// Choice of the image in the release payload, if one is configured.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub image_choice: Option<ImageChoice>,
     /// Its ostree commit.
     pub commit: ObjectId,
@@ -45,21 +45,18 @@ pub struct SwitchPlan {
     /// Files that `/usr` gains, loses and changes.
     pub usr: DeltaCounts,
     /// The way in which the new `/usr` replaces the booted one.
-    #[serde(default)]
     pub base: Base,
     /// Figures of the complete tree, if the new `/usr` is not an overlay. It needs `copied_bytes`, and an
     /// inode for each of `directories` and `copied`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub complete: Option<DeltaCounts>,
     /// Changed packages, if both sides have a readable package database.
     pub packages: Option<PackageChanges>,
     /// Changes of `/etc`.
     pub etc: EtcPlan,
     /// Users and groups that only the node image's passwd and group files have.
-    #[serde(default)]
     pub accounts: AddedAccounts,
     /// Actions for changed units, and the units that the isolation starts in addition.
-    #[serde(default)]
     pub units: Vec<Action>,
     /// Memory that the switch and the refresh still need.
     pub memory: MemoryPlan,

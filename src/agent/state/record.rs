@@ -8,7 +8,7 @@ use crate::agent::Goal;
 use crate::agent::auto_undo::TrialPeriod;
 use crate::agent::boot::Boot;
 use crate::config::{EtcStrategy, ImageSource, Mode, OsMismatch, Settings};
-use crate::report::{LastError, Standing, State, Status, if_known};
+use crate::report::{LastError, Standing, State, Status};
 use node_store::image::PullSpec;
 use node_store::store::Wish;
 use support::failpoint::{self, Point};
@@ -91,23 +91,17 @@ pub(in crate::agent) fn shown(settings: &Settings) -> Option<String> {
 pub struct Record {
     /// The last completed step.
     pub step: Step,
-    /// Steps of the switch, or of the undo, that have begun, in their order. Older agents did not list them.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    /// Steps of the switch, or of the undo, that have begun, in their order.
     pub(in crate::agent) begun: Vec<SwitchStep>,
     /// True if the generator redirected this boot.
-    #[serde(default)]
     pub bootstrap: bool,
     /// True once the agent has isolated to the default target. The machine is in use from then on, also after an undo.
-    #[serde(default)]
     arrived: bool,
     /// The request of the configuration when the step was reached.
-    #[serde(default, deserialize_with = "if_known")]
     pub asked: Option<Asked>,
     /// The trial period after which the switch is undone unless an administrator keeps it.
-    #[serde(default, rename = "probation")]
     pub trial: Option<TrialPeriod>,
     /// Entries that the last undo kept deliberately, for a caller that asks again before the next switch.
-    #[serde(default)]
     pub undone: Option<Vec<String>>,
     /// The status document as it was last saved.
     pub status: Status,
@@ -135,10 +129,7 @@ impl Record {
     /// # Errors
     /// It is missing or cannot be used. The file is left unchanged.
     pub fn load(dir: &StateDir) -> Result<Self, Unusable> {
-        let mut record: Self = dir.load()?;
-        // Older agents did not record this.
-        record.arrived |= record.step.is_arrival();
-        Ok(record)
+        dir.load()
     }
 
     /// Replaces the file atomically.

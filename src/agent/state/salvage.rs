@@ -194,7 +194,7 @@ mod tests {
         std::fs::write(&own, &plan[..20]).unwrap();
         repair_undo_plan(&paths);
         assert_eq!(std::fs::read_to_string(&own).unwrap(), plan[..20], "the copy is missing");
-        std::fs::write(temp.path().join(etc_merge::Plan::NAME), &plan).unwrap();
+        paths.save(&etc_merge::Plan::default(), None).unwrap();
         repair_undo_plan(&paths);
         assert_eq!(std::fs::read_to_string(&own).unwrap(), plan);
     }

@@ -6,7 +6,7 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
 use super::{Checksum, StateDir, StateFile, Unusable};
-use crate::report::{Standing, State, if_known};
+use crate::report::{Standing, State};
 use node_store::image::ResolvedImage;
 use node_store::import::PulledImage;
 use overlay_root::delta::{Delta, DeltaCounts};
@@ -22,8 +22,7 @@ pub struct StagedRoot {
     pub delta: Delta,
     /// One line per class of the `/etc` plan, conflicts by name.
     pub etc: Vec<String>,
-    /// Checksums of the plans by file name. Records of older agents have none.
-    #[serde(default)]
+    /// Checksums of the plans by file name.
     pub plans: BTreeMap<String, Checksum>,
 }
 
@@ -76,7 +75,6 @@ pub struct Refreshed {
     /// The tree in place.
     pub staged: StagedRoot,
     /// Decisions about the units that ran during the switch.
-    #[serde(default)]
     pub units: Vec<Action>,
 }
 
@@ -89,14 +87,12 @@ pub struct Finished(pub Refreshed);
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct UndoTree {
     /// The pulled image; unknown if the record and the plan of the switch are lost.
-    #[serde(deserialize_with = "if_known")]
     pub pulled: Option<PulledImage>,
     /// The delta tree.
     pub delta: Delta,
     /// As in [`StagedRoot`].
     pub etc: Vec<String>,
     /// As in [`StagedRoot`].
-    #[serde(default)]
     pub plans: BTreeMap<String, Checksum>,
 }
 
@@ -132,10 +128,8 @@ pub struct Undo {
     /// Decisions about running units; absent if a failed switch is rolled back before the refresh of units.
     pub units: Option<Vec<Action>>,
     /// Parts of the plan that could not be made, a line each.
-    #[serde(default)]
     pub troubles: Vec<String>,
     /// True if `tree` was pieced together after the record was lost: nothing can be switched to it again.
-    #[serde(default)]
     pub salvaged: bool,
 }
 

@@ -270,19 +270,3 @@ fn a_damaged_journal_does_not_keep_content_from_being_undone() {
         }
     });
 }
-
-/// An older agent wrote a journal that lists conflicts without their sizes.
-#[test]
-fn the_merge_of_an_older_agent_is_undone() {
-    private(|scratch| {
-        let case = Case::new(scratch, "older");
-        try_apply(&case.place).unwrap();
-        let path = case.place.join("state/undo/plan.json");
-        let mut plan: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
-        let plan_fields = plan.as_object_mut().unwrap();
-        plan_fields.retain(|field, _| !["taken", "earlier"].contains(&field.as_str()));
-        plan_fields.insert("aside".into(), serde_json::json!(["conflict"]));
-        fs::write(&path, plan.to_string()).unwrap();
-        case.undo_and_assert_restored();
-    });
-}

@@ -71,7 +71,7 @@ impl Bed {
 
     /// Restarts the agent with a record in which the trial period is over.
     pub fn end_trial_period(&self) -> Result<()> {
-        let edit = "del(.checksum) | .probation.until_boottime_ms = 1";
+        let edit = "del(.checksum) | .trial.until_boottime_ms = 1";
         self.guest
             .ask(&format!(
                 "systemctl stop node-image-pivotd.service && cd /run/node-image-pivot \
