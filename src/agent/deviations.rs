@@ -49,8 +49,9 @@ fn of_usr(mounts: &[Mount]) -> Option<String> {
 
 /// Returns a line if the configuration asks for another image than the one that was switched to.
 pub(super) fn other_image(switched: Option<&Asked>, configured: Option<&Asked>) -> Option<String> {
-    let (old, new) = (switched?.source.as_ref()?, configured?.source.as_ref()?);
-    (old != new).then(|| {
+    let (switched, configured) = (switched?, configured?);
+    let (old, new) = (switched.source.as_ref()?, configured.source.as_ref()?);
+    (old != new || switched.image_tags != configured.image_tags).then(|| {
         format!(
             "this system is switched to {}, and the configuration asks for {}; run undo, then run again",
             old.spec(),
@@ -94,7 +95,7 @@ mod tests {
         ] {
             assert_eq!(other_image(Some(&image), Some(&asked(text))).is_some(), reported, "{text}");
         }
-        assert_eq!(other_image(None, Some(&image)), None, "a record of an older agent has no request");
+        assert_eq!(other_image(None, Some(&image)), None, "nothing was asked for yet");
         let line = other_image(Some(&image), Some(&asked("image = \"quay.io/a/b:2\""))).unwrap_or_default();
         assert!(
             line.contains("quay.io/a/b:1") && line.contains("quay.io/a/b:2") && line.contains("run undo"),

@@ -27,7 +27,9 @@ impl Agent {
         // The call that follows handles an invalid or changed configuration.
         let Ok(settings) = Settings::load() else { return Ok(()) };
         let asked = Asked::by(&settings);
-        if record.asked.as_ref() != Some(&asked) || asked.source.as_ref().is_some_and(|source| source.is_pinned()) {
+        if record.asked.as_ref() != Some(&asked)
+            || settings.image.as_ref().is_some_and(|image| image.spec().digest().is_some())
+        {
             return Ok(());
         }
         let before = self.tracker.status();

@@ -11,8 +11,7 @@ mod settings;
 mod tests;
 
 pub use boot_config::Mode;
-pub use inputs::ImageSource;
-pub use settings::{EtcStrategy, OsMismatch, Registry, Retry, Settings, StoreSettings};
+pub use settings::{EtcStrategy, ImageSource, Registry, Retry, Settings, StoreSettings};
 
 use std::path::{Path, PathBuf};
 
@@ -60,7 +59,7 @@ impl Settings {
     /// # Errors
     /// Fails as [`Settings::load`].
     pub fn of_files(files: &[dropin::Fragment]) -> Result<Self> {
-        Settings::validate(Inputs::of_files(files)?)
+        Settings::validate(&Inputs::of_files(files)?)
     }
 
     /// Returns a line for each value that a source of this machine sets, with the source. All others have their defaults.
@@ -73,7 +72,7 @@ impl Settings {
     }
 
     fn load_with(root: &Path, line: &CommandLine, environment: &Environment) -> Result<Self> {
-        Settings::validate(Self::inputs(root, line, environment)?)
+        Settings::validate(&Self::inputs(root, line, environment)?)
     }
 
     fn inputs(root: &Path, line: &CommandLine, environment: &Environment) -> Result<Inputs> {

@@ -1,13 +1,18 @@
 //! Checks the merged configuration and completes it with defaults.
 
 use std::collections::BTreeMap;
+use std::fmt::{Debug, Display};
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Error, Result, ensure};
 use boot_config::{DEFAULT_PROBE_PATHS, Mode, target};
+use serde::{Deserialize, Serialize};
 
-use super::inputs::{ImageSource, Inputs, Sourced};
+use super::fragment::{RamLimitText, RetryTable};
+use super::inputs::Inputs;
+use node_store::image::PullSpec;
 use node_store::store::Wish;
 use unit_refresh::Policy;
 
@@ -24,6 +29,25 @@ const DEFAULT_HOOKS_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Maximum of a duration, in seconds. A longer one is probably in the wrong unit.
 const LONGEST_DELAY: f64 = 86_400.0;
+
+/// The source of the node image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ImageSource {
+    /// The node image itself.
+    Image(PullSpec),
+    /// A release payload that names it.
+    Release(PullSpec),
+}
+
+impl ImageSource {
+    /// Returns the pull spec of the image or the payload.
+    pub fn spec(&self) -> &PullSpec {
+        match self {
+            Self::Image(spec) | Self::Release(spec) => spec,
+        }
+    }
+}
 
 /// The checked configuration of the agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -140,7 +164,8 @@ impl Retry {
 }
 
 /// Reaction to a node image of another distribution or major release than the booted system.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, strum::EnumString)]
+#[strum(serialize_all = "kebab-case", parse_err_ty = String, parse_err_fn = unknown_reaction)]
 pub enum OsMismatch {
     /// The switch is refused, unless the configuration names the node image itself.
     #[default]
@@ -149,8 +174,13 @@ pub enum OsMismatch {
     Warn,
 }
 
+fn unknown_reaction(word: &str) -> String {
+    format!("unknown reaction \"{word}\": expected refuse or warn")
+}
+
 /// Treatment of a conflict in `/etc`: an entry that the machine and the node image changed differently.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, strum::EnumString)]
+#[strum(serialize_all = "kebab-case", parse_err_ty = String, parse_err_fn = unknown_strategy)]
 pub enum EtcStrategy {
     /// The machine's version stays and is reported.
     #[default]
@@ -159,15 +189,13 @@ pub enum EtcStrategy {
     Fail,
 }
 
-/// Returns the checked value, or the default if there is no input. An error begins with source and key.
-fn checked<I, T>(
-    key: &str,
-    input: Option<Sourced<I>>,
-    default: impl FnOnce() -> T,
-    check: impl FnOnce(I) -> Result<T>,
-) -> Result<T> {
-    let Some(Sourced { value, source }) = input else { return Ok(default()) };
-    check(value).with_context(|| format!("{source}: {key}"))
+fn unknown_strategy(word: &str) -> String {
+    format!("unknown strategy \"{word}\": expected keep or fail")
+}
+
+/// Parses one of the words of a key.
+fn word<T: FromStr<Err: Display + Debug + Send + Sync + 'static>>(text: String) -> Result<T> {
+    text.parse().map_err(Error::msg)
 }
 
 impl Settings {
@@ -181,85 +209,54 @@ impl Settings {
     ///
     /// # Errors
     /// The first invalid value, with its source, its key and the expected values.
-    pub(super) fn validate(inputs: Inputs) -> Result<Self> {
+    pub(super) fn validate(inputs: &Inputs) -> Result<Self> {
+        let values = inputs.values()?;
+        let spec = |text: String| Ok(text.parse()?);
+        let image = inputs.checked("image", values.image, spec)?.map(ImageSource::Image);
+        let release = inputs.checked("release_image", values.release_image, spec)?.map(ImageSource::Release);
+        let all_absolute = |paths: Vec<PathBuf>| paths.iter().try_for_each(|path| absolute(path)).map(|()| paths);
+        let target = inputs.checked("target", values.target, |name| Ok(target::check_name(&name).map(|()| name)?))?;
+        let probe_paths = inputs.checked("probe_paths", values.probe_paths, all_absolute)?;
         Ok(Settings {
-            image: inputs.image.map(image).transpose()?,
-            image_tags: checked("image_tags", inputs.image_tags, || None, |names| tags(names).map(Some))?,
-            os_mismatch: checked("os_mismatch", inputs.os_mismatch, OsMismatch::default, |word| match word.as_str() {
-                "refuse" => Ok(OsMismatch::Refuse),
-                "warn" => Ok(OsMismatch::Warn),
-                _ => Err(anyhow!("unknown reaction \"{word}\": expected refuse or warn")),
-            })?,
-            mode: checked("mode", inputs.mode, || Mode::Auto, |word| Ok(word.parse()?))?,
-            target: checked(
-                "target",
-                inputs.target,
-                || target::FALLBACK_TARGET.to_owned(),
-                |name| Ok(target::check_name(&name).map(|()| name)?),
-            )?,
-            probe_paths: checked(
-                "probe_paths",
-                inputs.probe_paths,
-                || DEFAULT_PROBE_PATHS.map(PathBuf::from).to_vec(),
-                |paths| paths.iter().try_for_each(|path| absolute(path)).map(|()| paths),
-            )?,
+            image: image.or(release),
+            image_tags: inputs.checked("image_tags", values.image_tags, tags)?,
+            os_mismatch: inputs.checked("os_mismatch", values.os_mismatch, word)?.unwrap_or_default(),
+            mode: inputs.checked("mode", values.mode, word)?.unwrap_or_default(),
+            target: target.unwrap_or_else(|| target::FALLBACK_TARGET.to_owned()),
+            probe_paths: probe_paths.unwrap_or_else(|| DEFAULT_PROBE_PATHS.map(PathBuf::from).to_vec()),
             registry: Registry {
-                auth_file: checked(
-                    "auth_file",
-                    inputs.auth_file,
-                    || None,
-                    |path| absolute(&path).map(|()| Some(path)),
-                )?,
-                retry: Retry {
-                    denied: checked("retry.denied", inputs.retry_denied, || DEFAULT_RETRY.denied, seconds_or_zero)?,
-                    unknown: checked("retry.unknown", inputs.retry_unknown, || DEFAULT_RETRY.unknown, seconds_or_zero)?,
-                    ..retry(inputs.retry_initial, inputs.retry_maximum, inputs.retry_attempts)?
-                },
+                auth_file: inputs.checked("auth_file", values.auth_file, |path| absolute(&path).map(|()| path))?,
+                retry: retry(inputs, values.retry)?,
             },
-            complete: inputs.complete.is_some_and(|complete| complete.value),
+            complete: values.complete.unwrap_or_default(),
             store: StoreSettings {
-                place: checked("store", inputs.store, Wish::default, |word| {
-                    word.parse().map_err(|why| anyhow!("{why}"))
-                })?,
-                ram_limit: checked(
-                    "ram_limit",
-                    inputs.ram_limit,
-                    || DEFAULT_RAM_LIMIT,
-                    |text| {
-                        RamLimit::parse(&text).ok_or_else(|| {
-                            anyhow!(
-                                "invalid limit \"{text}\": expected 1% to 95%, or a size in bytes, KiB, MiB, GiB or TiB"
-                            )
-                        })
-                    },
-                )?,
+                place: inputs.checked("store", values.store, word)?.unwrap_or_default(),
+                ram_limit: inputs.checked("ram_limit", values.ram_limit, ram_limit)?.unwrap_or(DEFAULT_RAM_LIMIT),
             },
-            etc_strategy: checked("etc.strategy", inputs.etc_strategy, EtcStrategy::default, |word| {
-                match word.as_str() {
-                    "keep" => Ok(EtcStrategy::Keep),
-                    "fail" => Ok(EtcStrategy::Fail),
-                    _ => Err(anyhow!("unknown strategy \"{word}\": expected keep or fail")),
-                }
-            })?,
-            hooks_timeout: checked("hooks.timeout", inputs.hooks_timeout, || DEFAULT_HOOKS_TIMEOUT, seconds)?,
-            units: units(&inputs.units)?,
+            etc_strategy: inputs.checked("etc.strategy", values.etc.strategy, word)?.unwrap_or_default(),
+            hooks_timeout: inputs
+                .checked("hooks.timeout", values.hooks.timeout, seconds)?
+                .unwrap_or(DEFAULT_HOOKS_TIMEOUT),
+            units: units(inputs, &values.units)?,
         })
     }
 }
 
-fn image(Sourced { value, source }: Sourced<ImageSource<String>>) -> Result<ImageSource> {
-    let parse = |key: &str, text: &str| text.parse().with_context(|| format!("{source}: {key}"));
-    Ok(match &value {
-        ImageSource::Image(text) => ImageSource::Image(parse("image", text)?),
-        ImageSource::Release(text) => ImageSource::Release(parse("release_image", text)?),
+fn ram_limit(limit: RamLimitText) -> Result<RamLimit> {
+    let text = match limit {
+        RamLimitText::Bytes(bytes) => bytes.to_string(),
+        RamLimitText::Text(text) => text,
+    };
+    RamLimit::parse(&text).with_context(|| {
+        format!("invalid limit \"{text}\": expected 1% to 95%, or a size in bytes, KiB, MiB, GiB or TiB")
     })
 }
 
-fn units(rules: &BTreeMap<String, Sourced<String>>) -> Result<Policy> {
-    for (pattern, Sourced { value, source }) in rules {
-        Policy::new([(pattern.as_str(), value.as_str())]).with_context(|| format!("{source}: units"))?;
+fn units(inputs: &Inputs, rules: &BTreeMap<String, String>) -> Result<Policy> {
+    for rule in rules {
+        inputs.checked(&format!("units.{}", rule.0), Some(rule), |(unit, word)| Policy::new([(&**unit, &**word)]))?;
     }
-    Policy::new(rules.iter().map(|(pattern, word)| (pattern.as_str(), word.value.as_str())))
+    Policy::new(rules.iter().map(|(pattern, word)| (pattern.as_str(), word.as_str())))
 }
 
 fn tags(tags: Vec<String>) -> Result<Vec<String>> {
@@ -285,14 +282,17 @@ fn seconds_or_zero(value: f64) -> Result<Duration> {
     if value == 0.0 { Ok(Duration::ZERO) } else { seconds(value) }
 }
 
-fn retry(
-    initial: Option<Sourced<f64>>,
-    maximum: Option<Sourced<f64>>,
-    attempts: Option<Sourced<u32>>,
-) -> Result<Retry> {
-    let initial = checked("retry.initial", initial, || DEFAULT_RETRY.initial, seconds)?;
-    let maximum = checked("retry.maximum", maximum, || DEFAULT_RETRY.maximum.max(initial), seconds)?;
-    // The maximum also limits the initial delay.
-    let initial = initial.min(maximum);
-    Ok(Retry { initial, maximum, attempts: attempts.map_or(0, |attempts| attempts.value), ..DEFAULT_RETRY })
+fn retry(inputs: &Inputs, values: RetryTable) -> Result<Retry> {
+    let checked = |key: &str, value, check: fn(f64) -> Result<Duration>| inputs.checked(key, value, check);
+    let initial = checked("retry.initial", values.initial, seconds)?.unwrap_or(DEFAULT_RETRY.initial);
+    let maximum = checked("retry.maximum", values.maximum, seconds)?;
+    let maximum = maximum.unwrap_or_else(|| DEFAULT_RETRY.maximum.max(initial));
+    Ok(Retry {
+        // The maximum also limits the initial delay.
+        initial: initial.min(maximum),
+        maximum,
+        attempts: values.attempts.unwrap_or(DEFAULT_RETRY.attempts),
+        denied: checked("retry.denied", values.denied, seconds_or_zero)?.unwrap_or(DEFAULT_RETRY.denied),
+        unknown: checked("retry.unknown", values.unknown, seconds_or_zero)?.unwrap_or(DEFAULT_RETRY.unknown),
+    })
 }

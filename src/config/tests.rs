@@ -161,8 +161,8 @@ fn invalid_values_name_source_key_and_expected_values() {
         ("[retry]\nmaximum = nan", "retry.maximum: invalid duration NaN"),
         ("[retry]\nmaximum = 1e9", "invalid duration"),
         ("[hooks]\ntimeout = 0", "hooks.timeout: invalid duration 0"),
-        ("[units]\n\"a.service\" = \"kill\"", "units: unknown action \"kill\": expected reload, restart"),
-        ("[units]\nssh = \"never\"", "units: invalid unit pattern \"ssh\""),
+        ("[units]\n\"a.service\" = \"kill\"", "units.a.service: unknown action \"kill\": expected reload, restart"),
+        ("[units]\nssh = \"never\"", "units.ssh: invalid unit pattern \"ssh\""),
         ("[units]\n\"node-image-pull.service\" = \"stop\"", "the agent's own units are never touched"),
         ("[etc]\nstrategy = \"merge\"", "etc.strategy: unknown strategy \"merge\": expected keep or fail"),
     ] {
@@ -267,10 +267,10 @@ fn each_configured_value_is_listed_with_its_source() {
     let lines = Settings::inputs(root.path(), &line, &Environment::default()).unwrap().lines();
     let file = "/etc/node-image-pivot.conf.d/50-x.toml";
     for expected in [
-        format!("image = {{\"image\":\"q.io/x:1\"}} ({file})"),
+        format!("image = \"q.io/x:1\" ({file})"),
         "mode = \"force\" (kernel command line)".to_owned(),
-        format!("retry_attempts = 3 ({file})"),
-        format!("units.\"a.service\" = \"never\" ({file})"),
+        format!("retry.attempts = 3 ({file})"),
+        format!("units.a.service = \"never\" ({file})"),
     ] {
         assert!(lines.contains(&expected), "{expected}: {lines:?}");
     }

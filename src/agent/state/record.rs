@@ -7,78 +7,33 @@ use super::{StateDir, StateFile, Step, SwitchStep, Unusable};
 use crate::agent::Goal;
 use crate::agent::auto_undo::TrialPeriod;
 use crate::agent::boot::Boot;
-use crate::config::{EtcStrategy, ImageSource, Mode, OsMismatch, Settings};
+use crate::config::{ImageSource, Settings};
 use crate::report::{LastError, Standing, State, Status};
-use node_store::image::PullSpec;
-use node_store::store::Wish;
 use support::failpoint::{self, Point};
 use unit_refresh::Flow;
-
-/// Image that the configuration names.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Source {
-    /// The node image itself.
-    Image(PullSpec),
-    /// A release payload, and the names under which it may list the node image.
-    Release(PullSpec, Vec<String>),
-}
-
-impl Source {
-    /// Returns the pull spec as configured.
-    pub fn spec(&self) -> &PullSpec {
-        match self {
-            Source::Image(spec) | Source::Release(spec, _) => spec,
-        }
-    }
-
-    /// Returns true if the spec names a digest, which always stands for the same image.
-    pub fn is_pinned(&self) -> bool {
-        self.spec().digest().is_some()
-    }
-}
 
 /// Request of the configuration. If it changes, the results of the phases before the switch are invalid.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Asked {
     /// Image; `None` when the configuration names none.
-    pub source: Option<Source>,
-    /// All other settings that decide how the image is staged.
+    pub source: Option<ImageSource>,
+    /// The names under which a release payload may list the node image.
+    pub image_tags: Option<Vec<String>>,
+    /// All other settings that decide how the image is staged, for comparison only.
     how: String,
 }
 
 impl Asked {
     /// Returns the request of `settings`.
     pub fn by(settings: &Settings) -> Self {
-        let source = settings.image.clone().map(|source| match source {
-            ImageSource::Image(spec) => Source::Image(spec),
-            ImageSource::Release(spec) => Source::Release(spec, settings.image_tags.clone().unwrap_or_default()),
-        });
-        Self { source, how: how(settings) }
+        let Settings { image, mode, etc_strategy, os_mismatch, store, complete, .. } = settings;
+        let release = matches!(image, Some(ImageSource::Release(_)));
+        Self {
+            source: image.clone(),
+            image_tags: settings.image_tags.clone().filter(|_| release),
+            how: format!("{:?}", (mode, etc_strategy, os_mismatch, store.place, complete)),
+        }
     }
-}
-
-/// Returns the other settings in the spelling of older records.
-fn how(settings: &Settings) -> String {
-    let mode = match settings.mode {
-        Mode::Auto => "Auto",
-        Mode::Off => "Off",
-        Mode::Force => "Force",
-    };
-    let etc = match settings.etc_strategy {
-        EtcStrategy::Keep => "Keep",
-        EtcStrategy::Fail => "Fail",
-    };
-    let mismatch = match settings.os_mismatch {
-        OsMismatch::Refuse => "Refuse",
-        OsMismatch::Warn => "Warn",
-    };
-    let store = match settings.store.place {
-        Wish::Auto => "Auto",
-        Wish::Ram => "Ram",
-        Wish::Disk => "Disk",
-    };
-    format!("({mode}, {etc}, {mismatch}, {store}, {})", settings.complete)
 }
 
 /// The image that the status document shows as asked for.
