@@ -5,41 +5,13 @@ use std::os::fd::AsRawFd;
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
-use serde::{Deserialize, Serialize};
 use tracing::info;
 
 use super::StagedRoot;
 use super::new_usr::{ETC, USR, USR_SOURCE};
-use crate::host::{AccountPlan, Accounts, plan_accounts};
+use crate::host::{AccountPlan, Accounts, AddedAccounts, plan_accounts};
 use etc_merge::{Origin, Plan};
 use overlay_root::Namespace;
-
-/// Accounts that the refresh adds, as the document of `plan` lists them.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct AddedAccounts {
-    /// Users that only the node image has.
-    pub users: Vec<String>,
-    /// Groups that only the node image has.
-    pub groups: Vec<String>,
-}
-
-impl AddedAccounts {
-    /// Returns one line, or `None` if there is nothing to add.
-    pub(super) fn line(&self) -> Option<String> {
-        let list = |kind: &str, names: &[String]| match names {
-            [] => None,
-            names => Some(format!("{kind} {}", names.join(" "))),
-        };
-        let parts: Vec<_> = list("users", &self.users).into_iter().chain(list("groups", &self.groups)).collect();
-        (!parts.is_empty()).then(|| format!("/etc/passwd and /etc/group gain {}", parts.join(", ")))
-    }
-}
-
-impl From<&AccountPlan> for AddedAccounts {
-    fn from(plan: &AccountPlan) -> Self {
-        Self { users: plan.users.clone(), groups: plan.groups.clone() }
-    }
-}
 
 /// Plans the accounts for the staged `/usr` and the planned merge of `/etc`. Changes nothing.
 pub(super) async fn preview(staged: &StagedRoot, merge: &Plan) -> Result<AccountPlan> {
@@ -67,11 +39,10 @@ pub(super) async fn add() -> Result<(AddedAccounts, Vec<String>)> {
     });
     let plan = plan.await.context("reading accounts panicked")??;
     let failed = plan.apply(Path::new("/")).await;
-    let added = AddedAccounts::from(&plan);
-    if let Some(line) = added.line() {
+    if let Some(line) = plan.added.line() {
         info!("{line}: only the node image has them");
     }
-    Ok((added, plan.remarks.into_iter().chain(failed).collect()))
+    Ok((plan.added, plan.remarks.into_iter().chain(failed).collect()))
 }
 
 const NSSWITCH: &str = "nsswitch.conf";
@@ -79,20 +50,4 @@ const NSSWITCH: &str = "nsswitch.conf";
 /// Returns the text of nsswitch.conf(5), empty if it cannot be read.
 fn nsswitch(etc: &Path) -> String {
     fs::read_to_string(etc.join(NSSWITCH)).unwrap_or_default()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_line_names_what_is_added() {
-        let added = |users: &[&str], groups: &[&str]| AddedAccounts {
-            users: users.iter().map(|&name| name.to_owned()).collect(),
-            groups: groups.iter().map(|&name| name.to_owned()).collect(),
-        };
-        assert_eq!(added(&[], &[]).line(), None);
-        let line = added(&["a", "b"], &["c"]).line();
-        assert_eq!(line.as_deref(), Some("/etc/passwd and /etc/group gain users a b, groups c"));
-    }
 }

@@ -10,6 +10,7 @@ use std::ops::RangeInclusive;
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
 
 use super::sysusers;
 use support::if_found;
@@ -46,13 +47,32 @@ pub struct Accounts {
     groups: Vec<Group>,
 }
 
+/// Accounts that the refresh adds, as the document of `plan` lists them.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AddedAccounts {
+    /// Users that only the node image has.
+    pub users: Vec<String>,
+    /// Groups that only the node image has.
+    pub groups: Vec<String>,
+}
+
+impl AddedAccounts {
+    /// Returns one line, or `None` if there is nothing to add.
+    pub fn line(&self) -> Option<String> {
+        let list = |kind: &str, names: &[String]| match names {
+            [] => None,
+            names => Some(format!("{kind} {}", names.join(" "))),
+        };
+        let parts: Vec<_> = list("users", &self.users).into_iter().chain(list("groups", &self.groups)).collect();
+        (!parts.is_empty()).then(|| format!("/etc/passwd and /etc/group gain {}", parts.join(", ")))
+    }
+}
+
 /// The decisions about the accounts that only the node image has.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct AccountPlan {
-    /// Users to add.
-    pub users: Vec<String>,
-    /// Groups to add.
-    pub groups: Vec<String>,
+    /// The accounts to add.
+    pub added: AddedAccounts,
     /// A line for each account that is not added, or that has another id than in the image, with the reason.
     pub remarks: Vec<String>,
     /// The additions as lines of sysusers.d(5).
@@ -144,7 +164,7 @@ fn decide(booted: &Accounts, image: &Accounts, mut machine: Accounts) -> Account
         let holder = machine.groups.iter().find(|other| other.id == group.id).map(|other| other.name.as_str());
         let found = place(&group.name, group.id, own, holder, &mut taken);
         if let Some(id) = plan.remark("group", &group.name, found) {
-            plan.groups.push(group.name.clone());
+            plan.added.groups.push(group.name.clone());
             plan.lines.push(format!("g {} {id}", group.name));
             machine.groups.push(Group { id, members: Vec::new(), name: group.name.clone() });
         }
@@ -159,15 +179,17 @@ fn decide(booted: &Accounts, image: &Accounts, mut machine: Accounts) -> Account
         };
         if let (Some(id), Ok(group)) = (plan.remark("user", &user.name, found), group) {
             let user = User { id, group, ..user.clone() };
-            plan.users.push(user.name.clone());
+            plan.added.users.push(user.name.clone());
             plan.lines.push(user_line(&user));
             machine.users.push(user);
         }
     }
     for group in image.groups.iter().filter(|group| machine.group(&group.name).is_some()) {
-        let added = plan.groups.contains(&group.name);
-        let members =
-            group.members.iter().filter(|name| plan.users.contains(name) || added && machine.user(name).is_some());
+        let added = plan.added.groups.contains(&group.name);
+        let members = group
+            .members
+            .iter()
+            .filter(|name| plan.added.users.contains(name) || added && machine.user(name).is_some());
         plan.lines.extend(members.map(|name| format!("m {name} {}", group.name)));
     }
     plan

@@ -212,9 +212,9 @@ async fn the_machine_gets_the_images_accounts() {
     let etc = temp.path().join("etc");
     let plan = |nsswitch: &str| plan_accounts(&Accounts::default(), &temp.path().join("new"), &etc, nsswitch).unwrap();
     let altfiles = plan("passwd: files altfiles\ngroup: files altfiles\n");
-    assert_eq!(altfiles.users, ["plain", "taken"], "lib is found through nss-altfiles");
+    assert_eq!(altfiles.added.users, ["plain", "taken"], "lib is found through nss-altfiles");
     let planned = plan("");
-    assert_eq!((planned.users.join(" "), planned.remarks.len()), ("plain taken lib".to_owned(), 1));
+    assert_eq!((planned.added.users.join(" "), planned.remarks.len()), ("plain taken lib".to_owned(), 1));
     assert_eq!(planned.apply(temp.path()).await, [""; 0]);
     let lines = |name: &str| fs::read_to_string(etc.join(name)).unwrap();
     assert!(lines("passwd").contains("\nplain:x:301:302:a \"b\" 5%:/var/lib/a:/bin/sh\n"), "{}", lines("passwd"));
@@ -266,7 +266,7 @@ proptest! {
         let new = image.users.iter().filter(|user| booted.user(&user.name).is_none());
         for user in new {
             let known = machine.user(&user.name).is_some_and(|own| own.id == user.id);
-            let added = plan.users.contains(&user.name);
+            let added = plan.added.users.contains(&user.name);
             let left = plan.remarks.iter().any(|line| line.starts_with(&format!("user {} of the node image is not", user.name)));
             prop_assert_eq!(usize::from(known) + usize::from(added) + usize::from(left), 1);
         }
@@ -290,4 +290,15 @@ proptest! {
             prop_assert!(groups.contains(&(name.clone(), group)));
         }
     }
+}
+
+#[test]
+fn the_line_names_what_is_added() {
+    let added = |users: &[&str], groups: &[&str]| AddedAccounts {
+        users: users.iter().map(|&name| name.to_owned()).collect(),
+        groups: groups.iter().map(|&name| name.to_owned()).collect(),
+    };
+    assert_eq!(added(&[], &[]).line(), None);
+    let line = added(&["a", "b"], &["c"]).line();
+    assert_eq!(line.as_deref(), Some("/etc/passwd and /etc/group gain users a b, groups c"));
 }

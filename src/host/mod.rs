@@ -22,7 +22,7 @@ use zbus::connection::Builder;
 
 use support::failpoint::{self, Point};
 
-pub use accounts::{AccountPlan, Accounts, plan_accounts};
+pub use accounts::{AccountPlan, Accounts, AddedAccounts, plan_accounts};
 pub use hooks::{Hook, Moment, find as find_hooks, run_hook};
 pub use installer::{SCRIPT, release_image};
 pub use screens::show_at_logins;

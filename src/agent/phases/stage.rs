@@ -10,12 +10,12 @@ use ostree::glib::VariantDict;
 use rustix::fs::OFlags;
 use tracing::{info, warn};
 
-use crate::agent::accounts::AddedAccounts;
 use crate::agent::new_usr::{ETC, USR, USR_SOURCE, composefs_image, new_etc};
 use crate::agent::state::{EtcPlan, MemoryPlan, StateFile, SwitchPlan};
 use crate::agent::unit_survey::{self, UnitSettings};
 use crate::agent::{Error, StagedRoot, StateDir, accounts, storage, views};
 use crate::config::{EtcStrategy, Settings, StoreSettings};
+use crate::host::AddedAccounts;
 use crate::preflight::{self, BaseChoice, Free, Need, PackageChanges, Packages, Refusal, Refusals};
 use crate::report::{Phase, State, Tracker};
 use etc_merge::{Change, Class, Plan};
@@ -67,7 +67,7 @@ pub(super) async fn stage(
     document.image_choice = tracker.status().image_choice;
     match accounts::preview(&staged, &plan).await {
         Ok(plan) => {
-            document.accounts = (&plan).into();
+            document.accounts = plan.added;
             document.warnings.extend(plan.remarks);
         }
         Err(error) => {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::{FileStep, LiveStep, StateFile, SwitchStep};
-use crate::agent::accounts::AddedAccounts;
+use crate::host::AddedAccounts;
 use crate::preflight::{Need, PackageChanges};
 use etc_merge::Class;
 use node_store::image::{ImageChoice, PullSpec};
