@@ -60,7 +60,7 @@ pub(super) async fn stage(
     // libostree's objects must stay on one thread.
     let blocking = tokio::task::spawn_blocking(move || blocking(&paths, pulled, checks, &done));
     let (mut staged, mut document, plan) = blocking.await.context("staging panicked")??;
-    for line in staged.plan_lines() {
+    for line in document.summary() {
         info!("{line}");
         tracker.note(line);
     }
@@ -191,7 +191,7 @@ fn blocking(
         memory,
         warnings,
     };
-    let mut staged = StagedRoot { pulled, delta, etc: etc_lines(&plan), plans: BTreeMap::new() };
+    let mut staged = StagedRoot { pulled, delta, plans: BTreeMap::new() };
     let checksum = staged.save(&plan, paths)?;
     staged.plans.insert(Plan::NAME.to_owned(), checksum);
     Ok((staged, document, plan))
@@ -321,14 +321,6 @@ pub(in crate::agent) fn diff_etc(paths: &StateDir, staged: &StagedRoot, secrets:
     let plan = staged.load::<Plan>(paths)?;
     let current = etc_merge::open_dir(Path::new(ETC))?;
     Ok(etc_merge::diff(&plan, new_etc(tree.as_fd())?.as_fd(), current.as_fd(), secrets)?)
-}
-
-/// Returns the number of entries of each class, then the conflicts by name.
-fn etc_lines(plan: &Plan) -> Vec<String> {
-    let counts: Vec<_> = Class::ALL.iter().map(|&class| format!("{} {class}", plan.count(class))).collect();
-    let mut lines = vec![counts.join(", ")];
-    lines.extend(plan.of(Class::Conflict).map(|conflict| format!("conflict: {} ({})", conflict.path, conflict.reason)));
-    lines
 }
 
 /// Returns the metadata of a commit.

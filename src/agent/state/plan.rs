@@ -132,6 +132,11 @@ impl PlanDocument {
 }
 
 impl SwitchPlan {
+    /// Returns lines about the image, `/usr` and `/etc`, for the journal and the status.
+    pub(in crate::agent) fn summary(&self) -> Vec<String> {
+        [vec![self.image_line()], self.usr_lines(), self.etc_lines()].concat()
+    }
+
     fn lines(&self) -> Vec<String> {
         let mut lines: Vec<_> = SwitchStep::all().flat_map(|step| self.lines_of(step)).collect();
         lines.push(format!(
@@ -147,10 +152,9 @@ impl SwitchPlan {
     fn lines_of(&self, step: SwitchStep) -> Vec<String> {
         match step {
             SwitchStep::File(FileStep::Ref) => {
-                let image = format!("node image {} (commit {})", self.image, self.commit);
-                std::iter::once(image).chain(self.image_choice.iter().map(ToString::to_string)).collect()
+                std::iter::once(self.image_line()).chain(self.image_choice.iter().map(ToString::to_string)).collect()
             }
-            SwitchStep::File(FileStep::Usr) => self.usr_lines(),
+            SwitchStep::File(FileStep::Usr) => [self.usr_lines(), self.package_lines()].concat(),
             SwitchStep::File(FileStep::Etc) => self.etc_lines(),
             SwitchStep::Live(LiveStep::Files) => self.accounts.line().into_iter().collect(),
             SwitchStep::Live(LiveStep::Units) => {
@@ -160,6 +164,10 @@ impl SwitchPlan {
             // The merge of /etc decides about the policy, and the files of /usr about systemd.
             SwitchStep::File(FileStep::Marker) | SwitchStep::Live(LiveStep::Policy | LiveStep::Manager) => Vec::new(),
         }
+    }
+
+    fn image_line(&self) -> String {
+        format!("node image {} (commit {})", self.image, self.commit)
     }
 
     fn usr_lines(&self) -> Vec<String> {
@@ -176,11 +184,12 @@ impl SwitchPlan {
         )];
         lines.push(format!("/usr: {}", self.base));
         lines.extend(self.complete.as_ref().map(DeltaCounts::cost));
-        match &self.packages {
-            Some(packages) => lines.extend(package_lines(packages)),
-            None => lines.push("packages: unknown, there is no package database that can be read".to_owned()),
-        }
         lines
+    }
+
+    fn package_lines(&self) -> Vec<String> {
+        let unknown = || vec!["packages: unknown, there is no package database that can be read".to_owned()];
+        self.packages.as_ref().map_or_else(unknown, package_lines)
     }
 
     fn etc_lines(&self) -> Vec<String> {

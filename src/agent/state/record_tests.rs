@@ -26,7 +26,7 @@ pub(crate) fn staged() -> StagedRoot {
         warnings: Vec::new(),
     };
     let delta = Delta { directory: "/x".into(), ..Delta::default() };
-    StagedRoot { pulled, delta, etc: Vec::new(), plans: BTreeMap::new() }
+    StagedRoot { pulled, delta, plans: BTreeMap::new() }
 }
 
 pub(crate) fn refreshed() -> Refreshed {

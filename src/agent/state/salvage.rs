@@ -122,7 +122,7 @@ fn undo_tree(paths: &StateDir) -> UndoTree {
     let plan = paths.load::<SwitchPlan>().ok();
     let (counts, base) = plan.as_ref().map(|plan| (plan.usr, plan.base.clone())).unwrap_or_default();
     let delta = Delta { directory: delta(paths), counts, base, ..Delta::default() };
-    UndoTree { pulled: plan.and_then(pulled), delta, etc: Vec::new(), plans: BTreeMap::new() }
+    UndoTree { pulled: plan.and_then(pulled), delta, plans: BTreeMap::new() }
 }
 
 fn pulled(plan: SwitchPlan) -> Option<PulledImage> {

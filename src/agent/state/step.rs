@@ -9,8 +9,7 @@ use super::{Checksum, StateDir, StateFile, Unusable};
 use crate::report::{Standing, State};
 use node_store::image::ResolvedImage;
 use node_store::import::PulledImage;
-use overlay_root::delta::{Delta, DeltaCounts};
-use support::human_bytes;
+use overlay_root::delta::Delta;
 use unit_refresh::Action;
 
 /// The input of the switch, after all decisions and checks.
@@ -20,8 +19,6 @@ pub struct StagedRoot {
     pub pulled: PulledImage,
     /// The delta tree.
     pub delta: Delta,
-    /// One line per class of the `/etc` plan, conflicts by name.
-    pub etc: Vec<String>,
     /// Checksums of the plans by file name.
     pub plans: BTreeMap<String, Checksum>,
 }
@@ -41,24 +38,6 @@ impl StagedRoot {
     /// The old file is unchanged.
     pub fn save<T: StateFile>(&self, content: &T, dir: &StateDir) -> Result<Checksum> {
         dir.save(content, Some(&self.pulled.image))
-    }
-
-    /// Returns the plan as lines of text.
-    pub fn plan_lines(&self) -> Vec<String> {
-        let mut lines = vec![
-            format!("node image {} (commit {})", self.pulled.image.pinned, self.pulled.commit),
-            format!(
-                "/usr: {} added, {} changed, {} removed; {} differ",
-                self.delta.counts.added,
-                self.delta.counts.changed,
-                self.delta.counts.removed,
-                human_bytes(self.delta.counts.added_bytes + self.delta.counts.changed_bytes)
-            ),
-        ];
-        lines.push(format!("/usr: {}", self.delta.base));
-        lines.extend(self.delta.complete.as_ref().map(DeltaCounts::cost));
-        lines.extend(self.etc.iter().map(|line| format!("/etc: {line}")));
-        lines
     }
 }
 
@@ -91,14 +70,12 @@ pub struct UndoTree {
     /// The delta tree.
     pub delta: Delta,
     /// As in [`StagedRoot`].
-    pub etc: Vec<String>,
-    /// As in [`StagedRoot`].
     pub plans: BTreeMap<String, Checksum>,
 }
 
 impl From<StagedRoot> for UndoTree {
-    fn from(StagedRoot { pulled, delta, etc, plans }: StagedRoot) -> Self {
-        Self { pulled: Some(pulled), delta, etc, plans }
+    fn from(StagedRoot { pulled, delta, plans }: StagedRoot) -> Self {
+        Self { pulled: Some(pulled), delta, plans }
     }
 }
 
@@ -113,8 +90,8 @@ impl UndoTree {
 
     /// Returns the staged tree, if the image is known.
     pub fn staged(self) -> Option<StagedRoot> {
-        let Self { pulled, delta, etc, plans } = self;
-        pulled.map(|pulled| StagedRoot { pulled, delta, etc, plans })
+        let Self { pulled, delta, plans } = self;
+        pulled.map(|pulled| StagedRoot { pulled, delta, plans })
     }
 }
 
