@@ -99,19 +99,15 @@ pub(super) fn refused(error: anyhow::Error) -> Error {
 
 /// Returns the path of the delta tree in this machine's node store. Creates no store.
 pub(super) fn delta_path(paths: &StateDir) -> anyhow::Result<PathBuf> {
-    if let Ok(store) = NodeStore::open(&paths.store()) {
-        return Ok(store.delta_path());
-    }
-    let booted = BootedRepo::discover()?.context("the booted system has no ostree repo")?;
-    let repo = booted.path.canonicalize().with_context(|| format!("looking for {}", booted.path.display()))?;
-    Ok(on_disk(&repo, &Namespace::init().mounts()?)?.delta_path())
+    Ok(NodeStore::open(&paths.store()).or_else(|_| in_system_repo())?.delta_path())
 }
 
 /// Opens the node store that holds `delta`, independent of the present configuration.
 pub(super) fn of(paths: &StateDir, delta: &Delta) -> anyhow::Result<NodeStore> {
-    if delta.directory.starts_with(paths.store()) {
-        return NodeStore::open(&paths.store());
-    }
+    if delta.directory.starts_with(paths.store()) { NodeStore::open(&paths.store()) } else { in_system_repo() }
+}
+
+fn in_system_repo() -> anyhow::Result<NodeStore> {
     let booted =
         BootedRepo::discover()?.context("the booted system's ostree repo, which is the node store, is gone")?;
     let repo = booted.path.canonicalize().with_context(|| format!("looking for {}", booted.path.display()))?;
