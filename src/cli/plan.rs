@@ -51,31 +51,19 @@ async fn ask<T>(
     watched(&client, call(client.clone()), look).await
 }
 
-/// The part of the status that decides if a line is shown.
-#[derive(Default, PartialEq)]
-struct Shown {
-    call: Option<String>,
-    state: State,
-    phase: Option<Phase>,
-    waiting_for: Option<String>,
-}
+/// The part of the status that decides if a line is shown: call, state, phase and wait.
+type Shown = (Option<String>, State, Option<Phase>, Option<String>);
 
 /// Selects the lines about other calls, each once.
 #[derive(Default)]
-struct Waiting {
-    shown: Shown,
-}
+struct Waiting(Option<Shown>);
 
 impl Waiting {
     /// Returns the line about the call that was running before this one.
     fn first(&mut self, status: &Status) -> Option<String> {
-        let Status { call, state, phase, waiting_for, .. } = status.clone();
-        let key = Shown { call, state, phase, waiting_for };
-        if self.shown == key {
-            return None;
-        }
-        self.shown = key;
-        report::waiting_line(status, unix_now())
+        let key = Some((status.call.clone(), status.state, status.phase, status.waiting_for.clone()));
+        let shown = std::mem::replace(&mut self.0, key);
+        if shown == self.0 { None } else { report::waiting_line(status, unix_now()) }
     }
 
     /// Returns the next such line. A call named `own` counts as this one.
