@@ -1,5 +1,6 @@
 //! Forms of values in messages and documents.
 
+use ostree::glib::DateTime;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 
@@ -50,20 +51,10 @@ pub(super) fn short_digests(text: &str) -> String {
     short
 }
 
-/// Formats milliseconds since the epoch as UTC, to the second. The date is computed with years that begin in March, so that
-/// a leap day is the last day of its year.
+/// Formats milliseconds since the epoch as UTC, to the second.
 pub(super) fn timestamp(unix_ms: u64) -> String {
-    let seconds = unix_ms / 1000;
-    let (days, second) = (seconds / 86_400, seconds % 86_400);
-    let days = days + 719_468;
-    let (era, day_of_era) = (days / 146_097, days % 146_097);
-    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
-    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
-    let year = era * 400 + year_of_era + u64::from(month <= 2);
-    format!("{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z", second / 3600, second / 60 % 60, second % 60)
+    let date = i64::try_from(unix_ms / 1000).ok().and_then(|seconds| DateTime::from_unix_utc(seconds).ok());
+    date.and_then(|date| date.format("%Y-%m-%dT%H:%M:%SZ").ok()).map_or_else(|| unix_ms.to_string(), Into::into)
 }
 
 #[cfg(test)]
