@@ -6,8 +6,6 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::str::FromStr;
 
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
-
 /// A byte string that need not be UTF-8.
 ///
 /// In its text form (`Display`, `FromStr`, JSON), a backslash is `\\`, and bytes of control characters and of invalid
@@ -93,17 +91,7 @@ impl FromStr for Bytes {
     }
 }
 
-impl Serialize for Bytes {
-    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
-        to.collect_str(self)
-    }
-}
-
-impl<'de> Deserialize<'de> for Bytes {
-    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        String::deserialize(from)?.parse().map_err(serde::de::Error::custom)
-    }
-}
+support::serialize_as_text!(Bytes);
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]

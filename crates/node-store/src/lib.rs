@@ -29,9 +29,6 @@
 //! # }
 //! ```
 
-#[macro_use]
-mod text;
-
 pub mod image;
 pub mod import;
 mod layer_read;

@@ -29,6 +29,7 @@ pub mod pattern;
 mod size;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+mod text;
 pub mod xattr;
 
 pub use found::{if_found, ignore_missing};

@@ -64,7 +64,7 @@ impl fmt::Display for ObjectId {
     }
 }
 
-serialize_as_text!(ObjectId);
+support::serialize_as_text!(ObjectId);
 
 impl fmt::Debug for ObjectId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

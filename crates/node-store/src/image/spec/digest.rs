@@ -39,4 +39,4 @@ impl fmt::Debug for Digest {
     }
 }
 
-serialize_as_text!(Digest);
+support::serialize_as_text!(Digest);

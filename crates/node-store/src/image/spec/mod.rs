@@ -94,7 +94,7 @@ impl FromStr for PullSpec {
     }
 }
 
-serialize_as_text!(PullSpec);
+support::serialize_as_text!(PullSpec);
 
 fn parse(text: &str) -> Result<PullSpec, &'static str> {
     const UNSUPPORTED: [&str; 4] = ["docker-archive:", "docker-daemon:", "ostree", "sif:"];

@@ -1,6 +1,7 @@
 //! Serialization of types as their text.
 
-/// Serializes types with their `Display` and deserializes them with their `FromStr`.
+/// Serializes a type with its `Display` and deserializes it with its `FromStr`. The caller depends on serde.
+#[macro_export]
 macro_rules! serialize_as_text {
     ($type:ty) => {
         impl serde::Serialize for $type {
