@@ -11,6 +11,7 @@ use flate2::Compression;
 use flate2::write::GzEncoder;
 
 use super::entry::{Node, Tree};
+use support::ignore_missing;
 
 /// Returns the tree as a cpio archive in the format "newc", compressed with gzip, which all kernels of distributions
 /// unpack. It is padded to four bytes, so that any other archive may follow it.
@@ -61,19 +62,12 @@ fn write_node(node: &Node<'_>, place: &Path) -> io::Result<()> {
             fs::set_permissions(place, permissions(mode))
         }
         Node::File { mode, content } => {
-            remove(place)?;
+            ignore_missing(fs::remove_file(place))?;
             // The mode of the first moment: another user could keep a secret open.
             let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(*mode).open(place)?;
             file.set_permissions(permissions(mode))?;
             file.write_all(content)
         }
-        Node::Link(target) => remove(place).and_then(|()| symlink(target, place)),
-    }
-}
-
-fn remove(place: &Path) -> io::Result<()> {
-    match fs::remove_file(place) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        result => result,
+        Node::Link(target) => ignore_missing(fs::remove_file(place)).and_then(|()| symlink(target, place)),
     }
 }

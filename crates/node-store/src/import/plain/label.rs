@@ -60,10 +60,7 @@ fn shown(store: &NodeStore) -> PathBuf {
 
 /// Removes the policies that a killed import left. The caller holds the import lock.
 pub(in crate::import) fn remove_left_policies(store: &NodeStore) -> io::Result<()> {
-    match std::fs::remove_dir_all(shown(store)) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
+    support::ignore_missing(std::fs::remove_dir_all(shown(store)))
 }
 
 /// Returns the policy of a tree, or `None` if it has none.

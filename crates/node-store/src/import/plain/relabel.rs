@@ -14,7 +14,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use sha2::Digest;
-use support::xattr;
+use support::{if_found, xattr};
 
 use crate::image::{Failure, Kind, PullSpec};
 use crate::store::{DirMeta, FileMeta, ObjectId, ObjectType, S_IFDIR, SELINUX, Xattrs, label_of, set_label};
@@ -420,13 +420,10 @@ type ModeAndLabel = Option<(u32, Option<Vec<u8>>)>;
 fn read_label(import: &Import, id: &ObjectId) -> Result<ModeAndLabel, Failure> {
     let Some(path) = import.content_path(id) else { return Ok(None) };
     let fail = |error| import.local(format!("cannot read the object {id}.file: {error}"));
-    let mode = match path.symlink_metadata() {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        other => other.map_err(fail)?.mode(),
-    };
+    let Some(meta) = if_found(path.symlink_metadata()).map_err(fail)? else { return Ok(None) };
     let label = match import.replacement(id) {
         Some(replacement) => replacement.label.as_deref().map(<[u8]>::to_vec),
         None => xattr::get(&path, xattr::LABEL).map_err(|errno| fail(errno.into()))?,
     };
-    Ok(Some((mode, label)))
+    Ok(Some((meta.mode(), label)))
 }
