@@ -20,6 +20,7 @@ mod words;
 
 pub use diagnosis::Diagnosis;
 pub use document::Report;
+pub use node_store::SpanResult;
 pub use outcome::{Outcome, Reason, Standing};
 pub use phase::Phase;
 pub use plot::plot;
@@ -28,6 +29,6 @@ pub use service_record::{ServiceRecord, unit_of};
 pub use status::{AgentState, Attempt, LastError, StaleUnit, State, Status, TimelineEntry};
 pub use table::summary;
 pub use text::{deviation_lines, old_lines, state_line, status_line, waiting_line};
-pub use timeline::{SpanResult, Subject, Timeline};
+pub use timeline::{Subject, Timeline};
 pub use tracker::{Remark, Tracker};
 pub use words::one_line;

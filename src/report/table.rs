@@ -3,9 +3,10 @@
 use std::fmt::Write;
 
 use super::text::state_line;
-use super::timeline::{Layer, Span};
+use super::timeline::Span;
 use super::words::{human_ms, one_line, timestamp};
 use super::{Report, SpanResult, Subject};
+use node_store::LayerRead;
 use support::human_bytes;
 
 /// Number of layers that are listed, the slowest first.
@@ -84,8 +85,8 @@ fn table(report: &Report) -> String {
         let cells = [ms(span.cpu_ms), bytes(span.peak_memory_bytes), bytes(span.bytes)].map(Option::unwrap_or_default);
         row(span.start_ms, &human_ms(span.duration_ms(report.now_ms)), cells, &name(span));
         let (start, end) = (span.start_ms, span.end_ms.unwrap_or(report.now_ms));
-        let is_read_in = |layer: &&Layer| span.bytes.is_some() && (start..=end).contains(&layer.fetch.start_ms);
-        let mut layers: Vec<&Layer> = timeline.layers.iter().filter(is_read_in).collect();
+        let is_read_in = |layer: &&LayerRead| span.bytes.is_some() && (start..=end).contains(&layer.fetch.start_ms);
+        let mut layers: Vec<&LayerRead> = timeline.layers.iter().filter(is_read_in).collect();
         layers.sort_by_key(|layer| std::cmp::Reverse(layer.duration_ms()));
         for layer in layers.iter().take(SLOWEST) {
             let cpu = [layer.decompress, layer.write].into_iter().flatten().filter_map(|part| part.cpu_ms).sum();

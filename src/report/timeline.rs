@@ -3,7 +3,7 @@
 //! Plain data. Times are milliseconds of the boot-time clock, which cannot be set: a machine without a battery gets its
 //! time while it pulls.
 
-use node_store::{LayerRead, LayerResult};
+use node_store::{LayerRead, SpanResult};
 use serde::{Deserialize, Serialize};
 
 /// Largest number of waits; the earliest are merged.
@@ -23,7 +23,7 @@ pub struct Timeline {
     pub spans: Vec<Span>,
     /// The reads of layers. A layer whose read failed is read again by the next attempt.
     #[serde(default)]
-    pub layers: Vec<Layer>,
+    pub layers: Vec<LayerRead>,
     /// Number of entries that are not listed, because there were too many.
     #[serde(default)]
     pub dropped: u64,
@@ -52,24 +52,6 @@ pub enum Subject {
     /// A step of an undo, by its name.
     UndoStep,
     /// A subject of another version of the agent.
-    #[serde(other)]
-    Other,
-}
-
-/// The end of a span.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-#[serde(rename_all = "kebab-case")]
-pub enum SpanResult {
-    /// It reached its goal.
-    Done,
-    /// It failed.
-    Failed,
-    /// A cancel, the failure of another part or the end of the agent stopped it.
-    Interrupted,
-    /// Nothing of it was needed any more.
-    NotNeeded,
-    /// A result of another version of the agent.
     #[serde(other)]
     Other,
 }
@@ -103,76 +85,6 @@ pub struct Span {
     /// Number of waits that this one stands for, if more than one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub merged: Option<u32>,
-}
-
-/// One read of a layer. Its parts run at the same time.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-pub struct Layer {
-    /// Position in the manifest.
-    pub index: usize,
-    /// First letters of the digest.
-    pub digest: String,
-    /// Compressed size in bytes.
-    pub size: u64,
-    /// The transfer.
-    pub fetch: Part,
-    /// The decompression.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub decompress: Option<Part>,
-    /// The parsing, hashing and writing of objects.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub write: Option<Part>,
-    /// Result; absent while it is under way.
-    pub result: Option<SpanResult>,
-}
-
-/// A part of the read of a layer.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-pub struct Part {
-    /// Begin.
-    pub start_ms: u64,
-    /// End, or the last progress of a transfer.
-    pub end_ms: u64,
-    /// Bytes that it received (fetch) or returned (decompress, write).
-    pub bytes: u64,
-    /// CPU time of its thread; absent for a transfer, which skopeo does.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub cpu_ms: Option<u64>,
-}
-
-impl From<node_store::Work> for Part {
-    fn from(work: node_store::Work) -> Self {
-        Self { start_ms: work.start_ms, end_ms: work.end_ms, bytes: work.bytes, cpu_ms: Some(work.cpu_ms) }
-    }
-}
-
-impl From<LayerRead> for Layer {
-    fn from(read: LayerRead) -> Self {
-        let result = read.result.map(|result| match result {
-            LayerResult::Done => SpanResult::Done,
-            LayerResult::NotNeeded => SpanResult::NotNeeded,
-            LayerResult::Failed => SpanResult::Failed,
-            LayerResult::Interrupted => SpanResult::Interrupted,
-        });
-        let digest = read.digest.chars().take(DIGEST).collect();
-        let fetch = Part { cpu_ms: None, ..read.fetch.into() };
-        let (decompress, write) = (read.decompress.map(Part::from), read.write.map(Part::from));
-        Self { index: read.index, digest, size: read.size, fetch, decompress, write, result }
-    }
-}
-
-impl Layer {
-    /// Returns the end of the last part.
-    pub fn end_ms(&self) -> u64 {
-        [self.decompress, self.write].into_iter().flatten().fold(self.fetch.end_ms, |end, part| end.max(part.end_ms))
-    }
-
-    /// Returns the time from the begin to the end of the last part.
-    pub fn duration_ms(&self) -> u64 {
-        self.end_ms().saturating_sub(self.fetch.start_ms)
-    }
 }
 
 impl Span {
@@ -256,7 +168,8 @@ impl Timeline {
 
     /// Adds reads of layers.
     pub fn add_layers(&mut self, reads: Vec<LayerRead>) {
-        self.layers.extend(reads.into_iter().map(Layer::from));
+        self.layers.extend(reads);
+        self.layers.iter_mut().for_each(|layer| layer.digest.truncate(DIGEST));
         let excess = self.layers.len().saturating_sub(LAYERS);
         self.layers.drain(..excess);
         self.dropped += excess as u64;

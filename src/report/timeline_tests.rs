@@ -1,6 +1,7 @@
 #![allow(clippy::unwrap_used)]
 
 use super::*;
+use node_store::Work;
 use proptest::prelude::*;
 
 /// Returns a timeline with a pull of so many layers, four at a time, a wait and a switch.
@@ -17,12 +18,12 @@ pub(in crate::report) fn pivot(layers: usize) -> Timeline {
     timeline.layers = (0..layers)
         .map(|index| {
             let (start_ms, bytes) = (begin(index) + index as u64 % 4 * 37, 1_000_000 * (index as u64 % 9 + 1));
-            let part = |late, cpu| Part { start_ms, end_ms: start_ms + 500 + late, bytes, cpu_ms: Some(cpu) };
-            Layer {
+            let part = |late, cpu| Work { start_ms, end_ms: start_ms + 500 + late, bytes, cpu_ms: Some(cpu) };
+            LayerRead {
                 index,
                 digest: format!("sha256:{index:012x}"),
                 size: bytes,
-                fetch: Part { cpu_ms: None, ..part(0, 0) },
+                fetch: Work { cpu_ms: None, ..part(0, 0) },
                 decompress: Some(part(60, 300)),
                 write: Some(part(90, 200)),
                 result: Some(SpanResult::Done),

@@ -8,7 +8,7 @@ use std::time::Duration;
 use node_store::image::Source;
 use node_store::import::{PullOptions, pull};
 use node_store::store::{BootedRepo, NodeStore};
-use node_store::{LayerResult, PullProgress};
+use node_store::{PullProgress, SpanResult};
 use tokio_util::sync::CancellationToken;
 
 use super::derived::{Labels, base};
@@ -139,7 +139,7 @@ async fn each_read_of_a_layer_has_its_times_and_bytes() {
     assert_eq!(reads.iter().map(|read| read.fetch.bytes).sum::<u64>(), pulled.bytes_fetched);
     let (mut written, mut seen) = (0, std::collections::BTreeSet::new());
     for read in reads {
-        assert_eq!((read.result, read.fetch.bytes), (Some(LayerResult::Done), read.size), "{read:?}");
+        assert_eq!((read.result, read.fetch.bytes), (Some(SpanResult::Done), read.size), "{read:?}");
         let (decompress, write) = (read.decompress.unwrap(), read.write.unwrap());
         assert!(decompress.bytes > 0, "{decompress:?}");
         for part in [read.fetch, decompress, write] {

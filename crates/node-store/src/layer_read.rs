@@ -2,30 +2,47 @@
 
 use std::sync::{Arc, Mutex};
 
+use serde::{Deserialize, Serialize};
 use support::clock::{boottime_ms, thread_cpu_ms};
 use support::lock;
 
 /// One read of a layer. Its three parts run at the same time. Times are milliseconds of the boot-time clock.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct LayerRead {
     /// Position in the manifest.
     pub index: usize,
-    /// Digest of the blob.
+    /// Digest of the blob. The timeline has only its first letters.
     pub digest: String,
     /// Compressed size of the layer.
     pub size: u64,
     /// The transfer from the registry.
     pub fetch: Work,
     /// The decompression and the diff id, in one thread.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub decompress: Option<Work>,
     /// The parsing, hashing and writing of objects, in one thread.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub write: Option<Work>,
-    /// The end; absent while the layer is read.
-    pub result: Option<LayerResult>,
+    /// Result; absent while it is under way.
+    pub result: Option<SpanResult>,
+}
+
+impl LayerRead {
+    /// Returns the end of the last part.
+    pub fn end_ms(&self) -> u64 {
+        [self.decompress, self.write].into_iter().flatten().fold(self.fetch.end_ms, |end, part| end.max(part.end_ms))
+    }
+
+    /// Returns the time from the begin to the end of the last part.
+    pub fn duration_ms(&self) -> u64 {
+        self.end_ms().saturating_sub(self.fetch.start_ms)
+    }
 }
 
 /// One part of a read.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Work {
     /// Begin.
     pub start_ms: u64,
@@ -33,21 +50,27 @@ pub struct Work {
     pub end_ms: u64,
     /// Bytes that the part received (fetch) or returned (decompress, write).
     pub bytes: u64,
-    /// CPU time of the thread; 0 for a transfer, which skopeo does.
-    pub cpu_ms: u64,
+    /// CPU time of its thread; absent for a transfer, which skopeo does.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu_ms: Option<u64>,
 }
 
-/// The end of a read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum LayerResult {
-    /// The layer was read to its end and checked.
+/// The end of a read, or of another span of the timeline.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "kebab-case")]
+pub enum SpanResult {
+    /// It reached its goal.
     Done,
-    /// No object of it was wanted any more.
-    NotNeeded,
-    /// The read failed.
+    /// It failed.
     Failed,
-    /// A cancel or the failure of another layer ended the read.
+    /// A cancel, the failure of another part or the end of the agent stopped it.
     Interrupted,
+    /// Nothing of it was needed any more.
+    NotNeeded,
+    /// A result of another version of the agent.
+    #[serde(other)]
+    Other,
 }
 
 /// A part that runs in a thread.
@@ -84,14 +107,14 @@ impl Reading {
     }
 
     /// Ends the read.
-    pub(crate) fn end(self, result: LayerResult) {
+    pub(crate) fn end(self, result: SpanResult) {
         lock(&self.0).result = Some(result);
     }
 }
 
 impl Drop for Reading {
     fn drop(&mut self) {
-        lock(&self.0).result.get_or_insert(LayerResult::Interrupted);
+        lock(&self.0).result.get_or_insert(SpanResult::Interrupted);
     }
 }
 
@@ -112,7 +135,7 @@ impl Timer {
     /// Ends with the bytes that the part returned.
     pub(crate) fn end(self, bytes: u64) {
         let (end_ms, cpu_ms) = (boottime_ms(), thread_cpu_ms().saturating_sub(self.cpu_ms));
-        let work = Some(Work { start_ms: self.start_ms, end_ms, bytes, cpu_ms });
+        let work = Some(Work { start_ms: self.start_ms, end_ms, bytes, cpu_ms: Some(cpu_ms) });
         let mut read = lock(&self.read);
         match self.part {
             Part::Decompress => read.decompress = work,
@@ -137,10 +160,10 @@ mod tests {
         let [read] = &progress.reads()[..] else { panic!("one read, also after a reset of the counters") };
         assert_eq!((read.index, read.fetch.bytes, read.write.map(|write| write.bytes)), (3, 7, Some(5)));
         assert_eq!((read.decompress, read.result), (None, None), "the read is under way");
-        reading.end(LayerResult::Done);
+        reading.end(SpanResult::Done);
         drop(progress.begin_read(4, "sha256:1".into(), 9));
         let results: Vec<_> = progress.take_reads().into_iter().map(|read| read.result).collect();
-        assert_eq!(results, [Some(LayerResult::Done), Some(LayerResult::Interrupted)]);
+        assert_eq!(results, [Some(SpanResult::Done), Some(SpanResult::Interrupted)]);
         assert_eq!(progress.reads(), []);
     }
 }

@@ -36,5 +36,5 @@ mod progress;
 mod rate;
 pub mod store;
 
-pub use layer_read::{LayerRead, LayerResult, Work};
+pub use layer_read::{LayerRead, SpanResult, Work};
 pub use progress::{ProgressSnapshot, PullProgress};

@@ -2,9 +2,10 @@
 
 use super::axis::Axis;
 use super::svg::{Anchor, LETTER, Picture, Shape, fit};
-use crate::report::timeline::{Layer, Part, Span};
+use crate::report::timeline::Span;
 use crate::report::words::{human_ms, timestamp};
 use crate::report::{Report, SpanResult, Subject, state_line};
+use node_store::{LayerRead, Work};
 use support::human_bytes;
 
 /// Height of a row.
@@ -92,7 +93,7 @@ fn start(report: &Report) -> u64 {
 }
 
 fn end(report: &Report) -> u64 {
-    let layers = report.timeline.layers.iter().map(Layer::end_ms);
+    let layers = report.timeline.layers.iter().map(LayerRead::end_ms);
     let spans = report.timeline.spans.iter().map(|span| span.end_ms.unwrap_or(report.now_ms));
     spans.chain(layers).max().unwrap_or(report.now_ms)
 }
@@ -202,7 +203,7 @@ impl Draw<'_> {
     }
 
     /// Draws each layer in a row, or in lanes if there are too many.
-    fn layers(&mut self, layers: &[Layer]) {
+    fn layers(&mut self, layers: &[LayerRead]) {
         if layers.is_empty() {
             return;
         }
@@ -215,13 +216,13 @@ impl Draw<'_> {
             self.row(&format!("lane {}: {} reads", number + 1, lane.len()));
             lane.iter().for_each(|layer| self.layer(layer));
         }
-        let mut slowest: Vec<&Layer> = layers.iter().collect();
+        let mut slowest: Vec<&LayerRead> = layers.iter().collect();
         slowest.sort_by_key(|layer| std::cmp::Reverse(layer.duration_ms()));
         self.heading("Slowest layers");
         slowest.into_iter().take(SLOWEST).for_each(|layer| self.layer_row(layer));
     }
 
-    fn layer_row(&mut self, layer: &Layer) {
+    fn layer_row(&mut self, layer: &LayerRead) {
         self.row(&format!(
             "{} {} {}",
             layer.index,
@@ -239,7 +240,7 @@ impl Draw<'_> {
         self.after(layer.end_ms(), &format!("{}{end}", human_ms(layer.duration_ms())));
     }
 
-    fn layer(&mut self, layer: &Layer) {
+    fn layer(&mut self, layer: &LayerRead) {
         let fetch = if layer.result == Some(SpanResult::Failed) { "bad" } else { "fetch" };
         let parts = [
             (fetch, "fetch", Some(layer.fetch)),
@@ -247,7 +248,7 @@ impl Draw<'_> {
             ("write", "write", layer.write),
         ];
         for (at, (class, name, part)) in parts.into_iter().enumerate() {
-            let Some(Part { start_ms, end_ms, bytes, cpu_ms }) = part else { continue };
+            let Some(Work { start_ms, end_ms, bytes, cpu_ms }) = part else { continue };
             let cpu = cpu_ms.map(|ms| format!(", {} CPU", human_ms(ms))).unwrap_or_default();
             let took = human_ms(end_ms.saturating_sub(start_ms));
             let title = format!("layer {}: {name} {} in {took}{cpu}", layer.index, human_bytes(bytes));
@@ -319,10 +320,10 @@ impl Draw<'_> {
 }
 
 /// Distributes the layers to as few lanes as possible, so that no two of a lane overlap. The last lane has the rest.
-fn lanes(layers: &[Layer]) -> Vec<Vec<&Layer>> {
-    let mut sorted: Vec<&Layer> = layers.iter().collect();
+fn lanes(layers: &[LayerRead]) -> Vec<Vec<&LayerRead>> {
+    let mut sorted: Vec<&LayerRead> = layers.iter().collect();
     sorted.sort_by_key(|layer| layer.fetch.start_ms);
-    let mut lanes: Vec<(u64, Vec<&Layer>)> = Vec::new();
+    let mut lanes: Vec<(u64, Vec<&LayerRead>)> = Vec::new();
     for layer in sorted {
         let free = lanes.iter().position(|(end, _)| *end <= layer.fetch.start_ms);
         let at = free.unwrap_or_else(|| {

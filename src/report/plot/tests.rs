@@ -5,9 +5,10 @@ use proptest::prelude::*;
 use super::layout::layout;
 use super::svg::{Anchor, LETTER, Picture, Shape};
 use super::*;
+use crate::report::timeline::Timeline;
 use crate::report::timeline::tests::pivot;
-use crate::report::timeline::{Layer, Part, Timeline};
 use crate::report::{LastError, SpanResult, State, Status, Subject};
+use node_store::{LayerRead, Work};
 
 fn report(timeline: Timeline) -> Report {
     let status =
@@ -145,9 +146,9 @@ fn timelines() -> impl Strategy<Value = Timeline> {
             }
         }
         let layers = layers.into_iter().map(|(index, start_ms, length, result)| {
-            let fetch = Part { start_ms, end_ms: start_ms + length, bytes: length, cpu_ms: None };
-            let write = result.map(|_| Part { end_ms: start_ms + 2 * length, cpu_ms: Some(length), ..fetch });
-            Layer { index, digest: "sha256:0".into(), size: length, fetch, decompress: write, write, result }
+            let fetch = Work { start_ms, end_ms: start_ms + length, bytes: length, cpu_ms: None };
+            let write = result.map(|_| Work { end_ms: start_ms + 2 * length, cpu_ms: Some(length), ..fetch });
+            LayerRead { index, digest: "sha256:0".into(), size: length, fetch, decompress: write, write, result }
         });
         timeline.layers = layers.collect();
         timeline

@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 use crate::image::decompress::decompress;
 use crate::image::incoming::Incoming;
 use crate::image::{Failure, Kind, Layer, ResolvedImage};
-use crate::layer_read::{LayerResult, Part, Reading};
+use crate::layer_read::{Part, Reading, SpanResult};
 use crate::store::ObjectType;
 
 use super::encapsulated::{Consumed, Purpose, consume};
@@ -81,10 +81,10 @@ async fn fetch_layer<T: Send + 'static>(
     let reading = run.import.progress.begin_read(layer.index, layer.digest(), layer.size());
     let outcome = read_parts(run, layer, &reading, contributed, work).await;
     reading.end(match &outcome {
-        Ok(Some(_)) => LayerResult::Done,
-        Ok(None) => LayerResult::NotNeeded,
-        Err(failure) if failure.kind == Kind::Cancelled => LayerResult::Interrupted,
-        Err(_) => LayerResult::Failed,
+        Ok(Some(_)) => SpanResult::Done,
+        Ok(None) => SpanResult::NotNeeded,
+        Err(failure) if failure.kind == Kind::Cancelled => SpanResult::Interrupted,
+        Err(_) => SpanResult::Failed,
     });
     outcome
 }
