@@ -11,6 +11,7 @@ pub mod files;
 pub mod guest;
 pub mod ignition;
 pub mod images;
+pub mod in_use;
 pub mod other_agent;
 pub mod overlays;
 pub mod page;

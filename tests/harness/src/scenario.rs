@@ -73,7 +73,7 @@ pub struct Before {
     boot_id: String,
     modules: String,
     /// Main process of the service that only the bootimage has, 0 where it has not started.
-    legacy: String,
+    pub(crate) legacy: String,
 }
 
 impl Before {
@@ -128,10 +128,11 @@ pub fn unit_is(guest: &dyn Guest, unit: &str, state: &str) -> Result<()> {
     same(format!("{unit} {}", guest.unit(unit, "ActiveState")?), format!("{unit} {state}"))
 }
 
-struct Pivoted<'a> {
-    guest: &'a dyn Guest,
-    before: Option<&'a Before>,
-    expected: &'a Expected<'a>,
+/// A guest that has become its node image, what was seen before, and what is expected.
+pub(crate) struct Pivoted<'a> {
+    pub(crate) guest: &'a dyn Guest,
+    pub(crate) before: Option<&'a Before>,
+    pub(crate) expected: &'a Expected<'a>,
 }
 
 /// Runs every scenario about a system that has become its node image in the bootstrap flow. `earlier` is the scenario in
@@ -184,7 +185,7 @@ pub fn pivoted(
 }
 
 /// Returns the scenarios about a system that has become its node image that hold in the bootstrap and in the assisted flow.
-fn in_both_flows<'a>() -> [Scenario<Pivoted<'a>>; 17] {
+pub(crate) fn in_both_flows<'a>() -> [Scenario<Pivoted<'a>>; 17] {
     scenarios![
         the_boot_id_is_unchanged,
         usr_is_that_of_the_node_image,
@@ -204,48 +205,6 @@ fn in_both_flows<'a>() -> [Scenario<Pivoted<'a>>; 17] {
         the_root_password_and_the_machine_id_are_unchanged,
         a_new_ssh_login_reaches_the_new_sshd,
     ]
-}
-
-/// Runs every scenario about a live system that is up, and that an installer makes its node image without an isolate.
-/// `earlier` is the scenario in which it booted, `before` what was seen then.
-pub fn switched_in_use(
-    suite: &mut Suite,
-    earlier: &str,
-    guest: &dyn Guest,
-    before: Option<&Before>,
-    expected: &Expected<'_>,
-) -> bool {
-    suite.covers(guest, Flow::Assisted, "switched_in_use");
-    let mut bed = Pivoted { guest, before, expected };
-    let start = scenarios![both_units_become_active_when_an_installer_starts_them];
-    let began = suite.run_after(earlier, &mut bed, &start);
-    let earlier = "both_units_become_active_when_an_installer_starts_them";
-    began
-        & suite.run_after(earlier, &mut bed, &in_both_flows())
-        & suite.run_after(
-            earlier,
-            &mut bed,
-            &scenarios![
-                running_services_go_on_in_multi_user,
-                modules_of_the_running_kernel_are_unchanged,
-                no_unit_has_failed,
-                systemd_reports_running,
-            ],
-        )
-}
-
-fn both_units_become_active_when_an_installer_starts_them(bed: &mut Pivoted<'_>) -> Result<()> {
-    bed.guest.ask("systemctl start --no-block node-image-pull.service node-image-overlay.service")?;
-    bed.guest.wait_unit("node-image-overlay.service", "active", Duration::from_secs(600))?;
-    unit_is(bed.guest, "node-image-pull.service", "active")
-}
-
-fn running_services_go_on_in_multi_user(bed: &mut Pivoted<'_>) -> Result<()> {
-    let before = &bed.before.context("the base system was not seen before")?.legacy;
-    let process = bed.guest.unit("base-legacy.service", "MainPID")?;
-    same((&process, process == "0"), (before, false))?;
-    unit_is(bed.guest, "multi-user.target", "active")?;
-    unit_is(bed.guest, "node-image-finish.service", "inactive")
 }
 
 fn the_boot_id_is_unchanged(bed: &mut Pivoted<'_>) -> Result<()> {
@@ -325,7 +284,7 @@ fn the_service_that_only_the_bootimage_had_is_inactive(bed: &mut Pivoted<'_>) ->
     unit_is(bed.guest, "base-legacy.service", "inactive")
 }
 
-fn modules_of_the_running_kernel_are_unchanged(bed: &mut Pivoted<'_>) -> Result<()> {
+pub(crate) fn modules_of_the_running_kernel_are_unchanged(bed: &mut Pivoted<'_>) -> Result<()> {
     let before = bed.before.context("the base system was not seen before")?;
     same(modules(bed.guest)?, before.modules.clone())
 }
@@ -381,11 +340,11 @@ fn the_user_manager_of_a_new_login_runs(bed: &mut Pivoted<'_>) -> Result<()> {
     contains_any(&answer.text, &["active"])
 }
 
-fn no_unit_has_failed(bed: &mut Pivoted<'_>) -> Result<()> {
+pub(crate) fn no_unit_has_failed(bed: &mut Pivoted<'_>) -> Result<()> {
     nothing_failed(bed.guest)
 }
 
-fn systemd_reports_running(bed: &mut Pivoted<'_>) -> Result<()> {
+pub(crate) fn systemd_reports_running(bed: &mut Pivoted<'_>) -> Result<()> {
     same(bed.guest.run("systemctl is-system-running --wait")?.text.trim().into(), "running".to_string())
 }
 

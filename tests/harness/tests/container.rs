@@ -10,10 +10,11 @@ use testbed::disk;
 use testbed::files::Files;
 use testbed::guest::Guest;
 use testbed::images::{Images, work_dir};
+use testbed::in_use::switched_in_use;
 use testbed::overlays::{has_one_overlay, takes_another_overlay, undoes};
 use testbed::registry::{Registry, auth_file};
 use testbed::scenario::{
-    Before, Expected, configured_later, configured_now, node_files, pivoted, switched_in_use, unit_is, wait_pivoted,
+    Before, Expected, configured_later, configured_now, node_files, pivoted, unit_is, wait_pivoted,
 };
 use testbed::scenarios;
 use testbed::suite::Suite;

@@ -11,11 +11,10 @@ use testbed::container::{Bed, Container, Network, Root, Setup};
 use testbed::files::Files;
 use testbed::guest::Guest;
 use testbed::images::{Pair, work_dir};
+use testbed::in_use::switched_in_use;
 use testbed::overlays::{has_one_overlay, undoes};
 use testbed::registry::Registry;
-use testbed::scenario::{
-    Before, Expected, configured_later, configured_now, node_files, pivoted, switched_in_use, wait_pivoted,
-};
+use testbed::scenario::{Before, Expected, configured_later, configured_now, node_files, pivoted, wait_pivoted};
 use testbed::scenarios;
 use testbed::suite::Suite;
 use testbed::vm::{self, Vm};
