@@ -1,5 +1,6 @@
 //! Scenarios that machines and containers share about a system in use, which an installer makes its node image.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -13,6 +14,32 @@ use crate::scenario::{
 use crate::scenarios;
 use crate::suite::Suite;
 use crate::table::Flow;
+
+/// Units of a system in use, with their states and processes.
+#[derive(Debug, Default)]
+pub struct Running(BTreeSet<String>);
+
+impl Running {
+    /// Reads them now.
+    pub fn of(guest: &dyn Guest) -> Result<Self> {
+        let show = "systemctl show -p Id -p MainPID -p InvocationID -p ActiveState '*.service' '*.target' '*.mount' | \
+                    awk -v RS= '{$1=$1; print}'";
+        Ok(Running(guest.ask(show)?.lines().map(str::to_owned).collect()))
+    }
+
+    /// Returns the names of the active units. A newer systemd removes the credentials of services that have ended.
+    pub fn active(&self) -> BTreeSet<&str> {
+        let id = |line: &'_ str| line.split(' ').find_map(|word| word.strip_prefix("Id=")).unwrap_or_default();
+        let active = self.0.iter().filter(|line| line.contains("ActiveState=active"));
+        active.map(|line| id(line)).filter(|unit| !unit.starts_with("run-credentials-")).collect()
+    }
+
+    /// Returns the state and the process of a unit.
+    pub fn unit(&self, name: &str) -> Option<&str> {
+        let id = format!("Id={name}");
+        self.0.iter().find(|line| line.split(' ').any(|word| word == id)).map(String::as_str)
+    }
+}
 
 /// Runs every scenario about a live system that is up, and that an installer makes its node image without an isolate.
 /// `earlier` is the scenario in which it booted, `before` what was seen then.

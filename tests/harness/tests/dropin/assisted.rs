@@ -1,12 +1,11 @@
 //! The assisted flow as its installer runs it, on a machine that has long booted and runs containers.
 
-use std::collections::BTreeSet;
-
 use anyhow::{Result, bail};
 use serde_json::{Value, json};
 use testbed::check::{contains, nothing_failed, same};
 use testbed::guest::Guest;
 use testbed::images::{Images, work_dir};
+use testbed::in_use::Running;
 use testbed::proc::wait_for;
 use testbed::registry::Registry;
 use testbed::scenario::{node_files, unit_is};
@@ -50,8 +49,6 @@ const SCRIPT: &str = "/var/usrlocal/bin/release-image.sh";
 /// Directory of the installer's other files, until the installer writes them.
 const LATER: &str = "/var/lib/testbed/installer";
 const PIDS: &str = "for one in one two; do runc state $one | jq .pid; done";
-const SERVICES: &str = "systemctl show -p Id -p MainPID -p InvocationID -p ActiveState '*.service' '*.target' '*.mount' | \
-                        awk -v RS= '{$1=$1; print}'";
 const MOUNTS: &str = "findmnt -rno TARGET | grep ^/var || true";
 
 /// A machine with running containers, and what it looked like before the switch.
@@ -60,7 +57,7 @@ struct Assisted {
     _registry: Registry,
     /// Pull spec of the release payload that exists.
     payload: String,
-    services: BTreeSet<String>,
+    services: Running,
     containers: String,
     mounts: String,
     /// States of both units on the way to active.
@@ -90,15 +87,11 @@ impl Assisted {
             guest,
             _registry: registry,
             payload: format!("registry.example.test/cluster/release@{}", images.image("release")?.digest),
-            services: BTreeSet::new(),
+            services: Running::default(),
             containers: String::new(),
             mounts: String::new(),
             states: Default::default(),
         })
-    }
-
-    fn services(guest: &Vm) -> Result<BTreeSet<String>> {
-        Ok(guest.ask(SERVICES)?.lines().map(str::to_owned).collect())
     }
 
     fn start_both(&self) -> Result<()> {
@@ -155,7 +148,7 @@ fn a_medium_with_the_script_boots_without_a_redirection(assisted: &mut Assisted)
 
 fn containers_run(assisted: &mut Assisted) -> Result<()> {
     assisted.guest.ask(CONTAINERS)?;
-    assisted.services = Assisted::services(&assisted.guest)?;
+    assisted.services = Running::of(&assisted.guest)?;
     assisted.containers = assisted.guest.ask(PIDS)?;
     assisted.mounts = assisted.guest.ask(MOUNTS)?;
     Ok(())
@@ -254,24 +247,15 @@ fn programs_of_the_node_image_are_there_and_usr_is_read_only(assisted: &mut Assi
     contains(&assisted.guest.ask("nsenter -t 1 -m findmnt -no OPTIONS /usr | tail -n 1")?, "ro")
 }
 
-/// Names of the active units. A newer systemd removes the credentials of services that have ended.
-fn active(all: &BTreeSet<String>) -> BTreeSet<String> {
-    let ids = all.iter().filter(|line| line.contains("ActiveState=active") && !line.contains("Id=run-credentials-"));
-    ids.filter_map(|line| line.split(' ').find_map(|word| word.strip_prefix("Id=")).map(str::to_owned)).collect()
-}
-
 fn active_units_stay_active_and_listed_services_are_not_restarted(assisted: &mut Assisted) -> Result<()> {
-    let (before, after) = (&assisted.services, &Assisted::services(&assisted.guest)?);
+    let (before, after) = (&assisted.services, &Running::of(&assisted.guest)?);
     // runc mounts itself there for as long as it starts a container.
     let transient = |unit: &str| unit.starts_with("run-runc-");
-    let gone: Vec<_> = active(before).difference(&active(after)).filter(|unit| !transient(unit)).cloned().collect();
-    same(gone, Vec::<String>::new())?;
+    let (active, active_after) = (before.active(), after.active());
+    let gone: Vec<_> = active.difference(&active_after).filter(|unit| !transient(unit)).copied().collect();
+    same(gone, Vec::<&str>::new())?;
     for unit in ["multi-user.target", "container-one.service", "base-legacy.service", "dbus.service"] {
-        let line = |all: &BTreeSet<String>| {
-            let id = format!("Id={unit}");
-            all.iter().find(|line| line.split(' ').any(|word| word == id)).cloned()
-        };
-        same(line(after), line(before))?;
+        same(after.unit(unit), before.unit(unit))?;
     }
     unit_is(&assisted.guest, "node-image-finish.service", "inactive")
 }

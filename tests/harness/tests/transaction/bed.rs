@@ -1,12 +1,11 @@
 //! A container whose agent has failpoints, and the states that it may be in.
 
-use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use testbed::check::{contains, same};
+use testbed::check::{contains, etc, same, same_text};
 use testbed::container::{Container, Network, Root, Setup};
 use testbed::guest::{Answer, Guest};
 use testbed::images::{Images, project, work_dir};
@@ -101,14 +100,9 @@ impl Bed {
         Ok(true)
     }
 
-    /// Lists kind, mode, owner, link and content of all of /etc, without caches, which an undo does not restore.
+    /// Lists all of /etc.
     pub fn etc(&self) -> Result<String> {
-        self.guest.ask(
-            "cd /etc && { find . -xdev ! -name ld.so.cache ! -name .updated ! -name .pwd.lock \
-             -printf '%p %y %m %U %G %l\\n' | LC_ALL=C sort; \
-             find . -xdev -type f ! -name ld.so.cache ! -name .updated ! -name .pwd.lock -print0 | LC_ALL=C sort -z \
-             | xargs -0 sha256sum; }",
-        )
+        etc(&self.guest)
     }
 
     /// Checks that /usr is of one generation, and that the record fits it.
@@ -175,16 +169,6 @@ pub fn agent_with_failpoints() -> Result<PathBuf> {
     succeed(Command::new(env!("CARGO")).args(build).current_dir(project()))?;
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| project().join("target"), PathBuf::from);
     Ok(target.join("release/examples/failpoints"))
-}
-
-/// Fails with the lines that differ.
-pub fn same_text(seen: &str, wanted: &str) -> Result<()> {
-    let [left, right] = [seen, wanted].map(|text| text.lines().collect::<BTreeSet<_>>());
-    let lines: Vec<_> = left.symmetric_difference(&right).collect();
-    if !lines.is_empty() {
-        bail!("these lines are on one side only: {lines:#?}");
-    }
-    Ok(())
 }
 
 pub fn errno_words(action: &str) -> &'static str {

@@ -1,14 +1,14 @@
 //! Checks before the first act of a switch and of an undo, and the remains of a switch whose record is lost.
 
 use anyhow::{Context as _, Result, bail};
-use testbed::check::{contains, same};
+use testbed::check::{contains, same, same_text};
 use testbed::guest::Guest;
 use testbed::proc::wait_for;
 use testbed::scenarios;
 use testbed::suite::Suite;
 
 use super::SOON;
-use super::bed::{Bed, same_text};
+use super::bed::Bed;
 
 /// Covers /usr as systemd-sysext does with an extension.
 const COVER: &str = "mkdir -p /run/empty && mount -t overlay -o ro,lowerdir=/run/empty:/usr sysext /usr";
