@@ -8,6 +8,7 @@ use tracing::{info, warn};
 
 use super::new_usr::ChangedPaths;
 use crate::report::Tracker;
+use overlay_root::Namespace;
 use unit_refresh::{Guard, Manager};
 
 /// Marker of the first boot, which `ConditionFirstBoot=` looks for. systemd removes it when it re-executes itself.
@@ -85,11 +86,13 @@ async fn states(manager: &Manager) -> Result<States> {
 /// (systemd#28184): running units then count as inactive. A reload reads the unit files again; units that are still
 /// missing are reported.
 async fn check(manager: &Manager, before: &States, troubles: &mut Vec<String>) -> Result<()> {
-    if forgotten(before, &states(manager).await?).is_empty() {
+    let mounts: BTreeSet<_> =
+        Namespace::init().mounts()?.iter().map(|mount| unit_refresh::mount_unit(&mount.target)).collect();
+    if forgotten(before, &states(manager).await?, &mounts).is_empty() {
         return Ok(());
     }
     manager.reload().await?;
-    let forgotten = forgotten(before, &states(manager).await?);
+    let forgotten = forgotten(before, &states(manager).await?, &mounts);
     if !forgotten.is_empty() {
         let named: Vec<_> = forgotten.iter().copied().take(NAMED).collect();
         let more = if forgotten.len() > NAMED { " …" } else { "" };
@@ -104,13 +107,15 @@ async fn check(manager: &Manager, before: &States, troubles: &mut Vec<String>) -
 }
 
 /// Returns the units that were active and are unknown or inactive now. Ignores scopes and devices, which appear and
-/// disappear by themselves, and units that were not active, such as running oneshots.
-fn forgotten<'a>(before: &'a States, after: &States) -> BTreeSet<&'a str> {
+/// disappear by themselves, and units that were not active, such as running oneshots. Also ignores the units in `mounts`,
+/// whose mounts are in place: releases of systemd differ in the mounts that have no unit, such as those of credentials.
+fn forgotten<'a>(before: &'a States, after: &States, mounts: &BTreeSet<String>) -> BTreeSet<&'a str> {
     const KINDS: &[&str] = &[".service", ".socket", ".timer", ".path", ".mount", ".target", ".slice"];
     let concerned = |name: &str| KINDS.iter().any(|kind| name.ends_with(kind));
     let was =
         before.iter().filter(|(name, state)| *state == "active" && concerned(name)).map(|(name, _)| name.as_str());
-    was.filter(|name| after.get(*name).is_none_or(|state| state == "inactive")).collect()
+    let lost = was.filter(|name| after.get(*name).is_none_or(|state| state == "inactive"));
+    lost.filter(|name| !mounts.contains(*name)).collect()
 }
 
 #[cfg(test)]
@@ -131,6 +136,8 @@ mod tests {
             ("f.device", "active"),
             ("g.service", "active"),
             ("h.service", "active"),
+            ("run-i.mount", "active"),
+            ("run-j.mount", "active"),
         ]);
         let after = states(&[
             ("a.service", "active"),
@@ -138,8 +145,10 @@ mod tests {
             ("g.service", "failed"),
             ("h.service", "deactivating"),
             ("new.service", "active"),
+            ("run-i.mount", "inactive"),
         ]);
-        assert_eq!(Vec::from_iter(forgotten(&before, &after)), ["b.service", "d.socket"]);
-        assert!(forgotten(&before, &before).is_empty());
+        let mounts = BTreeSet::from(["run-i.mount".to_owned()]);
+        assert_eq!(Vec::from_iter(forgotten(&before, &after, &mounts)), ["b.service", "d.socket", "run-j.mount"]);
+        assert!(forgotten(&before, &before, &mounts).is_empty());
     }
 }

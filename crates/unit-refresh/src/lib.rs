@@ -44,6 +44,7 @@ pub use ending::holds;
 pub use files::{EtcChanges, Root, release};
 pub use guard::Guard;
 pub use manager::Manager;
+pub use names::mount_unit;
 pub use plan::{Flow, plan, starts, undo_plan};
 pub use policy::{NoWish, Policy, Wish};
 pub use processes::{Version, mapped_files};

@@ -2,6 +2,23 @@
 //!
 //! Source of the rules: systemd.unit(5), and the debug output of `systemd-analyze verify` of systemd 252.
 
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
+
+/// Returns the name of the unit of a mount at the absolute path `target`, as `systemd-escape --path --suffix=mount` does.
+#[must_use]
+pub fn mount_unit(target: &Path) -> String {
+    let path = target.as_os_str().as_bytes();
+    let path = path.strip_prefix(b"/").filter(|rest| !rest.is_empty()).unwrap_or(path);
+    let escape = |(at, byte): (usize, &u8)| match byte {
+        b'/' => "-".to_owned(),
+        b'.' if at == 0 => "\\x2e".to_owned(),
+        b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b':' | b'_' | b'.' => char::from(*byte).to_string(),
+        other => format!("\\x{other:02x}"),
+    };
+    path.iter().enumerate().map(escape).chain([".mount".to_owned()]).collect()
+}
+
 /// The three kinds of unit names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind<'a> {
@@ -108,6 +125,20 @@ pub(super) fn dependency(name: &str, unit: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The names are those that systemd-escape of systemd 252 prints.
+    #[test]
+    fn a_mount_point_is_escaped_as_systemd_does() {
+        for (target, unit) in [
+            ("/", "-.mount"),
+            ("/boot", "boot.mount"),
+            ("/run/credentials/a-b.service", r"run-credentials-a\x2db.service.mount"),
+            ("/a b/ü", r"a\x20b-\xc3\xbc.mount"),
+            ("/.x/.y", r"\x2ex-.y.mount"),
+        ] {
+            assert_eq!(mount_unit(Path::new(target)), unit);
+        }
+    }
 
     #[test]
     fn directories_of_a_name_are_in_systemds_order() {
