@@ -17,12 +17,15 @@ fn largest(repo: &Path, kind: &str) -> PathBuf {
     let directories = fs::read_dir(repo.join("objects")).unwrap().flatten();
     let files = directories.flat_map(|directory| fs::read_dir(directory.path()).unwrap().flatten());
     let objects = files.map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|ext| ext == kind));
-    objects.max_by_key(|path| (path.metadata().unwrap().len(), path.clone())).unwrap()
+    objects.max_by_key(|path| (path.symlink_metadata().unwrap().len(), path.clone())).unwrap()
 }
 
 fn spoil(object: &Path, how: &str) {
     let mut bytes = fs::read(object).unwrap();
     fs::remove_file(object).unwrap();
+    if how == "missing" {
+        return;
+    }
     let third = bytes.len() / 3;
     match how {
         "empty" => bytes.clear(),
@@ -42,8 +45,16 @@ async fn damaged_metadata_of_the_booted_repo_are_read_from_the_image() {
     let above = bench.push(&above, "os:above");
     let whole = bench.store("whole", None);
     let derived = try_pull_with(&above, &whole, None, complete()).await.unwrap().commit.to_string();
-    for (number, (kind, how)) in
-        [("commit", "empty"), ("dirtree", "empty"), ("dirtree", "altered"), ("dirmeta", "truncated")].iter().enumerate()
+    for (number, (kind, how)) in [
+        ("commit", "empty"),
+        ("dirtree", "empty"),
+        ("dirtree", "altered"),
+        ("dirtree", "missing"),
+        ("dirmeta", "truncated"),
+        ("file", "missing"),
+    ]
+    .iter()
+    .enumerate()
     {
         // A RAM store, and the repo itself.
         for (spec, commit, on_disk) in [(&plain, &image.commit, false), (&above, &derived, true)] {

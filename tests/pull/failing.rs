@@ -1,6 +1,7 @@
 //! Failures through real pulls: the reported errors, and the next attempt, which goes on where the last one was.
 
 use std::fs;
+use std::process::{Command, Stdio};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -79,11 +80,16 @@ impl FaultyImage {
         // skopeo itself waits as long as Retry-After says, and tries again some times.
         assert!(!name.ends_with("429") || self.faults.hits.load(Ordering::SeqCst) >= 2, "{name}");
         assert!(path != self.late() || told.message.contains(self.late()), "{name} names the layer: {told}");
+        self.goes_on(name, path, &store).await;
+    }
+
+    /// Pulls without a fault after one at `path`. Fetches no layer again.
+    async fn goes_on(&self, name: &str, path: &str, store: &NodeStore) {
         assert_eq!(store.resolve_ref().unwrap(), None);
         let before = self.faults.served();
-        self.faults.plan("", fault, 0);
+        self.faults.plan("", Fault::Stall, 0);
         let start = Instant::now();
-        let pulled = attempt(&self.spec, &store).await.unwrap();
+        let pulled = attempt(&self.spec, store).await.unwrap();
         println!("{name}: then {:.1} s", start.elapsed().as_secs_f64());
         let after = self.faults.served();
         for digest in &self.layers {
@@ -120,6 +126,51 @@ async fn faults_of_layers_are_told_apart_and_the_next_attempt_goes_on() {
     }
 }
 
+/// The kernel may end skopeo when memory is short. Another attempt may pass.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_skopeo_that_is_killed_in_a_layer_is_started_again() {
+    let pull = FaultyImage::new();
+    let store = pull.bench.store("killed", None);
+    pull.faults.plan(pull.late(), Fault::Stall, 1);
+    pull.faults.served();
+    let child = Command::new(std::env::current_exe().unwrap())
+        .args(["--ignored", "--exact", "failing::child_attempt", "--nocapture"])
+        .env("PIVOT_CHILD", format!("{} {}", pull.spec, store.root().display()))
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    while pull.faults.hits.load(Ordering::SeqCst) == 0 {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let skopeos = skopeos_of(child.id());
+    assert!(!skopeos.is_empty());
+    skopeos.iter().for_each(|process| drop(run("kill", &["-KILL", process])));
+    let told = String::from_utf8(child.wait_with_output().unwrap().stdout).unwrap();
+    println!("{told}");
+    assert!(told.contains("may pass: true") && told.contains(pull.late()), "{told}");
+    pull.goes_on("killed", pull.late(), &store).await;
+}
+
+/// Returns the processes of skopeo that the process `parent` has started.
+fn skopeos_of(parent: u32) -> Vec<String> {
+    let threads = fs::read_dir(format!("/proc/{parent}/task")).unwrap().flatten();
+    let children = threads.map(|thread| fs::read_to_string(thread.path().join("children")).unwrap_or_default());
+    let children: Vec<_> =
+        children.flat_map(|list| list.split_whitespace().map(str::to_owned).collect::<Vec<_>>()).collect();
+    let is_skopeo =
+        |pid: &String| fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "skopeo");
+    children.into_iter().filter(is_skopeo).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "the child of a_skopeo_that_is_killed_in_a_layer_is_started_again"]
+async fn child_attempt() {
+    let Ok(arguments) = std::env::var("PIVOT_CHILD") else { return };
+    let (spec, root) = arguments.split_once(' ').unwrap();
+    let told = attempt(spec, &NodeStore::open(root.as_ref()).unwrap()).await.unwrap_err();
+    println!("may pass: {}: {told}", told.class.may_pass());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn faults_of_manifests_are_told_apart_and_the_next_attempt_goes_on() {
     let pull = FaultyImage::new();
@@ -148,7 +199,7 @@ impl Small {
 
 impl Drop for Small {
     fn drop(&mut self) {
-        let _ = std::process::Command::new("umount").arg("--lazy").arg(&self.0).status();
+        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
     }
 }
 
