@@ -4,10 +4,12 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use serde_json::Value;
+use serde_json::{Value, json};
 use testbed::check::{contains, same};
 use testbed::container::{Bed, Serving};
+use testbed::derived::Storage;
 use testbed::guest::Guest;
+use testbed::images::{Images, work_dir};
 use testbed::scenario::configured_later;
 use testbed::scenarios;
 use testbed::suite::Suite;
@@ -34,10 +36,15 @@ fn unchanged(guest: &dyn Guest) -> Result<()> {
 #[test]
 fn a_plan_shows_the_switch_and_a_refusal_changes_nothing() -> Result<()> {
     let mut suite = Suite::new("plan: the switch shown before it is done, and refusals");
-    let mut bed = Bed::boot("plan", "node-b", Serving::AtBoot, configured_later)?;
+    let (images, work) = (Images::ensure()?, work_dir("plan-images")?);
+    let storage = Storage::new(images, &work)?;
+    let others = other_systems(images, &storage)?;
+    let node = images.image("node-b")?.by_digest();
+    let mut bed = Bed::boot_from(&storage.path, &node, "plan", Serving::AtBoot, configured_later)?;
     bed.guest.wait_unit("multi-user.target", "active", SOON)?;
     bed.guest.ask("mv /etc/later /etc/node-image-pivot.conf.d")?;
     bed.guest.ask("cp -a /etc /run/etc-before")?;
+    suite.each("another_distribution", None, &mut bed, others.map(|row| (row.name, row)), another_distribution);
     suite.run(
         &mut bed,
         &scenarios![
@@ -135,6 +142,55 @@ fn users_who_are_not_root_are_refused_on_the_bus(bed: &mut Bed) -> Result<()> {
     same(methods.lines().count() > 10, true)?;
     contains(&guest.ask(&format!("{USER} busctl get-property {NAME} State"))?, "pulled")?;
     contains(&guest.run(&format!("{USER} node-image-pivot run"))?.text, "must be root")?;
+    unchanged(guest)
+}
+
+/// A configuration that results in a node image of another distribution.
+struct OtherSystem {
+    name: &'static str,
+    configuration: String,
+    is_refused: bool,
+}
+
+/// The base system under another name, and a release payload that names it.
+fn other_systems(images: &Images, storage: &Storage) -> Result<[OtherSystem; 3]> {
+    let os_release = "ID=another\nVERSION_ID=12\nPRETTY_NAME=\"Another System 12\"\n";
+    let node = storage.add_files("another", images.image("node-small")?, &[("usr/lib/os-release", os_release)])?;
+    let tag = json!({ "name": "rhel-coreos", "from": { "kind": "DockerImage", "name": node.by_digest() } });
+    let references = json!({ "kind": "ImageStream", "apiVersion": "image.openshift.io/v1", "spec": { "tags": [tag] } });
+    let files = [("release-manifests/image-references", references.to_string())];
+    let files = files.each_ref().map(|(path, text)| (*path, text.as_str()));
+    let payload = storage.add_files("another-release", images.image("release")?, &files)?;
+    let (image, payload) =
+        (format!("image = \"{}\"\n", node.by_digest()), format!("release_image = \"{}\"\n", payload.by_digest()));
+    let permitted = format!("{payload}os_mismatch = \"warn\"\n");
+    Ok([
+        OtherSystem { name: "chosen in a release payload", configuration: payload, is_refused: true },
+        OtherSystem { name: "with os_mismatch = warn", configuration: permitted, is_refused: false },
+        OtherSystem { name: "named by image", configuration: image, is_refused: false },
+    ])
+}
+
+/// `plan` refuses the node image, or shows the difference as a warning.
+fn another_distribution(bed: &mut Bed, other: &OtherSystem) -> Result<()> {
+    const DIRECTORY: &str = "/run/node-image-pivot.conf.d";
+    const DIFFERENCE: &str = "the node image is another 12 and the booted system is debian 12";
+    let guest = &bed.guest;
+    guest.ask(&format!("mkdir {DIRECTORY} && printf %s '{}' >{DIRECTORY}/90-another.toml", other.configuration))?;
+    let (words, json) = (guest.run("node-image-pivot plan")?, guest.run("node-image-pivot plan --json")?);
+    let status = guest.status()?;
+    guest.ask(&format!("rm -r {DIRECTORY}"))?;
+    contains(&words.text, DIFFERENCE)?;
+    contains(&json.text, DIFFERENCE)?;
+    if other.is_refused {
+        same([words.status, json.status], [10, 10])?;
+        same(status["error"]["refusals"][0]["id"].as_str(), Some("os-mismatch"))?;
+    } else {
+        same([words.status, json.status], [0, 0])?;
+        let document: Value = serde_json::from_str(&json.text).with_context(|| json.text.clone())?;
+        same(document["state"].clone(), "staged".into())?;
+        contains(&document["plan"]["warnings"].to_string(), DIFFERENCE)?;
+    }
     unchanged(guest)
 }
 
