@@ -50,6 +50,13 @@ impl Files {
         Ok(())
     }
 
+    /// Copies the directory `from`, which becomes `path` in the guest.
+    pub fn copy(&self, from: &Path, path: &str) -> Result<()> {
+        let to = self.root.join(path.trim_start_matches('/'));
+        fs::create_dir_all(to.parent().context("a directory in the root")?)?;
+        succeed(Command::new("cp").arg("-a").args([from, &to])).map(drop)
+    }
+
     /// Creates the initramfs `out`: the given one and these files, which testbed-inject.service copies into the root.
     pub fn append_to_initramfs(&self, initramfs: &Path, out: &Path) -> Result<()> {
         self.append(initramfs, "testbed-inject", out)

@@ -186,6 +186,11 @@ impl Images {
         two_paths("network", ["boot", "layer"])
     }
 
+    /// Returns the directory of a skopeo that enforces signature policies, likewise.
+    pub fn skopeo() -> Result<PathBuf> {
+        build("skopeo")
+    }
+
     /// An image by name.
     pub fn image(&self, name: &str) -> Result<&Image> {
         self.by_name.get(name).with_context(|| format!("the test bed has no image {name:?}"))

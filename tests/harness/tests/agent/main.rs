@@ -2,6 +2,7 @@
 //! `make check-one NAME=agent`
 
 mod complete;
+mod local_images;
 mod support_case;
 
 use std::time::Duration;
@@ -17,6 +18,7 @@ use testbed::scenario::{configured_later, unit_is, wait_pivoted};
 use testbed::scenarios;
 use testbed::suite::Suite;
 
+use local_images::carry_a_newer_skopeo;
 use support_case::{
     a_bus_caller_that_leaves_takes_its_pull_with_it, answers_are_documents, gather_writes_one_archive_for_root,
     status_exits_like_the_call_that_failed, the_units_journal_has_a_begin_and_an_end_that_the_catalog_explains,
@@ -144,7 +146,7 @@ fn one_mount_of_the_node_image_covers_usr(bed: &mut Bed) -> Result<()> {
 #[test]
 fn a_call_ends_with_its_caller() -> Result<()> {
     let mut suite = Suite::new("agent: stop and cancel");
-    let mut bed = Bed::boot("agent-stop", "node-b", Serving::Later, |_| Ok(()))?;
+    let mut bed = Bed::boot("agent-stop", "node-b", Serving::Later, carry_a_newer_skopeo)?;
     wait_state(&bed.guest, "waiting")?;
     suite.run(
         &mut bed,
@@ -161,6 +163,7 @@ fn a_call_ends_with_its_caller() -> Result<()> {
             mode_off_refuses_a_run,
         ],
     );
+    local_images::run(&mut suite, &mut bed);
     suite.finish()
 }
 
