@@ -68,6 +68,35 @@ pub enum Goal {
     Finished,
 }
 
+/// The extent of a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Extent {
+    /// All phases up to a goal.
+    Until(Goal),
+    /// The phases that leave the running system unchanged, with all content of the image.
+    Complete,
+    /// All phases of the flow, with a trial period of this length.
+    Flow { trial: Option<Duration> },
+}
+
+impl Extent {
+    /// Returns the goal, or `None` for the last one of the flow.
+    fn goal(self) -> Option<Goal> {
+        match self {
+            Self::Until(goal) => Some(goal),
+            Self::Complete => Some(Goal::Staged),
+            Self::Flow { .. } => None,
+        }
+    }
+
+    fn trial(self) -> Option<Duration> {
+        match self {
+            Self::Flow { trial } => trial,
+            Self::Until(_) | Self::Complete => None,
+        }
+    }
+}
+
 /// A call that runs phases.
 struct Call<'a> {
     settings: Settings,
@@ -195,18 +224,13 @@ impl Agent {
     /// # Errors
     /// See [`Error`], which also names the state of the running system.
     pub async fn advance(&self, goal: Goal, cancel: &CancelHandle) -> Result<(), Error> {
-        self.advance_for(Some(goal), None, cancel).await
+        self.advance_by(Extent::Until(goal), cancel).await
     }
 
-    /// Runs up to `goal`, or up to the last goal of the flow if there is none.
-    async fn advance_for(
-        &self,
-        goal: Option<Goal>,
-        length: Option<Duration>,
-        cancel: &CancelHandle,
-    ) -> Result<(), Error> {
+    /// Runs the remaining phases of `extent`.
+    async fn advance_by(&self, extent: Extent, cancel: &CancelHandle) -> Result<(), Error> {
         let mut record = self.lock_for_phases(cancel).await?;
-        let outcome = self.advance_locked(&mut record, goal, length, cancel).await;
+        let outcome = self.advance_locked(&mut record, extent, cancel).await;
         let outcome = outcome.map_err(|error| error.at(record.step.standing()));
         if let Err(error) = &outcome {
             self.report_failure(error);
@@ -252,13 +276,7 @@ impl Agent {
         }
     }
 
-    async fn advance_locked(
-        &self,
-        record: &mut Record,
-        goal: Option<Goal>,
-        length: Option<Duration>,
-        cancel: &CancelHandle,
-    ) -> Result<(), Error> {
+    async fn advance_locked(&self, record: &mut Record, extent: Extent, cancel: &CancelHandle) -> Result<(), Error> {
         if let Step::Undoing(_) = record.step {
             self.undo_locked(record, Below::Unmount, "undo that was interrupted").await?;
         }
@@ -268,19 +286,21 @@ impl Agent {
         if !self.boot_known.load(Ordering::Acquire) {
             self.boot_known.store(record.learn(Boot::look().await), Ordering::Release);
         }
+        let length = extent.trial();
         if length.is_some() && !record.step.is_before_switch() && record.trial.is_none_or(|until| until.kept) {
             return Err(Error::refused(RefusalId::Switched, "this system is switched already; run undo before a try"));
         }
         // Read at each call, so that a corrected configuration needs no restart.
-        let settings =
+        let mut settings =
             Settings::load().map_err(|error| Error::refused(RefusalId::Configuration, format!("{error:#}")))?;
         let asked = Asked::by(&settings);
+        settings.complete |= extent == Extent::Complete;
         if record.step.is_before_switch() && record.asked.as_ref() != Some(&asked) {
             record.step = Step::Idle;
             record.asked = Some(asked);
             self.tracker.restart(state::shown(&settings));
         }
-        let goal = goal.unwrap_or_else(|| record.last_goal());
+        let goal = extent.goal().unwrap_or_else(|| record.last_goal());
         let (tracker, dir) = (&self.tracker, &self.paths);
         let mut call = Call { settings, tracker, dir, goal, cancel, staged_now: false, guard: None };
         loop {
@@ -338,7 +358,7 @@ impl Agent {
     /// # Errors
     /// As [`Agent::advance`].
     pub async fn run(&self, cancel: &CancelHandle) -> Result<(), Error> {
-        self.advance_for(None, None, cancel).await
+        self.advance_by(Extent::Flow { trial: None }, cancel).await
     }
 
     /// Runs all phases of the flow with a trial period: the switch is undone `length` after it began, unless
@@ -347,7 +367,7 @@ impl Agent {
     /// # Errors
     /// As [`Agent::advance`]; refused on a system that is switched permanently.
     pub async fn run_for(&self, length: Duration, cancel: &CancelHandle) -> Result<(), Error> {
-        self.advance_for(None, Some(length), cancel).await
+        self.advance_by(Extent::Flow { trial: Some(length) }, cancel).await
     }
 
     /// Cancels every call that has not begun to switch, running or waiting. Stored content stays for the next call.

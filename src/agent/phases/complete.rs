@@ -6,7 +6,7 @@ use std::time::Duration;
 use tracing::{info, warn};
 
 use super::pull::{self, Target};
-use crate::agent::{Agent, CancelHandle, Error, Finished, Goal, StagedRoot, Step, Switched, storage};
+use crate::agent::{Agent, CancelHandle, Error, Extent, Finished, StagedRoot, Step, Switched, storage};
 use crate::config::Settings;
 use crate::report::{Phase, RefusalId};
 use node_store::import::{PulledImage, has_image};
@@ -14,8 +14,8 @@ use support::human_bytes;
 
 impl Agent {
     /// Fetches the content that the pull left out (objects that only `/usr/lib/modules` uses), so that the node store and
-    /// the booted repo together hold the whole commit. Pulls and stages first if needed. Changes neither the running system
-    /// nor the step of the pivot, also after the switch. Returns a report in lines.
+    /// the booted repo together hold the whole commit. If nothing was pulled yet, pulls all content at once and stages.
+    /// Changes neither the running system nor the step of the pivot, also after the switch. Returns a report in lines.
     ///
     /// # Errors
     /// As [`Agent::advance`]. Stored objects stay, and the next call continues with the missing ones.
@@ -25,7 +25,7 @@ impl Agent {
             match &record.step {
                 Step::Idle | Step::Resolved(_) | Step::Pulled(_) => {
                     drop(record);
-                    self.advance(Goal::Staged, cancel).await?;
+                    self.advance_by(Extent::Complete, cancel).await?;
                 }
                 Step::NothingToDo { reason, .. } => return Ok(vec![format!("nothing to do: {reason}")]),
                 _ => {

@@ -83,12 +83,20 @@ impl Registry {
     /// Returns the bytes that it served of an image's layers since it was last started, and the size of these layers. `storage`
     /// is that of the registry.
     pub fn served_layers(&self, storage: &Path, image: &Image) -> Result<(u64, u64)> {
+        let (served, sizes): (Vec<_>, Vec<_>) = self.served_of_each(storage, image)?.into_iter().unzip();
+        Ok((served.iter().sum(), sizes.iter().sum()))
+    }
+
+    /// Returns the same of each layer.
+    pub fn served_of_each(&self, storage: &Path, image: &Image) -> Result<Vec<(u64, u64)>> {
         let hex = image.digest.trim_start_matches("sha256:");
         let manifest = fs::read(storage.join(format!("docker/registry/v2/blobs/sha256/{}/{hex}/data", &hex[..2])))?;
         let manifest: serde_json::Value = serde_json::from_slice(&manifest)?;
         let layers = manifest["layers"].as_array().context("a manifest without layers")?;
-        let served = layers.iter().filter_map(|layer| Some(self.served(layer["digest"].as_str()?))).sum();
-        Ok((served, layers.iter().filter_map(|layer| layer["size"].as_u64()).sum()))
+        Ok(layers
+            .iter()
+            .filter_map(|layer| Some((self.served(layer["digest"].as_str()?), layer["size"].as_u64()?)))
+            .collect())
     }
 
     fn answers(&self) -> bool {

@@ -236,6 +236,7 @@ fn undo_restores_the_base_system() -> Result<()> {
     suite.run(
         &mut known,
         &scenarios![
+            pull_complete_before_the_switch_fetches_no_layer_twice,
             plan_shows_the_changes_and_makes_none,
             run_switches_and_isolates_nothing,
             undo_brings_the_old_programs_and_the_old_pid_1_back after run_switches_and_isolates_nothing,
@@ -248,6 +249,15 @@ fn undo_restores_the_base_system() -> Result<()> {
     );
     suite.run(&mut known.bed, &scenarios![no_unit_has_failed]);
     suite.finish()
+}
+
+fn pull_complete_before_the_switch_fetches_no_layer_twice(known: &mut Known) -> Result<()> {
+    let Bed { guest, registry, .. } = &known.bed;
+    contains(&guest.ask("node-image-pivot pull --complete")?, "the node store has all of")?;
+    let images = Images::ensure()?;
+    let layers = registry.served_of_each(&images.storage, images.image("node-a")?)?;
+    same(layers.iter().filter(|(served, size)| served > size).collect::<Vec<_>>(), Vec::new())?;
+    same(layers.iter().any(|(served, _)| *served > 0), true)
 }
 
 fn plan_shows_the_changes_and_makes_none(known: &mut Known) -> Result<()> {
