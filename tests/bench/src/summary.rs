@@ -248,6 +248,7 @@ mod tests {
             incumbent: samples(incumbent),
             limit: samples(&[0.5]),
             before: samples(&[2.0]),
+            profile: None,
         }
     }
 
