@@ -12,6 +12,7 @@ use testbed::scenario::{node_files, unit_is};
 use testbed::scenarios;
 use testbed::suite::{Scenario, Suite};
 use testbed::table::Flow;
+use testbed::unpivoted::left_alone;
 use testbed::vm::{self, Medium, Vm};
 
 use super::{BOOT, PIVOT, SOON, UNITS, boot, installer, journal, record};
@@ -103,6 +104,7 @@ impl Assisted {
 fn the_assisted_flow_keeps_the_contract() -> Result<()> {
     let mut suite = Suite::new("drop-in: the assisted flow, with running containers and the installer's own script");
     let mut assisted = Assisted::boot()?;
+    left_alone(&mut suite, &assisted.guest);
     suite.run(
         &mut assisted,
         &scenarios![
