@@ -41,8 +41,8 @@ impl From<Action> for Act {
 pub(super) struct UnitsRecord {
     /// Definitions of the units that were active. Restarted and stopped units are removed.
     before: Definitions,
-    /// The sockets that the final target pulled in.
-    sockets: BTreeSet<String>,
+    /// The sockets that the final target pulled in; absent if the record was lost.
+    sockets: Option<BTreeSet<String>>,
     /// The flow that was planned for; absent until there is a plan.
     pub(super) flow: Option<Flow>,
     acts: Vec<Act>,
@@ -55,6 +55,11 @@ impl StateFile for UnitsRecord {
 }
 
 impl UnitsRecord {
+    /// Returns those of `pulled_in` that the booted system lacked; none if it is unknown which it had.
+    fn added_sockets(&self, pulled_in: BTreeSet<String>) -> BTreeSet<String> {
+        self.sockets.as_ref().map_or_else(BTreeSet::new, |known| pulled_in.difference(known).cloned().collect())
+    }
+
     /// Returns the units that the switch stopped; an undo starts them again.
     pub(super) fn stopped(&self) -> impl Iterator<Item = &str> {
         let done = self.acts.iter().filter(|act| act.action.class == Class::Stop && act.done > 0);
@@ -69,7 +74,7 @@ pub(super) async fn remember(dir: &StateDir, target: &str, staged: &StagedRoot) 
         let before = unit_refresh::definitions(&Manager::connect().await?, &files).await?;
         let mut sockets = files.pulled_in(target);
         sockets.retain(|name| name.ends_with(".socket"));
-        staged.save(&UnitsRecord { before, sockets, ..UnitsRecord::default() }, dir)
+        staged.save(&UnitsRecord { before, sockets: Some(sockets), ..UnitsRecord::default() }, dir)
     };
     remembered.await.map(drop).map_err(Error::from)
 }
@@ -99,7 +104,7 @@ pub(super) async fn carry_out(
     let save = |record: &UnitsRecord| staged.save(record, dir).map(drop);
     if record.flow != Some(flow) {
         let new = unit_files().await?;
-        let added = new.pulled_in(&settings.target).difference(&record.sockets).cloned().collect();
+        let added = record.added_sockets(new.pulled_in(&settings.target));
         let systemd = Root::running().systemd_release();
         let differs = |path: &Path| changed.contains(path);
         let (version, old, differs) = (Version::Replaced, &record.before, &differs);
@@ -227,7 +232,7 @@ mod tests {
         };
         let record = UnitsRecord {
             before: [("a.service".to_owned(), Definition::default())].into(),
-            sockets: ["s.socket".to_owned()].into(),
+            sockets: Some(["s.socket".to_owned()].into()),
             flow: Some(Flow::Live),
             acts: vec![
                 act("a.service", Class::Stop, 1),
@@ -237,5 +242,8 @@ mod tests {
         };
         survives_every_damage(&record);
         assert_eq!(record.stopped().collect::<Vec<_>>(), ["a.service"], "a unit that was not stopped is not listed");
+        let pulled_in = BTreeSet::from(["new.socket".to_owned(), "s.socket".to_owned()]);
+        assert_eq!(record.added_sockets(pulled_in.clone()), ["new.socket".to_owned()].into());
+        assert!(UnitsRecord::default().added_sockets(pulled_in).is_empty(), "after the loss of the record");
     }
 }
