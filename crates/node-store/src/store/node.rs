@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use sha2::{Digest, Sha256};
 
 use super::booted::{has_plain_files, list_content};
@@ -223,19 +223,28 @@ impl NodeStore {
     /// Returns the size of a content object of this store or the parent. For a link, this is the length of its target.
     ///
     /// # Errors
-    /// The object is in neither.
+    /// The object cannot be read, or is in neither.
     pub fn content_size(&self, id: &ObjectId) -> anyhow::Result<u64> {
-        let path = loose_path(id, ObjectType::File);
-        let found = self.repos().chain(self.parent.clone()).find_map(|repo| repo.join(&path).symlink_metadata().ok());
-        found.map(|meta| meta.len()).with_context(|| missing_content(id))
+        Ok(self.content(id)?.1.len())
     }
 
     /// Returns the path of an existing content object in this store or in the parent.
     ///
     /// # Errors
-    /// The object is in neither.
+    /// As [`NodeStore::content_size`].
     pub fn find_content(&self, id: &ObjectId) -> anyhow::Result<PathBuf> {
-        self.find_object(id, ObjectType::File).with_context(|| missing_content(id))
+        Ok(self.content(id)?.0)
+    }
+
+    fn content(&self, id: &ObjectId) -> anyhow::Result<(PathBuf, fs::Metadata)> {
+        for repo in self.repos().chain(self.parent.clone()) {
+            let path = repo.join(loose_path(id, ObjectType::File));
+            let found = if_found(path.symlink_metadata());
+            if let Some(meta) = found.with_context(|| format!("cannot read {}", path.display()))? {
+                return Ok((path, meta));
+            }
+        }
+        bail!("cannot find the content object {id} in the node store and the booted repo")
     }
 
     /// Lists the content objects of this store's repo, including pending ones.
@@ -390,10 +399,6 @@ impl NodeStore {
     fn record_path(&self) -> PathBuf {
         self.root.join("pulled.json")
     }
-}
-
-fn missing_content(id: &ObjectId) -> String {
-    format!("cannot find the content object {id} in the node store and the booted repo")
 }
 
 fn existing(path: PathBuf) -> Option<PathBuf> {

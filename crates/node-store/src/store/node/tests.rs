@@ -34,6 +34,24 @@ fn a_store_of_another_parent_is_refused() {
 }
 
 #[test]
+fn content_that_cannot_be_read_is_not_reported_as_missing() {
+    let temp = tempfile::tempdir().unwrap();
+    let store = NodeStore::on_tmpfs(temp.path(), None).unwrap();
+    let id = ObjectId([0xab; 32]);
+    let message = |result: anyhow::Result<u64>| format!("{:#}", result.unwrap_err());
+    assert!(message(store.content_size(&id)).contains("cannot find the content object abab"));
+    let object = store.repo.join(loose_path(&id, ObjectType::File));
+    let directory = object.parent().unwrap();
+    fs::create_dir_all(directory).unwrap();
+    fs::write(&object, "content").unwrap();
+    assert_eq!((store.content_size(&id).unwrap(), store.find_content(&id).unwrap()), (7, object.clone()));
+    fs::remove_dir_all(directory).unwrap();
+    fs::write(directory, "").unwrap();
+    assert!(message(store.content_size(&id)).contains("Not a directory"));
+    assert!(store.find_content(&id).is_err());
+}
+
+#[test]
 fn lock_removes_temporary_files_of_a_killed_import() {
     let temp = tempfile::tempdir().unwrap();
     let store = NodeStore::on_tmpfs(temp.path(), None).unwrap();
