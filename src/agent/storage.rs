@@ -99,7 +99,10 @@ pub(super) fn refused(error: anyhow::Error) -> Error {
 
 /// Returns the path of the delta tree in this machine's node store. Creates no store.
 pub(super) fn delta_path(paths: &StateDir) -> anyhow::Result<PathBuf> {
-    Ok(NodeStore::open(&paths.store()).or_else(|_| in_system_repo())?.delta_path())
+    let opened = NodeStore::open(&paths.store()).or_else(|error| {
+        in_system_repo().with_context(|| format!("the node store in RAM cannot be opened: {error:#}"))
+    });
+    Ok(opened?.delta_path())
 }
 
 /// Opens the node store that holds `delta`, independent of the present configuration.
@@ -109,7 +112,7 @@ pub(super) fn of(paths: &StateDir, delta: &Delta) -> anyhow::Result<NodeStore> {
 
 fn in_system_repo() -> anyhow::Result<NodeStore> {
     let booted =
-        BootedRepo::discover()?.context("the booted system's ostree repo, which is the node store, is gone")?;
+        BootedRepo::discover()?.context("the booted system has no ostree repo, which would be the node store")?;
     let repo = booted.path.canonicalize().with_context(|| format!("looking for {}", booted.path.display()))?;
     on_disk(&repo, &Namespace::init().mounts()?)
 }
