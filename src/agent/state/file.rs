@@ -66,7 +66,7 @@ pub enum Damage {
     #[error("it is damaged: its checksum does not match")]
     Checksum,
     /// An agent of another version wrote it.
-    #[error("it has format {0}, and this agent reads {SCHEMA}: another agent wrote it, whose program can use it")]
+    #[error("it has format {0}, and this agent reads {SCHEMA}: another agent wrote it; use that agent")]
     Foreign(String),
     /// An agent wrote it before the machine booted.
     #[error("it is of another boot")]
@@ -143,7 +143,7 @@ pub(super) fn parse<T: StateFile>(
 ) -> Result<T, Damage> {
     let malformed = |error: serde_json::Error| Damage::Malformed(error.to_string());
     let mut value: Value = serde_json::from_slice(text).map_err(malformed)?;
-    let schema = value.get("schema").unwrap_or_default();
+    let schema = value.get("schema").ok_or_else(|| Damage::Malformed("it has no format number".to_owned()))?;
     if *schema != SCHEMA {
         return Err(Damage::Foreign(schema.to_string()));
     }

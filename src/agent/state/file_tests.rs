@@ -43,10 +43,12 @@ pub(crate) fn survives_every_damage<T: StateFile + Debug>(content: &T) {
     changed["added"] = true.into();
     let changed = changed.to_string().into_bytes();
     type Case<'a> = (&'a str, Vec<u8>, &'a dyn Fn(&Damage) -> bool);
-    let cases: [Case<'_>; 11] = [
+    let cases: [Case<'_>; 13] = [
         ("cut", fs::read(&path).unwrap()[..20].to_vec(), &malformed),
         ("not text", b"{\xff\x00".to_vec(), &malformed),
         ("not an object", b"{}[]".to_vec(), &malformed),
+        ("an empty object", b"{}".to_vec(), &malformed),
+        ("a list", b"[]".to_vec(), &malformed),
         ("another shape", signed(json!({ "schema": SCHEMA })), &malformed),
         ("deep", "{\"a\":".repeat(9000).into_bytes(), &malformed),
         ("changed", changed, &|damage| *damage == Damage::Checksum),

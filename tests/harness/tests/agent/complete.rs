@@ -55,8 +55,8 @@ fn the_rest_of_the_image_can_be_fetched_after_the_pivot() -> Result<()> {
             deploy_refuses_the_read_only_sysroot_of_the_running_system,
             an_undo_is_refused_during_a_deployment_to_the_own_sysroot,
             all_was_done_by_the_agent_of_the_node_image,
-            an_undo_by_a_newer_agent_is_followed_by_no_older_one,
-            a_run_after_the_boot_is_over_isolates_nothing after an_undo_by_a_newer_agent_is_followed_by_no_older_one,
+            an_undo_is_followed_by_no_agent_that_reads_another_format,
+            a_run_after_the_boot_is_over_isolates_nothing after an_undo_is_followed_by_no_agent_that_reads_another_format,
             the_agent_of_the_bootimage_takes_over_after_the_undo after a_run_after_the_boot_is_over_isolates_nothing,
             the_agent_of_the_bootimage_deploys_for_a_node_image_with_an_older_one
                 after the_agent_of_the_bootimage_takes_over_after_the_undo,
@@ -242,15 +242,15 @@ fn all_was_done_by_the_agent_of_the_node_image(known: &mut Known) -> Result<()> 
 
 const ETC_PLAN: &str = "/run/node-image-pivot/etc-plan.json";
 
-/// Only the agent that has written a file of a newer format can use it.
-fn an_undo_by_a_newer_agent_is_followed_by_no_older_one(known: &mut Known) -> Result<()> {
+/// Only the agent that has written a file of another format can use it.
+fn an_undo_is_followed_by_no_agent_that_reads_another_format(known: &mut Known) -> Result<()> {
     let guest = &known.bed.guest;
-    guest.ask(&format!("cp {ETC_PLAN} /run/plan; jq 'del(.checksum) | .schema = 2' /run/plan >{ETC_PLAN}"))?;
+    guest.ask(&format!("cp {ETC_PLAN} /run/plan; jq 'del(.checksum) | .schema = 3' /run/plan >{ETC_PLAN}"))?;
     guest.ask("node-image-pivot undo")?;
     same(guest.ask("base-tool")?, "base-tool 1.0".into())?;
     wait_for("the refusal", SOON, || {
         let notes = guest.status()?["notes"].to_string();
-        Ok(notes.contains("cannot take over, and this one continues") && notes.contains("a newer agent wrote it"))
+        Ok(notes.contains("cannot take over, and this one continues") && notes.contains("another agent wrote it"))
     })?;
     wait_for_agent(guest, other_agent::PROGRAM)?;
     guest.ask(&format!("cp /run/plan {ETC_PLAN}")).map(drop)

@@ -130,7 +130,7 @@ fn a_lost_record_allows_an_undo() -> Result<()> {
     let rows = [
         ("removed", "rm state.json"),
         ("truncated", "truncate -s 200 state.json"),
-        ("of another shape", "echo '{\"schema\": 1}' >state.json"),
+        ("of another shape", "echo '{\"schema\": 2}' >state.json"),
         ("of another schema", "jq 'del(.checksum) | .schema = 7' state.json >x && mv x state.json"),
     ];
     suite.each("all_commands_report_the_switch_and_undo_works_when_the_record_is", None, &mut lost, rows, undone);
