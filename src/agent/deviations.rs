@@ -5,7 +5,7 @@ use std::path::Path;
 use super::auto_undo::TrialPeriod;
 use super::new_usr::{USR, USR_SOURCE};
 use super::state::{Asked, Record, Step};
-use crate::config::Settings;
+use crate::config::{ImageSource, Settings};
 use overlay_root::{Exposure, Mount, Namespace};
 
 /// The part of the record that is read without waiting for its lock.
@@ -51,11 +51,15 @@ fn of_usr(mounts: &[Mount]) -> Option<String> {
 pub(super) fn other_image(switched: Option<&Asked>, configured: Option<&Asked>) -> Option<String> {
     let (switched, configured) = (switched?, configured?);
     let (old, new) = (switched.source.as_ref()?, configured.source.as_ref()?);
+    let named = |source: &ImageSource, tags: &Option<Vec<String>>| match tags {
+        Some(tags) => format!("{} (image_tags: {})", source.spec(), tags.join(", ")),
+        None => source.spec().to_string(),
+    };
     (old != new || switched.image_tags != configured.image_tags).then(|| {
         format!(
             "this system is switched to {}, and the configuration asks for {}; run undo, then run again",
-            old.spec(),
-            new.spec()
+            named(old, &switched.image_tags),
+            named(new, &configured.image_tags)
         )
     })
 }
@@ -101,5 +105,10 @@ mod tests {
             line.contains("quay.io/a/b:1") && line.contains("quay.io/a/b:2") && line.contains("run undo"),
             "{line}"
         );
+        let release = asked("release_image = \"quay.io/a/b:1\"");
+        let tagged = asked("release_image = \"quay.io/a/b:1\"\nimage_tags = [\"stream-10\"]");
+        let line = other_image(Some(&release), Some(&tagged)).unwrap_or_default();
+        assert!(line.contains("asks for quay.io/a/b:1 (image_tags: stream-10);"), "{line}");
+        assert_eq!(other_image(Some(&tagged), Some(&tagged)), None);
     }
 }
