@@ -168,8 +168,8 @@ impl Timeline {
 
     /// Adds reads of layers.
     pub fn add_layers(&mut self, reads: Vec<LayerRead>) {
-        self.layers.extend(reads);
-        self.layers.iter_mut().for_each(|layer| layer.digest.truncate(DIGEST));
+        let shortened = |read: LayerRead| LayerRead { digest: read.digest.chars().take(DIGEST).collect(), ..read };
+        self.layers.extend(reads.into_iter().map(shortened));
         let excess = self.layers.len().saturating_sub(LAYERS);
         self.layers.drain(..excess);
         self.dropped += excess as u64;

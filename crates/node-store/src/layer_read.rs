@@ -14,7 +14,7 @@ pub struct LayerRead {
     pub index: usize,
     /// Digest of the blob. The timeline has only its first letters.
     pub digest: String,
-    /// Compressed size of the layer.
+    /// Compressed size of the layer in bytes.
     pub size: u64,
     /// The transfer from the registry.
     pub fetch: Work,
