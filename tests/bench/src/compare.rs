@@ -203,7 +203,7 @@ impl<'a> Bench<'a> {
         Deploying { images: self.images, oracle: &self.oracle, proxy: &self.proxy }
     }
 
-    /// One run of one side, with options that name files; what it took, and the blobs that it asked for.
+    /// Runs one side once, with options that name files. Returns its costs and the blobs that it requested.
     fn side(&self, side: Side, image: &str, files: &[(&str, &Path)]) -> Result<(Sample, BTreeSet<String>)> {
         let place = tempfile::tempdir_in(self.scratch.path())?;
         let mut command = Command::new(std::env::current_exe()?);

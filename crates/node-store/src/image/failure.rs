@@ -3,7 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
-/// The reaction to a failure. The one that is retried the most is the least.
+/// The reaction to a failure. Ordered by the number of retries, the most first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Class {
     /// DNS, connection refused or reset, time-out, 429, 5xx, truncated, a wrong clock: retried without a limit.

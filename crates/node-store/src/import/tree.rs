@@ -67,7 +67,7 @@ impl Depth {
 
 /// Maximum depth of a tree: libostree's own limit (`OSTREE_MAX_RECURSION`).
 const MAX_DEPTH: u32 = 256;
-const TOO_DEEP: &str = "its tree is deeper than 256 directories";
+const TOO_DEEP: &str = "the tree is deeper than 256 directories";
 /// Maximum number of paths in a tree. A few dirtrees that contain each other can have any number of paths; a system has
 /// about 200,000.
 const MAX_PATHS: u64 = 10_000_000;

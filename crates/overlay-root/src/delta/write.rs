@@ -81,7 +81,8 @@ fn attribute(name: &[u8]) -> String {
     format!("cannot set {name}{hint}")
 }
 
-/// Sets attributes with `set`, except for those that overlayfs would interpret. Those that the file system does not support have a substitute, as in the node store.
+/// Sets attributes with `set`, except for those that overlayfs would interpret. Those that the file system does not support
+/// have a substitute, as in the node store.
 fn set_attributes(meta: &DirMeta, set: impl Fn(&[u8], &[u8]) -> rustix::io::Result<()>) -> Result<()> {
     let mut all = meta.xattrs.iter().filter(|(name, _)| !overlay_marks::is_attribute(name));
     all.try_for_each(|(name, value)| xattr::set_with(name, value, &set).map(drop).with_context(|| attribute(name)))
