@@ -98,7 +98,7 @@ fn running_services_go_on_in_multi_user(bed: &mut Pivoted<'_>) -> Result<()> {
     same((&process, process == "0"), (before, false))?;
     unit_is(bed.guest, "multi-user.target", "active")?;
     unit_is(bed.guest, "node-image-finish.service", "inactive")?;
-    same(bed.guest.ask("node-image-pivot status")?.contains(FORGOTTEN), false)
+    same(bed.guest.status()?["notes"].to_string().contains(FORGOTTEN), false)
 }
 
 fn units_that_are_started_again_or_restarted_change_nothing(bed: &mut Pivoted<'_>) -> Result<()> {
