@@ -21,8 +21,10 @@ pub const SWITCHED: &str = "both_units_become_active_when_an_installer_starts_th
 /// The units that an installer starts.
 const UNITS: &str = "node-image-pull.service node-image-overlay.service";
 
-/// Lists all mounts but those of credentials, which belong to the runs of services.
-const MOUNTS: &str = "findmnt -rno TARGET,SOURCE | grep -v ^/run/credentials/";
+/// Lists all mounts but those of credentials and logins, which come and go, and the node store in RAM, which an undo keeps.
+const MOUNTS: &str = "findmnt -rno TARGET,SOURCE | grep -Ev '^/run/(credentials/|user/|node-image-pivot/store )'";
+/// Prefixes of the agent's units, and of those of the node store and of logins.
+const COME_AND_GO: [&str; 4] = ["node-image-", r"run-node\x2dimage\x2dpivot-store", "run-user-", "user"];
 /// Units that the pull wants, and a service of the boot that ends some time later.
 const OTHERS: [&str; 3] = ["network-online.target", "systemd-networkd-wait-online.service", "systemd-fsckd.service"];
 /// Files in /etc whose new accounts an undo leaves.
@@ -153,7 +155,7 @@ fn undo_shows_the_booted_usr_while_the_system_is_in_use((guest, _): &mut Undone<
 
 fn each_unit_runs_as_before_the_switch((guest, before): &mut Undone<'_>) -> Result<()> {
     let (before, after) = (&before.context("the system was not seen before")?.running, Running::of(*guest)?);
-    let concerned = |unit: &&str| !unit.starts_with("node-image-") && !OTHERS.contains(unit);
+    let concerned = |unit: &&str| !COME_AND_GO.iter().any(|prefix| unit.starts_with(prefix)) && !OTHERS.contains(unit);
     let [was, is] = [before, &after].map(|all| all.active().into_iter().filter(concerned).collect::<BTreeSet<_>>());
     same(is, was)?;
     for unit in ["multi-user.target", "base-legacy.service", "dbus.service"] {
