@@ -79,6 +79,7 @@ impl Inputs {
     /// Merges drop-in files in order of their priority.
     pub(super) fn of_files(files: &[dropin::Fragment]) -> Result<Self> {
         files.iter().try_fold(Self::default(), |mut inputs, file| {
+            // An error of this type names file, line and key. The table has only the keys that the file sets.
             Fragment::parse(&file.path, &file.text)?;
             inputs.add(toml::from_str(&file.text)?, &Source::File(file.path.clone()))?;
             Ok(inputs)

@@ -188,7 +188,7 @@ impl SwitchPlan {
     }
 
     fn package_lines(&self) -> Vec<String> {
-        let unknown = || vec!["packages: unknown, there is no package database that can be read".to_owned()];
+        let unknown = || vec!["packages: unknown, because no package database can be read".to_owned()];
         self.packages.as_ref().map_or_else(unknown, package_lines)
     }
 
